@@ -1,0 +1,77 @@
+"""Files and folders that appear whole or not at all: written under a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sd3tune.errors import RunError
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; on leaving, what was written there becomes `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    with _removed_on_failure(temporary):
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; on leaving, it becomes `path`, replacing what was there."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with _removed_on_failure(temporary):
+        yield temporary
+        for written in [*temporary.rglob("*"), temporary]:
+            sync(written)
+        if path.exists():
+            discarded = path.with_name(f".tmp-{os.getpid()}-old-{path.name}")
+            path.replace(discarded)
+            temporary.replace(path)
+            shutil.rmtree(discarded)
+        else:
+            temporary.replace(path)
+        sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _removed_on_failure(temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise RunError(f"{temporary.parent}: cannot write here: {error.strerror or error}") from error
+        raise

@@ -1,0 +1,1 @@
+"""Argument parsing and nothing else; the jobs are imported when a command runs."""

@@ -1,0 +1,184 @@
+"""The command line. Torch and diffusers are imported inside the commands, so `--help` is instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from sd3tune import __version__
+from sd3tune.config import dump_config, json_schema, load_config
+from sd3tune.errors import ConfigError, UserError
+
+app = typer.Typer(
+    help="Fine-tune Stable Diffusion 3 and 3.5 with LoRA.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Show, check and describe configurations.", no_args_is_help=True)
+base_app = typer.Typer(help="Base models.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(base_app, name="base")
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=50 or model.base=tiny."),
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the run and the picture go.")] = Path("runs/demo"),
+) -> None:
+    """Train a small LoRA on packaged pictures and draw before and after: offline, on the CPU."""
+    from sd3tune.jobs.demo import run_demo
+
+    run_demo(out)
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    num_processes: Annotated[int, typer.Option(min=1, help="Processes to train with, one per GPU.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")] = False,
+) -> None:
+    """Train as CONFIG says."""
+    loaded = load_config(config, overrides or ())
+    if num_processes > 1:
+        from sd3tune.jobs.launch import relaunch
+
+        relaunch(num_processes, sys.argv[1:])
+    from sd3tune.jobs.train import run_training
+
+    run_training(loaded.config, loaded.notes, resume=resume, dry_run=dry_run)
+
+
+@app.command()
+def cache(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Encode captions and images, so that training starts at once."""
+    loaded = load_config(config, overrides or ())
+    from sd3tune.jobs.cache import run_cache
+
+    run_cache(loaded.config, loaded.notes)
+
+
+@app.command()
+def infer(
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    lora: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="PATH[@WEIGHT]", help="An adapter: file, adapter folder, checkpoint or run. Repeatable."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("images"),
+    negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the next has seed + 1.")] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 28,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 or less turns it off.")] = 7.0,
+    size: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="SIDE|WxH", help="Pixels; by default what the adapter was trained at."),
+    ] = None,
+    num: Annotated[int, typer.Option(help="How many images.")] = 1,
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Base model; by default the one that the adapter names."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    before: Annotated[bool, typer.Option(help="Also draw without the adapter, for a before/after picture.")] = True,
+) -> None:
+    """Draw images with one or several adapters, under the conditioning they were trained with."""
+    if dtype not in ("auto", "fp32", "bf16", "fp16"):
+        raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
+    wide_high = parse_size(size)
+    from sd3tune.jobs.infer import Request, run_infer
+
+    request = Request(
+        loras=lora or [], prompt=prompt, out=out, negative=negative, seed=seed, steps=steps, guidance=guidance,
+        size=wide_high, num=num, base=base, dtype=dtype, before=before,
+    )  # fmt: skip
+    for path in run_infer(request):
+        print(path)
+
+
+@config_app.command()
+def show(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Print the whole configuration, defaults and overrides applied."""
+    loaded = load_config(config, overrides or ())
+    _print_notes(loaded.notes)
+    print(dump_config(loaded.config), end="")
+
+
+@config_app.command()
+def check(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Check a configuration; exit code 2 and one line per problem if there are any."""
+    loaded = load_config(config, overrides or ())
+    _print_notes(loaded.notes)
+    print(f"{config}: valid, run {loaded.config.name!r}, {loaded.config.train.steps} steps")
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON Schema, for editors."""
+    print(json.dumps(json_schema(), indent=2))
+
+
+@base_app.command()
+def path(name: Annotated[str, typer.Argument(help="tiny, tiny-sd3, tiny-sd35-medium or tiny-sd35-large.")]) -> None:
+    """Print the diffusers folder of an offline base, built on first use."""
+    from sd3tune.model.bases import TINY_SHAPES, resolve_base
+
+    if name not in TINY_SHAPES:
+        raise ConfigError(f"{name}: not an offline base; one of {', '.join(TINY_SHAPES)}")
+    print(resolve_base(name).path)
+
+
+def parse_size(size: str | None) -> tuple[int, int] | None:
+    """`512` or `1152x896` -> (width, height). Raises ConfigError."""
+    if size is None:
+        return None
+    sides = size.lower().split("x")
+    if len(sides) > 2 or not all(side.isdigit() for side in sides):
+        raise ConfigError(f"--size {size}: write a side such as 1024, or WIDTHxHEIGHT such as 1152x896")
+    return int(sides[0]), int(sides[-1])
+
+
+def _print_notes(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"sd3tune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune Stable Diffusion 3 and 3.5 with LoRA."""
+
+
+def run() -> None:
+    """The console script: a user's mistake is one line per problem on stderr and exit code 2, never a traceback."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log wants a line now and then
+    try:
+        app(prog_name="sd3tune")
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+

@@ -1,0 +1,15 @@
+"""The configuration of a run: a strict schema, a loader that explains problems, a dump. No torch."""
+
+from sd3tune.config.dump import dump_config
+from sd3tune.config.loader import LoadedConfig, json_schema, load_config, parse_config
+from sd3tune.config.schema import CONFIG_VERSION, Config
+
+__all__ = [
+    "CONFIG_VERSION",
+    "Config",
+    "LoadedConfig",
+    "dump_config",
+    "json_schema",
+    "load_config",
+    "parse_config",
+]

@@ -1,0 +1,36 @@
+"""A configuration as YAML that loads back to the same configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from sd3tune.config.schema import Config
+from sd3tune.config.yaml12 import add_scalars
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that YAML 1.1 or 1.2 would read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, indentless=False)
+
+
+_Dumper.yaml_implicit_resolvers = {key: list(value) for key, value in _Dumper.yaml_implicit_resolvers.items()}
+add_scalars(_Dumper)
+
+
+def dump_config(config: Config) -> str:
+    """Every key with its value, in the order of the schema; `load_config` gives back an equal one."""
+    return yaml.dump(
+        config.model_dump(),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=False,
+        width=2**20,
+    )

@@ -1,0 +1,148 @@
+"""`a.b.c=value` from the command line, written into the tree of a YAML before it is checked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from sd3tune.config.problems import dotted, shown
+from sd3tune.config.shape import child, field_at, item_of, kind_of, section_at, sections_of
+from sd3tune.config.yaml12 import KeyPath, YamlError, parse
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written: a line of a file, or an override."""
+
+    label: str
+    order: tuple[int, int]
+    override: KeyPath | None = None
+
+
+@dataclass
+class Tree:
+    """Unchecked values, where each was written, and what is known to be wrong so far."""
+
+    values: dict[str, Any]
+    root: Origin
+    origins: dict[KeyPath, Origin] = field(default_factory=dict)
+    problems: list[tuple[KeyPath, Origin, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def origin(self, path: KeyPath) -> Origin:
+        """Where the value at `path` was written, or else the nearest thing around it."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.origins:
+                return self.origins[path[:length]]
+        return self.root
+
+    def write(self, path: KeyPath, value: Any, origin: Origin) -> None:
+        """Put `value` at `path`, whose container exists, and forget where the former value came from."""
+        container: Any = self.values
+        for step in path[:-1]:
+            container = container[step]
+        container[path[-1]] = value
+        for known in [known for known in self.origins if known[: len(path)] == path]:
+            del self.origins[known]
+        self.origins[path] = origin
+
+
+def apply_overrides(tree: Tree, overrides: Sequence[str]) -> None:
+    """Write every override into `tree`, in order; the last one of a key wins."""
+    before = copy.deepcopy(tree.values)
+    for number, text in enumerate(overrides):
+        origin = Origin(f"override {text}", (1, number))
+        try:
+            path, value = _split(text)
+            path = _open_containers(tree, path, origin)
+            tree.write(path, value, Origin(origin.label, origin.order, override=path))
+        except _Refused as refusal:
+            tree.problems.append(((), origin, str(refusal)))
+    _drop_keys_of_former_kinds(tree, before)
+
+
+class _Refused(Exception):
+    """Why an override cannot be written."""
+
+
+def _split(text: str) -> tuple[KeyPath, Any]:
+    key, equals, raw = text.partition("=")
+    steps = key.strip().split(".")
+    if not equals or not all(steps):
+        raise _Refused("an override is key=value, such as train.steps=500")
+    try:
+        document = parse(raw)
+    except YamlError as error:
+        raise _Refused(error.message) from None
+    if document.problems:
+        path, _, message = document.problems[0]
+        raise _Refused(f"{dotted(path)}: {message}" if path else message)
+    if len(raw.rstrip()) > document.end:
+        raise _Refused("YAML takes what follows '#' as a comment; put the value in quotes")
+    return tuple(int(step) if step.isdecimal() else step for step in steps), document.value
+
+
+def _open_containers(tree: Tree, path: KeyPath, origin: Origin) -> KeyPath:
+    """Make sure that everything above the last step of `path` is there; absent sections are created."""
+    node: Any = tree.values
+    for depth, step in enumerate(path):
+        here = path[:depth]
+        if isinstance(node, dict):
+            path = (*here, str(step), *path[depth + 1 :])
+        elif not isinstance(node, list):
+            raise _Refused(f"{dotted(here)} is a single value ({shown(node)}) and has no keys")
+        elif not isinstance(step, int) or step >= len(node):
+            raise _Refused(_no_entry(here, node, step))
+        if depth == len(path) - 1:
+            break
+        inner = child(node, path[depth])
+        if inner is None:
+            inner = _absent(tree.values, path[: depth + 1])
+            tree.write(path[: depth + 1], inner, origin)
+        node = inner
+    return path
+
+
+def _absent(values: dict[str, Any], path: KeyPath) -> Any:
+    """What a key that was not written holds, as something that an override can write into."""
+    known = field_at(values, path)
+    if known is None or sections_of(known.annotation):
+        return {}
+    if item_of(known.annotation) is not None:
+        return copy.deepcopy(known.default) if isinstance(known.default, list) else []
+    given = "no default" if known.default is PydanticUndefined else shown(known.default)
+    raise _Refused(f"{dotted(path)} is a single value ({given}) and has no keys")
+
+
+def _no_entry(path: KeyPath, entries: list[Any], step: str | int) -> str:
+    if not isinstance(step, int):
+        return f"{dotted(path)} is a list; name an entry by its number, such as {dotted(path)}.0"
+    if not entries:
+        return f"{dotted(path)} is an empty list; give it as a whole, such as {dotted(path)}='[...]'"
+    numbers = "only entry 0" if len(entries) == 1 else f"entries 0 to {len(entries) - 1}"
+    return f"{dotted(path)} has {numbers}; give the list as a whole to make it longer"
+
+
+def _drop_keys_of_former_kinds(tree: Tree, before: dict[str, Any]) -> None:
+    """Where an override changed a `kind`, remove the file's keys that only the former variant had."""
+    for path, origin in list(tree.origins.items()):
+        if path[-1] != "kind" or origin.override is None:
+            continue
+        section = path[:-1]
+        former, current = section_at(before, section), section_at(tree.values, section)
+        if former is None or current is None or former is current:
+            continue
+        values: dict[str, Any] = tree.values
+        for step in section:
+            values = child(values, step)
+        for key in list(values):
+            inherited = tree.origin((*section, key)).override is None
+            if inherited and key in former.model_fields and key not in current.model_fields:
+                dropped = f"{dotted((*section, key))}: {shown(values.pop(key))}"
+                tree.notes.append(
+                    f"{origin.label}: dropped {dropped}, which kind {kind_of(current)} does not have"
+                )

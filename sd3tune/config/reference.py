@@ -1,0 +1,148 @@
+"""The config reference, written from the schema: `python -m sd3tune.config.reference > docs/config.md`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import annotated_types as limits
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from sd3tune.config.schema import Config, Section
+from sd3tune.config.shape import item_of, kind_of, sections_of
+
+_INTRODUCTION = """\
+# Configuration
+
+<!-- Written by `make docs` from sd3tune/config/schema.py; edit that. -->
+
+One YAML file describes a run. Only `data.sources` has no default; `configs/` holds complete examples to copy.
+
+```
+sd3tune train my.yaml                                 run it
+sd3tune train my.yaml train.steps=500 ema.decay=0.99  with overrides
+sd3tune config check my.yaml                          every problem, each with its line
+sd3tune config show my.yaml                           every key with its value
+sd3tune config schema > sd3tune.schema.json           for completion in an editor
+```
+
+With the schema beside your file, the line `# yaml-language-server: $schema=sd3tune.schema.json` at its
+top gives completion and checks in editors that use the YAML language server.
+
+## Rules
+
+- An unknown key, a key written twice and a value of the wrong type are errors. All are reported at once.
+- `1e-4` is a number, and only `true` and `false` are booleans: `no` and `on` are text.
+- An override is `key=value`; the value is YAML, so quote what has a `: ` or ` #` in it:
+  `data.sources.0.caption='"a dog: sitting"'`. Numbers pick list entries. `ema.decay=0.9` creates `ema`;
+  `ema=null` and `ema='{decay: 0.9}'` replace it as a whole. The last override of a key wins.
+- A section with variants is told apart by `kind`; without `kind` it is the default variant. An override
+  that changes `kind` drops the keys of the file that only the former variant had, and says so.
+- Paths in a file are relative to that file; paths in an override are relative to the working directory.
+  `~` is the home directory. `model.base` is a path when it begins with `/`, `./`, `../` or `~/`, or when such
+  a folder exists (not for the names of the offline bases: write `./tiny` for a folder called tiny).
+- The run folder holds the resolved configuration as `config.yaml`: every key, every path absolute,
+  `output_dir` included. It describes the same run wherever it is used from; give another `output_dir` to
+  run it once more.
+"""
+
+
+_SIGNS = ((">=", limits.Ge, "ge"), (">", limits.Gt, "gt"), ("<=", limits.Le, "le"), ("<", limits.Lt, "lt"))
+
+
+def reference() -> str:
+    """The whole page, in Markdown."""
+    return "\n".join([_INTRODUCTION, *_top_level(), *_sections(Config, "")]).rstrip() + "\n"
+
+
+def _top_level() -> Iterator[str]:
+    plain = {name: field for name, field in Config.model_fields.items() if not _inner(field)}
+    yield "## Top level\n"
+    yield _table(plain)
+
+
+def _sections(section: type[Section], prefix: str) -> Iterator[str]:
+    """A heading and a table for each section inside `section`, depth first."""
+    for name, field in section.model_fields.items():
+        inner = _inner(field)
+        if not inner:
+            continue
+        path = prefix + name + ("[]" if item_of(field.annotation) is not None else "")
+        yield f"## {path}\n"
+        yield " ".join(filter(None, [field.description, _presence(field)])) + "\n"
+        for one in inner:
+            if len(inner) > 1:
+                default = " (the default)" if field.default_factory is one else ""
+                yield f"### {path}, kind `{kind_of(one)}`{default}\n"
+                yield inspect.cleandoc(one.__doc__ or "") + "\n"
+            yield _table({key: value for key, value in one.model_fields.items() if not _inner(value)})
+        for one in inner:
+            yield from _sections(one, path + ".")
+
+
+def _inner(field: FieldInfo) -> list[type[Section]]:
+    item = item_of(field.annotation)
+    return sections_of(field.annotation if item is None else item)
+
+
+def _presence(field: FieldInfo) -> str:
+    if field.is_required():
+        return "Required."
+    return "Off (null) by default." if field.default is None else ""
+
+
+def _table(fields: dict[str, FieldInfo]) -> str:
+    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for name, field in fields.items():
+        value = _value(field.annotation, field.metadata)
+        cells = (f"`{name}`", value, _default(field), field.description or "")
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    if field.default is None:
+        return "null"
+    if isinstance(field.default, bool):
+        return f"`{str(field.default).lower()}`"
+    return f"`{field.default}`"
+
+
+def _value(annotation: Any, metadata: list[Any]) -> str:
+    """What a key takes, in words: `integer >= 1`, `a` or `b`, list of numbers."""
+    if get_origin(annotation) is Annotated:
+        inner, *extra = get_args(annotation)
+        constraints = [
+            item for info in extra for item in (info.metadata if isinstance(info, FieldInfo) else [info])
+        ]
+        return _value(inner, [*metadata, *constraints])
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{choice}`" for choice in get_args(annotation))
+    if get_origin(annotation) is list:
+        return f"list of {_value(get_args(annotation)[0], [])}"
+    if get_origin(annotation) is not None:  # a union
+        return " or ".join(_value(member, metadata) for member in get_args(annotation))
+    names = {int: "integer", float: "number", str: "text", bool: "`true` or `false`", type(None): "null"}
+    bounds = _bounds(metadata) if annotation in (int, float) else ""
+    return names[annotation] + bounds
+
+
+def _bounds(metadata: list[Any]) -> str:
+    words = []
+    for limit in metadata:
+        for sign, kind, name in _SIGNS:
+            if isinstance(limit, kind):
+                bound = getattr(limit, name)
+                words.append(f"{sign} {'2^63' if bound == 2**63 else bound}")
+    if len(words) == 2 and words[0].split()[1] == words[1].split()[1]:
+        return f", only {words[0].split()[1]} so far"
+    return " " + ", ".join(words) if words else ""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())

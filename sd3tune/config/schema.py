@@ -1,0 +1,349 @@
+"""The whole configuration as strict, frozen models. One sentence a field: effect, unit, cost.
+
+This file is the single source of the defaults, of the JSON Schema and of the config reference. A variant
+(method, timesteps, weighting, optimizer, schedule) is one model in a union that `kind` discriminates.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+CONFIG_VERSION = 1
+
+OFFLINE_BASES = ("tiny", "tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large")
+"""Values of `model.base` that need no download and are never taken for a folder."""
+
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+class Section(BaseModel):
+    """A part of the configuration: no unknown keys, no coercion, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which base model is trained, and in which precision it is held."""
+
+    base: str = Field(
+        "stabilityai/stable-diffusion-3.5-medium",
+        min_length=1,
+        description="A Hub id, a folder in diffusers' layout, or an offline base: `tiny` (= "
+        "`tiny-sd35-medium`), `tiny-sd3`, `tiny-sd35-large`.",
+    )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a Hub base; null takes its main branch."
+    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Precision of the frozen base: auto is fp32 on the CPU, bf16 on a GPU that has it, else "
+        "fp16. The adapter's masters, gradient sums, EMA and optimizer state are fp32 always.",
+    )
+    quantize: Literal["none"] = Field(
+        "none", description="Quantisation of the frozen base: only none so far."
+    )
+    max_sequence_length: int = Field(
+        256,
+        ge=1,
+        le=512,
+        description="T5 tokens per caption, padding included; the model attends to padding, so this is part "
+        "of the conditioning and is stored in the adapter for `infer`.",
+    )
+    t5: bool = Field(
+        True,
+        description="Whether T5 is used; false replaces its embeddings by zeros and never loads its 10 GB.",
+    )
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on the transformer's attention (LoRA, Hu et al. 2021)."""
+
+    kind: Literal["lora"] = Field("lora", description="Train a LoRA adapter.")
+    rank: int = Field(
+        16, ge=1, le=1024, description="Rank of each adapter pair; file size grows in proportion."
+    )
+    alpha: float = Field(16.0, gt=0, description="The adapter's output is scaled by alpha / rank.")
+    targets: Literal["attention"] | list[str] = Field(
+        "attention",
+        description="`attention`: every q, k, v and output projection of both streams, `attn2` included; or "
+        "a list of module names or their endings, such as `[attn.to_q, attn.to_v]`. Modules that can never "
+        "learn are left out.",
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _some_target(cls, targets: str | list[str]) -> str | list[str]:
+        if targets == []:
+            raise ValueError(
+                "is empty: nothing would be trained; use `attention` or name at least one module"
+            )
+        return targets
+
+
+MethodConfig = LoraConfig
+
+
+class SourceConfig(Section):
+    """A folder of images."""
+
+    path: str = Field(
+        min_length=1, examples=["./photos"], description="Folder with images; relative to the YAML file."
+    )
+    caption: str | None = Field(
+        None, description="Caption for every image of the folder; a `.txt` file beside an image wins over it."
+    )
+    repeats: int = Field(1, ge=1, description="How often each image of this source is seen per epoch.")
+    prior: None = Field(None, description="Prior preservation; not available yet, keep null.")
+
+
+class DataConfig(Section):
+    """Images and captions, and how they are cut."""
+
+    sources: list[SourceConfig] = Field(
+        min_length=1,
+        examples=["[{path: ./photos, caption: a photo of sks dog}]"],
+        description="One or more folders of images.",
+    )
+    resolution: int = Field(
+        1024, ge=16, le=4096, description="Side of the square training crop in pixels, a multiple of 16."
+    )
+    crop_variants: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Crops per image: the first is centred, more are random; each is encoded once.",
+    )
+    flip: bool = Field(False, description="Also train on mirrored images, encoded as further variants.")
+    cache_dir: str | None = Field(
+        None,
+        description="Where encoded captions and images are kept, shared by runs; null: `$SD3TUNE_CACHE`, "
+        "else `.cache/sd3tune` beside the run folder's parent.",
+    )
+
+    @field_validator("resolution")
+    @classmethod
+    def _multiple_of_16(cls, resolution: int) -> int:
+        if resolution % 16:
+            low = resolution // 16 * 16
+            raise ValueError(f"must be a multiple of 16 (8x VAE, 2x2 patches); {low} or {low + 16} would do")
+        return resolution
+
+
+class LogitNormalConfig(Section):
+    """sigma = sigmoid(n), n ~ Normal(mean, std) (Esser et al. 2024, section 3.1)."""
+
+    kind: Literal["logit_normal"] = Field(
+        "logit_normal", description="Logit-normal sigmas: the middle is favoured."
+    )
+    mean: float = Field(0.0, description="Mean of logit(sigma); positive means more noise.")
+    std: float = Field(1.0, gt=0, description="Standard deviation of logit(sigma).")
+
+
+class UniformConfig(Section):
+    """sigma ~ Uniform(0, 1)."""
+
+    kind: Literal["uniform"] = Field("uniform", description="All sigmas equally likely, before the shift.")
+
+
+TimestepsConfig = Annotated[LogitNormalConfig | UniformConfig, Field(discriminator="kind")]
+
+
+class NoWeightingConfig(Section):
+    """Every sigma counts the same."""
+
+    kind: Literal["none"] = Field("none", description="The plain velocity loss of rectified flow.")
+
+
+class MinSnrConfig(Section):
+    """min-SNR-gamma in velocity units, min((1 - sigma)^2, gamma sigma^2), of mean 1 (Hang et al. 2023)."""
+
+    kind: Literal["min_snr"] = Field("min_snr", description="Min-SNR weighting, in its rectified-flow form.")
+    gamma: float = Field(5.0, gt=0, description="The signal-to-noise ratio at which the weight is clamped.")
+
+
+WeightingConfig = Annotated[NoWeightingConfig | MinSnrConfig, Field(discriminator="kind")]
+
+
+class FlowConfig(Section):
+    """The rectified-flow objective. sigma 1 is noise."""
+
+    timesteps: TimestepsConfig = Field(default_factory=LogitNormalConfig, description="How sigma is drawn.")
+    shift: Literal["model"] | Annotated[float, Field(gt=0)] = Field(
+        "model",
+        description="Maps sigma to shift*s / (1 + (shift-1)*s) after drawing; `model` is the base "
+        "scheduler's own (3.0 for SD3), 1.0 leaves sigma as drawn.",
+    )
+    weighting: WeightingConfig = Field(
+        default_factory=NoWeightingConfig, description="Weight of the loss by sigma."
+    )
+
+
+class AdamWConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019), fused."""
+
+    kind: Literal["adamw"] = Field("adamw", description="Fused AdamW on one flat fp32 master.")
+    lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=[0.9, 0.999], min_length=2, max_length=2, description="Decay rates of the two moments."
+    )
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    weight_decay: float = Field(
+        1e-4, ge=0, description="Decoupled weight decay, multiplied by the learning rate."
+    )
+
+
+OptimizerConfig = AdamWConfig
+
+
+class ConstantConfig(Section):
+    """The same learning rate throughout, after the warm-up."""
+
+    kind: Literal["constant"] = Field("constant", description="Constant learning rate.")
+    warmup_steps: int = Field(
+        0, ge=0, description="Steps over which the learning rate rises linearly to its peak."
+    )
+
+
+class CosineConfig(Section):
+    """Half a cosine from the peak to zero, after the warm-up."""
+
+    kind: Literal["cosine"] = Field("cosine", description="Cosine decay to zero at the last step.")
+    warmup_steps: int = Field(
+        0, ge=0, description="Steps over which the learning rate rises linearly to its peak."
+    )
+
+
+ScheduleConfig = Annotated[ConstantConfig | CosineConfig, Field(discriminator="kind")]
+
+
+class TrainConfig(Section):
+    """Length, batch and memory of the training."""
+
+    steps: int = Field(1000, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(1, ge=1, description="Images per process and forward pass.")
+    gradient_accumulation: int = Field(
+        1, ge=1, description="Forward passes per optimizer step; multiplies the batch at no memory."
+    )
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Gradients are scaled down to this norm; null leaves them."
+    )
+    gradient_checkpointing: Literal["none", "block"] = Field(
+        "none",
+        description="`block` recomputes each transformer block in the backward pass: a tenth of the "
+        "activations for a third more time.",
+    )
+    log_every: int = Field(
+        10, ge=1, description="Steps between refreshes of the progress line and metrics file."
+    )
+
+
+class EmaConfig(Section):
+    """An exponential moving average of the adapter, in fp32."""
+
+    decay: float = Field(
+        0.99, ge=0, lt=1, description="Decay per step, reached through min(decay, (1+t)/(10+t))."
+    )
+
+
+class CheckpointConfig(Section):
+    """What a stopped run resumes from."""
+
+    every: int = Field(500, ge=1, description="Steps between checkpoints; the last step is always saved.")
+    keep: int = Field(3, ge=1, description="How many of the newest checkpoints are kept.")
+
+
+class PreviewConfig(Section):
+    """Images drawn while training, by the sampler that `infer` uses."""
+
+    every: int = Field(
+        100, ge=1, description="Steps between previews; also before the first and after the last step."
+    )
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="One image a prompt; an empty list draws nothing."
+    )
+    steps: int = Field(28, ge=1, le=1000, description="Denoising steps per image.")
+    guidance: float = Field(7.0, ge=0, description="Classifier-free guidance scale; 1 or less turns it off.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seed of the first prompt's noise; the next has seed + 1."
+    )
+
+
+class ValidationConfig(Section):
+    """Held-out loss."""
+
+    holdout: int = Field(0, ge=0, le=0, description="Images held out; only 0 (none) so far.")
+
+
+class TrackingConfig(Section):
+    """Where curves go besides `metrics.jsonl`."""
+
+    kind: Literal["none"] = Field("none", description="Only none so far: `metrics.jsonl` holds everything.")
+
+
+class HubConfig(Section):
+    """Upload of the finished adapter."""
+
+    repo_id: None = Field(None, description="Target repository; not available yet, keep null.")
+    private: bool = Field(True, description="Whether a created repository is private.")
+    push: Literal["never"] = Field("never", description="When to upload: only never so far.")
+
+
+class Config(Section):
+    """A run of sd3tune."""
+
+    config_version: int = Field(
+        CONFIG_VERSION, ge=1, le=CONFIG_VERSION, description="Version of this format; a newer one is refused."
+    )
+    name: str = Field(
+        "my-lora",
+        max_length=100,
+        description="Name of the run and of its folder: letters, digits, `.`, `_` and `-`.",
+        json_schema_extra={"pattern": _NAME.pattern},
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Order, crops, sigmas, noise and initial weights follow from it."
+    )
+    output_dir: str | None = Field(
+        None,
+        description="The run folder, relative to the YAML file; null: `runs/{name}` where sd3tune starts.",
+    )
+    model: ModelConfig = Field(default_factory=ModelConfig, description="The base model.")
+    method: MethodConfig = Field(default_factory=LoraConfig, description="What is trained.")
+    data: DataConfig = Field(
+        examples=["{sources: [{path: ./photos, caption: a photo of sks dog}]}"],
+        description="What it is trained on.",
+    )
+    flow: FlowConfig = Field(default_factory=FlowConfig, description="The objective.")
+    optimizer: OptimizerConfig = Field(default_factory=AdamWConfig, description="How weights are updated.")
+    schedule: ScheduleConfig = Field(default_factory=ConstantConfig, description="Learning rate over time.")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="Length, batch and memory.")
+    ema: EmaConfig | None = Field(None, description="Average the adapter; null turns it off.")
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="What a run resumes from."
+    )
+    preview: PreviewConfig = Field(default_factory=PreviewConfig, description="Images while training.")
+    validation: ValidationConfig = Field(default_factory=ValidationConfig, description="Held-out loss.")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Experiment trackers.")
+    hub: HubConfig = Field(default_factory=HubConfig, description="Upload.")
+
+    @field_validator("name")
+    @classmethod
+    def _a_folder_name(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                "cannot name a folder; use letters, digits, '.', '_' and '-', a letter or digit first"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Config:
+        if self.schedule.warmup_steps >= self.train.steps and self.schedule.warmup_steps > 0:
+            raise ValueError(
+                f"schedule.warmup_steps is {self.schedule.warmup_steps} but train.steps is "
+                f"{self.train.steps}: the learning rate would never reach its peak; warm up for fewer steps"
+            )
+        return self

@@ -1,0 +1,211 @@
+"""YAML as people mean it: the core schema of YAML 1.2, with a line number for every key.
+
+PyYAML speaks YAML 1.1, where `1e-4` is a string, `no` is false and the second of two equal keys wins
+in silence. Here `1e-4` is a float, only `true` and `false` are booleans, and a key that comes twice is a
+problem that names both lines.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+KeyPath = tuple["str | int", ...]
+
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = {
+    "bool": (re.compile(r"true|True|TRUE|false|False|FALSE"), "tTfF"),
+    "null": (re.compile(r"~|null|Null|NULL|"), "~nN\0"),
+    "int": (re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"), "-+0123456789"),
+    "float": (
+        re.compile(
+            r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+        ),
+        "-+.0123456789",
+    ),
+}
+_MAX_VALUES = 100_000
+_TOO_DEEP = "nested too deeply"
+
+
+class YamlError(Exception):
+    """Text that is not YAML, or more of it than a configuration can need."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+        self.message = message
+
+
+@dataclass(frozen=True)
+class Document:
+    """A parsed text: plain values, the line (from 1) of every key path, and problems beyond the syntax."""
+
+    value: Any
+    lines: dict[KeyPath, int]
+    problems: list[tuple[KeyPath, int, str]]
+    end: int  # characters up to the end of the value; a comment may follow
+
+
+class _Loader(yaml.SafeLoader):
+    """Only the scalars of the YAML 1.2 core schema are recognised; everything else is a string."""
+
+
+def add_scalars(cls: Any) -> None:
+    """Teach a PyYAML loader or dumper class the scalars of YAML 1.2."""
+    for kind, (pattern, first) in _SCALARS.items():
+        # The empty scalar is looked up under "", not under its first character.
+        firsts = ["" if character == "\0" else character for character in first]
+        cls.add_implicit_resolver(_TAG + kind, re.compile(rf"(?:{pattern.pattern})\Z"), firsts)
+
+
+_Loader.yaml_implicit_resolvers = {}
+add_scalars(_Loader)
+_Loader.add_implicit_resolver(_TAG + "merge", re.compile(r"<<\Z"), ["<"])
+
+
+def parse(text: str) -> Document:
+    """Parse one YAML document; an empty text gives None.
+
+    Raises:
+        YamlError: the text is not YAML, or holds too much of it.
+    """
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        builder = _Builder()
+        value = None if root is None else builder.build(root, ())
+    except yaml.YAMLError as error:
+        raise _explained(error, text) from None
+    except RecursionError:
+        raise YamlError(1, _TOO_DEEP) from None
+    end = 0 if root is None else root.end_mark.index
+    return Document(value, builder.lines, builder.problems, end)
+
+
+@dataclass
+class _Builder:
+    """Turns PyYAML's nodes into plain values, and remembers where each came from."""
+
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    problems: list[tuple[KeyPath, int, str]] = field(default_factory=list)
+    values: int = 0
+    open_nodes: set[int] = field(default_factory=set)
+
+    def build(self, node: yaml.Node, path: KeyPath) -> Any:
+        self.values += 1
+        line = node.start_mark.line + 1
+        if self.values > _MAX_VALUES:
+            raise YamlError(line, f"more than {_MAX_VALUES} values; do anchors multiply?")
+        self.lines.setdefault(path, line)
+        if id(node) in self.open_nodes:
+            raise YamlError(line, "an anchor that contains itself")
+        self.open_nodes.add(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+                return self.mapping(node, path)
+            if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+                return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+            return self.scalar(node, path)
+        finally:
+            self.open_nodes.remove(id(node))
+
+    def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        own: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        first_line: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.tag == _TAG + "merge":
+                for key, value in self.merge(value_node, path):
+                    merged.setdefault(key, value)
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problems.append((path, line, "a key must be a single word"))
+                continue
+            key = key_node.value
+            here = (*path, key)
+            if key in own:
+                self.problems.append((here, line, f"duplicate key; it is already on line {first_line[key]}"))
+                continue
+            first_line[key] = line
+            self.forget(here)
+            self.lines[here] = line
+            own[key] = self.build(value_node, here)
+        return {**merged, **own}
+
+    def merge(self, node: yaml.Node, path: KeyPath) -> list[tuple[str, Any]]:
+        """The pairs that `<<: *anchor` or `<<: [*first, *second]` brings in; earlier ones win."""
+        sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        pairs: list[tuple[str, Any]] = []
+        for source in sources:
+            if not isinstance(source, yaml.MappingNode):
+                line = node.start_mark.line + 1
+                self.problems.append((path, line, "`<<` takes an anchor of keys and values"))
+                continue
+            known = dict(self.lines)
+            pairs += self.mapping(source, path).items()
+            self.lines.update(known)
+        return pairs
+
+    def forget(self, path: KeyPath) -> None:
+        """Drop the lines of a merged value that a key of the mapping itself replaces."""
+        for known in [known for known in self.lines if known[: len(path)] == path]:
+            del self.lines[known]
+
+    def scalar(self, node: yaml.Node, path: KeyPath) -> Any:
+        kind = node.tag.removeprefix(_TAG)
+        if kind == "str":
+            return node.value
+        line = node.start_mark.line + 1
+        if kind not in _SCALARS or not isinstance(node, yaml.ScalarNode):
+            tag = "!!" + kind if kind != node.tag else node.tag
+            self.problems.append((path, line, f"the tag {tag} is not allowed; write a plain value"))
+            return None
+        try:
+            return _converted(kind, node.value)
+        except ValueError:
+            self.problems.append((path, line, f"'{node.value[:40]}' cannot be read as {kind}"))
+            return None
+
+
+def _converted(kind: str, text: str) -> bool | int | float | None:
+    if not _SCALARS[kind][0].fullmatch(text):
+        raise ValueError(text)
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "int":
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _explained(error: yaml.YAMLError, text: str) -> YamlError:
+    """One line out of PyYAML's several."""
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return YamlError(
+            line, f"the character {chr(error.character)!r} is not allowed; use an escape in double quotes"
+        )
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return YamlError(1, " ".join(str(error).split()))
+    line, problem = error.problem_mark.line + 1, error.problem or "not YAML"
+    if "'\\t'" in problem:
+        problem = "a tab cannot indent or start a value; use spaces"
+    elif "mapping values are not allowed" in problem:
+        problem = "a second ': ' in one value; put the value in quotes, or check the indentation"
+    elif "expected <block end>" in problem:
+        problem = "wrong indentation, or a missing ':' or '-', on this line or above it"
+    elif "cannot start any token" in problem:
+        problem = problem.removeprefix("found ").replace("any token", "a value; put the value in quotes")
+    elif "expected a single document" in (error.context or ""):
+        problem = "a second document starts here ('---'); a configuration is one"
+    elif error.context and error.context_mark is not None and error.context_mark.line + 1 != line:
+        problem += f" ({error.context} that starts on line {error.context_mark.line + 1})"
+    elif error.context:
+        problem += f" ({error.context})"
+    return YamlError(line, problem)

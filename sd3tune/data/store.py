@@ -1,0 +1,229 @@
+"""An on-disk store of tensors under content-based keys; it knows no model.
+
+Entries lie in immutable shards, safetensors files that appear under their names only when complete. Any
+number of processes may read and write at once, and a writer killed at any moment costs what it had not
+flushed, no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from sd3tune.atomic import new_file
+from sd3tune.errors import RunError
+
+SHARD_BYTES = 64 * 2**20
+FLUSH_SECONDS = 30.0
+_STALE_SECONDS = 3600.0  # no flush takes that long, so an older temporary file has lost its writer
+_PREFIX, _SUFFIX, _TEMPORARY = "shard-", ".safetensors", ".tmp-"
+
+logger = logging.getLogger(__name__)
+
+
+def key(kind: str, **fields: Any) -> str:
+    """The SHA-256, in hex, of the fields as canonical JSON: equal fields, equal key, on every machine."""
+    canonical = json.dumps({"kind": kind, **fields}, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    shard: Path
+    names: list[str]
+    nbytes: int
+
+
+class Store:
+    """The entries under `root`, as of the last `refresh`, and those written through this object since."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self._index: dict[str, _Entry] = {}
+        self._shards: set[Path] = set()
+        self._unreadable: set[Path] = set()
+        self._open: dict[Path, Any] = {}
+        self._lock = threading.Lock()
+        self.refresh()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def damaged(self) -> bool:
+        """Whether a shard was found that cannot be read."""
+        return bool(self._unreadable)
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """The keys without an entry, each once, in their order."""
+        return [key for key in dict.fromkeys(keys) if key not in self._index]
+
+    def nbytes(self, keys: Iterable[str]) -> int:
+        """Bytes of the tensors under those keys; KeyError for a missing one."""
+        return sum(self._index[key].nbytes for key in dict.fromkeys(keys))
+
+    def get(self, key: str) -> dict[str, torch.Tensor]:
+        """The tensors of an entry, on the CPU, mapped from the file: not to be changed in place. Thread-safe.
+
+        Raises KeyError for a key without an entry, RunError when its shard has vanished since it was listed.
+        """
+        entry = self._index[key]
+        try:
+            with self._lock:
+                shard = self._open.get(entry.shard)
+                if shard is None:
+                    shard = self._open[entry.shard] = safe_open(
+                        str(entry.shard), framework="pt", device="cpu"
+                    )
+            return {name: shard.get_tensor(f"{key}/{name}") for name in entry.names}
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"{entry.shard}: cannot be read any more ({error}); run again to encode it anew"
+            ) from None
+
+    def refresh(self) -> None:
+        """Take in the shards that other processes have finished; warn of those that cannot be read."""
+        try:
+            found = sorted(
+                path for path in self.root.glob(f"{_PREFIX}*{_SUFFIX}") if path not in self._shards
+            )
+        except OSError as error:
+            raise RunError(
+                f"{self.root}: cannot be listed ({error.strerror}); check data.cache_dir"
+            ) from None
+        for path in found:
+            self._take_in(path)
+
+    def _take_in(self, path: Path) -> None:
+        self._shards.add(path)
+        try:
+            entries = _read_index(path)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            self._unreadable.add(path)
+            logger.warning(
+                "%s: passed over (%s); what it held is encoded again, the file can be deleted", path, error
+            )
+            return
+        for key, entry in entries.items():
+            self._index.setdefault(key, entry)
+
+    @contextlib.contextmanager
+    def writer(
+        self, shard_bytes: int = SHARD_BYTES, flush_seconds: float = FLUSH_SECONDS
+    ) -> Iterator[Writer]:
+        """Put entries: flushed at `shard_bytes`, after `flush_seconds`, and at the end, whatever ends it.
+
+        Raises RunError, naming the folder, when it cannot be written, and leaves no half-written file.
+        """
+        with _disk_trouble(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+        self._remove_stale()
+        writer = Writer(self, shard_bytes, flush_seconds)
+        try:
+            yield writer
+        finally:
+            writer.flush()
+
+    def _remove_stale(self) -> None:
+        for path in self.root.glob(f"{_TEMPORARY}*"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
+
+
+class Writer:
+    """Collects entries and writes them out a shard at a time; made by `Store.writer`."""
+
+    def __init__(self, store: Store, shard_bytes: int, flush_seconds: float) -> None:
+        self._store = store
+        self._shard_bytes, self._flush_seconds = shard_bytes, flush_seconds
+        self._buffer: dict[str, torch.Tensor] = {}
+        self._buffered_bytes = 0
+        self._flushed_at = time.monotonic()
+
+    def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Add an entry; tensors are copied. A key that the store already has is left as it is."""
+        if key in self._store:
+            return
+        for name, tensor in tensors.items():
+            self._buffer[f"{key}/{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
+            self._buffered_bytes += tensor.nbytes
+        overdue = time.monotonic() - self._flushed_at > self._flush_seconds
+        if overdue or self._buffered_bytes >= self._shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make everything put so far durable, visible to other processes, and readable through the store."""
+        buffer, self._buffer, self._buffered_bytes = self._buffer, {}, 0
+        self._flushed_at = time.monotonic()
+        if not buffer:
+            return
+        shard = self._store.root / f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}"
+        with _disk_trouble(self._store.root), new_file(shard) as temporary:
+            temporary.write_bytes(save(buffer))
+        self._store._take_in(shard)
+
+
+@contextlib.contextmanager
+def _disk_trouble(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RunError) as error:
+        cause = error.__cause__ if isinstance(error, RunError) else error
+        if not isinstance(cause, OSError):
+            raise
+        full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        way_out = (
+            "free some space or set data.cache_dir to another disk"
+            if full
+            else "set data.cache_dir elsewhere"
+        )
+        raise RunError(f"{folder}: cannot be written ({cause.strerror or cause}); {way_out}") from None
+
+
+def _read_index(shard: Path) -> dict[str, _Entry]:
+    """The entries of a shard from its header alone; ValueError when it is not a complete shard of ours."""
+    with open(shard, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= size - 8:
+            raise ValueError("not a safetensors file, or cut short")
+        header = json.loads(file.read(length))
+    names: dict[str, list[str]] = {}
+    nbytes: dict[str, int] = {}
+    end = 0
+    try:
+        header.pop("__metadata__", None)
+        for full_name, tensor in header.items():
+            key, slash, name = full_name.rpartition("/")
+            if not slash:
+                raise ValueError(f"holds {full_name!r}, which is not an entry")
+            first, last = tensor["data_offsets"]
+            names.setdefault(key, []).append(name)
+            nbytes[key] = nbytes.get(key, 0) + last - first
+            end = max(end, last)
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("its header is not that of a safetensors file") from None
+    if 8 + length + end != size:
+        raise ValueError("cut short")
+    return {key: _Entry(shard, found, nbytes[key]) for key, found in names.items()}

@@ -1,0 +1,221 @@
+"""Images into the store: mean and standard deviation of the VAE's posterior, per crop and flip variant."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from sd3tune.data.images import (
+    PREPROCESSING_VERSION,
+    Crop,
+    cover,
+    crops,
+    file_digest,
+    is_smaller,
+    pixels,
+    read_image,
+)
+from sd3tune.data.records import Record
+from sd3tune.data.store import Store, key
+from sd3tune.encode.manifest import ImageFacts, Manifest
+from sd3tune.encode.report import IMAGE_CHANGED, LOST, NEW, SETTINGS_CHANGED, EncodeReport
+from sd3tune.encode.resources import check_room, is_mine, release
+from sd3tune.errors import DataError
+from sd3tune.model.bases import Base
+from sd3tune.model.components import load_vae
+from sd3tune.model.latents import encode_moments
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_THREADS = min(8, os.cpu_count() or 1)  # for decoding and scaling, which release the interpreter lock
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One image file with those of its variants that the store lacks."""
+
+    path: Path
+    digest: str
+    cuts: dict[str, Crop]
+
+
+def encode_images(
+    base: Base,
+    records: Sequence[Record],
+    store: Store,
+    *,
+    resolution: int,
+    crop_variants: int = 1,
+    flip: bool = False,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[list[list[str]], EncodeReport]:
+    """Encode what the store lacks of the records' images; returns each record's keys, and the report.
+
+    Records keep their order and have a key per variant. Entries are {"mean", "std"}, fp32 [16, resolution/8,
+    resolution/8]. The VAE is loaded only when something is missing, runs in `dtype` (fp16, in which it
+    overflows, becomes fp32) on one image at a time, and is freed. With `world` > 1 each rank encodes its
+    share: put a barrier behind this call, then `store.refresh()`. Raises DataError for all unreadable files
+    at once before the VAE is loaded, ModelError, and RunError when the disk lacks the room.
+    """
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    manifest = Manifest.load(store.root)
+    paths = [record.path for record in records]
+    facts = _inspect(paths, manifest, progress)
+    vae = base.fingerprint("vae")
+    target = (resolution, resolution)
+    cuts = [
+        [
+            (_key(vae, dtype, of.digest, cut), cut)
+            for cut in crops(of.size, target, crop_variants, flip, of.digest)
+        ]
+        for of in facts
+    ]
+
+    jobs: dict[str, _Job] = {}  # by digest: copies of a file are encoded once
+    reasons: Counter[str] = Counter()
+    for path, of, all_cuts in zip(paths, facts, cuts, strict=True):
+        lacking = {key: cut for key, cut in all_cuts if key not in store}
+        if lacking:
+            jobs[of.digest] = _Job(path, of.digest, lacking)
+            reasons[_reason(path, of, manifest, store)] += 1
+    entries = sum(len(job.cuts) for job in jobs.values())
+    nbytes = entries * _entry_bytes(base, resolution)
+    if entries:
+        check_room(store.root, "images", entries, nbytes)
+
+    mine = [job for job in jobs.values() if is_mine(job.digest, rank, world)]
+    if mine:
+        _encode(base, mine, store, target, dtype, device, progress)
+        release(device)
+    if rank == 0:
+        Manifest.add(
+            store.root, images={str(path.absolute()): of for path, of in zip(paths, facts, strict=True)}
+        )
+    variants = crop_variants * (1 + flip)
+    extent = f"{len(records)} x {variants} variants" if variants > 1 else f"{len(records)}"
+    report = EncodeReport(
+        "images", extent, len(records), reasons, nbytes, _warnings(paths, facts, resolution)
+    )
+    return [[key for key, _ in of] for of in cuts], report
+
+
+def _key(vae: str, dtype: torch.dtype, digest: str, cut: Crop) -> str:
+    return key(
+        "image",
+        image=digest,
+        vae=vae,
+        dtype=str(dtype),
+        size=cut.size,
+        box=cut.box,
+        flip=cut.flip,
+        preprocessing=PREPROCESSING_VERSION,
+    )
+
+
+def _inspect(paths: Sequence[Path], manifest: Manifest, progress: bool) -> list[ImageFacts]:
+    """The facts of every file. What is new is decoded, so that bad files show before a model is loaded."""
+
+    def inspect(path: Path) -> ImageFacts | DataError:
+        try:
+            digest = file_digest(path)
+            known = manifest.images.get(str(path.absolute()))
+            if known is not None and known.digest == digest:
+                return known
+            image, digest = read_image(path)
+            return ImageFacts(digest, (image.height, image.width))
+        except DataError as error:
+            return error
+
+    bar = tqdm(total=len(paths), desc="checking images", unit="image", delay=1, disable=not progress)
+    found = []
+    with bar:
+        for result in _ahead(inspect, paths):
+            found.append(result)
+            bar.update()
+    problems = dict.fromkeys(
+        line for result in found if isinstance(result, DataError) for line in result.problems
+    )
+    if problems:
+        raise DataError(*problems)
+    return [result for result in found if isinstance(result, ImageFacts)]
+
+
+def _encode(
+    base: Base,
+    jobs: Sequence[_Job],
+    store: Store,
+    target: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    progress: bool,
+) -> None:
+    def decode(job: _Job) -> tuple[_Job, Image.Image]:
+        image, digest = read_image(job.path)
+        if digest != job.digest:
+            raise DataError(f"{job.path}: changed while images were being encoded; run again")
+        return job, cover(image, target)
+
+    total = sum(len(job.cuts) for job in jobs)
+    bar = tqdm(total=total, desc="encoding images", unit="image", disable=not progress)
+    with bar, store.writer() as writer:
+        vae = load_vae(base, dtype, device)
+        for job, image in _ahead(decode, jobs):
+            for key, cut in job.cuts.items():
+                mean, std = encode_moments(vae, pixels(image, cut)[None])
+                writer.put(key, {"mean": mean[0], "std": std[0]})
+                bar.update()
+
+
+def _ahead(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    """`map` on threads that runs a few items ahead of its consumer, and no further."""
+    pending: deque[Future[_Result]] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * _THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _entry_bytes(base: Base, resolution: int) -> int:
+    """Bytes of one entry, mean and standard deviation in fp32, from the VAE's configuration alone."""
+    config = json.loads(Path(base.folder("vae"), "config.json").read_text(encoding="utf-8"))
+    scale = 2 ** (len(config["block_out_channels"]) - 1)
+    return 2 * 4 * config["latent_channels"] * (resolution // scale) ** 2
+
+
+def _reason(path: Path, facts: ImageFacts, manifest: Manifest, store: Store) -> str:
+    known = manifest.images.get(str(path.absolute()))
+    if known is None:
+        return NEW
+    if known.digest != facts.digest:
+        return IMAGE_CHANGED
+    return LOST if store.damaged or not len(store) else SETTINGS_CHANGED
+
+
+def _warnings(paths: Sequence[Path], facts: Sequence[ImageFacts], resolution: int) -> list[str]:
+    small = [
+        path.name
+        for path, of in zip(paths, facts, strict=True)
+        if is_smaller(of.size, (resolution, resolution))
+    ]
+    if not small:
+        return []
+    verb = "image is" if len(small) == 1 else "images are"
+    named = ", ".join(small[:3]) + (", ..." if len(small) > 3 else "")
+    return [f"{len(small)} {verb} smaller than {resolution} px and enlarged, which blurs the result: {named}"]

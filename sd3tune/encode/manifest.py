@@ -1,0 +1,83 @@
+"""What the store's folder remembers of the files that were encoded into it, so that a report can say why."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sd3tune.atomic import write_json
+from sd3tune.data.images import PREPROCESSING_VERSION
+from sd3tune.errors import RunError
+
+_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a file's bytes determine: their SHA-256, and the upright image's (height, width)."""
+
+    digest: str
+    size: tuple[int, int]
+
+
+@dataclass
+class Manifest:
+    """Per image file, by absolute path, what was last encoded.
+
+    Nothing here is trusted for the content of a file: digests are taken anew on every pass, and a size is
+    believed only of bytes with the digest that it was noted for.
+    """
+
+    images: dict[str, ImageFacts] = field(default_factory=dict)
+    captions: dict[str, str] = field(default_factory=dict)
+    texts: set[str] = field(default_factory=set)
+    """Digests of all texts ever encoded, prompts included."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """The manifest of a store's folder; an empty one when there is none that can be read."""
+        try:
+            content = json.loads((folder / _NAME).read_text(encoding="utf-8"))
+            images = {
+                path: ImageFacts(digest, (height, width))
+                for path, (digest, height, width) in content["images"].items()
+            }
+            same_sizes = content["preprocessing"] == PREPROCESSING_VERSION
+            return cls(images if same_sizes else {}, dict(content["captions"]), set(content["texts"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return cls()
+
+    def knows_text(self, text: str) -> bool:
+        """Whether this text was ever encoded, under whatever settings."""
+        return _digest(text) in self.texts
+
+    @classmethod
+    def add(
+        cls,
+        folder: Path,
+        *,
+        images: Mapping[str, ImageFacts] | None = None,
+        captions: Mapping[str, str] | None = None,
+        texts: Iterable[str] = (),
+    ) -> None:
+        """Merge these into the file. A failure is ignored: it only costs a reason in the next report."""
+        now = cls.load(folder)
+        now.images.update(images or {})
+        now.captions.update(captions or {})
+        now.texts.update(map(_digest, texts))
+        content = {
+            "preprocessing": PREPROCESSING_VERSION,
+            "images": {path: [facts.digest, *facts.size] for path, facts in sorted(now.images.items())},
+            "captions": dict(sorted(now.captions.items())),
+            "texts": sorted(now.texts),
+        }
+        with contextlib.suppress(OSError, RunError):
+            write_json(folder / _NAME, content)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,60 @@
+"""What an encoding pass did, as a user wants to read it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+NEW = "new"
+CAPTION_CHANGED = "caption changed"
+IMAGE_CHANGED = "image changed"
+SETTINGS_CHANGED = "settings changed"  # base, precision, T5 length, resolution, crops
+LOST = "lost from the store"
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """Counts of texts or images, as they stood when the pass began; `reasons` says why each was encoded."""
+
+    what: str
+    """`captions` or `images`."""
+    extent: str
+    """How much there is, such as `2 texts x 3 encoders`."""
+    total: int
+    reasons: Mapping[str, int]
+    nbytes: int
+    """Bytes added to the store (by all processes together)."""
+    warnings: Sequence[str] = ()
+
+    @property
+    def encoded(self) -> int:
+        return sum(self.reasons.values())
+
+    @property
+    def reused(self) -> int:
+        return self.total - self.encoded
+
+    def summary(self) -> str:
+        """One line, such as `images: 40, all reused` or `images: 12 of 40 re-encoded: image changed`."""
+        if not self.encoded:
+            return f"{self.what}: {self.extent}, all reused"
+        if self.reasons == {NEW: self.total}:
+            return f"{self.what}: {self.extent}, all new, {megabytes(self.nbytes)}"
+        done = "encoded" if set(self.reasons) == {NEW} else "re-encoded"
+        return f"{self.what}: {self.encoded} of {self.total} {done}: {_enumerated(self.reasons)}"
+
+    def lines(self) -> list[str]:
+        """The summary, then one line per warning."""
+        return [self.summary(), *(f"warning: {warning}" for warning in self.warnings)]
+
+
+def megabytes(nbytes: int) -> str:
+    """Bytes as a person reads them, in powers of ten: `3.4 MB`, `12.0 GB`."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def _enumerated(reasons: Mapping[str, int]) -> str:
+    if len(reasons) == 1:
+        return next(iter(reasons))
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common())

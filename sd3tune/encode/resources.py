@@ -1,0 +1,43 @@
+"""What encoding asks of the machine: room on the disk, memory given back, work for several processes."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+
+from sd3tune.encode.report import megabytes
+from sd3tune.errors import RunError
+
+logger = logging.getLogger(__name__)
+
+
+def check_room(folder: Path, what: str, entries: int, nbytes: int) -> None:
+    """Announce what is about to be written; RunError, with the numbers, when the disk has no room for it."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if nbytes > free:
+        raise RunError(
+            f"{folder}: encoding {what} needs {megabytes(nbytes)} and {megabytes(free)} are free; "
+            "free some space or set data.cache_dir to another disk"
+        )
+    logger.info("%s: %d entries to encode, %s (%s free)", what, entries, megabytes(nbytes), megabytes(free))
+
+
+def release(device: torch.device | str) -> None:
+    """Give back the memory of a component whose last reference is gone."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_mine(key: str, rank: int, world: int) -> bool:
+    """Whether this process encodes the entry.
+
+    It depends on the key alone and not on what else is missing, which another process, looking a moment later
+    at a store that is being filled, would see otherwise.
+    """
+    return int(key[:16], 16) % world == rank

@@ -1,0 +1,31 @@
+"""The errors a user can cause: one readable line per problem, each naming the thing and the way out."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can fix. The command line prints each problem on its own line and exits with code 2."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class ConfigError(UserError):
+    """A YAML file, an override or a combination of keys."""
+
+
+class DataError(UserError):
+    """Images, captions and the folders that hold them."""
+
+
+class ModelError(UserError):
+    """A base model: missing, gated, incomplete or not readable."""
+
+
+class AdapterError(UserError):
+    """A LoRA file: not readable, for another base, or with nothing that matches."""
+
+
+class RunError(UserError):
+    """The machine and the run folder: devices, disk, locks, a run that cannot be resumed."""

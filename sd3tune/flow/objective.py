@@ -1,0 +1,34 @@
+"""The objective: interpolate between data and noise, predict the velocity (Esser et al. 2024, section 2)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+TRAIN_TIMESTEPS = 1000
+"""The model's timestep input is this many times sigma, a float."""
+
+
+def per_sample(sigma: Tensor, like: Tensor) -> Tensor:
+    """`sigma` [B] reshaped to broadcast against `like` [B, ...]."""
+    return sigma.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """z_t = (1 - sigma) z_0 + sigma noise, for `latents` and `noise` [B, C, H, W] and `sigma` [B]."""
+    sigma = per_sample(sigma, latents)
+    return (1 - sigma) * latents + sigma * noise
+
+
+def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
+    """d z_t / d sigma = noise - z_0: what the model predicts."""
+    return noise - latents
+
+
+def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error per sample in fp32 (float64 stays): [B, C, H, W] -> [B]."""
+    return (prediction.to(target.dtype) - target).square().flatten(1).mean(1)
+
+
+def model_timestep(sigma: Tensor) -> Tensor:
+    """The timestep that the transformer is given for `sigma` [B]."""
+    return TRAIN_TIMESTEPS * sigma

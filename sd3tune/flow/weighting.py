@@ -1,0 +1,32 @@
+"""Weights of the velocity loss as functions of sigma.
+
+For rectified flow SNR = ((1 - sigma) / sigma)^2, and the loss on x_0 is sigma^2 times the loss on the velocity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+QUADRATURE_POINTS = 1 << 18
+
+
+def none(sigma: Tensor) -> Tensor:
+    """Every sigma counts the same."""
+    return torch.ones_like(sigma)
+
+
+def min_snr(sigma: Tensor, gamma: float) -> Tensor:
+    """Min-SNR-gamma (Hang et al. 2023) in velocity units: sigma^2 min(SNR, gamma) = min((1-sigma)^2, gamma sigma^2)."""
+    return torch.minimum((1 - sigma).square(), gamma * sigma.square())
+
+
+def mean_over_sigma(weight: Callable[[Tensor], Tensor], sigma_of_u: Callable[[Tensor], Tensor]) -> float:
+    """E[weight(sigma)] under the density whose inverse CDF is `sigma_of_u`, by the midpoint rule in float64.
+
+    Dividing by it makes the mean weight 1, so that the loss, its gradient and their clipping keep their meaning.
+    """
+    u = (torch.arange(QUADRATURE_POINTS, dtype=torch.float64) + 0.5) / QUADRATURE_POINTS
+    return weight(sigma_of_u(u)).mean().item()

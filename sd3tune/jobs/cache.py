@@ -1,0 +1,26 @@
+"""`sd3tune cache`: encode captions and images, and nothing else; training then starts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sd3tune.config import Config
+from sd3tune.jobs.encoding import encode, store_folder
+from sd3tune.jobs.machine import closing_process_group, make_accelerator, processes_of
+from sd3tune.jobs.preflight import make_plan
+
+
+def run_cache(config: Config, notes: Sequence[str] = ()) -> None:
+    """Fill the store for `config`. Raises UserError."""
+    with closing_process_group():
+        accelerator = make_accelerator()
+        processes = processes_of(accelerator)
+
+        def say(line: str) -> None:
+            if processes.is_main:
+                print(line, flush=True)
+
+        for note in notes:
+            say(f"note: {note}")
+        encode(make_plan(config, accelerator.device, resume=True), processes, say)
+        say(f"store     {store_folder(config)}")

@@ -1,0 +1,91 @@
+"""What a run states about itself: the adapter's conditioning contract, its identity for resuming, and `run.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sd3tune import __version__
+from sd3tune.data.store import key
+from sd3tune.errors import RunError
+from sd3tune.jobs.encoding import Encoded
+from sd3tune.jobs.machine import dtype_name, versions
+from sd3tune.jobs.preflight import Plan
+from sd3tune.train.checkpoint import differences, read_state
+
+
+def make_contract(plan: Plan) -> dict[str, Any]:
+    """What `infer` and other people need to use the adapter as it was trained. No time, host or path in it."""
+    config = plan.config
+    captions = sorted({record.caption for record in plan.records})
+    return {
+        **plan.method.contract(),
+        "sd3tune_version": __version__,
+        # A folder's path means nothing on another machine, so only its name is kept.
+        "base": plan.base.path.name if plan.base.kind == "folder" else plan.base.name,
+        "base_kind": plan.base.kind,
+        "base_revision": plan.base.revision,
+        "base_fingerprint": plan.base.fingerprint("transformer"),
+        "max_sequence_length": config.model.max_sequence_length,
+        "encoders": list(plan.method.cached_encoders),
+        "instance_prompt": captions[0] if len(captions) == 1 else None,
+        "timesteps": config.flow.timesteps.model_dump(),
+        "shift": plan.shift,
+        "weighting": config.flow.weighting.model_dump(),
+        "resolution": config.data.resolution,
+        "dtype": dtype_name(plan.dtype),
+        "seed": config.seed,
+        "weights": "raw" if config.ema is None else "ema",
+    }
+
+
+def run_identity(plan: Plan, encoded: Encoded, world: int) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the run it resumes."""
+    config = plan.config
+    sections = config.model_dump(include={"seed", "method", "flow", "optimizer", "schedule", "train", "ema"})
+    sections["train"].pop("log_every")
+    if config.schedule.kind == "constant":
+        sections["train"].pop("steps")  # the learning rate does not depend on the length, so a run may be extended
+    examples = [(example.images, dict(example.captions)) for example in encoded.examples]
+    return {
+        **sections,
+        "model": {
+            "base": plan.base.fingerprint("transformer"),
+            "dtype": dtype_name(plan.dtype),
+            "max_sequence_length": config.model.max_sequence_length,
+            "t5": config.model.t5,
+        },
+        "data": {"resolution": config.data.resolution, "images and captions": key("examples", examples=examples)},
+        "flow": {**sections["flow"], "shift": plan.shift},
+        "processes": world,
+    }
+
+
+def check_identity(plan: Plan, identity: Mapping[str, Any]) -> None:
+    assert plan.start is not None
+    lines = differences(read_state(plan.start)["identity"], identity)
+    if lines:
+        raise RunError(
+            *(f"--resume: {line}" for line in lines),
+            f"{plan.run}: a resumed run keeps what changes its maths; undo this, or start a new run with another name",
+        )
+
+
+def start_facts(plan: Plan, world: int) -> dict[str, Any]:
+    return {
+        "versions": versions(),
+        "seed": plan.config.seed,
+        "world_size": world,
+        "device": plan.device.type,
+        "dtype": dtype_name(plan.dtype),
+        "threads": torch.get_num_threads(),
+        "base": {
+            "name": plan.base.name,
+            "revision": plan.base.revision,
+            "fingerprint": plan.base.fingerprint("transformer"),
+        },
+        "images": len(plan.records),
+        "modules": len(plan.modules),
+    }

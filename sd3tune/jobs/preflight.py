@@ -1,0 +1,113 @@
+"""Everything that can be known to be wrong before anything is loaded, encoded or written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sd3tune.config import Config
+from sd3tune.data.records import Record, load_records
+from sd3tune.errors import ConfigError, UserError
+from sd3tune.jobs.machine import choose_dtype, dtype_name
+from sd3tune.jobs.run_folder import starting_checkpoint
+from sd3tune.methods import METHODS, Method
+from sd3tune.model.adapters import CoverageRow, coverage
+from sd3tune.model.bases import Base, resolve_base
+from sd3tune.model.components import empty_transformer, load_scheduler
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is possible as far as can be told without weights."""
+
+    config: Config
+    run: Path
+    base: Base
+    records: Sequence[Record]
+    method: Method
+    modules: Sequence[str]
+    coverage: Sequence[CoverageRow]
+    device: torch.device
+    dtype: torch.dtype
+    shift: float
+    """The sigma shift in force: the configured number, or the base scheduler's own."""
+    start: Path | None
+    """The checkpoint to resume from."""
+    latent_shape: tuple[int, int, int]
+
+    @property
+    def images_per_epoch(self) -> int:
+        return sum(record.repeats for record in self.records)
+
+
+def make_plan(config: Config, device: torch.device, resume: bool) -> Plan:
+    """Check data, base, targets, sizes and the run folder. Raises UserError with every problem found."""
+    problems: list[str] = []
+    records: list[Record] = []
+    start: Path | None = None
+    run = Path(str(config.output_dir))
+    try:
+        records = load_records(config.data)
+    except UserError as error:
+        problems += error.problems
+    try:
+        start = starting_checkpoint(run, resume)
+    except UserError as error:
+        problems += error.problems
+    try:
+        base = resolve_base(config.model.base, config.model.revision)
+        transformer = empty_transformer(base)
+        method = METHODS[config.method.kind](config)
+        modules = method.select(transformer)
+        _check_size(config, transformer)
+        dtype = choose_dtype(config.model.dtype, device)
+    except UserError as error:
+        raise UserError(*problems, *error.problems) from error
+    if problems:
+        raise UserError(*problems)
+    scheduler_shift = float(load_scheduler(base).config.shift)
+    return Plan(
+        config=config,
+        run=run,
+        base=base,
+        records=records,
+        method=method,
+        modules=modules,
+        coverage=coverage(transformer, modules, config.method.rank),
+        device=device,
+        dtype=dtype,
+        shift=scheduler_shift if config.flow.shift == "model" else config.flow.shift,
+        start=start,
+        latent_shape=(transformer.config.in_channels, config.data.resolution // 8, config.data.resolution // 8),
+    )
+
+
+def describe(plan: Plan, world: int) -> list[str]:
+    """The plan in a few lines, for the start of a run and for `--dry-run`."""
+    config, train = plan.config, plan.config.train
+    batch = train.batch_size * train.gradient_accumulation * world
+    seen = train.steps * batch / plan.images_per_epoch
+    parameters = sum(row.parameters for row in plan.coverage)
+    images = "1 image" if len(plan.records) == 1 else f"{len(plan.records)} images"
+    return [
+        f"base      {plan.base.name}, {dtype_name(plan.dtype)} on {plan.device}"
+        + (f", {world} processes" if world > 1 else ""),
+        f"data      {images}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
+        f"steps     {train.steps} of {batch} image{'s' * (batch > 1)}: each image is seen {seen:.3g} times",
+        f"sigma     {config.flow.timesteps.kind}, shift {plan.shift:g}, weighting {config.flow.weighting.kind}",
+        f"adapter   {config.method.kind}, rank {config.method.rank}: {parameters:,} parameters, "
+        f"{4 * parameters / 1e6:.1f} MB, in {len(plan.modules)} modules",
+        *(f"          {row.module:<18} {row.trained:>3} of {row.present} blocks" for row in plan.coverage),
+        f"run       {plan.run}",
+    ]
+
+
+def _check_size(config: Config, transformer: torch.nn.Module) -> None:
+    """`pos_embed` is cut from the middle of a stored grid, and the model raises beyond it."""
+    settings = transformer.config
+    largest = settings.pos_embed_max_size * settings.patch_size * 8
+    if config.data.resolution > largest:
+        raise ConfigError(f"data.resolution: {config.data.resolution} is too large for this base; at most {largest}")

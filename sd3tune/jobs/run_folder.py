@@ -1,0 +1,85 @@
+"""The run folder: who may write to it, what it starts with, and what `run.json` says."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sd3tune.atomic import write_json
+from sd3tune.errors import RunError
+from sd3tune.model.adapter_io import ADAPTER_FILE
+from sd3tune.train.checkpoint import list_checkpoints, read_state
+
+RUN_FILE = "run.json"
+
+
+def starting_checkpoint(run: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start.
+
+    Raises RunError when the folder already holds a run and `resume` is off, or is not a folder for runs.
+    """
+    if run.is_file():
+        raise RunError(f"output_dir: {run} is a file; name a folder")
+    checkpoints = list_checkpoints(run)
+    if resume:
+        return checkpoints[-1] if checkpoints else None
+    if checkpoints:
+        step = read_state(checkpoints[-1])["step"]
+        raise RunError(f"{run}: already holds a run (step {step}); add --resume to go on, or choose another output_dir")
+    if (run / "adapter" / ADAPTER_FILE).exists():
+        raise RunError(f"{run}: already holds an adapter; choose another output_dir")
+    if run.is_dir() and any(run.iterdir()) and not (run / RUN_FILE).exists():
+        raise RunError(f"{run}: not empty and not a run folder; choose another output_dir")
+    return None
+
+
+def is_finished(run: Path, steps: int) -> bool:
+    """Whether the run has reached `steps` and its adapter is written."""
+    checkpoints = list_checkpoints(run)
+    done = bool(checkpoints) and int(read_state(checkpoints[-1])["step"]) >= steps
+    return done and (run / "adapter" / ADAPTER_FILE).exists()
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process (made if need be). Raises RunError when another process holds it."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise RunError(f"output_dir: {run} cannot be written to: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{run}: another process is training here; wait for it or choose another output_dir") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def describe_run(run: Path, start: Mapping[str, Any], from_step: int) -> dict[str, Any]:
+    """What `run.json` holds from the start: `start`, the command, the commit; an earlier attempt's resumes are kept."""
+    path = run / RUN_FILE
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() and from_step else {}
+    resumes = [*earlier.get("resumes", []), {"from_step": from_step}] if from_step else []
+    described = {**start, "argv": sys.argv, "git_commit": _git_commit(), "resumes": resumes, "timings": {}}
+    write_json(path, described)
+    return described
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, when it runs from a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,170 @@
+"""`sd3tune train`: check, encode, free, train, export, and say whether it learned anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from sd3tune.atomic import write_json, write_text
+from sd3tune.config import Config, dump_config
+from sd3tune.data.sampler import generator
+from sd3tune.errors import RunError
+from sd3tune.jobs.closing import closing_report, summary
+from sd3tune.jobs.contract import check_identity, make_contract, run_identity, start_facts
+from sd3tune.jobs.encoding import Encoded, encode
+from sd3tune.jobs.machine import (
+    closing_process_group,
+    make_accelerator,
+    processes_of,
+)
+from sd3tune.jobs.preflight import Plan, describe, make_plan
+from sd3tune.jobs.preview import Previews
+from sd3tune.jobs.run_folder import RUN_FILE, describe_run, is_finished, locked
+from sd3tune.model.components import load_transformer, vae_config
+from sd3tune.publish.card import write_card
+from sd3tune.train.batches import Batches, LatentScaling
+from sd3tune.train.checkpoint import list_checkpoints, restore
+from sd3tune.train.loop import Callback, Processes, exported_weights, train
+from sd3tune.train.metrics import Metrics
+from sd3tune.train.objective import make_weight, sigma_of_u
+from sd3tune.train.optim import OPTIMIZERS, FlatMaster, LossScale
+from sd3tune.train.step import TrainState
+
+def run_training(
+    config: Config, notes: Sequence[str] = (), *, resume: bool = False, dry_run: bool = False, callbacks: Sequence[Callback] = ()
+) -> None:
+    """Train as `config` says. Raises UserError; what was saved before an error stays."""
+    with closing_process_group():
+        accelerator = make_accelerator(config.train.gradient_accumulation)
+        processes = processes_of(accelerator)
+
+        def say(line: str) -> None:
+            if processes.is_main:
+                print(line, flush=True)
+
+        for note in notes:
+            say(f"note: {note}")
+        plan = make_plan(config, accelerator.device, resume)
+        if resume and plan.start is None:
+            say(f"nothing to resume in {plan.run}: starting afresh")
+        if plan.start is not None and is_finished(plan.run, config.train.steps):
+            say(f"{plan.run}: already finished; nothing to do")
+            return
+        for line in describe(plan, processes.world):
+            say(line)
+        if dry_run:
+            say("dry run: nothing was encoded, trained or written")
+            return
+        _train(plan, processes, say, callbacks)
+
+
+def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbacks: Sequence[Callback]) -> None:
+    config, started = plan.config, time.monotonic()
+    encoded = encode(plan, processes, say)
+    encoded_at = time.monotonic()
+    with ExitStack() as stack:
+        if processes.is_main:
+            stack.enter_context(locked(plan.run))
+        identity = run_identity(plan, encoded, processes.world)
+        if plan.start is not None:
+            check_identity(plan, identity)
+            say(f"resuming from {plan.start.name}")
+        processes.wait()
+
+        transformer = load_transformer(plan.base, plan.dtype, plan.device)
+        if config.train.gradient_checkpointing == "block":
+            transformer.enable_gradient_checkpointing()
+        parameters = plan.method.inject(transformer, lambda name: generator(config.seed, "init", name))
+        state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
+        if plan.start is not None:
+            restore(plan.start, state)
+        from_step = state.step
+        described: dict[str, Any] = {}
+        if processes.is_main:
+            write_text(plan.run / "config.yaml", dump_config(config))
+            described = describe_run(plan.run, start_facts(plan, processes.world), from_step)
+
+        contract = make_contract(plan)
+        batches = make_batches(plan, encoded, processes)
+        stack.callback(batches.close)
+        previews = [Previews(plan, encoded, processes)] if config.preview.prompts else []
+        loaded_at = time.monotonic()
+        try:
+            metrics = train(
+                config, plan.run, state, transformer, plan.method, batches, make_weight(config.flow, plan.shift),
+                processes, identity, contract, [*previews, *callbacks],
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise RunError(_interrupted(plan, state.step)) from None
+        trained_at = time.monotonic()
+        if not processes.is_main:
+            processes.wait()
+            return
+        plan.method.export(plan.run / "adapter", exported_weights(state), contract)
+        if state.ema is not None:
+            raw = state.master.named(state.master.master)
+            plan.method.export(plan.run / "adapter_raw", raw, {**contract, "weights": "raw"})
+        report = closing_report(plan, transformer, exported_weights(state), batches)
+        described["timings"] = {
+            "encode_s": round(encoded_at - started, 3),
+            "load_s": round(loaded_at - encoded_at, 3),
+            "train_s": round(trained_at - loaded_at, 3),
+            "preview_s": round(sum(preview.seconds for preview in previews), 3),
+        }
+        described |= {"report": report, "skipped_steps": metrics.skipped, "warnings": encoded.warnings}
+        write_json(plan.run / RUN_FILE, described)
+        write_card(plan.run, config, contract, report)
+        _say_goodbye(plan, report, metrics, from_step, trained_at - loaded_at, say)
+        processes.wait()
+
+
+def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainState:
+    """The state before the first step. The optimizer's own tensors exist from the start, so that it can be saved."""
+    optimizer = OPTIMIZERS[config.optimizer.kind](config.optimizer, master.master)
+    return TrainState(
+        step=0,
+        master=master,
+        optimizer=optimizer,
+        ema=master.master.detach().clone() if config.ema is not None else None,
+        loss_scale=LossScale(master.master.device, enabled=dtype is torch.float16),
+    )
+
+
+def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
+    vae = vae_config(plan.base)
+    return Batches(
+        encoded.store,
+        encoded.examples,
+        seed=plan.config.seed,
+        batch_size=plan.config.train.batch_size,
+        accumulation=plan.config.train.gradient_accumulation,
+        rank=processes.rank,
+        world=processes.world,
+        device=plan.device,
+        scaling=LatentScaling(vae["scaling_factor"], vae["shift_factor"]),
+        sigma_of_u=sigma_of_u(plan.config.flow, plan.shift),
+    )
+
+
+def _interrupted(plan: Plan, step: int) -> str:
+    saved = list_checkpoints(plan.run)
+    where = f"saved at {saved[-1].name}; the same command with --resume goes on from there" if saved else "nothing saved"
+    return f"stopped at step {step}; {where}"
+
+
+def _say_goodbye(
+    plan: Plan, report: Mapping[str, Any], metrics: Metrics, from_step: int, seconds: float, say: Callable[[str], None]
+) -> None:
+    steps = plan.config.train.steps - from_step
+    say("")
+    say(f"{steps} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)")
+    if metrics.skipped:
+        say(f"warning: {len(metrics.skipped)} steps were skipped, their gradient was not finite: {metrics.skipped[:10]}")
+    for line in summary(plan, report):
+        say(line)
+    if not report["changes_output"]:
+        raise RunError(f"{plan.run}: the adapter changes nothing: raise optimizer.lr or train.steps, or check method.targets")

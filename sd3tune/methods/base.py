@@ -1,0 +1,53 @@
+"""The Method protocol: all that the training loop knows of what is being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+
+Embeddings = Mapping[str, Mapping[str, Tensor]]
+"""Per encoder (`clip_l`, `clip_g`, `t5`): `hidden` [B, tokens, width], and `pooled` [B, width] for the CLIPs."""
+
+Weights = Mapping[str, Tensor]
+"""Trained tensors by name, fp32."""
+
+
+class Method(Protocol):
+    """A way to train: what is resident, what is trained, how a batch becomes conditioning, what is written."""
+
+    resident: tuple[str, ...]
+    """Components that stay in memory while training."""
+    cached_encoders: tuple[str, ...]
+    """Text encoders that are frozen, so that their output may come from the store."""
+
+    def select(self, transformer: nn.Module) -> list[str]:
+        """Names of the modules to train; works on a meta-device model. Raises AdapterError if there are none."""
+
+    def inject(
+        self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
+    ) -> dict[str, nn.Parameter]:
+        """Make the trainable parameters, fp32, part of the model; all else is frozen. `generator(name)` is seeded."""
+
+    def conditioning(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> tuple[Tensor, Tensor]:
+        """`prompt_embeds` [B, tokens, width] and `pooled_prompt_embeds` [B, width], in the transformer's dtype."""
+
+    def exported(self, weights: Weights) -> dict[str, Tensor]:
+        """The tensors of the file that `export` writes for these trained weights."""
+
+    def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None]:
+        """While the context lasts, the model computes what the exported file computes; the live weights rest."""
+
+    def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
+        """While the context lasts, the model is the untrained base."""
+
+    def export(self, folder: Path, weights: Weights, contract: Mapping[str, Any]) -> Path:
+        """Write the result that users share, with the whole conditioning contract; returns the file."""
+
+    def contract(self) -> dict[str, Any]:
+        """What the method itself states in the conditioning contract."""

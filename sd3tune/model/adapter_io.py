@@ -1,0 +1,227 @@
+"""The adapter file and its contract: what is written is what diffusers and ComfyUI load, and loading is counted.
+
+Keys are diffusers' (`transformer.<module>.lora_A.weight`). The scale alpha / r is folded into B and alpha = r is
+written, so that a loader that ignores alpha computes the same. The file's metadata holds what PEFT needs to rebuild
+the layers (`lora_adapter_metadata`, as diffusers writes it) and the conditioning contract (`sd3tune`), which `infer`
+applies: the base, T5 length, sigma sampling, and so on. No time, host or path is in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sd3tune.atomic import new_file
+from sd3tune.errors import AdapterError
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+CONTRACT_VERSION = 1
+_PEFT_KEY, _CONTRACT_KEY = "lora_adapter_metadata", "sd3tune"
+_PREFIX = "transformer."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA file in memory: factors per module, fp32 as stored, and the metadata."""
+
+    path: Path
+    factors: dict[str, tuple[Tensor, Tensor]]
+    """Module name -> (A [r, in], B [out, r])."""
+    alphas: dict[str, float]
+    """Module name -> alpha; the layer's output is scaled by alpha / r."""
+    contract: dict[str, Any]
+    """Empty when another tool wrote the file."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """How an adapter met a model: tensors that found their module, and the keys that did not."""
+
+    matched: int
+    unmatched: tuple[str, ...]
+
+
+def fold_scale(factors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """`<module>.lora_A` and `.lora_B` tensors with `scale` multiplied into every B."""
+    return {name: tensor * scale if name.endswith(".lora_B") else tensor for name, tensor in factors.items()}
+
+
+def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping[str, Any]) -> Path:
+    """Write `folder/pytorch_lora_weights.safetensors` from folded `factors` (see `fold_scale`), in fp32.
+
+    Raises AdapterError when a tensor is not finite, and nothing is written then.
+    """
+    tensors = {
+        f"{_PREFIX}{name}.weight": value.detach().float().cpu().contiguous()
+        for name, value in factors.items()
+    }
+    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if bad:
+        raise AdapterError(f"{folder}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
+    modules = [name.removesuffix(".lora_A") for name in factors if name.endswith(".lora_A")]
+    rank = next(value.shape[0] for name, value in factors.items() if name.endswith(".lora_A"))
+    # Only the fields that every PEFT version knows: an unknown one stops another version from loading the file.
+    peft = {"r": rank, "lora_alpha": rank, "target_modules": modules, "lora_dropout": 0.0, "bias": "none"}
+    metadata = {
+        "format": "pt",
+        _PEFT_KEY: json.dumps({_PREFIX + key: value for key, value in peft.items()}, sort_keys=True),
+        _CONTRACT_KEY: json.dumps({"contract_version": CONTRACT_VERSION, **contract}, sort_keys=True),
+    }
+    path = folder / ADAPTER_FILE
+    with new_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+    return path
+
+
+def find_adapter(location: str | Path) -> Path:
+    """The adapter file of a file, an adapter folder, a checkpoint or a run folder. Raises AdapterError."""
+    path = Path(location).expanduser()
+    for candidate in (path, path / ADAPTER_FILE, path / "adapter" / ADAPTER_FILE):
+        if candidate.is_file():
+            return candidate
+    if path.is_dir():
+        inside = sorted(path.glob("*.safetensors"))
+        if len(inside) == 1:
+            return inside[0]
+        raise AdapterError(
+            f"{path}: no {ADAPTER_FILE} here or in its adapter/ folder"
+            + (
+                f"; name one of {', '.join(file.name for file in inside)}"
+                if inside
+                else "; has the run finished?"
+            )
+        )
+    raise AdapterError(f"{path}: no such file or folder")
+
+
+def read_adapter(location: str | Path) -> Adapter:
+    """Read and check a LoRA file. Raises AdapterError for anything that is not a plain diffusers LoRA of SD3."""
+    path = find_adapter(location)
+    if path.suffix != ".safetensors":
+        raise AdapterError(f"{path}: adapters are read as safetensors only; pickled files can run any code")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path}: not a readable safetensors file: {error}") from error
+    factors = _pair_up(path, tensors)
+    return Adapter(path, factors, _alphas(path, metadata, factors), _contract(path, metadata))
+
+
+def match(transformer: nn.Module, adapter: Adapter) -> Match:
+    """Which of the adapter's tensors have a module of their shape in `transformer`, before anything is loaded.
+
+    Raises AdapterError when a shape disagrees or nothing matches: such a file would load with no effect.
+    """
+    linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name.removesuffix(".base_layer"): module for name, module in linear.items()}
+    unmatched = tuple(name for name in adapter.factors if name not in linear)
+    for name, (down, up) in adapter.factors.items():
+        module = linear.get(name)
+        if module is not None and (up.shape[0], down.shape[1]) != (module.out_features, module.in_features):
+            raise AdapterError(
+                f"{adapter.path}: made for another base: {name} is {up.shape[0]}x{down.shape[1]} in the adapter and "
+                f"{module.out_features}x{module.in_features} in the model; give the right one with --base"
+            )
+    if len(unmatched) == len(adapter.factors):
+        raise AdapterError(
+            f"{adapter.path}: none of its {len(unmatched)} modules exists in this model, so it would have no effect "
+            f"(first: {unmatched[0]})"
+        )
+    return Match(2 * (len(adapter.factors) - len(unmatched)), unmatched)
+
+
+def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
+    """Load `adapter` into `transformer` under `name`, in the model's dtype, and count what was matched.
+
+    `transformer` is an SD3Transformer2DModel; its active adapters are set by the caller (`set_adapters`).
+    """
+    counted = match(transformer, adapter)
+    kept = {module: pair for module, pair in adapter.factors.items() if module not in counted.unmatched}
+    tensors = {
+        f"{_PREFIX}{module}.lora_{letter}.weight": tensor.to(transformer.dtype)
+        for module, pair in kept.items()
+        for letter, tensor in zip("AB", pair, strict=True)
+    }
+    first = next(iter(kept))
+    ranks, alphas = (
+        {module: kept[module][0].shape[0] for module in kept},
+        {module: adapter.alphas[module] for module in kept},
+    )
+    config = {
+        "r": ranks[first],
+        "lora_alpha": alphas[first],
+        "target_modules": list(kept),
+        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != ranks[first]},
+        "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != alphas[first]},
+    }
+    transformer.load_lora_adapter(
+        tensors, adapter_name=name, metadata={_PREFIX + key: value for key, value in config.items()}
+    )
+    carried = sum(name in getattr(module, "lora_A", {}) for module in transformer.modules())
+    if carried != len(kept):
+        raise AdapterError(f"{adapter.path}: {carried} of {len(kept)} modules took their weights")
+    return counted
+
+
+def _pair_up(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    down = {key.removesuffix(".lora_A.weight"): value for key, value in tensors.items() if ".lora_A." in key}
+    factors = {}
+    for key, lora_a in down.items():
+        lora_b = tensors.get(f"{key}.lora_B.weight")
+        if lora_b is None or lora_a.ndim != 2 or lora_b.ndim != 2 or lora_a.shape[0] != lora_b.shape[1]:
+            raise AdapterError(f"{path}: {key}: lora_A and lora_B are not a pair of matrices of one rank")
+        factors[key.removeprefix(_PREFIX)] = (lora_a, lora_b)
+    if not factors or 2 * len(factors) != len(tensors) or not all(key.startswith(_PREFIX) for key in down):
+        odd = next((key for key in tensors if ".lora_" not in key or not key.startswith(_PREFIX)), None)
+        hint = (
+            "; it looks like kohya's format, convert it first" if odd and odd.startswith("lora_unet_") else ""
+        )
+        raise AdapterError(
+            f"{path}: not a LoRA with diffusers' keys for SD3's transformer "
+            f"(a key is {odd or 'missing'}, expected transformer.<module>.lora_A.weight){hint}"
+        )
+    bad = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise AdapterError(f"{path}: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
+    return factors
+
+
+def _alphas(
+    path: Path, metadata: Mapping[str, str], factors: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, float]:
+    """Per module: the metadata's alpha (and alpha_pattern); a file without any means alpha = rank."""
+    peft = _parse(path, metadata, _PEFT_KEY)
+    if peft.get(f"{_PREFIX}use_rslora") or peft.get(f"{_PREFIX}use_dora"):
+        raise AdapterError(f"{path}: rsLoRA and DoRA files are not supported yet")
+    common, pattern = peft.get(f"{_PREFIX}lora_alpha"), peft.get(f"{_PREFIX}alpha_pattern") or {}
+    return {
+        module: float(pattern.get(module, common if common is not None else down.shape[0]))
+        for module, (down, _) in factors.items()
+    }
+
+
+def _contract(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    contract = _parse(path, metadata, _CONTRACT_KEY)
+    if contract.get("contract_version", 1) > CONTRACT_VERSION:
+        raise AdapterError(
+            f"{path}: written by a newer sd3tune ({contract.get('sd3tune_version')}); upgrade sd3tune"
+        )
+    return contract
+
+
+def _parse(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    try:
+        value = json.loads(metadata.get(key, "{}"))
+    except ValueError as error:
+        raise AdapterError(f"{path}: its metadata {key!r} is not valid JSON: {error}") from error
+    return value if isinstance(value, dict) else {}

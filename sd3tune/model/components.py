@@ -1,0 +1,169 @@
+"""Loads the parts of a base model, each one alone: frozen, in eval mode, from safetensors only.
+
+Weights are read directly in the dtype asked for (T5 gives other numbers when it is cast afterwards). A part
+that is truncated, incomplete, of other shapes than its config or not finite raises ModelError naming the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from sd3tune.errors import ModelError
+from sd3tune.model.bases import ENCODER_PARTS, Base, tensor_headers, weight_files
+from sd3tune.model.text import TextEncoder
+
+Device = str | torch.device
+Model = TypeVar("Model", bound=nn.Module)
+Loaded = TypeVar("Loaded")
+
+
+def load_transformer(base: Base, dtype: torch.dtype, device: Device = "cpu") -> SD3Transformer2DModel:
+    """The MMDiT. Besides missing weights, weights that its config has no place for are an error."""
+    return _load_model(SD3Transformer2DModel, base.folder("transformer"), device, torch_dtype=dtype)
+
+
+def load_vae(base: Base, dtype: torch.dtype, device: Device = "cpu") -> AutoencoderKL:
+    """The VAE. Give it fp32 or bf16: in fp16 it makes black images."""
+    return _load_model(AutoencoderKL, base.folder("vae"), device, torch_dtype=dtype)
+
+
+def load_scheduler(base: Base) -> FlowMatchEulerDiscreteScheduler:
+    """The sampling schedule, with the base's own shift."""
+    folder = base.folder("scheduler")
+    return _reading(
+        folder, lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(folder, local_files_only=True)
+    )
+
+
+def load_text_encoder(
+    base: Base, encoder: str, dtype: torch.dtype, device: Device = "cpu", max_sequence_length: int = 256
+) -> TextEncoder:
+    """One text encoder (`clip_l`, `clip_g` or `t5`) with its own tokenizer.
+
+    `max_sequence_length` is T5's length in tokens; CLIP's is its tokenizer's own, 77.
+    """
+    tokenizer_part, encoder_part = ENCODER_PARTS[encoder]
+    tokenizer_class, model_class = (
+        (T5TokenizerFast, T5EncoderModel) if encoder == "t5" else (CLIPTokenizer, CLIPTextModelWithProjection)
+    )
+    folder = base.folder(tokenizer_part)
+    tokenizer = _reading(folder, lambda: tokenizer_class.from_pretrained(folder, local_files_only=True))
+    model = _load_model(
+        model_class, base.folder(encoder_part), device, dtype=dtype, ignore_mismatched_sizes=True
+    )
+    length = max_sequence_length if encoder == "t5" else tokenizer.model_max_length
+    return TextEncoder(encoder, tokenizer, model, length)
+
+
+def load_pipeline(
+    base: Base, dtype: torch.dtype, device: Device = "cpu", t5: bool = True
+) -> StableDiffusion3Pipeline:
+    """The whole base as diffusers' pipeline, everything in one dtype; without T5 its embeddings are zeros."""
+    encoders = {
+        name: load_text_encoder(base, name, dtype, device) for name in ENCODER_PARTS if t5 or name != "t5"
+    }
+    parts = {
+        part: getattr(encoders[name], attribute) if name in encoders else None
+        for name, names in ENCODER_PARTS.items()
+        for part, attribute in zip(names, ("tokenizer", "model"), strict=True)
+    }
+    return StableDiffusion3Pipeline(
+        transformer=load_transformer(base, dtype, device),
+        vae=load_vae(base, dtype, device),
+        scheduler=load_scheduler(base),
+        **parts,
+    )
+
+
+def transformer_config(base: Base) -> dict[str, Any]:
+    """The transformer's `config.json`; no weights are read or downloaded."""
+    return _config(base, "transformer")
+
+
+def vae_config(base: Base) -> dict[str, Any]:
+    """The VAE's `config.json`; no weights are read or downloaded."""
+    return _config(base, "vae")
+
+
+def _config(base: Base, part: str) -> dict[str, Any]:
+    path = base.folder(part, weights=False) / "config.json"
+    config: dict[str, Any] = _reading(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+    return config
+
+
+def empty_transformer(base: Base) -> SD3Transformer2DModel:
+    """The transformer without weights, on the meta device: names, shapes and modules only."""
+    with torch.device("meta"):
+        return SD3Transformer2DModel.from_config(transformer_config(base)).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Silences the libraries' bars for single files, which would cut through the bars of a run."""
+    loggers = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in loggers:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in loggers:
+            log.enable_progress_bar()
+
+
+def _load_model(model_class: type[Model], folder: Path, device: Device, **options: Any) -> Model:
+    files = {name: file for file in weight_files(folder) for name in tensor_headers(file)}
+    with no_progress_bars():
+        model, info = _reading(
+            folder,
+            lambda: model_class.from_pretrained(  # type: ignore[attr-defined]
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+            ),
+        )
+    where = f"{folder} ({', '.join(sorted({file.name for file in files.values()}))})"
+    problems = {kind: sorted(str(key) for key in info[f"{kind}_keys"]) for kind in ("missing", "mismatched")}
+    if model_class is SD3Transformer2DModel:
+        problems["unexpected"] = sorted(info["unexpected_keys"])
+    for kind, keys in problems.items():
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ModelError(f"{where}: weights that config.json makes {kind}: {', '.join(keys[:3])}{more}")
+    frozen: Model = model.to(device).eval().requires_grad_(False)
+    _check_finite(frozen, files, where)
+    return frozen
+
+
+def _check_finite(model: nn.Module, files: dict[str, Path], where: str) -> None:
+    """The extremes of each tensor tell of NaN and infinity in one pass, without a temporary of its size."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    extremes = torch.stack([torch.stack(torch.aminmax(tensor)).float() for tensor in tensors.values()])
+    finite = extremes.isfinite().all(dim=1).tolist()
+    for name, good in zip(tensors, finite, strict=True):
+        if not good:
+            dtype = str(tensors[name].dtype).removeprefix("torch.")
+            raise ModelError(f"{files.get(name, where)}: NaN or infinity in {name} (loaded as {dtype})")
+
+
+def _reading(path: Path, load: Callable[[], Loaded]) -> Loaded:
+    """Runs a library's loader; what it says of a broken file becomes one line that names the path."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{path}: cannot be loaded: {reason}") from error

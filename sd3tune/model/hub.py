@@ -1,0 +1,61 @@
+"""Downloads from the Hub, and what its refusals mean to a user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sd3tune.errors import ModelError
+
+
+def download(repo: str, revision: str | None, patterns: list[str], progress: bool = False) -> Path:
+    """The snapshot folder, in the Hub's own cache, of a repository, with the matching files in it.
+
+    A commit whose files are cached needs no network. Raises ModelError, one line for each way the Hub fails.
+    """
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    bar = None if progress else Silent
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, tqdm_class=bar))
+    except errors.HFValidationError:
+        raise ModelError(f"{repo}: no such folder, and not a valid Hub id") from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"{repo}: the Hub has no revision {revision!r} of this model") from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+        raise ModelError(f"{repo}: {_problem(repo, error)}") from None
+    except (
+        Exception
+    ) as error:  # a full disk, a cut connection: the client's HTTP library varies with its version
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{repo}: the download failed: {type(error).__name__}: {reason}") from error
+
+
+def _problem(repo: str, error: BaseException | None) -> str:
+    from huggingface_hub import errors
+
+    while error is not None and not isinstance(error, errors.HfHubHTTPError):
+        error = error.__cause__
+    status = error.response.status_code if error is not None and error.response is not None else None
+    gated = isinstance(error, errors.GatedRepoError)
+    if gated or status in (401, 403):
+        what = (
+            "this model is gated" if gated else "no such model, or a gated or private one: check the spelling"
+        )
+        return (
+            f"{what}: accept its licence at https://huggingface.co/{repo}, make an access token (the password that "
+            "programs use) at https://huggingface.co/settings/tokens, and give it to `hf auth login`"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such model on the Hub, and no such folder here; check the spelling"
+    if status is not None:
+        return f"the Hub answered with HTTP status {status}; try again later"
+    return (
+        "not on this machine, and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE), "
+        "or name a folder or `tiny` as the base"
+    )

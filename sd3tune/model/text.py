@@ -1,0 +1,70 @@
+"""Prompts to embeddings, number for number as `StableDiffusion3Pipeline.encode_prompt` makes them.
+
+Padding is never masked or zeroed: the MMDiT attends to it, so the T5 length is part of the conditioning.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class TextEncoder:
+    """One text encoder and its tokenizer: `clip_l`, `clip_g` or `t5`."""
+
+    def __init__(self, name: str, tokenizer: Any, model: nn.Module, max_length: int) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.model = model
+        self.max_length = max_length
+        """Tokens per prompt, the special ones and padding included; a longer prompt is cut."""
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> list[dict[str, Tensor]]:
+        """Per text `{"hidden": [T, D]}`, for CLIP also `{"pooled": [P]}`; in the encoder's dtype, on the CPU.
+
+        One prompt at a time: a batch would change the last bits. CLIP gives its penultimate hidden state.
+        """
+        return [self._encode(text) for text in texts]
+
+    def truncated(self, text: str) -> int:
+        """How many tokens of the text are cut off; 0 when it fits."""
+        return max(0, len(self.tokenizer(text).input_ids) - self.max_length)
+
+    def _encode(self, text: str) -> dict[str, Tensor]:
+        tokens = self.tokenizer(
+            [text], padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        )
+        parameter = next(self.model.parameters())
+        ids = tokens.input_ids.to(parameter.device)
+        if self.name == "t5":
+            return {"hidden": _first(self.model(ids)[0], self.model.dtype)}
+        output = self.model(ids, output_hidden_states=True)
+        return {
+            "hidden": _first(output.hidden_states[-2], self.model.dtype),
+            "pooled": _first(output[0], self.model.dtype),
+        }
+
+
+def _first(batch: Tensor, dtype: Any) -> Tensor:
+    return batch[0].to(dtype=dtype, device="cpu").contiguous()
+
+
+def assemble(
+    clip_l: dict[str, Tensor], clip_g: dict[str, Tensor], t5: Tensor | None, t5_length: int, joint_dim: int
+) -> tuple[Tensor, Tensor]:
+    """The transformer's conditioning from batched embeddings: prompt_embeds [B, 77+T5, joint_dim], pooled [B, P].
+
+    `clip_l` and `clip_g` hold "hidden" [B, 77, D] and "pooled" [B, P]; `t5` is [B, t5_length, joint_dim], or None
+    for zeros, as the pipeline has without T5. CLIP is zero-padded in width and comes before T5 in the sequence.
+    """
+    clip = torch.cat([clip_l["hidden"], clip_g["hidden"]], dim=-1)
+    if t5 is None:
+        t5 = clip.new_zeros(len(clip), t5_length, joint_dim)
+    elif t5.shape[1:] != (t5_length, joint_dim):
+        raise ValueError(f"t5 embeddings are {tuple(t5.shape)}, expected [B, {t5_length}, {joint_dim}]")
+    prompt_embeds = torch.cat([F.pad(clip, (0, joint_dim - clip.shape[-1])), t5], dim=1)
+    return prompt_embeds, torch.cat([clip_l["pooled"], clip_g["pooled"]], dim=-1)

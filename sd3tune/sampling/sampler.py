@@ -1,0 +1,97 @@
+"""Noise to image, as `StableDiffusion3Pipeline` does it number for number, but over one component at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from PIL import Image
+from torch import Tensor
+
+from sd3tune.model.latents import decode
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """One prompt's embeddings: `prompt_embeds` [1, tokens, width] and `pooled_prompt_embeds` [1, width]."""
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How an image is drawn. `guidance` 1 or less means no classifier-free guidance (Ho & Salimans 2022)."""
+
+    steps: int = 28
+    guidance: float = 7.0
+    height: int = 1024
+    width: int = 1024
+
+
+@torch.no_grad()
+def sample_latents(
+    transformer: SD3Transformer2DModel,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    positive: Conditioning,
+    negative: Conditioning,
+    settings: SamplerSettings,
+    seed: int,
+    latent_side: int = 8,
+    on_step: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Latents [1, C, height / 8, width / 8] of one image, in the transformer's dtype, on its device.
+
+    The noise comes from a CPU generator seeded with `seed`, so it is the same on every device. One image a call: a
+    larger batch would change the last bits, and an image would depend on its neighbours.
+    """
+    device, dtype = transformer.device, transformer.dtype
+    shape = (1, transformer.config.in_channels, settings.height // latent_side, settings.width // latent_side)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(device)
+    guided = settings.guidance > 1
+    embeds, pooled = positive.prompt_embeds, positive.pooled_prompt_embeds
+    if guided:
+        embeds = torch.cat([negative.prompt_embeds, embeds])
+        pooled = torch.cat([negative.pooled_prompt_embeds, pooled])
+    embeds, pooled = embeds.to(device, dtype), pooled.to(device, dtype)
+
+    scheduler = copy.deepcopy(scheduler)  # it keeps a state, and the caller's may be in use
+    scheduler.set_timesteps(settings.steps, device=device, **_dynamic_shift(scheduler, transformer, latents))
+    for timestep in scheduler.timesteps:
+        doubled = torch.cat([latents, latents]) if guided else latents
+        velocity = transformer(
+            hidden_states=doubled,
+            timestep=timestep.expand(len(doubled)),
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+        if guided:
+            unconditional, conditional = velocity.chunk(2)
+            velocity = unconditional + settings.guidance * (conditional - unconditional)
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0].to(dtype)
+        on_step()
+    return latents
+
+
+def to_image(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
+    """Decode latents [1, C, h, w] into a picture, rounding as diffusers' image processor does."""
+    pixels = decode(vae, latents)
+    pixels = (pixels[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray((pixels * 255).round().astype("uint8"))
+
+
+def _dynamic_shift(
+    scheduler: FlowMatchEulerDiscreteScheduler, transformer: SD3Transformer2DModel, latents: Tensor
+) -> dict[str, float]:
+    """`mu` for a scheduler whose shift depends on the resolution; empty for SD3's own."""
+    settings = scheduler.config
+    if not settings.get("use_dynamic_shifting"):
+        return {}
+    tokens = latents.shape[-1] * latents.shape[-2] // transformer.config.patch_size**2
+    low, high = settings.get("base_image_seq_len", 256), settings.get("max_image_seq_len", 4096)
+    base, top = settings.get("base_shift", 0.5), settings.get("max_shift", 1.16)
+    return {"mu": base + (top - base) * (tokens - low) / (high - low)}

@@ -1,0 +1,1 @@
+"""Training: `step.py` is one step, `loop.py` repeats it; the rest serves those two."""

@@ -1,0 +1,122 @@
+"""The loop: step, log, save, call back. It knows the Method and the callbacks only by their protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+from tqdm import tqdm
+
+from sd3tune.config.schema import Config
+from sd3tune.methods import Method
+from sd3tune.train.batches import Batches
+from sd3tune.train.checkpoint import save_checkpoint
+from sd3tune.train.metrics import Metrics
+from sd3tune.train.step import TrainState, train_step
+
+
+@dataclass(frozen=True)
+class View:
+    """What a callback may look at."""
+
+    step: int
+    last: bool
+    transformer: SD3Transformer2DModel
+    method: Method
+    weights: Mapping[str, Tensor]
+    """Those that would be exported now: the EMA when there is one, else the master; fp32."""
+
+
+class Callback(Protocol):
+    """Called on every rank before the first step of an attempt and after each step; it changes nothing of the run."""
+
+    def __call__(self, view: View) -> None: ...
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together; with one of them, both functions return what they are given."""
+
+    rank: int
+    world: int
+    reduce_mean: Callable[[Tensor], Tensor]
+    gather: Callable[[Tensor], Tensor]
+    """[...] of each rank -> [world, ...]."""
+    wait: Callable[[], None]
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def train(
+    config: Config,
+    run: Path,
+    state: TrainState,
+    transformer: SD3Transformer2DModel,
+    method: Method,
+    batches: Batches,
+    weight: Callable[[Tensor], Tensor],
+    processes: Processes,
+    identity: Mapping[str, Any],
+    contract: Mapping[str, Any],
+    callbacks: Sequence[Callback] = (),
+) -> Metrics:
+    """Train from `state.step` to `config.train.steps`; the last step is always checkpointed."""
+    metrics = Metrics(run / "metrics.jsonl", state.step, processes.gather, processes.is_main)
+
+    def view() -> View:
+        return View(state.step, state.step == config.train.steps, transformer, method, exported_weights(state))
+
+    def checkpoint() -> None:
+        metrics.flush(wait=True)
+        if processes.is_main:
+            save_checkpoint(
+                run,
+                state,
+                identity,
+                config.checkpoint.keep,
+                lambda folder: method.export(folder / "adapter", exported_weights(state), contract),
+            )
+        processes.wait()
+
+    bar = tqdm(
+        total=config.train.steps,
+        initial=state.step,
+        desc=config.name,
+        unit="step",
+        disable=not processes.is_main,
+        dynamic_ncols=True,
+    )
+    with bar:
+        for callback in callbacks:
+            callback(view())
+        while state.step < config.train.steps:
+            result = train_step(state, transformer, method, batches, weight, config, processes.reduce_mean)
+            metrics.add(state.step, result)
+            last = state.step == config.train.steps
+            if state.step % config.train.log_every == 0 or last:
+                metrics.flush(wait=last)
+                _show(bar, metrics)
+            bar.update()
+            if state.step % config.checkpoint.every == 0 or last:
+                checkpoint()
+            for callback in callbacks:
+                callback(view())
+    return metrics
+
+
+def exported_weights(state: TrainState) -> dict[str, Tensor]:
+    """The weights that are written and previewed: the EMA when there is one, else the master."""
+    return state.master.named(state.master.master if state.ema is None else state.ema)
+
+
+def _show(bar: tqdm, metrics: Metrics) -> None:
+    last = metrics.last
+    if last:
+        loss = "skipped" if last["loss"] is None else f"{last['loss']:.4f}"
+        bar.set_postfix(loss=loss, lr=f"{last['lr']:.1e}", refresh=False)

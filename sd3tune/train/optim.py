@@ -1,0 +1,113 @@
+"""One flat fp32 master: clipping, the optimizer, the all-reduce, EMA and the cast are operations on one tensor.
+
+The model's own parameters are views, in the base's dtype, of one flat buffer. So the forward casts nothing (neither
+the small matrices nor, as PEFT would, the activations up to fp32), and no update is lost to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sd3tune.config.schema import AdamWConfig, ConstantConfig, CosineConfig, EmaConfig
+
+MIN_LOSS_SCALE_STEPS = 2000
+
+
+class FlatMaster:
+    """The fp32 truth about the trained parameters, and the sum of their gradients.
+
+    `parameters` are fp32 tensors inside the model; from here on they are views of `compute` in `dtype`.
+    With fp32 that is the master itself, and nothing is kept twice.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self.parameters = list(parameters.values())
+        self.master = nn.Parameter(torch.cat([p.detach().float().reshape(-1) for p in self.parameters]))
+        self.compute = self.master.detach().to(dtype)
+        self.gradient = torch.zeros_like(self.master)
+        for parameter, view in zip(self.parameters, self.compute.split(self.sizes), strict=True):
+            parameter.data = view.view(parameter.shape)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [shape.numel() for shape in self.shapes.values()]
+
+    def collect_gradients(self) -> None:
+        """Add the parameters' gradients to the fp32 sum and clear them."""
+        missing = next((p.device for p in self.parameters if p.grad is None), None)
+        if missing is not None:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        self.gradient += torch.cat([p.grad.reshape(-1) for p in self.parameters])  # type: ignore[union-attr]
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def publish(self) -> None:
+        """Let the model see the master's new values; asserts that it still looks at our buffer."""
+        if self.parameters[0].data_ptr() != self.compute.data_ptr():
+            raise RuntimeError("the model's parameters were moved or cast: they no longer follow the master")
+        if self.compute.data_ptr() != self.master.data_ptr():
+            self.compute.copy_(self.master.detach())
+
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
+        """`flat`, laid out like the master, as named tensors (views)."""
+        views = flat.detach().split(self.sizes)
+        return {name: view.view(shape) for view, (name, shape) in zip(views, self.shapes.items(), strict=True)}
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16, without a host sync (Micikevicius et al. 2018): halve on overflow, else grow."""
+
+    def __init__(self, device: torch.device, enabled: bool) -> None:
+        self.scale = torch.full((), 2.0**16 if enabled else 1.0, device=device)
+        self.good_steps = torch.zeros((), device=device)
+        self.enabled = enabled
+
+    def update(self, overflow: Tensor) -> None:
+        if not self.enabled:
+            return
+        self.good_steps.copy_(torch.where(overflow, 0.0, self.good_steps + 1))
+        grow = self.good_steps >= MIN_LOSS_SCALE_STEPS
+        self.scale.mul_(torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0)))
+        self.good_steps.masked_fill_(grow, 0)
+
+
+def clip_(gradient: Tensor, max_norm: float | None) -> Tensor:
+    """Scale `gradient` in place to at most `max_norm`; returns the norm before, a device scalar."""
+    norm = torch.linalg.vector_norm(gradient)
+    if max_norm is not None:
+        gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def make_adamw(config: AdamWConfig, master: nn.Parameter) -> torch.optim.Optimizer:
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(
+        [master], lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[AdamWConfig, nn.Parameter], torch.optim.Optimizer]] = {"adamw": make_adamw}
+
+
+def learning_rate(schedule: ConstantConfig | CosineConfig, peak: float, step: int, steps: int) -> float:
+    """The learning rate of step `step` (0-based) of `steps`: a closed form, so that resuming needs no state."""
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    return peak * SCHEDULES[schedule.kind]((step - schedule.warmup_steps) / (steps - schedule.warmup_steps))
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+}
+
+
+def ema_decay(config: EmaConfig, step: int) -> float:
+    """The decay after `step` (1-based) steps, warmed up so that the initial weights are soon forgotten."""
+    return min(config.decay, (1 + step) / (10 + step))

@@ -1,0 +1,173 @@
+"""A dumped configuration loads back to the same configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from sd3tune.config import Config, dump_config, load_config, parse_config
+from sd3tune.config.schema import Section
+from sd3tune.config.shape import alternatives, item_of, sections_of
+from sd3tune.config.yaml12 import parse
+
+TEXT = st.one_of(
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=30),
+    st.sampled_from(
+        [
+            "no",
+            "on",
+            "1e-4",
+            "0o7",
+            "010",
+            "1_000",
+            "~",
+            "null",
+            "a: b",
+            "a #b",
+            "- a",
+            "!x",
+            "2024-01-01",
+            ".inf",
+        ]
+    ),
+    st.sampled_from(
+        [
+            " a ",
+            "a\nb",
+            "tab\there",
+            "'",
+            '"',
+            "\u2028",
+            "\x85",
+            "\ufeff",
+            "\x7f",
+            "=",
+            "<<",
+            "%x",
+            "...",
+            "---",
+        ]
+    ),
+)
+
+
+def configs() -> st.SearchStrategy[Config]:
+    """Configurations drawn from the schema itself; the few that break a rule between keys are left out."""
+    return section(Config).map(_valid).filter(bool)  # type: ignore[arg-type,return-value]
+
+
+def _valid(values: dict[str, Any]) -> Config | None:
+    try:
+        return Config.model_validate(values)
+    except ValidationError:
+        return None
+
+
+def section(kind: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
+    special = {
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True),
+        "resolution": st.integers(1, 256).map(lambda n: 16 * n),
+        "path": st.sampled_from(["/photos/no", "/a b/1e-4", "/'"]),
+        "cache_dir": st.sampled_from([None, "/cache"]),
+        "output_dir": st.sampled_from(["/out", "/#1"]),
+        "base": st.sampled_from(["tiny", "owner/name", "/abs: folder"]),
+    }
+    return st.fixed_dictionaries(
+        {
+            name: special.get(name) or values(field.annotation, field.metadata)
+            for name, field in kind.model_fields.items()
+        }
+    )
+
+
+def values(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
+    item = item_of(annotation)
+    strategies = [section(one) for one in sections_of(annotation)]
+    for kind in alternatives(annotation):
+        if kind is str:
+            strategies.append(TEXT)
+        elif kind in (int, float, bool, type(None)):
+            strategies.append(number(kind, metadata))
+        elif get_origin(kind) is list:
+            inner = get_args(item)[1:] if get_origin(item) is not None else ()
+            limits = [limit for info in inner if isinstance(info, FieldInfo) for limit in info.metadata]
+            length = (
+                {"min_size": 2, "max_size": 2}
+                if any(hasattr(m, "max_length") for m in metadata)
+                else {"min_size": 1}
+            )
+            strategies.append(st.lists(values(item, limits), **{"max_size": 3, **length}))
+        elif not (isinstance(kind, type) and issubclass(kind, Section)):
+            strategies.append(st.sampled_from(get_args(kind)))  # Literal
+    return st.one_of(strategies)
+
+
+def number(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
+    low = next(
+        (m.ge for m in metadata if hasattr(m, "ge")), next((m.gt for m in metadata if hasattr(m, "gt")), None)
+    )
+    high = next(
+        (m.le for m in metadata if hasattr(m, "le")), next((m.lt for m in metadata if hasattr(m, "lt")), None)
+    )
+    if kind is int:
+        return st.integers(
+            low, min(high if high is not None else 10**30, 2**63 - 1) if high is not None else None
+        )
+    if kind is float:
+        return st.floats(
+            0.0 if low is None else low,
+            high,
+            allow_infinity=False,
+            exclude_min=any(hasattr(m, "gt") for m in metadata),
+            exclude_max=any(hasattr(m, "lt") for m in metadata),
+        )
+    return st.booleans() if kind is bool else st.none()
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(config=configs())
+def test_load_of_dump_is_the_same_configuration(tmp_path: Path, config: Config) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path).config == config
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXT)
+def test_every_text_survives_in_yaml_1_1_and_1_2(text: str) -> None:
+    config = parse_config({"data": {"sources": [{"path": "/x", "caption": text}]}}).config
+    dumped = dump_config(config)
+    assert parse(dumped).value["data"]["sources"][0]["caption"] == text
+    assert yaml.safe_load(dumped)["data"]["sources"][0]["caption"] == text
+
+
+def test_the_dump_has_every_key_in_the_order_of_the_schema() -> None:
+    config = parse_config({"data": {"sources": [{"path": "x"}]}}).config
+    dumped = parse(dump_config(config)).value
+    assert list(dumped) == list(Config.model_fields)
+    assert list(dumped["train"]) == list(type(config.train).model_fields)
+
+
+def test_the_dump_describes_the_same_run_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("data: {sources: [{path: dog}]}")
+    config = load_config("run.yaml", ["model.base=./base"]).config
+    monkeypatch.chdir("there")
+    Path("config.yaml").write_text(dump_config(config))
+    assert load_config("config.yaml").config == config
+    assert os.path.isabs(config.output_dir or "")

@@ -1,0 +1,247 @@
+"""Loading: every problem at once, one line each, with the line of the file and the way out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sd3tune.config import Config, load_config, parse_config
+from sd3tune.errors import ConfigError
+
+MINIMAL = "data: {sources: [{path: ./dog, caption: a dog}]}\n"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text: str, *overrides: str) -> Config:
+    Path("run.yaml").write_text(text, encoding="utf-8")
+    return load_config("run.yaml", overrides).config
+
+
+def problems(text: str, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load(text, *overrides)
+    assert all("\n" not in problem for problem in caught.value.problems)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ("train: {steps: -5}", "train.steps: -5 is too small; at least 1"),
+        ("train: {steps: sixteen}", "train.steps: 'sixteen' is not an integer"),
+        ("train: {steps: 1e3}", "train.steps: 1000.0 is not an integer; write 1000"),
+        ("train: {steps: true}", "train.steps: true is not an integer"),
+        ("train: {steps: '16'}", "train.steps: '16' is not an integer; remove the quotes"),
+        ("train:", "train: is empty; leave it out or give it keys: steps, batch_size"),
+        ("train: 5", "train: 5 is not a section; its keys are steps, batch_size"),
+        ("method: {target_modules: x}", "method.target_modules: unknown key; did you mean 'targets'?"),
+        ("method: {kind: lokr}", "method.kind: 'lokr' is not one of: lora"),
+        ("method: {rank: 2000}", "method.rank: 2000 is too large; at most 1024"),
+        ("method: {alpha: 0}", "method.alpha: 0 is too small; must be above 0"),
+        ("method: {targets: 5}", "method.targets: 5 is neither 'attention' nor a list"),
+        ("method: {targets: [to_q, 5]}", "method.targets.1: 5 is not text; put it in quotes"),
+        ("method: {targets: []}", "method.targets: [] is empty: nothing would be trained"),
+        ("lr: 1e-4", "lr: unknown key; did you mean 'optimizer.lr'?"),
+        ("zzz: 1", "zzz: unknown key; the keys here are config_version, name"),
+        ("name: 5", "name: 5 is not text; put it in quotes"),
+        ("name: my lora", "name: 'my lora' cannot name a folder"),
+        ("name: '../up'", "name: '../up' cannot name a folder"),
+        ('name: "\\ud800"', "name: '\\ud800'"),
+        ("ema: 0.99", "ema: 0.99 is not a section; its keys are decay"),
+        ("hub: {repo_id: me/x}", "hub.repo_id: 'me/x' is not available yet; keep null"),
+        ("flow: {shift: high}", "flow.shift: 'high' is neither 'model' nor a number"),
+        ("flow: {shift: 0}", "flow.shift: 0 is too small; must be above 0"),
+        (
+            "flow: {timesteps: {kind: normal}}",
+            "flow.timesteps.kind: 'normal' is not one of: logit_normal, uniform",
+        ),
+        ("flow: {timesteps: {kind: [a]}}", "flow.timesteps.kind: ['a'] is not one of: logit_normal, uniform"),
+        ("flow: {timesteps: 5}", "flow.timesteps: 5 is not a section; its keys are kind, mean, std"),
+        ("flow: {timesteps: {std: 0}}", "flow.timesteps.std: 0 is too small; must be above 0"),
+        (
+            "flow: {weighting: {gamma: 5}}",
+            "flow.weighting.gamma: unknown key with kind none; it belongs to kind min_snr",
+        ),
+        ("optimizer: {lr: .inf}", "optimizer.lr: inf is not a finite number"),
+        ("optimizer: {lr: '1e-4'}", "optimizer.lr: '1e-4' is not a number"),
+        ("optimizer: {betas: [0.9]}", "optimizer.betas: [0.9] has 1 entry; at least 2"),
+        ("optimizer: {betas: [0.9, 1]}", "optimizer.betas.1: 1 is too large; must be below 1"),
+        ("preview: {prompts: ['']}", "preview.prompts.0: is empty"),
+        ("config_version: true", "config_version: true is not an integer"),
+        ("config_version: 0", "config_version: 0 is too small; at least 1"),
+        ("name: !!python/name:os.system x", "name: the tag !!python/name:os.system is not allowed"),
+        ("name: a\nname: b", "name: duplicate key; it is already on line 3"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_was_given_and_what_is_allowed(lines: str, problem: str) -> None:
+    (found,) = problems(f"# a comment\n{MINIMAL}{lines}\n")
+    line = 2 + len(lines.splitlines())
+    assert found.startswith(f"run.yaml:{line}: {problem}")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("name: x", "run.yaml: data: missing; for example `data: {sources: [{path: ./photos"),
+        ("name: x\ndata: {}", "run.yaml:2: data.sources: missing; for example `sources: [{path:"),
+        (
+            "data:\n  sources:\n  - caption: x",
+            "run.yaml:3: data.sources.0.path: missing; for example `path: ./photos`",
+        ),
+        ("data:\n  sources: []", "run.yaml:2: data.sources: [] has 0 entries; at least 1; for example"),
+        ("data:\n  sources: [{path: ''}]", "run.yaml:2: data.sources.0.path: is empty; for example"),
+        (
+            "data:\n  sources: [./dog]",
+            "run.yaml:2: data.sources.0: './dog' is not a section; its keys are path,",
+        ),
+        (
+            "data:\n  sources: [{path: a}]\n  resolution: 1000",
+            "run.yaml:3: data.resolution: 1000 must be a multiple of 16",
+        ),
+        ("data:\n  sources: [{path: a}]\n  flip: yes", "run.yaml:3: data.flip: 'yes' is not true or false"),
+        ("", "run.yaml: is empty"),
+        ("# only a comment", "run.yaml: is empty"),
+        ("- a", "run.yaml:1: a configuration is made of lines such as"),
+        ("just text", "run.yaml:1: a configuration is made of lines such as"),
+        ("name: x\n\tseed: 1", "run.yaml:2: a tab cannot indent"),
+    ],
+)
+def test_a_file_that_lacks_something_says_what(text: str, problem: str) -> None:
+    (found,) = problems(text)
+    assert found.startswith(problem)
+
+
+def test_all_problems_come_at_once_in_the_order_of_the_file() -> None:
+    found = problems(
+        "train:\n  steps: x\nname: 5\ndata:\n  sources: [{path: a}]\n  flop: true\nname: y\n", "seed=-1", "x"
+    )
+    assert [problem.split(": ")[0] for problem in found] == [
+        "run.yaml:2",
+        "run.yaml:3",
+        "run.yaml:6",
+        "run.yaml:7",
+        "override seed=-1",
+        "override x",
+    ]
+
+
+def test_a_problem_between_two_keys_has_the_line_of_the_first() -> None:
+    (found,) = problems(MINIMAL + "train:\n  steps: 10\nschedule:\n  warmup_steps: 10\n")
+    assert found.startswith("run.yaml:5: schedule.warmup_steps is 10 but train.steps is 10")
+
+
+def test_a_newer_version_says_to_upgrade_and_nothing_else() -> None:
+    (found,) = problems("config_version: 2\nsomething_new: 1\n")
+    assert found.startswith("run.yaml:1: config_version 2 is newer")
+    assert "pip install --upgrade sd3tune" in found
+
+
+def test_a_variant_without_a_kind_is_the_default_one() -> None:
+    config = load(MINIMAL + "flow: {timesteps: {mean: 0.5}}\nschedule: {warmup_steps: 3}\n")
+    assert config.flow.timesteps.kind == "logit_normal"
+    assert config.schedule.kind == "constant"
+
+
+def test_a_misspelt_file_gets_a_suggestion() -> None:
+    Path("dreambooth.yaml").write_text(MINIMAL)
+    with pytest.raises(ConfigError) as caught:
+        load_config("dreambooht.yaml")
+    assert caught.value.problems == ("dreambooht.yaml does not exist; did you mean dreambooth.yaml?",)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"name: a\nseed: \xe9\n", "run.yaml:2: byte 0xe9 is not UTF-8"),
+        (b"PK\x03\x04\x00\x00", "run.yaml is not a configuration: it holds binary data"),
+        (b"# " + b"x" * (1 << 20), "run.yaml is not a configuration: it is larger than 1 MiB"),
+    ],
+)
+def test_a_file_that_is_no_text_is_one_line(content: bytes, problem: str) -> None:
+    Path("run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config("run.yaml")
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith(problem)
+
+
+def test_a_folder_or_nothing_in_place_of_a_file() -> None:
+    Path("configs").mkdir()
+    Path("configs/a.yaml").write_text(MINIMAL)
+    with pytest.raises(ConfigError, match=r"^configs is a folder; name a YAML file in it, such as a\.yaml$"):
+        load_config("configs")
+    with pytest.raises(ConfigError, match=r"neither does the folder nowhere$"):
+        load_config("nowhere/a.yaml")
+
+
+def test_a_byte_order_mark_and_windows_lines_are_read() -> None:
+    Path("run.yaml").write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode() + b"name: caf\r\nseed: 3\r\n")
+    assert load_config("run.yaml").config.seed == 3
+
+
+def test_paths_in_a_file_are_relative_to_it_and_in_overrides_to_the_working_directory(tmp_path: Path) -> None:
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "run.yaml").write_text(
+        "output_dir: out\nmodel: {base: ../base}\ndata: {cache_dir: ~/cache, sources: [{path: dog}, {path: /abs/cat}]}\n"
+    )
+    config = load_config("configs/run.yaml").config
+    assert config.output_dir == str(folder / "out")
+    assert config.model.base == str(tmp_path / "base")
+    assert config.data.cache_dir == os.path.expanduser("~/cache")
+    assert [source.path for source in config.data.sources] == [str(folder / "dog"), "/abs/cat"]
+
+    overrides = ["data.sources.0.path=dog", "output_dir=out", "model.base=./base", "data.cache_dir=cache"]
+    config = load_config("configs/run.yaml", overrides).config
+    assert config.data.sources[0].path == str(tmp_path / "dog")
+    assert config.output_dir == str(tmp_path / "out")
+    assert config.model.base == str(tmp_path / "base")
+    assert config.data.cache_dir == str(tmp_path / "cache")
+
+    config = load_config("configs/run.yaml", ["data.sources=[{path: dog}]"]).config
+    assert config.data.sources[0].path == str(tmp_path / "dog")
+
+
+def test_without_an_output_dir_the_run_folder_is_named_after_the_run(tmp_path: Path) -> None:
+    assert load(MINIMAL + "name: rex").output_dir == str(tmp_path / "runs" / "rex")
+    assert load(MINIMAL).output_dir == str(tmp_path / "runs" / "my-lora")
+
+
+def test_a_base_is_a_folder_only_where_one_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "my" / "base").mkdir(parents=True)
+    bases = {
+        "tiny": "tiny",
+        "./tiny": str(tmp_path / "tiny"),
+        "my/base": str(tmp_path / "my" / "base"),
+        "owner/name": "owner/name",
+        "~/base": os.path.expanduser("~/base"),
+        "/base": "/base",
+    }
+    for written, resolved in bases.items():
+        assert load(MINIMAL + f"model: {{base: {written}}}").model.base == resolved
+
+
+def test_plain_values_are_checked_like_a_file(tmp_path: Path) -> None:
+    values = {"data": {"sources": [{"path": "dog"}]}, "train": {"steps": 5}}
+    config = parse_config(values, ["train.steps=7"], folder="/photos").config
+    assert config.data.sources[0].path == "/photos/dog"
+    assert config.train.steps == 7
+    assert values["train"] == {"steps": 5}
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**values, "traim": 1})
+    assert caught.value.problems == ("config: traim: unknown key; did you mean 'train'?",)
+
+
+def test_loading_imports_neither_torch_nor_numpy() -> None:
+    code = "import sys, sd3tune.config; print(sorted({'torch', 'numpy', 'diffusers'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"

@@ -1,0 +1,106 @@
+"""YAML is read as people mean it, and every problem has a line."""
+
+from __future__ import annotations
+
+import pytest
+
+from sd3tune.config.yaml12 import YamlError, parse
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1.5E3", 1500.0),
+        (".5", 0.5),
+        ("-.inf", float("-inf")),
+        ("16", 16),
+        ("010", 10),
+        ("0x1f", 31),
+        ("true", True),
+        ("~", None),
+        ("", None),
+    ],
+)
+def test_scalars_of_yaml_1_2(text: str, value: object) -> None:
+    read = parse(f"key: {text}").value["key"]
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["no", "on", "yes", "Off", "2024-01-01", "1:30", "1_000", "1e", "'1e-4'", '"true"']
+)
+def test_everything_else_is_text(text: str) -> None:
+    assert parse(f"key: {text}").value["key"] == text.strip("'\"")
+
+
+def test_every_key_path_has_its_line() -> None:
+    lines = parse("a: 1\nb:\n  - x: 1\n    y: {z: 2}\n  - 5\n").lines
+    assert lines[("a",)] == 1
+    assert lines[("b",)] == 2
+    assert lines[("b", 0, "y")] == 4
+    assert lines[("b", 0, "y", "z")] == 4
+    assert lines[("b", 1)] == 5
+
+
+def test_a_key_that_comes_twice_names_both_lines() -> None:
+    document = parse("a:\n  b: 1\n  c: 2\n  b: 3\n")
+    assert document.problems == [(("a", "b"), 4, "duplicate key; it is already on line 2")]
+
+
+def test_anchors_and_merge_keys() -> None:
+    document = parse("a: &one {x: 1, y: 2}\nb: *one\nc:\n  <<: *one\n  y: 3\n")
+    assert document.value["b"] == {"x": 1, "y": 2}
+    assert document.value["c"] == {"x": 1, "y": 3}
+    assert document.problems == []
+    assert document.lines[("c", "y")] == 5
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:os.system [ls]", "!!python/name:os.system", "!mine x", "!!set {a}"]
+)
+def test_tags_are_refused(tag: str) -> None:
+    document = parse(f"a: 1\nb: {tag}")
+    assert document.value["b"] is None
+    ((path, line, message),) = document.problems
+    assert (path, line) == (("b",), 2)
+    assert "not allowed" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("a: 1\n\tb: 2", 2, "a tab cannot"),
+        ("a:\n\tb: 2", 2, "a tab cannot"),
+        ("a: [1, 2\nb: 3", 2, "starts on line 1"),
+        ("a: b: c", 1, "a second ': '"),
+        ("a: 1\n---\nb: 2", 2, "a second document"),
+        ("a:\n  b: 1\n c: 2", 3, "wrong indentation"),
+        ("a: @x", 1, "put the value in quotes"),
+        ("a: 1\nb: *nowhere", 2, "undefined alias 'nowhere'"),
+        ("a: 1\nb: \x07", 2, "is not allowed"),
+        ("a: &loop [*loop]", 1, "contains itself"),
+        ("[" * 5000, 1, "nested too deeply"),
+    ],
+)
+def test_broken_text_is_one_line_with_a_number(text: str, line: int, message: str) -> None:
+    with pytest.raises(YamlError) as caught:
+        parse(text)
+    assert caught.value.line == line
+    assert message in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_anchors_cannot_multiply_without_end() -> None:
+    text = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+    for level in range(1, 10):
+        text += f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n"
+    with pytest.raises(YamlError, match="anchors multiply"):
+        parse(text)
+
+
+def test_a_number_too_long_to_read_is_a_problem() -> None:
+    document = parse("a: !!int x\nb: " + "9" * 5000)
+    assert document.problems[0][:2] == (("a",), 1)
+    assert document.problems[-1][2].endswith("cannot be read as int") or document.value["b"] > 0

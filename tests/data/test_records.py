@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sd3tune.config.schema import DataConfig
+from sd3tune.data.records import load_records, sample_indices
+from sd3tune.errors import DataError
+
+PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "dreambooth"
+
+
+def folder_of(path, *names):
+    path.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(path / name)
+    return path
+
+
+def config(*sources):
+    return DataConfig(sources=[{"path": str(path), **more} for path, more in sources], resolution=64)
+
+
+def problems(*sources):
+    with pytest.raises(DataError) as caught:
+        load_records(config(*sources))
+    return caught.value.problems
+
+
+def test_a_folder_with_one_caption(tmp_path):
+    folder_of(tmp_path / "dog", "b.png", "a.jpg", "c.WEBP")
+    records = load_records(config((tmp_path / "dog", {"caption": "a dog", "repeats": 3})))
+    assert [record.path.name for record in records] == ["a.jpg", "b.png", "c.WEBP"]
+    assert {(record.caption, record.repeats, record.source) for record in records} == {("a dog", 3, 0)}
+
+
+def test_a_sidecar_wins_over_the_folders_caption(tmp_path):
+    folder = folder_of(tmp_path / "dog", "a.png", "b.png")
+    (folder / "b.txt").write_text("\ufeff  ein Hund, müde \n", encoding="utf-8")
+    records = load_records(config((folder, {"caption": "a dog"})))
+    assert [record.caption for record in records] == ["a dog", "ein Hund, müde"]
+
+
+def test_an_empty_caption_of_the_folder_is_a_caption(tmp_path):
+    folder_of(tmp_path / "dog", "a.png")
+    assert load_records(config((tmp_path / "dog", {"caption": ""})))[0].caption == ""
+
+
+def test_other_files_hidden_files_and_subfolders_are_passed_over(tmp_path):
+    folder = folder_of(tmp_path / "dog", "a.png", ".b.png")
+    folder_of(folder / "more", "c.png")
+    folder_of(folder / "folder.png", "d.png")
+    (folder / "notes.md").write_text("x")
+    (folder / "._a.png").write_bytes(b"resource fork")
+    assert [r.path.name for r in load_records(config((folder, {"caption": "x"})))] == ["a.png"]
+
+
+def test_sources_keep_their_order_and_their_number(tmp_path):
+    folder_of(tmp_path / "z", "1.png")
+    folder_of(tmp_path / "a", "2.png")
+    records = load_records(config((tmp_path / "z", {"caption": "z"}), (tmp_path / "a", {"caption": "a"})))
+    assert [(record.source, record.path.name) for record in records] == [(0, "1.png"), (1, "2.png")]
+
+
+def test_repeats_become_samples(tmp_path):
+    folder_of(tmp_path / "a", "1.png", "2.png")
+    folder_of(tmp_path / "b", "3.png")
+    records = load_records(
+        config((tmp_path / "a", {"caption": "a"}), (tmp_path / "b", {"caption": "b", "repeats": 3}))
+    )
+    assert sample_indices(records) == [0, 1, 2, 2, 2]
+
+
+def test_all_problems_come_at_once_one_line_each(tmp_path):
+    folder = folder_of(tmp_path / "dog", "fine.png", "uncaptioned.png")
+    (folder / "fine.txt").write_text("a dog")
+    (folder / "text.png").write_text("this is text")
+    (folder / "nothing.jpg").write_bytes(b"")
+    (folder / "blank.txt").write_text(" \n")
+    folder_of(folder, "blank.png")
+    folder_of(folder, "latin.png")
+    (folder / "latin.txt").write_bytes("un chien f\u00e2ch\u00e9".encode("latin-1"))
+    empty = folder_of(tmp_path / "empty")
+    parent = folder_of(tmp_path / "parent")
+    folder_of(parent / "child", "a.png")
+    found = problems(
+        (folder, {}), (empty, {}), (parent, {}), (tmp_path / "gone", {}), (folder / "fine.png", {})
+    )
+    assert all("\n" not in line for line in found)
+    expected = {
+        "blank.txt": "is empty",
+        "latin.txt": "UTF-8",
+        "nothing.jpg": "0 bytes",
+        "text.png": "not an image",
+        "uncaptioned.png": "uncaptioned.txt",
+        "empty": "holds no images",
+        "parent": str(parent / "child"),
+        "gone": "no such folder",
+        "fine.png": "is a file",
+    }
+    assert len(found) == len(expected)
+    for line, (name, says) in zip(found, expected.items(), strict=True):
+        assert line.split(": ")[0].endswith(f"/{name}")
+        assert says in line
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the real photos are not here")
+def test_real_photos():
+    records = load_records(config((PHOTOS / "dog", {"caption": "a photo of sks dog"})))
+    assert [record.path.name for record in records] == [f"{number:02}.jpg" for number in range(5)]

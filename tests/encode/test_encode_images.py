@@ -1,0 +1,246 @@
+import os
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sd3tune.config.schema import DataConfig
+from sd3tune.data.records import Record, load_records
+from sd3tune.data.store import Store
+from sd3tune.encode import images
+from sd3tune.encode.images import encode_images
+from sd3tune.errors import DataError
+from sd3tune.model.components import load_pipeline
+
+PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "dreambooth"
+
+
+def save_noise(path, height, width, seed):
+    rng = np.random.default_rng(seed)
+    Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def records(tmp_path):
+    folder = tmp_path / "dog"
+    folder.mkdir()
+    for number in range(5):
+        save_noise(folder / f"{number}.png", 64 + 8 * number, 96, number)
+    return [Record(folder / f"{number}.png", f"dog {number}", 1, 0) for number in range(5)]
+
+
+def encode(base, records, store, resolution=64, dtype=torch.float32, **more):
+    return encode_images(base, records, store, resolution=resolution, dtype=dtype, **more)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The pixels of every image that really went through the VAE."""
+    calls = []
+    genuine = images.encode_moments
+
+    def noted(vae, pixels):
+        calls.append(pixels)
+        return genuine(vae, pixels)
+
+    monkeypatch.setattr(images, "encode_moments", noted)
+    return calls
+
+
+def moments_by_diffusers(pipeline, image):
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(pipeline.image_processor.preprocess(image)).latent_dist
+    return posterior.mean[0], posterior.std[0]
+
+
+@pytest.fixture(scope="module")
+def pipeline(base):
+    return load_pipeline(base, torch.float32)
+
+
+def test_stored_moments_equal_the_vaes_own_on_the_pipelines_preprocessing(base, pipeline, records, tmp_path):
+    store = Store(tmp_path / "s")
+    keys, _ = encode(base, records, store, flip=True)
+    for record, (plain, mirrored) in zip(records, keys, strict=True):
+        image = Image.open(record.path)
+        short = min(image.size)  # the first image is of the target's height already, the others are scaled
+        scaled = image.resize(
+            (round(image.width * 64 / short), round(image.height * 64 / short)), Image.Resampling.LANCZOS
+        )
+        left, top = (scaled.width - 64) // 2, (scaled.height - 64) // 2
+        cut = scaled.crop((left, top, left + 64, top + 64))
+        for key, expected in ((plain, cut), (mirrored, cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT))):
+            mean, std = moments_by_diffusers(pipeline, expected)
+            found = store.get(key)
+            assert found["mean"].dtype == found["std"].dtype == torch.float32
+            assert torch.equal(found["mean"], mean)
+            assert torch.equal(found["std"], std)
+
+
+def test_keys_follow_the_records_through_any_order(base, records, tmp_path):
+    store = Store(tmp_path / "s")
+    keys, _ = encode(base, records, store)
+    shuffled = [records[index] for index in (3, 0, 4, 2, 1)]
+    again, _ = encode(base, shuffled, store)
+    assert again == [keys[index] for index in (3, 0, 4, 2, 1)]
+    assert len({key for (key,) in keys}) == 5
+
+
+def test_the_vae_is_freed_and_loaded_only_when_something_is_missing(base, records, tmp_path, monkeypatch):
+    genuine, loaded = images.load_vae, []
+
+    def watched(*args, **kwargs):
+        vae = genuine(*args, **kwargs)
+        loaded.append(weakref.ref(vae))
+        return vae
+
+    monkeypatch.setattr(images, "load_vae", watched)
+    first, report = encode(base, records, Store(tmp_path / "s"))
+    assert report.summary().startswith("images: 5, all new, ")
+    assert [vae() for vae in loaded] == [None]
+    again, report = encode(base, records, Store(tmp_path / "s"))
+    assert again == first
+    assert len(loaded) == 1
+    assert report.summary() == "images: 5, all reused"
+
+
+def test_renaming_and_touching_change_nothing(base, records, tmp_path, encoded):
+    keys, _ = encode(base, records, Store(tmp_path / "s"))
+    encoded.clear()
+    os.utime(records[0].path, (0, 0))
+    moved = tmp_path / "elsewhere.png"
+    records[1].path.rename(moved)
+    renamed = [records[0], Record(moved, "dog", 1, 0), *records[2:]]
+    again, report = encode(base, renamed, Store(tmp_path / "s"))
+    assert again == keys
+    assert encoded == []
+    assert report.reused == 5
+
+
+def test_one_changed_byte_encodes_that_image_alone_and_says_so(base, records, tmp_path, encoded):
+    keys, _ = encode(base, records, Store(tmp_path / "s"))
+    encoded.clear()
+    save_noise(records[3].path, 64, 64, seed=77)
+    again, report = encode(base, records, Store(tmp_path / "s"))
+    assert len(encoded) == 1
+    assert [number for number in range(5) if keys[number] != again[number]] == [3]
+    assert report.summary() == "images: 1 of 5 re-encoded: image changed"
+    content = records[4].path.read_bytes()
+    records[4].path.write_bytes(content + b"\0")  # after the image's end: the same pixels, other bytes
+    assert encode(base, records, Store(tmp_path / "s"))[0][4] != again[4]
+
+
+def test_a_new_image_and_another_resolution_are_told_apart(base, records, tmp_path):
+    encode(base, records[:3], Store(tmp_path / "s"))
+    _, report = encode(base, records, Store(tmp_path / "s"))
+    assert report.summary() == "images: 2 of 5 encoded: new"
+    _, report = encode(base, records, Store(tmp_path / "s"), resolution=32)
+    assert report.summary() == "images: 5 of 5 re-encoded: settings changed"
+
+
+def test_more_variants_encode_only_what_is_new(base, records, tmp_path, encoded):
+    few, _ = encode(base, records, Store(tmp_path / "s"), crop_variants=2)
+    encoded.clear()
+    many, _ = encode(base, records, Store(tmp_path / "s"), crop_variants=4)
+    assert [keys[:2] for keys in many] == few
+    assert len(encoded) == len({key for keys in many for key in keys} - {key for keys in few for key in keys})
+
+
+def test_copies_of_an_image_are_encoded_once(base, records, tmp_path, encoded):
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(records[0].path.read_bytes())
+    keys, _ = encode(base, [*records, Record(copy, "copy", 1, 0)], Store(tmp_path / "s"))
+    assert len(encoded) == 5
+    assert keys[5] == keys[0]
+
+
+def test_fp16_runs_the_vae_in_fp32(base, records, tmp_path, monkeypatch):
+    genuine, dtypes = images.load_vae, []
+    monkeypatch.setattr(
+        images, "load_vae", lambda b, dtype, device: dtypes.append(dtype) or genuine(b, dtype, device)
+    )
+    half, _ = encode(base, records, Store(tmp_path / "s"), dtype=torch.float16)
+    assert dtypes == [torch.float32]
+    assert encode(base, records, Store(tmp_path / "s"))[0] == half
+    assert encode(base, records, Store(tmp_path / "s"), dtype=torch.bfloat16)[0] != half
+
+
+def test_all_unreadable_files_are_named_before_a_model_is_loaded(base, records, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "load_vae", None)
+    for record in records[1:3]:
+        record.path.write_bytes(record.path.read_bytes()[:2000])  # the header is sound
+    with pytest.raises(DataError) as caught:
+        encode(base, records, Store(tmp_path / "s"))
+    assert [line.split(":")[0] for line in caught.value.problems] == [str(r.path) for r in records[1:3]]
+
+
+def test_an_image_that_changes_while_others_are_encoded_is_refused(base, records, tmp_path, monkeypatch):
+    genuine = images.load_vae
+
+    def meanwhile(*args):
+        save_noise(records[4].path, 64, 64, seed=5)
+        return genuine(*args)
+
+    monkeypatch.setattr(images, "load_vae", meanwhile)
+    with pytest.raises(DataError, match=r"4\.png: changed while images were being encoded"):
+        encode(base, records, Store(tmp_path / "s"))
+
+
+def test_an_interrupted_pass_resumes_with_what_is_missing(base, records, tmp_path, encoded, monkeypatch):
+    noted = images.encode_moments
+
+    def interrupted(vae, pixels):
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        return noted(vae, pixels)
+
+    monkeypatch.setattr(images, "encode_moments", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode(base, records, Store(tmp_path / "s"))
+    monkeypatch.setattr(images, "encode_moments", noted)
+    keys, report = encode(base, records, Store(tmp_path / "s"))
+    assert len(encoded) == 5
+    assert report.summary() == "images: 2 of 5 encoded: new"
+    assert not Store(tmp_path / "s").missing(key for of in keys for key in of)
+
+
+def test_ranks_share_the_work_and_know_all_keys(base, records, tmp_path, encoded):
+    for number in range(5, 10):
+        save_noise(tmp_path / f"{number}.png", 64, 64, number)
+        records.append(Record(tmp_path / f"{number}.png", "dog", 1, 0))
+    stores = [Store(tmp_path / "s") for _ in range(2)]
+    keys, _ = encode(base, records, stores[0], rank=0, world=2)
+    assert 0 < len(encoded) < 10
+    assert encode(base, records, stores[1], rank=1, world=2)[0] == keys
+    assert len(encoded) == 10
+    for store in stores:
+        store.refresh()
+        assert not store.missing(key for of in keys for key in of)
+
+
+def test_small_images_are_reported_every_time(base, records, tmp_path):
+    for _ in range(2):
+        _, report = encode(base, records, Store(tmp_path / "s"), resolution=80)
+        (warning,) = report.warnings
+        assert warning.startswith("2 images are smaller than 80 px")
+        assert "0.png, 1.png" in warning
+    assert encode(base, records, Store(tmp_path / "s"), resolution=64)[1].warnings == []
+
+
+def test_the_announced_bytes_are_those_that_are_written(base, records, tmp_path):
+    store = Store(tmp_path / "s")
+    keys, report = encode(base, records, store, crop_variants=3, flip=True)
+    assert report.nbytes == store.nbytes(key for of in keys for key in of)
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the real photos are not here")
+def test_real_photos(base, pipeline, tmp_path):
+    data = DataConfig(sources=[{"path": str(PHOTOS / "dog"), "caption": "a dog"}], resolution=128)
+    records = load_records(data)
+    store = Store(tmp_path / "s")
+    keys, report = encode(base, records, store, resolution=128, crop_variants=2, flip=True)
+    assert report.encoded == len(records) == 5
+    assert all(store.get(key)["mean"].isfinite().all() for of in keys for key in of)
