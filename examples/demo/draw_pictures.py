@@ -1,6 +1,6 @@
 """Draws the six pictures that `sd3tune demo` trains on: one toy robot in six places.
 
-    python examples/demo/draw_pictures.py sd3tune/assets/demo
+python examples/demo/draw_pictures.py sd3tune/assets/demo
 """
 
 from __future__ import annotations

@@ -98,12 +98,23 @@ def infer(
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
         raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
     wide_high = parse_size(size)
-    from sd3tune.jobs.infer import Request, run_infer
+    from sd3tune.jobs.conditions import Request
+    from sd3tune.jobs.infer import run_infer
 
     request = Request(
-        loras=lora or [], prompt=prompt, out=out, negative=negative, seed=seed, steps=steps, guidance=guidance,
-        size=wide_high, num=num, base=base, dtype=dtype, before=before,
-    )  # fmt: skip
+        loras=lora or [],
+        prompt=prompt,
+        out=out,
+        negative=negative,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        size=wide_high,
+        num=num,
+        base=base,
+        dtype=dtype,
+        before=before,
+    )
     for path in run_infer(request):
         print(path)
 
@@ -131,13 +142,13 @@ def schema() -> None:
 
 
 @base_app.command()
-def path(name: Annotated[str, typer.Argument(help="tiny, tiny-sd3, tiny-sd35-medium or tiny-sd35-large.")]) -> None:
+def path(
+    name: Annotated[str, typer.Argument(help="tiny, tiny-sd3, tiny-sd35-medium or tiny-sd35-large.")],
+) -> None:
     """Print the diffusers folder of an offline base, built on first use."""
-    from sd3tune.model.bases import TINY_SHAPES, resolve_base
+    from sd3tune.jobs.bases import base_path
 
-    if name not in TINY_SHAPES:
-        raise ConfigError(f"{name}: not an offline base; one of {', '.join(TINY_SHAPES)}")
-    print(resolve_base(name).path)
+    print(base_path(name))
 
 
 def parse_size(size: str | None) -> tuple[int, int] | None:
@@ -180,5 +191,3 @@ def run() -> None:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
-
-

@@ -20,7 +20,13 @@ class _Dumper(yaml.SafeDumper):
         super().increase_indent(flow, indentless=False)
 
 
-_Dumper.yaml_implicit_resolvers = {key: list(value) for key, value in _Dumper.yaml_implicit_resolvers.items()}
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Plain and single-quoted text loses unusual line breaks in PyYAML; double quotes escape them."""
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 add_scalars(_Dumper)
 
 

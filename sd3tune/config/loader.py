@@ -17,7 +17,7 @@ from sd3tune import __version__
 from sd3tune.config.overrides import Origin, Tree, apply_overrides
 from sd3tune.config.problems import dotted, explain
 from sd3tune.config.schema import CONFIG_VERSION, OFFLINE_BASES, Config
-from sd3tune.config.shape import fill_kinds
+from sd3tune.config.shape import fill_kinds, value_at
 from sd3tune.config.yaml12 import KeyPath, YamlError, parse
 from sd3tune.errors import ConfigError
 
@@ -49,9 +49,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if document.value is None:
         raise ConfigError(f"{source}: is empty; a configuration names at least data.sources")
     if not isinstance(document.value, dict):
-        raise ConfigError(
-            f"{source}:{document.lines[()]}: a configuration is made of lines such as `name: my-lora`"
-        )
+        raise ConfigError(f"{source}:{document.lines[()]}: a configuration is made of lines such as `name: my-lora`")
 
     def at(line: int) -> Origin:
         return Origin(f"{source}:{line}", (0, line))
@@ -85,9 +83,7 @@ def json_schema() -> dict[str, Any]:
 def _without_discriminators(node: Any) -> Any:
     """anyOf for pydantic's oneOf: `kind` may be left out, so a section can fit several variants."""
     if isinstance(node, dict):
-        renamed = {
-            "anyOf" if key == "oneOf" else key: inner for key, inner in node.items() if key != "discriminator"
-        }
+        renamed = {"anyOf" if key == "oneOf" else key: inner for key, inner in node.items() if key != "discriminator"}
         return {key: _without_discriminators(inner) for key, inner in renamed.items()}
     return [_without_discriminators(inner) for inner in node] if isinstance(node, list) else node
 
@@ -113,9 +109,7 @@ def _read(source: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         byte = data[error.start]
-        raise ConfigError(
-            f"{source}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
-        ) from None
+        raise ConfigError(f"{source}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
 
 
 def _yaml_files_in(folder: Path) -> str:
@@ -141,9 +135,9 @@ def _checked(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig
     try:
         config = Config.model_validate(tree.values)
     except ValidationError as error:
-        known_bad = {path for path, _, _ in tree.problems}
+        unreadable = {path for path, _, _ in tree.problems if path and value_at(tree.values, path) is None}
         for path, message in explain(error.errors(include_url=False), tree.values):
-            if path not in known_bad:
+            if path not in unreadable:
                 tree.problems.append((path, tree.origin(path or _first_key(message)), message))
     if config is None or tree.problems:
         ordered = sorted(tree.problems, key=lambda problem: problem[1].order)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from sd3tune.config.problems import dotted, shown
-from sd3tune.config.shape import child, field_at, item_of, kind_of, section_at, sections_of
+from sd3tune.config.shape import child, field_at, item_of, kind_of, section_at, sections_of, value_at
 from sd3tune.config.yaml12 import KeyPath, YamlError, parse
 
 
@@ -136,13 +136,9 @@ def _drop_keys_of_former_kinds(tree: Tree, before: dict[str, Any]) -> None:
         former, current = section_at(before, section), section_at(tree.values, section)
         if former is None or current is None or former is current:
             continue
-        values: dict[str, Any] = tree.values
-        for step in section:
-            values = child(values, step)
+        values = value_at(tree.values, section)
         for key in list(values):
             inherited = tree.origin((*section, key)).override is None
             if inherited and key in former.model_fields and key not in current.model_fields:
                 dropped = f"{dotted((*section, key))}: {shown(values.pop(key))}"
-                tree.notes.append(
-                    f"{origin.label}: dropped {dropped}, which kind {kind_of(current)} does not have"
-                )
+                tree.notes.append(f"{origin.label}: dropped {dropped}, which kind {kind_of(current)} does not have")

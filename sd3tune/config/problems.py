@@ -63,9 +63,7 @@ def _key_path(error: ErrorDetails, tree: Any) -> KeyPath:
     path: list[str | int] = []
     value = tree
     for step in error["loc"]:
-        known = (
-            step in value if isinstance(value, dict) else isinstance(step, int) and isinstance(value, list)
-        )
+        known = step in value if isinstance(value, dict) else isinstance(step, int) and isinstance(value, list)
         if known:
             path.append(step)
             value = child(value, step)
@@ -111,9 +109,7 @@ def _single(path: KeyPath, error: ErrorDetails, tree: Any) -> str:
     if kind in _SECTION_TYPES:
         return f"{shown(given)} is not a section; its keys are {_keys(path, tree)}"
     if kind == "literal_error":
-        return (
-            f"{shown(given)} is not one of: {context['expected'].replace(chr(39), '').replace(' or ', ', ')}"
-        )
+        return f"{shown(given)} is not one of: {context['expected'].replace(chr(39), '').replace(' or ', ', ')}"
     if kind == "union_tag_invalid":
         return f"{shown(child(given, 'kind'))} is not one of: {context['expected_tags'].replace(chr(39), '')}"
     if kind in ("too_short", "too_long"):

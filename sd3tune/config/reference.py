@@ -117,9 +117,7 @@ def _value(annotation: Any, metadata: list[Any]) -> str:
     """What a key takes, in words: `integer >= 1`, `a` or `b`, list of numbers."""
     if get_origin(annotation) is Annotated:
         inner, *extra = get_args(annotation)
-        constraints = [
-            item for info in extra for item in (info.metadata if isinstance(info, FieldInfo) else [info])
-        ]
+        constraints = [item for info in extra for item in (info.metadata if isinstance(info, FieldInfo) else [info])]
         return _value(inner, [*metadata, *constraints])
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{choice}`" for choice in get_args(annotation))

@@ -35,17 +35,13 @@ class ModelConfig(Section):
         description="A Hub id, a folder in diffusers' layout, or an offline base: `tiny` (= "
         "`tiny-sd35-medium`), `tiny-sd3`, `tiny-sd35-large`.",
     )
-    revision: str | None = Field(
-        None, description="Branch, tag or commit of a Hub base; null takes its main branch."
-    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub base; null takes its main branch.")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="Precision of the frozen base: auto is fp32 on the CPU, bf16 on a GPU that has it, else "
         "fp16. The adapter's masters, gradient sums, EMA and optimizer state are fp32 always.",
     )
-    quantize: Literal["none"] = Field(
-        "none", description="Quantisation of the frozen base: only none so far."
-    )
+    quantize: Literal["none"] = Field("none", description="Quantisation of the frozen base: only none so far.")
     max_sequence_length: int = Field(
         256,
         ge=1,
@@ -63,9 +59,7 @@ class LoraConfig(Section):
     """Low-rank adapters on the transformer's attention (LoRA, Hu et al. 2021)."""
 
     kind: Literal["lora"] = Field("lora", description="Train a LoRA adapter.")
-    rank: int = Field(
-        16, ge=1, le=1024, description="Rank of each adapter pair; file size grows in proportion."
-    )
+    rank: int = Field(16, ge=1, le=1024, description="Rank of each adapter pair; file size grows in proportion.")
     alpha: float = Field(16.0, gt=0, description="The adapter's output is scaled by alpha / rank.")
     targets: Literal["attention"] | list[str] = Field(
         "attention",
@@ -78,9 +72,7 @@ class LoraConfig(Section):
     @classmethod
     def _some_target(cls, targets: str | list[str]) -> str | list[str]:
         if targets == []:
-            raise ValueError(
-                "is empty: nothing would be trained; use `attention` or name at least one module"
-            )
+            raise ValueError("is empty: nothing would be trained; use `attention` or name at least one module")
         return targets
 
 
@@ -90,9 +82,7 @@ MethodConfig = LoraConfig
 class SourceConfig(Section):
     """A folder of images."""
 
-    path: str = Field(
-        min_length=1, examples=["./photos"], description="Folder with images; relative to the YAML file."
-    )
+    path: str = Field(min_length=1, examples=["./photos"], description="Folder with images; relative to the YAML file.")
     caption: str | None = Field(
         None, description="Caption for every image of the folder; a `.txt` file beside an image wins over it."
     )
@@ -136,9 +126,7 @@ class DataConfig(Section):
 class LogitNormalConfig(Section):
     """sigma = sigmoid(n), n ~ Normal(mean, std) (Esser et al. 2024, section 3.1)."""
 
-    kind: Literal["logit_normal"] = Field(
-        "logit_normal", description="Logit-normal sigmas: the middle is favoured."
-    )
+    kind: Literal["logit_normal"] = Field("logit_normal", description="Logit-normal sigmas: the middle is favoured.")
     mean: float = Field(0.0, description="Mean of logit(sigma); positive means more noise.")
     std: float = Field(1.0, gt=0, description="Standard deviation of logit(sigma).")
 
@@ -177,9 +165,7 @@ class FlowConfig(Section):
         description="Maps sigma to shift*s / (1 + (shift-1)*s) after drawing; `model` is the base "
         "scheduler's own (3.0 for SD3), 1.0 leaves sigma as drawn.",
     )
-    weighting: WeightingConfig = Field(
-        default_factory=NoWeightingConfig, description="Weight of the loss by sigma."
-    )
+    weighting: WeightingConfig = Field(default_factory=NoWeightingConfig, description="Weight of the loss by sigma.")
 
 
 class AdamWConfig(Section):
@@ -191,9 +177,7 @@ class AdamWConfig(Section):
         default=[0.9, 0.999], min_length=2, max_length=2, description="Decay rates of the two moments."
     )
     eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
-    weight_decay: float = Field(
-        1e-4, ge=0, description="Decoupled weight decay, multiplied by the learning rate."
-    )
+    weight_decay: float = Field(1e-4, ge=0, description="Decoupled weight decay, multiplied by the learning rate.")
 
 
 OptimizerConfig = AdamWConfig
@@ -203,18 +187,14 @@ class ConstantConfig(Section):
     """The same learning rate throughout, after the warm-up."""
 
     kind: Literal["constant"] = Field("constant", description="Constant learning rate.")
-    warmup_steps: int = Field(
-        0, ge=0, description="Steps over which the learning rate rises linearly to its peak."
-    )
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly to its peak.")
 
 
 class CosineConfig(Section):
     """Half a cosine from the peak to zero, after the warm-up."""
 
     kind: Literal["cosine"] = Field("cosine", description="Cosine decay to zero at the last step.")
-    warmup_steps: int = Field(
-        0, ge=0, description="Steps over which the learning rate rises linearly to its peak."
-    )
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly to its peak.")
 
 
 ScheduleConfig = Annotated[ConstantConfig | CosineConfig, Field(discriminator="kind")]
@@ -236,17 +216,13 @@ class TrainConfig(Section):
         description="`block` recomputes each transformer block in the backward pass: a tenth of the "
         "activations for a third more time.",
     )
-    log_every: int = Field(
-        10, ge=1, description="Steps between refreshes of the progress line and metrics file."
-    )
+    log_every: int = Field(10, ge=1, description="Steps between refreshes of the progress line and metrics file.")
 
 
 class EmaConfig(Section):
     """An exponential moving average of the adapter, in fp32."""
 
-    decay: float = Field(
-        0.99, ge=0, lt=1, description="Decay per step, reached through min(decay, (1+t)/(10+t))."
-    )
+    decay: float = Field(0.99, ge=0, lt=1, description="Decay per step, reached through min(decay, (1+t)/(10+t)).")
 
 
 class CheckpointConfig(Section):
@@ -259,17 +235,13 @@ class CheckpointConfig(Section):
 class PreviewConfig(Section):
     """Images drawn while training, by the sampler that `infer` uses."""
 
-    every: int = Field(
-        100, ge=1, description="Steps between previews; also before the first and after the last step."
-    )
+    every: int = Field(100, ge=1, description="Steps between previews; also before the first and after the last step.")
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[], description="One image a prompt; an empty list draws nothing."
     )
     steps: int = Field(28, ge=1, le=1000, description="Denoising steps per image.")
     guidance: float = Field(7.0, ge=0, description="Classifier-free guidance scale; 1 or less turns it off.")
-    seed: int = Field(
-        0, ge=0, lt=2**63, description="Seed of the first prompt's noise; the next has seed + 1."
-    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the first prompt's noise; the next has seed + 1.")
 
 
 class ValidationConfig(Section):
@@ -304,9 +276,7 @@ class Config(Section):
         description="Name of the run and of its folder: letters, digits, `.`, `_` and `-`.",
         json_schema_extra={"pattern": _NAME.pattern},
     )
-    seed: int = Field(
-        0, ge=0, lt=2**63, description="Order, crops, sigmas, noise and initial weights follow from it."
-    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Order, crops, sigmas, noise and initial weights follow from it.")
     output_dir: str | None = Field(
         None,
         description="The run folder, relative to the YAML file; null: `runs/{name}` where sd3tune starts.",
@@ -322,9 +292,7 @@ class Config(Section):
     schedule: ScheduleConfig = Field(default_factory=ConstantConfig, description="Learning rate over time.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="Length, batch and memory.")
     ema: EmaConfig | None = Field(None, description="Average the adapter; null turns it off.")
-    checkpoint: CheckpointConfig = Field(
-        default_factory=CheckpointConfig, description="What a run resumes from."
-    )
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="What a run resumes from.")
     preview: PreviewConfig = Field(default_factory=PreviewConfig, description="Images while training.")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="Held-out loss.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Experiment trackers.")
@@ -334,9 +302,7 @@ class Config(Section):
     @classmethod
     def _a_folder_name(cls, name: str) -> str:
         if not _NAME.fullmatch(name):
-            raise ValueError(
-                "cannot name a folder; use letters, digits, '.', '_' and '-', a letter or digit first"
-            )
+            raise ValueError("cannot name a folder; use letters, digits, '.', '_' and '-', a letter or digit first")
         return name
 
     @model_validator(mode="after")

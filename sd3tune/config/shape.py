@@ -80,10 +80,14 @@ def field_at(tree: Any, path: KeyPath) -> FieldInfo | None:
 def section_at(tree: Any, path: KeyPath) -> type[Section] | None:
     """The section at a key path, as `tree` selects it; None when a plain value, or nothing, is there."""
     field = field_at(tree, path)
-    value = tree
+    return None if field is None else variant(field, value_at(tree, path))
+
+
+def value_at(tree: Any, path: KeyPath) -> Any:
+    """What was written at a key path, or None."""
     for step in path:
-        value = child(value, step)
-    return None if field is None else variant(field, value)
+        tree = child(tree, step)
+    return tree
 
 
 def child(value: Any, step: str | int) -> Any:

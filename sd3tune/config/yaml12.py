@@ -21,9 +21,7 @@ _SCALARS = {
     "null": (re.compile(r"~|null|Null|NULL|"), "~nN\0"),
     "int": (re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"), "-+0123456789"),
     "float": (
-        re.compile(
-            r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-        ),
+        re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
         "-+.0123456789",
     ),
 }
@@ -188,9 +186,7 @@ def _explained(error: yaml.YAMLError, text: str) -> YamlError:
     """One line out of PyYAML's several."""
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
-        return YamlError(
-            line, f"the character {chr(error.character)!r} is not allowed; use an escape in double quotes"
-        )
+        return YamlError(line, f"the character {chr(error.character)!r} is not allowed; use an escape in double quotes")
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return YamlError(1, " ".join(str(error).split()))
     line, problem = error.problem_mark.line + 1, error.problem or "not YAML"

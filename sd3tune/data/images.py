@@ -108,9 +108,7 @@ def is_smaller(image_size: tuple[int, int], target: tuple[int, int]) -> bool:
     return image_size[0] < target[0] or image_size[1] < target[1]
 
 
-def crops(
-    image_size: tuple[int, int], target: tuple[int, int], variants: int, flip: bool, digest: str
-) -> list[Crop]:
+def crops(image_size: tuple[int, int], target: tuple[int, int], variants: int, flip: bool, digest: str) -> list[Crop]:
     """The cuts of one image: variant 0 is centred, the others lie at random; `flip` adds each mirrored.
 
     A pure function of its arguments: `digest`, the SHA-256 of the file, seeds the positions. Always
@@ -143,12 +141,13 @@ def cover(image: Image.Image, target: tuple[int, int]) -> Image.Image:
 
 
 def pixels(image: Image.Image, crop: Crop) -> torch.Tensor:
-    """The cut as fp32 [3, h, w] in [-1, 1], bit-equal to diffusers' `VaeImageProcessor` on the cut image.
+    """The cut as fp32 [1, 3, h, w] in [-1, 1], bit-equal to diffusers' `VaeImageProcessor` on the cut image.
 
-    `image` may already be scaled by `cover`, which saves doing so for every cut.
+    Its memory layout is the same too, channels last: in another, convolutions round otherwise. `image` may
+    already be scaled by `cover`, which saves doing so for every cut.
     """
     cut = cover(image, crop.size).crop(crop.box)
     if crop.flip:
         cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    scaled = np.array(cut).astype(np.float32) / 255.0
-    return 2.0 * torch.from_numpy(scaled.transpose(2, 0, 1).copy()) - 1.0
+    scaled = np.array(cut)[None].astype(np.float32) / 255.0
+    return 2.0 * torch.from_numpy(scaled.transpose(0, 3, 1, 2)) - 1.0

@@ -66,9 +66,7 @@ def _image_files(folder: Path) -> list[Path]:
         raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
     if not found:
         with_images = sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and any(_images_in(sub)))
-        hint = (
-            f"; subfolders are not read: name one, such as {folder / with_images[0]}" if with_images else ""
-        )
+        hint = f"; subfolders are not read: name one, such as {folder / with_images[0]}" if with_images else ""
         raise DataError(f"{folder}: holds no images ({' '.join(EXTENSIONS)}){hint}")
     return found
 

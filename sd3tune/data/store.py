@@ -90,25 +90,17 @@ class Store:
             with self._lock:
                 shard = self._open.get(entry.shard)
                 if shard is None:
-                    shard = self._open[entry.shard] = safe_open(
-                        str(entry.shard), framework="pt", device="cpu"
-                    )
+                    shard = self._open[entry.shard] = safe_open(str(entry.shard), framework="pt", device="cpu")
             return {name: shard.get_tensor(f"{key}/{name}") for name in entry.names}
         except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"{entry.shard}: cannot be read any more ({error}); run again to encode it anew"
-            ) from None
+            raise RunError(f"{entry.shard}: cannot be read any more ({error}); run again to encode it anew") from None
 
     def refresh(self) -> None:
         """Take in the shards that other processes have finished; warn of those that cannot be read."""
         try:
-            found = sorted(
-                path for path in self.root.glob(f"{_PREFIX}*{_SUFFIX}") if path not in self._shards
-            )
+            found = sorted(path for path in self.root.glob(f"{_PREFIX}*{_SUFFIX}") if path not in self._shards)
         except OSError as error:
-            raise RunError(
-                f"{self.root}: cannot be listed ({error.strerror}); check data.cache_dir"
-            ) from None
+            raise RunError(f"{self.root}: cannot be listed ({error.strerror}); check data.cache_dir") from None
         for path in found:
             self._take_in(path)
 
@@ -120,17 +112,13 @@ class Store:
             return
         except (OSError, ValueError) as error:
             self._unreadable.add(path)
-            logger.warning(
-                "%s: passed over (%s); what it held is encoded again, the file can be deleted", path, error
-            )
+            logger.warning("%s: passed over (%s); what it held is encoded again, the file can be deleted", path, error)
             return
         for key, entry in entries.items():
             self._index.setdefault(key, entry)
 
     @contextlib.contextmanager
-    def writer(
-        self, shard_bytes: int = SHARD_BYTES, flush_seconds: float = FLUSH_SECONDS
-    ) -> Iterator[Writer]:
+    def writer(self, shard_bytes: int = SHARD_BYTES, flush_seconds: float = FLUSH_SECONDS) -> Iterator[Writer]:
         """Put entries: flushed at `shard_bytes`, after `flush_seconds`, and at the end, whatever ends it.
 
         Raises RunError, naming the folder, when it cannot be written, and leaves no half-written file.
@@ -193,11 +181,7 @@ def _disk_trouble(folder: Path) -> Iterator[None]:
         if not isinstance(cause, OSError):
             raise
         full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        way_out = (
-            "free some space or set data.cache_dir to another disk"
-            if full
-            else "set data.cache_dir elsewhere"
-        )
+        way_out = "free some space or set data.cache_dir to another disk" if full else "set data.cache_dir elsewhere"
         raise RunError(f"{folder}: cannot be written ({cause.strerror or cause}); {way_out}") from None
 
 

@@ -44,9 +44,7 @@ def encode_captions(
     lacks the room.
     """
     keys = caption_keys(base, texts, encoders=encoders, dtype=dtype, max_sequence_length=max_sequence_length)
-    missing = {
-        encoder: [text for text, key in of.items() if key not in store] for encoder, of in keys.items()
-    }
+    missing = {encoder: [text for text, key in of.items() if key not in store] for encoder, of in keys.items()}
     sizes = {encoder: _entry_bytes(base, encoder, dtype, max_sequence_length) for encoder in encoders}
     nbytes = sum(sizes[encoder] * len(found) for encoder, found in missing.items())
     reasons = _reasons(dict.fromkeys(text for found in missing.values() for text in found), records, store)
@@ -115,9 +113,7 @@ def _encode(
 
 def _entry_bytes(base: Base, encoder: str, dtype: torch.dtype, max_sequence_length: int) -> int:
     """Bytes of one entry, from the encoder's configuration alone."""
-    config = json.loads(
-        Path(base.folder(ENCODER_PARTS[encoder][1]), "config.json").read_text(encoding="utf-8")
-    )
+    config = json.loads(Path(base.folder(ENCODER_PARTS[encoder][1]), "config.json").read_text(encoding="utf-8"))
     if encoder == "t5":
         return max_sequence_length * config["d_model"] * dtype.itemsize
     return (_CLIP_LENGTH * config["hidden_size"] + config["projection_dim"]) * dtype.itemsize

@@ -78,10 +78,7 @@ def encode_images(
     vae = base.fingerprint("vae")
     target = (resolution, resolution)
     cuts = [
-        [
-            (_key(vae, dtype, of.digest, cut), cut)
-            for cut in crops(of.size, target, crop_variants, flip, of.digest)
-        ]
+        [(_key(vae, dtype, of.digest, cut), cut) for cut in crops(of.size, target, crop_variants, flip, of.digest)]
         for of in facts
     ]
 
@@ -102,14 +99,10 @@ def encode_images(
         _encode(base, mine, store, target, dtype, device, progress)
         release(device)
     if rank == 0:
-        Manifest.add(
-            store.root, images={str(path.absolute()): of for path, of in zip(paths, facts, strict=True)}
-        )
+        Manifest.add(store.root, images={str(path.absolute()): of for path, of in zip(paths, facts, strict=True)})
     variants = crop_variants * (1 + flip)
     extent = f"{len(records)} x {variants} variants" if variants > 1 else f"{len(records)}"
-    report = EncodeReport(
-        "images", extent, len(records), reasons, nbytes, _warnings(paths, facts, resolution)
-    )
+    report = EncodeReport("images", extent, len(records), reasons, nbytes, _warnings(paths, facts, resolution))
     return [[key for key, _ in of] for of in cuts], report
 
 
@@ -146,9 +139,7 @@ def _inspect(paths: Sequence[Path], manifest: Manifest, progress: bool) -> list[
         for result in _ahead(inspect, paths):
             found.append(result)
             bar.update()
-    problems = dict.fromkeys(
-        line for result in found if isinstance(result, DataError) for line in result.problems
-    )
+    problems = dict.fromkeys(line for result in found if isinstance(result, DataError) for line in result.problems)
     if problems:
         raise DataError(*problems)
     return [result for result in found if isinstance(result, ImageFacts)]
@@ -175,7 +166,7 @@ def _encode(
         vae = load_vae(base, dtype, device)
         for job, image in _ahead(decode, jobs):
             for key, cut in job.cuts.items():
-                mean, std = encode_moments(vae, pixels(image, cut)[None])
+                mean, std = encode_moments(vae, pixels(image, cut))
                 writer.put(key, {"mean": mean[0], "std": std[0]})
                 bar.update()
 
@@ -209,11 +200,7 @@ def _reason(path: Path, facts: ImageFacts, manifest: Manifest, store: Store) -> 
 
 
 def _warnings(paths: Sequence[Path], facts: Sequence[ImageFacts], resolution: int) -> list[str]:
-    small = [
-        path.name
-        for path, of in zip(paths, facts, strict=True)
-        if is_smaller(of.size, (resolution, resolution))
-    ]
+    small = [path.name for path, of in zip(paths, facts, strict=True) if is_smaller(of.size, (resolution, resolution))]
     if not small:
         return []
     verb = "image is" if len(small) == 1 else "images are"

@@ -43,8 +43,7 @@ class Manifest:
         try:
             content = json.loads((folder / _NAME).read_text(encoding="utf-8"))
             images = {
-                path: ImageFacts(digest, (height, width))
-                for path, (digest, height, width) in content["images"].items()
+                path: ImageFacts(digest, (height, width)) for path, (digest, height, width) in content["images"].items()
             }
             same_sizes = content["preprocessing"] == PREPROCESSING_VERSION
             return cls(images if same_sizes else {}, dict(content["captions"]), set(content["texts"]))

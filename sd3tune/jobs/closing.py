@@ -22,15 +22,17 @@ NO_CHANGE = 1e-7
 
 
 @torch.no_grad()
-def closing_report(
-    plan: Plan, transformer: Any, weights: Mapping[str, Tensor], batches: Batches
-) -> dict[str, Any]:
+def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], batches: Batches) -> dict[str, Any]:
     """Norm of BA per block, change of one denoising step, and the training loss on fixed noise, base and adapter."""
     probes = _probes(batches)
     with plan.method.as_exported(transformer, weights):
-        adapted = [(_velocity(plan, transformer, probe), velocity_losses(transformer, plan.method, probe)) for probe in probes]
+        adapted = [
+            (_velocity(plan, transformer, probe), velocity_losses(transformer, plan.method, probe)) for probe in probes
+        ]
     with plan.method.disabled(transformer):
-        base = [(_velocity(plan, transformer, probe), velocity_losses(transformer, plan.method, probe)) for probe in probes]
+        base = [
+            (_velocity(plan, transformer, probe), velocity_losses(transformer, plan.method, probe)) for probe in probes
+        ]
     change = sum((a - b).norm().item() for (a, _), (b, _) in zip(adapted, base, strict=True))
     scale = sum(b.norm().item() for b, _ in base)
     norms = block_norms(plan.method.exported(weights))
@@ -61,7 +63,9 @@ def block_norms(factors: Mapping[str, Tensor]) -> dict[str, float]:
 def infer_command(run: Path, prompt: str) -> str:
     """What to type next."""
     relative = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
-    return shlex.join(["sd3tune", "infer", "--lora", str(relative), "--prompt", prompt, "--out", str(relative / "images")])
+    return shlex.join(
+        ["sd3tune", "infer", "--lora", str(relative), "--prompt", prompt, "--out", str(relative / "images")]
+    )
 
 
 def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:

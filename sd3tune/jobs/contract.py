@@ -57,7 +57,10 @@ def run_identity(plan: Plan, encoded: Encoded, world: int) -> dict[str, Any]:
             "max_sequence_length": config.model.max_sequence_length,
             "t5": config.model.t5,
         },
-        "data": {"resolution": config.data.resolution, "images and captions": key("examples", examples=examples)},
+        "data": {
+            "resolution": config.data.resolution,
+            "images and captions": key("examples", examples=examples),
+        },
         "flow": {**sections["flow"], "shift": plan.shift},
         "processes": world,
     }

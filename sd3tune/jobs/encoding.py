@@ -77,7 +77,11 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
     for line in (*caption_report.lines(), *image_report.lines()):
         say(line)
     examples = [
-        Example(record.path.name, tuple(keys), {encoder: captions[encoder][record.caption] for encoder in encoders})
+        Example(
+            record.path.name,
+            tuple(keys),
+            {encoder: captions[encoder][record.caption] for encoder in encoders},
+        )
         for record, keys in zip(plan.records, images, strict=True)
         for _ in range(record.repeats)
     ]

@@ -32,7 +32,10 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
     else:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
         threads = max(1, (os.cpu_count() or 1) // count)
-        environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+        environment = {
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        }
     # The package is found again even when this process ran from a folder that is not installed.
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,7 +82,11 @@ def make_plan(config: Config, device: torch.device, resume: bool) -> Plan:
         dtype=dtype,
         shift=scheduler_shift if config.flow.shift == "model" else config.flow.shift,
         start=start,
-        latent_shape=(transformer.config.in_channels, config.data.resolution // 8, config.data.resolution // 8),
+        latent_shape=(
+            transformer.config.in_channels,
+            config.data.resolution // 8,
+            config.data.resolution // 8,
+        ),
     )
 
 
@@ -105,7 +110,7 @@ def describe(plan: Plan, world: int) -> list[str]:
     ]
 
 
-def _check_size(config: Config, transformer: torch.nn.Module) -> None:
+def _check_size(config: Config, transformer: Any) -> None:
     """`pos_embed` is cut from the middle of a stored grid, and the model raises beyond it."""
     settings = transformer.config
     largest = settings.pos_embed_max_size * settings.patch_size * 8

@@ -54,9 +54,14 @@ class Previews:
         with tqdm(total=total, desc=f"preview at step {view.step}", unit="step", leave=False, delay=2) as bar:
             latents = [
                 sample_latents(
-                    view.transformer, scheduler, self._conditioning(prompt, view), negative, sampler,
-                    settings.seed + number, on_step=bar.update,
-                )  # fmt: skip
+                    view.transformer,
+                    scheduler,
+                    self._conditioning(prompt, view),
+                    negative,
+                    sampler,
+                    settings.seed + number,
+                    on_step=bar.update,
+                )
                 for number, prompt in enumerate(settings.prompts)
             ]
         vae_dtype = torch.float32 if self.plan.dtype is torch.float16 else self.plan.dtype
@@ -68,7 +73,9 @@ class Previews:
 
     def _conditioning(self, prompt: str, view: View) -> Conditioning:
         embeddings: dict[str, Mapping[str, Tensor]] = {
-            encoder: {name: tensor[None].to(self.plan.device) for name, tensor in self.encoded.store.get(keys[prompt]).items()}
+            encoder: {
+                name: tensor[None].to(self.plan.device) for name, tensor in self.encoded.store.get(keys[prompt]).items()
+            }
             for encoder, keys in self.encoded.captions.items()
         }
         return Conditioning(*view.method.conditioning(embeddings, view.transformer))
@@ -80,6 +87,8 @@ class Previews:
         """One row a prompt, one column a step."""
         steps = sorted({int(path.name.split("-")[1]) for path in self.folder.glob("step-*.png")})
         rows = range(len(self.settings.prompts))
-        images = [[Image.open(self._path(step, row)) for step in steps] for row in rows if self._path(steps[-1], row).exists()]
+        images = [
+            [Image.open(self._path(step, row)) for step in steps] for row in rows if self._path(steps[-1], row).exists()
+        ]
         sheet = contact_sheet(images, columns=[f"step {step}" for step in steps], rows=self.settings.prompts)
         sheet.save(self.folder / "over_time.png")

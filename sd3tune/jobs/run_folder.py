@@ -59,7 +59,9 @@ def locked(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RunError(f"{run}: another process is training here; wait for it or choose another output_dir") from None
+            raise RunError(
+                f"{run}: another process is training here; wait for it or choose another output_dir"
+            ) from None
         yield
     finally:
         os.close(descriptor)

@@ -34,8 +34,14 @@ from sd3tune.train.objective import make_weight, sigma_of_u
 from sd3tune.train.optim import OPTIMIZERS, FlatMaster, LossScale
 from sd3tune.train.step import TrainState
 
+
 def run_training(
-    config: Config, notes: Sequence[str] = (), *, resume: bool = False, dry_run: bool = False, callbacks: Sequence[Callback] = ()
+    config: Config,
+    notes: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> None:
     """Train as `config` says. Raises UserError; what was saved before an error stays."""
     with closing_process_group():
@@ -95,9 +101,18 @@ def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbac
         loaded_at = time.monotonic()
         try:
             metrics = train(
-                config, plan.run, state, transformer, plan.method, batches, make_weight(config.flow, plan.shift),
-                processes, identity, contract, [*previews, *callbacks],
-            )  # fmt: skip
+                config,
+                plan.run,
+                state,
+                transformer,
+                plan.method,
+                batches,
+                make_weight(config.flow, plan.shift),
+                processes,
+                identity,
+                contract,
+                [*previews, *callbacks],
+            )
         except KeyboardInterrupt:
             raise RunError(_interrupted(plan, state.step)) from None
         trained_at = time.monotonic()
@@ -152,19 +167,30 @@ def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
 
 def _interrupted(plan: Plan, step: int) -> str:
     saved = list_checkpoints(plan.run)
-    where = f"saved at {saved[-1].name}; the same command with --resume goes on from there" if saved else "nothing saved"
+    where = (
+        f"saved at {saved[-1].name}; the same command with --resume goes on from there" if saved else "nothing saved"
+    )
     return f"stopped at step {step}; {where}"
 
 
 def _say_goodbye(
-    plan: Plan, report: Mapping[str, Any], metrics: Metrics, from_step: int, seconds: float, say: Callable[[str], None]
+    plan: Plan,
+    report: Mapping[str, Any],
+    metrics: Metrics,
+    from_step: int,
+    seconds: float,
+    say: Callable[[str], None],
 ) -> None:
     steps = plan.config.train.steps - from_step
     say("")
     say(f"{steps} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)")
     if metrics.skipped:
-        say(f"warning: {len(metrics.skipped)} steps were skipped, their gradient was not finite: {metrics.skipped[:10]}")
+        say(
+            f"warning: {len(metrics.skipped)} steps were skipped, their gradient was not finite: {metrics.skipped[:10]}"
+        )
     for line in summary(plan, report):
         say(line)
     if not report["changes_output"]:
-        raise RunError(f"{plan.run}: the adapter changes nothing: raise optimizer.lr or train.steps, or check method.targets")
+        raise RunError(
+            f"{plan.run}: the adapter changes nothing: raise optimizer.lr or train.steps, or check method.targets"
+        )

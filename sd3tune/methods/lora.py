@@ -21,7 +21,7 @@ from sd3tune.model.text import assemble
 class LoraMethod:
     """See `methods.base.Method`."""
 
-    resident = ("transformer",)
+    resident: tuple[str, ...] = ("transformer",)
 
     def __init__(self, config: Config) -> None:
         self.settings = config.method

@@ -59,10 +59,7 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping
 
     Raises AdapterError when a tensor is not finite, and nothing is written then.
     """
-    tensors = {
-        f"{_PREFIX}{name}.weight": value.detach().float().cpu().contiguous()
-        for name, value in factors.items()
-    }
+    tensors = {f"{_PREFIX}{name}.weight": value.detach().float().cpu().contiguous() for name, value in factors.items()}
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
         raise AdapterError(f"{folder}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
@@ -93,11 +90,7 @@ def find_adapter(location: str | Path) -> Path:
             return inside[0]
         raise AdapterError(
             f"{path}: no {ADAPTER_FILE} here or in its adapter/ folder"
-            + (
-                f"; name one of {', '.join(file.name for file in inside)}"
-                if inside
-                else "; has the run finished?"
-            )
+            + (f"; name one of {', '.join(file.name for file in inside)}" if inside else "; has the run finished?")
         )
     raise AdapterError(f"{path}: no such file or folder")
 
@@ -183,9 +176,7 @@ def _pair_up(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, 
         factors[key.removeprefix(_PREFIX)] = (lora_a, lora_b)
     if not factors or 2 * len(factors) != len(tensors) or not all(key.startswith(_PREFIX) for key in down):
         odd = next((key for key in tensors if ".lora_" not in key or not key.startswith(_PREFIX)), None)
-        hint = (
-            "; it looks like kohya's format, convert it first" if odd and odd.startswith("lora_unet_") else ""
-        )
+        hint = "; it looks like kohya's format, convert it first" if odd and odd.startswith("lora_unet_") else ""
         raise AdapterError(
             f"{path}: not a LoRA with diffusers' keys for SD3's transformer "
             f"(a key is {odd or 'missing'}, expected transformer.<module>.lora_A.weight){hint}"
@@ -196,9 +187,7 @@ def _pair_up(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, 
     return factors
 
 
-def _alphas(
-    path: Path, metadata: Mapping[str, str], factors: Mapping[str, tuple[Tensor, Tensor]]
-) -> dict[str, float]:
+def _alphas(path: Path, metadata: Mapping[str, str], factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
     """Per module: the metadata's alpha (and alpha_pattern); a file without any means alpha = rank."""
     peft = _parse(path, metadata, _PEFT_KEY)
     if peft.get(f"{_PREFIX}use_rslora") or peft.get(f"{_PREFIX}use_dora"):
@@ -213,9 +202,7 @@ def _alphas(
 def _contract(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     contract = _parse(path, metadata, _CONTRACT_KEY)
     if contract.get("contract_version", 1) > CONTRACT_VERSION:
-        raise AdapterError(
-            f"{path}: written by a newer sd3tune ({contract.get('sd3tune_version')}); upgrade sd3tune"
-        )
+        raise AdapterError(f"{path}: written by a newer sd3tune ({contract.get('sd3tune_version')}); upgrade sd3tune")
     return contract
 
 

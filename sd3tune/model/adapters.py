@@ -52,13 +52,9 @@ def select_modules(transformer: nn.Module, targets: str | Sequence[str]) -> list
     for target in targets:
         matches = [name for name in linear if _ends_with(name, (target,))]
         if not matches:
-            problems.append(
-                f"method.targets: {target!r} matches no linear module of the transformer; {_kinds(linear)}"
-            )
+            problems.append(f"method.targets: {target!r} matches no linear module of the transformer; {_kinds(linear)}")
         elif all(name in never for name in matches):
-            problems.append(
-                f"method.targets: {target!r} matches only {matches[0]}, whose output nothing reads"
-            )
+            problems.append(f"method.targets: {target!r} matches only {matches[0]}, whose output nothing reads")
     if problems:
         raise AdapterError(*problems)
     return [name for name in linear if name not in never and _ends_with(name, targets)]
@@ -74,9 +70,7 @@ def coverage(transformer: nn.Module, modules: Sequence[str], rank: int) -> list[
         kind = _kind(name)
         row = rows.get(kind, CoverageRow(kind, 0, 0, 0))
         parameters = rank * (module.in_features + module.out_features) if name in chosen else 0
-        rows[kind] = CoverageRow(
-            kind, row.trained + (name in chosen), row.present + 1, row.parameters + parameters
-        )
+        rows[kind] = CoverageRow(kind, row.trained + (name in chosen), row.present + 1, row.parameters + parameters)
     return [row for row in rows.values() if row.trained]
 
 

@@ -106,7 +106,7 @@ def bases_dir() -> Path:
 
 
 def resolve_base(name: str, revision: str | None = None) -> Base:
-    """Find a base: the name of a tiny base (built on first use), an existing folder, or a Hub id `owner/name`.
+    """Find a base: a tiny base (built on first use), an existing folder, or a Hub id `owner/name`.
 
     `revision` is a branch, tag or commit of a Hub base; the other kinds have none. Raises ModelError.
     """
@@ -117,13 +117,9 @@ def resolve_base(name: str, revision: str | None = None) -> Base:
         _check_model_index(folder, name)
         return Base(name, "folder", folder.resolve())
     if folder.is_file():
-        raise ModelError(
-            f"{name}: a base is a Hub id or a folder in diffusers' layout, and this is a single file"
-        )
+        raise ModelError(f"{name}: a base is a Hub id or a folder in diffusers' layout, and this is a single file")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise ModelError(
-            f"{name}: no such base: neither a tiny base, a folder nor a Hub id{_suggestion(folder)}"
-        )
+        raise ModelError(f"{name}: no such base: neither a tiny base, a folder nor a Hub id{_suggestion(folder)}")
     snapshot = download(name, revision, ["model_index.json"])
     _check_model_index(snapshot, name)
     return Base(name, "hub", snapshot, snapshot.name)
@@ -138,20 +134,14 @@ def weight_files(folder: Path) -> list[Path]:
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         # With both present, transformers ("model") loads the single file and diffusers the shards.
         if index.is_file() and not (stem == "model" and single.is_file()):
-            shards = [
-                folder / shard for shard in sorted(set(_read_json(index).get("weight_map", {}).values()))
-            ]
+            shards = [folder / shard for shard in sorted(set(_read_json(index).get("weight_map", {}).values()))]
             missing = [shard.name for shard in shards if not shard.is_file()]
             if missing or not shards:
-                raise ModelError(
-                    f"{index}: names weights that are missing: {', '.join(missing) or 'all of them'}"
-                )
+                raise ModelError(f"{index}: names weights that are missing: {', '.join(missing) or 'all of them'}")
             return shards
         if single.is_file():
             return [single]
-    pickled = [
-        path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
-    ]
+    pickled = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     variants = [path.name for path in sorted(folder.glob("*.safetensors"))]
     if variants:
         hint = f"; {variants[0]} is a variant: give it the plain name, or save the model without a variant"
@@ -181,9 +171,7 @@ def tensor_headers(file: Path) -> dict[str, dict[str, Any]]:
         if end != size:
             raise ValueError(f"its header describes {end} bytes")
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (
-            str(error) if isinstance(error, ValueError) and "its header" in str(error) else "no valid header"
-        )
+        reason = str(error) if isinstance(error, ValueError) and "its header" in str(error) else "no valid header"
         raise ModelError(
             f"{file}: truncated or not a safetensors file ({size} bytes, {reason}); get the file again"
         ) from None

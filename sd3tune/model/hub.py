@@ -14,9 +14,9 @@ def download(repo: str, revision: str | None, patterns: list[str], progress: boo
     A commit whose files are cached needs no network. Raises ModelError, one line for each way the Hub fails.
     """
     from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
-    class Silent(tqdm):  # type: ignore[misc]
+    class Silent(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 
@@ -29,9 +29,7 @@ def download(repo: str, revision: str | None, patterns: list[str], progress: boo
         raise ModelError(f"{repo}: the Hub has no revision {revision!r} of this model") from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
         raise ModelError(f"{repo}: {_problem(repo, error)}") from None
-    except (
-        Exception
-    ) as error:  # a full disk, a cut connection: the client's HTTP library varies with its version
+    except Exception as error:  # a full disk, a cut connection: which HTTP library depends on the version
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{repo}: the download failed: {type(error).__name__}: {reason}") from error
 
@@ -44,12 +42,10 @@ def _problem(repo: str, error: BaseException | None) -> str:
     status = error.response.status_code if error is not None and error.response is not None else None
     gated = isinstance(error, errors.GatedRepoError)
     if gated or status in (401, 403):
-        what = (
-            "this model is gated" if gated else "no such model, or a gated or private one: check the spelling"
-        )
+        what = "this model is gated" if gated else "no such model (see the spelling), or gated or private"
         return (
-            f"{what}: accept its licence at https://huggingface.co/{repo}, make an access token (the password that "
-            "programs use) at https://huggingface.co/settings/tokens, and give it to `hf auth login`"
+            f"{what}: accept its licence at https://huggingface.co/{repo}, make an access token (a password "
+            "for programs) at https://huggingface.co/settings/tokens, and give it to `hf auth login`"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return "no such model on the Hub, and no such folder here; check the spelling"

@@ -5,6 +5,7 @@ Padding is never masked or zeroed: the MMDiT attends to it, so the T5 length is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,12 +55,12 @@ def _first(batch: Tensor, dtype: Any) -> Tensor:
 
 
 def assemble(
-    clip_l: dict[str, Tensor], clip_g: dict[str, Tensor], t5: Tensor | None, t5_length: int, joint_dim: int
+    clip_l: Mapping[str, Tensor], clip_g: Mapping[str, Tensor], t5: Tensor | None, t5_length: int, joint_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """The transformer's conditioning from batched embeddings: prompt_embeds [B, 77+T5, joint_dim], pooled [B, P].
+    """The transformer's conditioning, prompt_embeds [B, 77+T5, joint_dim] and pooled [B, P], from batches.
 
-    `clip_l` and `clip_g` hold "hidden" [B, 77, D] and "pooled" [B, P]; `t5` is [B, t5_length, joint_dim], or None
-    for zeros, as the pipeline has without T5. CLIP is zero-padded in width and comes before T5 in the sequence.
+    `clip_l` and `clip_g` hold "hidden" [B, 77, D] and "pooled" [B, P]; `t5` is [B, t5_length, joint_dim], or
+    None for zeros, as the pipeline has without T5. CLIP is zero-padded in width and comes before T5.
     """
     clip = torch.cat([clip_l["hidden"], clip_g["hidden"]], dim=-1)
     if t5 is None:

@@ -57,8 +57,8 @@ _MODEL_INDEX = {
 def build_tiny(shape: Shape, folder: Path) -> None:
     """Write the tiny base of that shape to `folder`, unless it is there already.
 
-    Several processes may ask at once: one builds under a lock, in a temporary folder that is then renamed. The
-    weights depend on the shape and each parameter's name alone; the global random state is left as it was.
+    Several processes may ask at once: one builds under a lock, in a temporary folder that is then renamed.
+    The weights depend on the shape and each parameter's name alone; the global random state stays as it was.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock(folder.with_name(folder.name + ".lock")):
@@ -192,7 +192,7 @@ def _draw(model: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def _calibrate_vae(vae: nn.Module) -> None:
-    """Give the moments the real VAE's character: a posterior much narrower than the latents' spread of about one."""
+    """Give the moments the real VAE's character: a posterior much narrower than the spread of the means."""
     moments: nn.Conv2d = vae.encoder.conv_out  # type: ignore[union-attr,assignment]
     assert moments.bias is not None
     moments.weight[_LATENT_CHANNELS:] *= 0.1

@@ -30,9 +30,16 @@ def write_card(run: Path, config: Config, contract: Mapping[str, Any], report: M
 
 def card(config: Config, contract: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     """The card's Markdown with its YAML header."""
-    header: dict[str, Any] = {"library_name": "diffusers", "tags": ["lora", "sd3tune", "text-to-image", "diffusers"]}
+    header: dict[str, Any] = {
+        "library_name": "diffusers",
+        "tags": ["lora", "sd3tune", "text-to-image", "diffusers"],
+    }
     if contract["base_kind"] == "hub":
-        header |= {"base_model": contract["base"], "base_model_relation": "adapter", "pipeline_tag": "text-to-image"}
+        header |= {
+            "base_model": contract["base"],
+            "base_model_relation": "adapter",
+            "pipeline_tag": "text-to-image",
+        }
     prompt = contract["instance_prompt"]
     if prompt:
         header["instance_prompt"] = prompt
@@ -78,8 +85,8 @@ or with diffusers alone:
 
 ## Measured
 
-- Velocity loss on training images at fixed noise and sigmas 0.2 to 0.8: {loss["base"]:.4f} for the base,
-  {loss["adapter"]:.4f} with the adapter. On training images this shows that something was learned, not that it generalises.
+- Velocity loss at fixed noise and sigmas 0.2 to 0.8: {loss["base"]:.4f} for the base, {loss["adapter"]:.4f} with the
+  adapter. It is measured on training images: it shows that something was learned, not that it generalises.
 - One denoising step changes by {100 * report["velocity_change"]:.3g} %.
 """
 

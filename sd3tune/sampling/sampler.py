@@ -79,9 +79,8 @@ def sample_latents(
 
 def to_image(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
     """Decode latents [1, C, h, w] into a picture, rounding as diffusers' image processor does."""
-    pixels = decode(vae, latents)
-    pixels = (pixels[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray((pixels * 255).round().astype("uint8"))
+    pixels = (decode(vae, latents)[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
+    return Image.fromarray((pixels.cpu().numpy() * 255).round().astype("uint8"))
 
 
 def _dynamic_shift(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -74,7 +74,7 @@ class Batches:
         world: int,
         device: torch.device,
         scaling: LatentScaling,
-        sigma_of_u,  # noqa: ANN001  Callable[[Tensor], Tensor]
+        sigma_of_u: Callable[[Tensor], Tensor],
     ) -> None:
         self.store, self.examples, self.seed = store, examples, seed
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world

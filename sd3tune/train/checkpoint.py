@@ -30,6 +30,8 @@ def save_checkpoint(
     `identity` is what a resumed run must agree with (see `differences`); `export(folder)` adds the usable adapter.
     """
     folder = run / "checkpoints" / f"step-{state.step:06d}"
+    for orphan in folder.parent.glob(".tmp-*"):  # a killed attempt's; the run's lock says that nobody writes it now
+        shutil.rmtree(orphan)
     with new_folder(folder) as temporary:
         save_file(_tensors(state), temporary / _TENSORS)
         layout = {name: list(shape) for name, shape in state.master.shapes.items()}

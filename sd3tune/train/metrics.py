@@ -36,7 +36,7 @@ class Metrics:
     def __init__(self, path: Path, last_step: int, gather: Callable[[Tensor], Tensor], writes: bool) -> None:
         self.path, self.gather, self.writes = path, gather, writes
         self.skipped: list[int] = []
-        """Steps whose gradient was not finite, which the optimizer passed over."""
+        """Steps whose gradient was not finite, which the optimizer passed over; an earlier attempt's included."""
         self.last: dict[str, Any] = {}
         self._rows: list[_Row] = []
         self._copying: tuple[list[_Row], Tensor, torch.cuda.Event | None] | None = None
@@ -44,6 +44,7 @@ class Metrics:
             kept = [line for line in read_metrics(path) if line["step"] <= last_step]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
             self.last = kept[-1] if kept else {}
+            self.skipped = [line["step"] for line in kept if line["grad_norm"] is None]
 
     def add(self, step: int, result: StepResult) -> None:
         """Note the result of optimizer step `step` (1-based)."""

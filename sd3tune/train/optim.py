@@ -88,7 +88,12 @@ def clip_(gradient: Tensor, max_norm: float | None) -> Tensor:
 def make_adamw(config: AdamWConfig, master: nn.Parameter) -> torch.optim.Optimizer:
     beta1, beta2 = config.betas
     return torch.optim.AdamW(
-        [master], lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay, fused=True
+        [master],
+        lr=config.lr,
+        betas=(beta1, beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
 

@@ -1,8 +1,8 @@
 """One training step, start to end. Read it beside Esser et al. 2024, "Scaling Rectified Flow Transformers".
 
-    z_t = (1 - sigma) z_0 + sigma noise            the noisy latents
-    v   = transformer(z_t, 1000 sigma, caption)    the predicted velocity
-    L   = w(sigma) |v - (noise - z_0)|^2           per sample, in fp32
+z_t = (1 - sigma) z_0 + sigma noise            the noisy latents
+v   = transformer(z_t, 1000 sigma, caption)    the predicted velocity
+L   = w(sigma) |v - (noise - z_0)|^2           per sample, in fp32
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def section(kind: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
     }
     return st.fixed_dictionaries(
         {
-            name: special.get(name) or values(field.annotation, field.metadata)
+            name: special[name] if name in special else values(field.annotation, field.metadata)
             for name, field in kind.model_fields.items()
         }
     )
@@ -100,9 +100,7 @@ def values(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
             inner = get_args(item)[1:] if get_origin(item) is not None else ()
             limits = [limit for info in inner if isinstance(info, FieldInfo) for limit in info.metadata]
             length = (
-                {"min_size": 2, "max_size": 2}
-                if any(hasattr(m, "max_length") for m in metadata)
-                else {"min_size": 1}
+                {"min_size": 2, "max_size": 2} if any(hasattr(m, "max_length") for m in metadata) else {"min_size": 1}
             )
             strategies.append(st.lists(values(item, limits), **{"max_size": 3, **length}))
         elif not (isinstance(kind, type) and issubclass(kind, Section)):
@@ -111,16 +109,10 @@ def values(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
 
 
 def number(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
-    low = next(
-        (m.ge for m in metadata if hasattr(m, "ge")), next((m.gt for m in metadata if hasattr(m, "gt")), None)
-    )
-    high = next(
-        (m.le for m in metadata if hasattr(m, "le")), next((m.lt for m in metadata if hasattr(m, "lt")), None)
-    )
+    low = next((m.ge for m in metadata if hasattr(m, "ge")), next((m.gt for m in metadata if hasattr(m, "gt")), None))
+    high = next((m.le for m in metadata if hasattr(m, "le")), next((m.lt for m in metadata if hasattr(m, "lt")), None))
     if kind is int:
-        return st.integers(
-            low, min(high if high is not None else 10**30, 2**63 - 1) if high is not None else None
-        )
+        return st.integers(low, min(high if high is not None else 10**30, 2**63 - 1) if high is not None else None)
     if kind is float:
         return st.floats(
             0.0 if low is None else low,
@@ -160,9 +152,7 @@ def test_the_dump_has_every_key_in_the_order_of_the_schema() -> None:
     assert list(dumped["train"]) == list(type(config.train).model_fields)
 
 
-def test_the_dump_describes_the_same_run_from_any_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_dump_describes_the_same_run_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text("data: {sources: [{path: dog}]}")

@@ -191,7 +191,8 @@ def test_paths_in_a_file_are_relative_to_it_and_in_overrides_to_the_working_dire
     folder = tmp_path / "configs"
     folder.mkdir()
     (folder / "run.yaml").write_text(
-        "output_dir: out\nmodel: {base: ../base}\ndata: {cache_dir: ~/cache, sources: [{path: dog}, {path: /abs/cat}]}\n"
+        "output_dir: out\nmodel: {base: ../base}\n"
+        "data: {cache_dir: ~/cache, sources: [{path: dog}, {path: /abs/cat}]}\n"
     )
     config = load_config("configs/run.yaml").config
     assert config.output_dir == str(folder / "out")

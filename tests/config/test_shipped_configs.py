@@ -31,9 +31,7 @@ def test_it_loads_with_other_photos_and_another_base(path: Path, tmp_path: Path)
 @each_config
 def test_it_loads_as_it_is(path: Path) -> None:
     config = load_config(path).config
-    assert config.name != "my-lora", (
-        "a shipped config has a name of its own, so that runs do not share a folder"
-    )
+    assert config.name != "my-lora", "a shipped config has a name of its own, so that runs do not share a folder"
     assert config.preview.prompts
 
 

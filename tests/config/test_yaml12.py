@@ -28,9 +28,7 @@ def test_scalars_of_yaml_1_2(text: str, value: object) -> None:
     assert type(read) is type(value)
 
 
-@pytest.mark.parametrize(
-    "text", ["no", "on", "yes", "Off", "2024-01-01", "1:30", "1_000", "1e", "'1e-4'", '"true"']
-)
+@pytest.mark.parametrize("text", ["no", "on", "yes", "Off", "2024-01-01", "1:30", "1_000", "1e", "'1e-4'", '"true"'])
 def test_everything_else_is_text(text: str) -> None:
     assert parse(f"key: {text}").value["key"] == text.strip("'\"")
 

@@ -65,9 +65,7 @@ def test_sources_keep_their_order_and_their_number(tmp_path):
 def test_repeats_become_samples(tmp_path):
     folder_of(tmp_path / "a", "1.png", "2.png")
     folder_of(tmp_path / "b", "3.png")
-    records = load_records(
-        config((tmp_path / "a", {"caption": "a"}), (tmp_path / "b", {"caption": "b", "repeats": 3}))
-    )
+    records = load_records(config((tmp_path / "a", {"caption": "a"}), (tmp_path / "b", {"caption": "b", "repeats": 3})))
     assert sample_indices(records) == [0, 1, 2, 2, 2]
 
 
@@ -83,9 +81,7 @@ def test_all_problems_come_at_once_one_line_each(tmp_path):
     empty = folder_of(tmp_path / "empty")
     parent = folder_of(tmp_path / "parent")
     folder_of(parent / "child", "a.png")
-    found = problems(
-        (folder, {}), (empty, {}), (parent, {}), (tmp_path / "gone", {}), (folder / "fine.png", {})
-    )
+    found = problems((folder, {}), (empty, {}), (parent, {}), (tmp_path / "gone", {}), (folder / "fine.png", {}))
     assert all("\n" not in line for line in found)
     expected = {
         "blank.txt": "is empty",

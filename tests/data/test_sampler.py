@@ -1,3 +1,4 @@
+import hashlib
 import subprocess
 import sys
 from collections import Counter
@@ -30,21 +31,14 @@ def test_every_epoch_sees_every_sample_exactly_once(n):
         assert counts == Counter(range(n))
 
 
-@pytest.mark.parametrize(
-    ("accumulation", "world", "batch"), [(4, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (1, 1, 4)]
-)
+@pytest.mark.parametrize(("accumulation", "world", "batch"), [(4, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (1, 1, 4)])
 def test_any_division_of_the_global_batch_sees_the_same_samples(accumulation, world, batch):
     alone = seen(seed=11, n=7, steps=9, accumulation=1, world=1, batch=4)
     assert seen(seed=11, n=7, steps=9, accumulation=accumulation, world=world, batch=batch) == alone
 
 
 def test_slots_of_the_ranks_are_disjoint_and_fill_the_step():
-    slots = [
-        slot
-        for micro in range(3)
-        for rank in range(4)
-        for slot in step_slots(micro, rank, world=4, batch_size=2)
-    ]
+    slots = [slot for micro in range(3) for rank in range(4) for slot in step_slots(micro, rank, world=4, batch_size=2)]
     assert slots == list(range(3 * 4 * 2))
 
 
@@ -58,12 +52,8 @@ def test_order_and_seeds_are_the_same_in_another_process():
         "from sd3tune.data.sampler import *;"
         "print([index_at(5, p, 9) for p in range(30)], derive(5, 1, 'noise'), generator(5, 1).initial_seed())"
     )
-    other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    here = (
-        f"{[index_at(5, p, 9) for p in range(30)]} {derive(5, 1, 'noise')} {generator(5, 1).initial_seed()}"
-    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    here = f"{[index_at(5, p, 9) for p in range(30)]} {derive(5, 1, 'noise')} {generator(5, 1).initial_seed()}"
     assert other == here
 
 
@@ -83,9 +73,7 @@ def test_derive_tells_apart_what_concatenation_would_not():
 
 
 def test_derive_is_pinned():
-    # blake2b(b'[0,"noise",7]', 8 bytes), big-endian, without its lowest bit: changing it would change every run
-    import hashlib
-
+    # printf '[0,"noise",7]' | b2sum -l 64, without its lowest bit; another value would change every run
     digest = hashlib.blake2b(b'[0,"noise",7]', digest_size=8).digest()
     assert derive(0, "noise", 7) == int.from_bytes(digest, "big") // 2
     assert 0 <= derive(0, "noise", 7) < 2**63

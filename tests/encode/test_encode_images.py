@@ -159,9 +159,7 @@ def test_copies_of_an_image_are_encoded_once(base, records, tmp_path, encoded):
 
 def test_fp16_runs_the_vae_in_fp32(base, records, tmp_path, monkeypatch):
     genuine, dtypes = images.load_vae, []
-    monkeypatch.setattr(
-        images, "load_vae", lambda b, dtype, device: dtypes.append(dtype) or genuine(b, dtype, device)
-    )
+    monkeypatch.setattr(images, "load_vae", lambda b, dtype, device: dtypes.append(dtype) or genuine(b, dtype, device))
     half, _ = encode(base, records, Store(tmp_path / "s"), dtype=torch.float16)
     assert dtypes == [torch.float32]
     assert encode(base, records, Store(tmp_path / "s"))[0] == half

@@ -80,7 +80,7 @@ def test_a_perfect_euler_step_along_the_velocity_returns_the_data():
 
 
 def test_loss_equals_the_diffusers_computation():
-    """Noising by the scheduler's own `scale_noise`, the loss as the example scripts write it without preconditioning."""
+    """Noising by the scheduler's own `scale_noise`, the loss as in the example scripts without preconditioning."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -101,8 +101,10 @@ def test_loss_is_fp32_for_a_bf16_prediction_and_never_mixes_samples():
     prediction = target.clone().bfloat16()
     prediction[1] += 1
     loss = objective.velocity_loss(prediction, target)
-    assert loss.dtype is torch.float32 and loss.shape == (3,)
-    assert loss[1] > 0.9 and loss[0] < 1e-4 and loss[2] < 1e-4
+    assert loss.dtype is torch.float32
+    assert loss.shape == (3,)
+    assert loss[1] > 0.9
+    assert loss[[0, 2]].max() < 1e-4
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])

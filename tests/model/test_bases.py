@@ -1,4 +1,4 @@
-"""Finding a base: tiny bases, folders in diffusers' layout and the Hub, through huggingface_hub's real client."""
+"""Finding a base: tiny bases, folders, and the Hub through huggingface_hub's real client."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from sd3tune.errors import ModelError
 from sd3tune.model.bases import ENCODER_PARTS, TINY_SHAPES, Base, bases_dir, resolve_base, tensor_headers
 from sd3tune.model.components import load_transformer
 
+Client = Callable[..., subprocess.CompletedProcess[str]]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PARTS = ("transformer", "vae", "scheduler", *(part for parts in ENCODER_PARTS.values() for part in parts))
 
@@ -88,7 +89,7 @@ def test_a_misspelt_name_gets_a_suggestion(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(folder.parent)
     with pytest.raises(ModelError, match="did you mean 'my-model'"):
         resolve_base("my-modle")
-    with pytest.raises(ModelError, match="no such base.*the tiny bases are tiny, tiny-sd3"):
+    with pytest.raises(ModelError, match=r"no such base.*the tiny bases are tiny, tiny-sd3"):
         resolve_base("quite-unlike-anything")
 
 
@@ -110,10 +111,10 @@ def test_a_folder_that_is_no_sd3_model_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match="FluxPipeline, not a Stable Diffusion 3"):
         resolve_base(str(folder))
     index.write_text("{")
-    with pytest.raises(ModelError, match="model_index.json: not valid JSON"):
+    with pytest.raises(ModelError, match=r"model_index\.json: not valid JSON"):
         resolve_base(str(folder))
     index.unlink()
-    with pytest.raises(ModelError, match="no model_index.json"):
+    with pytest.raises(ModelError, match=r"no model_index\.json"):
         resolve_base(str(folder))
     with pytest.raises(ModelError, match="a single file"):
         resolve_base(str(folder / "vae" / "config.json"))
@@ -123,9 +124,9 @@ def test_a_missing_part_is_named(folder: Path) -> None:
     shutil.rmtree(folder / "vae")
     shutil.rmtree(folder / "text_encoder_3")
     base = resolve_base(str(folder))
-    with pytest.raises(ModelError, match="no vae/config.json"):
+    with pytest.raises(ModelError, match=r"no vae/config\.json"):
         base.folder("vae")
-    with pytest.raises(ModelError, match="no text_encoder_3/config.json.*model.t5=false"):
+    with pytest.raises(ModelError, match=r"no text_encoder_3/config\.json.*model\.t5=false"):
         base.fingerprint("text_encoder_3")
 
 
@@ -135,9 +136,7 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
     base = resolve_base(str(folder))
     base.folder("text_encoder")
     (part / "model.safetensors").unlink()
-    with pytest.raises(
-        ModelError, match=r"text_encoder: no safetensors.*pytorch_model.bin is pickled and is refused"
-    ):
+    with pytest.raises(ModelError, match=r"text_encoder: no safetensors.*pytorch_model.bin is pickled and is refused"):
         base.folder("text_encoder")
     assert base.folder("text_encoder", weights=False) == part
 
@@ -149,7 +148,7 @@ def test_a_variant_alone_is_explained_and_beside_the_plain_file_ignored(folder: 
     shutil.copy(plain, part / "diffusion_pytorch_model.fp16.safetensors")
     assert base.fingerprint("vae") == before
     plain.unlink()
-    with pytest.raises(ModelError, match="diffusion_pytorch_model.fp16.safetensors is a variant"):
+    with pytest.raises(ModelError, match=r"diffusion_pytorch_model\.fp16\.safetensors is a variant"):
         base.folder("vae")
 
 
@@ -175,7 +174,7 @@ def test_shards_are_the_same_model_and_a_missing_one_is_named(folder: Path, tiny
 def test_a_file_that_is_not_safetensors_is_one_line(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
-    with pytest.raises(ModelError, match="model.safetensors: truncated or not a safetensors file") as caught:
+    with pytest.raises(ModelError, match=r"model\.safetensors: truncated or not a safetensors file") as caught:
         tensor_headers(file)
     assert "\n" not in str(caught.value)
 
@@ -243,9 +242,7 @@ class Hub(BaseHTTPRequestHandler):
         if path.startswith("/api/models/") and "/tree/" in path:
             return self.answer(200, {}, json.dumps(self.tree()).encode())
         if path.startswith("/api/models/"):
-            return self.answer(
-                200, {}, json.dumps({"id": f"{owner}/sd3", "sha": COMMIT, "siblings": []}).encode()
-            )
+            return self.answer(200, {}, json.dumps({"id": f"{owner}/sd3", "sha": COMMIT, "siblings": []}).encode())
         if owner == "gated":
             return self.answer(403, {"X-Error-Code": "GatedRepo"})
         file = self.root / path.partition(f"/resolve/{COMMIT}/")[2]
@@ -293,7 +290,7 @@ def hub(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.fixture
-def client(tmp_path: Path):  # noqa: ANN201
+def client(tmp_path: Path) -> Client:
     """Runs lines of Python in a process of its own, as huggingface_hub reads its environment at import."""
 
     def run(endpoint: str, script: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -322,7 +319,7 @@ for name in sys.argv[1:]:
 """
 
 
-def test_each_refusal_of_the_hub_is_one_line_with_the_way_out(tiny: Base, client) -> None:  # noqa: ANN001
+def test_each_refusal_of_the_hub_is_one_line_with_the_way_out(tiny: Base, client: Client) -> None:
     names = ("gated/sd3", "unauthorized/sd3", "missing/sd3", "good/sd3@nonsense", "broken/sd3", "a--b/..c")
     with hub(tiny.path) as (endpoint, _):
         done = client(endpoint, REFUSALS, *names)
@@ -340,7 +337,7 @@ def test_each_refusal_of_the_hub_is_one_line_with_the_way_out(tiny: Base, client
     assert "a--b/..c: no such base" in invalid
 
 
-def test_without_network_there_is_one_line(client) -> None:  # noqa: ANN001
+def test_without_network_there_is_one_line(client: Client) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -368,7 +365,7 @@ for part in sys.argv[2:]:
 def test_a_hub_base_is_downloaded_part_by_part_and_then_needs_no_network(
     tiny: Base,
     folder: Path,
-    client,  # noqa: ANN001
+    client: Client,
 ) -> None:
     shutil.copy(folder / "vae/config.json", folder / "vae/diffusion_pytorch_model.fp16.safetensors")
     (folder / "README.md").write_text("a card")

@@ -29,9 +29,7 @@ def image() -> Image.Image:
     return Image.fromarray(((np.stack(channels, -1) * 0.5 + 0.5) * 255).astype(np.uint8))
 
 
-def test_moments_equal_the_vae_s_on_the_pipeline_s_preprocessing(
-    vae: AutoencoderKL, image: Image.Image
-) -> None:
+def test_moments_equal_the_vae_s_on_the_pipeline_s_preprocessing(vae: AutoencoderKL, image: Image.Image) -> None:
     pixels = VaeImageProcessor(vae_scale_factor=8).preprocess(image)
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist

@@ -11,9 +11,7 @@ from sd3tune.model.bases import ENCODERS, Base, resolve_base
 from sd3tune.model.components import load_text_encoder
 from sd3tune.model.text import assemble
 
-LONG = " ".join(
-    f"a {color} dog and a cat on the beach {n}," for n, color in enumerate(["red", "blue", "green"] * 6)
-)
+LONG = " ".join(f"a {color} dog and a cat on the beach {n}," for n, color in enumerate(["red", "blue", "green"] * 6))
 PROMPTS = ["a photo of sks dog", "", "Café! 犬 [unusual], a watercolor of two red foxes", LONG]
 SHAPES = ["tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large"]
 
@@ -42,9 +40,7 @@ def conditioning(base: Base, texts: list[str], length: int, t5: bool = True) -> 
     return assemble(entries["clip_l"], entries["clip_g"], entries["t5"]["hidden"] if t5 else None, length, 64)
 
 
-def expected(
-    pipeline: StableDiffusion3Pipeline, texts: str | list[str], length: int
-) -> tuple[Tensor, Tensor]:
+def expected(pipeline: StableDiffusion3Pipeline, texts: str | list[str], length: int) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         embeds, _, pooled, _ = pipeline.encode_prompt(
             texts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
@@ -70,9 +66,7 @@ def test_a_batch_of_prompts_agrees_with_the_pipeline(base: Base, pipeline: Stabl
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_the_empty_string_is_the_pipeline_s_negative_prompt(
-    base: Base, pipeline: StableDiffusion3Pipeline
-) -> None:
+def test_the_empty_string_is_the_pipeline_s_negative_prompt(base: Base, pipeline: StableDiffusion3Pipeline) -> None:
     with torch.no_grad():
         _, negative, _, pooled = pipeline.encode_prompt("a dog", None, None, max_sequence_length=77)
     ours = conditioning(base, [""], 77)
@@ -90,6 +84,7 @@ def test_without_t5_there_are_zeros_as_in_the_pipeline(base: Base) -> None:
     assert embeds[:, 77:].abs().sum() == 0
 
 
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")
 def test_entries_are_in_the_encoder_s_dtype_and_equal_the_pipeline_s_in_bf16() -> None:
     base = resolve_base("tiny")
     pipeline = StableDiffusion3Pipeline.from_pretrained(base.path, torch_dtype=torch.bfloat16)
@@ -119,9 +114,7 @@ def test_the_t5_length_is_part_of_the_conditioning() -> None:
     """Padding is attended, so a longer sequence changes the tokens of the text itself (if by little)."""
     base = resolve_base("tiny")
     short, long = (
-        load_text_encoder(base, "t5", torch.float32, max_sequence_length=length).encode(["a dog"])[0][
-            "hidden"
-        ]
+        load_text_encoder(base, "t5", torch.float32, max_sequence_length=length).encode(["a dog"])[0]["hidden"]
         for length in (77, 154)
     )
     assert (short.shape, long.shape) == ((77, 64), (154, 64))

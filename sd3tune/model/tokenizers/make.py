@@ -1,7 +1,7 @@
-"""Makes the committed tokenizer files of the tiny bases from `words.txt`: run `python make.py` in this folder.
+"""Makes the committed tokenizer files of the tiny bases from `words.txt`: run `python make.py` here.
 
-CLIP: OpenAI's layout in small: 256 bytes ("!" is 0), 256 bytes that end a word, merges that build each word from the
-left, then <|startoftext|> and <|endoftext|>. T5: <pad> </s> <unk>, the words as pieces, then single characters.
+CLIP: OpenAI's layout in small: 256 bytes ("!" is 0), 256 bytes that end a word, merges that build each word
+from the left, <|startoftext|> and <|endoftext|>. T5: <pad> </s> <unk>, the words, then single characters.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def clip_files(folder: Path, words: list[str], pad: str) -> None:
-    """CLIP-L pads with the end token, CLIP-G with "!", which is a special token there, as in the real ones."""
+    """CLIP-L pads with the end token, CLIP-G with "!", which is a special token there, as in the real one."""
     symbols, merges = byte_symbols(), clip_merges(words)
     tokens = [
         *symbols,
@@ -63,9 +63,7 @@ def clip_files(folder: Path, words: list[str], pad: str) -> None:
     ids = {token: n for n, token in enumerate(dict.fromkeys(tokens))}
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": pad, "unk_token": EOS}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    added = {
-        str(ids[token]): {"content": token, **flags} for token in sorted({BOS, EOS, pad}, key=ids.__getitem__)
-    }
+    added = {str(ids[token]): {"content": token, **flags} for token in sorted({BOS, EOS, pad}, key=ids.__getitem__)}
     config = {
         "added_tokens_decoder": added,
         "model_max_length": 77,

@@ -1,0 +1,91 @@
+"""Where it was measured, the table, and the files: `results/trainer.json`, and the README between its markers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sd3tune.atomic import write_json, write_text
+from sd3tune.jobs.machine import versions
+
+_MARKERS = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.DOTALL)
+_ROOT = Path(__file__).parent.parent
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "sd3tune", "benchmarks/*.py")),
+        "versions": versions(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    where = results["environment"]
+    commit = (where["commit"] or "unknown")[:10] + (" with changes" if where["uncommitted_changes"] else "")
+    libraries = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "diffusers", "peft"))
+    rows = [
+        [
+            row["cell"],
+            f"{row['bare_images_per_s']:.3g}",
+            f"{row['trainer_images_per_s']:.3g}",
+            _spread(row["ratio"], ".3f"),
+            _spread(row["cpu_ratio"], ".3f"),
+            _spread(row["cpu_overhead_ms_per_step"], ".1f"),
+            f"{row['rounds']} x {row['steps_per_round']}",
+            f"{row['target']}: {'met' if row['ratio']['median'] >= row['target'] else 'missed'}"
+            if row["target"]
+            else "",
+        ]
+        for row in results["cells"]
+    ]
+    heads = ("cell", "bare images/s", "trainer images/s", "ratio", "CPU ratio", "CPU overhead, ms/step", "rounds x steps", "target")  # fmt: skip
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(
+        [
+            f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {where['threads']} threads; {libraries}; commit {commit}.",
+            "",
+            *(f"| {' | '.join(line)} |" for line in lines),
+        ]
+    )
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """`folder/results/trainer.json`, and the table in `folder/README.md`."""
+    write_json(folder / "results" / "trainer.json", results)
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    write_text(readme, _MARKERS.sub(lambda found: f"{found[1]}{table(results)}\n{found[2]}", text))
+
+
+def _spread(value: dict[str, float], form: str) -> str:
+    return f"{value['median']:{form}} ({value['low']:{form}} to {value['high']:{form}})"
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "--no-optional-locks", "-C", str(_ROOT), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()

@@ -1,0 +1,150 @@
+"""The trainer's side: every part that `sd3tune train` runs per step, on a store of random entries on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+
+from benchmarks.cells import BATCH_SIZE, CLIP_TOKENS, RANK, T5_TOKENS, Cell, Model
+from sd3tune.config import Config
+from sd3tune.data.sampler import generator
+from sd3tune.data.store import Store, key
+from sd3tune.jobs.machine import DTYPES, make_accelerator, processes_of
+from sd3tune.jobs.train import make_state
+from sd3tune.methods import METHODS, Method
+from sd3tune.train.batches import Batches, Example, LatentScaling
+from sd3tune.train.loop import Callback, Processes, train
+from sd3tune.train.objective import make_weight, sigma_of_u
+from sd3tune.train.optim import FlatMaster
+from sd3tune.train.step import StepResult, TrainState, train_step
+
+IMAGES = 16
+SHIFT = 3.0
+SD3_SCALING = LatentScaling(scaling_factor=1.5305, shift_factor=0.0609)
+
+
+def make_config(cell: Cell) -> Config:
+    """The defaults, but for sizes; metrics are flushed once a round, at least as often as by default."""
+    return Config.model_validate(
+        {
+            "name": cell.name,
+            "model": {"dtype": cell.dtype, "max_sequence_length": T5_TOKENS},
+            "method": {"kind": "lora", "rank": RANK, "alpha": float(RANK)},
+            "data": {"sources": [{"path": "random"}]},
+            "train": {"batch_size": BATCH_SIZE, "log_every": cell.steps},
+            "checkpoint": {"every": 10**9},
+        }
+    )
+
+
+def fill_store(store: Store, model: Model, joint_width: int, dtype: torch.dtype) -> list[Example]:
+    """Random moments and embeddings of the real layout, an image and a caption per example."""
+    side = model.latent_side
+    shapes = {encoder: (CLIP_TOKENS, width) for encoder, width in model.clip_widths.items()}
+    shapes["t5"] = (T5_TOKENS, joint_width)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=source)
+
+    examples = []
+    with store.writer() as writer:
+        for number in range(IMAGES):
+            source = generator(0, "store", number)
+            image = key("image", number=number)
+            writer.put(image, {"mean": draw(16, side, side), "std": 0.1 * draw(16, side, side).abs()})
+            captions = {encoder: key("text", encoder=encoder, number=number) for encoder in shapes}
+            for encoder, shape in shapes.items():
+                entry = {"hidden": draw(*shape).to(dtype)}
+                if encoder != "t5":
+                    entry["pooled"] = draw(shape[1]).to(dtype)
+                writer.put(captions[encoder], entry)
+            examples.append(Example(f"{number}.png", (image,), captions))
+    return examples
+
+
+@dataclass
+class Trainer:
+    """What `sd3tune.train.loop.train` is given."""
+
+    config: Config
+    run: Path
+    state: TrainState
+    transformer: SD3Transformer2DModel
+    method: Method
+    batches: Batches
+    weight: Callable[[Tensor], Tensor]
+    processes: Processes
+
+    @property
+    def device(self) -> torch.device:
+        return self.batches.device
+
+    def step(self) -> StepResult:
+        """One step outside the loop."""
+        return train_step(
+            self.state,
+            self.transformer,
+            self.method,
+            self.batches,
+            self.weight,
+            self.config,
+            self.processes.reduce_mean,
+        )
+
+    def train(self, until: int, callback: Callback) -> None:
+        """The real loop, from the steps done to `until`."""
+        length = self.config.train.model_copy(update={"steps": until})
+        train(
+            self.config.model_copy(update={"train": length}),
+            self.run,
+            self.state,
+            self.transformer,
+            self.method,
+            self.batches,
+            self.weight,
+            self.processes,
+            identity={},
+            contract={},
+            callbacks=[callback],
+        )
+
+
+def make_trainer(cell: Cell, model: Model, folder: Path) -> Trainer:
+    """The trainer before its first step, with factors B that are not zero, so that A has a gradient too."""
+    config, dtype = make_config(cell), DTYPES[cell.dtype]
+    accelerator = make_accelerator()
+    processes, device = processes_of(accelerator), accelerator.device
+    transformer = model.build(dtype).to(device)
+    method = METHODS[config.method.kind](config)
+    parameters = method.inject(transformer, lambda name: generator(config.seed, "init", name))
+    for name, parameter in parameters.items():
+        if name.endswith(".lora_B"):
+            parameter.data.normal_(std=0.02, generator=generator(config.seed, name, device=device))
+    store = Store(folder / "store")
+    batches = Batches(
+        store,
+        fill_store(store, model, transformer.config.joint_attention_dim, dtype),
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        accumulation=1,
+        rank=processes.rank,
+        world=processes.world,
+        device=device,
+        scaling=SD3_SCALING,
+        sigma_of_u=sigma_of_u(config.flow, SHIFT),
+    )
+    return Trainer(
+        config=config,
+        run=folder / "run",
+        state=make_state(config, FlatMaster(parameters, dtype), dtype),
+        transformer=transformer,
+        method=method,
+        batches=batches,
+        weight=make_weight(config.flow, SHIFT),
+        processes=processes,
+    )

@@ -1,0 +1,152 @@
+"""What a step sees: pairs that belong together, the same for any number of processes, without hidden state."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd3tune.data.store import Store
+from sd3tune.train.batches import Batch, Batches, Example, LatentScaling
+
+IMAGES, VARIANTS = 5, 4
+SHAPE = (4, 2, 2)
+ENCODERS = ("clip_l", "clip_g", "t5")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Image n has the mean 10 n + variant everywhere and no spread; its caption's embeddings are all n."""
+    store = Store(tmp_path_factory.mktemp("store"))
+    with store.writer() as writer:
+        for image in range(IMAGES):
+            for variant in range(VARIANTS):
+                mean = torch.full(SHAPE, 10.0 * image + variant)
+                writer.put(f"image-{image}-{variant}", {"mean": mean, "std": torch.zeros(SHAPE)})
+            for encoder in ENCODERS:
+                writer.put(f"{encoder}-{image}", {"hidden": torch.full((3, 2), float(image))})
+    return store
+
+
+def make_batches(store: Store, *, batch_size=1, accumulation=1, rank=0, world=1, repeats=(1,) * IMAGES, seed=7):
+    examples = [
+        Example(
+            f"{image}.png",
+            tuple(f"image-{image}-{variant}" for variant in range(VARIANTS)),
+            {encoder: f"{encoder}-{image}" for encoder in ENCODERS},
+        )
+        for image in range(IMAGES)
+        for _ in range(repeats[image])
+    ]
+    return Batches(
+        store, examples, seed=seed, batch_size=batch_size, accumulation=accumulation, rank=rank, world=world,
+        device=torch.device("cpu"), scaling=LatentScaling(1.0, 0.0), sigma_of_u=lambda u: u,
+    )  # fmt: skip
+
+
+def images_of(batch: Batch) -> list[int]:
+    return [int(name.removesuffix(".png")) for name in batch.names]
+
+
+def fetch_all(batches: Batches, steps: int) -> list[Batch]:
+    found = [batches.fetch(step, micro) for step in range(steps) for micro in range(batches.accumulation)]
+    batches.close()
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (3, 1), (2, 2)])
+def test_latents_keep_their_captions_when_shuffled(store, world, batch_size, accumulation) -> None:
+    repeats, steps = (1, 2, 1, 3, 1), 20
+    seen: Counter[int] = Counter()
+    variants = set()
+    for rank in range(world):
+        batches = make_batches(
+            store, batch_size=batch_size, accumulation=accumulation, rank=rank, world=world, repeats=repeats
+        )
+        for batch in fetch_all(batches, steps):
+            for row, image in enumerate(images_of(batch)):
+                latent = batch.latents[row]
+                assert torch.equal(latent, torch.full_like(latent, latent.flatten()[0].item()))
+                assert int(latent.flatten()[0]) // 10 == image
+                variants.add(int(latent.flatten()[0]) % 10)
+                for encoder in ENCODERS:
+                    assert (batch.embeddings[encoder]["hidden"][row] == image).all()
+                seen[image] += 1
+    assert variants == set(range(VARIANTS))
+    epochs = steps * batch_size * accumulation * world / sum(repeats)
+    for image, count in seen.items():
+        assert abs(count - epochs * repeats[image]) <= repeats[image]
+
+
+def test_every_image_comes_once_an_epoch_in_an_order_of_its_own(store) -> None:
+    order = [images_of(batch)[0] for batch in fetch_all(make_batches(store), 4 * IMAGES)]
+    epochs = [tuple(order[start : start + IMAGES]) for start in range(0, len(order), IMAGES)]
+    assert all(sorted(epoch) == list(range(IMAGES)) for epoch in epochs)
+    assert len(set(epochs)) > 1
+
+
+def test_two_processes_see_what_one_sees(store) -> None:
+    one = fetch_all(make_batches(store, batch_size=2, accumulation=2), 6)
+    ranks = [fetch_all(make_batches(store, accumulation=2, rank=rank, world=2), 6) for rank in (0, 1)]
+    for whole, first, second in zip(one, *ranks, strict=True):
+        assert [*first.names, *second.names] == list(whole.names)
+        for field in ("latents", "noise", "sigma"):
+            halves = torch.cat([getattr(first, field), getattr(second, field)])
+            assert torch.equal(halves, getattr(whole, field))
+
+
+def test_micro_steps_are_a_larger_batch_cut_up(store) -> None:
+    whole = fetch_all(make_batches(store, batch_size=6), 4)
+    cut = fetch_all(make_batches(store, batch_size=2, accumulation=3), 4)
+    for number, batch in enumerate(whole):
+        pieces = cut[3 * number : 3 * number + 3]
+        assert torch.equal(batch.noise, torch.cat([piece.noise for piece in pieces]))
+        assert list(batch.names) == [name for piece in pieces for name in piece.names]
+
+
+def test_a_batch_depends_on_nothing_that_was_fetched_before(store) -> None:
+    in_order = fetch_all(make_batches(store, batch_size=2, accumulation=2), 5)
+    torch.manual_seed(123)
+    jumping = make_batches(store, batch_size=2, accumulation=2)
+    for step, micro in [(4, 1), (0, 0), (2, 1), (2, 0), (4, 1)]:
+        batch, expected = jumping.fetch(step, micro), in_order[2 * step + micro]
+        assert batch.names == expected.names
+        for field in ("latents", "noise", "sigma"):
+            assert torch.equal(getattr(batch, field), getattr(expected, field))
+    jumping.close()
+
+
+def test_noise_and_sigma_differ_between_samples_and_seeds(store) -> None:
+    batches = fetch_all(make_batches(store, batch_size=2), 10) + fetch_all(make_batches(store, seed=8), 10)
+    noise = torch.cat([batch.noise for batch in batches])
+    sigma = torch.cat([batch.sigma for batch in batches])
+    assert len(noise.flatten(1).unique(dim=0)) == len(noise) == 30
+    assert len(sigma.unique()) == 30
+    assert (sigma > 0).all()
+    assert (sigma < 1).all()
+
+
+def test_the_posterior_is_drawn_anew_each_time_and_normalised(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.writer() as writer:
+        writer.put("image", {"mean": torch.full((1, 64, 64), 5.0), "std": torch.full((1, 64, 64), 2.0)})
+    batches = Batches(
+        store, [Example("x.png", ("image",), {})], seed=0, batch_size=1, accumulation=1, rank=0, world=1,
+        device=torch.device("cpu"), scaling=LatentScaling(1.5, 1.0), sigma_of_u=lambda u: u,
+    )  # fmt: skip
+    first, second = fetch_all(batches, 2)
+    assert not torch.equal(first.latents, second.latents)
+    assert first.latents.mean().item() == pytest.approx((5 - 1) * 1.5, abs=0.1)
+    assert first.latents.std().item() == pytest.approx(2 * 1.5, abs=0.1)
+    assert abs(torch.corrcoef(torch.stack([first.latents.flatten(), first.noise.flatten()]))[0, 1]) < 0.05
+
+
+def test_what_went_wrong_while_reading_ahead_is_raised(store) -> None:
+    batches = make_batches(store)
+    batches.examples = [Example("gone.png", ("no such key",), {})]
+    with pytest.raises(KeyError):
+        batches.fetch(0, 0)
+    batches.close()

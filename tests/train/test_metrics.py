@@ -1,0 +1,116 @@
+"""`metrics.jsonl`: every step once, whole lines, nothing read back from the device while steps are added."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd3tune.train.metrics import Metrics, read_metrics
+from sd3tune.train.step import StepResult
+
+
+def result(losses=(1.0, 3.0), sigmas=(0.1, 0.9), norm=0.5, weight=1.0, device="cpu") -> StepResult:
+    losses, sigmas, norm = (torch.tensor(value, device=device) for value in (losses, sigmas, norm))
+    return StepResult(losses, weight * losses, sigmas, norm, 1e-3)
+
+
+def alone(path: Path, last_step: int = 0) -> Metrics:
+    return Metrics(path, last_step, lambda tensor: tensor[None], writes=True)
+
+
+def test_a_line_says_what_the_step_did(tmp_path: Path) -> None:
+    metrics = alone(tmp_path / "m.jsonl")
+    metrics.add(1, result(losses=(1.0, 3.0, 5.0), sigmas=(0.1, 0.9, 0.99), weight=2.0))
+    metrics.flush(wait=True)
+    (line,) = read_metrics(metrics.path)
+    assert line == {
+        "step": 1,
+        "loss": 6.0,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "loss_by_sigma": {"0.0-0.2": 1.0, "0.8-1.0": 4.0},
+    }
+    assert metrics.last == line
+
+
+def test_sigma_one_belongs_to_the_last_bin(tmp_path: Path) -> None:
+    metrics = alone(tmp_path / "m.jsonl")
+    metrics.add(1, result(sigmas=(1.0, 0.8)))
+    metrics.flush(wait=True)
+    assert set(read_metrics(metrics.path)[0]["loss_by_sigma"]) == {"0.8-1.0"}
+
+
+def test_lines_stay_in_order_over_several_flushes(tmp_path: Path) -> None:
+    metrics = alone(tmp_path / "m.jsonl")
+    for step in range(1, 8):
+        metrics.add(step, result())
+        if step % 3 == 0:
+            metrics.flush()
+    metrics.flush(wait=True)
+    metrics.flush(wait=True)
+    assert [line["step"] for line in read_metrics(metrics.path)] == list(range(1, 8))
+
+
+def test_adding_a_step_reads_nothing_from_the_device(tmp_path: Path) -> None:
+    metrics = alone(tmp_path / "m.jsonl")
+    metrics.add(1, result(device="meta"))  # a meta tensor has no value to read
+
+
+def test_all_ranks_are_averaged_and_one_writes(tmp_path: Path) -> None:
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack([tensor, tensor + torch.tensor([2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0])])
+
+    main, other = (Metrics(tmp_path / name, 0, gather, writes) for name, writes in (("m", True), ("o", False)))
+    for metrics in (main, other):
+        metrics.add(1, result())
+        metrics.flush(wait=True)
+    (line,) = read_metrics(main.path)
+    assert line["loss"] == 3.0
+    assert line["loss_by_sigma"] == {"0.0-0.2": 2.0, "0.8-1.0": 4.0}
+    assert not other.path.exists()
+
+
+def test_a_skipped_step_is_null_and_remembered(tmp_path: Path) -> None:
+    metrics = alone(tmp_path / "m.jsonl")
+    metrics.add(1, result(norm=float("nan")))
+    metrics.add(2, result(losses=(float("inf"), 1.0), norm=float("inf")))
+    metrics.add(3, result())
+    metrics.flush(wait=True)
+    lines = read_metrics(metrics.path)
+    assert [line["grad_norm"] for line in lines] == [None, None, 0.5]
+    assert lines[1]["loss"] is None
+    assert lines[1]["loss_by_sigma"]["0.0-0.2"] is None
+    assert metrics.skipped == [1, 2]
+
+
+def test_lines_after_the_step_resumed_from_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "grad_norm": 1.0}) + "\n" for step in range(1, 7)))
+    metrics = alone(path, last_step=4)
+    metrics.add(5, result())
+    metrics.flush(wait=True)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5]
+    assert alone(path, last_step=0).last == {}
+    assert path.read_text() == ""
+
+
+def test_steps_skipped_before_a_resume_are_still_known(tmp_path: Path) -> None:
+    first = alone(tmp_path / "m.jsonl")
+    for step, norm in enumerate([1.0, float("nan"), 1.0, float("inf")], start=1):
+        first.add(step, result(norm=norm))
+    first.flush(wait=True)
+    assert alone(first.path, last_step=3).skipped == [2]
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "lo', '{"step": 3', "\0\0\0"])
+def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path, tail: str) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n' + tail)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+
+
+def test_no_file_is_no_lines(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "none") == []
