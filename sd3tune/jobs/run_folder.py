@@ -18,33 +18,34 @@ from sd3tune.model.adapter_io import ADAPTER_FILE
 from sd3tune.train.checkpoint import list_checkpoints, read_state
 
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
 
 
 def starting_checkpoint(run: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from, or None for a fresh start.
 
-    Raises RunError when the folder already holds a run and `resume` is off, or is not a folder for runs.
+    Raises RunError when the folder already holds a run and `resume` is off, or holds what would be written over.
     """
     if run.is_file():
         raise RunError(f"output_dir: {run} is a file; name a folder")
     checkpoints = list_checkpoints(run)
-    if resume:
-        return checkpoints[-1] if checkpoints else None
+    if checkpoints and resume:
+        return checkpoints[-1]
     if checkpoints:
         step = read_state(checkpoints[-1])["step"]
         raise RunError(f"{run}: already holds a run (step {step}); add --resume to go on, or choose another output_dir")
     if (run / "adapter" / ADAPTER_FILE).exists():
-        raise RunError(f"{run}: already holds an adapter; choose another output_dir")
-    if run.is_dir() and any(run.iterdir()) and not (run / RUN_FILE).exists():
+        raise RunError(f"{run}: already holds an adapter and no checkpoint; choose another output_dir")
+    inside = {path.name for path in run.iterdir()} if run.is_dir() else set()
+    if inside - {LOCK_FILE} and RUN_FILE not in inside:
         raise RunError(f"{run}: not empty and not a run folder; choose another output_dir")
     return None
 
 
 def is_finished(run: Path, steps: int) -> bool:
-    """Whether the run has reached `steps` and its adapter is written."""
+    """Whether the run has reached `steps` and was closed: an adapter alone may be from before it was extended."""
     checkpoints = list_checkpoints(run)
-    done = bool(checkpoints) and int(read_state(checkpoints[-1])["step"]) >= steps
-    return done and (run / "adapter" / ADAPTER_FILE).exists()
+    return bool(checkpoints) and read_state(checkpoints[-1])["step"] >= steps and "report" in _read_run_file(run)
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def locked(run: Path) -> Iterator[None]:
     """Hold the run folder for this process (made if need be). Raises RunError when another process holds it."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        descriptor = os.open(run / LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise RunError(f"output_dir: {run} cannot be written to: {error.strerror}") from error
     try:
@@ -69,12 +70,20 @@ def locked(run: Path) -> Iterator[None]:
 
 def describe_run(run: Path, start: Mapping[str, Any], from_step: int) -> dict[str, Any]:
     """What `run.json` holds from the start: `start`, the command, the commit; an earlier attempt's resumes are kept."""
-    path = run / RUN_FILE
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() and from_step else {}
+    earlier = _read_run_file(run) if from_step else {}
     resumes = [*earlier.get("resumes", []), {"from_step": from_step}] if from_step else []
     described = {**start, "argv": sys.argv, "git_commit": _git_commit(), "resumes": resumes, "timings": {}}
-    write_json(path, described)
+    write_json(run / RUN_FILE, described)
     return described
+
+
+def _read_run_file(run: Path) -> dict[str, Any]:
+    """`run.json`; empty when there is none that can be read."""
+    try:
+        described = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return described if isinstance(described, dict) else {}
 
 
 def _git_commit() -> str | None:

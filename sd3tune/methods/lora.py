@@ -45,7 +45,8 @@ class LoraMethod:
             self.t5_length,
             transformer.config.joint_attention_dim,
         )
-        return prompt_embeds.to(transformer.dtype), pooled.to(transformer.dtype)
+        dtype = next(transformer.parameters()).dtype  # `transformer.dtype` walks the whole model to find out
+        return prompt_embeds.to(dtype), pooled.to(dtype)
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
         return adapter_io.fold_scale(weights, self.settings.alpha / self.settings.rank)

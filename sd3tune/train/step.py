@@ -52,7 +52,7 @@ def velocity_losses(transformer: SD3Transformer2DModel, method: Method, batch: B
     prompt_embeds, pooled_prompt_embeds = method.conditioning(batch.embeddings, transformer)
     noisy_latents = interpolate(batch.latents, batch.noise, batch.sigma)
     velocity = transformer(
-        hidden_states=noisy_latents.to(transformer.dtype),
+        hidden_states=noisy_latents.to(prompt_embeds.dtype),
         timestep=model_timestep(batch.sigma),
         encoder_hidden_states=prompt_embeds,
         pooled_projections=pooled_prompt_embeds,

@@ -8,11 +8,8 @@ from sd3tune.model.bases import Base, resolve_base
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    """The tiny base, in a cache of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SD3TUNE_CACHE", str(tmp_path_factory.mktemp("bases")))
-        return resolve_base("tiny")
+def base() -> Base:
+    return resolve_base("tiny")
 
 
 @pytest.fixture(scope="session", autouse=True)

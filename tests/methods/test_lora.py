@@ -1,0 +1,194 @@
+"""The LoRA method: what it trains, how captions become conditioning, and what its file computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from safetensors import safe_open
+from torch import Tensor
+
+from sd3tune.data.sampler import generator
+from sd3tune.methods import METHODS, LoraMethod
+from sd3tune.model import adapter_io
+from sd3tune.model.adapters import ADAPTER_NAME, lora_layers
+from sd3tune.model.bases import resolve_base
+from sd3tune.model.components import load_transformer
+from sd3tune.train.optim import FlatMaster
+
+CONTRACT = {"base": "tiny", "max_sequence_length": 16}
+
+
+@pytest.fixture
+def make(quick_config, tmp_path):
+    """`make("key=value", ...)`: the method of that configuration."""
+    return lambda *overrides: LoraMethod(quick_config(tmp_path / "run", *overrides))
+
+
+@pytest.fixture
+def transformer() -> SD3Transformer2DModel:
+    return load_transformer(resolve_base("tiny"), torch.float32)
+
+
+def inject(method: LoraMethod, transformer: SD3Transformer2DModel, dtype=torch.float32) -> FlatMaster:
+    """Inject with non-zero B's, so that the adapter does something."""
+    parameters = method.inject(transformer, lambda name: generator(0, "init", name))
+    for name, parameter in parameters.items():
+        if name.endswith("lora_B"):
+            parameter.data.normal_(0, 0.2, generator=generator(1, name))
+    return FlatMaster(parameters, dtype)
+
+
+def velocity(transformer: SD3Transformer2DModel) -> Tensor:
+    source = generator(5)
+    with torch.no_grad():
+        return transformer(
+            hidden_states=torch.randn(1, 16, 8, 8, generator=source).to(transformer.dtype),
+            timestep=torch.tensor([400.0]),
+            encoder_hidden_states=torch.randn(1, 93, 64, generator=source).to(transformer.dtype),
+            pooled_projections=torch.randn(1, 48, generator=source).to(transformer.dtype),
+        ).sample
+
+
+def test_it_is_the_method_of_its_kind() -> None:
+    assert METHODS["lora"] is LoraMethod
+
+
+def test_only_the_adapter_is_trained(make, transformer) -> None:
+    parameters = make().inject(transformer, lambda name: generator(0, name))
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    assert {id(parameter) for parameter in trained} == {id(parameter) for parameter in parameters.values()}
+
+
+def test_the_start_changes_nothing_and_depends_on_the_seed_alone(make, transformer) -> None:
+    before = velocity(transformer)
+    torch.manual_seed(1)
+    first = make().inject(transformer, lambda name: generator(3, name))
+    assert torch.equal(velocity(transformer), before)
+    torch.manual_seed(2)
+    other = load_transformer(resolve_base("tiny"), torch.bfloat16)
+    second = make().inject(other, lambda name: generator(3, name))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def embeddings(dtype=torch.float32) -> dict[str, dict[str, Tensor]]:
+    return {
+        "clip_l": {"hidden": torch.full((2, 77, 16), 1.0), "pooled": torch.full((2, 16), 1.5)},
+        "clip_g": {"hidden": torch.full((2, 77, 32), 2.0), "pooled": torch.full((2, 32), 2.5)},
+        "t5": {"hidden": torch.full((2, 16, 64), 3.0)},
+    }
+
+
+def test_conditioning_is_clip_padded_in_width_and_then_t5(make, transformer) -> None:
+    prompt_embeds, pooled = make().conditioning(embeddings(), transformer)
+    assert prompt_embeds.shape == (2, 77 + 16, 64)
+    assert (prompt_embeds[:, :77, :16] == 1).all()
+    assert (prompt_embeds[:, :77, 16:48] == 2).all()
+    assert (prompt_embeds[:, :77, 48:] == 0).all()
+    assert (prompt_embeds[:, 77:] == 3).all()
+    assert pooled.tolist() == [[1.5] * 16 + [2.5] * 32] * 2
+
+
+def test_without_t5_its_place_is_zeros_and_it_is_not_encoded(make, transformer) -> None:
+    method = make("model.t5=false")
+    assert method.cached_encoders == ("clip_l", "clip_g")
+    entries = embeddings()
+    del entries["t5"]
+    prompt_embeds, _ = method.conditioning(entries, transformer)
+    assert prompt_embeds.shape == (2, 77 + 16, 64)
+    assert not prompt_embeds[:, 77:].any()
+
+
+def test_conditioning_has_the_transformers_dtype(make) -> None:
+    transformer = load_transformer(resolve_base("tiny"), torch.bfloat16)
+    assert {tensor.dtype for tensor in make().conditioning(embeddings(), transformer)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("alpha", [2.0, 3.0])
+def test_the_exported_file_computes_what_was_trained(make, transformer, tmp_path: Path, alpha: float) -> None:
+    method = make(f"method.alpha={alpha}")
+    master = inject(method, transformer)
+    trained, base = velocity(transformer), velocity(load_transformer(resolve_base("tiny"), torch.float32))
+    assert not torch.allclose(trained, base, atol=1e-2)
+
+    file = method.export(tmp_path / "adapter", master.named(master.master), CONTRACT)
+    loaded = load_transformer(resolve_base("tiny"), torch.float32)
+    match = adapter_io.attach(loaded, adapter_io.read_adapter(file), "default")
+    assert match.unmatched == ()
+    torch.testing.assert_close(velocity(loaded), trained, rtol=0, atol=1e-5)
+    with method.as_exported(transformer, master.named(master.master)):
+        assert torch.equal(velocity(transformer), velocity(loaded))
+
+
+def test_other_weights_visit_and_leave_no_trace(make, transformer) -> None:
+    method = make("method.alpha=3.0")
+    master = inject(method, transformer)
+    live, pointers = velocity(transformer), [parameter.data_ptr() for parameter in master.parameters]
+    values = master.master.detach().clone()
+    average = master.named(0.5 * master.master.detach())
+    with method.as_exported(transformer, average):
+        assert not torch.equal(velocity(transformer), live)
+    assert torch.equal(velocity(transformer), live)
+    assert torch.equal(master.master, values)
+    assert [parameter.data_ptr() for parameter in master.parameters] == pointers
+    master.publish()
+
+
+def test_the_live_weights_return_after_an_error(make, transformer) -> None:
+    method = make("method.alpha=3.0")
+    master = inject(method, transformer)
+    live = velocity(transformer)
+    for context in (method.as_exported(transformer, master.named(0 * master.master)), method.disabled(transformer)):
+        with pytest.raises(KeyboardInterrupt), context:
+            raise KeyboardInterrupt
+        assert torch.equal(velocity(transformer), live)
+    master.publish()
+
+
+def test_low_precision_exports_its_masters_and_shows_them_rounded(make, tmp_path: Path) -> None:
+    transformer = load_transformer(resolve_base("tiny"), torch.bfloat16)
+    method = make()
+    master = inject(method, transformer, torch.bfloat16)
+    weights = master.named(master.master)
+    factors = adapter_io.read_adapter(method.export(tmp_path, weights, CONTRACT)).factors
+    for module, (down, up) in factors.items():
+        assert torch.equal(down, weights[f"{module}.lora_A"])
+        assert torch.equal(up, weights[f"{module}.lora_B"])
+    with method.as_exported(transformer, weights):
+        for name, layer in lora_layers(transformer).items():
+            shown = layer.lora_A[ADAPTER_NAME].weight
+            assert torch.equal(shown, weights[f"{name}.lora_A"].to(torch.bfloat16))
+
+
+def test_disabled_is_the_base(make, transformer) -> None:
+    method, base = make(), velocity(transformer)
+    inject(method, transformer)
+    with method.disabled(transformer):
+        assert torch.equal(velocity(transformer), base)
+    assert not torch.equal(velocity(transformer), base)
+
+
+def test_the_file_holds_the_contract_and_the_original_rank_and_alpha(make, transformer, tmp_path: Path) -> None:
+    method = make("method.alpha=3.0")
+    master = inject(method, transformer)
+    file = method.export(tmp_path, master.named(master.master), {**method.contract(), **CONTRACT})
+    assert adapter_io.read_adapter(file).contract == {
+        "contract_version": 1, "method": "lora", "rank": 2, "alpha": 3.0, **CONTRACT,
+    }  # fmt: skip
+    with safe_open(file, framework="pt") as opened:
+        peft = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert peft["transformer.r"] == peft["transformer.lora_alpha"] == 2
+
+
+def test_weights_that_are_not_finite_are_not_written(make, transformer, tmp_path: Path) -> None:
+    method = make()
+    master = inject(method, transformer)
+    with torch.no_grad():
+        master.master[3] = float("nan")
+    with pytest.raises(adapter_io.AdapterError, match="NaN or infinite"):
+        method.export(tmp_path / "adapter", master.named(master.master), CONTRACT)
+    assert not (tmp_path / "adapter").exists() or not list((tmp_path / "adapter").iterdir())
