@@ -22,5 +22,5 @@ def run_cache(config: Config, notes: Sequence[str] = ()) -> None:
 
         for note in notes:
             say(f"note: {note}")
-        encode(make_plan(config, accelerator.device, resume=True), processes, say)
+        encode(make_plan(config, accelerator.device, resume=None), processes, say)
         say(f"store     {store_folder(config)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sd3tune.jobs.preflight import Plan
 from sd3tune.train.batches import Batch, Batches
-from sd3tune.train.step import velocity_losses
+from sd3tune.train.step import predict_velocity, velocity_losses
 
 FIXED_SIGMAS = (0.2, 0.4, 0.6, 0.8)
 PROBED_STEPS = 4
@@ -23,29 +23,27 @@ NO_CHANGE = 1e-7
 
 @torch.no_grad()
 def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], batches: Batches) -> dict[str, Any]:
-    """Norm of BA per block, change of one denoising step, and the training loss on fixed noise, base and adapter."""
+    """Norm of BA per block, change of one denoising step, and the training loss at fixed noise, base and adapter."""
     probes = _probes(batches)
     with plan.method.as_exported(transformer, weights):
-        adapted = [
-            (_velocity(plan, transformer, probe), velocity_losses(transformer, plan.method, probe)) for probe in probes
-        ]
+        adapted = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
     with plan.method.disabled(transformer):
-        base = [
-            (_velocity(plan, transformer, probe), velocity_losses(transformer, plan.method, probe)) for probe in probes
-        ]
-    change = sum((a - b).norm().item() for (a, _), (b, _) in zip(adapted, base, strict=True))
-    scale = sum(b.norm().item() for b, _ in base)
-    norms = block_norms(plan.method.exported(weights))
-    relative = change / scale
+        base = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
+    change = sum((a - b).norm().item() for a, b in zip(adapted, base, strict=True)) / sum(b.norm().item() for b in base)
     return {
-        "block_norms": norms,
-        "velocity_change": relative,
-        "changes_output": relative > NO_CHANGE and all(norm == norm for norm in norms.values()),
+        "block_norms": block_norms(plan.method.exported(weights)),
+        "velocity_change": change,
+        "changes_output": change > NO_CHANGE,  # false for NaN, too
         "fixed_noise_loss": {
-            "base": torch.cat([loss for _, loss in base]).mean().item(),
-            "adapter": torch.cat([loss for _, loss in adapted]).mean().item(),
+            "sigma": list(FIXED_SIGMAS),
+            "base": _losses(base, probes),
+            "adapter": _losses(adapted, probes),
         },
     }
+
+
+def _losses(velocities: Sequence[Tensor], probes: Sequence[Batch]) -> list[float]:
+    return [velocity_losses(v, probe).mean().item() for v, probe in zip(velocities, probes, strict=True)]
 
 
 def block_norms(factors: Mapping[str, Tensor]) -> dict[str, float]:
@@ -73,30 +71,19 @@ def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
     norms, loss = report["block_norms"], report["fixed_noise_loss"]
     largest = max(norms.values()) or 1.0
     bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * norm / largest)] for norm in norms.values())
-    change = 100 * (loss["adapter"] / loss["base"] - 1)
+    by_sigma = ", ".join(
+        f"{sigma:g}: {base:.3f} -> {adapter:.3f} ({100 * (adapter / base - 1):+.1f} %)"
+        for sigma, base, adapter in zip(loss["sigma"], loss["base"], loss["adapter"], strict=True)
+    )
     return [
         f"learned   one denoising step changes by {100 * report['velocity_change']:.3g} %; "
         f"norm of BA per block |{bars}|, at most {max(norms.values()):.3g}",
-        f"loss      on training images at fixed noise: {loss['base']:.4f} without, {loss['adapter']:.4f} with the "
-        f"adapter ({change:+.2f} %)",
+        f"loss      on training images at fixed noise, by sigma: {by_sigma}",
         f"adapter   {plan.run / 'adapter'}",
         "",
         "next:",
         f"  {infer_command(plan.run, plan.records[0].caption or 'a photo')}",
     ]
-
-
-def _velocity(plan: Plan, transformer: Any, batch: Batch) -> Tensor:
-    """One denoising step at the probe's sigma, on the probe's noise."""
-    prompt_embeds, pooled = plan.method.conditioning(batch.embeddings, transformer)
-    velocity: Tensor = transformer(
-        hidden_states=batch.noise.to(transformer.dtype),
-        timestep=1000 * batch.sigma,
-        encoder_hidden_states=prompt_embeds,
-        pooled_projections=pooled,
-        return_dict=False,
-    )[0]
-    return velocity.float()
 
 
 def _probes(batches: Batches) -> list[Batch]:

@@ -44,8 +44,11 @@ class Plan:
         return sum(record.repeats for record in self.records)
 
 
-def make_plan(config: Config, device: torch.device, resume: bool) -> Plan:
-    """Check data, base, targets, sizes and the run folder. Raises UserError with every problem found."""
+def make_plan(config: Config, device: torch.device, resume: bool | None) -> Plan:
+    """Check data, base, targets, sizes and, unless `resume` is None, the run folder.
+
+    Raises UserError with every problem found.
+    """
     problems: list[str] = []
     records: list[Record] = []
     start: Path | None = None
@@ -55,7 +58,7 @@ def make_plan(config: Config, device: torch.device, resume: bool) -> Plan:
     except UserError as error:
         problems += error.problems
     try:
-        start = starting_checkpoint(run, resume)
+        start = None if resume is None else starting_checkpoint(run, resume)
     except UserError as error:
         problems += error.problems
     try:

@@ -45,7 +45,8 @@ def starting_checkpoint(run: Path, resume: bool) -> Path | None:
 def is_finished(run: Path, steps: int) -> bool:
     """Whether the run has reached `steps` and was closed: an adapter alone may be from before it was extended."""
     checkpoints = list_checkpoints(run)
-    return bool(checkpoints) and read_state(checkpoints[-1])["step"] >= steps and "report" in _read_run_file(run)
+    reached = bool(checkpoints) and int(read_state(checkpoints[-1])["step"]) >= steps
+    return reached and (run / "adapter" / ADAPTER_FILE).exists() and "report" in _read_run_file(run)
 
 
 @contextlib.contextmanager

@@ -58,6 +58,10 @@ def card(config: Config, contract: Mapping[str, Any], report: Mapping[str, Any])
         "sd3tune": contract["sd3tune_version"],
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    losses = "\n".join(
+        f"| {at:g} | {base:.4f} | {adapter:.4f} |"
+        for at, base, adapter in zip(loss["sigma"], loss["base"], loss["adapter"], strict=True)
+    )
     snippet = _SNIPPET.format(base=contract["base"], prompt=prompt or "a photo", length=contract["max_sequence_length"])
     return f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
@@ -85,9 +89,13 @@ or with diffusers alone:
 
 ## Measured
 
-- Velocity loss at fixed noise and sigmas 0.2 to 0.8: {loss["base"]:.4f} for the base, {loss["adapter"]:.4f} with the
-  adapter. It is measured on training images: it shows that something was learned, not that it generalises.
-- One denoising step changes by {100 * report["velocity_change"]:.3g} %.
+The velocity loss at fixed noise, on training images: it shows that something was learned, not that it generalises.
+
+| sigma | base | with the adapter |
+|---|---|---|
+{losses}
+
+One denoising step changes by {100 * report["velocity_change"]:.3g} %.
 """
 
 

@@ -47,17 +47,22 @@ class StepResult:
     learning_rate: float
 
 
-def velocity_losses(transformer: SD3Transformer2DModel, method: Method, batch: Batch) -> Tensor:
-    """The loss of each sample of the batch, [B] fp32, unweighted."""
+def predict_velocity(transformer: SD3Transformer2DModel, method: Method, batch: Batch) -> Tensor:
+    """The model's velocity [B, C, H, W] for the batch's noisy latents, in the transformer's dtype."""
     prompt_embeds, pooled_prompt_embeds = method.conditioning(batch.embeddings, transformer)
     noisy_latents = interpolate(batch.latents, batch.noise, batch.sigma)
-    velocity = transformer(
+    velocity: Tensor = transformer(
         hidden_states=noisy_latents.to(prompt_embeds.dtype),
         timestep=model_timestep(batch.sigma),
         encoder_hidden_states=prompt_embeds,
         pooled_projections=pooled_prompt_embeds,
         return_dict=False,
     )[0]
+    return velocity
+
+
+def velocity_losses(velocity: Tensor, batch: Batch) -> Tensor:
+    """The loss of each sample of the batch, [B] fp32, unweighted."""
     return velocity_loss(velocity, velocity_target(batch.latents, batch.noise))
 
 
@@ -75,7 +80,7 @@ def train_step(
     samples = []
     for micro in range(accumulation):
         batch = batches.fetch(state.step, micro)
-        losses = velocity_losses(transformer, method, batch)
+        losses = velocity_losses(predict_velocity(transformer, method, batch), batch)
         weighted = weight(batch.sigma) * losses
         (weighted.mean() / accumulation * state.loss_scale.scale).backward()
         state.master.collect_gradients()

@@ -58,10 +58,11 @@ def test_a_run_is_not_trained_over(tmp_path: Path) -> None:
         starting_checkpoint(tmp_path, resume=False)
 
 
-def test_an_adapter_is_not_written_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", [True, False])
+def test_an_adapter_is_not_written_over(tmp_path: Path, resume: bool) -> None:
     write_adapter(tmp_path)
     with pytest.raises(RunError, match="already holds an adapter"):
-        starting_checkpoint(tmp_path, resume=False)
+        starting_checkpoint(tmp_path, resume)
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -87,6 +88,9 @@ def test_a_run_is_finished_when_its_closing_report_is_written(tmp_path: Path) ->
     write_closing(tmp_path, seed=0, report={})
     assert is_finished(tmp_path, 10)
     assert is_finished(tmp_path, 8)
+    (tmp_path / "run.json").write_text("{")
+    assert not is_finished(tmp_path, 10)
+    write_closing(tmp_path, report={})
     assert not is_finished(tmp_path, 11)
 
 
@@ -111,7 +115,7 @@ def test_the_folder_is_held_against_other_processes_and_then_released(tmp_path: 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="output_dir: .* cannot be written to"), locked(tmp_path / "file" / "run"):
+    with pytest.raises(RunError, match=r"output_dir: .* cannot be written to"), locked(tmp_path / "file" / "run"):
         pass
 
 

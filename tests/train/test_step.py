@@ -13,7 +13,7 @@ from sd3tune.model.adapters import ADAPTER_NAME, lora_layers
 from sd3tune.model.components import load_transformer
 from sd3tune.train.batches import Batch
 from sd3tune.train.optim import ema_decay
-from sd3tune.train.step import velocity_losses
+from sd3tune.train.step import predict_velocity, velocity_losses
 
 RANK, ALPHA = 2, 3.0
 
@@ -118,7 +118,7 @@ def test_losses_are_those_of_the_velocity(start) -> None:
     training = start("train.batch_size=2")
     batch = training.batches.fetch(0, 0)
     with torch.no_grad():
-        losses = velocity_losses(training.transformer, training.method, batch)
+        losses = velocity_losses(predict_velocity(training.transformer, training.method, batch), batch)
         expected = PlainLoop(training).loss(batch)
     assert losses.shape == (2,)
     torch.testing.assert_close(losses.mean(), expected, rtol=1e-6, atol=0)
@@ -172,7 +172,7 @@ def test_no_activation_is_cast_up_by_the_adapters(start) -> None:
             factor[ADAPTER_NAME].register_forward_pre_hook(lambda _, given: inputs.append(given[0].dtype))
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        velocity_losses(training.transformer, training.method, training.batches.fetch(0, 0))
+        predict_velocity(training.transformer, training.method, training.batches.fetch(0, 0))
     assert len(inputs) == 2 * len(training.plan.modules)
     assert len(saved) >= len(inputs)
     assert {*inputs, *saved} == {torch.bfloat16}

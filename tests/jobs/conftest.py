@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+Tensors = dict[str, torch.Tensor]
+
+
+def contents(file: Path) -> tuple[Tensors, dict[str, Any]]:
+    """A safetensors file's tensors and its parsed metadata (its bytes differ: the header's order is random)."""
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    return load_file(file), {key: json.loads(text) if text[0] in "{[" else text for key, text in metadata.items()}
+
+
+@pytest.fixture(scope="session")
+def assert_equal_runs() -> Callable[[Path, Path], None]:
+    """Two run folders hold the same files of tensors, byte for byte, the same metadata, and the same metrics."""
+
+    def check(one: Path, other: Path) -> None:
+        names = sorted(str(path.relative_to(one)) for path in one.rglob("*.safetensors"))
+        assert names == sorted(str(path.relative_to(other)) for path in other.rglob("*.safetensors"))
+        assert "adapter/pytorch_lora_weights.safetensors" in names
+        for name in names:
+            (expected, expected_metadata), (found, metadata) = contents(one / name), contents(other / name)
+            assert metadata == expected_metadata
+            assert found.keys() == expected.keys()
+            for key, tensor in expected.items():
+                assert found[key].dtype == tensor.dtype
+                assert found[key].shape == tensor.shape
+                assert found[key].numpy().tobytes() == tensor.numpy().tobytes(), f"{name}: {key}"
+        assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def adapter_of() -> Callable[..., Tensors]:
+    """`adapter_of(run)`: the tensors of its exported adapter."""
+    return lambda run, name="adapter": load_file(run / name / "pytorch_lora_weights.safetensors")
+
+
+@pytest.fixture(scope="session")
+def lines_of() -> Callable[[Path], list[dict[str, Any]]]:
+    """`lines_of(run)`: its metrics."""
+    return lambda run: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
