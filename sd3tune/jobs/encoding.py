@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sd3tune.config import Config
+from sd3tune.data.records import sample_indices
 from sd3tune.data.store import Store
 from sd3tune.encode.captions import encode_captions
 from sd3tune.encode.images import encode_images
@@ -76,13 +77,9 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
     store.refresh()
     for line in (*caption_report.lines(), *image_report.lines()):
         say(line)
-    examples = [
-        Example(
-            record.path.name,
-            tuple(keys),
-            {encoder: captions[encoder][record.caption] for encoder in encoders},
-        )
+    once = [
+        Example(record.path.name, tuple(keys), {encoder: captions[encoder][record.caption] for encoder in encoders})
         for record, keys in zip(plan.records, images, strict=True)
-        for _ in range(record.repeats)
     ]
+    examples = [once[index] for index in sample_indices(plan.records)]
     return Encoded(store, examples, captions, [*caption_report.warnings, *image_report.warnings])

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from sd3tune.encode.resources import release
 from sd3tune.jobs.encoding import NEGATIVE_PROMPT, Encoded
 from sd3tune.jobs.preflight import Plan
+from sd3tune.jobs.run_folder import SAMPLES
 from sd3tune.model.components import load_scheduler, load_vae
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, sample_latents, to_image
@@ -26,7 +27,7 @@ class Previews:
     def __init__(self, plan: Plan, encoded: Encoded, processes: Processes) -> None:
         self.plan, self.encoded, self.processes = plan, encoded, processes
         self.settings = plan.config.preview
-        self.folder = plan.run / "samples"
+        self.folder = plan.run / SAMPLES
         self.seconds = 0.0
         self._drawn: set[int] = set()
 

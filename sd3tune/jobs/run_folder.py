@@ -19,6 +19,7 @@ from sd3tune.train.checkpoint import list_checkpoints, read_state
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
+SAMPLES = "samples"
 
 
 def starting_checkpoint(run: Path, resume: bool) -> Path | None:
@@ -40,6 +41,18 @@ def starting_checkpoint(run: Path, resume: bool) -> Path | None:
     if inside - {LOCK_FILE} and RUN_FILE not in inside:
         raise RunError(f"{run}: not empty and not a run folder; choose another output_dir")
     return None
+
+
+def check_start(run: Path, start: Path | None) -> None:
+    """With the folder locked: RunError when another process has trained here since `starting_checkpoint` looked."""
+    if list_checkpoints(run)[-1:] != ([start] if start else []):
+        raise RunError(f"{run}: another process trained here a moment ago; run the command again")
+
+
+def remove_previews(run: Path) -> None:
+    """Pictures of an attempt that saved nothing; the next one may have other settings."""
+    for picture in (run / SAMPLES).glob("step-*.png"):
+        picture.unlink()
 
 
 def is_finished(run: Path, steps: int) -> bool:

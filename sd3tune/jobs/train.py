@@ -23,7 +23,7 @@ from sd3tune.jobs.machine import (
 )
 from sd3tune.jobs.preflight import Plan, describe, make_plan
 from sd3tune.jobs.preview import Previews
-from sd3tune.jobs.run_folder import RUN_FILE, describe_run, is_finished, locked
+from sd3tune.jobs.run_folder import RUN_FILE, check_start, describe_run, is_finished, locked, remove_previews
 from sd3tune.model.components import load_transformer, vae_config
 from sd3tune.publish.card import write_card
 from sd3tune.train.batches import Batches, LatentScaling
@@ -75,6 +75,9 @@ def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbac
     with ExitStack() as stack:
         if processes.is_main:
             stack.enter_context(locked(plan.run))
+            check_start(plan.run, plan.start)
+            if plan.start is None:
+                remove_previews(plan.run)
         identity = run_identity(plan, encoded, processes.world)
         if plan.start is not None:
             check_identity(plan, identity)
@@ -138,7 +141,7 @@ def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbac
 
 
 def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainState:
-    """The state before the first step. The optimizer's own tensors exist from the start, so that it can be saved."""
+    """The state before the first step."""
     optimizer = OPTIMIZERS[config.optimizer.kind](config.optimizer, master.master)
     return TrainState(
         step=0,

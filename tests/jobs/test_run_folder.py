@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sd3tune.errors import RunError
-from sd3tune.jobs.run_folder import describe_run, is_finished, locked, starting_checkpoint
+from sd3tune.jobs.run_folder import check_start, describe_run, is_finished, locked, starting_checkpoint
 from sd3tune.model.adapter_io import ADAPTER_FILE
 
 
@@ -111,6 +111,17 @@ def test_the_folder_is_held_against_other_processes_and_then_released(tmp_path: 
         other.kill()
     with locked(run):
         pass
+
+
+def test_a_run_that_went_on_meanwhile_is_noticed(tmp_path: Path) -> None:
+    check_start(tmp_path, None)
+    first = write_checkpoint(tmp_path, 5)
+    check_start(tmp_path, first)
+    with pytest.raises(RunError, match="another process trained here"):
+        check_start(tmp_path, None)
+    write_checkpoint(tmp_path, 10)
+    with pytest.raises(RunError, match="another process trained here"):
+        check_start(tmp_path, first)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

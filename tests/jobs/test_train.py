@@ -191,13 +191,11 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(
     quick_config, tmp_path, assert_equal_runs, adapter_of
 ) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        torch.manual_seed(len(name))
+        torch.rand(7)  # the global generator has no part in it
         run_training(quick_config(tmp_path / name, f"seed={seed}", "train.steps=2"))
-        torch.rand(3)
-    assert_equal_runs_but_not_seed = adapter_of(tmp_path / "c")
     assert_equal_runs(tmp_path / "a", tmp_path / "b")
-    one = adapter_of(tmp_path / "a")
-    assert any(not torch.equal(one[key], assert_equal_runs_but_not_seed[key]) for key in one)
+    one, other = adapter_of(tmp_path / "a"), adapter_of(tmp_path / "c")
+    assert all(not torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_step_whose_gradient_is_not_finite_is_passed_over_and_reported(
@@ -236,7 +234,7 @@ def test_a_dry_run_writes_nothing(quick_config, tmp_path: Path, capsys) -> None:
 
 
 def test_an_adapter_that_learned_nothing_is_an_error(quick_config, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="the adapter changes nothing: raise optimizer.lr"):
+    with pytest.raises(RunError, match=r"the adapter changes nothing: raise optimizer\.lr"):
         run_training(quick_config(tmp_path, "optimizer.lr=1e-12", "train.steps=1"))
 
 
@@ -287,8 +285,10 @@ def test_all_problems_are_told_at_once(quick_config, write_images, tmp_path: Pat
     config = quick_config(tmp_path / "run", f"data.sources=[{{path: {folder}}}]", "method.targets=[attn.to_z]")
     with pytest.raises(UserError) as caught:
         run_training(config)
-    assert [name in line for name, line in zip(("3.png", "holiday", "to_z"), caught.value.problems, strict=True)]
-    assert len(caught.value.problems) == 3
+    captions, folder_in_use, targets = caught.value.problems
+    assert "3.png" in captions
+    assert "not empty and not a run folder" in folder_in_use
+    assert "attn.to_z" in targets
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_trains(quick_config, tmp_path: Path) -> None:
