@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def run_cell(cell: Cell, folder: Path, rounds: int | None = None, steps: int | N
 
     `rounds` (an even number) and `steps` a round override what the cell says.
     """
-    model, steps = MODELS[cell.model], steps or cell.steps
+    cell = cell if steps is None else replace(cell, steps=steps)
+    model = MODELS[cell.model]
     trainer = make_trainer(cell, model, folder)
     with closing(trainer.batches):
         weights = trainer.state.master.named(trainer.state.master.master)
@@ -44,7 +46,7 @@ def run_cell(cell: Cell, folder: Path, rounds: int | None = None, steps: int | N
         gate = check_same(trainer, bare, TOLERANCES[cell.dtype])
         if rounds is None:
             rounds = _affordable_rounds(cell, bare, trainer.device)
-        turns = Turns(trainer.state.step, rounds, steps, bare.step, trainer.device)
+        turns = Turns(trainer.state.step, rounds, cell.steps, bare.step, trainer.device)
         # One more step than is measured: the last one saves a checkpoint.
         trainer.train(until=turns.last_step + 1, callback=turns)
     return {
@@ -58,9 +60,9 @@ def run_cell(cell: Cell, folder: Path, rounds: int | None = None, steps: int | N
         "trained_parameters": trainer.state.master.master.numel(),
         "gate": gate,
         "rounds": rounds,
-        "steps_per_round": steps,
+        "steps_per_round": cell.steps,
         "target": cell.target,
-        **summarise(turns.trainer, turns.bare, steps),
+        **summarise(turns.trainer, turns.bare, cell.steps),
     }
 
 

@@ -1,4 +1,4 @@
-"""Where it was measured, the table, and the files: `results/trainer.json`, and the README between its markers."""
+"""Where it was measured, the table, and the files: `results/trainer.json`, the README between its markers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ from sd3tune.jobs.machine import versions
 
 _MARKERS = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.DOTALL)
 _ROOT = Path(__file__).parent.parent
+_HEADINGS = [
+    "cell",
+    "bare, images/s",
+    "trainer, images/s",
+    "ratio",
+    "CPU-time ratio",
+    "overhead, CPU ms per step",
+    "rounds of steps",
+    "target",
+]
 
 
 def environment() -> dict[str, Any]:
@@ -37,26 +47,11 @@ def table(results: dict[str, Any]) -> str:
     where = results["environment"]
     commit = (where["commit"] or "unknown")[:10] + (" with changes" if where["uncommitted_changes"] else "")
     libraries = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "diffusers", "peft"))
-    rows = [
-        [
-            row["cell"],
-            f"{row['bare_images_per_s']:.3g}",
-            f"{row['trainer_images_per_s']:.3g}",
-            _spread(row["ratio"], ".3f"),
-            _spread(row["cpu_ratio"], ".3f"),
-            _spread(row["cpu_overhead_ms_per_step"], ".1f"),
-            f"{row['rounds']} x {row['steps_per_round']}",
-            f"{row['target']}: {'met' if row['ratio']['median'] >= row['target'] else 'missed'}"
-            if row["target"]
-            else "",
-        ]
-        for row in results["cells"]
-    ]
-    heads = ("cell", "bare images/s", "trainer images/s", "ratio", "CPU ratio", "CPU overhead, ms/step", "rounds x steps", "target")  # fmt: skip
-    lines = [heads, ["---"] * len(heads), *rows]
+    lines = [_HEADINGS, ["---"] * len(_HEADINGS), *(_table_row(row) for row in results["cells"])]
     return "\n".join(
         [
-            f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {where['threads']} threads; {libraries}; commit {commit}.",
+            f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {where['threads']} threads.",
+            f"{libraries}. Commit {commit}.",
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
         ]
@@ -69,6 +64,21 @@ def write(results: dict[str, Any], folder: Path) -> None:
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8")
     write_text(readme, _MARKERS.sub(lambda found: f"{found[1]}{table(results)}\n{found[2]}", text))
+
+
+def _table_row(row: dict[str, Any]) -> list[str]:
+    target = row["target"]
+    verdict = "met" if target is not None and row["ratio"]["median"] >= target else "missed"
+    return [
+        row["cell"],
+        f"{row['bare_images_per_s']:.3g}",
+        f"{row['trainer_images_per_s']:.3g}",
+        _spread(row["ratio"], ".3f"),
+        _spread(row["cpu_ratio"], ".3f"),
+        _spread(row["cpu_overhead_ms_per_step"], ".1f"),
+        f"{row['rounds']} of {row['steps_per_round']}",
+        "" if target is None else f"{target} {verdict}",
+    ]
 
 
 def _spread(value: dict[str, float], form: str) -> str:

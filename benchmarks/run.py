@@ -9,20 +9,19 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# Before torch loads OpenMP: threads that spin while they wait would burn the cores that both sides need.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-from benchmarks import report
-from benchmarks.cells import CELLS
-from benchmarks.compare import GateError, run_cell
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    # Before torch loads OpenMP: a thread that spins while it waits burns a core that both sides need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from benchmarks import report
+    from benchmarks.cells import CELLS
+    from benchmarks.compare import GateError, run_cell
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), help="only these; prints, and writes nothing")
-    parser.add_argument("--rounds", type=int, help="an even number, instead of what the time allows")
+    parser.add_argument("--rounds", type=_even, help="an even number, instead of what the time allows")
     parser.add_argument("--steps", type=int, help="steps of each side per round")
-    parser.add_argument("--out", type=Path, help="folder with results/ and README.md to write to")
+    parser.add_argument("--out", type=Path, help="folder with a README.md to write to, even with --cells")
     options = parser.parse_args(arguments)
 
     rows = []
@@ -38,6 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out or not options.cells:
         report.write(results, options.out or Path(__file__).parent)
     return 0
+
+
+def _even(text: str) -> int:
+    rounds = int(text)
+    if rounds < 2 or rounds % 2:
+        raise argparse.ArgumentTypeError("an even number, at least 2: the sides swap places every other round")
+    return rounds
 
 
 if __name__ == "__main__":

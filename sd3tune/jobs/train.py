@@ -188,9 +188,9 @@ def _say_goodbye(
     say("")
     say(f"{steps} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)")
     if metrics.skipped:
-        say(
-            f"warning: {len(metrics.skipped)} steps were skipped, their gradient was not finite: {metrics.skipped[:10]}"
-        )
+        count, first = len(metrics.skipped), ", ".join(map(str, metrics.skipped[:10]))
+        were = "steps were" if count > 1 else "step was"
+        say(f"warning: {count} {were} skipped, the gradient was not finite: step {first}{', ...' * (count > 10)}")
     for line in summary(plan, report):
         say(line)
     if not report["changes_output"]:

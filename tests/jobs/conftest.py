@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 Tensors = dict[str, torch.Tensor]
+StartCli = Callable[..., "subprocess.Popen[str]"]
+
+CONSOLE_SCRIPT = str(Path(sys.executable).with_name("sd3tune"))
+
+
+@pytest.fixture(autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """What was imported is left out of garbage collections, which encoding and previews run after each component."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def contents(file: Path) -> tuple[Tensors, dict[str, Any]]:
@@ -45,6 +61,30 @@ def assert_equal_runs() -> Callable[[Path, Path], None]:
 def adapter_of() -> Callable[..., Tensors]:
     """`adapter_of(run)`: the tensors of its exported adapter."""
     return lambda run, name="adapter": load_file(run / name / "pytorch_lora_weights.safetensors")
+
+
+@pytest.fixture
+def start_cli() -> Iterator[StartCli]:
+    """`start_cli("train", file)`: a process of its own, by default `sd3tune ...`; what still runs is ended."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str | Path, prefix: Sequence[str] = (CONSOLE_SCRIPT,), cwd: Path | None = None):
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        process = subprocess.Popen(
+            [*prefix, *map(str, arguments)],
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,258 @@
+"""`--resume`: a run that was stopped ends as if it had not been; what cannot go on is refused and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from sd3tune.config import dump_config
+from sd3tune.errors import RunError
+from sd3tune.jobs.train import run_training
+from sd3tune.train.loop import View
+
+STEPS = 12
+EVERYTHING = (
+    f"train.steps={STEPS}", "train.gradient_accumulation=2", "data.crop_variants=2", "data.flip=true",
+    "ema={decay: 0.8}", "schedule={kind: cosine, warmup_steps: 3}", "checkpoint={every: 3, keep: 2}",
+    "method.alpha=3.0",
+)  # fmt: skip
+"""24 samples of 5 images: almost five epochs, each in another order, of 4 variants an image."""
+
+
+def stop_at(step: int):
+    """A callback that ends the run from outside once that step is done."""
+
+    def callback(view: View) -> None:
+        if view.step == step:
+            raise InterruptedError
+
+    return callback
+
+
+def stopped(config, step: int) -> None:
+    with pytest.raises(InterruptedError):
+        run_training(config, callbacks=[stop_at(step)])
+
+
+@pytest.fixture(scope="module")
+def straight(quick_config, tmp_path_factory) -> Path:
+    """The run that was never stopped."""
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    run_training(quick_config(run, *EVERYTHING))
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(quick_config, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    run_training(quick_config(run, "train.steps=2"))
+    return run
+
+
+def files_of(run: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("step", [3, 7, 11])
+def test_a_run_stopped_and_resumed_equals_one_never_stopped(
+    quick_config, tmp_path: Path, straight: Path, assert_equal_runs, capsys, step: int
+) -> None:
+    run = tmp_path / "run"
+    config = quick_config(run, *EVERYTHING)
+    stopped(config, step)
+    capsys.readouterr()
+    run_training(config, resume=True)
+    assert f"resuming from step-{step // 3 * 3:06d}" in capsys.readouterr().out
+    assert_equal_runs(straight, run)
+    assert json.loads((run / "run.json").read_text())["resumes"] == [{"from_step": step // 3 * 3}]
+
+
+def test_a_run_may_be_stopped_more_than_once(quick_config, tmp_path: Path, straight: Path, assert_equal_runs) -> None:
+    config = quick_config(tmp_path, *EVERYTHING)
+    stopped(config, 4)
+    with pytest.raises(InterruptedError):
+        run_training(config, resume=True, callbacks=[stop_at(8)])
+    run_training(config, resume=True)
+    assert_equal_runs(straight, tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text())["resumes"] == [{"from_step": 3}, {"from_step": 6}]
+
+
+def test_a_killed_process_is_resumed_and_meanwhile_nobody_else_may_train_there(
+    quick_config, tmp_path: Path, straight: Path, assert_equal_runs, start_cli
+) -> None:
+    run = tmp_path / "run"
+    config = quick_config(run, *EVERYTHING)
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    process = start_cli("train", tmp_path / "c.yaml")
+    while not (run / "checkpoints" / "step-000003").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -9
+    process.communicate()
+    assert not (run / "adapter").exists()
+    run_training(config, resume=True)
+    assert_equal_runs(straight, run)
+
+
+@pytest.mark.parametrize("wound", ["checkpoint", "metrics"])
+def test_what_a_kill_left_half_written_does_no_harm(
+    quick_config, tmp_path: Path, straight: Path, assert_equal_runs, wound: str
+) -> None:
+    config = quick_config(tmp_path, *EVERYTHING)
+    stopped(config, 8)
+    if wound == "checkpoint":
+        half = tmp_path / "checkpoints" / ".tmp-4194305-step-000009"
+        shutil.copytree(tmp_path / "checkpoints" / "step-000006", half)
+        (half / "state.safetensors").write_bytes(b"half")
+    else:
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 9, "loss": 0.')
+    run_training(config, resume=True)
+    assert_equal_runs(straight, tmp_path)
+
+
+def test_a_run_killed_after_its_last_step_is_closed(
+    quick_config, tmp_path: Path, straight: Path, assert_equal_runs
+) -> None:
+    config = quick_config(tmp_path, *EVERYTHING)
+    stopped(config, STEPS)
+    assert not (tmp_path / "adapter").exists()
+    run_training(config, resume=True)
+    assert_equal_runs(straight, tmp_path)
+    assert "report" in json.loads((tmp_path / "run.json").read_text())
+
+
+def test_control_c_says_how_to_go_on(quick_config, tmp_path: Path) -> None:
+    def interrupt(view: View) -> None:
+        if view.step == 2:
+            raise KeyboardInterrupt
+
+    config = quick_config(tmp_path, "checkpoint={every: 1}")
+    with pytest.raises(RunError, match=r"stopped at step 2; saved at step-000002; .* with --resume goes on"):
+        run_training(config, callbacks=[interrupt])
+    run_training(config, resume=True)
+
+
+def test_nothing_to_resume_starts_afresh_and_says_so(quick_config, tmp_path: Path, capsys) -> None:
+    run_training(quick_config(tmp_path / "run", "train.steps=1"), resume=True)
+    assert f"nothing to resume in {tmp_path / 'run'}: starting afresh" in capsys.readouterr().out
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_a_finished_run_is_left_as_it_is(quick_config, finished: Path, capsys) -> None:
+    before = files_of(finished)
+    run_training(quick_config(finished, "train.steps=2"), resume=True)
+    assert "already finished" in capsys.readouterr().out
+    assert files_of(finished) == before
+
+
+def test_a_run_is_not_started_over_without_resume(quick_config, finished: Path) -> None:
+    before = files_of(finished)
+    with pytest.raises(RunError, match=r"already holds a run \(step 2\); add --resume"):
+        run_training(quick_config(finished, "train.steps=4"))
+    assert files_of(finished) == before
+
+
+def test_a_constant_schedule_may_be_extended(quick_config, tmp_path: Path, assert_equal_runs, lines_of) -> None:
+    settings = ("checkpoint={every: 2, keep: 1}", "schedule={kind: constant, warmup_steps: 1}", "ema={decay: 0.8}")
+    run_training(quick_config(tmp_path / "long", *settings, "train.steps=4"))
+    run_training(quick_config(tmp_path / "extended", *settings, "train.steps=2"))
+    run_training(quick_config(tmp_path / "extended", *settings, "train.steps=4"), resume=True)
+    assert [line["step"] for line in lines_of(tmp_path / "extended")] == [1, 2, 3, 4]
+    assert_equal_runs(tmp_path / "long", tmp_path / "extended")
+
+
+def test_an_extended_run_that_was_stopped_is_not_taken_for_finished(quick_config, tmp_path: Path, adapter_of) -> None:
+    """Its folder holds the adapter of the shorter run."""
+    run_training(quick_config(tmp_path, "train.steps=2"))
+    short = adapter_of(tmp_path)
+    config = quick_config(tmp_path, "train.steps=4")
+    with pytest.raises(InterruptedError):
+        run_training(config, resume=True, callbacks=[stop_at(4)])
+    run_training(config, resume=True)
+    assert any((tensor != short[key]).any() for key, tensor in adapter_of(tmp_path).items())
+
+
+@pytest.fixture(scope="module")
+def pausing(quick_config, tmp_path_factory) -> Path:
+    """A run with a cosine schedule, stopped half way."""
+    run = tmp_path_factory.mktemp("runs") / "pausing"
+    stopped(quick_config(run, *COSINE), 2)
+    return run
+
+
+COSINE = ("train.steps=4", "schedule.kind=cosine", "checkpoint.every=2")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("train.steps=8", "train.steps: 4 in the run, 8 now"),
+        ("train.batch_size=2", "train.batch_size: 1 in the run, 2 now"),
+        ("flow.shift=2.0", "flow.shift: 1.0 in the run, 2.0 now"),
+        ("flow.shift=model", "flow.shift: 1.0 in the run, 3.0 now"),
+        ("flow.weighting={kind: min_snr, gamma: 5.0}", 'flow.weighting.kind: "none" in the run, "min_snr" now'),
+        ("optimizer.lr=1e-3", "optimizer.lr: 0.01 in the run, 0.001 now"),
+        ("seed=1", "seed: 0 in the run, 1 now"),
+        ("method.alpha=4.0", "method.alpha: 2.0 in the run, 4.0 now"),
+        ("ema={decay: 0.9}", 'ema: null in the run, {"decay": 0.9} now'),
+        ("model.max_sequence_length=20", "model.max_sequence_length: 16 in the run, 20 now"),
+        ("model.dtype=bf16", 'model.dtype: "fp32" in the run, "bf16" now'),
+        ("model.base=tiny-sd3", "model.base: "),
+        ("data.resolution=80", "data.resolution: 64 in the run, 80 now"),
+        ("data.flip=true", "data.images and captions: "),
+        ("data.sources.0.repeats=2", "data.images and captions: "),
+    ],
+)
+def test_a_key_that_changes_the_maths_is_refused_and_named(
+    quick_config, pausing: Path, override: str, line: str
+) -> None:
+    before = files_of(pausing)
+    with pytest.raises(RunError) as caught:
+        run_training(quick_config(pausing, *COSINE, override), resume=True)
+    assert any(problem.startswith(f"--resume: {line}") for problem in caught.value.problems)
+    assert files_of(pausing) == before
+
+
+def test_another_caption_or_image_is_refused(quick_config, write_images, tmp_path: Path) -> None:
+    pictures = write_images(tmp_path / "pictures", 3)
+    config = quick_config(tmp_path / "run", *COSINE, f"data.sources=[{{path: {pictures}}}]")
+    stopped(config, 2)
+    (pictures / "1.txt").write_text("a quite different caption")
+    with pytest.raises(RunError, match="data.images and captions"):
+        run_training(config, resume=True)
+    write_images(pictures, 3)
+    shutil.copy(pictures / "2.png", pictures / "0.png")
+    with pytest.raises(RunError, match="data.images and captions"):
+        run_training(config, resume=True)
+    write_images(pictures, 3)
+    run_training(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    "override", ["train.log_every=2", "checkpoint.every=1", "preview.every=7", "name=other", "flow.shift=1"]
+)
+def test_what_leaves_the_maths_alone_may_change(quick_config, pausing: Path, tmp_path: Path, override: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(pausing, run)
+    run_training(quick_config(run, *COSINE, override), resume=True)
+    assert (run / "adapter").is_dir()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_still_serves(
+    quick_config, tmp_path: Path, straight: Path, assert_equal_runs
+) -> None:
+    config = quick_config(tmp_path, *EVERYTHING)
+    stopped(config, 7)
+    damaged = tmp_path / "checkpoints" / "step-000006"
+    (damaged / "state.safetensors").write_bytes(b"")
+    with pytest.raises(RunError, match=r"step-000006: damaged .* delete this folder"):
+        run_training(config, resume=True)
+    shutil.rmtree(damaged)
+    run_training(config, resume=True)
+    assert_equal_runs(straight, tmp_path)
