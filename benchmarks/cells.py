@@ -86,8 +86,8 @@ MODELS = {
 CELLS = {
     cell.name: cell
     for cell in (
-        Cell("small", "fp32", steps=1, seconds=100, target=TARGET_RATIO),
-        Cell("small", "bf16", steps=1, seconds=50),
-        Cell("tiny", "fp32", steps=10, seconds=20),
+        Cell("small", "fp32", steps=1, seconds=90, target=TARGET_RATIO),
+        Cell("small", "bf16", steps=1, seconds=40),
+        Cell("tiny", "fp32", steps=10, seconds=25),
     )
 }

@@ -20,7 +20,7 @@ from sd3tune.jobs.machine import DTYPES
 from sd3tune.train.loop import View
 
 READY_BATCHES = 4
-MIN_ROUNDS, MAX_ROUNDS = 8, 60
+MIN_ROUNDS, MAX_ROUNDS = 12, 60
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2}
 """Of the gate, relative. The bare loop's moments are in the base's dtype; the trainer's are fp32."""
 
@@ -139,7 +139,7 @@ def summarise(trainer: list[tuple[float, float]], bare: list[tuple[float, float]
         "cpu_ratio": _quartiles([b / t for t, b in cpu]),
         "overhead_ms_per_step": _quartiles([1000 * (t - b) / steps for t, b in wall]),
         "cpu_overhead_ms_per_step": _quartiles([1000 * (t - b) / steps for t, b in cpu]),
-        "seconds": {"trainer": [lap[0] for lap in trainer], "bare": [lap[0] for lap in bare]},
+        "seconds": {"trainer": [round(t, 4) for t, _ in wall], "bare": [round(b, 4) for _, b in wall]},
     }
 
 
@@ -150,12 +150,16 @@ def _ready(trainer: Trainer, step: int) -> Ready:
 
 
 def _affordable_rounds(cell: Cell, bare: BareLoop, device: torch.device) -> int:
+    turn = min(_seconds_of_a_turn(cell, bare, device) for _ in range(2))
+    affordable = int(cell.seconds / (2 * turn)) // 2 * 2
+    return min(max(affordable, MIN_ROUNDS), MAX_ROUNDS)
+
+
+def _seconds_of_a_turn(cell: Cell, bare: BareLoop, device: torch.device) -> float:
     started = _clock(device)
     for _ in range(cell.steps):
         bare.step()
-    one_round = 2 * (_clock(device)[0] - started[0])
-    affordable = int(cell.seconds / one_round) // 2 * 2
-    return min(max(affordable, MIN_ROUNDS), MAX_ROUNDS)
+    return _clock(device)[0] - started[0]
 
 
 def _clock(device: torch.device) -> tuple[float, float]:

@@ -19,6 +19,7 @@ COLOURS = ("red", "green", "blue", "orange", "purple", "teal", "black", "white")
 
 def pytest_configure() -> None:
     os.environ.pop("HF_HUB_OFFLINE", None)  # read when huggingface_hub is imported, before any fixture runs
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bits are compared, which holds on the CPU
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -156,7 +156,7 @@ def parse_size(size: str | None) -> tuple[int, int] | None:
     if size is None:
         return None
     sides = size.lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise ConfigError(f"--size {size}: write a side such as 1024, or WIDTHxHEIGHT such as 1152x896")
     return int(sides[0]), int(sides[-1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +56,12 @@ def parse_lora(value: str) -> tuple[Path, float]:
     if not at or Path(value).exists():
         return Path(value), 1.0
     try:
-        return Path(path), float(weight)
+        scale = float(weight)
     except ValueError:
-        raise AdapterError(f"--lora {value}: {weight!r} is not a weight; write PATH@0.8") from None
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise AdapterError(f"--lora {value}: {weight!r} is not a weight; write PATH@0.8")
+    return Path(path), scale
 
 
 def check_request(request: Request) -> None:
@@ -67,8 +71,10 @@ def check_request(request: Request) -> None:
     for flag, value in (("--num", request.num), ("--steps", request.steps)):
         if value < 1:
             problems.append(f"{flag} {value}: at least 1")
-    if request.seed < 0:
-        problems.append(f"--seed {request.seed}: at least 0")
+    if not 0 <= request.seed < 2**63:
+        problems.append(f"--seed {request.seed}: at least 0, and below 2^63")
+    if not math.isfinite(request.guidance):
+        problems.append(f"--guidance {request.guidance}: a finite number")
     if request.size and (request.size[0] % 16 or request.size[1] % 16 or min(request.size) < 16):
         problems.append(f"--size {request.size[0]}x{request.size[1]}: both sides must be multiples of 16")
     if problems:
@@ -120,7 +126,7 @@ def _find_base(request: Request, adapters: Sequence[Adapter]) -> Base:
 
 def _folder_of_run(adapter: Path) -> str | None:
     """The base folder in the `config.yaml` of the run that the adapter lies in."""
-    for folder in list(adapter.parents)[:5]:
+    for folder in list(adapter.absolute().parents)[:5]:
         config = folder / "config.yaml"
         if config.is_file() and (folder / "run.json").is_file():
             return str(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["base"])

@@ -48,7 +48,8 @@ def run_identity(plan: Plan, encoded: Encoded, world: int) -> dict[str, Any]:
     sections["train"].pop("log_every")
     if config.schedule.kind == "constant":
         sections["train"].pop("steps")  # the learning rate does not depend on the length, so a run may be extended
-    examples = [(example.images, dict(example.captions)) for example in encoded.examples]
+    images = [example.images for example in encoded.examples]
+    captions = [dict(example.captions) for example in encoded.examples]
     return {
         **sections,
         "model": {
@@ -59,7 +60,8 @@ def run_identity(plan: Plan, encoded: Encoded, world: int) -> dict[str, Any]:
         },
         "data": {
             "resolution": config.data.resolution,
-            "images and captions": key("examples", examples=examples),
+            "images": key("images", images=images)[:16],
+            "captions": key("captions", captions=captions)[:16],
         },
         "flow": {**sections["flow"], "shift": plan.shift},
         "processes": world,

@@ -9,6 +9,8 @@ applies: the base, T5 length, sigma sampling, and so on. No time, host or path i
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 CONTRACT_VERSION = 1
 _PEFT_KEY, _CONTRACT_KEY = "lora_adapter_metadata", "sd3tune"
 _PREFIX = "transformer."
+_KEY = re.compile(r"transformer\.(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -157,9 +160,11 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
         "rank_pattern": {module: rank for module, rank in ranks.items() if rank != ranks[first]},
         "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != alphas[first]},
     }
-    transformer.load_lora_adapter(
-        tensors, adapter_name=name, metadata={_PREFIX + key: value for key, value in config.items()}
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
+        transformer.load_lora_adapter(
+            tensors, adapter_name=name, metadata={_PREFIX + key: value for key, value in config.items()}
+        )
     carried = sum(name in getattr(module, "lora_A", {}) for module in transformer.modules())
     if carried != len(kept):
         raise AdapterError(f"{adapter.path}: {carried} of {len(kept)} modules took their weights")
@@ -167,20 +172,24 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
 
 
 def _pair_up(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    down = {key.removesuffix(".lora_A.weight"): value for key, value in tensors.items() if ".lora_A." in key}
-    factors = {}
-    for key, lora_a in down.items():
-        lora_b = tensors.get(f"{key}.lora_B.weight")
-        if lora_b is None or lora_a.ndim != 2 or lora_b.ndim != 2 or lora_a.shape[0] != lora_b.shape[1]:
-            raise AdapterError(f"{path}: {key}: lora_A and lora_B are not a pair of matrices of one rank")
-        factors[key.removeprefix(_PREFIX)] = (lora_a, lora_b)
-    if not factors or 2 * len(factors) != len(tensors) or not all(key.startswith(_PREFIX) for key in down):
-        odd = next((key for key in tensors if ".lora_" not in key or not key.startswith(_PREFIX)), None)
+    keys = {key: _KEY.fullmatch(key) for key in tensors}
+    odd = next((key for key, found in keys.items() if not found), None)
+    if odd or not keys:
+        held = f"a key is {odd}" if odd else "it holds no tensors"
         hint = "; it looks like kohya's format, convert it first" if odd and odd.startswith("lora_unet_") else ""
         raise AdapterError(
             f"{path}: not a LoRA with diffusers' keys for SD3's transformer "
-            f"(a key is {odd or 'missing'}, expected transformer.<module>.lora_A.weight){hint}"
+            f"({held}, expected transformer.<module>.lora_A.weight){hint}"
         )
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, found in keys.items():
+        if found:
+            halves.setdefault(found[1], {})[found[2]] = tensors[key]
+    for module, half in halves.items():
+        shapes = [half[letter].shape for letter in "AB" if letter in half]
+        if [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]:
+            raise AdapterError(f"{path}: {module}: lora_A and lora_B are not a pair of matrices of one rank")
+    factors = {module: (half["A"], half["B"]) for module, half in halves.items()}
     bad = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
     if bad:
         raise AdapterError(f"{path}: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
@@ -192,11 +201,13 @@ def _alphas(path: Path, metadata: Mapping[str, str], factors: Mapping[str, tuple
     peft = _parse(path, metadata, _PEFT_KEY)
     if peft.get(f"{_PREFIX}use_rslora") or peft.get(f"{_PREFIX}use_dora"):
         raise AdapterError(f"{path}: rsLoRA and DoRA files are not supported yet")
-    common, pattern = peft.get(f"{_PREFIX}lora_alpha"), peft.get(f"{_PREFIX}alpha_pattern") or {}
-    return {
-        module: float(pattern.get(module, common if common is not None else down.shape[0]))
-        for module, (down, _) in factors.items()
-    }
+    common, patterns = peft.get(f"{_PREFIX}lora_alpha"), peft.get(f"{_PREFIX}alpha_pattern") or {}
+
+    def alpha(module: str, rank: int) -> float:
+        special = [value for ending, value in patterns.items() if re.fullmatch(rf"(.*\.)?({ending})", module)]
+        return float([*special, rank if common is None else common][0])
+
+    return {module: alpha(module, down.shape[0]) for module, (down, _) in factors.items()}
 
 
 def _contract(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from sd3tune.config import dump_config
-from sd3tune.errors import RunError
+from sd3tune.errors import RunError, UserError
 from sd3tune.jobs.train import run_training
 from sd3tune.train.loop import View
 
@@ -81,22 +83,31 @@ def test_a_run_may_be_stopped_more_than_once(quick_config, tmp_path: Path, strai
     assert json.loads((tmp_path / "run.json").read_text())["resumes"] == [{"from_step": 3}, {"from_step": 6}]
 
 
-def test_a_killed_process_is_resumed_and_meanwhile_nobody_else_may_train_there(
+def test_a_killed_process_is_resumed(
     quick_config, tmp_path: Path, straight: Path, assert_equal_runs, start_cli
 ) -> None:
-    run = tmp_path / "run"
+    run, file = tmp_path / "run", tmp_path / "c.yaml"
     config = quick_config(run, *EVERYTHING)
-    (tmp_path / "c.yaml").write_text(dump_config(config))
-    process = start_cli("train", tmp_path / "c.yaml")
+    file.write_text(dump_config(config))
+    process = start_cli("train", file)
     while not (run / "checkpoints" / "step-000003").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(RunError, match="another process is training here"):
+        run_training(config, resume=True)
     process.kill()
-    assert process.wait() == -9
-    process.communicate()
+    assert process.wait() == -signal.SIGKILL
     assert not (run / "adapter").exists()
-    run_training(config, resume=True)
+
+    again = start_cli("-m", "sd3tune", "train", file, "--resume", prefix=[sys.executable])
+    printed, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert "resuming from step-0000" in printed
     assert_equal_runs(straight, run)
+    described = json.loads((run / "run.json").read_text())
+    assert len(described["resumes"]) == 1
+    assert described["argv"][1:] == ["train", str(file), "--resume"]
 
 
 @pytest.mark.parametrize("wound", ["checkpoint", "metrics"])
@@ -153,7 +164,7 @@ def test_a_finished_run_is_left_as_it_is(quick_config, finished: Path, capsys) -
 
 def test_a_run_is_not_started_over_without_resume(quick_config, finished: Path) -> None:
     before = files_of(finished)
-    with pytest.raises(RunError, match=r"already holds a run \(step 2\); add --resume"):
+    with pytest.raises(UserError, match=r"already holds a run \(step 2\); add --resume"):
         run_training(quick_config(finished, "train.steps=4"))
     assert files_of(finished) == before
 
@@ -205,8 +216,8 @@ COSINE = ("train.steps=4", "schedule.kind=cosine", "checkpoint.every=2")
         ("model.dtype=bf16", 'model.dtype: "fp32" in the run, "bf16" now'),
         ("model.base=tiny-sd3", "model.base: "),
         ("data.resolution=80", "data.resolution: 64 in the run, 80 now"),
-        ("data.flip=true", "data.images and captions: "),
-        ("data.sources.0.repeats=2", "data.images and captions: "),
+        ("data.flip=true", "data.images: "),
+        ("data.sources.0.repeats=2", "data.images: "),
     ],
 )
 def test_a_key_that_changes_the_maths_is_refused_and_named(
@@ -224,12 +235,14 @@ def test_another_caption_or_image_is_refused(quick_config, write_images, tmp_pat
     config = quick_config(tmp_path / "run", *COSINE, f"data.sources=[{{path: {pictures}}}]")
     stopped(config, 2)
     (pictures / "1.txt").write_text("a quite different caption")
-    with pytest.raises(RunError, match="data.images and captions"):
+    with pytest.raises(RunError) as caught:
         run_training(config, resume=True)
+    assert [line.split(":")[1] for line in caught.value.problems[:-1]] == [" data.captions"]
     write_images(pictures, 3)
     shutil.copy(pictures / "2.png", pictures / "0.png")
-    with pytest.raises(RunError, match="data.images and captions"):
+    with pytest.raises(RunError) as caught:
         run_training(config, resume=True)
+    assert [line.split(":")[1] for line in caught.value.problems[:-1]] == [" data.images"]
     write_images(pictures, 3)
     run_training(config, resume=True)
 

@@ -1,0 +1,132 @@
+"""The launch forms, each as a user types it, and runs in two processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd3tune.config import dump_config
+from sd3tune.errors import RunError
+from sd3tune.jobs.launch import relaunch, without_option
+from sd3tune.jobs.train import run_training
+
+ROOT = Path(__file__).parents[2]
+ACCELERATE = (str(Path(sys.executable).with_name("accelerate")), "launch")
+DRIVER = Path(__file__).with_name("two_processes.py")
+
+
+@pytest.fixture
+def write_config(quick_config, tmp_path: Path):
+    """`write_config(name, "key=value", ...)`: a YAML file whose run folder is its name without `.yaml`."""
+
+    def write(name: str, *overrides: str) -> Path:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(dump_config(quick_config(tmp_path / name, *overrides)))
+        return file
+
+    return write
+
+
+def finish(process) -> tuple[str, str]:
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return printed, errors
+
+
+def described(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text())
+
+
+def test_accelerate_launches_the_module_and_the_folder(
+    quick_config, write_config, tmp_path: Path, assert_equal_runs, start_cli, monkeypatch
+) -> None:
+    """Both at once, to save time; from the repository's root, where `sd3tune` is a folder."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # no accelerate configuration of this machine's user
+    settings = ("train.steps=2", "ema={decay: 0.5}")
+    module = start_cli("-m", "sd3tune", "train", write_config("module", *settings), prefix=ACCELERATE, cwd=ROOT)
+    folder = start_cli("sd3tune", "train", write_config("folder", *settings), prefix=ACCELERATE, cwd=ROOT)
+    run_training(quick_config(tmp_path / "here", *settings))
+    for process, name in ((module, "module"), (folder, "folder")):
+        printed, _ = finish(process)
+        assert f"sd3tune infer --lora {tmp_path / name}" in printed
+        assert described(tmp_path / name)["world_size"] == 1
+        assert_equal_runs(tmp_path / "here", tmp_path / name)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(
+    quick_config, write_config, tmp_path: Path, lines_of, adapter_of, start_cli
+) -> None:
+    settings = ("train.steps=4", "train.gradient_accumulation=2", "optimizer.lr=1e-3", "data.flip=true")
+    file = write_config("two", *settings)
+    process = start_cli("train", file, "--num-processes", "2")
+    run_training(quick_config(tmp_path / "one", *settings, "train.batch_size=2"))
+    printed, _ = finish(process)
+    assert "on cpu, 2 processes" in printed
+    assert printed.count("sd3tune infer --lora") == 1
+
+    assert described(tmp_path / "two")["world_size"] == 2
+    assert described(tmp_path / "one")["world_size"] == 1
+    for one, two in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
+        assert two["step"] == one["step"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+        assert two["loss_by_sigma"] == pytest.approx(one["loss_by_sigma"], rel=1e-5)
+    one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5)
+
+
+def test_two_processes_resume_as_if_never_stopped(
+    quick_config, write_config, tmp_path: Path, assert_equal_runs, start_cli, monkeypatch
+) -> None:
+    settings = (
+        "train.steps=5", "train.gradient_accumulation=2", "data.crop_variants=2", "data.flip=true",
+        "ema={decay: 0.8}", "checkpoint={every: 2, keep: 2}", "schedule.warmup_steps=2",
+    )  # fmt: skip
+    write_config("straight", *settings)
+    write_config("stopped", *settings)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    prefix = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    printed, _ = finish(start_cli(DRIVER, tmp_path, prefix=prefix))
+    assert printed.count("resuming from step-000002") == 1
+    assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
+    assert described(tmp_path / "stopped")["resumes"] == [{"from_step": 2}]
+    assert described(tmp_path / "stopped")["world_size"] == 2
+
+    exports = (tmp_path / "exports-0.txt").read_text().split()
+    assert exports.count("straight/adapter") == exports.count("straight/adapter_raw") == 1
+    assert (tmp_path / "exports-1.txt").read_text() == ""
+
+    with pytest.raises(RunError, match="--resume: processes: 2 in the run, 1 now"):
+        run_training(quick_config(tmp_path / "stopped", *settings, "train.steps=6"), resume=True)
+
+
+def test_the_console_script_exits_with_2_and_one_line(write_config, tmp_path: Path, start_cli) -> None:
+    process = start_cli("train", write_config("run"), "trian.steps=4", "--num-processes", "2")
+    printed, errors = process.communicate()
+    assert process.returncode == 2
+    assert printed == ""
+    (line,) = errors.splitlines()
+    assert line.startswith("error: trian.steps=4: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_launched_process_does_not_launch_again(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="started by a launcher already"):
+        relaunch(2, ["train", "c.yaml"])
+
+
+@pytest.mark.parametrize("option", [["--num-processes", "2"], ["--num-processes=2"]])
+def test_the_option_is_taken_out_wherever_it_stands(option: list[str]) -> None:
+    for arguments in (
+        ["train", *option, "c.yaml", "train.steps=2"],
+        ["train", "c.yaml", "train.steps=2", *option],
+        ["train", "c.yaml", *option, "train.steps=2"],
+    ):
+        assert without_option(arguments) == ["train", "c.yaml", "train.steps=2"]

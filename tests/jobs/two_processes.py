@@ -1,0 +1,49 @@
+"""Started by torch.distributed.run: several runs in one launch, as most of a launch goes into imports.
+
+`two_processes.py FOLDER`: trains FOLDER/straight.yaml; trains FOLDER/stopped.yaml, stops it after step 3 and resumes
+it. Each rank notes in FOLDER/exports-RANK.txt what adapters it wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from sd3tune.config import Config, load_config
+from sd3tune.jobs import train
+from sd3tune.methods import LoraMethod
+from sd3tune.train.loop import View
+
+
+def stop(view: View) -> None:
+    if view.step == 3:
+        raise InterruptedError
+
+
+def main(folder: Path) -> None:
+    genuine = LoraMethod.export
+
+    def noted(self: LoraMethod, where: Path, *rest: object) -> Path:
+        with (folder / f"exports-{os.environ['RANK']}.txt").open("a") as file:
+            file.write(f"{where.relative_to(folder)}\n")
+        return genuine(self, where, *rest)  # type: ignore[arg-type]
+
+    def config(name: str) -> Config:
+        return load_config(folder / f"{name}.yaml").config
+
+    LoraMethod.export = noted  # type: ignore[method-assign,assignment]
+    train.closing_process_group = contextlib.nullcontext  # type: ignore[assignment]  # one group serves all runs
+    (folder / f"exports-{os.environ['RANK']}.txt").touch()
+    train.run_training(config("straight"))
+    with contextlib.suppress(InterruptedError):
+        train.run_training(config("stopped"), callbacks=[stop])
+    train.run_training(config("stopped"), resume=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
