@@ -29,14 +29,14 @@ SD3_SCALING = LatentScaling(scaling_factor=1.5305, shift_factor=0.0609)
 
 
 def make_config(cell: Cell) -> Config:
-    """The defaults, but for sizes; metrics are flushed once a round, at least as often as by default."""
+    """The defaults, but for sizes; clipping is at work, and metrics are flushed at least as often as by default."""
     return Config.model_validate(
         {
             "name": cell.name,
             "model": {"dtype": cell.dtype, "max_sequence_length": T5_TOKENS},
             "method": {"kind": "lora", "rank": RANK, "alpha": float(RANK)},
             "data": {"sources": [{"path": "random"}]},
-            "train": {"batch_size": BATCH_SIZE, "log_every": cell.steps},
+            "train": {"batch_size": BATCH_SIZE, "max_grad_norm": 0.01, "log_every": cell.steps},
             "checkpoint": {"every": 10**9},
         }
     )

@@ -22,5 +22,7 @@ def run_cache(config: Config, notes: Sequence[str] = ()) -> None:
 
         for note in notes:
             say(f"note: {note}")
-        encode(make_plan(config, accelerator.device, resume=None), processes, say)
+        with accelerator.main_process_first():
+            plan = make_plan(config, accelerator.device, resume=None)
+        encode(plan, processes, say)
         say(f"store     {store_folder(config)}")

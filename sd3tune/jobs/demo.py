@@ -10,9 +10,10 @@ from PIL import Image
 
 import sd3tune
 from sd3tune.config import load_config, parse_config
-from sd3tune.errors import RunError
+from sd3tune.errors import RunError, UserError
 from sd3tune.jobs.conditions import Request
 from sd3tune.jobs.infer import run_infer
+from sd3tune.jobs.run_folder import LOCK_FILE, locked
 from sd3tune.jobs.train import run_training
 from sd3tune.sampling.contact_sheet import contact_sheet
 
@@ -64,12 +65,22 @@ def _pictures() -> list[Path]:
 
 
 def _remove_earlier_demo(out: Path) -> None:
-    if not out.exists():
+    inside = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    if inside <= {LOCK_FILE}:
         return
-    config = out / "config.yaml"
-    if not config.is_file() or load_config(config).config.name != CONFIG["name"]:
+    if not _is_demo(out / "config.yaml"):
         raise RunError(f"--out: {out} exists and is not an earlier demo; choose another folder")
-    shutil.rmtree(out)
+    with locked(out):
+        shutil.rmtree(out)
+
+
+def _is_demo(config: Path) -> bool:
+    """Whether a run is of this name and on the packaged pictures: a user's own may well be called demo."""
+    try:
+        found = load_config(config).config
+    except UserError:
+        return False
+    return found.name == CONFIG["name"] and Path(found.data.sources[0].path).parts[-2:] == PICTURES.parts[-2:]
 
 
 def _training_row() -> Image.Image:

@@ -2,45 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from sd3tune.errors import RunError
-from sd3tune.jobs.machine import launched_by_a_launcher
+from sd3tune.errors import RunError, UserError
+
+ERRORS = "SD3TUNE_ERRORS"
+"""Folder where the processes of one command leave their problems, for the launching one to print, once, at the end."""
 
 
 def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
-    """Run `sd3tune ARGUMENTS` in `count` processes and exit with the launcher's code.
+    """Run `sd3tune ARGUMENTS` in `count` processes and exit when all have ended.
 
-    On GPUs that is accelerate; on the CPU torch's own launcher, as accelerate starts one process there whatever
-    the number asked for. Raises RunError when the GPUs do not suffice.
+    On GPUs by accelerate; on the CPU by torch's own launcher, as accelerate starts one process there whatever the
+    number asked for. Raises RunError when the GPUs do not suffice, and UserError with the processes' problems.
     """
-    if launched_by_a_launcher():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError("--num-processes: this process was started by a launcher already; give the number to it alone")
     gpus = torch.cuda.device_count()
     if 0 < gpus < count:
         raise RunError(f"--num-processes {count}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
     command = ["-m", "sd3tune", *without_option(arguments)]
-    if gpus:
-        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
-        environment = {}
-    else:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        threads = max(1, (os.cpu_count() or 1) // count)
-        environment = {
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        }
     # The package is found again even when this process ran from a folder that is not installed.
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    finished = subprocess.run([sys.executable, *launcher, *command], env={**os.environ, **environment}, check=False)
-    sys.exit(finished.returncode)
+    root = str(Path(__file__).parents[2])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory(prefix="sd3tune-") as folder:
+        os.environ[ERRORS] = folder
+        code = _on_gpus(count, command) if gpus else _on_the_cpu(count, command)
+        problems = [line for file in sorted(Path(folder).iterdir()) for line in json.loads(file.read_text())]
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    if code:
+        raise RunError(f"--num-processes {count}: a process ended with exit code {code}; what it said stands above")
+    sys.exit(0)
+
+
+@contextlib.contextmanager
+def errors_to_the_launcher() -> Iterator[None]:
+    """Around a whole job: under `relaunch`, leave its problems to the launching process and exit with code 2."""
+    folder = os.environ.get(ERRORS)
+    if folder is None:
+        yield
+        return
+    try:
+        yield
+    except UserError as error:
+        Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(error.problems))
+        raise SystemExit(2) from None
+    except RuntimeError:
+        # When one process has ended, the others' next collective operation fails: the first one's problem counts.
+        if any(Path(folder).iterdir()):
+            raise SystemExit(2) from None
+        raise
 
 
 def without_option(arguments: Sequence[str]) -> list[str]:
@@ -54,3 +77,25 @@ def without_option(arguments: Sequence[str]) -> list[str]:
         elif not argument.startswith("--num-processes="):
             kept.append(argument)
     return kept
+
+
+def _on_gpus(count: int, command: Sequence[str]) -> int:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
+    return subprocess.run([*launcher, *command], check=False).returncode
+
+
+def _on_the_cpu(count: int, command: Sequence[str]) -> int:
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    logging.disable(logging.ERROR)  # it would tell of the processes' end in its own many words
+    try:
+        run.run(run.parse_args(["--standalone", "--nproc_per_node", str(count), *command]))
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0

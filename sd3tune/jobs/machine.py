@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
@@ -73,8 +72,3 @@ def closing_process_group() -> Iterator[None]:
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def launched_by_a_launcher() -> bool:
-    """Whether torchrun or accelerate started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1

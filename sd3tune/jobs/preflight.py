@@ -101,7 +101,7 @@ def describe(plan: Plan, world: int) -> list[str]:
     parameters = sum(row.parameters for row in plan.coverage)
     images = "1 image" if len(plan.records) == 1 else f"{len(plan.records)} images"
     return [
-        f"base      {plan.base.name}, {dtype_name(plan.dtype)} on {plan.device}"
+        f"base      {plan.base.name}, {dtype_name(plan.dtype)} on {plan.device.type}"
         + (f", {world} processes" if world > 1 else ""),
         f"data      {images}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
         f"steps     {train.steps} of {batch} image{'s' * (batch > 1)}: each image is seen {seen:.3g} times",

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sd3tune.atomic import new_file
 from sd3tune.encode.resources import release
 from sd3tune.jobs.encoding import NEGATIVE_PROMPT, Encoded
 from sd3tune.jobs.preflight import Plan
@@ -33,15 +34,16 @@ class Previews:
 
     def __call__(self, view: View) -> None:
         due = view.step % self.settings.every == 0 or view.last
-        if not due or not self.processes.is_main or view.step in self._drawn or self._path(view.step, 0).exists():
+        if not due or not self.processes.is_main or view.step in self._drawn:
             return
+        if all(self._path(view.step, number).exists() for number in range(len(self.settings.prompts))):
+            return  # an earlier attempt drew them
         started = time.monotonic()
         self._drawn.add(view.step)
         with view.method.as_exported(view.transformer, view.weights):
             images = self._draw(view)
         for number, image in enumerate(images):
-            self.folder.mkdir(exist_ok=True)
-            image.save(self._path(view.step, number))
+            _save(image, self._path(view.step, number))
         self._write_sheet()
         self.seconds += time.monotonic() - started
 
@@ -85,11 +87,14 @@ class Previews:
         return self.folder / f"step-{step:06d}-{number}.png"
 
     def _write_sheet(self) -> None:
-        """One row a prompt, one column a step."""
+        """One row a prompt, one column a step; a prompt that was added later has no early pictures."""
         steps = sorted({int(path.name.split("-")[1]) for path in self.folder.glob("step-*.png")})
-        rows = range(len(self.settings.prompts))
-        images = [
-            [Image.open(self._path(step, row)) for step in steps] for row in rows if self._path(steps[-1], row).exists()
-        ]
+        paths = [[self._path(step, row) for step in steps] for row in range(len(self.settings.prompts))]
+        images = [[Image.open(path) if path.exists() else None for path in row] for row in paths]
         sheet = contact_sheet(images, columns=[f"step {step}" for step in steps], rows=self.settings.prompts)
-        sheet.save(self.folder / "over_time.png")
+        _save(sheet, self.folder / "over_time.png")
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    with new_file(path) as temporary:
+        image.save(temporary, format="PNG")

@@ -16,6 +16,7 @@ from sd3tune.errors import RunError
 from sd3tune.jobs.closing import closing_report, summary
 from sd3tune.jobs.contract import check_identity, make_contract, run_identity, start_facts
 from sd3tune.jobs.encoding import Encoded, encode
+from sd3tune.jobs.launch import errors_to_the_launcher
 from sd3tune.jobs.machine import (
     closing_process_group,
     make_accelerator,
@@ -44,7 +45,7 @@ def run_training(
     callbacks: Sequence[Callback] = (),
 ) -> None:
     """Train as `config` says. Raises UserError; what was saved before an error stays."""
-    with closing_process_group():
+    with closing_process_group(), errors_to_the_launcher():
         accelerator = make_accelerator(config.train.gradient_accumulation)
         processes = processes_of(accelerator)
 
@@ -54,7 +55,8 @@ def run_training(
 
         for note in notes:
             say(f"note: {note}")
-        plan = make_plan(config, accelerator.device, resume)
+        with accelerator.main_process_first():  # a tiny base is built then: transformers writes on rank 0 alone
+            plan = make_plan(config, accelerator.device, resume)
         if resume and plan.start is None:
             say(f"nothing to resume in {plan.run}: starting afresh")
         if plan.start is not None and is_finished(plan.run, config.train.steps):

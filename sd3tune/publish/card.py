@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ _SNIPPET = """\
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-pipe = StableDiffusion3Pipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")
+pipe = StableDiffusion3Pipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16{without}).to("cuda")
 pipe.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")
-image = pipe({prompt!r}, max_sequence_length={length}).images[0]
+image = pipe({prompt!r}, max_sequence_length={length}, height={side}, width={side}).images[0]
 image.save("image.png")"""
 
 
@@ -34,7 +35,8 @@ def card(config: Config, contract: Mapping[str, Any], report: Mapping[str, Any])
         "library_name": "diffusers",
         "tags": ["lora", "sd3tune", "text-to-image", "diffusers"],
     }
-    if contract["base_kind"] == "hub":
+    on_hub = contract["base_kind"] == "hub"
+    if on_hub:
         header |= {
             "base_model": contract["base"],
             "base_model_relation": "adapter",
@@ -59,10 +61,16 @@ def card(config: Config, contract: Mapping[str, Any], report: Mapping[str, Any])
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     losses = "\n".join(
-        f"| {at:g} | {base:.4f} | {adapter:.4f} |"
-        for at, base, adapter in zip(loss["sigma"], loss["base"], loss["adapter"], strict=True)
+        f"| {at:g} | {before:.4f} | {after:.4f} |"
+        for at, before, after in zip(loss["sigma"], loss["base"], loss["adapter"], strict=True)
     )
-    snippet = _SNIPPET.format(base=contract["base"], prompt=prompt or "a photo", length=contract["max_sequence_length"])
+    snippet = _SNIPPET.format(
+        base=contract["base"] if on_hub else f"path/to/{contract['base']}",
+        without="" if "t5" in contract["encoders"] else ", text_encoder_3=None, tokenizer_3=None",
+        prompt=prompt or "a photo",
+        length=contract["max_sequence_length"],
+        side=contract["resolution"],
+    )
     return f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
 ---
@@ -72,7 +80,7 @@ def card(config: Config, contract: Mapping[str, Any], report: Mapping[str, Any])
 A LoRA adapter for {contract["base"]}, trained with sd3tune.{f" Prompt it with `{prompt}`." if prompt else ""}
 
 ```bash
-sd3tune infer --lora . --prompt {_quoted(prompt or "a photo")}
+sd3tune infer --lora . --prompt {shlex.quote(prompt or "a photo")}
 ```
 
 or with diffusers alone:
@@ -97,7 +105,3 @@ The velocity loss at fixed noise, on training images: it shows that something wa
 
 One denoising step changes by {100 * report["velocity_change"]:.3g} %.
 """
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -12,6 +12,7 @@ import torch
 from sd3tune.config import dump_config
 from sd3tune.errors import RunError
 from sd3tune.jobs.launch import relaunch, without_option
+from sd3tune.jobs.run_folder import locked
 from sd3tune.jobs.train import run_training
 
 ROOT = Path(__file__).parents[2]
@@ -112,8 +113,27 @@ def test_the_console_script_exits_with_2_and_one_line(write_config, tmp_path: Pa
     assert process.returncode == 2
     assert printed == ""
     (line,) = errors.splitlines()
-    assert line.startswith("error: trian.steps=4: ")
+    assert line.startswith("error: override trian.steps=4: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_one_ranks_problem_is_told_once_and_without_a_traceback(
+    write_config, tmp_path: Path, start_cli, monkeypatch
+) -> None:
+    """Rank 0 alone learns that the folder is in use, while the other waits for it. Both need the base first."""
+    monkeypatch.setenv("SD3TUNE_CACHE", str(tmp_path / "cache"))
+    with locked(tmp_path / "run"):
+        process = start_cli("train", write_config("run"), "--num-processes", "2")
+        _, errors = process.communicate()
+    assert process.returncode == 2
+    problems = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert problems == [
+        f"error: {tmp_path / 'run'}: another process is training here; wait for it or choose another output_dir"
+    ]
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "run.json").exists()
+    (base,) = (tmp_path / "cache" / "bases").glob("tiny*/")
+    assert (base / "text_encoder" / "model.safetensors").is_file()  # transformers writes in rank 0 alone
 
 
 def test_a_launched_process_does_not_launch_again(monkeypatch) -> None:

@@ -1,0 +1,275 @@
+"""The command line: quick to answer, one line per mistake, and what is typed arrives."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sd3tune import __version__
+from sd3tune.cli.main import parse_size, run
+from sd3tune.config import dump_config, load_config
+from sd3tune.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "PIL")
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Finished]
+
+
+@pytest.fixture
+def command(monkeypatch, capfd) -> Command:
+    """`command("infer", "--lora", ...)`: the command line in this process."""
+
+    def command(*arguments: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["sd3tune", *map(str, arguments)])
+        monkeypatch.setenv("TQDM_MININTERVAL", "10")
+        monkeypatch.setenv("COLUMNS", "200")
+        capfd.readouterr()
+        try:
+            run()
+            code: object = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capfd.readouterr()
+        assert isinstance(code, int)
+        return Finished(code, printed.out, printed.err)
+
+    return command
+
+
+@pytest.fixture
+def config_file(quick_config, tmp_path: Path) -> Path:
+    file = tmp_path / "dog.yaml"
+    file.write_text(dump_config(quick_config(tmp_path / "runs" / "dog", "name=dog", "train.steps=1")))
+    return file
+
+
+def python(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment, check=False
+    )
+
+
+# Quick.
+
+
+@pytest.mark.parametrize("arguments", ["--help", "train --help", "infer --help", "--version", "config check {config}"])
+def test_what_needs_no_model_imports_none(arguments: str, config_file: Path) -> None:
+    """In a fresh interpreter, as this one has imported everything."""
+    code = f"""
+import sys
+from sd3tune.cli.main import run
+sys.argv = ["sd3tune", *{arguments.format(config=config_file).split()!r}]
+try:
+    run()
+finally:
+    print("imported:", *sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+    finished = python("-c", code)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == "imported:"
+    assert len(finished.stdout.splitlines()) > 1
+
+
+def test_the_check_would_see_an_import() -> None:
+    finished = python("-c", f"import sys, PIL.Image; print(sorted(set({HEAVY!r}) & set(sys.modules)))")
+    assert finished.stdout.strip() == "['PIL']"
+
+
+# The ways to start it.
+
+
+@pytest.mark.parametrize(
+    "form", [("-m", "sd3tune"), ("sd3tune",), (ROOT / "sd3tune",)], ids=["module", "folder", "path"]
+)
+def test_it_starts_as_a_module_and_as_a_folder(form: tuple[object, ...], tmp_path: Path) -> None:
+    cwd = ROOT if form == ("sd3tune",) else tmp_path
+    finished = python(*form, "--version", cwd=cwd)
+    assert finished.stdout == f"sd3tune {__version__}\n"
+    assert finished.stderr == ""
+    assert finished.returncode == 0
+
+
+def test_the_folder_that_is_started_is_the_package_that_runs(tmp_path: Path) -> None:
+    """Python puts the folder itself on the path, where another sd3tune would be found, and `data` or `config` twice."""
+    copy = shutil.copytree(ROOT / "sd3tune", tmp_path / "sd3tune", ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "__init__.py").write_text('__version__ = "of the copy"\n')
+    assert python("sd3tune", "--version", cwd=tmp_path).stdout == "sd3tune of the copy\n"
+
+
+def test_an_error_is_one_line_and_exit_code_2_for_a_real_process_too(tmp_path: Path) -> None:
+    finished = python("-m", "sd3tune", "train", "nothing.yaml", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert finished.stderr.startswith("error: nothing.yaml")
+    assert len(finished.stderr.splitlines()) == 1
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("train {tmp}/nothing.yaml", "nothing.yaml"),
+        ("cache {tmp}/nothing.yaml", "nothing.yaml"),
+        ("config check {tmp}/nothing.yaml", "nothing.yaml"),
+        ("train {config} train.stepz=1", "train.stepz"),
+        ("train {config} train.steps=many", "train.steps"),
+        ("train {config} method.targets=[attn.to_qq]", "method.targets: 'attn.to_qq' matches no linear module"),
+        ("train {config} model.base=tinny", "tinny: no such base"),
+        ("train {config} data.sources.0.path={tmp}/none", "none"),
+        ("infer --lora {tmp}/nothing --prompt dog", "nothing: no such file or folder"),
+        ("infer --lora {config} --prompt dog", "dog.yaml: adapters are read as safetensors only"),
+        ("infer --prompt dog", "give --lora PATH, or --base"),
+        ("infer --base tiny --prompt dog --size wide", "--size wide: write a side such as 1024"),
+        ("infer --base tiny --prompt dog --size 100", "--size 100x100: both sides must be multiples of 16"),
+        ("infer --base tiny --prompt dog --num 0", "--num 0: at least 1"),
+        ("infer --base tiny --prompt dog --dtype fp8", "--dtype fp8: one of auto, fp32, bf16, fp16"),
+        ("infer --base nope --prompt dog", "nope: no such base"),
+        ("base path tinny", "tinny: not an offline base; one of tiny, "),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: str, said: str, command: Command, config_file: Path, tmp_path: Path
+) -> None:
+    finished = command(*(word.format(tmp=tmp_path, config=config_file) for word in arguments.split()))
+    assert finished.code == 2
+    (line,) = finished.err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert "Traceback" not in finished.out + finished.err
+
+
+def test_an_unknown_key_names_file_line_and_what_was_meant(command: Command, config_file: Path) -> None:
+    config_file.write_text(config_file.read_text().replace("\nseed: ", "\nsead: 1\nseed: "))
+    finished = command("config", "check", config_file)
+    number = config_file.read_text().splitlines().index("sead: 1") + 1
+    assert finished.code == 2
+    assert finished.err.startswith(f"error: {config_file}:{number}: sead: unknown key; did you mean 'seed'?")
+
+
+def test_several_mistakes_are_a_line_each(command: Command, config_file: Path, tmp_path: Path) -> None:
+    finished = command("train", config_file, f"data.sources.0.path={tmp_path}/none", "model.base=tinny")
+    assert finished.code == 2
+    assert len(finished.err.splitlines()) == 2
+    assert all(line.startswith("error: ") for line in finished.err.splitlines())
+
+
+@pytest.mark.parametrize("arguments", ["train", "infer --lora x", "nonsense", "train --nonsense x", "config", ""])
+def test_wrong_usage_shows_the_usage_and_no_traceback(arguments: str, command: Command) -> None:
+    finished = command(*arguments.split())
+    assert finished.code == 2
+    assert "Usage: sd3tune" in finished.out + finished.err
+    assert "Traceback" not in finished.err
+
+
+# What it prints.
+
+
+def test_version(command: Command) -> None:
+    assert command("--version") == Finished(0, f"sd3tune {__version__}\n", "")
+
+
+def test_help_lists_the_commands_that_there_are(command: Command) -> None:
+    said = command("--help").out
+    assert all(f" {name} " in said for name in ("demo", "train", "cache", "infer", "config", "base"))
+
+
+def test_config_show_prints_what_can_be_loaded_again(command: Command, config_file: Path, tmp_path: Path) -> None:
+    finished = command("config", "show", config_file, "train.steps=7", "ema.decay=0.5")
+    assert finished.code == 0
+    (tmp_path / "again.yaml").write_text(finished.out)
+    again = load_config(tmp_path / "again.yaml").config
+    assert again == load_config(config_file, ["train.steps=7", "ema.decay=0.5"]).config
+    assert again.train.steps == 7
+
+
+def test_config_check_says_that_it_is_valid_and_notes_go_to_stderr(command: Command, config_file: Path) -> None:
+    finished = command("config", "check", config_file, "flow.timesteps.kind=uniform")
+    assert finished.code == 0
+    assert finished.out == f"{config_file}: valid, run 'dog', 1 steps\n"
+    assert finished.err.startswith("note: ")
+
+
+def test_config_schema_is_json(command: Command) -> None:
+    assert "properties" in json.loads(command("config", "schema").out)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large"])
+def test_base_path_prints_a_diffusers_folder(name: str, command: Command) -> None:
+    finished = command("base", "path", name)
+    assert finished.code == 0
+    assert (Path(finished.out.strip()) / "model_index.json").is_file()
+
+
+def test_a_dry_run_writes_nothing(command: Command, config_file: Path, tmp_path: Path) -> None:
+    finished = command("train", config_file, "--dry-run")
+    assert finished.code == 0
+    assert "dry run: nothing was encoded, trained or written" in finished.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_train_then_the_command_that_it_prints_then_infer_with_every_option(
+    command: Command, config_file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained = command("train", config_file, "optimizer.lr=0.05")
+    assert trained.code == 0, trained.err
+    words = shlex.split(trained.out.splitlines()[-1])
+    assert words[:4] == ["sd3tune", "infer", "--lora", "runs/dog"]
+
+    drawn = command(*words[1:], "--steps", "2")
+    assert drawn.code == 0, drawn.err
+    files = [Path(line) for line in drawn.out.splitlines() if line.endswith(".png")]
+    assert len(files) == 2
+    assert all(file.is_file() and file.parent == Path("runs/dog/images") for file in files)
+
+    options = "--negative cat --seed 3 --steps 2 --guidance 2.5 --size 96x64 --num 2 --base tiny-sd3 --dtype bf16"
+    drawn = command(
+        "infer", "--lora", "runs/dog@0.5", "--lora", "runs/dog", "--prompt", "-n", *options.split(), "--out", "here",
+        "--no-before",
+    )  # fmt: skip
+    assert drawn.code == 0, drawn.err
+    files = sorted(Path("here").iterdir())
+    assert [file.name for file in files] == ["n-seed3.png", "n-seed4.png"]
+    with Image.open(files[1]) as image:
+        recipe = json.loads(image.text["sd3tune"])
+        assert image.size == (96, 64)
+    assert [lora["weight"] for lora in recipe.pop("loras")] == [0.5, 1.0]
+    assert recipe == {
+        "sd3tune": __version__, "prompt": "-n", "negative": "cat", "seed": 4, "steps": 2, "guidance": 2.5,
+        "size": [96, 64], "base": "tiny-sd3", "base_revision": None, "max_sequence_length": 16,
+        "encoders": ["clip_l", "clip_g", "t5"], "dtype": "bf16",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "size"), [("512", (512, 512)), ("1152x896", (1152, 896)), ("64X32", (64, 32))])
+def test_a_size_is_a_side_or_width_by_height(text: str, size: tuple[int, int]) -> None:
+    assert parse_size(text) == size
+    assert parse_size(None) is None
+
+
+@pytest.mark.parametrize("text", ["", "x", "512x", "1x2x3", "-512", "5.5", "²", "512 x 512"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="write a side such as 1024, or WIDTHxHEIGHT"):
+        parse_size(text)
