@@ -43,8 +43,9 @@ format: $(STAMP) ## Fix lint and formatting where a tool can
 bench: $(STAMP) ## Measure the trainer against a bare loop
 	$(BIN)/python -m benchmarks.run
 
-docs: $(STAMP) ## Regenerate docs/config.md from the schema
+docs: $(STAMP) ## Regenerate docs/config.md and configs/schema.json from the schema
 	$(BIN)/python -m sd3tune.config.reference > docs/config.md
+	$(BIN)/python -m sd3tune config schema > configs/schema.json
 
 clean: ## Remove .venv, caches and build outputs; runs/ and .cache/ stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

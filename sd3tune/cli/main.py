@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-config_app = typer.Typer(help="Show, check and describe configurations.", no_args_is_help=True)
+config_app = typer.Typer(help="Make, show, check and describe configurations.", no_args_is_help=True)
 base_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(base_app, name="base")
@@ -139,6 +139,51 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
 def schema() -> None:
     """Print the JSON Schema, for editors."""
     print(json.dumps(json_schema(), indent=2))
+
+
+@config_app.command("list")
+def list_presets() -> None:
+    """List the shipped configurations, for `config new --from` and `extends: preset:NAME`."""
+    from sd3tune.config.presets import all_presets, presets_folder
+
+    presets = all_presets()
+    width = max(len(preset.name) for preset in presets)
+    for preset in presets:
+        print(f"{preset.name:<{width}}  {preset.description}")
+    print(f"\n{presets_folder()}")
+
+
+@config_app.command()
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the run and of its folder.")],
+    preset: Annotated[
+        str, typer.Option("--from", metavar="PRESET", help="The shipped configuration to start from.")
+    ] = "dreambooth_sd35_medium",
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="DIR", help="The folder of your images."),
+    ] = None,
+    caption: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Caption of the images that have none of their own."),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="The file to write; by default NAME.yaml."),
+    ] = None,
+) -> None:
+    """Write a commented configuration, ready to run."""
+    from sd3tune.jobs.new_config import new_config
+
+    new_config(name, preset, data, caption, out)
+
+
+@app.command()
+def doctor() -> None:
+    """Look at versions, devices, logins and disks, and say what stands in the way. Exit code 2: nothing can run."""
+    from sd3tune.jobs.doctor import run_doctor
+
+    run_doctor()
 
 
 @base_app.command()

@@ -1,7 +1,8 @@
 """The configuration of a run: a strict schema, a loader that explains problems, a dump. No torch."""
 
 from sd3tune.config.dump import dump_config
-from sd3tune.config.loader import LoadedConfig, json_schema, load_config, parse_config
+from sd3tune.config.json_schema import json_schema
+from sd3tune.config.loader import LoadedConfig, load_config, parse_config
 from sd3tune.config.schema import CONFIG_VERSION, Config
 
 __all__ = [

@@ -40,3 +40,9 @@ def dump_config(config: Config) -> str:
         default_flow_style=False,
         width=2**20,
     )
+
+
+def dump_text(text: str) -> str:
+    """A text as a YAML value on one line, in quotes where YAML 1.1 or 1.2 would take it for something else."""
+    dumped = yaml.dump(text, Dumper=_Dumper, allow_unicode=True, width=2**20)
+    return dumped.removesuffix("...\n").rstrip("\n")

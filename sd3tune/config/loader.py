@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +12,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sd3tune import __version__
-from sd3tune.config.overrides import Origin, Tree, apply_overrides
+from sd3tune.config.extends import refuse_newer_version, tree_of_text, tree_of_values
+from sd3tune.config.files import read_text
+from sd3tune.config.overrides import apply_overrides
 from sd3tune.config.problems import dotted, explain
-from sd3tune.config.schema import CONFIG_VERSION, OFFLINE_BASES, Config
+from sd3tune.config.schema import OFFLINE_BASES, Config
 from sd3tune.config.shape import fill_kinds, value_at
-from sd3tune.config.yaml12 import KeyPath, YamlError, parse
+from sd3tune.config.tree import Origin, Tree
+from sd3tune.config.yaml12 import KeyPath
 from sd3tune.errors import ConfigError
-
-_MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -35,29 +34,19 @@ class LoadedConfig:
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read a YAML file, apply `a.b.c=value` overrides and check the result.
 
-    Paths in the file are relative to it, paths in overrides to the working directory; all become absolute.
+    Paths in a file are relative to it, also in one that it extends; paths in overrides to the working directory.
+    All become absolute.
 
     Raises:
         ConfigError: one line per problem, `run.yaml:7: train.steps: -5 is too small; at least 1`.
     """
     source = os.fspath(path)
-    text = _read(source)
-    try:
-        document = parse(text)
-    except YamlError as error:
-        raise ConfigError(f"{source}:{error.line}: {error.message}") from None
-    if document.value is None:
-        raise ConfigError(f"{source}: is empty; a configuration names at least data.sources")
-    if not isinstance(document.value, dict):
-        raise ConfigError(f"{source}:{document.lines[()]}: a configuration is made of lines such as `name: my-lora`")
+    return load_text(read_text(source), source, overrides)
 
-    def at(line: int) -> Origin:
-        return Origin(f"{source}:{line}", (0, line))
 
-    tree = Tree(document.value, root=Origin(source, (0, 0)))
-    tree.origins = {path: at(line) for path, line in document.lines.items() if path}
-    tree.problems = [(path, at(line), message) for path, line, message in document.problems]
-    return _checked(tree, overrides, folder=Path(source).absolute().parent)
+def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Check a text as `load_config` checks the file `source`, which need not exist. Raises ConfigError."""
+    return _checked(tree_of_text(text, source), overrides)
 
 
 def parse_config(
@@ -70,67 +59,14 @@ def parse_config(
     Raises:
         ConfigError: one line per problem.
     """
-    tree = Tree(copy.deepcopy(dict(values)), root=Origin("config", (0, 0)))
-    return _checked(tree, overrides, folder=Path(folder or ".").absolute())
+    return _checked(tree_of_values(copy.deepcopy(dict(values)), Path(folder or ".").absolute()), overrides)
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a configuration, for editors."""
-    schema = Config.model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_without_discriminators(schema)}
-
-
-def _without_discriminators(node: Any) -> Any:
-    """anyOf for pydantic's oneOf: `kind` may be left out, so a section can fit several variants."""
-    if isinstance(node, dict):
-        renamed = {"anyOf" if key == "oneOf" else key: inner for key, inner in node.items() if key != "discriminator"}
-        return {key: _without_discriminators(inner) for key, inner in renamed.items()}
-    return [_without_discriminators(inner) for inner in node] if isinstance(node, list) else node
-
-
-def _read(source: str) -> str:
-    path = Path(source)
-    try:
-        if path.is_dir():
-            raise ConfigError(f"{source} is a folder; name a YAML file{_yaml_files_in(path)}")
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise ConfigError(f"{source} does not exist{_similar(path)}") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"{source} cannot be read: {reason}") from None
-    if b"\0" in data:
-        raise ConfigError(f"{source} is not a configuration: it holds binary data")
-    if len(data) > _MAX_BYTES:
-        raise ConfigError(f"{source} is not a configuration: it is larger than 1 MiB")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        byte = data[error.start]
-        raise ConfigError(f"{source}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
-
-
-def _yaml_files_in(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".yaml", ".yml"))
-    return f" in it, such as {', '.join(names[:3])}" if names else ""
-
-
-def _similar(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"; neither does the folder {path.parent}"
-    names = {entry.name: entry for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")}
-    near = difflib.get_close_matches(path.name, names, n=2)
-    return f"; did you mean {' or '.join(str(names[name]) for name in near)}?" if near else ""
-
-
-def _checked(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
+def _checked(tree: Tree, overrides: Sequence[str]) -> LoadedConfig:
     apply_overrides(tree, overrides)
-    _refuse_newer_version(tree)
+    refuse_newer_version(tree)
     fill_kinds(Config, tree.values)
-    here = Path.cwd()
-    _resolve_paths(tree.values, lambda path: folder if tree.origin(path).override is None else here)
+    _resolve_paths(tree.values, lambda path: tree.origin(path).folder)
     config = None
     try:
         config = Config.model_validate(tree.values)
@@ -155,16 +91,6 @@ def _first_key(message: str) -> KeyPath:
     """The key that a problem between keys begins with: `schedule.warmup_steps is 20 but ...`."""
     key = re.match(r"[a-z0-9_]+(\.[a-z0-9_]+)+", message)
     return tuple(key[0].split(".")) if key else ()
-
-
-def _refuse_newer_version(tree: Tree) -> None:
-    version = tree.values.get("config_version")
-    if isinstance(version, int) and version > CONFIG_VERSION:
-        origin = tree.origin(("config_version",))
-        raise ConfigError(
-            f"{origin.label}: config_version {version} is newer than what sd3tune {__version__} understands "
-            f"({CONFIG_VERSION}); upgrade it: pip install --upgrade sd3tune"
-        )
 
 
 def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path]) -> None:

@@ -3,66 +3,31 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic_core import PydanticUndefined
 
 from sd3tune.config.problems import dotted, shown
-from sd3tune.config.shape import child, field_at, item_of, kind_of, section_at, sections_of, value_at
+from sd3tune.config.shape import child, field_at, item_of, sections_of
+from sd3tune.config.tree import Origin, Tree, drop_keys_of_former_kinds
 from sd3tune.config.yaml12 import KeyPath, YamlError, parse
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a value was written: a line of a file, or an override."""
-
-    label: str
-    order: tuple[int, int]
-    override: KeyPath | None = None
-
-
-@dataclass
-class Tree:
-    """Unchecked values, where each was written, and what is known to be wrong so far."""
-
-    values: dict[str, Any]
-    root: Origin
-    origins: dict[KeyPath, Origin] = field(default_factory=dict)
-    problems: list[tuple[KeyPath, Origin, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def origin(self, path: KeyPath) -> Origin:
-        """Where the value at `path` was written, or else the nearest thing around it."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.origins:
-                return self.origins[path[:length]]
-        return self.root
-
-    def write(self, path: KeyPath, value: Any, origin: Origin) -> None:
-        """Put `value` at `path`, whose container exists, and forget where the former value came from."""
-        container: Any = self.values
-        for step in path[:-1]:
-            container = container[step]
-        container[path[-1]] = value
-        for known in [known for known in self.origins if known[: len(path)] == path]:
-            del self.origins[known]
-        self.origins[path] = origin
 
 
 def apply_overrides(tree: Tree, overrides: Sequence[str]) -> None:
     """Write every override into `tree`, in order; the last one of a key wins."""
-    before = copy.deepcopy(tree.values)
+    before, here = copy.deepcopy(tree.values), Path.cwd()
     for number, text in enumerate(overrides):
-        origin = Origin(f"override {text}", (1, number))
+        origin = Origin(f"override {text}", (1, number), here)
         try:
             path, value = _split(text)
             path = _open_containers(tree, path, origin)
-            tree.write(path, value, Origin(origin.label, origin.order, override=path))
+            tree.write(path, value, dataclasses.replace(origin, override=path))
         except _Refused as refusal:
             tree.problems.append(((), origin, str(refusal)))
-    _drop_keys_of_former_kinds(tree, before)
+    drop_keys_of_former_kinds(tree, before, is_new=lambda path: tree.origin(path).override is not None)
 
 
 class _Refused(Exception):
@@ -74,6 +39,8 @@ def _split(text: str) -> tuple[KeyPath, Any]:
     steps = key.strip().split(".")
     if not equals or not all(steps):
         raise _Refused("an override is key=value, such as train.steps=500")
+    if steps[0] == "extends":
+        raise _Refused("`extends` is for files: write it into the YAML")
     try:
         document = parse(raw)
     except YamlError as error:
@@ -125,20 +92,3 @@ def _no_entry(path: KeyPath, entries: list[Any], step: str | int) -> str:
         return f"{dotted(path)} is an empty list; give it as a whole, such as {dotted(path)}='[...]'"
     numbers = "only entry 0" if len(entries) == 1 else f"entries 0 to {len(entries) - 1}"
     return f"{dotted(path)} has {numbers}; give the list as a whole to make it longer"
-
-
-def _drop_keys_of_former_kinds(tree: Tree, before: dict[str, Any]) -> None:
-    """Where an override changed a `kind`, remove the file's keys that only the former variant had."""
-    for path, origin in list(tree.origins.items()):
-        if path[-1] != "kind" or origin.override is None:
-            continue
-        section = path[:-1]
-        former, current = section_at(before, section), section_at(tree.values, section)
-        if former is None or current is None or former is current:
-            continue
-        values = value_at(tree.values, section)
-        for key in list(values):
-            inherited = tree.origin((*section, key)).override is None
-            if inherited and key in former.model_fields and key not in current.model_fields:
-                dropped = f"{dotted((*section, key))}: {shown(values.pop(key))}"
-                tree.notes.append(f"{origin.label}: dropped {dropped}, which kind {kind_of(current)} does not have")

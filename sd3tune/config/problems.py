@@ -161,6 +161,8 @@ def _unknown_key(path: KeyPath, tree: Any) -> str:
     """`unknown key`, with the likeliest thing that was meant."""
     key, section = str(path[-1]), section_at(tree, path[:-1])
     siblings = list(section.model_fields) if section is not None else []
+    if len(path) == 1 and difflib.get_close_matches(key, ["extends"], cutoff=0.8):
+        return "unknown key; did you mean 'extends'?"
     parent = field_at(tree, path[:-1])
     for other in sections_of(parent.annotation) if parent is not None else []:
         if key in other.model_fields:

@@ -19,18 +19,37 @@ _INTRODUCTION = """\
 
 <!-- Written by `make docs` from sd3tune/config/schema.py; edit that. -->
 
-One YAML file describes a run. Only `data.sources` has no default; `configs/` holds complete examples to copy.
+One YAML file describes a run. Only `data.sources` has no default.
 
 ```
-sd3tune train my.yaml                                 run it
-sd3tune train my.yaml train.steps=500 ema.decay=0.99  with overrides
-sd3tune config check my.yaml                          every problem, each with its line
-sd3tune config show my.yaml                           every key with its value
+sd3tune config list                                   the shipped presets, one line each
+sd3tune config new rex --from PRESET --data ./rex     write rex.yaml from one, comments and all; --caption, --out
+sd3tune train rex.yaml                                run it
+sd3tune train rex.yaml train.steps=500 ema.decay=0.99 with overrides
+sd3tune config check rex.yaml                         every problem, each with its line
+sd3tune config show rex.yaml                          every key with its value
 sd3tune config schema > sd3tune.schema.json           for completion in an editor
 ```
 
-With the schema beside your file, the line `# yaml-language-server: $schema=sd3tune.schema.json` at its
-top gives completion and checks in editors that use the YAML language server.
+Editors that use the YAML language server complete and check a file that has a line
+`# yaml-language-server: $schema=` and the path of the schema. `config new` writes one.
+
+## Extending another file
+
+```yaml
+extends: preset:sd35_medium_12gb      # a shipped preset; or a file, such as ../base.yaml; or a list of these
+name: rex
+data:
+  sources: [{path: ./rex, caption: a photo of sks dog}]
+```
+
+- Sections are merged key by key; the extending file wins. Any other value, a list too, replaces the inherited
+  one as a whole; `null` does as well, where a key can be null.
+- Of several files the later one wins, with all that it extends itself.
+- A `kind` that differs from the inherited one drops the inherited keys that the new variant lacks, and says so.
+- Each path stays relative to the file in which it stands, and each problem names that file and its line. So give
+  `data.sources` of your own with a preset: its example folder lies beside the preset.
+- The resolved configuration in the run folder extends nothing. `extends` is for files, not for overrides.
 
 ## Rules
 

@@ -49,15 +49,9 @@ def run_demo(out: Path) -> Path:
     _stack(_training_row(), Image.open(written[-1])).save(picture)
     print(f"\n{picture}  (the training pictures, then before and after)   {time.monotonic() - started:.0f} s in all")
     print("\nyour own photos: a folder of them and a GPU:")
-    print(f"  sd3tune train {_shipped_config('dreambooth_sd35_medium.yaml')} data.sources.0.path=./dog")
+    print("  sd3tune config new my-dog --data ./dog --caption 'a photo of sks dog'")
+    print("  sd3tune train my-dog.yaml")
     return picture
-
-
-def _shipped_config(name: str) -> Path:
-    """A shipped YAML: inside the installed package, or beside the package in a checkout."""
-    package = Path(sd3tune.__file__).parent
-    path = next(folder / name for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _pictures() -> list[Path]:

@@ -31,8 +31,9 @@ def test_every_description_is_a_sentence() -> None:
 
 def test_the_json_schema_knows_every_section_and_refuses_other_keys() -> None:
     schema = json_schema()
-    assert set(schema["properties"]) == set(Config.model_fields)
-    assert schema["required"] == ["data"]
+    assert set(schema["properties"]) == {"extends", *Config.model_fields}
+    assert schema["anyOf"][0] == {"required": ["extends"]}
+    assert schema["anyOf"][1]["required"] == ["data"]
     assert schema["$schema"].startswith("https://json-schema.org/")
     assert all(one["additionalProperties"] is False for one in schema["$defs"].values())
     assert schema["properties"]["seed"]["minimum"] == 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
 
+from sd3tune.cli.main import app
 from sd3tune.config import dump_config, load_config
 from sd3tune.errors import RunError
 from sd3tune.jobs import demo
@@ -30,7 +32,7 @@ def difference(one: Image.Image, other: Image.Image) -> float:
     return sum(level * count for level, count in enumerate(histogram)) / (one.width * one.height)
 
 
-def test_the_demo_learns_changes_images_and_shows_it(tmp_path: Path, capsys) -> None:
+def test_the_demo_learns_changes_images_and_shows_it(tmp_path: Path, capsys, monkeypatch) -> None:
     """The whole of it, as `sd3tune demo` runs it."""
     out = tmp_path / "runs" / "demo"
     picture = run_demo(out)
@@ -50,10 +52,11 @@ def test_the_demo_learns_changes_images_and_shows_it(tmp_path: Path, capsys) -> 
         assert difference(before, after) > 8
         assert all(len(part.convert("L").getcolors()) > 16 for part in (before, after))
 
-    said = capsys.readouterr().out
-    command = said.splitlines()[-1].split()
-    assert command[:2] == ["sd3tune", "train"]
-    assert load_config(Path(command[2])).config.name == "dreambooth-dog"
+    make, train = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[-2:])
+    monkeypatch.chdir(tmp_path)
+    app(make[1:], standalone_mode=False)
+    assert train[:2] == ["sd3tune", "train"]
+    assert load_config(train[2]).config.data.sources[0].path == str(tmp_path / "dog")
 
 
 def test_a_second_demo_replaces_the_first(tmp_path: Path, quick: None) -> None:

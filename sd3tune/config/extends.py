@@ -1,0 +1,151 @@
+"""`extends`: a file that is laid over others, key by key. The result knows where each value stands."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sd3tune import __version__
+from sd3tune.config.files import as_typed, read_text
+from sd3tune.config.presets import find_preset
+from sd3tune.config.problems import shown
+from sd3tune.config.schema import CONFIG_VERSION
+from sd3tune.config.shape import value_at
+from sd3tune.config.tree import Origin, Tree, drop_keys_of_former_kinds
+from sd3tune.config.yaml12 import KeyPath, YamlError, parse
+from sd3tune.errors import ConfigError
+
+KEY = "extends"
+PRESET = "preset:"
+"""What a shipped preset's name is preceded by, instead of a path."""
+
+
+def tree_of_text(text: str, source: str) -> Tree:
+    """A YAML text, which is or would be the file `source`, with what it extends.
+
+    Raises:
+        ConfigError: not YAML, made for a newer sd3tune, or it extends what is missing or extends it in turn.
+    """
+    numbers = itertools.count(0, -1)
+    return _inherit(_tree(text, source, next(numbers)), (source,), numbers)
+
+
+def tree_of_values(values: dict[str, Any], folder: Path) -> Tree:
+    """Plain values with what they extend; their paths are relative to `folder`. Raises ConfigError."""
+    return _inherit(Tree(values, root=Origin("config", (0, 0), folder)), (), itertools.count(-1, -1))
+
+
+def refuse_newer_version(tree: Tree) -> None:
+    """Raises ConfigError for values that a later sd3tune understands."""
+    version = tree.values.get("config_version")
+    if isinstance(version, int) and version > CONFIG_VERSION:
+        origin = tree.origin(("config_version",))
+        raise ConfigError(
+            f"{origin.label}: config_version {version} is newer than what sd3tune {__version__} understands "
+            f"({CONFIG_VERSION}); upgrade it: pip install --upgrade sd3tune"
+        )
+
+
+def _tree(text: str, source: str, number: int) -> Tree:
+    """One file by itself."""
+    try:
+        document = parse(text)
+    except YamlError as error:
+        raise ConfigError(f"{source}:{error.line}: {error.message}") from None
+    if document.value is None:
+        raise ConfigError(f"{source}: is empty; a configuration names at least data.sources")
+    if not isinstance(document.value, dict):
+        raise ConfigError(f"{source}:{document.lines[()]}: a configuration is made of lines such as `name: my-lora`")
+    folder = Path(source).absolute().parent
+
+    def at(line: int) -> Origin:
+        return Origin(f"{source}:{line}", (number, line), folder)
+
+    tree = Tree(document.value, root=Origin(source, (number, 0), folder))
+    tree.origins = {path: at(line) for path, line in document.lines.items() if path}
+    tree.problems = [(path, at(line), message) for path, line, message in document.problems]
+    refuse_newer_version(tree)
+    return tree
+
+
+def _inherit(tree: Tree, chain: tuple[str, ...], numbers: Iterator[int]) -> Tree:
+    """`tree` laid over what it extends, in order; `chain` are the files that led here, the tree's own last."""
+    if KEY not in tree.values:
+        return tree
+    below: Tree | None = None
+    for name, origin in _named(tree):
+        source = _source(name, origin)
+        _refuse_circle(source, chain, origin)
+        try:
+            text = read_text(source)
+        except ConfigError as error:
+            raise ConfigError(*(f"{origin.label}: {KEY}: {problem}" for problem in error.problems)) from None
+        parent = _inherit(_tree(text, source, next(numbers)), (*chain, source), numbers)
+        below = parent if below is None else _laid_over(below, parent)
+    return tree if below is None else _laid_over(below, tree)
+
+
+def _named(tree: Tree) -> list[tuple[str, Origin]]:
+    """Take `extends` out of the tree: the names in it, and where each was written."""
+    names = tree.values.pop(KEY)
+    listed = names if isinstance(names, list) else [names]
+    if not listed or not all(isinstance(name, str) and name for name in listed):
+        raise ConfigError(
+            f"{tree.origin((KEY,)).label}: {KEY}: {shown(names)} is neither a file, nor `{PRESET}` and a name, nor a "
+            "list of these"
+        )
+    found = [(name, tree.origin((KEY, index))) for index, name in enumerate(listed)]
+    tree.origins = {path: origin for path, origin in tree.origins.items() if path[0] != KEY}
+    return found
+
+
+def _source(name: str, origin: Origin) -> str:
+    """The path of a named file, relative to the working directory where it can be."""
+    if name.startswith(PRESET):
+        try:
+            path = find_preset(name.removeprefix(PRESET))
+        except ConfigError as error:
+            raise ConfigError(f"{origin.label}: {KEY}: {error.problems[0]}") from None
+    else:
+        path = Path(os.path.abspath(os.path.join(origin.folder, os.path.expanduser(name))))
+    return as_typed(path)
+
+
+def _refuse_circle(source: str, chain: tuple[str, ...], origin: Origin) -> None:
+    known = [os.path.realpath(file) for file in chain]
+    if os.path.realpath(source) in known:
+        circle = [*chain[known.index(os.path.realpath(source)) :], source]
+        raise ConfigError(
+            f"{origin.label}: {KEY}: a circle: {' extends '.join(circle)}; one of them has to stand alone"
+        )
+
+
+def _laid_over(below: Tree, above: Tree) -> Tree:
+    """Sections are merged key by key; any other value, a list too, replaces the one below it. Changes `below`."""
+    before = _copied(below.values)
+
+    def lay(path: KeyPath, value: Any) -> None:
+        if isinstance(value, dict) and isinstance(value_at(below.values, path), dict):
+            for key, inner in value.items():
+                lay((*path, key), inner)
+        else:
+            below.write(path, value, above.origin(path))
+
+    for key, value in above.values.items():
+        lay((key,), value)
+    merged = Tree(
+        below.values,
+        root=above.root,
+        origins={**below.origins, **above.origins},
+        problems=[*below.problems, *above.problems],
+        notes=[*below.notes, *above.notes],
+    )
+    drop_keys_of_former_kinds(merged, before, is_new=lambda path: path in above.origins)
+    return merged
+
+
+def _copied(values: Any) -> Any:
+    return {key: _copied(value) for key, value in values.items()} if isinstance(values, dict) else values

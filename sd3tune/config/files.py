@@ -1,0 +1,54 @@
+"""Configuration files as text: what cannot be read is one line that says why and what is near."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from sd3tune.errors import ConfigError
+
+_MAX_BYTES = 1 << 20
+
+
+def read_text(source: str) -> str:
+    """The text of the file `source`. Raises ConfigError."""
+    path = Path(source)
+    try:
+        if path.is_dir():
+            raise ConfigError(f"{source} is a folder; name a YAML file{_yaml_files_in(path)}")
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{source} does not exist{_similar(path)}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{source} cannot be read: {reason}") from None
+    if b"\0" in data:
+        raise ConfigError(f"{source} is not a configuration: it holds binary data")
+    if len(data) > _MAX_BYTES:
+        raise ConfigError(f"{source} is not a configuration: it is larger than 1 MiB")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        byte = data[error.start]
+        raise ConfigError(f"{source}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
+
+
+def as_typed(path: Path) -> str:
+    """A path as short as it can be for someone in the working directory."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _yaml_files_in(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".yaml", ".yml"))
+    return f" in it, such as {', '.join(names[:3])}" if names else ""
+
+
+def _similar(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; neither does the folder {path.parent}"
+    names = {entry.name: entry for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")}
+    near = difflib.get_close_matches(path.name, names, n=2)
+    return f"; did you mean {' or '.join(str(names[name]) for name in near)}?" if near else ""

@@ -1,0 +1,66 @@
+"""The shipped configurations: where they lie, what each is for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import sd3tune
+from sd3tune.errors import ConfigError
+
+SCHEMA_FILE = "schema.json"
+"""The JSON Schema, beside the presets that refer to it."""
+
+_MODELINE = "# yaml-language-server:"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A shipped YAML."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def description(self) -> str:
+        """The first line of the header comment below its command."""
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return next(line for line in _comments(lines[1:]))
+
+
+def presets_folder() -> Path:
+    """`configs/` of a checkout, or where the wheel puts it, inside the package. Raises ConfigError if there is none."""
+    package = Path(sd3tune.__file__).absolute().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / SCHEMA_FILE).is_file():
+            return folder
+    raise ConfigError(f"{package}: this installation lacks the shipped configurations; install sd3tune again")
+
+
+def all_presets() -> list[Preset]:
+    """Every shipped configuration, by name. Raises ConfigError."""
+    return [Preset(path) for path in sorted(presets_folder().glob("*.yaml"))]
+
+
+def find_preset(name: str) -> Path:
+    """The file of a shipped configuration. Raises ConfigError for another name."""
+    paths = {preset.name: preset.path for preset in all_presets()}
+    wanted = name.removesuffix(".yaml")
+    if wanted in paths:
+        return paths[wanted]
+    near = difflib.get_close_matches(wanted, paths, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"no preset is called {name!r}; {hint}`sd3tune config list` shows all")
+
+
+def _comments(lines: list[str]) -> Iterator[str]:
+    """What the comments at the top say, without the line for editors."""
+    for line in lines:
+        text = line.lstrip("#").strip()
+        if line.startswith("#") and text and not line.startswith(_MODELINE):
+            yield text

@@ -1,0 +1,78 @@
+"""Unchecked values, and where each of them was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sd3tune.config.problems import dotted, shown
+from sd3tune.config.shape import kind_of, section_at, value_at
+from sd3tune.config.yaml12 import KeyPath
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written: a line of a file, or an override."""
+
+    label: str
+    order: tuple[int, int]
+    """Problems are reported in this order: (file, line), files that are extended before the one that does, overrides
+    last."""
+    folder: Path
+    """What a path written here is relative to."""
+    override: KeyPath | None = None
+
+
+@dataclass
+class Tree:
+    """Unchecked values, where each was written, and what is known to be wrong so far."""
+
+    values: dict[str, Any]
+    root: Origin
+    origins: dict[KeyPath, Origin] = field(default_factory=dict)
+    problems: list[tuple[KeyPath, Origin, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def origin(self, path: KeyPath) -> Origin:
+        """Where the value at `path` was written, or else the nearest thing around it."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.origins:
+                return self.origins[path[:length]]
+        return self.root
+
+    def write(self, path: KeyPath, value: Any, origin: Origin) -> None:
+        """Put `value` at `path`, whose container exists, and forget where the former value came from."""
+        container: Any = self.values
+        for step in path[:-1]:
+            container = container[step]
+        container[path[-1]] = value
+        self.forget(path)
+        self.origins[path] = origin
+
+    def forget(self, path: KeyPath) -> None:
+        """Where `path` and what is inside was written."""
+        for known in [known for known in self.origins if known[: len(path)] == path]:
+            del self.origins[known]
+
+
+def drop_keys_of_former_kinds(tree: Tree, before: dict[str, Any], is_new: Callable[[KeyPath], bool]) -> None:
+    """Where a new value of `kind` replaced another, remove the inherited keys that only the former variant had.
+
+    `before` are the values without what is new. What was removed is in the tree's notes.
+    """
+    for path, origin in list(tree.origins.items()):
+        if path[-1] != "kind" or not is_new(path):
+            continue
+        section = path[:-1]
+        former, current = section_at(before, section), section_at(tree.values, section)
+        if former is None or current is None or former is current:
+            continue
+        values = value_at(tree.values, section)
+        for key in list(values):
+            inherited = not is_new((*section, key))
+            if inherited and key in former.model_fields and key not in current.model_fields:
+                dropped = f"{dotted((*section, key))}: {shown(values.pop(key))}"
+                tree.forget((*section, key))
+                tree.notes.append(f"{origin.label}: dropped {dropped}, which kind {kind_of(current)} does not have")

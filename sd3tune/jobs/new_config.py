@@ -1,0 +1,68 @@
+"""`sd3tune config new`: a commented YAML, ready to run, from a preset."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+from sd3tune.config.files import as_typed
+from sd3tune.config.from_preset import Personal, text_from_preset
+from sd3tune.config.loader import load_text
+from sd3tune.config.presets import Preset, find_preset
+from sd3tune.config.schema import OFFLINE_BASES, Config
+from sd3tune.errors import ConfigError
+
+
+def new_config(
+    name: str,
+    preset: str,
+    data: str | None = None,
+    caption: str | None = None,
+    out: Path | None = None,
+) -> Path:
+    """Write the YAML (by default `NAME.yaml` here) and print the next commands. Raises ConfigError."""
+    out = Path(f"{name}.yaml") if out is None else out.expanduser()
+    source = Preset(find_preset(preset))
+    _check(out, data)
+    text = text_from_preset(source, Personal(name, out, data, caption))
+    config = load_text(text, str(out)).config
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} exists and is left as it is; choose another name, or --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror}") from None
+    print(f"{out}: from the preset {source.name}\n")
+    print("\n".join(_next_steps(config, out)))
+    return out
+
+
+def _check(out: Path, data: str | None) -> None:
+    if out.is_dir():
+        raise ConfigError(f"--out: {out} is a folder; name a file in it, such as {out / 'run.yaml'}")
+    if data is not None and Path(data).expanduser().is_file():
+        raise ConfigError(f"--data: {data} is a file; name the folder of the images")
+
+
+def _next_steps(config: Config, out: Path) -> list[str]:
+    source, command = config.data.sources[0], f"sd3tune train {shlex.quote(str(out))}"
+    images = Path(source.path)
+    steps = ["next:"]
+    if not images.is_dir():
+        steps.append(f"  put the images into {as_typed(images)}")
+    if source.caption is not None:
+        steps.append(f"  the caption of images that have none of their own is {source.caption!r}")
+    elif not any(images.glob("*.txt")):
+        steps.append("  give each image a caption, in a .txt file of the same name beside it")
+    if config.model.base in OFFLINE_BASES:
+        return [*steps, f"  {command}"]
+    rehearsal = f"name={config.name}-rehearsal model.base=tiny data.resolution=256 train.steps=20"
+    return [
+        *steps,
+        f"  {command} {rehearsal} schedule.warmup_steps=0   # on the CPU, without a download",
+        f"  hf auth login   # and accept the licence at https://huggingface.co/{config.model.base}",
+        f"  {command}",
+    ]
