@@ -19,7 +19,7 @@ from sd3tune.jobs.train import make_state
 from sd3tune.methods import METHODS, Method
 from sd3tune.train.batches import Batches, Example, LatentScaling
 from sd3tune.train.loop import Callback, Processes, train
-from sd3tune.train.objective import make_weight, sigma_of_u
+from sd3tune.train.objective import Objective, make_objective, sigma_of_u
 from sd3tune.train.optim import FlatMaster
 from sd3tune.train.step import StepResult, TrainState, train_step
 
@@ -77,7 +77,7 @@ class Trainer:
     transformer: SD3Transformer2DModel
     method: Method
     batches: Batches
-    weight: Callable[[Tensor], Tensor]
+    objective: Objective
     processes: Processes
 
     @property
@@ -91,7 +91,7 @@ class Trainer:
             self.transformer,
             self.method,
             self.batches,
-            self.weight,
+            self.objective,
             self.config,
             self.processes.reduce_mean,
         )
@@ -106,7 +106,7 @@ class Trainer:
             self.transformer,
             self.method,
             self.batches,
-            self.weight,
+            self.objective,
             self.processes,
             identity={},
             contract={},
@@ -125,7 +125,7 @@ def make_trainer(cell: Cell, model: Model, folder: Path) -> Trainer:
     for name, parameter in parameters.items():
         if name.endswith(".lora_B"):
             parameter.data.normal_(std=0.02, generator=generator(config.seed, name, device=device))
-    store = Store(folder / "store")
+    store, sigmas = Store(folder / "store"), sigma_of_u(config.flow, SHIFT)
     batches = Batches(
         store,
         fill_store(store, model, transformer.config.joint_attention_dim, dtype),
@@ -136,7 +136,7 @@ def make_trainer(cell: Cell, model: Model, folder: Path) -> Trainer:
         world=processes.world,
         device=device,
         scaling=SD3_SCALING,
-        sigma_of_u=sigma_of_u(config.flow, SHIFT),
+        sigma_of_u=lambda u, pixels: sigmas(u),
     )
     return Trainer(
         config=config,
@@ -145,6 +145,6 @@ def make_trainer(cell: Cell, model: Model, folder: Path) -> Trainer:
         transformer=transformer,
         method=method,
         batches=batches,
-        weight=make_weight(config.flow, SHIFT),
+        objective=make_objective(config.flow, SHIFT),
         processes=processes,
     )

@@ -139,9 +139,11 @@ def _value(annotation: Any, metadata: list[Any]) -> str:
         constraints = [item for info in extra for item in (info.metadata if isinstance(info, FieldInfo) else [info])]
         return _value(inner, [*metadata, *constraints])
     if get_origin(annotation) is Literal:
-        return " or ".join(f"`{choice}`" for choice in get_args(annotation))
+        return " or ".join(f"`{str(choice).lower()}`" for choice in get_args(annotation))
     if get_origin(annotation) is list:
         return f"list of {_value(get_args(annotation)[0], [])}"
+    if get_origin(annotation) is dict:
+        return f"mapping of names to {_value(get_args(annotation)[1], [])}"
     if get_origin(annotation) is not None:  # a union
         return " or ".join(_value(member, metadata) for member in get_args(annotation))
     names = {int: "integer", float: "number", str: "text", bool: "`true` or `false`", type(None): "null"}

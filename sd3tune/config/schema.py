@@ -7,9 +7,9 @@ This file is the single source of the defaults, of the JSON Schema and of the co
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 CONFIG_VERSION = 1
 
@@ -55,25 +55,112 @@ class ModelConfig(Section):
     )
 
 
+def _valid_pattern(name: str) -> str:
+    if name.startswith("re:"):
+        try:
+            re.compile(name.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"is not a regular expression: {error}") from None
+    return name
+
+
+def _valid_range(blocks: str) -> str:
+    first, dash, last = blocks.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and dash) or int(first) > int(last):
+        raise ValueError("is not a range of blocks; write the first and the last, such as 0-11")
+    return blocks
+
+
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Alpha = Annotated[float, Field(gt=0)]
+ModuleName = Annotated[str, Field(min_length=1), AfterValidator(_valid_pattern)]
+Pattern = Annotated[str, Field(pattern="^re:."), AfterValidator(_valid_pattern)]
+BlockRange = Annotated[str, AfterValidator(_valid_range)]
+
+
 class LoraConfig(Section):
-    """Low-rank adapters on the transformer's attention (LoRA, Hu et al. 2021)."""
+    """Low-rank adapters on the transformer's linear layers (LoRA, Hu et al. 2021)."""
 
     kind: Literal["lora"] = Field("lora", description="Train a LoRA adapter.")
-    rank: int = Field(16, ge=1, le=1024, description="Rank of each adapter pair; file size grows in proportion.")
-    alpha: float = Field(16.0, gt=0, description="The adapter's output is scaled by alpha / rank.")
-    targets: Literal["attention"] | list[str] = Field(
+    rank: Rank = Field(16, description="Rank of each adapter pair; file size grows in proportion.")
+    alpha: Alpha = Field(16.0, description="The adapter's output is scaled by alpha / rank.")
+    targets: Literal["attention", "attention-image", "attention+mlp"] | Pattern | list[ModuleName] = Field(
         "attention",
-        description="`attention`: every q, k, v and output projection of both streams, `attn2` included; or "
-        "a list of module names or their endings, such as `[attn.to_q, attn.to_v]`. Modules that can never "
-        "learn are left out.",
+        description="`attention`: every q, k, v and output projection of both streams, `attn2` included; "
+        "`attention-image`: those of the image stream alone; `attention+mlp`: also the feed-forward layers, at about "
+        "three times the size; else module names or their endings, such as `[attn.to_q, attn.to_v]`, or a regular "
+        "expression for full names, `re:transformer_blocks\\.\\d+\\.attn\\..*`. Modules that can never learn are "
+        "left out.",
+    )
+    blocks: list[Annotated[int, Field(ge=0)] | BlockRange] | None = Field(
+        None,
+        min_length=1,
+        description="Transformer blocks to train, counted from 0, such as `[0, 3, 12-23]`; null trains all of them.",
+    )
+    rank_pattern: dict[ModuleName, Rank] = Field(
+        default={},
+        description="Other ranks for some modules, such as `{attn2.to_q: 4}`: name, ending or `re:` expression; the "
+        "first that fits a module counts.",
+    )
+    alpha_pattern: dict[ModuleName, Alpha] = Field(
+        default={}, description="Other alphas for some modules, written like `rank_pattern`."
+    )
+    rslora: bool = Field(
+        False,
+        description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA, Kalajdzievski 2023), so that high "
+        "ranks learn as fast as low ones.",
+    )
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of an adapter's inputs that is zeroed while training; previews and the file have none.",
+    )
+    init: Literal[True, "gaussian", "orthogonal", "eva"] = Field(
+        True,
+        description="How A starts, while B A = 0 leaves the base as it is: true is PEFT's Kaiming-uniform A; "
+        "`gaussian` has standard deviation 1 / rank; `orthogonal` (even ranks) also starts B, in directions that A "
+        "does not reach; `eva` takes the main directions of each layer's input over some batches of the data.",
+    )
+    start_from: str | None = Field(
+        None,
+        min_length=1,
+        description="An adapter to go on from: a file, an adapter folder or a run folder. Its ranks must be those of "
+        "this run; alpha may differ, as the training starts from what the file computes.",
     )
 
-    @field_validator("targets")
+    @field_validator("targets", mode="before")
     @classmethod
-    def _some_target(cls, targets: str | list[str]) -> str | list[str]:
+    def _known_targets(cls, targets: Any) -> Any:
         if targets == []:
             raise ValueError("is empty: nothing would be trained; use `attention` or name at least one module")
+        presets = ("attention", "attention-image", "attention+mlp")
+        if isinstance(targets, str) and targets not in presets and not targets.startswith("re:"):
+            raise ValueError(
+                f"is not one of: {', '.join(presets)}; put module names in a list, [{targets}], and begin a regular "
+                "expression with re:"
+            )
         return targets
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _harmless_init(cls, init: Any) -> Any:
+        name = init.lower().replace("-", "_") if isinstance(init, str) else ""
+        if name.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+            raise ValueError(
+                "changes the base's weights, so the saved adapter would be wrong on the real base; use true, "
+                "gaussian, orthogonal or eva"
+            )
+        if init is not True and init not in ("gaussian", "orthogonal", "eva"):
+            raise ValueError("is not one of: true, gaussian, orthogonal, eva")
+        return init
+
+    @model_validator(mode="after")
+    def _orthogonal_has_even_ranks(self) -> LoraConfig:
+        odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % 2]
+        if self.init == "orthogonal" and odd:
+            raise ValueError(f"init: orthogonal gives half the rank to A and half to B; rank {odd[0]} is not even")
+        return self
 
 
 MethodConfig = LoraConfig
@@ -137,7 +224,27 @@ class UniformConfig(Section):
     kind: Literal["uniform"] = Field("uniform", description="All sigmas equally likely, before the shift.")
 
 
-TimestepsConfig = Annotated[LogitNormalConfig | UniformConfig, Field(discriminator="kind")]
+class ModeConfig(Section):
+    """sigma = u + scale (u - sin^2(pi u / 2)), u uniform (Esser et al. 2024, eq. 20, with u for its 1 - u)."""
+
+    kind: Literal["mode"] = Field("mode", description="Uniform with a heavier middle, and no sigma left out.")
+    scale: float = Field(
+        1.29,
+        ge=-1,
+        le=1.75,
+        description="Above 0 favours the middle, below 0 the ends; 0 is uniform. Beyond the bounds, the map folds back.",
+    )
+
+
+class CosmapConfig(Section):
+    """sigma of density 2 / (pi (1 - 2 s + 2 s^2)) (Esser et al. 2024, eq. 21)."""
+
+    kind: Literal["cosmap"] = Field("cosmap", description="The noise levels of a cosine schedule.")
+
+
+TimestepsConfig = Annotated[
+    LogitNormalConfig | UniformConfig | ModeConfig | CosmapConfig, Field(discriminator="kind")
+]
 
 
 class NoWeightingConfig(Section):
@@ -153,19 +260,75 @@ class MinSnrConfig(Section):
     gamma: float = Field(5.0, gt=0, description="The signal-to-noise ratio at which the weight is clamped.")
 
 
-WeightingConfig = Annotated[NoWeightingConfig | MinSnrConfig, Field(discriminator="kind")]
+class SigmaSqrtConfig(Section):
+    """sigma^-2, with sigma at least 1e-3. Its mean is not made 1: without that clamp it would be infinite."""
+
+    kind: Literal["sigma_sqrt"] = Field("sigma_sqrt", description="Favours little noise, steeply.")
+
+
+class CosmapWeightingConfig(Section):
+    """2 / (pi (1 - 2 s + 2 s^2)), of mean 1: with uniform timesteps, what cosmap timesteps do without weighting."""
+
+    kind: Literal["cosmap"] = Field("cosmap", description="Weights as a cosine schedule would draw.")
+
+
+WeightingConfig = Annotated[
+    NoWeightingConfig | MinSnrConfig | SigmaSqrtConfig | CosmapWeightingConfig, Field(discriminator="kind")
+]
+
+
+class MseConfig(Section):
+    """The mean of (v - target)^2."""
+
+    kind: Literal["mse"] = Field("mse", description="Squared error.")
+
+
+class HuberConfig(Section):
+    """The mean of d^2 / 2 where |d| < delta, else of delta (|d| - delta / 2), d = v - target (Huber 1964)."""
+
+    kind: Literal["huber"] = Field("huber", description="Squared error near the target, absolute error far from it.")
+    delta: float = Field(
+        1.0, gt=0, description="Error at which the loss turns linear; the data and the noise have a spread of about 1."
+    )
+
+
+LossConfig = Annotated[MseConfig | HuberConfig, Field(discriminator="kind")]
 
 
 class FlowConfig(Section):
     """The rectified-flow objective. sigma 1 is noise."""
 
     timesteps: TimestepsConfig = Field(default_factory=LogitNormalConfig, description="How sigma is drawn.")
-    shift: Literal["model"] | Annotated[float, Field(gt=0)] = Field(
+    shift: Literal["model", "resolution"] | Annotated[float, Field(gt=0)] = Field(
         "model",
         description="Maps sigma to shift*s / (1 + (shift-1)*s) after drawing; `model` is the base "
-        "scheduler's own (3.0 for SD3), 1.0 leaves sigma as drawn.",
+        "scheduler's own (3.0 for SD3), 1.0 leaves sigma as drawn; `resolution` is the base's own times "
+        "sqrt(pixels / 1024^2), so that smaller images get less noise.",
+    )
+    min_sigma: float = Field(0.0, ge=0, lt=1, description="Smallest sigma in training, after the shift.")
+    max_sigma: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Largest sigma in training. The density between the two is kept and scaled up, nothing piles up.",
     )
     weighting: WeightingConfig = Field(default_factory=NoWeightingConfig, description="Weight of the loss by sigma.")
+    loss: LossConfig = Field(default_factory=MseConfig, description="Distance between velocities.")
+    noise_offset: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Strength of a constant added to the noise of each image and channel, which teaches overall "
+        "brightness; 0 turns it off, 0.05 is much.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FlowConfig:
+        if self.timesteps.kind == "cosmap" and self.weighting.kind == "cosmap":
+            raise ValueError("cosmap timesteps with cosmap weighting count the same thing twice; make one of them plain")
+        if self.min_sigma >= self.max_sigma:
+            raise ValueError(f"min_sigma {self.min_sigma:g} must be below max_sigma {self.max_sigma:g}")
+        return self
 
 
 class AdamWConfig(Section):

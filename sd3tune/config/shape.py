@@ -24,7 +24,8 @@ def alternatives(annotation: Any) -> list[Any]:
 
 def sections_of(annotation: Any) -> list[type[Section]]:
     """The sections that a field can hold: none for a plain value, several for one with a `kind`."""
-    return [kind for kind in alternatives(annotation) if isinstance(kind, type) and issubclass(kind, Section)]
+    plain = [kind for kind in alternatives(annotation) if get_origin(kind) is None]  # 3.10 takes list[str] for a type
+    return [kind for kind in plain if isinstance(kind, type) and issubclass(kind, Section)]
 
 
 def item_of(annotation: Any) -> Any | None:

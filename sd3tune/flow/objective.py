@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 TRAIN_TIMESTEPS = 1000
@@ -27,6 +28,16 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
 def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error per sample in fp32 (float64 stays): [B, C, H, W] -> [B]."""
     return (prediction.to(target.dtype) - target).square().flatten(1).mean(1)
+
+
+def huber_loss(prediction: Tensor, target: Tensor, delta: float) -> Tensor:
+    """Huber's loss per sample, in fp32 (Huber 1964): d^2 / 2 where |d| < delta, else delta (|d| - delta / 2)."""
+    return F.huber_loss(prediction.to(target.dtype), target, reduction="none", delta=delta).flatten(1).mean(1)
+
+
+def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
+    """`noise` [..., C, H, W] plus `strength` times `offset` [..., C]: one more constant for each channel."""
+    return noise + strength * offset[..., None, None]
 
 
 def model_timestep(sigma: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
 """How sigma is drawn: every density is written as its inverse CDF, a function of u ~ Uniform(0, 1).
 
-So a draw needs one uniform number, the shift is one more function behind it, and the mean of any function of sigma
-is an integral over u (see `weighting.mean_over_sigma`).
+So a draw needs one uniform number, the shift is one more function behind it, leaving out the ends means drawing u from
+less than (0, 1), and the mean of any function of sigma is an integral over u (see `weighting.mean_over_sigma`).
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,6 +26,50 @@ def uniform(u: Tensor) -> Tensor:
     return u
 
 
+def mode(u: Tensor, scale: float) -> Tensor:
+    """sigma = u + scale (u - sin^2(pi u / 2)): the middle is favoured for scale > 0, the ends below 0.
+
+    Esser et al. 2024, eq. 20, is `1 - u - scale (cos^2(pi u / 2) - 1 + u)`, which falls from 1 to 0; this is the same
+    at 1 - u, so that it rises. It is monotone for -1 <= scale <= 2 / (pi - 2).
+    """
+    return u + scale * (u - torch.sin(torch.pi / 2 * u).square())
+
+
+def cosmap(u: Tensor) -> Tensor:
+    """sigma = 1 - 1 / (tan(pi u / 2) + 1), the log-SNR of the cosine schedule (Esser et al. 2024, eq. 21).
+
+    Written as sin / (sin + cos), which has no pole at u = 1. Its density is 2 / (pi (1 - 2 sigma + 2 sigma^2)).
+    """
+    angle = torch.pi / 2 * u
+    return torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))
+
+
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     """`shift * s / (1 + (shift - 1) * s)` (Esser et al. 2024, eq. 23); 1 changes nothing, more means more noise."""
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def resolution_shift(pixels: int, base_pixels: int) -> float:
+    """sqrt(m / n) for images of m `pixels`, when n `base_pixels` need no shift (Esser et al. 2024, eq. 23).
+
+    It makes the uncertainty about the image at a sigma the same at both sizes. Shifts after each other multiply.
+    """
+    return math.sqrt(pixels / base_pixels)
+
+
+def share_below(sigma_of_u: Callable[[Tensor], Tensor], sigma: float) -> float:
+    """The u with `sigma_of_u(u) = sigma`, that is P(drawn sigma < `sigma`), by bisection in float64."""
+    if sigma <= 0 or sigma >= 1:
+        return float(sigma >= 1)
+    low, high = 0.0, 1.0
+    for _ in range(64):
+        middle = (low + high) / 2
+        below = sigma_of_u(torch.tensor(middle, dtype=torch.float64)).item() < sigma
+        low, high = (middle, high) if below else (low, middle)
+    return high
+
+
+def truncated(sigma_of_u: Callable[[Tensor], Tensor], low: float, high: float) -> Callable[[Tensor], Tensor]:
+    """The inverse CDF of the same density restricted to [`low`, `high`]: u is drawn from what leads there."""
+    first, last = share_below(sigma_of_u, low), share_below(sigma_of_u, high)
+    return lambda u: sigma_of_u(first + (last - first) * u)

@@ -23,6 +23,16 @@ def min_snr(sigma: Tensor, gamma: float) -> Tensor:
     return torch.minimum((1 - sigma).square(), gamma * sigma.square())
 
 
+def sigma_sqrt(sigma: Tensor, smallest: float = 1e-3) -> Tensor:
+    """sigma^-2 (diffusers' name; SD3's example scripts), with sigma clamped: the mean of sigma^-2 itself is infinite."""
+    return sigma.clamp(min=smallest).pow(-2)
+
+
+def cosmap(sigma: Tensor) -> Tensor:
+    """2 / (pi (1 - 2 sigma + 2 sigma^2)) (Esser et al. 2024, section 3.1): the density of `timesteps.cosmap`."""
+    return 2 / (torch.pi * (1 - 2 * sigma + 2 * sigma.square()))
+
+
 def mean_over_sigma(weight: Callable[[Tensor], Tensor], sigma_of_u: Callable[[Tensor], Tensor]) -> float:
     """E[weight(sigma)] under the density whose inverse CDF is `sigma_of_u`, by the midpoint rule in float64.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sd3tune.flow.objective import velocity_loss
 from sd3tune.jobs.preflight import Plan
 from sd3tune.train.batches import Batch, Batches
 from sd3tune.train.step import predict_velocity, velocity_losses
@@ -43,7 +44,8 @@ def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], 
 
 
 def _losses(velocities: Sequence[Tensor], probes: Sequence[Batch]) -> list[float]:
-    return [velocity_losses(v, probe).mean().item() for v, probe in zip(velocities, probes, strict=True)]
+    """The squared error, whatever was minimised, so that runs compare."""
+    return [velocity_losses(v, probe, velocity_loss).mean().item() for v, probe in zip(velocities, probes, strict=True)]
 
 
 def block_norms(factors: Mapping[str, Tensor]) -> dict[str, float]:

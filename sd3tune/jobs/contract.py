@@ -33,7 +33,10 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "instance_prompt": captions[0] if len(captions) == 1 else None,
         "timesteps": config.flow.timesteps.model_dump(),
         "shift": plan.shift,
+        "sigma_range": [config.flow.min_sigma, config.flow.max_sigma],
         "weighting": config.flow.weighting.model_dump(),
+        "loss": config.flow.loss.model_dump(),
+        "noise_offset": config.flow.noise_offset,
         "resolution": config.data.resolution,
         "dtype": dtype_name(plan.dtype),
         "seed": config.seed,
@@ -48,6 +51,8 @@ def run_identity(plan: Plan, encoded: Encoded, world: int) -> dict[str, Any]:
     sections["train"].pop("log_every")
     if config.schedule.kind == "constant":
         sections["train"].pop("steps")  # the learning rate does not depend on the length, so a run may be extended
+    if config.method.start_from is not None:
+        sections["method"]["start_from"] = plan.method.contract()["start_from"]  # its content, wherever it lies
     images = [example.images for example in encoded.examples]
     captions = [dict(example.captions) for example in encoded.examples]
     return {
@@ -63,9 +68,15 @@ def run_identity(plan: Plan, encoded: Encoded, world: int) -> dict[str, Any]:
             "images": key("images", images=images)[:16],
             "captions": key("captions", captions=captions)[:16],
         },
-        "flow": {**sections["flow"], "shift": plan.shift},
+        "flow": {**sections["flow"], "shift": _shift(plan)},
         "processes": world,
     }
+
+
+def _shift(plan: Plan) -> float | str:
+    if plan.config.flow.shift == "resolution":
+        return f"by resolution, {plan.model_shift:g} at 1024 px"
+    return plan.shift
 
 
 def check_identity(plan: Plan, identity: Mapping[str, Any]) -> None:

@@ -15,6 +15,8 @@ from sd3tune import __version__
 from sd3tune.errors import RunError
 from sd3tune.train.loop import Processes
 
+ALONE = Processes(0, 1, lambda tensor: tensor, lambda tensor: tensor[None], lambda: None)
+"""A single process: none of the collective operations does anything."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
@@ -31,9 +33,9 @@ def make_accelerator(accumulation: int = 1) -> Accelerator:
 
 
 def processes_of(accelerator: Accelerator) -> Processes:
-    """The collective operations that training needs; none of them does anything in a single process."""
+    """The collective operations that training needs."""
     if accelerator.num_processes == 1:
-        return Processes(0, 1, lambda tensor: tensor, lambda tensor: tensor[None], lambda: None)
+        return ALONE
     return Processes(
         rank=accelerator.process_index,
         world=accelerator.num_processes,

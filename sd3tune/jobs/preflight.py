@@ -14,10 +14,12 @@ from sd3tune.data.records import Record, load_records
 from sd3tune.errors import ConfigError, UserError
 from sd3tune.jobs.machine import choose_dtype, dtype_name
 from sd3tune.jobs.run_folder import starting_checkpoint
+from sd3tune.jobs.sigmas import describe_sigmas
 from sd3tune.methods import METHODS, Method
-from sd3tune.model.adapters import CoverageRow, coverage
 from sd3tune.model.bases import Base, resolve_base
 from sd3tune.model.components import empty_transformer, load_scheduler
+from sd3tune.model.targets import CoverageRow
+from sd3tune.train.objective import shift_at
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,10 @@ class Plan:
     coverage: Sequence[CoverageRow]
     device: torch.device
     dtype: torch.dtype
+    model_shift: float
+    """The base scheduler's own sigma shift."""
     shift: float
-    """The sigma shift in force: the configured number, or the base scheduler's own."""
+    """The shift in force at `data.resolution`: the configured number, or what follows from the base's own."""
     start: Path | None
     """The checkpoint to resume from."""
     latent_shape: tuple[int, int, int]
@@ -80,10 +84,11 @@ def make_plan(config: Config, device: torch.device, resume: bool | None) -> Plan
         records=records,
         method=method,
         modules=modules,
-        coverage=coverage(transformer, modules, config.method.rank),
+        coverage=method.coverage(transformer),
         device=device,
         dtype=dtype,
-        shift=scheduler_shift if config.flow.shift == "model" else config.flow.shift,
+        model_shift=scheduler_shift,
+        shift=shift_at(config.flow, scheduler_shift, config.data.resolution**2),
         start=start,
         latent_shape=(
             transformer.config.in_channels,
@@ -105,12 +110,19 @@ def describe(plan: Plan, world: int) -> list[str]:
         + (f", {world} processes" if world > 1 else ""),
         f"data      {images}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
         f"steps     {train.steps} of {batch} image{'s' * (batch > 1)}: each image is seen {seen:.3g} times",
-        f"sigma     {config.flow.timesteps.kind}, shift {plan.shift:g}, weighting {config.flow.weighting.kind}",
-        f"adapter   {config.method.kind}, rank {config.method.rank}: {parameters:,} parameters, "
+        f"sigma     {describe_sigmas(config.flow, plan.shift)}",
+        f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"
+        + f", noise offset {config.flow.noise_offset:g}" * (config.flow.noise_offset > 0),
+        f"adapter   {config.method.kind}, rank {_ranks(config)}: {parameters:,} parameters, "
         f"{4 * parameters / 1e6:.1f} MB, in {len(plan.modules)} modules",
         *(f"          {row.module:<18} {row.trained:>3} of {row.present} blocks" for row in plan.coverage),
         f"run       {plan.run}",
     ]
+
+
+def _ranks(config: Config) -> str:
+    others = sorted(set(config.method.rank_pattern.values()) - {config.method.rank})
+    return f"{config.method.rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
 
 
 def _check_size(config: Config, transformer: Any) -> None:

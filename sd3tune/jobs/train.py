@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from diffusers import SD3Transformer2DModel
 
 from sd3tune.atomic import write_json, write_text
 from sd3tune.config import Config, dump_config
@@ -17,11 +19,7 @@ from sd3tune.jobs.closing import closing_report, summary
 from sd3tune.jobs.contract import check_identity, make_contract, run_identity, start_facts
 from sd3tune.jobs.encoding import Encoded, encode
 from sd3tune.jobs.launch import errors_to_the_launcher
-from sd3tune.jobs.machine import (
-    closing_process_group,
-    make_accelerator,
-    processes_of,
-)
+from sd3tune.jobs.machine import ALONE, closing_process_group, make_accelerator, processes_of
 from sd3tune.jobs.preflight import Plan, describe, make_plan
 from sd3tune.jobs.preview import Previews
 from sd3tune.jobs.run_folder import RUN_FILE, check_start, describe_run, is_finished, locked, remove_previews
@@ -31,9 +29,12 @@ from sd3tune.train.batches import Batches, LatentScaling
 from sd3tune.train.checkpoint import list_checkpoints, restore
 from sd3tune.train.loop import Callback, Processes, exported_weights, train
 from sd3tune.train.metrics import Metrics
-from sd3tune.train.objective import make_weight, sigma_of_u
+from sd3tune.train.objective import make_objective, shift_at, sigma_of_u
 from sd3tune.train.optim import OPTIMIZERS, FlatMaster, LossScale
-from sd3tune.train.step import TrainState
+from sd3tune.train.step import TrainState, predict_velocity
+
+OBSERVED_STEPS = 8
+"""Batches that a start which depends on the data sees."""
 
 
 def run_training(
@@ -90,6 +91,8 @@ def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbac
         if config.train.gradient_checkpointing == "block":
             transformer.enable_gradient_checkpointing()
         parameters = plan.method.inject(transformer, lambda name: generator(config.seed, "init", name))
+        if plan.start is None:
+            plan.method.look_at_data(transformer, lambda: observe(plan, encoded, transformer), processes.reduce_mean)
         state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
         if plan.start is not None:
             restore(plan.start, state)
@@ -112,7 +115,7 @@ def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbac
                 transformer,
                 plan.method,
                 batches,
-                make_weight(config.flow, plan.shift),
+                make_objective(config.flow, plan.shift),
                 processes,
                 identity,
                 contract,
@@ -154,8 +157,17 @@ def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainS
     )
 
 
+def observe(plan: Plan, encoded: Encoded, transformer: SD3Transformer2DModel) -> None:
+    """Run the first batches of a single process through the model: the same data on every rank."""
+    batches = make_batches(plan, encoded, ALONE)
+    for step in range(OBSERVED_STEPS):
+        predict_velocity(transformer, plan.method, batches.fetch(step, 0))
+    batches.close()
+
+
 def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
-    vae = vae_config(plan.base)
+    vae, flow = vae_config(plan.base), plan.config.flow
+    sigmas_at = functools.lru_cache(lambda shift: sigma_of_u(flow, shift))
     return Batches(
         encoded.store,
         encoded.examples,
@@ -166,7 +178,8 @@ def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
         world=processes.world,
         device=plan.device,
         scaling=LatentScaling(vae["scaling_factor"], vae["shift_factor"]),
-        sigma_of_u=sigma_of_u(plan.config.flow, plan.shift),
+        sigma_of_u=lambda u, pixels: sigmas_at(shift_at(flow, plan.model_shift, pixels))(u),
+        noise_offset=flow.noise_offset,
     )
 
 

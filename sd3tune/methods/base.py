@@ -11,6 +11,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
+from sd3tune.model.targets import CoverageRow
+
 Embeddings = Mapping[str, Mapping[str, Tensor]]
 """Per encoder (`clip_l`, `clip_g`, `t5`): `hidden` [B, tokens, width], and `pooled` [B, width] for the CLIPs."""
 
@@ -29,13 +31,24 @@ class Method(Protocol):
     def select(self, transformer: nn.Module) -> list[str]:
         """Names of the modules to train; works on a meta-device model. Raises AdapterError if there are none."""
 
+    def coverage(self, transformer: nn.Module) -> list[CoverageRow]:
+        """What `select` comes to, as a table for people."""
+
     def inject(
         self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
     ) -> dict[str, nn.Parameter]:
         """Make the trainable parameters, fp32, part of the model; all else is frozen. `generator(name)` is seeded."""
 
+    def look_at_data(
+        self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Before the first step of all: may let the start depend on the data. `observe()` runs a few batches."""
+
     def conditioning(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> tuple[Tensor, Tensor]:
         """`prompt_embeds` [B, tokens, width] and `pooled_prompt_embeds` [B, width], in the transformer's dtype."""
+
+    def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> AbstractContextManager[None]:
+        """While the context lasts (forward and backward), what acts in training only, drawn from `seed`, is on."""
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
         """The tensors of the file that `export` writes for these trained weights."""

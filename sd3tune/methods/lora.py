@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,12 @@ from torch import Tensor, nn
 
 from sd3tune.config.schema import Config
 from sd3tune.methods.base import Embeddings, Weights
+from sd3tune.methods.start_from import check_start, starting_factors
 from sd3tune.model import adapter_io
-from sd3tune.model.adapters import ADAPTER_NAME, inject_lora, lora_layers, select_modules
+from sd3tune.model.adapters import ADAPTER_NAME, Layer, inject_lora, lora_layers
+from sd3tune.model.dropout import SeededDropout
+from sd3tune.model.eva import input_directions
+from sd3tune.model.targets import CoverageRow, coverage, select_modules, values_by_pattern
 from sd3tune.model.text import assemble
 
 
@@ -29,13 +35,39 @@ class LoraMethod:
         self.cached_encoders: tuple[str, ...] = ("clip_l", "clip_g", "t5") if config.model.t5 else ("clip_l", "clip_g")
 
     def select(self, transformer: nn.Module) -> list[str]:
-        return select_modules(transformer, self.settings.targets)
+        modules = select_modules(transformer, self.settings.targets, self.settings.blocks)
+        layers = self._layers(modules)
+        if self._start:
+            check_start(self._start, transformer, layers)
+        return modules
+
+    def coverage(self, transformer: nn.Module) -> list[CoverageRow]:
+        layers = self._layers(self.select(transformer))
+        return coverage(transformer, {name: layer.rank for name, layer in layers.items()})
 
     def inject(
         self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
     ) -> dict[str, nn.Parameter]:
-        modules = self.select(transformer)
-        return inject_lora(transformer, modules, self.settings.rank, self.settings.alpha, generator)
+        layers = self._layers(self.select(transformer))
+        settings = self.settings
+        parameters = inject_lora(transformer, layers, generator, init=settings.init, dropout=settings.dropout)
+        if self._start:
+            for name, factor in starting_factors(self._start, layers).items():
+                parameters[name].data = factor.to(parameters[name].device)
+        return parameters
+
+    def look_at_data(
+        self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
+    ) -> None:
+        if self.settings.init != "eva":
+            return
+        started = self._start.factors if self._start else {}
+        adapted = {name: layer for name, layer in lora_layers(transformer).items() if name not in started}
+        ranks = {name: layer.r[ADAPTER_NAME] for name, layer in adapted.items()}
+        with self.disabled(transformer):
+            found = input_directions(transformer, ranks, observe)
+        for name, directions in found.items():  # the mean makes ranks agree to the bit
+            adapted[name].lora_A[ADAPTER_NAME].weight.data.copy_(reduce_mean(directions))
 
     def conditioning(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> tuple[Tensor, Tensor]:
         prompt_embeds, pooled = assemble(
@@ -49,7 +81,22 @@ class LoraMethod:
         return prompt_embeds.to(dtype), pooled.to(dtype)
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
-        return adapter_io.fold_scale(weights, self.settings.alpha / self.settings.rank)
+        layers = self._layers([name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")])
+        return adapter_io.fold_scale(weights, {name: layer.scale for name, layer in layers.items()})
+
+    @contextmanager
+    def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> Iterator[None]:
+        if not self.settings.dropout:
+            yield
+            return
+        dropouts = [module for module in transformer.modules() if isinstance(module, SeededDropout)]
+        try:
+            for dropout in dropouts:
+                dropout.draw(seed)
+            yield
+        finally:
+            for dropout in dropouts:
+                dropout.draw(None)
 
     @contextmanager
     def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> Iterator[None]:
@@ -57,6 +104,7 @@ class LoraMethod:
         tensors = self.exported(weights)
         live: list[tuple[nn.Parameter, Tensor]] = []
         layers = lora_layers(transformer)
+        scales = {name: layer.scaling[ADAPTER_NAME] for name, layer in layers.items()}
         try:
             for name, layer in layers.items():
                 for parameter, value in (
@@ -70,8 +118,8 @@ class LoraMethod:
         finally:
             for parameter, data in live:
                 parameter.data = data
-            for layer in layers.values():
-                layer.set_scale(ADAPTER_NAME, 1)
+            for name, layer in layers.items():
+                layer.scaling[ADAPTER_NAME] = scales[name]
 
     @contextmanager
     def disabled(self, transformer: SD3Transformer2DModel) -> Iterator[None]:
@@ -85,4 +133,21 @@ class LoraMethod:
         return adapter_io.write_adapter(folder, self.exported(weights), contract)
 
     def contract(self) -> dict[str, Any]:
-        return {"method": "lora", "rank": self.settings.rank, "alpha": self.settings.alpha}
+        special = self.settings.model_dump(exclude_defaults=True, exclude={"kind", "rank", "alpha", "start_from"})
+        started = {"start_from": _sha256(self._start.path)} if self._start else {}
+        return {"method": "lora", "rank": self.settings.rank, "alpha": self.settings.alpha, **special, **started}
+
+    def _layers(self, modules: Sequence[str]) -> dict[str, Layer]:
+        """Each module's rank and scale. Raises AdapterError for a pattern that fits none of them."""
+        settings = self.settings
+        ranks = values_by_pattern(modules, settings.rank_pattern, settings.rank, "method.rank_pattern")
+        alphas = values_by_pattern(modules, settings.alpha_pattern, settings.alpha, "method.alpha_pattern")
+        return {name: Layer(ranks[name], alphas[name], settings.rslora) for name in modules}
+
+    @functools.cached_property
+    def _start(self) -> adapter_io.Adapter | None:
+        return adapter_io.read_adapter(self.settings.start_from) if self.settings.start_from else None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

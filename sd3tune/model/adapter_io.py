@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,12 @@ class Match:
     unmatched: tuple[str, ...]
 
 
-def fold_scale(factors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """`<module>.lora_A` and `.lora_B` tensors with `scale` multiplied into every B."""
-    return {name: tensor * scale if name.endswith(".lora_B") else tensor for name, tensor in factors.items()}
+def fold_scale(factors: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
+    """`<module>.lora_A` and `.lora_B` tensors with the module's scale multiplied into every B."""
+    return {
+        name: tensor * scales[name.removesuffix(".lora_B")] if name.endswith(".lora_B") else tensor
+        for name, tensor in factors.items()
+    }
 
 
 def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping[str, Any]) -> Path:
@@ -66,10 +70,15 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
         raise AdapterError(f"{folder}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
-    modules = [name.removesuffix(".lora_A") for name in factors if name.endswith(".lora_A")]
-    rank = next(value.shape[0] for name, value in factors.items() if name.endswith(".lora_A"))
+    ranks = {name.removesuffix(".lora_A"): len(value) for name, value in factors.items() if name.endswith(".lora_A")}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
     # Only the fields that every PEFT version knows: an unknown one stops another version from loading the file.
-    peft = {"r": rank, "lora_alpha": rank, "target_modules": modules, "lora_dropout": 0.0, "bias": "none"}
+    peft: dict[str, Any] = {
+        "r": rank, "lora_alpha": rank, "target_modules": list(ranks), "lora_dropout": 0.0, "bias": "none",
+    }  # fmt: skip
+    special = {f"^{module}": own for module, own in ranks.items() if own != rank}
+    if special:
+        peft |= {"rank_pattern": special, "alpha_pattern": special}
     metadata = {
         "format": "pt",
         _PEFT_KEY: json.dumps({_PREFIX + key: value for key, value in peft.items()}, sort_keys=True),
@@ -157,8 +166,8 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
         "r": ranks[first],
         "lora_alpha": alphas[first],
         "target_modules": list(kept),
-        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != ranks[first]},
-        "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != alphas[first]},
+        "rank_pattern": {f"^{module}": rank for module, rank in ranks.items() if rank != ranks[first]},
+        "alpha_pattern": {f"^{module}": alpha for module, alpha in alphas.items() if alpha != alphas[first]},
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
@@ -197,15 +206,19 @@ def _pair_up(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, 
 
 
 def _alphas(path: Path, metadata: Mapping[str, str], factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Per module: the metadata's alpha (and alpha_pattern); a file without any means alpha = rank."""
+    """Per module: the metadata's alpha (and alpha_pattern); a file without any means alpha = rank.
+
+    An rsLoRA file scales by alpha / sqrt(r), so what counts as alpha here is sqrt(r) times as much.
+    """
     peft = _parse(path, metadata, _PEFT_KEY)
-    if peft.get(f"{_PREFIX}use_rslora") or peft.get(f"{_PREFIX}use_dora"):
-        raise AdapterError(f"{path}: rsLoRA and DoRA files are not supported yet")
+    if peft.get(f"{_PREFIX}use_dora"):
+        raise AdapterError(f"{path}: DoRA files are not supported yet")
+    rslora = bool(peft.get(f"{_PREFIX}use_rslora"))
     common, patterns = peft.get(f"{_PREFIX}lora_alpha"), peft.get(f"{_PREFIX}alpha_pattern") or {}
 
     def alpha(module: str, rank: int) -> float:
         special = [value for ending, value in patterns.items() if re.fullmatch(rf"(.*\.)?({ending})", module)]
-        return float([*special, rank if common is None else common][0])
+        return float([*special, rank if common is None else common][0]) * (rank**0.5 if rslora else 1)
 
     return {module: alpha(module, down.shape[0]) for module, (down, _) in factors.items()}
 

@@ -1,126 +1,109 @@
-"""LoRA on the transformer: which modules, how they start, and what was covered. PEFT makes the layers."""
+"""LoRA on the transformer: layers with their rank and scale, and how they start. PEFT makes the layers."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
-from sd3tune.errors import AdapterError
+from sd3tune.model.dropout import SeededDropout
 
 ADAPTER_NAME = "default"
 
-ATTENTION = (
-    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
-)
-"""Every projection of the MMDiT's attention: image stream, context stream, and SD3.5-medium's second attention.
-
-`attn.to_q` as an ending does not match `attn2.to_q`, which is why the latter stand here by name.
-"""
-
 
 @dataclass(frozen=True)
-class CoverageRow:
-    """One kind of projection: in how many blocks it exists, in how many it is trained, at how many parameters."""
+class Layer:
+    """One module's adapter: it adds `scale` B A to the module's weight."""
 
-    module: str
-    trained: int
-    present: int
-    parameters: int
+    rank: int
+    alpha: float
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank) when rank-stabilised (Kalajdzievski 2023)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def select_modules(transformer: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Full names of the linear modules to train, in the model's order.
+Init = Callable[[int, int, int, torch.Generator], "tuple[Tensor, Tensor]"]
+"""(rank, in_features, out_features, generator) -> A [rank, in], B [out, rank], fp32 on the CPU, with B A = 0."""
 
-    `targets` is "attention" or a list of module names or endings. Modules that can never learn are left out.
-    Raises AdapterError when an entry of the list matches nothing, or nothing that can learn.
+
+def kaiming(rank: int, features: int, outputs: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """PEFT's default: A from U(-b, b), b = 1 / sqrt(features), and B zero."""
+    down = torch.empty(rank, features)
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=source)
+    return down, torch.zeros(outputs, rank)
+
+
+def gaussian(rank: int, features: int, outputs: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """PEFT's `gaussian`: A normal with standard deviation 1 / rank, and B zero."""
+    return torch.randn(rank, features, generator=source) / rank, torch.zeros(outputs, rank)
+
+
+def orthogonal(rank: int, features: int, outputs: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """PEFT's `orthogonal`: neither factor is zero, but A's columns and B's rows lie in orthogonal halves of R^rank.
+
+    So B A is zero up to the rounding of what holds the factors: about 1e-8 in fp32, 1e-3 of |B| |A| in bf16.
     """
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    never = _never_learning(transformer)
-    if targets == "attention":
-        return [name for name in linear if name not in never and _ends_with(name, ATTENTION)]
-    problems = []
-    for target in targets:
-        matches = [name for name in linear if _ends_with(name, (target,))]
-        if not matches:
-            problems.append(f"method.targets: {target!r} matches no linear module of the transformer; {_kinds(linear)}")
-        elif all(name in never for name in matches):
-            problems.append(f"method.targets: {target!r} matches only {matches[0]}, whose output nothing reads")
-    if problems:
-        raise AdapterError(*problems)
-    return [name for name in linear if name not in never and _ends_with(name, targets)]
+    basis, _ = torch.linalg.qr(torch.randn(rank, rank, generator=source).double())
+    down = torch.randn(features, rank // 2, generator=source).double() @ basis[0::2] / 10
+    up = torch.randn(outputs, rank // 2, generator=source).double() @ basis[1::2] / 10
+    return down.T.float().contiguous(), up.float()
 
 
-def coverage(transformer: nn.Module, modules: Sequence[str], rank: int) -> list[CoverageRow]:
-    """What `modules` are, grouped by their place in a block; for a table at the start of a run."""
-    chosen = set(modules)
-    rows: dict[str, CoverageRow] = {}
-    for name, module in transformer.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        kind = _kind(name)
-        row = rows.get(kind, CoverageRow(kind, 0, 0, 0))
-        parameters = rank * (module.in_features + module.out_features) if name in chosen else 0
-        rows[kind] = CoverageRow(kind, row.trained + (name in chosen), row.present + 1, row.parameters + parameters)
-    return [row for row in rows.values() if row.trained]
+INITS: dict[bool | str, Init] = {True: kaiming, "gaussian": gaussian, "orthogonal": orthogonal, "eva": kaiming}
+"""`eva` replaces A afterwards, when there is data to look at (see `eva.input_directions`)."""
 
 
 def inject_lora(
     transformer: SD3Transformer2DModel,
-    modules: Sequence[str],
-    rank: int,
-    alpha: float,
+    layers: Mapping[str, Layer],
     generator: Callable[[str], torch.Generator],
+    *,
+    init: bool | str = True,
+    dropout: float = 0.0,
 ) -> dict[str, nn.Parameter]:
-    """Add LoRA layers to `modules` and return their parameters, fp32, named `<module>.lora_A` and `.lora_B`.
+    """Add LoRA layers to the modules of `layers`; returns their parameters, fp32, `<module>.lora_A` and `.lora_B`.
 
-    A is drawn as PEFT does (Kaiming uniform, a = sqrt 5) but in fp32 whatever the base's dtype and from
-    `generator(module)`, so the start depends on neither dtype nor global state; B is zero.
+    Factors are drawn in fp32 whatever the base's dtype, and from `generator(module)`, so the start depends on neither
+    dtype nor global state.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules), init_lora_weights=False)
+    common = most_common(layers)
+    config = LoraConfig(
+        r=common.rank,
+        lora_alpha=common.alpha,
+        target_modules=list(layers),
+        rank_pattern={f"^{name}": layer.rank for name, layer in layers.items() if layer.rank != common.rank},
+        alpha_pattern={f"^{name}": layer.alpha for name, layer in layers.items() if layer.alpha != common.alpha},
+        use_rslora=common.rslora,
+        init_lora_weights=False,
+    )
     transformer.requires_grad_(False)
     transformer.add_adapter(config, adapter_name=ADAPTER_NAME)
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in lora_layers(transformer).items():
         down, up = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
-        down.data = torch.empty(down.shape, dtype=torch.float32)
-        nn.init.kaiming_uniform_(down.data, a=math.sqrt(5), generator=generator(name))
-        down.data = down.data.to(up.device)
-        up.data = torch.zeros(up.shape, dtype=torch.float32, device=up.device)
+        factors = INITS[init](down.shape[0], down.shape[1], up.shape[0], generator(name))
+        down.data, up.data = (factor.to(up.device) for factor in factors)
+        if dropout:
+            layer.lora_dropout[ADAPTER_NAME] = SeededDropout(dropout, name)
         parameters[f"{name}.lora_A"], parameters[f"{name}.lora_B"] = down, up
     return parameters
+
+
+def most_common(layers: Mapping[str, Layer]) -> Layer:
+    """The layer that most modules have: patterns then name the others only."""
+    return Counter(layers.values()).most_common(1)[0][0]
 
 
 def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
     """The modules that carry adapters, by full name."""
     return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
-
-
-def _ends_with(name: str, endings: Sequence[str]) -> bool:
-    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
-
-
-def _never_learning(transformer: nn.Module) -> set[str]:
-    """The last block drops its context stream, so the context's query there gets a gradient of exactly zero."""
-    return {
-        f"{name}.attn.add_q_proj"
-        for name, block in transformer.named_modules()
-        if getattr(block, "context_pre_only", None) is True and hasattr(block, "attn")
-    }
-
-
-def _kind(name: str) -> str:
-    return re.sub(r"^transformer_blocks\.\d+\.", "", name)
-
-
-def _kinds(linear: Sequence[str]) -> str:
-    return "its modules are " + ", ".join(dict.fromkeys(_kind(name) for name in linear))

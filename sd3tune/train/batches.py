@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sd3tune.data.sampler import derive, generator, index_at, step_slots
 from sd3tune.data.store import Store
+from sd3tune.flow.objective import offset_noise
 from sd3tune.model.latents import sample_latents
 
 
@@ -59,7 +60,8 @@ class _Loaded:
 class Batches:
     """Reads batches from the store, one ahead in a thread. Holds no state that a resumed run would need.
 
-    `sigma_of_u` maps float64 uniforms to sigma; `examples` lists each image as often as an epoch sees it.
+    `sigma_of_u(u, pixels)` maps float64 uniforms to sigma for images of that size; `examples` lists each image as often
+    as an epoch sees it.
     """
 
     def __init__(
@@ -74,11 +76,12 @@ class Batches:
         world: int,
         device: torch.device,
         scaling: LatentScaling,
-        sigma_of_u: Callable[[Tensor], Tensor],
+        sigma_of_u: Callable[[Tensor, int], Tensor],
+        noise_offset: float = 0.0,
     ) -> None:
         self.store, self.examples, self.seed = store, examples, seed
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
-        self.device, self.scaling, self.sigma_of_u = device, scaling, sigma_of_u
+        self.device, self.scaling, self.sigma_of_u, self.noise_offset = device, scaling, sigma_of_u, noise_offset
         self._ahead: tuple[tuple[int, int], Future[_Loaded]] | None = None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
 
@@ -89,6 +92,10 @@ class Batches:
         following = (step, micro + 1) if micro + 1 < self.accumulation else (step + 1, 0)
         self._ahead = (following, self._reader.submit(self._load, *following))
         return self._to_device(step, loaded)
+
+    def seed_for(self, purpose: str, step: int, micro: int) -> int:
+        """A seed for what else is random in this micro-step on this rank."""
+        return derive(self.seed, step, micro, self.rank, purpose)
 
     def close(self) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)
@@ -101,11 +108,12 @@ class Batches:
             self.store.get(example.images[derive(self.seed, step, slot, "variant") % len(example.images)])
             for example, slot in zip(examples, slots, strict=True)
         ]
+        pixels = 64 * moments[0]["mean"].shape[-2:].numel()
         uniforms = [(derive(self.seed, step, slot, "sigma") >> 11) + 0.5 for slot in slots]
         loaded = _Loaded(
             mean=torch.stack([entry["mean"] for entry in moments]),
             std=torch.stack([entry["std"] for entry in moments]),
-            sigma=self.sigma_of_u(torch.tensor(uniforms, dtype=torch.float64) / 2**52).float(),
+            sigma=self.sigma_of_u(torch.tensor(uniforms, dtype=torch.float64) / 2**52, pixels).float(),
             embeddings={
                 encoder: _stack([self.store.get(example.captions[encoder]) for example in examples])
                 for encoder in examples[0].captions
@@ -119,6 +127,9 @@ class Batches:
         mean, std, sigma = (t.to(self.device, non_blocking=True) for t in (loaded.mean, loaded.std, loaded.sigma))
         draws = torch.stack([self._draw(step, slot, mean.shape[1:]) for slot in loaded.slots])
         eps, noise = draws[:, 0], draws[:, 1]
+        if self.noise_offset:
+            offsets = torch.stack([self._draw_offset(step, slot, mean.shape[1]) for slot in loaded.slots])
+            noise = offset_noise(noise, offsets, self.noise_offset)
         return Batch(
             latents=sample_latents(mean, std, eps, self.scaling.scaling_factor, self.scaling.shift_factor),
             noise=noise,
@@ -134,6 +145,10 @@ class Batches:
         """Two standard normals of `shape`: the posterior's and the flow's, from this sample's own generator."""
         source = generator(self.seed, step, slot, "noise", device=self.device)
         return torch.randn((2, *shape), generator=source, device=self.device)
+
+    def _draw_offset(self, step: int, slot: int, channels: int) -> Tensor:
+        source = generator(self.seed, step, slot, "noise_offset", device=self.device)
+        return torch.randn(channels, generator=source, device=self.device)
 
 
 def _stack(entries: list[dict[str, Tensor]]) -> dict[str, Tensor]:

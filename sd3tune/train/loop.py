@@ -16,6 +16,7 @@ from sd3tune.methods import Method
 from sd3tune.train.batches import Batches
 from sd3tune.train.checkpoint import save_checkpoint
 from sd3tune.train.metrics import Metrics
+from sd3tune.train.objective import Objective
 from sd3tune.train.step import TrainState, train_step
 
 
@@ -60,7 +61,7 @@ def train(
     transformer: SD3Transformer2DModel,
     method: Method,
     batches: Batches,
-    weight: Callable[[Tensor], Tensor],
+    objective: Objective,
     processes: Processes,
     identity: Mapping[str, Any],
     contract: Mapping[str, Any],
@@ -96,7 +97,7 @@ def train(
         for callback in callbacks:
             callback(view())
         while state.step < config.train.steps:
-            result = train_step(state, transformer, method, batches, weight, config, processes.reduce_mean)
+            result = train_step(state, transformer, method, batches, objective, config, processes.reduce_mean)
             metrics.add(state.step, result)
             last = state.step == config.train.steps
             if state.step % config.train.log_every == 0 or last:

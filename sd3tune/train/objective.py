@@ -3,32 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from sd3tune.config.schema import FlowConfig
-from sd3tune.flow import timesteps, weighting
+from sd3tune.flow import objective, timesteps, weighting
 
 SIGMAS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "logit_normal": lambda settings, u: timesteps.logit_normal(u, settings.mean, settings.std),
     "uniform": lambda settings, u: timesteps.uniform(u),
+    "mode": lambda settings, u: timesteps.mode(u, settings.scale),
+    "cosmap": lambda settings, u: timesteps.cosmap(u),
 }
 WEIGHTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "none": lambda settings, sigma: weighting.none(sigma),
     "min_snr": lambda settings, sigma: weighting.min_snr(sigma, settings.gamma),
+    "sigma_sqrt": lambda settings, sigma: weighting.sigma_sqrt(sigma),
+    "cosmap": lambda settings, sigma: weighting.cosmap(sigma),
 }
+NOT_NORMALISED = ("sigma_sqrt",)
+"""Weights whose mean is set by where they are clamped: dividing by it would say nothing."""
+LOSSES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "mse": lambda settings, prediction, target: objective.velocity_loss(prediction, target),
+    "huber": lambda settings, prediction, target: objective.huber_loss(prediction, target, settings.delta),
+}
+BASE_PIXELS = 1024**2
+"""The size of image at which the base scheduler's own shift holds."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the mean over samples of `weight(sigma) * loss(prediction, target)`."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """Velocities [B, C, H, W], predicted and true -> [B], fp32."""
+    weight: Callable[[Tensor], Tensor]
+    """sigma [B] -> [B]."""
+
+
+def make_objective(flow: FlowConfig, shift: float) -> Objective:
+    """The configured loss and weight; `shift` is the one in force (see `shift_at`)."""
+    settings = flow.loss
+    return Objective(
+        loss=lambda prediction, target: LOSSES[settings.kind](settings, prediction, target),
+        weight=make_weight(flow, shift),
+    )
+
+
+def shift_at(flow: FlowConfig, model_shift: float, pixels: int) -> float:
+    """The shift for images of `pixels`, given the base scheduler's own."""
+    if flow.shift == "resolution":
+        return model_shift * timesteps.resolution_shift(pixels, BASE_PIXELS)
+    return model_shift if flow.shift == "model" else flow.shift
 
 
 def sigma_of_u(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:
-    """The inverse CDF of the sigmas in training: the configured density, shifted."""
+    """The inverse CDF of the sigmas in training: the configured density, shifted, within its bounds."""
     settings = flow.timesteps
-    return lambda u: timesteps.shift_sigma(SIGMAS[settings.kind](settings, u), shift)
+
+    def shifted(u: Tensor) -> Tensor:
+        return timesteps.shift_sigma(SIGMAS[settings.kind](settings, u), shift)
+
+    return timesteps.truncated(shifted, flow.min_sigma, flow.max_sigma)
 
 
 def make_weight(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:
     """w(sigma), normalised to mean 1 under the sigmas in training."""
     settings = flow.weighting
     weight = WEIGHTS[settings.kind]
+    if settings.kind in NOT_NORMALISED:
+        return lambda sigma: weight(settings, sigma)
     mean = weighting.mean_over_sigma(lambda sigma: weight(settings, sigma), sigma_of_u(flow, shift))
     return lambda sigma: weight(settings, sigma) / mean

@@ -2,7 +2,7 @@
 
 z_t = (1 - sigma) z_0 + sigma noise            the noisy latents
 v   = transformer(z_t, 1000 sigma, caption)    the predicted velocity
-L   = w(sigma) |v - (noise - z_0)|^2           per sample, in fp32
+L   = w(sigma) |v - (noise - z_0)|^2           per sample, in fp32 (or Huber's loss)
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from sd3tune.config.schema import Config
-from sd3tune.flow.objective import interpolate, model_timestep, velocity_loss, velocity_target
+from sd3tune.flow.objective import interpolate, model_timestep, velocity_target
 from sd3tune.methods import Method
 from sd3tune.train.batches import Batch, Batches
+from sd3tune.train.objective import Objective
 from sd3tune.train.optim import FlatMaster, LossScale, clip_, ema_decay, learning_rate
 
 
@@ -61,9 +62,9 @@ def predict_velocity(transformer: SD3Transformer2DModel, method: Method, batch: 
     return velocity
 
 
-def velocity_losses(velocity: Tensor, batch: Batch) -> Tensor:
+def velocity_losses(velocity: Tensor, batch: Batch, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The loss of each sample of the batch, [B] fp32, unweighted."""
-    return velocity_loss(velocity, velocity_target(batch.latents, batch.noise))
+    return loss(velocity, velocity_target(batch.latents, batch.noise))
 
 
 def train_step(
@@ -71,7 +72,7 @@ def train_step(
     transformer: SD3Transformer2DModel,
     method: Method,
     batches: Batches,
-    weight: Callable[[Tensor], Tensor],
+    objective: Objective,
     config: Config,
     reduce_mean: Callable[[Tensor], Tensor],
 ) -> StepResult:
@@ -80,9 +81,10 @@ def train_step(
     samples = []
     for micro in range(accumulation):
         batch = batches.fetch(state.step, micro)
-        losses = velocity_losses(predict_velocity(transformer, method, batch), batch)
-        weighted = weight(batch.sigma) * losses
-        (weighted.mean() / accumulation * state.loss_scale.scale).backward()
+        with method.regularised(transformer, batches.seed_for("dropout", state.step, micro)):
+            losses = velocity_losses(predict_velocity(transformer, method, batch), batch, objective.loss)
+            weighted = objective.weight(batch.sigma) * losses
+            (weighted.mean() / accumulation * state.loss_scale.scale).backward()
         state.master.collect_gradients()
         samples.append(torch.stack([losses.detach(), weighted.detach(), batch.sigma]))
 

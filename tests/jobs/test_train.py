@@ -211,7 +211,7 @@ def test_a_step_whose_gradient_is_not_finite_is_passed_over_and_reported(
 
         return weight
 
-    monkeypatch.setattr("sd3tune.jobs.train.make_weight", poisoned)
+    monkeypatch.setattr("sd3tune.train.objective.make_weight", poisoned)
     weights: list[torch.Tensor] = []
     run_training(
         quick_config(tmp_path, "train.steps=4"),

@@ -29,9 +29,10 @@ from sd3tune.model.adapter_io import (
     read_adapter,
     write_adapter,
 )
-from sd3tune.model.adapters import lora_layers, select_modules
+from sd3tune.model.adapters import lora_layers
 from sd3tune.model.bases import resolve_base
 from sd3tune.model.components import empty_transformer, load_pipeline, load_transformer
+from sd3tune.model.targets import select_modules
 
 BASES = ["tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large"]
 RANK, ALPHA = 4, 6.0  # alpha / rank = 1.5, so that a scale that is lost or applied twice shows
@@ -51,8 +52,12 @@ def factors_for(base: str, seed: int = 0, targets: str | list[str] = "attention"
     return factors
 
 
+def folded(factors: dict[str, Tensor], scale: float = ALPHA / RANK) -> dict[str, Tensor]:
+    return fold_scale(factors, {name.rpartition(".")[0]: scale for name in factors})
+
+
 def write(folder: Path, base: str = "tiny", **options) -> Path:
-    return write_adapter(folder, fold_scale(factors_for(base, **options), ALPHA / RANK), CONTRACT)
+    return write_adapter(folder, folded(factors_for(base, **options)), CONTRACT)
 
 
 def merged(base: str, factors: dict[str, Tensor], scale: float) -> SD3Transformer2DModel:
@@ -110,7 +115,7 @@ def no_complaints(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 @pytest.mark.parametrize("base", BASES)
 def test_a_plain_pipeline_loads_every_key_without_a_word(base: str, tmp_path: Path, caplog) -> None:
     factors = factors_for(base)
-    file = write_adapter(tmp_path, fold_scale(factors, ALPHA / RANK), CONTRACT)
+    file = write_adapter(tmp_path, folded(factors), CONTRACT)
     pipeline = load_pipeline(resolve_base(base), torch.float32)
     before = draw(pipeline)
     with no_complaints(caplog):
@@ -135,7 +140,7 @@ def test_attaching_computes_the_same_as_merging_by_hand(base: str, tmp_path: Pat
     factors = factors_for(base)
     transformer = load_transformer(resolve_base(base), torch.float32)
     before = velocity(transformer)
-    adapter = read_adapter(write_adapter(tmp_path, fold_scale(factors, ALPHA / RANK), CONTRACT))
+    adapter = read_adapter(write_adapter(tmp_path, folded(factors), CONTRACT))
     with no_complaints(caplog):
         counted = attach(transformer, adapter, "default")
     assert counted.matched == len(factors)
@@ -148,7 +153,7 @@ def test_attaching_computes_the_same_as_merging_by_hand(base: str, tmp_path: Pat
 def test_a_loader_that_ignores_alpha_computes_the_same(tmp_path: Path) -> None:
     """The file alone, with neither metadata nor our reader: W + BA is the base with alpha / r BA of the master."""
     factors = factors_for("tiny")
-    stored = load_file(write_adapter(tmp_path, fold_scale(factors, ALPHA / RANK), CONTRACT))
+    stored = load_file(write_adapter(tmp_path, folded(factors), CONTRACT))
     plain = {key.removeprefix("transformer.").removesuffix(".weight"): value for key, value in stored.items()}
     torch.testing.assert_close(
         velocity(merged("tiny", plain, 1.0)), velocity(merged("tiny", factors, ALPHA / RANK)), rtol=0, atol=2e-5
@@ -207,7 +212,7 @@ def test_an_earlier_file_survives_a_refused_one(tmp_path: Path) -> None:
 
 def test_reading_returns_what_was_written(tmp_path: Path) -> None:
     factors = factors_for("tiny")
-    file = write_adapter(tmp_path, fold_scale(factors, ALPHA / RANK), CONTRACT)
+    file = write_adapter(tmp_path, folded(factors), CONTRACT)
     adapter = read_adapter(tmp_path)
     assert adapter.path == file == tmp_path / "pytorch_lora_weights.safetensors"
     assert adapter.contract == {"contract_version": 1, **CONTRACT}
@@ -399,7 +404,7 @@ def test_an_adapter_that_matches_nothing_is_an_error_and_changes_nothing(tmp_pat
 
 def test_modules_that_the_base_lacks_are_counted_and_the_others_loaded(tmp_path: Path) -> None:
     factors = factors_for("tiny")
-    adapter = read_adapter(write_adapter(tmp_path, fold_scale(factors, ALPHA / RANK), CONTRACT))
+    adapter = read_adapter(write_adapter(tmp_path, folded(factors), CONTRACT))
     transformer = load_transformer(resolve_base("tiny-sd3"), torch.float32)
     counted = attach(transformer, adapter, "default")
     assert counted.matched == 2 * 30
@@ -414,7 +419,7 @@ def test_modules_that_the_base_lacks_are_counted_and_the_others_loaded(tmp_path:
 def test_a_second_adapter_is_matched_and_adds_up_with_its_weight(tmp_path: Path, caplog) -> None:
     one, other = factors_for("tiny", seed=1), factors_for("tiny", seed=2, targets=["attn.to_q", "ff.net.2"])
     adapters = [
-        read_adapter(write_adapter(tmp_path / name, fold_scale(factors, ALPHA / RANK), CONTRACT))
+        read_adapter(write_adapter(tmp_path / name, folded(factors), CONTRACT))
         for name, factors in (("one", one), ("other", other))
     ]
     transformer = load_transformer(resolve_base("tiny"), torch.float32)

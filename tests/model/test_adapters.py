@@ -1,4 +1,4 @@
-"""Which modules LoRA trains, that all of them and only they can learn, and how they start."""
+"""The layers that modules get: their ranks, scales and start, against PEFT's own."""
 
 from __future__ import annotations
 
@@ -12,22 +12,12 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from sd3tune.data.sampler import generator
-from sd3tune.errors import AdapterError
-from sd3tune.model.adapters import ADAPTER_NAME, CoverageRow, coverage, inject_lora, lora_layers, select_modules
+from sd3tune.model.adapters import ADAPTER_NAME, INITS, Layer, inject_lora, lora_layers
 from sd3tune.model.bases import resolve_base
-from sd3tune.model.components import empty_transformer, load_transformer
+from sd3tune.model.components import load_transformer
+from sd3tune.model.targets import select_modules
 
-# Name, blocks, blocks with a second attention (`attn2`), and the count that follows by hand: 8 projections a block
-# (q, k, v and output of the image's and of the context's stream), less the last block's to_add_out, which does not
-# exist, and its add_q_proj, which cannot learn; and 4 more for each second attention.
-SHAPES = [("tiny-sd3", 4, 0, 30), ("tiny-sd35-medium", 4, 2, 38), ("tiny-sd35-large", 6, 0, 46)]
-each_shape = pytest.mark.parametrize(("name", "blocks", "dual", "count"), SHAPES, ids=lambda value: str(value))
-WIDTH = 64  # tiny-sd3's and tiny-sd35-medium's, in both streams
-
-
-def skeleton(name: str = "tiny") -> SD3Transformer2DModel:
-    return empty_transformer(resolve_base(name))
-
+BASES = ["tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large"]
 
 def load(name: str = "tiny", dtype: torch.dtype = torch.float32) -> SD3Transformer2DModel:
     return load_transformer(resolve_base(name), dtype)
@@ -44,100 +34,14 @@ def velocity(transformer: SD3Transformer2DModel) -> Tensor:
     )[0]
 
 
-def inject(transformer: SD3Transformer2DModel, modules: Iterable[str], rank: int = 4) -> dict[str, nn.Parameter]:
-    return inject_lora(transformer, list(modules), rank, 4.0, lambda name: generator(7, name))
+def inject(
+    transformer: SD3Transformer2DModel, modules: Iterable[str], rank: int = 4, **options
+) -> dict[str, nn.Parameter]:
+    return inject_lora(transformer, dict.fromkeys(modules, Layer(rank, 4.0)), lambda name: generator(7, name), **options)
 
 
-@each_shape
-def test_attention_is_both_streams_and_the_second_attention(name: str, blocks: int, dual: int, count: int) -> None:
-    modules = select_modules(skeleton(name), "attention")
-    expected = set()
-    for block in range(blocks):
-        last = block == blocks - 1
-        kinds = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
-        kinds += [] if last else ["add_q_proj", "to_add_out"]
-        expected |= {f"transformer_blocks.{block}.attn.{kind}" for kind in kinds}
-        if block < dual:
-            expected |= {f"transformer_blocks.{block}.attn2.{kind}" for kind in ("to_q", "to_k", "to_v", "to_out.0")}
-    assert set(modules) == expected
-    assert len(modules) == count
-
-
-@each_shape
-def test_all_that_is_trained_learns_and_what_is_left_out_cannot(name: str, blocks: int, dual: int, count: int) -> None:
-    """PEFT on every attention projection, the one left out included: its gradient alone is exactly zero."""
-    transformer = load(name)
-    left_out = f"transformer_blocks.{blocks - 1}.attn.add_q_proj"
-    modules = select_modules(transformer, "attention")
-    transformer.requires_grad_(False)
-    transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=[*modules, left_out]))
-    parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-    for number, parameter in enumerate(parameters.values()):
-        parameter.data.normal_(0, 0.2, generator=generator(number))
-    velocity(transformer).square().mean().backward()
-
-    gradients = {key: parameter.grad.abs().max().item() for key, parameter in parameters.items()}
-    dead = {key for key, largest in gradients.items() if largest == 0}
-    assert dead == {f"{left_out}.lora_{letter}.{ADAPTER_NAME}.weight" for letter in "AB"}
-    assert len(gradients) == 2 * (count + 1)
-
-
-def test_a_list_selects_by_ending_or_by_full_name_in_the_models_order() -> None:
-    transformer = skeleton()
-    blocks = [f"transformer_blocks.{block}" for block in range(4)]
-    assert select_modules(transformer, ["attn.to_v", "attn.to_q"]) == [
-        f"{block}.attn.{kind}" for block in blocks for kind in ("to_q", "to_v")
-    ]
-    assert select_modules(transformer, ["attn2.to_q"]) == [f"{block}.attn2.to_q" for block in blocks[:2]]
-    assert len(select_modules(transformer, ["to_q"])) == 6
-    assert select_modules(transformer, ["transformer_blocks.1.attn.to_q"]) == ["transformer_blocks.1.attn.to_q"]
-    assert select_modules(transformer, ["proj_out"]) == ["proj_out"]
-
-
-def test_a_list_leaves_out_what_cannot_learn() -> None:
-    assert select_modules(skeleton(), ["attn.add_q_proj"]) == [
-        f"transformer_blocks.{block}.attn.add_q_proj" for block in range(3)
-    ]
-
-
-def test_targets_that_match_nothing_are_all_named() -> None:
-    with pytest.raises(AdapterError) as caught:
-        select_modules(skeleton("tiny-sd3"), ["attn.to_q", "attn.to_kk", "attn2.to_q", "o_q"])
-    assert [problem.split(" matches")[0] for problem in caught.value.problems] == [
-        "method.targets: 'attn.to_kk'", "method.targets: 'attn2.to_q'", "method.targets: 'o_q'",
-    ]  # fmt: skip
-    assert "its modules are" in caught.value.problems[0]
-    assert "attn.to_k, " in caught.value.problems[0]
-
-
-def test_a_target_that_can_never_learn_is_an_error() -> None:
-    with pytest.raises(AdapterError, match=r"transformer_blocks\.3\.attn\.add_q_proj, whose output nothing reads"):
-        select_modules(skeleton(), ["transformer_blocks.3.attn.add_q_proj"])
-
-
-def test_the_coverage_table_counts_blocks_and_parameters() -> None:
-    transformer, rank = skeleton(), 3
-    rows = {row.module: row for row in coverage(transformer, select_modules(transformer, "attention"), rank)}
-    pair = rank * (WIDTH + WIDTH)
-    assert rows["attn.to_q"] == CoverageRow("attn.to_q", 4, 4, 4 * pair)
-    assert rows["attn.add_q_proj"] == CoverageRow("attn.add_q_proj", 3, 4, 3 * pair)
-    assert rows["attn.to_add_out"] == CoverageRow("attn.to_add_out", 3, 3, 3 * pair)
-    assert rows["attn2.to_out.0"] == CoverageRow("attn2.to_out.0", 2, 2, 2 * pair)
-    assert len(rows) == 12
-    assert sum(row.trained for row in rows.values()) == 38
-
-
-def test_the_coverage_table_knows_sides_of_unequal_length_and_modules_outside_the_blocks() -> None:
-    transformer = skeleton()
-    rows = coverage(transformer, select_modules(transformer, ["ff.net.2", "proj_out"]), 3)
-    assert rows == [
-        CoverageRow("ff.net.2", 4, 4, 4 * 3 * (4 * WIDTH + WIDTH)),
-        CoverageRow("proj_out", 1, 1, 3 * (WIDTH + 2 * 2 * 16)),
-    ]
-
-
-@each_shape
-def test_exactly_the_selected_modules_get_layers(name: str, blocks: int, dual: int, count: int) -> None:
+@pytest.mark.parametrize("name", BASES)
+def test_exactly_the_selected_modules_get_layers(name: str) -> None:
     transformer = load(name)
     modules = select_modules(transformer, "attention")
     parameters = inject(transformer, modules)
@@ -186,3 +90,83 @@ def test_the_start_is_fp32_and_the_same_for_every_dtype_and_global_random_state(
         assert {parameter.dtype for parameter in start.values()} == {torch.float32}
         assert all(torch.equal(start[name], starts[0][name]) for name in starts[0])
     assert not torch.equal(*(starts[0][f"transformer_blocks.{block}.attn.to_q.lora_A"] for block in (0, 1)))
+
+
+def start_of(name: str, rank: int = 16, seeds: int = 40, features: int = 48, outputs: int = 32) -> tuple[Tensor, Tensor]:
+    """Many starts at once: A's and B's of different generators, stacked."""
+    drawn = [INITS[name](rank, features, outputs, generator(seed)) for seed in range(seeds)]
+    return torch.stack([a for a, _ in drawn]), torch.stack([b for _, b in drawn])
+
+
+def pefts_start(name: str, rank: int = 16, seeds: int = 40, features: int = 48, outputs: int = 32):
+    from peft import get_peft_model
+
+    config = LoraConfig(r=rank, target_modules=["0"], init_lora_weights=name)
+    drawn = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        (layer,) = lora_layers(get_peft_model(nn.Sequential(nn.Linear(features, outputs)), config)).values()
+        drawn.append((layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()))
+    return torch.stack([a for a, _ in drawn]), torch.stack([b for _, b in drawn])
+
+
+@pytest.mark.parametrize("name", ["gaussian", "orthogonal"])
+def test_other_starts_have_pefts_distribution(name: str) -> None:
+    for ours, theirs in zip(start_of(name), pefts_start(name), strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype is torch.float32
+        assert ours.mean().item() == pytest.approx(0, abs=0.003)
+        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.03, abs=1e-9)
+        # The distribution over singular values: what a factor does to whatever it is given.
+        ours, theirs = (torch.linalg.svdvals(factors).mean(0) for factors in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=1e-5)
+
+
+def test_gaussian_has_standard_deviation_one_over_the_rank() -> None:
+    for rank in (4, 32):
+        down, up = start_of("gaussian", rank)
+        assert down.std().item() == pytest.approx(1 / rank, rel=0.03)
+        assert not up.any()
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+def test_orthogonal_starts_both_factors_with_a_product_of_zero(rank: int) -> None:
+    down, up = start_of("orthogonal", rank)
+    assert down.abs().mean() > 0.01
+    assert up.abs().mean() > 0.01
+    for a, b in zip(down, up, strict=True):
+        # A's columns and B's rows: each spans half of R^rank, and the halves are orthogonal.
+        assert torch.linalg.matrix_rank(a) == torch.linalg.matrix_rank(b) == rank // 2
+        assert (b.double() @ a.double()).abs().max() < 1e-7 * b.norm() * a.norm()
+
+
+@pytest.mark.parametrize("name", [True, "gaussian", "orthogonal", "eva"])
+def test_every_start_leaves_the_output_as_it_is(name: bool | str) -> None:
+    transformer = load()
+    with torch.no_grad():
+        before = velocity(transformer)
+        parameters = inject(transformer, select_modules(transformer, "attention+mlp"), init=name)
+        torch.testing.assert_close(velocity(transformer), before, rtol=0, atol=1e-5)
+        if name != "orthogonal":
+            assert torch.equal(velocity(transformer), before)
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+
+
+def test_ranks_and_alphas_of_single_modules_are_pefts_scaling() -> None:
+    """The scale, by hand: alpha / r, or alpha / sqrt r."""
+    transformer = load()
+    names = select_modules(transformer, ["attn.to_q", "proj_out"])
+    layers = dict(zip(names, [Layer(4, 6.0), Layer(4, 6.0), Layer(2, 6.0), Layer(4, 1.0), Layer(8, 2.0)], strict=True))
+    parameters = inject_lora(transformer, layers, lambda name: generator(7, name))
+    made = lora_layers(transformer)
+    assert [made[name].scaling[ADAPTER_NAME] for name in names] == [1.5, 1.5, 3.0, 0.25, 0.25]
+    assert [layers[name].scale for name in names] == [1.5, 1.5, 3.0, 0.25, 0.25]
+    assert [len(parameters[f"{name}.lora_A"]) for name in names] == [4, 4, 2, 4, 8]
+
+    stabilised = {name: Layer(layer.rank, layer.alpha, rslora=True) for name, layer in layers.items()}
+    transformer = load()
+    inject_lora(transformer, stabilised, lambda name: generator(7, name))
+    made = lora_layers(transformer)
+    expected = [6 / 2, 6 / 2, 6 / 2**0.5, 1 / 2, 2 / 8**0.5]
+    assert [made[name].scaling[ADAPTER_NAME] for name in names] == pytest.approx(expected, rel=1e-15)
+    assert [stabilised[name].scale for name in names] == pytest.approx(expected, rel=1e-15)

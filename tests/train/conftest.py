@@ -18,7 +18,7 @@ from sd3tune.methods import Method
 from sd3tune.model.components import load_transformer
 from sd3tune.train.batches import Batches
 from sd3tune.train.loop import Processes
-from sd3tune.train.objective import make_weight
+from sd3tune.train.objective import Objective, make_objective
 from sd3tune.train.optim import FlatMaster
 from sd3tune.train.step import StepResult, TrainState, train_step
 
@@ -37,7 +37,7 @@ class Training:
     parameters: dict[str, nn.Parameter]
     state: TrainState
     batches: Batches
-    weight: Callable[[Tensor], Tensor]
+    objective: Objective
     reduce_mean: Callable[[Tensor], Tensor] = ALONE.reduce_mean
 
     def step(self) -> StepResult:
@@ -46,7 +46,7 @@ class Training:
             self.transformer,
             self.method,
             self.batches,
-            self.weight,
+            self.objective,
             self.config,
             self.reduce_mean,
         )
@@ -65,7 +65,7 @@ def assembled() -> Iterator[Callable[[Config], Training]]:
             state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
             batches = make_batches(plan, encoded, ALONE)
             stack.callback(batches.close)
-            weight = make_weight(config.flow, plan.shift)
-            return Training(config, plan, encoded, transformer, plan.method, parameters, state, batches, weight)
+            objective = make_objective(config.flow, plan.shift)
+            return Training(config, plan, encoded, transformer, plan.method, parameters, state, batches, objective)
 
         yield assemble

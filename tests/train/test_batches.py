@@ -42,7 +42,7 @@ def make_batches(store: Store, *, batch_size=1, accumulation=1, rank=0, world=1,
     ]
     return Batches(
         store, examples, seed=seed, batch_size=batch_size, accumulation=accumulation, rank=rank, world=world,
-        device=torch.device("cpu"), scaling=LatentScaling(1.0, 0.0), sigma_of_u=lambda u: u,
+        device=torch.device("cpu"), scaling=LatentScaling(1.0, 0.0), sigma_of_u=lambda u, pixels: u,
     )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_the_posterior_is_drawn_anew_each_time_and_normalised(tmp_path: Path) ->
         writer.put("image", {"mean": torch.full((1, 64, 64), 5.0), "std": torch.full((1, 64, 64), 2.0)})
     batches = Batches(
         store, [Example("x.png", ("image",), {})], seed=0, batch_size=1, accumulation=1, rank=0, world=1,
-        device=torch.device("cpu"), scaling=LatentScaling(1.5, 1.0), sigma_of_u=lambda u: u,
+        device=torch.device("cpu"), scaling=LatentScaling(1.5, 1.0), sigma_of_u=lambda u, pixels: u,
     )  # fmt: skip
     first, second = fetch_all(batches, 2)
     assert not torch.equal(first.latents, second.latents)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
@@ -109,7 +111,7 @@ def test_four_micro_steps_equal_one_batch_of_four(start) -> None:
 
 def test_the_weight_scales_each_samples_loss(start) -> None:
     training = start("train.batch_size=3")
-    training.weight = lambda sigma: 2 * sigma
+    training.objective = replace(training.objective, weight=lambda sigma: 2 * sigma)
     result = training.step()
     torch.testing.assert_close(result.weighted, 2 * result.sigmas * result.losses)
 
@@ -118,7 +120,9 @@ def test_losses_are_those_of_the_velocity(start) -> None:
     training = start("train.batch_size=2")
     batch = training.batches.fetch(0, 0)
     with torch.no_grad():
-        losses = velocity_losses(predict_velocity(training.transformer, training.method, batch), batch)
+        losses = velocity_losses(
+            predict_velocity(training.transformer, training.method, batch), batch, training.objective.loss
+        )
         expected = PlainLoop(training).loss(batch)
     assert losses.shape == (2,)
     torch.testing.assert_close(losses.mean(), expected, rtol=1e-6, atol=0)

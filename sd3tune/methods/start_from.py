@@ -1,0 +1,59 @@
+"""`method.start_from`: going on from an adapter that exists, so that the first step sees what its file computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from sd3tune.errors import AdapterError
+from sd3tune.model.adapter_io import Adapter
+from sd3tune.model.adapters import Layer
+from sd3tune.model.targets import never_learning
+
+
+def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, Layer]) -> None:
+    """Raises AdapterError when the adapter's modules, sizes or ranks are not among those of `layers`.
+
+    Modules that it lacks start as new ones; those whose output nothing reads do not matter.
+    """
+    ignored = never_learning(transformer)
+    left_out = [name for name in adapter.factors if name not in layers and name not in ignored]
+    if left_out:
+        raise AdapterError(
+            f"method.start_from: {adapter.path} also adapts {_first(left_out)}, which method.targets and method.blocks "
+            "leave out; without that the start would be another function"
+        )
+    shared = {name: (pair, layers[name]) for name, pair in adapter.factors.items() if name in layers}
+    if not shared:
+        raise AdapterError(f"method.start_from: {adapter.path} adapts none of the trained modules")
+    for name, ((down, up), _) in shared.items():
+        module = transformer.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        if (up.shape[0], down.shape[1]) != (module.out_features, module.in_features):
+            raise AdapterError(
+                f"method.start_from: {adapter.path} was made for another base: {name} is {up.shape[0]}x{down.shape[1]} "
+                f"there and {module.out_features}x{module.in_features} in this one"
+            )
+    for rank in dict.fromkeys(down.shape[0] for (down, _), _ in shared.values()):
+        odd = [name for name, ((down, _), layer) in shared.items() if down.shape[0] == rank != layer.rank]
+        if odd:
+            raise AdapterError(
+                f"method.start_from: {adapter.path} has rank {rank} where this run has {layers[odd[0]].rank}: "
+                f"{_first(odd)}; set method.rank, or method.rank_pattern for single modules"
+            )
+
+
+def starting_factors(adapter: Adapter, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """`<module>.lora_A` and `.lora_B`, fp32, such that `scale` B A is what the file computes, scale being the run's."""
+    factors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        if name in adapter.factors:
+            down, up = (factor.float() for factor in adapter.factors[name])
+            factors[f"{name}.lora_A"] = down
+            factors[f"{name}.lora_B"] = up * (adapter.alphas[name] / layer.rank / layer.scale)
+    return factors
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

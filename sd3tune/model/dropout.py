@@ -1,0 +1,34 @@
+"""Dropout whose mask is a function of a seed: no random state to save, the same mask when a block is recomputed."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+
+class SeededDropout(nn.Module):
+    """Zeroes a share of its input and scales the rest up by 1 / (1 - share), while `draw(seed)` is in force.
+
+    Off until then, and again after `draw(None)`, whatever `train()` and `eval()` say. The mask depends on the seed,
+    `name` and the input's shape and device alone: gradient checkpointing draws it twice and gets the same one.
+    """
+
+    def __init__(self, share: float, name: str) -> None:
+        super().__init__()
+        self.share = share
+        self._salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
+        self._seed: int | None = None
+
+    def draw(self, seed: int | None) -> None:
+        """Use the mask of `seed` (below 2^63) in what follows; None turns dropout off."""
+        self._seed = None if seed is None else seed ^ self._salt
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Same shape and dtype as `inputs`; only a boolean mask is kept for the backward pass."""
+        if self._seed is None:
+            return inputs
+        source = torch.Generator(inputs.device).manual_seed(self._seed)
+        dropped = torch.empty(inputs.shape, dtype=torch.bool, device=inputs.device)
+        return inputs.masked_fill(dropped.bernoulli_(self.share, generator=source), 0) / (1 - self.share)

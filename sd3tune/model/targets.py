@@ -1,0 +1,149 @@
+"""Which modules are trained: names, presets and expressions over the transformer's linear layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from sd3tune.errors import AdapterError
+
+Value = TypeVar("Value")
+
+ATTENTION_IMAGE = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
+)
+"""The image stream's projections, and SD3.5-medium's second attention, which sees images only.
+
+`attn.to_q` as an ending does not match `attn2.to_q`, which is why the latter stand here by name.
+"""
+ATTENTION_CONTEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": (*ATTENTION_IMAGE, *ATTENTION_CONTEXT),
+    "attention-image": ATTENTION_IMAGE,
+    "attention+mlp": (*ATTENTION_IMAGE, *ATTENTION_CONTEXT, *MLP),
+}
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One kind of projection: in how many blocks it exists, in how many it is trained, at how many parameters."""
+
+    module: str
+    trained: int
+    present: int
+    parameters: int
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a module's full name is `pattern`, ends with it, or is matched by `re:...` as a whole."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern.removeprefix("re:"), name) is not None
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def select_modules(
+    transformer: nn.Module, targets: str | Sequence[str], blocks: Sequence[int | str] | None = None
+) -> list[str]:
+    """Full names of the linear modules to train, in the model's order.
+
+    `targets` is a preset, a `re:...` expression, or a list of such expressions, names or endings; `blocks` are numbers
+    or ranges like "0-11", None for all of the model. Modules that can never learn are left out.
+    Raises AdapterError when an entry matches nothing, or nothing that can learn, or a block does not exist.
+    """
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    never = never_learning(transformer)
+    inside = _inside(transformer, blocks)
+    patterns = PRESETS.get(targets, (targets,)) if isinstance(targets, str) else targets
+    problems = []
+    for pattern in () if patterns in PRESETS.values() else patterns:
+        matches = [name for name in linear if fits(name, pattern)]
+        if not matches:
+            problems.append(f"method.targets: {pattern!r} matches no linear module of the transformer; {_kinds(linear)}")
+        elif not any(inside(name) for name in matches):
+            problems.append(f"method.targets: {pattern!r} matches nothing in method.blocks, only {matches[0]} and such")
+        elif all(name in never for name in matches if inside(name)):
+            problems.append(f"method.targets: {pattern!r} matches only {matches[-1]}, whose output nothing reads")
+    if problems:
+        raise AdapterError(*problems)
+    return [
+        name
+        for name in linear
+        if name not in never and inside(name) and any(fits(name, pattern) for pattern in patterns)
+    ]
+
+
+def never_learning(transformer: nn.Module) -> set[str]:
+    """The last block drops its context stream, so the context's query there gets a gradient of exactly zero.
+
+    Its `to_add_out` and `ff_context` do not exist. Every other linear layer of the transformer learns.
+    """
+    return {
+        f"{name}.attn.add_q_proj"
+        for name, block in transformer.named_modules()
+        if getattr(block, "context_pre_only", None) is True and hasattr(block, "attn")
+    }
+
+
+def values_by_pattern(
+    modules: Sequence[str], patterns: Mapping[str, Value], default: Value, key: str
+) -> dict[str, Value]:
+    """Module -> the value of the first pattern that it fits, else `default`. AdapterError for one that fits none."""
+    idle = [pattern for pattern in patterns if not any(fits(name, pattern) for name in modules)]
+    if idle:
+        raise AdapterError(*(f"{key}: {pattern!r} matches none of the trained modules" for pattern in idle))
+    return {
+        name: next((value for pattern, value in patterns.items() if fits(name, pattern)), default) for name in modules
+    }
+
+
+def coverage(transformer: nn.Module, ranks: Mapping[str, int]) -> list[CoverageRow]:
+    """What the modules of `ranks` are, grouped by their place in a block; for a table at the start of a run."""
+    rows: dict[str, CoverageRow] = {}
+    for name, module in transformer.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        kind = _kind(name)
+        row = rows.get(kind, CoverageRow(kind, 0, 0, 0))
+        parameters = ranks.get(name, 0) * (module.in_features + module.out_features)
+        rows[kind] = CoverageRow(kind, row.trained + (name in ranks), row.present + 1, row.parameters + parameters)
+    return [row for row in rows.values() if row.trained]
+
+
+class _Inside:
+    """Whether a module lies in one of the wanted blocks."""
+
+    def __init__(self, numbers: set[int] | None) -> None:
+        self.numbers = numbers
+
+    def __call__(self, name: str) -> bool:
+        found = re.match(r"transformer_blocks\.(\d+)\.", name)
+        return self.numbers is None or (found is not None and int(found[1]) in self.numbers)
+
+
+def _inside(transformer: nn.Module, blocks: Sequence[int | str] | None) -> _Inside:
+    if blocks is None:
+        return _Inside(None)
+    count = len(transformer.transformer_blocks)  # type: ignore[arg-type]
+    numbers: set[int] = set()
+    for entry in blocks:
+        first, _, last = str(entry).partition("-")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    if max(numbers) >= count:
+        raise AdapterError(
+            f"method.blocks: {max(numbers)} is out of range; this base has {count} blocks, 0 to {count - 1}"
+        )
+    return _Inside(numbers)
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"^transformer_blocks\.\d+\.", "", name)
+
+
+def _kinds(linear: Sequence[str]) -> str:
+    return "its modules are " + ", ".join(dict.fromkeys(_kind(name) for name in linear))
