@@ -11,6 +11,9 @@ from typing import Annotated, Optional
 import typer
 
 from sd3tune import __version__
+from sd3tune.cli.arguments import ConfigArgument, Overrides
+from sd3tune.cli.cache import cache_app
+from sd3tune.cli.data import data_app
 from sd3tune.config import dump_config, json_schema, load_config
 from sd3tune.errors import ConfigError, UserError
 
@@ -22,14 +25,10 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Make, show, check and describe configurations.", no_args_is_help=True)
 base_app = typer.Typer(help="Base models.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(base_app, name="base")
-
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")]
-Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=50 or model.base=tiny."),
-]
 
 
 @app.command()
@@ -62,19 +61,10 @@ def train(
 
 
 @app.command()
-def cache(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Encode captions and images, so that training starts at once."""
-    loaded = load_config(config, overrides or ())
-    from sd3tune.jobs.cache import run_cache
-
-    run_cache(loaded.config, loaded.notes)
-
-
-@app.command()
 def infer(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     lora: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time
         typer.Option(metavar="PATH[@WEIGHT]", help="An adapter: file, adapter folder, checkpoint or run. Repeatable."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("images"),

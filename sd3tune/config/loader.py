@@ -104,7 +104,9 @@ def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path])
     data, model = values.get("data"), values.get("model")
     sources = data.get("sources") if isinstance(data, dict) else None
     for index, source in enumerate(sources if isinstance(sources, list) else []):
-        resolve(source, "path", ("data", "sources", index, "path"))
+        place = ("data", "sources", index, "path")
+        if not _is_hub_dataset(source, folder_of(place)):
+            resolve(source, "path", place)
     resolve(data, "cache_dir", ("data", "cache_dir"))
     resolve(values, "output_dir", ("output_dir",))
     resolve(values.get("method"), "start_from", ("method", "start_from"))
@@ -124,5 +126,16 @@ def _is_folder(base: str, folder: Path) -> bool:
     """Whether a base means a folder rather than an offline base or a Hub id."""
     if base in OFFLINE_BASES:
         return False
-    looks_like_one = base in (".", "..", "~") or base.startswith(("./", "../", "/", "~/"))
-    return looks_like_one or (bool(base) and os.path.isdir(folder / base))
+    return _looks_like_a_path(base) or (bool(base) and os.path.isdir(folder / base))
+
+
+def _is_hub_dataset(source: Any, folder: Path) -> bool:
+    """Whether a source means a dataset of the Hub rather than a file or folder."""
+    path = source.get("path") if isinstance(source, dict) and source.get("kind") == "dataset" else None
+    if not isinstance(path, str) or path.endswith(".parquet"):
+        return False
+    return not _looks_like_a_path(path) and not os.path.exists(folder / path)
+
+
+def _looks_like_a_path(text: str) -> bool:
+    return text in (".", "..", "~") or text.startswith(("./", "../", "/", "~/"))

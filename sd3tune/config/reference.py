@@ -89,12 +89,13 @@ def _sections(section: type[Section], prefix: str) -> Iterator[str]:
         inner = _inner(field)
         if not inner:
             continue
-        path = prefix + name + ("[]" if item_of(field.annotation) is not None else "")
+        is_list = item_of(field.annotation) is not None
+        path = prefix + name + ("[]" if is_list else "")
         yield f"## {path}\n"
         yield " ".join(filter(None, [field.description, _presence(field)])) + "\n"
         for one in inner:
             if len(inner) > 1:
-                default = " (the default)" if field.default_factory is one else ""
+                default = " (the default)" if one is (inner[0] if is_list else field.default_factory) else ""
                 yield f"### {path}, kind `{kind_of(one)}`{default}\n"
                 yield inspect.cleandoc(one.__doc__ or "") + "\n"
             yield _table({key: value for key, value in one.model_fields.items() if not _inner(value)})

@@ -36,6 +36,12 @@ def item_of(annotation: Any) -> Any | None:
     return None
 
 
+def entry_field(item: Any) -> FieldInfo:
+    """The field that an entry of a list is; of several variants the first is the default."""
+    sections = sections_of(item)
+    return FieldInfo(annotation=item, default_factory=sections[0] if len(sections) > 1 else None)
+
+
 def kind_of(section: type[Section]) -> str | None:
     """The value of `kind` that selects this section; None for a section without variants."""
     field = section.model_fields.get("kind")
@@ -67,7 +73,7 @@ def field_at(tree: Any, path: KeyPath) -> FieldInfo | None:
             item = item_of(field.annotation)
             if item is None:
                 return None
-            field = FieldInfo(annotation=item)
+            field = entry_field(item)
         else:
             section = variant(field, value)
             inner = None if section is None else section.model_fields.get(step)
@@ -116,7 +122,7 @@ def fill_kinds(section: type[Section], value: dict[str, Any]) -> None:
         item = item_of(field.annotation)
         if item is not None and isinstance(inner, list):
             for entry in inner:
-                _fill_one(FieldInfo(annotation=item), entry)
+                _fill_one(entry_field(item), entry)
         else:
             _fill_one(field, inner)
 

@@ -1,11 +1,13 @@
-"""From an image file to pixels: upright RGB, a crop, numbers in [-1, 1]. Sizes are (height, width)."""
+"""From an image's bytes to pixels: upright RGB, a crop, numbers in [-1, 1]. Sizes are (height, width)."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +23,15 @@ _MAX_ASPECT = 32  # beyond it a crop shows next to nothing, and covering it woul
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # nothing that runs a program, as EPS does
 
 
+class ImageRef(Protocol):
+    """Where the bytes of an image are: a `Path`, or the row of a dataset. Its `str` names it in messages."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read_bytes(self) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class Crop:
     """A cut of an image that was scaled to cover `size`; `box` is (left, top, right, bottom) in that."""
@@ -30,53 +41,58 @@ class Crop:
     flip: bool
 
 
-def read_image(path: Path) -> tuple[Image.Image, str]:
+def read_image(image: ImageRef) -> tuple[Image.Image, str]:
     """The image as upright RGB, and the SHA-256 of the very bytes it was decoded from.
 
     EXIF rotation is applied, transparency is laid on white, 16-bit greys are scaled to 8 bits; of an
-    animation the first frame is taken. Raises DataError, naming the file, for whatever cannot be decoded
+    animation the first frame is taken. Raises DataError, naming the image, for whatever cannot be decoded
     completely.
     """
-    data = _read(path)
+    data = _read(image)
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image), hashlib.sha256(data).hexdigest()
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+            opened.load()
+            ImageOps.exif_transpose(opened, in_place=True)
+            return _rgb(opened), hashlib.sha256(data).hexdigest()
     except Exception as error:  # decoders of arbitrary bytes raise nearly anything
-        raise DataError(f"{path}: {_complaint(error, len(data))}") from None
+        raise DataError(f"{image}: {_complaint(error, len(data))}") from None
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(image: ImageRef) -> Image.Image:
     """The image as upright RGB; see `read_image`."""
-    return read_image(path)[0]
+    return read_image(image)[0]
 
 
-def file_digest(path: Path) -> str:
-    """The SHA-256 of the file's bytes, as `read_image` gives it, without decoding. Raises DataError."""
-    return hashlib.sha256(_read(path)).hexdigest()
+def file_digest(image: ImageRef) -> str:
+    """The SHA-256 of the image's bytes, as `read_image` gives it, without decoding. Raises DataError."""
+    return hashlib.sha256(_read(image)).hexdigest()
 
 
-def check_header(path: Path) -> None:
-    """Raise DataError if the file does not begin like an image, or is far too large or too narrow.
+def check_header(image: ImageRef) -> None:
+    """Raise DataError if the bytes do not begin like an image, or if it is far too large or too narrow.
 
-    Only the first bytes are read, so a file that breaks off later passes.
+    Of a file only the first bytes are read. What breaks off later passes.
     """
+    content = None if isinstance(image, Path) else io.BytesIO(_read(image))
     try:
-        with Image.open(path, formats=_FORMATS) as image:
-            width, height = image.size
+        with Image.open(content or str(image), formats=_FORMATS) as opened:
+            width, height = opened.size
     except Exception as error:  # as above
-        nbytes = path.stat().st_size if path.exists() else -1
-        raise DataError(f"{path}: {_complaint(error, nbytes)}") from None
+        nbytes = content.getbuffer().nbytes if content else _size(str(image))
+        raise DataError(f"{image}: {_complaint(error, nbytes)}") from None
     if max(width, height) > _MAX_ASPECT * min(width, height):
-        raise DataError(f"{path}: is {width} x {height} px, too narrow to crop; cut it yourself or remove it")
+        raise DataError(f"{image}: is {width} x {height} px, too narrow to crop; cut it yourself or remove it")
 
 
-def _read(path: Path) -> bytes:
+def _size(path: str) -> int:
+    return os.path.getsize(path) if os.path.exists(path) else -1
+
+
+def _read(image: ImageRef) -> bytes:
     try:
-        return path.read_bytes()
+        return image.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{image}: cannot be read ({error.strerror})") from None
 
 
 def _complaint(error: Exception, nbytes: int) -> str:

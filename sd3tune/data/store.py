@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ import os
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ from sd3tune.errors import RunError
 SHARD_BYTES = 64 * 2**20
 FLUSH_SECONDS = 30.0
 _STALE_SECONDS = 3600.0  # no flush takes that long, so an older temporary file has lost its writer
-_PREFIX, _SUFFIX, _TEMPORARY = "shard-", ".safetensors", ".tmp-"
+_PREFIX, _SUFFIX, _TEMPORARY, _LOCK = "shard-", ".safetensors", ".tmp-", "store.lock"
 
 logger = logging.getLogger(__name__)
 
@@ -43,22 +45,27 @@ def key(kind: str, **fields: Any) -> str:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     shard: Path
     names: list[str]
     nbytes: int
 
 
 class Store:
-    """The entries under `root`, as of the last `refresh`, and those written through this object since."""
+    """The entries under `root`, as of the last `refresh`, and those written through this object since.
+
+    While the object lives, it holds a shared lock on the folder, so that `survey.remove` takes nothing away from it.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
-        self._index: dict[str, _Entry] = {}
+        self._index: dict[str, Entry] = {}
         self._shards: set[Path] = set()
         self._unreadable: set[Path] = set()
         self._open: dict[Path, Any] = {}
         self._lock = threading.Lock()
+        self._locked = False
+        self._share()
         self.refresh()
 
     def __contains__(self, key: str) -> bool:
@@ -91,6 +98,8 @@ class Store:
                 shard = self._open.get(entry.shard)
                 if shard is None:
                     shard = self._open[entry.shard] = safe_open(str(entry.shard), framework="pt", device="cpu")
+                    with contextlib.suppress(OSError):
+                        os.utime(entry.shard)  # so that its age tells when it was last used
             return {name: shard.get_tensor(f"{key}/{name}") for name in entry.names}
         except (OSError, SafetensorError) as error:
             raise RunError(f"{entry.shard}: cannot be read any more ({error}); run again to encode it anew") from None
@@ -98,7 +107,7 @@ class Store:
     def refresh(self) -> None:
         """Take in the shards that other processes have finished; warn of those that cannot be read."""
         try:
-            found = sorted(path for path in self.root.glob(f"{_PREFIX}*{_SUFFIX}") if path not in self._shards)
+            found = [path for path in shards_in(self.root) if path not in self._shards]
         except OSError as error:
             raise RunError(f"{self.root}: cannot be listed ({error.strerror}); check data.cache_dir") from None
         for path in found:
@@ -107,7 +116,7 @@ class Store:
     def _take_in(self, path: Path) -> None:
         self._shards.add(path)
         try:
-            entries = _read_index(path)
+            entries = read_index(path)
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
@@ -125,6 +134,7 @@ class Store:
         """
         with _disk_trouble(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
+        self._share()
         self._remove_stale()
         writer = Writer(self, shard_bytes, flush_seconds)
         try:
@@ -132,8 +142,18 @@ class Store:
         finally:
             writer.flush()
 
+    def _share(self) -> None:
+        """Take the shared lock, once the folder is there; without one where the file system has none."""
+        if self._locked or not self.root.is_dir():
+            return
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self.root / _LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+            weakref.finalize(self, os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits for a removal, which is brief
+            self._locked = True
+
     def _remove_stale(self) -> None:
-        for path in self.root.glob(f"{_TEMPORARY}*"):
+        for path in temporaries_in(self.root):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                     path.unlink()
@@ -185,7 +205,37 @@ def _disk_trouble(folder: Path) -> Iterator[None]:
         raise RunError(f"{folder}: cannot be written ({cause.strerror or cause}); {way_out}") from None
 
 
-def _read_index(shard: Path) -> dict[str, _Entry]:
+@contextlib.contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """Hold the folder of a store alone. Raises RunError when a process, this one included, has a `Store` there."""
+    with _disk_trouble(root):
+        descriptor = os.open(root / _LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{root}: a run is using this store; try again when it has ended") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_store(root: Path) -> bool:
+    """Whether the folder was ever used as a store."""
+    return (root / _LOCK).exists() or bool(shards_in(root))
+
+
+def shards_in(root: Path) -> list[Path]:
+    """The files that hold entries."""
+    return sorted(root.glob(f"{_PREFIX}*{_SUFFIX}"))
+
+
+def temporaries_in(root: Path) -> list[Path]:
+    """What writers have not finished, and never will once no store is open."""
+    return sorted(root.glob(f"{_TEMPORARY}*"))
+
+
+def read_index(shard: Path) -> dict[str, Entry]:
     """The entries of a shard from its header alone; ValueError when it is not a complete shard of ours."""
     with open(shard, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -210,4 +260,4 @@ def _read_index(shard: Path) -> dict[str, _Entry]:
         raise ValueError("its header is not that of a safetensors file") from None
     if 8 + length + end != size:
         raise ValueError("cut short")
-    return {key: _Entry(shard, found, nbytes[key]) for key, found in names.items()}
+    return {key: Entry(shard, found, nbytes[key]) for key, found in names.items()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from sd3tune.model.components import load_text_encoder
 
 _CLIP_LENGTH = 77
 
+logger = logging.getLogger(__name__)
+
 
 def encode_captions(
     base: Base,
@@ -34,14 +37,15 @@ def encode_captions(
     records: Sequence[Record] = (),
     rank: int = 0,
     world: int = 1,
+    say: Callable[[str], None] = logger.info,
 ) -> tuple[dict[str, dict[str, str]], EncodeReport]:
     """Encode what the store lacks of `texts`; returns encoder -> text -> key, and the report.
 
     Entries are {"hidden": [T, D]} and, for CLIP, {"pooled": [P]}, in `dtype`. An encoder is loaded only when
     something is missing, and freed before the next. `records` lets the report tell a changed caption from a
-    new one. With `world` > 1 each rank encodes its share: put a barrier behind this call, then
-    `store.refresh()`. The keys are complete on every rank. Raises ModelError, and RunError when the disk
-    lacks the room.
+    new one; `say` is told the size of what is about to be written. With `world` > 1 each rank encodes its share:
+    put a barrier behind this call, then `store.refresh()`. The keys are complete on every rank. Raises ModelError,
+    and RunError when the disk lacks the room.
     """
     keys = caption_keys(base, texts, encoders=encoders, dtype=dtype, max_sequence_length=max_sequence_length)
     missing = {encoder: [text for text, key in of.items() if key not in store] for encoder, of in keys.items()}
@@ -49,7 +53,7 @@ def encode_captions(
     nbytes = sum(sizes[encoder] * len(found) for encoder, found in missing.items())
     reasons = _reasons(dict.fromkeys(text for found in missing.values() for text in found), records, store)
     if nbytes:
-        check_room(store.root, "captions", sum(map(len, missing.values())), nbytes)
+        say(check_room(store.root, "captions", sum(map(len, missing.values())), nbytes))
 
     cut: dict[str, dict[str, int]] = {}
     for encoder, found in missing.items():
@@ -63,7 +67,7 @@ def encode_captions(
 
     every_text = list(dict.fromkeys(text for of in keys.values() for text in of))
     if rank == 0:
-        captions = {str(record.path.absolute()): record.caption for record in records}
+        captions = {str(record.image): record.caption for record in records}
         Manifest.add(store.root, captions=captions, texts=every_text)
     extent = f"{len(every_text)} text{'s' * (len(every_text) != 1)} x {len(encoders)} encoders"
     return keys, EncodeReport("captions", extent, len(every_text), reasons, nbytes, _warnings(cut))
@@ -124,7 +128,7 @@ def _reasons(missing: Iterable[str], records: Sequence[Record], store: Store) ->
     changed = {
         record.caption
         for record in records
-        if manifest.captions.get(str(record.path.absolute()), record.caption) != record.caption
+        if manifest.captions.get(str(record.image), record.caption) != record.caption
     }
 
     def reason(text: str) -> str:

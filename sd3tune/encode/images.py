@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from sd3tune.data.ahead import ahead
 from sd3tune.data.images import (
     PREPROCESSING_VERSION,
     Crop,
+    ImageRef,
     cover,
     crops,
     file_digest,
@@ -35,16 +35,14 @@ from sd3tune.model.bases import Base
 from sd3tune.model.components import load_vae
 from sd3tune.model.latents import encode_moments
 
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-_THREADS = min(8, os.cpu_count() or 1)  # for decoding and scaling, which release the interpreter lock
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One image file with those of its variants that the store lacks."""
+    """One image with those of its variants that the store lacks."""
 
-    path: Path
+    image: ImageRef
     digest: str
     cuts: dict[str, Crop]
 
@@ -62,19 +60,21 @@ def encode_images(
     progress: bool = False,
     rank: int = 0,
     world: int = 1,
+    say: Callable[[str], None] = logger.info,
 ) -> tuple[list[list[str]], EncodeReport]:
     """Encode what the store lacks of the records' images; returns each record's keys, and the report.
 
     Records keep their order and have a key per variant. Entries are {"mean", "std"}, fp32 [16, resolution/8,
     resolution/8]. The VAE is loaded only when something is missing, runs in `dtype` (fp16, in which it
     overflows, becomes fp32) on one image at a time, and is freed. With `world` > 1 each rank encodes its
-    share: put a barrier behind this call, then `store.refresh()`. Raises DataError for all unreadable files
-    at once before the VAE is loaded, ModelError, and RunError when the disk lacks the room.
+    share: put a barrier behind this call, then `store.refresh()`. `say` is told the size of what is about to
+    be written. Raises DataError for all unreadable images at once before the VAE is loaded, ModelError, and RunError
+    when the disk lacks the room.
     """
     dtype = torch.float32 if dtype == torch.float16 else dtype
     manifest = Manifest.load(store.root)
-    paths = [record.path for record in records]
-    facts = _inspect(paths, manifest, progress)
+    refs = [record.image for record in records]
+    facts = _inspect(refs, manifest, progress)
     vae = base.fingerprint("vae")
     target = (resolution, resolution)
     cuts = [
@@ -84,25 +84,25 @@ def encode_images(
 
     jobs: dict[str, _Job] = {}  # by digest: copies of a file are encoded once
     reasons: Counter[str] = Counter()
-    for path, of, all_cuts in zip(paths, facts, cuts, strict=True):
+    for image, of, all_cuts in zip(refs, facts, cuts, strict=True):
         lacking = {key: cut for key, cut in all_cuts if key not in store}
         if lacking:
-            jobs[of.digest] = _Job(path, of.digest, lacking)
-            reasons[_reason(path, of, manifest, store)] += 1
+            jobs[of.digest] = _Job(image, of.digest, lacking)
+            reasons[_reason(image, of, manifest, store)] += 1
     entries = sum(len(job.cuts) for job in jobs.values())
     nbytes = entries * _entry_bytes(base, resolution)
     if entries:
-        check_room(store.root, "images", entries, nbytes)
+        say(check_room(store.root, "images", entries, nbytes))
 
     mine = [job for job in jobs.values() if is_mine(job.digest, rank, world)]
     if mine:
         _encode(base, mine, store, target, dtype, device, progress)
         release(device)
     if rank == 0:
-        Manifest.add(store.root, images={str(path.absolute()): of for path, of in zip(paths, facts, strict=True)})
+        Manifest.add(store.root, images={str(image): of for image, of in zip(refs, facts, strict=True)})
     variants = crop_variants * (1 + flip)
     extent = f"{len(records)} x {variants} variants" if variants > 1 else f"{len(records)}"
-    report = EncodeReport("images", extent, len(records), reasons, nbytes, _warnings(paths, facts, resolution))
+    report = EncodeReport("images", extent, len(records), reasons, nbytes, _warnings(refs, facts, resolution))
     return [[key for key, _ in of] for of in cuts], report
 
 
@@ -119,24 +119,24 @@ def _key(vae: str, dtype: torch.dtype, digest: str, cut: Crop) -> str:
     )
 
 
-def _inspect(paths: Sequence[Path], manifest: Manifest, progress: bool) -> list[ImageFacts]:
-    """The facts of every file. What is new is decoded, so that bad files show before a model is loaded."""
+def _inspect(refs: Sequence[ImageRef], manifest: Manifest, progress: bool) -> list[ImageFacts]:
+    """The facts of every image. What is new is decoded, so that bad ones show before a model is loaded."""
 
-    def inspect(path: Path) -> ImageFacts | DataError:
+    def inspect(ref: ImageRef) -> ImageFacts | DataError:
         try:
-            digest = file_digest(path)
-            known = manifest.images.get(str(path.absolute()))
+            digest = file_digest(ref)
+            known = manifest.images.get(str(ref))
             if known is not None and known.digest == digest:
                 return known
-            image, digest = read_image(path)
+            image, digest = read_image(ref)
             return ImageFacts(digest, (image.height, image.width))
         except DataError as error:
             return error
 
-    bar = tqdm(total=len(paths), desc="checking images", unit="image", delay=1, disable=not progress)
+    bar = tqdm(total=len(refs), desc="checking images", unit="image", delay=1, disable=not progress)
     found = []
     with bar:
-        for result in _ahead(inspect, paths):
+        for result in ahead(inspect, refs):
             found.append(result)
             bar.update()
     problems = dict.fromkeys(line for result in found if isinstance(result, DataError) for line in result.problems)
@@ -155,32 +155,20 @@ def _encode(
     progress: bool,
 ) -> None:
     def decode(job: _Job) -> tuple[_Job, Image.Image]:
-        image, digest = read_image(job.path)
+        image, digest = read_image(job.image)
         if digest != job.digest:
-            raise DataError(f"{job.path}: changed while images were being encoded; run again")
+            raise DataError(f"{job.image}: changed while images were being encoded; run again")
         return job, cover(image, target)
 
     total = sum(len(job.cuts) for job in jobs)
     bar = tqdm(total=total, desc="encoding images", unit="image", disable=not progress)
     with bar, store.writer() as writer:
         vae = load_vae(base, dtype, device)
-        for job, image in _ahead(decode, jobs):
+        for job, image in ahead(decode, jobs):
             for key, cut in job.cuts.items():
                 mean, std = encode_moments(vae, pixels(image, cut))
                 writer.put(key, {"mean": mean[0], "std": std[0]})
                 bar.update()
-
-
-def _ahead(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-    """`map` on threads that runs a few items ahead of its consumer, and no further."""
-    pending: deque[Future[_Result]] = deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * _THREADS:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
 
 
 def _entry_bytes(base: Base, resolution: int) -> int:
@@ -190,8 +178,8 @@ def _entry_bytes(base: Base, resolution: int) -> int:
     return 2 * 4 * config["latent_channels"] * (resolution // scale) ** 2
 
 
-def _reason(path: Path, facts: ImageFacts, manifest: Manifest, store: Store) -> str:
-    known = manifest.images.get(str(path.absolute()))
+def _reason(image: ImageRef, facts: ImageFacts, manifest: Manifest, store: Store) -> str:
+    known = manifest.images.get(str(image))
     if known is None:
         return NEW
     if known.digest != facts.digest:
@@ -199,8 +187,8 @@ def _reason(path: Path, facts: ImageFacts, manifest: Manifest, store: Store) -> 
     return LOST if store.damaged or not len(store) else SETTINGS_CHANGED
 
 
-def _warnings(paths: Sequence[Path], facts: Sequence[ImageFacts], resolution: int) -> list[str]:
-    small = [path.name for path, of in zip(paths, facts, strict=True) if is_smaller(of.size, (resolution, resolution))]
+def _warnings(refs: Sequence[ImageRef], facts: Sequence[ImageFacts], resolution: int) -> list[str]:
+    small = [image.name for image, of in zip(refs, facts, strict=True) if is_smaller(of.size, (resolution, resolution))]
     if not small:
         return []
     verb = "image is" if len(small) == 1 else "images are"

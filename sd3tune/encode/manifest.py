@@ -26,7 +26,7 @@ class ImageFacts:
 
 @dataclass
 class Manifest:
-    """Per image file, by absolute path, what was last encoded.
+    """Per image (a file by its absolute path, a row by its dataset and number), what was last encoded.
 
     Nothing here is trusted for the content of a file: digests are taken anew on every pass, and a size is
     believed only of bytes with the digest that it was noted for.
@@ -76,6 +76,12 @@ class Manifest:
         }
         with contextlib.suppress(OSError, RunError):
             write_json(folder / _NAME, content)
+
+    @staticmethod
+    def forget(folder: Path) -> None:
+        """Remove the file: what is encoded next is new."""
+        with contextlib.suppress(OSError):
+            (folder / _NAME).unlink()
 
 
 def _digest(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import shutil
 from pathlib import Path
 
@@ -12,11 +11,9 @@ import torch
 from sd3tune.encode.report import megabytes
 from sd3tune.errors import RunError
 
-logger = logging.getLogger(__name__)
 
-
-def check_room(folder: Path, what: str, entries: int, nbytes: int) -> None:
-    """Announce what is about to be written; RunError, with the numbers, when the disk has no room for it."""
+def check_room(folder: Path, what: str, entries: int, nbytes: int) -> str:
+    """A line on what is about to be written; RunError, with the numbers, when the disk has no room for it."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if nbytes > free:
@@ -24,7 +21,8 @@ def check_room(folder: Path, what: str, entries: int, nbytes: int) -> None:
             f"{folder}: encoding {what} needs {megabytes(nbytes)} and {megabytes(free)} are free; "
             "free some space or set data.cache_dir to another disk"
         )
-    logger.info("%s: %d entries to encode, %s (%s free)", what, entries, megabytes(nbytes), megabytes(free))
+    number = "1 entry" if entries == 1 else f"{entries} entries"
+    return f"{what}: {number} to encode, {megabytes(nbytes)} in {folder} ({megabytes(free)} free)"
 
 
 def release(device: torch.device | str) -> None:

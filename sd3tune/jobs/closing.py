@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,6 @@ def _probes(batches: Batches) -> list[Batch]:
     """A few batches of the training data with fixed noise and sigmas."""
     fetched = [batches.fetch(step, 0) for step in range(PROBED_STEPS)]
     return [
-        Batch(batch.latents, batch.noise, torch.full_like(batch.sigma, sigma), batch.embeddings, batch.names)
+        replace(batch, sigma=torch.full_like(batch.sigma, sigma))
         for batch, sigma in zip(fetched, FIXED_SIGMAS, strict=True)
     ]

@@ -58,6 +58,7 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
         records=plan.records,
         rank=processes.rank,
         world=processes.world,
+        say=say,
     )
     processes.wait()
     images, image_report = encode_images(
@@ -72,13 +73,19 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
         progress=processes.is_main,
         rank=processes.rank,
         world=processes.world,
+        say=say,
     )
     processes.wait()
     store.refresh()
     for line in (*caption_report.lines(), *image_report.lines()):
         say(line)
     once = [
-        Example(record.path.name, tuple(keys), {encoder: captions[encoder][record.caption] for encoder in encoders})
+        Example(
+            record.image.name,
+            tuple(keys),
+            {encoder: captions[encoder][record.caption] for encoder in encoders},
+            record.weight,
+        )
         for record, keys in zip(plan.records, images, strict=True)
     ]
     examples = [once[index] for index in sample_indices(plan.records)]

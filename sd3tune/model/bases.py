@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sd3tune.errors import ModelError
-from sd3tune.model.hub import download
+from sd3tune.model.hub import cached, download
 
 ENCODERS = ("clip_l", "clip_g", "t5")
 ENCODER_PARTS = {
@@ -123,6 +123,17 @@ def resolve_base(name: str, revision: str | None = None) -> Base:
     snapshot = download(name, revision, ["model_index.json"])
     _check_model_index(snapshot, name)
     return Base(name, "hub", snapshot, snapshot.name)
+
+
+def local_base(name: str, revision: str | None = None) -> Base | None:
+    """The base as far as it is on this machine, or None; of a Hub base, what was downloaded earlier.
+
+    Raises ModelError for a folder that is no base.
+    """
+    if name in TINY_SHAPES or Path(name).expanduser().exists():
+        return resolve_base(name)
+    snapshot = cached(name, revision)
+    return None if snapshot is None else Base(name, "folder", snapshot)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -56,15 +56,20 @@ def load_text_encoder(
 
     `max_sequence_length` is T5's length in tokens; CLIP's is its tokenizer's own, 77.
     """
-    tokenizer_part, encoder_part = ENCODER_PARTS[encoder]
-    tokenizer_class, model_class = (
-        (T5TokenizerFast, T5EncoderModel) if encoder == "t5" else (CLIPTokenizer, CLIPTextModelWithProjection)
+    tokenizer = load_tokenizer(base, encoder)
+    model_class = T5EncoderModel if encoder == "t5" else CLIPTextModelWithProjection
+    model = _load_model(
+        model_class, base.folder(ENCODER_PARTS[encoder][1]), device, dtype=dtype, ignore_mismatched_sizes=True
     )
-    folder = base.folder(tokenizer_part)
-    tokenizer = _reading(folder, lambda: tokenizer_class.from_pretrained(folder, local_files_only=True))
-    model = _load_model(model_class, base.folder(encoder_part), device, dtype=dtype, ignore_mismatched_sizes=True)
     length = max_sequence_length if encoder == "t5" else tokenizer.model_max_length
     return TextEncoder(encoder, tokenizer, model, length)
+
+
+def load_tokenizer(base: Base, encoder: str) -> Any:
+    """The tokenizer of `clip_l`, `clip_g` or `t5`."""
+    tokenizer_class = T5TokenizerFast if encoder == "t5" else CLIPTokenizer
+    folder = base.folder(ENCODER_PARTS[encoder][0])
+    return _reading(folder, lambda: tokenizer_class.from_pretrained(folder, local_files_only=True))
 
 
 def load_pipeline(base: Base, dtype: torch.dtype, device: Device = "cpu", t5: bool = True) -> StableDiffusion3Pipeline:

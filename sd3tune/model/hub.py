@@ -34,6 +34,16 @@ def download(repo: str, revision: str | None, patterns: list[str], progress: boo
         raise ModelError(f"{repo}: the download failed: {type(error).__name__}: {reason}") from error
 
 
+def cached(repo: str, revision: str | None) -> Path | None:
+    """The snapshot folder as far as it was downloaded earlier, or None; the network is never used."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (errors.HFValidationError, errors.LocalEntryNotFoundError, OSError):
+        return None
+
+
 def _problem(repo: str, error: BaseException | None) -> str:
     from huggingface_hub import errors
 

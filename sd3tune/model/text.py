@@ -33,7 +33,7 @@ class TextEncoder:
 
     def truncated(self, text: str) -> int:
         """How many tokens of the text are cut off; 0 when it fits."""
-        return max(0, len(self.tokenizer(text).input_ids) - self.max_length)
+        return max(0, count_tokens(self.tokenizer, text) - self.max_length)
 
     def _encode(self, text: str) -> dict[str, Tensor]:
         tokens = self.tokenizer(
@@ -48,6 +48,11 @@ class TextEncoder:
             "hidden": _first(output.hidden_states[-2], self.model.dtype),
             "pooled": _first(output[0], self.model.dtype),
         }
+
+
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """The tokens that the whole text needs, the special ones included."""
+    return len(tokenizer(text).input_ids)
 
 
 def _first(batch: Tensor, dtype: Any) -> Tensor:

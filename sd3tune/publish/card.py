@@ -77,7 +77,7 @@ def card(config: Config, contract: Mapping[str, Any], report: Mapping[str, Any])
 
 # {config.name}
 
-A LoRA adapter for {contract["base"]}, trained with sd3tune.{f" Prompt it with `{prompt}`." if prompt else ""}
+A LoRA adapter for {contract["base"]}, trained with sd3tune.{_prompting(prompt, contract["trigger"])}
 
 ```bash
 sd3tune infer --lora . --prompt {shlex.quote(prompt or "a photo")}
@@ -105,3 +105,9 @@ The velocity loss at fixed noise, on training images: it shows that something wa
 
 One denoising step changes by {100 * report["velocity_change"]:.3g} %.
 """
+
+
+def _prompting(prompt: str | None, trigger: str | None) -> str:
+    if prompt:
+        return f" Prompt it with `{prompt}`."
+    return f" Put `{trigger}` into the prompt." if trigger else ""

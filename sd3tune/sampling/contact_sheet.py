@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-_MARGIN, _LABEL = 8, 28
+_MARGIN, _LABEL, _CELL = 8, 28, 52
 
 
 def contact_sheet(
@@ -15,10 +15,14 @@ def contact_sheet(
     columns: Sequence[str] = (),
     rows: Sequence[str] = (),
     side: int = 256,
+    cells: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """`images[row][column]`, each fitted into a square of `side` pixels; a label above each column and row."""
+    """`images[row][column]`, each fitted into a square of `side` pixels.
+
+    A label above each column and row, and `cells[row][column]`, up to three lines, below each image.
+    """
     wide = max(len(row) for row in images)
-    row_height = side + _MARGIN + (_LABEL if rows else 0)
+    row_height = side + _MARGIN + (_LABEL if rows else 0) + (_CELL if cells else 0)
     top = _LABEL if columns else _MARGIN
     sheet = Image.new("RGB", (_MARGIN + wide * (side + _MARGIN), top + len(images) * row_height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -35,6 +39,10 @@ def contact_sheet(
                 fitted = _fit(image, side)
                 left = _MARGIN + x * (side + _MARGIN)
                 sheet.paste(fitted, (left + (side - fitted.width) // 2, above + (side - fitted.height) // 2))
+        for x, label in enumerate(cells[y] if cells else ()):
+            lines = textwrap.wrap(label, side // 7, max_lines=3, placeholder="...")
+            place = (_MARGIN + x * (side + _MARGIN), above + side + 2)
+            draw.multiline_text(place, "\n".join(lines), fill="black", font=font, spacing=2)
     return sheet
 
 

@@ -22,6 +22,8 @@ class Example:
     name: str
     images: tuple[str, ...]
     captions: Mapping[str, str]
+    weight: float = 1.0
+    """Factor on its loss."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Batch:
     embeddings: Mapping[str, Mapping[str, Tensor]]
     """Per encoder, batched; in the encoders' dtype."""
     names: Sequence[str]
+    weights: Tensor
+    """[B]: factors on the samples' losses."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class _Loaded:
     embeddings: dict[str, dict[str, Tensor]]
     slots: list[int]
     names: list[str]
+    weights: Tensor
 
 
 class Batches:
@@ -120,6 +125,7 @@ class Batches:
             },
             slots=slots,
             names=[example.name for example in examples],
+            weights=torch.tensor([example.weight for example in examples], dtype=torch.float32),
         )
         return _pinned(loaded) if self.device.type == "cuda" else loaded
 
@@ -139,6 +145,7 @@ class Batches:
                 for encoder, entry in loaded.embeddings.items()
             },
             names=loaded.names,
+            weights=loaded.weights.to(self.device, non_blocking=True),
         )
 
     def _draw(self, step: int, slot: int, shape: torch.Size) -> Tensor:
@@ -164,4 +171,5 @@ def _pinned(loaded: _Loaded) -> _Loaded:
         embeddings,
         loaded.slots,
         loaded.names,
+        loaded.weights.pin_memory(),
     )

@@ -41,7 +41,7 @@ class StepResult:
     losses: Tensor
     """Unweighted velocity loss of each of this rank's samples [accumulation * batch]."""
     weighted: Tensor
-    """The same times w(sigma): what was minimised."""
+    """The same times w(sigma) and the source's weight: what was minimised."""
     sigmas: Tensor
     grad_norm: Tensor
     """Before clipping; not finite when the step was skipped."""
@@ -83,7 +83,7 @@ def train_step(
         batch = batches.fetch(state.step, micro)
         with method.regularised(transformer, batches.seed_for("dropout", state.step, micro)):
             losses = velocity_losses(predict_velocity(transformer, method, batch), batch, objective.loss)
-            weighted = objective.weight(batch.sigma) * losses
+            weighted = objective.weight(batch.sigma) * batch.weights * losses
             (weighted.mean() / accumulation * state.loss_scale.scale).backward()
         state.master.collect_gradients()
         samples.append(torch.stack([losses.detach(), weighted.detach(), batch.sigma]))

@@ -100,7 +100,7 @@ def test_a_mistake_is_one_line_that_says_what_was_given_and_what_is_allowed(line
         ("data:\n  sources: [{path: ''}]", "run.yaml:2: data.sources.0.path: is empty; for example"),
         (
             "data:\n  sources: [./dog]",
-            "run.yaml:2: data.sources.0: './dog' is not a section; its keys are path,",
+            "run.yaml:2: data.sources.0: './dog' is not a section; its keys are kind, path,",
         ),
         (
             "data:\n  sources: [{path: a}]\n  resolution: 1000",

@@ -18,7 +18,7 @@ def folder_of(path, *names):
 
 
 def config(*sources):
-    return DataConfig(sources=[{"path": str(path), **more} for path, more in sources], resolution=64)
+    return DataConfig(sources=[{"kind": "folder", "path": str(path), **more} for path, more in sources], resolution=64)
 
 
 def problems(*sources):
@@ -30,7 +30,7 @@ def problems(*sources):
 def test_a_folder_with_one_caption(tmp_path):
     folder_of(tmp_path / "dog", "b.png", "a.jpg", "c.WEBP")
     records = load_records(config((tmp_path / "dog", {"caption": "a dog", "repeats": 3})))
-    assert [record.path.name for record in records] == ["a.jpg", "b.png", "c.WEBP"]
+    assert [record.image.name for record in records] == ["a.jpg", "b.png", "c.WEBP"]
     assert {(record.caption, record.repeats, record.source) for record in records} == {("a dog", 3, 0)}
 
 
@@ -52,14 +52,14 @@ def test_other_files_hidden_files_and_subfolders_are_passed_over(tmp_path):
     folder_of(folder / "folder.png", "d.png")
     (folder / "notes.md").write_text("x")
     (folder / "._a.png").write_bytes(b"resource fork")
-    assert [r.path.name for r in load_records(config((folder, {"caption": "x"})))] == ["a.png"]
+    assert [r.image.name for r in load_records(config((folder, {"caption": "x"})))] == ["a.png"]
 
 
 def test_sources_keep_their_order_and_their_number(tmp_path):
     folder_of(tmp_path / "z", "1.png")
     folder_of(tmp_path / "a", "2.png")
     records = load_records(config((tmp_path / "z", {"caption": "z"}), (tmp_path / "a", {"caption": "a"})))
-    assert [(record.source, record.path.name) for record in records] == [(0, "1.png"), (1, "2.png")]
+    assert [(record.source, record.image.name) for record in records] == [(0, "1.png"), (1, "2.png")]
 
 
 def test_repeats_become_samples(tmp_path):
@@ -103,4 +103,4 @@ def test_all_problems_come_at_once_one_line_each(tmp_path):
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the real photos are not here")
 def test_real_photos():
     records = load_records(config((PHOTOS / "dog", {"caption": "a photo of sks dog"})))
-    assert [record.path.name for record in records] == [f"{number:02}.jpg" for number in range(5)]
+    assert [record.image.name for record in records] == [f"{number:02}.jpg" for number in range(5)]

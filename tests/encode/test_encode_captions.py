@@ -121,7 +121,7 @@ def test_one_changed_caption_encodes_that_one_alone_and_says_so(base, tmp_path, 
     records = [Record(tmp_path / f"{n}.png", f"dog number {n}", 1, 0) for n in range(4)]
     encode(base, Store(tmp_path / "s"), texts=[r.caption for r in records], records=records)
     encoded.clear()
-    records[2] = Record(records[2].path, "a cat", 1, 0)
+    records[2] = Record(records[2].image, "a cat", 1, 0)
     _, report = encode(base, Store(tmp_path / "s"), texts=[r.caption for r in records], records=records)
     assert encoded == [(encoder, "a cat") for encoder in ENCODERS]
     assert report.summary() == "captions: 1 of 4 re-encoded: caption changed"

@@ -65,7 +65,7 @@ def test_stored_moments_equal_the_vaes_own_on_the_pipelines_preprocessing(base, 
     store = Store(tmp_path / "s")
     keys, _ = encode(base, records, store, flip=True)
     for record, (plain, mirrored) in zip(records, keys, strict=True):
-        image = Image.open(record.path)
+        image = Image.open(record.image)
         short = min(image.size)  # the first image is of the target's height already, the others are scaled
         scaled = image.resize(
             (round(image.width * 64 / short), round(image.height * 64 / short)), Image.Resampling.LANCZOS
@@ -110,9 +110,9 @@ def test_the_vae_is_freed_and_loaded_only_when_something_is_missing(base, record
 def test_renaming_and_touching_change_nothing(base, records, tmp_path, encoded):
     keys, _ = encode(base, records, Store(tmp_path / "s"))
     encoded.clear()
-    os.utime(records[0].path, (0, 0))
+    os.utime(records[0].image, (0, 0))
     moved = tmp_path / "elsewhere.png"
-    records[1].path.rename(moved)
+    records[1].image.rename(moved)
     renamed = [records[0], Record(moved, "dog", 1, 0), *records[2:]]
     again, report = encode(base, renamed, Store(tmp_path / "s"))
     assert again == keys
@@ -123,13 +123,13 @@ def test_renaming_and_touching_change_nothing(base, records, tmp_path, encoded):
 def test_one_changed_byte_encodes_that_image_alone_and_says_so(base, records, tmp_path, encoded):
     keys, _ = encode(base, records, Store(tmp_path / "s"))
     encoded.clear()
-    save_noise(records[3].path, 64, 64, seed=77)
+    save_noise(records[3].image, 64, 64, seed=77)
     again, report = encode(base, records, Store(tmp_path / "s"))
     assert len(encoded) == 1
     assert [number for number in range(5) if keys[number] != again[number]] == [3]
     assert report.summary() == "images: 1 of 5 re-encoded: image changed"
-    content = records[4].path.read_bytes()
-    records[4].path.write_bytes(content + b"\0")  # after the image's end: the same pixels, other bytes
+    content = records[4].image.read_bytes()
+    records[4].image.write_bytes(content + b"\0")  # after the image's end: the same pixels, other bytes
     assert encode(base, records, Store(tmp_path / "s"))[0][4] != again[4]
 
 
@@ -151,7 +151,7 @@ def test_more_variants_encode_only_what_is_new(base, records, tmp_path, encoded)
 
 def test_copies_of_an_image_are_encoded_once(base, records, tmp_path, encoded):
     copy = tmp_path / "copy.png"
-    copy.write_bytes(records[0].path.read_bytes())
+    copy.write_bytes(records[0].image.read_bytes())
     keys, _ = encode(base, [*records, Record(copy, "copy", 1, 0)], Store(tmp_path / "s"))
     assert len(encoded) == 5
     assert keys[5] == keys[0]
@@ -169,17 +169,17 @@ def test_fp16_runs_the_vae_in_fp32(base, records, tmp_path, monkeypatch):
 def test_all_unreadable_files_are_named_before_a_model_is_loaded(base, records, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "load_vae", None)
     for record in records[1:3]:
-        record.path.write_bytes(record.path.read_bytes()[:2000])  # the header is sound
+        record.image.write_bytes(record.image.read_bytes()[:2000])  # the header is sound
     with pytest.raises(DataError) as caught:
         encode(base, records, Store(tmp_path / "s"))
-    assert [line.split(":")[0] for line in caught.value.problems] == [str(r.path) for r in records[1:3]]
+    assert [line.split(":")[0] for line in caught.value.problems] == [str(r.image) for r in records[1:3]]
 
 
 def test_an_image_that_changes_while_others_are_encoded_is_refused(base, records, tmp_path, monkeypatch):
     genuine = images.load_vae
 
     def meanwhile(*args):
-        save_noise(records[4].path, 64, 64, seed=5)
+        save_noise(records[4].image, 64, 64, seed=5)
         return genuine(*args)
 
     monkeypatch.setattr(images, "load_vae", meanwhile)
@@ -236,7 +236,7 @@ def test_the_announced_bytes_are_those_that_are_written(base, records, tmp_path)
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the real photos are not here")
 def test_real_photos(base, pipeline, tmp_path):
-    data = DataConfig(sources=[{"path": str(PHOTOS / "dog"), "caption": "a dog"}], resolution=128)
+    data = DataConfig(sources=[{"kind": "folder", "path": str(PHOTOS / "dog"), "caption": "a dog"}], resolution=128)
     records = load_records(data)
     store = Store(tmp_path / "s")
     keys, report = encode(base, records, store, resolution=128, crop_variants=2, flip=True)

@@ -1,0 +1,64 @@
+"""`sd3tune cache CONFIG`, `cache ls` and `cache prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from typer.core import TyperGroup
+
+from sd3tune.cli.arguments import ConfigArgument, Overrides
+from sd3tune.config import load_config
+
+
+class _ConfigOrCommand(TyperGroup):
+    """What is no command is the configuration to encode for: `cache run.yaml` as well as `cache ls`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["CONFIG", *args])
+
+
+cache_app = typer.Typer(
+    cls=_ConfigOrCommand,
+    help="Encode captions and images, so that training starts at once; see and prune what was encoded.",
+    no_args_is_help=True,
+    subcommand_metavar="CONFIG [KEY=VALUE]... | ls | prune",
+)
+StoreArgument = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Argument(metavar="[FOLDER|CONFIG]", help="The store, or a run that uses it; else the one used from here."),
+]
+
+
+@cache_app.command("CONFIG")
+def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Encode captions and images of a run, and nothing else."""
+    loaded = load_config(config, overrides or ())
+    from sd3tune.jobs.cache import run_cache
+
+    run_cache(loaded.config, loaded.notes)
+
+
+@cache_app.command()
+def ls(where: StoreArgument = None) -> None:
+    """Print what a store holds: entries, bytes, and when they were last used."""
+    from sd3tune.jobs.stores import list_store
+
+    print("\n".join(list_store(where)))
+
+
+@cache_app.command()
+def prune(
+    where: StoreArgument = None,
+    older_than: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="DAYS", min=0, help="Also what was not used for so long."),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Everything.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this it is only said.")] = False,
+) -> None:
+    """Remove unfinished and unreadable files from a store, and what is older; never while a run uses it."""
+    from sd3tune.jobs.stores import prune_store
+
+    print("\n".join(prune_store(where, older_than=older_than, everything=everything, yes=yes)))

@@ -1,0 +1,59 @@
+"""`sd3tune data check` and `sd3tune data convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from sd3tune.cli.arguments import Overrides
+from sd3tune.config import load_config, parse_config
+
+data_app = typer.Typer(help="Look at training data, and convert it.", no_args_is_help=True)
+
+ImageColumn = Annotated[str, typer.Option(metavar="NAME", help="A dataset's column of images.")]
+CaptionColumn = Annotated[str, typer.Option(metavar="NAME", help="A dataset's column of captions.")]
+Split = Annotated[str, typer.Option(metavar="NAME", help="A dataset's split.")]
+
+
+@data_app.command()
+def check(
+    what: Annotated[str, typer.Argument(metavar="DIR|CONFIG", help="A folder or dataset, or the YAML file of a run.")],
+    overrides: Overrides = None,
+    sheet: Annotated[Path, typer.Option(metavar="FILE", help="Where the contact sheet goes.")] = Path(
+        "runs/data-check.png"
+    ),
+) -> None:
+    """Show what would be trained on, and what is wrong with it; exit code 2 when it cannot be trained on."""
+    if what.endswith((".yaml", ".yml")):
+        config = load_config(what, overrides or ()).config
+    else:
+        from sd3tune.jobs.data_sources import source_of
+
+        config = parse_config({"data": {"sources": [source_of(what)]}}, overrides or ()).config
+    from sd3tune.jobs.data_check import run_data_check
+
+    run_data_check(config, sheet)
+
+
+@data_app.command()
+def convert(
+    what: Annotated[str, typer.Argument(metavar="IN", help="A folder of images, a .parquet file or a dataset.")],
+    to: Annotated[str, typer.Option(metavar="FORM", help="sidecar, jsonl, csv or parquet.")],
+    out: Annotated[Path, typer.Option(metavar="OUT", help="A new folder, or for parquet a new file.")],
+    caption: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="TEXT", help="Caption of the images that have none."),
+    ] = None,
+    split: Split = "train",
+    image_column: ImageColumn = "image",
+    caption_column: CaptionColumn = "text",
+) -> None:
+    """Copy images and captions into another form; the bytes of the images stay as they are."""
+    from sd3tune.jobs.data_convert import run_data_convert
+    from sd3tune.jobs.data_sources import source_of
+
+    columns = {"split": split, "image_column": image_column, "caption_column": caption_column}
+    source = source_of(what, **columns) | ({} if caption is None else {"caption": caption})
+    print(run_data_convert(parse_config({"data": {"sources": [source]}}).config.data, to, out))

@@ -1,0 +1,182 @@
+"""Datasets: their rows as images and captions. The one module that knows the `datasets` library, imported when used.
+
+Images are read as the bytes that were stored, never decoded and encoded anew, so an image has the same digest in a
+file, in a parquet file and in a dataset.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sd3tune.config.schema import DatasetSource
+from sd3tune.data.metadata import clean
+from sd3tune.errors import DataError
+
+_BATCH_BYTES, _BATCH_ROWS = 64 * 2**20, 1000
+_SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves
+_WAYS = "a dataset is a .parquet file, a folder, or a Hub id"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The image of one row; the dataset is mapped from the disk, and a row is read when asked for."""
+
+    dataset: Any = field(repr=False, compare=False)
+    """The image column alone."""
+    column: str
+    place: str
+    """What the dataset is called in messages."""
+    index: int
+
+    @property
+    def name(self) -> str:
+        return f"{os.path.basename(self.place)}[{self.index}]"
+
+    def __str__(self) -> str:
+        return f"{self.place}[{self.index}]"
+
+    @property
+    def file_name(self) -> str | None:
+        """The name of the file that the image was, where the dataset remembers it."""
+        cell = self.dataset[self.index][self.column]
+        return None if cell is None else cell["path"]
+
+    def read_bytes(self) -> bytes:
+        """The stored bytes. Raises DataError when there are none, OSError when they lie in a file that is gone."""
+        cell = self.dataset[self.index][self.column] or {}
+        if cell.get("bytes") is not None:
+            return bytes(cell["bytes"])
+        if cell.get("path") is None:
+            raise DataError(f"{self}: column {self.column!r} is empty; remove the row")
+        return Path(cell["path"]).read_bytes()
+
+
+def list_rows(source: DatasetSource) -> list[tuple[Row, str | None]]:
+    """Every row of the dataset with its caption, None where it has none. Raises DataError."""
+    place = source.path if source.path.endswith(".parquet") else f"{source.path}:{source.split}"
+    dataset = _load(source).with_format(None)
+    images = _image_column(dataset, source.image_column, place)
+    captions = _caption_column(dataset, source.caption_column, place)
+    if not len(dataset):
+        raise DataError(f"{place}: has no rows")
+    return [(Row(images, source.image_column, place, index), text) for index, text in enumerate(captions)]
+
+
+def write_parquet(path: Path, rows: Iterable[tuple[str, bytes, str]]) -> None:
+    """Write (file name, image bytes, caption) rows as a file that `datasets` reads as images, a part at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    datasets = _library()
+    schema = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")}).arrow_schema
+    batch: list[dict[str, Any]] = []
+    nbytes = 0
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+
+        def flush() -> None:
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
+            batch.clear()
+
+        for name, data, text in rows:
+            batch.append({"image": {"bytes": data, "path": name}, "text": text})
+            nbytes += len(data)
+            if nbytes >= _BATCH_BYTES or len(batch) >= _BATCH_ROWS:
+                flush()
+                nbytes = 0
+        if batch:
+            flush()
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether a file or folder of this machine is a dataset rather than a folder of images."""
+    return path.suffix == ".parquet" or any((path / name).is_file() for name in _SAVED)
+
+
+def _library() -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # every failure is reported here, in one line
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each attempt to reach the Hub
+    return datasets
+
+
+def _load(source: DatasetSource) -> Any:
+    datasets = _library()
+    path = source.path
+    try:
+        if path.endswith(".parquet"):
+            if not glob.glob(path) and not os.path.exists(path):
+                raise DataError(f"{path}: no such file; check data.sources")
+            return datasets.load_dataset("parquet", data_files={"train": path}, split="train")
+        if is_dataset(Path(path)):
+            saved = datasets.load_from_disk(path)
+            if isinstance(saved, datasets.DatasetDict) and source.split not in saved:
+                raise DataError(f"{path}: has no split {source.split!r}; set split: it has {', '.join(saved)}")
+            return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+        if os.path.isabs(path) and not os.path.isdir(path):
+            trouble = "is a file of another kind" if os.path.exists(path) else "no such folder"
+            raise DataError(f"{path}: {trouble}; {_WAYS}")
+        return datasets.load_dataset(path, split=source.split, revision=source.revision)
+    except DataError:
+        raise
+    except Exception as error:  # each loader raises what its libraries raise
+        raise DataError(f"{path}: {_complaint(error, source, datasets)}") from None
+
+
+def _complaint(error: Exception, source: DatasetSource, datasets: Any) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    unknown_split = re.match(r"Unknown split .*one of \[(.*)\]", reason)
+    if unknown_split:
+        return f"has no split {source.split!r}; set split: it has {unknown_split[1].replace(chr(39), '')}"
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return (
+            "no such file or folder here, and no such dataset on the Hub, or it is gated or private: see the spelling, "
+            f"accept the terms at https://huggingface.co/datasets/{source.path}, and log in with `hf auth login`"
+        )
+    if isinstance(error, ConnectionError):
+        return "not on this machine, and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE)"
+    return f"cannot be read as a dataset ({reason}); {_WAYS}"
+
+
+def _image_column(dataset: Any, column: str, place: str) -> Any:
+    """The dataset with this column alone, as the stored bytes."""
+    datasets = _library()
+    feature = _feature(dataset, column, place, "image_column")
+    stored = isinstance(feature, dict) and "bytes" in feature
+    binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+    if not (stored or binary or isinstance(feature, datasets.Image)):
+        raise DataError(f"{place}: column {column!r} holds {_kind(feature)}, not images; {_columns(dataset)}")
+    return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+
+def _caption_column(dataset: Any, column: str | None, place: str) -> list[str | None]:
+    if column is None:
+        return [None] * len(dataset)
+    feature = _feature(dataset, column, place, "caption_column")
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise DataError(f"{place}: column {column!r} holds {_kind(feature)}, not text; {_columns(dataset)}")
+    texts = dataset.select_columns([column])[:][column]
+    return [clean(text or "") or None for text in texts]
+
+
+def _feature(dataset: Any, column: str, place: str, key: str) -> Any:
+    if column not in dataset.features:
+        raise DataError(f"{place}: has no column {column!r}; set {key}: {_columns(dataset)}")
+    return dataset.features[column]
+
+
+def _columns(dataset: Any) -> str:
+    return f"the columns are {', '.join(dataset.column_names)}"
+
+
+def _kind(feature: Any) -> str:
+    dtype = getattr(feature, "dtype", None)
+    return dtype if isinstance(dtype, str) and type(feature).__name__ == "Value" else type(feature).__name__

@@ -1,0 +1,68 @@
+"""What lies in a store's folder, and the removal of what is not wanted any more."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from sd3tune.data.store import exclusive, read_index, shards_in, temporaries_in
+from sd3tune.errors import RunError
+
+Names = tuple[str, ...]
+"""The sorted names of an entry's tensors, such as `("mean", "std")`, which tell what it is."""
+
+
+@dataclass(frozen=True)
+class StoreFile:
+    """One file of a store; entries lie together in it and can only go together."""
+
+    path: Path
+    kind: Literal["shard", "temporary", "unreadable"]
+    nbytes: int
+    idle_days: float
+    """Since it was written or last read."""
+    entries: Counter[Names] = field(default_factory=Counter)
+    entry_bytes: Counter[Names] = field(default_factory=Counter)
+
+
+def survey(root: Path) -> list[StoreFile]:
+    """The files of the store, the manifest and what is not a store's left aside."""
+    found = [_shard(path) for path in shards_in(root)]
+    return [*found, *(_file(path, "temporary") for path in temporaries_in(root))]
+
+
+def remove(root: Path, unwanted: Callable[[StoreFile], bool]) -> list[StoreFile]:
+    """Remove and return the files that `unwanted` says. Raises RunError while a store is open here."""
+    with exclusive(root):
+        files = [file for file in survey(root) if unwanted(file)]
+        try:
+            for file in files:
+                file.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"{error.filename}: cannot be removed ({error.strerror})") from None
+    return files
+
+
+def _shard(path: Path) -> StoreFile:
+    try:
+        index = read_index(path)
+    except (OSError, ValueError):
+        return _file(path, "unreadable")
+    file = _file(path, "shard")
+    for entry in index.values():
+        names = tuple(sorted(entry.names))
+        file.entries[names] += 1
+        file.entry_bytes[names] += entry.nbytes
+    return file
+
+
+def _file(path: Path, kind: Literal["shard", "temporary", "unreadable"]) -> StoreFile:
+    try:
+        status = path.stat()
+    except FileNotFoundError:  # finished or cleaned up a moment ago
+        return StoreFile(path, kind, 0, 0.0)
+    return StoreFile(path, kind, status.st_size, max(0.0, time.time() - status.st_mtime) / 86400)

@@ -1,0 +1,209 @@
+"""`sd3tune data check`: what would be trained on, and what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from sd3tune.atomic import new_file
+from sd3tune.config import Config
+from sd3tune.data.ahead import ahead
+from sd3tune.data.duplicates import near_duplicates, thumbnail
+from sd3tune.data.images import ImageRef, is_smaller, read_image
+from sd3tune.data.records import Record, scan_records
+from sd3tune.errors import DataError, ModelError, RunError
+from sd3tune.model.bases import local_base
+from sd3tune.model.components import load_tokenizer
+from sd3tune.model.text import count_tokens
+from sd3tune.sampling.contact_sheet import contact_sheet
+
+_SHOWN = 10
+"""Lines of a list that is cut short."""
+_SHEET_IMAGES, _SHEET_COLUMNS, _SHEET_SIDE = 48, 6, 176
+_MARK = ("sd3tune", "data check")
+"""A text in the contact sheet, so that a later one may replace it."""
+_CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An image that was decoded."""
+
+    record: Record
+    digest: str
+    size: tuple[int, int]
+    """(height, width)."""
+    thumbnail: np.ndarray
+    tile: Image.Image | None
+    """What the contact sheet shows of it."""
+
+
+def run_data_check(config: Config, sheet: Path) -> None:
+    """Print the report and write the contact sheet. Raises DataError with every reason not to train on this."""
+    _check_sheet(sheet)
+    records, problems = scan_records(config.data, progress=True)
+    seen: list[_Seen] = []
+    for result in _look(records, config):
+        if isinstance(result, DataError):
+            problems += result.problems
+        else:
+            seen.append(result)
+    for line in _report(config, seen):
+        print(line)
+    if seen:
+        _write_sheet(sheet, seen)
+        print(f"sheet     {sheet}")
+    if problems:
+        print(f"not trainable: {len(problems)} problem{'s' * (len(problems) != 1)}", flush=True)
+        raise DataError(*problems)
+    samples = sum(one.record.repeats for one in seen)
+    print(f"trainable: {len(seen)} image{'s' * (len(seen) != 1)}, {samples} per epoch")
+
+
+def _look(records: Sequence[Record], config: Config) -> Iterator[_Seen | DataError]:
+    """Every image decoded whole, some at a time."""
+    step = max(1, math.ceil(len(records) / _SHEET_IMAGES))
+    side = config.data.resolution
+
+    def look(numbered: tuple[int, Record]) -> _Seen | DataError:
+        number, record = numbered
+        try:
+            image, digest = read_image(record.image)
+        except DataError as error:
+            return error
+        tile = None
+        if number % step == 0:
+            high, wide = _training_size((image.height, image.width), side)
+            scale = _SHEET_SIDE / max(high, wide)
+            tile = ImageOps.fit(image, (round(wide * scale), round(high * scale)), Image.Resampling.LANCZOS)
+        return _Seen(record, digest, (image.height, image.width), thumbnail(image), tile)
+
+    yield from tqdm(ahead(look, enumerate(records)), desc="checking images", unit="image", total=len(records), delay=1)
+
+
+def _training_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """(height, width) of the crop that an image of this size is trained in."""
+    return resolution, resolution
+
+
+def _report(config: Config, seen: Sequence[_Seen]) -> Iterator[str]:
+    for number, source in enumerate(config.data.sources):
+        count = sum(one.record.source == number for one in seen)
+        extras = [
+            f"{count} image{'s' * (count != 1)}",
+            *([f"x {source.repeats}"] if source.repeats > 1 else []),
+            *([f"weight {source.weight:g}"] if source.weight != 1 else []),
+            *([f"at most {source.max_samples}"] if source.max_samples else []),
+        ]
+        yield f"source {number}  {source.path}: {', '.join(extras)}"
+    if not seen:
+        return
+    captions = list(dict.fromkeys(one.record.caption for one in seen if one.record.caption))
+    if captions:
+        yield from _captions(config, captions)
+    yield from _sizes(config, seen)
+    yield from _duplicates(seen)
+
+
+def _captions(config: Config, captions: Sequence[str]) -> Iterator[str]:
+    yield f"captions  {len(captions)} different; the first: {captions[0][:80]!r}"
+    try:
+        base = local_base(config.model.base, config.model.revision)
+        limits = {"CLIP": ("clip_l", _CLIP_TOKENS)}
+        if config.model.t5:
+            limits["T5"] = ("t5", config.model.max_sequence_length)
+        tokenizers = {} if base is None else {name: load_tokenizer(base, part) for name, (part, _) in limits.items()}
+    except ModelError as error:
+        yield from (f"warning: tokens were not counted: {problem}" for problem in error.problems)
+        return
+    if not tokenizers:
+        yield f"tokens    not counted: the tokenizers of {config.model.base} are not on this machine yet"
+    for name, tokenizer in tokenizers.items():
+        limit = limits[name][1]
+        counts = {caption: count_tokens(tokenizer, caption) for caption in captions}
+        longest = max(counts, key=lambda caption: counts[caption])
+        yield f"tokens    {name}: at most {counts[longest]} of {limit}"
+        beyond = sum(count > limit for count in counts.values())
+        if beyond:
+            yield (
+                f"warning: {beyond} caption{'s' * (beyond != 1)} beyond {limit} {name} tokens: "
+                f"of {longest[:60]!r} the last {counts[longest] - limit} are cut off"
+            )
+
+
+def _sizes(config: Config, seen: Sequence[_Seen]) -> Iterator[str]:
+    """A table of the images' sizes, and what is scaled and cut away for training."""
+    side = config.data.resolution
+    yield f"sizes     {'width x height':<16}{'images':>7}   {'trained at':<13}{'scaled':>7}{'cut away':>10}"
+    counts = Counter(one.size for one in seen).most_common()
+    for (high, wide), count in counts[:_SHOWN]:
+        to_high, to_wide = _training_size((high, wide), side)
+        scale = max(to_high / high, to_wide / wide)
+        lost = 1 - to_high * to_wide / (high * scale * wide * scale)
+        size, trained = f"{wide} x {high}", f"{to_wide} x {to_high}"
+        yield f"          {size:<16}{count:>7}   {trained:<13}{scale:>6.2f}x{lost:>9.0%}"
+    if len(counts) > _SHOWN:
+        rest = sum(count for _, count in counts[_SHOWN:])
+        yield f"          and {len(counts) - _SHOWN} more sizes, {rest} images"
+    small = [one.record.image for one in seen if is_smaller(one.size, _training_size(one.size, side))]
+    if small:
+        yield f"warning: {len(small)} of {len(seen)} are enlarged, which blurs the result: {_named(small)}"
+
+
+def _duplicates(seen: Sequence[_Seen]) -> Iterator[str]:
+    by_digest: dict[str, list[_Seen]] = {}
+    for one in seen:
+        by_digest.setdefault(one.digest, []).append(one)
+    exact = [_named([one.record.image for one in found]) for found in by_digest.values() if len(found) > 1]
+    yield from _shortened("warning: the same image, byte for byte: ", exact)
+    first = [found[0] for found in by_digest.values()]
+    near = near_duplicates([one.thumbnail for one in first])
+    yield from _shortened(
+        "warning: nearly the same picture: ", [_named([first[index].record.image for index in of]) for of in near]
+    )
+
+
+def _shortened(prefix: str, found: Sequence[str]) -> Iterator[str]:
+    for line in found[:_SHOWN]:
+        yield prefix + line
+    if len(found) > _SHOWN:
+        yield f"{prefix}{len(found) - _SHOWN} more groups"
+
+
+def _named(images: Sequence[ImageRef]) -> str:
+    return ", ".join(image.name for image in images[:5]) + (", ..." if len(images) > 5 else "")
+
+
+def _check_sheet(path: Path) -> None:
+    """RunError when the contact sheet would replace something that is not one."""
+    if not path.exists():
+        return
+    try:
+        with Image.open(path) as image:
+            ours = image.info.get(_MARK[0]) == _MARK[1]
+    except Exception:  # whatever it is, it is not ours
+        ours = False
+    if not ours:
+        raise RunError(f"--sheet {path}: exists and is no contact sheet; name another file")
+
+
+def _write_sheet(path: Path, seen: Sequence[_Seen]) -> None:
+    tiles = [(one.tile, f"{one.record.image.name}  {one.record.caption}") for one in seen if one.tile is not None]
+    rows = [tiles[start : start + _SHEET_COLUMNS] for start in range(0, len(tiles), _SHEET_COLUMNS)]
+    picture = contact_sheet(
+        [[tile for tile, _ in row] for row in rows],
+        side=_SHEET_SIDE,
+        cells=[[label for _, label in row] for row in rows],
+    )
+    info = PngInfo()
+    info.add_text(*_MARK)
+    with new_file(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=info)
