@@ -89,7 +89,7 @@ class LoraConfig(Section):
         "attention",
         description="`attention`: every q, k, v and output projection of both streams, `attn2` included; "
         "`attention-image`: those of the image stream alone; `attention+mlp`: also the feed-forward layers, at about "
-        "three times the size; else module names or their endings, such as `[attn.to_q, attn.to_v]`, or a regular "
+        "twice the size; else module names or their endings, such as `[attn.to_q, attn.to_v]`, or a regular "
         "expression for full names, `re:transformer_blocks\\.\\d+\\.attn\\..*`. Modules that can never learn are "
         "left out.",
     )
@@ -136,6 +136,8 @@ class LoraConfig(Section):
         if targets == []:
             raise ValueError("is empty: nothing would be trained; use `attention` or name at least one module")
         presets = ("attention", "attention-image", "attention+mlp")
+        if not isinstance(targets, str | list):
+            raise ValueError("is not a preset, a list of module names or an expression that begins with re:")
         if isinstance(targets, str) and targets not in presets and not targets.startswith("re:"):
             raise ValueError(
                 f"is not one of: {', '.join(presets)}; put module names in a list, [{targets}], and begin a regular "
@@ -327,9 +329,7 @@ class CosmapConfig(Section):
     kind: Literal["cosmap"] = Field("cosmap", description="The noise levels of a cosine schedule.")
 
 
-TimestepsConfig = Annotated[
-    LogitNormalConfig | UniformConfig | ModeConfig | CosmapConfig, Field(discriminator="kind")
-]
+TimestepsConfig = Annotated[LogitNormalConfig | UniformConfig | ModeConfig | CosmapConfig, Field(discriminator="kind")]
 
 
 class NoWeightingConfig(Section):
@@ -410,7 +410,9 @@ class FlowConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> FlowConfig:
         if self.timesteps.kind == "cosmap" and self.weighting.kind == "cosmap":
-            raise ValueError("cosmap timesteps with cosmap weighting count the same thing twice; make one of them plain")
+            raise ValueError(
+                "cosmap timesteps with cosmap weighting count the same thing twice; make one of them plain"
+            )
         if self.min_sigma >= self.max_sigma:
             raise ValueError(f"min_sigma {self.min_sigma:g} must be below max_sigma {self.max_sigma:g}")
         return self

@@ -40,7 +40,7 @@ def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, L
         if odd:
             raise AdapterError(
                 f"method.start_from: {adapter.path} has rank {rank} where this run has {layers[odd[0]].rank}: "
-                f"{_first(odd)}; set method.rank, or method.rank_pattern for single modules"
+                f"{_first(odd)}; set method.rank to {rank}, or method.rank_pattern for single modules"
             )
 
 

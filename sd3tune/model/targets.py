@@ -64,7 +64,9 @@ def select_modules(
     for pattern in () if patterns in PRESETS.values() else patterns:
         matches = [name for name in linear if fits(name, pattern)]
         if not matches:
-            problems.append(f"method.targets: {pattern!r} matches no linear module of the transformer; {_kinds(linear)}")
+            problems.append(
+                f"method.targets: {pattern!r} matches no linear module of the transformer; {_kinds(linear)}"
+            )
         elif not any(inside(name) for name in matches):
             problems.append(f"method.targets: {pattern!r} matches nothing in method.blocks, only {matches[0]} and such")
         elif all(name in never for name in matches if inside(name)):

@@ -78,6 +78,15 @@ def section(kind: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
         "path": st.sampled_from(["/photos/no", "/a b/1e-4", "/'"]),
         "cache_dir": st.sampled_from([None, "/cache"]),
         "output_dir": st.sampled_from(["/out", "/#1"]),
+        # As written, and such that the rules between keys hold.
+        "targets": st.sampled_from(["attention", "attention+mlp", "re:.*to_q", ["attn.to_q", "re:x"]]),
+        "blocks": st.sampled_from([None, [0], ["0-11", 3], ["7"]]),
+        "rank_pattern": st.dictionaries(TEXT.filter(lambda text: not text.startswith("re:")), st.integers(1, 1024)),
+        "alpha_pattern": st.dictionaries(st.sampled_from(["attn.to_q", "re:.*\\.0\\..*"]), st.floats(0.5, 100)),
+        "init": st.sampled_from([True, "gaussian", "eva"]),
+        "start_from": st.sampled_from([None, "/runs/a b"]),
+        "min_sigma": st.floats(0, 0.4),
+        "max_sigma": st.floats(0.5, 1),
         "base": st.sampled_from(["tiny", "owner/name", "/abs: folder"]),
     }
     return st.fixed_dictionaries(

@@ -132,3 +132,117 @@ def test_mean_weight_follows_the_density_and_the_shift():
         lambda u: timesteps.shift_sigma(timesteps.logit_normal(u, 0.3, 0.8), 3.0),
     )
     assert mean == pytest.approx(sampled, rel=2e-3)
+
+
+def paper_mode(u: torch.Tensor, s: float) -> torch.Tensor:
+    """Esser et al. 2024, eq. 20, as printed; t = 1 is noise there, too."""
+    return 1 - u - s * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+
+
+@pytest.mark.parametrize("scale", [-1.0, -0.5, 0.0, 1.29, 1.75])
+def test_mode_is_the_papers_map_turned_to_rise(scale):
+    sigma = timesteps.mode(U, scale)
+    assert torch.allclose(sigma, paper_mode(1 - U, scale), atol=1e-15)
+    assert torch.allclose(sigma.sort().values, paper_mode(U, scale).sort().values, atol=1e-14)
+    assert (sigma.diff() > 0).all()
+    assert timesteps.mode(torch.tensor([0.0, 0.5, 1.0]).double(), scale).tolist() == pytest.approx([0, 0.5, 1])
+
+
+def test_mode_favours_the_middle_above_zero_and_the_ends_below():
+    """Density at sigma 1/2: 1 / f'(1/2), f' = 1 + s (1 - (pi / 2) sin(pi u))."""
+    for scale in (-0.5, 1.29):
+        share = ((timesteps.mode(U, scale) - 0.5).abs() < 0.005).double().mean().item()
+        assert share / 0.01 == pytest.approx(1 / (1 + scale * (1 - math.pi / 2)), rel=1e-2)
+
+
+def test_cosmap_has_the_papers_map_and_density():
+    sigma = timesteps.cosmap(U)
+    assert torch.allclose(sigma, 1 - 1 / (torch.tan(math.pi / 2 * U) + 1), atol=1e-12)
+    for threshold in (0.05, 0.3, 0.8):  # the density 2 / (pi (1 - 2 t + 2 t^2)) integrated by hand
+        cdf = (2 / math.pi) * (math.atan(2 * threshold - 1) + math.pi / 4)
+        assert (sigma < threshold).double().mean().item() == pytest.approx(cdf, abs=2e-5)
+    assert timesteps.cosmap(torch.tensor(1.0).double()).item() == 1.0
+
+
+def test_cosmap_weighting_is_the_density_of_cosmap_timesteps():
+    """So weighting uniform sigmas by it, and drawing from it, give the same mean of any function."""
+    for function in (torch.square, torch.sin):
+        drawn = function(timesteps.cosmap(U)).mean().item()
+        weighted = (weighting.cosmap(U) * function(U)).mean().item()
+        assert weighted == pytest.approx(drawn, rel=1e-8)
+    assert weighting.mean_over_sigma(weighting.cosmap, timesteps.uniform) == pytest.approx(1, rel=1e-9)
+    assert weighting.cosmap(torch.tensor(0.5).double()).item() == pytest.approx(4 / math.pi)
+
+
+def test_sigma_sqrt_is_sigma_to_minus_two_until_its_clamp():
+    sigma = torch.tensor([0.0, 1e-4, 1e-3, 0.1, 0.5, 1.0], dtype=torch.float64)
+    expected = torch.tensor([1e6, 1e6, 1e6, 100, 4, 1], dtype=torch.float64)
+    assert torch.allclose(weighting.sigma_sqrt(sigma), expected, rtol=1e-12)
+    # By hand: 1e6 * 1e-3 + (1 / 1e-3 - 1); the midpoint rule is exact where the weight is constant.
+    assert weighting.mean_over_sigma(weighting.sigma_sqrt, timesteps.uniform) == pytest.approx(1999, rel=1e-4)
+
+
+DENSITIES = {
+    "uniform": timesteps.uniform,
+    "logit_normal": lambda u: timesteps.logit_normal(u, 0.4, 1.3),
+    "mode": lambda u: timesteps.mode(u, 1.29),
+    "cosmap": timesteps.cosmap,
+    "shifted": lambda u: timesteps.shift_sigma(timesteps.logit_normal(u, 0.0, 1.0), 3.0),
+}
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_truncation_keeps_the_density_between_its_bounds(name):
+    draw, low, high = DENSITIES[name], 0.2, 0.7
+    truncated = timesteps.truncated(draw, low, high)(U)
+    plain = draw(U)
+    inside = plain[(plain > low) & (plain < high)]
+    assert truncated.min() >= low - 1e-9
+    assert truncated.max() <= high + 1e-9
+    for threshold in (0.3, 0.45, 0.6):
+        expected = (inside < threshold).double().mean().item()
+        assert (truncated < threshold).double().mean().item() == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_no_bounds_change_no_bit(name):
+    assert torch.equal(timesteps.truncated(DENSITIES[name], 0.0, 1.0)(U), DENSITIES[name](U))
+
+
+@pytest.mark.parametrize("sigma", [0.001, 0.3, 0.75, 0.999])
+def test_the_share_below_a_sigma_inverts_the_draw(sigma):
+    for draw in DENSITIES.values():
+        u = torch.tensor(timesteps.share_below(draw, sigma), dtype=torch.float64)
+        assert draw(u).item() == pytest.approx(sigma, abs=2e-8)  # ndtri is no better in its tails
+    assert timesteps.share_below(timesteps.uniform, sigma) == pytest.approx(sigma, rel=1e-15)
+
+
+def test_the_resolution_shift_keeps_the_uncertainty_of_the_image():
+    """Esser et al. 2024, section 5.3.2: sigma(t, n) = t / (1 - t) sqrt(1 / n) is the same at t_m for m pixels."""
+    n, m = 1024**2, 512 * 768
+    t_n = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    t_m = timesteps.shift_sigma(t_n, timesteps.resolution_shift(m, n))
+    assert torch.allclose(t_m / (1 - t_m) / math.sqrt(m), t_n / (1 - t_n) / math.sqrt(n), rtol=1e-12)
+    assert timesteps.resolution_shift(n, n) == 1
+    assert timesteps.resolution_shift(512**2, n) == 0.5  # a quarter of the pixels, half the odds of noise
+
+
+@pytest.mark.parametrize("delta", [0.1, 1.0, 5.0])
+def test_huber_is_half_the_square_near_zero_and_a_line_beyond(delta):
+    target = torch.randn(3, 16, 8, 8, dtype=torch.float64)
+    d = 2 * torch.randn(3, 16, 8, 8, dtype=torch.float64)
+    by_hand = torch.where(d.abs() < delta, d**2 / 2, delta * (d.abs() - delta / 2)).mean(dim=(1, 2, 3))
+    assert torch.allclose(objective.huber_loss(target + d, target, delta), by_hand, rtol=1e-12)
+    assert objective.huber_loss(target.bfloat16(), target.float(), delta).dtype is torch.float32
+
+
+def test_huber_with_a_large_delta_is_half_the_squared_error():
+    prediction, target = torch.randn(2, 3, 16, 8, 8, dtype=torch.float64)
+    half = objective.velocity_loss(prediction, target) / 2
+    assert torch.allclose(objective.huber_loss(prediction, target, 1e3), half, rtol=1e-12)
+
+
+def test_offset_noise_moves_each_channel_as_a_whole():
+    noise, offset = torch.randn(2, 16, 8, 8), torch.randn(2, 16)
+    moved = objective.offset_noise(noise, offset, 0.1) - noise
+    assert torch.allclose(moved, (0.1 * offset)[:, :, None, None].expand_as(noise), atol=1e-6)

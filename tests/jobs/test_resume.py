@@ -73,6 +73,40 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(
     assert json.loads((run / "run.json").read_text())["resumes"] == [{"from_step": step // 3 * 3}]
 
 
+VARIANTS = (
+    "train.steps=6", "train.gradient_accumulation=2", "checkpoint={every: 2, keep: 2}", "method.dropout=0.2",
+    "method.targets=attention+mlp", "method.rank_pattern={attn.to_k: 4}", "method.rslora=true", "method.init=eva",
+    "flow.timesteps.kind=mode", "flow.min_sigma=0.05", "flow.loss.kind=huber", "flow.noise_offset=0.1",
+    "flow.weighting.kind=min_snr", "flow.shift=resolution",
+)  # fmt: skip
+
+
+def test_variants_of_method_and_flow_resume_exactly_and_previews_change_nothing(
+    quick_config, tmp_path: Path, assert_equal_runs
+) -> None:
+    previews = "preview={every: 1, prompts: [a dog], steps: 1, guidance: 1.0}"
+    run_training(quick_config(tmp_path / "straight", *VARIANTS))
+    config = quick_config(tmp_path / "run", *VARIANTS, previews, "train.gradient_checkpointing=none")
+    stopped(config, 3)
+    run_training(config, resume=True)
+    assert_equal_runs(tmp_path / "straight", tmp_path / "run")
+
+
+def test_a_run_that_went_on_from_an_adapter_resumes(quick_config, tmp_path: Path, finished, assert_equal_runs) -> None:
+    settings = (f"method.start_from={finished}", "train.steps=4", "checkpoint.every=1", "method.alpha=3.0")
+    run_training(quick_config(tmp_path / "straight", *settings))
+    config = quick_config(tmp_path / "run", *settings)
+    stopped(config, 2)
+    moved = tmp_path / "moved.safetensors"
+    shutil.copy(finished / "adapter" / "pytorch_lora_weights.safetensors", moved)
+    run_training(quick_config(tmp_path / "run", *settings, f"method.start_from={moved}"), resume=True)
+    assert_equal_runs(tmp_path / "straight", tmp_path / "run")
+    stopped(quick_config(tmp_path / "other", *settings), 2)
+    other = tmp_path / "straight"
+    with pytest.raises(RunError, match="--resume: method.start_from: "):
+        run_training(quick_config(tmp_path / "other", *settings, f"method.start_from={other}"), resume=True)
+
+
 def test_a_run_may_be_stopped_more_than_once(quick_config, tmp_path: Path, straight: Path, assert_equal_runs) -> None:
     config = quick_config(tmp_path, *EVERYTHING)
     stopped(config, 4)
@@ -211,6 +245,14 @@ COSINE = ("train.steps=4", "schedule.kind=cosine", "checkpoint.every=2")
         ("optimizer.lr=1e-3", "optimizer.lr: 0.01 in the run, 0.001 now"),
         ("seed=1", "seed: 0 in the run, 1 now"),
         ("method.alpha=4.0", "method.alpha: 2.0 in the run, 4.0 now"),
+        ("method.dropout=0.1", "method.dropout: 0.0 in the run, 0.1 now"),
+        ("method.rslora=true", "method.rslora: false in the run, true now"),
+        ("method.blocks=[0]", "method.blocks: null in the run, [0] now"),
+        ("method.init=gaussian", 'method.init: true in the run, "gaussian" now'),
+        ("flow.min_sigma=0.1", "flow.min_sigma: 0.0 in the run, 0.1 now"),
+        ("flow.loss.kind=huber", 'flow.loss.kind: "mse" in the run, "huber" now'),
+        ("flow.noise_offset=0.1", "flow.noise_offset: 0.0 in the run, 0.1 now"),
+        ("flow.shift=resolution", 'flow.shift: 1.0 in the run, "by resolution, 3 at 1024 px" now'),
         ("ema={decay: 0.9}", 'ema: null in the run, {"decay": 0.9} now'),
         ("model.max_sequence_length=20", "model.max_sequence_length: 16 in the run, 20 now"),
         ("model.dtype=bf16", 'model.dtype: "fp32" in the run, "bf16" now'),

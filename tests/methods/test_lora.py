@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sd3tune.data.sampler import generator
+from sd3tune.errors import UserError
 from sd3tune.methods import METHODS, LoraMethod
 from sd3tune.model import adapter_io
 from sd3tune.model.adapters import ADAPTER_NAME, lora_layers
@@ -192,3 +193,110 @@ def test_weights_that_are_not_finite_are_not_written(make, transformer, tmp_path
     with pytest.raises(adapter_io.AdapterError, match="NaN or infinite"):
         method.export(tmp_path / "adapter", master.named(master.master), CONTRACT)
     assert not (tmp_path / "adapter").exists() or not list((tmp_path / "adapter").iterdir())
+
+
+def exported_scale(method: LoraMethod, weights: dict[str, Tensor]) -> dict[str, float]:
+    """By how much each module's B was multiplied."""
+    found = method.exported(weights)
+    return {
+        name.removesuffix(".lora_B"): (found[name] / weights[name]).flatten()[0].item()
+        for name in weights
+        if name.endswith(".lora_B")
+    }
+
+
+MIXED = ("method.rank=4", "method.alpha=6.0", "method.rank_pattern={attn.to_k: 8, 're:.*\\.0\\..*': 2}",
+         "method.alpha_pattern={transformer_blocks.1.attn.to_k: 2.0}")  # fmt: skip
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_file_folds_each_modules_own_scale(make, transformer, tmp_path: Path, rslora: bool) -> None:
+    """Scales by hand: alpha / r, or alpha / sqrt r, with the first pattern that fits."""
+    method = make(*MIXED, f"method.rslora={str(rslora).lower()}", "method.targets=[attn.to_q, attn.to_k]")
+    master = inject(method, transformer)
+    weights = master.named(master.master)
+    root = (lambda rank: rank**0.5) if rslora else (lambda rank: rank)
+    expected = {
+        "transformer_blocks.0.attn.to_q": 6 / root(2), "transformer_blocks.0.attn.to_k": 6 / root(8),
+        "transformer_blocks.1.attn.to_q": 6 / root(4), "transformer_blocks.1.attn.to_k": 2 / root(8),
+        "transformer_blocks.2.attn.to_q": 6 / root(4), "transformer_blocks.2.attn.to_k": 6 / root(8),
+        "transformer_blocks.3.attn.to_q": 6 / root(4), "transformer_blocks.3.attn.to_k": 6 / root(8),
+    }  # fmt: skip
+    assert exported_scale(method, weights) == pytest.approx(expected, rel=1e-6)
+    trained = velocity(transformer)
+    file = method.export(tmp_path, weights, CONTRACT)
+    loaded = load_transformer(resolve_base("tiny"), torch.float32)
+    adapter_io.attach(loaded, adapter_io.read_adapter(file), "default")
+    torch.testing.assert_close(velocity(loaded), trained, rtol=0, atol=1e-5)
+    with method.as_exported(transformer, weights):
+        assert torch.equal(velocity(transformer), velocity(loaded))
+    assert torch.equal(velocity(transformer), trained)
+
+
+def test_the_contract_states_what_is_not_the_default(make) -> None:
+    assert make().contract() == {"method": "lora", "rank": 2, "alpha": 2.0}
+    overrides = ("method.rslora=true", "method.blocks=[0-1, 3]", "method.dropout=0.1", "method.init=gaussian")
+    assert make(*overrides, "method.targets=attention-image").contract() == {
+        "method": "lora", "rank": 2, "alpha": 2.0, "rslora": True, "blocks": ["0-1", 3], "dropout": 0.1,
+        "init": "gaussian", "targets": "attention-image",
+    }  # fmt: skip
+
+
+def test_a_pattern_for_no_trained_module_is_refused(make, transformer) -> None:
+    method = make("method.targets=attention-image", "method.rank_pattern={attn.add_k_proj: 4}")
+    with pytest.raises(UserError, match=r"method.rank_pattern: 'attn.add_k_proj' matches none of the trained modules"):
+        method.coverage(transformer)
+
+
+def test_the_coverage_table_knows_the_patterns(make, transformer) -> None:
+    method = make("method.targets=[attn.to_q, attn.to_k]", "method.rank_pattern={attn.to_k: 5}")
+    assert [(row.module, row.parameters) for row in method.coverage(transformer)] == [
+        ("attn.to_q", 4 * 2 * 128), ("attn.to_k", 4 * 5 * 128),
+    ]  # fmt: skip
+
+
+# Dropout.
+
+
+def test_dropout_acts_where_it_is_asked_for_and_nowhere_else(make, transformer) -> None:
+    method = make("method.dropout=0.5")
+    master = inject(method, transformer)
+    whole = velocity(transformer)
+    with method.regularised(transformer, 1):
+        first = velocity(transformer)
+        assert torch.equal(velocity(transformer), first)  # as when a block is recomputed
+    with method.regularised(transformer, 2):
+        second = velocity(transformer)
+    assert not torch.equal(first, whole)
+    assert not torch.equal(first, second)
+    assert torch.equal(velocity(transformer.train()), whole)
+    weights = master.named(master.master)
+    with method.as_exported(transformer, weights):
+        shown = velocity(transformer)
+    plain = make()
+    other = load_transformer(resolve_base("tiny"), torch.float32)
+    same = inject(plain, other)
+    with plain.as_exported(other, same.named(same.master)):
+        assert torch.equal(velocity(other), shown)
+
+
+def test_dropout_ends_with_an_error(make, transformer) -> None:
+    method = make("method.dropout=0.5")
+    inject(method, transformer)
+    whole = velocity(transformer)
+    with pytest.raises(KeyboardInterrupt), method.regularised(transformer, 1):
+        raise KeyboardInterrupt
+    assert torch.equal(velocity(transformer), whole)
+
+
+def test_dropout_is_on_the_adapters_input(make, transformer) -> None:
+    """One layer by hand: W x + scale B A d(x), with what dropout itself makes of x."""
+    method = make("method.dropout=0.25", "method.alpha=3.0")
+    inject(method, transformer)
+    layer = lora_layers(transformer)["transformer_blocks.0.attn.to_q"]
+    x = torch.randn(2, 7, 64, generator=generator(3))
+    with method.regularised(transformer, 9), torch.no_grad():
+        dropped = layer.lora_dropout[ADAPTER_NAME](x)
+        assert not torch.equal(dropped, x)
+        a, b = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
+        torch.testing.assert_close(layer(x), layer.base_layer(x) + 1.5 * dropped @ a.T @ b.T)

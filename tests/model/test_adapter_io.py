@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -340,10 +341,9 @@ def test_a_newer_contract_asks_for_an_upgrade(tmp_path: Path) -> None:
     assert "written by a newer sd3tune (9.1); upgrade" in error_of(save(tmp_path, pair(), {"sd3tune": contract}))
 
 
-@pytest.mark.parametrize("kind", ["use_rslora", "use_dora"])
-def test_variants_that_would_be_computed_wrongly_are_refused(kind: str, tmp_path: Path) -> None:
-    metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{kind}": True})}
-    assert "rsLoRA and DoRA files are not supported yet" in error_of(save(tmp_path, pair(), metadata))
+def test_a_variant_that_would_be_computed_wrongly_is_refused(tmp_path: Path) -> None:
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})}
+    assert "DoRA files are not supported yet" in error_of(save(tmp_path, pair(), metadata))
 
 
 @pytest.mark.parametrize("key", ["sd3tune", "lora_adapter_metadata"])
@@ -378,6 +378,65 @@ def test_alphas_and_ranks_of_another_tools_file_are_applied_module_by_module(tmp
     plain[f"{other}.lora_B"] *= 1 / 3
     expected = merged("tiny", plain, 1.0)
     torch.testing.assert_close(velocity(transformer), velocity(expected), rtol=0, atol=2e-5)
+
+
+def test_another_tools_rank_stabilised_file_computes_what_it_does_in_peft(tmp_path: Path) -> None:
+    """Written by diffusers from a PEFT adapter with rsLoRA and both patterns, as any script would."""
+    config = LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, init_lora_weights=False, target_modules=["attn.to_q", "attn.to_k"],
+        rank_pattern={"attn.to_k": 9}, alpha_pattern={r"transformer_blocks.1.attn.to_q": 2},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = load_transformer(resolve_base("tiny"), torch.float32)
+    theirs.add_adapter(config, adapter_name="default")
+    StableDiffusion3Pipeline.save_lora_weights(
+        tmp_path, get_peft_model_state_dict(theirs), transformer_lora_adapter_metadata=config.to_dict()
+    )
+    adapter = read_adapter(tmp_path)
+    scales = {name: adapter.alphas[name] / len(down) for name, (down, _) in adapter.factors.items()}
+    assert scales["transformer_blocks.0.attn.to_q"] == pytest.approx(6 / 4**0.5)
+    assert scales["transformer_blocks.1.attn.to_q"] == pytest.approx(2 / 4**0.5)
+    assert scales["transformer_blocks.1.attn.to_k"] == pytest.approx(6 / 9**0.5)
+    ours = load_transformer(resolve_base("tiny"), torch.float32)
+    attach(ours, adapter, "default")
+    torch.testing.assert_close(velocity(ours), velocity(theirs), rtol=0, atol=1e-5)
+
+
+def of_mixed_ranks(base: str) -> dict[str, Tensor]:
+    """Factors for every linear kind, rank 4 for most modules and others for some, `proj_out` among them."""
+    transformer = empty_transformer(resolve_base(base))
+    factors = {}
+    for name in [*select_modules(transformer, "attention+mlp"), "proj_out"]:
+        rank = {"proj_out": 3, "ff.net.2": 1}.get(name.removeprefix("transformer_blocks.1."), 5 if ".0." in name else 4)
+        module, source = transformer.get_submodule(name), generator(0, name)
+        factors[f"{name}.lora_A"] = torch.randn(rank, module.in_features, generator=source) / module.in_features**0.5
+        factors[f"{name}.lora_B"] = 0.1 * torch.randn(module.out_features, rank, generator=source)
+    return factors
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_ranks_that_differ_load_unchanged_in_a_plain_pipeline(base: str, tmp_path: Path, caplog) -> None:
+    factors = of_mixed_ranks(base)
+    file = write_adapter(tmp_path, factors, CONTRACT)
+    pipeline = load_pipeline(resolve_base(base), torch.float32)
+    with no_complaints(caplog):
+        pipeline.load_lora_weights(tmp_path)
+    stored, layers = load_file(file), lora_layers(pipeline.transformer)
+    assert len(stored) == 2 * len(layers) == len(factors)
+    for name, layer in layers.items():
+        assert torch.equal(layer.lora_A["default_0"].weight, factors[f"{name}.lora_A"])
+        assert layer.r["default_0"] == layer.lora_alpha["default_0"] == len(factors[f"{name}.lora_A"])
+        assert layer.scaling["default_0"] == 1.0
+    expected = velocity(merged(base, factors, 1.0))
+    torch.testing.assert_close(velocity(pipeline.transformer), expected, rtol=0, atol=5e-5)
+    attached = load_transformer(resolve_base(base), torch.float32)
+    assert attach(attached, read_adapter(tmp_path), "default").matched == len(factors)
+    assert torch.equal(velocity(attached), velocity(pipeline.transformer))
+
+
+def test_equal_ranks_need_no_pattern_in_the_metadata(tmp_path: Path) -> None:
+    with safe_open(write(tmp_path), framework="pt") as file:
+        assert "pattern" not in file.metadata()["lora_adapter_metadata"]
 
 
 # How it meets a model.

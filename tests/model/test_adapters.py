@@ -19,6 +19,7 @@ from sd3tune.model.targets import select_modules
 
 BASES = ["tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large"]
 
+
 def load(name: str = "tiny", dtype: torch.dtype = torch.float32) -> SD3Transformer2DModel:
     return load_transformer(resolve_base(name), dtype)
 
@@ -37,7 +38,9 @@ def velocity(transformer: SD3Transformer2DModel) -> Tensor:
 def inject(
     transformer: SD3Transformer2DModel, modules: Iterable[str], rank: int = 4, **options
 ) -> dict[str, nn.Parameter]:
-    return inject_lora(transformer, dict.fromkeys(modules, Layer(rank, 4.0)), lambda name: generator(7, name), **options)
+    return inject_lora(
+        transformer, dict.fromkeys(modules, Layer(rank, 4.0)), lambda name: generator(7, name), **options
+    )
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -92,7 +95,9 @@ def test_the_start_is_fp32_and_the_same_for_every_dtype_and_global_random_state(
     assert not torch.equal(*(starts[0][f"transformer_blocks.{block}.attn.to_q.lora_A"] for block in (0, 1)))
 
 
-def start_of(name: str, rank: int = 16, seeds: int = 40, features: int = 48, outputs: int = 32) -> tuple[Tensor, Tensor]:
+def start_of(
+    name: str, rank: int = 16, seeds: int = 40, features: int = 48, outputs: int = 32
+) -> tuple[Tensor, Tensor]:
     """Many starts at once: A's and B's of different generators, stacked."""
     drawn = [INITS[name](rank, features, outputs, generator(seed)) for seed in range(seeds)]
     return torch.stack([a for a, _ in drawn]), torch.stack([b for _, b in drawn])

@@ -123,9 +123,7 @@ def test_blocks_restrict_every_kind_of_target(blocks, numbers: set[int]) -> None
     transformer = skeleton()
     for targets in ("attention+mlp", ["to_q"], "re:.*"):
         chosen = select_modules(transformer, targets, blocks)
-        inside = [
-            name for name in select_modules(transformer, targets) if name.split(".")[0] == "transformer_blocks"
-        ]
+        inside = [name for name in select_modules(transformer, targets) if name.split(".")[0] == "transformer_blocks"]
         assert chosen == [name for name in inside if int(name.split(".")[1]) in numbers]
         assert chosen
 
@@ -195,7 +193,7 @@ def test_the_coverage_table_counts_blocks_and_parameters(name: str, blocks: int,
         if dual:
             expected[kind.replace("attn", "attn2")] = (dual, dual, dual * square)
     if preset != "attention-image":
-        expected |= {kind: (blocks, blocks, blocks * square) for kind in ("attn.add_k_proj", "attn.add_v_proj")}
+        expected |= dict.fromkeys(("attn.add_k_proj", "attn.add_v_proj"), (blocks, blocks, blocks * square))
         expected["attn.add_q_proj"] = (blocks - 1, blocks, (blocks - 1) * square)
         expected["attn.to_add_out"] = (blocks - 1, blocks - 1, (blocks - 1) * square)
     if preset == "attention+mlp":

@@ -30,7 +30,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return store
 
 
-def make_batches(store: Store, *, batch_size=1, accumulation=1, rank=0, world=1, repeats=(1,) * IMAGES, seed=7):
+def make_batches(
+    store: Store, *, batch_size=1, accumulation=1, rank=0, world=1, repeats=(1,) * IMAGES, seed=7, **options
+):
     examples = [
         Example(
             f"{image}.png",
@@ -42,7 +44,7 @@ def make_batches(store: Store, *, batch_size=1, accumulation=1, rank=0, world=1,
     ]
     return Batches(
         store, examples, seed=seed, batch_size=batch_size, accumulation=accumulation, rank=rank, world=world,
-        device=torch.device("cpu"), scaling=LatentScaling(1.0, 0.0), sigma_of_u=lambda u, pixels: u,
+        device=torch.device("cpu"), scaling=LatentScaling(1.0, 0.0), **{"sigma_of_u": lambda u, pixels: u, **options},
     )  # fmt: skip
 
 
@@ -150,3 +152,37 @@ def test_what_went_wrong_while_reading_ahead_is_raised(store) -> None:
     with pytest.raises(KeyError):
         batches.fetch(0, 0)
     batches.close()
+
+
+def test_sigma_is_drawn_for_the_size_of_the_images(store) -> None:
+    """Latents of 2 x 2 are images of 16 x 16 pixels."""
+    batch = make_batches(store, batch_size=3, sigma_of_u=lambda u, pixels: torch.full_like(u, pixels)).fetch(0, 0)
+    assert batch.sigma.tolist() == [256.0] * 3
+
+
+def test_noise_offset_adds_a_constant_per_image_and_channel(store) -> None:
+    plain = fetch_all(make_batches(store, batch_size=2), 50)
+    moved = fetch_all(make_batches(store, batch_size=2, noise_offset=0.1), 50)
+    offsets = torch.cat([after.noise - before.noise for before, after in zip(plain, moved, strict=True)])
+    torch.testing.assert_close(offsets, offsets[:, :, :1, :1].expand_as(offsets), rtol=0, atol=1e-6)
+    constants = offsets[:, :, 0, 0]
+    assert constants.std().item() == pytest.approx(0.1, rel=0.15)
+    assert len(constants.unique(dim=0)) == 100
+    assert abs(torch.corrcoef(constants.T)[0, 1]) < 0.3
+    for before, after in zip(plain, moved, strict=True):
+        assert torch.equal(before.latents, after.latents)
+        assert torch.equal(before.sigma, after.sigma)
+
+
+def test_two_processes_have_the_offsets_of_one(store) -> None:
+    one = make_batches(store, batch_size=2, noise_offset=0.1).fetch(3, 0)
+    ranks = [make_batches(store, rank=rank, world=2, noise_offset=0.1).fetch(3, 0) for rank in (0, 1)]
+    assert torch.equal(torch.cat([batch.noise for batch in ranks]), one.noise)
+
+
+def test_other_seeds_differ_by_purpose_step_micro_step_rank_and_run(store) -> None:
+    seeds = [
+        make_batches(store, rank=rank, world=2, seed=seed).seed_for(purpose, step, micro)
+        for rank in (0, 1) for seed in (1, 2) for purpose in ("a", "b") for step in (0, 1) for micro in (0, 1)
+    ]  # fmt: skip
+    assert len(set(seeds)) == 32

@@ -257,7 +257,7 @@ class _NoHostSync(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_a_step_reads_no_value_back(start, dtype: str) -> None:
-    training = start(f"model.dtype={dtype}", "ema={decay: 0.9}", "train.gradient_accumulation=2")
+    training = start(f"model.dtype={dtype}", "ema={decay: 0.9}", "train.gradient_accumulation=2", "method.dropout=0.1")
     training.step()
     with _NoHostSync():
         result = training.step()
@@ -280,6 +280,34 @@ def test_block_checkpointing_changes_no_gradient(start) -> None:
         checkpointed.step()
     assert len(recomputed) == 2 * len(usual)
     assert torch.equal(plain.state.master.master, checkpointed.state.master.master)
+
+
+def test_block_checkpointing_drops_the_same_inputs_again(start) -> None:
+    settings = ("method.dropout=0.3", "train.batch_size=2", "train.gradient_accumulation=2")
+    plain, checkpointed, without = start(*settings), start(*settings), start(*settings[1:])
+    checkpointed.transformer.enable_gradient_checkpointing()
+    for _ in range(2):
+        for training in (plain, checkpointed, without):
+            training.step()
+    assert torch.equal(plain.state.master.master, checkpointed.state.master.master)
+    assert not torch.equal(plain.state.master.master, without.state.master.master)
+
+
+def test_every_micro_step_and_rank_drops_other_inputs(start) -> None:
+    training = start("method.dropout=0.3", "train.gradient_accumulation=2")
+    seeds = []
+    regularised = training.method.regularised
+    training.method.regularised = lambda transformer, seed: (seeds.append(seed), regularised(transformer, seed))[1]
+    training.step()
+    training.step()
+    training.batches.rank = 1
+    training.step()
+    assert len(set(seeds)) == len(seeds) == 6
+
+
+def test_huber_is_minimised_when_asked_for(start) -> None:
+    squared, huber = start(), start("flow.loss={kind: huber, delta: 100.0}")
+    torch.testing.assert_close(huber.step().losses, squared.step().losses / 2)
 
 
 def count_forwards(transformer: SD3Transformer2DModel) -> list[None]:
