@@ -319,7 +319,7 @@ class ModeConfig(Section):
         1.29,
         ge=-1,
         le=1.75,
-        description="Above 0 favours the middle, below 0 the ends; 0 is uniform. Beyond the bounds, the map folds back.",
+        description="Above 0 favours the middle, below 0 the ends; 0 is uniform. Beyond its bounds the map folds back.",
     )
 
 

@@ -103,7 +103,7 @@ def test_a_run_that_went_on_from_an_adapter_resumes(quick_config, tmp_path: Path
     assert_equal_runs(tmp_path / "straight", tmp_path / "run")
     stopped(quick_config(tmp_path / "other", *settings), 2)
     other = tmp_path / "straight"
-    with pytest.raises(RunError, match="--resume: method.start_from: "):
+    with pytest.raises(RunError, match=r"--resume: method\.start_from: "):
         run_training(quick_config(tmp_path / "other", *settings, f"method.start_from={other}"), resume=True)
 
 

@@ -124,7 +124,7 @@ def test_the_contract_records_the_files_content_and_not_its_place(make, tmp_path
          "has rank 3 where this run has 2: transformer_blocks.0.attn.to_k and 3 more"),
         (lambda: factors("attention+mlp"), (),
          "also adapts transformer_blocks.0.ff.net.0.proj and 13 more, which method.targets and method.blocks leave"),
-        (lambda: factors(["attn.to_q"]), ("method.blocks=[1]",), "also adapts transformer_blocks.0.attn.to_q and 2 more"),
+        (lambda: factors(["attn.to_q"]), ("method.blocks=[1]",), "also adapts transformer_blocks.0.attn.to_q and 2"),
         (lambda: factors(["transformer_blocks.3.attn.to_q"], base="tiny-sd35-large"), (),
          "was made for another base: transformer_blocks.3.attn.to_q is 96x96 there and 64x64 in this one"),
         (lambda: {"transformer_blocks.3.attn.add_q_proj.lora_A": torch.ones(2, 64),
