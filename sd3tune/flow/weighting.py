@@ -24,7 +24,7 @@ def min_snr(sigma: Tensor, gamma: float) -> Tensor:
 
 
 def sigma_sqrt(sigma: Tensor, smallest: float = 1e-3) -> Tensor:
-    """sigma^-2 (diffusers' name, from SD3's example scripts), sigma clamped: the mean of sigma^-2 itself is infinite."""
+    """sigma^-2 (diffusers' name, from SD3's example scripts), sigma clamped: the mean of sigma^-2 is infinite."""
     return sigma.clamp(min=smallest).pow(-2)
 
 
