@@ -29,6 +29,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SD3TUNE_CACHE", str(shared / "sd3tune-cache"))
+        patch.setenv("HF_DATASETS_CACHE", str(shared / "datasets-cache"))  # read when `datasets` is first imported
         yield
 
 

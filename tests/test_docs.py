@@ -109,7 +109,11 @@ def command_of(words: list[str]) -> tuple[Any, list[str]]:
     """The command of the command line that is meant, and its arguments."""
     command, rest = typer.main.get_command(app), list(words)
     while hasattr(command, "commands"):
-        name = rest.pop(0)
+        name = next(iter(rest), "")
+        if name in command.commands or not hasattr(command, "fallback"):
+            rest = rest[1:]
+        else:
+            name = command.fallback
         assert name in command.commands, f"there is no command {name!r}"
         command = command.commands[name]
     return command, rest
@@ -144,7 +148,7 @@ def test_there_are_commands_in_readme_docs_examples_and_configs() -> None:
     assert {ROOT / "README.md", ROOT / "docs" / "config.md", ROOT / "examples" / "dreambooth" / "README.md"} <= typed
     assert set(CONFIGS) <= typed
     mentioned = {parameters.values[1][0] for parameters in MENTIONED}
-    assert mentioned >= {"demo", "train", "cache", "infer", "config", "base"}
+    assert mentioned >= {"demo", "train", "cache", "data", "infer", "config", "base"}
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ from sd3tune.config import load_config
 class _ConfigOrCommand(TyperGroup):
     """What is no command is the configuration to encode for: `cache run.yaml` as well as `cache ls`."""
 
+    fallback = "encode"
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        return super().resolve_command(ctx, args if args[0] in self.commands else ["CONFIG", *args])
+        return super().resolve_command(ctx, args if args[0] in self.commands else [self.fallback, *args])
 
 
 cache_app = typer.Typer(
@@ -31,9 +33,9 @@ StoreArgument = Annotated[
 ]
 
 
-@cache_app.command("CONFIG")
+@cache_app.command()
 def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Encode captions and images of a run, and nothing else."""
+    """Encode captions and images of a run, and nothing else; the word `encode` may be left out."""
     loaded = load_config(config, overrides or ())
     from sd3tune.jobs.cache import run_cache
 

@@ -121,7 +121,9 @@ class Store:
             return
         except (OSError, ValueError) as error:
             self._unreadable.add(path)
-            logger.warning("%s: passed over (%s); what it held is encoded again, the file can be deleted", path, error)
+            logger.warning(
+                "%s: passed over (%s); what it held is encoded again, the file can be deleted", path, str(error)
+            )
             return
         for key, entry in entries.items():
             self._index.setdefault(key, entry)

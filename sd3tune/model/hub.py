@@ -36,12 +36,13 @@ def download(repo: str, revision: str | None, patterns: list[str], progress: boo
 
 def cached(repo: str, revision: str | None) -> Path | None:
     """The snapshot folder as far as it was downloaded earlier, or None; the network is never used."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors, try_to_load_from_cache
 
     try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (errors.HFValidationError, errors.LocalEntryNotFoundError, OSError):
+        index = try_to_load_from_cache(repo, "model_index.json", revision=revision)
+    except errors.HFValidationError:
         return None
+    return Path(index).parent if isinstance(index, str) else None
 
 
 def _problem(repo: str, error: BaseException | None) -> str:

@@ -146,6 +146,11 @@ def test_an_error_is_one_line_and_exit_code_2_for_a_real_process_too(tmp_path: P
         ("infer --base tiny --prompt dog --num 0", "--num 0: at least 1"),
         ("infer --base tiny --prompt dog --dtype fp8", "--dtype fp8: one of auto, fp32, bf16, fp16"),
         ("infer --base nope --prompt dog", "nope: no such base"),
+        ("cache ls {tmp}", "is not a store of encodings"),
+        ("cache prune {tmp}/none.yaml", "none.yaml does not exist"),
+        ("data check {tmp}/none", "none: no such folder"),
+        ("data convert {tmp}/none --to csv --out {tmp}/out", "none: no such folder"),
+        ("data convert {tmp} --to zip --out {tmp}/out", "--to zip: one of sidecar, jsonl, csv, parquet"),
         ("base path tinny", "tinny: not an offline base; one of tiny, "),
     ],
 )
@@ -192,7 +197,7 @@ def test_version(command: Command) -> None:
 
 def test_help_lists_the_commands_that_there_are(command: Command) -> None:
     said = command("--help").out
-    assert all(f" {name} " in said for name in ("demo", "train", "cache", "infer", "config", "base"))
+    assert all(f" {name} " in said for name in ("demo", "train", "cache", "data", "infer", "config", "base"))
 
 
 def test_config_show_prints_what_can_be_loaded_again(command: Command, config_file: Path, tmp_path: Path) -> None:
@@ -220,6 +225,50 @@ def test_base_path_prints_a_diffusers_folder(name: str, command: Command) -> Non
     finished = command("base", "path", name)
     assert finished.code == 0
     assert (Path(finished.out.strip()) / "model_index.json").is_file()
+
+
+def test_cache_takes_a_configuration_or_a_command(
+    command: Command, config_file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cached = command("cache", config_file, "data.cache_dir=store")
+    assert cached.code == 0, cached.err
+    assert f"store     {tmp_path / 'store'}" in cached.out
+    assert command("cache", "encode", config_file, "data.cache_dir=store").out.count("all reused") == 2
+    assert command("cache", "ls", "store").out.splitlines()[-1].startswith("in all")
+    assert "add --yes to do it" in command("cache", "prune", "store", "--all").out
+    assert command("cache", "prune", "store", "--all", "--yes").code == 0
+    assert command("cache", "ls", "store").out.endswith("empty\n")
+    config_file.rename(tmp_path / "ls")
+    assert command("cache", "./ls", "data.cache_dir=store").out.count("all new") == 2
+
+
+def test_data_check_is_0_for_a_folder_or_a_configuration_that_can_be_trained(
+    command: Command, config_file: Path, tiny_images: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for what in (tiny_images, config_file):
+        checked = command("data", "check", what, "data.resolution=64", "model.base=tiny")
+        assert checked.code == 0, checked.err
+        assert checked.out.endswith("trainable: 5 images, 5 per epoch\n")
+        assert "sheet     runs/data-check.png" in checked.out
+    assert Path("runs/data-check.png").is_file()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_text("hello")
+    checked = command("data", "check", "bad")
+    assert checked.code == 2
+    assert checked.err.startswith("error: ")
+
+
+def test_data_convert_says_what_it_wrote(command: Command, tiny_images: Path, tmp_path: Path) -> None:
+    converted = command("data", "convert", tiny_images, "--to", "parquet", "--out", tmp_path / "x.parquet")
+    assert converted.out == f"5 images with captions: {tmp_path / 'x.parquet'} (parquet)\n"
+    options = ["--split", "train", "--image-column", "image", "--caption-column", "nothing"]
+    refused = command("data", "convert", tmp_path / "x.parquet", "--to", "csv", "--out", tmp_path / "y", *options)
+    assert refused.code == 2
+    assert "has no column 'nothing'; set caption_column: the columns are image, text" in refused.err
+    captioned = command("data", "convert", tiny_images, "--to", "csv", "--out", tmp_path / "z", "--caption", "a dog")
+    assert captioned.code == 0
 
 
 def test_a_dry_run_writes_nothing(command: Command, config_file: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from sd3tune.config.schema import DataConfig
-from sd3tune.data.records import load_records, sample_indices
+from sd3tune.data.records import load_records, sample_indices, scan_records, written_out
 from sd3tune.errors import DataError
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "dreambooth"
@@ -67,6 +67,72 @@ def test_repeats_become_samples(tmp_path):
     folder_of(tmp_path / "b", "3.png")
     records = load_records(config((tmp_path / "a", {"caption": "a"}), (tmp_path / "b", {"caption": "b", "repeats": 3})))
     assert sample_indices(records) == [0, 1, 2, 2, 2]
+
+
+def test_max_samples_chooses_the_same_images_every_time_and_more_contain_fewer(tmp_path):
+    folder = folder_of(tmp_path / "dog", *(f"{number:02}.png" for number in range(12)))
+    chosen = {
+        count: [r.image.name for r in load_records(config((folder, {"caption": "x", "max_samples": count})))]
+        for count in (3, 3, 6, 12, 100)
+    }
+    assert [len(names) for names in chosen.values()] == [3, 6, 12, 12]
+    assert chosen[3] != sorted(path.name for path in folder.iterdir())[:3]
+    assert set(chosen[3]) < set(chosen[6]) < set(chosen[12])
+    assert all(names == sorted(names) for names in chosen.values())
+
+
+def test_what_max_samples_leaves_out_is_not_looked_at(tmp_path):
+    folder = folder_of(tmp_path / "dog", *(f"{number:02}.png" for number in range(12)))
+    kept = load_records(config((folder, {"caption": "x", "max_samples": 3})))
+    for path in set(folder.iterdir()) - {record.image for record in kept}:
+        path.write_text("not an image")
+    assert load_records(config((folder, {"caption": "x", "max_samples": 3}))) == kept
+
+
+@pytest.mark.parametrize(
+    ("caption", "template", "trigger", "expected"),
+    [
+        ("a dog on a beach", None, None, "a dog on a beach"),
+        ("a dog on a beach", None, "sks", "sks, a dog on a beach"),
+        ("a photo of sks dog", None, "sks", "a photo of sks dog"),
+        ("a sksy dog", None, "sks", "sks, a sksy dog"),
+        ("", None, "sks", "sks"),
+        ("a c++ dog", None, "c++", "a c++ dog"),
+        ("a dog", "{caption}, photo", None, "a dog, photo"),
+        ("a dog", "{caption}", "sks", "a dog"),
+        ("a dog {trigger}", "a {trigger} photo: {caption} {{1}}", "sks", "a sks photo: a dog {trigger} {1}"),
+    ],
+)
+def test_trigger_and_template(caption, template, trigger, expected):
+    assert written_out(caption, template, trigger) == expected
+
+
+def test_trigger_and_template_are_in_the_records(tmp_path):
+    folder_of(tmp_path / "a", "1.png")
+    folder_of(tmp_path / "b", "2.png")
+    sources = [
+        {"kind": "folder", "path": str(tmp_path / "a"), "caption": "a dog"},
+        {"kind": "folder", "path": str(tmp_path / "b"), "caption": "a cat", "template": "{caption} ({trigger})"},
+    ]
+    records = load_records(DataConfig(sources=sources, trigger="sks", resolution=64))
+    assert [record.caption for record in records] == ["sks, a dog", "a cat (sks)"]
+
+
+def test_a_weight_is_in_the_records(tmp_path):
+    folder_of(tmp_path / "a", "1.png")
+    records = load_records(
+        config((tmp_path / "a", {"caption": "x"}), (tmp_path / "a", {"caption": "x", "weight": 0.5}))
+    )
+    assert [record.weight for record in records] == [1.0, 0.5]
+
+
+def test_images_without_a_caption_are_seen_by_a_scan(tmp_path):
+    folder_of(tmp_path / "a", "1.png", "2.png")
+    (tmp_path / "a" / "2.txt").write_text("a dog")
+    records, found = scan_records(config((tmp_path / "a", {})))
+    assert [record.image.name for record in records] == ["1.png", "2.png"]
+    assert len(found) == 1
+    assert "1.png: has no caption" in found[0]
 
 
 def test_all_problems_come_at_once_one_line_each(tmp_path):

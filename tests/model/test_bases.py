@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sd3tune.errors import ModelError
-from sd3tune.model.bases import ENCODER_PARTS, TINY_SHAPES, Base, bases_dir, resolve_base, tensor_headers
+from sd3tune.model.bases import ENCODER_PARTS, TINY_SHAPES, Base, bases_dir, local_base, resolve_base, tensor_headers
 from sd3tune.model.components import load_transformer
 
 Client = Callable[..., subprocess.CompletedProcess[str]]
@@ -77,6 +77,12 @@ def test_a_folder_is_a_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert resolve_base(str(folder)) == Base(str(folder), "folder", folder)
     monkeypatch.chdir(folder.parent)
     assert resolve_base("my-model").path == folder
+
+
+def test_a_base_of_this_machine_is_found_without_asking_the_hub(folder: Path, tiny: Base) -> None:
+    assert local_base("tiny") == tiny
+    assert local_base(str(folder)) == resolve_base(str(folder))
+    assert local_base("tinny") is None
 
 
 def test_a_misspelt_name_gets_a_suggestion(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,6 +368,13 @@ for part in sys.argv[2:]:
 """
 
 
+LOCAL = """
+from sd3tune.model.bases import local_base
+print(local_base("good/sd3").fingerprint("tokenizer_3"))
+print(local_base("never/seen"))
+"""
+
+
 def test_a_hub_base_is_downloaded_part_by_part_and_then_needs_no_network(
     tiny: Base,
     folder: Path,
@@ -379,3 +392,5 @@ def test_a_hub_base_is_downloaded_part_by_part_and_then_needs_no_network(
     assert not any("fp16" in path for path in fetched)
     offline = client(endpoint, DOWNLOAD, "look", *parts)  # the server is gone
     assert (offline.stdout.split(), offline.stderr) == (["hub", COMMIT, *expected], "")
+    local = client(endpoint, LOCAL)
+    assert (local.stdout.split(), local.stderr) == ([expected[2], "None"], "")

@@ -33,6 +33,17 @@ def test_labels_stand_above_and_cover_no_picture() -> None:
     assert ImageChops.difference(pictures, plain.crop((8, 8, 144, 72))).getbbox() is None
 
 
+def test_a_picture_has_its_own_text_below_and_nothing_is_covered() -> None:
+    plain = contact_sheet([[RED, BLUE], [BLUE]], side=64)
+    told = contact_sheet([[RED, BLUE], [BLUE]], side=64, cells=[["a.png " + "a long caption " * 20, ""], ["b"]])
+    assert told.height == plain.height + 2 * 52
+    for x, y, colour in ((8, 8, "red"), (80, 8, "blue"), (8, 8 + 72 + 52, "blue")):
+        assert boxes(told.crop((x, y, x + 64, y + 64)), colour) == (0, 0, 64, 64)
+    below = [told.crop((x, 74, x + 64, 130)).getcolors(1 << 16) or [] for x in (8, 80)]
+    assert len(below[0]) > 2
+    assert len(below[1]) == 1
+
+
 @pytest.mark.parametrize("size", [(64, 32), (32, 64), (640, 320), (16, 8)])
 def test_a_picture_of_another_shape_is_fitted_whole_and_centred(size: tuple[int, int]) -> None:
     sheet = contact_sheet([[Image.new("RGB", size, "red")]], side=64)

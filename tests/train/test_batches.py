@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,14 @@ def test_latents_keep_their_captions_when_shuffled(store, world, batch_size, acc
     epochs = steps * batch_size * accumulation * world / sum(repeats)
     for image, count in seen.items():
         assert abs(count - epochs * repeats[image]) <= repeats[image]
+
+
+def test_each_sample_has_the_weight_of_its_example(store) -> None:
+    batches = make_batches(store, batch_size=4)
+    batches.examples = [replace(one, weight=1 + int(one.name[0])) for one in batches.examples]
+    for batch in fetch_all(batches, 5):
+        assert batch.weights.dtype == torch.float32
+        assert batch.weights.tolist() == [1.0 + image for image in images_of(batch)]
 
 
 def test_every_image_comes_once_an_epoch_in_an_order_of_its_own(store) -> None:

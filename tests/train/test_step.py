@@ -116,6 +116,18 @@ def test_the_weight_scales_each_samples_loss(start) -> None:
     torch.testing.assert_close(result.weighted, 2 * result.sigmas * result.losses)
 
 
+def test_the_sources_weight_scales_its_samples_losses(start, tiny_images) -> None:
+    """Two sources of the same pictures, told apart by name: the unweighted losses stay, what is minimised changes."""
+    sources = f"data.sources=[{{path: {tiny_images}, weight: %s}}]"
+    plain, weighted = start("train.batch_size=3"), start("train.batch_size=3", sources % 0.25)
+    once = plain.step()
+    assert torch.equal(once.weighted, once.losses)
+    scaled = weighted.step()
+    assert torch.equal(scaled.losses, once.losses)
+    assert torch.equal(scaled.weighted, 0.25 * once.losses)
+    torch.testing.assert_close(scaled.grad_norm, 0.25 * once.grad_norm)
+
+
 def test_losses_are_those_of_the_velocity(start) -> None:
     training = start("train.batch_size=2")
     batch = training.batches.fetch(0, 0)

@@ -1,0 +1,217 @@
+import hashlib
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sd3tune.config.schema import DataConfig, DatasetSource
+from sd3tune.data.images import read_image
+from sd3tune.data.records import load_records
+from sd3tune.data.rows import is_dataset, list_rows, write_parquet
+from sd3tune.errors import DataError
+
+FASHION = Path(__file__).resolve().parents[3] / "shared" / "data" / "fashion_mnist" / "test.parquet"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows") / "photos"
+    folder.mkdir()
+    for number, suffix in enumerate((".png", ".jpg", ".webp")):
+        Image.new("RGB", (40 + number, 32), (80 * number, 10, 0)).save(folder / f"{number}{suffix}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(photos):
+    return sorted(photos.glob("[0-9].*"))
+
+
+@pytest.fixture(scope="module")
+def saved(photos, files, tmp_path_factory):
+    """A folder of `save_to_disk` with three rows and a column of labels."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("rows") / "saved"
+    columns = {"picture": [str(path) for path in files], "words": ["a", None, " c\r\n"], "label": [0, 1, 2]}
+    datasets.Dataset.from_dict(columns).cast_column("picture", datasets.Image()).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.fixture
+def parquet(files, tmp_path):
+    write_parquet(tmp_path / "photos.parquet", [(path.name, path.read_bytes(), f"text {path.stem}") for path in files])
+    return tmp_path / "photos.parquet"
+
+
+def rows(path, **more):
+    return list_rows(DatasetSource(kind="dataset", path=str(path), **more))
+
+
+def saved_rows(path, **more):
+    return rows(path, image_column="picture", caption_column="words", **more)
+
+
+def problem(path, **more):
+    with pytest.raises(DataError) as caught:
+        rows(path, **more)
+    (line,) = caught.value.problems
+    assert "\n" not in line
+    return line
+
+
+def test_a_parquet_file_gives_the_bytes_of_the_files(parquet, files):
+    found = rows(parquet)
+    assert [text for _, text in found] == ["text 0", "text 1", "text 2"]
+    for number, (path, (row, _)) in enumerate(zip(files, found, strict=True)):
+        assert row.read_bytes() == path.read_bytes()
+        assert row.file_name == path.name
+        assert row.name == f"photos.parquet[{number}]"
+        assert str(row) == f"{parquet}[{number}]"
+        assert read_image(row)[1] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert read_image(row)[0].tobytes() == read_image(path)[0].tobytes()
+
+
+def test_others_read_the_parquet_file_as_images(parquet):
+    import datasets
+
+    dataset = datasets.load_dataset("parquet", data_files=str(parquet), split="train")
+    assert isinstance(dataset.features["image"], datasets.Image)
+    assert [image.size for image in dataset["image"]] == [(40, 32), (41, 32), (42, 32)]
+
+
+def test_several_parquet_files_by_a_pattern(parquet):
+    shutil.copy(parquet, parquet.with_name("photos-2.parquet"))
+    assert [text for _, text in rows(parquet.with_name("photos*.parquet"))] == ["text 0", "text 1", "text 2"] * 2
+
+
+def test_a_saved_dataset_with_columns_of_other_names(saved, files):
+    found = saved_rows(saved)
+    assert [row.read_bytes() for row, _ in found] == [path.read_bytes() for path in files]
+    assert [text for _, text in found] == ["a", None, "c"]
+    assert is_dataset(saved)
+
+
+def test_rows_without_a_text_take_the_sources_caption(saved):
+    source = {"kind": "dataset", "path": str(saved), "image_column": "picture", "caption_column": "words"}
+    data = DataConfig(sources=[{**source, "caption": "fallback"}], resolution=64)
+    assert [record.caption for record in load_records(data)] == ["a", "fallback", "c"]
+    with pytest.raises(DataError, match=r"saved:train\[1\]: has no caption; fill its column or set the source's"):
+        load_records(DataConfig(sources=[source], resolution=64))
+    unread = {**source, "caption_column": None, "caption": "one for all"}
+    assert {record.caption for record in load_records(DataConfig(sources=[unread], resolution=64))} == {"one for all"}
+
+
+def test_a_folder_of_images_as_a_dataset(photos, files, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "folder")
+    lines = [json.dumps({"file_name": path.name, "text": path.stem}) for path in files]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    assert not is_dataset(folder)
+    assert [(row.read_bytes(), text) for row, text in rows(folder)] == [(p.read_bytes(), p.stem) for p in files]
+
+
+def test_splits_of_a_saved_dataset(saved, tmp_path):
+    import datasets
+
+    whole = datasets.load_from_disk(str(saved))
+    datasets.DatasetDict({"big": whole, "small": whole.select([2])}).save_to_disk(str(tmp_path / "both"))
+    assert len(saved_rows(tmp_path / "both", split="big")) == 3
+    ((row, text),) = saved_rows(tmp_path / "both", split="small")
+    assert (row.name, text) == ("both:small[0]", "c")
+    assert problem(tmp_path / "both").endswith("both: has no split 'train'; set split: it has big, small")
+
+
+def test_raw_bytes_without_a_description_are_images_too(files, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"image": [path.read_bytes() for path in files], "text": ["a", "b", "c"]})
+    pyarrow.parquet.write_table(table, tmp_path / "raw.parquet")
+    assert [row.read_bytes() for row, _ in rows(tmp_path / "raw.parquet")] == [path.read_bytes() for path in files]
+    assert rows(tmp_path / "raw.parquet")[0][0].file_name is None
+
+
+def test_a_dataset_keeps_no_format_of_its_owner(saved, tmp_path):
+    import datasets
+
+    datasets.load_from_disk(str(saved)).with_format("torch").save_to_disk(str(tmp_path / "torch"))
+    assert [text for _, text in saved_rows(tmp_path / "torch")] == ["a", None, "c"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({}, "has no column 'image'; set image_column: the columns are picture, words, label"),
+        ({"image_column": "words"}, "column 'words' holds string, not images; the columns are picture, words, label"),
+        ({"image_column": "label"}, "column 'label' holds int64, not images"),
+        ({"image_column": "picture"}, "has no column 'text'; set caption_column: the columns are"),
+        ({"image_column": "picture", "caption_column": "label"}, "column 'label' holds int64, not text"),
+        ({"image_column": "picture", "caption_column": "picture"}, "column 'picture' holds Image, not text"),
+    ],
+)
+def test_a_wrong_column_lists_those_that_there_are(saved, columns, says):
+    line = problem(saved, **columns)
+    assert line.startswith(f"{saved}:train: {says}")
+
+
+def test_what_cannot_be_read_is_one_line(photos, tmp_path, monkeypatch):
+    assert "no such file" in problem(tmp_path / "gone.parquet")
+    assert "no such file" in problem(tmp_path / "gone-*.parquet")
+    assert "no such folder" in problem(tmp_path / "gone")
+    assert "is a file of another kind" in problem(photos / "0.png")
+    (tmp_path / "bad.parquet").write_text("hello")
+    assert "bad.parquet: cannot be read as a dataset (Parquet file size is 5 bytes" in problem(tmp_path / "bad.parquet")
+    (tmp_path / "empty").mkdir()
+    assert "empty: cannot be read as a dataset" in problem(tmp_path / "empty")
+    assert "has no split 'nope'; set split: it has train" in problem(photos, split="nope")
+
+
+def test_a_hub_dataset_without_a_network(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = problem("nobody/has-such-a-dataset")
+    assert line.startswith("nobody/has-such-a-dataset: not on this machine, and the Hub cannot be reached")
+
+
+def test_an_empty_cell_and_broken_bytes_are_named_with_their_row(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    cells = [{"bytes": b"hello", "path": None}, None, {"bytes": None, "path": "/nowhere/a.png"}]
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells, "text": ["a", "b", "c"]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError) as caught:
+        load_records(DataConfig(sources=[{"kind": "dataset", "path": str(tmp_path / "x.parquet")}], resolution=64))
+    first, second, third = caught.value.problems
+    assert "x.parquet[0]: is not an image" in first
+    assert "x.parquet[1]: column 'image' is empty; remove the row" in second
+    assert "x.parquet[2]: cannot be read (No such file or directory)" in third
+
+
+def test_rows_hold_no_images(parquet):
+    """A row travels with its place in the mapped file, not with the picture."""
+    row, _ = rows(parquet)[0]
+    assert row == type(row)(None, row.column, row.place, row.index)
+    assert len(pickle.dumps((row.column, row.place, row.index))) < 500
+
+
+def test_many_rows_are_written_in_parts(tmp_path, files, monkeypatch):
+    import pyarrow.parquet
+
+    monkeypatch.setattr("sd3tune.data.rows._BATCH_ROWS", 2)
+    write_parquet(tmp_path / "x.parquet", [(f"{n}.png", files[0].read_bytes(), str(n)) for n in range(5)])
+    assert pyarrow.parquet.ParquetFile(tmp_path / "x.parquet").num_row_groups == 3
+    assert [text for _, text in rows(tmp_path / "x.parquet")] == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.skipif(not FASHION.is_file(), reason="the real dataset is not here")
+def test_a_real_parquet_file():
+    data = DataConfig(sources=[{"kind": "dataset", "path": str(FASHION), "max_samples": 40}], resolution=32)
+    records = load_records(data)
+    assert len(records) == 40
+    assert records[0].caption.startswith("a photo of a")
+    assert {read_image(record.image)[0].size for record in records} == {(28, 28)}
