@@ -2,12 +2,13 @@
 
 from sd3tune.config.dump import dump_config
 from sd3tune.config.loader import LoadedConfig, json_schema, load_config, parse_config
-from sd3tune.config.schema import CONFIG_VERSION, Config
+from sd3tune.config.schema import CONFIG_VERSION, Config, ModelConfig
 
 __all__ = [
     "CONFIG_VERSION",
     "Config",
     "LoadedConfig",
+    "ModelConfig",
     "dump_config",
     "json_schema",
     "load_config",

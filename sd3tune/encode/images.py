@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -185,7 +184,7 @@ def _ahead(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iter
 
 def _entry_bytes(base: Base, resolution: int) -> int:
     """Bytes of one entry, mean and standard deviation in fp32, from the VAE's configuration alone."""
-    config = json.loads(Path(base.folder("vae"), "config.json").read_text(encoding="utf-8"))
+    config = base.config("vae")
     scale = 2 ** (len(config["block_out_channels"]) - 1)
     return 2 * 4 * config["latent_channels"] * (resolution // scale) ** 2
 
