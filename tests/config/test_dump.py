@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sd3tune.config import Config, dump_config, load_config, parse_config
-from sd3tune.config.schema import Section
+from sd3tune.config.schema import Section, TextEncodersConfig
 from sd3tune.config.shape import alternatives, item_of, sections_of
 from sd3tune.config.yaml12 import parse
 
@@ -79,7 +79,10 @@ def section(kind: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
         "cache_dir": st.sampled_from([None, "/cache"]),
         "output_dir": st.sampled_from(["/out", "/#1"]),
         "base": st.sampled_from(["tiny", "owner/name", "/abs: folder"]),
+        "tokenizers": st.sampled_from([None, "owner/name", "/abs: folder"]),
     }
+    if kind is TextEncodersConfig:
+        special = dict.fromkeys(kind.model_fields, st.sampled_from([None, "/clip #1.safetensors"]))
     return st.fixed_dictionaries(
         {
             name: special[name] if name in special else values(field.annotation, field.metadata)

@@ -380,3 +380,31 @@ def test_a_hub_base_is_downloaded_part_by_part_and_then_needs_no_network(
     assert not any("fp16" in path for path in fetched)
     offline = client(endpoint, DOWNLOAD, "look", *parts)  # the server is gone
     assert (offline.stdout.split(), offline.stderr) == (["hub", COMMIT, *expected], "")
+
+
+TOKENIZERS = """
+import sys
+from sd3tune.errors import ModelError
+from sd3tune.model.bases import resolve_base
+for source in sys.argv[2:]:
+    base = resolve_base(sys.argv[1], tokenizers=source or None)
+    try:
+        print(base.fingerprint("tokenizer"))
+    except ModelError as error:
+        print(error)
+"""
+
+
+def test_a_single_file_gets_its_tokenizers_from_the_hub(
+    tiny: Base, client: Client, write_released: Callable[[str, Path], Path], tmp_path: Path
+) -> None:
+    file = write_released("sd35-medium", tmp_path / "sd3.5_medium.safetensors")
+    with hub(tiny.path) as (endpoint, requests):
+        done = client(endpoint, TOKENIZERS, str(file), "", "good/sd3", "gated/sd3")
+    of_the_variant, named, gated = done.stdout.splitlines()
+    assert of_the_variant == named == tiny.fingerprint("tokenizer"), done.stderr
+    fetched = {request.split(" ")[1] for request in requests if "/resolve/" in request}
+    assert all("/tokenizer/" in path for path in fetched)
+    assert any(path.startswith("/stabilityai/stable-diffusion-3.5-medium/") for path in fetched)
+    assert gated.startswith("tokenizers: gated/sd3: this model is gated: accept its licence")
+    assert "`hf auth login`; or give model.tokenizers: a folder that holds tokenizer, tokenizer_2 and" in gated
