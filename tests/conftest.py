@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 
 from sd3tune.config import Config, parse_config
+from sd3tune.model.bases import ENCODER_PARTS, resolve_base
 
 WriteImages = Callable[[Path, int], Path]
 MakeConfig = Callable[..., Config]
+Tensors = Mapping[str, torch.Tensor]
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "teal", "black", "white")
 
@@ -73,3 +80,116 @@ def quick_config(tiny_images: Path) -> MakeConfig:
         return parse_config(values, overrides).config
 
     return make
+
+
+@pytest.fixture(scope="session")
+def original_layout() -> Callable[[Tensors, Tensors], dict[str, torch.Tensor]]:
+    """`original_layout(transformer, vae)`: two state dicts of diffusers as one checkpoint is published."""
+    return lambda transformer, vae: {**_original_transformer(transformer), **_original_vae(vae)}
+
+
+@pytest.fixture(scope="session")
+def tiny_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a base like `tiny` that is stored in bf16, as published models are. Read only."""
+    folder = Path(shutil.copytree(resolve_base("tiny").path, tmp_path_factory.mktemp("bases") / "tiny-in-bf16"))
+    for file in folder.glob("*/*.safetensors"):
+        halved = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+        save_file(halved, file, metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def single_file(tmp_path_factory: pytest.TempPathFactory, original_layout) -> Callable[[str], Path]:
+    """`single_file("tiny")`: that base as `model.safetensors`, with its encoders as files beside it. Read only.
+
+    Where a run's dtype is the stored one, weights on the CPU are the mapped file, and the last bits of its products
+    depend on where in the file a tensor lies. So whole runs are compared through `tiny_in_bf16`.
+    """
+    written: dict[str, Path] = {}
+
+    def write(name: str) -> Path:
+        if name not in written:
+            base, folder = resolve_base(name), tmp_path_factory.mktemp(Path(name).name)
+            parts = [
+                load_file(base.path / part / "diffusion_pytorch_model.safetensors") for part in ("transformer", "vae")
+            ]
+            written[name] = folder / "model.safetensors"
+            save_file(original_layout(*parts), written[name])
+            for encoder, (_, part) in ENCODER_PARTS.items():
+                shutil.copy(base.path / part / "model.safetensors", folder / f"{encoder}.safetensors")
+        return written[name]
+
+    return write
+
+
+_TRANSFORMER_NAMES = (
+    ("pos_embed.pos_embed", "pos_embed"),
+    ("pos_embed.proj", "x_embedder.proj"),
+    ("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+    ("time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+    ("time_text_embed.text_embedder.linear_1", "y_embedder.mlp.0"),
+    ("time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"),
+    ("proj_out", "final_layer.linear"),
+    ("norm_out.linear", "final_layer.adaLN_modulation.1"),
+    ("transformer_blocks", "joint_blocks"),
+    ("norm1_context.linear", "context_block.adaLN_modulation.1"),
+    ("norm1.linear", "x_block.adaLN_modulation.1"),
+    ("ff_context.net.0.proj", "context_block.mlp.fc1"),
+    ("ff_context.net.2", "context_block.mlp.fc2"),
+    ("ff.net.0.proj", "x_block.mlp.fc1"),
+    ("ff.net.2", "x_block.mlp.fc2"),
+    ("attn.to_add_out", "context_block.attn.proj"),
+    ("attn.norm_added_q", "context_block.attn.ln_q"),
+    ("attn.norm_added_k", "context_block.attn.ln_k"),
+    (r"(attn2?)\.to_out\.0", r"x_block.\1.proj"),
+    (r"(attn2?)\.norm_([qk])", r"x_block.\1.ln_\2"),
+)
+
+
+def _renamed(name: str, rules: Sequence[tuple[str, Any]]) -> str:
+    for ours, original in rules:
+        name = re.sub(rf"(?<![a-z_]){ours}(?![a-z0-9_])", original, name)
+    return name
+
+
+def _original_transformer(state: Tensors) -> dict[str, torch.Tensor]:
+    """Fuses q, k and v, and swaps scale and shift in the last normalisation and the last block's of the text."""
+    last = max(int(found[1]) for name in state if (found := re.match(r"transformer_blocks\.(\d+)", name)))
+    found: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        name, tensor = key, value
+        if name.startswith(("norm_out", f"transformer_blocks.{last}.norm1_context")):
+            scale, shift = tensor.chunk(2)
+            tensor = torch.cat([shift, scale])
+        fused = re.fullmatch(r"(.+\.attn2?)\.(to_q|add_q_proj)\.(weight|bias)", name)
+        if fused:
+            stream = "x_block" if fused[2] == "to_q" else "context_block"
+            block, attention = fused[1].rsplit(".", 1)
+            three = [state[f"{fused[1]}.{fused[2].replace('q', of)}.{fused[3]}"] for of in "qkv"]
+            name, tensor = f"{block}.{stream}.{attention}.qkv.{fused[3]}", torch.cat(three)
+        elif re.search(r"\.(to_[kv]|add_[kv]_proj)\.", name):
+            continue
+        found[f"model.diffusion_model.{_renamed(name, _TRANSFORMER_NAMES)}"] = tensor.clone()
+    return found
+
+
+def _original_vae(state: Tensors) -> dict[str, torch.Tensor]:
+    last = max(int(found[1]) for name in state if (found := re.match(r"decoder\.up_blocks\.(\d+)", name)))
+    names = (
+        (r"down_blocks\.(\d+)\.resnets", r"down.\1.block"),
+        (r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample"),
+        (r"up_blocks\.(\d+)\.resnets", lambda found: f"up.{last - int(found[1])}.block"),
+        (r"up_blocks\.(\d+)\.upsamplers\.0", lambda found: f"up.{last - int(found[1])}.upsample"),
+        (r"mid_block\.resnets\.(\d+)", lambda found: f"mid.block_{int(found[1]) + 1}"),
+        (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+        (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+        (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+        ("conv_shortcut", "nin_shortcut"),
+        ("conv_norm_out", "norm_out"),
+    )
+    found = {}
+    for name, tensor in state.items():
+        was_convolution = ".attentions." in name and tensor.ndim == 2
+        kept = tensor[:, :, None, None] if was_convolution else tensor
+        found[f"first_stage_model.{_renamed(name, names)}"] = kept.clone()
+    return found

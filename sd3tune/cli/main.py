@@ -81,6 +81,10 @@ def infer(
         Optional[str],  # noqa: UP045
         typer.Option(help="Base model; by default the one that the adapter names."),
     ] = None,
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="YAML", help="Its model section says where base, text encoders and tokenizers are."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     before: Annotated[bool, typer.Option(help="Also draw without the adapter, for a before/after picture.")] = True,
 ) -> None:
@@ -102,6 +106,7 @@ def infer(
         size=wide_high,
         num=num,
         base=base,
+        config=config,
         dtype=dtype,
         before=before,
     )

@@ -22,6 +22,8 @@ from sd3tune.config.tree import Origin, Tree
 from sd3tune.config.yaml12 import KeyPath
 from sd3tune.errors import ConfigError
 
+_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # a file's name, though there may be no such file
+
 
 @dataclass(frozen=True)
 class LoadedConfig:
@@ -113,20 +115,24 @@ def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path])
     if values.get("output_dir") is None:
         name = values.get("name", Config.model_fields["name"].default)
         values["output_dir"] = _absolute(os.path.join("runs", str(name)), Path.cwd())
-    base = model.get("base") if isinstance(model, dict) else None
-    if isinstance(base, str) and _is_folder(base, folder_of(("model", "base"))):
-        resolve(model, "base", ("model", "base"))
+    encoders = model.get("text_encoders") if isinstance(model, dict) else None
+    for encoder in encoders if isinstance(encoders, dict) else ():
+        resolve(encoders, encoder, ("model", "text_encoders", encoder))
+    for key in ("base", "tokenizers"):
+        value = model.get(key) if isinstance(model, dict) else None
+        if isinstance(value, str) and _is_path(value, folder_of(("model", key))):
+            resolve(model, key, ("model", key))
 
 
 def _absolute(path: str, folder: Path) -> str:
     return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
 
 
-def _is_folder(base: str, folder: Path) -> bool:
-    """Whether a base means a folder rather than an offline base or a Hub id."""
+def _is_path(base: str, folder: Path) -> bool:
+    """Whether a base means a folder or a file rather than an offline base or a Hub id."""
     if base in OFFLINE_BASES:
         return False
-    return _looks_like_a_path(base) or (bool(base) and os.path.isdir(folder / base))
+    return _looks_like_a_path(base) or base.endswith(_WEIGHTS) or (bool(base) and os.path.exists(folder / base))
 
 
 def _is_hub_dataset(source: Any, folder: Path) -> bool:

@@ -61,8 +61,9 @@ data:
 - A section with variants is told apart by `kind`; without `kind` it is the default variant. An override
   that changes `kind` drops the keys of the file that only the former variant had, and says so.
 - Paths in a file are relative to that file; paths in an override are relative to the working directory.
-  `~` is the home directory. `model.base` is a path when it begins with `/`, `./`, `../` or `~/`, or when such
-  a folder exists (not for the names of the offline bases: write `./tiny` for a folder called tiny).
+  `~` is the home directory. `model.base` and `model.tokenizers` are paths when they begin with `/`, `./`,
+  `../` or `~/`, end like a file of weights (`.safetensors`), or when such a folder or file exists (not for the
+  names of the offline bases: write `./tiny` for a folder called tiny).
 - The run folder holds the resolved configuration as `config.yaml`: every key, every path absolute,
   `output_dir` included. It describes the same run wherever it is used from; give another `output_dir` to
   run it once more.

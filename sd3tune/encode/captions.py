@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -117,7 +115,7 @@ def _encode(
 
 def _entry_bytes(base: Base, encoder: str, dtype: torch.dtype, max_sequence_length: int) -> int:
     """Bytes of one entry, from the encoder's configuration alone."""
-    config = json.loads(Path(base.folder(ENCODER_PARTS[encoder][1]), "config.json").read_text(encoding="utf-8"))
+    config = base.config(ENCODER_PARTS[encoder][1])
     if encoder == "t5":
         return max_sequence_length * config["d_model"] * dtype.itemsize
     return (_CLIP_LENGTH * config["hidden_size"] + config["projection_dim"]) * dtype.itemsize

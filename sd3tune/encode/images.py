@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -173,7 +171,7 @@ def _encode(
 
 def _entry_bytes(base: Base, resolution: int) -> int:
     """Bytes of one entry, mean and standard deviation in fp32, from the VAE's configuration alone."""
-    config = json.loads(Path(base.folder("vae"), "config.json").read_text(encoding="utf-8"))
+    config = base.config("vae")
     scale = 2 ** (len(config["block_out_channels"]) - 1)
     return 2 * 4 * config["latent_channels"] * (resolution // scale) ** 2
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from sd3tune.config import ModelConfig, load_config
 from sd3tune.errors import AdapterError, ConfigError
 from sd3tune.model.adapter_io import Adapter
-from sd3tune.model.bases import ENCODERS, Base, resolve_base
+from sd3tune.model.bases import ENCODER_PARTS, ENCODERS, Base, configured_base
+from sd3tune.model.checkpoint import LABELS
 from sd3tune.sampling.sampler import SamplerSettings
 
-DEFAULT_SIDE, DEFAULT_T5_LENGTH = 1024, 256
+DEFAULT_SIDE = 1024
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Request:
     """(width, height) in pixels."""
     num: int = 1
     base: str | None = None
+    config: Path | None = None
+    """A YAML whose `model` section says where the base, text encoders and tokenizers are; `base` wins over its base."""
     dtype: str = "auto"
     before: bool = True
     """Whether the untrained base is drawn too, for the picture of both."""
@@ -66,8 +68,8 @@ def parse_lora(value: str) -> tuple[Path, float]:
 
 def check_request(request: Request) -> None:
     problems = []
-    if not request.loras and request.base is None:
-        problems.append("give --lora PATH, or --base to draw with a base model alone")
+    if not request.loras and request.base is None and request.config is None:
+        problems.append("give --lora PATH, or --base (or --config) to draw with a base model alone")
     for flag, value in (("--num", request.num), ("--steps", request.steps)):
         if value < 1:
             problems.append(f"{flag} {value}: at least 1")
@@ -94,40 +96,66 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
         if len({json.dumps(contract.get(key)) for contract in contracts}) > 1:
             print(f"warning: the adapters were trained with different {key}; the first one's is used")
     width, height = request.size or (first.get("resolution", DEFAULT_SIDE),) * 2
+    model = _find_model(request, adapters)
+    base = configured_base(model)
+    encoders = tuple(first.get("encoders", ENCODERS if model.t5 else [name for name in ENCODERS if name != "t5"]))
+    base.check_encoders(encoders)
+    for adapter in adapters:
+        _compare_bases(adapter, base)
     return Conditions(
-        base=_find_base(request, adapters),
-        t5_length=first.get("max_sequence_length", DEFAULT_T5_LENGTH),
-        encoders=tuple(first.get("encoders", ENCODERS)),
+        base=base,
+        t5_length=first.get("max_sequence_length", model.max_sequence_length),
+        encoders=encoders,
         sampler=SamplerSettings(request.steps, request.guidance, height, width),
     )
 
 
-def _find_base(request: Request, adapters: Sequence[Adapter]) -> Base:
-    """`--base`, else the one that the first adapter names; warns when it is not the one it was trained on."""
-    name, revision = request.base, None
-    if name is None:
-        contract = adapters[0].contract
-        name, revision = contract.get("base"), contract.get("base_revision")
-        if name is None:
+def _find_model(request: Request, adapters: Sequence[Adapter]) -> ModelConfig:
+    """Where the base is: `--base`, else the one that the first adapter names; its text encoders and tokenizers too.
+
+    Paths are not in an adapter, so what needs them is read from `--config`, else from the run's own configuration.
+    """
+    contract = adapters[0].contract if adapters else {}
+    is_local = contract.get("base_kind") in ("folder", "file")
+    model = load_config(request.config).config.model if request.config else None
+    if model is None and (is_local or contract.get("encoder_files")):
+        model = _model_of_run(adapters[0].path)
+    where: dict[str, Any] = {}
+    if request.base is not None:
+        where = {"base": request.base, "revision": None}
+    elif not request.config:
+        if contract.get("base") is None:
             raise AdapterError(f"{adapters[0].path}: does not say which base it is for; give it with --base")
-        if contract.get("base_kind") == "folder":
-            name = _folder_of_run(adapters[0].path) or name
-            if not Path(name).is_dir():
-                raise AdapterError(f"{adapters[0].path}: trained on a local folder named {name!r}; give it with --base")
-    base = resolve_base(name, revision)
-    for adapter in adapters:
-        expected = adapter.contract.get("base_fingerprint")
-        if expected and expected != base.fingerprint("transformer"):
-            print(
-                f"warning: {adapter.path} was trained on {adapter.contract['base']}, whose weights differ from {name}"
+        if not is_local or (model is None and Path(contract["base"]).exists()):
+            where = {"base": contract["base"], "revision": contract.get("base_revision")}
+        elif model is None or not Path(model.base).exists():
+            raise AdapterError(
+                f"{adapters[0].path}: trained on a local {contract['base_kind']} named {contract['base']!r}; "
+                "give it with --base"
             )
-    return base
+    return (model or ModelConfig()).model_copy(update=where)
 
 
-def _folder_of_run(adapter: Path) -> str | None:
-    """The base folder in the `config.yaml` of the run that the adapter lies in."""
+def _model_of_run(adapter: Path) -> ModelConfig | None:
+    """The `model` section in the `config.yaml` of the run that the adapter lies in."""
     for folder in list(adapter.absolute().parents)[:5]:
         config = folder / "config.yaml"
         if config.is_file() and (folder / "run.json").is_file():
-            return str(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["base"])
+            return load_config(config).config.model
     return None
+
+
+def _compare_bases(adapter: Adapter, base: Base) -> None:
+    """Warn when the adapter was trained on other weights. Files and folders hold the same ones in other shapes."""
+    contract = adapter.contract
+    expected = contract.get("base_fingerprint")
+    if expected and (contract.get("base_kind") == "file") != (base.kind == "file"):
+        print(f"note: {adapter.path} was trained on {contract['base']}; {base.name} is taken to hold the same weights")
+    elif expected and expected != base.fingerprint("transformer"):
+        print(f"warning: {adapter.path} was trained on {contract['base']}, whose weights differ from {base.name}")
+    for encoder, trained in contract.get("encoder_files", {}).items():
+        if trained["fingerprint"] != base.fingerprint(ENCODER_PARTS[encoder][1]):
+            print(
+                f"warning: {adapter.path} was trained with {LABELS[encoder]} from {trained['file']}, and another is "
+                "used here; --config YAML takes the text encoders of its model section"
+            )

@@ -13,6 +13,8 @@ from sd3tune.errors import RunError
 from sd3tune.jobs.encoding import Encoded
 from sd3tune.jobs.machine import dtype_name, versions
 from sd3tune.jobs.preflight import Plan
+from sd3tune.model.bases import ENCODER_PARTS
+from sd3tune.model.checkpoint import VARIANTS
 from sd3tune.train.checkpoint import differences, read_state
 
 
@@ -23,14 +25,14 @@ def make_contract(plan: Plan) -> dict[str, Any]:
     return {
         **plan.method.contract(),
         "sd3tune_version": __version__,
-        # A folder's path means nothing on another machine, so only its name is kept.
-        "base": plan.base.path.name if plan.base.kind == "folder" else plan.base.name,
+        "base": plan.base.label,
         "base_kind": plan.base.kind,
         "base_revision": plan.base.revision,
         "base_fingerprint": plan.base.fingerprint("transformer"),
         "max_sequence_length": config.model.max_sequence_length,
         "encoders": list(plan.method.cached_encoders),
         "trigger": config.data.trigger,
+        **_files(plan),
         "instance_prompt": captions[0] if len(captions) == 1 else None,
         "timesteps": config.flow.timesteps.model_dump(),
         "shift": plan.shift,
@@ -43,6 +45,18 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "seed": config.seed,
         "weights": "raw" if config.ema is None else "ema",
     }
+
+
+def _files(plan: Plan) -> dict[str, Any]:
+    """What only a base of files has: the released model of its shape, and the encoders' own files."""
+    base = plan.base
+    encoders = {
+        name: {"file": base.encoder_files[name].name, "fingerprint": base.fingerprint(ENCODER_PARTS[name][1])}
+        for name in plan.method.cached_encoders
+        if name in base.encoder_files
+    }
+    released_as = {"base_released_as": VARIANTS.get(str(base.variant))} if base.kind == "file" else {}
+    return released_as | ({"encoder_files": encoders} if encoders else {})
 
 
 def run_identity(plan: Plan, encoded: Encoded, world: int) -> dict[str, Any]:

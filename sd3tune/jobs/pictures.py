@@ -35,7 +35,7 @@ def recipe(
         "steps": request.steps,
         "guidance": request.guidance,
         "size": [conditions.sampler.width, conditions.sampler.height],
-        "base": conditions.base.path.name if conditions.base.kind == "folder" else conditions.base.name,
+        "base": conditions.base.label,
         "base_revision": conditions.base.revision,
         "max_sequence_length": conditions.t5_length,
         "encoders": list(conditions.encoders),

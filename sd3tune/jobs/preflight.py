@@ -16,7 +16,7 @@ from sd3tune.jobs.machine import choose_dtype, dtype_name
 from sd3tune.jobs.run_folder import starting_checkpoint
 from sd3tune.jobs.sigmas import describe_sigmas
 from sd3tune.methods import METHODS, Method
-from sd3tune.model.bases import Base, resolve_base
+from sd3tune.model.bases import Base, configured_base
 from sd3tune.model.components import empty_transformer, load_scheduler
 from sd3tune.model.targets import CoverageRow
 from sd3tune.train.objective import shift_at
@@ -66,9 +66,10 @@ def make_plan(config: Config, device: torch.device, resume: bool | None) -> Plan
     except UserError as error:
         problems += error.problems
     try:
-        base = resolve_base(config.model.base, config.model.revision)
+        base = configured_base(config.model)
         transformer = empty_transformer(base)
         method = METHODS[config.method.kind](config)
+        base.check_encoders(method.cached_encoders)
         modules = method.select(transformer)
         _check_size(config, transformer)
         dtype = choose_dtype(config.model.dtype, device)
@@ -104,10 +105,12 @@ def describe(plan: Plan, world: int) -> list[str]:
     batch = train.batch_size * train.gradient_accumulation * world
     seen = train.steps * batch / plan.images_per_epoch
     parameters = sum(row.parameters for row in plan.coverage)
+    variant = f" ({plan.base.variant})" if plan.base.variant else ""
     images = "1 image" if len(plan.records) == 1 else f"{len(plan.records)} images"
     return [
-        f"base      {plan.base.name}, {dtype_name(plan.dtype)} on {plan.device.type}"
+        f"base      {plan.base.name}{variant}, {dtype_name(plan.dtype)} on {plan.device.type}"
         + (f", {world} processes" if world > 1 else ""),
+        *_about_base(plan),
         f"data      {images}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
         f"steps     {train.steps} of {batch} image{'s' * (batch > 1)}: each image is seen {seen:.3g} times",
         f"sigma     {describe_sigmas(config.flow, plan.shift)}",
@@ -123,6 +126,19 @@ def describe(plan: Plan, world: int) -> list[str]:
 def _ranks(config: Config) -> str:
     others = sorted(set(config.method.rank_pattern.values()) - {config.method.rank})
     return f"{config.method.rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
+
+
+def _about_base(plan: Plan) -> list[str]:
+    """Text encoders from files of their own, and a warning about a base that is no base for training."""
+    files = plan.base.encoder_files
+    used = [f"{name} from {files[name].name}" for name in plan.method.cached_encoders if name in files]
+    lines = [f"encoders  {', '.join(used)}"] if used else []
+    if plan.base.distilled:
+        lines.append(
+            f"warning: {plan.base.label} is a Turbo model: it is distilled (for guidance 1 and 4 steps) and trains "
+            "badly; train on the model without Turbo, the adapter then works on both"
+        )
+    return lines
 
 
 def _check_size(config: Config, transformer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where a base model's files are: a tiny offline base, a folder in diffusers' layout, or a Hub id.
+"""Where a base model's files are: a tiny offline base, a folder in diffusers' layout, a Hub id, or a single file.
 
 Nothing here imports torch, so that a misspelt or gated base is reported at once.
 """
@@ -6,18 +6,19 @@ Nothing here imports torch, so that a misspelt or gated base is reported at once
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import re
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sd3tune.config.schema import ModelConfig
 from sd3tune.errors import ModelError
+from sd3tune.model.checkpoint import COMMON, LABELS, VARIANTS, FilePart, misfits, read_checkpoint, read_encoder
 from sd3tune.model.hub import cached, download
+from sd3tune.model.weights import PICKLED, digest, read_json, weight_files
 
 ENCODERS = ("clip_l", "clip_g", "t5")
 ENCODER_PARTS = {
@@ -45,20 +46,60 @@ _CONFIG_FILES = {
     "scheduler": "scheduler_config.json",
 }
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
-_SAMPLE_BYTES = 4096
+_ENCODER_OF = {encoder_part: encoder for encoder, (_, encoder_part) in ENCODER_PARTS.items()}
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model whose root folder is known; the parts of a Hub base are downloaded when asked for."""
+    """A base model whose root is known; the parts of a Hub base are downloaded when asked for."""
 
     name: str
     """What the user wrote."""
-    kind: Literal["tiny", "folder", "hub"]
+    kind: Literal["tiny", "folder", "hub", "file"]
     path: Path
-    """The root of the diffusers folder; for a Hub base, the snapshot in the Hub's own cache."""
+    """The root of the diffusers folder (for a Hub base, the snapshot in the Hub's own cache), or the single file."""
     revision: str | None = None
     """The resolved commit of a Hub base."""
+    encoder_files: Mapping[str, Path] = field(default_factory=dict)
+    """Encoder (`clip_l`, `clip_g`, `t5`) -> the file to take instead of the base's own."""
+    tokenizers: str | None = None
+    """A folder or Hub id to take the tokenizers from instead."""
+
+    @property
+    def label(self) -> str:
+        """The base's name for other people: of a path on this machine only the last part."""
+        return self.path.name if self.kind in ("folder", "file") else self.name
+
+    @property
+    def variant(self) -> str | None:
+        """Of a single file: which released model (see `checkpoint.VARIANTS`) it has the shape of."""
+        return read_checkpoint(self.path).variant if self.kind == "file" else None
+
+    @property
+    def distilled(self) -> bool:
+        """Whether a name in or of the base says that it is a Turbo model; weights do not tell."""
+        names = [self.label]
+        for file in ("model_index.json", "transformer/config.json") if self.kind != "file" else ():
+            if (self.path / file).is_file():
+                names.append(str(read_json(self.path / file).get("_name_or_path", "")))
+        return any(re.search(r"turbo", name, re.IGNORECASE) for name in names)
+
+    def in_file(self, part: str) -> FilePart | None:
+        """Where in a single file the weights of a part are; None when `folder` has them."""
+        encoder = _ENCODER_OF.get(part)
+        if encoder is not None and encoder in self.encoder_files:
+            return read_encoder(self.encoder_files[encoder], encoder)
+        if self.kind != "file" or not _has_weights(part):
+            return None
+        parts = read_checkpoint(self.path).parts
+        found = parts.get(encoder or part)
+        if found is None:
+            without = ", or do without T5 (model.t5=false)" if encoder == "t5" else ""
+            raise ModelError(
+                f"{self.name}: {LABELS[str(encoder)]} is not in this file: "
+                f"name the file that holds it in model.text_encoders.{encoder} (for infer: in a --config YAML){without}"
+            )
+        return found
 
     def folder(self, part: str, weights: bool = True) -> Path:
         """The folder of one part (`transformer`, `vae`, `tokenizer_3`, ...), complete on the disk.
@@ -68,6 +109,10 @@ class Base:
         """
         if part not in _CONFIG_FILES:
             raise ValueError(f"unknown part {part!r}; one of {', '.join(_CONFIG_FILES)}")
+        if part.startswith("tokenizer") and (self.tokenizers or self.kind == "file"):
+            return self._tokenizer(part)
+        if self.kind == "file":
+            return COMMON / part
         if self.kind == "hub":
             # Called even when the files seem to be there: an interrupted download may lack some of them.
             heavy = weights and _has_weights(part) and not _are_weights_there(self.path / part)
@@ -80,23 +125,68 @@ class Base:
             weight_files(folder)
         return folder
 
-    def fingerprint(self, part: str) -> str:
-        """A hex digest of the part's content, independent of path, time, file order and sharding.
+    def config(self, part: str) -> dict[str, Any]:
+        """The `config.json` of a part that has weights; none are read or downloaded."""
+        found = self.in_file(part)
+        return dict(found.config) if found else read_json(self.folder(part, weights=False) / "config.json")
 
-        Of each tensor: name, dtype, shape and the first and last 4 KiB; of a part without weights: the text
-        files. So it costs some hundred small reads, and an edit in the middle of a large tensor escapes it.
+    def fingerprint(self, part: str) -> str:
+        """A hex digest of the content of the part that is used (see `headers.digest`), wherever it lies.
+
+        It covers the config and the tensors, or the text files of a part that has no weights.
         """
+        found = self.in_file(part)
+        if found is not None:
+            config = json.dumps(found.config, sort_keys=True).encode()
+            return digest([("config.json", config)], [(found.file, found.prefix)])
         folder = self.folder(part)
-        digest = hashlib.sha256()
-        if _has_weights(part):
-            texts = [folder / _CONFIG_FILES[part]]
-        else:
+        if not _has_weights(part):
             texts = sorted(path for pattern in _TEXT_FILES for path in folder.glob(pattern))
-        for path in texts:
-            _add(digest, path.name.encode(), path.read_bytes())
-        for sample in sorted(_tensor_samples(folder)) if _has_weights(part) else ():
-            _add(digest, *sample)
-        return digest.hexdigest()
+            return digest((path.name, path.read_bytes()) for path in texts)
+        config_file = folder / _CONFIG_FILES[part]
+        return digest([(config_file.name, config_file.read_bytes())], [(file, "") for file in weight_files(folder)])
+
+    def check_encoders(self, encoders: Iterable[str]) -> None:
+        """Look into every file that was named for them and compare it with the base; no tensor is read.
+
+        Raises ModelError with every problem. A folder's or Hub base's own encoders are left for loading to check.
+        """
+        if self.kind != "file" and not self.encoder_files and not self.tokenizers:
+            return
+        problems: list[str] = []
+        found: dict[str, FilePart] = {}
+        for encoder in encoders:
+            part = ENCODER_PARTS[encoder][1]
+            try:
+                found[encoder] = self.in_file(part) or FilePart(self.path / part, "", self.config(part))
+            except ModelError as error:
+                problems += error.problems
+        problems += misfits(found, self.config("transformer"))
+        try:
+            for encoder in encoders:
+                self.folder(ENCODER_PARTS[encoder][0])
+        except ModelError as error:
+            problems += error.problems
+        if problems:
+            raise ModelError(*problems)
+
+    def _tokenizer(self, part: str) -> Path:
+        source = self.tokenizers or VARIANTS.get(str(self.variant))
+        wanted = "model.tokenizers: a folder that holds tokenizer, tokenizer_2 and tokenizer_3, or such a Hub id"
+        if source is None:
+            raise ModelError(f"{self.name}: a single file holds no tokenizers, and its shape is unknown; give {wanted}")
+        try:
+            if source in TINY_SHAPES:
+                root = _tiny_folder(TINY_SHAPES[source])
+            elif Path(source).expanduser().is_dir():
+                root = Path(source).expanduser()
+            else:
+                root = download(source, None, _hub_patterns(part, weights=False))
+        except ModelError as error:
+            raise ModelError(f"tokenizers: {error.problems[0]}; or give {wanted}") from None
+        if not (root / part / _CONFIG_FILES[part]).is_file():
+            raise ModelError(f"tokenizers: {source}: no {part}/{_CONFIG_FILES[part]}; give {wanted}")
+        return root / part
 
 
 def bases_dir() -> Path:
@@ -105,24 +195,38 @@ def bases_dir() -> Path:
     return (Path(cache).expanduser() if cache else Path.home() / ".cache" / "sd3tune") / "bases"
 
 
-def resolve_base(name: str, revision: str | None = None) -> Base:
-    """Find a base: a tiny base (built on first use), an existing folder, or a Hub id `owner/name`.
+def configured_base(model: ModelConfig) -> Base:
+    """`resolve_base` with all that the `model` section says of where the files are."""
+    files = model.text_encoders.model_dump(exclude_none=True) if model.text_encoders else {}
+    return resolve_base(model.base, model.revision, files, model.tokenizers)
 
-    `revision` is a branch, tag or commit of a Hub base; the other kinds have none. Raises ModelError.
+
+def resolve_base(
+    name: str,
+    revision: str | None = None,
+    encoder_files: Mapping[str, str] | None = None,
+    tokenizers: str | None = None,
+) -> Base:
+    """Find a base: a tiny base (built on first use), an existing folder or single file, or a Hub id `owner/name`.
+
+    `revision` is a branch, tag or commit of a Hub base; the other kinds have none. For the rest see `Base`.
+    Raises ModelError.
     """
+    files = {encoder: Path(file).expanduser() for encoder, file in (encoder_files or {}).items()}
     if name in TINY_SHAPES:
-        return Base(name, "tiny", _tiny_folder(TINY_SHAPES[name]))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        _check_model_index(folder, name)
-        return Base(name, "folder", folder.resolve())
-    if folder.is_file():
-        raise ModelError(f"{name}: a base is a Hub id or a folder in diffusers' layout, and this is a single file")
+        return Base(name, "tiny", _tiny_folder(TINY_SHAPES[name]), None, files, tokenizers)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _check_model_index(path, name)
+        return Base(name, "folder", path.resolve(), None, files, tokenizers)
+    if path.is_file() or path.suffix in (".safetensors", *PICKLED):
+        read_checkpoint(path)
+        return Base(name, "file", path.absolute(), None, files, tokenizers)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise ModelError(f"{name}: no such base: neither a tiny base, a folder nor a Hub id{_suggestion(folder)}")
+        raise ModelError(f"{name}: no such base: neither a tiny base, a path nor a Hub id{_suggestion(path)}")
     snapshot = download(name, revision, ["model_index.json"])
     _check_model_index(snapshot, name)
-    return Base(name, "hub", snapshot, snapshot.name)
+    return Base(name, "hub", snapshot, snapshot.name, files, tokenizers)
 
 
 def local_base(name: str, revision: str | None = None) -> Base | None:
@@ -136,59 +240,6 @@ def local_base(name: str, revision: str | None = None) -> Base | None:
     return None if snapshot is None else Base(name, "folder", snapshot)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that diffusers and transformers load from a part's folder, variants left aside.
-
-    Raises ModelError when there are none, or when a shard named by the index is missing.
-    """
-    for stem in ("diffusion_pytorch_model", "model"):
-        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-        # With both present, transformers ("model") loads the single file and diffusers the shards.
-        if index.is_file() and not (stem == "model" and single.is_file()):
-            shards = [folder / shard for shard in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-            missing = [shard.name for shard in shards if not shard.is_file()]
-            if missing or not shards:
-                raise ModelError(f"{index}: names weights that are missing: {', '.join(missing) or 'all of them'}")
-            return shards
-        if single.is_file():
-            return [single]
-    pickled = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-    variants = [path.name for path in sorted(folder.glob("*.safetensors"))]
-    if variants:
-        hint = f"; {variants[0]} is a variant: give it the plain name, or save the model without a variant"
-    elif pickled:
-        hint = f"; {pickled[0]} is pickled and is refused, as it can run any code: save it as safetensors"
-    else:
-        hint = " (pickled ones are never loaded)"
-    raise ModelError(f"{folder}: no safetensors weights here{hint}")
-
-
-def tensor_headers(file: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {"dtype", "shape", "data_offsets"} of a safetensors file; offsets count from the file's start.
-
-    Raises ModelError when the file is truncated or is no safetensors file.
-    """
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                raise ValueError(f"its header wants {length} bytes")
-            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        for tensor in header.values():
-            tensor["data_offsets"] = [8 + length + offset for offset in tensor["data_offsets"]]
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=8 + length)
-        if end != size:
-            raise ValueError(f"its header describes {end} bytes")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error) if isinstance(error, ValueError) and "its header" in str(error) else "no valid header"
-        raise ModelError(
-            f"{file}: truncated or not a safetensors file ({size} bytes, {reason}); get the file again"
-        ) from None
-    return header
-
-
 def _has_weights(part: str) -> bool:
     return _CONFIG_FILES[part] == "config.json"
 
@@ -200,23 +251,6 @@ def _are_weights_there(folder: Path) -> bool:
         return False
 
 
-def _add(digest: Any, *items: bytes) -> None:
-    for item in items:
-        digest.update(struct.pack("<Q", len(item)) + item)
-
-
-def _tensor_samples(folder: Path) -> Iterator[tuple[bytes, bytes, bytes]]:
-    for file in weight_files(folder):
-        with file.open("rb") as stream:
-            for name, tensor in tensor_headers(file).items():
-                begin, end = tensor["data_offsets"]
-                stream.seek(begin)
-                head = stream.read(min(_SAMPLE_BYTES, end - begin))
-                stream.seek(max(begin, end - _SAMPLE_BYTES))
-                tail = stream.read(min(_SAMPLE_BYTES, end - begin))
-                yield name.encode(), f"{tensor['dtype']} {tensor['shape']}".encode(), head + tail
-
-
 def _tiny_folder(shape: Literal["sd3", "sd35-medium", "sd35-large"]) -> Path:
     folder = bases_dir() / f"tiny-{shape}-v{TINY_RECIPE}"
     if not (folder / "model_index.json").is_file():
@@ -226,21 +260,11 @@ def _tiny_folder(shape: Literal["sd3", "sd35-medium", "sd35-large"]) -> Path:
     return folder
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: expected a JSON object")
-    return content
-
-
 def _check_model_index(folder: Path, name: str) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(f"{name}: no model_index.json, so this is no model folder in diffusers' layout")
-    pipeline = str(_read_json(index).get("_class_name"))
+    pipeline = str(read_json(index).get("_class_name"))
     if not pipeline.startswith("StableDiffusion3"):
         raise ModelError(f"{name}: a {pipeline}, not a Stable Diffusion 3 or 3.5 model")
 

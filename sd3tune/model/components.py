@@ -7,7 +7,6 @@ that is truncated, incomplete, not finite or of other shapes than its config is 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -25,8 +25,10 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from transformers.utils import logging as transformers_logging
 
 from sd3tune.errors import ModelError
-from sd3tune.model.bases import ENCODER_PARTS, Base, tensor_headers, weight_files
+from sd3tune.model.bases import ENCODER_PARTS, Base
+from sd3tune.model.single_file import from_file
 from sd3tune.model.text import TextEncoder
+from sd3tune.model.weights import tensor_headers, weight_files
 
 Device = str | torch.device
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,12 +37,12 @@ Loaded = TypeVar("Loaded")
 
 def load_transformer(base: Base, dtype: torch.dtype, device: Device = "cpu") -> SD3Transformer2DModel:
     """The MMDiT. Besides missing weights, weights that its config has no place for are an error."""
-    return _load_model(SD3Transformer2DModel, base.folder("transformer"), device, torch_dtype=dtype)
+    return _load_model(SD3Transformer2DModel, base, "transformer", dtype, device)
 
 
 def load_vae(base: Base, dtype: torch.dtype, device: Device = "cpu") -> AutoencoderKL:
     """The VAE. Give it fp32 or bf16: in fp16 it makes black images."""
-    return _load_model(AutoencoderKL, base.folder("vae"), device, torch_dtype=dtype)
+    return _load_model(AutoencoderKL, base, "vae", dtype, device)
 
 
 def load_scheduler(base: Base) -> FlowMatchEulerDiscreteScheduler:
@@ -58,9 +60,7 @@ def load_text_encoder(
     """
     tokenizer = load_tokenizer(base, encoder)
     model_class = T5EncoderModel if encoder == "t5" else CLIPTextModelWithProjection
-    model = _load_model(
-        model_class, base.folder(ENCODER_PARTS[encoder][1]), device, dtype=dtype, ignore_mismatched_sizes=True
-    )
+    model = _load_model(model_class, base, ENCODER_PARTS[encoder][1], dtype, device)
     length = max_sequence_length if encoder == "t5" else tokenizer.model_max_length
     return TextEncoder(encoder, tokenizer, model, length)
 
@@ -90,18 +90,12 @@ def load_pipeline(base: Base, dtype: torch.dtype, device: Device = "cpu", t5: bo
 
 def transformer_config(base: Base) -> dict[str, Any]:
     """The transformer's `config.json`; no weights are read or downloaded."""
-    return _config(base, "transformer")
+    return base.config("transformer")
 
 
 def vae_config(base: Base) -> dict[str, Any]:
     """The VAE's `config.json`; no weights are read or downloaded."""
-    return _config(base, "vae")
-
-
-def _config(base: Base, part: str) -> dict[str, Any]:
-    path = base.folder(part, weights=False) / "config.json"
-    config: dict[str, Any] = _reading(path, lambda: json.loads(path.read_text(encoding="utf-8")))
-    return config
+    return base.config("vae")
 
 
 def empty_transformer(base: Base) -> SD3Transformer2DModel:
@@ -123,26 +117,35 @@ def no_progress_bars() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _load_model(model_class: type[Model], folder: Path, device: Device, **options: Any) -> Model:
-    files = {name: file for file in weight_files(folder) for name in tensor_headers(file)}
+def _load_model(model_class: type[Model], base: Base, part: str, dtype: torch.dtype, device: Device) -> Model:
+    in_file = base.in_file(part)
     with no_progress_bars():
-        model, info = _reading(
-            folder,
-            lambda: model_class.from_pretrained(  # type: ignore[attr-defined]
-                folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
-            ),
-        )
-    where = f"{folder} ({', '.join(sorted({file.name for file in files.values()}))})"
-    problems = {kind: sorted(str(key) for key in info[f"{kind}_keys"]) for kind in ("missing", "mismatched")}
-    if model_class is SD3Transformer2DModel:
-        problems["unexpected"] = sorted(info["unexpected_keys"])
+        if in_file is not None:
+            files, where = {}, str(in_file.file)
+            model, problems = _reading(in_file.file, lambda: from_file(model_class, in_file, dtype))
+        else:
+            folder = base.folder(part)
+            files = {name: file for file in weight_files(folder) for name in tensor_headers(file)}
+            where = f"{folder} ({', '.join(sorted({file.name for file in files.values()}))})"
+            model, problems = _reading(folder, lambda: _from_folder(model_class, folder, dtype))
     for kind, keys in problems.items():
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ModelError(f"{where}: weights that config.json makes {kind}: {', '.join(keys[:3])}{more}")
+            raise ModelError(f"{where}: weights that its config makes {kind}: {', '.join(sorted(keys)[:3])}{more}")
     frozen: Model = model.to(device).eval().requires_grad_(False)
     _check_finite(frozen, files, where)
     return frozen
+
+
+def _from_folder(model_class: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
+    """The model, and by kind the weights that do not fit its `config.json`."""
+    diffusers_model = issubclass(model_class, ModelMixin)
+    options = {"torch_dtype": dtype} if diffusers_model else {"dtype": dtype, "ignore_mismatched_sizes": True}
+    model, info = model_class.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+    )
+    kinds = ["missing", "mismatched"] + (["unexpected"] if model_class is SD3Transformer2DModel else [])
+    return model, {kind: [str(key) for key in info[f"{kind}_keys"]] for kind in kinds}
 
 
 def _check_finite(model: nn.Module, files: dict[str, Path], where: str) -> None:
@@ -160,6 +163,8 @@ def _reading(path: Path, load: Callable[[], Loaded]) -> Loaded:
     """Runs a library's loader; whatever it says of a broken file becomes one line that names the path."""
     try:
         return load()
+    except ModelError:
+        raise
     except Exception as error:  # the tokenizers library raises bare ones
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{path}: cannot be loaded: {reason}") from error

@@ -13,10 +13,7 @@ from sd3tune.atomic import write_text
 from sd3tune.config import Config
 
 _SNIPPET = """\
-import torch
-from diffusers import StableDiffusion3Pipeline
-
-pipe = StableDiffusion3Pipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16{without}).to("cuda")
+{load}
 pipe.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")
 image = pipe({prompt!r}, max_sequence_length={length}, height={side}, width={side}).images[0]
 image.save("image.png")"""
@@ -56,6 +53,7 @@ def card(config: Config, contract: Mapping[str, Any], report: Mapping[str, Any])
         f"weighting {contract['weighting']['kind']}",
         "resolution": f"{contract['resolution']} px",
         "T5 tokens": f"{contract['max_sequence_length']}" + ("" if "t5" in contract["encoders"] else ", T5 not used"),
+        **_encoder_files(contract),
         "weights": "exponential moving average" if contract["weights"] == "ema" else "as trained",
         "sd3tune": contract["sd3tune_version"],
     }
@@ -65,8 +63,7 @@ def card(config: Config, contract: Mapping[str, Any], report: Mapping[str, Any])
         for at, before, after in zip(loss["sigma"], loss["base"], loss["adapter"], strict=True)
     )
     snippet = _SNIPPET.format(
-        base=contract["base"] if on_hub else f"path/to/{contract['base']}",
-        without="" if "t5" in contract["encoders"] else ", text_encoder_3=None, tokenizer_3=None",
+        load=_pipeline(contract),
         prompt=prompt or "a photo",
         length=contract["max_sequence_length"],
         side=contract["resolution"],
@@ -111,3 +108,22 @@ def _prompting(prompt: str | None, trigger: str | None) -> str:
     if prompt:
         return f" Prompt it with `{prompt}`."
     return f" Put `{trigger}` into the prompt." if trigger else ""
+
+
+def _pipeline(contract: Mapping[str, Any]) -> str:
+    """The code that loads the base as the adapter was trained on it."""
+    pipeline, imports, lines, more = "StableDiffusion3Pipeline", "StableDiffusion3Pipeline", [], ""
+    base = contract["base"] if contract["base_kind"] == "hub" else f"path/to/{contract['base']}"
+    if contract["base_kind"] == "file":  # the rest of the pipeline is that of the released model of its shape
+        imports = f"SD3Transformer2DModel, {pipeline}"
+        lines = [f"transformer = SD3Transformer2DModel.from_single_file({base!r}, torch_dtype=torch.bfloat16)"]
+        base, more = contract["base_released_as"] or "path/to/its/folder", ", transformer=transformer"
+    if "t5" not in contract["encoders"]:
+        more += ", text_encoder_3=None, tokenizer_3=None"
+    lines.append(f'pipe = {pipeline}.from_pretrained({base!r}, torch_dtype=torch.bfloat16{more}).to("cuda")')
+    return "\n".join(["import torch", f"from diffusers import {imports}", "", *lines])
+
+
+def _encoder_files(contract: Mapping[str, Any]) -> dict[str, str]:
+    files = contract.get("encoder_files", {})
+    return {"text encoders": ", ".join(f"{name} from {used['file']}" for name, used in files.items())} if files else {}

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sd3tune.config import Config, dump_config, load_config, parse_config
-from sd3tune.config.schema import Section
+from sd3tune.config.schema import Section, TextEncodersConfig
 from sd3tune.config.shape import alternatives, item_of, sections_of
 from sd3tune.config.yaml12 import parse
 
@@ -88,7 +88,10 @@ def section(kind: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
         "min_sigma": st.floats(0, 0.4),
         "max_sigma": st.floats(0.5, 1),
         "base": st.sampled_from(["tiny", "owner/name", "/abs: folder"]),
+        "tokenizers": st.sampled_from([None, "owner/name", "/abs: folder"]),
     }
+    if kind is TextEncodersConfig:
+        special = dict.fromkeys(kind.model_fields, st.sampled_from([None, "/clip #1.safetensors"]))
     return st.fixed_dictionaries(
         {
             name: special[name] if name in special else values(field.annotation, field.metadata)

@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sd3tune.errors import ModelError
-from sd3tune.model.bases import ENCODER_PARTS, TINY_SHAPES, Base, bases_dir, local_base, resolve_base, tensor_headers
+from sd3tune.model.bases import ENCODER_PARTS, TINY_SHAPES, Base, bases_dir, local_base, resolve_base
 from sd3tune.model.components import load_transformer
+from sd3tune.model.weights import tensor_headers
 
 Client = Callable[..., subprocess.CompletedProcess[str]]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -122,7 +123,7 @@ def test_a_folder_that_is_no_sd3_model_is_refused(folder: Path) -> None:
     index.unlink()
     with pytest.raises(ModelError, match=r"no model_index\.json"):
         resolve_base(str(folder))
-    with pytest.raises(ModelError, match="a single file"):
+    with pytest.raises(ModelError, match=r"config\.json: not a \.safetensors file"):
         resolve_base(str(folder / "vae" / "config.json"))
 
 
@@ -394,3 +395,31 @@ def test_a_hub_base_is_downloaded_part_by_part_and_then_needs_no_network(
     assert (offline.stdout.split(), offline.stderr) == (["hub", COMMIT, *expected], "")
     local = client(endpoint, LOCAL)
     assert (local.stdout.split(), local.stderr) == ([expected[2], "None"], "")
+
+
+TOKENIZERS = """
+import sys
+from sd3tune.errors import ModelError
+from sd3tune.model.bases import resolve_base
+for source in sys.argv[2:]:
+    base = resolve_base(sys.argv[1], tokenizers=source or None)
+    try:
+        print(base.fingerprint("tokenizer"))
+    except ModelError as error:
+        print(error)
+"""
+
+
+def test_a_single_file_gets_its_tokenizers_from_the_hub(
+    tiny: Base, client: Client, write_released: Callable[[str, Path], Path], tmp_path: Path
+) -> None:
+    file = write_released("sd35-medium", tmp_path / "sd3.5_medium.safetensors")
+    with hub(tiny.path) as (endpoint, requests):
+        done = client(endpoint, TOKENIZERS, str(file), "", "good/sd3", "gated/sd3")
+    of_the_variant, named, gated = done.stdout.splitlines()
+    assert of_the_variant == named == tiny.fingerprint("tokenizer"), done.stderr
+    fetched = {request.split(" ")[1] for request in requests if "/resolve/" in request}
+    assert all("/tokenizer/" in path for path in fetched)
+    assert any(path.startswith("/stabilityai/stable-diffusion-3.5-medium/") for path in fetched)
+    assert gated.startswith("tokenizers: gated/sd3: this model is gated: accept its licence")
+    assert "`hf auth login`; or give model.tokenizers: a folder that holds tokenizer, tokenizer_2 and" in gated

@@ -1,0 +1,113 @@
+"""Safetensors files without torch: which ones a part has, their header, and a digest of a few small reads a tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sd3tune.errors import ModelError
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+"""Endings of weights that are never loaded: a pickle can run any code."""
+
+_SAMPLE_BYTES = 4096
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that diffusers and transformers load from a part's folder, variants left aside.
+
+    Raises ModelError when there are none, or when a shard named by the index is missing.
+    """
+    for stem in ("diffusion_pytorch_model", "model"):
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        # With both present, transformers ("model") loads the single file and diffusers the shards.
+        if index.is_file() and not (stem == "model" and single.is_file()):
+            shards = [folder / shard for shard in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            missing = [shard.name for shard in shards if not shard.is_file()]
+            if missing or not shards:
+                raise ModelError(f"{index}: names weights that are missing: {', '.join(missing) or 'all of them'}")
+            return shards
+        if single.is_file():
+            return [single]
+    pickled = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLED]
+    variants = [path.name for path in sorted(folder.glob("*.safetensors"))]
+    if variants:
+        hint = f"; {variants[0]} is a variant: give it the plain name, or save the model without a variant"
+    elif pickled:
+        hint = f"; {pickled[0]} is pickled and is refused, as it can run any code: save it as safetensors"
+    else:
+        hint = " (pickled ones are never loaded)"
+    raise ModelError(f"{folder}: no safetensors weights here{hint}")
+
+
+def tensor_headers(file: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {"dtype", "shape", "data_offsets"} of a safetensors file; offsets count from the file's start.
+
+    Raises ModelError when the file is truncated or is no safetensors file.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError(f"its header wants {length} bytes")
+            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        for tensor in header.values():
+            tensor["data_offsets"] = [8 + length + offset for offset in tensor["data_offsets"]]
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=8 + length)
+        if end != size:
+            raise ValueError(f"its header describes {end} bytes")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error) if isinstance(error, ValueError) and "its header" in str(error) else "no valid header"
+        raise ModelError(
+            f"{file}: truncated or not a safetensors file ({size} bytes, {reason}); get the file again"
+        ) from None
+    return header
+
+
+def digest(texts: Iterable[tuple[str, bytes]], tensors: Iterable[tuple[Path, str]] = ()) -> str:
+    """A hex digest of (name, content) pairs, and of the tensors of (file, prefix) pairs that begin with the prefix.
+
+    Of each tensor: name without the prefix, dtype, shape and the first and last 4 KiB, so an edit in the middle
+    of a large one escapes it. It does not depend on paths, times, the files' order or sharding.
+    """
+    found = hashlib.sha256()
+    for name, content in texts:
+        _add(found, name.encode(), content)
+    for sample in sorted(sample for file, prefix in tensors for sample in _samples(file, prefix)):
+        _add(found, *sample)
+    return found.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ModelError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return content
+
+
+def _add(found: Any, *items: bytes) -> None:
+    for item in items:
+        found.update(struct.pack("<Q", len(item)) + item)
+
+
+def _samples(file: Path, prefix: str) -> Iterator[tuple[bytes, bytes, bytes]]:
+    with file.open("rb") as stream:
+        for name, tensor in tensor_headers(file).items():
+            if not name.startswith(prefix):
+                continue
+            begin, end = tensor["data_offsets"]
+            stream.seek(begin)
+            head = stream.read(min(_SAMPLE_BYTES, end - begin))
+            stream.seek(max(begin, end - _SAMPLE_BYTES))
+            tail = stream.read(min(_SAMPLE_BYTES, end - begin))
+            yield name.removeprefix(prefix).encode(), f"{tensor['dtype']} {tensor['shape']}".encode(), head + tail
