@@ -116,7 +116,7 @@ def _report(config: Config, seen: Sequence[_Seen]) -> Iterator[str]:
 def _captions(config: Config, captions: Sequence[str]) -> Iterator[str]:
     yield f"captions  {len(captions)} different; the first: {captions[0][:80]!r}"
     try:
-        base = local_base(config.model.base, config.model.revision)
+        base = local_base(config.model)
         limits = {"CLIP": ("clip_l", _CLIP_TOKENS)}
         if config.model.t5:
             limits["T5"] = ("t5", config.model.max_sequence_length)

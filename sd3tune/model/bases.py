@@ -229,15 +229,17 @@ def resolve_base(
     return Base(name, "hub", snapshot, snapshot.name, files, tokenizers)
 
 
-def local_base(name: str, revision: str | None = None) -> Base | None:
-    """The base as far as it is on this machine, or None; of a Hub base, what was downloaded earlier.
+def local_base(model: ModelConfig) -> Base | None:
+    """The configured base as far as it is on this machine, or None; of a Hub base, what was downloaded earlier.
 
-    Raises ModelError for a folder that is no base.
+    A single file counts only when its tokenizers are here, too. Raises ModelError for a folder or file that is no base.
     """
-    if name in TINY_SHAPES or Path(name).expanduser().exists():
-        return resolve_base(name)
-    snapshot = cached(name, revision)
-    return None if snapshot is None else Base(name, "folder", snapshot)
+    if model.base in TINY_SHAPES or Path(model.base).expanduser().exists():
+        base = configured_base(model)
+        has_tokenizers = base.kind != "file" or (model.tokenizers is not None and Path(model.tokenizers).is_dir())
+        return base if has_tokenizers else None
+    snapshot = cached(model.base, model.revision)
+    return None if snapshot is None else Base(model.base, "folder", snapshot)
 
 
 def _has_weights(part: str) -> bool:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sd3tune.config.schema import ModelConfig
 from sd3tune.errors import ModelError
 from sd3tune.model.bases import ENCODER_PARTS, TINY_SHAPES, Base, bases_dir, local_base, resolve_base
 from sd3tune.model.components import load_transformer
@@ -81,9 +82,9 @@ def test_a_folder_is_a_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_base_of_this_machine_is_found_without_asking_the_hub(folder: Path, tiny: Base) -> None:
-    assert local_base("tiny") == tiny
-    assert local_base(str(folder)) == resolve_base(str(folder))
-    assert local_base("tinny") is None
+    assert local_base(ModelConfig(base="tiny")) == tiny
+    assert local_base(ModelConfig(base=str(folder))) == resolve_base(str(folder))
+    assert local_base(ModelConfig(base="tinny")) is None
 
 
 def test_a_misspelt_name_gets_a_suggestion(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,9 +371,10 @@ for part in sys.argv[2:]:
 
 
 LOCAL = """
+from sd3tune.config import ModelConfig
 from sd3tune.model.bases import local_base
-print(local_base("good/sd3").fingerprint("tokenizer_3"))
-print(local_base("never/seen"))
+print(local_base(ModelConfig(base="good/sd3")).fingerprint("tokenizer_3"))
+print(local_base(ModelConfig(base="never/seen")))
 """
 
 

@@ -206,10 +206,10 @@ def test_gradient_sums_optimizer_and_average_are_fp32_in_a_bf16_run(start) -> No
 def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(start) -> None:
     training = start()
     training.step()
-    state, weight = training.state, training.weight
+    state, objective = training.state, training.objective
     before = state.master.master.detach().clone()
     moments = {key: value.clone() for key, value in state.optimizer.state[state.master.master].items()}
-    training.weight = lambda sigma: weight(sigma) * float("inf")
+    training.objective = replace(objective, weight=lambda sigma: objective.weight(sigma) * float("inf"))
     result = training.step()
     assert not result.grad_norm.isfinite()
     assert state.step == 2
@@ -218,23 +218,24 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(start) -> N
         assert torch.equal(value, moments[key])
     assert torch.equal(state.master.compute, before)
 
-    training.weight = weight
+    training.objective = objective
     assert training.step().grad_norm.isfinite()
     assert not torch.equal(state.master.master, before)
 
 
 def test_fp16_trains_and_halves_its_scale_on_overflow(start) -> None:
     training = start("model.dtype=fp16", "train.batch_size=2")
-    state, weight = training.state, training.weight
+    state, objective = training.state, training.objective
     before = state.master.master.detach().clone()
     scale = state.loss_scale.scale.item()
     assert scale > 1
-    training.weight = lambda sigma: weight(sigma) * 1e6  # beyond fp16's 65504 on the way back
+    # Beyond fp16's 65504 on the way back.
+    training.objective = replace(objective, weight=lambda sigma: objective.weight(sigma) * 1e6)
     assert not training.step().grad_norm.isfinite()
     assert state.loss_scale.scale.item() == scale / 2
     assert torch.equal(state.master.master, before)
 
-    training.weight = weight
+    training.objective = objective
     norms = [training.step().grad_norm for _ in range(3)]
     assert all(norm.isfinite() for norm in norms)
     assert state.loss_scale.scale.item() == scale / 2
