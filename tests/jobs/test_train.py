@@ -169,11 +169,16 @@ def test_block_checkpointing_gives_the_same_adapter(quick_config, tmp_path: Path
         torch.testing.assert_close(checkpointed[key], tensor, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_low_precision_runs_from_end_to_end(quick_config, tmp_path: Path, adapter_of, dtype: str) -> None:
-    run_training(quick_config(tmp_path, f"model.dtype={dtype}", "train.steps=2"))
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_low_precision_runs_from_end_to_end(quick_config, tmp_path: Path, adapter_of, name: str, dtype) -> None:
+    found: set[torch.dtype] = set()
+    run_training(
+        quick_config(tmp_path, f"model.dtype={name}", "train.steps=2"),
+        callbacks=[lambda view: found.update(parameter.dtype for parameter in view.transformer.parameters())],
+    )
+    assert found == {dtype}
     assert {tensor.dtype for tensor in adapter_of(tmp_path).values()} == {torch.float32}
-    assert json.loads((tmp_path / "run.json").read_text())["dtype"] == dtype
+    assert json.loads((tmp_path / "run.json").read_text())["dtype"] == name
 
 
 @pytest.mark.parametrize("base", ["tiny-sd3", "tiny-sd35-large"])
@@ -190,12 +195,20 @@ def test_t5_can_be_left_out(quick_config, tmp_path: Path) -> None:
 def test_the_same_seed_is_the_same_run_and_another_is_not(
     quick_config, tmp_path, assert_equal_runs, adapter_of
 ) -> None:
+    starts: list[torch.Tensor] = []
+
+    def note(view: View) -> None:
+        if view.step == 0:
+            starts.append(next(iter(view.weights.values())).clone())
+
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.rand(7)  # the global generator has no part in it
-        run_training(quick_config(tmp_path / name, f"seed={seed}", "train.steps=2"))
+        run_training(quick_config(tmp_path / name, f"seed={seed}", "train.steps=2"), callbacks=[note])
     assert_equal_runs(tmp_path / "a", tmp_path / "b")
     one, other = adapter_of(tmp_path / "a"), adapter_of(tmp_path / "c")
     assert all(not torch.equal(one[key], other[key]) for key in one)
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
 
 
 def test_a_step_whose_gradient_is_not_finite_is_passed_over_and_reported(

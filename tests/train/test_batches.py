@@ -6,10 +6,13 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sd3tune.data.store import Store
+from sd3tune.model.components import load_text_encoder, load_vae
 from sd3tune.train.batches import Batch, Batches, Example, LatentScaling
 
 IMAGES, VARIANTS = 5, 4
@@ -90,6 +93,31 @@ def test_each_sample_has_the_weight_of_its_example(store) -> None:
     for batch in fetch_all(batches, 5):
         assert batch.weights.dtype == torch.float32
         assert batch.weights.tolist() == [1.0 + image for image in images_of(batch)]
+
+
+def test_encoded_pictures_keep_their_captions(assembled, quick_config, tiny_images: Path, tmp_path: Path) -> None:
+    """From files to batches: each latent is nearest to its own picture's, each embedding is its own caption's."""
+    training = assembled(quick_config(tmp_path / "run", "train.batch_size=2", "train.gradient_accumulation=2"))
+    base, batches = training.plan.base, training.batches
+    clip, vae = load_text_encoder(base, "clip_l", torch.float32), load_vae(base, torch.float32)
+    pictures, hidden = {}, {}
+    for file in tiny_images.glob("*.png"):
+        image = Image.open(file).convert("RGB")
+        left, top = (image.width - 80) // 2, 0
+        pixels = torch.from_numpy(np.array(image.crop((left, top, left + 80, top + 80)).resize((64, 64)))) / 127.5 - 1
+        with torch.no_grad():
+            mean = vae.encode(pixels.permute(2, 0, 1)[None]).latent_dist.mean[0]
+        pictures[file.name] = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+        hidden[file.name] = clip.encode([file.with_suffix(".txt").read_text()])[0]["hidden"]
+
+    seen = set()
+    for batch in fetch_all(batches, 5):
+        for name, latent, found in zip(batch.names, batch.latents, batch.embeddings["clip_l"]["hidden"], strict=True):
+            distances = {other: (latent - mean).norm().item() for other, mean in pictures.items()}
+            assert min(distances, key=distances.__getitem__) == name
+            assert torch.equal(found, hidden[name])
+            seen.add(name)
+    assert seen == pictures.keys()
 
 
 def test_every_image_comes_once_an_epoch_in_an_order_of_its_own(store) -> None:

@@ -112,6 +112,7 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(config, tmp_pat
 def test_steps_beyond_six_digits_stay_in_order(tmp_path) -> None:
     for step in (999_999, 1_000_000, 5):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000005.bak").mkdir()  # a user's own
     names = [path.name for path in list_checkpoints(tmp_path)]
     assert names == ["step-000005", "step-999999", "step-1000000"]
 
