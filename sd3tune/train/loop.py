@@ -70,7 +70,7 @@ def train(
     metrics = Metrics(run / "metrics.jsonl", state.step, processes.gather, processes.is_main)
 
     def view() -> View:
-        return View(state.step, state.step == config.train.steps, transformer, method, exported_weights(state))
+        return View(state.step, state.step == config.train.total_steps, transformer, method, exported_weights(state))
 
     def checkpoint() -> None:
         metrics.flush(wait=True)
@@ -85,7 +85,7 @@ def train(
         processes.wait()
 
     bar = tqdm(
-        total=config.train.steps,
+        total=config.train.total_steps,
         initial=state.step,
         desc=config.name,
         unit="step",
@@ -95,10 +95,10 @@ def train(
     with bar:
         for callback in callbacks:
             callback(view())
-        while state.step < config.train.steps:
+        while state.step < config.train.total_steps:
             result = train_step(state, transformer, method, batches, weight, config, processes.reduce_mean)
             metrics.add(state.step, result)
-            last = state.step == config.train.steps
+            last = state.step == config.train.total_steps
             if state.step % config.train.log_every == 0 or last:
                 metrics.flush(wait=last)
                 _show(bar, metrics)
