@@ -62,7 +62,7 @@ def fill_store(store: Store, model: Model, joint_width: int, dtype: torch.dtype)
                 if encoder != "t5":
                     entry["pooled"] = draw(shape[1]).to(dtype)
                 writer.put(captions[encoder], entry)
-            examples.append(Example(f"{number}.png", (image,), captions))
+            examples.append(Example(f"{number}.png", (image,), captions, (8 * side, 8 * side)))
     return examples
 
 

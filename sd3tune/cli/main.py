@@ -127,7 +127,9 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Check a configuration; exit code 2 and one line per problem if there are any."""
     loaded = load_config(config, overrides or ())
     _print_notes(loaded.notes)
-    print(f"{config}: valid, run {loaded.config.name!r}, {loaded.config.train.steps} steps")
+    train = loaded.config.train
+    length = f"{train.steps} steps" if train.epochs is None else f"{train.epochs:g} epochs"
+    print(f"{config}: valid, run {loaded.config.name!r}, {length}")
 
 
 @config_app.command()

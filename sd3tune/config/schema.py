@@ -283,7 +283,15 @@ class DataConfig(Section):
         "the adapter.",
     )
     resolution: int = Field(
-        1024, ge=16, le=4096, description="Side of the square training crop in pixels, a multiple of 16."
+        1024,
+        ge=16,
+        le=4096,
+        description="Side of the square training crop in pixels, a multiple of 16; previews are that square.",
+    )
+    buckets: bool = Field(
+        True,
+        description="Cut each image to the nearest of a few shapes of the square's area instead of to the square; a "
+        "batch holds one shape. false cuts squares only.",
     )
     crop_variants: int = Field(
         1,
@@ -292,6 +300,18 @@ class DataConfig(Section):
         description="Crops per image: the first is centred, more are random; each is encoded once.",
     )
     flip: bool = Field(False, description="Also train on mirrored images, encoded as further variants.")
+    caption_dropout: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of samples trained with the empty caption, which classifier-free guidance starts from.",
+    )
+    encoder_dropout: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Chance that a text encoder's output is zeros, for each sample and encoder by itself.",
+    )
     cache_dir: str | None = Field(
         None,
         description="Where encoded captions and images are kept, shared by runs; null: `$SD3TUNE_CACHE`, "
@@ -477,7 +497,12 @@ ScheduleConfig = Annotated[ConstantConfig | CosineConfig, Field(discriminator="k
 class TrainConfig(Section):
     """Length, batch and memory of the training."""
 
-    steps: int = Field(1000, ge=1, description="Optimizer steps.")
+    steps: int | None = Field(1000, ge=1, description="Optimizer steps; null, or left out, when `epochs` is given.")
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description="The length in passes over the data, repeats counted, instead of `steps`; rounded up to a step.",
+    )
     batch_size: int = Field(1, ge=1, description="Images per process and forward pass.")
     gradient_accumulation: int = Field(
         1, ge=1, description="Forward passes per optimizer step; multiplies the batch at no memory."
@@ -491,6 +516,19 @@ class TrainConfig(Section):
         "activations for a third more time.",
     )
     log_every: int = Field(10, ge=1, description="Steps between refreshes of the progress line and metrics file.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_replace_the_default(cls, values: Any) -> Any:
+        given = isinstance(values, dict) and values.get("epochs") is not None
+        return {**values, "steps": values.get("steps")} if given else values
+
+    @property
+    def total_steps(self) -> int:
+        """The number of optimizer steps. Known only once `epochs` was resolved against the data."""
+        if self.steps is None:
+            raise ValueError("train.epochs has not been resolved into steps")
+        return self.steps
 
 
 class EmaConfig(Section):
@@ -580,10 +618,26 @@ class Config(Section):
         return name
 
     @model_validator(mode="after")
+    def _one_length(self) -> Config:
+        steps, epochs = self.train.steps, self.train.epochs
+        if steps is not None and epochs is not None:
+            raise ValueError(
+                f"train.steps is {steps} and train.epochs is {epochs:g}: both say how long to train; leave one out, "
+                "or set it to null"
+            )
+        if steps is None and epochs is None:
+            raise ValueError("train.steps and train.epochs are both null; give one of them a number")
+        return self
+
+    @model_validator(mode="after")
     def _warmup_fits(self) -> Config:
-        if self.schedule.warmup_steps >= self.train.steps and self.schedule.warmup_steps > 0:
+        if self.train.steps is not None and not self.warmup_fits(self.train.steps):
             raise ValueError(
                 f"schedule.warmup_steps is {self.schedule.warmup_steps} but train.steps is "
                 f"{self.train.steps}: the learning rate would never reach its peak; warm up for fewer steps"
             )
         return self
+
+    def warmup_fits(self, steps: int) -> bool:
+        """Whether a run of that many steps reaches its peak learning rate."""
+        return self.schedule.warmup_steps < steps

@@ -11,7 +11,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
 
 from sd3tune.data.sampler import derive
 from sd3tune.errors import DataError
@@ -20,6 +22,7 @@ PREPROCESSING_VERSION = 1  # part of every image key: raise it whenever the same
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _MAX_ASPECT = 32  # beyond it a crop shows next to nothing, and covering it would take gigabytes
+_EXIF_IN_PNG = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # nothing that runs a program, as EPS does
 
 
@@ -82,6 +85,23 @@ def check_header(image: ImageRef) -> None:
         raise DataError(f"{image}: {_complaint(error, nbytes)}") from None
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise DataError(f"{image}: is {width} x {height} px, too narrow to crop; cut it yourself or remove it")
+
+
+def upright_size(image: ImageRef) -> tuple[int, int]:
+    """The (height, width) that `read_image` gives, without decoding; of a file only the first bytes are read.
+
+    A PNG whose EXIF data stands behind its pixels, which nothing common writes, counts as upright. Raises DataError.
+    """
+    content = str(image) if isinstance(image, Path) else io.BytesIO(_read(image))
+    try:
+        with Image.open(content, formats=_FORMATS) as opened:
+            width, height = opened.size
+            # A TIFF's size is the upright one already; a PNG without a sign of EXIF would be decoded to look for it.
+            readable = opened.format != "TIFF" and (opened.format != "PNG" or bool(_EXIF_IN_PNG & opened.info.keys()))
+            sideways = readable and opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except Exception as error:  # as in read_image
+        raise DataError(f"{image}: {_complaint(error, -1)}") from None
+    return (width, height) if sideways else (height, width)
 
 
 def _size(path: str) -> int:
@@ -153,7 +173,8 @@ def _cover_size(image_size: tuple[int, int], target: tuple[int, int]) -> tuple[i
 def cover(image: Image.Image, target: tuple[int, int]) -> Image.Image:
     """The image scaled (Lanczos), its shape kept, until it just covers `target`."""
     height, width = _cover_size((image.height, image.width), target)
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+    scaled: Image.Image = transforms.resize(image, [height, width], InterpolationMode.LANCZOS)
+    return scaled
 
 
 def pixels(image: Image.Image, crop: Crop) -> torch.Tensor:
@@ -162,8 +183,9 @@ def pixels(image: Image.Image, crop: Crop) -> torch.Tensor:
     Its memory layout is the same too, channels last: in another, convolutions round otherwise. `image` may
     already be scaled by `cover`, which saves doing so for every cut.
     """
-    cut = cover(image, crop.size).crop(crop.box)
+    left, top, _, _ = crop.box
+    cut = transforms.crop(cover(image, crop.size), top, left, *crop.size)
     if crop.flip:
-        cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        cut = transforms.horizontal_flip(cut)
     scaled = np.array(cut)[None].astype(np.float32) / 255.0
     return 2.0 * torch.from_numpy(scaled.transpose(0, 3, 1, 2)) - 1.0

@@ -3,15 +3,19 @@
 Nothing here keeps a state, so a run resumes from its step number, two processes see what one would, and
 nothing that happens between two steps can disturb the next.
 
-An optimizer step consumes `accumulation * world * batch_size` slots. Slot `s` of step `t` stands at position
-`t * slots_per_step + s` of an endless stream of samples that is shuffled anew every epoch.
+A global micro-batch is what all ranks see in one forward pass: `world * batch_size` samples of one bucket. Each bucket
+has an endless stream of its samples, shuffled anew every time through, and batch j of a bucket is the stream's j-th
+piece. Epoch e holds of a bucket with n samples the batches from floor(e n / batch) up to floor((e + 1) n / batch), all
+buckets' batches shuffled together: nothing is padded, and what does not fill a batch comes first in the next epoch.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 
 import torch
 
@@ -27,7 +31,12 @@ def generator(seed: int, *counters: int | str, device: torch.device | str = "cpu
     return torch.Generator(device).manual_seed(derive(seed, *counters))
 
 
-@functools.lru_cache(maxsize=4)  # a batch may straddle two epochs; validation has an order of its own
+def uniform(seed: int, *counters: int | str) -> float:
+    """A number in [0, 1) from all arguments, with 53 random bits."""
+    return (derive(seed, *counters) >> 10) / 2**53
+
+
+@functools.lru_cache(maxsize=32)  # a stream for each bucket, and a batch may straddle two epochs
 def epoch_order(seed: int, epoch: int, n: int) -> tuple[int, ...]:
     """A permutation of `range(n)`: the order in which that epoch sees its samples."""
     return tuple(torch.randperm(n, generator=generator(seed, "epoch", epoch)).tolist())
@@ -39,6 +48,42 @@ def index_at(seed: int, position: int, n: int) -> int:
         raise ValueError(f"a stream needs at least one sample, not {n}")
     epoch, offset = divmod(position, n)
     return epoch_order(seed, epoch, n)[offset]
+
+
+def batch_samples(seed: int, number: int, buckets: Sequence[tuple[str, int]], batch: int) -> tuple[str, list[int]]:
+    """The bucket of global micro-batch `number` of the run, and the indices in that bucket of its `batch` samples.
+
+    `buckets` lists names and numbers of samples per epoch. With a single bucket the batches are simply the pieces of
+    `index_at(seed, ...)`.
+    """
+    if not buckets or min(n for _, n in buckets) < 1:
+        raise ValueError(f"a bucket needs at least one sample: {list(buckets)}")
+    counts = tuple(n for _, n in buckets)
+    # e epochs hold at most e * sum(counts) / batch batches, and fall short of that by less than one a bucket.
+    upper = (number + len(counts)) * batch // sum(counts) + 1
+    epoch = bisect.bisect_right(range(upper), number, key=lambda e: _batches_before(e, counts, batch)) - 1
+    bucket, piece = _epoch_batches(seed, epoch, counts, batch)[number - _batches_before(epoch, counts, batch)]
+    name, n = buckets[bucket]
+    stream = seed if len(buckets) == 1 else derive(seed, "bucket", name)
+    return name, [index_at(stream, position, n) for position in range(piece * batch, (piece + 1) * batch)]
+
+
+def _batches_before(epoch: int, counts: tuple[int, ...], batch: int) -> int:
+    return sum(epoch * n // batch for n in counts)
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_batches(seed: int, epoch: int, counts: tuple[int, ...], batch: int) -> list[tuple[int, int]]:
+    """The (bucket, number in that bucket's stream) of every batch of an epoch: buckets mixed, each in stream order."""
+    following = [epoch * n // batch for n in counts]
+    ends = [(epoch + 1) * n // batch for n in counts]
+    labels = [bucket for bucket, end in enumerate(ends) for _ in range(end - following[bucket])]
+    batches = []
+    for place in torch.randperm(len(labels), generator=generator(seed, "buckets", epoch)).tolist():
+        bucket = labels[place]
+        batches.append((bucket, following[bucket]))
+        following[bucket] += 1
+    return batches
 
 
 def step_slots(micro: int, rank: int, world: int, batch_size: int) -> range:

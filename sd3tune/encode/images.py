@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sd3tune.data.ahead import ahead
+from sd3tune.data.buckets import Size, nearest_bucket, size_name
 from sd3tune.data.images import (
     PREPROCESSING_VERSION,
     Crop,
@@ -37,11 +38,20 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class EncodedImage:
+    """One record's image in the store: the (height, width) it was cut to, and a key per variant."""
+
+    size: Size
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class _Job:
     """One image with those of its variants that the store lacks."""
 
     image: ImageRef
     digest: str
+    target: Size
     cuts: dict[str, Crop]
 
 
@@ -50,7 +60,7 @@ def encode_images(
     records: Sequence[Record],
     store: Store,
     *,
-    resolution: int,
+    buckets: Sequence[Size],
     crop_variants: int = 1,
     flip: bool = False,
     dtype: torch.dtype,
@@ -59,49 +69,51 @@ def encode_images(
     rank: int = 0,
     world: int = 1,
     say: Callable[[str], None] = logger.info,
-) -> tuple[list[list[str]], EncodeReport]:
-    """Encode what the store lacks of the records' images; returns each record's keys, and the report.
+) -> tuple[list[EncodedImage], EncodeReport]:
+    """Encode what the store lacks of the records' images; returns them in the records' order, and the report.
 
-    Records keep their order and have a key per variant. Entries are {"mean", "std"}, fp32 [16, resolution/8,
-    resolution/8]. The VAE is loaded only when something is missing, runs in `dtype` (fp16, in which it
-    overflows, becomes fp32) on one image at a time, and is freed. With `world` > 1 each rank encodes its
-    share: put a barrier behind this call, then `store.refresh()`. `say` is told the size of what is about to
-    be written. Raises DataError for all unreadable images at once before the VAE is loaded, ModelError, and RunError
-    when the disk lacks the room.
+    Each image is cut to that of the `buckets`, (height, width) in pixels, whose shape is nearest to its own. Entries
+    are {"mean", "std"}, fp32 [16, height/8, width/8]. The VAE is loaded only when something is missing, runs in
+    `dtype` (fp16, in which it overflows, becomes fp32) on one image at a time, and is freed. With `world` > 1 each
+    rank encodes its share: put a barrier behind this call, then `store.refresh()`. `say` is told the size of what is
+    about to be written. Raises DataError for all unreadable images at once before the VAE is loaded, ModelError, and
+    RunError when the disk lacks the room.
     """
     dtype = torch.float32 if dtype == torch.float16 else dtype
     manifest = Manifest.load(store.root)
     refs = [record.image for record in records]
     facts = _inspect(refs, manifest, progress)
     vae = base.fingerprint("vae")
-    target = (resolution, resolution)
+    targets = [nearest_bucket(of.size, buckets) for of in facts]
     cuts = [
         [(_key(vae, dtype, of.digest, cut), cut) for cut in crops(of.size, target, crop_variants, flip, of.digest)]
-        for of in facts
+        for of, target in zip(facts, targets, strict=True)
     ]
 
     jobs: dict[str, _Job] = {}  # by digest: copies of a file are encoded once
     reasons: Counter[str] = Counter()
-    for image, of, all_cuts in zip(refs, facts, cuts, strict=True):
+    for image, of, target, all_cuts in zip(refs, facts, targets, cuts, strict=True):
         lacking = {key: cut for key, cut in all_cuts if key not in store}
         if lacking:
-            jobs[of.digest] = _Job(image, of.digest, lacking)
+            jobs[of.digest] = _Job(image, of.digest, target, lacking)
             reasons[_reason(image, of, manifest, store)] += 1
     entries = sum(len(job.cuts) for job in jobs.values())
-    nbytes = entries * _entry_bytes(base, resolution)
+    pixels_missing = sum(len(job.cuts) * job.target[0] * job.target[1] for job in jobs.values())
+    nbytes = round(pixels_missing * _bytes_per_pixel(base))
     if entries:
         say(check_room(store.root, "images", entries, nbytes))
 
     mine = [job for job in jobs.values() if is_mine(job.digest, rank, world)]
     if mine:
-        _encode(base, mine, store, target, dtype, device, progress)
+        _encode(base, mine, store, dtype, device, progress)
         release(device)
     if rank == 0:
         Manifest.add(store.root, images={str(image): of for image, of in zip(refs, facts, strict=True)})
     variants = crop_variants * (1 + flip)
     extent = f"{len(records)} x {variants} variants" if variants > 1 else f"{len(records)}"
-    report = EncodeReport("images", extent, len(records), reasons, nbytes, _warnings(refs, facts, resolution))
-    return [[key for key, _ in of] for of in cuts], report
+    report = EncodeReport("images", extent, len(records), reasons, nbytes, _warnings(refs, facts, targets))
+    encoded = [EncodedImage(target, tuple(key for key, _ in of)) for target, of in zip(targets, cuts, strict=True)]
+    return encoded, report
 
 
 def _key(vae: str, dtype: torch.dtype, digest: str, cut: Crop) -> str:
@@ -147,7 +159,6 @@ def _encode(
     base: Base,
     jobs: Sequence[_Job],
     store: Store,
-    target: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device | str,
     progress: bool,
@@ -156,7 +167,7 @@ def _encode(
         image, digest = read_image(job.image)
         if digest != job.digest:
             raise DataError(f"{job.image}: changed while images were being encoded; run again")
-        return job, cover(image, target)
+        return job, cover(image, job.target)
 
     total = sum(len(job.cuts) for job in jobs)
     bar = tqdm(total=total, desc="encoding images", unit="image", disable=not progress)
@@ -169,11 +180,11 @@ def _encode(
                 bar.update()
 
 
-def _entry_bytes(base: Base, resolution: int) -> int:
-    """Bytes of one entry, mean and standard deviation in fp32, from the VAE's configuration alone."""
+def _bytes_per_pixel(base: Base) -> float:
+    """Bytes of an entry, mean and standard deviation in fp32, from the VAE's configuration alone."""
     config = base.config("vae")
     scale = 2 ** (len(config["block_out_channels"]) - 1)
-    return 2 * 4 * config["latent_channels"] * (resolution // scale) ** 2
+    return 2 * 4 * config["latent_channels"] / scale**2
 
 
 def _reason(image: ImageRef, facts: ImageFacts, manifest: Manifest, store: Store) -> str:
@@ -185,10 +196,11 @@ def _reason(image: ImageRef, facts: ImageFacts, manifest: Manifest, store: Store
     return LOST if store.damaged or not len(store) else SETTINGS_CHANGED
 
 
-def _warnings(refs: Sequence[ImageRef], facts: Sequence[ImageFacts], resolution: int) -> list[str]:
-    small = [image.name for image, of in zip(refs, facts, strict=True) if is_smaller(of.size, (resolution, resolution))]
+def _warnings(refs: Sequence[ImageRef], facts: Sequence[ImageFacts], targets: Sequence[Size]) -> list[str]:
+    checked = zip(refs, facts, targets, strict=True)
+    small = [(image.name, target) for image, of, target in checked if is_smaller(of.size, target)]
     if not small:
         return []
     verb = "image is" if len(small) == 1 else "images are"
-    named = ", ".join(small[:3]) + (", ..." if len(small) > 3 else "")
-    return [f"{len(small)} {verb} smaller than {resolution} px and enlarged, which blurs the result: {named}"]
+    named = ", ".join(f"{name} ({size_name(target)})" for name, target in small[:3]) + ", ..." * (len(small) > 3)
+    return [f"{len(small)} {verb} enlarged to fill the crop, which blurs the result: {named}"]

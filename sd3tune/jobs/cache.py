@@ -23,6 +23,6 @@ def run_cache(config: Config, notes: Sequence[str] = ()) -> None:
         for note in notes:
             say(f"note: {note}")
         with accelerator.main_process_first():
-            plan = make_plan(config, accelerator.device, resume=None)
+            plan = make_plan(config, accelerator.device, resume=None, world=processes.world)
         encode(plan, processes, say)
         say(f"store     {store_folder(config)}")

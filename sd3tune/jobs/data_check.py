@@ -16,10 +16,12 @@ from tqdm import tqdm
 from sd3tune.atomic import new_file
 from sd3tune.config import Config
 from sd3tune.data.ahead import ahead
+from sd3tune.data.buckets import Size, nearest_bucket
 from sd3tune.data.duplicates import near_duplicates, thumbnail
 from sd3tune.data.images import ImageRef, is_smaller, read_image
 from sd3tune.data.records import Record, scan_records
 from sd3tune.errors import DataError, ModelError, RunError
+from sd3tune.jobs.preflight import buckets_of, describe_buckets
 from sd3tune.model.bases import local_base
 from sd3tune.model.components import load_tokenizer
 from sd3tune.model.text import count_tokens
@@ -50,13 +52,14 @@ def run_data_check(config: Config, sheet: Path) -> None:
     """Print the report and write the contact sheet. Raises DataError with every reason not to train on this."""
     _check_sheet(sheet)
     records, problems = scan_records(config.data, progress=True)
+    buckets = _buckets(config)
     seen: list[_Seen] = []
-    for result in _look(records, config):
+    for result in _look(records, buckets):
         if isinstance(result, DataError):
             problems += result.problems
         else:
             seen.append(result)
-    for line in _report(config, seen):
+    for line in _report(config, buckets, seen):
         print(line)
     if seen:
         _write_sheet(sheet, seen)
@@ -68,10 +71,9 @@ def run_data_check(config: Config, sheet: Path) -> None:
     print(f"trainable: {len(seen)} image{'s' * (len(seen) != 1)}, {samples} per epoch")
 
 
-def _look(records: Sequence[Record], config: Config) -> Iterator[_Seen | DataError]:
+def _look(records: Sequence[Record], buckets: Sequence[Size]) -> Iterator[_Seen | DataError]:
     """Every image decoded whole, some at a time."""
     step = max(1, math.ceil(len(records) / _SHEET_IMAGES))
-    side = config.data.resolution
 
     def look(numbered: tuple[int, Record]) -> _Seen | DataError:
         number, record = numbered
@@ -81,7 +83,7 @@ def _look(records: Sequence[Record], config: Config) -> Iterator[_Seen | DataErr
             return error
         tile = None
         if number % step == 0:
-            high, wide = _training_size((image.height, image.width), side)
+            high, wide = nearest_bucket((image.height, image.width), buckets)
             scale = _SHEET_SIDE / max(high, wide)
             tile = ImageOps.fit(image, (round(wide * scale), round(high * scale)), Image.Resampling.LANCZOS)
         return _Seen(record, digest, (image.height, image.width), thumbnail(image), tile)
@@ -89,12 +91,16 @@ def _look(records: Sequence[Record], config: Config) -> Iterator[_Seen | DataErr
     yield from tqdm(ahead(look, enumerate(records)), desc="checking images", unit="image", total=len(records), delay=1)
 
 
-def _training_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """(height, width) of the crop that an image of this size is trained in."""
-    return resolution, resolution
+def _buckets(config: Config) -> list[Size]:
+    """As in training, but for a base that is not on this machine, or is none: its largest side is not known."""
+    try:
+        base = local_base(config.model)
+        return buckets_of(config, None if base is None else base.config("transformer"))
+    except ModelError:
+        return buckets_of(config, None)
 
 
-def _report(config: Config, seen: Sequence[_Seen]) -> Iterator[str]:
+def _report(config: Config, buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
     for number, source in enumerate(config.data.sources):
         count = sum(one.record.source == number for one in seen)
         extras = [
@@ -109,7 +115,7 @@ def _report(config: Config, seen: Sequence[_Seen]) -> Iterator[str]:
     captions = list(dict.fromkeys(one.record.caption for one in seen if one.record.caption))
     if captions:
         yield from _captions(config, captions)
-    yield from _sizes(config, seen)
+    yield from _sizes(buckets, seen)
     yield from _duplicates(seen)
 
 
@@ -139,13 +145,13 @@ def _captions(config: Config, captions: Sequence[str]) -> Iterator[str]:
             )
 
 
-def _sizes(config: Config, seen: Sequence[_Seen]) -> Iterator[str]:
+def _sizes(buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
     """A table of the images' sizes, and what is scaled and cut away for training."""
-    side = config.data.resolution
+    yield from describe_buckets((one.size for one in seen), buckets)
     yield f"sizes     {'width x height':<16}{'images':>7}   {'trained at':<13}{'scaled':>7}{'cut away':>10}"
     counts = Counter(one.size for one in seen).most_common()
     for (high, wide), count in counts[:_SHOWN]:
-        to_high, to_wide = _training_size((high, wide), side)
+        to_high, to_wide = nearest_bucket((high, wide), buckets)
         scale = max(to_high / high, to_wide / wide)
         lost = 1 - to_high * to_wide / (high * scale * wide * scale)
         size, trained = f"{wide} x {high}", f"{to_wide} x {to_high}"
@@ -153,7 +159,7 @@ def _sizes(config: Config, seen: Sequence[_Seen]) -> Iterator[str]:
     if len(counts) > _SHOWN:
         rest = sum(count for _, count in counts[_SHOWN:])
         yield f"          and {len(counts) - _SHOWN} more sizes, {rest} images"
-    small = [one.record.image for one in seen if is_smaller(one.size, _training_size(one.size, side))]
+    small = [one.record.image for one in seen if is_smaller(one.size, nearest_bucket(one.size, buckets))]
     if small:
         yield f"warning: {len(small)} of {len(seen)} are enlarged, which blurs the result: {_named(small)}"
 

@@ -17,7 +17,7 @@ from sd3tune.train.batches import Example
 from sd3tune.train.loop import Processes
 
 NEGATIVE_PROMPT = ""
-"""The unconditional prompt: the empty string's encoding, never zeros."""
+"""The unconditional prompt, and a dropped caption: the empty string's encoding, never zeros."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,11 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
     """Encode what is missing, each process its share, one component in memory at a time."""
     config, encoders = plan.config, plan.method.cached_encoders
     store = Store(store_folder(config))
-    previews = [*config.preview.prompts, NEGATIVE_PROMPT] if config.preview.prompts else []
+    needs_empty = bool(config.preview.prompts) or config.data.caption_dropout > 0
+    more = [*config.preview.prompts, *([NEGATIVE_PROMPT] if needs_empty else [])]
     captions, caption_report = encode_captions(
         plan.base,
-        [*(record.caption for record in plan.records), *previews],
+        [*(record.caption for record in plan.records), *more],
         store,
         encoders=encoders,
         dtype=plan.dtype,
@@ -65,7 +66,7 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
         plan.base,
         plan.records,
         store,
-        resolution=config.data.resolution,
+        buckets=plan.buckets,
         crop_variants=config.data.crop_variants,
         flip=config.data.flip,
         dtype=plan.dtype,
@@ -82,11 +83,12 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
     once = [
         Example(
             record.image.name,
-            tuple(keys),
+            image.keys,
             {encoder: captions[encoder][record.caption] for encoder in encoders},
+            image.size,
             record.weight,
         )
-        for record, keys in zip(plan.records, images, strict=True)
+        for record, image in zip(plan.records, images, strict=True)
     ]
     examples = [once[index] for index in sample_indices(plan.records)]
     return Encoded(store, examples, captions, [*caption_report.warnings, *image_report.warnings])

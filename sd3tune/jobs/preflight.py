@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sd3tune.config import Config
+from sd3tune.data.buckets import Size, bucket_table, nearest_bucket, size_name
+from sd3tune.data.images import upright_size
 from sd3tune.data.records import Record, load_records
 from sd3tune.errors import ConfigError, UserError
 from sd3tune.jobs.machine import choose_dtype, dtype_name
@@ -27,6 +32,7 @@ class Plan:
     """A run that is possible as far as can be told without weights."""
 
     config: Config
+    """With `train.epochs`, if that was given, resolved into `train.steps`."""
     run: Path
     base: Base
     records: Sequence[Record]
@@ -42,14 +48,16 @@ class Plan:
     start: Path | None
     """The checkpoint to resume from."""
     latent_shape: tuple[int, int, int]
+    buckets: Sequence[Size]
+    """The sizes that images may be cut to, (height, width) in pixels."""
 
     @property
     def images_per_epoch(self) -> int:
         return sum(record.repeats for record in self.records)
 
 
-def make_plan(config: Config, device: torch.device, resume: bool | None) -> Plan:
-    """Check data, base, targets, sizes and, unless `resume` is None, the run folder.
+def make_plan(config: Config, device: torch.device, resume: bool | None, world: int = 1) -> Plan:
+    """Check data, base, targets, sizes and, unless `resume` is None, the run folder; `world` processes will train.
 
     Raises UserError with every problem found.
     """
@@ -59,6 +67,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None) -> Plan
     run = Path(str(config.output_dir))
     try:
         records = load_records(config.data)
+        config = _with_steps(config, sum(record.repeats for record in records), world)
     except UserError as error:
         problems += error.problems
     try:
@@ -71,7 +80,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None) -> Plan
         method = METHODS[config.method.kind](config)
         base.check_encoders(method.cached_encoders)
         modules = method.select(transformer)
-        _check_size(config, transformer)
+        _check_size(config, transformer.config)
         dtype = choose_dtype(config.model.dtype, device)
     except UserError as error:
         raise UserError(*problems, *error.problems) from error
@@ -91,6 +100,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None) -> Plan
         model_shift=scheduler_shift,
         shift=shift_at(config.flow, scheduler_shift, config.data.resolution**2),
         start=start,
+        buckets=buckets_of(config, transformer.config),
         latent_shape=(
             transformer.config.in_channels,
             config.data.resolution // 8,
@@ -103,7 +113,9 @@ def describe(plan: Plan, world: int) -> list[str]:
     """The plan in a few lines, for the start of a run and for `--dry-run`."""
     config, train = plan.config, plan.config.train
     batch = train.batch_size * train.gradient_accumulation * world
-    seen = train.steps * batch / plan.images_per_epoch
+    epochs = train.total_steps * batch / plan.images_per_epoch
+    repeats = sorted({record.repeats for record in plan.records})
+    seen = " to ".join(f"{epochs * times:.3g}" for times in dict.fromkeys((repeats[0], repeats[-1])))
     parameters = sum(row.parameters for row in plan.coverage)
     variant = f" ({plan.base.variant})" if plan.base.variant else ""
     images = "1 image" if len(plan.records) == 1 else f"{len(plan.records)} images"
@@ -112,7 +124,8 @@ def describe(plan: Plan, world: int) -> list[str]:
         + (f", {world} processes" if world > 1 else ""),
         *_about_base(plan),
         f"data      {images}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
-        f"steps     {train.steps} of {batch} image{'s' * (batch > 1)}: each image is seen {seen:.3g} times",
+        *describe_buckets((upright_size(record.image) for record in plan.records), plan.buckets),
+        f"steps     {train.total_steps} of {batch} image{'s' * (batch > 1)}: each image is seen {seen} times",
         f"sigma     {describe_sigmas(config.flow, plan.shift)}",
         f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"
         + f", noise offset {config.flow.noise_offset:g}" * (config.flow.noise_offset > 0),
@@ -141,9 +154,43 @@ def _about_base(plan: Plan) -> list[str]:
     return lines
 
 
-def _check_size(config: Config, transformer: Any) -> None:
-    """`pos_embed` is cut from the middle of a stored grid, and the model raises beyond it."""
-    settings = transformer.config
-    largest = settings.pos_embed_max_size * settings.patch_size * 8
+def describe_buckets(sizes: Iterable[Size], buckets: Sequence[Size]) -> list[str]:
+    """How many images of these sizes each bucket has, the fullest first; nothing when there is only one."""
+    if len(buckets) == 1:
+        return []
+    counts = Counter(nearest_bucket(size, buckets) for size in sizes)
+    listed = ", ".join(f"{size_name(size)}: {count}" for size, count in counts.most_common())
+    return [f"buckets   {listed}"] if len(counts) > 1 else []
+
+
+def _with_steps(config: Config, images_per_epoch: int, world: int) -> Config:
+    """The configuration with its epochs as steps, rounded up. Raises ConfigError when the warm-up is as long."""
+    train = config.train
+    if train.epochs is None:
+        return config
+    batch = train.batch_size * train.gradient_accumulation * world
+    steps = math.ceil(Fraction(repr(train.epochs)) * images_per_epoch / batch)  # exact: 0.1 means a tenth
+    if not config.warmup_fits(steps):
+        raise ConfigError(
+            f"schedule.warmup_steps is {config.schedule.warmup_steps} but train.epochs {train.epochs:g} is {steps} "
+            f"step{'s' * (steps > 1)}: the learning rate would never reach its peak; warm up for fewer steps"
+        )
+    return config.model_copy(update={"train": train.model_copy(update={"steps": steps, "epochs": None})})
+
+
+def buckets_of(config: Config, transformer: Mapping[str, Any] | None) -> list[Size]:
+    """The sizes that images are cut to, given the transformer's configuration, if that is known."""
+    side = config.data.resolution
+    largest = None if transformer is None else _largest_side(transformer)
+    return bucket_table(side, largest) if config.data.buckets else [(side, side)]
+
+
+def _largest_side(transformer: Mapping[str, Any]) -> int:
+    """`pos_embed` is cut from the middle of a stored grid, and the model raises beyond it. In pixels."""
+    return int(transformer["pos_embed_max_size"] * transformer["patch_size"] * 8)
+
+
+def _check_size(config: Config, transformer: Mapping[str, Any]) -> None:
+    largest = _largest_side(transformer)
     if config.data.resolution > largest:
         raise ConfigError(f"data.resolution: {config.data.resolution} is too large for this base; at most {largest}")

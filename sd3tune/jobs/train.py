@@ -17,7 +17,7 @@ from sd3tune.data.sampler import generator
 from sd3tune.errors import RunError
 from sd3tune.jobs.closing import closing_report, summary
 from sd3tune.jobs.contract import check_identity, make_contract, run_identity, start_facts
-from sd3tune.jobs.encoding import Encoded, encode
+from sd3tune.jobs.encoding import NEGATIVE_PROMPT, Encoded, encode
 from sd3tune.jobs.launch import errors_to_the_launcher
 from sd3tune.jobs.machine import ALONE, closing_process_group, make_accelerator, processes_of
 from sd3tune.jobs.preflight import Plan, describe, make_plan
@@ -25,7 +25,7 @@ from sd3tune.jobs.preview import Previews
 from sd3tune.jobs.run_folder import RUN_FILE, check_start, describe_run, is_finished, locked, remove_previews
 from sd3tune.model.components import load_transformer, vae_config
 from sd3tune.publish.card import write_card
-from sd3tune.train.batches import Batches, LatentScaling
+from sd3tune.train.batches import Batches, Dropout, LatentScaling
 from sd3tune.train.checkpoint import list_checkpoints, restore
 from sd3tune.train.loop import Callback, Processes, exported_weights, train
 from sd3tune.train.metrics import Metrics
@@ -57,10 +57,10 @@ def run_training(
         for note in notes:
             say(f"note: {note}")
         with accelerator.main_process_first():  # a tiny base is built then: transformers writes on rank 0 alone
-            plan = make_plan(config, accelerator.device, resume)
+            plan = make_plan(config, accelerator.device, resume, processes.world)
         if resume and plan.start is None:
             say(f"nothing to resume in {plan.run}: starting afresh")
-        if plan.start is not None and is_finished(plan.run, config.train.steps):
+        if plan.start is not None and is_finished(plan.run, plan.config.train.total_steps):
             say(f"{plan.run}: already finished; nothing to do")
             return
         for line in describe(plan, processes.world):
@@ -180,6 +180,11 @@ def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
         scaling=LatentScaling(vae["scaling_factor"], vae["shift_factor"]),
         sigma_of_u=lambda u, pixels: sigmas_at(shift_at(flow, plan.model_shift, pixels))(u),
         noise_offset=flow.noise_offset,
+        dropout=Dropout(
+            plan.config.data.caption_dropout,
+            plan.config.data.encoder_dropout,
+            {encoder: keys[NEGATIVE_PROMPT] for encoder, keys in encoded.captions.items() if NEGATIVE_PROMPT in keys},
+        ),
     )
 
 
@@ -199,7 +204,7 @@ def _say_goodbye(
     seconds: float,
     say: Callable[[str], None],
 ) -> None:
-    steps = plan.config.train.steps - from_step
+    steps = plan.config.train.total_steps - from_step
     say("")
     say(f"{steps} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)")
     if metrics.skipped:

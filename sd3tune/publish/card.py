@@ -47,13 +47,14 @@ def card(config: Config, contract: Mapping[str, Any], report: Mapping[str, Any])
     facts = {
         "base model": f"{contract['base']}" + (f" at {contract['base_revision']}" if contract["base_revision"] else ""),
         "rank, alpha": f"{contract['rank']}, {contract['alpha']:g} (folded into the file: alpha = rank there)",
-        "steps": f"{config.train.steps}, batch {config.train.batch_size} x {config.train.gradient_accumulation}",
+        "steps": f"{config.train.total_steps}, batch {config.train.batch_size} x {config.train.gradient_accumulation}",
         "optimizer": f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.schedule.kind}",
         "sigma": f"{sigma['kind']}{f' ({drawn})' if drawn else ''}, shift {contract['shift']:g}, "
         f"weighting {contract['weighting']['kind']}",
-        "resolution": f"{contract['resolution']} px",
+        "resolution": f"{contract['resolution']} px" + (", aspect buckets" if contract["buckets"] else ", squares"),
         "T5 tokens": f"{contract['max_sequence_length']}" + ("" if "t5" in contract["encoders"] else ", T5 not used"),
         **_encoder_files(contract),
+        "dropout": f"caption {contract['caption_dropout']:g}, text encoder {contract['encoder_dropout']:g}",
         "weights": "exponential moving average" if contract["weights"] == "ema" else "as trained",
         "sd3tune": contract["sd3tune_version"],
     }

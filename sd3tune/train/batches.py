@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sd3tune.data.sampler import derive, generator, index_at, step_slots
+from sd3tune.data.buckets import Size, size_name
+from sd3tune.data.sampler import batch_samples, derive, generator, step_slots, uniform
 from sd3tune.data.store import Store
 from sd3tune.flow.objective import offset_noise
 from sd3tune.model.latents import sample_latents
@@ -22,8 +23,22 @@ class Example:
     name: str
     images: tuple[str, ...]
     captions: Mapping[str, str]
+    size: Size
+    """(height, width) in pixels; images of one size form a bucket."""
     weight: float = 1.0
     """Factor on its loss."""
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Chances, per sample, of training without its caption; what is drawn depends on (seed, step, slot) alone."""
+
+    caption: float = 0.0
+    """Of the empty caption in place of the sample's."""
+    encoder: float = 0.0
+    """Of zeros in place of a text encoder's output, for each encoder by itself."""
+    empty: Mapping[str, str] = field(default_factory=dict)
+    """Encoder -> key of the empty caption; needed where `caption` is above 0."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ class Batches:
     """Reads batches from the store, one ahead in a thread. Holds no state that a resumed run would need.
 
     `sigma_of_u(u, pixels)` maps float64 uniforms to sigma for images of that size; `examples` lists each image as often
-    as an epoch sees it.
+    as an epoch sees it. A batch, of all ranks together, holds images of one size.
     """
 
     def __init__(
@@ -83,8 +98,12 @@ class Batches:
         scaling: LatentScaling,
         sigma_of_u: Callable[[Tensor, int], Tensor],
         noise_offset: float = 0.0,
+        dropout: Dropout = Dropout(),
     ) -> None:
-        self.store, self.examples, self.seed = store, examples, seed
+        self.store, self.seed, self.dropout = store, seed, dropout
+        self.buckets: dict[str, list[Example]] = {}
+        for example in sorted(examples, key=lambda example: example.size):
+            self.buckets.setdefault(size_name(example.size), []).append(example)
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
         self.device, self.scaling, self.sigma_of_u, self.noise_offset = device, scaling, sigma_of_u, noise_offset
         self._ahead: tuple[tuple[int, int], Future[_Loaded]] | None = None
@@ -107,8 +126,7 @@ class Batches:
 
     def _load(self, step: int, micro: int) -> _Loaded:
         slots = list(step_slots(micro, self.rank, self.world, self.batch_size))
-        per_step = self.accumulation * self.world * self.batch_size
-        examples = [self.examples[index_at(self.seed, step * per_step + s, len(self.examples))] for s in slots]
+        examples = self._examples(step * self.accumulation + micro)
         moments = [
             self.store.get(example.images[derive(self.seed, step, slot, "variant") % len(example.images)])
             for example, slot in zip(examples, slots, strict=True)
@@ -120,7 +138,7 @@ class Batches:
             std=torch.stack([entry["std"] for entry in moments]),
             sigma=self.sigma_of_u(torch.tensor(uniforms, dtype=torch.float64) / 2**52, pixels).float(),
             embeddings={
-                encoder: _stack([self.store.get(example.captions[encoder]) for example in examples])
+                encoder: _stack([self._embedding(encoder, *pair, step) for pair in zip(examples, slots, strict=True)])
                 for encoder in examples[0].captions
             },
             slots=slots,
@@ -128,6 +146,21 @@ class Batches:
             weights=torch.tensor([example.weight for example in examples], dtype=torch.float32),
         )
         return _pinned(loaded) if self.device.type == "cuda" else loaded
+
+    def _examples(self, number: int) -> list[Example]:
+        """This rank's part of the run's micro-batch `number`."""
+        counts = [(name, len(examples)) for name, examples in self.buckets.items()]
+        bucket, indices = batch_samples(self.seed, number, counts, self.world * self.batch_size)
+        mine = indices[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        return [self.buckets[bucket][index] for index in mine]
+
+    def _embedding(self, encoder: str, example: Example, slot: int, step: int) -> dict[str, Tensor]:
+        chance = self.dropout
+        without_caption = chance.caption > uniform(self.seed, step, slot, "caption dropout")
+        entry = self.store.get(chance.empty[encoder] if without_caption else example.captions[encoder])
+        if chance.encoder > uniform(self.seed, step, slot, "encoder dropout", encoder):
+            return {name: torch.zeros_like(tensor) for name, tensor in entry.items()}
+        return entry
 
     def _to_device(self, step: int, loaded: _Loaded) -> Batch:
         mean, std, sigma = (t.to(self.device, non_blocking=True) for t in (loaded.mean, loaded.std, loaded.sigma))

@@ -67,11 +67,11 @@ def train(
     contract: Mapping[str, Any],
     callbacks: Sequence[Callback] = (),
 ) -> Metrics:
-    """Train from `state.step` to `config.train.steps`; the last step is always checkpointed."""
+    """Train from `state.step` to `config.train.total_steps`; the last step is always checkpointed."""
     metrics = Metrics(run / "metrics.jsonl", state.step, processes.gather, processes.is_main)
 
     def view() -> View:
-        return View(state.step, state.step == config.train.steps, transformer, method, exported_weights(state))
+        return View(state.step, state.step == config.train.total_steps, transformer, method, exported_weights(state))
 
     def checkpoint() -> None:
         metrics.flush(wait=True)
@@ -86,7 +86,7 @@ def train(
         processes.wait()
 
     bar = tqdm(
-        total=config.train.steps,
+        total=config.train.total_steps,
         initial=state.step,
         desc=config.name,
         unit="step",
@@ -96,10 +96,10 @@ def train(
     with bar:
         for callback in callbacks:
             callback(view())
-        while state.step < config.train.steps:
+        while state.step < config.train.total_steps:
             result = train_step(state, transformer, method, batches, objective, config, processes.reduce_mean)
             metrics.add(state.step, result)
-            last = state.step == config.train.steps
+            last = state.step == config.train.total_steps
             if state.step % config.train.log_every == 0 or last:
                 metrics.flush(wait=last)
                 _show(bar, metrics)

@@ -88,7 +88,7 @@ def train_step(
         state.master.collect_gradients()
         samples.append(torch.stack([losses.detach(), weighted.detach(), batch.sigma]))
 
-    lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.steps)
+    lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.total_steps)
     grad_norm = update(state, config, lr, reduce_mean)
     losses, weighted, sigmas = torch.cat(samples, dim=1)
     return StepResult(losses, weighted, sigmas, grad_norm, lr)

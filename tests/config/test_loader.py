@@ -40,8 +40,8 @@ def problems(text: str, *overrides: str) -> tuple[str, ...]:
         ("train: {steps: 1e3}", "train.steps: 1000.0 is not an integer; write 1000"),
         ("train: {steps: true}", "train.steps: true is not an integer"),
         ("train: {steps: '16'}", "train.steps: '16' is not an integer; remove the quotes"),
-        ("train:", "train: is empty; leave it out or give it keys: steps, batch_size"),
-        ("train: 5", "train: 5 is not a section; its keys are steps, batch_size"),
+        ("train:", "train: is empty; leave it out or give it keys: steps, epochs, batch_size"),
+        ("train: 5", "train: 5 is not a section; its keys are steps, epochs, batch_size"),
         ("method: {target_modules: x}", "method.target_modules: unknown key; did you mean 'targets'?"),
         ("method: {kind: lokr}", "method.kind: 'lokr' is not one of: lora"),
         ("method: {rank: 2000}", "method.rank: 2000 is too large; at most 1024"),
@@ -160,6 +160,25 @@ def test_all_problems_come_at_once_in_the_order_of_the_file() -> None:
 def test_a_problem_between_two_keys_has_the_line_of_the_first() -> None:
     (found,) = problems(MINIMAL + "train:\n  steps: 10\nschedule:\n  warmup_steps: 10\n")
     assert found.startswith("run.yaml:5: schedule.warmup_steps is 10 but train.steps is 10")
+
+
+def test_the_length_is_in_steps_or_in_epochs() -> None:
+    assert load(MINIMAL).train.steps == 1000
+    assert load(MINIMAL + "train: {steps: 5, epochs: null}\n").train.total_steps == 5
+    for text in ("epochs: 2.5", "epochs: 2.5, steps: null"):
+        train = load(MINIMAL + f"train: {{{text}}}\n").train
+        assert (train.steps, train.epochs) == (None, 2.5)
+    with pytest.raises(ValueError, match="not been resolved"):
+        _ = train.total_steps
+
+
+def test_steps_and_epochs_together_are_refused_by_name() -> None:
+    (found,) = problems(MINIMAL + "train:\n  epochs: 2.0\n  steps: 10\n")
+    assert found.startswith("run.yaml:4: train.steps is 10 and train.epochs is 2: both say how long to train")
+    (found,) = problems(MINIMAL + "train: {steps: 10}\n", "train.epochs=2.0")
+    assert "train.steps is 10 and train.epochs is 2" in found
+    (found,) = problems(MINIMAL + "train: {steps: null}\n")
+    assert "train.steps and train.epochs are both null" in found
 
 
 def test_a_newer_version_says_to_upgrade_and_nothing_else() -> None:

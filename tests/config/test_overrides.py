@@ -145,3 +145,11 @@ def test_an_override_to_the_same_kind_keeps_its_keys(run: Path) -> None:
     loaded: LoadedConfig = load_config(run, ["flow.weighting.kind=min_snr"])
     assert loaded.config.flow.weighting.model_dump() == {"kind": "min_snr", "gamma": 3.0}
     assert loaded.notes == ()
+
+
+def test_epochs_replace_the_steps_of_the_file_when_these_are_taken_out(run: Path) -> None:
+    config = load_config(run, ["train.steps=null", "train.epochs=2"]).config
+    assert (config.train.steps, config.train.epochs) == (None, 2)
+    assert load_config(run, ["train={epochs: 2}"]).config.train.steps is None
+    (found,) = problems(run, "train.epochs=2")
+    assert "train.steps is 20 and train.epochs is 2: both" in found

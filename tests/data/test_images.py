@@ -15,6 +15,7 @@ from sd3tune.data.images import (
     open_image,
     pixels,
     read_image,
+    upright_size,
 )
 from sd3tune.errors import DataError
 
@@ -52,6 +53,21 @@ def test_exif_rotation_is_applied(tmp_path, orientation):
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), np.asarray(upright))
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "bmp"])
+def test_the_upright_size_is_known_without_decoding(tmp_path, suffix, orientation):
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    Image.fromarray(noise(48, 64)).save(path, **({} if suffix == "bmp" else {"exif": exif}))
+    image = open_image(path)
+    assert upright_size(path) == (image.height, image.width)
+    if suffix not in ("tif", "webp"):  # theirs may stand at the end
+        path.write_bytes(path.read_bytes()[: -len(path.read_bytes()) // 3])
+        assert upright_size(path) == (image.height, image.width)
 
 
 def test_exif_rotation_of_a_16_bit_grey(tmp_path):

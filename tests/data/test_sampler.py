@@ -5,8 +5,10 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sd3tune.data.sampler import derive, epoch_order, generator, index_at, step_slots
+from sd3tune.data.sampler import batch_samples, derive, epoch_order, generator, index_at, step_slots, uniform
 
 
 def seen(seed: int, n: int, steps: int, accumulation: int, world: int, batch: int) -> list[list[int]]:
@@ -92,3 +94,104 @@ def test_generators_are_independent_of_the_global_state_and_leave_it_alone():
 def test_an_empty_stream_is_refused():
     with pytest.raises(ValueError, match="at least one sample"):
         index_at(0, 0, 0)
+
+
+def named(counts):
+    return [(f"bucket {number}", n) for number, n in enumerate(counts)]
+
+
+some_counts = st.lists(st.integers(1, 40), min_size=1, max_size=5)
+batch_sizes = st.integers(1, 12)
+seeds = st.integers(0, 2**63 - 1)
+
+
+@given(seeds, st.integers(1, 30), batch_sizes)
+def test_a_single_bucket_is_cut_from_the_plain_stream(seed, n, batch):
+    found = [index for number in range(20) for index in batch_samples(seed, number, [("a", n)], batch)[1]]
+    assert found == [index_at(seed, position, n) for position in range(20 * batch)]
+
+
+@settings(deadline=None)
+@given(seeds, some_counts, batch_sizes, st.integers(1, 6))
+def test_over_epochs_every_sample_is_seen_equally_often_but_for_a_batch(seed, counts, batch, epochs):
+    buckets = named(counts)
+    batches = [batch_samples(seed, k, buckets, batch) for k in range(sum(epochs * n // batch for n in counts))]
+    assert all(len(indices) == batch for _, indices in batches)
+    for name, n in buckets:
+        seen = Counter(index for bucket, indices in batches if bucket == name for index in indices)
+        assert set(seen) <= set(range(n))
+        assert sum(seen.values()) == epochs * n // batch * batch
+        per_sample = [seen[index] for index in range(n)]
+        assert max(per_sample) - min(per_sample) <= 1
+        assert max(per_sample) <= epochs
+
+
+@settings(deadline=None)
+@given(seeds, some_counts, batch_sizes, st.integers(0, 300))
+def test_a_batch_follows_from_its_number_alone(seed, counts, batch, number):
+    """Also the definition, spelled out: epochs one after the other, each a shuffle of its buckets' next batches."""
+    buckets = named(counts)
+    at_once = batch_samples(seed, number, buckets, batch)
+    epoch, before, following = 0, 0, Counter()
+    while True:
+        labels = [b for b, n in enumerate(counts) for _ in range((epoch + 1) * n // batch - epoch * n // batch)]
+        if number < before + len(labels):
+            break
+        following.update(labels)
+        before, epoch = before + len(labels), epoch + 1
+    in_order = [batch_samples(seed, k, buckets, batch) for k in range(before, before + len(labels))]
+    assert in_order[number - before] == at_once
+    assert Counter(bucket for bucket, _ in in_order) == Counter(buckets[b][0] for b in labels)
+    for bucket, (name, n) in enumerate(buckets):
+        stream = seed if len(buckets) == 1 else derive(seed, "bucket", name)
+        start = following[bucket] * batch
+        indices = [index for label, found in in_order if label == name for index in found]
+        assert indices == [index_at(stream, start + offset, n) for offset in range(len(indices))]
+
+
+@settings(deadline=None)
+@given(seeds, some_counts, st.sampled_from([(1, 6), (2, 3), (3, 2), (6, 1)]), st.integers(0, 50))
+def test_ranks_share_a_batch_without_a_gap_or_an_overlap(seed, counts, division, number):
+    """However six samples are divided, `world` ranks of `batch_size`, their parts in order are the whole."""
+    world, batch_size = division
+    whole = batch_samples(seed, number, named(counts), 6)[1]
+    parts = [whole[rank * batch_size : (rank + 1) * batch_size] for rank in range(world)]
+    slots = [list(step_slots(0, rank, world, batch_size)) for rank in range(world)]
+    assert [index for part in parts for index in part] == whole
+    assert [[whole[slot] for slot in of] for of in slots] == parts
+
+
+def test_buckets_are_mixed_within_an_epoch_and_anew_in_the_next():
+    labels = [batch_samples(0, k, [("a", 20), ("b", 20)], 2)[0] for k in range(60)]
+    epochs = [labels[start : start + 20] for start in (0, 20, 40)]
+    assert all(Counter(epoch) == {"a": 10, "b": 10} for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert all(epoch != sorted(epoch) for epoch in epochs)
+    assert labels != [batch_samples(1, k, [("a", 20), ("b", 20)], 2)[0] for k in range(60)]
+
+
+def test_buckets_smaller_than_a_batch_take_their_turn_once_it_is_full():
+    """2 and 1 images in batches of 4: after two epochs there is one batch of the first, after four of the second."""
+    labels = [batch_samples(5, k, [("two", 2), ("one", 1)], 4) for k in range(30)]
+    assert Counter(name for name, _ in labels) == {"two": 20, "one": 10}
+    assert all(sorted(indices) == [0, 0, 1, 1] for name, indices in labels if name == "two")
+
+
+def test_batches_far_into_a_run_are_found_at_once():
+    name, indices = batch_samples(3, 10**12, [("a", 7), ("b", 1000), ("c", 31)], 8)
+    assert name in "abc"
+    assert len(indices) == 8
+
+
+@pytest.mark.parametrize("buckets", [[], [("a", 0)], [("a", 3), ("b", 0)]])
+def test_a_bucket_without_samples_is_refused(buckets):
+    with pytest.raises(ValueError, match="at least one sample"):
+        batch_samples(0, 0, buckets, 1)
+
+
+def test_uniform_numbers_fill_the_unit_interval_evenly():
+    drawn = torch.tensor([uniform(0, "x", number) for number in range(20000)], dtype=torch.float64)
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    counts = torch.histc(drawn, 10, 0, 1)
+    assert ((counts - 2000) ** 2 / 2000).sum() < 27.9  # chi squared, 9 degrees of freedom, one in a thousand

@@ -33,7 +33,10 @@ def records(tmp_path):
 
 
 def encode(base, records, store, resolution=64, dtype=torch.float32, **more):
-    return encode_images(base, records, store, resolution=resolution, dtype=dtype, **more)
+    """Keys per record, and the report; square crops unless `buckets` are given."""
+    more.setdefault("buckets", [(resolution, resolution)])
+    encoded, report = encode_images(base, records, store, dtype=dtype, **more)
+    return [list(image.keys) for image in encoded], report
 
 
 @pytest.fixture
@@ -219,12 +222,43 @@ def test_ranks_share_the_work_and_know_all_keys(base, records, tmp_path, encoded
         assert not store.missing(key for of in keys for key in of)
 
 
+def test_each_image_is_cut_to_the_bucket_of_its_shape(base, pipeline, tmp_path):
+    shapes = {"wide": (64, 130), "tall": (200, 120), "square": (90, 100)}
+    for number, (name, (height, width)) in enumerate(shapes.items()):
+        save_noise(tmp_path / f"{name}.png", height, width, number)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(tmp_path / "wide.png").save(tmp_path / "turned.png", exif=exif)
+    records = [Record(tmp_path / f"{name}.png", name, 1, 0) for name in (*shapes, "turned")]
+    store = Store(tmp_path / "s")
+    found, report = encode_images(
+        base, records, store, buckets=[(64, 64), (48, 80), (80, 48)], crop_variants=2, flip=True, dtype=torch.float32
+    )
+    assert [image.size for image in found] == [(48, 80), (80, 48), (64, 64), (80, 48)]
+    for image in found:
+        assert len(image.keys) == 4
+        assert {store.get(key)["mean"].shape[1:] for key in image.keys} == {(image.size[0] // 8, image.size[1] // 8)}
+    assert report.nbytes == store.nbytes(key for image in found for key in image.keys)
+    scaled = Image.open(records[0].image).resize((98, 48), Image.Resampling.LANCZOS)
+    mean, _ = moments_by_diffusers(pipeline, scaled.crop((9, 0, 89, 48)))
+    assert torch.equal(store.get(found[0].keys[0])["mean"], mean)
+
+
+def test_a_square_image_has_the_same_entry_with_and_without_buckets(base, tmp_path, encoded):
+    save_noise(tmp_path / "a.png", 96, 90, 0)
+    records = [Record(tmp_path / "a.png", "a dog", 1, 0)]
+    alone, _ = encode(base, records, Store(tmp_path / "s"))
+    among, _ = encode(base, records, Store(tmp_path / "s"), buckets=[(48, 80), (64, 64), (80, 48)])
+    assert among == alone
+    assert len(encoded) == 1
+
+
 def test_small_images_are_reported_every_time(base, records, tmp_path):
     for _ in range(2):
         _, report = encode(base, records, Store(tmp_path / "s"), resolution=80)
         (warning,) = report.warnings
-        assert warning.startswith("2 images are smaller than 80 px")
-        assert "0.png, 1.png" in warning
+        assert warning.startswith("2 images are enlarged to fill the crop, ")
+        assert "0.png (80x80), 1.png (80x80)" in warning
     assert encode(base, records, Store(tmp_path / "s"), resolution=64)[1].warnings == []
 
 

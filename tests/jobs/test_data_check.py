@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from sd3tune.config import Config, parse_config
 from sd3tune.errors import DataError, RunError
 from sd3tune.jobs.data_check import run_data_check
+from sd3tune.jobs.preflight import describe, make_plan
 
 
 def paint(path: Path, size: tuple[int, int], number: int = 0) -> None:
@@ -52,7 +54,7 @@ def check(tmp_path: Path, capsys):
 
 
 def test_a_sound_folder_is_told_in_full(photos: Path, check, tmp_path: Path) -> None:
-    lines, problems = check(configured(photos, "data.trigger=sks", repeats=2, weight=0.5))
+    lines, problems = check(configured(photos, "data.trigger=sks", "data.buckets=false", repeats=2, weight=0.5))
     assert problems == []
     assert lines[0] == f"source 0  {photos}: 4 images, x 2, weight 0.5"
     assert "captions  1 different; the first: 'sks, a dog'" in lines
@@ -66,6 +68,15 @@ def test_a_sound_folder_is_told_in_full(photos: Path, check, tmp_path: Path) -> 
     assert not any(line.startswith("warning") for line in lines)
     assert lines[-1] == "trainable: 4 images, 8 per epoch"
     assert Image.open(tmp_path / "sheet.png").format == "PNG"
+
+
+def test_the_buckets_are_those_of_a_run(photos: Path, check, tmp_path: Path) -> None:
+    config = configured(photos)
+    lines, _ = check(config)
+    plan = make_plan(config.model_copy(update={"output_dir": str(tmp_path / "run")}), torch.device("cpu"), None)
+    (planned,) = (line for line in describe(plan, 1) if line.startswith("buckets"))
+    assert planned in lines
+    assert any(line.split()[:7] == ["96", "x", "64", "2", "80", "x", "48"] for line in lines)
 
 
 def test_everything_that_is_wrong_comes_at_once(photos: Path, check) -> None:

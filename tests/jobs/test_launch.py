@@ -61,12 +61,17 @@ def test_accelerate_launches_the_module_and_the_folder(
 def test_two_processes_equal_one_with_twice_the_batch(
     quick_config, write_config, tmp_path: Path, lines_of, adapter_of, start_cli
 ) -> None:
-    settings = ("train.steps=4", "train.gradient_accumulation=2", "optimizer.lr=1e-3", "data.flip=true")
+    settings = (
+        "train.steps=null", "train.epochs=3", "train.gradient_accumulation=2", "optimizer.lr=1e-3", "data.flip=true",
+        "data.caption_dropout=0.3", "data.encoder_dropout=0.2",
+    )  # fmt: skip
     file = write_config("two", *settings)
     process = start_cli("train", file, "--num-processes", "2")
     run_training(quick_config(tmp_path / "one", *settings, "train.batch_size=2"))
     printed, _ = finish(process)
     assert "on cpu, 2 processes" in printed
+    assert "buckets   80x48: 4, 64x64: 1" in printed
+    assert "steps     4 of 4 images: each image is seen 3.2 times" in printed
     assert printed.count("sd3tune infer --lora") == 1
 
     assert described(tmp_path / "two")["world_size"] == 2

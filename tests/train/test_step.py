@@ -95,8 +95,9 @@ def test_steps_equal_a_plain_pytorch_loop(start, max_norm: float) -> None:
 
 
 def test_four_micro_steps_equal_one_batch_of_four(start) -> None:
-    small = start("train.gradient_accumulation=4", "optimizer.lr=1e-4")
-    large = start("train.batch_size=4", "optimizer.lr=1e-4")
+    """With squares only: across buckets, a larger batch would hold other images."""
+    small = start("train.gradient_accumulation=4", "optimizer.lr=1e-4", "data.buckets=false")
+    large = start("train.batch_size=4", "optimizer.lr=1e-4", "data.buckets=false")
     gradients: list[Tensor] = []
     for training in (small, large):
         training.reduce_mean = lambda gradient: (gradients.append(gradient.clone()), gradient)[1]
@@ -313,7 +314,7 @@ def test_every_micro_step_and_rank_drops_other_inputs(start) -> None:
     training.method.regularised = lambda transformer, seed: (seeds.append(seed), regularised(transformer, seed))[1]
     training.step()
     training.step()
-    training.batches.rank = 1
+    training.batches.rank, training.batches.world = 1, 2
     training.step()
     assert len(set(seeds)) == len(seeds) == 6
 
