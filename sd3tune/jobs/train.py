@@ -75,6 +75,7 @@ def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbac
     config, started = plan.config, time.monotonic()
     encoded = encode(plan, processes, say)
     encoded_at = time.monotonic()
+    transformer = load_transformer(plan.base, plan.dtype, plan.device)  # before the folder is made: it may be damaged
     with ExitStack() as stack:
         if processes.is_main:
             stack.enter_context(locked(plan.run))
@@ -87,7 +88,6 @@ def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbac
             say(f"resuming from {plan.start.name}")
         processes.wait()
 
-        transformer = load_transformer(plan.base, plan.dtype, plan.device)
         if config.train.gradient_checkpointing == "block":
             transformer.enable_gradient_checkpointing()
         parameters = plan.method.inject(transformer, lambda name: generator(config.seed, "init", name))

@@ -1,0 +1,370 @@
+"""What a user can get wrong: each case makes its own small world, and says what is typed there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sd3tune.model.bases import resolve_base
+
+YAML = """\
+name: mistake
+model: {base: tiny, max_sequence_length: 16}
+method: {rank: 2, alpha: 2}
+data:
+  sources:
+    - {path: photos, caption: a photo}
+  resolution: 64
+  cache_dir: store
+train: {steps: 2}
+"""
+TRAIN = ("train", "run.yaml")
+CHECK = ("config", "check", "run.yaml")
+INFER = ("infer", "--prompt", "a photo", "--steps", "1", "--no-before")
+
+
+@dataclass(frozen=True)
+class Case:
+    """`prepare` works in a folder that holds `run.yaml` and `photos/`; `says` is part of what must be printed."""
+
+    topic: str
+    name: str
+    command: Sequence[str]
+    says: str
+    prepare: Callable[[], object] = lambda: None
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def edited(old: str, new: str) -> Callable[[], object]:
+    """run.yaml with one text in it replaced."""
+
+    def prepare() -> None:
+        assert old in YAML
+        Path("run.yaml").write_text(YAML.replace(old, new))
+
+    return prepare
+
+
+def written(content: str | bytes, name: str = "run.yaml") -> Callable[[], object]:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda: (Path(name).parent.mkdir(parents=True, exist_ok=True), Path(name).write_bytes(data))
+
+
+def steps(*all_of_them: Callable[[], object]) -> Callable[[], object]:
+    return lambda: [one() for one in all_of_them]
+
+
+def no_photos() -> None:
+    for path in Path("photos").iterdir():
+        path.unlink()
+
+
+def truncated_photo() -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("photos/cut.jpg")
+    Path("photos/cut.jpg").write_bytes(Path("photos/cut.jpg").read_bytes()[:2000])
+
+
+def parquet(*columns: str) -> Callable[[], object]:
+    import pyarrow
+    import pyarrow.parquet
+
+    return lambda: pyarrow.parquet.write_table(pyarrow.table({column: ["x"] for column in columns}), "rows.parquet")
+
+
+def base_copy(change: Callable[[Path], object]) -> Callable[[], object]:
+    """A copy of the tiny base in `base/`, changed, and named by run.yaml."""
+
+    def prepare() -> None:
+        shutil.copytree(resolve_base("tiny").path, "base")
+        change(Path("base"))
+        edited("base: tiny", "base: ./base")()
+
+    return prepare
+
+
+def weights_changed(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    def of(base: Path) -> None:
+        file = base / "transformer/diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+
+    return of
+
+
+def cut_in_half(base: Path) -> None:
+    file = base / "vae/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def pickled(base: Path) -> None:
+    (base / "vae/diffusion_pytorch_model.safetensors").rename(base / "vae/diffusion_pytorch_model.bin")
+
+
+def adapter(tensors: dict[str, torch.Tensor]) -> Callable[[], object]:
+    return lambda: save_file(tensors, "lora.safetensors")
+
+
+def pair(module: str, width: int = 64, value: float = 1.0) -> dict[str, torch.Tensor]:
+    a, b = torch.full((2, width), value), torch.full((width, 2), value)
+    return {f"transformer.{module}.lora_A.weight": a, f"transformer.{module}.lora_B.weight": b}
+
+
+def method(text: str) -> Callable[[], object]:
+    return edited("method: {rank: 2, alpha: 2}", f"method: {{rank: 2, alpha: 2, {text}}}")
+
+
+def source(text: str) -> Callable[[], object]:
+    return edited("{path: photos, caption: a photo}", text)
+
+
+NO_CAPTION = source("{path: photos}")
+LORA = ("--lora", "lora.safetensors", "--base", "tiny", "--size", "64")
+
+CASES = [
+    Case("config", "a key that does not exist", CHECK, "did you mean 'rank'", edited("rank: 2,", "rnk: 2,")),
+    Case("config", "a section that does not exist", CHECK, "did you mean 'model'", edited("model:", "modle:")),
+    Case("config", "a word for a number", CHECK, "'sixteen'", edited("rank: 2,", "rank: sixteen,")),
+    Case("config", "true for a number", CHECK, "method.rank", edited("rank: 2,", "rank: true,")),
+    Case("config", "a broken number of steps", CHECK, "train.steps", edited("steps: 2", "steps: 1.5")),
+    Case("config", "a number in quotes", CHECK, "train.steps", edited("steps: 2", 'steps: "10"')),
+    Case("config", "a negative number of steps", CHECK, "-5", edited("steps: 2", "steps: -5")),
+    Case("config", "a resolution off the grid", CHECK, "multiple of 16", edited("resolution: 64", "resolution: 100")),
+    Case("config", "a learning rate of zero", CHECK, "optimizer.lr", written(YAML + "optimizer: {lr: 0}\n")),
+    Case("config", "a learning rate that is none", CHECK, "optimizer.lr", written(YAML + "optimizer: {lr: fast}\n")),
+    Case("config", "not a number", CHECK, "optimizer.lr", written(YAML + "optimizer: {lr: .nan}\n")),
+    Case("config", "three betas", CHECK, "optimizer.betas", written(YAML + "optimizer: {betas: [0.9, 0.99, 0.999]}\n")),
+    Case("config", "a method that does not exist", CHECK, "'lokr'", edited("rank: 2,", "kind: lokr, rank: 2,")),
+    Case(
+        "config",
+        "a key of another kind",
+        CHECK,
+        "mean",
+        written(YAML + "flow: {timesteps: {kind: uniform, mean: 1}}\n"),
+    ),
+    Case("config", "a key twice", CHECK, "train", written(YAML + "train: {steps: 3}\n")),
+    Case("config", "YAML that does not parse", CHECK, "run.yaml:", written(YAML + "optimizer: {lr: 1\n")),
+    Case("config", "a tab", CHECK, "run.yaml:", written(YAML + "optimizer:\n\tlr: 1\n")),
+    Case("config", "a Python tag", CHECK, "run.yaml:", written(YAML + "optimizer: !!python/object:os.system {}\n")),
+    Case("config", "an empty file", CHECK, "is empty", written("")),
+    Case("config", "a list instead of keys", CHECK, "run.yaml:1", written("- name\n")),
+    Case("config", "a file that is not there", ("config", "check", "rn.yaml"), "did you mean run.yaml"),
+    Case("config", "a folder", ("config", "check", "photos"), "is a folder"),
+    Case("config", "a picture", ("config", "check", "photos/0.png"), "binary"),
+    Case("config", "another encoding", CHECK, "UTF-8", written(YAML.encode() + b"# caf\xe9\n")),
+    Case("config", "a newer version", CHECK, "upgrade", written(YAML + "config_version: 99\n")),
+    Case("config", "no data", CHECK, "data", written("name: mistake\n")),
+    Case("config", "no sources", CHECK, "data.sources", written("data: {sources: []}\n")),
+    Case("config", "a name with a slash", CHECK, "name", edited("name: mistake", "name: a/b")),
+    Case("config", "a warm-up as long as the run", CHECK, "warmup", written(YAML + "schedule: {warmup_steps: 2}\n")),
+    Case("config", "no targets", CHECK, "method.targets", method("targets: []")),
+    Case("config", "a start that changes the base", CHECK, "pissa", method("init: pissa")),
+    Case("config", "an EMA that never moves", CHECK, "ema.decay", written(YAML + "ema: {decay: 1.5}\n")),
+    Case("config", "too many T5 tokens", CHECK, "max_sequence_length", edited("h: 16}", "h: 1000}")),
+    Case("config", "an upload, which does not exist yet", CHECK, "hub.push", written(YAML + "hub: {push: end}\n")),
+    Case(
+        "config",
+        "cosmap twice",
+        CHECK,
+        "cosmap",
+        written(YAML + "flow: {timesteps: {kind: cosmap}, weighting: {kind: cosmap}}\n"),
+    ),
+    Case("config", "two problems at once", CHECK, "method.rank", edited("rank: 2, alpha: 2", "rank: 0, alpha: -1")),
+    Case("config", "a parent that is not there", CHECK, "base.yaml", written("extends: base.yaml\n" + YAML)),
+    Case(
+        "config",
+        "parents in a circle",
+        CHECK,
+        "circle",
+        steps(written("extends: b.yaml\n" + YAML), written("extends: run.yaml\n", "b.yaml")),
+    ),
+    Case("config", "an override without =", (*CHECK, "train.steps"), "train.steps"),
+    Case("config", "an override of nothing", (*CHECK, "train.step=3"), "did you mean"),
+    Case("config", "an override below a number", (*CHECK, "train.steps.x=3"), "train.steps"),
+    Case("config", "an override of a wrong type", (*CHECK, "train.steps=abc"), "train.steps=abc"),
+    Case("config", "an override that does not parse", (*CHECK, "data={"), "data={"),
+    Case("data", "a folder that is not there", TRAIN, "no such folder", source("{path: fotos, caption: a}")),
+    Case("data", "a file for a folder", TRAIN, "is a file", source("{path: photos/0.png, caption: a}")),
+    Case("data", "an empty folder", TRAIN, "no images", no_photos),
+    Case(
+        "data",
+        "pictures in subfolders only",
+        TRAIN,
+        "subfolders",
+        steps(
+            lambda: Path("photos").rename("more"), lambda: Path("photos").mkdir(), lambda: shutil.move("more", "photos")
+        ),
+    ),
+    Case("data", "text that is called .png", TRAIN, "text.png", written("hello", "photos/text.png")),
+    Case("data", "a file of no bytes", TRAIN, "empty", written("", "photos/nothing.png")),
+    Case("data", "a photo that breaks off", TRAIN, "cut.jpg", truncated_photo),
+    Case("data", "no caption", TRAIN, "0.png: has no caption", NO_CAPTION),
+    Case("data", "an empty caption", TRAIN, "is empty", steps(NO_CAPTION, written("", "photos/0.txt"))),
+    Case("data", "a caption in another encoding", TRAIN, "0.txt", written(b"caf\xe9", "photos/0.txt")),
+    Case(
+        "data",
+        "a photo that is all width",
+        TRAIN,
+        "too narrow",
+        lambda: Image.new("RGB", (4000, 20)).save("photos/line.png"),
+    ),
+    Case(
+        "data",
+        "metadata that names no file",
+        TRAIN,
+        "metadata.jsonl:1",
+        written('{"file_name": "gone.png", "text": "a"}\n', "photos/metadata.jsonl"),
+    ),
+    Case(
+        "data",
+        "metadata that leaves the folder",
+        TRAIN,
+        "metadata.jsonl:1",
+        written('{"file_name": "../run.yaml", "text": "a"}\n', "photos/metadata.jsonl"),
+    ),
+    Case("data", "metadata that does not parse", TRAIN, "metadata.jsonl:1", written("{", "photos/metadata.jsonl")),
+    Case(
+        "data",
+        "two kinds of metadata",
+        TRAIN,
+        "metadata",
+        steps(
+            written('{"file_name": "0.png", "text": "a"}\n', "photos/metadata.jsonl"),
+            written("file_name,text\n0.png,a\n", "photos/metadata.csv"),
+        ),
+    ),
+    Case(
+        "data",
+        "columns of other names",
+        TRAIN,
+        "image_column",
+        steps(parquet("picture", "text"), source("{kind: dataset, path: ./rows.parquet}")),
+    ),
+    Case("data", "a dataset that is not there", TRAIN, "gone.parquet", source("{kind: dataset, path: ./gone.parquet}")),
+    Case("data", "a placeholder that does not exist", CHECK, "template", source('{path: photos, template: "{word}"}')),
+    Case("models", "a misspelt base", TRAIN, "did you mean 'tiny", edited("base: tiny,", "base: tiny-sd35,")),
+    Case("models", "a folder that is no model", TRAIN, "model_index.json", edited("base: tiny,", "base: ./photos,")),
+    Case("models", "a component that is missing", TRAIN, "vae", base_copy(lambda base: shutil.rmtree(base / "vae"))),
+    Case("models", "pickled weights", TRAIN, "pickled", base_copy(pickled)),
+    Case("models", "a file cut short", TRAIN, "truncated", base_copy(cut_in_half)),
+    Case(
+        "models",
+        "NaN inside",
+        TRAIN,
+        "NaN",
+        base_copy(weights_changed(lambda tensors: tensors["proj_out.weight"].fill_(torch.nan))),
+    ),
+    Case(
+        "models",
+        "a tensor of another shape",
+        TRAIN,
+        "proj_out.weight",
+        base_copy(weights_changed(lambda t: t.update({"proj_out.weight": torch.zeros(3, 3)}))),
+    ),
+    Case(
+        "models",
+        "a tensor that is missing",
+        TRAIN,
+        "proj_out.weight",
+        base_copy(weights_changed(lambda tensors: tensors.pop("proj_out.weight"))),
+    ),
+    Case(
+        "models",
+        "a single file of something else",
+        TRAIN,
+        "lora.safetensors",
+        steps(adapter(pair("x")), edited("base: tiny,", "base: ./lora.safetensors,")),
+    ),
+    Case(
+        "models",
+        "a checkpoint in a pickle",
+        TRAIN,
+        "model.ckpt",
+        steps(written(b"x", "model.ckpt"), edited("base: tiny,", "base: ./model.ckpt,")),
+    ),
+    Case(
+        "models",
+        "more pixels than the base can place",
+        TRAIN,
+        "too large",
+        edited("resolution: 64", "resolution: 4096"),
+    ),
+    Case("models", "targets that match nothing", TRAIN, "attn.to_z", method("targets: [attn.to_z]")),
+    Case(
+        "models",
+        "a target that cannot learn",
+        TRAIN,
+        "add_q_proj",
+        method("targets: [transformer_blocks.3.attn.add_q_proj]"),
+    ),
+    Case("models", "a block that does not exist", TRAIN, "out of range", method("blocks: [99]")),
+    Case("models", "a rank for nothing", TRAIN, "rank_pattern", method("rank_pattern: {to_z: 4}")),
+    Case("models", "an offline base of another name", ("base", "path", "small"), "tiny"),
+    Case("adapters", "an adapter that is not there", (*INFER, "--lora", "gone", "--base", "tiny"), "gone"),
+    Case("adapters", "a start that is not there", TRAIN, "gone", method("start_from: ./gone")),
+    Case("adapters", "a file that is no adapter", (*INFER, *LORA), "safetensors", written("hello", "lora.safetensors")),
+    Case("adapters", "an adapter without tensors", (*INFER, *LORA), "lora.safetensors", adapter({})),
+    Case(
+        "adapters",
+        "kohya's format",
+        (*INFER, *LORA),
+        "kohya",
+        adapter({"lora_unet_joint_blocks_0_x.lora_up.weight": torch.ones(4, 2)}),
+    ),
+    Case("adapters", "modules of another model", (*INFER, *LORA), "no effect", adapter(pair("single_blocks.0.proj"))),
+    Case(
+        "adapters",
+        "another width",
+        (*INFER, *LORA),
+        "made for another base",
+        adapter(pair("transformer_blocks.0.attn.to_q", 96)),
+    ),
+    Case(
+        "adapters",
+        "NaN in an adapter",
+        (*INFER, *LORA),
+        "NaN",
+        adapter(pair("transformer_blocks.0.attn.to_q", value=torch.nan)),
+    ),
+    Case(
+        "adapters",
+        "half a pair",
+        (*INFER, *LORA),
+        "pair",
+        adapter(dict(list(pair("transformer_blocks.0.attn.to_q").items())[:1])),
+    ),
+    Case(
+        "adapters",
+        "an adapter that names no base",
+        (*INFER, "--lora", "lora.safetensors"),
+        "--base",
+        adapter(pair("transformer_blocks.0.attn.to_q")),
+    ),
+    Case("adapters", "a weight that is no number", (*INFER, "--lora", "lora.safetensors@much"), "much"),
+    Case("adapters", "neither adapter nor base", INFER, "--lora"),
+    Case("flags", "a size off the grid", (*INFER, "--base", "tiny", "--size", "100"), "multiples of 16"),
+    Case("flags", "a size that is none", (*INFER, "--base", "tiny", "--size", "big"), "--size big"),
+    Case("flags", "a size beyond the base", (*INFER, "--base", "tiny", "--size", "8192"), "at most"),
+    Case("flags", "no images", (*INFER, "--base", "tiny", "--num", "0"), "--num 0"),
+    Case("flags", "a negative seed", (*INFER, "--base", "tiny", "--seed", "-1"), "--seed -1"),
+    Case("flags", "a precision that does not exist", (*INFER, "--base", "tiny", "--dtype", "int8"), "int8"),
+    Case(
+        "flags",
+        "processes within processes",
+        (*TRAIN, "--num-processes", "2"),
+        "launcher",
+        environment=(("WORLD_SIZE", "2"),),
+    ),
+    Case("flags", "a run folder that is a file", (*TRAIN, "output_dir=photos/0.png"), "is a file"),
+    Case("flags", "a run folder full of other things", (*TRAIN, "output_dir=photos"), "not empty"),
+    Case("flags", "a run folder that cannot be made", (*TRAIN, "output_dir=/proc/run"), "/proc/run"),
+    Case("flags", "a store that cannot be made", (*TRAIN, "data.cache_dir=/proc/store"), "/proc/store"),
+]
