@@ -34,7 +34,7 @@ def make_config(cell: Cell) -> Config:
             "name": cell.name,
             "model": {"dtype": cell.dtype, "max_sequence_length": T5_TOKENS},
             "method": {"kind": "lora", "rank": RANK, "alpha": float(RANK)},
-            "data": {"sources": [{"path": "random"}]},
+            "data": {"sources": [{"kind": "folder", "path": "random"}]},
             "train": {"batch_size": BATCH_SIZE, "max_grad_norm": 0.01, "log_every": cell.steps},
             "checkpoint": {"every": 10**9},
         }
