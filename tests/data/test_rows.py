@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sd3tune.config.schema import DataConfig, DatasetSource
-from sd3tune.data.images import read_image
+from sd3tune.data.images import read_image, upright_size
 from sd3tune.data.records import load_records
 from sd3tune.data.rows import is_dataset, list_rows, write_parquet
 from sd3tune.errors import DataError
@@ -73,6 +73,7 @@ def test_a_parquet_file_gives_the_bytes_of_the_files(parquet, files):
         assert str(row) == f"{parquet}[{number}]"
         assert read_image(row)[1] == hashlib.sha256(path.read_bytes()).hexdigest()
         assert read_image(row)[0].tobytes() == read_image(path)[0].tobytes()
+        assert upright_size(row) == upright_size(path)
 
 
 def test_others_read_the_parquet_file_as_images(parquet):

@@ -304,6 +304,14 @@ def test_sigma_is_drawn_for_the_size_of_the_images(store) -> None:
     assert batch.sigma.tolist() == [256.0] * 3
 
 
+def test_sigma_follows_the_bucket_of_each_batch(store) -> None:
+    batches = make_batches(store, batch_size=2, sizes=MIXED, sigma_of_u=lambda u, pixels: torch.full_like(u, pixels))
+    found = fetch_all(batches, 10)
+    assert {batch.sigma[0].item() for batch in found} == {192.0, 256.0}
+    for batch in found:
+        assert batch.sigma.tolist() == [MIXED[image][0] * MIXED[image][1] for image in images_of(batch)]
+
+
 def test_noise_offset_adds_a_constant_per_image_and_channel(store) -> None:
     plain = fetch_all(make_batches(store, batch_size=2), 50)
     moved = fetch_all(make_batches(store, batch_size=2, noise_offset=0.1), 50)
