@@ -88,14 +88,7 @@ def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbac
             say(f"resuming from {plan.start.name}")
         processes.wait()
 
-        if config.train.gradient_checkpointing == "block":
-            transformer.enable_gradient_checkpointing()
-        parameters = plan.method.inject(transformer, lambda name: generator(config.seed, "init", name))
-        if plan.start is None:
-            plan.method.look_at_data(transformer, lambda: observe(plan, encoded, transformer), processes.reduce_mean)
-        state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
-        if plan.start is not None:
-            restore(plan.start, state)
+        state = _starting_state(plan, encoded, transformer, processes)
         from_step = state.step
         described: dict[str, Any] = {}
         if processes.is_main:
@@ -127,10 +120,7 @@ def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbac
         if not processes.is_main:
             processes.wait()
             return
-        plan.method.export(plan.run / "adapter", exported_weights(state), contract)
-        if state.ema is not None:
-            raw = state.master.named(state.master.master)
-            plan.method.export(plan.run / "adapter_raw", raw, {**contract, "weights": "raw"})
+        _export(plan, state, contract)
         report = closing_report(plan, transformer, exported_weights(state), batches)
         described["timings"] = {
             "encode_s": round(encoded_at - started, 3),
@@ -143,6 +133,30 @@ def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbac
         write_card(plan.run, config, contract, report)
         _say_goodbye(plan, report, metrics, from_step, trained_at - loaded_at, say)
         processes.wait()
+
+
+def _starting_state(
+    plan: Plan, encoded: Encoded, transformer: SD3Transformer2DModel, processes: Processes
+) -> TrainState:
+    """Make the model trainable, and begin at the checkpoint to resume from, or at step 0."""
+    config = plan.config
+    if config.train.gradient_checkpointing == "block":
+        transformer.enable_gradient_checkpointing()
+    parameters = plan.method.inject(transformer, lambda name: generator(config.seed, "init", name))
+    if plan.start is None:
+        plan.method.look_at_data(transformer, lambda: observe(plan, encoded, transformer), processes.reduce_mean)
+    state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
+    if plan.start is not None:
+        restore(plan.start, state)
+    return state
+
+
+def _export(plan: Plan, state: TrainState, contract: dict[str, Any]) -> None:
+    """The adapter; with an EMA, that of the average, and beside it the one as trained."""
+    plan.method.export(plan.run / "adapter", exported_weights(state), contract)
+    if state.ema is not None:
+        raw = state.master.named(state.master.master)
+        plan.method.export(plan.run / "adapter_raw", raw, {**contract, "weights": "raw"})
 
 
 def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainState:
