@@ -131,7 +131,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         + f", noise offset {config.flow.noise_offset:g}" * (config.flow.noise_offset > 0),
         f"adapter   {config.method.kind}, rank {_ranks(config)}: {parameters:,} parameters, "
         f"{4 * parameters / 1e6:.1f} MB, in {len(plan.modules)} modules",
-        *(f"          {row.module:<18} {row.trained:>3} of {row.present} blocks" for row in plan.coverage),
+        *(f"          {row.module:<21} {row.trained:>3} of {row.present} blocks" for row in plan.coverage),
         f"run       {plan.run}",
     ]
 

@@ -122,7 +122,7 @@ def test_it_states_how_it_was_made_and_what_was_measured(config: Config, contrac
         "| steps | 3, batch 2 x 4 |",
         "| optimizer | adamw, learning rate 0.01, constant |",
         "| sigma | logit_normal (mean 0, std 1), shift 1, weighting none |",
-        "| resolution | 64 px |",
+        "| resolution | 64 px, aspect buckets |",
         "| T5 tokens | 16, T5 not used |",
         "| weights | exponential moving average |",
         "| 0.2 | 3.2500 | 3.1250 |",
