@@ -135,7 +135,7 @@ def test_a_large_real_parquet_file(quick_config, tmp_path, capsys) -> None:
     run_training(quick_config(tmp_path / "run", *overrides, "train.steps=1"))
     printed = capsys.readouterr().out
     assert "data      24 images, 32 px" in printed
-    assert "24 images are smaller than 32 px" in printed
+    assert "24 images are enlarged to fill the crop" in printed
 
 
 # Converting.
