@@ -161,6 +161,16 @@ def test_what_a_kill_left_half_written_does_no_harm(
     assert_equal_runs(straight, tmp_path)
 
 
+def test_no_line_is_lost_when_lines_are_written_seldom(
+    quick_config, tmp_path: Path, straight: Path, assert_equal_runs
+) -> None:
+    """They are written before each checkpoint, as a resumed run does not train those steps again."""
+    config = quick_config(tmp_path, *EVERYTHING, "train.log_every=100")
+    stopped(config, 7)
+    run_training(config, resume=True)
+    assert_equal_runs(straight, tmp_path)
+
+
 def test_a_run_killed_after_its_last_step_is_closed(
     quick_config, tmp_path: Path, straight: Path, assert_equal_runs
 ) -> None:

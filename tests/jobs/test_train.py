@@ -108,6 +108,11 @@ def test_without_an_average_there_is_one_adapter(quick_config, tmp_path: Path) -
     assert not (tmp_path / "adapter_raw").exists()
 
 
+def test_the_last_step_is_saved_whatever_the_interval(quick_config, tmp_path: Path) -> None:
+    run_training(quick_config(tmp_path, "checkpoint.every=2", "train.steps=3"))
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
+
+
 HEAVY = (AutoencoderKL, CLIPTextModelWithProjection, T5EncoderModel)
 
 
