@@ -3,7 +3,8 @@
 from sd3tune.config.dump import dump_config
 from sd3tune.config.json_schema import json_schema
 from sd3tune.config.loader import LoadedConfig, load_config, parse_config
-from sd3tune.config.schema import CONFIG_VERSION, Config, ModelConfig
+from sd3tune.config.schema import CONFIG_VERSION, Config
+from sd3tune.config.sections.model import ModelConfig
 
 __all__ = [
     "CONFIG_VERSION",

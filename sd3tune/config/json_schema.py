@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sd3tune.config.schema import Config, Section
+from sd3tune.config.schema import Config
+from sd3tune.config.sections.section import Section
 from sd3tune.config.shape import item_of, sections_of
 
 _FILE = {"type": "string", "minLength": 1}

@@ -16,7 +16,8 @@ from sd3tune.config.extends import refuse_newer_version, tree_of_text, tree_of_v
 from sd3tune.config.files import read_text
 from sd3tune.config.overrides import apply_overrides
 from sd3tune.config.problems import dotted, explain
-from sd3tune.config.schema import OFFLINE_BASES, Config
+from sd3tune.config.schema import Config
+from sd3tune.config.sections.model import OFFLINE_BASES
 from sd3tune.config.shape import fill_kinds, value_at
 from sd3tune.config.tree import Origin, Tree
 from sd3tune.config.yaml12 import KeyPath

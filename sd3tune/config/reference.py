@@ -11,13 +11,14 @@ import annotated_types as limits
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from sd3tune.config.schema import Config, Section
+from sd3tune.config.schema import Config
+from sd3tune.config.sections.section import Section
 from sd3tune.config.shape import item_of, kind_of, sections_of
 
 _INTRODUCTION = """\
 # Configuration
 
-<!-- Written by `make docs` from sd3tune/config/schema.py; edit that. -->
+<!-- Written by `make docs` from sd3tune/config/; edit that. -->
 
 One YAML file describes a run. Only `data.sources` has no default.
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from sd3tune.config.schema import Config, Section
+from sd3tune.config.schema import Config
+from sd3tune.config.sections.section import Section
 from sd3tune.config.yaml12 import KeyPath
 
 

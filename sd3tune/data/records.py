@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sd3tune.config.schema import DataConfig, FolderSource, SourceConfig
+from sd3tune.config.sections.data import DataConfig, FolderSource, SourceConfig
 from sd3tune.data.images import EXTENSIONS, ImageRef, check_header
 from sd3tune.data.metadata import clean, read_metadata
 from sd3tune.data.rows import list_rows

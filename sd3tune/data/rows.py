@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd3tune.config.schema import DatasetSource
+from sd3tune.config.sections.data import DatasetSource
 from sd3tune.data.metadata import clean
 from sd3tune.errors import DataError
 

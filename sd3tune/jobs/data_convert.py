@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from sd3tune.atomic import new_file, new_folder
-from sd3tune.config.schema import DataConfig
+from sd3tune.config.sections.data import DataConfig
 from sd3tune.data.images import EXTENSIONS, ImageRef
 from sd3tune.data.metadata import CSV, JSONL, write_csv, write_jsonl
 from sd3tune.data.records import Record, load_records

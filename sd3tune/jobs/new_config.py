@@ -10,7 +10,8 @@ from sd3tune.config.files import as_typed
 from sd3tune.config.from_preset import Personal, text_from_preset
 from sd3tune.config.loader import load_text
 from sd3tune.config.presets import Preset, find_preset
-from sd3tune.config.schema import OFFLINE_BASES, Config
+from sd3tune.config.schema import Config
+from sd3tune.config.sections.model import OFFLINE_BASES
 from sd3tune.errors import ConfigError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sd3tune.config.schema import FlowConfig
+from sd3tune.config.sections.flow import FlowConfig
 from sd3tune.flow.weighting import QUADRATURE_POINTS
 from sd3tune.train.metrics import SIGMA_BINS
 from sd3tune.train.objective import sigma_of_u

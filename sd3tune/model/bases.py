@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sd3tune.config.schema import ModelConfig
+from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ModelError
 from sd3tune.model.checkpoint import COMMON, LABELS, VARIANTS, FilePart, misfits, read_checkpoint, read_encoder
 from sd3tune.model.hub import cached, download

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sd3tune.config.schema import FlowConfig
+from sd3tune.config.sections.flow import FlowConfig
 from sd3tune.flow import objective, timesteps, weighting
 
 SIGMAS: dict[str, Callable[[Any, Tensor], Tensor]] = {

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sd3tune.config.schema import AdamWConfig, ConstantConfig, CosineConfig, EmaConfig
+from sd3tune.config.sections.optimizer import AdamWConfig, ConstantConfig, CosineConfig
+from sd3tune.config.sections.train import EmaConfig
 
 MIN_LOSS_SCALE_STEPS = 2000
 NORM_CHUNK = 1 << 16

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sd3tune.config import Config, dump_config, load_config, parse_config
-from sd3tune.config.schema import Section, TextEncodersConfig
+from sd3tune.config.sections.model import TextEncodersConfig
+from sd3tune.config.sections.section import Section
 from sd3tune.config.shape import alternatives, item_of, sections_of
 from sd3tune.config.yaml12 import parse
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from sd3tune.config import json_schema
 from sd3tune.config.reference import reference
-from sd3tune.config.schema import Config, LogitNormalConfig
+from sd3tune.config.schema import Config
+from sd3tune.config.sections.flow import LogitNormalConfig
 from sd3tune.config.shape import all_fields
 
 ROOT = Path(__file__).parents[2]

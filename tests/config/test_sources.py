@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sd3tune.config import Config, dump_config, load_config
-from sd3tune.config.schema import DatasetSource, FolderSource
+from sd3tune.config.sections.data import DatasetSource, FolderSource
 from sd3tune.errors import ConfigError
 
 

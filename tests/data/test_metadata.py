@@ -4,7 +4,7 @@ import os
 import pytest
 from PIL import Image
 
-from sd3tune.config.schema import DataConfig
+from sd3tune.config.sections.data import DataConfig
 from sd3tune.data.metadata import read_metadata, write_csv, write_jsonl
 from sd3tune.data.records import load_records
 from sd3tune.errors import DataError

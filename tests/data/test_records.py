@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sd3tune.config.schema import DataConfig
+from sd3tune.config.sections.data import DataConfig
 from sd3tune.data.records import load_records, sample_indices, scan_records, written_out
 from sd3tune.errors import DataError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sd3tune.config.schema import DataConfig, DatasetSource
+from sd3tune.config.sections.data import DataConfig, DatasetSource
 from sd3tune.data.images import read_image, upright_size
 from sd3tune.data.records import load_records
 from sd3tune.data.rows import is_dataset, list_rows, write_parquet

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sd3tune.config.schema import DataConfig
+from sd3tune.config.sections.data import DataConfig
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.store import Store
 from sd3tune.encode import images

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sd3tune.config.schema import FlowConfig
+from sd3tune.config.sections.flow import FlowConfig
 from sd3tune.jobs.sigmas import describe_sigmas
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sd3tune.config.schema import ModelConfig
+from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ModelError
 from sd3tune.model.bases import ENCODER_PARTS, TINY_SHAPES, Base, bases_dir, local_base, resolve_base
 from sd3tune.model.components import load_transformer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from sd3tune.config.schema import FlowConfig
+from sd3tune.config.sections.flow import FlowConfig
 from sd3tune.train.objective import LOSSES, SIGMAS, WEIGHTS, make_objective, make_weight, shift_at, sigma_of_u
 
 U = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)

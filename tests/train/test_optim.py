@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sd3tune.config.schema import ConstantConfig, CosineConfig, EmaConfig
+from sd3tune.config.sections.optimizer import ConstantConfig, CosineConfig
+from sd3tune.config.sections.train import EmaConfig
 from sd3tune.train.optim import MIN_LOSS_SCALE_STEPS, FlatMaster, LossScale, clip_, ema_decay, learning_rate
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 2, 2)}

@@ -1,0 +1,1 @@
+"""The sections of the configuration, one file for those that change together."""

@@ -1,0 +1,158 @@
+"""`data`: images and captions."""
+
+from __future__ import annotations
+
+from string import Formatter
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from sd3tune.config.sections.section import Section
+
+
+def _placeholders(template: str | None) -> set[str]:
+    """The names in braces, format and conversion included; ValueError for unbalanced braces."""
+    fields = Formatter().parse(template or "")
+    return {
+        name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+        for _, name, form, conversion in fields
+        if name is not None
+    }
+
+
+class _Source(Section):
+    """What all kinds of source have."""
+
+    kind: str
+    path: str = Field(min_length=1, examples=["./photos"], description="Where the images are.")
+    caption: str | None = Field(None, description="Caption of the images that have none of their own.")
+    template: str | None = Field(
+        None,
+        examples=['"a photo of {trigger}: {caption}"'],
+        description="Rewrites every caption of the source: `{caption}` stands for it, `{trigger}` for `data.trigger`, "
+        "which is then put nowhere else; null leaves captions to `data.trigger`.",
+    )
+    repeats: int = Field(1, ge=1, description="How often each image of this source is seen per epoch.")
+    weight: float = Field(
+        1.0, gt=0, description="Factor on the loss of this source's images; how often they are seen stays the same."
+    )
+    max_samples: int | None = Field(
+        None, ge=1, description="Use this many of the source's images, always the same ones; null uses all."
+    )
+    prior: None = Field(None, description="Prior preservation; not available yet, keep null.")
+
+    @field_validator("template")
+    @classmethod
+    def _known_placeholders(cls, template: str | None) -> str | None:
+        try:
+            unknown = _placeholders(template) - {"caption", "trigger"}
+        except ValueError:
+            raise ValueError("has a single brace; write {{ or }} for one that is not a placeholder's") from None
+        if unknown:
+            raise ValueError(f"has {{{min(unknown)}}}; the placeholders are {{caption}} and {{trigger}}")
+        return template
+
+
+class FolderSource(_Source):
+    """A folder of images. A caption is taken from `metadata.jsonl` or `metadata.csv` in the folder (columns `file_name`
+    and `text`), else from a `.txt` beside the image, else from `caption`.
+    """
+
+    kind: Literal["folder"] = Field("folder", description="A folder of images.")
+
+
+class DatasetSource(_Source):
+    """A dataset as the `datasets` library reads it."""
+
+    kind: Literal["dataset"] = Field("dataset", description="A dataset of the Hub or of this machine.")
+    path: str = Field(
+        min_length=1,
+        examples=["./train.parquet"],
+        description="A `.parquet` file (or a pattern such as `train-*.parquet`), a folder (from `save_to_disk`, or one "
+        "that `load_dataset` reads), or a Hub id.",
+    )
+    split: str = Field("train", min_length=1, description="Which split; it has no effect on a dataset without splits.")
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a Hub dataset; null takes its main branch."
+    )
+    image_column: str = Field("image", min_length=1, description="The column that holds the images.")
+    caption_column: str | None = Field(
+        "text", min_length=1, description="The column that holds the captions; null takes `caption` for all."
+    )
+
+
+SourceConfig = Annotated[FolderSource | DatasetSource, Field(discriminator="kind")]
+
+
+class DataConfig(Section):
+    """Images and captions, and how they are cut."""
+
+    sources: list[SourceConfig] = Field(
+        min_length=1,
+        examples=["[{path: ./photos, caption: a photo of sks dog}]"],
+        description="One or more folders of images, or datasets.",
+    )
+    trigger: str | None = Field(
+        None,
+        min_length=1,
+        examples=["sks"],
+        description="A word, or a few, put in front of captions that lack it, as in `sks, a dog on a beach`; stored in "
+        "the adapter.",
+    )
+    resolution: int = Field(
+        1024,
+        ge=16,
+        le=4096,
+        description="Side of the square training crop in pixels, a multiple of 16; previews are that square.",
+    )
+    buckets: bool = Field(
+        True,
+        description="Cut each image to the nearest of a few shapes of the square's area instead of to the square; a "
+        "batch holds one shape. false cuts squares only.",
+    )
+    crop_variants: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Crops per image: the first is centred, more are random; each is encoded once.",
+    )
+    flip: bool = Field(False, description="Also train on mirrored images, encoded as further variants.")
+    caption_dropout: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of samples trained with the empty caption, which classifier-free guidance starts from.",
+    )
+    encoder_dropout: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Chance that a text encoder's output is zeros, for each sample and encoder by itself.",
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="Where encoded captions and images are kept, shared by runs; null: `$SD3TUNE_CACHE`, "
+        "else `.cache/sd3tune` beside the run folder's parent.",
+    )
+
+    @field_validator("trigger")
+    @classmethod
+    def _one_line(cls, trigger: str | None) -> str | None:
+        if trigger is not None and (trigger != trigger.strip() or not trigger.isprintable()):
+            raise ValueError("has spaces around it or line breaks in it; remove them")
+        return trigger
+
+    @model_validator(mode="after")
+    def _trigger_is_there(self) -> DataConfig:
+        for number, source in enumerate(self.sources):
+            if self.trigger is None and "trigger" in _placeholders(source.template):
+                raise ValueError(f"sources.{number}.template has {{trigger}}, but data.trigger is not set")
+        return self
+
+    @field_validator("resolution")
+    @classmethod
+    def _multiple_of_16(cls, resolution: int) -> int:
+        if resolution % 16:
+            low = resolution // 16 * 16
+            raise ValueError(f"must be a multiple of 16 (8x VAE, 2x2 patches); {low} or {low + 16} would do")
+        return resolution

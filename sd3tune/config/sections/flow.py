@@ -1,0 +1,130 @@
+"""`flow`: the objective."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sd3tune.config.sections.section import Section
+
+
+class LogitNormalConfig(Section):
+    """sigma = sigmoid(n), n ~ Normal(mean, std) (Esser et al. 2024, section 3.1)."""
+
+    kind: Literal["logit_normal"] = Field("logit_normal", description="Logit-normal sigmas: the middle is favoured.")
+    mean: float = Field(0.0, description="Mean of logit(sigma); positive means more noise.")
+    std: float = Field(1.0, gt=0, description="Standard deviation of logit(sigma).")
+
+
+class UniformConfig(Section):
+    """sigma ~ Uniform(0, 1)."""
+
+    kind: Literal["uniform"] = Field("uniform", description="All sigmas equally likely, before the shift.")
+
+
+class ModeConfig(Section):
+    """sigma = u + scale (u - sin^2(pi u / 2)), u uniform (Esser et al. 2024, eq. 20, with u for its 1 - u)."""
+
+    kind: Literal["mode"] = Field("mode", description="Uniform with a heavier middle, and no sigma left out.")
+    scale: float = Field(
+        1.29,
+        ge=-1,
+        le=1.75,
+        description="Above 0 favours the middle, below 0 the ends; 0 is uniform. Beyond its bounds the map folds back.",
+    )
+
+
+class CosmapConfig(Section):
+    """sigma of density 2 / (pi (1 - 2 s + 2 s^2)) (Esser et al. 2024, eq. 21)."""
+
+    kind: Literal["cosmap"] = Field("cosmap", description="The noise levels of a cosine schedule.")
+
+
+TimestepsConfig = Annotated[LogitNormalConfig | UniformConfig | ModeConfig | CosmapConfig, Field(discriminator="kind")]
+
+
+class NoWeightingConfig(Section):
+    """Every sigma counts the same."""
+
+    kind: Literal["none"] = Field("none", description="The plain velocity loss of rectified flow.")
+
+
+class MinSnrConfig(Section):
+    """min-SNR-gamma in velocity units, min((1 - sigma)^2, gamma sigma^2), of mean 1 (Hang et al. 2023)."""
+
+    kind: Literal["min_snr"] = Field("min_snr", description="Min-SNR weighting, in its rectified-flow form.")
+    gamma: float = Field(5.0, gt=0, description="The signal-to-noise ratio at which the weight is clamped.")
+
+
+class SigmaSqrtConfig(Section):
+    """sigma^-2, with sigma at least 1e-3. Its mean is not made 1: without that clamp it would be infinite."""
+
+    kind: Literal["sigma_sqrt"] = Field("sigma_sqrt", description="Favours little noise, steeply.")
+
+
+class CosmapWeightingConfig(Section):
+    """2 / (pi (1 - 2 s + 2 s^2)), of mean 1: with uniform timesteps, what cosmap timesteps do without weighting."""
+
+    kind: Literal["cosmap"] = Field("cosmap", description="Weights as a cosine schedule would draw.")
+
+
+WeightingConfig = Annotated[
+    NoWeightingConfig | MinSnrConfig | SigmaSqrtConfig | CosmapWeightingConfig, Field(discriminator="kind")
+]
+
+
+class MseConfig(Section):
+    """The mean of (v - target)^2."""
+
+    kind: Literal["mse"] = Field("mse", description="Squared error.")
+
+
+class HuberConfig(Section):
+    """The mean of d^2 / 2 where |d| < delta, else of delta (|d| - delta / 2), d = v - target (Huber 1964)."""
+
+    kind: Literal["huber"] = Field("huber", description="Squared error near the target, absolute error far from it.")
+    delta: float = Field(
+        1.0, gt=0, description="Error at which the loss turns linear; the data and the noise have a spread of about 1."
+    )
+
+
+LossConfig = Annotated[MseConfig | HuberConfig, Field(discriminator="kind")]
+
+
+class FlowConfig(Section):
+    """The rectified-flow objective. sigma 1 is noise."""
+
+    timesteps: TimestepsConfig = Field(default_factory=LogitNormalConfig, description="How sigma is drawn.")
+    shift: Literal["model", "resolution"] | Annotated[float, Field(gt=0)] = Field(
+        "model",
+        description="Maps sigma to shift*s / (1 + (shift-1)*s) after drawing; `model` is the base "
+        "scheduler's own (3.0 for SD3), 1.0 leaves sigma as drawn; `resolution` is the base's own times "
+        "sqrt(pixels / 1024^2), so that smaller images get less noise.",
+    )
+    min_sigma: float = Field(0.0, ge=0, lt=1, description="Smallest sigma in training, after the shift.")
+    max_sigma: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Largest sigma in training. The density between the two is kept and scaled up, nothing piles up.",
+    )
+    weighting: WeightingConfig = Field(default_factory=NoWeightingConfig, description="Weight of the loss by sigma.")
+    loss: LossConfig = Field(default_factory=MseConfig, description="Distance between velocities.")
+    noise_offset: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Strength of a constant added to the noise of each image and channel, which teaches overall "
+        "brightness; 0 turns it off, 0.05 is much.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FlowConfig:
+        if self.timesteps.kind == "cosmap" and self.weighting.kind == "cosmap":
+            raise ValueError(
+                "cosmap timesteps with cosmap weighting count the same thing twice; make one of them plain"
+            )
+        if self.min_sigma >= self.max_sigma:
+            raise ValueError(f"min_sigma {self.min_sigma:g} must be below max_sigma {self.max_sigma:g}")
+        return self

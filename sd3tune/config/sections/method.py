@@ -1,0 +1,123 @@
+"""`method`: what is trained."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from sd3tune.config.sections.section import Section
+
+
+def _valid_pattern(name: str) -> str:
+    if name.startswith("re:"):
+        try:
+            re.compile(name.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"is not a regular expression: {error}") from None
+    return name
+
+
+def _valid_range(blocks: str) -> str:
+    first, dash, last = blocks.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and dash) or int(first) > int(last):
+        raise ValueError("is not a range of blocks; write the first and the last, such as 0-11")
+    return blocks
+
+
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Alpha = Annotated[float, Field(gt=0)]
+ModuleName = Annotated[str, Field(min_length=1), AfterValidator(_valid_pattern)]
+Pattern = Annotated[str, Field(pattern="^re:."), AfterValidator(_valid_pattern)]
+BlockRange = Annotated[str, AfterValidator(_valid_range)]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on the transformer's linear layers (LoRA, Hu et al. 2021)."""
+
+    kind: Literal["lora"] = Field("lora", description="Train a LoRA adapter.")
+    rank: Rank = Field(16, description="Rank of each adapter pair; file size grows in proportion.")
+    alpha: Alpha = Field(16.0, description="The adapter's output is scaled by alpha / rank.")
+    targets: Literal["attention", "attention-image", "attention+mlp"] | Pattern | list[ModuleName] = Field(
+        "attention",
+        description="`attention`: every q, k, v and output projection of both streams, `attn2` included; "
+        "`attention-image`: those of the image stream alone; `attention+mlp`: also the feed-forward layers, at about "
+        "twice the size; else module names or their endings, such as `[attn.to_q, attn.to_v]`, or a regular "
+        "expression for full names, `re:transformer_blocks\\.\\d+\\.attn\\..*`. Modules that can never learn are "
+        "left out.",
+    )
+    blocks: list[Annotated[int, Field(ge=0)] | BlockRange] | None = Field(
+        None,
+        min_length=1,
+        description="Transformer blocks to train, counted from 0, such as `[0, 3, 12-23]`; null trains all of them.",
+    )
+    rank_pattern: dict[ModuleName, Rank] = Field(
+        default={},
+        description="Other ranks for some modules, such as `{attn2.to_q: 4}`: name, ending or `re:` expression; the "
+        "first that fits a module counts.",
+    )
+    alpha_pattern: dict[ModuleName, Alpha] = Field(
+        default={}, description="Other alphas for some modules, written like `rank_pattern`."
+    )
+    rslora: bool = Field(
+        False,
+        description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA, Kalajdzievski 2023), so that high "
+        "ranks learn as fast as low ones.",
+    )
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of an adapter's inputs that is zeroed while training; previews and the file have none.",
+    )
+    init: Literal[True, "gaussian", "orthogonal", "eva"] = Field(
+        True,
+        description="How A starts, while B A = 0 leaves the base as it is: true is PEFT's Kaiming-uniform A; "
+        "`gaussian` has standard deviation 1 / rank; `orthogonal` (even ranks) also starts B, in directions that A "
+        "does not reach; `eva` takes the main directions of each layer's input over some batches of the data.",
+    )
+    start_from: str | None = Field(
+        None,
+        min_length=1,
+        description="An adapter to go on from: a file, an adapter folder or a run folder. Its ranks must be those of "
+        "this run; alpha may differ, as the training starts from what the file computes.",
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _known_targets(cls, targets: Any) -> Any:
+        if targets == []:
+            raise ValueError("is empty: nothing would be trained; use `attention` or name at least one module")
+        presets = ("attention", "attention-image", "attention+mlp")
+        if not isinstance(targets, str | list):
+            raise ValueError("is not a preset, a list of module names or an expression that begins with re:")
+        if isinstance(targets, str) and targets not in presets and not targets.startswith("re:"):
+            raise ValueError(
+                f"is not one of: {', '.join(presets)}; put module names in a list, [{targets}], and begin a regular "
+                "expression with re:"
+            )
+        return targets
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _harmless_init(cls, init: Any) -> Any:
+        name = init.lower().replace("-", "_") if isinstance(init, str) else ""
+        if name.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+            raise ValueError(
+                "changes the base's weights, so the saved adapter would be wrong on the real base; use true, "
+                "gaussian, orthogonal or eva"
+            )
+        if init is not True and init not in ("gaussian", "orthogonal", "eva"):
+            raise ValueError("is not one of: true, gaussian, orthogonal, eva")
+        return init
+
+    @model_validator(mode="after")
+    def _orthogonal_has_even_ranks(self) -> LoraConfig:
+        odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % 2]
+        if self.init == "orthogonal" and odd:
+            raise ValueError(f"init: orthogonal gives half the rank to A and half to B; rank {odd[0]} is not even")
+        return self
+
+
+MethodConfig = LoraConfig

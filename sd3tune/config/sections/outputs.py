@@ -1,0 +1,48 @@
+"""`checkpoint`, `preview`, `validation`, `tracking` and `hub`: what a run leaves behind."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sd3tune.config.sections.section import Section
+
+
+class CheckpointConfig(Section):
+    """What a stopped run resumes from."""
+
+    every: int = Field(500, ge=1, description="Steps between checkpoints; the last step is always saved.")
+    keep: int = Field(3, ge=1, description="How many of the newest checkpoints are kept.")
+
+
+class PreviewConfig(Section):
+    """Images drawn while training, by the sampler that `infer` uses."""
+
+    every: int = Field(100, ge=1, description="Steps between previews; also before the first and after the last step.")
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="One image a prompt; an empty list draws nothing."
+    )
+    steps: int = Field(28, ge=1, le=1000, description="Denoising steps per image.")
+    guidance: float = Field(7.0, ge=0, description="Classifier-free guidance scale; 1 or less turns it off.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the first prompt's noise; the next has seed + 1.")
+
+
+class ValidationConfig(Section):
+    """Held-out loss."""
+
+    holdout: int = Field(0, ge=0, le=0, description="Images held out; only 0 (none) so far.")
+
+
+class TrackingConfig(Section):
+    """Where curves go besides `metrics.jsonl`."""
+
+    kind: Literal["none"] = Field("none", description="Only none so far: `metrics.jsonl` holds everything.")
+
+
+class HubConfig(Section):
+    """Upload of the finished adapter."""
+
+    repo_id: None = Field(None, description="Target repository; not available yet, keep null.")
+    private: bool = Field(True, description="Whether a created repository is private.")
+    push: Literal["never"] = Field("never", description="When to upload: only never so far.")

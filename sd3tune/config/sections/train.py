@@ -1,0 +1,52 @@
+"""`train` and `ema`: length, batch and memory of the training."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from sd3tune.config.sections.section import Section
+
+
+class TrainConfig(Section):
+    """Length, batch and memory of the training."""
+
+    steps: int | None = Field(1000, ge=1, description="Optimizer steps; null, or left out, when `epochs` is given.")
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description="The length in passes over the data, repeats counted, instead of `steps`; rounded up to a step.",
+    )
+    batch_size: int = Field(1, ge=1, description="Images per process and forward pass.")
+    gradient_accumulation: int = Field(
+        1, ge=1, description="Forward passes per optimizer step; multiplies the batch at no memory."
+    )
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Gradients are scaled down to this norm; null leaves them."
+    )
+    gradient_checkpointing: Literal["none", "block"] = Field(
+        "none",
+        description="`block` recomputes each transformer block in the backward pass: a tenth of the "
+        "activations for a third more time.",
+    )
+    log_every: int = Field(10, ge=1, description="Steps between refreshes of the progress line and metrics file.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_replace_the_default(cls, values: Any) -> Any:
+        given = isinstance(values, dict) and values.get("epochs") is not None
+        return {**values, "steps": values.get("steps")} if given else values
+
+    @property
+    def total_steps(self) -> int:
+        """The number of optimizer steps. Known only once `epochs` was resolved against the data."""
+        if self.steps is None:
+            raise ValueError("train.epochs has not been resolved into steps")
+        return self.steps
+
+
+class EmaConfig(Section):
+    """An exponential moving average of the adapter, in fp32."""
+
+    decay: float = Field(0.99, ge=0, lt=1, description="Decay per step, reached through min(decay, (1+t)/(10+t)).")
