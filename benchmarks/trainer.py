@@ -16,7 +16,8 @@ from sd3tune.data.store import Store, key
 from sd3tune.jobs.machine import DTYPES, make_accelerator, processes_of
 from sd3tune.jobs.train import make_state
 from sd3tune.methods import METHODS, Method
-from sd3tune.train.batches import Batches, Example, LatentScaling
+from sd3tune.train.batches import Batches, LatentScaling
+from sd3tune.train.examples import Example
 from sd3tune.train.loop import Callback, Processes, train
 from sd3tune.train.objective import Objective, make_objective, sigma_of_u
 from sd3tune.train.optim import FlatMaster

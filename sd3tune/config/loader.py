@@ -110,6 +110,8 @@ def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path])
         place = ("data", "sources", index, "path")
         if not _is_hub_dataset(source, folder_of(place)):
             resolve(source, "path", place)
+        if isinstance(source, dict):
+            resolve(source.get("prior"), "path", ("data", "sources", index, "prior", "path"))
     resolve(data, "cache_dir", ("data", "cache_dir"))
     resolve(values, "output_dir", ("output_dir",))
     resolve(values.get("method"), "start_from", ("method", "start_from"))

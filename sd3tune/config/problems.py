@@ -173,5 +173,5 @@ def _unknown_key(path: KeyPath, tree: Any) -> str:
         return f"unknown key; did you mean {near[0]!r}?"
     elsewhere = [name for name, _ in all_fields() if name.rpartition(".")[2] == key]
     if elsewhere:
-        return f"unknown key; did you mean {elsewhere[0]!r}?"
+        return f"unknown key; did you mean {min(elsewhere, key=lambda name: name.count('.'))!r}?"
     return f"unknown key; the keys here are {', '.join(siblings)}"

@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.section import Section
-from sd3tune.config.shape import item_of, kind_of, sections_of
+from sd3tune.config.shape import default_section, entry_field, item_of, kind_of, sections_of
 
 _INTRODUCTION = """\
 # Configuration
@@ -91,18 +91,21 @@ def _sections(section: type[Section], prefix: str) -> Iterator[str]:
         inner = _inner(field)
         if not inner:
             continue
-        is_list = item_of(field.annotation) is not None
+        item = item_of(field.annotation)
+        is_list = item is not None
         path = prefix + name + ("[]" if is_list else "")
         yield f"## {path}\n"
         yield " ".join(filter(None, [field.description, _presence(field)])) + "\n"
         for one in inner:
             if len(inner) > 1:
-                default = " (the default)" if one is (inner[0] if is_list else field.default_factory) else ""
+                default = " (the default)" if one is default_section(entry_field(item) if is_list else field) else ""
                 yield f"### {path}, kind `{kind_of(one)}`{default}\n"
                 yield inspect.cleandoc(one.__doc__ or "") + "\n"
             yield _table({key: value for key, value in one.model_fields.items() if not _inner(value)})
+        shared: dict[str, None] = {}  # variants have sections in common
         for one in inner:
-            yield from _sections(one, path + ".")
+            shared |= dict.fromkeys(["\n".join(_sections(one, path + "."))])
+        yield from filter(None, shared)
 
 
 def _inner(field: FieldInfo) -> list[type[Section]]:

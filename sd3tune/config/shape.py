@@ -38,9 +38,8 @@ def item_of(annotation: Any) -> Any | None:
 
 
 def entry_field(item: Any) -> FieldInfo:
-    """The field that an entry of a list is; of several variants the first is the default."""
-    sections = sections_of(item)
-    return FieldInfo(annotation=item, default_factory=sections[0] if len(sections) > 1 else None)
+    """The field that an entry of a list is."""
+    return FieldInfo(annotation=item)
 
 
 def kind_of(section: type[Section]) -> str | None:
@@ -50,11 +49,11 @@ def kind_of(section: type[Section]) -> str | None:
 
 
 def default_section(field: FieldInfo) -> type[Section] | None:
-    """The variant a field has when nothing is written."""
+    """The variant a field has when no kind is written: its default or else the first."""
     sections = sections_of(field.annotation)
     if field.default_factory in sections:
         return field.default_factory
-    return sections[0] if len(sections) == 1 else None
+    return sections[0] if sections else None
 
 
 def variant(field: FieldInfo, value: Any) -> type[Section] | None:

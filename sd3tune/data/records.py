@@ -110,11 +110,11 @@ def _folder_images(source: FolderSource) -> _Found:
         raise DataError(f"{folder}: is a file; data.sources takes folders of images{dataset}")
     try:
         listed = read_metadata(folder)
-        found = sorted({*_images_in(folder), *listed}, key=lambda path: path.relative_to(folder).parts)
+        found = sorted({*images_in(folder), *listed}, key=lambda path: path.relative_to(folder).parts)
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
     if not found:
-        with_images = sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and any(_images_in(sub)))
+        with_images = sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and any(images_in(sub)))
         hint = f"; subfolders are not read: name one, such as {folder / with_images[0]}" if with_images else ""
         raise DataError(f"{folder}: holds no images ({' '.join(EXTENSIONS)}){hint}")
     return [(path, listed.get(path)) for path in found]
@@ -123,7 +123,8 @@ def _folder_images(source: FolderSource) -> _Found:
 _FINDERS: dict[str, Callable[[Any], _Found]] = {"folder": _folder_images, "dataset": list_rows}
 
 
-def _images_in(folder: Path) -> Iterator[Path]:
+def images_in(folder: Path) -> Iterator[Path]:
+    """The files of a folder that are images by their names; hidden ones and subfolders are passed over."""
     for path in folder.iterdir():
         if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file():
             yield path

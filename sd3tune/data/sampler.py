@@ -36,7 +36,7 @@ def uniform(seed: int, *counters: int | str) -> float:
     return (derive(seed, *counters) >> 10) / 2**53
 
 
-@functools.lru_cache(maxsize=32)  # a stream for each bucket, and a batch may straddle two epochs
+@functools.lru_cache(maxsize=64)  # streams for each bucket, and a batch may straddle two epochs
 def epoch_order(seed: int, epoch: int, n: int) -> tuple[int, ...]:
     """A permutation of `range(n)`: the order in which that epoch sees its samples."""
     return tuple(torch.randperm(n, generator=generator(seed, "epoch", epoch)).tolist())
@@ -50,8 +50,8 @@ def index_at(seed: int, position: int, n: int) -> int:
     return epoch_order(seed, epoch, n)[offset]
 
 
-def batch_samples(seed: int, number: int, buckets: Sequence[tuple[str, int]], batch: int) -> tuple[str, list[int]]:
-    """The bucket of global micro-batch `number` of the run, and the indices in that bucket of its `batch` samples.
+def batch_samples(seed: int, number: int, buckets: Sequence[tuple[str, int]], batch: int) -> tuple[str, int, list[int]]:
+    """The bucket of global micro-batch `number` of the run, its own number there, and the indices of its samples.
 
     `buckets` lists names and numbers of samples per epoch. With a single bucket the batches are simply the pieces of
     `index_at(seed, ...)`.
@@ -65,7 +65,7 @@ def batch_samples(seed: int, number: int, buckets: Sequence[tuple[str, int]], ba
     bucket, piece = _epoch_batches(seed, epoch, counts, batch)[number - _batches_before(epoch, counts, batch)]
     name, n = buckets[bucket]
     stream = seed if len(buckets) == 1 else derive(seed, "bucket", name)
-    return name, [index_at(stream, position, n) for position in range(piece * batch, (piece + 1) * batch)]
+    return name, piece, [index_at(stream, position, n) for position in range(piece * batch, (piece + 1) * batch)]
 
 
 def _batches_before(epoch: int, counts: tuple[int, ...], batch: int) -> int:

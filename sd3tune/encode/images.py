@@ -60,6 +60,7 @@ def encode_images(
     records: Sequence[Record],
     store: Store,
     *,
+    what: str = "images",
     buckets: Sequence[Size],
     crop_variants: int = 1,
     flip: bool = False,
@@ -76,8 +77,8 @@ def encode_images(
     are {"mean", "std"}, fp32 [16, height/8, width/8]. The VAE is loaded only when something is missing, runs in
     `dtype` (fp16, in which it overflows, becomes fp32) on one image at a time, and is freed. With `world` > 1 each
     rank encodes its share: put a barrier behind this call, then `store.refresh()`. `say` is told the size of what is
-    about to be written. Raises DataError for all unreadable images at once before the VAE is loaded, ModelError, and
-    RunError when the disk lacks the room.
+    about to be written; `what` is the word for the records there. Raises DataError for all unreadable images at once
+    before the VAE is loaded, ModelError, and RunError when the disk lacks the room.
     """
     dtype = torch.float32 if dtype == torch.float16 else dtype
     manifest = Manifest.load(store.root)
@@ -101,7 +102,7 @@ def encode_images(
     pixels_missing = sum(len(job.cuts) * job.target[0] * job.target[1] for job in jobs.values())
     nbytes = round(pixels_missing * _bytes_per_pixel(base))
     if entries:
-        say(check_room(store.root, "images", entries, nbytes))
+        say(check_room(store.root, what, entries, nbytes))
 
     mine = [job for job in jobs.values() if is_mine(job.digest, rank, world)]
     if mine:
@@ -111,7 +112,7 @@ def encode_images(
         Manifest.add(store.root, images={str(image): of for image, of in zip(refs, facts, strict=True)})
     variants = crop_variants * (1 + flip)
     extent = f"{len(records)} x {variants} variants" if variants > 1 else f"{len(records)}"
-    report = EncodeReport("images", extent, len(records), reasons, nbytes, _warnings(refs, facts, targets))
+    report = EncodeReport(what, extent, len(records), reasons, nbytes, _warnings(refs, facts, targets))
     encoded = [EncodedImage(target, tuple(key for key, _ in of)) for target, of in zip(targets, cuts, strict=True)]
     return encoded, report
 

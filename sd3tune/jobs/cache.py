@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sd3tune.config import Config
-from sd3tune.jobs.encoding import encode, store_folder
+from sd3tune.jobs.encoding import encode
 from sd3tune.jobs.machine import closing_process_group, make_accelerator, processes_of
+from sd3tune.jobs.places import store_folder
 from sd3tune.jobs.preflight import make_plan
 
 

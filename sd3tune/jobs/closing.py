@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd3tune.flow.objective import velocity_loss
+from sd3tune.flow.objective import velocity_loss, velocity_target
 from sd3tune.jobs.preflight import Plan
 from sd3tune.train.batches import Batch, Batches
-from sd3tune.train.step import predict_velocity, velocity_losses
+from sd3tune.train.step import predict_velocity
 
 FIXED_SIGMAS = (0.2, 0.4, 0.6, 0.8)
 PROBED_STEPS = 4
@@ -46,7 +46,10 @@ def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], 
 
 def _losses(velocities: Sequence[Tensor], probes: Sequence[Batch]) -> list[float]:
     """The squared error, whatever was minimised, so that runs compare."""
-    return [velocity_losses(v, probe, velocity_loss).mean().item() for v, probe in zip(velocities, probes, strict=True)]
+    return [
+        velocity_loss(velocity, velocity_target(probe.latents, probe.noise)).mean().item()
+        for velocity, probe in zip(velocities, probes, strict=True)
+    ]
 
 
 def block_norms(factors: Mapping[str, Tensor]) -> dict[str, float]:
@@ -92,7 +95,8 @@ def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
 def _probes(batches: Batches) -> list[Batch]:
     """A few batches of the training data with fixed noise and sigmas."""
     fetched = [batches.fetch(step, 0) for step in range(PROBED_STEPS)]
+    instances = [batch.rows(slice(batch.instances)) for batch in fetched]
     return [
         replace(batch, sigma=torch.full_like(batch.sigma, sigma))
-        for batch, sigma in zip(fetched, FIXED_SIGMAS, strict=True)
+        for batch, sigma in zip(instances, FIXED_SIGMAS, strict=True)
     ]

@@ -66,13 +66,15 @@ def run_identity(plan: Plan, encoded: Encoded, world: int) -> dict[str, Any]:
     """What must be the same for a resumed run to be the run it resumes."""
     config = plan.config
     sections = config.model_dump(include={"seed", "method", "flow", "optimizer", "schedule", "train", "ema"})
-    sections["train"].pop("log_every")
+    for watching in ("log_every", "max_skipped"):
+        sections["train"].pop(watching)
     if config.schedule.kind == "constant":
         sections["train"].pop("steps")  # the learning rate does not depend on the length, so a run may be extended
     if config.method.start_from is not None:
         sections["method"]["start_from"] = plan.method.contract()["start_from"]  # its content, wherever it lies
     images = [example.images for example in encoded.examples]
     captions = [dict(example.captions) for example in encoded.examples]
+    priors = [example.prior.facts() for example in encoded.examples if example.prior]
     return {
         **sections,
         "model": {
@@ -88,6 +90,7 @@ def run_identity(plan: Plan, encoded: Encoded, world: int) -> dict[str, Any]:
             "weights": key("weights", weights=[example.weight for example in encoded.examples])[:16],
             "caption_dropout": config.data.caption_dropout,
             "encoder_dropout": config.data.encoder_dropout,
+            **({"prior": key("prior", priors=priors)[:16]} if priors else {}),
         },
         "flow": {**sections["flow"], "shift": _shift(plan)},
         "processes": world,

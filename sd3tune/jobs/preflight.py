@@ -17,6 +17,7 @@ from sd3tune.data.buckets import Size, bucket_table, nearest_bucket, size_name
 from sd3tune.data.images import upright_size
 from sd3tune.data.records import Record, load_records
 from sd3tune.errors import ConfigError, UserError
+from sd3tune.jobs.class_images import PlannedPrior, plan_priors
 from sd3tune.jobs.machine import choose_dtype, dtype_name
 from sd3tune.jobs.run_folder import starting_checkpoint
 from sd3tune.jobs.sigmas import describe_sigmas
@@ -50,6 +51,8 @@ class Plan:
     latent_shape: tuple[int, int, int]
     buckets: Sequence[Size]
     """The sizes that images may be cut to, (height, width) in pixels."""
+    priors: Sequence[PlannedPrior]
+    """Class images, for each source that asks for them."""
 
     @property
     def images_per_epoch(self) -> int:
@@ -82,6 +85,8 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         modules = method.select(transformer)
         _check_size(config, transformer.config)
         dtype = choose_dtype(config.model.dtype, device)
+        buckets = buckets_of(config, transformer.config)
+        priors = plan_priors(config, records, buckets, base)
     except UserError as error:
         raise UserError(*problems, *error.problems) from error
     if problems:
@@ -100,7 +105,8 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         model_shift=scheduler_shift,
         shift=shift_at(config.flow, scheduler_shift, config.data.resolution**2),
         start=start,
-        buckets=buckets_of(config, transformer.config),
+        buckets=buckets,
+        priors=priors,
         latent_shape=(
             transformer.config.in_channels,
             config.data.resolution // 8,
@@ -125,6 +131,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         *_about_base(plan),
         f"data      {images}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
         *describe_buckets((upright_size(record.image) for record in plan.records), plan.buckets),
+        *(prior.describe() for prior in plan.priors),
         f"steps     {train.total_steps} of {batch} image{'s' * (batch > 1)}: each image is seen {seen} times",
         f"sigma     {describe_sigmas(config.flow, plan.shift)}",
         f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from sd3tune.atomic import new_file
 from sd3tune.encode.resources import release
-from sd3tune.jobs.encoding import NEGATIVE_PROMPT, Encoded
+from sd3tune.jobs.drawing import NEGATIVE_PROMPT, load_decoder, stored_conditioning
+from sd3tune.jobs.encoding import Encoded
 from sd3tune.jobs.preflight import Plan
 from sd3tune.jobs.run_folder import SAMPLES
-from sd3tune.model.components import load_scheduler, load_vae
+from sd3tune.model.components import load_scheduler
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, sample_latents, to_image
 from sd3tune.train.loop import Processes, View
@@ -67,21 +65,14 @@ class Previews:
                 )
                 for number, prompt in enumerate(settings.prompts)
             ]
-        vae_dtype = torch.float32 if self.plan.dtype is torch.float16 else self.plan.dtype
-        vae = load_vae(self.plan.base, vae_dtype, self.plan.device)
+        vae = load_decoder(self.plan)
         images = [to_image(vae, latent) for latent in latents]
         del vae
         release(self.plan.device)
         return images
 
     def _conditioning(self, prompt: str, view: View) -> Conditioning:
-        embeddings: dict[str, Mapping[str, Tensor]] = {
-            encoder: {
-                name: tensor[None].to(self.plan.device) for name, tensor in self.encoded.store.get(keys[prompt]).items()
-            }
-            for encoder, keys in self.encoded.captions.items()
-        }
-        return Conditioning(*view.method.conditioning(embeddings, view.transformer))
+        return stored_conditioning(self.plan, self.encoded.store, self.encoded.captions, prompt, view.transformer)
 
     def _path(self, step: int, number: int) -> Path:
         return self.folder / f"step-{step:06d}-{number}.png"

@@ -13,7 +13,7 @@ from sd3tune.data.survey import Names, StoreFile, remove, survey
 from sd3tune.encode.manifest import Manifest
 from sd3tune.encode.report import megabytes
 from sd3tune.errors import RunError
-from sd3tune.jobs.encoding import store_folder
+from sd3tune.jobs.places import store_folder
 
 _KINDS: dict[Names, str] = {
     ("mean", "std"): "images",

@@ -17,7 +17,8 @@ from sd3tune.data.sampler import generator
 from sd3tune.errors import RunError
 from sd3tune.jobs.closing import closing_report, summary
 from sd3tune.jobs.contract import check_identity, make_contract, run_identity, start_facts
-from sd3tune.jobs.encoding import NEGATIVE_PROMPT, Encoded, encode
+from sd3tune.jobs.drawing import NEGATIVE_PROMPT
+from sd3tune.jobs.encoding import Encoded, encode
 from sd3tune.jobs.launch import errors_to_the_launcher
 from sd3tune.jobs.machine import ALONE, closing_process_group, make_accelerator, processes_of
 from sd3tune.jobs.preflight import Plan, describe, make_plan
@@ -128,7 +129,7 @@ def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbac
             "train_s": round(trained_at - loaded_at, 3),
             "preview_s": round(sum(preview.seconds for preview in previews), 3),
         }
-        described |= {"report": report, "skipped_steps": metrics.skipped, "warnings": encoded.warnings}
+        described |= {"report": report, "skipped_steps": list(metrics.skipped), "warnings": encoded.warnings}
         write_json(plan.run / RUN_FILE, described)
         write_card(plan.run, config, contract, report)
         _say_goodbye(plan, report, metrics, from_step, trained_at - loaded_at, say)
@@ -222,7 +223,7 @@ def _say_goodbye(
     say("")
     say(f"{steps} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)")
     if metrics.skipped:
-        count, first = len(metrics.skipped), ", ".join(map(str, metrics.skipped[:10]))
+        count, first = len(metrics.skipped), ", ".join(map(str, list(metrics.skipped)[:10]))
         were = "steps were" if count > 1 else "step was"
         say(f"warning: {count} {were} skipped, the gradient was not finite: step {first}{', ...' * (count > 10)}")
     for line in summary(plan, report):

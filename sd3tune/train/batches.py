@@ -4,29 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from sd3tune.data.buckets import Size, size_name
+from sd3tune.data.buckets import size_name
 from sd3tune.data.sampler import batch_samples, derive, generator, step_slots, uniform
 from sd3tune.data.store import Store
 from sd3tune.flow.objective import offset_noise
 from sd3tune.model.latents import sample_latents
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training image in the store: a key per crop variant, and a key per text encoder."""
-
-    name: str
-    images: tuple[str, ...]
-    captions: Mapping[str, str]
-    size: Size
-    """(height, width) in pixels; images of one size form a bucket."""
-    weight: float = 1.0
-    """Factor on its loss."""
+from sd3tune.train.examples import Example, Sample
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,10 @@ class LatentScaling:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one micro-step needs, on the device. Everything but the embeddings is fp32."""
+    """What one micro-step needs, on the device. Everything but the embeddings is fp32.
+
+    The instances come first, then, for those whose source has a prior, the samples that preserve it: B in all.
+    """
 
     latents: Tensor
     """z0 [B, C, H/8, W/8]: drawn from the stored posterior, normalised."""
@@ -61,9 +53,25 @@ class Batch:
     """[B], not yet shaped by a density: the shifted, distributed sigma itself."""
     embeddings: Mapping[str, Mapping[str, Tensor]]
     """Per encoder, batched; in the encoders' dtype."""
-    names: Sequence[str]
     weights: Tensor
     """[B]: factors on the samples' losses."""
+    names: Sequence[str]
+    instances: int
+    kept: slice
+    """Samples whose target is the base's own prediction: the last ones, if any."""
+
+    def rows(self, rows: slice) -> Batch:
+        """The batch of some of the samples, all of them instances."""
+        return Batch(
+            latents=self.latents[rows],
+            noise=self.noise[rows],
+            sigma=self.sigma[rows],
+            embeddings={e: {name: of[rows] for name, of in entry.items()} for e, entry in self.embeddings.items()},
+            weights=self.weights[rows],
+            names=self.names[rows],
+            instances=len(self.names[rows]),
+            kept=slice(0, 0),
+        )
 
 
 @dataclass(frozen=True)
@@ -72,9 +80,9 @@ class _Loaded:
     std: Tensor
     sigma: Tensor
     embeddings: dict[str, dict[str, Tensor]]
-    slots: list[int]
-    names: list[str]
     weights: Tensor
+    samples: list[Sample]
+    instances: int
 
 
 class Batches:
@@ -106,6 +114,7 @@ class Batches:
             self.buckets.setdefault(size_name(example.size), []).append(example)
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
         self.device, self.scaling, self.sigma_of_u, self.noise_offset = device, scaling, sigma_of_u, noise_offset
+        self.with_prior = any(example.prior for example in examples)
         self._ahead: tuple[tuple[int, int], Future[_Loaded]] | None = None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
 
@@ -124,38 +133,53 @@ class Batches:
     def close(self) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)
 
+    def names(self, step: int) -> list[str]:
+        """The images of a step of all ranks, rank by rank and in their order; what preserves their class comes last."""
+        places = [(rank, micro) for rank in range(self.world) for micro in range(self.accumulation)]
+        batches = [[of.example.name for of in self._samples(step, micro, rank)] for rank, micro in places]
+        return [*chain(*(of[: self.batch_size] for of in batches)), *chain(*(of[self.batch_size :] for of in batches))]
+
     def _load(self, step: int, micro: int) -> _Loaded:
-        slots = list(step_slots(micro, self.rank, self.world, self.batch_size))
-        examples = self._examples(step * self.accumulation + micro)
+        samples = self._samples(step, micro, self.rank)
         moments = [
-            self.store.get(example.images[derive(self.seed, step, slot, "variant") % len(example.images)])
-            for example, slot in zip(examples, slots, strict=True)
+            self.store.get(of.example.images[derive(self.seed, step, of.slot, "variant") % len(of.example.images)])
+            for of in samples
         ]
         pixels = 64 * moments[0]["mean"].shape[-2:].numel()
-        uniforms = [(derive(self.seed, step, slot, "sigma") >> 11) + 0.5 for slot in slots]
+        uniforms = [(derive(self.seed, step, of.slot, "sigma") >> 11) + 0.5 for of in samples]
         loaded = _Loaded(
             mean=torch.stack([entry["mean"] for entry in moments]),
             std=torch.stack([entry["std"] for entry in moments]),
             sigma=self.sigma_of_u(torch.tensor(uniforms, dtype=torch.float64) / 2**52, pixels).float(),
             embeddings={
-                encoder: _stack([self._embedding(encoder, *pair, step) for pair in zip(examples, slots, strict=True)])
-                for encoder in examples[0].captions
+                encoder: _stack([self._embedding(encoder, sample, step) for sample in samples])
+                for encoder in samples[0].example.captions
             },
-            slots=slots,
-            names=[example.name for example in examples],
-            weights=torch.tensor([example.weight for example in examples], dtype=torch.float32),
+            weights=torch.tensor([of.example.weight for of in samples], dtype=torch.float32),
+            samples=samples,
+            instances=self.batch_size,
         )
         return _pinned(loaded) if self.device.type == "cuda" else loaded
 
-    def _examples(self, number: int) -> list[Example]:
-        """This rank's part of the run's micro-batch `number`."""
+    def _samples(self, step: int, micro: int, rank: int) -> list[Sample]:
+        """The rows of one rank's batch: its part of the run's micro-batch, then what its priors put beside it."""
         counts = [(name, len(examples)) for name, examples in self.buckets.items()]
-        bucket, indices = batch_samples(self.seed, number, counts, self.world * self.batch_size)
-        mine = indices[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        return [self.buckets[bucket][index] for index in mine]
+        batch = self.world * self.batch_size
+        bucket, piece, indices = batch_samples(self.seed, step * self.accumulation + micro, counts, batch)
+        mine = range(rank * self.batch_size, (rank + 1) * self.batch_size)
+        slots = step_slots(micro, rank, self.world, self.batch_size)
+        instances = [
+            Sample(self.buckets[bucket][indices[place]], slot) for place, slot in zip(mine, slots, strict=True)
+        ]
+        beside = [
+            instance.example.prior.beside(instance, self.seed, piece * batch + place)
+            for instance, place in zip(instances, mine, strict=True)
+            if instance.example.prior
+        ]
+        return [*instances, *sorted(beside, key=lambda sample: sample.is_kept)]
 
-    def _embedding(self, encoder: str, example: Example, slot: int, step: int) -> dict[str, Tensor]:
-        chance = self.dropout
+    def _embedding(self, encoder: str, sample: Sample, step: int) -> dict[str, Tensor]:
+        chance, example, slot = self.dropout, sample.example, sample.slot
         without_caption = chance.caption > uniform(self.seed, step, slot, "caption dropout")
         entry = self.store.get(chance.empty[encoder] if without_caption else example.captions[encoder])
         if chance.encoder > uniform(self.seed, step, slot, "encoder dropout", encoder):
@@ -164,10 +188,11 @@ class Batches:
 
     def _to_device(self, step: int, loaded: _Loaded) -> Batch:
         mean, std, sigma = (t.to(self.device, non_blocking=True) for t in (loaded.mean, loaded.std, loaded.sigma))
-        draws = torch.stack([self._draw(step, slot, mean.shape[1:]) for slot in loaded.slots])
+        slots = [sample.slot for sample in loaded.samples]
+        draws = torch.stack([self._draw(step, slot, mean.shape[1:]) for slot in slots])
         eps, noise = draws[:, 0], draws[:, 1]
         if self.noise_offset:
-            offsets = torch.stack([self._draw_offset(step, slot, mean.shape[1]) for slot in loaded.slots])
+            offsets = torch.stack([self._draw_offset(step, slot, mean.shape[1]) for slot in slots])
             noise = offset_noise(noise, offsets, self.noise_offset)
         return Batch(
             latents=sample_latents(mean, std, eps, self.scaling.scaling_factor, self.scaling.shift_factor),
@@ -177,16 +202,18 @@ class Batches:
                 encoder: {key: value.to(self.device, non_blocking=True) for key, value in entry.items()}
                 for encoder, entry in loaded.embeddings.items()
             },
-            names=loaded.names,
             weights=loaded.weights.to(self.device, non_blocking=True),
+            names=[sample.example.name for sample in loaded.samples],
+            instances=loaded.instances,
+            kept=slice(sum(not sample.is_kept for sample in loaded.samples), len(loaded.samples)),
         )
 
-    def _draw(self, step: int, slot: int, shape: torch.Size) -> Tensor:
+    def _draw(self, step: int, slot: int | str, shape: torch.Size) -> Tensor:
         """Two standard normals of `shape`: the posterior's and the flow's, from this sample's own generator."""
         source = generator(self.seed, step, slot, "noise", device=self.device)
         return torch.randn((2, *shape), generator=source, device=self.device)
 
-    def _draw_offset(self, step: int, slot: int, channels: int) -> Tensor:
+    def _draw_offset(self, step: int, slot: int | str, channels: int) -> Tensor:
         source = generator(self.seed, step, slot, "noise_offset", device=self.device)
         return torch.randn(channels, generator=source, device=self.device)
 
@@ -196,13 +223,11 @@ def _stack(entries: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _pinned(loaded: _Loaded) -> _Loaded:
-    embeddings = {e: {k: v.pin_memory() for k, v in entry.items()} for e, entry in loaded.embeddings.items()}
-    return _Loaded(
-        loaded.mean.pin_memory(),
-        loaded.std.pin_memory(),
-        loaded.sigma.pin_memory(),
-        embeddings,
-        loaded.slots,
-        loaded.names,
-        loaded.weights.pin_memory(),
+    return replace(
+        loaded,
+        mean=loaded.mean.pin_memory(),
+        std=loaded.std.pin_memory(),
+        sigma=loaded.sigma.pin_memory(),
+        embeddings={e: {k: v.pin_memory() for k, v in entry.items()} for e, entry in loaded.embeddings.items()},
+        weights=loaded.weights.pin_memory(),
     )

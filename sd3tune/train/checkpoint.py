@@ -23,9 +23,9 @@ _OPTIMIZER = "optimizer."
 
 
 def save_checkpoint(
-    run: Path, state: TrainState, identity: Mapping[str, Any], keep: int, export: Callable[[Path], object]
+    run: Path, state: TrainState, identity: Mapping[str, Any], keep: int | None, export: Callable[[Path], object]
 ) -> Path:
-    """Write `run/checkpoints/step-000500`, then remove all but the newest `keep`.
+    """Write `run/checkpoints/step-000500`, then remove all but the newest `keep`, if that is a number.
 
     `identity` is what a resumed run must agree with (see `differences`); `export(folder)` adds the usable adapter.
     """
@@ -37,7 +37,7 @@ def save_checkpoint(
         layout = {name: list(shape) for name, shape in state.master.shapes.items()}
         write_json(temporary / _STATE, {"step": state.step, "identity": identity, "layout": layout})
         export(temporary)
-    for old in list_checkpoints(run)[:-keep]:
+    for old in list_checkpoints(run)[: -keep if keep else 0]:
         shutil.rmtree(old)
     return folder
 

@@ -12,12 +12,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd3tune.config.schema import Config
+from sd3tune.errors import RunError
 from sd3tune.methods import Method
 from sd3tune.train.batches import Batches
 from sd3tune.train.checkpoint import save_checkpoint
 from sd3tune.train.metrics import Metrics
 from sd3tune.train.objective import Objective
 from sd3tune.train.step import TrainState, train_step
+
+METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class Processes:
         return self.rank == 0
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and everything so far is in a checkpoint."""
+
+
 def train(
     config: Config,
     run: Path,
@@ -66,21 +73,27 @@ def train(
     identity: Mapping[str, Any],
     contract: Mapping[str, Any],
     callbacks: Sequence[Callback] = (),
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Metrics:
-    """Train from `state.step` to `config.train.total_steps`; the last step is always checkpointed."""
-    metrics = Metrics(run / "metrics.jsonl", state.step, processes.gather, processes.is_main)
+    """Train from `state.step` to `config.train.total_steps`; the last step is always checkpointed.
+
+    Raises Stopped, after a checkpoint, when `stop_requested` says so on any rank, and RunError when the gradient was
+    not finite for `train.max_skipped` steps in a row.
+    """
+    metrics = Metrics(run / METRICS_FILE, state.step, processes.gather, processes.is_main, batches.names)
+    known_skips = len(metrics.skipped)
 
     def view() -> View:
         return View(state.step, state.step == config.train.total_steps, transformer, method, exported_weights(state))
 
-    def checkpoint() -> None:
+    def checkpoint(keep: int | None = config.checkpoint.keep) -> None:
         metrics.flush(wait=True)
         if processes.is_main:
             save_checkpoint(
                 run,
                 state,
                 identity,
-                config.checkpoint.keep,
+                keep,
                 lambda folder: method.export(folder / "adapter", exported_weights(state), contract),
             )
         processes.wait()
@@ -98,16 +111,23 @@ def train(
             callback(view())
         while state.step < config.train.total_steps:
             result = train_step(state, transformer, method, batches, objective, config, processes.reduce_mean)
-            metrics.add(state.step, result)
+            metrics.add(state.step, result, stop_requested())
             last = state.step == config.train.total_steps
-            if state.step % config.train.log_every == 0 or last:
-                metrics.flush(wait=last)
-                _show(bar, metrics)
+            alone = processes.world == 1 and stop_requested()  # several processes agree on it when they log
+            if state.step % config.train.log_every == 0 or last or alone:
+                metrics.flush(wait=last or alone)
+                _show(bar, metrics, known_skips)
+                known_skips = len(metrics.skipped)
             bar.update()
-            if state.step % config.checkpoint.every == 0 or last:
+            if metrics.skipped_in_a_row >= config.train.max_skipped:
+                checkpoint(keep=None)  # the weights are those of the last good step; older ones may be better still
+                raise RunError(_not_finite(run, metrics))
+            if state.step % config.checkpoint.every == 0 or last or metrics.stop_requested:
                 checkpoint()
             for callback in callbacks:
                 callback(view())
+            if metrics.stop_requested and not last:
+                raise Stopped
     return metrics
 
 
@@ -116,8 +136,23 @@ def exported_weights(state: TrainState) -> dict[str, Tensor]:
     return state.master.named(state.master.master if state.ema is None else state.ema)
 
 
-def _show(bar: tqdm, metrics: Metrics) -> None:
+def _show(bar: tqdm, metrics: Metrics, known_skips: int) -> None:
+    for step, suspects in list(metrics.skipped.items())[known_skips:]:
+        bar.write(f"warning: step {step} was skipped, its gradient is not finite: {_enumerated(suspects)}")
     last = metrics.last
     if last:
         loss = "skipped" if last["loss"] is None else f"{last['loss']:.4f}"
         bar.set_postfix(loss=loss, lr=f"{last['lr']:.1e}", refresh=False)
+
+
+def _not_finite(run: Path, metrics: Metrics) -> str:
+    step, suspects = list(metrics.skipped.items())[-1]
+    return (
+        f"{run}: stopped at step {step}: no finite gradient {metrics.skipped_in_a_row} times in a row, last "
+        f"for {_enumerated(suspects)}; the last good weights are saved: check those images or lower optimizer.lr, then "
+        "start again or, having deleted the newest checkpoints, go on with --resume"
+    )
+
+
+def _enumerated(samples: Sequence[str]) -> str:
+    return ", ".join(samples[:4]) + (f" and {len(samples) - 4} more" if len(samples) > 4 else "")

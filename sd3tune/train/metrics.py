@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,38 +18,60 @@ from sd3tune.train.step import StepResult
 SIGMA_BINS = 5
 
 
+Line = dict[str, Any]
+Names = Callable[[int], Sequence[str]]
+"""The images of a step (0-based), of all ranks: see `Batches.names`."""
+
+
 @dataclass(frozen=True)
 class _Row:
     step: int
     learning_rate: float
+    instances: int
     values: Tensor
-    """Losses, weighted losses and sigmas of this rank's samples, then the gradient norm; one flat device tensor."""
+    """Losses, weighted losses and sigmas of the rank's instances, the same of what preserves their class, the norm of
+    the gradient, and whether this rank was asked to stop: one flat device tensor."""
 
 
 class Metrics:
     """Collects steps as device tensors; a window's copy to the host is started at one flush and read at the next.
 
-    `gather` stacks a tensor of every rank along a new first dimension; only `writes` ranks touch the file.
-    `last_step` is the step that training resumes from: later lines of an earlier attempt are dropped.
+    `gather` stacks a tensor of every rank along a new first dimension; only `writes` ranks touch the file. `names`
+    tells the images of a step that had to be skipped, and `sink` is given each line that was written. `last_step` is
+    the step that training resumes from: later lines of an earlier attempt are dropped.
     """
 
-    def __init__(self, path: Path, last_step: int, gather: Callable[[Tensor], Tensor], writes: bool) -> None:
-        self.path, self.gather, self.writes = path, gather, writes
-        self.skipped: list[int] = []
-        """Steps whose gradient was not finite, which the optimizer passed over; an earlier attempt's included."""
-        self.last: dict[str, Any] = {}
+    def __init__(
+        self,
+        path: Path,
+        last_step: int,
+        gather: Callable[[Tensor], Tensor],
+        writes: bool,
+        names: Names = lambda step: [],
+        sink: Callable[[Line], object] = lambda line: None,
+    ) -> None:
+        self.path, self.gather, self.writes, self.names, self.sink = path, gather, writes, names, sink
+        self.skipped: dict[int, list[str]] = {}
+        """Steps that the optimizer passed over, their gradient being not finite, with the samples that were to blame;
+        an earlier attempt's included."""
+        self.skipped_in_a_row = 0
+        """How many steps were skipped, up to the last one that is known."""
+        self.stop_requested = False
+        """Whether any rank was asked to stop; all ranks learn it at the same flush."""
+        self.last: Line = {}
         self._rows: list[_Row] = []
         self._copying: tuple[list[_Row], Tensor, torch.cuda.Event | None] | None = None
+        kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+        for line in kept:
+            self._take_in(line)
         if writes:
-            kept = [line for line in read_metrics(path) if line["step"] <= last_step]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-            self.last = kept[-1] if kept else {}
-            self.skipped = [line["step"] for line in kept if line["grad_norm"] is None]
 
-    def add(self, step: int, result: StepResult) -> None:
-        """Note the result of optimizer step `step` (1-based)."""
-        values = torch.cat([result.losses, result.weighted, result.sigmas, result.grad_norm.reshape(1)])
-        self._rows.append(_Row(step, result.learning_rate, values))
+    def add(self, step: int, result: StepResult, stop: bool = False) -> None:
+        """Note the result of optimizer step `step` (1-based), and whether this rank was asked to stop."""
+        norm = result.grad_norm.reshape(1)
+        parts = [result.losses, result.weighted, result.sigmas, *result.prior, norm, torch.full_like(norm, stop)]
+        self._rows.append(_Row(step, result.learning_rate, len(result.losses), torch.cat(parts)))
 
     def flush(self, wait: bool = False) -> None:
         """Start copying what was added since, and write what was being copied; with `wait`, write everything."""
@@ -74,15 +96,26 @@ class Metrics:
         self._copying = None
         if event is not None:
             event.synchronize()
-        lines = [_line(row, host[:, index]) for index, row in enumerate(rows)]
-        self.skipped += [line["step"] for line in lines if line["grad_norm"] is None]
-        self.last = lines[-1]
+        lines = [_line(row, host[:, index], self.names) for index, row in enumerate(rows)]
+        for line in lines:
+            self._take_in(line)
+        self.stop_requested |= bool(host[..., -1].any())
         if self.writes:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
+            for line in lines:
+                self.sink(line)
+
+    def _take_in(self, line: Line) -> None:
+        self.last = line
+        if line["grad_norm"] is None:
+            self.skipped[line["step"]] = line.get("suspects", [])
+            self.skipped_in_a_row += 1
+        else:
+            self.skipped_in_a_row = 0
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Line]:
     """The lines of a metrics file; a last line that was cut off in the middle is left out."""
     if not path.exists():
         return []
@@ -95,21 +128,43 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _line(row: _Row, values: Tensor) -> dict[str, Any]:
-    """`values` [ranks, 3 * samples + 1] of one step as a line of the file."""
-    samples = (values.shape[1] - 1) // 3
-    losses, weighted, sigmas = (part.reshape(-1).tolist() for part in values[:, :-1].split(samples, dim=1))
+def by_sigma(sigmas: Sequence[float], losses: Sequence[float]) -> dict[str, float | None]:
+    """The mean loss in each fifth of the sigmas that has any, as `{"0.2-0.4": 0.31}`."""
     bins: dict[str, list[float]] = {}
-    for loss, sigma in sorted(zip(losses, sigmas, strict=True), key=lambda pair: pair[1]):
+    for sigma, loss in sorted(zip(sigmas, losses, strict=True)):
         number = min(int(sigma * SIGMA_BINS), SIGMA_BINS - 1)
         bins.setdefault(f"{number / SIGMA_BINS:.1f}-{(number + 1) / SIGMA_BINS:.1f}", []).append(loss)
-    return {
+    return {name: _finite(sum(of) / len(of)) for name, of in bins.items()}
+
+
+def _line(row: _Row, values: Tensor, names: Names) -> Line:
+    """`values` [ranks, ...] of one step as a line of the file."""
+    instances, prior = _samples(values[:, : 3 * row.instances]), _samples(values[:, 3 * row.instances : -2])
+    prior = prior[:, ~prior[2].isnan()]  # without the padding
+    (losses, weighted, sigmas), (prior_losses, prior_weighted, prior_sigmas) = instances.tolist(), prior.tolist()
+    line: Line = {
         "step": row.step,
-        "loss": _finite(sum(weighted) / len(weighted)),
+        "loss": _finite((sum(weighted) + sum(prior_weighted)) / len(weighted)),
         "lr": row.learning_rate,
-        "grad_norm": _finite(values[0, -1].item()),
-        "loss_by_sigma": {name: _finite(sum(of) / len(of)) for name, of in bins.items()},
+        "grad_norm": _finite(values[0, -2].item()),
+        "loss_by_sigma": by_sigma(sigmas, losses),
     }
+    if prior_losses:
+        line["prior_loss"] = _finite(sum(prior_losses) / len(prior_losses))
+    if line["grad_norm"] is None:
+        line["suspects"] = _suspects(names(row.step - 1), [*losses, *prior_losses], [*sigmas, *prior_sigmas])
+    return line
+
+
+def _samples(values: Tensor) -> Tensor:
+    """[ranks, 3 * n] -> [3, ranks * n]."""
+    return values.unflatten(1, (3, values.shape[1] // 3)).movedim(1, 0).flatten(1)
+
+
+def _suspects(names: Sequence[str], losses: Sequence[float], sigmas: Sequence[float]) -> list[str]:
+    """The samples of a skipped step whose loss is not finite; all of them when it was the gradient alone."""
+    samples = [(f"{name} at sigma {sigma:.3f}", loss) for name, sigma, loss in zip(names, sigmas, losses, strict=False)]
+    return [sample for sample, loss in samples if not math.isfinite(loss)] or [sample for sample, _ in samples]
 
 
 def _finite(value: float) -> float | None:

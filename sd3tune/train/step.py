@@ -3,16 +3,19 @@
 z_t = (1 - sigma) z_0 + sigma noise            the noisy latents
 v   = transformer(z_t, 1000 sigma, caption)    the predicted velocity
 L   = w(sigma) |v - (noise - z_0)|^2           per sample, in fp32 (or Huber's loss)
+
+The loss is mean(L of instances) + weight * mean(L of what preserves their class), where that is asked for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from diffusers import SD3Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd3tune.config.schema import Config
 from sd3tune.flow.objective import interpolate, model_timestep, velocity_target
@@ -39,10 +42,12 @@ class StepResult:
     """Device tensors; nothing was copied to the host."""
 
     losses: Tensor
-    """Unweighted velocity loss of each of this rank's samples [accumulation * batch]."""
+    """Unweighted velocity loss of each of this rank's instances [accumulation * batch]."""
     weighted: Tensor
     """The same times w(sigma) and the source's weight: what was minimised."""
     sigmas: Tensor
+    prior: Tensor
+    """[3, accumulation * batch]: these three of what preserves the instances' class, NaN where nothing does."""
     grad_norm: Tensor
     """Before clipping; not finite when the step was skipped."""
     learning_rate: float
@@ -62,9 +67,13 @@ def predict_velocity(transformer: SD3Transformer2DModel, method: Method, batch: 
     return velocity
 
 
-def velocity_losses(velocity: Tensor, batch: Batch, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The loss of each sample of the batch, [B] fp32, unweighted."""
-    return loss(velocity, velocity_target(batch.latents, batch.noise))
+def velocity_targets(transformer: SD3Transformer2DModel, method: Method, batch: Batch) -> Tensor:
+    """What to predict, [B, C, H, W] fp32: the true velocity or, for kept samples, what the base itself predicts."""
+    targets = velocity_target(batch.latents, batch.noise)
+    if batch.kept.start < batch.kept.stop:
+        with torch.no_grad(), method.disabled(transformer):
+            targets[batch.kept] = predict_velocity(transformer, method, batch.rows(batch.kept)).float()
+    return targets
 
 
 def train_step(
@@ -82,16 +91,23 @@ def train_step(
     for micro in range(accumulation):
         batch = batches.fetch(state.step, micro)
         with method.regularised(transformer, batches.seed_for("dropout", state.step, micro)):
-            losses = velocity_losses(predict_velocity(transformer, method, batch), batch, objective.loss)
+            targets = velocity_targets(transformer, method, batch)
+            losses = objective.loss(predict_velocity(transformer, method, batch), targets)
             weighted = objective.weight(batch.sigma) * batch.weights * losses
-            (weighted.mean() / accumulation * state.loss_scale.scale).backward()
+            (weighted.sum() / batch.instances / accumulation * state.loss_scale.scale).backward()
         state.master.collect_gradients()
-        samples.append(torch.stack([losses.detach(), weighted.detach(), batch.sigma]))
+        samples.append((torch.stack([losses.detach(), weighted.detach(), batch.sigma]), batch.instances))
 
     lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.total_steps)
     grad_norm = update(state, config, lr, reduce_mean)
-    losses, weighted, sigmas = torch.cat(samples, dim=1)
-    return StepResult(losses, weighted, sigmas, grad_norm, lr)
+    losses, weighted, sigmas = torch.cat([of[:, :instances] for of, instances in samples], dim=1)
+    prior = [_padded(of[:, instances:], instances if batches.with_prior else 0) for of, instances in samples]
+    return StepResult(losses, weighted, sigmas, torch.cat(prior, dim=1), grad_norm, lr)
+
+
+def _padded(values: Tensor, columns: int) -> Tensor:
+    """With columns of NaN behind: results of all steps and ranks have one shape."""
+    return nn.functional.pad(values, (0, columns - values.shape[1]), value=math.nan)
 
 
 def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:

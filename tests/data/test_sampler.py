@@ -107,7 +107,7 @@ seeds = st.integers(0, 2**63 - 1)
 
 @given(seeds, st.integers(1, 30), batch_sizes)
 def test_a_single_bucket_is_cut_from_the_plain_stream(seed, n, batch):
-    found = [index for number in range(20) for index in batch_samples(seed, number, [("a", n)], batch)[1]]
+    found = [index for number in range(20) for index in batch_samples(seed, number, [("a", n)], batch)[2]]
     assert found == [index_at(seed, position, n) for position in range(20 * batch)]
 
 
@@ -116,9 +116,9 @@ def test_a_single_bucket_is_cut_from_the_plain_stream(seed, n, batch):
 def test_over_epochs_every_sample_is_seen_equally_often_but_for_a_batch(seed, counts, batch, epochs):
     buckets = named(counts)
     batches = [batch_samples(seed, k, buckets, batch) for k in range(sum(epochs * n // batch for n in counts))]
-    assert all(len(indices) == batch for _, indices in batches)
+    assert all(len(indices) == batch for _, _, indices in batches)
     for name, n in buckets:
-        seen = Counter(index for bucket, indices in batches if bucket == name for index in indices)
+        seen = Counter(index for bucket, _, indices in batches if bucket == name for index in indices)
         assert set(seen) <= set(range(n))
         assert sum(seen.values()) == epochs * n // batch * batch
         per_sample = [seen[index] for index in range(n)]
@@ -141,11 +141,11 @@ def test_a_batch_follows_from_its_number_alone(seed, counts, batch, number):
         before, epoch = before + len(labels), epoch + 1
     in_order = [batch_samples(seed, k, buckets, batch) for k in range(before, before + len(labels))]
     assert in_order[number - before] == at_once
-    assert Counter(bucket for bucket, _ in in_order) == Counter(buckets[b][0] for b in labels)
+    assert Counter(bucket for bucket, _, _ in in_order) == Counter(buckets[b][0] for b in labels)
     for bucket, (name, n) in enumerate(buckets):
         stream = seed if len(buckets) == 1 else derive(seed, "bucket", name)
         start = following[bucket] * batch
-        indices = [index for label, found in in_order if label == name for index in found]
+        indices = [index for label, _, found in in_order if label == name for index in found]
         assert indices == [index_at(stream, start + offset, n) for offset in range(len(indices))]
 
 
@@ -154,7 +154,7 @@ def test_a_batch_follows_from_its_number_alone(seed, counts, batch, number):
 def test_ranks_share_a_batch_without_a_gap_or_an_overlap(seed, counts, division, number):
     """However six samples are divided, `world` ranks of `batch_size`, their parts in order are the whole."""
     world, batch_size = division
-    whole = batch_samples(seed, number, named(counts), 6)[1]
+    whole = batch_samples(seed, number, named(counts), 6)[2]
     parts = [whole[rank * batch_size : (rank + 1) * batch_size] for rank in range(world)]
     slots = [list(step_slots(0, rank, world, batch_size)) for rank in range(world)]
     assert [index for part in parts for index in part] == whole
@@ -173,12 +173,12 @@ def test_buckets_are_mixed_within_an_epoch_and_anew_in_the_next():
 def test_buckets_smaller_than_a_batch_take_their_turn_once_it_is_full():
     """2 and 1 images in batches of 4: after two epochs there is one batch of the first, after four of the second."""
     labels = [batch_samples(5, k, [("two", 2), ("one", 1)], 4) for k in range(30)]
-    assert Counter(name for name, _ in labels) == {"two": 20, "one": 10}
-    assert all(sorted(indices) == [0, 0, 1, 1] for name, indices in labels if name == "two")
+    assert Counter(name for name, _, _ in labels) == {"two": 20, "one": 10}
+    assert all(sorted(indices) == [0, 0, 1, 1] for name, _, indices in labels if name == "two")
 
 
 def test_batches_far_into_a_run_are_found_at_once():
-    name, indices = batch_samples(3, 10**12, [("a", 7), ("b", 1000), ("c", 31)], 8)
+    name, _, indices = batch_samples(3, 10**12, [("a", 7), ("b", 1000), ("c", 31)], 8)
     assert name in "abc"
     assert len(indices) == 8
 

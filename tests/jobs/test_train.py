@@ -18,7 +18,7 @@ from sd3tune.cli.main import run as command_line
 from sd3tune.config import load_config
 from sd3tune.errors import RunError, UserError
 from sd3tune.jobs.cache import run_cache
-from sd3tune.jobs.encoding import store_folder
+from sd3tune.jobs.places import store_folder
 from sd3tune.jobs.train import run_training
 from sd3tune.model.adapter_io import read_adapter
 from sd3tune.train.loop import View

@@ -13,7 +13,8 @@ from PIL import Image
 from sd3tune.data.sampler import index_at, uniform
 from sd3tune.data.store import Store
 from sd3tune.model.components import load_text_encoder, load_vae
-from sd3tune.train.batches import Batch, Batches, Dropout, Example, LatentScaling
+from sd3tune.train.batches import Batch, Batches, Dropout, LatentScaling
+from sd3tune.train.examples import Example
 
 IMAGES, VARIANTS = 5, 4
 ONE_SIZE = ((16, 16),) * IMAGES

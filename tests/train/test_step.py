@@ -11,11 +11,12 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sd3tune.flow.objective import velocity_target
 from sd3tune.model.adapters import ADAPTER_NAME, lora_layers
 from sd3tune.model.components import load_transformer
 from sd3tune.train.batches import Batch
 from sd3tune.train.optim import ema_decay
-from sd3tune.train.step import predict_velocity, velocity_losses
+from sd3tune.train.step import predict_velocity
 
 RANK, ALPHA = 2, 3.0
 
@@ -133,9 +134,8 @@ def test_losses_are_those_of_the_velocity(start) -> None:
     training = start("train.batch_size=2")
     batch = training.batches.fetch(0, 0)
     with torch.no_grad():
-        losses = velocity_losses(
-            predict_velocity(training.transformer, training.method, batch), batch, training.objective.loss
-        )
+        velocity = predict_velocity(training.transformer, training.method, batch)
+        losses = training.objective.loss(velocity, velocity_target(batch.latents, batch.noise))
         expected = PlainLoop(training).loss(batch)
     assert losses.shape == (2,)
     torch.testing.assert_close(losses.mean(), expected, rtol=1e-6, atol=0)

@@ -20,6 +20,47 @@ def _placeholders(template: str | None) -> set[str]:
     }
 
 
+class ClassImagesConfig(Section):
+    """Pictures of the class are trained beside the source's own, each with its caption (DreamBooth, Ruiz et al. 2022):
+    loss = mean(instances) + weight * mean(class).
+    """
+
+    kind: Literal["images"] = Field("images", description="Keep the class as its pictures show it.")
+    prompt: str = Field(
+        min_length=1,
+        examples=["a photo of a dog"],
+        description="Caption of the class: the source's without what makes it special.",
+    )
+    images: int = Field(
+        100,
+        ge=0,
+        description="How many class images; what the folder lacks is drawn by the base before training, in the shapes "
+        "of the source's buckets.",
+    )
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of class images, your own (a `.txt` beside one is its caption) and those that are drawn; "
+        "null keeps drawn ones beside the store, shared by runs.",
+    )
+    weight: float = Field(1.0, ge=0, description="Factor on the loss of the class images; 0 leaves them out.")
+    steps: int = Field(28, ge=1, le=1000, description="Denoising steps of a class image that is drawn.")
+    guidance: float = Field(7.0, ge=0, description="Its classifier-free guidance scale; 1 or less turns it off.")
+
+
+class OwnPredictionConfig(Section):
+    """Without class images: on the same noisy latents, under the class caption, the base's own prediction (adapter off)
+    is the target. A step computes two batches more instead of one.
+    """
+
+    kind: Literal["prediction"] = Field("prediction", description="Keep what the base predicts for the class.")
+    prompt: str = Field(min_length=1, examples=["a photo of a dog"], description="Caption of the class.")
+    weight: float = Field(1.0, ge=0, description="Factor on this loss; 0 leaves it out.")
+
+
+PriorConfig = Annotated[ClassImagesConfig | OwnPredictionConfig, Field(discriminator="kind")]
+
+
 class _Source(Section):
     """What all kinds of source have."""
 
@@ -39,7 +80,10 @@ class _Source(Section):
     max_samples: int | None = Field(
         None, ge=1, description="Use this many of the source's images, always the same ones; null uses all."
     )
-    prior: None = Field(None, description="Prior preservation; not available yet, keep null.")
+    prior: PriorConfig | None = Field(
+        None,
+        description="Prior preservation: keeps the class from turning into the subject; null turns it off.",
+    )
 
     @field_validator("template")
     @classmethod

@@ -30,6 +30,11 @@ class TrainConfig(Section):
         description="`block` recomputes each transformer block in the backward pass: a tenth of the "
         "activations for a third more time.",
     )
+    max_skipped: int = Field(
+        20,
+        ge=1,
+        description="A step whose gradient is not finite is skipped; after this many in a row the run saves and stops.",
+    )
     log_every: int = Field(10, ge=1, description="Steps between refreshes of the progress line and metrics file.")
 
     @model_validator(mode="before")

@@ -1,0 +1,79 @@
+"""What a batch is made of: training images in the store, and what stands beside them to keep their class as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from sd3tune.data.buckets import Size, size_name
+from sd3tune.data.sampler import derive, index_at
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training image in the store: a key per crop variant, and a key per text encoder."""
+
+    name: str
+    images: tuple[str, ...]
+    captions: Mapping[str, str]
+    size: Size
+    """(height, width) in pixels; images of one size form a bucket."""
+    weight: float = 1.0
+    """Factor on its loss."""
+    prior: Prior | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row of a batch: an example, and the slot from which everything random about it follows."""
+
+    example: Example
+    slot: int | str
+    is_kept: bool = False
+    """Whether its target is the base's own prediction instead of the true velocity."""
+
+
+class Prior(Protocol):
+    """Prior preservation: what is trained beside a source's images."""
+
+    def beside(self, instance: Sample, seed: int, position: int) -> Sample:
+        """The sample that goes with `instance`, which is at `position` of its bucket's endless stream."""
+
+    def facts(self) -> dict[str, Any]:
+        """What training with it depends on, for JSON."""
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """Pictures of the class, each with its own caption, noise and sigma (DreamBooth, Ruiz et al. 2022, eq. 2)."""
+
+    source: int
+    pools: Mapping[Size, Sequence[Example]]
+    """By bucket; never empty for a bucket in which the source has images."""
+
+    def beside(self, instance: Sample, seed: int, position: int) -> Sample:
+        size = instance.example.size
+        pool = self.pools[size]
+        stream = derive(seed, "class images", self.source, size_name(size))
+        return Sample(pool[index_at(stream, position, len(pool))], f"class {instance.slot}")
+
+    def facts(self) -> dict[str, Any]:
+        pools = [[[of.images, dict(of.captions), of.weight] for of in pool] for pool in self.pools.values()]
+        return {"kind": "images", "pools": pools}
+
+
+@dataclass(frozen=True)
+class OwnPrediction:
+    """The same noisy latents under the class caption, whose target is what the base alone predicts there."""
+
+    captions: Mapping[str, str]
+    """Encoder -> key of the class caption."""
+    weight: float
+
+    def beside(self, instance: Sample, seed: int, position: int) -> Sample:
+        kept = replace(instance.example, captions=self.captions, weight=self.weight, prior=None)
+        return Sample(kept, instance.slot, is_kept=True)
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": "prediction", "captions": dict(self.captions), "weight": self.weight}
