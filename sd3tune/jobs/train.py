@@ -24,6 +24,7 @@ from sd3tune.jobs.machine import ALONE, closing_process_group, make_accelerator,
 from sd3tune.jobs.preflight import Plan, describe, make_plan
 from sd3tune.jobs.preview import Previews
 from sd3tune.jobs.run_folder import RUN_FILE, check_start, describe_run, is_finished, locked, remove_previews
+from sd3tune.jobs.stopping import StopSignals
 from sd3tune.model.components import load_transformer, vae_config
 from sd3tune.publish.card import write_card
 from sd3tune.train.batches import Batches, Dropout, LatentScaling
@@ -47,7 +48,7 @@ def run_training(
     callbacks: Sequence[Callback] = (),
 ) -> None:
     """Train as `config` says. Raises UserError; what was saved before an error stays."""
-    with closing_process_group(), errors_to_the_launcher():
+    with closing_process_group(), errors_to_the_launcher(), StopSignals() as signals:
         accelerator = make_accelerator(config.train.gradient_accumulation)
         processes = processes_of(accelerator)
 
@@ -69,10 +70,19 @@ def run_training(
         if dry_run:
             say("dry run: nothing was encoded, trained or written")
             return
-        _train(plan, processes, say, callbacks)
+        try:
+            _train(plan, processes, say, callbacks, signals)
+        except KeyboardInterrupt:
+            raise RunError(_interrupted(plan)) from None
 
 
-def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbacks: Sequence[Callback]) -> None:
+def _train(
+    plan: Plan,
+    processes: Processes,
+    say: Callable[[str], None],
+    callbacks: Sequence[Callback],
+    signals: StopSignals,
+) -> None:
     config, started = plan.config, time.monotonic()
     encoded = encode(plan, processes, say)
     encoded_at = time.monotonic()
@@ -101,7 +111,7 @@ def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbac
         stack.callback(batches.close)
         previews = [Previews(plan, encoded, processes)] if config.preview.prompts else []
         loaded_at = time.monotonic()
-        try:
+        with signals.deferred():
             metrics = train(
                 config,
                 plan.run,
@@ -114,26 +124,36 @@ def _train(plan: Plan, processes: Processes, say: Callable[[str], None], callbac
                 identity,
                 contract,
                 [*previews, *callbacks],
+                lambda: signals.asked,
             )
-        except KeyboardInterrupt:
-            raise RunError(_interrupted(plan, state.step)) from None
         trained_at = time.monotonic()
-        if not processes.is_main:
-            processes.wait()
-            return
-        _export(plan, state, contract)
-        report = closing_report(plan, transformer, exported_weights(state), batches)
-        described["timings"] = {
-            "encode_s": round(encoded_at - started, 3),
-            "load_s": round(loaded_at - encoded_at, 3),
-            "train_s": round(trained_at - loaded_at, 3),
-            "preview_s": round(sum(preview.seconds for preview in previews), 3),
-        }
-        described |= {"report": report, "skipped_steps": list(metrics.skipped), "warnings": encoded.warnings}
-        write_json(plan.run / RUN_FILE, described)
-        write_card(plan.run, config, contract, report)
-        _say_goodbye(plan, report, metrics, from_step, trained_at - loaded_at, say)
+        if processes.is_main:
+            described["timings"] = {
+                "encode_s": round(encoded_at - started, 3),
+                "load_s": round(loaded_at - encoded_at, 3),
+                "train_s": round(trained_at - loaded_at, 3),
+                "preview_s": round(sum(preview.seconds for preview in previews), 3),
+            }
+            described |= {"skipped_steps": list(metrics.skipped), "warnings": encoded.warnings}
+            report = _close(plan, state, transformer, batches, contract, described)
+            _say_goodbye(plan, report, metrics, from_step, trained_at - loaded_at, say)
         processes.wait()
+
+
+def _close(
+    plan: Plan,
+    state: TrainState,
+    transformer: SD3Transformer2DModel,
+    batches: Batches,
+    contract: dict[str, Any],
+    described: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the adapter, `run.json` and the card; returns the closing report."""
+    _export(plan, state, contract)
+    report = closing_report(plan, transformer, exported_weights(state), batches)
+    write_json(plan.run / RUN_FILE, {**described, "report": report})
+    write_card(plan.run, plan.config, contract, report)
+    return report
 
 
 def _starting_state(
@@ -203,12 +223,11 @@ def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
     )
 
 
-def _interrupted(plan: Plan, step: int) -> str:
+def _interrupted(plan: Plan) -> str:
     saved = list_checkpoints(plan.run)
-    where = (
-        f"saved at {saved[-1].name}; the same command with --resume goes on from there" if saved else "nothing saved"
-    )
-    return f"stopped at step {step}; {where}"
+    if not saved:
+        return f"{plan.run}: stopped before the first checkpoint; encodings are kept: run the same command again"
+    return f"{plan.run}: stopped, saved at {saved[-1].name}; the same command with --resume goes on from there"
 
 
 def _say_goodbye(

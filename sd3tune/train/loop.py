@@ -57,10 +57,6 @@ class Processes:
         return self.rank == 0
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and everything so far is in a checkpoint."""
-
-
 def train(
     config: Config,
     run: Path,
@@ -77,8 +73,8 @@ def train(
 ) -> Metrics:
     """Train from `state.step` to `config.train.total_steps`; the last step is always checkpointed.
 
-    Raises Stopped, after a checkpoint, when `stop_requested` says so on any rank, and RunError when the gradient was
-    not finite for `train.max_skipped` steps in a row.
+    Raises KeyboardInterrupt, after a checkpoint, when any rank's `stop_requested` says so, and RunError when the
+    gradient was not finite for `train.max_skipped` steps in a row.
     """
     metrics = Metrics(run / METRICS_FILE, state.step, processes.gather, processes.is_main, batches.names)
     known_skips = len(metrics.skipped)
@@ -127,7 +123,7 @@ def train(
             for callback in callbacks:
                 callback(view())
             if metrics.stop_requested and not last:
-                raise Stopped
+                raise KeyboardInterrupt
     return metrics
 
 

@@ -64,6 +64,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
     settings = (
         "train.steps=null", "train.epochs=3", "train.gradient_accumulation=2", "optimizer.lr=1e-3", "data.flip=true",
         "data.caption_dropout=0.3", "data.encoder_dropout=0.2",
+        "data.sources.0.prior={prompt: a two, images: 4, steps: 2, weight: 0.5}",
     )  # fmt: skip
     file = write_config("two", *settings)
     process = start_cli("train", file, "--num-processes", "2")
@@ -79,6 +80,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
     for one, two in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
         assert two["step"] == one["step"]
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["prior_loss"] == pytest.approx(one["prior_loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
         assert two["loss_by_sigma"] == pytest.approx(one["loss_by_sigma"], rel=1e-5)
     one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
@@ -91,7 +93,7 @@ def test_two_processes_resume_as_if_never_stopped(
     quick_config, write_config, tmp_path: Path, assert_equal_runs, start_cli, monkeypatch
 ) -> None:
     settings = (
-        "train.steps=5", "train.gradient_accumulation=2", "data.crop_variants=2", "data.flip=true",
+        "train.steps=7", "train.gradient_accumulation=2", "data.crop_variants=2", "data.flip=true",
         "ema={decay: 0.8}", "checkpoint={every: 2, keep: 2}", "schedule.warmup_steps=2",
     )  # fmt: skip
     write_config("straight", *settings)
@@ -99,9 +101,9 @@ def test_two_processes_resume_as_if_never_stopped(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     prefix = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     printed, _ = finish(start_cli(DRIVER, tmp_path, prefix=prefix))
-    assert printed.count("resuming from step-000002") == 1
+    assert printed.count("resuming from step-000002") == printed.count("resuming from step-000005") == 1
     assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
-    assert described(tmp_path / "stopped")["resumes"] == [{"from_step": 2}]
+    assert described(tmp_path / "stopped")["resumes"] == [{"from_step": 2}, {"from_step": 5}]
     assert described(tmp_path / "stopped")["world_size"] == 2
 
     exports = (tmp_path / "exports-0.txt").read_text().split()
@@ -109,7 +111,7 @@ def test_two_processes_resume_as_if_never_stopped(
     assert (tmp_path / "exports-1.txt").read_text() == ""
 
     with pytest.raises(RunError, match="--resume: processes: 2 in the run, 1 now"):
-        run_training(quick_config(tmp_path / "stopped", *settings, "train.steps=6"), resume=True)
+        run_training(quick_config(tmp_path / "stopped", *settings, "train.steps=8"), resume=True)
 
 
 def test_the_console_script_exits_with_2_and_one_line(write_config, tmp_path: Path, start_cli) -> None:

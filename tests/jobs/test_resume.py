@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from sd3tune.config import dump_config
 from sd3tune.errors import RunError, UserError
+from sd3tune.jobs import train
 from sd3tune.jobs.train import run_training
 from sd3tune.train.loop import View
 
@@ -182,15 +184,42 @@ def test_a_run_killed_after_its_last_step_is_closed(
     assert "report" in json.loads((tmp_path / "run.json").read_text())
 
 
-def test_control_c_says_how_to_go_on(quick_config, tmp_path: Path) -> None:
-    def interrupt(view: View) -> None:
-        if view.step == 2:
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_in_hand_and_says_how_to_go_on(
+    quick_config, tmp_path: Path, straight: Path, assert_equal_runs, number: signal.Signals
+) -> None:
+    def send(view: View) -> None:
+        if view.step == 4:
+            os.kill(os.getpid(), number)
 
-    config = quick_config(tmp_path, "checkpoint={every: 1}")
-    with pytest.raises(RunError, match=r"stopped at step 2; saved at step-000002; .* with --resume goes on"):
-        run_training(config, callbacks=[interrupt])
+    config = quick_config(tmp_path, *EVERYTHING)
+    with pytest.raises(RunError, match="stopped, saved at step-000005; the same command with --resume goes on"):
+        run_training(config, callbacks=[send])
     run_training(config, resume=True)
+    assert_equal_runs(straight, tmp_path)
+
+
+def test_a_second_signal_stops_at_once(quick_config, tmp_path: Path, straight: Path, assert_equal_runs) -> None:
+    def send(view: View) -> None:
+        if view.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = quick_config(tmp_path, *EVERYTHING)
+    with pytest.raises(RunError, match="stopped, saved at step-000003; "):
+        run_training(config, callbacks=[send])
+    run_training(config, resume=True)
+    assert_equal_runs(straight, tmp_path)
+
+
+def test_a_signal_before_training_keeps_what_was_encoded(quick_config, tmp_path: Path, monkeypatch) -> None:
+    def interrupted(*arguments) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "load_transformer", interrupted)
+    with pytest.raises(RunError, match="stopped before the first checkpoint; encodings are kept: run the same command"):
+        run_training(quick_config(tmp_path))
+    assert not (tmp_path / "run.json").exists()
 
 
 def test_nothing_to_resume_starts_afresh_and_says_so(quick_config, tmp_path: Path, capsys) -> None:

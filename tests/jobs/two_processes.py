@@ -1,19 +1,22 @@
 """Started by torch.distributed.run: several runs in one launch, as most of a launch goes into imports.
 
-`two_processes.py FOLDER`: trains FOLDER/straight.yaml; trains FOLDER/stopped.yaml, stops it after step 3 and resumes
-it. Each rank notes in FOLDER/exports-RANK.txt what adapters it wrote.
+`two_processes.py FOLDER`: trains FOLDER/straight.yaml; trains FOLDER/stopped.yaml, stops it after step 3, resumes it,
+has the second rank alone receive a SIGTERM after step 4, and resumes it again. Each rank notes in
+FOLDER/exports-RANK.txt what adapters it wrote.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 
 from sd3tune.config import Config, load_config
+from sd3tune.errors import RunError
 from sd3tune.jobs import train
 from sd3tune.methods import LoraMethod
 from sd3tune.train.loop import View
@@ -22,6 +25,11 @@ from sd3tune.train.loop import View
 def stop(view: View) -> None:
     if view.step == 3:
         raise InterruptedError
+
+
+def terminate_the_second(view: View) -> None:
+    if view.step == 4 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main(folder: Path) -> None:
@@ -41,6 +49,8 @@ def main(folder: Path) -> None:
     train.run_training(config("straight"))
     with contextlib.suppress(InterruptedError):
         train.run_training(config("stopped"), callbacks=[stop])
+    with contextlib.suppress(RunError):
+        train.run_training(config("stopped"), resume=True, callbacks=[terminate_the_second])
     train.run_training(config("stopped"), resume=True)
     torch.distributed.destroy_process_group()
 

@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM: the step in hand is finished and saved; what comes before or after training just ends."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+class StopSignals:
+    """A context in which SIGTERM counts like Ctrl-C. Inside `deferred`, the first of them only sets `asked`."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._deferring = False
+        self._former: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let the body come to its own end: it looks at `asked`. A second signal interrupts it."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferring or self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step, and saving it; once more to stop at once", file=sys.stderr, flush=True)
