@@ -115,6 +115,7 @@ def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path])
     resolve(data, "cache_dir", ("data", "cache_dir"))
     resolve(values, "output_dir", ("output_dir",))
     resolve(values.get("method"), "start_from", ("method", "start_from"))
+    resolve(values.get("validation"), "holdout", ("validation", "holdout"))
     if values.get("output_dir") is None:
         name = values.get("name", Config.model_fields["name"].default)
         values["output_dir"] = _absolute(os.path.join("runs", str(name)), Path.cwd())

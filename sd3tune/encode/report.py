@@ -18,7 +18,7 @@ class EncodeReport:
     """Counts of texts or images, as they stood when the pass began; `reasons` says why each was encoded."""
 
     what: str
-    """`captions`, `images` or `class images`."""
+    """`captions`, `images`, `class images`, ..."""
     extent: str
     """How much there is, such as `2 texts x 3 encoders`."""
     total: int

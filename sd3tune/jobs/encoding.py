@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sd3tune.config.sections.data import ClassImagesConfig, OwnPredictionConfig
+from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.data.buckets import Size
 from sd3tune.data.records import Record, sample_indices
 from sd3tune.data.store import Store
@@ -28,49 +28,52 @@ class Encoded:
     """One per record, repeated as often as an epoch sees it."""
     captions: Mapping[str, Mapping[str, str]]
     """Encoder -> text -> key, preview prompts and the negative prompt included."""
+    holdout: list[Example]
+    """Measured on, not trained on."""
     warnings: list[str]
 
 
 def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Encoded:
     """Encode what is missing, each process its share, one component in memory at a time; draw class images between."""
     store = Store(store_folder(plan.config))
-    captions, reports = _encode_captions(plan, store, processes, say)
+    captions, report = _encode_captions(plan, store, processes, say)
+    reports = [report]
     draw_class_images(plan, store, captions, processes)
     processes.wait()
-    images, report = _encode_images(plan, plan.records, plan.buckets, store, processes, say)
-    reports.append(report)
-    pools: dict[int, ClassImages] = {}
-    for prior in plan.priors:
-        found, report = _encode_images(plan, prior.records, prior.sizes, store, processes, say, "class images")
+
+    def examples_of(what: str, records: Sequence[Record], buckets: Sequence[Size]) -> list[Example]:
+        images, report = _encode_images(plan, what, records, buckets, store, processes, say)
         reports.append(report)
-        weight = prior.settings.weight
-        pictures = [
-            _example(record, image, captions, weight) for record, image in zip(prior.records, found, strict=True)
-        ]
-        pools[prior.source] = ClassImages(
-            prior.source, {size: [of for of in pictures if of.size == size] for size in prior.sizes}
-        )
+        return [_example(record, image, captions) for record, image in zip(records, images, strict=True)]
+
+    once = examples_of("images", plan.records, plan.buckets)
+    pictures = [examples_of("class images", prior.records, prior.sizes) for prior in plan.priors]
+    holdout = examples_of("held-out images", plan.holdout, plan.buckets) if plan.holdout else []
     processes.wait()
     store.refresh()
     for report in reports:
         for line in report.lines():
             say(line)
-    sources = plan.config.data.sources
-    priors = [_prior(source.prior, pools.get(number), captions) for number, source in enumerate(sources)]
+
+    priors = _priors(plan, pictures, captions)
     once = [
-        _example(record, image, captions, record.weight, priors[record.source])
-        for record, image in zip(plan.records, images, strict=True)
+        replace(example, weight=record.weight, prior=priors.get(record.source))
+        for record, example in zip(plan.records, once, strict=True)
     ]
     examples = [once[index] for index in sample_indices(plan.records)]
-    return Encoded(store, examples, captions, [warning for report in reports for warning in report.warnings])
+    known = _also_trained_on(holdout, examples)
+    for warning in known:
+        say(f"warning: {warning}")
+    warnings = [warning for report in reports for warning in report.warnings]
+    return Encoded(store, examples, captions, holdout, [*warnings, *known])
 
 
 def _encode_captions(
     plan: Plan, store: Store, processes: Processes, say: Callable[[str], None]
-) -> tuple[dict[str, dict[str, str]], list[EncodeReport]]:
+) -> tuple[dict[str, dict[str, str]], EncodeReport]:
     """Those of the images and of their classes, the prompts of previews and, where it is needed, the empty one."""
     config = plan.config
-    records = [*plan.records, *(record for prior in plan.priors for record in prior.records)]
+    records = [*plan.records, *plan.holdout, *(record for prior in plan.priors for record in prior.records)]
     kept = [prior.prompt for source in config.data.sources if (prior := source.prior) and prior.weight > 0]
     needs_empty = bool(config.preview.prompts) or config.data.caption_dropout > 0 or bool(plan.priors)
     captions, report = encode_captions(
@@ -94,27 +97,28 @@ def _encode_captions(
     )
     processes.wait()
     store.refresh()
-    return captions, [report]
+    return captions, report
 
 
 def _encode_images(
     plan: Plan,
+    what: str,
     records: Sequence[Record],
     buckets: Sequence[Size],
     store: Store,
     processes: Processes,
     say: Callable[[str], None],
-    what: str = "images",
 ) -> tuple[list[EncodedImage], EncodeReport]:
-    data, own = plan.config.data, what == "images"
+    """Only what is trained as the subject is cut and mirrored in several ways."""
+    data, varied = plan.config.data, records is plan.records
     return encode_images(
         plan.base,
         records,
         store,
         what=what,
         buckets=buckets,
-        crop_variants=data.crop_variants if own else 1,
-        flip=data.flip and own,
+        crop_variants=data.crop_variants if varied else 1,
+        flip=data.flip and varied,
         dtype=plan.dtype,
         device=plan.device,
         progress=processes.is_main,
@@ -124,22 +128,31 @@ def _encode_images(
     )
 
 
-def _example(
-    record: Record,
-    image: EncodedImage,
-    captions: Mapping[str, Mapping[str, str]],
-    weight: float,
-    prior: Prior | None = None,
-) -> Example:
+def _example(record: Record, image: EncodedImage, captions: Mapping[str, Mapping[str, str]]) -> Example:
     keys = {encoder: of[record.caption] for encoder, of in captions.items()}
-    return Example(record.image.name, image.keys, keys, image.size, weight, prior)
+    return Example(record.image.name, image.keys, keys, image.size)
 
 
-def _prior(
-    settings: ClassImagesConfig | OwnPredictionConfig | None,
-    pictures: ClassImages | None,
-    captions: Mapping[str, Mapping[str, str]],
-) -> Prior | None:
-    if settings is None or not settings.weight or pictures:
-        return pictures
-    return OwnPrediction({encoder: of[settings.prompt] for encoder, of in captions.items()}, settings.weight)
+def _also_trained_on(holdout: Sequence[Example], examples: Sequence[Example]) -> list[str]:
+    trained = {key for example in examples for key in example.images}
+    names = [example.name for example in holdout if trained & set(example.images)]
+    if not names:
+        return []
+    some = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    return [f"{len(names)} of the held-out images are also trained on, so their loss says little: {some}"]
+
+
+def _priors(
+    plan: Plan, pictures: Sequence[Sequence[Example]], captions: Mapping[str, Mapping[str, str]]
+) -> dict[int, Prior]:
+    """By source; `pictures` are the class images of each of the plan's priors."""
+    priors: dict[int, Prior] = {}
+    for number, source in enumerate(plan.config.data.sources):
+        if isinstance(source.prior, OwnPredictionConfig) and source.prior.weight > 0:
+            keys = {encoder: of[source.prior.prompt] for encoder, of in captions.items()}
+            priors[number] = OwnPrediction(keys, source.prior.weight)
+    for prior, examples in zip(plan.priors, pictures, strict=True):
+        weighted = [replace(example, weight=prior.settings.weight) for example in examples]
+        pools = {size: [example for example in weighted if example.size == size] for size in prior.sizes}
+        priors[prior.source] = ClassImages(prior.source, pools)
+    return priors

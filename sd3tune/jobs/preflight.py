@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from sd3tune.config import Config
+from sd3tune.config.sections.data import DataConfig, FolderSource
 from sd3tune.data.buckets import Size, bucket_table, nearest_bucket, size_name
 from sd3tune.data.images import upright_size
 from sd3tune.data.records import Record, load_records
-from sd3tune.errors import ConfigError, UserError
+from sd3tune.data.sampler import derive
+from sd3tune.errors import ConfigError, DataError, UserError
 from sd3tune.jobs.class_images import PlannedPrior, plan_priors
 from sd3tune.jobs.machine import choose_dtype, dtype_name
 from sd3tune.jobs.run_folder import starting_checkpoint
@@ -37,6 +39,8 @@ class Plan:
     run: Path
     base: Base
     records: Sequence[Record]
+    holdout: Sequence[Record]
+    """Measured on, not trained on."""
     method: Method
     modules: Sequence[str]
     coverage: Sequence[CoverageRow]
@@ -66,10 +70,11 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     """
     problems: list[str] = []
     records: list[Record] = []
+    holdout: list[Record] = []
     start: Path | None = None
     run = Path(str(config.output_dir))
     try:
-        records = load_records(config.data)
+        records, holdout = _split(config, load_records(config.data))
         config = _with_steps(config, sum(record.repeats for record in records), world)
     except UserError as error:
         problems += error.problems
@@ -97,6 +102,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         run=run,
         base=base,
         records=records,
+        holdout=holdout,
         method=method,
         modules=modules,
         coverage=method.coverage(transformer),
@@ -124,14 +130,15 @@ def describe(plan: Plan, world: int) -> list[str]:
     seen = " to ".join(f"{epochs * times:.3g}" for times in dict.fromkeys((repeats[0], repeats[-1])))
     parameters = sum(row.parameters for row in plan.coverage)
     variant = f" ({plan.base.variant})" if plan.base.variant else ""
-    images = "1 image" if len(plan.records) == 1 else f"{len(plan.records)} images"
+    every = config.validation.every
     return [
         f"base      {plan.base.name}{variant}, {dtype_name(plan.dtype)} on {plan.device.type}"
         + (f", {world} processes" if world > 1 else ""),
         *_about_base(plan),
-        f"data      {images}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
+        f"data      {_images(len(plan.records))}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
         *describe_buckets((upright_size(record.image) for record in plan.records), plan.buckets),
         *(prior.describe() for prior in plan.priors),
+        *([f"held out  {_images(len(plan.holdout))}, measured every {every} steps"] if plan.holdout else []),
         f"steps     {train.total_steps} of {batch} image{'s' * (batch > 1)}: each image is seen {seen} times",
         f"sigma     {describe_sigmas(config.flow, plan.shift)}",
         f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"
@@ -168,6 +175,30 @@ def describe_buckets(sizes: Iterable[Size], buckets: Sequence[Size]) -> list[str
     counts = Counter(nearest_bucket(size, buckets) for size in sizes)
     listed = ", ".join(f"{size_name(size)}: {count}" for size, count in counts.most_common())
     return [f"buckets   {listed}"] if len(counts) > 1 else []
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
+
+
+def _split(config: Config, records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """What is trained on, and what is held out. Raises DataError when one of them would lack images."""
+    holdout = config.validation.holdout
+    if isinstance(holdout, str):
+        first = config.data.sources[0]
+        folder = FolderSource(path=holdout, caption=first.caption, template=first.template)
+        try:
+            return records, load_records(DataConfig(sources=[folder], trigger=config.data.trigger))
+        except DataError as error:
+            raise DataError(*(f"validation.holdout: {problem}" for problem in error.problems)) from None
+    if holdout >= len(records):
+        raise DataError(f"validation.holdout: {holdout} of {_images(len(records))} would leave none to train on")
+    lots = sorted(range(len(records)), key=lambda index: derive(0, "holdout", index))
+    held = set(lots[:holdout])
+    return (
+        [record for index, record in enumerate(records) if index not in held],
+        [record for index, record in enumerate(records) if index in held],
+    )
 
 
 def _with_steps(config: Config, images_per_epoch: int, world: int) -> Config:

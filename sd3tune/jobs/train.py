@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,6 +25,7 @@ from sd3tune.jobs.preflight import Plan, describe, make_plan
 from sd3tune.jobs.preview import Previews
 from sd3tune.jobs.run_folder import RUN_FILE, check_start, describe_run, is_finished, locked, remove_previews
 from sd3tune.jobs.stopping import StopSignals
+from sd3tune.jobs.validation import Validation
 from sd3tune.model.components import load_transformer, vae_config
 from sd3tune.publish.card import write_card
 from sd3tune.train.batches import Batches, Dropout, LatentScaling
@@ -110,6 +111,7 @@ def _train(
         batches = make_batches(plan, encoded, processes)
         stack.callback(batches.close)
         previews = [Previews(plan, encoded, processes)] if config.preview.prompts else []
+        validations = [Validation(plan, encoded, processes, contract)] if encoded.holdout else []
         loaded_at = time.monotonic()
         with signals.deferred():
             metrics = train(
@@ -123,7 +125,7 @@ def _train(
                 processes,
                 identity,
                 contract,
-                [*previews, *callbacks],
+                [*validations, *previews, *callbacks],
                 lambda: signals.asked,
             )
         trained_at = time.monotonic()
@@ -132,11 +134,16 @@ def _train(
                 "encode_s": round(encoded_at - started, 3),
                 "load_s": round(loaded_at - encoded_at, 3),
                 "train_s": round(trained_at - loaded_at, 3),
+                "validation_s": round(sum(validation.seconds for validation in validations), 3),
                 "preview_s": round(sum(preview.seconds for preview in previews), 3),
             }
             described |= {"skipped_steps": list(metrics.skipped), "warnings": encoded.warnings}
             report = _close(plan, state, transformer, batches, contract, described)
-            _say_goodbye(plan, report, metrics, from_step, trained_at - loaded_at, say)
+            held_out = [line for validation in validations for line in validation.summary()]
+            _say_goodbye(plan, [*held_out, *summary(plan, report)], metrics, from_step, trained_at - loaded_at, say)
+            if not report["changes_output"]:
+                way_out = "raise optimizer.lr or train.steps, or check method.targets"
+                raise RunError(f"{plan.run}: the adapter changes nothing: {way_out}")
         processes.wait()
 
 
@@ -232,7 +239,7 @@ def _interrupted(plan: Plan) -> str:
 
 def _say_goodbye(
     plan: Plan,
-    report: Mapping[str, Any],
+    summary: Sequence[str],
     metrics: Metrics,
     from_step: int,
     seconds: float,
@@ -245,9 +252,5 @@ def _say_goodbye(
         count, first = len(metrics.skipped), ", ".join(map(str, list(metrics.skipped)[:10]))
         were = "steps were" if count > 1 else "step was"
         say(f"warning: {count} {were} skipped, the gradient was not finite: step {first}{', ...' * (count > 10)}")
-    for line in summary(plan, report):
+    for line in summary:
         say(line)
-    if not report["changes_output"]:
-        raise RunError(
-            f"{plan.run}: the adapter changes nothing: raise optimizer.lr or train.steps, or check method.targets"
-        )

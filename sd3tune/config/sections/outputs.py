@@ -29,9 +29,16 @@ class PreviewConfig(Section):
 
 
 class ValidationConfig(Section):
-    """Held-out loss."""
+    """The loss on images that are not trained on, at fixed noise and sigmas, with and without the adapter."""
 
-    holdout: int = Field(0, ge=0, le=0, description="Images held out; only 0 (none) so far.")
+    holdout: Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)] = Field(
+        0,
+        description="How many of the images to keep from training (always the same ones), or a folder of others, "
+        "captioned like the first source; 0 measures nothing.",
+    )
+    every: int = Field(
+        100, ge=1, description="Steps between measurements; also before the first and after the last step."
+    )
 
 
 class TrackingConfig(Section):
