@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,8 @@ from sd3tune.train.batches import Batch, Batches
 from sd3tune.train.step import predict_velocity
 
 FIXED_SIGMAS = (0.2, 0.4, 0.6, 0.8)
-PROBED_STEPS = 4
+SEARCHED_STEPS = 64
+"""How far to look for batches without a broken image."""
 NO_CHANGE = 1e-7
 """Relative change of the velocity below which an adapter does nothing; fp32 rounding alone makes about this much."""
 
@@ -31,13 +34,14 @@ def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], 
         adapted = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
     with plan.method.disabled(transformer):
         base = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
-    change = sum((a - b).norm().item() for a, b in zip(adapted, base, strict=True)) / sum(b.norm().item() for b in base)
+    size = sum(b.norm().item() for b in base)
+    change = sum((a - b).norm().item() for a, b in zip(adapted, base, strict=True)) / size if size else math.nan
     return {
         "block_norms": block_norms(plan.method.exported(weights)),
         "velocity_change": change,
         "changes_output": change > NO_CHANGE,  # false for NaN, too
         "fixed_noise_loss": {
-            "sigma": list(FIXED_SIGMAS),
+            "sigma": list(FIXED_SIGMAS[: len(probes)]),
             "base": _losses(base, probes),
             "adapter": _losses(adapted, probes),
         },
@@ -94,9 +98,10 @@ def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
 
 def _probes(batches: Batches) -> list[Batch]:
     """A few batches of the training data with fixed noise and sigmas."""
-    fetched = [batches.fetch(step, 0) for step in range(PROBED_STEPS)]
-    instances = [batch.rows(slice(batch.instances)) for batch in fetched]
+    fetched = (batches.fetch(step, 0) for step in range(SEARCHED_STEPS))
+    instances = (batch.rows(slice(batch.instances)) for batch in fetched)
+    usable = itertools.islice((batch for batch in instances if batch.latents.isfinite().all()), len(FIXED_SIGMAS))
     return [
         replace(batch, sigma=torch.full_like(batch.sigma, sigma))
-        for batch, sigma in zip(instances, FIXED_SIGMAS, strict=True)
+        for batch, sigma in zip(usable, FIXED_SIGMAS, strict=False)
     ]

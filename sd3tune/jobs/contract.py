@@ -66,8 +66,8 @@ def run_identity(plan: Plan, encoded: Encoded, world: int) -> dict[str, Any]:
     """What must be the same for a resumed run to be the run it resumes."""
     config = plan.config
     sections = config.model_dump(include={"seed", "method", "flow", "optimizer", "schedule", "train", "ema"})
-    for watching in ("log_every", "max_skipped"):
-        sections["train"].pop(watching)
+    for harmless in ("log_every", "max_skipped", "gradient_checkpointing"):
+        sections["train"].pop(harmless)
     if config.schedule.kind == "constant":
         sections["train"].pop("steps")  # the learning rate does not depend on the length, so a run may be extended
     if config.method.start_from is not None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from sd3tune.atomic import new_file
 from sd3tune.encode.resources import release
 from sd3tune.jobs.drawing import NEGATIVE_PROMPT, load_decoder, stored_conditioning
 from sd3tune.jobs.encoding import Encoded
+from sd3tune.jobs.memory import is_out_of_memory
+from sd3tune.jobs.pictures import RECIPE_KEY
 from sd3tune.jobs.preflight import Plan
 from sd3tune.jobs.run_folder import SAMPLES
 from sd3tune.model.components import load_scheduler
@@ -19,40 +24,66 @@ from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, sample_latents, to_image
 from sd3tune.train.loop import Processes, View
 
+BASE = "base"
+
 
 class Previews:
-    """A training callback: every `preview.every` steps, and before the first and after the last, one image a prompt."""
+    """A training callback: every `preview.every` steps, and before the first and after the last, one image a prompt.
+
+    Beside them, drawn once, stand the images of the base alone.
+    """
 
     def __init__(self, plan: Plan, encoded: Encoded, processes: Processes) -> None:
         self.plan, self.encoded, self.processes = plan, encoded, processes
         self.settings = plan.config.preview
         self.folder = plan.run / SAMPLES
         self.seconds = 0.0
+        self.skipped: list[int] = []
+        """Steps whose previews did not fit into memory."""
         self._drawn: set[int] = set()
 
     def __call__(self, view: View) -> None:
         due = view.step % self.settings.every == 0 or view.last
         if not due or not self.processes.is_main or view.step in self._drawn:
             return
-        if all(self._path(view.step, number).exists() for number in range(len(self.settings.prompts))):
-            return  # an earlier attempt drew them
-        started = time.monotonic()
         self._drawn.add(view.step)
-        with view.method.as_exported(view.transformer, view.weights):
-            images = self._draw(view)
-        for number, image in enumerate(images):
-            _save(image, self._path(view.step, number))
-        self._write_sheet()
+        started = time.monotonic()
+        try:
+            drew = [
+                self._draw_missing(BASE, view, view.method.disabled(view.transformer)),
+                self._draw_missing(
+                    f"step-{view.step:06d}", view, view.method.as_exported(view.transformer, view.weights)
+                ),
+            ]
+            if any(drew):
+                self._write_sheet()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            release(self.plan.device)
+            self.skipped.append(view.step)
+            tqdm.write(f"warning: step {view.step}: no preview, out of memory; training goes on")
         self.seconds += time.monotonic() - started
 
-    def _draw(self, view: View) -> list[Image.Image]:
+    def _draw_missing(self, name: str, view: View, weights: AbstractContextManager[None]) -> bool:
+        """Draw and save one image a prompt, unless an earlier attempt did. Returns whether anything was drawn."""
+        paths = [self._path(name, number) for number in range(len(self.settings.prompts))]
+        if all(self._is_drawn(path, number) for number, path in enumerate(paths)):
+            return False
+        with weights:
+            images = self._draw(name, view)
+        for number, (path, image) in enumerate(zip(paths, images, strict=True)):
+            _save(image, path, self._recipe(number))
+        return True
+
+    def _draw(self, name: str, view: View) -> list[Image.Image]:
         """The denoising first, all prompts; then the VAE visits for the decoding and leaves."""
         side, settings = self.plan.config.data.resolution, self.settings
         sampler = SamplerSettings(settings.steps, settings.guidance, side, side)
         scheduler = load_scheduler(self.plan.base)
         negative = self._conditioning(NEGATIVE_PROMPT, view)
         total = settings.steps * len(settings.prompts)
-        with tqdm(total=total, desc=f"preview at step {view.step}", unit="step", leave=False, delay=2) as bar:
+        with tqdm(total=total, desc=f"preview, {name}", unit="step", leave=False, delay=2) as bar:
             latents = [
                 sample_latents(
                     view.transformer,
@@ -74,18 +105,43 @@ class Previews:
     def _conditioning(self, prompt: str, view: View) -> Conditioning:
         return stored_conditioning(self.plan, self.encoded.store, self.encoded.captions, prompt, view.transformer)
 
-    def _path(self, step: int, number: int) -> Path:
-        return self.folder / f"step-{step:06d}-{number}.png"
+    def _path(self, name: str, number: int) -> Path:
+        return self.folder / f"{name}-{number}.png"
 
     def _write_sheet(self) -> None:
-        """One row a prompt, one column a step; a prompt that was added later has no early pictures."""
-        steps = sorted({int(path.name.split("-")[1]) for path in self.folder.glob("step-*.png")})
-        paths = [[self._path(step, row) for step in steps] for row in range(len(self.settings.prompts))]
-        images = [[Image.open(path) if path.exists() else None for path in row] for row in paths]
-        sheet = contact_sheet(images, columns=[f"step {step}" for step in steps], rows=self.settings.prompts)
-        _save(sheet, self.folder / "over_time.png")
+        """One row a prompt; a column for the base and one a step. A prompt that was added later has no early ones."""
+        names = sorted({path.name.rpartition("-")[0] for path in self.folder.glob("step-*.png")})
+        columns = {BASE: BASE} | {name: f"step {int(name.removeprefix('step-'))}" for name in names}
+        paths = [[self._path(name, row) for name in columns] for row in range(len(self.settings.prompts))]
+        images = [
+            [Image.open(path) if self._is_drawn(path, number) else None for path in row]
+            for number, row in enumerate(paths)
+        ]
+        sheet = contact_sheet(images, columns=list(columns.values()), rows=self.settings.prompts)
+        _save(sheet, self.folder / "over_time.png", "")
+
+    def _recipe(self, number: int) -> str:
+        """What a picture shows; it stands in the file, so that one of other settings is not taken for it."""
+        settings = self.settings
+        return json.dumps(
+            {
+                "prompt": settings.prompts[number],
+                "steps": settings.steps,
+                "guidance": settings.guidance,
+                "seed": settings.seed + number,
+            }
+        )
+
+    def _is_drawn(self, path: Path, number: int) -> bool:
+        try:
+            with Image.open(path) as image:
+                return image.info.get(RECIPE_KEY) == self._recipe(number)
+        except OSError:
+            return False
 
 
-def _save(image: Image.Image, path: Path) -> None:
+def _save(image: Image.Image, path: Path, recipe: str) -> None:
+    info = PngInfo()
+    info.add_itxt(RECIPE_KEY, recipe)
     with new_file(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=info)

@@ -51,7 +51,7 @@ def check_start(run: Path, start: Path | None) -> None:
 
 def remove_previews(run: Path) -> None:
     """Pictures of an attempt that saved nothing; the next one may have other settings."""
-    for picture in (run / SAMPLES).glob("step-*.png"):
+    for picture in (run / SAMPLES).glob("*.png"):
         picture.unlink()
 
 

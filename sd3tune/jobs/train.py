@@ -21,6 +21,7 @@ from sd3tune.jobs.drawing import NEGATIVE_PROMPT
 from sd3tune.jobs.encoding import Encoded, encode
 from sd3tune.jobs.launch import errors_to_the_launcher
 from sd3tune.jobs.machine import ALONE, closing_process_group, make_accelerator, processes_of
+from sd3tune.jobs.memory import encoding_knob, loading_knob, naming_out_of_memory, training_knob
 from sd3tune.jobs.preflight import Plan, describe, make_plan
 from sd3tune.jobs.preview import Previews
 from sd3tune.jobs.run_folder import RUN_FILE, check_start, describe_run, is_finished, locked, remove_previews
@@ -85,9 +86,11 @@ def _train(
     signals: StopSignals,
 ) -> None:
     config, started = plan.config, time.monotonic()
-    encoded = encode(plan, processes, say)
+    with naming_out_of_memory("encoding", lambda: encoding_knob(config)):
+        encoded = encode(plan, processes, say)
     encoded_at = time.monotonic()
-    transformer = load_transformer(plan.base, plan.dtype, plan.device)  # before the folder is made: it may be damaged
+    with naming_out_of_memory("loading the transformer", lambda: loading_knob(config)):
+        transformer = load_transformer(plan.base, plan.dtype, plan.device)  # before the folder: it may be damaged
     with ExitStack() as stack:
         if processes.is_main:
             stack.enter_context(locked(plan.run))
@@ -113,7 +116,7 @@ def _train(
         previews = [Previews(plan, encoded, processes)] if config.preview.prompts else []
         validations = [Validation(plan, encoded, processes, contract)] if encoded.holdout else []
         loaded_at = time.monotonic()
-        with signals.deferred():
+        with signals.deferred(), naming_out_of_memory("training", lambda: training_knob(config)):
             metrics = train(
                 config,
                 plan.run,
@@ -137,7 +140,8 @@ def _train(
                 "validation_s": round(sum(validation.seconds for validation in validations), 3),
                 "preview_s": round(sum(preview.seconds for preview in previews), 3),
             }
-            described |= {"skipped_steps": list(metrics.skipped), "warnings": encoded.warnings}
+            unseen = [f"step {step}: no preview, out of memory" for preview in previews for step in preview.skipped]
+            described |= {"skipped_steps": list(metrics.skipped), "warnings": [*encoded.warnings, *unseen]}
             report = _close(plan, state, transformer, batches, contract, described)
             held_out = [line for validation in validations for line in validation.summary()]
             _say_goodbye(plan, [*held_out, *summary(plan, report)], metrics, from_step, trained_at - loaded_at, say)

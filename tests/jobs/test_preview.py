@@ -48,25 +48,29 @@ def test_a_preview_is_what_infer_draws_from_the_checkpoint(run: Path, step: int,
     assert same(preview(run, step, number), Image.open(path))
 
 
-def test_the_preview_before_the_first_step_is_the_base(run: Path, tmp_path: Path) -> None:
+def test_the_base_is_drawn_beside_and_is_the_preview_before_the_first_step(run: Path, tmp_path: Path) -> None:
     request = Request([f"{run}@0"], PROMPTS[0], tmp_path, seed=11, steps=2, guidance=4.0, before=False)
-    assert same(preview(run, 0, 0), Image.open(run_infer(request)[0]))
+    base = Image.open(run / "samples" / "base-0.png")
+    assert same(base, Image.open(run_infer(request)[0]))
+    assert same(base, preview(run, 0, 0))
 
 
 def test_previews_come_before_the_first_step_every_so_often_and_after_the_last(run: Path) -> None:
     names = {path.name for path in (run / "samples").iterdir()}
-    assert names == {"over_time.png", *(f"step-{step:06d}-{n}.png" for step in (0, 2, 4, 5) for n in (0, 1))}
+    columns = ("base", *(f"step-{step:06d}" for step in (0, 2, 4, 5)))
+    assert names == {"over_time.png", *(f"{name}-{number}.png" for name in columns for number in (0, 1))}
     images = [preview(run, step, 0) for step in (0, 2, 4, 5)]
     assert not any(same(one, other) for number, one in enumerate(images) for other in images[:number])
 
 
-def test_the_sheet_has_a_column_a_step_and_a_row_a_prompt(run: Path) -> None:
+def test_the_sheet_has_a_column_for_the_base_and_each_step_and_a_row_a_prompt(run: Path) -> None:
     sheet = Image.open(run / "samples" / "over_time.png")
-    assert sheet.size == (8 + 4 * (256 + 8), 28 + 2 * (28 + 256 + 8))
-    for column, step in enumerate((0, 2, 4, 5)):
+    assert sheet.size == (8 + 5 * (256 + 8), 28 + 2 * (28 + 256 + 8))
+    for column, name in enumerate(("base", *(f"step-{step:06d}" for step in (0, 2, 4, 5)))):
         for row in (0, 1):
             left, top = 8 + column * 264, 28 + row * 292 + 28
-            expected = preview(run, step, row).resize((256, 256), Image.Resampling.NEAREST)
+            picture = Image.open(run / "samples" / f"{name}-{row}.png")
+            expected = picture.resize((256, 256), Image.Resampling.NEAREST)
             assert same(sheet.crop((left, top, left + 256, top + 256)), expected)
 
 
@@ -101,7 +105,7 @@ def stopped(quick_config, tmp_path: Path) -> Path:
         if view.step == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(RunError, match="stopped at step 2"):
+    with pytest.raises(RunError, match="stopped, saved at step-000002"):
         run_training(quick_config(tmp_path / "run", *OPTIONS, SETTINGS), callbacks=[stop])
     return tmp_path / "run"
 
@@ -126,6 +130,22 @@ def test_a_prompt_added_while_resuming_has_no_early_pictures(stopped: Path, quic
     run_training(quick_config(stopped, *OPTIONS, more), resume=True)
     assert not (stopped / "samples" / "step-000000-2.png").exists()
     sheet = Image.open(stopped / "samples" / "over_time.png")
-    assert sheet.size == (8 + 4 * (256 + 8), 28 + 3 * (28 + 256 + 8))
-    added = 28 + 2 * 292 + 28
-    assert sheet.crop((8, added, 264, added + 256)).getcolors() == [(256 * 256, (255, 255, 255))]
+    assert sheet.size == (8 + 5 * (256 + 8), 28 + 3 * (28 + 256 + 8))
+    assert blank(sheet, column=1, row=2)
+    assert not any(blank(sheet, column, row) for column, row in ((0, 2), (1, 1), (3, 2)))
+
+
+def test_pictures_of_other_prompts_or_settings_are_not_taken_for_these(stopped: Path, quick_config, run: Path) -> None:
+    before = preview(stopped, 2, 1).copy()
+    other = SETTINGS.replace("a cat on a boat", "a horse").replace("every: 2", "every: 1")
+    run_training(quick_config(stopped, *OPTIONS, other), resume=True)
+    assert same(preview(stopped, 2, 0), preview(run, 2, 0))
+    assert not same(preview(stopped, 2, 1), before)
+    sheet = Image.open(stopped / "samples" / "over_time.png")
+    assert blank(sheet, column=1, row=1)  # step 0, of which there is a cat and no horse
+    assert not any(blank(sheet, column, 1) for column in (0, 2, 3, 4, 5))
+
+
+def blank(sheet: Image.Image, column: int, row: int) -> bool:
+    left, top = 8 + column * 264, 28 + row * 292 + 28
+    return sheet.crop((left, top, left + 256, top + 256)).getcolors() == [(256 * 256, (255, 255, 255))]

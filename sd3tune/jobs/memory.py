@@ -1,0 +1,62 @@
+"""Out of memory: what was being done, and the next thing to change in the configuration."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from sd3tune.config import Config
+from sd3tune.errors import RunError
+
+
+@contextlib.contextmanager
+def naming_out_of_memory(doing: str, way_out: Callable[[], str]) -> Iterator[None]:
+    """Turn the body's running out of memory into a RunError; any other error passes."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(f"out of memory while {doing}: {way_out()}") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has a class of its own for GPUs; for the CPU the words of its allocator have to do."""
+    said = str(error)
+    on_the_cpu = "can't allocate memory" in said or "Cannot allocate memory" in said
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and on_the_cpu)
+
+
+def encoding_knob(config: Config) -> str:
+    """For text encoders and VAE: they are loaded one at a time, T5 being by far the largest."""
+    if config.model.t5:
+        return "set model.t5=false to do without T5's 5 billion parameters, or run `sd3tune cache` on a larger machine"
+    return "run `sd3tune cache` on a larger machine and use its store (data.cache_dir)"
+
+
+def loading_knob(config: Config) -> str:
+    if config.model.dtype == "fp32":
+        return "set model.dtype=auto, which takes half the memory on a GPU"
+    return f"{config.model.base} does not fit; take a smaller base, such as stabilityai/stable-diffusion-3.5-medium"
+
+
+def training_knob(config: Config) -> str:
+    """What costs least first: a smaller batch for the same result, then time, then resolution, then capacity."""
+    train, side = config.train, config.data.resolution
+    if train.batch_size > 1:
+        factor = next(n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0)
+        smaller, more = train.batch_size // factor, train.gradient_accumulation * factor
+        return (
+            f"set train.batch_size={smaller} and train.gradient_accumulation={more}: "
+            f"the same batch for 1/{factor} of the activations"
+        )
+    if train.gradient_checkpointing == "none":
+        return "set train.gradient_checkpointing=block: a tenth of the activations for a third more time"
+    lower = next((of for of in (1024, 768, 512) if of < side), None)
+    if lower is not None:
+        return f"set data.resolution={lower}: {(lower / side) ** 2:.0%} of the activations"
+    if config.method.targets == "attention+mlp":
+        return "set method.targets=attention: half the trained parameters"
+    return "take a smaller base, or a device with more memory"
