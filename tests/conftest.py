@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from sd3tune.config import Config, parse_config
+from sd3tune.data.sampler import generator
 from sd3tune.model.bases import ENCODER_PARTS, resolve_base
 
 WriteImages = Callable[[Path, int], Path]
@@ -80,6 +82,23 @@ def quick_config(tiny_images: Path) -> MakeConfig:
         return parse_config(values, overrides).config
 
     return make
+
+
+@pytest.fixture(scope="session")
+def velocity() -> Callable[[SD3Transformer2DModel], torch.Tensor]:
+    """`velocity(transformer)`: what a base of the tiny widths makes of a fixed input, in its own dtype."""
+
+    def predict(transformer: SD3Transformer2DModel) -> torch.Tensor:
+        source, dtype = generator(5), transformer.dtype
+        predicted: torch.Tensor = transformer(
+            hidden_states=torch.randn(1, 16, 8, 8, generator=source).to(dtype),
+            timestep=torch.tensor([400.0]),
+            encoder_hidden_states=torch.randn(1, 93, 64, generator=source).to(dtype),
+            pooled_projections=torch.randn(1, 48, generator=source).to(dtype),
+        ).sample
+        return predicted
+
+    return predict
 
 
 @pytest.fixture(scope="session")

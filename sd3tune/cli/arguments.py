@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -12,3 +13,9 @@ Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=50 or model.base=tiny."),
 ]
+
+
+def print_notes(notes: tuple[str, ...]) -> None:
+    """What the user should be told about how a configuration came about."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)

@@ -7,13 +7,18 @@ from typing import Annotated, Optional
 
 import typer
 
-from sd3tune.cli.arguments import Overrides
+from sd3tune.cli.arguments import Overrides, print_notes
 from sd3tune.config import load_config, parse_config
+from sd3tune.errors import ConfigError
 
 data_app = typer.Typer(help="Look at training data, and convert it.", no_args_is_help=True)
 
 ImageColumn = Annotated[str, typer.Option(metavar="NAME", help="A dataset's column of images.")]
 CaptionColumn = Annotated[str, typer.Option(metavar="NAME", help="A dataset's column of captions.")]
+Caption = Annotated[
+    Optional[str],  # noqa: UP045  typer reads the annotation at run time
+    typer.Option(metavar="TEXT", help="Caption of the images that have none."),
+]
 Split = Annotated[str, typer.Option(metavar="NAME", help="A dataset's split.")]
 
 
@@ -24,17 +29,21 @@ def check(
     sheet: Annotated[Path, typer.Option(metavar="FILE", help="Where the contact sheet goes.")] = Path(
         "runs/data-check.png"
     ),
+    caption: Caption = None,
 ) -> None:
     """Show what would be trained on, and what is wrong with it; exit code 2 when it cannot be trained on."""
     if what.endswith((".yaml", ".yml")):
-        config = load_config(what, overrides or ()).config
+        if caption is not None:
+            raise ConfigError(f"--caption: {what} says what the captions are; leave it out")
+        loaded = load_config(what, overrides or ())
     else:
         from sd3tune.jobs.data_sources import source_of
 
-        config = parse_config({"data": {"sources": [source_of(what)]}}, overrides or ()).config
+        loaded = parse_config({"data": {"sources": [source_of(what) | _captioned(caption)]}}, overrides or ())
+    print_notes(loaded.notes)
     from sd3tune.jobs.data_check import run_data_check
 
-    run_data_check(config, sheet)
+    run_data_check(loaded.config, sheet)
 
 
 @data_app.command()
@@ -42,10 +51,7 @@ def convert(
     what: Annotated[str, typer.Argument(metavar="IN", help="A folder of images, a .parquet file or a dataset.")],
     to: Annotated[str, typer.Option(metavar="FORM", help="sidecar, jsonl, csv or parquet.")],
     out: Annotated[Path, typer.Option(metavar="OUT", help="A new folder, or for parquet a new file.")],
-    caption: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="TEXT", help="Caption of the images that have none."),
-    ] = None,
+    caption: Caption = None,
     split: Split = "train",
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "text",
@@ -55,5 +61,9 @@ def convert(
     from sd3tune.jobs.data_sources import source_of
 
     columns = {"split": split, "image_column": image_column, "caption_column": caption_column}
-    source = source_of(what, **columns) | ({} if caption is None else {"caption": caption})
+    source = source_of(what, **columns) | _captioned(caption)
     print(run_data_convert(parse_config({"data": {"sources": [source]}}).config.data, to, out))
+
+
+def _captioned(caption: str | None) -> dict[str, str]:
+    return {} if caption is None else {"caption": caption}

@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from sd3tune import __version__
-from sd3tune.cli.arguments import ConfigArgument, Overrides
+from sd3tune.cli.arguments import ConfigArgument, Overrides, print_notes
 from sd3tune.cli.cache import cache_app
 from sd3tune.cli.data import data_app
 from sd3tune.config import dump_config, json_schema, load_config
@@ -118,7 +118,7 @@ def infer(
 def show(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Print the whole configuration, defaults and overrides applied."""
     loaded = load_config(config, overrides or ())
-    _print_notes(loaded.notes)
+    print_notes(loaded.notes)
     print(dump_config(loaded.config), end="")
 
 
@@ -126,10 +126,10 @@ def show(config: ConfigArgument, overrides: Overrides = None) -> None:
 def check(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Check a configuration; exit code 2 and one line per problem if there are any."""
     loaded = load_config(config, overrides or ())
-    _print_notes(loaded.notes)
+    print_notes(loaded.notes)
     train = loaded.config.train
-    length = f"{train.steps} steps" if train.epochs is None else f"{train.epochs:g} epochs"
-    print(f"{config}: valid, run {loaded.config.name!r}, {length}")
+    length = f"{train.steps} step" if train.epochs is None else f"{train.epochs:g} epoch"
+    print(f"{config}: valid, run {loaded.config.name!r}, {length}{'s' * (1 not in (train.steps, train.epochs))}")
 
 
 @config_app.command()
@@ -201,11 +201,6 @@ def parse_size(size: str | None) -> tuple[int, int] | None:
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise ConfigError(f"--size {size}: write a side such as 1024, or WIDTHxHEIGHT such as 1152x896")
     return int(sides[0]), int(sides[-1])
-
-
-def _print_notes(notes: tuple[str, ...]) -> None:
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
 
 
 def _version(wanted: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +22,8 @@ from sd3tune.errors import DataError
 PREPROCESSING_VERSION = 1  # part of every image key: raise it whenever the same file would give other pixels
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# PIL refuses twice the pixels at which it warns (179 million); what lies between is a large photograph.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _MAX_ASPECT = 32  # beyond it a crop shows next to nothing, and covering it would take gigabytes
 _EXIF_IN_PNG = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # nothing that runs a program, as EPS does
@@ -120,8 +123,8 @@ def _complaint(error: Exception, nbytes: int) -> str:
         return "is empty (0 bytes); replace or remove it"
     if isinstance(error, UnidentifiedImageError):
         return "is not an image, whatever its name says; replace or remove it"
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"has more pixels than is safe to decode ({error}); scale it down"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"has more pixels than is safe to decode, {2 * (Image.MAX_IMAGE_PIXELS or 0):,}; scale it down"
     return f"cannot be decoded ({error or type(error).__name__}); replace or remove it"
 
 

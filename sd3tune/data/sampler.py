@@ -59,13 +59,38 @@ def batch_samples(seed: int, number: int, buckets: Sequence[tuple[str, int]], ba
     if not buckets or min(n for _, n in buckets) < 1:
         raise ValueError(f"a bucket needs at least one sample: {list(buckets)}")
     counts = tuple(n for _, n in buckets)
-    # e epochs hold at most e * sum(counts) / batch batches, and fall short of that by less than one a bucket.
-    upper = (number + len(counts)) * batch // sum(counts) + 1
-    epoch = bisect.bisect_right(range(upper), number, key=lambda e: _batches_before(e, counts, batch)) - 1
+    epoch = _epoch_of(number, counts, batch)
     bucket, piece = _epoch_batches(seed, epoch, counts, batch)[number - _batches_before(epoch, counts, batch)]
     name, n = buckets[bucket]
-    stream = seed if len(buckets) == 1 else derive(seed, "bucket", name)
+    stream = _stream(seed, name, len(buckets))
     return name, piece, [index_at(stream, position, n) for position in range(piece * batch, (piece + 1) * batch)]
+
+
+def times_seen(seed: int, batches: int, buckets: Sequence[tuple[str, int]], batch: int) -> list[list[int]]:
+    """How often each sample of each bucket comes in the run's first `batches` batches; see `batch_samples`."""
+    counts = tuple(n for _, n in buckets)
+    epoch = _epoch_of(batches, counts, batch)
+    drawn = [epoch * n // batch for n in counts]
+    for bucket, _ in _epoch_batches(seed, epoch, counts, batch)[: batches - _batches_before(epoch, counts, batch)]:
+        drawn[bucket] += 1
+    seen = []
+    for (name, n), pieces in zip(buckets, drawn, strict=True):
+        passes, rest = divmod(pieces * batch, n)
+        begun = set(epoch_order(_stream(seed, name, len(buckets)), passes, n)[:rest])
+        seen.append([passes + (index in begun) for index in range(n)])
+    return seen
+
+
+def _stream(seed: int, name: str, buckets: int) -> int:
+    """The seed of a bucket's stream; a lone bucket has the run's own."""
+    return seed if buckets == 1 else derive(seed, "bucket", name)
+
+
+def _epoch_of(number: int, counts: tuple[int, ...], batch: int) -> int:
+    """The epoch that holds batch `number` of the run."""
+    # e epochs hold at most e * sum(counts) / batch batches, and fall short of that by less than one a bucket.
+    upper = (number + len(counts)) * batch // sum(counts) + 1
+    return bisect.bisect_right(range(upper), number, key=lambda e: _batches_before(e, counts, batch)) - 1
 
 
 def _batches_before(epoch: int, counts: tuple[int, ...], batch: int) -> int:

@@ -100,6 +100,8 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
     base = configured_base(model)
     encoders = tuple(first.get("encoders", ENCODERS if model.t5 else [name for name in ENCODERS if name != "t5"]))
     base.check_encoders(encoders)
+    if base.distilled and request.guidance > 1:
+        print(f"warning: {base.label} is a Turbo model: it draws with --guidance 1 and --steps 4")
     for adapter in adapters:
         _compare_bases(adapter, base)
     return Conditions(

@@ -103,14 +103,29 @@ def _shift(plan: Plan) -> float | str:
     return plan.shift
 
 
+_DIGESTS = {
+    "model.base": "weights of the base",
+    "method.start_from": "adapter to start from",
+    "data.images": "images, sizes, crops, flips and repeats",
+    "data.captions": "captions",
+    "data.weights": "weights of the sources",
+}
+"""What the keys stand for whose values say nothing to a reader."""
+
+
 def check_identity(plan: Plan, identity: Mapping[str, Any]) -> None:
     assert plan.start is not None
     lines = differences(read_state(plan.start)["identity"], identity)
     if lines:
         raise RunError(
-            *(f"--resume: {line}" for line in lines),
+            *(f"--resume: {_in_words(line)}" for line in lines),
             f"{plan.run}: a resumed run keeps what changes its maths; undo this, or start a new run with another name",
         )
+
+
+def _in_words(line: str) -> str:
+    key = line.partition(":")[0]
+    return f"{key}: not the same {_DIGESTS[key]} as in the run" if key in _DIGESTS else line
 
 
 def start_facts(plan: Plan, world: int) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def _captions(config: Config, captions: Sequence[str]) -> Iterator[str]:
 
 def _sizes(buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
     """A table of the images' sizes, and what is scaled and cut away for training."""
-    yield from describe_buckets((one.size for one in seen), buckets)
+    yield from describe_buckets(nearest_bucket(one.size, buckets) for one in seen)
     yield f"sizes     {'width x height':<16}{'images':>7}   {'trained at':<13}{'scaled':>7}{'cut away':>10}"
     counts = Counter(one.size for one in seen).most_common()
     for (high, wide), count in counts[:_SHOWN]:
@@ -157,8 +157,8 @@ def _sizes(buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
         size, trained = f"{wide} x {high}", f"{to_wide} x {to_high}"
         yield f"          {size:<16}{count:>7}   {trained:<13}{scale:>6.2f}x{lost:>9.0%}"
     if len(counts) > _SHOWN:
-        rest = sum(count for _, count in counts[_SHOWN:])
-        yield f"          and {len(counts) - _SHOWN} more sizes, {rest} images"
+        more, rest = len(counts) - _SHOWN, sum(count for _, count in counts[_SHOWN:])
+        yield f"          and {more} more size{'s' * (more != 1)}, {rest} image{'s' * (rest != 1)}"
     small = [one.record.image for one in seen if is_smaller(one.size, nearest_bucket(one.size, buckets))]
     if small:
         yield f"warning: {len(small)} of {len(seen)} are enlarged, which blurs the result: {_named(small)}"

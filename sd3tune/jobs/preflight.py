@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 
 from sd3tune.config import Config
 from sd3tune.config.sections.data import DataConfig, FolderSource
+from sd3tune.config.sections.flow import FlowConfig
 from sd3tune.data.buckets import Size, bucket_table, nearest_bucket, size_name
 from sd3tune.data.images import upright_size
 from sd3tune.data.records import Record, load_records
-from sd3tune.data.sampler import derive
+from sd3tune.data.sampler import derive, times_seen
 from sd3tune.errors import ConfigError, DataError, UserError
 from sd3tune.jobs.class_images import PlannedPrior, plan_priors
 from sd3tune.jobs.machine import choose_dtype, dtype_name
@@ -27,7 +29,9 @@ from sd3tune.methods import METHODS, Method
 from sd3tune.model.bases import Base, configured_base
 from sd3tune.model.components import empty_transformer, load_scheduler
 from sd3tune.model.targets import CoverageRow
-from sd3tune.train.objective import shift_at
+from sd3tune.train.objective import share_inside, shift_at
+
+_LEAST_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,6 @@ class Plan:
     """The shift in force at `data.resolution`: the configured number, or what follows from the base's own."""
     start: Path | None
     """The checkpoint to resume from."""
-    latent_shape: tuple[int, int, int]
     buckets: Sequence[Size]
     """The sizes that images may be cut to, (height, width) in pixels."""
     priors: Sequence[PlannedPrior]
@@ -97,6 +100,8 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     if problems:
         raise UserError(*problems)
     scheduler_shift = float(load_scheduler(base).config.shift)
+    shift = shift_at(config.flow, scheduler_shift, config.data.resolution**2)
+    _check_sigmas(config.flow, shift)
     return Plan(
         config=config,
         run=run,
@@ -109,25 +114,17 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         device=device,
         dtype=dtype,
         model_shift=scheduler_shift,
-        shift=shift_at(config.flow, scheduler_shift, config.data.resolution**2),
+        shift=shift,
         start=start,
         buckets=buckets,
         priors=priors,
-        latent_shape=(
-            transformer.config.in_channels,
-            config.data.resolution // 8,
-            config.data.resolution // 8,
-        ),
     )
 
 
 def describe(plan: Plan, world: int) -> list[str]:
     """The plan in a few lines, for the start of a run and for `--dry-run`."""
-    config, train = plan.config, plan.config.train
-    batch = train.batch_size * train.gradient_accumulation * world
-    epochs = train.total_steps * batch / plan.images_per_epoch
-    repeats = sorted({record.repeats for record in plan.records})
-    seen = " to ".join(f"{epochs * times:.3g}" for times in dict.fromkeys((repeats[0], repeats[-1])))
+    config = plan.config
+    cut = [_bucket_of(record, plan.buckets) for record in plan.records]
     parameters = sum(row.parameters for row in plan.coverage)
     variant = f" ({plan.base.variant})" if plan.base.variant else ""
     every = config.validation.every
@@ -136,18 +133,51 @@ def describe(plan: Plan, world: int) -> list[str]:
         + (f", {world} processes" if world > 1 else ""),
         *_about_base(plan),
         f"data      {_images(len(plan.records))}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
-        *describe_buckets((upright_size(record.image) for record in plan.records), plan.buckets),
+        *describe_buckets(cut),
         *(prior.describe() for prior in plan.priors),
         *([f"held out  {_images(len(plan.holdout))}, measured every {every} steps"] if plan.holdout else []),
-        f"steps     {train.total_steps} of {batch} image{'s' * (batch > 1)}: each image is seen {seen} times",
+        *_describe_length(plan, cut, world),
         f"sigma     {describe_sigmas(config.flow, plan.shift)}",
         f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"
         + f", noise offset {config.flow.noise_offset:g}" * (config.flow.noise_offset > 0),
         f"adapter   {config.method.kind}, rank {_ranks(config)}: {parameters:,} parameters, "
-        f"{4 * parameters / 1e6:.1f} MB, in {len(plan.modules)} modules",
+        f"{4 * parameters / 1e6:.1f} MB, in {len(plan.modules)} module{'s' * (len(plan.modules) != 1)}",
         *(f"          {row.module:<21} {row.trained:>3} of {row.present} blocks" for row in plan.coverage),
         f"run       {plan.run}",
     ]
+
+
+def _bucket_of(record: Record, buckets: Sequence[Size]) -> Size:
+    """The size that a record's image is cut to; without a choice, its file is not opened."""
+    return nearest_bucket(upright_size(record.image), buckets) if len(buckets) > 1 else buckets[0]
+
+
+def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:
+    """`steps     9 x 4 images, 3 epochs: each image is seen 2 to 4 times`; `cut` is each record's size."""
+    train = plan.config.train
+    together = train.batch_size * world
+    batch = train.gradient_accumulation * together
+    epochs = round(train.total_steps * batch / plan.images_per_epoch, 2)
+    counts: Counter[Size] = Counter()
+    for record, size in zip(plan.records, cut, strict=True):
+        counts[size] += record.repeats
+    buckets = [(size_name(size), counts[size]) for size in sorted(counts)]  # as the batches have them
+    batches = train.total_steps * train.gradient_accumulation
+    of_samples = map(iter, times_seen(plan.config.seed, batches, buckets, together))
+    times = dict(zip(sorted(counts), of_samples, strict=True))
+    of_images = [sum(islice(times[size], record.repeats)) for record, size in zip(plan.records, cut, strict=True)]
+    fewest, most = min(of_images), max(of_images)
+    seen = ("once" if most == 1 else f"{most} times") if fewest == most else f"{fewest} to {most} times"
+    lines = [
+        f"steps     {train.total_steps} x {batch} image{'s' * (batch > 1)}, {epochs:.10g} epoch{'s' * (epochs != 1)}: "
+        f"each image is seen {seen}"
+    ]
+    if fewest == 0 and epochs >= 1:
+        lines.append(
+            f"warning: some images are never seen: their bucket does not fill a batch of {together} in so few steps; "
+            "train longer, lower train.batch_size or set data.buckets=false"
+        )
+    return lines
 
 
 def _ranks(config: Config) -> str:
@@ -168,11 +198,9 @@ def _about_base(plan: Plan) -> list[str]:
     return lines
 
 
-def describe_buckets(sizes: Iterable[Size], buckets: Sequence[Size]) -> list[str]:
-    """How many images of these sizes each bucket has, the fullest first; nothing when there is only one."""
-    if len(buckets) == 1:
-        return []
-    counts = Counter(nearest_bucket(size, buckets) for size in sizes)
+def describe_buckets(cut: Iterable[Size]) -> list[str]:
+    """How many images are cut to each size, the most frequent first; nothing when there is only one."""
+    counts = Counter(cut)
     listed = ", ".join(f"{size_name(size)}: {count}" for size, count in counts.most_common())
     return [f"buckets   {listed}"] if len(counts) > 1 else []
 
@@ -232,3 +260,13 @@ def _check_size(config: Config, transformer: Mapping[str, Any]) -> None:
     largest = _largest_side(transformer)
     if config.data.resolution > largest:
         raise ConfigError(f"data.resolution: {config.data.resolution} is too large for this base; at most {largest}")
+
+
+def _check_sigmas(flow: FlowConfig, shift: float) -> None:
+    """ConfigError for bounds between which hardly a sigma is drawn: rounding would put them all on one value."""
+    share = share_inside(flow, shift)
+    if share < _LEAST_SHARE:
+        raise ConfigError(
+            f"flow.min_sigma {flow.min_sigma:g} and flow.max_sigma {flow.max_sigma:g}: {flow.timesteps.kind} with "
+            f"shift {shift:.3g} draws next to nothing between them ({share:.1g} of all sigmas); widen them"
+        )

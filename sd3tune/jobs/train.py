@@ -251,7 +251,7 @@ def _say_goodbye(
 ) -> None:
     steps = plan.config.train.total_steps - from_step
     say("")
-    say(f"{steps} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)")
+    say(f"{steps} step{'s' * (steps != 1)} in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)")
     if metrics.skipped:
         count, first = len(metrics.skipped), ", ".join(map(str, list(metrics.skipped)[:10]))
         were = "steps were" if count > 1 else "step was"

@@ -14,6 +14,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from sd3tune.config.schema import Config
+from sd3tune.errors import AdapterError
 from sd3tune.methods.base import Embeddings, Weights
 from sd3tune.methods.start_from import check_start, starting_factors
 from sd3tune.model import adapter_io
@@ -146,7 +147,12 @@ class LoraMethod:
 
     @functools.cached_property
     def _start(self) -> adapter_io.Adapter | None:
-        return adapter_io.read_adapter(self.settings.start_from) if self.settings.start_from else None
+        if self.settings.start_from is None:
+            return None
+        try:
+            return adapter_io.read_adapter(self.settings.start_from)
+        except AdapterError as error:
+            raise AdapterError(*(f"method.start_from: {problem}" for problem in error.problems)) from error
 
 
 def _sha256(path: Path) -> str:

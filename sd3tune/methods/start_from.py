@@ -17,6 +17,13 @@ def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, L
 
     Modules that it lacks start as new ones; those whose output nothing reads do not matter.
     """
+    linear = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    foreign = [name for name in adapter.factors if name not in linear]
+    if foreign:
+        raise AdapterError(
+            f"method.start_from: {adapter.path} was made for another base: it adapts {_first(foreign)}, which this one "
+            "lacks"
+        )
     ignored = never_learning(transformer)
     left_out = [name for name in adapter.factors if name not in layers and name not in ignored]
     if left_out:

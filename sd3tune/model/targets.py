@@ -135,11 +135,11 @@ def _inside(transformer: nn.Module, blocks: Sequence[int | str] | None) -> _Insi
     numbers: set[int] = set()
     for entry in blocks:
         first, _, last = str(entry).partition("-")
+        if int(last or first) >= count:
+            raise AdapterError(
+                f"method.blocks: {last or first} is out of range; this base has {count} blocks, 0 to {count - 1}"
+            )
         numbers |= set(range(int(first), int(last or first) + 1))
-    if max(numbers) >= count:
-        raise AdapterError(
-            f"method.blocks: {max(numbers)} is out of range; this base has {count} blocks, 0 to {count - 1}"
-        )
     return _Inside(numbers)
 
 

@@ -12,11 +12,44 @@ import yaml
 from sd3tune.atomic import write_text
 from sd3tune.config import Config
 
-_SNIPPET = """\
+_CARD = """\
+---
+{header}
+---
+
+# {name}
+
+A LoRA adapter for {base}, trained with sd3tune.{prompting}
+
+```bash
+sd3tune infer --lora . --prompt {quoted}
+```
+
+or with diffusers alone:
+
+```python
 {load}
 pipe.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")
 image = pipe({prompt!r}, max_sequence_length={length}, height={side}, width={side}).images[0]
-image.save("image.png")"""
+image.save("image.png")
+```
+
+## How it was trained
+
+| | |
+|---|---|
+{facts}
+
+## Measured
+
+The velocity loss at fixed noise, on training images: it shows that something was learned, not that it generalises.
+
+| sigma | base | with the adapter |
+|---|---|---|
+{losses}
+
+One denoising step changes by {change:.3g} %.
+"""
 
 
 def write_card(run: Path, config: Config, contract: Mapping[str, Any], report: Mapping[str, Any]) -> Path:
@@ -28,23 +61,44 @@ def write_card(run: Path, config: Config, contract: Mapping[str, Any], report: M
 
 def card(config: Config, contract: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     """The card's Markdown with its YAML header."""
+    prompt = contract["instance_prompt"] or "a photo"
+    return _CARD.format(
+        header=yaml.safe_dump(_header(contract), sort_keys=False, allow_unicode=True).strip(),
+        name=config.name,
+        base=contract["base"],
+        prompting=_prompting(contract["instance_prompt"], contract["trigger"]),
+        quoted=shlex.quote(prompt),
+        load=_pipeline(contract),
+        prompt=prompt,
+        length=contract["max_sequence_length"],
+        side=contract["resolution"],
+        facts="\n".join(f"| {name} | {value} |" for name, value in _facts(config, contract).items()),
+        losses=_losses(report["fixed_noise_loss"]),
+        change=100 * report["velocity_change"],
+    )
+
+
+def _header(contract: Mapping[str, Any]) -> dict[str, Any]:
+    """What the Hub reads."""
     header: dict[str, Any] = {
         "library_name": "diffusers",
         "tags": ["lora", "sd3tune", "text-to-image", "diffusers"],
     }
-    on_hub = contract["base_kind"] == "hub"
-    if on_hub:
+    if contract["base_kind"] == "hub":
         header |= {
             "base_model": contract["base"],
             "base_model_relation": "adapter",
             "pipeline_tag": "text-to-image",
         }
     prompt = contract["instance_prompt"]
-    if prompt:
-        header["instance_prompt"] = prompt
-    loss, sigma = report["fixed_noise_loss"], contract["timesteps"]
+    return header | ({"instance_prompt": prompt} if prompt else {})
+
+
+def _facts(config: Config, contract: Mapping[str, Any]) -> dict[str, str]:
+    """How it was trained."""
+    sigma = contract["timesteps"]
     drawn = ", ".join(f"{key} {value:g}" for key, value in sigma.items() if key != "kind")
-    facts = {
+    return {
         "base model": f"{contract['base']}" + (f" at {contract['base_revision']}" if contract["base_revision"] else ""),
         "rank, alpha": f"{contract['rank']}, {contract['alpha']:g} (folded into the file: alpha = rank there)",
         "steps": f"{config.train.total_steps}, batch {config.train.batch_size} x {config.train.gradient_accumulation}",
@@ -58,51 +112,13 @@ def card(config: Config, contract: Mapping[str, Any], report: Mapping[str, Any])
         "weights": "exponential moving average" if contract["weights"] == "ema" else "as trained",
         "sd3tune": contract["sd3tune_version"],
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    losses = "\n".join(
+
+
+def _losses(loss: Mapping[str, Any]) -> str:
+    return "\n".join(
         f"| {at:g} | {before:.4f} | {after:.4f} |"
         for at, before, after in zip(loss["sigma"], loss["base"], loss["adapter"], strict=True)
     )
-    snippet = _SNIPPET.format(
-        load=_pipeline(contract),
-        prompt=prompt or "a photo",
-        length=contract["max_sequence_length"],
-        side=contract["resolution"],
-    )
-    return f"""---
-{yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
----
-
-# {config.name}
-
-A LoRA adapter for {contract["base"]}, trained with sd3tune.{_prompting(prompt, contract["trigger"])}
-
-```bash
-sd3tune infer --lora . --prompt {shlex.quote(prompt or "a photo")}
-```
-
-or with diffusers alone:
-
-```python
-{snippet}
-```
-
-## How it was trained
-
-| | |
-|---|---|
-{table}
-
-## Measured
-
-The velocity loss at fixed noise, on training images: it shows that something was learned, not that it generalises.
-
-| sigma | base | with the adapter |
-|---|---|---|
-{losses}
-
-One denoising step changes by {100 * report["velocity_change"]:.3g} %.
-"""
 
 
 def _prompting(prompt: str | None, trigger: str | None) -> str:

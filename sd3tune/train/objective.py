@@ -61,12 +61,18 @@ def shift_at(flow: FlowConfig, model_shift: float, pixels: int) -> float:
 
 def sigma_of_u(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:
     """The inverse CDF of the sigmas in training: the configured density, shifted, within its bounds."""
+    return timesteps.truncated(_unbounded(flow, shift), flow.min_sigma, flow.max_sigma)
+
+
+def share_inside(flow: FlowConfig, shift: float) -> float:
+    """How much of the configured density, shifted, lies within its bounds."""
+    low, high = (timesteps.share_below(_unbounded(flow, shift), bound) for bound in (flow.min_sigma, flow.max_sigma))
+    return high - low
+
+
+def _unbounded(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:
     settings = flow.timesteps
-
-    def shifted(u: Tensor) -> Tensor:
-        return timesteps.shift_sigma(SIGMAS[settings.kind](settings, u), shift)
-
-    return timesteps.truncated(shifted, flow.min_sigma, flow.max_sigma)
+    return lambda u: timesteps.shift_sigma(SIGMAS[settings.kind](settings, u), shift)
 
 
 def make_weight(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:

@@ -212,7 +212,7 @@ def test_config_show_prints_what_can_be_loaded_again(command: Command, config_fi
 def test_config_check_says_that_it_is_valid_and_notes_go_to_stderr(command: Command, config_file: Path) -> None:
     finished = command("config", "check", config_file, "flow.timesteps.kind=uniform")
     assert finished.code == 0
-    assert finished.out == f"{config_file}: valid, run 'dog', 1 steps\n"
+    assert finished.out == f"{config_file}: valid, run 'dog', 1 step\n"
     assert finished.err.startswith("note: ")
 
 
@@ -258,6 +258,21 @@ def test_data_check_is_0_for_a_folder_or_a_configuration_that_can_be_trained(
     checked = command("data", "check", "bad")
     assert checked.code == 2
     assert checked.err.startswith("error: ")
+
+
+def test_data_check_takes_a_caption_for_a_folder_and_tells_what_was_dropped(
+    command: Command, config_file: Path, tiny_images: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tiny_images / "0.png", "bare")
+    small = ("data.resolution=64", "model.base=tiny")
+    assert "has no caption" in command("data", "check", "bare", *small).err
+    checked = command("data", "check", "bare", *small, "--caption", "a dog")
+    assert (checked.code, "the first: 'a dog'" in checked.out) == (0, True)
+    assert command("data", "check", config_file, "--caption", "a dog").err.startswith("error: --caption: ")
+    noted = command("data", "check", config_file, *small, "flow.timesteps.kind=uniform")
+    assert "note: override flow.timesteps.kind=uniform: dropped flow.timesteps.mean" in noted.err
 
 
 def test_data_convert_says_what_it_wrote(command: Command, tiny_images: Path, tmp_path: Path) -> None:

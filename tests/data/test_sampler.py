@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd3tune.data.sampler import batch_samples, derive, epoch_order, generator, index_at, step_slots, uniform
+from sd3tune.data.sampler import (
+    batch_samples,
+    derive,
+    epoch_order,
+    generator,
+    index_at,
+    step_slots,
+    times_seen,
+    uniform,
+)
 
 
 def seen(seed: int, n: int, steps: int, accumulation: int, world: int, batch: int) -> list[list[int]]:
@@ -124,6 +133,15 @@ def test_over_epochs_every_sample_is_seen_equally_often_but_for_a_batch(seed, co
         per_sample = [seen[index] for index in range(n)]
         assert max(per_sample) - min(per_sample) <= 1
         assert max(per_sample) <= epochs
+
+
+@settings(deadline=None)
+@given(seeds, some_counts, batch_sizes, st.integers(0, 120))
+def test_how_often_samples_come_is_known_without_drawing_them(seed, counts, batch, batches):
+    buckets = named(counts)
+    seen = Counter((name, index) for k in range(batches) for name, _, found in [batch_samples(seed, k, buckets, batch)]
+                   for index in found)  # fmt: skip
+    assert times_seen(seed, batches, buckets, batch) == [[seen[name, i] for i in range(n)] for name, n in buckets]
 
 
 @settings(deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,11 +19,11 @@ from sd3tune.cli.main import run as command_line
 from sd3tune.config import load_config
 from sd3tune.errors import AdapterError, ModelError, UserError
 from sd3tune.jobs.cache import run_cache
-from sd3tune.jobs.conditions import Request
+from sd3tune.jobs.conditions import Request, settle_conditions
 from sd3tune.jobs.infer import run_infer
 from sd3tune.jobs.train import run_training
 from sd3tune.model.adapter_io import read_adapter
-from sd3tune.model.bases import resolve_base
+from sd3tune.model.bases import ENCODERS, resolve_base
 from sd3tune.model.weights import tensor_headers
 from sd3tune.publish.card import card
 
@@ -204,6 +205,17 @@ def test_a_turbo_model_is_warned_about(quick_config, single_file, tmp_path: Path
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert len(warnings) == ("turbo" in name)
     assert all("train on the model without Turbo" in line for line in warnings)
+
+
+def test_drawing_with_a_turbo_model_as_if_it_were_none_is_warned_about(single_file, tmp_path: Path, capsys) -> None:
+    files = single_file("tiny").parent
+    shutil.copy(files / "model.safetensors", tmp_path / "sd3.5_turbo.safetensors")
+    encoders = {name: str(files / f"{name}.safetensors") for name in ENCODERS}
+    model = {"base": "./sd3.5_turbo.safetensors", "text_encoders": encoders, "tokenizers": "tiny"}
+    (tmp_path / "c.yaml").write_text(json.dumps({"model": model, "data": {"sources": [{"path": "."}]}}))
+    for guidance in (7.0, 1.0):
+        settle_conditions(Request([], "a dog", tmp_path, config=tmp_path / "c.yaml", guidance=guidance), [])
+        assert ("warning: sd3.5_turbo.safetensors is a Turbo model" in capsys.readouterr().out) == (guidance > 1)
 
 
 def write_tensors(file: Path, *names: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,12 @@ from PIL import Image
 from sd3tune.config import load_config
 from sd3tune.errors import RunError, UserError
 from sd3tune.jobs.encoding import encode
+from sd3tune.jobs.machine import ALONE
 from sd3tune.jobs.preflight import describe, make_plan
 from sd3tune.jobs.train import make_batches, run_training
 from sd3tune.model.adapter_io import read_adapter
-from sd3tune.train.loop import Processes, View
+from sd3tune.train.loop import View
 
-ALONE = Processes(0, 1, lambda tensor: tensor, lambda tensor: tensor[None], lambda: None)
 CPU = torch.device("cpu")
 SHAPES = ((80, 80), (90, 80), (128, 80), (160, 90), (80, 128))
 MIXED = (
@@ -62,7 +64,29 @@ def straight(mixed_config, tmp_path_factory) -> Path:
 def test_the_plan_shows_the_buckets_and_how_often_images_are_seen(mixed_config, tmp_path: Path) -> None:
     lines = describe(make_plan(mixed_config(tmp_path, *MIXED, *EPOCHS), CPU, None), 1)
     assert "buckets   64x64: 2, 80x48: 2, 48x80: 1" in lines
-    assert "steps     8 of 4 images: each image is seen 5.33 to 10.7 times" in lines
+    assert "steps     8 x 4 images, 5.33 epochs: each image is seen 5 to 12 times" in lines
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch", "world", "unseen"), [(8, 1, 1, False), (2, 4, 2, True), (5, 2, 2, False), (12, 3, 2, False)]
+)
+def test_how_often_images_are_seen_is_what_the_batches_hold(
+    mixed_config, tmp_path: Path, steps, batch, world, unseen
+) -> None:
+    config = mixed_config(tmp_path, f"train.steps={steps}", f"train.batch_size={batch}", "seed=5")
+    plan = make_plan(config, CPU, None, world)
+    encoded = encode(plan, ALONE, lambda line: None)
+    seen = Counter({record.image.name: 0 for record in plan.records})
+    for rank in range(world):
+        batches = make_batches(plan, encoded, dataclasses.replace(ALONE, rank=rank, world=world))
+        for step in range(steps):
+            seen.update(batches.fetch(step, 0).names)
+        batches.close()
+    assert sum(seen.values()) == steps * batch * world
+    lines = describe(plan, world)
+    assert any(line.endswith(f"seen {min(seen.values())} to {max(seen.values())} times") for line in lines)
+    assert (0 in seen.values()) == unseen
+    assert any(line.startswith("warning: some images are never seen") for line in lines) == unseen
 
 
 def test_a_mixed_run_stopped_and_resumed_equals_one_never_stopped(
@@ -131,7 +155,7 @@ def test_a_tenth_of_an_epoch_is_exactly_that(quick_config, write_images, tmp_pat
     )
     plan = make_plan(config, CPU, None)
     assert plan.config.train.steps == 3
-    assert "each image is seen 1 times" in "\n".join(describe(plan, 1))
+    assert "3 x 1 image, 0.1 epochs: each image is seen 0 to 2 times" in "\n".join(describe(plan, 1))
 
 
 def test_a_warm_up_as_long_as_the_epochs_is_refused(mixed_config, tmp_path: Path) -> None:

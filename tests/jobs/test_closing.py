@@ -18,14 +18,13 @@ from sd3tune.data.sampler import generator
 from sd3tune.errors import RunError
 from sd3tune.jobs.closing import FIXED_SIGMAS, block_norms, closing_report, infer_command, summary
 from sd3tune.jobs.encoding import encode
+from sd3tune.jobs.machine import ALONE
 from sd3tune.jobs.preflight import Plan, make_plan
 from sd3tune.jobs.train import make_batches, run_training
 from sd3tune.model.adapter_io import read_adapter
 from sd3tune.model.components import load_transformer
 from sd3tune.train.batches import Batch, Batches
-from sd3tune.train.loop import Processes
 
-ALONE = Processes(0, 1, lambda tensor: tensor, lambda tensor: tensor[None], lambda: None)
 RANK, ALPHA = 2, 3.0
 
 

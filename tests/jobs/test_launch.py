@@ -72,7 +72,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
     printed, _ = finish(process)
     assert "on cpu, 2 processes" in printed
     assert "buckets   80x48: 4, 64x64: 1" in printed
-    assert "steps     4 of 4 images: each image is seen 3.2 times" in printed
+    assert "steps     4 x 4 images, 3.2 epochs: each image is seen 3 to 4 times" in printed
     assert printed.count("sd3tune infer --lora") == 1
 
     assert described(tmp_path / "two")["world_size"] == 2

@@ -295,9 +295,9 @@ COSINE = ("train.steps=4", "schedule.kind=cosine", "checkpoint.every=2")
         ("ema={decay: 0.9}", 'ema: null in the run, {"decay": 0.9} now'),
         ("model.max_sequence_length=20", "model.max_sequence_length: 16 in the run, 20 now"),
         ("model.dtype=bf16", 'model.dtype: "fp32" in the run, "bf16" now'),
-        ("model.base=tiny-sd3", "model.base: "),
+        ("model.base=tiny-sd3", "model.base: not the same weights of the base as in the run"),
         ("data.resolution=80", "data.resolution: 64 in the run, 80 now"),
-        ("data.flip=true", "data.images: "),
+        ("data.flip=true", "data.images: not the same images, sizes, crops, flips and repeats as in the run"),
         ("data.sources.0.repeats=2", "data.images: "),
     ],
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sd3tune.config.sections.flow import FlowConfig
+from sd3tune.errors import ConfigError
+from sd3tune.jobs.preflight import make_plan
 from sd3tune.jobs.sigmas import describe_sigmas
 
 
@@ -38,3 +42,14 @@ def test_the_bars_rise_towards_noise_with_the_shift() -> None:
     assert len(bars) == 5
     assert bars[-1] == "█"
     assert list(bars) == sorted(bars)
+
+
+@pytest.mark.parametrize(
+    "bounds", [("flow.min_sigma=0.9999", "flow.shift=3.0"), ("flow.max_sigma=1e-4",), ("flow.max_sigma=0.002",)]
+)
+def test_bounds_that_hardly_a_sigma_reaches_are_refused(quick_config, tmp_path: Path, bounds: tuple[str, ...]) -> None:
+    """Logit-normal: P(sigma < 0.002) = Phi(logit(0.002)) = Phi(-6.2), below 1e-9; rounding would leave one value."""
+    with pytest.raises(ConfigError, match=r"flow\.min_sigma .* draws next to nothing between them"):
+        make_plan(quick_config(tmp_path, *bounds), torch.device("cpu"), None)
+    wide = make_plan(quick_config(tmp_path, *bounds, "flow.timesteps.kind=uniform"), torch.device("cpu"), None)
+    assert wide.shift in (1.0, 3.0)

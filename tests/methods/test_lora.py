@@ -43,17 +43,6 @@ def inject(method: LoraMethod, transformer: SD3Transformer2DModel, dtype=torch.f
     return FlatMaster(parameters, dtype)
 
 
-def velocity(transformer: SD3Transformer2DModel) -> Tensor:
-    source = generator(5)
-    with torch.no_grad():
-        return transformer(
-            hidden_states=torch.randn(1, 16, 8, 8, generator=source).to(transformer.dtype),
-            timestep=torch.tensor([400.0]),
-            encoder_hidden_states=torch.randn(1, 93, 64, generator=source).to(transformer.dtype),
-            pooled_projections=torch.randn(1, 48, generator=source).to(transformer.dtype),
-        ).sample
-
-
 def test_it_is_the_method_of_its_kind() -> None:
     assert METHODS["lora"] is LoraMethod
 
@@ -64,7 +53,7 @@ def test_only_the_adapter_is_trained(make, transformer) -> None:
     assert {id(parameter) for parameter in trained} == {id(parameter) for parameter in parameters.values()}
 
 
-def test_the_start_changes_nothing_and_depends_on_the_seed_alone(make, transformer) -> None:
+def test_the_start_changes_nothing_and_depends_on_the_seed_alone(velocity, make, transformer) -> None:
     before = velocity(transformer)
     torch.manual_seed(1)
     first = make().inject(transformer, lambda name: generator(3, name))
@@ -110,7 +99,7 @@ def test_conditioning_has_the_transformers_dtype(make) -> None:
 
 
 @pytest.mark.parametrize("alpha", [2.0, 3.0])
-def test_the_exported_file_computes_what_was_trained(make, transformer, tmp_path: Path, alpha: float) -> None:
+def test_the_exported_file_computes_what_was_trained(velocity, make, transformer, tmp_path: Path, alpha: float) -> None:
     method = make(f"method.alpha={alpha}")
     master = inject(method, transformer)
     trained, base = velocity(transformer), velocity(load_transformer(resolve_base("tiny"), torch.float32))
@@ -125,7 +114,7 @@ def test_the_exported_file_computes_what_was_trained(make, transformer, tmp_path
         assert torch.equal(velocity(transformer), velocity(loaded))
 
 
-def test_other_weights_visit_and_leave_no_trace(make, transformer) -> None:
+def test_other_weights_visit_and_leave_no_trace(velocity, make, transformer) -> None:
     method = make("method.alpha=3.0")
     master = inject(method, transformer)
     live, pointers = velocity(transformer), [parameter.data_ptr() for parameter in master.parameters]
@@ -139,7 +128,7 @@ def test_other_weights_visit_and_leave_no_trace(make, transformer) -> None:
     master.publish()
 
 
-def test_the_live_weights_return_after_an_error(make, transformer) -> None:
+def test_the_live_weights_return_after_an_error(velocity, make, transformer) -> None:
     method = make("method.alpha=3.0")
     master = inject(method, transformer)
     live = velocity(transformer)
@@ -165,7 +154,7 @@ def test_low_precision_exports_its_masters_and_shows_them_rounded(make, tmp_path
             assert torch.equal(shown, weights[f"{name}.lora_A"].to(torch.bfloat16))
 
 
-def test_disabled_is_the_base(make, transformer) -> None:
+def test_disabled_is_the_base(velocity, make, transformer) -> None:
     method, base = make(), velocity(transformer)
     inject(method, transformer)
     with method.disabled(transformer):
@@ -210,7 +199,7 @@ MIXED = ("method.rank=4", "method.alpha=6.0", "method.rank_pattern={attn.to_k: 8
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_the_file_folds_each_modules_own_scale(make, transformer, tmp_path: Path, rslora: bool) -> None:
+def test_the_file_folds_each_modules_own_scale(velocity, make, transformer, tmp_path: Path, rslora: bool) -> None:
     """Scales by hand: alpha / r, or alpha / sqrt r, with the first pattern that fits."""
     method = make(*MIXED, f"method.rslora={str(rslora).lower()}", "method.targets=[attn.to_q, attn.to_k]")
     master = inject(method, transformer)
@@ -258,7 +247,7 @@ def test_the_coverage_table_knows_the_patterns(make, transformer) -> None:
 # Dropout.
 
 
-def test_dropout_acts_where_it_is_asked_for_and_nowhere_else(make, transformer) -> None:
+def test_dropout_acts_where_it_is_asked_for_and_nowhere_else(velocity, make, transformer) -> None:
     method = make("method.dropout=0.5")
     master = inject(method, transformer)
     whole = velocity(transformer)
@@ -280,7 +269,7 @@ def test_dropout_acts_where_it_is_asked_for_and_nowhere_else(make, transformer) 
         assert torch.equal(velocity(other), shown)
 
 
-def test_dropout_ends_with_an_error(make, transformer) -> None:
+def test_dropout_ends_with_an_error(velocity, make, transformer) -> None:
     method = make("method.dropout=0.5")
     inject(method, transformer)
     whole = velocity(transformer)

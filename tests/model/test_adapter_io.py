@@ -71,18 +71,6 @@ def merged(base: str, factors: dict[str, Tensor], scale: float) -> SD3Transforme
     return transformer
 
 
-@torch.no_grad()
-def velocity(transformer: SD3Transformer2DModel) -> Tensor:
-    source, dtype = generator(5), transformer.dtype
-    return transformer(
-        hidden_states=torch.randn(1, 16, 8, 8, generator=source).to(dtype),
-        timestep=torch.tensor([400.0]),
-        encoder_hidden_states=torch.randn(1, 93, 64, generator=source).to(dtype),
-        pooled_projections=torch.randn(1, 48, generator=source).to(dtype),
-        return_dict=False,
-    )[0]
-
-
 def draw(pipeline: StableDiffusion3Pipeline) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     options = {"height": 64, "width": 64, "max_sequence_length": 16, "num_inference_steps": 2}
@@ -114,7 +102,7 @@ def no_complaints(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_plain_pipeline_loads_every_key_without_a_word(base: str, tmp_path: Path, caplog) -> None:
+def test_a_plain_pipeline_loads_every_key_without_a_word(velocity, base: str, tmp_path: Path, caplog) -> None:
     factors = factors_for(base)
     file = write_adapter(tmp_path, folded(factors), CONTRACT)
     pipeline = load_pipeline(resolve_base(base), torch.float32)
@@ -137,7 +125,7 @@ def test_a_plain_pipeline_loads_every_key_without_a_word(base: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_attaching_computes_the_same_as_merging_by_hand(base: str, tmp_path: Path, caplog) -> None:
+def test_attaching_computes_the_same_as_merging_by_hand(velocity, base: str, tmp_path: Path, caplog) -> None:
     factors = factors_for(base)
     transformer = load_transformer(resolve_base(base), torch.float32)
     before = velocity(transformer)
@@ -151,7 +139,7 @@ def test_attaching_computes_the_same_as_merging_by_hand(base: str, tmp_path: Pat
     assert (expected - before).abs().mean() > 0.05
 
 
-def test_a_loader_that_ignores_alpha_computes_the_same(tmp_path: Path) -> None:
+def test_a_loader_that_ignores_alpha_computes_the_same(velocity, tmp_path: Path) -> None:
     """The file alone, with neither metadata nor our reader: W + BA is the base with alpha / r BA of the master."""
     factors = factors_for("tiny")
     stored = load_file(write_adapter(tmp_path, folded(factors), CONTRACT))
@@ -366,7 +354,7 @@ def test_another_tools_alpha_pattern_is_read_as_peft_reads_it(tmp_path: Path) ->
     assert [alphas[module] for module in modules] == [8.0, 4.0, 1.0, 4.0]
 
 
-def test_alphas_and_ranks_of_another_tools_file_are_applied_module_by_module(tmp_path: Path) -> None:
+def test_alphas_and_ranks_of_another_tools_file_are_applied_module_by_module(velocity, tmp_path: Path) -> None:
     other = "transformer_blocks.1.attn.to_q"
     tensors = {**pair(rank=2), **pair(f"transformer.{other}", rank=3)}
     peft = {"transformer.lora_alpha": 8, "transformer.alpha_pattern": {other: 1}}
@@ -380,7 +368,7 @@ def test_alphas_and_ranks_of_another_tools_file_are_applied_module_by_module(tmp
     torch.testing.assert_close(velocity(transformer), velocity(expected), rtol=0, atol=2e-5)
 
 
-def test_another_tools_rank_stabilised_file_computes_what_it_does_in_peft(tmp_path: Path) -> None:
+def test_another_tools_rank_stabilised_file_computes_what_it_does_in_peft(velocity, tmp_path: Path) -> None:
     """Written by diffusers from a PEFT adapter with rsLoRA and both patterns, as any script would."""
     config = LoraConfig(
         r=4, lora_alpha=6, use_rslora=True, init_lora_weights=False, target_modules=["attn.to_q", "attn.to_k"],
@@ -415,7 +403,7 @@ def of_mixed_ranks(base: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_ranks_that_differ_load_unchanged_in_a_plain_pipeline(base: str, tmp_path: Path, caplog) -> None:
+def test_ranks_that_differ_load_unchanged_in_a_plain_pipeline(velocity, base: str, tmp_path: Path, caplog) -> None:
     factors = of_mixed_ranks(base)
     file = write_adapter(tmp_path, factors, CONTRACT)
     pipeline = load_pipeline(resolve_base(base), torch.float32)
@@ -461,7 +449,7 @@ def test_an_adapter_that_matches_nothing_is_an_error_and_changes_nothing(tmp_pat
     assert lora_layers(transformer) == {}
 
 
-def test_modules_that_the_base_lacks_are_counted_and_the_others_loaded(tmp_path: Path) -> None:
+def test_modules_that_the_base_lacks_are_counted_and_the_others_loaded(velocity, tmp_path: Path) -> None:
     factors = factors_for("tiny")
     adapter = read_adapter(write_adapter(tmp_path, folded(factors), CONTRACT))
     transformer = load_transformer(resolve_base("tiny-sd3"), torch.float32)
@@ -475,7 +463,7 @@ def test_modules_that_the_base_lacks_are_counted_and_the_others_loaded(tmp_path:
     )
 
 
-def test_a_second_adapter_is_matched_and_adds_up_with_its_weight(tmp_path: Path, caplog) -> None:
+def test_a_second_adapter_is_matched_and_adds_up_with_its_weight(velocity, tmp_path: Path, caplog) -> None:
     one, other = factors_for("tiny", seed=1), factors_for("tiny", seed=2, targets=["attn.to_q", "ff.net.2"])
     adapters = [
         read_adapter(write_adapter(tmp_path / name, folded(factors), CONTRACT))
@@ -496,7 +484,7 @@ def test_a_second_adapter_is_matched_and_adds_up_with_its_weight(tmp_path: Path,
     torch.testing.assert_close(velocity(transformer), velocity(expected), rtol=0, atol=5e-5)
 
 
-def test_factors_take_the_models_dtype(tmp_path: Path) -> None:
+def test_factors_take_the_models_dtype(velocity, tmp_path: Path) -> None:
     """fp32 factors on a bf16 base would be another sum than the preview's, and cast activations up."""
     adapter: Adapter = read_adapter(write(tmp_path))
     transformer = load_transformer(resolve_base("tiny"), torch.bfloat16)

@@ -24,17 +24,6 @@ def load(name: str = "tiny", dtype: torch.dtype = torch.float32) -> SD3Transform
     return load_transformer(resolve_base(name), dtype)
 
 
-def velocity(transformer: SD3Transformer2DModel) -> Tensor:
-    source, dtype = generator(5), transformer.dtype
-    return transformer(
-        hidden_states=torch.randn(1, 16, 8, 8, generator=source).to(dtype),
-        timestep=torch.tensor([400.0]),
-        encoder_hidden_states=torch.randn(1, 93, 64, generator=source).to(dtype),
-        pooled_projections=torch.randn(1, 48, generator=source).to(dtype),
-        return_dict=False,
-    )[0]
-
-
 def inject(
     transformer: SD3Transformer2DModel, modules: Iterable[str], rank: int = 4, **options
 ) -> dict[str, nn.Parameter]:
@@ -72,7 +61,7 @@ def test_the_start_is_pefts_distribution_with_b_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_at_the_start_the_output_is_the_bases_bit_for_bit(dtype: torch.dtype) -> None:
+def test_at_the_start_the_output_is_the_bases_bit_for_bit(velocity, dtype: torch.dtype) -> None:
     transformer = load(dtype=dtype)
     with torch.no_grad():
         before = velocity(transformer)
@@ -146,7 +135,7 @@ def test_orthogonal_starts_both_factors_with_a_product_of_zero(rank: int) -> Non
 
 
 @pytest.mark.parametrize("name", [True, "gaussian", "orthogonal", "eva"])
-def test_every_start_leaves_the_output_as_it_is(name: bool | str) -> None:
+def test_every_start_leaves_the_output_as_it_is(velocity, name: bool | str) -> None:
     transformer = load()
     with torch.no_grad():
         before = velocity(transformer)

@@ -12,17 +12,15 @@ from torch import Tensor, nn
 from sd3tune.config import Config
 from sd3tune.data.sampler import generator
 from sd3tune.jobs.encoding import Encoded, encode
+from sd3tune.jobs.machine import ALONE
 from sd3tune.jobs.preflight import Plan, make_plan
 from sd3tune.jobs.train import make_batches, make_state
 from sd3tune.methods import Method
 from sd3tune.model.components import load_transformer
 from sd3tune.train.batches import Batches
-from sd3tune.train.loop import Processes
 from sd3tune.train.objective import Objective, make_objective
 from sd3tune.train.optim import FlatMaster
 from sd3tune.train.step import StepResult, TrainState, train_step
-
-ALONE = Processes(0, 1, lambda tensor: tensor, lambda tensor: tensor[None], lambda: None)
 
 
 @dataclass

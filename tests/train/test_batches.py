@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sd3tune.data.sampler import index_at, uniform
 from sd3tune.data.store import Store
+from sd3tune.jobs.machine import ALONE
+from sd3tune.jobs.train import make_batches as make_run_batches
 from sd3tune.model.components import load_text_encoder, load_vae
 from sd3tune.train.batches import Batch, Batches, Dropout, LatentScaling
 from sd3tune.train.examples import Example
@@ -117,31 +121,44 @@ def test_each_sample_has_the_weight_of_its_example(store) -> None:
         assert batch.weights.tolist() == [1.0 + image for image in images_of(batch)]
 
 
-def test_encoded_pictures_keep_their_captions(assembled, quick_config, tiny_images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("buckets", "world"), [(False, 1), (True, 2)], ids=["squares", "buckets on two ranks"])
+def test_encoded_pictures_keep_their_captions(assembled, quick_config, tiny_images, tmp_path, buckets, world) -> None:
     """From files to batches: each latent is nearest to its own picture's, each embedding is its own caption's."""
-    training = assembled(
-        quick_config(tmp_path / "run", "train.batch_size=2", "train.gradient_accumulation=2", "data.buckets=false")
-    )
-    base, batches = training.plan.base, training.batches
-    clip, vae = load_text_encoder(base, "clip_l", torch.float32), load_vae(base, torch.float32)
-    pictures, hidden = {}, {}
-    for file in tiny_images.glob("*.png"):
-        image = Image.open(file).convert("RGB")
-        left, top = (image.width - 80) // 2, 0
-        pixels = torch.from_numpy(np.array(image.crop((left, top, left + 80, top + 80)).resize((64, 64)))) / 127.5 - 1
-        with torch.no_grad():
-            mean = vae.encode(pixels.permute(2, 0, 1)[None]).latent_dist.mean[0]
-        pictures[file.name] = (mean - vae.config.shift_factor) * vae.config.scaling_factor
-        hidden[file.name] = clip.encode([file.with_suffix(".txt").read_text()])[0]["hidden"]
+    options = ("train.batch_size=2", "train.gradient_accumulation=2", "data.sources.0.repeats=2")
+    training = assembled(quick_config(tmp_path / "run", *options, f"data.buckets={str(buckets).lower()}"))
+    base, vae = training.plan.base, load_vae(training.plan.base, torch.float32)
+    clip = load_text_encoder(base, "clip_l", torch.float32)
+    files = sorted(tiny_images.glob("*.png"))
+    hidden = {file.name: clip.encode([file.with_suffix(".txt").read_text()])[0]["hidden"] for file in files}
 
-    seen = set()
-    for batch in fetch_all(batches, 5):
-        for name, latent, found in zip(batch.names, batch.latents, batch.embeddings["clip_l"]["hidden"], strict=True):
-            distances = {other: (latent - mean).norm().item() for other, mean in pictures.items()}
-            assert min(distances, key=distances.__getitem__) == name
-            assert torch.equal(found, hidden[name])
-            seen.add(name)
-    assert seen == pictures.keys()
+    @functools.cache
+    @torch.no_grad()
+    def pictures(height: int, width: int) -> dict[str, torch.Tensor]:
+        """Every picture as a latent of that size, whichever it was cut to for training."""
+        found = {}
+        for file in files:
+            cut = np.array(ImageOps.fit(Image.open(file).convert("RGB"), (width, height)))
+            mean = vae.encode((torch.from_numpy(cut) / 127.5 - 1).permute(2, 0, 1)[None]).latent_dist.mean[0]
+            found[file.name] = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+        return found
+
+    seen, shapes = set(), set()
+    for rank in range(world):
+        batches = make_run_batches(training.plan, training.encoded, dataclasses.replace(ALONE, rank=rank, world=world))
+        for batch in fetch_all(batches, 10 // world):
+            shapes.add((8 * batch.latents.shape[2], 8 * batch.latents.shape[3]))
+            for name, latent, found in zip(
+                batch.names, batch.latents, batch.embeddings["clip_l"]["hidden"], strict=True
+            ):
+                distances = {
+                    other: (latent - mean).norm().item()
+                    for other, mean in pictures(8 * latent.shape[1], 8 * latent.shape[2]).items()
+                }
+                assert min(distances, key=distances.__getitem__) == name
+                assert torch.equal(found, hidden[name])
+                seen.add(name)
+    assert seen == hidden.keys()
+    assert (len(shapes) > 1) == buckets
 
 
 def test_every_image_comes_once_an_epoch_in_an_order_of_its_own(store) -> None:
