@@ -106,7 +106,7 @@ def test_a_hub_base_is_linked(config: Config, contract: dict[str, Any]) -> None:
     assert header(text)["base_model"] == name
     assert header(text)["base_model_relation"] == "adapter"
     assert header(text)["pipeline_tag"] == "text-to-image"
-    assert f"from_pretrained('{name}', torch_dtype=torch.bfloat16).to" in text
+    assert f"from_pretrained('{name}', dtype=torch.bfloat16).to" in text
     assert f"| base model | {name} at b940f670f0eda2d07fbb75229e779da1ad11eb80 |" in text
 
 
