@@ -46,7 +46,7 @@ def run_infer(request: Request) -> list[Path]:
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"--out: {request.out} cannot be made: {error.strerror}") from error
+        raise RunError(f"--out: {request.out} cannot be made: {error.strerror}; choose another folder") from error
 
     prompt = _encode(request, conditions, dtype, device, skeleton.config.joint_attention_dim)
     drawn = _draw(request, conditions, prompt, adapters, dtype, device)

@@ -42,7 +42,7 @@ def make_accelerator(accumulation: int = 1) -> Accelerator:
         )
     except (ValueError, RuntimeError) as error:
         ours = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("ACCELERATE_")]
-        where = f" (in the environment: {', '.join(ours)})" if ours else ""
+        where = f" ; the environment says {', '.join(ours)}" if ours else ""
         raise RunError(f"the processes could not be set up: {' '.join(str(error).split())[:300]}{where}") from error
 
 

@@ -97,7 +97,7 @@ def locked(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run / LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
-        raise RunError(f"output_dir: {run} cannot be written to: {error.strerror}") from error
+        raise RunError(f"output_dir: {run} cannot be written to: {error.strerror}; choose another") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -165,7 +165,7 @@ ENVIRONMENT = [
         made("runs"),
         inside=partial(small_disk, "runs", "64k"),
     ),
-    one("no room for encodings", TRAIN, "data.cache_dir", inside=partial(small_disk, "store", "8k")),
+    one("no room for encodings", TRAIN, "data.cache_dir", made("store"), inside=partial(small_disk, "store", "8k")),
     one(
         "no room for pictures",
         (*DRAW, "--out", "full"),

@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,13 +35,20 @@ class Finished:
 
 
 def snapshot(folder: Path) -> Snapshot:
-    """Path -> what is there, encodings left out."""
+    """Path -> what is there, as far as it may be read; encodings and downloads left out."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if name.split("/")[0] != "store":
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        if not {"store", "bases", "hf"} & set(name.split("/")):
+            found[name] = _content(path)
     return found
+
+
+def _content(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+    except PermissionError:
+        return "not for us"
 
 
 def fresh(command: Sequence[str], folder: Path, environment: Mapping[str, str], path: Path | None = None) -> Finished:
@@ -84,18 +92,16 @@ def _run(command: Sequence[str], folder: str, environment: dict[str, str], insid
     noted = os.open(f"{notes}/files", os.O_WRONLY | os.O_CREAT)
     from sd3tune.cli.main import run
 
-    before = snapshot(Path())
     try:
         inside()
     except Unable as reason:
         print(reason)
         sys.exit(UNABLE)
+    before = snapshot(Path())
     sys.argv = ["sd3tune", *command]
     try:
         run()
     finally:
-        if os.geteuid() == 0:
-            _capabilities(_DAC, have=True)
         os.write(noted, json.dumps([before, snapshot(Path())]).encode())
 
 
@@ -108,8 +114,14 @@ _READ_ONLY = 1  # MS_RDONLY
 
 def obey_permissions() -> None:
     """Root, too, may from now on read and write only what the files' permissions say."""
-    if os.geteuid() == 0:
-        _capabilities(_DAC, have=False)
+    if os.geteuid() != 0:
+        return
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice
+    _system(_LIBC.capget, header, sets)
+    sets[0] &= ~_DAC
+    sets[1] &= ~_DAC
+    _system(_LIBC.capset, header, sets)
 
 
 def small_disk(folder: str, size: str, read_only: bool = False) -> None:
@@ -118,6 +130,11 @@ def small_disk(folder: str, size: str, read_only: bool = False) -> None:
     _system(_LIBC.unshare, 0x20000)  # CLONE_NEWNS
     _system(_LIBC.mount, b"none", b"/", None, private, None)
     _system(_LIBC.mount, b"none", folder.encode(), b"tmpfs", _READ_ONLY * read_only, f"size={size}".encode())
+
+
+def small_files(size: int) -> None:
+    """Writing more than that into one file fails from now on."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def without_library(name: str) -> None:
@@ -139,12 +156,3 @@ class _Absent:
 def _system(call: Callable[..., int], *arguments: object) -> None:
     if call(*arguments) != 0:
         raise Unable(f"{call.__name__}: {os.strerror(ctypes.get_errno())}")
-
-
-def _capabilities(bits: int, have: bool) -> None:
-    """Take bits out of the process's effective capabilities, or put them back."""
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice
-    _system(_LIBC.capget, header, sets)
-    sets[0] = sets[0] | (bits & sets[1]) if have else sets[0] & ~bits
-    _system(_LIBC.capset, header, sets)

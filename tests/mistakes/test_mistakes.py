@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from sd3tune.cli.main import run
 from sd3tune.model.bases import resolve_base
 from tests.mistakes.cases import CASES, YAML, Case
 from tests.mistakes.environment import ENVIRONMENT, ProcessCase
-from tests.mistakes.process import ROOT, Finished, Unable, forked, fresh
+from tests.mistakes.process import ROOT, Finished, Unable, forked, fresh, small_files
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "messages.md"
 HEADER = """\
@@ -76,8 +77,26 @@ def test_what_a_machine_lacks_is_one_line_of_a_real_process_too(
     assert len(errors) == 1, finished.printed
     assert case.says in errors[0]
     assert "Traceback" not in finished.printed
-    assert {name: of for name, of in finished.after.items() if not name.startswith("hf/")} == finished.before
+    assert finished.after == finished.before
     note(case, readable(errors[0], workspace))
+
+
+def test_what_cannot_be_written_in_the_middle_of_a_run_is_one_line_and_nothing_is_half_there(
+    workspace: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    resolve_base("tiny")
+    command = ("train", "run.yaml", "method.rank=64")
+    limit = partial(small_files, 200_000)
+    finished = forked(command, workspace, bare_environment(), limit, tmp_path_factory.mktemp("notes"))
+    (error,) = [line for line in finished.printed.splitlines() if line.startswith("error: ")]
+    assert finished.code == 2, finished.printed
+    folder = workspace / "runs" / "mistake" / "checkpoints"
+    assert error == f"error: {folder}: cannot write here: File too large; free some space and run again"
+    assert "Traceback" not in finished.printed
+    assert list(folder.iterdir()) == []
+    again = forked(command, workspace, bare_environment(), bool, tmp_path_factory.mktemp("notes"))
+    assert again.code == 0, again.printed
+    assert (workspace / "runs" / "mistake" / "adapter").is_dir()
 
 
 def started(case: ProcessCase, workspace: Path, environment: dict[str, str], notes: Path) -> Finished:
