@@ -36,14 +36,21 @@ def make_accelerator(accumulation: int = 1) -> Accelerator:
     if problems:
         raise RunError(*problems)
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision="no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation),
         )
     except (ValueError, RuntimeError) as error:
         ours = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("ACCELERATE_")]
-        where = f" ; the environment says {', '.join(ours)}" if ours else ""
+        where = f"; the environment says {', '.join(ours)}" if ours else ""
         raise RunError(f"the processes could not be set up: {' '.join(str(error).split())[:300]}{where}") from error
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if world > 1 and accelerator.num_processes == 1:  # each of them would train alone, in one folder
+        raise RunError(
+            f"WORLD_SIZE={world}: accelerate sets up one process where torch finds no GPU; "
+            "on the CPU start them with --num-processes"
+        )
+    return accelerator
 
 
 def processes_of(accelerator: Accelerator) -> Processes:
