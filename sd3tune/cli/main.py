@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -228,3 +229,27 @@ def run() -> None:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except (ImportError, OSError) as error:
+        line = _missing_library(error) if isinstance(error, ImportError) else _full_disk(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _full_disk(error: OSError) -> str | None:
+    """What to say when anything could not be written for want of room, or because the disk is read-only."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return None
+    return f"{error.filename or 'a file'}: cannot be written: {error.strerror}; free some space, or use another disk"
+
+
+def _missing_library(error: ImportError) -> str | None:
+    """What to say of a library that is not there, or of another version; None when the fault is ours."""
+    library, _, inside = (error.name or "").partition(".")
+    if not library or library == "sd3tune" or library in sys.stdlib_module_names:
+        return None
+    if isinstance(error, ModuleNotFoundError) and not inside:
+        return f"the library {library!r} is not installed; `sd3tune doctor` says which are missing and how to get them"
+    reason = " ".join(str(error).split())[:300]
+    return f"the library {library!r} does not fit: {reason}; `sd3tune doctor` says which versions are wanted"

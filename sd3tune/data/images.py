@@ -125,6 +125,8 @@ def _complaint(error: Exception, nbytes: int) -> str:
         return "is not an image, whatever its name says; replace or remove it"
     if isinstance(error, Image.DecompressionBombError):
         return f"has more pixels than is safe to decode, {2 * (Image.MAX_IMAGE_PIXELS or 0):,}; scale it down"
+    if isinstance(error, PermissionError):
+        return f"cannot be read ({error.strerror}); check its permissions"
     return f"cannot be decoded ({error or type(error).__name__}); replace or remove it"
 
 

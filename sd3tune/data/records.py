@@ -112,7 +112,7 @@ def _folder_images(source: FolderSource) -> _Found:
         listed = read_metadata(folder)
         found = sorted({*images_in(folder), *listed}, key=lambda path: path.relative_to(folder).parts)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from None
     if not found:
         with_images = sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and any(images_in(sub)))
         hint = f"; subfolders are not read: name one, such as {folder / with_images[0]}" if with_images else ""
@@ -149,7 +149,9 @@ def _sidecar(image: Path) -> str | None:
         text = clean(sidecar.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"{sidecar}: cannot be read ({error.strerror}); check its permissions") from None
+    except UnicodeDecodeError as error:
         raise DataError(f"{sidecar}: cannot be read as UTF-8 text ({error})") from None
     if not text:
         raise DataError(f"{sidecar}: is empty; write a caption for {image.name} or delete the file")

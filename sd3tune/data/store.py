@@ -8,7 +8,6 @@ flushed, no more.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -27,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from sd3tune.atomic import new_file
+from sd3tune.atomic import FULL, new_file
 from sd3tune.errors import RunError
 
 SHARD_BYTES = 64 * 2**20
@@ -202,7 +201,7 @@ def _disk_trouble(folder: Path) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, RunError) else error
         if not isinstance(cause, OSError):
             raise
-        full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = cause.errno in FULL
         way_out = "free some space or set data.cache_dir to another disk" if full else "set data.cache_dir elsewhere"
         raise RunError(f"{folder}: cannot be written ({cause.strerror or cause}); {way_out}") from None
 

@@ -90,7 +90,7 @@ def check_size(settings: SamplerSettings, transformer: Any) -> None:
 
 
 def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditions:
-    contracts = [adapter.contract for adapter in adapters]
+    contracts = [adapter.contract for adapter in adapters if adapter.contract]
     first: Mapping[str, Any] = contracts[0] if contracts else {}
     for key in ("max_sequence_length", "encoders"):
         if len({json.dumps(contract.get(key)) for contract in contracts}) > 1:
@@ -113,26 +113,28 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
 
 
 def _find_model(request: Request, adapters: Sequence[Adapter]) -> ModelConfig:
-    """Where the base is: `--base`, else the one that the first adapter names; its text encoders and tokenizers too.
+    """Where the base is: `--base`, else the one that an adapter names (the first that says anything), with text
+    encoders and tokenizers.
 
     Paths are not in an adapter, so what needs them is read from `--config`, else from the run's own configuration.
     """
-    contract = adapters[0].contract if adapters else {}
+    named = next((adapter for adapter in adapters if adapter.contract), adapters[0] if adapters else None)
+    contract = named.contract if named else {}
     is_local = contract.get("base_kind") in ("folder", "file")
     model = load_config(request.config).config.model if request.config else None
-    if model is None and (is_local or contract.get("encoder_files")):
-        model = _model_of_run(adapters[0].path)
+    if model is None and named is not None and (is_local or contract.get("encoder_files")):
+        model = _model_of_run(named.path)
     where: dict[str, Any] = {}
     if request.base is not None:
         where = {"base": request.base, "revision": None}
-    elif not request.config:
+    elif named is not None and not request.config:
         if contract.get("base") is None:
-            raise AdapterError(f"{adapters[0].path}: does not say which base it is for; give it with --base")
+            raise AdapterError(f"{named.path}: does not say which base it is for; give it with --base")
         if not is_local or (model is None and Path(contract["base"]).exists()):
             where = {"base": contract["base"], "revision": contract.get("base_revision")}
         elif model is None or not Path(model.base).exists():
             raise AdapterError(
-                f"{adapters[0].path}: trained on a local {contract['base_kind']} named {contract['base']!r}; "
+                f"{named.path}: trained on a local {contract['base_kind']} named {contract['base']!r}; "
                 "give it with --base"
             )
     return (model or ModelConfig()).model_copy(update=where)

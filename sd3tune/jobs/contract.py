@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from sd3tune import __version__
+from sd3tune.config import load_config
 from sd3tune.data.store import key
-from sd3tune.errors import RunError
+from sd3tune.errors import ConfigError, RunError
 from sd3tune.jobs.encoding import Encoded
 from sd3tune.jobs.machine import dtype_name, versions
 from sd3tune.jobs.preflight import Plan
 from sd3tune.model.bases import ENCODER_PARTS
 from sd3tune.model.checkpoint import VARIANTS
 from sd3tune.train.checkpoint import differences, read_state
+
+_SEEN_IN_DATA = {"crop_variants", "flip", "buckets", "trigger"}
+"""Keys that an identity has only through what was encoded."""
 
 
 def make_contract(plan: Plan) -> dict[str, Any]:
@@ -62,8 +67,8 @@ def _files(plan: Plan) -> dict[str, Any]:
     return released_as | ({"encoder_files": encoders} if encoders else {})
 
 
-def run_identity(plan: Plan, encoded: Encoded, world: int) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the run it resumes."""
+def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the run it resumes; without `encoded`, all but the data itself."""
     config = plan.config
     sections = config.model_dump(include={"seed", "method", "flow", "optimizer", "schedule", "train", "ema"})
     for harmless in ("log_every", "max_skipped", "gradient_checkpointing"):
@@ -72,9 +77,6 @@ def run_identity(plan: Plan, encoded: Encoded, world: int) -> dict[str, Any]:
         sections["train"].pop("steps")  # the learning rate does not depend on the length, so a run may be extended
     if config.method.start_from is not None:
         sections["method"]["start_from"] = plan.method.contract()["start_from"]  # its content, wherever it lies
-    images = [example.images for example in encoded.examples]
-    captions = [dict(example.captions) for example in encoded.examples]
-    priors = [example.prior.facts() for example in encoded.examples if example.prior]
     return {
         **sections,
         "model": {
@@ -85,15 +87,24 @@ def run_identity(plan: Plan, encoded: Encoded, world: int) -> dict[str, Any]:
         },
         "data": {
             "resolution": config.data.resolution,
-            "images": key("images", images=images)[:16],
-            "captions": key("captions", captions=captions)[:16],
-            "weights": key("weights", weights=[example.weight for example in encoded.examples])[:16],
+            **(_content(encoded) if encoded else {}),
             "caption_dropout": config.data.caption_dropout,
             "encoder_dropout": config.data.encoder_dropout,
-            **({"prior": key("prior", priors=priors)[:16]} if priors else {}),
         },
         "flow": {**sections["flow"], "shift": _shift(plan)},
         "processes": world,
+    }
+
+
+def _content(encoded: Encoded) -> dict[str, str]:
+    images = [example.images for example in encoded.examples]
+    captions = [dict(example.captions) for example in encoded.examples]
+    priors = [example.prior.facts() for example in encoded.examples if example.prior]
+    return {
+        "images": key("images", images=images)[:16],
+        "captions": key("captions", captions=captions)[:16],
+        "weights": key("weights", weights=[example.weight for example in encoded.examples])[:16],
+        **({"prior": key("prior", priors=priors)[:16]} if priors else {}),
     }
 
 
@@ -115,7 +126,24 @@ _DIGESTS = {
 
 def check_identity(plan: Plan, identity: Mapping[str, Any]) -> None:
     assert plan.start is not None
-    lines = differences(read_state(plan.start)["identity"], identity)
+    _refuse(plan, differences(read_state(plan.start)["identity"], identity))
+
+
+def check_finished(plan: Plan, world: int) -> None:
+    """`check_identity` for a run that needs nothing encoded any more: by its keys, as the data may be gone."""
+    assert plan.start is not None
+    now = run_identity(plan, None, world)
+    saved = read_state(plan.start)["identity"]
+    saved = {**saved, "data": {name: value for name, value in saved["data"].items() if name in now["data"]}}
+    lines = differences(saved, now)
+    with contextlib.suppress(ConfigError):  # a run folder whose configuration was taken away
+        before = load_config(plan.run / "config.yaml").config
+        then, now = (of.model_dump(include={"data": _SEEN_IN_DATA}) for of in (before, plan.config))
+        lines += differences(then, now)
+    _refuse(plan, lines)
+
+
+def _refuse(plan: Plan, lines: Sequence[str]) -> None:
     if lines:
         raise RunError(
             *(f"--resume: {_in_words(line)}" for line in lines),

@@ -16,6 +16,7 @@ from typing import Any
 
 import sd3tune
 from sd3tune.errors import RunError
+from sd3tune.jobs.environment import gpu_asked_for, launch_problems, no_gpu
 
 PACKAGE = "sd3tune"
 BASE_GB = 16
@@ -109,6 +110,9 @@ def check_devices(found: Findings) -> None:
     if not gpus:
         found.say("gpu", "none that torch can use: `tiny` trains on the CPU, the real bases are too slow there")
         _why_no_gpu(found, torch.version.cuda)
+        asked = gpu_asked_for(os.environ)
+        if asked:
+            found.problem(no_gpu(asked))
 
 
 def check_hub(found: Findings) -> None:
@@ -146,8 +150,8 @@ def check_environment(found: Findings) -> None:
     for name in _VARIABLES:
         if name in os.environ:
             found.say("variable", f"{name}={os.environ[name]}")
-    if os.environ.get("WORLD_SIZE", "1") != "1" and "MASTER_ADDR" not in os.environ:
-        found.problem("WORLD_SIZE is set and MASTER_ADDR is not: a launcher's leftover, unset it; use --num-processes")
+    for problem in launch_problems(os.environ):
+        found.problem(problem)
 
 
 CHECKS: tuple[Callable[[Findings], None], ...] = (

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from sd3tune.encode.resources import release
 from sd3tune.errors import RunError
 from sd3tune.jobs.conditions import Conditions, Request, check_request, check_size, parse_lora, settle_conditions
-from sd3tune.jobs.machine import choose_dtype, make_accelerator
+from sd3tune.jobs.machine import choose_dtype, gpu_of, make_accelerator
 from sd3tune.jobs.pictures import recipe, write_images
 from sd3tune.model.adapter_io import Adapter, attach, match, read_adapter
 from sd3tune.model.components import (
@@ -37,7 +37,7 @@ def run_infer(request: Request) -> list[Path]:
     check_request(request)
     adapters = [(read_adapter(path), weight) for path, weight in map(parse_lora, request.loras)]
     device = make_accelerator().device
-    dtype = choose_dtype(request.dtype, device)
+    dtype = choose_dtype(request.dtype, gpu_of(device), "--dtype")
     conditions = settle_conditions(request, [adapter for adapter, _ in adapters])
     skeleton = empty_transformer(conditions.base)
     check_size(conditions.sampler, skeleton)
@@ -46,7 +46,7 @@ def run_infer(request: Request) -> list[Path]:
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"--out: {request.out} cannot be made: {error.strerror}") from error
+        raise RunError(f"--out: {request.out} cannot be made: {error.strerror}; choose another folder") from error
 
     prompt = _encode(request, conditions, dtype, device, skeleton.config.joint_attention_dim)
     drawn = _draw(request, conditions, prompt, adapters, dtype, device)

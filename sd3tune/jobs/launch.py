@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch
 
 from sd3tune.errors import RunError, UserError
+from sd3tune.jobs.environment import gpu_asked_for, launch_problems, no_gpu
 
 ERRORS = "SD3TUNE_ERRORS"
 """Folder where the processes of one command leave their problems, for the launching one to print, once, at the end."""
@@ -27,9 +28,16 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
     On GPUs by accelerate; on the CPU by torch's own launcher, as accelerate starts one process there whatever the
     number asked for. Raises RunError when the GPUs do not suffice, and UserError with the processes' problems.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    world = os.environ.get("WORLD_SIZE", "")
+    if world.isdecimal() and int(world) > 1:
         raise RunError("--num-processes: this process was started by a launcher already; give the number to it alone")
+    problems = launch_problems(os.environ)
     gpus = torch.cuda.device_count()
+    asked = gpu_asked_for(os.environ)
+    if asked and not gpus:
+        problems.append(no_gpu(asked))
+    if problems:
+        raise RunError(*problems)
     if 0 < gpus < count:
         raise RunError(f"--num-processes {count}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
     command = ["-m", "sd3tune", *without_option(arguments)]

@@ -22,8 +22,8 @@ from sd3tune.data.records import Record, load_records
 from sd3tune.data.sampler import derive, times_seen
 from sd3tune.errors import ConfigError, DataError, UserError
 from sd3tune.jobs.class_images import PlannedPrior, plan_priors
-from sd3tune.jobs.machine import choose_dtype, dtype_name
-from sd3tune.jobs.run_folder import starting_checkpoint
+from sd3tune.jobs.machine import choose_dtype, dtype_name, gpu_of
+from sd3tune.jobs.run_folder import check_room, starting_checkpoint
 from sd3tune.jobs.sigmas import describe_sigmas
 from sd3tune.methods import METHODS, Method
 from sd3tune.model.bases import Base, configured_base
@@ -92,13 +92,16 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         base.check_encoders(method.cached_encoders)
         modules = method.select(transformer)
         _check_size(config, transformer.config)
-        dtype = choose_dtype(config.model.dtype, device)
+        dtype = choose_dtype(config.model.dtype, gpu_of(device))
         buckets = buckets_of(config, transformer.config)
         priors = plan_priors(config, records, buckets, base)
     except UserError as error:
         raise UserError(*problems, *error.problems) from error
     if problems:
         raise UserError(*problems)
+    coverage = method.coverage(transformer)
+    if resume is not None:
+        check_room(run, _bytes_to_save(config, sum(row.parameters for row in coverage), start))
     scheduler_shift = float(load_scheduler(base).config.shift)
     shift = shift_at(config.flow, scheduler_shift, config.data.resolution**2)
     _check_sigmas(config.flow, shift)
@@ -110,7 +113,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         holdout=holdout,
         method=method,
         modules=modules,
-        coverage=method.coverage(transformer),
+        coverage=coverage,
         device=device,
         dtype=dtype,
         model_shift=scheduler_shift,
@@ -119,6 +122,14 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         buckets=buckets,
         priors=priors,
     )
+
+
+def _bytes_to_save(config: Config, parameters: int, start: Path | None) -> int:
+    """What a run writes at least: its checkpoints (when it goes on, the next one) and its adapter, all fp32."""
+    average = config.ema is not None
+    in_checkpoint = 1 + 2 + average + 1  # master, Adam's moments, the average, the exported adapter
+    saved = 1 if start else min(config.checkpoint.keep, math.ceil(config.train.total_steps / config.checkpoint.every))
+    return 4 * parameters * (in_checkpoint * saved + 1 + average)
 
 
 def describe(plan: Plan, world: int) -> list[str]:

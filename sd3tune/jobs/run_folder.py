@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.atomic import write_json
+from sd3tune.encode.report import megabytes
 from sd3tune.errors import RunError
 from sd3tune.model.adapter_io import ADAPTER_FILE
 from sd3tune.train.checkpoint import list_checkpoints, read_state
@@ -27,8 +29,14 @@ def starting_checkpoint(run: Path, resume: bool) -> Path | None:
 
     Raises RunError when the folder already holds a run and `resume` is off, or holds what would be written over.
     """
-    if run.is_file():
-        raise RunError(f"output_dir: {run} is a file; name a folder")
+    try:
+        return _start_in(run, resume)
+    except OSError as error:
+        raise RunError(f"output_dir: {run} cannot be read: {error.strerror}; choose another output_dir") from None
+
+
+def _start_in(run: Path, resume: bool) -> Path | None:
+    _check_writable(run)
     checkpoints = list_checkpoints(run)
     if checkpoints and resume:
         return checkpoints[-1]
@@ -41,6 +49,26 @@ def starting_checkpoint(run: Path, resume: bool) -> Path | None:
     if inside - {LOCK_FILE} and RUN_FILE not in inside:
         raise RunError(f"{run}: not empty and not a run folder; choose another output_dir")
     return None
+
+
+def _check_writable(run: Path) -> None:
+    """Raise RunError when the folder could not be made or written to."""
+    existing = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise RunError(f"output_dir: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(f"output_dir: {existing} cannot be written to; choose another output_dir")
+
+
+def check_room(run: Path, nbytes: int) -> None:
+    """Raise RunError when the disk has no room for so much."""
+    existing = next(path for path in (run, *run.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        raise RunError(
+            f"{run}: checkpoints and adapter need {megabytes(nbytes)} and {megabytes(free)} are free; "
+            "free some space or set output_dir to another disk"
+        )
 
 
 def check_start(run: Path, start: Path | None) -> None:
@@ -69,7 +97,7 @@ def locked(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run / LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
-        raise RunError(f"output_dir: {run} cannot be written to: {error.strerror}") from error
+        raise RunError(f"output_dir: {run} cannot be written to: {error.strerror}; choose another") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

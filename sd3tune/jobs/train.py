@@ -16,7 +16,7 @@ from sd3tune.config import Config, dump_config
 from sd3tune.data.sampler import generator
 from sd3tune.errors import RunError
 from sd3tune.jobs.closing import closing_report, summary
-from sd3tune.jobs.contract import check_identity, make_contract, run_identity, start_facts
+from sd3tune.jobs.contract import check_finished, check_identity, make_contract, run_identity, start_facts
 from sd3tune.jobs.drawing import NEGATIVE_PROMPT
 from sd3tune.jobs.encoding import Encoded, encode
 from sd3tune.jobs.launch import errors_to_the_launcher
@@ -65,6 +65,7 @@ def run_training(
         if resume and plan.start is None:
             say(f"nothing to resume in {plan.run}: starting afresh")
         if plan.start is not None and is_finished(plan.run, plan.config.train.total_steps):
+            check_finished(plan, processes.world)
             say(f"{plan.run}: already finished; nothing to do")
             return
         for line in describe(plan, processes.world):

@@ -24,11 +24,9 @@ from torch import Tensor, nn
 
 from sd3tune.atomic import new_file
 from sd3tune.errors import AdapterError
+from sd3tune.model.adapter_metadata import CONTRACT_KEY, CONTRACT_VERSION, PEFT_KEY, PREFIX, read_contract, read_peft
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-CONTRACT_VERSION = 1
-_PEFT_KEY, _CONTRACT_KEY = "lora_adapter_metadata", "sd3tune"
-_PREFIX = "transformer."
 _KEY = re.compile(r"transformer\.(.+)\.lora_([AB])\.weight")
 
 
@@ -66,7 +64,7 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping
 
     Raises AdapterError when a tensor is not finite, and nothing is written then.
     """
-    tensors = {f"{_PREFIX}{name}.weight": value.detach().float().cpu().contiguous() for name, value in factors.items()}
+    tensors = {f"{PREFIX}{name}.weight": value.detach().float().cpu().contiguous() for name, value in factors.items()}
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
         raise AdapterError(f"{folder}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
@@ -81,8 +79,8 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping
         peft |= {"rank_pattern": special, "alpha_pattern": special}
     metadata = {
         "format": "pt",
-        _PEFT_KEY: json.dumps({_PREFIX + key: value for key, value in peft.items()}, sort_keys=True),
-        _CONTRACT_KEY: json.dumps({"contract_version": CONTRACT_VERSION, **contract}, sort_keys=True),
+        PEFT_KEY: json.dumps({PREFIX + key: value for key, value in peft.items()}, sort_keys=True),
+        CONTRACT_KEY: json.dumps({"contract_version": CONTRACT_VERSION, **contract}, sort_keys=True),
     }
     path = folder / ADAPTER_FILE
     with new_file(path) as temporary:
@@ -119,7 +117,7 @@ def read_adapter(location: str | Path) -> Adapter:
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a readable safetensors file: {error}") from error
     factors = _pair_up(path, tensors)
-    return Adapter(path, factors, _alphas(path, metadata, factors), _contract(path, metadata))
+    return Adapter(path, factors, _alphas(path, metadata, factors), read_contract(path, metadata))
 
 
 def match(transformer: nn.Module, adapter: Adapter) -> Match:
@@ -153,7 +151,7 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
     counted = match(transformer, adapter)
     kept = {module: pair for module, pair in adapter.factors.items() if module not in counted.unmatched}
     tensors = {
-        f"{_PREFIX}{module}.lora_{letter}.weight": tensor.to(transformer.dtype)
+        f"{PREFIX}{module}.lora_{letter}.weight": tensor.to(transformer.dtype)
         for module, pair in kept.items()
         for letter, tensor in zip("AB", pair, strict=True)
     }
@@ -172,7 +170,7 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
         transformer.load_lora_adapter(
-            tensors, adapter_name=name, metadata={_PREFIX + key: value for key, value in config.items()}
+            tensors, adapter_name=name, metadata={PREFIX + key: value for key, value in config.items()}
         )
     carried = sum(name in getattr(module, "lora_A", {}) for module in transformer.modules())
     if carried != len(kept):
@@ -210,29 +208,14 @@ def _alphas(path: Path, metadata: Mapping[str, str], factors: Mapping[str, tuple
 
     An rsLoRA file scales by alpha / sqrt(r), so what counts as alpha here is sqrt(r) times as much.
     """
-    peft = _parse(path, metadata, _PEFT_KEY)
-    if peft.get(f"{_PREFIX}use_dora"):
+    peft = read_peft(path, metadata)
+    if peft.get("use_dora"):
         raise AdapterError(f"{path}: DoRA files are not supported yet")
-    rslora = bool(peft.get(f"{_PREFIX}use_rslora"))
-    common, patterns = peft.get(f"{_PREFIX}lora_alpha"), peft.get(f"{_PREFIX}alpha_pattern") or {}
+    rslora = bool(peft.get("use_rslora"))
+    common, patterns = peft.get("lora_alpha"), peft.get("alpha_pattern") or {}
 
     def alpha(module: str, rank: int) -> float:
         special = [value for ending, value in patterns.items() if re.fullmatch(rf"(.*\.)?({ending})", module)]
         return float([*special, rank if common is None else common][0]) * (rank**0.5 if rslora else 1)
 
     return {module: alpha(module, down.shape[0]) for module, (down, _) in factors.items()}
-
-
-def _contract(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    contract = _parse(path, metadata, _CONTRACT_KEY)
-    if contract.get("contract_version", 1) > CONTRACT_VERSION:
-        raise AdapterError(f"{path}: written by a newer sd3tune ({contract.get('sd3tune_version')}); upgrade sd3tune")
-    return contract
-
-
-def _parse(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    try:
-        value = json.loads(metadata.get(key, "{}"))
-    except ValueError as error:
-        raise AdapterError(f"{path}: its metadata {key!r} is not valid JSON: {error}") from error
-    return value if isinstance(value, dict) else {}

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+
+from sd3tune.atomic import system_error
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ModelError
 from sd3tune.model.checkpoint import COMMON, LABELS, VARIANTS, FilePart, misfits, read_checkpoint, read_encoder
@@ -255,10 +258,19 @@ def _are_weights_there(folder: Path) -> bool:
 
 def _tiny_folder(shape: Literal["sd3", "sd35-medium", "sd35-large"]) -> Path:
     folder = bases_dir() / f"tiny-{shape}-v{TINY_RECIPE}"
-    if not (folder / "model_index.json").is_file():
-        from sd3tune.model.tiny import build_tiny
+    try:
+        if not (folder / "model_index.json").is_file():
+            from sd3tune.model.tiny import build_tiny
 
-        build_tiny(shape, folder)
+            build_tiny(shape, folder)
+    except (OSError, SafetensorError) as error:
+        cause = system_error(error)
+        if cause is None:
+            raise
+        raise ModelError(
+            f"{folder.parent}: the offline base cannot be built here ({cause.strerror}); "
+            "free some space, or let SD3TUNE_CACHE name another folder"
+        ) from error
     return folder
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
+from sd3tune.atomic import FULL
 from sd3tune.errors import ModelError
+
+_OF_THE_DISK = (*FULL, errno.EACCES, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 
 def download(repo: str, revision: str | None, patterns: list[str], progress: bool = False) -> Path:
@@ -13,7 +17,7 @@ def download(repo: str, revision: str | None, patterns: list[str], progress: boo
 
     A commit whose files are cached needs no network. Raises ModelError, one line for each way the Hub fails.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
     class Silent(tqdm):
@@ -29,7 +33,12 @@ def download(repo: str, revision: str | None, patterns: list[str], progress: boo
         raise ModelError(f"{repo}: the Hub has no revision {revision!r} of this model") from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
         raise ModelError(f"{repo}: {_problem(repo, error)}") from None
-    except Exception as error:  # a full disk, a cut connection: which HTTP library depends on the version
+    except Exception as error:  # a cut connection: which HTTP library depends on the version
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            raise ModelError(
+                f"{repo}: cannot be downloaded: {error.filename or constants.HF_HUB_CACHE}: {error.strerror}; "
+                "free some space, or let HF_HOME name another folder"
+            ) from None
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{repo}: the download failed: {type(error).__name__}: {reason}") from error
 

@@ -133,11 +133,11 @@ def _pipeline(contract: Mapping[str, Any]) -> str:
     base = contract["base"] if contract["base_kind"] == "hub" else f"path/to/{contract['base']}"
     if contract["base_kind"] == "file":  # the rest of the pipeline is that of the released model of its shape
         imports = f"SD3Transformer2DModel, {pipeline}"
-        lines = [f"transformer = SD3Transformer2DModel.from_single_file({base!r}, torch_dtype=torch.bfloat16)"]
+        lines = [f"transformer = SD3Transformer2DModel.from_single_file({base!r}, dtype=torch.bfloat16)"]
         base, more = contract["base_released_as"] or "path/to/its/folder", ", transformer=transformer"
     if "t5" not in contract["encoders"]:
         more += ", text_encoder_3=None, tokenizer_3=None"
-    lines.append(f'pipe = {pipeline}.from_pretrained({base!r}, torch_dtype=torch.bfloat16{more}).to("cuda")')
+    lines.append(f'pipe = {pipeline}.from_pretrained({base!r}, dtype=torch.bfloat16{more}).to("cuda")')
     return "\n".join(["import torch", f"from diffusers import {imports}", "", *lines])
 
 

@@ -86,9 +86,7 @@ def test_the_card_loads_the_file_into_the_released_pipeline(run_on_file: Path) -
     snippet = code_block(card(load_config(run_on_file / "config.yaml").config, contract, report))
     compile(snippet, "card", "exec")
     assert "SD3Transformer2DModel.from_single_file('path/to/model.safetensors', " in snippet
-    assert (
-        "from_pretrained('stabilityai/stable-diffusion-3.5-medium', torch_dtype=torch.bfloat16, transformer=" in snippet
-    )
+    assert "from_pretrained('stabilityai/stable-diffusion-3.5-medium', dtype=torch.bfloat16, transformer=" in snippet
     assert "text_encoder_3=None, tokenizer_3=None" in snippet
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageChops
+from safetensors.torch import load_file, save_file
 
 from sd3tune import __version__
 from sd3tune.errors import AdapterError, ConfigError, ModelError, RunError, UserError
@@ -275,6 +276,19 @@ def test_an_adapter_of_another_tool_asks_for_the_base(run: Path, draw: Draw, tmp
     assert len(draw(foreign, base="tiny", size=(64, 64), steps=1)) == 1
 
 
+def test_the_base_may_be_named_by_any_of_several_adapters(run: Path, draw: Draw, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    theirs = tmp_path / "theirs" / "lora.safetensors"
+    save_file(load_file(run / "adapter" / ADAPTER_FILE), theirs)
+    (theirs_first,) = draw(theirs, run, steps=1)
+    assert recipe_of(theirs_first)["base"] == "tiny"
+    assert recipe_of(theirs_first)["max_sequence_length"] == 77
+    (ours_first,) = draw(run, theirs, steps=1)
+    assert distance(opened(theirs_first), opened(ours_first)) <= 1
+    with pytest.raises(AdapterError, match="does not say which base it is for"):
+        draw(theirs, theirs)
+
+
 def test_a_base_with_other_weights_is_pointed_out(run: Path, draw: Draw, capsys) -> None:
     draw(run, steps=1)
     said = capsys.readouterr().out
@@ -346,7 +360,9 @@ def test_an_adapter_for_another_shape_is_refused_before_anything_is_written(run:
 
 def test_an_out_that_is_a_file_is_one_line(run: Path, draw: Draw, tmp_path: Path) -> None:
     (tmp_path / "images").touch()
-    with pytest.raises(RunError, match=rf"^--out: {tmp_path}/images cannot be made: File exists$"):
+    with pytest.raises(
+        RunError, match=rf"^--out: {tmp_path}/images cannot be made: File exists; choose another folder$"
+    ):
         draw(run)
 
 

@@ -58,6 +58,19 @@ def test_accelerate_launches_the_module_and_the_folder(
         assert_equal_runs(tmp_path / "here", tmp_path / name)
 
 
+def test_processes_that_accelerate_would_let_train_alone_are_refused(
+    write_config, tmp_path: Path, start_cli, monkeypatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launch = (*ACCELERATE, "--multi_gpu", "--num_processes", "2")
+    process = start_cli("-m", "sd3tune", "train", write_config("run"), prefix=launch, cwd=ROOT)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "error: WORLD_SIZE=2: accelerate sets up one process where torch finds no GPU; " in errors
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_processes_equal_one_with_twice_the_batch(
     quick_config, write_config, tmp_path: Path, lines_of, adapter_of, start_cli
 ) -> None:

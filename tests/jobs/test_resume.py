@@ -235,6 +235,36 @@ def test_a_finished_run_is_left_as_it_is(quick_config, finished: Path, capsys) -
     assert files_of(finished) == before
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optimizer.lr=5e-3", "optimizer.lr: 0.01 in the run, 0.005 now"),
+        ("model.base=tiny-sd3", "model.base: "),
+        ("data.resolution=80", "data.resolution: 64 in the run, 80 now"),
+        ("data.flip=true", "data.flip: false in the run, true now"),
+        ("data.trigger=sks", 'data.trigger: null in the run, "sks" now'),
+    ],
+)
+def test_a_finished_run_is_no_answer_to_another_configuration(
+    quick_config, finished: Path, override: str, line: str
+) -> None:
+    before = files_of(finished)
+    with pytest.raises(RunError) as caught:
+        run_training(quick_config(finished, "train.steps=2", override), resume=True)
+    assert [problem.startswith(f"--resume: {line}") for problem in caught.value.problems] == [True, False]
+    assert files_of(finished) == before
+
+
+def test_a_finished_run_needs_neither_its_encodings_nor_its_configuration(
+    quick_config, finished: Path, tmp_path: Path, capsys
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "config.yaml").unlink()
+    run_training(quick_config(run, "train.steps=2", f"data.cache_dir={tmp_path / 'store'}"), resume=True)
+    assert "already finished" in capsys.readouterr().out
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_run_is_not_started_over_without_resume(quick_config, finished: Path) -> None:
     before = files_of(finished)
     with pytest.raises(UserError, match=r"already holds a run \(step 2\); add --resume"):

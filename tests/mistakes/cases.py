@@ -109,8 +109,13 @@ def pickled(base: Path) -> None:
     (base / "vae/diffusion_pytorch_model.safetensors").rename(base / "vae/diffusion_pytorch_model.bin")
 
 
-def adapter(tensors: dict[str, torch.Tensor]) -> Callable[[], object]:
-    return lambda: save_file(tensors, "lora.safetensors")
+def adapter(tensors: dict[str, torch.Tensor], **metadata: str) -> Callable[[], object]:
+    return lambda: save_file(tensors, "lora.safetensors", metadata or None)
+
+
+def contract(text: str) -> Callable[[], object]:
+    """A good adapter, but for what its metadata says."""
+    return adapter(pair("transformer_blocks.0.attn.to_q"), sd3tune=text)
 
 
 def pair(module: str, width: int = 64, value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -347,6 +352,33 @@ CASES = [
         (*INFER, "--lora", "lora.safetensors"),
         "--base",
         adapter(pair("transformer_blocks.0.attn.to_q")),
+    ),
+    Case("adapters", "a contract that is not JSON", (*INFER, *LORA), "'sd3tune'", contract("{")),
+    Case("adapters", "a contract that is a list", (*INFER, *LORA), "'sd3tune'", contract("[1]")),
+    Case("adapters", "a word for a number inside", (*INFER, *LORA), "resolution", contract('{"resolution": "big"}')),
+    Case("adapters", "a size off the grid inside", (*INFER, *LORA), "resolution", contract('{"resolution": 100}')),
+    Case(
+        "adapters",
+        "an encoder that does not exist",
+        (*INFER, *LORA),
+        "encoders",
+        contract('{"encoders": ["clip_l", 3]}'),
+    ),
+    Case("adapters", "weights of no base", (*INFER, *LORA), "base: missing", contract('{"base_fingerprint": "ab"}')),
+    Case("adapters", "a later contract", (*INFER, *LORA), "newer", contract('{"contract_version": 9}')),
+    Case(
+        "adapters",
+        "a version that is none",
+        (*INFER, *LORA),
+        "contract_version",
+        contract('{"contract_version": "v1"}'),
+    ),
+    Case(
+        "adapters",
+        "an alpha that is none",
+        (*INFER, *LORA),
+        "lora_alpha",
+        adapter(pair("transformer_blocks.0.attn.to_q"), lora_adapter_metadata='{"transformer.lora_alpha": "two"}'),
     ),
     Case("adapters", "a weight that is no number", (*INFER, "--lora", "lora.safetensors@much"), "much"),
     Case("adapters", "neither adapter nor base", INFER, "--lora"),

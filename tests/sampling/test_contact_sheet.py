@@ -67,5 +67,12 @@ def test_a_long_label_is_cut_and_never_wider_than_the_sheet() -> None:
 
 
 def test_any_text_and_any_mode_of_picture_will_do() -> None:
-    modes = [Image.new(mode, (8, 8)) for mode in ("RGB", "L", "RGBA", "P", "1")]
-    contact_sheet([modes], ["", "two\nlines", "日本語", "é", "a" * 300], ["🐶"], side=32)
+    modes = [Image.new("RGB", (8, 8), "red").convert(mode) for mode in ("RGB", "L", "RGBA", "P", "1")]
+    plain = contact_sheet([modes], side=32)
+    sheet = contact_sheet([modes], ["", "two\nlines", "日本語", "é", "a" * 300], ["🐶"], side=32)
+    assert sheet.width == plain.width == 8 + len(modes) * 40
+    above, pictures = sheet.crop((0, 0, sheet.width, 56)), sheet.crop((8, 56, sheet.width, 56 + 32))
+    assert len(above.getcolors(1 << 16) or []) > 2, "something is written there"
+    assert ImageChops.difference(pictures, plain.crop((8, 8, plain.width, 8 + 32))).getbbox() is None
+    for number, image in enumerate(modes):
+        assert plain.getpixel((8 + 40 * number + 16, 8 + 16)) == image.convert("RGB").getpixel((4, 4)), image.mode

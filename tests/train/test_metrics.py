@@ -56,7 +56,12 @@ def test_lines_stay_in_order_over_several_flushes(tmp_path: Path) -> None:
 
 def test_adding_a_step_reads_nothing_from_the_device(tmp_path: Path) -> None:
     metrics = alone(tmp_path / "m.jsonl")
-    metrics.add(1, result(device="meta"))  # a meta tensor has no value to read
+    one = result(device="meta")  # a meta tensor has no value to read
+    metrics.add(1, one)
+    with pytest.raises(RuntimeError, match="meta"):
+        one.losses.tolist()
+    metrics.add(2, one)
+    assert read_metrics(metrics.path) == []
 
 
 def test_all_ranks_are_averaged_and_one_writes(tmp_path: Path) -> None:
