@@ -114,6 +114,7 @@ def check_identity(plan: Plan, identity: Mapping[str, Any]) -> None:
 
 
 def start_facts(plan: Plan, world: int) -> dict[str, Any]:
+    used = plan.config.optimizer.kind
     return {
         "versions": versions(),
         "seed": plan.config.seed,
@@ -128,4 +129,9 @@ def start_facts(plan: Plan, world: int) -> dict[str, Any]:
         },
         "images": len(plan.records),
         "modules": len(plan.modules),
+        "optimizer": {
+            "asked": "adamw8bit" if plan.optimizer_fallback else used,
+            "used": used,
+            "reason": plan.optimizer_fallback,
+        },
     }

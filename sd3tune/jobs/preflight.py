@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from sd3tune.data.buckets import Size, bucket_table, nearest_bucket, size_name
 from sd3tune.data.images import upright_size
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.sampler import derive
-from sd3tune.errors import ConfigError, DataError, UserError
+from sd3tune.errors import ConfigError, DataError, RunError, UserError
 from sd3tune.jobs.class_images import PlannedPrior, plan_priors
 from sd3tune.jobs.machine import choose_dtype, dtype_name
 from sd3tune.jobs.run_folder import starting_checkpoint
@@ -28,6 +29,9 @@ from sd3tune.model.bases import Base, configured_base
 from sd3tune.model.components import empty_transformer, load_scheduler
 from sd3tune.model.targets import CoverageRow
 from sd3tune.train.objective import shift_at
+
+OPTIMIZER_EXTRAS = {"adamw8bit": "bitsandbytes"}
+"""What an optimizer needs beyond the base installation: the package, and the extra of its name."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Plan:
     """The sizes that images may be cut to, (height, width) in pixels."""
     priors: Sequence[PlannedPrior]
     """Class images, for each source that asks for them."""
+    optimizer_fallback: str | None = None
+    """Why `config.optimizer` is fused AdamW where an 8-bit one was asked for."""
 
     @property
     def images_per_epoch(self) -> int:
@@ -79,6 +85,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     except UserError as error:
         problems += error.problems
     try:
+        _check_installed(config)
         start = None if resume is None else starting_checkpoint(run, resume)
     except UserError as error:
         problems += error.problems
@@ -199,6 +206,13 @@ def _split(config: Config, records: list[Record]) -> tuple[list[Record], list[Re
         [record for index, record in enumerate(records) if index not in held],
         [record for index, record in enumerate(records) if index in held],
     )
+
+
+def _check_installed(config: Config) -> None:
+    kind = config.optimizer.kind
+    extra = OPTIMIZER_EXTRAS.get(kind)
+    if extra is not None and importlib.util.find_spec(extra) is None:
+        raise RunError(f"optimizer.kind: {kind} needs {extra}: pip install 'sd3tune[{extra}]'")
 
 
 def _with_steps(config: Config, images_per_epoch: int, world: int) -> Config:
