@@ -58,6 +58,7 @@ class BareLoop:
             for parameter, value in zip(self.parameters, weights.values(), strict=True):
                 parameter.copy_(value)
         adamw = config.optimizer
+        assert adamw.kind == "adamw"
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=adamw.lr,

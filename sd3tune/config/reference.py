@@ -47,7 +47,8 @@ data:
 - Sections are merged key by key; the extending file wins. Any other value, a list too, replaces the inherited
   one as a whole; `null` does as well, where a key can be null.
 - Of several files the later one wins, with all that it extends itself.
-- A `kind` that differs from the inherited one drops the inherited keys that the new variant lacks, and says so.
+- A `kind` that differs from the inherited one drops the inherited keys that the new variant lacks or has another
+  default for, and says so: `lr` is 1 for Prodigy, whatever it was for AdamW.
 - Each path stays relative to the file in which it stands, and each problem names that file and its line. So give
   `data.sources` of your own with a preset: its example folder lies beside the preset.
 - The resolved configuration in the run folder extends nothing. `extends` is for files, not for overrides.
@@ -60,7 +61,7 @@ data:
   `data.sources.0.caption='"a dog: sitting"'`. Numbers pick list entries. `ema.decay=0.9` creates `ema`;
   `ema=null` and `ema='{decay: 0.9}'` replace it as a whole. The last override of a key wins.
 - A section with variants is told apart by `kind`; without `kind` it is the default variant. An override
-  that changes `kind` drops the keys of the file that only the former variant had, and says so.
+  that changes `kind` drops the keys of the file that were meant for the former variant, and says so.
 - Paths in a file are relative to that file; paths in an override are relative to the working directory.
   `~` is the home directory. `model.base` and `model.tokenizers` are paths when they begin with `/`, `./`,
   `../` or `~/`, end like a file of weights (`.safetensors`), or when such a folder or file exists (not for the

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from sd3tune.config.problems import dotted, shown
 from sd3tune.config.shape import kind_of, section_at, value_at
 from sd3tune.config.yaml12 import KeyPath
@@ -58,9 +60,10 @@ class Tree:
 
 
 def drop_keys_of_former_kinds(tree: Tree, before: dict[str, Any], is_new: Callable[[KeyPath], bool]) -> None:
-    """Where a new value of `kind` replaced another, remove the inherited keys that only the former variant had.
+    """Where a new value of `kind` replaced another, remove the inherited keys that were meant for the former variant.
 
-    `before` are the values without what is new. What was removed is in the tree's notes.
+    Those are the keys that the new variant lacks, or has another default for. `before` are the values without what is
+    new. What was removed is in the tree's notes.
     """
     for path, origin in list(tree.origins.items()):
         if path[-1] != "kind" or not is_new(path):
@@ -71,8 +74,14 @@ def drop_keys_of_former_kinds(tree: Tree, before: dict[str, Any], is_new: Callab
             continue
         values = value_at(tree.values, section)
         for key in list(values):
-            inherited = not is_new((*section, key))
-            if inherited and key in former.model_fields and key not in current.model_fields:
-                dropped = f"{dotted((*section, key))}: {shown(values.pop(key))}"
-                tree.forget((*section, key))
-                tree.notes.append(f"{origin.label}: dropped {dropped}, which kind {kind_of(current)} does not have")
+            old, new = former.model_fields.get(key), current.model_fields.get(key)
+            if key == "kind" or is_new((*section, key)) or old is None or (new and _default(new) == _default(old)):
+                continue
+            dropped = f"{dotted((*section, key))}: {shown(values.pop(key))}"
+            tree.forget((*section, key))
+            why = "does not have" if new is None else f"has another default for: {shown(_default(new))}"
+            tree.notes.append(f"{origin.label}: dropped {dropped}, which kind {kind_of(current)} {why}")
+
+
+def _default(field: FieldInfo) -> Any:
+    return field.get_default(call_default_factory=True)

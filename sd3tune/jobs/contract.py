@@ -157,6 +157,7 @@ def _in_words(line: str) -> str:
 
 
 def start_facts(plan: Plan, world: int) -> dict[str, Any]:
+    used = plan.config.optimizer.kind
     return {
         "versions": versions(),
         "seed": plan.config.seed,
@@ -171,4 +172,9 @@ def start_facts(plan: Plan, world: int) -> dict[str, Any]:
         },
         "images": len(plan.records),
         "modules": len(plan.modules),
+        "optimizer": {
+            "asked": "adamw8bit" if plan.optimizer_fallback else used,
+            "used": used,
+            "reason": plan.optimizer_fallback,
+        },
     }

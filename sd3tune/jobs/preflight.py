@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from sd3tune.data.buckets import Size, bucket_table, nearest_bucket, size_name
 from sd3tune.data.images import upright_size
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.sampler import derive, times_seen
-from sd3tune.errors import ConfigError, DataError, UserError
+from sd3tune.errors import ConfigError, DataError, RunError, UserError
 from sd3tune.jobs.class_images import PlannedPrior, plan_priors
 from sd3tune.jobs.machine import choose_dtype, dtype_name, gpu_of
 from sd3tune.jobs.run_folder import check_room, starting_checkpoint
@@ -32,6 +33,9 @@ from sd3tune.model.targets import CoverageRow
 from sd3tune.train.objective import share_inside, shift_at
 
 _LEAST_SHARE = 1e-6
+
+OPTIMIZER_EXTRAS = {"adamw8bit": "bitsandbytes"}
+"""What an optimizer needs beyond the base installation: the package, and the extra of its name."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Plan:
     """The sizes that images may be cut to, (height, width) in pixels."""
     priors: Sequence[PlannedPrior]
     """Class images, for each source that asks for them."""
+    optimizer_fallback: str | None = None
+    """Why `config.optimizer` is fused AdamW where an 8-bit one was asked for."""
 
     @property
     def images_per_epoch(self) -> int:
@@ -82,6 +88,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     except UserError as error:
         problems += error.problems
     try:
+        _check_installed(config)
         start = None if resume is None else starting_checkpoint(run, resume)
     except UserError as error:
         problems += error.problems
@@ -238,6 +245,13 @@ def _split(config: Config, records: list[Record]) -> tuple[list[Record], list[Re
         [record for index, record in enumerate(records) if index not in held],
         [record for index, record in enumerate(records) if index in held],
     )
+
+
+def _check_installed(config: Config) -> None:
+    kind = config.optimizer.kind
+    extra = OPTIMIZER_EXTRAS.get(kind)
+    if extra is not None and importlib.util.find_spec(extra) is None:
+        raise RunError(f"optimizer.kind: {kind} needs {extra}: pip install 'sd3tune[{extra}]'")
 
 
 def _with_steps(config: Config, images_per_epoch: int, world: int) -> Config:

@@ -22,6 +22,7 @@ from sd3tune.jobs.encoding import Encoded, encode
 from sd3tune.jobs.launch import errors_to_the_launcher
 from sd3tune.jobs.machine import ALONE, closing_process_group, make_accelerator, processes_of
 from sd3tune.jobs.memory import encoding_knob, loading_knob, naming_out_of_memory, training_knob
+from sd3tune.jobs.optimizer import with_working_optimizer
 from sd3tune.jobs.preflight import Plan, describe, make_plan
 from sd3tune.jobs.preview import Previews
 from sd3tune.jobs.run_folder import RUN_FILE, check_start, describe_run, is_finished, locked, remove_previews
@@ -34,7 +35,8 @@ from sd3tune.train.checkpoint import list_checkpoints, restore
 from sd3tune.train.loop import Callback, Processes, exported_weights, train
 from sd3tune.train.metrics import Metrics
 from sd3tune.train.objective import make_objective, shift_at, sigma_of_u
-from sd3tune.train.optim import OPTIMIZERS, FlatMaster, LossScale
+from sd3tune.train.optim import FlatMaster, LossScale
+from sd3tune.train.optimizers import OPTIMIZERS
 from sd3tune.train.step import TrainState, predict_velocity
 
 OBSERVED_STEPS = 8
@@ -68,6 +70,7 @@ def run_training(
             check_finished(plan, processes.world)
             say(f"{plan.run}: already finished; nothing to do")
             return
+        plan = with_working_optimizer(plan, processes, say)
         for line in describe(plan, processes.world):
             say(line)
         if dry_run:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sd3tune.config.sections.optimizer import AdamWConfig, ConstantConfig, CosineConfig
+from sd3tune.config.sections.optimizer import ConstantConfig, CosineConfig
 from sd3tune.config.sections.train import EmaConfig
 
 MIN_LOSS_SCALE_STEPS = 2000
+MIN_LOSS_SCALE = 1.0
+"""Below it a gradient would lose to underflow what scaling is there to keep; overflow at 1 is the model's own."""
 NORM_CHUNK = 1 << 16
 """A norm is taken over chunks: a plain fp32 sum of ten million squares loses four digits on the CPU."""
 
@@ -64,7 +66,10 @@ class FlatMaster:
 
 
 class LossScale:
-    """Dynamic loss scaling for fp16, without a host sync (Micikevicius et al. 2018): halve on overflow, else grow."""
+    """Dynamic loss scaling for fp16, without a host sync (Micikevicius et al. 2018): halve on overflow, else grow.
+
+    As torch's GradScaler has it, with a floor: a few NaN, which no scale mends, must not bring it down to nothing.
+    """
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
         self.scale = torch.full((), 2.0**16 if enabled else 1.0, device=device)
@@ -76,7 +81,7 @@ class LossScale:
             return
         self.good_steps.copy_(torch.where(overflow, 0.0, self.good_steps + 1))
         grow = self.good_steps >= MIN_LOSS_SCALE_STEPS
-        self.scale.mul_(torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0)))
+        self.scale.mul_(torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0))).clamp_(min=MIN_LOSS_SCALE)
         self.good_steps.masked_fill_(grow, 0)
 
 
@@ -86,21 +91,6 @@ def clip_(gradient: Tensor, max_norm: float | None) -> Tensor:
     if max_norm is not None:
         gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
-
-
-def make_adamw(config: AdamWConfig, master: nn.Parameter) -> torch.optim.Optimizer:
-    beta1, beta2 = config.betas
-    return torch.optim.AdamW(
-        [master],
-        lr=config.lr,
-        betas=(beta1, beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-
-
-OPTIMIZERS: dict[str, Callable[[AdamWConfig, nn.Parameter], torch.optim.Optimizer]] = {"adamw": make_adamw}
 
 
 def learning_rate(schedule: ConstantConfig | CosineConfig, peak: float, step: int, steps: int) -> float:

@@ -118,7 +118,7 @@ def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[
     overflow = ~grad_norm.isfinite()
 
     optimizer.param_groups[0]["lr"] = lr
-    optimizer.found_inf = overflow.float()  # type: ignore[attr-defined]  # the fused kernel skips the step by itself
+    optimizer.found_inf = overflow.float()  # type: ignore[attr-defined]  # where it is not 0, a step changes nothing
     master.master.grad = gradient
     optimizer.step()
     master.master.grad = None

@@ -130,6 +130,16 @@ def test_a_change_of_kind_keeps_what_both_variants_have(run: Path) -> None:
     assert loaded.notes == ()
 
 
+def test_a_change_of_kind_drops_a_value_that_means_something_else_there(run: Path) -> None:
+    run.write_text(RUN + "optimizer: {kind: adamw, lr: 1e-4, weight_decay: 0.0}\n")
+    loaded = load_config(run, ["optimizer.kind=prodigy"])
+    assert (loaded.config.optimizer.lr, loaded.config.optimizer.weight_decay) == (1.0, 0.0)
+    dropped = "override optimizer.kind=prodigy: dropped optimizer.lr: 0.0001"
+    assert loaded.notes == (f"{dropped}, which kind prodigy has another default for: 1.0",)
+    assert load_config(run, ["optimizer.kind=adamw8bit"]).config.optimizer.lr == 1e-4
+    assert load_config(run, ["optimizer.kind=prodigy", "optimizer.lr=0.5"]).config.optimizer.lr == 0.5
+
+
 def test_a_change_of_kind_drops_nothing_that_was_asked_for(run: Path) -> None:
     (found,) = problems(run, "flow.weighting.gamma=7", "flow.weighting.kind=none")
     assert found.startswith("override flow.weighting.gamma=7: unknown key with kind none")

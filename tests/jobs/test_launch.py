@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sd3tune.config import dump_config
 from sd3tune.errors import RunError
@@ -102,7 +103,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5)
 
 
-def test_two_processes_resume_as_if_never_stopped(
+def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
     quick_config, write_config, tmp_path: Path, assert_equal_runs, start_cli, monkeypatch
 ) -> None:
     settings = (
@@ -111,6 +112,13 @@ def test_two_processes_resume_as_if_never_stopped(
     )  # fmt: skip
     write_config("straight", *settings)
     write_config("stopped", *settings)
+    prodigy = (
+        "train.steps=6",
+        "optimizer={kind: prodigy, d0: 1.0e-5, use_bias_correction: false}",
+        "train.gradient_accumulation=2",
+    )
+    write_config("prodigy", *prodigy)
+    write_config("broken", "optimizer={kind: adamw8bit, lr: 0.01}", "train.steps=2")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     prefix = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     printed, _ = finish(start_cli(DRIVER, tmp_path, prefix=prefix))
@@ -125,6 +133,20 @@ def test_two_processes_resume_as_if_never_stopped(
 
     with pytest.raises(RunError, match="--resume: processes: 2 in the run, 1 now"):
         run_training(quick_config(tmp_path / "stopped", *settings, "train.steps=8"), resume=True)
+
+    for name in ("prodigy", "broken"):
+        one, other = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1))
+        assert all(torch.equal(one[key], tensor) for key, tensor in other.items())
+
+    run_training(quick_config(tmp_path / "alone", *prodigy, "train.batch_size=2"))
+    last = Path("checkpoints", "step-000006", "state.safetensors")
+    alone, both = load_file(tmp_path / "alone" / last), load_file(tmp_path / "prodigy" / last)
+    assert alone["optimizer.d"].item() > 1e-4
+    assert both["optimizer.d"].item() == pytest.approx(alone["optimizer.d"].item(), rel=1e-3)
+
+    assert "warning: optimizer.kind: adamw8bit does not work here (it failed in process 1)" in printed
+    used = {"asked": "adamw8bit", "used": "adamw", "reason": "it failed in process 1"}
+    assert described(tmp_path / "broken")["optimizer"] == used
 
 
 def test_the_console_script_exits_with_2_and_one_line(write_config, tmp_path: Path, start_cli) -> None:

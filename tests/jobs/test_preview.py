@@ -80,6 +80,14 @@ def test_the_run_does_not_notice_its_previews(run: Path, quick_config, tmp_path:
     assert_equal_runs(tmp_path / "plain", run)
 
 
+def test_previews_leave_an_fp16_run_and_its_loss_scale_alone(quick_config, tmp_path: Path, assert_equal_runs) -> None:
+    options = ("model.dtype=fp16", "train.steps=3", "ema={decay: 0.5}", "checkpoint.every=1")
+    run_training(quick_config(tmp_path / "plain", *options))
+    run_training(quick_config(tmp_path / "run", *options, SETTINGS.replace("every: 2", "every: 1")))
+    assert (tmp_path / "run" / "samples").exists()
+    assert_equal_runs(tmp_path / "plain", tmp_path / "run")
+
+
 def test_the_live_weights_are_the_very_same_tensors_afterwards(quick_config, tmp_path: Path) -> None:
     seen: list[tuple[list[int], list[torch.Tensor]]] = []
 

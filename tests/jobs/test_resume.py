@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sd3tune.config import dump_config
 from sd3tune.errors import RunError, UserError
 from sd3tune.jobs import train
 from sd3tune.jobs.train import run_training
+from sd3tune.train.batches import Batch, Batches
 from sd3tune.train.loop import View
 
 STEPS = 12
@@ -107,6 +112,45 @@ def test_a_run_that_went_on_from_an_adapter_resumes(quick_config, tmp_path: Path
     other = tmp_path / "straight"
     with pytest.raises(RunError, match=r"--resume: method\.start_from: "):
         run_training(quick_config(tmp_path / "other", *settings, f"method.start_from={other}"), resume=True)
+
+
+OPTIMIZER_STATE = {
+    "adamw": {"step", "exp_avg", "exp_avg_sq"},
+    "adamw8bit": {"step", "state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"},
+    "prodigy": {"step", "d", "numerator", "start", "s", "exp_avg", "exp_avg_sq"},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZER_STATE)
+def test_every_optimizer_resumes_exactly_also_around_skipped_steps(
+    quick_config, tmp_path: Path, assert_equal_runs, lines_of, monkeypatch, kind: str
+) -> None:
+    """The gradients of steps 2 and 5 are NaN; the run is stopped after step 4 and goes on from there."""
+    fetch = Batches.fetch
+
+    def poisoned(self: Batches, step: int, micro: int) -> Batch:
+        batch = fetch(self, step, micro)
+        return replace(batch, latents=batch.latents * math.nan) if (step, micro) in ((1, 1), (4, 1)) else batch
+
+    monkeypatch.setattr(Batches, "fetch", poisoned)
+    d0 = ", d0: 1.0e-3" if kind == "prodigy" else ""
+    settings = (
+        f"optimizer={{kind: {kind}{d0}}}", "train.steps=6", "train.gradient_accumulation=2", "ema={decay: 0.8}",
+        "schedule={kind: cosine, warmup_steps: 2}", "checkpoint={every: 2, keep: 3}",
+    )  # fmt: skip
+    run_training(quick_config(tmp_path / "straight", *settings))
+    config = quick_config(tmp_path / "run", *settings)
+    stopped(config, 5)
+    run_training(config, resume=True)
+    assert_equal_runs(tmp_path / "straight", tmp_path / "run")
+    assert [line["step"] for line in lines_of(tmp_path / "run") if line["grad_norm"] is None] == [2, 5]
+
+    checkpoint = load_file(tmp_path / "run" / "checkpoints" / "step-000006" / "state.safetensors")
+    saved = {name.removeprefix("optimizer."): one for name, one in checkpoint.items() if "optimizer." in name}
+    assert saved.keys() == OPTIMIZER_STATE[kind]
+    assert saved["step"].item() == 4
+    quantised = {name for name, tensor in saved.items() if tensor.dtype == torch.uint8}
+    assert quantised == ({"state1", "state2"} if kind == "adamw8bit" else set())
 
 
 def test_a_run_may_be_stopped_more_than_once(quick_config, tmp_path: Path, straight: Path, assert_equal_runs) -> None:
@@ -312,6 +356,7 @@ COSINE = ("train.steps=4", "schedule.kind=cosine", "checkpoint.every=2")
         ("flow.shift=model", "flow.shift: 1.0 in the run, 3.0 now"),
         ("flow.weighting={kind: min_snr, gamma: 5.0}", 'flow.weighting.kind: "none" in the run, "min_snr" now'),
         ("optimizer.lr=1e-3", "optimizer.lr: 0.01 in the run, 0.001 now"),
+        ("optimizer={kind: adamw8bit, lr: 0.01}", 'optimizer.kind: "adamw" in the run, "adamw8bit" now'),
         ("seed=1", "seed: 0 in the run, 1 now"),
         ("method.alpha=4.0", "method.alpha: 2.0 in the run, 4.0 now"),
         ("method.dropout=0.1", "method.dropout: 0.0 in the run, 0.1 now"),

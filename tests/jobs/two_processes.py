@@ -2,7 +2,8 @@
 
 `two_processes.py FOLDER`: trains FOLDER/straight.yaml; trains FOLDER/stopped.yaml, stops it after step 3, resumes it,
 has the second rank alone receive a SIGTERM after step 4, and resumes it again. Each rank notes in
-FOLDER/exports-RANK.txt what adapters it wrote.
+FOLDER/exports-RANK.txt what adapters it wrote. Last it trains FOLDER/prodigy.yaml, and FOLDER/broken.yaml while
+bitsandbytes fails in rank 1; each rank writes its last weights to NAME-RANK.safetensors.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from sd3tune.config import Config, load_config
 from sd3tune.errors import RunError
@@ -30,6 +32,11 @@ def stop(view: View) -> None:
 def terminate_the_second(view: View) -> None:
     if view.step == 4 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def keep(run: Path, view: View) -> None:
+    if view.last:
+        save_file(dict(view.weights), run.with_name(f"{run.name}-{os.environ['RANK']}.safetensors"))
 
 
 def main(folder: Path) -> None:
@@ -52,6 +59,12 @@ def main(folder: Path) -> None:
     with contextlib.suppress(RunError):
         train.run_training(config("stopped"), resume=True, callbacks=[terminate_the_second])
     train.run_training(config("stopped"), resume=True)
+    for name in ("prodigy", "broken"):
+        if name == "broken" and os.environ["RANK"] == "1":
+            import bitsandbytes.functional
+
+            del bitsandbytes.functional.create_dynamic_map
+        train.run_training(config(name), callbacks=[lambda view, name=name: keep(folder / name, view)])
     torch.distributed.destroy_process_group()
 
 

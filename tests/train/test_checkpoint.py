@@ -24,6 +24,11 @@ def config(quick_config, tmp_path) -> Config:
     return quick_config(tmp_path / "run", "ema={decay: 0.9}")
 
 
+@pytest.fixture(params=["adamw", "adamw8bit", "prodigy"])
+def any_config(request, quick_config, tmp_path) -> Config:
+    return quick_config(tmp_path / "run", "ema={decay: 0.9}", f"optimizer={{kind: {request.param}}}")
+
+
 def make(config: Config, dtype=torch.float32, size=6) -> TrainState:
     torch.manual_seed(0)
     parameters = {"a": nn.Parameter(torch.randn(size)), "b": nn.Parameter(torch.randn(2, 3))}
@@ -49,7 +54,8 @@ def tensors_of(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_restored_state_goes_on_like_the_saved_one(config, tmp_path, dtype) -> None:
+def test_a_restored_state_goes_on_like_the_saved_one(any_config, tmp_path, dtype) -> None:
+    config = any_config
     straight = make(config, dtype)
     advance(straight, config, 3)
     folder = save(tmp_path, straight)
@@ -61,10 +67,12 @@ def test_a_restored_state_goes_on_like_the_saved_one(config, tmp_path, dtype) ->
     advance(resumed, config, 4)
     expected = tensors_of(straight)
     for name, tensor in tensors_of(resumed).items():
+        assert tensor.dtype == expected[name].dtype, name
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_training_on_does_not_write_into_the_file(config, tmp_path) -> None:
+def test_training_on_does_not_write_into_the_file(any_config, tmp_path) -> None:
+    config = any_config
     state = make(config)
     advance(state, config, 2)
     folder = save(tmp_path, state)

@@ -10,7 +10,15 @@ from torch import nn
 
 from sd3tune.config.sections.optimizer import ConstantConfig, CosineConfig
 from sd3tune.config.sections.train import EmaConfig
-from sd3tune.train.optim import MIN_LOSS_SCALE_STEPS, FlatMaster, LossScale, clip_, ema_decay, learning_rate
+from sd3tune.train.optim import (
+    MIN_LOSS_SCALE,
+    MIN_LOSS_SCALE_STEPS,
+    FlatMaster,
+    LossScale,
+    clip_,
+    ema_decay,
+    learning_rate,
+)
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 2, 2)}
 
@@ -185,6 +193,17 @@ def test_an_overflow_restarts_the_calm() -> None:
         scale.update(torch.tensor(False))
     scale.update(torch.tensor(True))
     assert scale.good_steps.item() == 0
+
+
+def test_a_row_of_overflows_leaves_the_loss_scale_at_its_floor() -> None:
+    """As torch's GradScaler down to it; from there it grows again."""
+    scale = LossScale(torch.device("cpu"), enabled=True)
+    for halvings in range(1, 200):
+        scale.update(torch.tensor(True))
+        assert scale.scale.item() == max(2.0 ** (16 - halvings), MIN_LOSS_SCALE)
+    for _ in range(MIN_LOSS_SCALE_STEPS):
+        scale.update(torch.tensor(False))
+    assert scale.scale.item() == 2 * MIN_LOSS_SCALE
 
 
 def test_loss_scale_is_one_and_stays_when_it_is_not_needed() -> None:

@@ -248,6 +248,29 @@ def test_fp16s_gradient_is_that_of_fp32(start) -> None:
     torch.testing.assert_close(half.step().grad_norm, full.step().grad_norm, rtol=2e-2, atol=0)
 
 
+def test_fp16_clips_the_gradient_without_its_scale(start) -> None:
+    """AdamW's first moment holds a tenth of the first gradient that it is given."""
+    limit = 1e-3
+    training = start("model.dtype=fp16", f"train.max_grad_norm={limit}")
+    result = training.step()
+    assert limit < result.grad_norm.item() < training.state.loss_scale.scale.item()
+    moment = training.state.optimizer.state[training.state.master.master]["exp_avg"]
+    assert 10 * moment.norm().item() == pytest.approx(limit, rel=1e-4)
+
+
+def test_fp16_keeps_updates_that_fp16_masters_lose(start) -> None:
+    """Steps of 1e-6 on weights of 0.1, where numbers in fp16 lie 6e-5 apart."""
+    training = start("model.dtype=fp16", "optimizer.lr=1e-6", "train.batch_size=2")
+    before = fp32_copy(training.state.master.named(training.state.master.master))
+    rounded = fp32_copy(training.parameters)
+    for _ in range(3):
+        assert training.step().grad_norm.isfinite()
+    after = training.state.master.named(training.state.master.master)
+    names = [name for name in after if name.endswith("lora_A")]
+    assert min(changed_share(before[name], after[name]) for name in names) > 0.95
+    assert max(changed_share(rounded[name], training.parameters[name].float()) for name in names) < 0.2
+
+
 def test_the_average_follows_its_recursion(start) -> None:
     training = start("ema={decay: 0.5}", "optimizer.lr=1e-1")
     expected = training.state.master.master.detach().double()
@@ -269,9 +292,14 @@ class _NoHostSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_a_step_reads_no_value_back(start, dtype: str) -> None:
-    training = start(f"model.dtype={dtype}", "ema={decay: 0.9}", "train.gradient_accumulation=2", "method.dropout=0.1")
+@pytest.mark.parametrize(
+    ("dtype", "optimizer"), [("fp32", "adamw"), ("fp16", "adamw"), ("fp32", "adamw8bit"), ("fp32", "prodigy")]
+)
+def test_a_step_reads_no_value_back(start, dtype: str, optimizer: str) -> None:
+    training = start(
+        f"model.dtype={dtype}", f"optimizer={{kind: {optimizer}}}", "ema={decay: 0.9}",
+        "train.gradient_accumulation=2", "method.dropout=0.1",
+    )  # fmt: skip
     training.step()
     with _NoHostSync():
         result = training.step()

@@ -49,7 +49,8 @@ class ModelConfig(Section):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="Precision of the frozen base: auto is fp32 on the CPU, bf16 on a GPU that has it, else "
-        "fp16. The adapter's masters, gradient sums, EMA and optimizer state are fp32 always.",
+        "fp16. The adapter's masters, gradient sums and EMA are fp32 always, and so is the optimizer's state but for "
+        "`adamw8bit`.",
     )
     quantize: Literal["none"] = Field("none", description="Quantisation of the frozen base: only none so far.")
     max_sequence_length: int = Field(

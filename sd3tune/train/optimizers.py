@@ -1,0 +1,138 @@
+"""The optimizers. Each works on the one flat master, and keeps all that it remembers as tensors, in `state[master]`.
+
+A gradient that is not finite is passed over on the device: where the scalar `found_inf` is not 0, master and state keep
+their values to the bit, and the host waits for nothing. torch's fused AdamW does that by itself; the others are a rule,
+a pure function of tensors, whose result `RuleOptimizer` takes or leaves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig, ProdigyConfig
+
+BLOCK = 256
+"""Values that share a scale in 8-bit moments, as in bitsandbytes' own optimizers."""
+
+State = dict[str, Tensor]
+Rule = Callable[[Tensor, Tensor, State, float], tuple[Tensor, State]]
+"""(master, gradient, state, learning rate) -> the next master, and what is new in the state; changes neither."""
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """Takes steps by `rule`, beginning with `state`."""
+
+    found_inf: Tensor
+    """A scalar on the device, set before each step: not 0 where the gradient is not finite."""
+
+    def __init__(self, master: nn.Parameter, lr: float, state: State, rule: Rule) -> None:
+        super().__init__([master], {"lr": lr})
+        self.state[master] = state
+        self.rule = rule
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        (group,) = self.param_groups
+        (master,) = group["params"]
+        state, skip = self.state[master], self.found_inf.bool()
+        gradient = master.grad.masked_fill(skip, 0.0)  # quantisation and reductions never meet a NaN
+        new_master, new = self.rule(master, gradient, state, group["lr"])
+        for old, value in [(master, new_master), *((state[name], value) for name, value in new.items())]:
+            old.copy_(torch.where(skip, old, value))
+
+
+def make_adamw(config: AdamWConfig, master: nn.Parameter) -> torch.optim.Optimizer:
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(
+        [master],
+        lr=config.lr,
+        betas=(beta1, beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def make_adamw8bit(config: AdamW8bitConfig, master: nn.Parameter) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW8bit, with its blocks, code books and kernels, but for the step number.
+
+    Its own class counts the steps on the host, which cannot know of a skipped one without waiting for the device.
+    """
+    from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, quantize_blockwise
+
+    beta1, beta2 = config.betas
+    state = {"step": _scalar(0, master)}
+    for moment, signed in (("1", True), ("2", False)):
+        state |= {
+            f"state{moment}": torch.zeros_like(master, dtype=torch.uint8),
+            f"absmax{moment}": master.new_zeros(math.ceil(master.numel() / BLOCK)),
+            f"qmap{moment}": create_dynamic_map(signed=signed).to(master.device),
+        }
+
+    def read(state: State, moment: str) -> Tensor:
+        code, scale, book = (state[f"{part}{moment}"] for part in ("state", "absmax", "qmap"))
+        values: Tensor = dequantize_blockwise(code, absmax=scale, code=book, blocksize=BLOCK)
+        return values
+
+    def written(values: Tensor, state: State, moment: str) -> State:
+        code, quantised = quantize_blockwise(values, code=state[f"qmap{moment}"], blocksize=BLOCK)
+        return {f"state{moment}": code, f"absmax{moment}": quantised.absmax}
+
+    def rule(master: Tensor, gradient: Tensor, state: State, lr: float) -> tuple[Tensor, State]:
+        step = state["step"] + 1
+        exp_avg = read(state, "1").mul_(beta1).add_(gradient, alpha=1 - beta1)
+        exp_avg_sq = read(state, "2").mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = (exp_avg_sq.sqrt() / (1 - beta2**step).sqrt()).add_(config.eps)
+        decayed = master * (1 - lr * config.weight_decay)
+        new_master = decayed.addcdiv_(exp_avg * (-lr / (1 - beta1**step)), denominator)
+        return new_master, {"step": step, **written(exp_avg, state, "1"), **written(exp_avg_sq, state, "2")}
+
+    return RuleOptimizer(master, config.lr, state, rule)
+
+
+def make_prodigy(config: ProdigyConfig, master: nn.Parameter) -> torch.optim.Optimizer:
+    """Prodigy, in its form for Adam (Mishchenko & Defazio 2024, algorithm 4), as the `prodigyopt` package has it.
+
+    The package keeps d and its parts as Python numbers, which it reads back from the device twice a step.
+    """
+    beta1, beta2 = config.betas
+    beta3, d0 = math.sqrt(beta2), config.d0
+    state = {"step": _scalar(0, master), "d": _scalar(d0, master), "numerator": _scalar(0, master)}
+    state |= {name: torch.zeros_like(master).detach() for name in ("exp_avg", "exp_avg_sq", "s")}
+    state["start"] = master.detach().clone()
+
+    def rule(master: Tensor, gradient: Tensor, state: State, lr: float) -> tuple[Tensor, State]:
+        step, d = state["step"] + 1, state["d"]
+        correction = (1 - beta2**step).sqrt() / (1 - beta1**step) if config.use_bias_correction else 1.0
+        rate = d * lr * correction
+
+        exp_avg = beta1 * state["exp_avg"] + (1 - beta1) * d * gradient
+        exp_avg_sq = beta2 * state["exp_avg_sq"] + (1 - beta2) * d**2 * gradient**2
+        progress = ((state["start"] - master) * gradient).sum(dtype=torch.float64)
+        numerator = beta3 * state["numerator"] + d / d0 * rate * progress
+        s = beta3 * state["s"] + d / d0 * (d if config.safeguard_warmup else rate) * gradient
+        estimate = config.d_coef * numerator / s.abs().sum(dtype=torch.float64)
+        d = torch.fmax(d, estimate)  # d stays where there has been no gradient yet: 0 / 0 is NaN
+
+        new_master = master * (1 - rate * config.weight_decay) - rate * exp_avg / (exp_avg_sq.sqrt() + d * config.eps)
+        new = {"step": step, "d": d, "numerator": numerator, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "s": s}
+        return new_master, new
+
+    return RuleOptimizer(master, config.lr, state, rule)
+
+
+def _scalar(value: float, master: Tensor) -> Tensor:
+    """A number that lives on the master's device, as exact as a Python one."""
+    return torch.tensor(float(value), dtype=torch.float64, device=master.device)
+
+
+OPTIMIZERS: dict[str, Callable[[Any, nn.Parameter], torch.optim.Optimizer]] = {
+    "adamw": make_adamw,
+    "adamw8bit": make_adamw8bit,
+    "prodigy": make_prodigy,
+}
