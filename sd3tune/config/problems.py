@@ -61,12 +61,16 @@ def explain(errors: list[ErrorDetails], tree: Any) -> Iterator[tuple[KeyPath, st
 def _key_path(error: ErrorDetails, tree: Any) -> KeyPath:
     """The error's location without the labels that pydantic adds for the alternatives of a union."""
     path: list[str | int] = []
-    value = tree
+    value, label = tree, None
     for step in error["loc"]:
+        if label is not None and step == label:
+            label = None
+            continue
         known = step in value if isinstance(value, dict) else isinstance(step, int) and isinstance(value, list)
         if known:
             path.append(step)
             value = child(value, step)
+            label = value.get("kind") if isinstance(value, dict) else None
     if error["type"] == "missing":
         path.append(error["loc"][-1])
     if error["type"].startswith("union_tag"):

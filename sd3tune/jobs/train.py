@@ -146,9 +146,10 @@ def _train(
             }
             unseen = [f"step {step}: no preview, out of memory" for preview in previews for step in preview.skipped]
             described |= {"skipped_steps": list(metrics.skipped), "warnings": [*encoded.warnings, *unseen]}
-            report = _close(plan, state, transformer, batches, contract, described)
-            held_out = [line for validation in validations for line in validation.summary()]
-            _say_goodbye(plan, [*held_out, *summary(plan, report)], metrics, from_step, trained_at - loaded_at, say)
+            held_out = {name: of for validation in validations for name, of in validation.report().items()}
+            report = _close(plan, state, transformer, batches, contract, described, held_out)
+            measured = [line for validation in validations for line in validation.summary()]
+            _say_goodbye(plan, [*measured, *summary(plan, report)], metrics, from_step, trained_at - loaded_at, say)
             if not report["changes_output"]:
                 way_out = "raise optimizer.lr or train.steps, or check method.targets"
                 raise RunError(f"{plan.run}: the adapter changes nothing: {way_out}")
@@ -162,10 +163,11 @@ def _close(
     batches: Batches,
     contract: dict[str, Any],
     described: dict[str, Any],
+    held_out: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the adapter, `run.json` and the card; returns the closing report."""
     _export(plan, state, contract)
-    report = closing_report(plan, transformer, exported_weights(state), batches)
+    report = closing_report(plan, transformer, exported_weights(state), batches) | held_out
     write_json(plan.run / RUN_FILE, {**described, "report": report})
     write_card(plan.run, plan.config, contract, report)
     return report

@@ -54,6 +54,10 @@ class Validation:
         finite = [line for line in self.lines or [] if line["loss"] is not None]
         return min(finite, key=lambda line: line["loss"], default=None)
 
+    def report(self) -> dict[str, Any]:
+        """`held_out`: the last and the best measurement."""
+        return {"held_out": {"last": self.lines[-1], "best": self.best}} if self.lines else {}
+
     def summary(self) -> list[str]:
         """The last and the best measurement, for the end of a run."""
         if not self.lines or self.best is None:

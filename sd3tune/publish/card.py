@@ -49,7 +49,7 @@ The velocity loss at fixed noise, on training images: it shows that something wa
 {losses}
 
 One denoising step changes by {change:.3g} %.
-"""
+{held_out}"""
 
 
 def write_card(run: Path, config: Config, contract: Mapping[str, Any], report: Mapping[str, Any]) -> Path:
@@ -75,6 +75,7 @@ def card(config: Config, contract: Mapping[str, Any], report: Mapping[str, Any])
         facts="\n".join(f"| {name} | {value} |" for name, value in _facts(config, contract).items()),
         losses=_losses(report["fixed_noise_loss"]),
         change=100 * report["velocity_change"],
+        held_out=_held_out(report.get("held_out")),
     )
 
 
@@ -108,10 +109,31 @@ def _facts(config: Config, contract: Mapping[str, Any]) -> dict[str, str]:
         "resolution": f"{contract['resolution']} px" + (", aspect buckets" if contract["buckets"] else ", squares"),
         "T5 tokens": f"{contract['max_sequence_length']}" + ("" if "t5" in contract["encoders"] else ", T5 not used"),
         **_encoder_files(contract),
+        **_priors(config),
         "dropout": f"caption {contract['caption_dropout']:g}, text encoder {contract['encoder_dropout']:g}",
         "weights": "exponential moving average" if contract["weights"] == "ema" else "as trained",
         "sd3tune": contract["sd3tune_version"],
     }
+
+
+def _priors(config: Config) -> dict[str, str]:
+    used = [source.prior for source in config.data.sources if source.prior and source.prior.weight > 0]
+    kinds = {"images": "class images", "prediction": "the base's prediction"}
+    described = [f"{kinds[prior.kind]} of `{prior.prompt}`, weight {prior.weight:g}" for prior in used]
+    return {"prior preservation": "; ".join(dict.fromkeys(described))} if used else {}
+
+
+def _held_out(measured: Mapping[str, Any] | None) -> str:
+    """A sentence on images that were not trained on, if there were any."""
+    if not measured or measured["last"]["loss"] is None:
+        return ""
+    last, best = measured["last"], measured["best"]
+    of = "one image that was" if last["images"] == 1 else f"{last['images']} images that were"
+    better = "" if best["step"] == last["step"] else f", and {best['loss']:.4f} at step {best['step']}"
+    return (
+        f"\nOn {of} not trained on, the mean loss over all noise levels is {last['loss']:.4f}{better}; "
+        f"without the adapter it is {last['base_loss']:.4f}.\n"
+    )
 
 
 def _losses(loss: Mapping[str, Any]) -> str:

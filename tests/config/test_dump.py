@@ -86,6 +86,7 @@ def section(kind: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
         "alpha_pattern": st.dictionaries(st.sampled_from(["attn.to_q", "re:.*\\.0\\..*"]), st.floats(0.5, 100)),
         "init": st.sampled_from([True, "gaussian", "eva"]),
         "start_from": st.sampled_from([None, "/runs/a b"]),
+        "holdout": st.sampled_from([0, 3, "/held out"]),
         "min_sigma": st.floats(0, 0.4),
         "max_sigma": st.floats(0.5, 1),
         "base": st.sampled_from(["tiny", "owner/name", "/abs: folder"]),

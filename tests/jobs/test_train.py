@@ -47,6 +47,7 @@ def test_a_run_writes_its_folder(finished: Path) -> None:
         "checkpoints/step-000004/state.safetensors",
         "checkpoints/step-000004/adapter/pytorch_lora_weights.safetensors",
         "samples/over_time.png",
+        "samples/base-0.png",
         *(f"samples/step-00000{step}-0.png" for step in (0, 2, 4)),
     }  # fmt: skip
 
@@ -66,7 +67,7 @@ def test_run_json_says_what_ran(finished: Path) -> None:
     assert described["resumes"] == []
     assert described["threads"] == torch.get_num_threads()
     assert set(described["versions"]) >= {"sd3tune", "python", "torch", "diffusers", "peft"}
-    assert set(described["timings"]) == {"encode_s", "load_s", "train_s", "preview_s"}
+    assert set(described["timings"]) == {"encode_s", "load_s", "train_s", "validation_s", "preview_s"}
     assert described["report"]["changes_output"] is True
     assert described["skipped_steps"] == []
     assert len(described["base"]["fingerprint"]) == 64

@@ -100,7 +100,7 @@ def test_going_on_from_an_adapter_begins_where_it_ended(quick_config, tmp_path: 
         ("method.blocks=[0-11]", "method.blocks: 11 is out of range; this base has 4 blocks, 0 to 3"),
         ("method.targets=re:attn", "method.targets: 're:attn' matches no linear module"),
         ("method.rank_pattern={to_z: 4}", "method.rank_pattern: 'to_z' matches none of the trained modules"),
-        ("method.start_from=/nothing/here", "/nothing/here: no such file or folder"),
+        ("method.start_from=/nothing/here", "method.start_from: /nothing/here: no such file or folder"),
     ],
 )
 def test_what_the_base_does_not_have_is_said_before_anything_is_written(

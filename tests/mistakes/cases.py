@@ -25,6 +25,10 @@ data:
   cache_dir: store
 train: {steps: 2}
 """
+PROMPTLESS = "a photo, prior: {images: 9}}"
+PREDICTION = "a photo, prior: {kind: prediction, prompt: a thing, images: 9}}"
+NEGATIVE_PRIOR = "a photo, prior: {prompt: a thing, weight: -1}}"
+OWN_CLASS = "a photo, prior: {prompt: a thing, images: 0, path: class}}"
 TRAIN = ("train", "run.yaml")
 CHECK = ("config", "check", "run.yaml")
 INFER = ("infer", "--prompt", "a photo", "--steps", "1", "--no-before")
@@ -170,6 +174,10 @@ CASES = [
     Case("config", "no sources", CHECK, "data.sources", written("data: {sources: []}\n")),
     Case("config", "a name with a slash", CHECK, "name", edited("name: mistake", "name: a/b")),
     Case("config", "a warm-up as long as the run", CHECK, "warmup", written(YAML + "schedule: {warmup_steps: 2}\n")),
+    Case("config", "a prior without a prompt", CHECK, "prior.prompt: missing", edited("a photo}", PROMPTLESS)),
+    Case("config", "class images in a prior that has none", CHECK, "kind images", edited("a photo}", PREDICTION)),
+    Case("config", "a negative prior weight", CHECK, "prior.weight", edited("a photo}", NEGATIVE_PRIOR)),
+    Case("config", "half an image held out", CHECK, "holdout", written(YAML + "validation: {holdout: 0.5}\n")),
     Case("config", "no targets", CHECK, "method.targets", method("targets: []")),
     Case("config", "a start that changes the base", CHECK, "pissa", method("init: pissa")),
     Case("config", "an EMA that never moves", CHECK, "ema.decay", written(YAML + "ema: {decay: 1.5}\n")),
@@ -196,6 +204,22 @@ CASES = [
     Case("config", "an override below a number", (*CHECK, "train.steps.x=3"), "train.steps"),
     Case("config", "an override of a wrong type", (*CHECK, "train.steps=abc"), "train.steps=abc"),
     Case("config", "an override that does not parse", (*CHECK, "data={"), "data={"),
+    Case("data", "all photos held out", TRAIN, "none to train on", written(YAML + "validation: {holdout: 99}\n")),
+    Case(
+        "data",
+        "a folder to hold out that is not there",
+        TRAIN,
+        "validation.holdout",
+        written(YAML + "validation: {holdout: others}\n"),
+    ),
+    Case("data", "class images wanted, none given and none to be drawn", TRAIN, "prior", edited("a photo}", OWN_CLASS)),
+    Case(
+        "data",
+        "a class image that is text",
+        TRAIN,
+        "class/dog.png",
+        steps(edited("a photo}", OWN_CLASS), written("a dog", "class/dog.png")),
+    ),
     Case("data", "a folder that is not there", TRAIN, "no such folder", source("{path: fotos, caption: a}")),
     Case("data", "a file for a folder", TRAIN, "is a file", source("{path: photos/0.png, caption: a}")),
     Case("data", "an empty folder", TRAIN, "no images", no_photos),

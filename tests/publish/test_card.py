@@ -150,3 +150,19 @@ def test_captions_that_differ_make_no_instance_prompt(config: Config, contract: 
     text = card(config, {**contract, "instance_prompt": None}, REPORT)
     assert "instance_prompt" not in header(text)
     assert "Prompt it with" not in text
+
+
+def test_prior_preservation_and_held_out_loss_are_stated(
+    config: Config, contract, quick_config, tmp_path: Path
+) -> None:
+    assert "prior preservation" not in card(config, contract, REPORT)
+    assert "not trained on" not in card(config, contract, REPORT)
+    kept = quick_config(tmp_path, "data.sources.0.prior={prompt: a photo of a dog, weight: 0.5}")
+    last = {"step": 800, "images": 4, "loss": 0.75, "base_loss": 1.0}
+    measured = {"last": last, "best": {**last, "step": 600, "loss": 0.7}}
+    text = card(kept, contract, {**REPORT, "held_out": measured})
+    assert "| prior preservation | class images of `a photo of a dog`, weight 0.5 |" in text
+    assert (
+        "On 4 images that were not trained on, the mean loss over all noise levels is 0.7500, and 0.7000 at step 600; "
+        "without the adapter it is 1.0000." in text
+    )
