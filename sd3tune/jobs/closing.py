@@ -37,6 +37,7 @@ def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], 
     size = sum(b.norm().item() for b in base)
     change = sum((a - b).norm().item() for a, b in zip(adapted, base, strict=True)) / size if size else math.nan
     return {
+        "weights": "raw" if plan.config.ema is None else "ema",
         "block_norms": block_norms(plan.method.exported(weights)),
         "velocity_change": change,
         "changes_output": change > NO_CHANGE,  # false for NaN, too
@@ -89,7 +90,8 @@ def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
         f"learned   one denoising step changes by {100 * report['velocity_change']:.3g} %; "
         f"norm of BA per block |{bars}|, at most {max(norms.values()):.3g}",
         f"loss      on training images at fixed noise, by sigma: {by_sigma}",
-        f"adapter   {plan.run / 'adapter'}",
+        f"adapter   {plan.run / 'adapter'}"
+        + (" (the average, EMA; as trained: adapter_raw)" if report["weights"] == "ema" else ""),
         "",
         "next:",
         f"  {infer_command(plan.run, plan.records[0].caption or 'a photo')}",

@@ -129,6 +129,7 @@ class Previews:
                 "steps": settings.steps,
                 "guidance": settings.guidance,
                 "seed": settings.seed + number,
+                "weights": "raw" if self.plan.config.ema is None else "ema",
             }
         )
 

@@ -146,6 +146,7 @@ def test_a_run_that_learned_nothing_says_so_and_keeps_its_adapter(quick_config, 
 
 def test_the_summary_names_changes_losses_and_the_next_command(plan: Plan) -> None:
     report = {
+        "weights": "ema",
         "block_norms": {"block 0": 0.5, "block 1": 1.0, "block 2": 0.0},
         "velocity_change": 0.0173,
         "changes_output": True,
@@ -154,7 +155,8 @@ def test_the_summary_names_changes_losses_and_the_next_command(plan: Plan) -> No
     lines = summary(plan, report)
     assert lines[0] == "learned   one denoising step changes by 1.73 %; norm of BA per block |▄█ |, at most 1"
     assert lines[1].endswith("by sigma: 0.2: 2.000 -> 1.500 (-25.0 %), 0.8: 1.000 -> 1.010 (+1.0 %)")
-    assert lines[2] == f"adapter   {plan.run / 'adapter'}"
+    assert lines[2] == f"adapter   {plan.run / 'adapter'} (the average, EMA; as trained: adapter_raw)"
+    assert summary(plan, {**report, "weights": "raw"})[2] == f"adapter   {plan.run / 'adapter'}"
     assert lines[-1].strip() == infer_command(plan.run, plan.records[0].caption)
 
 
@@ -170,7 +172,7 @@ def test_the_next_command_says_what_was_meant_whatever_the_caption(prompt: str, 
 def test_an_empty_caption_is_replaced_in_the_next_command(plan: Plan) -> None:
     wordless = replace(plan, records=[replace(plan.records[0], caption="")])
     report = {
-        "block_norms": {"block 0": 1.0}, "velocity_change": 0.1, "changes_output": True,
+        "weights": "raw", "block_norms": {"block 0": 1.0}, "velocity_change": 0.1, "changes_output": True,
         "fixed_noise_loss": {"sigma": [0.5], "base": [1.0], "adapter": [1.0]},
     }  # fmt: skip
     assert "--prompt 'a photo'" in summary(wordless, report)[-1]
