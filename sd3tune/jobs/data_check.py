@@ -21,7 +21,8 @@ from sd3tune.data.duplicates import near_duplicates, thumbnail
 from sd3tune.data.images import ImageRef, is_smaller, read_image
 from sd3tune.data.records import Record, scan_records
 from sd3tune.errors import DataError, ModelError, RunError
-from sd3tune.jobs.preflight import buckets_of, describe_buckets
+from sd3tune.jobs.describe import describe_buckets
+from sd3tune.jobs.preflight import buckets_of
 from sd3tune.model.bases import local_base
 from sd3tune.model.components import load_tokenizer
 from sd3tune.model.text import count_tokens

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,13 @@ import torch
 from sd3tune.config import Config
 from sd3tune.config.sections.data import DataConfig, FolderSource
 from sd3tune.config.sections.flow import FlowConfig
-from sd3tune.data.buckets import Size, bucket_table, nearest_bucket, size_name
-from sd3tune.data.images import upright_size
+from sd3tune.data.buckets import Size, bucket_table
 from sd3tune.data.records import Record, load_records
-from sd3tune.data.sampler import derive, times_seen
+from sd3tune.data.sampler import derive
 from sd3tune.errors import ConfigError, DataError, RunError, UserError
 from sd3tune.jobs.class_images import PlannedPrior, plan_priors
-from sd3tune.jobs.machine import choose_dtype, dtype_name, gpu_of
+from sd3tune.jobs.machine import choose_dtype, gpu_of
 from sd3tune.jobs.run_folder import check_room, starting_checkpoint
-from sd3tune.jobs.sigmas import describe_sigmas
 from sd3tune.methods import METHODS, Method
 from sd3tune.model.bases import Base, configured_base
 from sd3tune.model.components import empty_transformer, load_scheduler
@@ -137,90 +133,6 @@ def _bytes_to_save(config: Config, parameters: int, start: Path | None) -> int:
     in_checkpoint = 1 + 2 + average + 1  # master, Adam's moments, the average, the exported adapter
     saved = 1 if start else min(config.checkpoint.keep, math.ceil(config.train.total_steps / config.checkpoint.every))
     return 4 * parameters * (in_checkpoint * saved + 1 + average)
-
-
-def describe(plan: Plan, world: int) -> list[str]:
-    """The plan in a few lines, for the start of a run and for `--dry-run`."""
-    config = plan.config
-    cut = [_bucket_of(record, plan.buckets) for record in plan.records]
-    parameters = sum(row.parameters for row in plan.coverage)
-    variant = f" ({plan.base.variant})" if plan.base.variant else ""
-    every = config.validation.every
-    return [
-        f"base      {plan.base.name}{variant}, {dtype_name(plan.dtype)} on {plan.device.type}"
-        + (f", {world} processes" if world > 1 else ""),
-        *_about_base(plan),
-        f"data      {_images(len(plan.records))}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
-        *describe_buckets(cut),
-        *(prior.describe() for prior in plan.priors),
-        *([f"held out  {_images(len(plan.holdout))}, measured every {every} steps"] if plan.holdout else []),
-        *_describe_length(plan, cut, world),
-        f"sigma     {describe_sigmas(config.flow, plan.shift)}",
-        f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"
-        + f", noise offset {config.flow.noise_offset:g}" * (config.flow.noise_offset > 0),
-        f"adapter   {config.method.kind}, rank {_ranks(config)}: {parameters:,} parameters, "
-        f"{4 * parameters / 1e6:.1f} MB, in {len(plan.modules)} module{'s' * (len(plan.modules) != 1)}",
-        *(f"          {row.module:<21} {row.trained:>3} of {row.present} blocks" for row in plan.coverage),
-        f"run       {plan.run}",
-    ]
-
-
-def _bucket_of(record: Record, buckets: Sequence[Size]) -> Size:
-    """The size that a record's image is cut to; without a choice, its file is not opened."""
-    return nearest_bucket(upright_size(record.image), buckets) if len(buckets) > 1 else buckets[0]
-
-
-def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:
-    """`steps     9 x 4 images, 3 epochs: each image is seen 2 to 4 times`; `cut` is each record's size."""
-    train = plan.config.train
-    together = train.batch_size * world
-    batch = train.gradient_accumulation * together
-    epochs = round(train.total_steps * batch / plan.images_per_epoch, 2)
-    counts: Counter[Size] = Counter()
-    for record, size in zip(plan.records, cut, strict=True):
-        counts[size] += record.repeats
-    buckets = [(size_name(size), counts[size]) for size in sorted(counts)]  # as the batches have them
-    batches = train.total_steps * train.gradient_accumulation
-    of_samples = map(iter, times_seen(plan.config.seed, batches, buckets, together))
-    times = dict(zip(sorted(counts), of_samples, strict=True))
-    of_images = [sum(islice(times[size], record.repeats)) for record, size in zip(plan.records, cut, strict=True)]
-    fewest, most = min(of_images), max(of_images)
-    seen = ("once" if most == 1 else f"{most} times") if fewest == most else f"{fewest} to {most} times"
-    lines = [
-        f"steps     {train.total_steps} x {batch} image{'s' * (batch > 1)}, {epochs:.10g} epoch{'s' * (epochs != 1)}: "
-        f"each image is seen {seen}"
-    ]
-    if fewest == 0 and epochs >= 1:
-        lines.append(
-            f"warning: some images are never seen: their bucket does not fill a batch of {together} in so few steps; "
-            "train longer, lower train.batch_size or set data.buckets=false"
-        )
-    return lines
-
-
-def _ranks(config: Config) -> str:
-    others = sorted(set(config.method.rank_pattern.values()) - {config.method.rank})
-    return f"{config.method.rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
-
-
-def _about_base(plan: Plan) -> list[str]:
-    """Text encoders from files of their own, and a warning about a base that is no base for training."""
-    files = plan.base.encoder_files
-    used = [f"{name} from {files[name].name}" for name in plan.method.cached_encoders if name in files]
-    lines = [f"encoders  {', '.join(used)}"] if used else []
-    if plan.base.distilled:
-        lines.append(
-            f"warning: {plan.base.label} is a Turbo model: it is distilled (for guidance 1 and 4 steps) and trains "
-            "badly; train on the model without Turbo, the adapter then works on both"
-        )
-    return lines
-
-
-def describe_buckets(cut: Iterable[Size]) -> list[str]:
-    """How many images are cut to each size, the most frequent first; nothing when there is only one."""
-    counts = Counter(cut)
-    listed = ", ".join(f"{size_name(size)}: {count}" for size, count in counts.most_common())
-    return [f"buckets   {listed}"] if len(counts) > 1 else []
 
 
 def _images(count: int) -> str:

@@ -17,13 +17,14 @@ from sd3tune.data.sampler import generator
 from sd3tune.errors import RunError
 from sd3tune.jobs.closing import closing_report, summary
 from sd3tune.jobs.contract import check_finished, check_identity, make_contract, run_identity, start_facts
+from sd3tune.jobs.describe import describe
 from sd3tune.jobs.drawing import NEGATIVE_PROMPT
 from sd3tune.jobs.encoding import Encoded, encode
 from sd3tune.jobs.launch import errors_to_the_launcher
 from sd3tune.jobs.machine import ALONE, closing_process_group, make_accelerator, processes_of
 from sd3tune.jobs.memory import encoding_knob, loading_knob, naming_out_of_memory, training_knob
 from sd3tune.jobs.optimizer import with_working_optimizer
-from sd3tune.jobs.preflight import Plan, describe, make_plan
+from sd3tune.jobs.preflight import Plan, make_plan
 from sd3tune.jobs.preview import Previews
 from sd3tune.jobs.run_folder import RUN_FILE, check_start, describe_run, is_finished, locked, remove_previews
 from sd3tune.jobs.stopping import StopSignals

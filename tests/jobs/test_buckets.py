@@ -12,9 +12,10 @@ from PIL import Image
 
 from sd3tune.config import load_config
 from sd3tune.errors import RunError, UserError
+from sd3tune.jobs.describe import describe
 from sd3tune.jobs.encoding import encode
 from sd3tune.jobs.machine import ALONE
-from sd3tune.jobs.preflight import describe, make_plan
+from sd3tune.jobs.preflight import make_plan
 from sd3tune.jobs.train import make_batches, run_training
 from sd3tune.model.adapter_io import read_adapter
 from sd3tune.train.loop import View

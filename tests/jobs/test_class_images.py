@@ -13,10 +13,11 @@ from sd3tune.errors import UserError
 from sd3tune.jobs import drawing
 from sd3tune.jobs.class_images import shares
 from sd3tune.jobs.conditions import Request
+from sd3tune.jobs.describe import describe
 from sd3tune.jobs.encoding import encode
 from sd3tune.jobs.infer import run_infer
 from sd3tune.jobs.machine import ALONE
-from sd3tune.jobs.preflight import describe, make_plan
+from sd3tune.jobs.preflight import make_plan
 from sd3tune.jobs.train import run_training
 from sd3tune.train.loop import Processes
 
@@ -69,6 +70,8 @@ def test_what_is_lacking_is_drawn_in_the_shapes_of_the_buckets(config, tmp_path:
         assert {tuple(picture.captions.values()) for picture in pool} != {tuple(example.captions.values())}
     assert [len(pool) for pool in examples[0].prior.pools.values()] == [3, 1]
     assert "prior     4 class images, 'a toy'" in describe(plan_of(config()), 1)
+    kept = plan_of(config("data.sources.0.prior={kind: prediction, prompt: a toy}"))
+    assert "prior     the base's own prediction, 'a toy'" in describe(kept, 1)
 
 
 def test_a_class_image_is_what_infer_draws(config, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 from sd3tune.config import Config, parse_config
 from sd3tune.errors import DataError, RunError
 from sd3tune.jobs.data_check import run_data_check
-from sd3tune.jobs.preflight import describe, make_plan
+from sd3tune.jobs.describe import describe
+from sd3tune.jobs.preflight import make_plan
 
 
 def paint(path: Path, size: tuple[int, int], number: int = 0) -> None:

@@ -10,9 +10,10 @@ import torch
 
 from sd3tune.data.sampler import generator
 from sd3tune.errors import UserError
+from sd3tune.jobs.describe import describe
 from sd3tune.jobs.encoding import encode
 from sd3tune.jobs.machine import ALONE
-from sd3tune.jobs.preflight import describe, make_plan
+from sd3tune.jobs.preflight import make_plan
 from sd3tune.jobs.train import run_training
 from sd3tune.jobs.validation import SIGMAS, Validation
 from sd3tune.model.adapter_io import attach, read_adapter
