@@ -26,6 +26,7 @@ from sd3tune.methods import METHODS, Method
 from sd3tune.model.bases import Base, configured_base
 from sd3tune.model.components import empty_transformer, load_scheduler
 from sd3tune.model.targets import CoverageRow
+from sd3tune.tracking.trackers import missing_packages
 from sd3tune.train.objective import share_inside, shift_at
 
 _LEAST_SHARE = 1e-6
@@ -73,7 +74,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
 
     Raises UserError with every problem found.
     """
-    problems: list[str] = []
+    problems = missing_packages(config.tracking)
     records: list[Record] = []
     holdout: list[Record] = []
     start: Path | None = None

@@ -22,6 +22,7 @@ from sd3tune.jobs.run_folder import SAMPLES
 from sd3tune.model.components import load_scheduler
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, sample_latents, to_image
+from sd3tune.tracking.trackers import Trackers
 from sd3tune.train.loop import Processes, View
 
 BASE = "base"
@@ -33,27 +34,28 @@ class Previews:
     Beside them, drawn once, stand the images of the base alone.
     """
 
-    def __init__(self, plan: Plan, encoded: Encoded, processes: Processes) -> None:
-        self.plan, self.encoded, self.processes = plan, encoded, processes
+    def __init__(self, plan: Plan, encoded: Encoded, processes: Processes, trackers: Trackers) -> None:
+        self.plan, self.encoded, self.processes, self.trackers = plan, encoded, processes, trackers
         self.settings = plan.config.preview
         self.folder = plan.run / SAMPLES
         self.seconds = 0.0
         self.skipped: list[int] = []
         """Steps whose previews did not fit into memory."""
         self._drawn: set[int] = set()
+        self._sent: set[Path] = set()
+        for name in self._names():
+            self._send(name)
 
     def __call__(self, view: View) -> None:
         due = view.step % self.settings.every == 0 or view.last
         if not due or not self.processes.is_main or view.step in self._drawn:
             return
         self._drawn.add(view.step)
-        started = time.monotonic()
+        started, name = time.monotonic(), f"step-{view.step:06d}"
         try:
             drew = [
                 self._draw_missing(BASE, view, view.method.disabled(view.transformer)),
-                self._draw_missing(
-                    f"step-{view.step:06d}", view, view.method.as_exported(view.transformer, view.weights)
-                ),
+                self._draw_missing(name, view, view.method.as_exported(view.transformer, view.weights)),
             ]
             if any(drew):
                 self._write_sheet()
@@ -64,6 +66,7 @@ class Previews:
             self.skipped.append(view.step)
             tqdm.write(f"warning: step {view.step}: no preview, out of memory; training goes on")
         self.seconds += time.monotonic() - started
+        self._send(name)
 
     def _draw_missing(self, name: str, view: View, weights: AbstractContextManager[None]) -> bool:
         """Draw and save one image a prompt, unless an earlier attempt did. Returns whether anything was drawn."""
@@ -108,10 +111,21 @@ class Previews:
     def _path(self, name: str, number: int) -> Path:
         return self.folder / f"{name}-{number}.png"
 
+    def _names(self) -> list[str]:
+        """`step-000100` for each step that has pictures."""
+        return sorted({path.name.rpartition("-")[0] for path in self.folder.glob("step-*.png")})
+
+    def _send(self, name: str) -> None:
+        """To the trackers, what they have not got of a step."""
+        for number, prompt in enumerate(self.settings.prompts):
+            path = self._path(name, number)
+            if path not in self._sent and self._is_drawn(path, number):
+                self._sent.add(path)
+                self.trackers.image(_step(name), f"preview/{number}", path, prompt)
+
     def _write_sheet(self) -> None:
         """One row a prompt; a column for the base and one a step. A prompt that was added later has no early ones."""
-        names = sorted({path.name.rpartition("-")[0] for path in self.folder.glob("step-*.png")})
-        columns = {BASE: BASE} | {name: f"step {int(name.removeprefix('step-'))}" for name in names}
+        columns = {BASE: BASE} | {name: f"step {_step(name)}" for name in self._names()}
         paths = [[self._path(name, row) for name in columns] for row in range(len(self.settings.prompts))]
         images = [
             [Image.open(path) if self._is_drawn(path, number) else None for path in row]
@@ -139,6 +153,10 @@ class Previews:
                 return image.info.get(RECIPE_KEY) == self._recipe(number)
         except OSError:
             return False
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
 
 
 def _save(image: Image.Image, path: Path, recipe: str) -> None:

@@ -22,6 +22,7 @@ from sd3tune.train.checkpoint import list_checkpoints, read_state
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 SAMPLES = "samples"
+LOGS = "logs"
 
 
 def starting_checkpoint(run: Path, resume: bool) -> Path | None:
@@ -77,8 +78,9 @@ def check_start(run: Path, start: Path | None) -> None:
         raise RunError(f"{run}: another process trained here a moment ago; run the command again")
 
 
-def remove_previews(run: Path) -> None:
-    """Pictures of an attempt that saved nothing; the next one may have other settings."""
+def remove_leftovers(run: Path) -> None:
+    """Pictures and logs of an attempt that saved nothing; the next one may have other settings."""
+    shutil.rmtree(run / LOGS, ignore_errors=True)
     for picture in (run / SAMPLES).glob("*.png"):
         picture.unlink()
 

@@ -19,6 +19,7 @@ from sd3tune.jobs.encoding import Encoded
 from sd3tune.jobs.preflight import Plan
 from sd3tune.model.components import vae_config
 from sd3tune.model.latents import sample_latents
+from sd3tune.tracking.trackers import Trackers
 from sd3tune.train.batches import Batch
 from sd3tune.train.examples import Example
 from sd3tune.train.loop import Processes, View
@@ -39,19 +40,30 @@ class Validation:
     `validation.jsonl`, and the adapter with the lowest mean loss into `best/`.
     """
 
-    def __init__(self, plan: Plan, encoded: Encoded, processes: Processes, contract: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        encoded: Encoded,
+        processes: Processes,
+        contract: Mapping[str, Any],
+        trackers: Trackers,
+        from_step: int,
+    ) -> None:
         self.plan, self.store, self.processes, self.contract = plan, encoded.store, processes, contract
+        self.trackers = trackers
         self.mine = list(enumerate(encoded.holdout))[processes.rank :: processes.world]
         self.images = len(encoded.holdout)
         self.path = plan.run / VALIDATION_FILE
         self.seconds = 0.0
-        self.lines: list[dict[str, Any]] | None = None
+        self.lines = [line for line in read_metrics(self.path) if line["step"] <= from_step]
         self._base: Tensor | None = None
+        for line in self.lines:
+            self._track(line)
 
     @property
     def best(self) -> dict[str, Any] | None:
         """The line with the lowest loss; of equal ones the first."""
-        finite = [line for line in self.lines or [] if line["loss"] is not None]
+        finite = [line for line in self.lines if line["loss"] is not None]
         return min(finite, key=lambda line: line["loss"], default=None)
 
     def report(self) -> dict[str, Any]:
@@ -67,8 +79,6 @@ class Validation:
         return [f"held out  {describe(last)}; {kept}"]
 
     def __call__(self, view: View) -> None:
-        if self.lines is None:
-            self.lines = [line for line in read_metrics(self.path) if line["step"] <= view.step]
         due = view.step % self.plan.config.validation.every == 0 or view.last
         if not due or view.step in (line["step"] for line in self.lines):
             return
@@ -81,6 +91,10 @@ class Validation:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
             tqdm.write(describe(line) + ", the best so far" * (self.best is line and view.step > 0))
         self.seconds += time.monotonic() - started
+        self._track(line)
+
+    def _track(self, line: Mapping[str, Any]) -> None:
+        self.trackers.log(line["step"], {"validation": {name: line[name] for name in line if "loss" in name}})
 
     def _measure(self, view: View) -> dict[str, Any]:
         if self._base is None:

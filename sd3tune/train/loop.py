@@ -16,7 +16,7 @@ from sd3tune.errors import RunError
 from sd3tune.methods import Method
 from sd3tune.train.batches import Batches
 from sd3tune.train.checkpoint import save_checkpoint
-from sd3tune.train.metrics import Metrics
+from sd3tune.train.metrics import Line, Metrics
 from sd3tune.train.objective import Objective
 from sd3tune.train.step import TrainState, train_step
 
@@ -70,13 +70,14 @@ def train(
     contract: Mapping[str, Any],
     callbacks: Sequence[Callback] = (),
     stop_requested: Callable[[], bool] = lambda: False,
+    sink: Callable[[Line], object] = lambda line: None,
 ) -> Metrics:
     """Train from `state.step` to `config.train.total_steps`; the last step is always checkpointed.
 
     Raises KeyboardInterrupt, after a checkpoint, when any rank's `stop_requested` says so, and RunError when the
     gradient was not finite for `train.max_skipped` steps in a row.
     """
-    metrics = Metrics(run / METRICS_FILE, state.step, processes.gather, processes.is_main, batches.names)
+    metrics = Metrics(run / METRICS_FILE, state.step, processes.gather, processes.is_main, batches.names, sink)
     known_skips = len(metrics.skipped)
 
     def view() -> View:

@@ -37,8 +37,9 @@ class Metrics:
     """Collects steps as device tensors; a window's copy to the host is started at one flush and read at the next.
 
     `gather` stacks a tensor of every rank along a new first dimension; only `writes` ranks touch the file. `names`
-    tells the images of a step that had to be skipped, and `sink` is given each line that was written. `last_step` is
-    the step that training resumes from: later lines of an earlier attempt are dropped.
+    tells the images of a step that had to be skipped. `last_step` is the step that training resumes from: later lines
+    of an earlier attempt are dropped. `sink` is given each line of the file once, on the ranks that write it: those of
+    an earlier attempt at once, others when they are written.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Metrics:
             self._take_in(line)
         if writes:
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            for line in kept:
+                sink(line)
 
     def add(self, step: int, result: StepResult, stop: bool = False) -> None:
         """Note the result of optimizer step `step` (1-based), and whether this rank was asked to stop."""

@@ -67,7 +67,7 @@ def test_run_json_says_what_ran(finished: Path) -> None:
     assert described["resumes"] == []
     assert described["threads"] == torch.get_num_threads()
     assert set(described["versions"]) >= {"sd3tune", "python", "torch", "diffusers", "peft"}
-    assert set(described["timings"]) == {"encode_s", "load_s", "train_s", "validation_s", "preview_s"}
+    assert set(described["timings"]) == {"encode_s", "load_s", "train_s", "validation_s", "preview_s", "tracking_s"}
     assert described["report"]["changes_output"] is True
     assert described["skipped_steps"] == []
     assert len(described["base"]["fingerprint"]) == 64

@@ -41,10 +41,26 @@ class ValidationConfig(Section):
     )
 
 
-class TrackingConfig(Section):
-    """Where curves go besides `metrics.jsonl`."""
+class WandbConfig(Section):
+    """Weights & Biases; needs `pip install 'sd3tune[wandb]'`."""
 
-    kind: Literal["none"] = Field("none", description="Only none so far: `metrics.jsonl` holds everything.")
+    project: str = Field("sd3tune", min_length=1, description="The project that the run appears in.")
+    entity: str | None = Field(None, description="User or team; null takes your default one.")
+    mode: Literal["online", "offline"] = Field(
+        "online",
+        description="`online` needs `wandb login` once, and goes on offline where that or the network is lacking; "
+        "`offline` keeps everything in `logs/wandb`, to be uploaded by `wandb sync`.",
+    )
+    tags: list[Annotated[str, Field(min_length=1)]] = Field(default=[], description="Tags of the run.")
+
+
+class TrackingConfig(Section):
+    """Where curves, previews and the configuration go besides the run folder."""
+
+    tensorboard: bool = Field(
+        False, description="Event files in the run's `logs/tensorboard`; needs `pip install 'sd3tune[tensorboard]'`."
+    )
+    wandb: WandbConfig | None = Field(None, description="Weights & Biases; null is off, `{}` is on.")
 
 
 class HubConfig(Section):

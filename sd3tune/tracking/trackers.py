@@ -1,0 +1,149 @@
+"""All trackers of a run as one: what it reports reaches each of them in the order of the steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from sd3tune.config.schema import Config
+from sd3tune.config.sections.outputs import TrackingConfig, WandbConfig
+from sd3tune.tracking.base import Start, Tracker
+
+Warn = Callable[[str], None]
+
+
+def _tensorboard(settings: bool, start: Start, warn: Warn) -> Tracker:
+    from sd3tune.tracking.tensorboard import TensorBoard
+
+    return TensorBoard(start)
+
+
+def _wandb(settings: WandbConfig, start: Start, warn: Warn) -> Tracker:
+    from sd3tune.tracking.wandb import Wandb
+
+    return Wandb(settings, start, warn)
+
+
+TRACKERS: dict[str, Callable[[Any, Start, Warn], Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb}
+"""By the key in `tracking`, which is also the name of the extra and of the package that it needs."""
+
+
+def missing_packages(config: TrackingConfig) -> list[str]:
+    """A problem for each tracker that is asked for and not installed."""
+    found = []
+    for name in TRACKERS:
+        if getattr(config, name):
+            try:
+                metadata.version(name)
+            except metadata.PackageNotFoundError:
+                found.append(f"tracking.{name}: {name} is not installed: pip install 'sd3tune[{name}]'")
+    return found
+
+
+class Trackers:
+    """Trackers that cannot harm a run: the first error of one is a warning, and the run goes on without it.
+
+    The lines of the metrics may come late, whole windows of them at once, and decide the order: whatever else
+    belongs to a step waits for that step's line. An attempt that resumes tells everything since step 0 again, what
+    is not in the metrics first; so the curves are those of `metrics.jsonl`, whatever became of earlier attempts.
+    """
+
+    def __init__(self, config: TrackingConfig, start: Start, say: Callable[[str], object]) -> None:
+        self.seconds = 0.0
+        """Time that trackers took."""
+        self.warnings: list[str] = []
+        self._say = say
+        self._trackers: dict[str, Tracker] = {}
+        self._step = 0
+        self._waiting: dict[int, list[Callable[[Tracker], None]]] = {}
+        for name, make in TRACKERS.items():
+            if settings := getattr(config, name):
+                with self._harmless(name):
+                    self._trackers[name] = make(settings, start, self._warn)
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        """A line of the metrics; each step's once, in order."""
+        self._step = int(line["step"])
+        values = scalars({name: value for name, value in line.items() if name != "step"})
+        earlier = [step for step in sorted(self._waiting) if step < self._step]
+        for step in earlier:
+            self._send(self._waiting.pop(step))
+        self._send([lambda tracker: tracker.log(self._step, values), *self._waiting.pop(self._step, [])])
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Other numbers of a step; `{"a": {"b": 1.0}}` is the curve `a/b`."""
+        found = scalars(values)
+        self._when_its_turn(step, lambda tracker: tracker.log(step, found))
+
+    def image(self, step: int, name: str, path: Path, caption: str) -> None:
+        """A picture that lies in a file; `name` is the same at every step."""
+        self._when_its_turn(step, lambda tracker: tracker.image(step, name, path, caption))
+
+    def where(self) -> list[str]:
+        """How to see the curves, for each tracker that is still there."""
+        return [tracker.where for tracker in self._trackers.values()]
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._send([lambda tracker: tracker.close(finished=kind is None)])
+
+    def _when_its_turn(self, step: int, send: Callable[[Tracker], None]) -> None:
+        if step <= self._step:
+            self._send([send])
+        else:
+            self._waiting.setdefault(step, []).append(send)
+
+    def _send(self, all_of: list[Callable[[Tracker], None]]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            with self._harmless(name):
+                for send in all_of:
+                    send(tracker)
+
+    @contextlib.contextmanager
+    def _harmless(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        except Exception as error:  # whatever a tracker raises
+            self._trackers.pop(name, None)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._warn(f"tracking.{name}: {reason}; the run goes on without it")
+        self.seconds += time.monotonic() - started
+
+    def _warn(self, line: str) -> None:
+        self.warnings.append(line)
+        self._say(f"warning: {line}")
+
+
+def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers in nested `values`, under names joined by `/`; what is none, or is not known, is left out."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            found[prefix + name] = float(value)
+    return found
+
+
+def without_paths(config: Config) -> dict[str, Any]:
+    """The configuration for others to see: of a path on this machine, its last part."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: shown(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [shown(inner) for inner in value]
+        return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+    return shown(config.model_dump(mode="json"))

@@ -1,0 +1,118 @@
+"""Weights & Biases: one run under one id, however often it is resumed."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+
+from sd3tune.atomic import write_text
+from sd3tune.config.files import as_typed
+from sd3tune.config.sections.outputs import WandbConfig
+from sd3tune.tracking.base import Start
+
+FOLDER = "wandb"
+ID_FILE = "wandb_id"
+INIT_TIMEOUT = 20.0
+FINISH_TIMEOUT = 120.0
+"""Seconds that an upload may take when the run has ended."""
+
+_PRIVATE: dict[str, Any] = {
+    "console": "off",
+    "disable_code": True,
+    "save_code": False,
+    "disable_git": True,
+    "x_disable_meta": True,
+    "x_disable_machine_info": True,
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+    "host": "-",
+    "username": "-",
+    "email": "-",
+}
+"""wandb would keep the host's name, the user's, the command line, paths, packages, git state and source code."""
+
+
+class Wandb:
+    """A `Tracker`. The training step is wandb's own, which has to ascend; what the server has is not sent again."""
+
+    def __init__(self, settings: WandbConfig, start: Start, warn: Callable[[str], None]) -> None:
+        self._settings, self._start, self._folder = settings, start, start.folder / FOLDER
+        self._id = self._stored_id()
+        wandb.setup(wandb.Settings(silent=True))  # also keeps it from asking for a key in the terminal
+        logging.getLogger("wandb").setLevel(logging.WARNING)  # below that, its log is about paths of this machine
+        try:
+            self._run = self._open(settings.mode)
+        except Exception as error:  # no login, no network, no answer
+            if settings.mode == "offline":
+                raise
+            wandb.teardown()  # it still holds the id
+            self._run = self._open("offline")
+            warn(f"tracking.wandb: not online: {_one_line(error)}; it goes on offline, later: {self._sync_command()}")
+        self.where = self._sync_command() if self._run.offline else str(self._run.url)
+        self._first_step = self._run.step
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._log(step, dict(values))
+
+    def image(self, step: int, name: str, path: Path, caption: str) -> None:
+        self._log(step, {name: wandb.Image(str(path), caption=caption)})
+
+    def close(self, finished: bool) -> None:
+        try:
+            self._run.finish(exit_code=0 if finished else 1)
+        except TimeoutError:
+            raise TimeoutError(f"not everything could be uploaded; later: {self._sync_command()}") from None
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        if step >= self._first_step:
+            self._run.log(values, step=step)
+
+    def _stored_id(self) -> str:
+        file = self._start.folder / ID_FILE
+        if file.exists():
+            return file.read_text(encoding="utf-8").strip()
+        new = uuid.uuid4().hex[:8]
+        write_text(file, new + "\n")
+        return new
+
+    def _open(self, mode: Literal["online", "offline"]) -> wandb.Run:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        run = wandb.init(
+            settings=wandb.Settings(
+                **_PRIVATE,
+                mode=mode,
+                root_dir=str(self._folder.parent.absolute()),
+                project=self._settings.project,
+                entity=self._settings.entity,
+                run_tags=tuple(self._settings.tags),
+                run_name=self._start.name,
+                run_id=self._id,
+                resume="allow" if mode == "online" else None,
+                allow_val_change=True,
+                init_timeout=INIT_TIMEOUT,
+                finish_timeout=FINISH_TIMEOUT,
+                finish_timeout_raises=True,
+                silent=True,
+                symlink=False,
+                use_dot_wandb=False,
+                x_log_level=logging.WARNING,
+            ),
+            config=dict(self._start.config),
+        )
+        for link in self._folder.rglob("debug-core.log"):
+            link.unlink()  # into the home directory
+        return run
+
+    def _sync_command(self) -> str:
+        return f"wandb sync {shlex.quote(as_typed(Path(self._run.dir).parent))}"
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,302 @@
+"""TensorBoard and wandb, read back with their own readers: each step once, images, the config, and no secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
+
+from sd3tune.config import dump_config
+from sd3tune.jobs.train import run_training
+from sd3tune.tracking import wandb as wandb_tracker
+from sd3tune.train.loop import View
+
+BOTH = "tracking={tensorboard: true, wandb: {mode: offline, tags: [cute]}}"
+PROMPTS = ["a photo of sks dog", "a cat"]
+OPTIONS = (
+    "train={steps: 5, log_every: 2}", "checkpoint.every=2",
+    "preview={every: 2, prompts: [a photo of sks dog, a cat], steps: 1, guidance: 1.0}",
+)  # fmt: skip
+TOKENS = {"HF_TOKEN": "hf_sentinel0123456789", "WANDB_API_KEY": "sentinel" * 5}
+Curves = dict[str, list[tuple[int, float]]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tokens() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in TOKENS.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tracked(quick_config, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "tracked"
+    run_training(quick_config(run, *OPTIONS, BOTH))
+    return run
+
+
+def expected_curves(run: Path) -> Curves:
+    """What `metrics.jsonl` says."""
+    curves: Curves = {}
+    for text in (run / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        for name in ("loss", "lr", "grad_norm"):
+            curves.setdefault(name, []).append((line["step"], line[name]))
+        for name, value in line["loss_by_sigma"].items():
+            curves.setdefault(f"loss_by_sigma/{name}", []).append((line["step"], value))
+    return curves
+
+
+def assert_same_curves(found: Curves, expected: Curves) -> None:
+    assert found.keys() == expected.keys()
+    for name, points in expected.items():
+        assert [step for step, _ in found[name]] == [step for step, _ in points], name
+        assert [value for _, value in found[name]] == pytest.approx([value for _, value in points], rel=1e-6), name
+
+
+class TensorBoardLog:
+    def __init__(self, run: Path) -> None:
+        self.events = EventAccumulator(str(run / "logs" / "tensorboard"), {"scalars": 0, "images": 0, "tensors": 0})
+        self.events.Reload()
+
+    @property
+    def curves(self) -> Curves:
+        return {
+            tag: [(event.step, event.value) for event in self.events.Scalars(tag)]
+            for tag in self.events.Tags()["scalars"]
+        }
+
+    @property
+    def images(self) -> dict[tuple[str, int], bytes]:
+        tags = self.events.Tags()["images"]
+        found = [((tag, event.step), event.encoded_image_string) for tag in tags for event in self.events.Images(tag)]
+        assert len(dict(found)) == len(found)  # each step once
+        return dict(found)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        (event,) = self.events.Tensors("config")
+        return yaml.safe_load(event.tensor_proto.string_val[0].decode().removeprefix("```yaml").removesuffix("```"))
+
+
+class WandbLog:
+    """The newest offline run, from its transaction log: LevelDB's log format behind a header of seven bytes."""
+
+    def __init__(self, run: Path) -> None:
+        (self.folder,) = (run / "logs" / "wandb").glob("offline-run-*")
+        (file,) = self.folder.glob("*.wandb")
+        self.records = list(self._records(file.read_bytes()))
+        (self.run,) = (record.run for record in self.records if record.HasField("run"))
+        self.rows = [
+            {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            for record in self.records
+            if record.HasField("history")
+        ]
+
+    @staticmethod
+    def _records(data: bytes) -> Iterator[Any]:
+        assert data[:4] == b":W&B"
+        at, part = 7, b""
+        while at + 7 <= len(data):
+            left = 32768 - at % 32768
+            _, length, kind = struct.unpack("<IHB", data[at : at + 7]) if left >= 7 else (0, 0, 0)
+            if kind == 0:  # padding up to the next block
+                at += left
+                continue
+            part += data[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):  # a whole record, or the last part of one
+                yield wandb_internal_pb2.Record.FromString(part)
+                part = b""
+
+    @property
+    def curves(self) -> Curves:
+        curves: Curves = {}
+        for row in self.rows:
+            for name, value in row.items():
+                if isinstance(value, float | int) and not name.startswith("_"):
+                    curves.setdefault(name, []).append((row["_step"], value))
+        return curves
+
+    @property
+    def images(self) -> dict[tuple[str, int], tuple[bytes, str]]:
+        return {
+            (name, row["_step"]): ((self.folder / "files" / value["path"]).read_bytes(), value["caption"])
+            for row in self.rows
+            for name, value in row.items()
+            if isinstance(value, dict) and value.get("_type") == "image-file"
+        }
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {item.key: json.loads(item.value_json) for item in self.run.config.update if item.key != "_wandb"}
+
+
+def assert_tells_the_whole_run(run: Path, steps: tuple[int, ...] = (0, 2, 4, 5)) -> None:
+    expected = expected_curves(run)
+    assert [step for step, _ in expected["loss"]] == [1, 2, 3, 4, 5]
+    pictures = {
+        (f"preview/{number}", step): (run / "samples" / f"step-{step:06d}-{number}.png").read_bytes()
+        for step in steps
+        for number in (0, 1)
+    }
+    board, wandb = TensorBoardLog(run), WandbLog(run)
+    assert_same_curves(board.curves, expected)
+    assert board.images == pictures
+    assert_same_curves(wandb.curves, expected)
+    prompts = {f"preview/{number}": prompt for number, prompt in enumerate(PROMPTS)}
+    assert wandb.images == {key: (data, prompts[key[0]]) for key, data in pictures.items()}
+
+
+def test_both_hold_the_curves_the_images_and_the_config(tracked: Path) -> None:
+    assert_tells_the_whole_run(tracked)
+    board, wandb = TensorBoardLog(tracked), WandbLog(tracked)
+    assert board.config == wandb.config
+    assert board.config["train"]["steps"] == 5
+    assert board.config["flow"]["timesteps"]["kind"] == "logit_normal"
+    assert wandb.run.display_name == "quick"
+    assert wandb.run.project == "sd3tune"
+    assert list(wandb.run.tags) == ["cute"]
+    assert Image.open(BytesIO(board.images["preview/0", 5])).size == (64, 64)
+
+
+def test_no_token_no_host_and_no_path_of_this_machine_is_in_any_log(tracked: Path, tmp_path: Path) -> None:
+    for path in tracked.rglob("*"):
+        data = path.read_bytes() if path.is_file() else b""
+        for name, token in TOKENS.items():
+            assert token.encode() not in data, (path, name)
+    host = socket.gethostname()
+    logs = sorted((tracked / "logs").rglob("*"))
+    for path in logs:
+        assert not path.is_symlink(), path
+        assert f".{host}" not in path.name
+        if path.is_file():
+            data = path.read_bytes()
+            for secret in (str(tracked), str(Path.home()), str(Path.cwd()), *[host] * (len(host) > 5)):
+                assert secret.encode() not in data, (path, secret)
+    assert WandbLog(tracked).run.host == "-"
+    assert not WandbLog(tracked).run.HasField("git")
+
+
+def test_a_run_does_not_notice_its_trackers(tracked: Path, quick_config, tmp_path: Path, assert_equal_runs) -> None:
+    run_training(quick_config(tmp_path / "plain", *OPTIONS))
+    assert not (tmp_path / "plain" / "logs").exists()
+    assert_equal_runs(tmp_path / "plain", tracked)
+
+
+def test_the_summary_says_how_to_see_them_and_their_time_is_apart(quick_config, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_training(quick_config(tmp_path / "my run", "tracking.tensorboard=true"))
+    assert "curves    tensorboard --logdir 'my run/logs/tensorboard'" in capsys.readouterr().out
+    timings = json.loads((tmp_path / "my run" / "run.json").read_text())["timings"]
+    assert timings["tracking_s"] > 0
+
+
+def test_a_killed_and_resumed_run_has_each_step_once_under_the_same_id(
+    quick_config, tmp_path: Path, tracked: Path, assert_equal_runs
+) -> None:
+    run = tmp_path / "run"
+    config = quick_config(run, *OPTIONS, BOTH)
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    script = (
+        "import os, sys\n"
+        "from sd3tune.config import load_config\n"
+        "from sd3tune.jobs.train import run_training\n"
+        "kill = lambda view: os.kill(os.getpid(), 9) if view.step == 4 and not os.path.exists('once') else None\n"
+        "run_training(load_config(sys.argv[1], ['checkpoint.every=3']).config, callbacks=[kill])\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-c", script, "run.yaml"], cwd=tmp_path, env={**environment, "PYTHONPATH": os.getcwd()}
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert [step for step, _ in TensorBoardLog(run).curves["loss"]] == [1, 2, 3, 4]  # one more than the checkpoint
+    first = WandbLog(run).run.run_id
+    run_training(config, resume=True)
+    assert json.loads((run / "run.json").read_text())["resumes"] == [{"from_step": 3}]
+    assert_tells_the_whole_run(run)
+    assert WandbLog(run).run.run_id == first
+    assert WandbLog(tracked).run.run_id != first
+
+
+def test_trackers_switched_on_while_resuming_hold_the_whole_run(quick_config, tmp_path: Path) -> None:
+    def stop(view: View) -> None:
+        if view.step == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run_training(quick_config(tmp_path / "run", *OPTIONS), callbacks=[stop])
+    run_training(quick_config(tmp_path / "run", *OPTIONS, BOTH), resume=True)
+    assert_tells_the_whole_run(tmp_path / "run")
+
+
+def test_a_new_run_in_the_folder_of_one_that_saved_nothing_has_logs_of_its_own(quick_config, tmp_path: Path) -> None:
+    def stop(view: View) -> None:
+        raise InterruptedError
+
+    config = quick_config(tmp_path / "run", *OPTIONS, BOTH)
+    with pytest.raises(InterruptedError):
+        run_training(config, callbacks=[stop])
+    first = WandbLog(tmp_path / "run").run.run_id
+    run_training(config)
+    assert_tells_the_whole_run(tmp_path / "run")
+    assert WandbLog(tmp_path / "run").run.run_id != first
+
+
+def test_without_a_network_wandb_goes_on_offline_and_says_how_to_upload(
+    quick_config, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(wandb_tracker, "INIT_TIMEOUT", 2.0)
+    wandb_tracker.wandb.teardown()  # which has read the environment
+    run_training(quick_config(tmp_path / "run", "tracking.wandb={}"))
+    wandb_tracker.wandb.teardown()
+    printed = capsys.readouterr()
+    assert "[wandb" not in printed.err
+    log = WandbLog(tmp_path / "run")
+    (warning,) = json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]
+    assert f"warning: {warning}" in printed.out
+    assert warning.startswith("tracking.wandb: not online: ")
+    assert warning.endswith(f"it goes on offline, later: wandb sync {log.folder}")
+    assert f"curves    wandb sync {log.folder}" in printed.out
+    assert_same_curves(log.curves, expected_curves(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run" / "logs" / "wandb").iterdir()] == [log.folder.name]
+
+
+def test_a_tracker_without_its_package_is_refused_before_anything_is_encoded(tmp_path: Path, tiny_images) -> None:
+    """In a Python that has everything but the two packages."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for entry in Path(yaml.__file__).parents[1].iterdir():
+        if not entry.name.startswith(("wandb", "tensorboard")):
+            (site / entry.name).symlink_to(entry)
+    values = f"output_dir: run\nmodel: {{base: tiny}}\ndata: {{sources: [{{path: '{tiny_images}'}}], resolution: 64}}\n"
+    (tmp_path / "run.yaml").write_text(values + "tracking: {tensorboard: true, wandb: {}}\n")
+    found = subprocess.run(
+        [sys.executable, "-S", "-m", "sd3tune", "train", "run.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{os.getcwd()}{os.pathsep}{site}"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 2
+    assert found.stderr.splitlines() == [
+        f"error: tracking.{name}: {name} is not installed: pip install 'sd3tune[{name}]'"
+        for name in ("tensorboard", "wandb")
+    ]
+    assert not (tmp_path / "run").exists()
