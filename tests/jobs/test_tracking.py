@@ -102,11 +102,19 @@ class WandbLog:
         (file,) = self.folder.glob("*.wandb")
         self.records = list(self._records(file.read_bytes()))
         (self.run,) = (record.run for record in self.records if record.HasField("run"))
-        self.rows = [
-            {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-            for record in self.records
-            if record.HasField("history")
-        ]
+        self.rows = [self._row(record.history.item) for record in self.records if record.HasField("history")]
+
+    @staticmethod
+    def _row(items: Any) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        for item in items:
+            name, *inner = item.nested_key or [item.key]
+            value = json.loads(item.value_json)
+            if inner:
+                row.setdefault(name, {})[inner[0]] = value
+            else:
+                row[name] = value
+        return row
 
     @staticmethod
     def _records(data: bytes) -> Iterator[Any]:
@@ -132,6 +140,11 @@ class WandbLog:
                 if isinstance(value, float | int) and not name.startswith("_"):
                     curves.setdefault(name, []).append((row["_step"], value))
         return curves
+
+    @property
+    def exit_code(self) -> int:
+        (code,) = (record.exit.exit_code for record in self.records if record.HasField("exit"))
+        return code
 
     @property
     def images(self) -> dict[tuple[str, int], tuple[bytes, str]]:
@@ -220,18 +233,17 @@ def test_a_killed_and_resumed_run_has_each_step_once_under_the_same_id(
         "kill = lambda view: os.kill(os.getpid(), 9) if view.step == 4 and not os.path.exists('once') else None\n"
         "run_training(load_config(sys.argv[1], ['checkpoint.every=3']).config, callbacks=[kill])\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(
-        [sys.executable, "-c", script, "run.yaml"], cwd=tmp_path, env={**environment, "PYTHONPATH": os.getcwd()}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    environment.pop("WANDB_SERVICE", None)  # this process's, which outlives the other
+    killed = subprocess.run([sys.executable, "-c", script, "run.yaml"], cwd=tmp_path, env=environment)
     assert killed.returncode == -signal.SIGKILL
     assert [step for step, _ in TensorBoardLog(run).curves["loss"]] == [1, 2, 3, 4]  # one more than the checkpoint
-    first = WandbLog(run).run.run_id
+    (attempt,) = (run / "logs" / "wandb").iterdir()
     run_training(config, resume=True)
     assert json.loads((run / "run.json").read_text())["resumes"] == [{"from_step": 3}]
     assert_tells_the_whole_run(run)
-    assert WandbLog(run).run.run_id == first
-    assert WandbLog(tracked).run.run_id != first
+    assert attempt.name.endswith(f"-{WandbLog(run).run.run_id}")
+    assert WandbLog(run).run.run_id != WandbLog(tracked).run.run_id
 
 
 def test_trackers_switched_on_while_resuming_hold_the_whole_run(quick_config, tmp_path: Path) -> None:
@@ -253,9 +265,11 @@ def test_a_new_run_in_the_folder_of_one_that_saved_nothing_has_logs_of_its_own(q
     with pytest.raises(InterruptedError):
         run_training(config, callbacks=[stop])
     first = WandbLog(tmp_path / "run").run.run_id
+    assert WandbLog(tmp_path / "run").exit_code == 1
     run_training(config)
     assert_tells_the_whole_run(tmp_path / "run")
     assert WandbLog(tmp_path / "run").run.run_id != first
+    assert WandbLog(tmp_path / "run").exit_code == 0
 
 
 def test_without_a_network_wandb_goes_on_offline_and_says_how_to_upload(
