@@ -30,6 +30,7 @@ PROMPTS = ["a photo of sks dog", "a cat"]
 OPTIONS = (
     "train={steps: 5, log_every: 2}", "checkpoint.every=2",
     "preview={every: 2, prompts: [a photo of sks dog, a cat], steps: 1, guidance: 1.0}",
+    "validation={holdout: 1, every: 2}",
 )  # fmt: skip
 TOKENS = {"HF_TOKEN": "hf_sentinel0123456789", "WANDB_API_KEY": "sentinel" * 5}
 Curves = dict[str, list[tuple[int, float]]]
@@ -51,7 +52,7 @@ def tracked(quick_config, tmp_path_factory) -> Path:
 
 
 def expected_curves(run: Path) -> Curves:
-    """What `metrics.jsonl` says."""
+    """What `metrics.jsonl` and `validation.jsonl` say."""
     curves: Curves = {}
     for text in (run / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
@@ -59,6 +60,13 @@ def expected_curves(run: Path) -> Curves:
             curves.setdefault(name, []).append((line["step"], line[name]))
         for name, value in line["loss_by_sigma"].items():
             curves.setdefault(f"loss_by_sigma/{name}", []).append((line["step"], value))
+    if (run / "validation.jsonl").exists():
+        for text in (run / "validation.jsonl").read_text().splitlines():
+            line = json.loads(text)
+            for name in ("loss", "base_loss"):
+                curves.setdefault(f"validation/{name}", []).append((line["step"], line[name]))
+                for sigmas, value in line[f"{name}_by_sigma"].items():
+                    curves.setdefault(f"validation/{name}_by_sigma/{sigmas}", []).append((line["step"], value))
     return curves
 
 
@@ -163,6 +171,7 @@ class WandbLog:
 def assert_tells_the_whole_run(run: Path, steps: tuple[int, ...] = (0, 2, 4, 5)) -> None:
     expected = expected_curves(run)
     assert [step for step, _ in expected["loss"]] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in expected["validation/loss"]] == [0, 2, 4, 5]
     pictures = {
         (f"preview/{number}", step): (run / "samples" / f"step-{step:06d}-{number}.png").read_bytes()
         for step in steps

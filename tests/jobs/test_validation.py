@@ -19,6 +19,8 @@ from sd3tune.jobs.validation import SIGMAS, Validation
 from sd3tune.model.adapter_io import attach, read_adapter
 from sd3tune.model.components import load_transformer, load_vae
 from sd3tune.model.text import assemble
+from sd3tune.tracking.base import Start
+from sd3tune.tracking.trackers import Trackers
 from sd3tune.train.loop import Processes
 
 SETTINGS = ("validation={holdout: 2, every: 2}", "train.steps=5", "checkpoint.every=1", "checkpoint.keep=9")
@@ -150,10 +152,15 @@ def test_processes_divide_the_images(quick_config, tmp_path: Path, assembled_vie
     plan = plan_of(config)
     encoded = encode(plan, ALONE, lambda line: None)
     view = assembled_view(plan)
-    (alone,) = (Validation(plan, encoded, ALONE, {"weights": "raw"})._measure(view),)
+    trackers = Trackers(config.tracking, Start("none", tmp_path, {}), print)
+
+    def of(processes: Processes) -> Validation:
+        return Validation(plan, encoded, processes, {"weights": "raw"}, trackers, from_step=0)
+
+    alone = of(ALONE)._measure(view)
 
     def as_rank(rank: int, gather) -> Validation:
-        return Validation(plan, encoded, Processes(rank, 2, lambda t: t, gather, lambda: None), {"weights": "raw"})
+        return of(Processes(rank, 2, lambda t: t, gather, lambda: None))
 
     shares: list[list[torch.Tensor]] = [[], []]
     for rank in range(2):
