@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,14 +36,19 @@ TRACKERS: dict[str, Callable[[Any, Start, Warn], Tracker]] = {"tensorboard": _te
 
 def missing_packages(config: TrackingConfig) -> list[str]:
     """A problem for each tracker that is asked for and not installed."""
-    found = []
-    for name in TRACKERS:
-        if getattr(config, name):
-            try:
-                metadata.version(name)
-            except metadata.PackageNotFoundError:
-                found.append(f"tracking.{name}: {name} is not installed: pip install 'sd3tune[{name}]'")
-    return found
+    return [
+        f"tracking.{name}: {name} is not installed: pip install 'sd3tune[{name}]'"
+        for name in TRACKERS
+        if getattr(config, name) and not _is_installed(name)
+    ]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        return False
+    return found is not None and found.origin is not None  # a folder ./wandb is no package
 
 
 class Trackers:
