@@ -56,7 +56,6 @@ class Wandb:
             self._run = self._open("offline")
             warn(f"tracking.wandb: not online: {_one_line(error)}; it goes on offline, later: {self._sync_command()}")
         self.where = self._sync_command() if self._run.offline else str(self._run.url)
-        self._first_step = self._run.step
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._log(step, dict(values))
@@ -71,7 +70,7 @@ class Wandb:
             raise TimeoutError(f"not everything could be uploaded; later: {self._sync_command()}") from None
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
-        if step >= self._first_step:
+        if step >= self._run.starting_step:
             self._run.log(values, step=step)
 
     def _stored_id(self) -> str:

@@ -25,6 +25,7 @@ from sd3tune.config import dump_config
 from sd3tune.jobs.train import run_training
 from sd3tune.tracking import wandb as wandb_tracker
 from sd3tune.train.loop import View
+from tests.local_wandb import local_wandb
 
 BOTH = "tracking={tensorboard: true, wandb: {mode: offline, tags: [cute]}}"
 PROMPTS = ["a photo of sks dog", "a cat"]
@@ -300,3 +301,38 @@ def test_without_a_network_wandb_goes_on_offline_and_says_how_to_upload(
     assert f"curves    wandb sync {log.folder}" in printed.out
     assert_same_curves(log.curves, expected_curves(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run" / "logs" / "wandb").iterdir()] == [log.folder.name]
+
+
+def test_online_a_resumed_run_goes_on_where_the_server_is(quick_config, tmp_path: Path, monkeypatch, capsys) -> None:
+    def stop(view: View) -> None:
+        if view.step == 5:
+            raise InterruptedError
+
+    config = quick_config(tmp_path / "run", *OPTIONS, "train.steps=7", "checkpoint.every=3", "tracking.wandb={}")
+    with local_wandb() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        wandb.teardown()
+        with pytest.raises(InterruptedError):
+            run_training(config, callbacks=[stop])
+        wandb.teardown()
+        ((name, rows),) = server.history.items()
+        assert [row["_step"] for row in rows] == [0, 1, 2, 3, 4]  # line 5 is written with 6, which never came
+        assert server.exit_codes[name] == 1
+        run_training(config, resume=True)
+        wandb.teardown()
+    assert server.history.keys() == {name}
+    assert [row["_step"] for row in rows] == list(range(8))
+    curves: Curves = {}
+    for row in rows:
+        for tag, value in row.items():
+            if isinstance(value, float | int) and not tag.startswith("_"):
+                curves.setdefault(tag, []).append((row["_step"], value))
+    assert_same_curves(curves, expected_curves(tmp_path / "run"))
+    assert [row["_step"] for row in rows if "preview/1" in row] == [0, 2, 4, 6, 7]
+    pictures = [data for path, data in server.uploads.items() if path.startswith("media/images/preview/")]
+    assert {path.read_bytes() for path in (tmp_path / "run" / "samples").glob("step-*.png")} <= set(pictures)
+    assert server.exit_codes[name] == 0
+    assert f"curves    {server.url}/someone/sd3tune/runs/{name}" in capsys.readouterr().out
+    sent = json.dumps(server.queries).encode() + b"".join(server.uploads.values())
+    for secret in (*TOKENS.values(), str(Path.home()), str(tmp_path), str(Path.cwd())):
+        assert secret.encode() not in sent
