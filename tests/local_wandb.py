@@ -1,4 +1,4 @@
-"""A wandb server on this machine: it keeps runs by their id, as far as starting, logging and resuming one ask for it."""
+"""A wandb server on this machine: it keeps runs by their id, as far as starting, logging and resuming one ask it."""
 
 from __future__ import annotations
 
