@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
-from tqdm import tqdm
 
 from sd3tune.atomic import write_json, write_text
 from sd3tune.config import Config, dump_config
-from sd3tune.config.sections.outputs import TrackingConfig
 from sd3tune.data.sampler import generator
 from sd3tune.errors import RunError
 from sd3tune.jobs.closing import closing_report, summary
@@ -27,14 +25,11 @@ from sd3tune.jobs.machine import ALONE, closing_process_group, make_accelerator,
 from sd3tune.jobs.memory import encoding_knob, loading_knob, naming_out_of_memory, training_knob
 from sd3tune.jobs.optimizer import with_working_optimizer
 from sd3tune.jobs.preflight import Plan, make_plan
-from sd3tune.jobs.preview import Previews
-from sd3tune.jobs.run_folder import LOGS, RUN_FILE, check_start, describe_run, is_finished, locked, remove_leftovers
+from sd3tune.jobs.run_folder import RUN_FILE, check_start, describe_run, is_finished, locked, remove_leftovers
 from sd3tune.jobs.stopping import StopSignals
-from sd3tune.jobs.validation import Validation
+from sd3tune.jobs.watching import Watching
 from sd3tune.model.components import load_transformer, vae_config
 from sd3tune.publish.card import write_card
-from sd3tune.tracking.base import Start
-from sd3tune.tracking.trackers import Trackers, without_paths
 from sd3tune.train.batches import Batches, Dropout, LatentScaling
 from sd3tune.train.checkpoint import list_checkpoints, restore
 from sd3tune.train.loop import Callback, Processes, exported_weights, train
@@ -123,9 +118,7 @@ def _train(
         batches = make_batches(plan, encoded, processes)
         stack.callback(batches.close)
         loaded_at = time.monotonic()
-        trackers = stack.enter_context(_trackers(plan, processes))
-        previews = [Previews(plan, encoded, processes, trackers)] if config.preview.prompts else []
-        validations = [Validation(plan, encoded, processes, contract, trackers, from_step)] if encoded.holdout else []
+        watching = stack.enter_context(Watching(plan, encoded, processes, contract, from_step))
         with signals.deferred(), naming_out_of_memory("training", lambda: training_knob(config)):
             metrics = train(
                 config,
@@ -138,40 +131,29 @@ def _train(
                 processes,
                 identity,
                 contract,
-                [*validations, *previews, *callbacks],
+                [*watching.callbacks, *callbacks],
                 lambda: signals.asked,
-                trackers.line,
+                watching.trackers.line,
             )
-        train_seconds = time.monotonic() - loaded_at - trackers.seconds
+        seconds = {
+            "encode_s": encoded_at - started,
+            "load_s": loaded_at - encoded_at,
+            "train_s": time.monotonic() - loaded_at - sum(watching.seconds.values()),
+            **watching.seconds,
+        }
         if processes.is_main:
-            described["timings"] = {
-                "encode_s": round(encoded_at - started, 3),
-                "load_s": round(loaded_at - encoded_at, 3),
-                "train_s": round(train_seconds, 3),
-                "validation_s": round(sum(validation.seconds for validation in validations), 3),
-                "preview_s": round(sum(preview.seconds for preview in previews), 3),
-                "tracking_s": round(trackers.seconds, 3),
+            described |= {
+                "timings": {name: round(value, 3) for name, value in seconds.items()},
+                "skipped_steps": list(metrics.skipped),
+                "warnings": [*encoded.warnings, *watching.warnings],
             }
-            unseen = [f"step {step}: no preview, out of memory" for preview in previews for step in preview.skipped]
-            warnings = [*encoded.warnings, *unseen, *trackers.warnings]
-            described |= {"skipped_steps": list(metrics.skipped), "warnings": warnings}
-            held_out = {name: of for validation in validations for name, of in validation.report().items()}
-            report = _close(plan, state, transformer, batches, contract, described, held_out)
-            measured = [line for validation in validations for line in validation.summary()]
-            curves = [f"curves    {where}" for where in trackers.where()]
-            lines = [*curves, *measured, *summary(plan, report)]
-            _say_goodbye(plan, lines, metrics, from_step, train_seconds, say)
+            report = _close(plan, state, transformer, batches, contract, described, watching.report())
+            lines = [*watching.summary(), *summary(plan, report)]
+            _say_goodbye(plan, lines, metrics, from_step, seconds["train_s"], say)
             if not report["changes_output"]:
                 way_out = "raise optimizer.lr or train.steps, or check method.targets"
                 raise RunError(f"{plan.run}: the adapter changes nothing: {way_out}")
         processes.wait()
-
-
-def _trackers(plan: Plan, processes: Processes) -> Trackers:
-    """Those of the configuration on the main rank, none on the others."""
-    config = plan.config
-    start = Start(config.name, plan.run / LOGS, without_paths(config))
-    return Trackers(config.tracking if processes.is_main else TrackingConfig(), start, tqdm.write)
 
 
 def _close(
@@ -181,11 +163,11 @@ def _close(
     batches: Batches,
     contract: dict[str, Any],
     described: dict[str, Any],
-    held_out: dict[str, Any],
+    measured: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the adapter, `run.json` and the card; returns the closing report."""
     _export(plan, state, contract)
-    report = closing_report(plan, transformer, exported_weights(state), batches) | held_out
+    report = closing_report(plan, transformer, exported_weights(state), batches) | measured
     write_json(plan.run / RUN_FILE, {**described, "report": report})
     write_card(plan.run, plan.config, contract, report)
     return report
