@@ -26,13 +26,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from sd3tune.atomic import FULL, new_file
+from sd3tune.atomic import FULL, TEMPORARY, new_file, remove_stale
 from sd3tune.errors import RunError
 
 SHARD_BYTES = 64 * 2**20
 FLUSH_SECONDS = 30.0
-_STALE_SECONDS = 3600.0  # no flush takes that long, so an older temporary file has lost its writer
-_PREFIX, _SUFFIX, _TEMPORARY, _LOCK = "shard-", ".safetensors", ".tmp-", "store.lock"
+_PREFIX, _SUFFIX, _LOCK = "shard-", ".safetensors", "store.lock"
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +135,7 @@ class Store:
         with _disk_trouble(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
         self._share()
-        self._remove_stale()
+        remove_stale(self.root)
         writer = Writer(self, shard_bytes, flush_seconds)
         try:
             yield writer
@@ -152,12 +151,6 @@ class Store:
             weakref.finalize(self, os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits for a removal, which is brief
             self._locked = True
-
-    def _remove_stale(self) -> None:
-        for path in temporaries_in(self.root):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink()
 
 
 class Writer:
@@ -233,7 +226,7 @@ def shards_in(root: Path) -> list[Path]:
 
 def temporaries_in(root: Path) -> list[Path]:
     """What writers have not finished, and never will once no store is open."""
-    return sorted(root.glob(f"{_TEMPORARY}*"))
+    return sorted(root.glob(f"{TEMPORARY}*"))
 
 
 def read_index(shard: Path) -> dict[str, Entry]:

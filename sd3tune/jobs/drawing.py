@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from tqdm import tqdm
 
-from sd3tune.atomic import new_file
+from sd3tune.atomic import new_file, remove_stale
 from sd3tune.data.store import Store
 from sd3tune.encode.resources import release
 from sd3tune.jobs.preflight import Plan
@@ -51,6 +51,8 @@ def draw_class_images(
     mine = [of for path, of in list(wanted.items())[processes.rank :: processes.world] if not path.exists()]
     if not mine:
         return
+    for folder in {drawn.path.parent for _, drawn in mine}:
+        remove_stale(folder)
     transformer = load_transformer(plan.base, plan.dtype, plan.device)
     vae, scheduler = load_decoder(plan), load_scheduler(plan.base)
     negative = stored_conditioning(plan, store, captions, NEGATIVE_PROMPT, transformer)

@@ -26,6 +26,7 @@ from sd3tune.tracking.trackers import Trackers
 from sd3tune.train.loop import Processes, View
 
 BASE = "base"
+SHEET = "over_time.png"
 
 
 class Previews:
@@ -53,12 +54,9 @@ class Previews:
         self._drawn.add(view.step)
         started, name = time.monotonic(), f"step-{view.step:06d}"
         try:
-            drew = [
-                self._draw_missing(BASE, view, view.method.disabled(view.transformer)),
-                self._draw_missing(name, view, view.method.as_exported(view.transformer, view.weights)),
-            ]
-            if any(drew):
-                self._write_sheet()
+            self._draw_missing(BASE, view, view.method.disabled(view.transformer))
+            self._draw_missing(name, view, view.method.as_exported(view.transformer, view.weights))
+            self._write_sheet()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -68,16 +66,15 @@ class Previews:
         self.seconds += time.monotonic() - started
         self._send(name)
 
-    def _draw_missing(self, name: str, view: View, weights: AbstractContextManager[None]) -> bool:
-        """Draw and save one image a prompt, unless an earlier attempt did. Returns whether anything was drawn."""
+    def _draw_missing(self, name: str, view: View, weights: AbstractContextManager[None]) -> None:
+        """Draw and save one image a prompt, unless an earlier attempt did."""
         paths = [self._path(name, number) for number in range(len(self.settings.prompts))]
-        if all(self._is_drawn(path, number) for number, path in enumerate(paths)):
-            return False
+        if all(_shows(path, self._recipe(number)) for number, path in enumerate(paths)):
+            return
         with weights:
             images = self._draw(name, view)
         for number, (path, image) in enumerate(zip(paths, images, strict=True)):
             _save(image, path, self._recipe(number))
-        return True
 
     def _draw(self, name: str, view: View) -> list[Image.Image]:
         """The denoising first, all prompts; then the VAE visits for the decoding and leaves."""
@@ -119,20 +116,26 @@ class Previews:
         """To the trackers, what they have not got of a step."""
         for number, prompt in enumerate(self.settings.prompts):
             path = self._path(name, number)
-            if path not in self._sent and self._is_drawn(path, number):
+            if path not in self._sent and _shows(path, self._recipe(number)):
                 self._sent.add(path)
                 self.trackers.image(_step(name), f"preview/{number}", path, prompt)
 
     def _write_sheet(self) -> None:
-        """One row a prompt; a column for the base and one a step. A prompt that was added later has no early ones."""
+        """One row a prompt; a column for the base and one a step. A prompt that was added later has no early ones.
+
+        Written anew when it shows anything else: an earlier attempt may have ended between a picture and it.
+        """
         columns = {BASE: BASE} | {name: f"step {_step(name)}" for name in self._names()}
-        paths = [[self._path(name, row) for name in columns] for row in range(len(self.settings.prompts))]
-        images = [
-            [Image.open(path) if self._is_drawn(path, number) else None for path in row]
-            for number, row in enumerate(paths)
+        paths = [
+            [path if _shows(path := self._path(name, number), self._recipe(number)) else None for name in columns]
+            for number in range(len(self.settings.prompts))
         ]
+        recipe = json.dumps([[path and path.name for path in row] for row in paths] + self.settings.prompts)
+        if _shows(self.folder / SHEET, recipe):
+            return
+        images = [[Image.open(path) if path else None for path in row] for row in paths]
         sheet = contact_sheet(images, columns=list(columns.values()), rows=self.settings.prompts)
-        _save(sheet, self.folder / "over_time.png", "")
+        _save(sheet, self.folder / SHEET, recipe)
 
     def _recipe(self, number: int) -> str:
         """What a picture shows; it stands in the file, so that one of other settings is not taken for it."""
@@ -147,12 +150,14 @@ class Previews:
             }
         )
 
-    def _is_drawn(self, path: Path, number: int) -> bool:
-        try:
-            with Image.open(path) as image:
-                return image.info.get(RECIPE_KEY) == self._recipe(number)
-        except OSError:
-            return False
+
+def _shows(path: Path, recipe: str) -> bool:
+    """Whether the picture is there and of that recipe."""
+    try:
+        with Image.open(path) as image:
+            return bool(image.info.get(RECIPE_KEY) == recipe)
+    except OSError:
+        return False
 
 
 def _step(name: str) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sd3tune.atomic import write_json
+from sd3tune.atomic import FULL, TEMPORARY, WriteError, remove_folder, remove_unfinished, write_json
 from sd3tune.encode.report import megabytes
 from sd3tune.errors import RunError
 from sd3tune.model.adapter_io import ADAPTER_FILE
@@ -23,6 +23,8 @@ RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 SAMPLES = "samples"
 LOGS = "logs"
+VALIDATION_FILE = "validation.jsonl"
+BEST = "best"
 
 
 def starting_checkpoint(run: Path, resume: bool) -> Path | None:
@@ -46,7 +48,8 @@ def _start_in(run: Path, resume: bool) -> Path | None:
         raise RunError(f"{run}: already holds a run (step {step}); add --resume to go on, or choose another output_dir")
     if (run / "adapter" / ADAPTER_FILE).exists():
         raise RunError(f"{run}: already holds an adapter and no checkpoint; choose another output_dir")
-    inside = {path.name for path in run.iterdir()} if run.is_dir() else set()
+    found = {path.name for path in run.iterdir()} if run.is_dir() else set()
+    inside = {name for name in found if not name.startswith(TEMPORARY)}
     if inside - {LOCK_FILE} and RUN_FILE not in inside:
         raise RunError(f"{run}: not empty and not a run folder; choose another output_dir")
     return None
@@ -78,11 +81,18 @@ def check_start(run: Path, start: Path | None) -> None:
         raise RunError(f"{run}: another process trained here a moment ago; run the command again")
 
 
-def remove_leftovers(run: Path) -> None:
-    """Pictures and logs of an attempt that saved nothing; the next one may have other settings."""
-    shutil.rmtree(run / LOGS, ignore_errors=True)
-    for picture in (run / SAMPLES).glob("*.png"):
-        picture.unlink()
+def clear(run: Path, start: Path | None) -> None:
+    """Remove what a killed attempt was writing and, when it saved nothing, all that it measured and drew.
+
+    The next one may have other settings.
+    """
+    remove_unfinished(run)
+    if start is None:
+        shutil.rmtree(run / LOGS, ignore_errors=True)
+        for path in [run / VALIDATION_FILE, *(run / SAMPLES).glob("*.png")]:
+            path.unlink(missing_ok=True)
+        if (run / BEST).exists():
+            remove_folder(run / BEST)
 
 
 def is_finished(run: Path, steps: int) -> bool:
@@ -110,6 +120,29 @@ def locked(run: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming_what_is_saved(run: Path) -> Iterator[None]:
+    """Say of a failure to write into the run folder what is saved, and how to go on."""
+    try:
+        yield
+    except WriteError as error:
+        if not error.folder.is_relative_to(run):
+            raise
+        if not (run / RUN_FILE).exists():
+            raise RunError(
+                f"{run}: gone while training: moved, or its disk was unmounted; bring it back, and the same command "
+                "with --resume goes on from its last checkpoint"
+            ) from error
+        saved = list_checkpoints(run)
+        if not saved:
+            raise
+        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
+        way_out = "free some space" if full else "make it writable"
+        raise RunError(
+            f"{error.refusal}; {way_out}, and the same command with --resume goes on from {saved[-1].name}"
+        ) from error
 
 
 def describe_run(run: Path, start: Mapping[str, Any], from_step: int) -> dict[str, Any]:

@@ -25,7 +25,15 @@ from sd3tune.jobs.machine import ALONE, closing_process_group, make_accelerator,
 from sd3tune.jobs.memory import encoding_knob, loading_knob, naming_out_of_memory, training_knob
 from sd3tune.jobs.optimizer import with_working_optimizer
 from sd3tune.jobs.preflight import Plan, make_plan
-from sd3tune.jobs.run_folder import RUN_FILE, check_start, describe_run, is_finished, locked, remove_leftovers
+from sd3tune.jobs.run_folder import (
+    RUN_FILE,
+    check_start,
+    clear,
+    describe_run,
+    is_finished,
+    locked,
+    naming_what_is_saved,
+)
 from sd3tune.jobs.stopping import StopSignals
 from sd3tune.jobs.watching import Watching
 from sd3tune.model.components import load_transformer, vae_config
@@ -99,8 +107,6 @@ def _train(
         if processes.is_main:
             stack.enter_context(locked(plan.run))
             check_start(plan.run, plan.start)
-            if plan.start is None:
-                remove_leftovers(plan.run)
         identity = run_identity(plan, encoded, processes.world)
         if plan.start is not None:
             check_identity(plan, identity)
@@ -111,8 +117,10 @@ def _train(
         from_step = state.step
         described: dict[str, Any] = {}
         if processes.is_main:
-            write_text(plan.run / "config.yaml", dump_config(config))
+            clear(plan.run, plan.start)
+            stack.enter_context(naming_what_is_saved(plan.run))
             described = describe_run(plan.run, start_facts(plan, processes.world), from_step)
+            write_text(plan.run / "config.yaml", dump_config(config))
 
         contract = make_contract(plan)
         batches = make_batches(plan, encoded, processes)
@@ -165,11 +173,11 @@ def _close(
     described: dict[str, Any],
     measured: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write the adapter, `run.json` and the card; returns the closing report."""
+    """Write the adapter, the card and, last, `run.json`, whose report says that all is done; returns that report."""
     _export(plan, state, contract)
     report = closing_report(plan, transformer, exported_weights(state), batches) | measured
-    write_json(plan.run / RUN_FILE, {**described, "report": report})
     write_card(plan.run, plan.config, contract, report)
+    write_json(plan.run / RUN_FILE, {**described, "report": report})
     return report
 
 

@@ -17,6 +17,7 @@ from sd3tune.data.sampler import generator
 from sd3tune.flow.objective import velocity_loss, velocity_target
 from sd3tune.jobs.encoding import Encoded
 from sd3tune.jobs.preflight import Plan
+from sd3tune.jobs.run_folder import BEST, VALIDATION_FILE
 from sd3tune.model.components import vae_config
 from sd3tune.model.latents import sample_latents
 from sd3tune.tracking.trackers import Trackers
@@ -28,8 +29,6 @@ from sd3tune.train.step import predict_velocity
 
 SIGMAS = tuple((bin + 0.5) / SIGMA_BINS for bin in range(SIGMA_BINS))
 """The middle of each bin."""
-VALIDATION_FILE = "validation.jsonl"
-BEST = "best"
 
 
 class Validation:

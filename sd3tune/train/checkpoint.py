@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd3tune.atomic import new_folder, write_json
+from sd3tune.atomic import new_folder, remove_folder, write_json
 from sd3tune.errors import RunError
 from sd3tune.train.step import TrainState
 
@@ -30,16 +29,19 @@ def save_checkpoint(
     `identity` is what a resumed run must agree with (see `differences`); `export(folder)` adds the usable adapter.
     """
     folder = run / "checkpoints" / f"step-{state.step:06d}"
-    for orphan in folder.parent.glob(".tmp-*"):  # a killed attempt's; the run's lock says that nobody writes it now
-        shutil.rmtree(orphan)
     with new_folder(folder) as temporary:
         save_file(_tensors(state), temporary / _TENSORS)
         layout = {name: list(shape) for name, shape in state.master.shapes.items()}
         write_json(temporary / _STATE, {"step": state.step, "identity": identity, "layout": layout})
         export(temporary)
-    for old in list_checkpoints(run)[: -keep if keep else 0]:
-        shutil.rmtree(old)
+    prune(run, keep)
     return folder
+
+
+def prune(run: Path, keep: int | None) -> None:
+    """Remove all checkpoints but the newest `keep`, if that is a number."""
+    for old in list_checkpoints(run)[: -keep if keep else 0]:
+        remove_folder(old)
 
 
 def list_checkpoints(run: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from sd3tune.config.schema import Config
 from sd3tune.errors import RunError
 from sd3tune.methods import Method
 from sd3tune.train.batches import Batches
-from sd3tune.train.checkpoint import save_checkpoint
+from sd3tune.train.checkpoint import prune, save_checkpoint
 from sd3tune.train.metrics import Line, Metrics
 from sd3tune.train.objective import Objective
 from sd3tune.train.step import TrainState, train_step
@@ -121,10 +121,13 @@ def train(
                 raise RunError(_not_finite(run, metrics))
             if state.step % config.checkpoint.every == 0 or last or metrics.stop_requested:
                 checkpoint()
+            metrics.check_place()
             for callback in callbacks:
                 callback(view())
             if metrics.stop_requested and not last:
                 raise KeyboardInterrupt
+    if processes.is_main:
+        prune(run, config.checkpoint.keep)  # an attempt may have ended between its last checkpoint and this
     return metrics
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd3tune.atomic import write_text
+from sd3tune.atomic import sync, write_text, writing_in
 from sd3tune.train.step import StepResult
 
 SIGMA_BINS = 5
@@ -77,7 +78,10 @@ class Metrics:
         self._rows.append(_Row(step, result.learning_rate, len(result.losses), torch.cat(parts)))
 
     def flush(self, wait: bool = False) -> None:
-        """Start copying what was added since, and write what was being copied; with `wait`, write everything."""
+        """Start copying what was added since, and write what was being copied; with `wait`, write everything, durably.
+
+        So a checkpoint that is saved after that counts on no line that a power cut could take back.
+        """
         self._finish_copy()
         if self._rows:
             stacked = self.gather(torch.stack([row.values for row in self._rows]))
@@ -91,6 +95,15 @@ class Metrics:
             self._copying, self._rows = (self._rows, host, event), []
         if wait or (self._copying is not None and self._copying[2] is None):
             self._finish_copy()
+        if wait and self.writes:
+            with writing_in(self.path.parent):
+                sync(self.path)
+
+    def check_place(self) -> None:
+        """Raise WriteError when the run folder has gone, before anything would make it anew in the same place."""
+        if self.writes:
+            with writing_in(self.path.parent):
+                self.path.stat()
 
     def _finish_copy(self) -> None:
         if self._copying is None:
@@ -104,7 +117,7 @@ class Metrics:
             self._take_in(line)
         self.stop_requested |= bool(host[..., -1].any())
         if self.writes:
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing_in(self.path.parent), open(self.path, "a", encoding="utf-8", opener=_existing) as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
             for line in lines:
                 self.sink(line)
@@ -116,6 +129,10 @@ class Metrics:
             self.skipped_in_a_row += 1
         else:
             self.skipped_in_a_row = 0
+
+
+def _existing(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_CREAT)
 
 
 def read_metrics(path: Path) -> list[Line]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import multiprocessing
 import os
 import resource
 import subprocess
@@ -14,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.forks import FORKS
+
 ROOT = Path(__file__).parents[2]
 UNABLE = 77
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["sd3tune.jobs.train", "sd3tune.jobs.infer"])
+
 
 Snapshot = dict[str, str]
 
@@ -72,7 +72,7 @@ def forked(
     command: Sequence[str], folder: Path, environment: Mapping[str, str], inside: Callable[[], object], notes: Path
 ) -> Finished:
     """Run the command in a process that is forked and lives in `folder`; `inside` is called there first."""
-    process = _FORKS.Process(target=_run, args=(command, str(folder), dict(environment), inside, str(notes)))
+    process = FORKS.Process(target=_run, args=(command, str(folder), dict(environment), inside, str(notes)))
     process.start()
     process.join(120)
     assert process.exitcode is not None, "still running"
@@ -130,6 +130,11 @@ def small_disk(folder: str, size: str, read_only: bool = False) -> None:
     _system(_LIBC.unshare, 0x20000)  # CLONE_NEWNS
     _system(_LIBC.mount, b"none", b"/", None, private, None)
     _system(_LIBC.mount, b"none", folder.encode(), b"tmpfs", _READ_ONLY * read_only, f"size={size}".encode())
+
+
+def move_mount(source: Path, target: Path) -> None:
+    """What is mounted at one place is from now on at another, after `small_disk`."""
+    _system(_LIBC.mount, bytes(source), bytes(target), None, 0x2000, None)  # MS_MOVE
 
 
 def small_files(size: int) -> None:
