@@ -7,7 +7,7 @@ STAMP := $(VENV)/.sd3tune-installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench docs clean
+.PHONY: help setup demo test crash check format bench docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: $(STAMP) ## Train a LoRA from packaged images, offline, and draw before an
 
 test: $(STAMP) ## Run the tests (WORKERS=8 for more processes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+crash: $(STAMP) ## Let a run die at every point at which it writes, and resume each (some 20 minutes)
+	SD3TUNE_EVERY_CRASH_POINT=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/jobs/crash
 
 check: $(STAMP) ## Lint, formatting, types and layers
 	$(BIN)/ruff check .

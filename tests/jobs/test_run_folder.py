@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sd3tune.errors import RunError
-from sd3tune.jobs.run_folder import check_start, describe_run, is_finished, locked, starting_checkpoint
+from sd3tune.jobs.run_folder import check_start, clear, describe_run, is_finished, locked, starting_checkpoint
 from sd3tune.model.adapter_io import ADAPTER_FILE
 
 
@@ -44,6 +44,23 @@ def test_an_attempt_that_saved_nothing_may_be_repeated(tmp_path: Path, resume: b
     describe_run(tmp_path, {}, 0)
     (tmp_path / "metrics.jsonl").write_text("")
     assert starting_checkpoint(tmp_path, resume) is None
+
+
+def test_one_that_was_killed_at_its_first_file_may_be_repeated(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-7-run.json").write_text("{")
+    assert starting_checkpoint(tmp_path, resume=True) is None
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_what_an_attempt_measured_and_drew_is_forgotten_when_it_saved_nothing(tmp_path: Path, saved: bool) -> None:
+    start = write_checkpoint(tmp_path, 5) if saved else None
+    made = [tmp_path / name for name in ("validation.jsonl", "samples/base-0.png", "best/validation.json")]
+    for path in [*made, tmp_path / ".tmp-7-README.md"]:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    clear(tmp_path, start)
+    assert [path.exists() for path in made] == [saved] * 3
+    assert not (tmp_path / ".tmp-7-README.md").exists()
 
 
 def test_resuming_starts_from_the_newest_checkpoint(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from tests.forks import FORKS
 ROOT = Path(__file__).parents[2]
 UNABLE = 77
 
-
 Snapshot = dict[str, str]
 
 

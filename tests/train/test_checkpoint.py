@@ -107,16 +107,6 @@ def test_a_checkpoint_that_was_not_finished_is_not_one(config, tmp_path) -> None
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_what_a_killed_process_left_half_written_is_cleared_away(config, tmp_path) -> None:
-    orphan = tmp_path / "checkpoints" / ".tmp-4194305-step-000001"
-    orphan.mkdir(parents=True)
-    (orphan / "state.safetensors").write_bytes(b"half")
-    state = make(config)
-    advance(state, config, 1)
-    save(tmp_path, state)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
-
-
 def test_steps_beyond_six_digits_stay_in_order(tmp_path) -> None:
     for step in (999_999, 1_000_000, 5):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
