@@ -55,7 +55,7 @@ class Metric:
     larger_is_better: bool
 
 
-SIZES = {"tiny": Size(resolution=256, steps=60, warmup=10), "small": Size(resolution=512, steps=8, warmup=2)}
+SIZES = {"tiny": Size(resolution=256, steps=40, warmup=10), "small": Size(resolution=512, steps=8, warmup=2)}
 CAPTIONS = {
     "one": "one caption",
     "one-cached": "one caption, the peer with --cache_latents",

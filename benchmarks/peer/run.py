@@ -65,7 +65,7 @@ def measure(cells: Sequence[PeerCell], script: Path, out: Path | None) -> dict[s
         for cell in cells:
             results["cells"] += rows(cell, measure_cell(cell, script, materials, folder))
             for row in results["cells"][-4:]:
-                print(f"{row['cell']}: {row['ratio']:.3f} {row['pairs']}", flush=True)
+                print(f"{row['cell']}: {row['ratio']:.3f}, in CPU time {row['cpu_ratio'] or 0:.3f}", flush=True)
             if out is not None:
                 report.write(results, out)
     return results

@@ -2,11 +2,12 @@
 
 Both sides are watched in the same way: a hook of torch's that is called after every optimizer step, whoever's it is.
 `ours` is followed by sd3tune's arguments, `peer` by the script and its own. STAMPS receives JSON:
-{"steps": [[seconds, CPU seconds], ...], "peak_bytes": n}, the clock being the machine's monotonic one.
+{"steps": [[seconds, CPU seconds], ...], "cpu": seconds, "peak_bytes": n}, the clock being the machine's monotonic one.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import runpy
@@ -16,9 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.optim.optimizer import register_optimizer_step_post_hook
+gc.disable()  # as sd3tune would do; the script is given the advantage
+from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
-from benchmarks.peer.accommodations import with_casting_vae, without_trackers
+gc.enable()
+from benchmarks.peer.accommodations import with_casting_vae, without_trackers  # noqa: E402
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,7 +35,8 @@ def main(arguments: Sequence[str]) -> None:
     try:
         run_side(side, rest)
     finally:
-        Path(stamps_file).write_text(json.dumps({"steps": stamps, "peak_bytes": peak_bytes()}), encoding="utf-8")
+        seen = {"steps": stamps, "cpu": time.process_time(), "peak_bytes": peak_bytes()}
+        Path(stamps_file).write_text(json.dumps(seen), encoding="utf-8")
 
 
 def run_side(side: str, arguments: Sequence[str]) -> None:
