@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from benchmarks.cells import small_transformer
 from sd3tune.data.metadata import JSONL, write_jsonl
 from sd3tune.model.bases import resolve_base
+from sd3tune.model.components import no_progress_bars
 
 PHOTOS = 6
 PHOTO_SIZE = (1024, 768)
@@ -76,7 +77,8 @@ def _small(folder: Path) -> Path:
     }
     for part, model in parts.items():
         shutil.rmtree(folder / part)
-        model.save_pretrained(folder / part, safe_serialization=True)  # type: ignore[operator]
+        with no_progress_bars():
+            model.save_pretrained(folder / part, safe_serialization=True)  # type: ignore[operator]
     return folder
 
 
