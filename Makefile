@@ -43,8 +43,8 @@ format: $(STAMP) ## Fix lint and formatting where a tool can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## Measure the trainer against a bare loop
-	$(BIN)/python -m benchmarks.run
+bench: $(STAMP) ## Measure the trainer against a bare loop; with PEER_SCRIPT=PATH, runs against diffusers' example
+	$(BIN)/python -m benchmarks.$(if $(PEER_SCRIPT),peer.run "$(PEER_SCRIPT)",run)
 
 docs: $(STAMP) ## Regenerate docs/config.md and configs/schema.json from the schema
 	$(BIN)/python -m sd3tune.config.reference > docs/config.md

@@ -14,7 +14,6 @@ import torch
 from sd3tune.atomic import write_json, write_text
 from sd3tune.jobs.machine import versions
 
-_MARKERS = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.DOTALL)
 _ROOT = Path(__file__).parent.parent
 _HEADINGS = [
     "cell",
@@ -44,14 +43,10 @@ def environment() -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    where = results["environment"]
-    commit = (where["commit"] or "unknown")[:10] + (" with changes" if where["uncommitted_changes"] else "")
-    libraries = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "diffusers", "peft"))
     lines = [_HEADINGS, ["---"] * len(_HEADINGS), *(_table_row(row) for row in results["cells"])]
     return "\n".join(
         [
-            f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {where['threads']} threads.",
-            f"{libraries}. Commit {commit}.",
+            *provenance(results["environment"]),
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
         ]
@@ -61,9 +56,24 @@ def table(results: dict[str, Any]) -> str:
 def write(results: dict[str, Any], folder: Path) -> None:
     """`folder/results/trainer.json`, and the table in `folder/README.md`."""
     write_json(folder / "results" / "trainer.json", results)
-    readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    write_text(readme, _MARKERS.sub(lambda found: f"{found[1]}{table(results)}\n{found[2]}", text))
+    replace_between(folder / "README.md", "results", table(results))
+
+
+def provenance(where: dict[str, Any]) -> list[str]:
+    """Machine, libraries and commit, in two lines."""
+    commit = (where["commit"] or "unknown")[:10] + (" with changes" if where["uncommitted_changes"] else "")
+    libraries = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "diffusers", "peft"))
+    return [
+        f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {where['threads']} threads.",
+        f"{libraries}. Commit {commit}.",
+    ]
+
+
+def replace_between(readme: Path, name: str, text: str) -> None:
+    """Put `text` between the markers `<!-- name -->` and `<!-- end of name -->`."""
+    markers = re.compile(rf"(<!-- {name} -->\n).*(<!-- end of {name} -->)", re.DOTALL)
+    found = readme.read_text(encoding="utf-8")
+    write_text(readme, markers.sub(lambda match: f"{match[1]}{text}\n{match[2]}", found))
 
 
 def _table_row(row: dict[str, Any]) -> list[str]:

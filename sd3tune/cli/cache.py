@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from sd3tune.cli.arguments import ConfigArgument, Overrides
+from sd3tune.cli.imports import quick_imports
 from sd3tune.config import load_config
 
 
@@ -37,7 +38,8 @@ StoreArgument = Annotated[
 def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Encode captions and images of a run, and nothing else; the word `encode` may be left out."""
     loaded = load_config(config, overrides or ())
-    from sd3tune.jobs.cache import run_cache
+    with quick_imports():
+        from sd3tune.jobs.cache import run_cache
 
     run_cache(loaded.config, loaded.notes)
 

@@ -15,6 +15,7 @@ from sd3tune import __version__
 from sd3tune.cli.arguments import ConfigArgument, Overrides, print_notes
 from sd3tune.cli.cache import cache_app
 from sd3tune.cli.data import data_app
+from sd3tune.cli.imports import quick_imports
 from sd3tune.config import dump_config, json_schema, load_config
 from sd3tune.errors import ConfigError, UserError
 
@@ -37,7 +38,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the run and the picture go.")] = Path("runs/demo"),
 ) -> None:
     """Train a small LoRA on packaged pictures and draw before and after: offline, on the CPU."""
-    from sd3tune.jobs.demo import run_demo
+    with quick_imports():
+        from sd3tune.jobs.demo import run_demo
 
     run_demo(out)
 
@@ -56,7 +58,8 @@ def train(
         from sd3tune.jobs.launch import relaunch
 
         relaunch(num_processes, sys.argv[1:])
-    from sd3tune.jobs.train import run_training
+    with quick_imports():
+        from sd3tune.jobs.train import run_training
 
     run_training(loaded.config, loaded.notes, resume=resume, dry_run=dry_run)
 
@@ -93,8 +96,9 @@ def infer(
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
         raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
     wide_high = parse_size(size)
-    from sd3tune.jobs.conditions import Request
-    from sd3tune.jobs.infer import run_infer
+    with quick_imports():
+        from sd3tune.jobs.conditions import Request
+        from sd3tune.jobs.infer import run_infer
 
     request = Request(
         loras=lora or [],

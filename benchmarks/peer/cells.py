@@ -1,0 +1,70 @@
+"""What is measured: bases, ways to caption, precisions; and the figures of a run that are compared."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+BATCH_SIZE, RANK, T5_TOKENS = 2, 4, 77
+LEARNING_RATE = 1e-4
+CORES = 2
+TARGETS = (
+    *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"),
+)
+"""The modules that the script trains by default; sd3tune's own default has those of `attn2`, too."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of a base there is to train on, and for how long."""
+
+    resolution: int
+    steps: int
+    warmup: int
+    """Steps at the start that do not count for images per second."""
+
+
+@dataclass(frozen=True)
+class PeerCell:
+    base: str
+    captions: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.base}-{self.dtype}-{self.captions}"
+
+    @property
+    def size(self) -> Size:
+        return SIZES[self.base]
+
+    @property
+    def has_own_captions(self) -> bool:
+        return self.captions == "per-image"
+
+    @property
+    def least_speedup(self) -> float:
+        """What images/s have to come to, as a multiple of the peer's."""
+        return 1.5 if self.base == "tiny" and self.captions != "one-cached" else 1.0
+
+
+@dataclass(frozen=True)
+class Metric:
+    unit: str
+    larger_is_better: bool
+
+
+SIZES = {"tiny": Size(resolution=256, steps=40, warmup=10), "small": Size(resolution=512, steps=8, warmup=2)}
+CAPTIONS = {
+    "one": "one caption",
+    "one-cached": "one caption, the peer with --cache_latents",
+    "per-image": "a caption per image",
+}
+CELLS = {cell.name: cell for cell in itertools.starmap(PeerCell, itertools.product(SIZES, CAPTIONS, ("fp32", "bf16")))}
+METRICS = {
+    "images_per_s": Metric("images/s", larger_is_better=True),
+    "peak_memory": Metric("MB", larger_is_better=False),
+    "first_step": Metric("s", larger_is_better=False),
+    "wall": Metric("s", larger_is_better=False),
+}

@@ -1,0 +1,104 @@
+"""What both sides are given: six photos, with one caption or with their own, and the folder of a base."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SD3Transformer2DModel
+from PIL import Image
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from benchmarks.cells import small_transformer
+from sd3tune.data.metadata import JSONL, write_jsonl
+from sd3tune.model.bases import resolve_base
+from sd3tune.model.components import no_progress_bars
+
+PHOTOS = 6
+PHOTO_SIZE = (1024, 768)
+CAPTION = "a photo of sks robot"
+PLACES = ("on a beach", "in the snow", "under a tree", "at night", "on a red carpet", "beside a lake")
+
+
+@dataclass(frozen=True)
+class Materials:
+    photos: Path
+    """Nothing but the photos."""
+    captioned: Path
+    """The photos and a metadata file with a caption for each."""
+    bases: dict[str, Path]
+
+
+def make_materials(folder: Path, bases: list[str]) -> Materials:
+    """Everything under `folder`; but the tiny base, which has its own place."""
+    photos, captioned = folder / "photos", folder / "captioned"
+    draw_photos(photos)
+    shutil.copytree(photos, captioned)
+    names = sorted(photo.name for photo in photos.iterdir())
+    write_jsonl(captioned / JSONL, [(name, f"{CAPTION} {place}") for name, place in zip(names, PLACES, strict=True)])
+    return Materials(photos, captioned, {name: BASES[name](folder / "bases" / name) for name in bases})
+
+
+def draw_photos(folder: Path) -> None:
+    """Six JPEG files with soft shapes and some grain: as large as photos are, in bytes as well."""
+    folder.mkdir(parents=True)
+    width, height = PHOTO_SIZE
+    for number in range(PHOTOS):
+        source = np.random.default_rng(number)
+        shapes = Image.fromarray(source.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(PHOTO_SIZE)
+        grain = source.normal(0, 6, (height, width, 1))
+        pixels = np.clip(np.asarray(shapes, dtype=np.float64) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=92)
+
+
+def _tiny(folder: Path) -> Path:
+    return resolve_base("tiny").path
+
+
+def _small(folder: Path) -> Path:
+    """The transformer of the trainer's benchmark, text encoders of the widths that it needs, and tiny's other parts.
+
+    The small VAE is in the peer's favour: it encodes images at each step unless it caches latents.
+    """
+    tiny = resolve_base("tiny").path
+    shutil.copytree(tiny, folder)
+    transformer: SD3Transformer2DModel = small_transformer(torch.float32)
+    parts: dict[str, nn.Module] = {
+        "transformer": transformer,
+        "text_encoder": _clip(tiny / "text_encoder", width=768),
+        "text_encoder_2": _clip(tiny / "text_encoder_2", width=1280),
+        "text_encoder_3": _t5(tiny / "text_encoder_3", width=transformer.config.joint_attention_dim),
+    }
+    for part, model in parts.items():
+        shutil.rmtree(folder / part)
+        with no_progress_bars():
+            model.save_pretrained(folder / part, safe_serialization=True)  # type: ignore[operator]
+    return folder
+
+
+def _clip(folder: Path, width: int) -> nn.Module:
+    config = CLIPTextConfig.from_pretrained(
+        folder, hidden_size=width, intermediate_size=4 * width, projection_dim=width, num_attention_heads=width // 64
+    )
+    return _drawn(lambda: CLIPTextModelWithProjection(config))
+
+
+def _t5(folder: Path, width: int) -> nn.Module:
+    config = T5Config.from_pretrained(folder, d_model=width, d_ff=width // 4, d_kv=64, num_heads=8)
+    return _drawn(lambda: T5EncoderModel(config))
+
+
+def _drawn(build: Callable[[], Any]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = build()
+    return model
+
+
+BASES: dict[str, Callable[[Path], Path]] = {"tiny": _tiny, "small": _small}

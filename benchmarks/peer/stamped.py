@@ -1,0 +1,63 @@
+"""`python -m benchmarks.peer.stamped STAMPS ours|peer ...`: run one side's command and write down when it stepped.
+
+Both sides are watched in the same way: a hook of torch's that is called after every optimizer step, whoever's it is.
+`ours` is followed by sd3tune's arguments, `peer` by the script and its own. STAMPS receives JSON:
+{"steps": [[seconds, CPU seconds], ...], "cpu": seconds, "peak_bytes": n}, the clock being the machine's monotonic one.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import runpy
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+gc.disable()  # as sd3tune would do; the script is given the advantage
+from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
+
+gc.enable()
+from benchmarks.peer.accommodations import with_casting_vae, without_trackers  # noqa: E402
+
+
+def main(arguments: Sequence[str]) -> None:
+    stamps_file, side, *rest = arguments
+    stamps: list[tuple[float, float]] = []
+
+    def stamp(*_: Any) -> None:
+        stamps.append((time.monotonic(), time.process_time()))
+
+    register_optimizer_step_post_hook(stamp)
+    try:
+        run_side(side, rest)
+    finally:
+        seen = {"steps": stamps, "cpu": time.process_time(), "peak_bytes": peak_bytes()}
+        Path(stamps_file).write_text(json.dumps(seen), encoding="utf-8")
+
+
+def run_side(side: str, arguments: Sequence[str]) -> None:
+    """What `python -m sd3tune ...` or `python script ...` would do."""
+    without_trackers()
+    if side == "ours":
+        sys.argv = ["sd3tune", *arguments]
+        runpy.run_module("sd3tune", run_name="__main__")
+    else:
+        with_casting_vae()
+        sys.argv = list(arguments)
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def peak_bytes() -> int:
+    """The largest resident size so far. `ru_maxrss` would also count the process that this one was forked from."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
