@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,6 +92,24 @@ def run_training(
             raise RunError(_interrupted(plan)) from None
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    """One attempt at a run, ready to take its first step."""
+
+    plan: Plan
+    processes: Processes
+    encoded: Encoded
+    transformer: SD3Transformer2DModel
+    state: TrainState
+    batches: Batches
+    identity: Mapping[str, Any]
+    contract: Mapping[str, Any]
+    watching: Watching
+    described: dict[str, Any]
+    """What `run.json` says so far; only on the main rank."""
+    from_step: int
+
+
 def _train(
     plan: Plan,
     processes: Processes,
@@ -97,88 +117,105 @@ def _train(
     callbacks: Sequence[Callback],
     signals: StopSignals,
 ) -> None:
-    config, started = plan.config, time.monotonic()
+    config, clock = plan.config, [time.monotonic()]
     with naming_out_of_memory("encoding", lambda: encoding_knob(config)):
         encoded = encode(plan, processes, say)
-    encoded_at = time.monotonic()
+    clock.append(time.monotonic())
     with naming_out_of_memory("loading the transformer", lambda: loading_knob(config)):
         transformer = load_transformer(plan.base, plan.dtype, plan.device)  # before the folder: it may be damaged
     with ExitStack() as stack:
-        if processes.is_main:
-            stack.enter_context(locked(plan.run))
-            check_start(plan.run, plan.start)
-        identity = run_identity(plan, encoded, processes.world)
-        if plan.start is not None:
-            check_identity(plan, identity)
-            say(f"resuming from {plan.start.name}")
-        processes.wait()
-
-        state = _starting_state(plan, encoded, transformer, processes)
-        from_step = state.step
-        described: dict[str, Any] = {}
-        if processes.is_main:
-            clear(plan.run, plan.start)
-            stack.enter_context(naming_what_is_saved(plan.run))
-            described = describe_run(plan.run, start_facts(plan, processes.world), from_step)
-            write_text(plan.run / "config.yaml", dump_config(config))
-
-        contract = make_contract(plan)
-        batches = make_batches(plan, encoded, processes)
-        stack.callback(batches.close)
-        loaded_at = time.monotonic()
-        watching = stack.enter_context(Watching(plan, encoded, processes, contract, from_step))
+        attempt = _begin(plan, processes, encoded, transformer, say, stack)
+        clock.append(time.monotonic())
+        watched_before = sum(attempt.watching.seconds.values())  # trackers have been opened
         with signals.deferred(), naming_out_of_memory("training", lambda: training_knob(config)):
             metrics = train(
                 config,
                 plan.run,
-                state,
+                attempt.state,
                 transformer,
                 plan.method,
-                batches,
+                attempt.batches,
                 make_objective(config.flow, plan.shift),
                 processes,
-                identity,
-                contract,
-                [*watching.callbacks, *callbacks],
+                attempt.identity,
+                attempt.contract,
+                [*attempt.watching.callbacks, *callbacks],
                 lambda: signals.asked,
-                watching.trackers.line,
+                attempt.watching.trackers.line,
             )
-        seconds = {
-            "encode_s": encoded_at - started,
-            "load_s": loaded_at - encoded_at,
-            "train_s": time.monotonic() - loaded_at - sum(watching.seconds.values()),
-            **watching.seconds,
-        }
+        clock.append(time.monotonic())
+        encode_s, load_s, train_s = (end - start for start, end in itertools.pairwise(clock))
         if processes.is_main:
-            described |= {
-                "timings": {name: round(value, 3) for name, value in seconds.items()},
-                "skipped_steps": list(metrics.skipped),
-                "warnings": [*encoded.warnings, *watching.warnings],
-            }
-            report = _close(plan, state, transformer, batches, contract, described, watching.report())
-            lines = [*watching.summary(), *summary(plan, report)]
-            _say_goodbye(plan, lines, metrics, from_step, seconds["train_s"], say)
-            if not report["changes_output"]:
-                way_out = "raise optimizer.lr or train.steps, or check method.targets"
-                raise RunError(f"{plan.run}: the adapter changes nothing: {way_out}")
+            watched = attempt.watching.seconds
+            train_s -= sum(watched.values()) - watched_before
+            _finish(attempt, metrics, {"encode_s": encode_s, "load_s": load_s, "train_s": train_s, **watched}, say)
         processes.wait()
 
 
-def _close(
+def _begin(
     plan: Plan,
-    state: TrainState,
+    processes: Processes,
+    encoded: Encoded,
     transformer: SD3Transformer2DModel,
-    batches: Batches,
-    contract: dict[str, Any],
-    described: dict[str, Any],
-    measured: dict[str, Any],
-) -> dict[str, Any]:
-    """Write the adapter, the card and, last, `run.json`, whose report says that all is done; returns that report."""
-    _export(plan, state, contract)
-    report = closing_report(plan, transformer, exported_weights(state), batches) | measured
-    write_card(plan.run, plan.config, contract, report)
-    write_json(plan.run / RUN_FILE, {**described, "report": report})
-    return report
+    say: Callable[[str], None],
+    stack: ExitStack,
+) -> _Attempt:
+    """Take hold of the run folder, and bring model and optimizer to the step to go on from."""
+    if processes.is_main:
+        stack.enter_context(locked(plan.run))
+        check_start(plan.run, plan.start)
+    identity = run_identity(plan, encoded, processes.world)
+    if plan.start is not None:
+        check_identity(plan, identity)
+        say(f"resuming from {plan.start.name}")
+    processes.wait()
+
+    state = _starting_state(plan, encoded, transformer, processes)
+    described: dict[str, Any] = {}
+    if processes.is_main:
+        clear(plan.run, plan.start)
+        stack.enter_context(naming_what_is_saved(plan.run))
+        described = describe_run(plan.run, start_facts(plan, processes.world), state.step)
+        write_text(plan.run / "config.yaml", dump_config(plan.config))
+    contract = make_contract(plan)
+    batches = make_batches(plan, encoded, processes)
+    stack.callback(batches.close)
+    watching = stack.enter_context(Watching(plan, encoded, processes, contract, state.step))
+    return _Attempt(
+        plan,
+        processes,
+        encoded,
+        transformer,
+        state,
+        batches,
+        identity,
+        contract,
+        watching,
+        described,
+        from_step=state.step,
+    )
+
+
+def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], say: Callable[[str], None]) -> None:
+    """Write the adapter, the card and, last, `run.json`, whose report says that all is done; say what came of it."""
+    plan, state, watching = attempt.plan, attempt.state, attempt.watching
+    _export(plan, state, attempt.contract)
+    weights = exported_weights(state)
+    report = closing_report(plan, attempt.transformer, weights, attempt.batches) | watching.report()
+    write_card(plan.run, plan.config, attempt.contract, report)
+    described = {
+        **attempt.described,
+        "timings": {name: round(value, 3) for name, value in seconds.items()},
+        "skipped_steps": list(metrics.skipped),
+        "warnings": [*attempt.encoded.warnings, *watching.warnings],
+        "report": report,
+    }
+    write_json(plan.run / RUN_FILE, described)
+    steps = plan.config.train.total_steps - attempt.from_step
+    _say_goodbye([*watching.summary(), *summary(plan, report)], metrics, steps, seconds["train_s"], say)
+    if not report["changes_output"]:
+        way_out = "raise optimizer.lr or train.steps, or check method.targets"
+        raise RunError(f"{plan.run}: the adapter changes nothing: {way_out}")
 
 
 def _starting_state(
@@ -197,7 +234,7 @@ def _starting_state(
     return state
 
 
-def _export(plan: Plan, state: TrainState, contract: dict[str, Any]) -> None:
+def _export(plan: Plan, state: TrainState, contract: Mapping[str, Any]) -> None:
     """The adapter; with an EMA, that of the average, and beside it the one as trained."""
     plan.method.export(plan.run / "adapter", exported_weights(state), contract)
     if state.ema is not None:
@@ -256,16 +293,10 @@ def _interrupted(plan: Plan) -> str:
 
 
 def _say_goodbye(
-    plan: Plan,
-    summary: Sequence[str],
-    metrics: Metrics,
-    from_step: int,
-    seconds: float,
-    say: Callable[[str], None],
+    summary: Sequence[str], metrics: Metrics, steps: int, seconds: float, say: Callable[[str], None]
 ) -> None:
-    steps = plan.config.train.total_steps - from_step
     say("")
-    say(f"{steps} step{'s' * (steps != 1)} in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)")
+    say(f"{steps} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)")
     if metrics.skipped:
         count, first = len(metrics.skipped), ", ".join(map(str, list(metrics.skipped)[:10]))
         were = "steps were" if count > 1 else "step was"
