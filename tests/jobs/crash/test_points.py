@@ -42,11 +42,15 @@ def deaths(points: Sequence[Point]) -> list[Death]:
 
 
 def one_of_each_kind(points: Sequence[Point], every: Sequence[Death]) -> list[Death]:
-    """Of the n deaths of the k-th kind number k mod n, so that first and last ones, before and after, take turns."""
+    """Of the n deaths of the k-th kind number k mod n, so that first and last ones, before and after, take turns.
+
+    Only torn ones where there are any: they do all the harm that the others do.
+    """
     kinds: dict[tuple[str, str], list[Death]] = {}
     for death in every:
         kinds.setdefault(points[death[0]].kind, []).append(death)
-    return [of[number % len(of)] for number, of in enumerate(kinds.values())]
+    worst = [[death for death in of if death[1]] or of for of in kinds.values()]
+    return [of[number % len(of)] for number, of in enumerate(worst)]
 
 
 @pytest.mark.parametrize("part", range(PARTS))
