@@ -63,8 +63,9 @@ def test_a_run_that_dies_anywhere_ends_as_one_never_stopped(
         try:
             die_and_resume(folder, number, torn, partial(assert_equal_workspaces, straight, folder))
         except AssertionError as error:
-            failed.append(f"{number}, torn={torn}: {points[number]}: {str(error)[:2000]}")
-        shutil.rmtree(folder)
+            failed.append(f"{folder} (kept): {points[number]}: {str(error)[:2000]}")
+        else:
+            shutil.rmtree(folder)
     assert not failed, f"{len(failed)} deaths did harm:\n" + "\n".join(failed)
 
 
