@@ -89,7 +89,7 @@ def _files(folder: Path) -> dict[str, Any]:
             found[str(path.relative_to(work))] = None
         elif path.name == "run.json":
             facts = json.loads(path.read_text())
-            found["run.json"] = {key: facts[key] for key in facts.keys() - {"argv", "timings", "resumes"}}
+            found["run.json"] = {key: facts[key] for key in facts.keys() - {"argv", "git_commit", "timings", "resumes"}}
         else:
             found[str(path.relative_to(work))] = path.read_bytes().replace(str(folder).encode(), b"...")
     return found
