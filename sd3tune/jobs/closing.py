@@ -21,7 +21,7 @@ from sd3tune.train.step import predict_velocity
 
 FIXED_SIGMAS = (0.2, 0.4, 0.6, 0.8)
 SEARCHED_STEPS = 64
-"""How far to look for batches without a broken image."""
+"""How far to look for images that are not broken."""
 NO_CHANGE = 1e-7
 """Relative change of the velocity below which an adapter does nothing; fp32 rounding alone makes about this much."""
 
@@ -99,11 +99,11 @@ def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
 
 
 def _probes(batches: Batches) -> list[Batch]:
-    """A few batches of the training data with fixed noise and sigmas."""
+    """An image of the training data for each of the sigmas: one, whatever the batch size, for the user is waiting."""
     fetched = (batches.fetch(step, 0) for step in range(SEARCHED_STEPS))
-    instances = (batch.rows(slice(batch.instances)) for batch in fetched)
-    usable = itertools.islice((batch for batch in instances if batch.latents.isfinite().all()), len(FIXED_SIGMAS))
+    first = (batch.rows(slice(1)) for batch in fetched)
+    usable = itertools.islice((image for image in first if image.latents.isfinite().all()), len(FIXED_SIGMAS))
     return [
-        replace(batch, sigma=torch.full_like(batch.sigma, sigma))
-        for batch, sigma in zip(usable, FIXED_SIGMAS, strict=False)
+        replace(image, sigma=torch.full_like(image.sigma, sigma))
+        for image, sigma in zip(usable, FIXED_SIGMAS, strict=False)
     ]

@@ -76,15 +76,15 @@ def test_block_norms_of_a_start_are_zero() -> None:
 
 
 def velocities(plan: Plan, transformer: SD3Transformer2DModel, batches: Batches) -> list[tuple[Tensor, Batch]]:
-    """At the fixed sigmas, on the noise and images of the first steps: put together here once more."""
+    """At the fixed sigmas, on the noise and first image of the first steps: put together here once more."""
     found = []
     for step, sigma in enumerate(FIXED_SIGMAS):
-        batch = batches.fetch(step, 0)
+        batch = batches.fetch(step, 0).rows(slice(1))
         embeds, pooled = plan.method.conditioning(batch.embeddings, transformer)
         with torch.no_grad():
             velocity = transformer(
                 hidden_states=(1 - sigma) * batch.latents + sigma * batch.noise,
-                timestep=torch.full((2,), 1000 * sigma),
+                timestep=torch.full((1,), 1000 * sigma),
                 encoder_hidden_states=embeds,
                 pooled_projections=pooled,
             ).sample
