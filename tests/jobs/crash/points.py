@@ -89,11 +89,10 @@ class Watch:
         if not path.startswith(self.folder + os.sep):
             return
         gone = _full(arguments[1], arguments[3]) if event == "os.rename" else path
+        self._at("before", event, gone)
+        self._open.append((event, gone))
         if event in ("os.rename", "os.remove") and os.path.isfile(gone):
-            self._durable.pop(os.stat(gone).st_ino, None)
-        name = gone if event == "os.rename" else path
-        self._at("before", event, name)
-        self._open.append((event, name))
+            self._durable.pop(os.stat(gone).st_ino, None)  # the number may become another file's
 
     def _with_after(self, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
