@@ -23,6 +23,8 @@ class Size:
     steps: int
     warmup: int
     """Steps at the start that do not count for images per second."""
+    turn: int
+    """Steps between swaps while images per second are measured."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ class Metric:
     larger_is_better: bool
 
 
-SIZES = {"tiny": Size(resolution=256, steps=40, warmup=10), "small": Size(resolution=512, steps=8, warmup=2)}
+SIZES = {
+    "tiny": Size(resolution=256, steps=41, warmup=11, turn=5),
+    "small": Size(resolution=512, steps=12, warmup=2, turn=1),
+}
 CAPTIONS = {
     "one": "one caption",
     "one-cached": "one caption, the peer with --cache_latents",

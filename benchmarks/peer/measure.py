@@ -1,76 +1,88 @@
-"""One cell: whole runs of both sides in processes of their own, taking turns, and the ratios of each pair."""
+"""One cell: steps in turns for the speed, whole runs in turns for all else, and the ratios of both sides."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peer.cells import BATCH_SIZE, CORES, METRICS, PeerCell
+from benchmarks.peer.cells import BATCH_SIZE, METRICS, PeerCell
 from benchmarks.peer.commands import our_arguments, peer_arguments
 from benchmarks.peer.materials import Materials
+from benchmarks.peer.processes import Stamps, run_alone, run_in_turns
 
-PAIRS, MAX_PAIRS = 2, 4
-AGREEMENT = 1.15
-"""Further pairs are run while the images/s ratios of a cell lie further apart than this factor."""
-ROOT = Path(__file__).parents[2]
-
-
-class RunFailed(Exception):
-    """A side's command failed, or did not do what was asked for."""
+PAIRS, MAX_PAIRS = 2, 3
+AGREEMENT = 1.25
+"""A further pair of runs is made when the ratios of wall time lie further apart than this factor."""
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What one run of one side came to; see `METRICS`."""
+class Pair:
+    """One figure of both sides, taken as near to each other in time as they can be; CPU is None for memory."""
 
-    values: dict[str, float]
-    cpu: dict[str, float]
-    """Those that are times or speeds, in CPU seconds of all threads: neighbours on the machine hardly change them."""
+    ours: float
+    peer: float
+    our_cpu: float | None = None
+    peer_cpu: float | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measured:
-    ours: list[Figures] = field(default_factory=list)
-    peer: list[Figures] = field(default_factory=list)
-    warm: Figures | None = None
-    """Ours once more, with the store filled."""
+    pairs: dict[str, list[Pair]]
+    """By metric: of images/s a pair per step, of the others one per pair of runs."""
+    warm: dict[str, float]
+    """Ours once more, alone and with the store filled."""
 
 
 def measure_cell(cell: PeerCell, script: Path, materials: Materials, folder: Path) -> Measured:
-    """Pairs of runs until they agree, each with an empty store. Raises RunFailed."""
-    datasets = folder / "datasets"
-    measured = Measured()
+    """Both sides step by step in turns, then alone in turns. Their stores are empty each time. Raises RunFailed."""
+    steps, store = cell.size.steps, folder / "store"
 
-    def ours(store: str) -> Figures:
-        run = fresh(folder / "run")
-        return run_side(cell, "ours", our_arguments(cell, materials, folder / store, run), folder)
+    def ours(warm: bool = False) -> list[str]:
+        if not warm:
+            shutil.rmtree(store, ignore_errors=True)
+        return our_arguments(cell, materials, store, fresh(folder / "run"))
 
-    def cold() -> None:
-        shutil.rmtree(folder / "store", ignore_errors=True)
-        measured.ours.append(ours("store"))
+    def peer() -> list[str]:
+        return [str(script), *peer_arguments(cell, materials, folder / "datasets", fresh(folder / "peer"))]
 
-    def peer() -> None:
-        run = fresh(folder / "peer")
-        measured.peer.append(
-            run_side(cell, "peer", [str(script), *peer_arguments(cell, materials, datasets, run)], folder)
-        )
+    together = run_in_turns({"ours": ours(), "peer": peer()}, folder, steps, cell.size.turn)
+    alone: dict[str, list[Stamps]] = {"ours": [], "peer": []}
+    sides: list[Callable[[], None]] = [
+        lambda: alone["ours"].append(run_alone("ours", ours(), folder, steps)),
+        lambda: alone["peer"].append(run_alone("peer", peer(), folder, steps)),
+    ]
+    pairs: dict[str, list[Pair]] = {}
+    for number in range(MAX_PAIRS):
+        take_turns(sides, number)
+        pairs = pairs_of_runs(alone["ours"], alone["peer"])
+        if number + 1 >= PAIRS and disagreement([of.peer / of.ours for of in pairs["wall"]]) <= AGREEMENT:
+            break
+    speed = pairs_of_steps(together["ours"], together["peer"], cell.size.warmup)
+    warm = run_alone("ours", ours(warm=True), folder, steps)
+    alone_again = {name: of[0].ours for name, of in pairs_of_runs([warm], [warm]).items()}
+    return Measured({"images_per_s": speed, **pairs}, alone_again)
 
-    while len(measured.ours) < PAIRS or (
-        len(measured.ours) < MAX_PAIRS and disagreement(ratios(measured, "images_per_s")) > AGREEMENT
-    ):
-        take_turns([cold, peer], len(measured.ours))
-    measured.warm = ours("store")
-    return measured
+
+def pairs_of_steps(ours: Stamps, peer: Stamps, warmup: int) -> list[Pair]:
+    """Images per second of each step, beside that of the other side's step at the same time."""
+    speeds = [[BATCH_SIZE / took for took in of.durations(warmup, clock)] for clock in (0, 1) for of in (ours, peer)]
+    return [Pair(*of) for of in zip(*speeds, strict=True)]
+
+
+def pairs_of_runs(ours: Sequence[Stamps], peer: Sequence[Stamps]) -> dict[str, list[Pair]]:
+    pairs = list(zip(ours, peer, strict=True))
+    return {
+        "peak_memory": [Pair(a.peak_bytes / 1e6, b.peak_bytes / 1e6) for a, b in pairs],
+        "first_step": [
+            Pair(a.steps[0][0][0] - a.started, b.steps[0][0][0] - b.started, a.steps[0][0][1], b.steps[0][0][1])
+            for a, b in pairs
+        ],
+        "wall": [Pair(a.ended - a.started, b.ended - b.started, a.cpu, b.cpu) for a, b in pairs],
+    }
 
 
 def take_turns(sides: Sequence[Callable[[], None]], number: int) -> None:
@@ -79,85 +91,37 @@ def take_turns(sides: Sequence[Callable[[], None]], number: int) -> None:
         side()
 
 
-def ratios(measured: Measured, metric: str, clock: str = "values") -> list[float]:
-    """Pair by pair; above 1 where sd3tune is better."""
-    pairs = zip(measured.ours, measured.peer, strict=True)
-    compared = [(getattr(ours, clock)[metric], getattr(peer, clock)[metric]) for ours, peer in pairs]
-    return [ours / peer if METRICS[metric].larger_is_better else peer / ours for ours, peer in compared]
-
-
 def disagreement(values: Sequence[float]) -> float:
     return max(values) / min(values)
 
 
+def better(metric: str, ours: float, peer: float) -> float:
+    """Above 1 where sd3tune is better."""
+    return ours / peer if METRICS[metric].larger_is_better else peer / ours
+
+
 def rows(cell: PeerCell, measured: Measured) -> list[dict[str, Any]]:
-    """A row per metric: medians over the runs, and the median of the pairs' ratios."""
-    return [
-        {
-            "cell": f"{cell.name} {name}",
-            "ours": statistics.median(figures.values[name] for figures in measured.ours),
-            "peer": statistics.median(figures.values[name] for figures in measured.peer),
-            "ratio": statistics.median(ratios(measured, name)),
-            "cpu_ratio": statistics.median(ratios(measured, name, "cpu")) if name in measured.ours[0].cpu else None,
-            "unit": metric.unit,
-            "target": cell.least_speedup if name == "images_per_s" else 1.0,
-            "ours_warm": None if measured.warm is None else measured.warm.values[name],
-            "pairs": [
-                {"ours": ours.values[name], "peer": peer.values[name]}
-                for ours, peer in zip(measured.ours, measured.peer, strict=True)
-            ],
-        }
-        for name, metric in METRICS.items()
-    ]
+    """A row per metric: the medians of both sides, and the median of the pairs' ratios."""
+    return [_row(cell, name, pairs, measured.warm.get(name)) for name, pairs in measured.pairs.items()]
 
 
-def run_side(cell: PeerCell, side: str, arguments: Sequence[str], folder: Path) -> Figures:
-    """One run, from the start of its process to its end. Raises RunFailed."""
-    stamps, log = folder / "stamps.json", folder / f"{side}.log"
-    stamps.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.peer.stamped", str(stamps), side, *arguments]
-    with log.open("w") as output:
-        started = time.monotonic()
-        code = subprocess.run(
-            command, cwd=ROOT, env=environment(), stdout=output, stderr=output, check=False
-        ).returncode
-        wall = time.monotonic() - started
-    if code:
-        raise RunFailed(f"{cell.name}: {side} ended with exit code {code}:\n{_tail(log)}")
-    return figures(json.loads(stamps.read_text(encoding="utf-8")), started, wall, cell.size.steps, cell.size.warmup)
-
-
-def figures(stamps: dict[str, Any], started: float, wall: float, steps: int, warmup: int) -> Figures:
-    """From what the runner wrote down. Raises RunFailed when that is another number of steps."""
-    times, cpu = ([step[clock] for step in stamps["steps"]] for clock in (0, 1))
-    if len(times) != steps:
-        raise RunFailed(f"{len(times)} optimizer steps instead of {steps}")
-    lasted = [end - begin for begin, end in itertools.pairwise(times[warmup - 1 :])]
-    return Figures(
-        values={
-            "images_per_s": BATCH_SIZE / statistics.median(lasted),
-            "peak_memory": stamps["peak_bytes"] / 1e6,
-            "first_step": times[0] - started,
-            "wall": wall,
-        },
-        cpu={
-            "images_per_s": BATCH_SIZE * (steps - warmup) / (cpu[-1] - cpu[warmup - 1]),
-            "first_step": cpu[0],
-            "wall": stamps["cpu"],
-        },
-    )
-
-
-def environment() -> dict[str, str]:
-    """As many threads for both; none of them spins while it waits, and nobody asks the Hub."""
-    same = {"OMP_NUM_THREADS": str(CORES), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **same}
+def _row(cell: PeerCell, metric: str, pairs: Sequence[Pair], warm: float | None) -> dict[str, Any]:
+    ratios = [better(metric, of.ours, of.peer) for of in pairs]
+    cpu = [better(metric, of.our_cpu, of.peer_cpu) for of in pairs if of.our_cpu and of.peer_cpu]
+    return {
+        "cell": f"{cell.name} {metric}",
+        "ours": statistics.median(of.ours for of in pairs),
+        "peer": statistics.median(of.peer for of in pairs),
+        "ratio": statistics.median(ratios),
+        "cpu_ratio": statistics.median(cpu) if cpu else None,
+        "unit": METRICS[metric].unit,
+        "target": cell.least_speedup if metric == "images_per_s" else 1.0,
+        "ours_warm": warm,
+        "ratios": [round(ratio, 4) for ratio in ratios],
+        "cpu_ratios": [round(ratio, 4) for ratio in cpu],
+    }
 
 
 def fresh(run: Path) -> Path:
     shutil.rmtree(run, ignore_errors=True)
     return run
-
-
-def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.peer.cells import CELLS, CORES, PeerCell
 from benchmarks.peer.commands import peer_arguments
-from benchmarks.peer.measure import ROOT, RunFailed, environment, measure_cell, rows
+from benchmarks.peer.measure import measure_cell, rows
+from benchmarks.peer.processes import ROOT, RunFailed, environment
 
 GATED = CELLS["tiny-fp32-one"]
 _SIGN = "--precondition_outputs"
@@ -65,7 +66,8 @@ def measure(cells: Sequence[PeerCell], script: Path, out: Path | None) -> dict[s
         for cell in cells:
             results["cells"] += rows(cell, measure_cell(cell, script, materials, folder))
             for row in results["cells"][-4:]:
-                print(f"{row['cell']}: {row['ratio']:.3f}, in CPU time {row['cpu_ratio'] or 0:.3f}", flush=True)
+                both = f"ours {row['ours']:.4g}, peer {row['peer']:.4g} {row['unit']}"
+                print(f"{row['cell']}: {row['ratio']:.3f}, in CPU time {row['cpu_ratio'] or 0:.3f}; {both}", flush=True)
             if out is not None:
                 report.write(results, out)
     return results

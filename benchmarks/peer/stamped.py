@@ -1,8 +1,9 @@
 """`python -m benchmarks.peer.stamped STAMPS ours|peer ...`: run one side's command and write down when it stepped.
 
 Both sides are watched in the same way: a hook of torch's that is called after every optimizer step, whoever's it is.
-`ours` is followed by sd3tune's arguments, `peer` by the script and its own. STAMPS receives JSON:
-{"steps": [[seconds, CPU seconds], ...], "cpu": seconds, "peak_bytes": n}, the clock being the machine's monotonic one.
+`ours` is followed by sd3tune's arguments, `peer` by the script and its own. STAMPS receives JSON: {"steps": [[ended,
+went on], ...], "peak_bytes": n}. Both times of a step are [seconds, CPU seconds], of the machine's monotonic clock and
+of the process; they differ where it waited for its turn.
 """
 
 from __future__ import annotations
@@ -22,21 +23,32 @@ from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E40
 
 gc.enable()
 from benchmarks.peer.accommodations import with_casting_vae, without_trackers  # noqa: E402
+from benchmarks.peer.turns import Turns  # noqa: E402
+
+Clocks = tuple[float, float]
 
 
 def main(arguments: Sequence[str]) -> None:
     stamps_file, side, *rest = arguments
-    stamps: list[tuple[float, float]] = []
+    stamps: list[tuple[Clocks, Clocks]] = []
+    turns = Turns.from_environment()
 
     def stamp(*_: Any) -> None:
-        stamps.append((time.monotonic(), time.process_time()))
+        ended = clocks()
+        if turns is not None:
+            turns.pass_on()
+        stamps.append((ended, clocks()))
 
     register_optimizer_step_post_hook(stamp)
     try:
         run_side(side, rest)
     finally:
-        seen = {"steps": stamps, "cpu": time.process_time(), "peak_bytes": peak_bytes()}
+        seen = {"steps": stamps, "peak_bytes": peak_bytes()}
         Path(stamps_file).write_text(json.dumps(seen), encoding="utf-8")
+
+
+def clocks() -> Clocks:
+    return time.monotonic(), time.process_time()
 
 
 def run_side(side: str, arguments: Sequence[str]) -> None:
