@@ -15,17 +15,21 @@ from benchmarks.peer import gate, measure, report, run
 from benchmarks.peer.cells import CELLS, METRICS, PeerCell
 from benchmarks.peer.commands import our_arguments, peer_arguments
 from benchmarks.peer.materials import Materials, draw_photos
-from benchmarks.peer.measure import Figures, Measured, RunFailed, figures, ratios, rows, run_side, take_turns
+from benchmarks.peer.measure import Measured, Pair, pairs_of_runs, pairs_of_steps, rows, take_turns
+from benchmarks.peer.processes import RunFailed, Stamps, run_alone, run_in_turns
 from sd3tune.config import load_config
 
 CELL = CELLS["tiny-fp32-one"]
 PASSED = {"loss_relative_error": 0.0, "gradient_cosine": 1.0, "passed": True}
 STAND_IN = """
-import sys, torch
+import os, sys, torch
 from torch.nn import Parameter
+name, log, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 weight = Parameter(torch.ones(2))
 optimizer = torch.optim.SGD([weight], lr=0.1)
-for step in range(int(sys.argv[1])):
+for step in range(steps):
+    with open(log, "a") as file:
+        file.write(name + str(step) + " ")
     weight.grad = torch.ones(2)
     optimizer.step()
 """
@@ -36,14 +40,14 @@ def materials(tmp_path: Path) -> Materials:
     return Materials(tmp_path / "photos", tmp_path / "captioned", {"tiny": tmp_path / "tiny", "small": tmp_path / "s"})
 
 
-def run_of(images_per_s: float, seconds: float) -> Figures:
-    values = {"images_per_s": images_per_s, "peak_memory": 10 * seconds, "first_step": seconds, "wall": 2 * seconds}
-    return Figures(values, {"images_per_s": images_per_s, "first_step": seconds, "wall": seconds})
-
-
-def measured() -> Measured:
-    ours, peer = [run_of(4, 1), run_of(2, 1), run_of(6, 1)], [run_of(2, 3), run_of(2, 2), run_of(2, 5)]
-    return Measured(ours, peer, warm=run_of(8, 0.5))
+def measured(first_step: Pair) -> Measured:
+    pairs = {
+        "images_per_s": [Pair(4, 2, 8, 2), Pair(2, 2, 3, 2), Pair(6, 2, 2, 2)],
+        "peak_memory": [Pair(10, 30)],
+        "first_step": [first_step],
+        "wall": [Pair(2, 6, 1, 2), Pair(2, 2, 1, 2)],
+    }
+    return Measured(pairs, warm={"first_step": 0.5})
 
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=list(CELLS))
@@ -81,30 +85,37 @@ def test_photos_are_the_same_each_time(tmp_path: Path) -> None:
     assert len(set(one)) == 6
 
 
-def test_figures_count_from_the_start_of_the_process_and_pass_over_the_first_steps() -> None:
-    steps = [[103.0, 2.0], [109.0, 5.0], [110.0, 6.0], [112.0, 7.0], [113.0, 8.0]]
-    found = figures({"steps": steps, "cpu": 9.0, "peak_bytes": 3_000_000}, 100.0, 15.0, steps=5, warmup=2)
-    assert found.values == {"images_per_s": 2.0, "peak_memory": 3.0, "first_step": 3.0, "wall": 15.0}
-    assert found.cpu == {"images_per_s": 2.0, "first_step": 2.0, "wall": 9.0}
-    with pytest.raises(RunFailed, match="5 optimizer steps instead of 6"):
-        figures({"steps": steps, "cpu": 9.0, "peak_bytes": 1}, 100.0, 15.0, steps=6, warmup=2)
+def stamps(began: float) -> Stamps:
+    """Five steps; after the third the process waits for ten seconds, in one of which it works."""
+    ended = [(3.0, 2.0), (9.0, 5.0), (10.0, 6.0), (22.0, 8.0), (23.0, 9.0)]
+    went_on = [(3.0, 2.0), (9.0, 5.0), (20.0, 7.0), (22.0, 8.0), (23.0, 9.0)]
+    moved = [([began + t, cpu], [began + u, other]) for (t, cpu), (u, other) in zip(ended, went_on, strict=True)]
+    return Stamps(began, began + 30.0, 12.0, moved, 3_000_000)
 
 
-def test_a_ratio_above_one_means_that_sd3tune_is_better() -> None:
-    assert ratios(measured(), "images_per_s") == [2, 1, 3]
-    assert (
-        ratios(measured(), "first_step") == ratios(measured(), "wall") == ratios(measured(), "peak_memory") == [3, 2, 5]
-    )
+def test_waiting_is_no_part_of_a_step_nor_are_the_first_steps() -> None:
+    assert stamps(100.0).durations(warmup=2, clock=0) == [1.0, 2.0, 1.0]
+    assert stamps(100.0).durations(warmup=2, clock=1) == [1.0, 1.0, 1.0]
+    assert pairs_of_steps(stamps(0.0), stamps(5.0), warmup=2)[1] == Pair(1.0, 1.0, 2.0, 2.0)
 
 
-def test_a_row_per_metric_with_the_median_of_the_pairs() -> None:
-    found = rows(CELL, measured())
+def test_runs_are_measured_from_the_start_of_the_process_to_its_end() -> None:
+    found = pairs_of_runs([stamps(100.0)], [stamps(200.0)])
+    assert found == {
+        "peak_memory": [Pair(3.0, 3.0)],
+        "first_step": [Pair(3.0, 3.0, 2.0, 2.0)],
+        "wall": [Pair(30.0, 30.0, 12.0, 12.0)],
+    }
+
+
+def test_a_row_per_metric_and_a_ratio_above_one_means_that_sd3tune_is_better() -> None:
+    found = rows(CELL, measured(Pair(1, 3, 1, 2)))
     assert [row["cell"] for row in found] == [f"{CELL.name} {metric}" for metric in METRICS]
-    speed, memory, first, _ = found
-    assert (speed["ours"], speed["peer"], speed["ratio"], speed["cpu_ratio"], speed["target"]) == (4, 2, 2, 2, 1.5)
-    assert (first["ours"], first["peer"], first["ratio"], first["ours_warm"]) == (1, 3, 3, 0.5)
-    assert memory["cpu_ratio"] is None
-    assert speed["pairs"][1] == {"ours": 2, "peer": 2}
+    speed, memory, first, wall = found
+    assert (speed["ours"], speed["peer"], speed["ratio"], speed["cpu_ratio"], speed["target"]) == (4, 2, 2, 1.5, 1.5)
+    assert (memory["ratio"], memory["cpu_ratio"], memory["target"]) == (3, None, 1)
+    assert (first["ours"], first["peer"], first["ratio"], first["cpu_ratio"], first["ours_warm"]) == (1, 3, 3, 2, 0.5)
+    assert (wall["ratio"], wall["ratios"]) == (2, [3, 1])
 
 
 def test_sides_take_turns() -> None:
@@ -116,8 +127,8 @@ def test_sides_take_turns() -> None:
 
 def test_files_hold_the_rows_and_the_table_tells_what_is_behind(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("before\n<!-- peer -->\nold\n<!-- end of peer -->\nafter\n")
-    behind = Measured([run_of(2, 3)], [run_of(2, 1)])
-    cells = [*rows(CELL, measured()), *rows(CELLS["small-bf16-one"], behind)]
+    behind = rows(CELLS["small-bf16-one"], measured(Pair(3, 1, 3, 1)))
+    cells = [*rows(CELL, measured(Pair(1, 3, 1, 3))), *behind]
     results: dict[str, Any] = {"environment": report.environment(), "gate": PASSED, "cells": cells}
     report.write(results, tmp_path)
     written = json.loads((tmp_path / "results" / "peer.json").read_text())
@@ -125,18 +136,38 @@ def test_files_hold_the_rows_and_the_table_tells_what_is_behind(tmp_path: Path) 
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n<!-- peer -->\n")
     assert readme.endswith("\n<!-- end of peer -->\nafter\n")
-    assert "| tiny, 256 px | fp32 | one caption | 4, 2 | 2.00 | 3.00 | 3.00 | 3.00 | 1.5x images/s met |" in readme
-    assert "| 1.00 | 0.33 | 0.33 | 0.33 | 1x images/s missed: peak memory, first step, wall time |" in readme
+    assert "| tiny, 256 px | fp32 | one caption | 4, 2 | 2.00 | 3.00 | 3.00 | 2.00 | 1.5x images/s met |" in readme
+    assert "| 2.00 | 3.00 | 0.33 | 2.00 | 1x images/s missed: first step |" in readme
 
 
-def test_steps_of_any_optimizer_are_stamped_and_failures_show_their_output(tmp_path: Path) -> None:
+def test_steps_of_any_optimizer_are_stamped(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(STAND_IN)
-    found = run_side(CELL, "peer", [str(script), str(CELL.size.steps)], tmp_path)
-    assert 0 < found.values["first_step"] < found.values["wall"]
-    assert found.values["peak_memory"] > 10
+    found = run_alone("peer", [str(script), "a", str(tmp_path / "log"), "3"], tmp_path, steps=3)
+    assert found.started < found.steps[0][0][0] < found.steps[2][0][0] < found.ended
+    assert found.peak_bytes > 10**7
+    assert found.cpu > found.steps[2][0][1] > 0
+
+
+def test_a_run_that_fails_or_makes_other_steps_is_refused(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(STAND_IN)
     with pytest.raises(RunFailed, match=r"peer ended with exit code 1(.|\n)*ValueError: invalid literal"):
-        run_side(CELL, "peer", [str(script), "many"], tmp_path)
+        run_alone("peer", [str(script), "a", str(tmp_path / "log"), "many"], tmp_path, steps=3)
+    with pytest.raises(RunFailed, match="2 optimizer steps instead of 3"):
+        run_alone("peer", [str(script), "a", str(tmp_path / "log"), "2"], tmp_path, steps=3)
+
+
+def test_processes_step_in_turns(tmp_path: Path) -> None:
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    script.write_text(STAND_IN)
+    sides = {name: [str(script), name, str(log), "6"] for name in ("a", "b")}
+    found = run_in_turns(sides, tmp_path, steps=6, turn=2)
+    order = log.read_text().split()
+    # After its first step either waits, having written down nothing of the second.
+    assert sorted(order[:2]) == ["a0", "b0"]
+    assert order[2:] == ["a1", "a2", "b1", "b2", "a3", "a4", "b3", "b4", "a5", "b5"]
+    assert min(found["b"].durations(1, 0)) > 0
 
 
 @pytest.mark.parametrize(("text", "says"), [(None, "no such file"), ("import torch\n", "not that script")])
