@@ -39,6 +39,7 @@ from sd3tune.jobs.run_folder import (
 from sd3tune.jobs.stopping import StopSignals
 from sd3tune.jobs.watching import Watching
 from sd3tune.model.components import load_transformer, vae_config
+from sd3tune.model.fast import use_fast_path
 from sd3tune.publish.card import write_card
 from sd3tune.train.batches import Batches, Dropout, LatentScaling
 from sd3tune.train.checkpoint import list_checkpoints, restore
@@ -228,6 +229,8 @@ def _starting_state(
     parameters = plan.method.inject(transformer, lambda name: generator(config.seed, "init", name))
     if plan.start is None:
         plan.method.look_at_data(transformer, lambda: observe(plan, encoded, transformer), processes.reduce_mean)
+    if config.train.fast_path:
+        use_fast_path(transformer)
     state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
     if plan.start is not None:
         restore(plan.start, state)

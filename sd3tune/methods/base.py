@@ -54,7 +54,10 @@ class Method(Protocol):
         """The tensors of the file that `export` writes for these trained weights."""
 
     def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None]:
-        """While the context lasts, the model computes what the exported file computes; the live weights rest."""
+        """While the context lasts, the model computes what the exported file computes; the live weights rest.
+
+        As diffusers has it, to the bit: off the fast path. So is `disabled`.
+        """
 
     def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
         """While the context lasts, the model is the untrained base."""

@@ -21,6 +21,7 @@ from sd3tune.model import adapter_io
 from sd3tune.model.adapters import ADAPTER_NAME, Layer, inject_lora, lora_layers
 from sd3tune.model.dropout import SeededDropout
 from sd3tune.model.eva import input_directions
+from sd3tune.model.fast import plain_path
 from sd3tune.model.targets import CoverageRow, coverage, select_modules, values_by_pattern
 from sd3tune.model.text import assemble
 
@@ -115,7 +116,8 @@ class LoraMethod:
                     live.append((parameter, parameter.data))
                     parameter.data = value.to(parameter.dtype)
                 layer.scaling[ADAPTER_NAME] = 1.0
-            yield
+            with plain_path(transformer):
+                yield
         finally:
             for parameter, data in live:
                 parameter.data = data
@@ -126,7 +128,8 @@ class LoraMethod:
     def disabled(self, transformer: SD3Transformer2DModel) -> Iterator[None]:
         transformer.disable_adapters()
         try:
-            yield
+            with plain_path(transformer):
+                yield
         finally:
             transformer.enable_adapters()
 

@@ -25,6 +25,11 @@ class SeededDropout(nn.Module):
         """Use the mask of `seed` (below 2^63) in what follows; None turns dropout off."""
         self._seed = None if seed is None else seed ^ self._salt
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether anything is dropped now."""
+        return self._seed is not None
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Same shape and dtype as `inputs`; only a boolean mask is kept for the backward pass."""
         if self._seed is None:

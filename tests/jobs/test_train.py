@@ -175,6 +175,17 @@ def test_block_checkpointing_gives_the_same_adapter(quick_config, tmp_path: Path
         torch.testing.assert_close(checkpointed[key], tensor, rtol=0, atol=1e-6)
 
 
+def test_the_fast_path_is_taken_unless_switched_off_and_trains_the_same(
+    quick_config, tmp_path: Path, adapter_of
+) -> None:
+    run_training(quick_config(tmp_path / "fast"))
+    run_training(quick_config(tmp_path / "plain", "train.fast_path=false"))
+    fast, plain = adapter_of(tmp_path / "fast"), adapter_of(tmp_path / "plain")
+    assert any(not torch.equal(fast[key], plain[key]) for key in plain)
+    for key, tensor in plain.items():
+        torch.testing.assert_close(fast[key], tensor, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_low_precision_runs_from_end_to_end(quick_config, tmp_path: Path, adapter_of, name: str, dtype) -> None:
     found: set[torch.dtype] = set()

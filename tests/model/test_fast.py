@@ -1,0 +1,239 @@
+"""The fast path against diffusers' and PEFT's own way, in float64 where rounding leaves nothing to argue about."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.models.normalization import RMSNorm
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sd3tune.data.sampler import generator
+from sd3tune.model.adapters import ADAPTER_NAME, Layer, inject_lora, lora_layers
+from sd3tune.model.bases import resolve_base
+from sd3tune.model.components import load_transformer
+from sd3tune.model.fast import plain_path, use_fast_path
+from sd3tune.model.fast.lora import adapted, linear
+from sd3tune.model.fast.norm import normalise
+from sd3tune.model.targets import select_modules
+
+BASES = ("tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large")
+
+
+def adapted_model(base: str, dtype: torch.dtype, targets: str = "attention+mlp", **options) -> SD3Transformer2DModel:
+    """A tiny base with factors of unequal ranks, and B not zero, in `dtype`."""
+    transformer = load_transformer(resolve_base(base), torch.float32)
+    modules = select_modules(transformer, targets, None)
+    layers = {name: Layer(4 + number % 3, 8.0, rslora=number % 2 == 0) for number, name in enumerate(modules)}
+    parameters = inject_lora(transformer, layers, lambda name: generator(0, name), **options)
+    for name, parameter in parameters.items():
+        if name.endswith(".lora_B"):
+            parameter.data.normal_(std=0.05, generator=generator(1, name))
+    return nn.Module.to(transformer, dtype)
+
+
+def exact(transformer: SD3Transformer2DModel) -> SD3Transformer2DModel:
+    """With torch's RMSNorm: diffusers' own takes its statistics in fp32 even where all else is float64."""
+    for parent in list(transformer.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, RMSNorm):
+                norm = nn.RMSNorm(child.dim, eps=child.eps, dtype=child.weight.dtype).requires_grad_(False)
+                norm.weight.data.copy_(child.weight)
+                setattr(parent, name, norm)
+    return transformer
+
+
+def inputs(transformer: SD3Transformer2DModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    config, source = transformer.config, generator(2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=source).to(dtype)
+
+    return {
+        "hidden_states": draw(2, 16, 12, 8),
+        "timestep": torch.tensor([250.0, 900.0]),
+        "encoder_hidden_states": draw(2, 21, config.joint_attention_dim),
+        "pooled_projections": draw(2, config.pooled_projection_dim),
+    }
+
+
+def run(transformer: SD3Transformer2DModel, dtype: torch.dtype = torch.float64) -> tuple[Tensor, dict[str, Tensor]]:
+    """The velocity, and the gradient of its product with something fixed, by parameter."""
+    velocity = transformer(**inputs(transformer, dtype), return_dict=False)[0]
+    transformer.zero_grad()
+    (velocity.double() * torch.randn(velocity.shape, generator=generator(3)).double()).sum().backward()
+    return velocity.detach(), {n: p.grad for n, p in transformer.named_parameters() if p.grad is not None}
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def total_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert list(found) == list(expected)
+    flat = [torch.cat([gradient.double().reshape(-1) for gradient in of.values()]) for of in (found, expected)]
+    return error(*flat)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_outputs_and_gradients_are_the_same_in_float64(base: str) -> None:
+    transformer = adapted_model(base, torch.float64)
+    velocity, gradients = run(exact(copy.deepcopy(transformer)))
+    use_fast_path(transformer)
+    fast_velocity, fast_gradients = run(transformer)
+    assert len(gradients) == 2 * len(lora_layers(transformer))
+    assert error(fast_velocity, velocity) < 1e-13
+    for name, gradient in gradients.items():
+        assert error(fast_gradients[name], gradient) < 1e-11, name
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, None), (torch.float16, None)])
+def test_rounding_is_no_larger_than_on_the_plain_path(base: str, dtype: torch.dtype, bound: float | None) -> None:
+    """In fp32 the bound that the documentation states; below, the plain path's own error."""
+    transformer = adapted_model(base, dtype)
+    truth, true_gradients = run(exact(copy.deepcopy(transformer).double()))
+    plain, plain_gradients = run(transformer, dtype)
+    use_fast_path(transformer)
+    fast, gradients = run(transformer, dtype)
+    limits = (
+        (bound, bound) if bound else (1.1 * error(plain, truth), 1.1 * total_error(plain_gradients, true_gradients))
+    )
+    assert error(fast, truth) < limits[0]
+    assert total_error(gradients, true_gradients) < limits[1]
+
+
+def test_parameters_and_their_names_stay() -> None:
+    transformer = adapted_model("tiny", torch.float32)
+    before = {name: tensor.data_ptr() for name, tensor in transformer.state_dict().items()}
+    use_fast_path(transformer)
+    run(transformer, torch.float32)
+    assert {name: tensor.data_ptr() for name, tensor in transformer.state_dict().items()} == before
+
+
+def test_on_the_plain_path_all_is_as_diffusers_has_it_to_the_bit() -> None:
+    transformer = adapted_model("tiny", torch.float32)
+    velocity, gradients = run(transformer, torch.float32)
+    use_fast_path(transformer)
+    fast = run(transformer, torch.float32)[0]
+    with plain_path(transformer):
+        plain, plain_gradients = run(transformer, torch.float32)
+    again = run(transformer, torch.float32)[0]
+    assert torch.equal(plain, velocity)
+    assert all(torch.equal(plain_gradients[name], gradients[name]) for name in gradients)
+    assert not torch.equal(fast, velocity), "the fast path was not taken"
+    assert torch.equal(again, fast), "the fast path was not taken up again"
+
+
+def test_recomputed_blocks_have_the_same_gradients_to_the_bit() -> None:
+    transformer = adapted_model("tiny", torch.float32)
+    use_fast_path(transformer)
+    kept = run(transformer.train(), torch.float32)[1]
+    transformer.enable_gradient_checkpointing()
+    recomputed = run(transformer, torch.float32)[1]
+    assert all(torch.equal(recomputed[name], kept[name]) for name in kept)
+
+
+def disabled(layer: nn.Module) -> None:
+    layer.enable_adapters(False)
+
+
+def merged(layer: nn.Module) -> None:
+    layer.merge()
+
+
+def second(layer: nn.Module) -> None:
+    layer.update_layer("other", r=2, lora_alpha=2, config=LoraConfig(init_lora_weights=False))
+    layer.set_adapter(["default", "other"])
+
+
+def dropped(layer: nn.Module) -> None:
+    layer.lora_dropout[ADAPTER_NAME] = nn.Dropout(0.0)
+
+
+def trained_base(layer: nn.Module) -> None:
+    layer.base_layer.weight.requires_grad_(True)
+
+
+@pytest.mark.parametrize("change", [disabled, merged, second, dropped, trained_base])
+def test_what_is_not_one_plain_lora_is_left_to_peft(change: Callable[[nn.Module], None]) -> None:
+    transformer = adapted_model("tiny", torch.float32)
+    layer = lora_layers(transformer)["transformer_blocks.0.attn.to_q"]
+    states = torch.randn(2, 5, layer.in_features, generator=generator(4))
+    assert adapted(layer) is not None
+    assert not torch.equal(linear(layer, states), layer.base_layer(states))
+    change(layer)
+    assert adapted(layer) is None
+    assert torch.equal(linear(layer, states), layer(states))
+
+
+def test_dropout_acts_while_it_is_drawn_and_only_then() -> None:
+    transformer = adapted_model("tiny", torch.float32, dropout=0.5)
+    layer = lora_layers(transformer)["transformer_blocks.0.attn.to_q"]
+    assert adapted(layer) is not None
+    layer.lora_dropout[ADAPTER_NAME].draw(1)
+    assert adapted(layer) is None
+    layer.lora_dropout[ADAPTER_NAME].draw(None)
+    assert adapted(layer) is not None
+
+
+def test_rms_norm_is_the_formula_and_takes_strided_input() -> None:
+    norm = RMSNorm(16, eps=1e-6).double().requires_grad_(False)
+    norm.weight.data.normal_(generator=generator(5))
+    states = torch.randn(2, 7, 3, 16, generator=generator(6), dtype=torch.float64).transpose(1, 2).requires_grad_()
+    expected = nn.functional.rms_norm(states, (16,), norm.weight, norm.eps)
+    torch.testing.assert_close(normalise(norm, states), expected, rtol=1e-13, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda given: normalise(norm, given), [states])
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that are run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.calls += not function.is_view
+        return function(*arguments, **(keywords or {}))
+
+
+@contextmanager
+def saved_bytes() -> Iterator[dict[int, int]]:
+    """Storage -> size, of what is kept for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def cost(transformer: SD3Transformer2DModel) -> tuple[int, int]:
+    """Operations of forward and backward, and bytes of activations kept between them."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in transformer.state_dict().values()}
+    with Count() as count, saved_bytes() as kept:
+        run(transformer, torch.bfloat16)
+    return count.calls, sum(size for storage, size in kept.items() if storage not in weights)
+
+
+@pytest.mark.parametrize(
+    ("base", "share_kept"), [("tiny-sd3", 1.0), ("tiny-sd35-medium", 0.8), ("tiny-sd35-large", 0.8)]
+)
+def test_it_takes_fewer_operations_and_keeps_less(base: str, share_kept: float) -> None:
+    """What is kept shrinks where q and k are normalised."""
+    transformer = adapted_model(base, torch.bfloat16, targets="attention")
+    operations, kept = cost(transformer)
+    use_fast_path(transformer)
+    fast_operations, fast_kept = cost(transformer)
+    assert fast_operations < 0.83 * operations
+    assert fast_kept <= share_kept * kept
