@@ -60,7 +60,7 @@ def draw_class_images(
     for settings, drawn in bar:
         positive = stored_conditioning(plan, store, captions, settings.prompt, transformer)
         sampler = SamplerSettings(settings.steps, settings.guidance, *drawn.size)
-        image = to_image(vae, sample_latents(transformer, scheduler, positive, negative, sampler, drawn.seed))
+        image = to_image(vae, sample_latents(transformer, scheduler, positive, negative, sampler, [drawn.seed]))
         with new_file(drawn.path) as temporary:
             image.save(temporary, format="PNG")
     del transformer, vae

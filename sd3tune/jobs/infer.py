@@ -112,7 +112,7 @@ def _draw(
                     prompt.positive,
                     prompt.negative,
                     conditions.sampler,
-                    request.seed + number,
+                    [request.seed + number],
                     on_step=bar.update,
                 )
                 for number in range(request.num)

@@ -91,7 +91,7 @@ class Previews:
                     self._conditioning(prompt, view),
                     negative,
                     sampler,
-                    settings.seed + number,
+                    [settings.seed + number],
                     on_step=bar.update,
                 )
                 for number, prompt in enumerate(settings.prompts)

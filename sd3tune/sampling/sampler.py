@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from sd3tune.model.latents import decode
 
 @dataclass(frozen=True)
 class Conditioning:
-    """One prompt's embeddings: `prompt_embeds` [1, tokens, width] and `pooled_prompt_embeds` [1, width]."""
+    """Embeddings of n prompts: `prompt_embeds` [n, tokens, width] and `pooled_prompt_embeds` [n, width]."""
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
@@ -39,23 +39,25 @@ def sample_latents(
     positive: Conditioning,
     negative: Conditioning,
     settings: SamplerSettings,
-    seed: int,
+    seeds: Sequence[int],
     latent_side: int = 8,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Latents [1, C, height / 8, width / 8] of one image, in the transformer's dtype, on its device.
+    """Latents [n, C, height / 8, width / 8] of n images, in the transformer's dtype, on its device.
 
-    The noise comes from a CPU generator seeded with `seed`, so it is the same on every device. One image a call: a
-    larger batch would change the last bits, and an image would depend on its neighbours.
+    There are n prompts and seeds, and as many negative prompts or one for all. An image's noise comes from a CPU
+    generator with its seed, so it is the same on every device and beside any neighbours; with neighbours, though, the
+    last bits of a picture differ from those of one drawn alone.
     """
     device, dtype = transformer.device, transformer.dtype
-    shape = (1, transformer.config.in_channels, settings.height // latent_side, settings.width // latent_side)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(device)
+    shape = (transformer.config.in_channels, settings.height // latent_side, settings.width // latent_side)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in seeds]
+    latents = torch.stack(noise).to(device)
     guided = settings.guidance > 1
     embeds, pooled = positive.prompt_embeds, positive.pooled_prompt_embeds
     if guided:
-        embeds = torch.cat([negative.prompt_embeds, embeds])
-        pooled = torch.cat([negative.pooled_prompt_embeds, pooled])
+        embeds = torch.cat([negative.prompt_embeds.expand_as(embeds), embeds])
+        pooled = torch.cat([negative.pooled_prompt_embeds.expand_as(pooled), pooled])
     embeds, pooled = embeds.to(device, dtype), pooled.to(device, dtype)
 
     scheduler = copy.deepcopy(scheduler)  # it keeps a state, and the caller's may be in use

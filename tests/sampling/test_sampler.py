@@ -41,7 +41,7 @@ def ours(pipeline: StableDiffusion3Pipeline, settings: SamplerSettings, seed: in
         conditioning(pipeline, "a dog"),
         conditioning(pipeline, negative),
         settings,
-        seed,
+        [seed],
     )
     return to_image(pipeline.vae, latents)
 
@@ -95,7 +95,7 @@ def test_guidance_of_one_or_less_does_not_look_at_the_negative_prompt(pipeline, 
     prompt = conditioning(pipeline, "a dog")
     poison = Conditioning(prompt.prompt_embeds * torch.nan, prompt.pooled_prompt_embeds * torch.nan)
     settings = SamplerSettings(2, guidance, 64, 64)
-    latents = sample_latents(pipeline.transformer, pipeline.scheduler, prompt, poison, settings, 0)
+    latents = sample_latents(pipeline.transformer, pipeline.scheduler, prompt, poison, settings, [0])
     assert same(to_image(pipeline.vae, latents), theirs(pipeline, SamplerSettings(2, 1.0, 64, 64), 0))
 
 
@@ -107,6 +107,23 @@ def test_a_scheduler_whose_shift_depends_on_the_size_is_asked_as_the_pipeline_as
     image = ours(other, settings, 0)
     assert same(image, theirs(other, settings, 0))
     assert not same(image, ours(pipeline, settings, 0))
+
+
+def test_images_drawn_together_are_those_drawn_alone_but_for_rounding(pipeline) -> None:
+    """Each by its own prompt and seed, whatever stands beside it."""
+    settings, seeds = SamplerSettings(3, 5.0, 64, 48), [4, 5, 6]
+    prompts = [conditioning(pipeline, prompt) for prompt in ("a dog", "a red house", "")]
+    negative = conditioning(pipeline, "a cat")
+    together = Conditioning(
+        torch.cat([prompt.prompt_embeds for prompt in prompts]),
+        torch.cat([prompt.pooled_prompt_embeds for prompt in prompts]),
+    )
+
+    def drawn(prompt: Conditioning, seeds: list[int]) -> torch.Tensor:
+        return sample_latents(pipeline.transformer, pipeline.scheduler, prompt, negative, settings, seeds)
+
+    alone = [drawn(prompt, [seed]) for prompt, seed in zip(prompts, seeds, strict=True)]
+    torch.testing.assert_close(drawn(together, seeds), torch.cat(alone), rtol=0, atol=1e-4)
 
 
 def test_neither_the_scheduler_nor_the_global_random_state_is_touched(pipeline) -> None:
@@ -126,7 +143,7 @@ def test_latents_have_the_models_dtype_and_every_step_is_reported(pipeline) -> N
         prompt,
         prompt,
         SamplerSettings(3, 5.0, 48, 64),
-        0,
+        [0],
         on_step=lambda: steps.append(1),
     )
     assert latents.shape == (1, 16, 6, 8)
