@@ -14,15 +14,14 @@ from sd3tune.errors import RunError
 from sd3tune.jobs.conditions import Conditions, Request, check_request, check_size, parse_lora, settle_conditions
 from sd3tune.jobs.machine import choose_dtype, gpu_of, make_accelerator
 from sd3tune.jobs.pictures import recipe, write_images
+from sd3tune.jobs.prompts import encode_prompts
 from sd3tune.model.adapter_io import Adapter, attach, match, read_adapter
 from sd3tune.model.components import (
     empty_transformer,
     load_scheduler,
-    load_text_encoder,
     load_transformer,
     load_vae,
 )
-from sd3tune.model.text import assemble
 from sd3tune.sampling.sampler import Conditioning, sample_latents, to_image
 
 
@@ -48,34 +47,12 @@ def run_infer(request: Request) -> list[Path]:
     except OSError as error:
         raise RunError(f"--out: {request.out} cannot be made: {error.strerror}; choose another folder") from error
 
-    prompt = _encode(request, conditions, dtype, device, skeleton.config.joint_attention_dim)
+    texts = [request.prompt, request.negative]
+    prompt = _Prompt(*encode_prompts(conditions.base, conditions.encoders, texts, conditions.t5_length, dtype, device))
     drawn = _draw(request, conditions, prompt, adapters, dtype, device)
     vae = load_vae(conditions.base, torch.float32 if dtype is torch.float16 else dtype, device)
     images = {name: [to_image(vae, latents) for latents in of] for name, of in drawn.items()}
     return write_images(request, recipe(request, conditions, adapters, dtype), images)
-
-
-def _encode(
-    request: Request, conditions: Conditions, dtype: torch.dtype, device: torch.device, joint_dim: int
-) -> _Prompt:
-    """Both prompts through one text encoder at a time."""
-    texts = [request.prompt, request.negative]
-    entries: dict[str, list[dict[str, torch.Tensor]]] = {}
-    for name in tqdm(conditions.encoders, desc="encoding the prompt", unit="encoder", leave=False, delay=2):
-        encoder = load_text_encoder(conditions.base, name, dtype, device, conditions.t5_length)
-        entries[name] = encoder.encode(texts)
-        lost = encoder.truncated(request.prompt)
-        if lost:
-            print(f"warning: {name} reads {encoder.max_length} tokens; the last {lost} of the prompt are cut off")
-        del encoder
-        release(device)
-
-    def conditioning(number: int) -> Conditioning:
-        batch = {name: {key: value[None] for key, value in entry[number].items()} for name, entry in entries.items()}
-        t5 = batch["t5"]["hidden"] if "t5" in batch else None
-        return Conditioning(*assemble(batch["clip_l"], batch["clip_g"], t5, conditions.t5_length, joint_dim))
-
-    return _Prompt(conditioning(0), conditioning(1))
 
 
 def _draw(

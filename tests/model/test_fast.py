@@ -19,6 +19,7 @@ from sd3tune.model.adapters import ADAPTER_NAME, Layer, inject_lora, lora_layers
 from sd3tune.model.bases import resolve_base
 from sd3tune.model.components import load_transformer
 from sd3tune.model.fast import plain_path, use_fast_path
+from sd3tune.model.fast.attention import SHORT, attend
 from sd3tune.model.fast.lora import adapted, linear
 from sd3tune.model.fast.norm import normalise
 from sd3tune.model.targets import select_modules
@@ -183,6 +184,15 @@ def test_dropout_acts_while_it_is_drawn_and_only_then() -> None:
     assert adapted(layer) is not None
 
 
+def test_short_sequences_attend_in_fp32_on_the_cpu() -> None:
+    """So the result is the exact one, rounded once."""
+    for tokens in (SHORT, SHORT + 1):
+        parts = torch.randn(3, 1, 2, tokens, 8, generator=generator(7)).to(torch.bfloat16)
+        exact_one = nn.functional.scaled_dot_product_attention(*parts.double()).to(torch.bfloat16)
+        share_equal = (attend(*parts) == exact_one).double().mean()
+        assert (share_equal > 0.999) == (tokens == SHORT)
+
+
 def test_rms_norm_is_the_formula_and_takes_strided_input() -> None:
     norm = RMSNorm(16, eps=1e-6).double().requires_grad_(False)
     norm.weight.data.normal_(generator=generator(5))
@@ -222,18 +232,18 @@ def cost(transformer: SD3Transformer2DModel) -> tuple[int, int]:
     """Operations of forward and backward, and bytes of activations kept between them."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in transformer.state_dict().values()}
     with Count() as count, saved_bytes() as kept:
-        run(transformer, torch.bfloat16)
+        run(transformer, torch.float32)
     return count.calls, sum(size for storage, size in kept.items() if storage not in weights)
 
 
 @pytest.mark.parametrize(
-    ("base", "share_kept"), [("tiny-sd3", 1.0), ("tiny-sd35-medium", 0.8), ("tiny-sd35-large", 0.8)]
+    ("base", "share_kept"), [("tiny-sd3", 1.0), ("tiny-sd35-medium", 0.9), ("tiny-sd35-large", 0.9)]
 )
 def test_it_takes_fewer_operations_and_keeps_less(base: str, share_kept: float) -> None:
     """What is kept shrinks where q and k are normalised."""
-    transformer = adapted_model(base, torch.bfloat16, targets="attention")
+    transformer = adapted_model(base, torch.float32, targets="attention")
     operations, kept = cost(transformer)
     use_fast_path(transformer)
     fast_operations, fast_kept = cost(transformer)
-    assert fast_operations < 0.83 * operations
+    assert fast_operations < 0.85 * operations
     assert fast_kept <= share_kept * kept

@@ -1,0 +1,38 @@
+"""Prompts to conditioning, through one text encoder at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from sd3tune.encode.resources import release
+from sd3tune.model.bases import Base
+from sd3tune.model.components import empty_transformer, load_text_encoder
+from sd3tune.model.text import assemble
+from sd3tune.sampling.sampler import Conditioning
+
+
+def encode_prompts(
+    base: Base, encoders: Sequence[str], texts: Sequence[str], t5_length: int, dtype: torch.dtype, device: torch.device
+) -> list[Conditioning]:
+    """One for each of the texts, each encoded alone, as `StableDiffusion3Pipeline` does. Warns of what is cut off."""
+    entries: dict[str, list[dict[str, torch.Tensor]]] = {}
+    for name in tqdm(encoders, desc="encoding prompts", unit="encoder", leave=False, delay=2):
+        encoder = load_text_encoder(base, name, dtype, device, t5_length)
+        entries[name] = encoder.encode(list(texts))
+        for text in texts:
+            lost = encoder.truncated(text)
+            if lost:
+                print(f"warning: {name} reads {encoder.max_length} tokens; the last {lost} of the prompt are cut off")
+        del encoder
+        release(device)
+    width = empty_transformer(base).config.joint_attention_dim
+
+    def conditioning(number: int) -> Conditioning:
+        batch = {name: {key: value[None] for key, value in entry[number].items()} for name, entry in entries.items()}
+        t5 = batch["t5"]["hidden"] if "t5" in batch else None
+        return Conditioning(*assemble(batch["clip_l"], batch["clip_g"], t5, t5_length, width))
+
+    return [conditioning(number) for number in range(len(texts))]
