@@ -7,7 +7,7 @@ if not __package__:
     # Run as a folder: Python put the folder itself first on the path, where `data` or `config` would shadow others.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from sd3tune.cli.main import run
+from sd3tune.cli.main import main
 
 if __name__ == "__main__":
-    run()
+    main()

@@ -16,6 +16,7 @@ from sd3tune.cli.arguments import ConfigArgument, Overrides, print_notes
 from sd3tune.cli.cache import cache_app
 from sd3tune.cli.data import data_app
 from sd3tune.cli.imports import quick_imports
+from sd3tune.cli.leaving import leave_after
 from sd3tune.config import dump_config, json_schema, load_config
 from sd3tune.errors import ConfigError, UserError
 
@@ -223,8 +224,13 @@ def common(
     """Fine-tune Stable Diffusion 3 and 3.5 with LoRA."""
 
 
+def main() -> None:
+    """The console script."""
+    leave_after(run)
+
+
 def run() -> None:
-    """The console script: a user's mistake is one line per problem on stderr and exit code 2, never a traceback."""
+    """The command: a user's mistake is one line per problem on stderr and exit code 2, never a traceback."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log wants a line now and then
     try:
