@@ -32,6 +32,7 @@ from sd3tune.jobs.train import make_state
 from sd3tune.methods import METHODS
 from sd3tune.model.bases import resolve_base
 from sd3tune.model.components import load_scheduler, load_text_encoder, load_transformer
+from sd3tune.model.fast import use_fast_path
 from sd3tune.train.batches import Batch, Batches
 from sd3tune.train.objective import make_objective
 from sd3tune.train.optim import FlatMaster
@@ -102,6 +103,8 @@ def our_step(base_folder: Path, seen: Seen) -> tuple[float, dict[str, Tensor]]:
     transformer = load_transformer(base, torch.float32)
     method = METHODS[config.method.kind](config)
     parameters = method.inject(transformer, lambda name: generator(0, "init", name))
+    if config.train.fast_path:
+        use_fast_path(transformer)
     for name, parameter in parameters.items():
         parameter.data.copy_(seen.weights[name])
     state = make_state(config, FlatMaster(parameters, torch.float32), torch.float32)
