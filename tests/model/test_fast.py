@@ -83,8 +83,10 @@ def total_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_outputs_and_gradients_are_the_same_in_float64(base: str) -> None:
-    transformer = adapted_model(base, torch.float64)
+@pytest.mark.parametrize("targets", ["attention+mlp", r"re:transformer_blocks\..*"])
+def test_outputs_and_gradients_are_the_same_in_float64(base: str, targets: str) -> None:
+    """Also where the layers are trained that make scales, shifts and gates."""
+    transformer = adapted_model(base, torch.float64, targets)
     velocity, gradients = run(exact(copy.deepcopy(transformer)))
     use_fast_path(transformer)
     fast_velocity, fast_gradients = run(transformer)
