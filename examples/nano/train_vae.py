@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
@@ -23,8 +22,7 @@ from sd3tune.atomic import new_folder
 
 LEARNING_RATE, WARMUP = 1e-2, 50
 EDGES_WEIGHT = 1.0
-KL_WEIGHT = 2e-3
-"""Weighs what the posterior tells against what is lost: larger means more noise in the latents."""
+KL_WEIGHT = 2e-3  # larger means more noise in the latents
 MEASURED, HELD_OUT = 2048, 256  # pictures for the latents' mean and spread, and for PSNR
 
 
@@ -57,8 +55,8 @@ def train(vae: AutoencoderKL, pictures: Tensor, steps: int, batch_size: int, see
         with torch.autocast(vae.device.type, torch.bfloat16, enabled=bf16):
             posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(posterior.sample()).sample
-        error = (decoded.float() - pixels).abs().mean()
-        loss = error + EDGES_WEIGHT * edge_error(decoded.float(), pixels) + KL_WEIGHT * posterior.kl().mean() / 1024
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = reconstruction_loss(decoded.float(), pixels) + KL_WEIGHT * kl
         loss.backward()
         optimizer.step(learning_rate_share(step, steps))
         losses[step] = loss.detach()
@@ -68,10 +66,11 @@ def train(vae: AutoencoderKL, pictures: Tensor, steps: int, batch_size: int, see
     return losses
 
 
-def edge_error(decoded: Tensor, pixels: Tensor) -> Tensor:
-    """Mean absolute error of the differences between neighbouring pixels, of images [B, 3, H, W]."""
-    difference = decoded - pixels
-    return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
+    """Mean absolute error of pixels [B, 3, H, W], and of the differences between neighbouring ones."""
+    error = decoded - pixels
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + EDGES_WEIGHT * edges
 
 
 def learning_rate_share(step: int, steps: int) -> float:
