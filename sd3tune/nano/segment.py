@@ -22,6 +22,7 @@ _NOTICEABLE = (
     32.0  # of 442, the distance from black to white; the faintest pair of this world, yellow and orange, has 65
 )
 _SPECK = 48  # pixels; the smallest thing of this world has 180
+_ENOUGH = 40  # pixels, to tell a colour and a pattern from
 _PINHOLE = 40  # pixels; the smallest ring's hole has 120
 
 
@@ -59,21 +60,20 @@ def patches(pixels: Pixels, ground: Pixels) -> list[Patch]:
 
 def components(mask: Mask, smallest: int = _SPECK) -> Iterator[Mask]:
     """The parts of a mask that hang together by pixels' sides, of at least `smallest` pixels."""
-    height, width = mask.shape
-    fenced = np.zeros((height + 2, width + 2), bool)
-    fenced[1:-1, 1:-1] = mask
-    left = set(np.flatnonzero(fenced).tolist())
-    while left:
-        part = [left.pop()]
-        for pixel in part:
-            for beside in (pixel - 1, pixel + 1, pixel - width - 2, pixel + width + 2):
-                if beside in left:
-                    left.remove(beside)
-                    part.append(beside)
-        if len(part) >= smallest:
-            found = np.zeros(fenced.size, bool)
-            found[part] = True
-            yield found.reshape(fenced.shape)[1:-1, 1:-1]
+    starts = mask.copy()
+    starts[:, 1:] &= ~mask[:, :-1]
+    runs = np.cumsum(starts).reshape(mask.shape)  # the number of each pixel's run along its row
+    touching = mask[1:] & mask[:-1]
+    above, below = runs[:-1][touching], runs[1:][touching]
+    label = np.arange(runs[-1, -1] + 1)
+    while (label[above] != label[below]).any():
+        lower = np.minimum(label[above], label[below])
+        np.minimum.at(label, label[above], lower)
+        np.minimum.at(label, label[below], lower)
+        label = label[label]
+    labels = np.where(mask, label[runs], 0)
+    sizes = np.bincount(labels.ravel())
+    yield from (labels == found for found in np.flatnonzero(sizes >= smallest) if found)
 
 
 def _parted(away: Pixels, part: Mask) -> Iterator[Patch]:
@@ -81,15 +81,26 @@ def _parted(away: Pixels, part: Mask) -> Iterator[Patch]:
     and two things that only their blur connects come apart."""
     contrast = float(np.quantile(away[_core(part)], 0.2))
     cover = np.clip(2 * away / contrast - 0.5, 0, 1)
-    for piece in components(part & (away > contrast / 2)):
+    for piece in _bridges_cut(part & (away > contrast / 2)):
         whole = _without_pinholes(piece)
         yield Patch(np.where(whole & ~piece, 1, cover * _grown(piece)), _core(whole))
 
 
+def _bridges_cut(mask: Mask) -> Iterator[Mask]:
+    """The parts of a mask, those that only a bridge of two pixels connects apart from each other."""
+    for part in components(mask):
+        stable = list(components(_shrunk(part)))
+        yield from [part] if len(stable) < 2 else (_grown(piece) & part for piece in stable)
+
+
 def _core(mask: Mask) -> Mask:
-    """The mask without its edge, whose pixels are mixtures; all of it where that leaves next to nothing."""
-    inner = ~_grown(~mask)
-    return inner if inner.sum() >= _SPECK / 3 else mask
+    once = _shrunk(mask)
+    twice = _shrunk(once)
+    return next((core for core in (twice, once) if core.sum() >= _ENOUGH), mask)
+
+
+def _shrunk(mask: Mask) -> Mask:
+    return ~_grown(~mask)
 
 
 def _grown(mask: Mask) -> Mask:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from PIL import ImageFilter
 
 from sd3tune.nano.shapes import OUTLINES, Placed, paint
 
@@ -18,6 +21,7 @@ _POINTS = 36  # along each side of the grid on which silhouettes are compared
 _REACH = 2.3  # of the grid from its middle, in root mean square radii: a star's points lie at 2.1
 _TURN = 5  # degrees from one drawn silhouette to the next
 _SYMMETRY = {"circle": _TURN, "ring": _TURN, "square": 90, "cross": 90, "star": 72, "triangle": 120, "heart": 360}
+_SOFTNESS = (0.05, 0.13)  # of the edges, in radii: a large thing as drawn, a small one as a VAE decodes it
 _DRAWN_SIDE, _DRAWN_RADIUS = 96, 0.4
 
 
@@ -72,10 +76,11 @@ class _Drawn:
 @functools.cache
 def _drawn() -> _Drawn:
     shapes, grids, middles, radii = [], [], [], []
-    for shape, angle in _directions():
+    for (shape, angle), softness in itertools.product(_directions(), _SOFTNESS):
         middle, radius = 0.5, _DRAWN_RADIUS
         placed = Placed(OUTLINES[shape], middle, middle, radius, angle, (255, 255, 255))
-        cover = np.asarray(paint([placed], (0, 0, 0), _DRAWN_SIDE), np.float32)[..., 0] / 255
+        drawn = paint([placed], (0, 0, 0), _DRAWN_SIDE).getchannel(0).filter(ImageFilter.GaussianBlur(softness * radius * _DRAWN_SIDE))
+        cover = np.clip(np.asarray(drawn, np.float32) / 255 * 2 - 0.5, 0, 1)
         frame = _frame(cover)
         shapes.append(shape)
         grids.append(_on_grid(cover, frame))
