@@ -8,7 +8,7 @@ from pydantic import Field
 
 from sd3tune.config.sections.section import Section
 
-OFFLINE_BASES = ("tiny", "tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large")
+OFFLINE_BASES = ("tiny", "tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large", "nano")
 """Values of `model.base` that need no download and are never taken for a folder."""
 
 
@@ -32,7 +32,7 @@ class ModelConfig(Section):
         "stabilityai/stable-diffusion-3.5-medium",
         min_length=1,
         description="A Hub id, a folder in diffusers' layout, a single `.safetensors` checkpoint, or an offline "
-        "base: `tiny` (= `tiny-sd35-medium`), `tiny-sd3`, `tiny-sd35-large`.",
+        "base: `tiny` (= `tiny-sd35-medium`), `tiny-sd3`, `tiny-sd35-large`, with random weights; `nano`, trained.",
     )
     text_encoders: TextEncodersConfig | None = Field(
         None,
