@@ -11,13 +11,13 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from examples.nano.assemble import assemble
-from sd3tune.atomic import new_folder, write_text
+from sd3tune.atomic import write_text
 from sd3tune.model.model_folder import MODEL_INDEX
 
 ROOT = Path(__file__).parents[2]
