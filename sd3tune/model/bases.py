@@ -9,15 +9,17 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ModelError
 from sd3tune.model.checkpoint import COMMON, LABELS, VARIANTS, FilePart, misfits, read_checkpoint, read_encoder
+from sd3tune.model.contract import CONTRACT_FILE, check_contract
 from sd3tune.model.hub import cached, download
 from sd3tune.model.offline import OFFLINE, offline_folder, offline_kind
+from sd3tune.model.shape import new_shape
 from sd3tune.model.weights import PICKLED, digest, read_json, weight_files
 
 ENCODERS = ("clip_l", "clip_g", "t5")
@@ -40,6 +42,17 @@ _CONFIG_FILES = {
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
 _ENCODER_OF = {encoder_part: encoder for encoder, (_, encoder_part) in ENCODER_PARTS.items()}
 
+_RANDOM_RECIPE = 1  # raise it whenever `random_weights.py` would draw others
+
+
+@dataclass(frozen=True)
+class RandomTransformer:
+    """New weights in place of a base's own."""
+
+    config: Mapping[str, Any]
+    """As diffusers' `config.json` would say it."""
+    seed: int
+
 
 @dataclass(frozen=True)
 class Base:
@@ -56,6 +69,8 @@ class Base:
     """Encoder (`clip_l`, `clip_g`, `t5`) -> the file to take instead of the base's own."""
     tokenizers: str | None = None
     """A folder or Hub id to take the tokenizers from instead."""
+    random: RandomTransformer | None = None
+    """The transformer to be trained from scratch; the base gives all else."""
 
     @property
     def label(self) -> str:
@@ -119,6 +134,8 @@ class Base:
 
     def config(self, part: str) -> dict[str, Any]:
         """The `config.json` of a part that has weights; none are read or downloaded."""
+        if part == "transformer" and self.random:
+            return dict(self.random.config)
         found = self.in_file(part)
         return dict(found.config) if found else read_json(self.folder(part, weights=False) / "config.json")
 
@@ -127,6 +144,9 @@ class Base:
 
         It covers the config and the tensors, or the text files of a part that has no weights.
         """
+        if part == "transformer" and self.random:
+            drawn = {"recipe": _RANDOM_RECIPE, "seed": self.random.seed, "config": dict(self.random.config)}
+            return digest([("random", json.dumps(drawn, sort_keys=True).encode())])
         found = self.in_file(part)
         if found is not None:
             config = json.dumps(found.config, sort_keys=True).encode()
@@ -137,6 +157,16 @@ class Base:
             return digest((path.name, path.read_bytes()) for path in texts)
         config_file = folder / _CONFIG_FILES[part]
         return digest([(config_file.name, config_file.read_bytes())], [(file, "") for file in weight_files(folder)])
+
+    @property
+    def contract(self) -> dict[str, Any]:
+        """How a model that sd3tune wrote wants its prompts (see `model.contract`); empty for any other."""
+        file = self.path / CONTRACT_FILE
+        if self.kind == "file" or not file.is_file():
+            return {}
+        contract = read_json(file)
+        check_contract(str(file), contract, ModelError)
+        return contract
 
     def check_encoders(self, encoders: Iterable[str]) -> None:
         """Look into every file that was named for them and compare it with the base; no tensor is read.
@@ -181,10 +211,13 @@ class Base:
         return root / part
 
 
-def configured_base(model: ModelConfig) -> Base:
-    """`resolve_base` with all that the `model` section says of where the files are."""
+def configured_base(model: ModelConfig, seed: int = 0) -> Base:
+    """`resolve_base` with all that the `model` section says; `seed` is that of random weights."""
     files = model.text_encoders.model_dump(exclude_none=True) if model.text_encoders else {}
-    return resolve_base(model.base, model.revision, files, model.tokenizers)
+    base = resolve_base(model.base, model.revision, files, model.tokenizers)
+    if model.init == "pretrained":
+        return base
+    return replace(base, random=RandomTransformer(new_shape(base, model.transformer), seed))
 
 
 def resolve_base(
@@ -211,7 +244,7 @@ def resolve_base(
         return Base(name, "file", path.absolute(), None, files, tokenizers)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise ModelError(f"{name}: no such base: neither an offline base, a path nor a Hub id{_suggestion(path)}")
-    snapshot = download(name, revision, ["model_index.json"])
+    snapshot = download(name, revision, ["model_index.json", CONTRACT_FILE])
     _check_model_index(snapshot, name)
     return Base(name, "hub", snapshot, snapshot.name, files, tokenizers)
 
