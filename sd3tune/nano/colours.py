@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,9 +20,13 @@ def median(colours: Pixels) -> Pixels:
 
 def nearest_colour(colour: Pixels) -> str:
     """The name in COLOURS that looks most like an RGB colour of 0 to 255: the smallest distance in Oklab."""
-    names = list(COLOURS)
-    palette = oklab(np.array([COLOURS[name] for name in names], np.float32))
+    names, palette = _palette()
     return names[int(np.linalg.norm(palette - oklab(colour), axis=-1).argmin())]
+
+
+@functools.cache
+def _palette() -> tuple[list[str], Pixels]:
+    return list(COLOURS), oklab(np.array(list(COLOURS.values()), np.float32))
 
 
 def oklab(rgb: Pixels) -> Pixels:
