@@ -6,7 +6,6 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sd3tune.nano.colours import Pixels, median, nearest_colour, oklab
 from sd3tune.nano.segment import SIDE, Mask
@@ -15,7 +14,7 @@ from sd3tune.nano.world import COLOURS
 
 # As drawn, in pixels.
 _STRIPE, _DOTS_APART, _DOT_RADIUS = 0.075 * SIDE, 0.16 * SIDE, 0.047 * SIDE
-_SHIFTS = np.array([[-1.5], [0.0], [1.5]])  # pixels, by which a pattern may be off the thing's middle
+_SHIFTS = np.array([[-1.5], [0.0], [1.5]], np.float32)  # pixels, by which a pattern may be off the thing's middle
 _FOLLOWS = 0.65  # correlation of brightness and pattern
 _TONES_APART = 40.0  # of 442; second tones are 90 apart and more
 
@@ -32,7 +31,7 @@ def look(pixels: Pixels, core: Mask, x: float, y: float) -> Look:
     """Colour and texture of the thing whose inner pixels are `core` and whose middle is at (x, y)."""
     inner = pixels[core]
     rows, columns = np.nonzero(core)
-    stripes, dots = _patterns(columns - x, rows - y)
+    stripes, dots = _patterns((columns - x).astype(np.float32), (rows - y).astype(np.float32))
     patterns = np.concatenate([stripes, dots])
     follows = np.abs(_correlations(patterns, inner.max(axis=-1)))
     best = int(follows.argmax())
@@ -61,7 +60,7 @@ def _dark_first(tones: Pixels) -> Pixels:
     return tones[tones[:, 0].argsort()]
 
 
-def _patterns(across: NDArray[np.float64], down: NDArray[np.float64]) -> tuple[Pixels, Pixels]:
+def _patterns(across: Pixels, down: Pixels) -> tuple[Pixels, Pixels]:
     """How much of each pixel (n), given from the thing's middle, stripes (3, n) and dots (9, n) would cover."""
     stripes = _STRIPE / 2 - _from_nearest(down + _SHIFTS - _STRIPE, 2 * _STRIPE)
     right, below = _from_nearest(across + _SHIFTS, _DOTS_APART), _from_nearest(down + _SHIFTS, _DOTS_APART)
@@ -69,13 +68,14 @@ def _patterns(across: NDArray[np.float64], down: NDArray[np.float64]) -> tuple[P
     return _soft(stripes), _soft(dots)
 
 
-def _from_nearest(at: NDArray[np.float64], apart: float) -> NDArray[np.float64]:
+def _from_nearest(at: Pixels, apart: float) -> Pixels:
     """The distance to the nearest multiple of `apart`."""
-    return np.abs(at - apart * np.round(at / apart))
+    offset: Pixels = at - apart * np.round(at / apart)
+    return np.abs(offset)
 
 
-def _soft(inside: NDArray[np.float64]) -> Pixels:
-    return np.clip(inside + 0.5, 0, 1).astype(np.float32)
+def _soft(inside: Pixels) -> Pixels:
+    return np.clip(inside + 0.5, 0, 1)
 
 
 def _correlations(patterns: Pixels, values: Pixels) -> Pixels:
