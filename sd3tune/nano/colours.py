@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from sd3tune.nano.world import COLOURS
 
-Pixels = NDArray[np.float32]
+Pixels = NDArray[np.floating[Any]]
 
 
 def median(colours: Pixels) -> Pixels:
@@ -18,9 +21,18 @@ def median(colours: Pixels) -> Pixels:
 
 def nearest_colour(colour: Pixels) -> str:
     """The name in COLOURS that looks most like an RGB colour of 0 to 255: the smallest distance in Oklab."""
-    names = list(COLOURS)
-    palette = oklab(np.array([COLOURS[name] for name in names], np.float32))
-    return names[int(np.linalg.norm(palette - oklab(colour), axis=-1).argmin())]
+    return list(COLOURS)[int(nearest(colour))]
+
+
+def nearest(colours: Pixels) -> NDArray[np.intp]:
+    """The same for (..., 3), as numbers (...) of the names."""
+    apart = oklab(colours)[..., None, :] - _palette()
+    return np.linalg.norm(apart, axis=-1).argmin(axis=-1)
+
+
+@functools.cache
+def _palette() -> Pixels:
+    return oklab(np.array(list(COLOURS.values()), np.float32))
 
 
 def oklab(rgb: Pixels) -> Pixels:

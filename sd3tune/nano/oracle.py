@@ -14,8 +14,9 @@ from sd3tune.nano.segment import SIDE, Patch, ground, looked_at, patches
 from sd3tune.nano.silhouettes import outlined
 from sd3tune.nano.world import CLASS, Scene, Thing
 
-_FITS = 0.80  # below, a silhouette is of no shape
+_FITS, _LEADS = 0.87, 0.01  # a silhouette is of no shape that fits it less, or hardly better than another shape
 _SMALL_BELOW, _LARGE_ABOVE = 0.24, 0.355  # radii, between the world's 0.19, 0.30 and 0.42
+_TOO_LARGE = 0.55  # a radius at which a square fills the picture
 _PLACED_FROM = 0.085  # off the middle: half as far as the world puts the largest thing that it puts anywhere
 
 
@@ -35,6 +36,9 @@ class Seen:
     """How well the best shape fits, 0 to 1."""
 
 
+_NOTHING = Seen("", None, "", "", x=0.5, y=0.5, radius=0, fit=0)
+
+
 @dataclass(frozen=True)
 class Reading:
     """What is in a picture."""
@@ -50,8 +54,8 @@ class Reading:
 class Verdict:
     """What of a scene a picture shows; None where the scene does not ask.
 
-    No word about size or texture asks for nothing. `colour`, `shape`, `size` and `texture` are those of the first thing;
-    `other` is whether the second is all that is asked of it.
+    No word about size or texture asks for nothing. `colour`, `shape`, `size` and `texture` are those of the first
+    thing; `other` is whether the second is all that is asked of it.
     """
 
     count: bool
@@ -91,46 +95,37 @@ def judge(image: Image.Image, scene: Scene) -> Verdict:
 
 def judge_reading(reading: Reading, scene: Scene) -> Verdict:
     """Whether what was read is the scene; of two things, each may be the one that is asked for first."""
-    seen: list[Seen | None] = [*reading.things, None, None]
-    orders = itertools.permutations(seen[: len(scene.things)])
-    return max((_verdict(reading, scene, list(order)) for order in orders), key=lambda verdict: verdict.score)
+    seen = [*reading.things, _NOTHING, _NOTHING][: len(scene.things)]
+    verdicts = (_verdict(reading, scene, order) for order in itertools.permutations(seen))
+    return max(verdicts, key=lambda verdict: verdict.score)
 
 
-def _verdict(reading: Reading, scene: Scene, order: list[Seen | None]) -> Verdict:
-    first, second = order[0], order[-1]
-    thing = scene.thing
-    alone = scene.other is None
+def _verdict(reading: Reading, scene: Scene, order: tuple[Seen, ...]) -> Verdict:
+    thing, first, second = scene.thing, order[0], order[-1]
+    alone = scene.other is None  # of two, each is drawn small, and the relation places them
     return Verdict(
         count=reading.count == len(scene.things),
         background=_answer(scene.background, reading.background),
-        colour=_answer(thing.colour, first and first.colour),
-        shape=_shape_answer(thing, first),
-        size=_answer(thing.size, first and first.size) if alone else None,  # of two, each is drawn small
-        texture=_answer(thing.texture, first and first.texture),
-        place=_answer(scene.place, first and _place(first)) if alone else None,
-        relation=_answer(scene.relation, first and second and _relation(first, second)),
-        other=_is(scene.other, second) if scene.other else None,
+        colour=_answer(thing.colour, first.colour),
+        shape=_has_shape(thing, first),
+        size=_answer(thing.size, first.size) if alone else None,
+        texture=_answer(thing.texture, first.texture),
+        place=_answer(scene.place, _place(first)) if alone else None,
+        relation=_answer(scene.relation, _relation(first, second)),
+        other=None if scene.other is None else _is(scene.other, second),
     )
 
 
-def _answer(asked: str, seen: str | None) -> bool | None:
+def _answer(asked: str, seen: str) -> bool | None:
     return asked == seen if asked else None
 
 
-def _shape_answer(thing: Thing, seen: Seen | None) -> bool:
-    if seen is None or seen.shape is None:
-        return False
-    return thing.shape in (CLASS, seen.shape)
+def _has_shape(thing: Thing, seen: Seen) -> bool:
+    return seen.shape is not None and thing.shape in (CLASS, seen.shape)
 
 
-def _is(thing: Thing, seen: Seen | None) -> bool:
-    if seen is None:
-        return False
-    answers = (
-        _answer(thing.colour, seen.colour),
-        _shape_answer(thing, seen),
-        _answer(thing.texture, seen.texture),
-    )
+def _is(thing: Thing, seen: Seen) -> bool:
+    answers = (_answer(thing.colour, seen.colour), _answer(thing.texture, seen.texture), _has_shape(thing, seen))
     return False not in answers
 
 
@@ -140,7 +135,7 @@ def _seen(pixels: Pixels, patch: Patch) -> Seen:
     radius = form.radius / SIDE
     return Seen(
         colour=outer.colour,
-        shape=form.shape if form.fit >= _FITS else None,
+        shape=form.shape if form.fit >= _FITS and form.lead >= _LEADS and radius < _TOO_LARGE else None,
         size="small" if radius < _SMALL_BELOW else "large" if radius > _LARGE_ABOVE else "",
         texture=outer.texture,
         x=(form.x + 0.5) / SIDE,
@@ -161,6 +156,8 @@ def _place(seen: Seen) -> str:
 
 def _relation(first: Seen, second: Seen) -> str:
     """Where the first is, seen from the second."""
+    if _NOTHING in (first, second):
+        return ""
     right, down = first.x - second.x, first.y - second.y
     if abs(right) > abs(down):
         return "right of" if right > 0 else "left of"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from sd3tune.nano.colours import Pixels, median
+from sd3tune.nano.colours import Pixels, median, nearest
 
 Mask = NDArray[np.bool_]
 
@@ -18,9 +18,7 @@ SIDE = 64
 
 _SMOOTHING = 0.7  # pixels, of a Gaussian: noise must not fray the edges
 _BORDER = 3
-_NOTICEABLE = (
-    32.0  # of 442, the distance from black to white; the faintest pair of this world, yellow and orange, has 65
-)
+_NOTICEABLE = 32.0  # of 442, from black to white; the faintest pair of this world, yellow and orange, has 65
 _SPECK = 48  # pixels; the smallest thing of this world has 180
 _ENOUGH = 40  # pixels, to tell a colour and a pattern from
 _PINHOLE = 40  # pixels; the smallest ring's hole has 120
@@ -33,7 +31,7 @@ class Patch:
     cover: Pixels
     """(SIDE, SIDE), 0 to 1: how much of each pixel belongs to it."""
     core: Mask
-    """(SIDE, SIDE): its pixels without the edge, whose pixels are mixtures; all where that would leave next to nothing."""
+    """(SIDE, SIDE): its pixels without those at the edge, which are mixtures, unless next to none would be left."""
 
 
 def looked_at(image: Image.Image) -> Pixels:
@@ -45,10 +43,12 @@ def looked_at(image: Image.Image) -> Pixels:
 
 
 def ground(pixels: Pixels) -> Pixels:
-    """(3,): the background's colour, the median along the picture's border."""
+    """(3,): the background's colour, the median of the commonest colour along the picture's border."""
     inside = np.zeros(pixels.shape[:2], bool)
     inside[_BORDER:-_BORDER, _BORDER:-_BORDER] = True
-    return median(pixels[~inside])
+    border = pixels[~inside]
+    names = nearest(border)
+    return median(border[names == np.bincount(names).argmax()])
 
 
 def patches(pixels: Pixels, ground: Pixels) -> list[Patch]:
@@ -76,11 +76,16 @@ def components(mask: Mask, smallest: int = _SPECK) -> Iterator[Mask]:
     yield from (labels == found for found in np.flatnonzero(sizes >= smallest) if found)
 
 
+def sharpened(cover: Pixels) -> Pixels:
+    """Coverage with steeper edges: what blur widened, and noise about 0 and 1, is gone."""
+    return np.clip(2 * cover - 0.5, 0, 1)
+
+
 def _parted(away: Pixels, part: Mask) -> Iterator[Patch]:
     """The part, cut where it is half as different from the background as its faintest tone; so blur does not widen it,
     and two things that only their blur connects come apart."""
     contrast = float(np.quantile(away[_core(part)], 0.2))
-    cover = np.clip(2 * away / contrast - 0.5, 0, 1)
+    cover = sharpened(away / contrast)
     for piece in _bridges_cut(part & (away > contrast / 2)):
         whole = _without_pinholes(piece)
         yield Patch(np.where(whole & ~piece, 1, cover * _grown(piece)), _core(whole))

@@ -1,4 +1,4 @@
-"""Which shape a patch has: its silhouette beside those of all shapes in all directions."""
+"""Which shape a patch has: its silhouette beside those of all shapes in many directions."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from PIL import ImageFilter
 
+from sd3tune.nano.segment import sharpened
 from sd3tune.nano.shapes import OUTLINES, Placed, paint
 
-Grid = NDArray[np.float32]
+Grid = NDArray[np.floating[Any]]
 
 _POINTS = 36  # along each side of the grid on which silhouettes are compared
 _REACH = 2.3  # of the grid from its middle, in root mean square radii: a star's points lie at 2.1
 _TURN = 5  # degrees from one drawn silhouette to the next
-_SYMMETRY = {"circle": _TURN, "ring": _TURN, "square": 90, "cross": 90, "star": 72, "triangle": 120, "heart": 360}
-_SOFTNESS = (0.05, 0.13)  # of the edges, in radii: a large thing as drawn, a small one as a VAE decodes it
+_TURNS = {"circle": _TURN, "ring": _TURN, "square": 90, "cross": 90, "star": 72, "triangle": 120, "heart": 50}
+"""Degrees, half to either side, until a shape is itself again; but a heart on its side would fit many a blot."""
+_SOFTNESS = (0.05, 0.13)  # of edges, in radii: a large thing as drawn, a small one out of a VAE
 _DRAWN_SIDE, _DRAWN_RADIUS = 96, 0.4
 
 
@@ -32,6 +34,8 @@ class Outlined:
     shape: str
     fit: float
     """Overlap with that shape (Tanimoto's): 1 is equal, 0 disjoint."""
+    lead: float
+    """How much better it fits than any other shape."""
     x: float
     y: float
     radius: float
@@ -54,47 +58,45 @@ def outlined(cover: Grid) -> Outlined:
     shared = drawn.grids @ seen
     fits = shared / (drawn.sizes + seen @ seen - shared)
     best = int(fits.argmax())
-    right, down = drawn.middles[best] * frame.spread
-    return Outlined(
-        drawn.shapes[best], float(fits[best]), frame.x + right, frame.y + down, drawn.radii[best] * frame.spread
-    )
+    shape, fit = str(drawn.shapes[best]), float(fits[best])
+    lead = fit - float(fits[drawn.shapes != shape].max())
+    x, y, radius = (float(length) * frame.spread for length in drawn.lies[best])
+    return Outlined(shape, fit, lead, frame.x + x, frame.y + y, radius)
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Every shape in every direction; lengths are root mean square radii."""
+    """Every shape in many directions; lengths are root mean square radii."""
 
-    shapes: list[str]
+    shapes: NDArray[np.str_]
     grids: Grid
     """(silhouettes, points)"""
     sizes: Grid
-    middles: Grid
-    """(silhouettes, 2): the outline's origin, seen from the centre of mass."""
-    radii: list[float]
+    lies: Grid
+    """(silhouettes, 3): the outline's origin, x and y, seen from the centre of mass, and its radius."""
 
 
 @functools.cache
 def _drawn() -> _Drawn:
-    shapes, grids, middles, radii = [], [], [], []
+    shapes, grids, lies = [], [], []
+    middle, radius = 0.5 * _DRAWN_SIDE - 0.5, _DRAWN_RADIUS * _DRAWN_SIDE
     for (shape, angle), softness in itertools.product(_directions(), _SOFTNESS):
-        middle, radius = 0.5, _DRAWN_RADIUS
-        placed = Placed(OUTLINES[shape], middle, middle, radius, angle, (255, 255, 255))
-        drawn = paint([placed], (0, 0, 0), _DRAWN_SIDE).getchannel(0).filter(ImageFilter.GaussianBlur(softness * radius * _DRAWN_SIDE))
-        cover = np.clip(np.asarray(drawn, np.float32) / 255 * 2 - 0.5, 0, 1)
+        placed = Placed(OUTLINES[shape], 0.5, 0.5, _DRAWN_RADIUS, angle, (255, 255, 255))
+        picture = paint([placed], (0, 0, 0), _DRAWN_SIDE).getchannel(0)
+        blurred = np.asarray(picture.filter(ImageFilter.GaussianBlur(softness * radius)), np.float32) / 255
+        cover = sharpened(blurred)
         frame = _frame(cover)
         shapes.append(shape)
         grids.append(_on_grid(cover, frame))
-        at = middle * _DRAWN_SIDE - 0.5
-        middles.append(((at - frame.x) / frame.spread, (at - frame.y) / frame.spread))
-        radii.append(radius * _DRAWN_SIDE / frame.spread)
+        lies.append(np.array([middle - frame.x, middle - frame.y, radius]) / frame.spread)
     stacked = np.stack(grids)
-    return _Drawn(shapes, stacked, (stacked**2).sum(axis=1), np.array(middles, np.float32), radii)
+    return _Drawn(np.array(shapes), stacked, (stacked**2).sum(axis=1), np.array(lies, np.float32))
 
 
 def _directions() -> Iterator[tuple[str, int]]:
     """Those next to upright: an almost equilateral triangle has its origin below or beside the middle."""
-    for shape, symmetry in _SYMMETRY.items():
-        for angle in range(-symmetry // 2, symmetry // 2, _TURN):
+    for shape, turn in _TURNS.items():
+        for angle in range(-turn // 2, turn // 2, _TURN):
             yield shape, angle
 
 
@@ -109,10 +111,10 @@ def _frame(cover: Grid) -> _Frame:
 def _on_grid(cover: Grid, frame: _Frame) -> Grid:
     """The silhouette, moved and scaled to the grid by linear interpolation: (points,)."""
     steps = np.linspace(-_REACH, _REACH, _POINTS) * frame.spread
-    grid = _weights(frame.y + steps, cover.shape[0]) @ cover @ _weights(frame.x + steps, cover.shape[1]).T
-    return grid.astype(np.float32).ravel()
+    grid: Grid = _weights(frame.y + steps, cover.shape[0]) @ cover @ _weights(frame.x + steps, cover.shape[1]).T
+    return grid.ravel()
 
 
-def _weights(at: NDArray[np.float64], length: int) -> NDArray[np.float64]:
+def _weights(at: Grid, length: int) -> Grid:
     """(points, length): how much each pixel counts at each point; none outside."""
-    return np.clip(1 - np.abs(at[:, None] - np.arange(length)), 0, 1)
+    return np.clip(1 - np.abs(at[:, None] - np.arange(length)), 0, 1).astype(np.float32)
