@@ -50,8 +50,9 @@ class BareLoop:
     ) -> None:
         """`weights` are the factors to start from, `<module>.lora_A` and `.lora_B`; `inputs` are cycled through."""
         self.transformer, self.max_grad_norm = transformer, config.train.max_grad_norm
-        rank, alpha = config.method.rank, config.method.alpha
-        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules)))
+        method = config.method
+        assert method.kind == "lora"
+        transformer.add_adapter(LoraConfig(r=method.rank, lora_alpha=method.alpha, target_modules=list(modules)))
         named = dict(transformer.named_parameters())
         self.parameters = [named[f"{name}.default.weight"] for name in weights]
         with torch.no_grad():

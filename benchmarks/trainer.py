@@ -15,7 +15,7 @@ from sd3tune.data.sampler import generator
 from sd3tune.data.store import Store, key
 from sd3tune.jobs.machine import DTYPES, make_accelerator, processes_of
 from sd3tune.jobs.train import make_state
-from sd3tune.methods import METHODS, Method
+from sd3tune.methods import LoraMethod, Method
 from sd3tune.model.fast import use_fast_path
 from sd3tune.train.batches import Batches, LatentScaling
 from sd3tune.train.examples import Example
@@ -121,7 +121,7 @@ def make_trainer(cell: Cell, model: Model, folder: Path) -> Trainer:
     accelerator = make_accelerator()
     processes, device = processes_of(accelerator), accelerator.device
     transformer = model.build(dtype).to(device)
-    method = METHODS[config.method.kind](config)
+    method = LoraMethod(config)
     parameters = method.inject(transformer, lambda name: generator(config.seed, "init", name))
     for name, parameter in parameters.items():
         if name.endswith(".lora_B"):

@@ -29,7 +29,7 @@ from sd3tune.config import Config
 from sd3tune.data.sampler import generator
 from sd3tune.jobs.machine import ALONE
 from sd3tune.jobs.train import make_state
-from sd3tune.methods import METHODS
+from sd3tune.methods import LoraMethod
 from sd3tune.model.bases import resolve_base
 from sd3tune.model.components import load_scheduler, load_text_encoder, load_transformer
 from sd3tune.model.fast import use_fast_path
@@ -101,7 +101,7 @@ def our_step(base_folder: Path, seen: Seen) -> tuple[float, dict[str, Tensor]]:
     config = _config(base_folder)
     base = resolve_base(str(base_folder))
     transformer = load_transformer(base, torch.float32)
-    method = METHODS[config.method.kind](config)
+    method = LoraMethod(config)
     parameters = method.inject(transformer, lambda name: generator(0, "init", name))
     if config.train.fast_path:
         use_fast_path(transformer)

@@ -78,6 +78,23 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _new_weights_are_trained_whole(self) -> Config:
+        if self.model.init == "pretrained":
+            return self
+        if self.method.kind == "lora":
+            raise ValueError(
+                "model.init is random and method.kind is lora: there is nothing to adapt yet; set method.kind=full to "
+                "train from scratch, or model.init=pretrained"
+            )
+        for number, source in enumerate(self.data.sources):
+            if source.prior is not None:
+                raise ValueError(
+                    f"data.sources.{number}.prior keeps what the base knows, and with model.init=random it knows "
+                    "nothing; leave the prior out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_fits(self) -> Config:
         if self.train.steps is not None and not self.warmup_fits(self.train.steps):
             raise ValueError(

@@ -1,10 +1,9 @@
-"""The closing report: did it learn anything? Measured on the adapter as it was exported."""
+"""The closing report: did it learn anything? Measured on what was exported."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from sd3tune.flow.objective import velocity_loss, velocity_target
 from sd3tune.jobs.preflight import Plan
+from sd3tune.methods import Method
 from sd3tune.train.batches import Batch, Batches
 from sd3tune.train.step import predict_velocity
 
@@ -23,30 +23,34 @@ FIXED_SIGMAS = (0.2, 0.4, 0.6, 0.8)
 SEARCHED_STEPS = 64
 """How far to look for images that are not broken."""
 NO_CHANGE = 1e-7
-"""Relative change of the velocity below which an adapter does nothing; fp32 rounding alone makes about this much."""
+"""Relative change of the velocity below which training did nothing; fp32 rounding alone makes about this much."""
 
 
 @torch.no_grad()
 def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], batches: Batches) -> dict[str, Any]:
-    """Norm of BA per block, change of one denoising step, and the training loss at fixed noise, base and adapter."""
+    """Change of each block and of one denoising step, and the training loss at fixed noise, of the base and trained."""
     probes = _probes(batches)
     with plan.method.as_exported(transformer, weights):
-        adapted = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
+        trained = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
     with plan.method.disabled(transformer):
         base = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
-    size = sum(b.norm().item() for b in base)
-    change = sum((a - b).norm().item() for a, b in zip(adapted, base, strict=True)) / size if size else math.nan
+    size = _size(base) or _size(trained)  # new weights predict nothing at all
+    change = sum((a - b).norm().item() for a, b in zip(trained, base, strict=True)) / size if size else math.nan
     return {
         "weights": "raw" if plan.config.ema is None else "ema",
-        "block_norms": block_norms(plan.method.exported(weights)),
+        "block_changes": plan.method.block_changes(transformer, weights),
         "velocity_change": change,
         "changes_output": change > NO_CHANGE,  # false for NaN, too
         "fixed_noise_loss": {
             "sigma": list(FIXED_SIGMAS[: len(probes)]),
             "base": _losses(base, probes),
-            "adapter": _losses(adapted, probes),
+            "trained": _losses(trained, probes),
         },
     }
+
+
+def _size(velocities: Sequence[Tensor]) -> float:
+    return sum(velocity.norm().item() for velocity in velocities)
 
 
 def _losses(velocities: Sequence[Tensor], probes: Sequence[Batch]) -> list[float]:
@@ -57,44 +61,31 @@ def _losses(velocities: Sequence[Tensor], probes: Sequence[Batch]) -> list[float
     ]
 
 
-def block_norms(factors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Frobenius norm of BA over all modules of each block, without forming BA: |BA|^2 = sum((B^T B) * (A A^T))."""
-    squares: dict[str, float] = {}
-    for name, down in factors.items():
-        if name.endswith(".lora_A"):
-            a, b = down.double(), factors[name.removesuffix("A") + "B"].double()
-            found = re.search(r"\.(\d+)\.", name)
-            block = f"block {found[1]}" if found else "elsewhere"
-            squares[block] = squares.get(block, 0.0) + ((b.T @ b) * (a @ a.T)).sum().item()
-    return {block: max(square, 0.0) ** 0.5 for block, square in squares.items()}
-
-
-def infer_command(run: Path, prompt: str) -> str:
+def infer_command(method: Method, run: Path, prompt: str) -> str:
     """What to type next."""
     relative = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
-    return shlex.join(
-        ["sd3tune", "infer", "--lora", str(relative), "--prompt", prompt, "--out", str(relative / "images")]
-    )
+    what = method.infer_arguments(relative)
+    return shlex.join(["sd3tune", "infer", *what, "--prompt", prompt, "--out", str(relative / "images")])
 
 
 def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
     """The report in words, and the command to type next."""
-    norms, loss = report["block_norms"], report["fixed_noise_loss"]
-    largest = max(norms.values()) or 1.0
-    bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * norm / largest)] for norm in norms.values())
+    changes, loss, product = report["block_changes"], report["fixed_noise_loss"], plan.method.product
+    largest = max(changes.values()) or 1.0
+    bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * change / largest)] for change in changes.values())
     by_sigma = ", ".join(
-        f"{sigma:g}: {base:.3f} -> {adapter:.3f} ({100 * (adapter / base - 1):+.1f} %)"
-        for sigma, base, adapter in zip(loss["sigma"], loss["base"], loss["adapter"], strict=True)
+        f"{sigma:g}: {base:.3f} -> {trained:.3f} ({100 * (trained / base - 1):+.1f} %)"
+        for sigma, base, trained in zip(loss["sigma"], loss["base"], loss["trained"], strict=True)
     )
     return [
         f"learned   one denoising step changes by {100 * report['velocity_change']:.3g} %; "
-        f"norm of BA per block |{bars}|, at most {max(norms.values()):.3g}",
+        f"{plan.method.block_measure} |{bars}|, at most {max(changes.values()):.3g}",
         f"loss      on training images at fixed noise, by sigma: {by_sigma}",
-        f"adapter   {plan.run / 'adapter'}"
-        + (" (the average, EMA; as trained: adapter_raw)" if report["weights"] == "ema" else ""),
+        f"{product.name:<9} {plan.run / product.name}"
+        + (f" (the average, EMA; as trained: {product.raw})" if report["weights"] == "ema" else ""),
         "",
         "next:",
-        f"  {infer_command(plan.run, plan.records[0].caption or 'a photo')}",
+        f"  {infer_command(plan.method, plan.run, plan.records[0].caption or 'a photo')}",
     ]
 
 

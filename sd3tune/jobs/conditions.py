@@ -91,13 +91,13 @@ def check_size(settings: SamplerSettings, transformer: Any) -> None:
 
 def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditions:
     contracts = [adapter.contract for adapter in adapters if adapter.contract]
-    first: Mapping[str, Any] = contracts[0] if contracts else {}
     for key in ("max_sequence_length", "encoders"):
         if len({json.dumps(contract.get(key)) for contract in contracts}) > 1:
             print(f"warning: the adapters were trained with different {key}; the first one's is used")
-    width, height = request.size or (first.get("resolution", DEFAULT_SIDE),) * 2
     model = _find_model(request, adapters)
     base = configured_base(model)
+    first: Mapping[str, Any] = contracts[0] if contracts else base.contract
+    width, height = request.size or (first.get("resolution", DEFAULT_SIDE),) * 2
     encoders = tuple(first.get("encoders", ENCODERS if model.t5 else [name for name in ENCODERS if name != "t5"]))
     base.check_encoders(encoders)
     if base.distilled and request.guidance > 1:
@@ -137,7 +137,8 @@ def _find_model(request: Request, adapters: Sequence[Adapter]) -> ModelConfig:
                 f"{named.path}: trained on a local {contract['base_kind']} named {contract['base']!r}; "
                 "give it with --base"
             )
-    return (model or ModelConfig()).model_copy(update=where)
+    trained = {"init": "pretrained", "transformer": None}  # whatever a run began with
+    return (model or ModelConfig()).model_copy(update={**where, **trained})
 
 
 def _model_of_run(adapter: Path) -> ModelConfig | None:

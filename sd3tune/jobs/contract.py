@@ -1,4 +1,4 @@
-"""What a run states about itself: the adapter's conditioning contract, its identity for resuming, and `run.json`."""
+"""What a run states about itself: the result's conditioning contract, its identity for resuming, and `run.json`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SEEN_IN_DATA = {"crop_variants", "flip", "buckets", "trigger"}
 
 
 def make_contract(plan: Plan) -> dict[str, Any]:
-    """What `infer` and other people need to use the adapter as it was trained. No time, host or path in it."""
+    """What `infer` and other people need to use the result as it was trained. No time, host or path in it."""
     config = plan.config
     captions = sorted({record.caption for record in plan.records})
     return {
@@ -70,15 +70,14 @@ def _files(plan: Plan) -> dict[str, Any]:
 def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, Any]:
     """What must be the same for a resumed run to be the run it resumes; without `encoded`, all but the data itself."""
     config = plan.config
-    sections = config.model_dump(include={"seed", "method", "flow", "optimizer", "schedule", "train", "ema"})
+    sections = config.model_dump(include={"seed", "flow", "optimizer", "schedule", "train", "ema"})
     for harmless in ("log_every", "max_skipped", "gradient_checkpointing", "fast_path"):
         sections["train"].pop(harmless)
     if config.schedule.kind == "constant":
         sections["train"].pop("steps")  # the learning rate does not depend on the length, so a run may be extended
-    if config.method.start_from is not None:
-        sections["method"]["start_from"] = plan.method.contract()["start_from"]  # its content, wherever it lies
     return {
         **sections,
+        "method": plan.method.identity(),
         "model": {
             "base": plan.base.fingerprint("transformer"),
             "dtype": dtype_name(plan.dtype),

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-from sd3tune.config import Config
 from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.data.buckets import Size, nearest_bucket, size_name
 from sd3tune.data.images import upright_size
@@ -19,9 +18,9 @@ from sd3tune.jobs.sigmas import describe_sigmas
 
 def describe(plan: Plan, world: int) -> list[str]:
     """The plan in a few lines, for the start of a run and for `--dry-run`."""
-    config = plan.config
+    config, method = plan.config, plan.method
     cut = [_bucket_of(record, plan.buckets) for record in plan.records]
-    parameters = sum(row.parameters for row in plan.coverage)
+    parameters, modules = sum(row.parameters for row in plan.coverage), len(plan.modules)
     variant = f" ({plan.base.variant})" if plan.base.variant else ""
     every = config.validation.every
     return [
@@ -36,8 +35,8 @@ def describe(plan: Plan, world: int) -> list[str]:
         f"sigma     {describe_sigmas(config.flow, plan.shift)}",
         f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"
         + f", noise offset {config.flow.noise_offset:g}" * (config.flow.noise_offset > 0),
-        f"adapter   {config.method.kind}, rank {_ranks(config)}: {parameters:,} parameters, "
-        f"{4 * parameters / 1e6:.1f} MB, in {len(plan.modules)} module{'s' * (len(plan.modules) != 1)}",
+        f"{method.product.name:<9} {method.title()}: {parameters:,} parameters, "
+        f"{method.exported_bytes * parameters / 1e6:.1f} MB, in {modules} module{'s' * (modules != 1)}",
         *(f"          {row.module:<21} {row.trained:>3} of {row.present} blocks" for row in plan.coverage),
         f"run       {plan.run}",
     ]
@@ -82,16 +81,15 @@ def _describe_priors(plan: Plan) -> list[str]:
     return [*(prior.describe() for prior in plan.priors), *predicted]
 
 
-def _ranks(config: Config) -> str:
-    others = sorted(set(config.method.rank_pattern.values()) - {config.method.rank})
-    return f"{config.method.rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
-
-
 def _about_base(plan: Plan) -> list[str]:
     """Text encoders from files of their own, and a warning about a base that is no base for training."""
     files = plan.base.encoder_files
     used = [f"{name} from {files[name].name}" for name in plan.method.cached_encoders if name in files]
     lines = [f"encoders  {', '.join(used)}"] if used else []
+    if plan.base.random:
+        shape = plan.base.random.config
+        width = shape["num_attention_heads"] * shape["attention_head_dim"]
+        lines.append(f"weights   random, seed {plan.base.random.seed}: {shape['num_layers']} blocks, {width} wide")
     if plan.base.distilled:
         lines.append(
             f"warning: {plan.base.label} is a Turbo model: it is distilled (for guidance 1 and 4 steps) and trains "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from sd3tune.config import Config
+from sd3tune.config.sections.method import FullConfig, LoraConfig
 from sd3tune.errors import RunError
 
 
@@ -57,6 +58,8 @@ def training_knob(config: Config) -> str:
     lower = next((of for of in (1024, 768, 512) if of < side), None)
     if lower is not None:
         return f"set data.resolution={lower}: {(lower / side) ** 2:.0%} of the activations"
-    if config.method.targets == "attention+mlp":
+    if isinstance(config.method, LoraConfig) and config.method.targets == "attention+mlp":
         return "set method.targets=attention: half the trained parameters"
+    if isinstance(config.method, FullConfig) and config.optimizer.kind != "adamw8bit":
+        return "set optimizer.kind=adamw8bit: 6 bytes less for each parameter"
     return "take a smaller base, or a device with more memory"

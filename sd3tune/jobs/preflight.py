@@ -90,9 +90,9 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     except UserError as error:
         problems += error.problems
     try:
-        base = configured_base(config.model)
+        base = configured_base(config.model, config.seed)
         transformer = empty_transformer(base)
-        method = METHODS[config.method.kind](config)
+        method = METHODS[config.method.kind](config, base)
         base.check_encoders(method.cached_encoders)
         modules = method.select(transformer)
         _check_size(config, transformer.config)
@@ -105,7 +105,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         raise UserError(*problems)
     coverage = method.coverage(transformer)
     if resume is not None:
-        check_room(run, _bytes_to_save(config, sum(row.parameters for row in coverage), start))
+        check_room(run, _bytes_to_save(config, method, sum(row.parameters for row in coverage), start))
     scheduler_shift = float(load_scheduler(base).config.shift)
     shift = shift_at(config.flow, scheduler_shift, config.data.resolution**2)
     _check_sigmas(config.flow, shift)
@@ -128,12 +128,12 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     )
 
 
-def _bytes_to_save(config: Config, parameters: int, start: Path | None) -> int:
-    """What a run writes at least: its checkpoints (when it goes on, the next one) and its adapter, all fp32."""
+def _bytes_to_save(config: Config, method: Method, parameters: int, start: Path | None) -> int:
+    """What a run writes at least: its checkpoints (when it goes on, the next one) and what it exports."""
     average = config.ema is not None
-    in_checkpoint = 1 + 2 + average + 1  # master, Adam's moments, the average, the exported adapter
+    in_checkpoint = 4 * (1 + 2 + average) + method.exported_bytes  # master, Adam's moments and the average are fp32
     saved = 1 if start else min(config.checkpoint.keep, math.ceil(config.train.total_steps / config.checkpoint.every))
-    return 4 * parameters * (in_checkpoint * saved + 1 + average)
+    return parameters * (in_checkpoint * saved + method.exported_bytes * (1 + average))
 
 
 def _images(count: int) -> str:

@@ -80,7 +80,7 @@ class Previews:
         """The denoising first, all prompts; then the VAE visits for the decoding and leaves."""
         side, settings = self.plan.config.data.resolution, self.settings
         sampler = SamplerSettings(settings.steps, settings.guidance, side, side)
-        scheduler = load_scheduler(self.plan.base)
+        scheduler = load_scheduler(self.plan.base, None if name == BASE else self.plan.method.sampling_shift())
         negative = self._conditioning(NEGATIVE_PROMPT, view)
         total = settings.steps * len(settings.prompts)
         with tqdm(total=total, desc=f"preview, {name}", unit="step", leave=False, delay=2) as bar:

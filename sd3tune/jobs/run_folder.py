@@ -16,7 +16,8 @@ from typing import Any
 from sd3tune.atomic import FULL, TEMPORARY, WriteError, remove_folder, remove_unfinished, write_json
 from sd3tune.encode.report import megabytes
 from sd3tune.errors import RunError
-from sd3tune.model.adapter_io import ADAPTER_FILE
+from sd3tune.methods import PRODUCTS
+from sd3tune.methods.base import Product
 from sd3tune.train.checkpoint import list_checkpoints, read_state
 
 RUN_FILE = "run.json"
@@ -46,13 +47,18 @@ def _start_in(run: Path, resume: bool) -> Path | None:
     if checkpoints:
         step = read_state(checkpoints[-1])["step"]
         raise RunError(f"{run}: already holds a run (step {step}); add --resume to go on, or choose another output_dir")
-    if (run / "adapter" / ADAPTER_FILE).exists():
-        raise RunError(f"{run}: already holds an adapter and no checkpoint; choose another output_dir")
+    for product in PRODUCTS:
+        if product.is_in(run):
+            raise RunError(f"{run}: already holds {_named(product)} and no checkpoint; choose another output_dir")
     found = {path.name for path in run.iterdir()} if run.is_dir() else set()
     inside = {name for name in found if not name.startswith(TEMPORARY)}
     if inside - {LOCK_FILE} and RUN_FILE not in inside:
         raise RunError(f"{run}: not empty and not a run folder; choose another output_dir")
     return None
+
+
+def _named(product: Product) -> str:
+    return f"{'an' if product.name[0] in 'aeiou' else 'a'} {product.name}"
 
 
 def _check_writable(run: Path) -> None:
@@ -70,7 +76,7 @@ def check_room(run: Path, nbytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < nbytes:
         raise RunError(
-            f"{run}: checkpoints and adapter need {megabytes(nbytes)} and {megabytes(free)} are free; "
+            f"{run}: checkpoints and results need {megabytes(nbytes)} and {megabytes(free)} are free; "
             "free some space or set output_dir to another disk"
         )
 
@@ -95,11 +101,11 @@ def clear(run: Path, start: Path | None) -> None:
             remove_folder(run / BEST)
 
 
-def is_finished(run: Path, steps: int) -> bool:
-    """Whether the run has reached `steps` and was closed: an adapter alone may be from before it was extended."""
+def is_finished(run: Path, product: Product, steps: int) -> bool:
+    """Whether the run has reached `steps` and was closed: a product alone may be from before it was extended."""
     checkpoints = list_checkpoints(run)
     reached = bool(checkpoints) and int(read_state(checkpoints[-1])["step"]) >= steps
-    return reached and (run / "adapter" / ADAPTER_FILE).exists() and "report" in _read_run_file(run)
+    return reached and product.is_in(run) and "report" in _read_run_file(run)
 
 
 @contextlib.contextmanager

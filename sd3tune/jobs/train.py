@@ -77,7 +77,7 @@ def run_training(
             plan = make_plan(config, accelerator.device, resume, processes.world)
         if resume and plan.start is None:
             say(f"nothing to resume in {plan.run}: starting afresh")
-        if plan.start is not None and is_finished(plan.run, plan.config.train.total_steps):
+        if plan.start is not None and is_finished(plan.run, plan.method.product, plan.config.train.total_steps):
             check_finished(plan, processes.world)
             say(f"{plan.run}: already finished; nothing to do")
             return
@@ -198,7 +198,7 @@ def _begin(
 
 
 def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], say: Callable[[str], None]) -> None:
-    """Write the adapter, the card and, last, `run.json`, whose report says that all is done; say what came of it."""
+    """Write the result, the card and, last, `run.json`, whose report says that all is done; say what came of it."""
     plan, state, watching = attempt.plan, attempt.state, attempt.watching
     _export(plan, state, attempt.contract)
     weights = exported_weights(state)
@@ -215,8 +215,8 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
     steps = plan.config.train.total_steps - attempt.from_step
     _say_goodbye([*watching.summary(), *summary(plan, report)], metrics, steps, seconds["train_s"], say)
     if not report["changes_output"]:
-        way_out = "raise optimizer.lr or train.steps, or check method.targets"
-        raise RunError(f"{plan.run}: the adapter changes nothing: {way_out}")
+        way_out = f"raise optimizer.lr or train.steps, or check {plan.method.remedy}"
+        raise RunError(f"{plan.run}: the {plan.method.product.name} changes nothing: {way_out}")
 
 
 def _starting_state(
@@ -238,11 +238,12 @@ def _starting_state(
 
 
 def _export(plan: Plan, state: TrainState, contract: Mapping[str, Any]) -> None:
-    """The adapter; with an EMA, that of the average, and beside it the one as trained."""
-    plan.method.export(plan.run / "adapter", exported_weights(state), contract)
+    """What was trained; with an EMA, the average, and beside it the weights as trained."""
+    product = plan.method.product
+    plan.method.export(plan.run / product.name, exported_weights(state), contract)
     if state.ema is not None:
         raw = state.master.named(state.master.master)
-        plan.method.export(plan.run / "adapter_raw", raw, {**contract, "weights": "raw"})
+        plan.method.export(plan.run / product.raw, raw, {**contract, "weights": "raw"})
 
 
 def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainState:

@@ -1,4 +1,4 @@
-"""Held-out loss: what the adapter, as it would be exported, does on images that it is not trained on."""
+"""Held-out loss: what the weights, as they would be exported, do on images that it is not trained on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Validation:
 
     The squared error of the velocity (whatever is minimised, so that runs compare) of every held-out image at each of
     `SIGMAS`, with noise that depends on the image's number alone; the processes divide the images. A line goes into
-    `validation.jsonl`, and the adapter with the lowest mean loss into `best/`.
+    `validation.jsonl`, and what has the lowest mean loss into `best/`.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class Validation:
     def _measure(self, view: View) -> dict[str, Any]:
         if self._base is None:
             self._base = self._losses(view, view.method.disabled(view.transformer), "the base")
-        adapter = self._losses(view, view.method.as_exported(view.transformer, view.weights), f"step {view.step}")
+        trained = self._losses(view, view.method.as_exported(view.transformer, view.weights), f"step {view.step}")
         line = {"step": view.step, "images": self.images, "weights": self.contract["weights"]}
-        for prefix, losses in (("", adapter), ("base_", self._base)):
+        for prefix, losses in (("", trained), ("base_", self._base)):
             bins = by_sigma(SIGMAS, losses.mean(0).tolist())
             values = list(bins.values())
             mean = None if None in values else sum(values) / len(values)  # type: ignore[arg-type]
@@ -147,7 +147,7 @@ class Validation:
 
     def _keep(self, view: View, line: Mapping[str, Any]) -> None:
         with new_folder(self.plan.run / BEST) as folder:
-            view.method.export(folder / "adapter", view.weights, self.contract)
+            view.method.export(folder / view.method.product.name, view.weights, self.contract)
             write_json(folder / "validation.json", line)
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+from sd3tune.config.schema import Config
 from sd3tune.methods.base import Method
+from sd3tune.methods.full import FullMethod
 from sd3tune.methods.lora import LoraMethod
+from sd3tune.model.bases import Base
 
-METHODS: dict[str, Callable[[Any], Method]] = {"lora": LoraMethod}
+METHODS: dict[str, Callable[[Config, Base], Method]] = {
+    "lora": lambda config, base: LoraMethod(config),
+    "full": FullMethod,
+}
+PRODUCTS = (LoraMethod.product, FullMethod.product)
 
-__all__ = ["METHODS", "LoraMethod", "Method"]
+__all__ = ["METHODS", "PRODUCTS", "FullMethod", "LoraMethod", "Method"]

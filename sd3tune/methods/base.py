@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,22 @@ Weights = Mapping[str, Tensor]
 """Trained tensors by name, fp32."""
 
 
+@dataclass(frozen=True)
+class Product:
+    """What a method makes: the word for it, which names its folder in a run, and the file that it is complete with."""
+
+    name: str
+    file: str
+
+    @property
+    def raw(self) -> str:
+        """The folder of the weights as trained, where those of `name` are the average."""
+        return f"{self.name}_raw"
+
+    def is_in(self, folder: Path) -> bool:
+        return (folder / self.name / self.file).exists()
+
+
 class Method(Protocol):
     """A way to train: what is resident, what is trained, how a batch becomes conditioning, what is written."""
 
@@ -27,12 +44,22 @@ class Method(Protocol):
     """Components that stay in memory while training."""
     cached_encoders: tuple[str, ...]
     """Text encoders that are frozen, so that their output may come from the store."""
+    product: Product
+    exported_bytes: int
+    """Bytes of a trained parameter in the exported files."""
+    block_measure: str
+    """What `block_changes` measures, in words."""
+    remedy: str
+    """What else to look at, besides rate and length, when training changed nothing."""
 
     def select(self, transformer: nn.Module) -> list[str]:
-        """Names of the modules to train; works on a meta-device model. Raises AdapterError if there are none."""
+        """Names of the modules to train; works on a meta-device model. Raises UserError if that cannot be done."""
 
     def coverage(self, transformer: nn.Module) -> list[CoverageRow]:
         """What `select` comes to, as a table for people."""
+
+    def title(self) -> str:
+        """What is trained, in a few words."""
 
     def inject(
         self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
@@ -62,8 +89,20 @@ class Method(Protocol):
     def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
         """While the context lasts, the model is the untrained base."""
 
+    def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
+        """How much these weights change of each block, as `block_measure` says."""
+
     def export(self, folder: Path, weights: Weights, contract: Mapping[str, Any]) -> Path:
-        """Write the result that users share, with the whole conditioning contract; returns the file."""
+        """Write the result that users share, with the whole conditioning contract; returns `product`'s file."""
+
+    def sampling_shift(self) -> float | None:
+        """The shift that the result is sampled with; None where that is the base scheduler's own."""
+
+    def infer_arguments(self, run: Path) -> list[str]:
+        """What `sd3tune infer` is to be told of a finished run."""
 
     def contract(self) -> dict[str, Any]:
         """What the method itself states in the conditioning contract."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same of it for a resumed run to be the run it resumes."""

@@ -14,27 +14,31 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from sd3tune.config.schema import Config
+from sd3tune.config.sections.method import LoraConfig
 from sd3tune.errors import AdapterError
-from sd3tune.methods.base import Embeddings, Weights
+from sd3tune.methods.base import Product, Weights
 from sd3tune.methods.start_from import check_start, starting_factors
+from sd3tune.methods.stored_text import StoredText
 from sd3tune.model import adapter_io
-from sd3tune.model.adapters import ADAPTER_NAME, Layer, inject_lora, lora_layers
+from sd3tune.model.adapters import ADAPTER_NAME, Layer, block_norms, inject_lora, lora_layers
 from sd3tune.model.dropout import SeededDropout
 from sd3tune.model.eva import input_directions
 from sd3tune.model.fast import plain_path
 from sd3tune.model.targets import CoverageRow, coverage, select_modules, values_by_pattern
-from sd3tune.model.text import assemble
 
 
-class LoraMethod:
+class LoraMethod(StoredText):
     """See `methods.base.Method`."""
 
-    resident: tuple[str, ...] = ("transformer",)
+    product = Product("adapter", adapter_io.ADAPTER_FILE)
+    exported_bytes = 4
+    block_measure = "norm of BA per block"
+    remedy = "method.targets"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config.model)
+        assert isinstance(config.method, LoraConfig)
         self.settings = config.method
-        self.t5_length = config.model.max_sequence_length
-        self.cached_encoders: tuple[str, ...] = ("clip_l", "clip_g", "t5") if config.model.t5 else ("clip_l", "clip_g")
 
     def select(self, transformer: nn.Module) -> list[str]:
         modules = select_modules(transformer, self.settings.targets, self.settings.blocks)
@@ -46,6 +50,11 @@ class LoraMethod:
     def coverage(self, transformer: nn.Module) -> list[CoverageRow]:
         layers = self._layers(self.select(transformer))
         return coverage(transformer, {name: layer.rank for name, layer in layers.items()})
+
+    def title(self) -> str:
+        rank = self.settings.rank
+        others = sorted(set(self.settings.rank_pattern.values()) - {rank})
+        return f"lora, rank {rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
 
     def inject(
         self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
@@ -70,17 +79,6 @@ class LoraMethod:
             found = input_directions(transformer, ranks, observe)
         for name, directions in found.items():  # the mean makes ranks agree to the bit
             adapted[name].lora_A[ADAPTER_NAME].weight.data.copy_(reduce_mean(directions))
-
-    def conditioning(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> tuple[Tensor, Tensor]:
-        prompt_embeds, pooled = assemble(
-            embeddings["clip_l"],
-            embeddings["clip_g"],
-            embeddings["t5"]["hidden"] if "t5" in embeddings else None,
-            self.t5_length,
-            transformer.config.joint_attention_dim,
-        )
-        dtype = next(transformer.parameters()).dtype  # `transformer.dtype` walks the whole model to find out
-        return prompt_embeds.to(dtype), pooled.to(dtype)
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
         layers = self._layers([name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")])
@@ -133,13 +131,28 @@ class LoraMethod:
         finally:
             transformer.enable_adapters()
 
+    def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
+        return block_norms(self.exported(weights))
+
     def export(self, folder: Path, weights: Weights, contract: Mapping[str, Any]) -> Path:
         return adapter_io.write_adapter(folder, self.exported(weights), contract)
+
+    def sampling_shift(self) -> float | None:
+        return None  # an adapter is no part of a scheduler
+
+    def infer_arguments(self, run: Path) -> list[str]:
+        return ["--lora", str(run)]
 
     def contract(self) -> dict[str, Any]:
         special = self.settings.model_dump(exclude_defaults=True, exclude={"kind", "rank", "alpha", "start_from"})
         started = {"start_from": _sha256(self._start.path)} if self._start else {}
         return {"method": "lora", "rank": self.settings.rank, "alpha": self.settings.alpha, **special, **started}
+
+    def identity(self) -> dict[str, Any]:
+        settings = self.settings.model_dump()
+        if self._start:
+            settings["start_from"] = _sha256(self._start.path)  # its content, wherever it lies
+        return settings
 
     def _layers(self, modules: Sequence[str]) -> dict[str, Layer]:
         """Each module's rank and scale. Raises AdapterError for a pattern that fits none of them."""

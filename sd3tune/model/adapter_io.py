@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from sd3tune.atomic import new_file
 from sd3tune.errors import AdapterError
-from sd3tune.model.adapter_metadata import CONTRACT_KEY, CONTRACT_VERSION, PEFT_KEY, PREFIX, read_contract, read_peft
+from sd3tune.model.adapter_metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract, read_peft
+from sd3tune.model.contract import CONTRACT_VERSION
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 _KEY = re.compile(r"transformer\.(.+)\.lora_([AB])\.weight")

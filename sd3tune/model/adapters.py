@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from sd3tune.model.dropout import SeededDropout
+from sd3tune.model.targets import block_of
 
 ADAPTER_NAME = "default"
 
@@ -107,3 +108,14 @@ def most_common(layers: Mapping[str, Layer]) -> Layer:
 def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
     """The modules that carry adapters, by full name."""
     return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+
+
+def block_norms(factors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Frobenius norm of BA over all modules of each block, without forming BA: |BA|^2 = sum((B^T B) * (A A^T))."""
+    squares: dict[str, float] = {}
+    for name, down in factors.items():
+        if name.endswith(".lora_A"):
+            a, b = down.double(), factors[name.removesuffix("A") + "B"].double()
+            block = block_of(name)
+            squares[block] = squares.get(block, 0.0) + ((b.T @ b) * (a @ a.T)).sum().item()
+    return {block: max(square, 0.0) ** 0.5 for block, square in squares.items()}

@@ -1,4 +1,4 @@
-"""Where a base model's files are: a tiny offline base, a folder in diffusers' layout, a Hub id, or a single file.
+"""Where a base model's files are: an offline base, a folder in diffusers' layout, a Hub id, or a single file.
 
 Nothing here imports torch, so that a misspelt or gated base is reported at once.
 """
@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-
-from sd3tune.atomic import system_error
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ModelError
 from sd3tune.model.checkpoint import COMMON, LABELS, VARIANTS, FilePart, misfits, read_checkpoint, read_encoder
+from sd3tune.model.contract import CONTRACT_FILE, check_contract
 from sd3tune.model.hub import cached, download
+from sd3tune.model.offline import OFFLINE, offline_folder, offline_kind
+from sd3tune.model.shape import new_shape
 from sd3tune.model.weights import PICKLED, digest, read_json, weight_files
 
 ENCODERS = ("clip_l", "clip_g", "t5")
@@ -29,14 +28,6 @@ ENCODER_PARTS = {
     "clip_g": ("tokenizer_2", "text_encoder_2"),
     "t5": ("tokenizer_3", "text_encoder_3"),
 }
-TINY_SHAPES: dict[str, Literal["sd3", "sd35-medium", "sd35-large"]] = {
-    "tiny": "sd35-medium",
-    "tiny-sd3": "sd3",
-    "tiny-sd35-medium": "sd35-medium",
-    "tiny-sd35-large": "sd35-large",
-}
-TINY_RECIPE = 1  # part of the folder's name: raise it whenever `tiny.py` would write other files
-
 _CONFIG_FILES = {
     "transformer": "config.json",
     "vae": "config.json",
@@ -51,6 +42,17 @@ _CONFIG_FILES = {
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
 _ENCODER_OF = {encoder_part: encoder for encoder, (_, encoder_part) in ENCODER_PARTS.items()}
 
+_RANDOM_RECIPE = 1  # raise it whenever `random_weights.py` would draw others
+
+
+@dataclass(frozen=True)
+class RandomTransformer:
+    """New weights in place of a base's own."""
+
+    config: Mapping[str, Any]
+    """As diffusers' `config.json` would say it."""
+    seed: int
+
 
 @dataclass(frozen=True)
 class Base:
@@ -58,7 +60,7 @@ class Base:
 
     name: str
     """What the user wrote."""
-    kind: Literal["tiny", "folder", "hub", "file"]
+    kind: Literal["tiny", "nano", "folder", "hub", "file"]
     path: Path
     """The root of the diffusers folder (for a Hub base, the snapshot in the Hub's own cache), or the single file."""
     revision: str | None = None
@@ -67,6 +69,8 @@ class Base:
     """Encoder (`clip_l`, `clip_g`, `t5`) -> the file to take instead of the base's own."""
     tokenizers: str | None = None
     """A folder or Hub id to take the tokenizers from instead."""
+    random: RandomTransformer | None = None
+    """The transformer to be trained from scratch; the base gives all else."""
 
     @property
     def label(self) -> str:
@@ -130,6 +134,8 @@ class Base:
 
     def config(self, part: str) -> dict[str, Any]:
         """The `config.json` of a part that has weights; none are read or downloaded."""
+        if part == "transformer" and self.random:
+            return dict(self.random.config)
         found = self.in_file(part)
         return dict(found.config) if found else read_json(self.folder(part, weights=False) / "config.json")
 
@@ -138,6 +144,9 @@ class Base:
 
         It covers the config and the tensors, or the text files of a part that has no weights.
         """
+        if part == "transformer" and self.random:
+            drawn = {"recipe": _RANDOM_RECIPE, "seed": self.random.seed, "config": dict(self.random.config)}
+            return digest([("random", json.dumps(drawn, sort_keys=True).encode())])
         found = self.in_file(part)
         if found is not None:
             config = json.dumps(found.config, sort_keys=True).encode()
@@ -148,6 +157,16 @@ class Base:
             return digest((path.name, path.read_bytes()) for path in texts)
         config_file = folder / _CONFIG_FILES[part]
         return digest([(config_file.name, config_file.read_bytes())], [(file, "") for file in weight_files(folder)])
+
+    @property
+    def contract(self) -> dict[str, Any]:
+        """How a model that sd3tune wrote wants its prompts (see `model.contract`); empty for any other."""
+        file = self.path / CONTRACT_FILE
+        if self.kind == "file" or not file.is_file():
+            return {}
+        contract = read_json(file)
+        check_contract(str(file), contract, ModelError)
+        return contract
 
     def check_encoders(self, encoders: Iterable[str]) -> None:
         """Look into every file that was named for them and compare it with the base; no tensor is read.
@@ -179,8 +198,8 @@ class Base:
         if source is None:
             raise ModelError(f"{self.name}: a single file holds no tokenizers, and its shape is unknown; give {wanted}")
         try:
-            if source in TINY_SHAPES:
-                root = _tiny_folder(TINY_SHAPES[source])
+            if offline_kind(source) is not None:
+                root = offline_folder(source)
             elif Path(source).expanduser().is_dir():
                 root = Path(source).expanduser()
             else:
@@ -192,16 +211,13 @@ class Base:
         return root / part
 
 
-def bases_dir() -> Path:
-    """Where the tiny bases are kept: `$SD3TUNE_CACHE/bases`, else `~/.cache/sd3tune/bases`."""
-    cache = os.environ.get("SD3TUNE_CACHE")
-    return (Path(cache).expanduser() if cache else Path.home() / ".cache" / "sd3tune") / "bases"
-
-
-def configured_base(model: ModelConfig) -> Base:
-    """`resolve_base` with all that the `model` section says of where the files are."""
+def configured_base(model: ModelConfig, seed: int = 0) -> Base:
+    """`resolve_base` with all that the `model` section says; `seed` is that of random weights."""
     files = model.text_encoders.model_dump(exclude_none=True) if model.text_encoders else {}
-    return resolve_base(model.base, model.revision, files, model.tokenizers)
+    base = resolve_base(model.base, model.revision, files, model.tokenizers)
+    if model.init == "pretrained":
+        return base
+    return replace(base, random=RandomTransformer(new_shape(base, model.transformer), seed))
 
 
 def resolve_base(
@@ -210,14 +226,15 @@ def resolve_base(
     encoder_files: Mapping[str, str] | None = None,
     tokenizers: str | None = None,
 ) -> Base:
-    """Find a base: a tiny base (built on first use), an existing folder or single file, or a Hub id `owner/name`.
+    """Find a base: an offline one (built on first use if tiny), an existing folder or single file, or a Hub id.
 
     `revision` is a branch, tag or commit of a Hub base; the other kinds have none. For the rest see `Base`.
     Raises ModelError.
     """
     files = {encoder: Path(file).expanduser() for encoder, file in (encoder_files or {}).items()}
-    if name in TINY_SHAPES:
-        return Base(name, "tiny", _tiny_folder(TINY_SHAPES[name]), None, files, tokenizers)
+    kind = offline_kind(name)
+    if kind is not None:
+        return Base(name, kind, offline_folder(name), None, files, tokenizers)
     path = Path(name).expanduser()
     if path.is_dir():
         _check_model_index(path, name)
@@ -226,8 +243,8 @@ def resolve_base(
         read_checkpoint(path)
         return Base(name, "file", path.absolute(), None, files, tokenizers)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise ModelError(f"{name}: no such base: neither a tiny base, a path nor a Hub id{_suggestion(path)}")
-    snapshot = download(name, revision, ["model_index.json"])
+        raise ModelError(f"{name}: no such base: neither an offline base, a path nor a Hub id{_suggestion(path)}")
+    snapshot = download(name, revision, ["model_index.json", CONTRACT_FILE])
     _check_model_index(snapshot, name)
     return Base(name, "hub", snapshot, snapshot.name, files, tokenizers)
 
@@ -237,7 +254,7 @@ def local_base(model: ModelConfig) -> Base | None:
 
     A single file counts only when its tokenizers are here, too. Raises ModelError for a folder or file that is no base.
     """
-    if model.base in TINY_SHAPES or Path(model.base).expanduser().exists():
+    if offline_kind(model.base) is not None or Path(model.base).expanduser().exists():
         base = configured_base(model)
         has_tokenizers = base.kind != "file" or (model.tokenizers is not None and Path(model.tokenizers).is_dir())
         return base if has_tokenizers else None
@@ -256,24 +273,6 @@ def _are_weights_there(folder: Path) -> bool:
         return False
 
 
-def _tiny_folder(shape: Literal["sd3", "sd35-medium", "sd35-large"]) -> Path:
-    folder = bases_dir() / f"tiny-{shape}-v{TINY_RECIPE}"
-    try:
-        if not (folder / "model_index.json").is_file():
-            from sd3tune.model.tiny import build_tiny
-
-            build_tiny(shape, folder)
-    except (OSError, SafetensorError) as error:
-        cause = system_error(error)
-        if cause is None:
-            raise
-        raise ModelError(
-            f"{folder.parent}: the offline base cannot be built here ({cause.strerror}); "
-            "free some space, or let SD3TUNE_CACHE name another folder"
-        ) from error
-    return folder
-
-
 def _check_model_index(folder: Path, name: str) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
@@ -288,8 +287,8 @@ def _suggestion(folder: Path) -> str:
         siblings = [str(folder.parent / path.name) for path in folder.parent.iterdir() if path.is_dir()]
     except OSError:
         siblings = []
-    close = difflib.get_close_matches(str(folder), [*TINY_SHAPES, *siblings], n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; the tiny bases are {', '.join(TINY_SHAPES)}"
+    close = difflib.get_close_matches(str(folder), [*OFFLINE, *siblings], n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; the offline bases are {', '.join(OFFLINE)}"
 
 
 def _hub_patterns(part: str, weights: bool) -> list[str]:

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from sd3tune.errors import ModelError
 from sd3tune.model.bases import ENCODER_PARTS, Base
+from sd3tune.model.random_weights import random_transformer
 from sd3tune.model.single_file import from_file
 from sd3tune.model.text import TextEncoder
 from sd3tune.model.weights import tensor_headers, weight_files
@@ -37,6 +38,8 @@ Loaded = TypeVar("Loaded")
 
 def load_transformer(base: Base, dtype: torch.dtype, device: Device = "cpu") -> SD3Transformer2DModel:
     """The MMDiT. Besides missing weights, weights that its config has no place for are an error."""
+    if base.random:
+        return random_transformer(base.random, dtype).to(device).eval().requires_grad_(False)
     return _load_model(SD3Transformer2DModel, base, "transformer", dtype, device)
 
 
@@ -45,10 +48,13 @@ def load_vae(base: Base, dtype: torch.dtype, device: Device = "cpu") -> Autoenco
     return _load_model(AutoencoderKL, base, "vae", dtype, device)
 
 
-def load_scheduler(base: Base) -> FlowMatchEulerDiscreteScheduler:
-    """The sampling schedule, with the base's own shift."""
+def load_scheduler(base: Base, shift: float | None = None) -> FlowMatchEulerDiscreteScheduler:
+    """The sampling schedule, with the base's own shift unless one is given."""
     folder = base.folder("scheduler")
-    return _reading(folder, lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(folder, local_files_only=True))
+    other = {} if shift is None else {"shift": shift}
+    return _reading(
+        folder, lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(folder, local_files_only=True, **other)
+    )
 
 
 def load_text_encoder(

@@ -143,6 +143,12 @@ def _inside(transformer: nn.Module, blocks: Sequence[int | str] | None) -> _Insi
     return _Inside(numbers)
 
 
+def block_of(name: str) -> str:
+    """The block that a parameter is in, for people: `block 3`; `elsewhere` outside of them."""
+    found = re.match(r"transformer_blocks\.(\d+)\.", name)
+    return f"block {found[1]}" if found else "elsewhere"
+
+
 def _kind(name: str) -> str:
     return re.sub(r"^transformer_blocks\.\d+\.", "", name)
 

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from sd3tune.model.components import no_progress_bars
+from sd3tune.model.model_folder import MODEL_INDEX
 
 Shape = Literal["sd3", "sd35-medium", "sd35-large"]
 
@@ -40,18 +41,6 @@ _TRANSFORMERS: dict[Shape, dict[str, Any]] = {
 _CLIP_WIDTHS = {"clip_l": 16, "clip_g": 32}  # together below the joint width, so that zero-padding happens
 _JOINT_WIDTH = 64
 _LATENT_CHANNELS = 16
-_MODEL_INDEX = {
-    "_class_name": "StableDiffusion3Pipeline",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "text_encoder_3": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "tokenizer_3": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", "SD3Transformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
 
 
 def build_tiny(shape: Shape, folder: Path) -> None:
@@ -100,7 +89,7 @@ def _write(shape: Shape, folder: Path) -> None:
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     for source, part in (("clip_l", "tokenizer"), ("clip_g", "tokenizer_2"), ("t5", "tokenizer_3")):
         shutil.copytree(_TOKENIZERS / source, folder / part)
-    (folder / "model_index.json").write_text(json.dumps(_MODEL_INDEX, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
 
 
 def _transformer(shape: Shape) -> SD3Transformer2DModel:

@@ -1,9 +1,10 @@
-"""The model card: what the adapter is, how to use it, how it was made, and what was measured."""
+"""The model card: what was trained, how to use it, how it was made, and what was measured."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,16 @@ _CARD = """\
 
 # {name}
 
-A LoRA adapter for {base}, trained with sd3tune.{prompting}
+{what}, trained with sd3tune.{prompting}
 
 ```bash
-sd3tune infer --lora . --prompt {quoted}
+sd3tune infer {infer} --prompt {quoted}
 ```
 
 or with diffusers alone:
 
 ```python
 {load}
-pipe.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")
 image = pipe({prompt!r}, max_sequence_length={length}, height={side}, width={side}).images[0]
 image.save("image.png")
 ```
@@ -44,7 +44,7 @@ image.save("image.png")
 
 The velocity loss at fixed noise, on training images: it shows that something was learned, not that it generalises.
 
-| sigma | base | with the adapter |
+| sigma | base | {trained} |
 |---|---|---|
 {losses}
 
@@ -61,21 +61,23 @@ def write_card(run: Path, config: Config, contract: Mapping[str, Any], report: M
 
 def card(config: Config, contract: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     """The card's Markdown with its YAML header."""
-    prompt = contract["instance_prompt"] or "a photo"
+    prompt, product = contract["instance_prompt"] or "a photo", _PRODUCTS[contract["method"]]
     return _CARD.format(
         header=yaml.safe_dump(_header(contract), sort_keys=False, allow_unicode=True).strip(),
         name=config.name,
-        base=contract["base"],
+        what=product.what(contract),
+        infer=product.infer,
+        trained=product.trained,
         prompting=_prompting(contract["instance_prompt"], contract["trigger"]),
         quoted=shlex.quote(prompt),
-        load=_pipeline(contract),
+        load=product.load(contract),
         prompt=prompt,
         length=contract["max_sequence_length"],
         side=contract["resolution"],
         facts="\n".join(f"| {name} | {value} |" for name, value in _facts(config, contract).items()),
         losses=_losses(report["fixed_noise_loss"]),
         change=100 * report["velocity_change"],
-        held_out=_held_out(report.get("held_out")),
+        held_out=_held_out(report.get("held_out"), product),
     )
 
 
@@ -83,12 +85,13 @@ def _header(contract: Mapping[str, Any]) -> dict[str, Any]:
     """What the Hub reads."""
     header: dict[str, Any] = {
         "library_name": "diffusers",
-        "tags": ["lora", "sd3tune", "text-to-image", "diffusers"],
+        "tags": [contract["method"], "sd3tune", "text-to-image", "diffusers"],
     }
-    if contract["base_kind"] == "hub":
+    relation = _PRODUCTS[contract["method"]].relation
+    if contract["base_kind"] == "hub" and contract.get("init") != "random":
         header |= {
             "base_model": contract["base"],
-            "base_model_relation": "adapter",
+            "base_model_relation": relation,
             "pipeline_tag": "text-to-image",
         }
     prompt = contract["instance_prompt"]
@@ -101,7 +104,7 @@ def _facts(config: Config, contract: Mapping[str, Any]) -> dict[str, str]:
     drawn = ", ".join(f"{key} {value:g}" for key, value in sigma.items() if key != "kind")
     return {
         "base model": f"{contract['base']}" + (f" at {contract['base_revision']}" if contract["base_revision"] else ""),
-        "rank, alpha": f"{contract['rank']}, {contract['alpha']:g} (folded into the file: alpha = rank there)",
+        **_PRODUCTS[contract["method"]].facts(contract),
         "steps": f"{config.train.total_steps}, batch {config.train.batch_size} x {config.train.gradient_accumulation}",
         "optimizer": f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.schedule.kind}",
         "sigma": f"{sigma['kind']}{f' ({drawn})' if drawn else ''}, shift {contract['shift']:g}, "
@@ -123,7 +126,7 @@ def _priors(config: Config) -> dict[str, str]:
     return {"prior preservation": "; ".join(dict.fromkeys(described))} if used else {}
 
 
-def _held_out(measured: Mapping[str, Any] | None) -> str:
+def _held_out(measured: Mapping[str, Any] | None, product: _Product) -> str:
     """A sentence on images that were not trained on, if there were any."""
     if not measured or measured["last"]["loss"] is None:
         return ""
@@ -132,14 +135,14 @@ def _held_out(measured: Mapping[str, Any] | None) -> str:
     better = "" if best["step"] == last["step"] else f", and {best['loss']:.4f} at step {best['step']}"
     return (
         f"\nOn {of} not trained on, the mean loss over all noise levels is {last['loss']:.4f}{better}; "
-        f"without the adapter it is {last['base_loss']:.4f}.\n"
+        f"{product.untrained} it is {last['base_loss']:.4f}.\n"
     )
 
 
 def _losses(loss: Mapping[str, Any]) -> str:
     return "\n".join(
         f"| {at:g} | {before:.4f} | {after:.4f} |"
-        for at, before, after in zip(loss["sigma"], loss["base"], loss["adapter"], strict=True)
+        for at, before, after in zip(loss["sigma"], loss["base"], loss["trained"], strict=True)
     )
 
 
@@ -149,8 +152,8 @@ def _prompting(prompt: str | None, trigger: str | None) -> str:
     return f" Put `{trigger}` into the prompt." if trigger else ""
 
 
-def _pipeline(contract: Mapping[str, Any]) -> str:
-    """The code that loads the base as the adapter was trained on it."""
+def _load_adapter(contract: Mapping[str, Any]) -> str:
+    """The code that loads the base as the adapter was trained on it, and the adapter."""
     pipeline, imports, lines, more = "StableDiffusion3Pipeline", "StableDiffusion3Pipeline", [], ""
     base = contract["base"] if contract["base_kind"] == "hub" else f"path/to/{contract['base']}"
     if contract["base_kind"] == "file":  # the rest of the pipeline is that of the released model of its shape
@@ -160,9 +163,65 @@ def _pipeline(contract: Mapping[str, Any]) -> str:
     if "t5" not in contract["encoders"]:
         more += ", text_encoder_3=None, tokenizer_3=None"
     lines.append(f'pipe = {pipeline}.from_pretrained({base!r}, dtype=torch.bfloat16{more}).to("cuda")')
+    lines.append('pipe.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")')
     return "\n".join(["import torch", f"from diffusers import {imports}", "", *lines])
 
 
 def _encoder_files(contract: Mapping[str, Any]) -> dict[str, str]:
     files = contract.get("encoder_files", {})
     return {"text encoders": ", ".join(f"{name} from {used['file']}" for name, used in files.items())} if files else {}
+
+
+def _load_model(contract: Mapping[str, Any]) -> str:
+    lines = [
+        "import torch",
+        "from diffusers import StableDiffusion3Pipeline",
+        "",
+        'pipe = StableDiffusion3Pipeline.from_pretrained("model", dtype=torch.bfloat16).to("cuda")',
+    ]
+    return "\n".join(lines)
+
+
+def _whole_model(contract: Mapping[str, Any]) -> str:
+    base = contract["base"]
+    if contract["init"] == "random":
+        return f"A model of Stable Diffusion 3's kind, from scratch, with the text encoders and the VAE of {base}"
+    return f"{base}, all of its transformer fine-tuned"
+
+
+@dataclass(frozen=True)
+class _Product:
+    """How a card speaks of what a method makes."""
+
+    what: Callable[[Mapping[str, Any]], str]
+    infer: str
+    load: Callable[[Mapping[str, Any]], str]
+    facts: Callable[[Mapping[str, Any]], dict[str, str]]
+    relation: str
+    """To the base model, in the Hub's words."""
+    trained: str
+    untrained: str
+
+
+_PRODUCTS = {
+    "lora": _Product(
+        what=lambda contract: f"A LoRA adapter for {contract['base']}",
+        infer="--lora .",
+        load=_load_adapter,
+        facts=lambda contract: {
+            "rank, alpha": f"{contract['rank']}, {contract['alpha']:g} (folded into the file: alpha = rank there)"
+        },
+        relation="adapter",
+        trained="with the adapter",
+        untrained="without the adapter",
+    ),
+    "full": _Product(
+        what=_whole_model,
+        infer="--base model",
+        load=_load_model,
+        facts=lambda contract: {"trained": f"the whole transformer, in the file as {contract['export_dtype']}"},
+        relation="finetune",
+        trained="trained",
+        untrained="untrained",
+    ),
+}

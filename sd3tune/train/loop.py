@@ -91,7 +91,7 @@ def train(
                 state,
                 identity,
                 keep,
-                lambda folder: method.export(folder / "adapter", exported_weights(state), contract),
+                lambda folder: method.export(folder / method.product.name, exported_weights(state), contract),
             )
         processes.wait()
 

@@ -82,7 +82,7 @@ def test_the_card_loads_the_file_into_the_released_pipeline(run_on_file: Path) -
     contract = read_adapter(run_on_file).contract | {
         "base_released_as": "stabilityai/stable-diffusion-3.5-medium", "encoders": ["clip_l", "clip_g"],
     }  # fmt: skip
-    report = {"fixed_noise_loss": {"sigma": [], "base": [], "adapter": []}, "velocity_change": 0.1}
+    report = {"fixed_noise_loss": {"sigma": [], "base": [], "trained": []}, "velocity_change": 0.1}
     snippet = code_block(card(load_config(run_on_file / "config.yaml").config, contract, report))
     compile(snippet, "card", "exec")
     assert "SD3Transformer2DModel.from_single_file('path/to/model.safetensors', " in snippet

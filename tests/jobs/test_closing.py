@@ -16,12 +16,13 @@ from torch import Tensor
 
 from sd3tune.data.sampler import generator
 from sd3tune.errors import RunError
-from sd3tune.jobs.closing import FIXED_SIGMAS, block_norms, closing_report, infer_command, summary
+from sd3tune.jobs.closing import FIXED_SIGMAS, closing_report, infer_command, summary
 from sd3tune.jobs.encoding import encode
 from sd3tune.jobs.machine import ALONE
 from sd3tune.jobs.preflight import Plan, make_plan
 from sd3tune.jobs.train import make_batches, run_training
 from sd3tune.model.adapter_io import read_adapter
+from sd3tune.model.adapters import block_norms
 from sd3tune.model.components import load_transformer
 from sd3tune.train.batches import Batch, Batches
 
@@ -113,10 +114,10 @@ def test_the_report_measures_the_exported_adapter_against_the_base(plan: Plan, b
     assert report["changes_output"] is True
     assert report["fixed_noise_loss"]["sigma"] == list(FIXED_SIGMAS)
     assert report["fixed_noise_loss"]["base"] == pytest.approx(losses[0], rel=1e-5)
-    assert report["fixed_noise_loss"]["adapter"] == pytest.approx(losses[1], rel=1e-5)
-    assert list(report["block_norms"]) == [f"block {number}" for number in range(4)]
+    assert report["fixed_noise_loss"]["trained"] == pytest.approx(losses[1], rel=1e-5)
+    assert list(report["block_changes"]) == [f"block {number}" for number in range(4)]
     folded = {name: value * (1.5 if name.endswith("B") else 1) for name, value in weights.items()}
-    assert report["block_norms"] == pytest.approx(block_norms(folded))
+    assert report["block_changes"] == pytest.approx(block_norms(folded))
 
 
 @pytest.mark.parametrize("b", [0.0, float("nan")])
@@ -127,8 +128,8 @@ def test_a_dead_adapter_changes_nothing(b: float, plan: Plan, batches: Batches) 
     assert report["changes_output"] is False
     if b == 0:
         assert report["velocity_change"] == 0
-        assert report["fixed_noise_loss"]["adapter"] == report["fixed_noise_loss"]["base"]
-        assert set(report["block_norms"].values()) == {0.0}
+        assert report["fixed_noise_loss"]["trained"] == report["fixed_noise_loss"]["base"]
+        assert set(report["block_changes"].values()) == {0.0}
         assert summary(plan, report)[0].startswith("learned   one denoising step changes by 0 %")
 
 
@@ -147,32 +148,34 @@ def test_a_run_that_learned_nothing_says_so_and_keeps_its_adapter(quick_config, 
 def test_the_summary_names_changes_losses_and_the_next_command(plan: Plan) -> None:
     report = {
         "weights": "ema",
-        "block_norms": {"block 0": 0.5, "block 1": 1.0, "block 2": 0.0},
+        "block_changes": {"block 0": 0.5, "block 1": 1.0, "block 2": 0.0},
         "velocity_change": 0.0173,
         "changes_output": True,
-        "fixed_noise_loss": {"sigma": [0.2, 0.8], "base": [2.0, 1.0], "adapter": [1.5, 1.01]},
+        "fixed_noise_loss": {"sigma": [0.2, 0.8], "base": [2.0, 1.0], "trained": [1.5, 1.01]},
     }
     lines = summary(plan, report)
     assert lines[0] == "learned   one denoising step changes by 1.73 %; norm of BA per block |▄█ |, at most 1"
     assert lines[1].endswith("by sigma: 0.2: 2.000 -> 1.500 (-25.0 %), 0.8: 1.000 -> 1.010 (+1.0 %)")
     assert lines[2] == f"adapter   {plan.run / 'adapter'} (the average, EMA; as trained: adapter_raw)"
     assert summary(plan, {**report, "weights": "raw"})[2] == f"adapter   {plan.run / 'adapter'}"
-    assert lines[-1].strip() == infer_command(plan.run, plan.records[0].caption)
+    assert lines[-1].strip() == infer_command(plan.method, plan.run, plan.records[0].caption)
 
 
 @pytest.mark.parametrize("prompt", ["a photo of sks dog", 'it\'s "his" $HOME `dog`', "-n", "a\nb"])
-def test_the_next_command_says_what_was_meant_whatever_the_caption(prompt: str, monkeypatch, tmp_path: Path) -> None:
+def test_the_next_command_says_what_was_meant_whatever_the_caption(
+    prompt: str, plan: Plan, monkeypatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
-    words = shlex.split(infer_command(tmp_path / "runs" / "my dog", prompt))
+    words = shlex.split(infer_command(plan.method, tmp_path / "runs" / "my dog", prompt))
     assert words[:4] == ["sd3tune", "infer", "--lora", "runs/my dog"]
     assert words[4:] == ["--prompt", prompt, "--out", "runs/my dog/images"]
-    assert shlex.split(infer_command(Path("/elsewhere/run"), prompt))[3] == "/elsewhere/run"
+    assert shlex.split(infer_command(plan.method, Path("/elsewhere/run"), prompt))[3] == "/elsewhere/run"
 
 
 def test_an_empty_caption_is_replaced_in_the_next_command(plan: Plan) -> None:
     wordless = replace(plan, records=[replace(plan.records[0], caption="")])
     report = {
-        "weights": "raw", "block_norms": {"block 0": 1.0}, "velocity_change": 0.1, "changes_output": True,
-        "fixed_noise_loss": {"sigma": [0.5], "base": [1.0], "adapter": [1.0]},
+        "weights": "raw", "block_changes": {"block 0": 1.0}, "velocity_change": 0.1, "changes_output": True,
+        "fixed_noise_loss": {"sigma": [0.5], "base": [1.0], "trained": [1.0]},
     }  # fmt: skip
     assert "--prompt 'a photo'" in summary(wordless, report)[-1]

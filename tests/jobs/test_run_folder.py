@@ -11,6 +11,7 @@ import pytest
 
 from sd3tune.errors import RunError
 from sd3tune.jobs.run_folder import check_start, clear, describe_run, is_finished, locked, starting_checkpoint
+from sd3tune.methods import LoraMethod
 from sd3tune.model.adapter_io import ADAPTER_FILE
 
 
@@ -96,19 +97,19 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_run_is_finished_when_its_closing_report_is_written(tmp_path: Path) -> None:
-    assert not is_finished(tmp_path, 10)
+    assert not is_finished(tmp_path, LoraMethod.product, 10)
     write_checkpoint(tmp_path, 10)
-    assert not is_finished(tmp_path, 10)
+    assert not is_finished(tmp_path, LoraMethod.product, 10)
     write_adapter(tmp_path)
     write_closing(tmp_path, seed=0)
-    assert not is_finished(tmp_path, 10)  # an adapter may be from before the run was extended
+    assert not is_finished(tmp_path, LoraMethod.product, 10)  # an adapter may be from before the run was extended
     write_closing(tmp_path, seed=0, report={})
-    assert is_finished(tmp_path, 10)
-    assert is_finished(tmp_path, 8)
+    assert is_finished(tmp_path, LoraMethod.product, 10)
+    assert is_finished(tmp_path, LoraMethod.product, 8)
     (tmp_path / "run.json").write_text("{")
-    assert not is_finished(tmp_path, 10)
+    assert not is_finished(tmp_path, LoraMethod.product, 10)
     write_closing(tmp_path, report={})
-    assert not is_finished(tmp_path, 11)
+    assert not is_finished(tmp_path, LoraMethod.product, 11)
 
 
 def test_the_folder_is_held_against_other_processes_and_then_released(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from sd3tune.publish.card import card
 
 REPORT = {
     "velocity_change": 0.0173,
-    "fixed_noise_loss": {"sigma": [0.2, 0.8], "base": [3.25, 3.0], "adapter": [3.125, 2.5]},
+    "fixed_noise_loss": {"sigma": [0.2, 0.8], "base": [3.25, 3.0], "trained": [3.125, 2.5]},
 }
 
 

@@ -120,4 +120,15 @@ class LoraConfig(Section):
         return self
 
 
-MethodConfig = LoraConfig
+class FullConfig(Section):
+    """Every parameter of the transformer: a full fine-tune or, with `model.init: random`, training from scratch."""
+
+    kind: Literal["full"] = Field("full", description="Train the whole transformer, and write a whole model.")
+    export_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp16",
+        description="Precision of the transformer in `model/`; previews and reports compute with what is written. fp16 "
+        "is half of fp32's size and eight times as fine as bf16; checkpoints hold fp32 whatever it is.",
+    )
+
+
+MethodConfig = Annotated[LoraConfig | FullConfig, Field(discriminator="kind")]

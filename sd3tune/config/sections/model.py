@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sd3tune.config.sections.section import Section
 
-OFFLINE_BASES = ("tiny", "tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large")
+OFFLINE_BASES = ("tiny", "tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large", "nano")
 """Values of `model.base` that need no download and are never taken for a folder."""
 
 
@@ -25,6 +25,39 @@ class TextEncodersConfig(Section):
     )
 
 
+class TransformerConfig(Section):
+    """Keys of SD3Transformer2DModel's `config.json` that a new transformer has other values for; null keeps the base's.
+
+    Widths that the text encoders or the VAE decide follow from them.
+    """
+
+    num_layers: int | None = Field(None, ge=1, description="Blocks.")
+    num_attention_heads: int | None = Field(None, ge=1, description="Heads of each attention.")
+    attention_head_dim: int | None = Field(
+        None, ge=2, description="Width of a head; heads times this is the model's width, a multiple of 4."
+    )
+    qk_norm: Literal["none", "rms_norm"] | None = Field(
+        None, description="Whether queries and keys are normalised, as in SD3.5."
+    )
+    dual_attention_layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="Blocks with a second attention over the image alone, as in SD3.5-medium; `[]` for none."
+    )
+    sample_size: int | None = Field(
+        None, ge=1, description="Side of the usual latent, an eighth of the picture's; pipelines draw that size."
+    )
+    patch_size: Literal[2] | None = Field(None, description="Side of a patch in latents: only 2 so far.")
+    pos_embed_max_size: int | None = Field(
+        None, ge=1, description="Side of the grid of position embeddings in patches: no picture may be larger."
+    )
+    in_channels: int | None = Field(None, ge=1, description="Channels of the latents: the VAE's.")
+    out_channels: int | None = Field(None, ge=1, description="Channels of the velocity: as many.")
+    joint_attention_dim: int | None = Field(None, ge=1, description="Width of the text: T5's.")
+    pooled_projection_dim: int | None = Field(
+        None, ge=1, description="Width of the pooled text: those of CLIP-L and CLIP-G together."
+    )
+    caption_projection_dim: int | None = Field(None, ge=1, description="Width of the text inside: the model's.")
+
+
 class ModelConfig(Section):
     """Which base model is trained, and in which precision it is held."""
 
@@ -32,7 +65,15 @@ class ModelConfig(Section):
         "stabilityai/stable-diffusion-3.5-medium",
         min_length=1,
         description="A Hub id, a folder in diffusers' layout, a single `.safetensors` checkpoint, or an offline "
-        "base: `tiny` (= `tiny-sd35-medium`), `tiny-sd3`, `tiny-sd35-large`.",
+        "base: `tiny` (= `tiny-sd35-medium`), `tiny-sd3`, `tiny-sd35-large`, with random weights; `nano`, trained.",
+    )
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained",
+        description="Where the transformer's weights come from: `random` draws them from the seed, to train from "
+        "scratch; text encoders, VAE and scheduler are the base's all the same. Needs `method.kind: full`.",
+    )
+    transformer: TransformerConfig | None = Field(
+        None, description="With `init: random`, the shape of the new transformer where it is not the base's."
     )
     text_encoders: TextEncodersConfig | None = Field(
         None,
@@ -48,9 +89,9 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub base; null takes its main branch.")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
-        description="Precision of the frozen base: auto is fp32 on the CPU, bf16 on a GPU that has it, else "
-        "fp16. The adapter's masters, gradient sums and EMA are fp32 always, and so is the optimizer's state but for "
-        "`adamw8bit`.",
+        description="Precision that is computed in: auto is fp32 on the CPU, bf16 on a GPU that has it, else "
+        "fp16. The trained weights' masters, gradient sums and EMA are fp32 always, and so is the optimizer's state "
+        "but for `adamw8bit`.",
     )
     quantize: Literal["none"] = Field("none", description="Quantisation of the frozen base: only none so far.")
     max_sequence_length: int = Field(
@@ -64,3 +105,11 @@ class ModelConfig(Section):
         True,
         description="Whether T5 is used; false replaces its embeddings by zeros and never loads its 10 GB.",
     )
+
+    @model_validator(mode="after")
+    def _shape_of_a_new_one(self) -> ModelConfig:
+        if self.transformer is not None and self.init == "pretrained":
+            raise ValueError(
+                "transformer gives the shape of new weights, and init is pretrained; set init: random, or leave it out"
+            )
+        return self

@@ -1,0 +1,154 @@
+"""Every parameter of the transformer: a full fine-tune or, from random weights, training from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from sd3tune.config.schema import Config
+from sd3tune.config.sections.data import OwnPredictionConfig
+from sd3tune.config.sections.method import FullConfig
+from sd3tune.methods.base import Product, Weights
+from sd3tune.methods.stored_text import StoredText
+from sd3tune.model.bases import Base
+from sd3tune.model.components import load_scheduler, load_transformer
+from sd3tune.model.fast import plain_path
+from sd3tune.model.model_folder import INDEX_FILE, check_parts, write_model
+from sd3tune.model.targets import CoverageRow, block_of
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class FullMethod(StoredText):
+    """See `methods.base.Method`.
+
+    The untrained base is wanted two or three times a run (first preview, first held-out loss, closing report), so it is
+    read, or drawn, anew each time instead of lying in memory; but where it is the target of each step, it stays.
+    """
+
+    product = Product("model", INDEX_FILE)
+    block_measure = "relative change per block"
+    remedy = "method.export_dtype"
+
+    def __init__(self, config: Config, base: Base) -> None:
+        super().__init__(config.model)
+        assert isinstance(config.method, FullConfig)
+        self.settings, self.base, self.flow_shift = config.method, base, config.flow.shift
+        self.export_dtype = _DTYPES[self.settings.export_dtype]
+        self.exported_bytes = self.export_dtype.itemsize
+        priors = [source.prior for source in config.data.sources]
+        self._keeps_base = any(isinstance(prior, OwnPredictionConfig) and prior.weight > 0 for prior in priors)
+        self._kept: dict[str, Tensor] | None = None
+        self._buffers: dict[str, Tensor] = {}
+
+    def select(self, transformer: nn.Module) -> list[str]:
+        check_parts(self.base)
+        return [name for name, module in transformer.named_modules() if list(module.parameters(recurse=False))]
+
+    def coverage(self, transformer: nn.Module) -> list[CoverageRow]:
+        blocks: dict[str, set[str]] = {}
+        parameters: dict[str, int] = {}
+        for name, parameter in transformer.named_parameters():
+            block = block_of(name)
+            part = name.split(".")[0 if block == "elsewhere" else 2]
+            blocks.setdefault(part, set()).add(block)
+            parameters[part] = parameters.get(part, 0) + parameter.numel()
+        return [CoverageRow(part, len(found), len(found), parameters[part]) for part, found in blocks.items()]
+
+    def title(self) -> str:
+        return "full, from scratch" if self.base.random else "full"
+
+    def inject(
+        self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
+    ) -> dict[str, nn.Parameter]:
+        """The master begins with what the base holds, not with that rounded to the dtype that is computed in."""
+        dtype = transformer.dtype
+        exact = transformer
+        if dtype is not torch.float32:
+            exact = load_transformer(self.base, torch.float32, transformer.device)
+        parameters = dict(transformer.named_parameters())
+        for name, parameter in exact.named_parameters():
+            parameters[name].data = parameter.data
+            parameters[name].requires_grad_(True)
+        saved = exact.state_dict()
+        live = dict(transformer.named_buffers())
+        self._buffers = {name: saved[name].to(self.export_dtype) for name in live if name in saved}
+        for name, buffer in self._buffers.items():
+            live[name].data = buffer.to(dtype)
+        return parameters
+
+    def look_at_data(
+        self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
+    ) -> None:
+        """The start does not depend on the data."""
+
+    def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def exported(self, weights: Weights) -> dict[str, Tensor]:
+        return {name: value.to(self.export_dtype) for name, value in weights.items()} | self._buffers
+
+    def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None]:
+        return _pointed_at(transformer, lambda name: weights[name].to(self.export_dtype) if name in weights else None)
+
+    def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
+        return _pointed_at(transformer, self._untrained(transformer).get)
+
+    def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
+        changes: dict[str, float] = {}
+        sizes: dict[str, float] = {}
+        for name, start in load_transformer(self.base, torch.float32).named_parameters():
+            block = block_of(name)
+            change = weights[name].cpu() - start
+            changes[block] = changes.get(block, 0.0) + change.double().square().sum().item()
+            sizes[block] = sizes.get(block, 0.0) + start.double().square().sum().item()
+        return {block: (changes[block] / sizes[block]) ** 0.5 if sizes[block] else 0.0 for block in changes}
+
+    def export(self, folder: Path, weights: Weights, contract: Mapping[str, Any]) -> Path:
+        return write_model(folder, self.base, self.exported(weights), contract, self.sampling_shift())
+
+    def sampling_shift(self) -> float | None:
+        shift = self.flow_shift
+        return shift if isinstance(shift, float) and shift != load_scheduler(self.base).config.shift else None
+
+    def infer_arguments(self, run: Path) -> list[str]:
+        return ["--base", str(run / self.product.name)]
+
+    def contract(self) -> dict[str, Any]:
+        start = "random" if self.base.random else "pretrained"
+        return {"method": "full", "init": start, "export_dtype": self.settings.export_dtype}
+
+    def identity(self) -> dict[str, Any]:
+        return self.settings.model_dump()
+
+    def _untrained(self, transformer: SD3Transformer2DModel) -> dict[str, Tensor]:
+        if self._kept is not None:
+            return self._kept
+        base = load_transformer(self.base, transformer.dtype, transformer.device).state_dict()
+        if self._keeps_base:
+            self._kept = base
+        return base
+
+
+@contextmanager
+def _pointed_at(transformer: SD3Transformer2DModel, values: Callable[[str], Tensor | None]) -> Iterator[None]:
+    """Parameters and buffers look at other values and then at the live ones again, which are never written to."""
+    live: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, tensor in chain(transformer.named_parameters(), transformer.named_buffers()):
+            value = values(name)
+            if value is not None:
+                live.append((tensor, tensor.data))
+                tensor.data = value.to(tensor.dtype)
+        with plain_path(transformer):
+            yield
+    finally:
+        for tensor, data in live:
+            tensor.data = data

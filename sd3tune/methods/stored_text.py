@@ -1,0 +1,31 @@
+"""Frozen text encoders: their output comes from the store, and becomes the conditioning when it is needed."""
+
+from __future__ import annotations
+
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+
+from sd3tune.config.sections.model import ModelConfig
+from sd3tune.methods.base import Embeddings
+from sd3tune.model.text import assemble
+
+
+class StoredText:
+    """What methods have in common that train the transformer alone."""
+
+    resident: tuple[str, ...] = ("transformer",)
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.t5_length = model.max_sequence_length
+        self.cached_encoders: tuple[str, ...] = ("clip_l", "clip_g", "t5") if model.t5 else ("clip_l", "clip_g")
+
+    def conditioning(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> tuple[Tensor, Tensor]:
+        prompt_embeds, pooled = assemble(
+            embeddings["clip_l"],
+            embeddings["clip_g"],
+            embeddings["t5"]["hidden"] if "t5" in embeddings else None,
+            self.t5_length,
+            transformer.config.joint_attention_dim,
+        )
+        dtype = next(transformer.parameters()).dtype  # `transformer.dtype` walks the whole model to find out
+        return prompt_embeds.to(dtype), pooled.to(dtype)

@@ -1,0 +1,68 @@
+"""The conditioning contract: what a trained model or adapter states of how it wants to be prompted, for `infer`.
+
+An adapter has it in its metadata, a whole model as `sd3tune.json` beside `model_index.json`. No time, host or path is
+in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sd3tune.errors import UserError
+
+CONTRACT_VERSION = 1
+CONTRACT_FILE = "sd3tune.json"
+WAY_OUT = "; the file was changed or damaged, get it again"
+
+
+class Part(BaseModel):
+    """Keys that are not named here are let through."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class _EncoderFile(Part):
+    file: str
+    fingerprint: str
+
+
+class _Contract(Part):
+    contract_version: int = Field(CONTRACT_VERSION, ge=1)
+    base: str | None = None
+    base_kind: Literal["tiny", "nano", "hub", "folder", "file"] | None = None
+    base_revision: str | None = None
+    base_fingerprint: str | None = None
+    resolution: int = Field(1024, ge=16, multiple_of=16)
+    max_sequence_length: int = Field(256, ge=1, le=512)
+    encoders: list[Literal["clip_l", "clip_g", "t5"]] = Field(default=["clip_l", "clip_g"], min_length=2)
+    encoder_files: dict[Literal["clip_l", "clip_g", "t5"], _EncoderFile] = Field(default={})
+
+
+def check_contract(where: str, contract: Mapping[str, Any], error: type[UserError]) -> None:
+    """Raise `error` for one that nobody could apply; `where` begins its lines."""
+    version = contract.get("contract_version", 1)
+    if isinstance(version, int) and version > CONTRACT_VERSION:
+        raise error(f"{where}: written by a newer sd3tune ({contract.get('sd3tune_version')}); upgrade sd3tune")
+    check_part(where, contract, _Contract, error)
+    if contract.get("base_fingerprint") is not None and contract.get("base") is None:
+        raise error(f"{where}: base: missing{WAY_OUT}")
+    if "encoders" in contract and not {"clip_l", "clip_g"} <= set(contract["encoders"]):
+        raise error(f"{where}: encoders: lacks clip_l or clip_g{WAY_OUT}")
+
+
+def check_part(where: str, value: Mapping[str, Any], model: type[Part], error: type[UserError]) -> None:
+    """Raise `error`, a line for each key of `value` that is not as in `model`."""
+    try:
+        model.model_validate(value)
+    except ValidationError as found:
+        raise error(
+            *(
+                f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}, "
+                f"not {json.dumps(problem['input'])[:60]}{WAY_OUT}"
+                for problem in found.errors()
+            )
+        ) from None
