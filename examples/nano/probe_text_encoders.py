@@ -57,12 +57,12 @@ class Exam:
 
 def probe(parts: Path, dtype: torch.dtype, captions: int = CAPTIONS, fitting_steps: int = 150) -> Accuracies:
     """Fit linear probes to fresh captions, read as many held-out ones; weights are rounded to `dtype` first."""
-    fitted, held_out = (_exams(parts, dtype, captions, held_out) for held_out in (False, True))
+    fitted, held_out = (exams_of(parts, dtype, captions, held_out) for held_out in (False, True))
     return {source: _accuracy(fitted[source], held_out[source], fitting_steps) for source in fitted}
 
 
 @torch.no_grad()
-def _exams(parts: Path, dtype: torch.dtype, captions: int, held_out: bool) -> dict[str, Exam]:
+def exams_of(parts: Path, dtype: torch.dtype, captions: int, held_out: bool) -> dict[str, Exam]:
     """By source; "words" are the tokens that speak of a thing whose shape is said."""
     chance = random.Random(f"probe/{held_out}")
     told = [random_caption(chance, held_out) for _ in range(captions)]

@@ -12,7 +12,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from examples.nano import captions as captions_module
 from examples.nano.captions import OWNERS, SLOTS, Caption, freely, plainly, random_caption
-from examples.nano.probe_text_encoders import probe, table
+from examples.nano.probe_text_encoders import exams_of, probe, table
 from examples.nano.text_encoders import CLIP_LENGTH, ENCODERS, OWN, T5_LENGTH, load_tokenizer, tokenize, write_tokenizer
 from examples.nano.train_text_encoders import make_encoder
 from sd3tune.model.bases import Base
@@ -176,5 +176,11 @@ def test_probes_tell_what_can_be_read(trained: tuple[Path, dict[str, list[float]
     accuracies = probe(trained[0], torch.float16, captions=200, fitting_steps=10)
     assert accuracies["t5 words"]["shape"] > 0.35  # guessing: about one in six
     assert all(0 <= share <= 1 for read in accuracies.values() for share in read.values())
-    assert list(accuracies)[0] == "pooled"
+    assert next(iter(accuracies)) == "pooled"
     assert "| other colour |" in table(accuracies)
+
+
+def test_t5_alone_is_excused_from_what_its_length_cuts_off(trained: tuple[Path, dict[str, list[float]]]) -> None:
+    exams = exams_of(trained[0], torch.float32, captions=300, held_out=True)
+    answers = {source: (exams[source].answers > 0).sum() for source in ("pooled", "clip_l last", "t5 last")}
+    assert answers["pooled"] == answers["clip_l last"] > answers["t5 last"]
