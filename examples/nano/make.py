@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overrides = parser.parse_args(arguments).overrides
     parts, run = WORK / "parts", WORK / "run"
     _unless_there(WORK / "pictures.parquet", "examples.nano.render", "--out", WORK)
-    _unless_there(parts / "text_encoder", "examples.nano.train_text_encoders", "--out", parts)
+    _unless_there(parts / "text_encoder_3", "examples.nano.train_text_encoders", "--out", parts)
     _unless_there(parts / "vae", "examples.nano.train_vae", "--out", parts / "vae")
     _write_frame(parts)
     _python("sd3tune", "train", CONFIG, f"output_dir={run}", *overrides, "--resume")
