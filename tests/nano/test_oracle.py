@@ -253,3 +253,7 @@ def test_a_few_specks_are_no_things():
     for x, y in ((3, 3), (60, 4), (5, 58)):
         draw.rectangle([x, y, x + 3, y + 3], fill=COLOURS["white"])
     assert read(picture).count == 1
+
+
+def test_a_background_of_two_colours_has_the_name_of_one():
+    assert read(drawn("rectangle", 0, 0, 31, 63)).background in ("red", "white")
