@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="key=value for the transformer's training")
     overrides = parser.parse_args(arguments).overrides
     parts, run = WORK / "parts", WORK / "run"
-    _unless_there(WORK / "pictures", "examples.nano.render", "--out", WORK)
+    _unless_there(WORK / "pictures.parquet", "examples.nano.render", "--out", WORK)
     _unless_there(parts / "text_encoder", "examples.nano.train_text_encoders", "--out", parts)
     _unless_there(parts / "vae", "examples.nano.train_vae", "--out", parts / "vae")
     _write_frame(parts)
