@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from PIL import Image
@@ -11,10 +12,11 @@ from PIL import Image
 from sd3tune.nano.colours import Pixels, nearest_colour
 from sd3tune.nano.patterns import look
 from sd3tune.nano.segment import SIDE, Patch, ground, looked_at, patches
-from sd3tune.nano.silhouettes import outlined
-from sd3tune.nano.world import CLASS, Scene, Thing
+from sd3tune.nano.silhouettes import Outlined, outlined
+from sd3tune.nano.world import CLASS, PLACES, RELATIONS, Scene, Thing
 
-_FITS, _LEADS = 0.87, 0.01  # a silhouette is of no shape that fits it less, or hardly better than another shape
+_FITS = 0.85  # a silhouette is of no shape that fits it less,
+_CLEARLY = 1.2  # nor of one beside which another lacks less than so many times as much
 _SMALL_BELOW, _LARGE_ABOVE = 0.24, 0.355  # radii, between the world's 0.19, 0.30 and 0.42
 _TOO_LARGE = 0.55  # a radius at which a square fills the picture
 _PLACED_FROM = 0.085  # off the middle: half as far as the world puts the largest thing that it puts anywhere
@@ -34,6 +36,12 @@ class Seen:
     radius: float
     fit: float
     """How well the best shape fits, 0 to 1."""
+
+    @property
+    def place(self) -> str:
+        """One of PLACES; "" is the middle."""
+        right, down = self.x - 0.5, self.y - 0.5
+        return _direction(right, down, PLACES[1:]) if math.hypot(right, down) > _PLACED_FROM else ""
 
 
 _NOTHING = Seen("", None, "", "", x=0.5, y=0.5, radius=0, fit=0)
@@ -110,7 +118,7 @@ def _verdict(reading: Reading, scene: Scene, order: tuple[Seen, ...]) -> Verdict
         shape=_has_shape(thing, first),
         size=_answer(thing.size, first.size) if alone else None,
         texture=_answer(thing.texture, first.texture),
-        place=_answer(scene.place, _place(first)) if alone else None,
+        place=_answer(scene.place, first.place) if alone else None,
         relation=_answer(scene.relation, _relation(first, second)),
         other=None if scene.other is None else _is(scene.other, second),
     )
@@ -135,7 +143,7 @@ def _seen(pixels: Pixels, patch: Patch) -> Seen:
     radius = form.radius / SIDE
     return Seen(
         colour=outer.colour,
-        shape=form.shape if form.fit >= _FITS and form.lead >= _LEADS and radius < _TOO_LARGE else None,
+        shape=form.shape if _is_clear(form) and radius < _TOO_LARGE else None,
         size="small" if radius < _SMALL_BELOW else "large" if radius > _LARGE_ABOVE else "",
         texture=outer.texture,
         x=(form.x + 0.5) / SIDE,
@@ -145,20 +153,19 @@ def _seen(pixels: Pixels, patch: Patch) -> Seen:
     )
 
 
-def _place(seen: Seen) -> str:
-    right, down = seen.x - 0.5, seen.y - 0.5
-    if math.hypot(right, down) < _PLACED_FROM:
-        return ""
-    if abs(right) > abs(down):
-        return "on the right" if right > 0 else "on the left"
-    return "at the bottom" if down > 0 else "at the top"
+def _is_clear(form: Outlined) -> bool:
+    return form.fit >= _FITS and 1 - form.next_fit >= _CLEARLY * (1 - form.fit)
 
 
 def _relation(first: Seen, second: Seen) -> str:
     """Where the first is, seen from the second."""
     if _NOTHING in (first, second):
         return ""
-    right, down = first.x - second.x, first.y - second.y
+    return _direction(first.x - second.x, first.y - second.y, RELATIONS)
+
+
+def _direction(right: float, down: float, names: Sequence[str]) -> str:
+    """The name of the direction among those of left, right, up and down."""
     if abs(right) > abs(down):
-        return "right of" if right > 0 else "left of"
-    return "below" if down > 0 else "above"
+        return names[1] if right > 0 else names[0]
+    return names[3] if down > 0 else names[2]

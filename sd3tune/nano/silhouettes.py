@@ -34,8 +34,8 @@ class Outlined:
     shape: str
     fit: float
     """Overlap with that shape (Tanimoto's): 1 is equal, 0 disjoint."""
-    lead: float
-    """How much better it fits than any other shape."""
+    next_fit: float
+    """That of the next best shape."""
     x: float
     y: float
     radius: float
@@ -59,9 +59,9 @@ def outlined(cover: Grid) -> Outlined:
     fits = shared / (drawn.sizes + seen @ seen - shared)
     best = int(fits.argmax())
     shape, fit = str(drawn.shapes[best]), float(fits[best])
-    lead = fit - float(fits[drawn.shapes != shape].max())
+    next_fit = float(fits[drawn.shapes != shape].max())
     x, y, radius = (float(length) * frame.spread for length in drawn.lies[best])
-    return Outlined(shape, fit, lead, frame.x + x, frame.y + y, radius)
+    return Outlined(shape, fit, next_fit, frame.x + x, frame.y + y, radius)
 
 
 @dataclass(frozen=True)
