@@ -43,7 +43,7 @@ def test_the_demo_learns_and_shows_it(tmp_path: Path, capsys, monkeypatch) -> No
     out = tmp_path / "runs" / "demo"
     assert run_demo(out) == out / "demo.png"
 
-    # Six rows of a label and six pictures of 128 px: trained on, the subject before and after, other shapes three times.
+    # Six rows of a label and six pictures of 128 px: trained on, the subject before and after, three of other shapes.
     shown, row = Image.open(out / "demo.png"), 28 + 128 + 8
     assert shown.size == (8 + 6 * 136, 8 + 6 * row)
     at = [[(8 + 136 * column, 8 + row * number + 28) for column in range(6)] for number in range(6)]
