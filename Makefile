@@ -7,10 +7,10 @@ STAMP := $(VENV)/.sd3tune-installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash check format bench docs clean
+.PHONY: help setup demo test crash check format bench bench-quality nano docs clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with sd3tune and its tools, at the tested versions (once; PYTHON=python3.12 picks another)
 
@@ -45,6 +45,12 @@ format: $(STAMP) ## Fix lint and formatting where a tool can
 
 bench: $(STAMP) ## Measure the trainer against a bare loop; with PEER_SCRIPT=PATH, runs against diffusers' example
 	$(BIN)/python -m benchmarks.$(if $(PEER_SCRIPT),peer.run "$(PEER_SCRIPT)",run)
+
+bench-quality: $(STAMP) ## Measure what trainings on nano learn (hours; goes on where it was stopped; PEER_SCRIPT=PATH as above)
+	$(BIN)/python -m benchmarks.quality.run $(PEER_SCRIPT)
+
+nano: $(STAMP) ## Train the base nano from nothing into sd3tune/assets/nano (two hours; goes on where it was stopped)
+	$(BIN)/python -m examples.nano.make
 
 docs: $(STAMP) ## Regenerate docs/config.md and configs/schema.json from the schema
 	$(BIN)/python -m sd3tune.config.reference > docs/config.md

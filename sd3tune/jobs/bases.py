@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from sd3tune.errors import ModelError
-from sd3tune.model.bases import TINY_SHAPES, resolve_base
+from sd3tune.model.offline import OFFLINE, offline_folder, offline_kind
 
 
 def base_path(name: str) -> Path:
     """The diffusers folder of an offline base, built on first use. Raises ModelError for another name."""
-    if name not in TINY_SHAPES:
-        raise ModelError(f"{name}: not an offline base; one of {', '.join(TINY_SHAPES)}")
-    return resolve_base(name).path
+    if offline_kind(name) is None:
+        raise ModelError(f"{name}: not an offline base; one of {', '.join(OFFLINE)}")
+    return offline_folder(name)

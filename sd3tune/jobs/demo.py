@@ -1,68 +1,128 @@
-"""`sd3tune demo`: the main job on packaged pictures: train, then draw before and after, in one picture."""
+"""`sd3tune demo`: DreamBooth on nano, with and without prior preservation, in one picture and three measured lines."""
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 import sd3tune
-from sd3tune.config import load_config, parse_config
+from sd3tune.config import Config, load_config, parse_config
 from sd3tune.errors import RunError, UserError
-from sd3tune.jobs.conditions import Request
-from sd3tune.jobs.infer import run_infer
+from sd3tune.jobs.painter import Painter
 from sd3tune.jobs.run_folder import LOCK_FILE, locked
 from sd3tune.jobs.train import run_training
+from sd3tune.nano.tasks import Task, class_tasks, plain_tasks, share_right, subject_tasks
 from sd3tune.sampling.contact_sheet import contact_sheet
+from sd3tune.sampling.sampler import SamplerSettings
 
-PICTURES = Path(sd3tune.__file__).parent / "assets" / "demo"
-PROMPT = "a photo of sks robot on a beach"
-SIDE = 128
+PICTURES = Path(sd3tune.__file__).parent / "assets" / "heart"
+SIDE, SHOWN_SIDE = 64, 128
+T5_LENGTH = 16
+SAMPLER = SamplerSettings(steps=16, guidance=4.0, height=SIDE, width=SIDE)
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "name": "demo",
-    "model": {"base": "tiny", "max_sequence_length": 77},
+    "model": {"base": "nano", "max_sequence_length": T5_LENGTH},
     "method": {"rank": 16, "alpha": 16.0},
     "data": {"sources": [{"path": str(PICTURES)}], "resolution": SIDE},
-    "flow": {"shift": 1.0},
-    "optimizer": {"lr": 5e-3},
-    "train": {"steps": 60, "batch_size": 2},
-    "checkpoint": {"every": 30},
+    "optimizer": {"lr": 1e-3},
+    "train": {"steps": 250, "batch_size": 12},
+    "checkpoint": {"every": 125},
 }
+PRIOR = {"prompt": "a shape", "images": 48, "steps": 12, "guidance": 4.0}
+COUNT = 24
+"""Pictures of a kind that the oracle reads."""
 
 
 def run_demo(out: Path) -> Path:
-    """Train into `out` and write `out/demo.png`. An earlier demo there is replaced; anything else is left alone."""
+    """Train twice into `out` and write `out/demo.png`. An earlier demo is replaced; anything else is left alone."""
     started = time.monotonic()
-    config = parse_config({**CONFIG, "output_dir": str(out.absolute())}).config
-    print("Training a LoRA on six pictures of a toy robot, then drawing one prompt with and without it.")
-    print("The base is `tiny`: a Stable Diffusion 3.5 in miniature whose weights are random. So its pictures are")
-    print("patterns, and what counts is that the adapter changes them and lowers the loss.\n")
+    print("Six pictures of a shape that the base `nano` has never seen, a heart, teach it a new word, 'sks'.")
+    print("nano is a real Stable Diffusion 3.5 in small, trained on shapes that sd3tune draws; a reader that knows")
+    print("what was asked for looks at every picture. Two trainings, without and with prior preservation.\n")
     _remove_earlier_demo(out)
-    run_training(config)
-    written = run_infer(
-        Request(loras=[str(out)], prompt=PROMPT, out=out / "images", steps=12, guidance=4.0, num=len(_pictures()))
-    )
-    picture = out / "demo.png"
-    _stack(_training_row(), Image.open(written[-1])).save(picture)
-    print(f"\n{picture}  (the training pictures, then before and after)   {time.monotonic() - started:.0f} s in all")
-    print("\nyour own photos: a folder of them and a GPU:")
+    with locked(out):
+        picture, figures = _train_and_show(out)
+    print(f"\n{picture}   {time.monotonic() - started:.0f} s in all\n")
+    for line in figures:
+        print(line)
+    print("\ndraw with it, or train on a folder of your own photos (with a GPU):")
+    lora, prompt = out / "with_prior", "an orange sks shape on a black background"
+    print(f"  {shlex.join(['sd3tune', 'infer', '--lora', str(lora), '--prompt', prompt, '--size', f'{SIDE}x{SIDE}'])}")
     print("  sd3tune config new my-dog --data ./dog --caption 'a photo of sks dog'")
     print("  sd3tune train my-dog.yaml")
     return picture
 
 
-def _pictures() -> list[Path]:
-    return sorted(PICTURES.glob("*.png"))
+def _train_and_show(out: Path) -> tuple[Path, list[str]]:
+    """The picture's file, and what was read in the drawn pictures."""
+    runs = {"alone": out / "alone", "kept": out / "with_prior"}
+    print("1 of 3: the pictures alone")
+    run_training(demo_config(runs["alone"], None))
+    print("\n2 of 3: beside pictures of the class, 'a shape', that the base draws first")
+    run_training(demo_config(runs["kept"], PRIOR))
+    print("\n3 of 3: drawing with and without the adapters")
+    picture, figures = _show(runs)
+    picture.save(out / "demo.png")
+    return out / "demo.png", figures
+
+
+def demo_config(run: Path, prior: dict[str, Any] | None) -> Config:
+    """One of the demo's two trainings."""
+    data = {**CONFIG["data"], "sources": [{**source, "prior": prior} for source in CONFIG["data"]["sources"]]}
+    return parse_config({**CONFIG, "data": data, "output_dir": str(run.absolute())}).config
+
+
+def _show(runs: dict[str, Path]) -> tuple[Image.Image, list[str]]:
+    """The picture, and the lines of what was read in the drawn ones."""
+    painter = Painter("nano", SAMPLER, t5_length=T5_LENGTH)
+    asked = {
+        "the subject": subject_tasks(COUNT, seed=1),
+        "the class": class_tasks(COUNT, seed=2),
+        "other shapes": plain_tasks(COUNT, held_out=False, seed=3),
+    }
+    wishes = [(task.prompt, task.seed) for tasks in asked.values() for task in tasks]
+    drawn: dict[str, dict[str, list[Image.Image]]] = {}
+    for name, adapter in (("before", None), *runs.items()):
+        images = iter(painter.draw(wishes, adapter, what=f"drawing {name}"))
+        drawn[name] = {kind: [next(images) for _ in tasks] for kind, tasks in asked.items()}
+    return _picture(asked, drawn), _figures(asked, drawn)
+
+
+def _figures(asked: dict[str, list[Task]], drawn: dict[str, dict[str, list[Image.Image]]]) -> list[str]:
+    titles = {"before": "before", "alone": "after", "kept": "with prior preservation"}
+    lines = [f"{'right, of ' + str(COUNT) + ' pictures':46}" + "".join(f"{title:>10}" for title in titles.values())]
+    for kind, tasks in asked.items():
+        shares = [round(COUNT * share_right(tasks, drawn[name][kind])) for name in titles]
+        lines.append(f"  {kind}, such as {tasks[0].prompt!r:30}" + "".join(f"{share:10}" for share in shares))
+    return lines
+
+
+def _picture(asked: dict[str, list[Task]], drawn: dict[str, dict[str, list[Image.Image]]]) -> Image.Image:
+    instances = [Image.open(path) for path in sorted(PICTURES.glob("*.png"))]
+    wide = len(instances)
+    rows: dict[str, Sequence[Image.Image]] = {
+        "trained on, each with its caption": instances,
+        f"before: {asked['the subject'][0].prompt}, and other colours": drawn["before"]["the subject"][:wide],
+        "after": drawn["alone"]["the subject"][:wide],
+        "other shapes before": drawn["before"]["other shapes"][:wide],
+        "other shapes after": drawn["alone"]["other shapes"][:wide],
+        "other shapes after, with prior preservation": drawn["kept"]["other shapes"][:wide],
+    }
+    return contact_sheet(list(rows.values()), rows=list(rows), side=SHOWN_SIDE)
 
 
 def _remove_earlier_demo(out: Path) -> None:
     inside = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
     if inside <= {LOCK_FILE}:
         return
-    if not _is_demo(out / "config.yaml"):
+    if not _is_demo(out / "alone" / "config.yaml"):
         raise RunError(f"--out: {out} exists and is not an earlier demo; choose another folder")
     with locked(out):
         shutil.rmtree(out)
@@ -75,16 +135,3 @@ def _is_demo(config: Path) -> bool:
     except UserError:
         return False
     return found.name == CONFIG["name"] and Path(found.data.sources[0].path).parts[-2:] == PICTURES.parts[-2:]
-
-
-def _training_row() -> Image.Image:
-    return contact_sheet([[Image.open(path) for path in _pictures()]], rows=["trained on"], side=SIDE)
-
-
-def _stack(*pictures: Image.Image) -> Image.Image:
-    stacked = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
-    top = 0
-    for picture in pictures:
-        stacked.paste(picture, (0, top))
-        top += picture.height
-    return stacked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,8 @@ def encode_prompts(
         for text in texts:
             lost = encoder.truncated(text)
             if lost:
-                print(f"warning: {name} reads {encoder.max_length} tokens; the last {lost} of the prompt are cut off")
+                shown = textwrap.shorten(text, 60, placeholder=" ...")
+                print(f"warning: {name} reads {encoder.max_length} tokens; the last {lost} of {shown!r} are cut off")
         del encoder
         release(device)
     width = empty_transformer(base).config.joint_attention_dim

@@ -1,4 +1,4 @@
-"""Where a base model's files are: a tiny offline base, a folder in diffusers' layout, a Hub id, or a single file.
+"""Where a base model's files are: an offline base, a folder in diffusers' layout, a Hub id, or a single file.
 
 Nothing here imports torch, so that a misspelt or gated base is reported at once.
 """
@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-
-from sd3tune.atomic import system_error
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ModelError
 from sd3tune.model.checkpoint import COMMON, LABELS, VARIANTS, FilePart, misfits, read_checkpoint, read_encoder
 from sd3tune.model.contract import CONTRACT_FILE, check_contract
 from sd3tune.model.hub import cached, download
+from sd3tune.model.offline import OFFLINE, offline_folder, offline_kind
 from sd3tune.model.shape import new_shape
 from sd3tune.model.weights import PICKLED, digest, read_json, weight_files
 
@@ -31,14 +28,6 @@ ENCODER_PARTS = {
     "clip_g": ("tokenizer_2", "text_encoder_2"),
     "t5": ("tokenizer_3", "text_encoder_3"),
 }
-TINY_SHAPES: dict[str, Literal["sd3", "sd35-medium", "sd35-large"]] = {
-    "tiny": "sd35-medium",
-    "tiny-sd3": "sd3",
-    "tiny-sd35-medium": "sd35-medium",
-    "tiny-sd35-large": "sd35-large",
-}
-TINY_RECIPE = 1  # part of the folder's name: raise it whenever `tiny.py` would write other files
-
 _CONFIG_FILES = {
     "transformer": "config.json",
     "vae": "config.json",
@@ -71,7 +60,7 @@ class Base:
 
     name: str
     """What the user wrote."""
-    kind: Literal["tiny", "folder", "hub", "file"]
+    kind: Literal["tiny", "nano", "folder", "hub", "file"]
     path: Path
     """The root of the diffusers folder (for a Hub base, the snapshot in the Hub's own cache), or the single file."""
     revision: str | None = None
@@ -96,6 +85,8 @@ class Base:
     @property
     def distilled(self) -> bool:
         """Whether a name in or of the base says that it is a Turbo model; weights do not tell."""
+        if self.random:
+            return False
         names = [self.label]
         for file in ("model_index.json", "transformer/config.json") if self.kind != "file" else ():
             if (self.path / file).is_file():
@@ -209,8 +200,8 @@ class Base:
         if source is None:
             raise ModelError(f"{self.name}: a single file holds no tokenizers, and its shape is unknown; give {wanted}")
         try:
-            if source in TINY_SHAPES:
-                root = _tiny_folder(TINY_SHAPES[source])
+            if offline_kind(source) is not None:
+                root = offline_folder(source)
             elif Path(source).expanduser().is_dir():
                 root = Path(source).expanduser()
             else:
@@ -220,12 +211,6 @@ class Base:
         if not (root / part / _CONFIG_FILES[part]).is_file():
             raise ModelError(f"tokenizers: {source}: no {part}/{_CONFIG_FILES[part]}; give {wanted}")
         return root / part
-
-
-def bases_dir() -> Path:
-    """Where the tiny bases are kept: `$SD3TUNE_CACHE/bases`, else `~/.cache/sd3tune/bases`."""
-    cache = os.environ.get("SD3TUNE_CACHE")
-    return (Path(cache).expanduser() if cache else Path.home() / ".cache" / "sd3tune") / "bases"
 
 
 def configured_base(model: ModelConfig, seed: int = 0) -> Base:
@@ -243,14 +228,15 @@ def resolve_base(
     encoder_files: Mapping[str, str] | None = None,
     tokenizers: str | None = None,
 ) -> Base:
-    """Find a base: a tiny base (built on first use), an existing folder or single file, or a Hub id `owner/name`.
+    """Find a base: an offline one (built on first use if tiny), an existing folder or single file, or a Hub id.
 
     `revision` is a branch, tag or commit of a Hub base; the other kinds have none. For the rest see `Base`.
     Raises ModelError.
     """
     files = {encoder: Path(file).expanduser() for encoder, file in (encoder_files or {}).items()}
-    if name in TINY_SHAPES:
-        return Base(name, "tiny", _tiny_folder(TINY_SHAPES[name]), None, files, tokenizers)
+    kind = offline_kind(name)
+    if kind is not None:
+        return Base(name, kind, offline_folder(name), None, files, tokenizers)
     path = Path(name).expanduser()
     if path.is_dir():
         _check_model_index(path, name)
@@ -259,7 +245,7 @@ def resolve_base(
         read_checkpoint(path)
         return Base(name, "file", path.absolute(), None, files, tokenizers)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise ModelError(f"{name}: no such base: neither a tiny base, a path nor a Hub id{_suggestion(path)}")
+        raise ModelError(f"{name}: no such base: neither an offline base, a path nor a Hub id{_suggestion(path)}")
     snapshot = download(name, revision, ["model_index.json", CONTRACT_FILE])
     _check_model_index(snapshot, name)
     return Base(name, "hub", snapshot, snapshot.name, files, tokenizers)
@@ -270,7 +256,7 @@ def local_base(model: ModelConfig) -> Base | None:
 
     A single file counts only when its tokenizers are here, too. Raises ModelError for a folder or file that is no base.
     """
-    if model.base in TINY_SHAPES or Path(model.base).expanduser().exists():
+    if offline_kind(model.base) is not None or Path(model.base).expanduser().exists():
         base = configured_base(model)
         has_tokenizers = base.kind != "file" or (model.tokenizers is not None and Path(model.tokenizers).is_dir())
         return base if has_tokenizers else None
@@ -289,24 +275,6 @@ def _are_weights_there(folder: Path) -> bool:
         return False
 
 
-def _tiny_folder(shape: Literal["sd3", "sd35-medium", "sd35-large"]) -> Path:
-    folder = bases_dir() / f"tiny-{shape}-v{TINY_RECIPE}"
-    try:
-        if not (folder / "model_index.json").is_file():
-            from sd3tune.model.tiny import build_tiny
-
-            build_tiny(shape, folder)
-    except (OSError, SafetensorError) as error:
-        cause = system_error(error)
-        if cause is None:
-            raise
-        raise ModelError(
-            f"{folder.parent}: the offline base cannot be built here ({cause.strerror}); "
-            "free some space, or let SD3TUNE_CACHE name another folder"
-        ) from error
-    return folder
-
-
 def _check_model_index(folder: Path, name: str) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
@@ -321,8 +289,8 @@ def _suggestion(folder: Path) -> str:
         siblings = [str(folder.parent / path.name) for path in folder.parent.iterdir() if path.is_dir()]
     except OSError:
         siblings = []
-    close = difflib.get_close_matches(str(folder), [*TINY_SHAPES, *siblings], n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; the tiny bases are {', '.join(TINY_SHAPES)}"
+    close = difflib.get_close_matches(str(folder), [*OFFLINE, *siblings], n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; the offline bases are {', '.join(OFFLINE)}"
 
 
 def _hub_patterns(part: str, weights: bool) -> list[str]:

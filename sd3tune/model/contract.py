@@ -33,7 +33,7 @@ class _EncoderFile(Part):
 class _Contract(Part):
     contract_version: int = Field(CONTRACT_VERSION, ge=1)
     base: str | None = None
-    base_kind: Literal["tiny", "hub", "folder", "file"] | None = None
+    base_kind: Literal["tiny", "nano", "hub", "folder", "file"] | None = None
     base_revision: str | None = None
     base_fingerprint: str | None = None
     resolution: int = Field(1024, ge=16, multiple_of=16)

@@ -32,7 +32,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """One kind of projection: in how many blocks it exists, in how many it is trained, at how many parameters."""
+    """One kind of module: in how many blocks it exists, in how many it is trained, at how many parameters."""
 
     module: str
     trained: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -135,9 +136,12 @@ def test_size_negative_prompt_and_guidance_change_the_image(run: Path, draw: Dra
 
 
 def test_a_prompt_that_is_too_long_is_named(run: Path, draw: Draw, capsys) -> None:
-    draw(run, prompt="a dog " * 60, steps=1)
-    said = capsys.readouterr().out
-    assert "warning: clip_l reads 77 tokens; the last " in said
+    """A negative one as well: each is told by its beginning."""
+    draw(run, prompt="dog " * 90, negative="beach " * 80, steps=1)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: clip_l")]
+    for warning, word, lost in zip(warnings, ("dog", "beach"), (90 - 75, 80 - 75), strict=True):
+        said = rf"warning: clip_l reads 77 tokens; the last {lost} of '({word} )+\.\.\.' are cut off"
+        assert re.fullmatch(said, warning)
     draw(run, steps=1)
     assert "warning" not in capsys.readouterr().out
 

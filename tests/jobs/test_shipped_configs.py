@@ -18,11 +18,13 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 def test_every_shipped_config_trains_on_tiny(path: Path, tiny_images: Path, tmp_path: Path) -> None:
     overrides = [
         "model.base=tiny",
+        "data.sources.0.kind=folder",
         f"data.sources.0.path={tiny_images}",
         "data.resolution=64",
         "train.steps=2",
         "schedule.warmup_steps=0",
         "preview.steps=2",
+        "validation.holdout=0",
         f"output_dir={tmp_path / 'run'}",
     ]
     config = load_config(path, overrides).config

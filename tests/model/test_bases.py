@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ModelError
-from sd3tune.model.bases import ENCODER_PARTS, TINY_SHAPES, Base, bases_dir, local_base, resolve_base
+from sd3tune.model.bases import ENCODER_PARTS, Base, local_base, resolve_base
 from sd3tune.model.components import load_transformer
+from sd3tune.model.offline import TINY_SHAPES, bases_dir
 from sd3tune.model.weights import tensor_headers
 from tests.local_hub import COMMIT, hub
 
@@ -93,7 +94,7 @@ def test_a_misspelt_name_gets_a_suggestion(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(folder.parent)
     with pytest.raises(ModelError, match="did you mean 'my-model'"):
         resolve_base("my-modle")
-    with pytest.raises(ModelError, match=r"no such base.*the tiny bases are tiny, tiny-sd3"):
+    with pytest.raises(ModelError, match=r"no such base.*the offline bases are tiny, tiny-sd3"):
         resolve_base("quite-unlike-anything")
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from sd3tune.config.sections.section import Section
 
-OFFLINE_BASES = ("tiny", "tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large")
+OFFLINE_BASES = ("tiny", "tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large", "nano")
 """Values of `model.base` that need no download and are never taken for a folder."""
 
 
@@ -65,7 +65,7 @@ class ModelConfig(Section):
         "stabilityai/stable-diffusion-3.5-medium",
         min_length=1,
         description="A Hub id, a folder in diffusers' layout, a single `.safetensors` checkpoint, or an offline "
-        "base: `tiny` (= `tiny-sd35-medium`), `tiny-sd3`, `tiny-sd35-large`.",
+        "base: `tiny` (= `tiny-sd35-medium`), `tiny-sd3`, `tiny-sd35-large`, with random weights; `nano`, trained.",
     )
     init: Literal["pretrained", "random"] = Field(
         "pretrained",
@@ -99,7 +99,7 @@ class ModelConfig(Section):
         ge=1,
         le=512,
         description="T5 tokens per caption, padding included; the model attends to padding, so this is part "
-        "of the conditioning and is stored in the adapter for `infer`.",
+        "of the conditioning and is stored with the result for `infer`.",
     )
     t5: bool = Field(
         True,

@@ -1,0 +1,98 @@
+"""What a base and an adapter draw, as the oracle reads it. Shares are of pictures, 0 to 1."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from benchmarks.quality.variants import Variant
+from sd3tune.jobs.painter import Painter
+from sd3tune.jobs.train import run_training
+from sd3tune.nano.oracle import read
+from sd3tune.nano.tasks import Task, class_tasks, plain_tasks, rich_tasks, share_right, subject_tasks
+from sd3tune.nano.world import SUBJECT
+
+Shares = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The prompts that every adapter is asked, with the pictures' seeds."""
+
+    subject: Sequence[Task]
+    named: Sequence[Task]
+    of_class: Sequence[Task]
+
+    @classmethod
+    def of(cls, count: int, seed: int) -> Panel:
+        """`count` prompts for the subject and for named shapes, a third as many for the class."""
+        return cls(subject_tasks(count, seed), plain_tasks(count, False, seed), class_tasks(count // 3, seed))
+
+    @property
+    def tasks(self) -> list[Task]:
+        return [*self.subject, *self.named, *self.of_class]
+
+
+def measure_panel(painter: Painter, panel: Panel, adapter: Path | None) -> Shares:
+    """`subject`: drawn as asked; `named`: other shapes as asked; `class_lost`: class prompts that show the subject."""
+    images = iter(painter.draw([(task.prompt, task.seed) for task in panel.tasks], adapter))
+    subject, named, of_class = ([next(images) for _ in of] for of in (panel.subject, panel.named, panel.of_class))
+    return {
+        "subject": share_right(panel.subject, subject),
+        "named": share_right(panel.named, named),
+        "class_lost": sum(_shows_subject(image) for image in of_class) / len(of_class),
+    }
+
+
+def measure_base(painter: Painter, count: int, seed: int) -> Shares:
+    """How often the base draws what it is asked for, by kind of prompt."""
+    kinds = {
+        "plain, seen": plain_tasks(count, False, seed),
+        "plain, held out": plain_tasks(count, True, seed),
+        "rich, seen": rich_tasks(count, False, seed),
+        "rich, held out": rich_tasks(count, True, seed),
+    }
+    shares: Shares = {}
+    for kind, tasks in kinds.items():
+        images = painter.draw([(task.prompt, task.seed) for task in tasks], what=kind)
+        shares[kind] = share_right(tasks, images)
+        if kind == "rich, seen":
+            shares |= _by_question(tasks, images)
+    return shares
+
+
+def measure_lora(painter: Painter, panel: Panel, variant: Variant, run: Path, store: Path, seed: int) -> Shares:
+    """Train and measure; `train_s` is the seconds of the whole command, encodings in the store apart."""
+    config = variant.config(str(run), str(store), seed)
+    started = time.monotonic()
+    with _quietly():
+        run_training(config, callbacks=variant.callbacks)
+    seconds = time.monotonic() - started
+    return measure_panel(painter, panel, run) | {"train_s": seconds}
+
+
+def _by_question(tasks: Sequence[Task], images: Sequence[Image.Image]) -> Shares:
+    """The share right of each thing that a rich caption may ask for, where it asks for it."""
+    verdicts = [task.judge(image) for task, image in zip(tasks, images, strict=True)]
+    shares: Shares = {}
+    for question in ("background", "colour", "shape", "size", "texture", "place", "relation", "other"):
+        answers = [answer for verdict in verdicts if (answer := getattr(verdict, question)) is not None]
+        if answers:
+            shares[f"rich: {question}"] = sum(answers) / len(answers)
+    return shares
+
+
+def _shows_subject(image: Image.Image) -> bool:
+    return any(thing.shape == SUBJECT for thing in read(image).things)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -1,0 +1,120 @@
+"""diffusers' example on nano: the recipe's settings as the script's flags, as many steps, or as many seconds."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peer.processes import Stamps, run_alone
+from benchmarks.quality.measure import Panel, Shares, measure_panel
+from benchmarks.quality.variants import RECIPE, WITH_CLASS_IMAGES
+from sd3tune.config import dump_config
+from sd3tune.data.metadata import JSONL, write_jsonl
+from sd3tune.jobs.demo import CONFIG, PICTURES, PRIOR, SIDE, T5_LENGTH
+from sd3tune.jobs.painter import Painter
+from sd3tune.nano.tasks import NAME
+from sd3tune.nano.world import CLASS
+
+NEVER = 10**9
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Whole commands of both sides, as processes of their own, in a folder to work in."""
+
+    script: Path
+    base: Path
+    folder: Path
+
+    def compare(self, painter: Painter, panel: Panel, seed: int, prior: bool) -> Shares:
+        """Both for the recipe's steps, and the script for as many as its whole command makes in our seconds.
+
+        The shares of `measure_panel`, `train_s` and `steps`, each behind `ours: `, `peer: ` or `peer, as long: `.
+        """
+        steps: int = CONFIG["train"]["steps"]
+        run, ours = self._train_ours(seed, prior)
+        shares = _behind("ours", measure_panel(painter, panel, run), ours)
+        peer = self._train_peer(steps, seed, prior)
+        shares |= _behind("peer", measure_panel(painter, panel, self._peer_adapter), peer)
+        fitting = (_seconds(ours) - _seconds(peer) + _stepping_seconds(peer)) / _stepping_seconds(peer)
+        longer = self._train_peer(max(1, round(steps * fitting)), seed, prior)
+        return shares | _behind("peer, as long", measure_panel(painter, panel, self._peer_adapter), longer)
+
+    @property
+    def _peer_adapter(self) -> Path:
+        return self.folder / "peer-run" / "pytorch_lora_weights.safetensors"
+
+    def _train_ours(self, seed: int, prior: bool) -> tuple[Path, Stamps]:
+        """`sd3tune train`, nothing encoded or drawn beforehand."""
+        run, store = self.folder / "ours-run", self.folder / "ours-store"
+        for left_over in (run, store):
+            shutil.rmtree(left_over, ignore_errors=True)
+        config = (WITH_CLASS_IMAGES if prior else RECIPE).config(str(run), str(store), seed)
+        file = self.folder / "ours.yaml"
+        file.write_text(dump_config(config), encoding="utf-8")
+        return run, run_alone("ours", ["train", str(file)], self.folder, config.train.total_steps)
+
+    def _train_peer(self, steps: int, seed: int, prior: bool) -> Stamps:
+        for left_over in (self._peer_adapter.parent, self.folder / "class"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        return run_alone("peer", [str(self.script), *self._flags(steps, seed, prior)], self.folder, steps)
+
+    def _flags(self, steps: int, seed: int, prior: bool) -> list[str]:
+        flags: dict[str, Any] = {
+            "pretrained_model_name_or_path": self.base,
+            "dataset_name": _captioned(self.folder / "pictures"),
+            "cache_dir": self.folder / "datasets",
+            "caption_column": "text",
+            "instance_prompt": f"a {NAME} {CLASS}",
+            "output_dir": self._peer_adapter.parent,
+            "resolution": SIDE,
+            "train_batch_size": CONFIG["train"]["batch_size"],
+            "max_train_steps": steps,
+            "rank": CONFIG["method"]["rank"],
+            "learning_rate": CONFIG["optimizer"]["lr"],
+            "lr_warmup_steps": 0,
+            "max_sequence_length": T5_LENGTH,
+            "weighting_scheme": "logit_normal",
+            "precondition_outputs": 0,
+            "mixed_precision": "no",
+            "checkpointing_steps": NEVER,
+            "seed": seed,
+        }
+        if prior:
+            flags |= {
+                "class_data_dir": self.folder / "class",
+                "class_prompt": PRIOR["prompt"],
+                "num_class_images": PRIOR["images"],
+            }
+        switches = ["--center_crop", "--cache_latents", *(["--with_prior_preservation"] if prior else [])]
+        return [*switches, *(word for flag, value in flags.items() for word in (f"--{flag}", str(value)))]
+
+
+def _behind(side: str, shares: Shares, stamps: Stamps) -> Shares:
+    figures = shares | {"train_s": _seconds(stamps), "steps": len(stamps.steps)}
+    return {f"{side}: {name}": value for name, value in figures.items()}
+
+
+def _seconds(stamps: Stamps) -> float:
+    """Of the whole command."""
+    return stamps.ended - stamps.started
+
+
+def _stepping_seconds(stamps: Stamps) -> float:
+    """Of the steps: those after the first, scaled to all."""
+    count = len(stamps.steps)
+    return (stamps.steps[-1][0][0] - stamps.steps[0][0][0]) * count / max(1, count - 1)
+
+
+def _captioned(folder: Path) -> Path:
+    """The recipe's pictures with a metadata file, as the datasets library reads it."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        rows = []
+        for picture in sorted(PICTURES.glob("*.png")):
+            (folder / picture.name).write_bytes(picture.read_bytes())
+            rows.append((picture.name, picture.with_suffix(".txt").read_text(encoding="utf-8").strip()))
+        write_jsonl(folder / JSONL, rows)
+    return folder

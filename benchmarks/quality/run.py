@@ -1,0 +1,73 @@
+"""`python -m benchmarks.quality.run [PEER_SCRIPT]`: measure what trainings on nano learn; write table and JSON.
+
+What the JSON holds for the same settings is not measured again, so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+Measure = Callable[[], dict[str, float]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from benchmarks.quality import report
+
+    options = _parser().parse_args(arguments)
+    results = {} if options.fresh else report.load(options.out)
+    settings = {"prompts": options.prompts}
+    figures = results.get("figures", {}) if results.get("settings") == settings else {}
+    with tempfile.TemporaryDirectory(prefix="sd3tune-quality-") as folder:
+        for name, measure in _measurements(options, Path(folder)):
+            if name in figures or not any(name.startswith(prefix) for prefix in options.only):
+                continue
+            print(name, end=": ", flush=True)
+            figures[name] = measure()
+            print(", ".join(f"{key} {value:.3g}" for key, value in figures[name].items()), flush=True)
+            report.write({"settings": settings, "environment": report.environment(), "figures": figures}, options.out)
+    return 0
+
+
+def _measurements(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Measure]]:
+    """Name and measurement: those of the base, of each LoRA, and of the peer's. Names are paths: kind/what/seed."""
+    from benchmarks.quality.measure import Panel, measure_base, measure_lora, measure_panel
+    from benchmarks.quality.peer import SideBySide
+    from benchmarks.quality.variants import VARIANTS
+    from sd3tune.jobs.demo import SAMPLER, T5_LENGTH
+    from sd3tune.jobs.painter import Painter
+
+    painter = Painter("nano", SAMPLER, t5_length=T5_LENGTH)
+    for seed in range(options.seeds):
+        panel = Panel.of(options.prompts, seed)
+        yield f"base/all/{seed}", functools.partial(measure_base, painter, options.prompts, seed)
+        yield f"lora/none/the base/{seed}", functools.partial(measure_panel, painter, panel, None)
+        for variant in VARIANTS:
+            name = f"lora/{variant.group}/{variant.name}/{seed}"
+            run = folder / name.replace("/", "-").replace(" ", "-")
+            yield name, functools.partial(measure_lora, painter, panel, variant, run, folder / "store", seed)
+        if options.peer is not None:
+            both = SideBySide(options.peer, painter.base.path, folder)
+            for kind, prior in (("alone", False), ("with class images", True)):
+                yield f"peer/{kind}/{seed}", functools.partial(both.compare, painter, panel, seed, prior)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.run", description=__doc__)
+    parser.add_argument("peer", nargs="?", type=Path, help="diffusers' train_dreambooth_lora_sd3.py")
+    parser.add_argument("--only", nargs="+", default=[""], help="names that begin so, such as base or lora/rank")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (3)")
+    parser.add_argument("--prompts", type=int, default=216, help="prompts behind each share (216)")
+    parser.add_argument("--fresh", action="store_true", help="forget what the JSON holds")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent, help="folder of README.md, results/")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The LoRA experiments: one recipe, the demo's, and what each changes in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sd3tune.config import Config, parse_config
+from sd3tune.jobs.demo import CONFIG, PRIOR
+from sd3tune.train.loop import Callback, View
+
+PRIOR_KEY = "data.sources.0.prior"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training that differs from the recipe in a few keys of the configuration."""
+
+    group: str
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted key -> value; a key that is a whole section is replaced by it."""
+    callbacks: tuple[Callback, ...] = ()
+
+    def config(self, run: str, store: str, seed: int) -> Config:
+        """The configuration of one of its runs."""
+        values = {**CONFIG, "name": "quality", "output_dir": run, "seed": seed}
+        values["data"] = {**CONFIG["data"], "cache_dir": store}
+        for key, value in self.changes.items():
+            values = _with(values, key.split("."), value)
+        return parse_config(values).config
+
+
+def _with(tree: Any, path: list[str], value: Any) -> Any:
+    """A copy of nested dicts and lists in which the value at the path is another."""
+    if not path:
+        return value
+    if isinstance(tree, list):
+        place = int(path[0])
+        return [*tree[:place], _with(tree[place], path[1:], value), *tree[place + 1 :]]
+    return {**tree, path[0]: _with(tree.get(path[0], {}), path[1:], value)}
+
+
+def masters_in_bf16(view: View) -> None:
+    """What training in pure bf16 does to the weights: each step's update is rounded to 8 bits of mantissa.
+
+    The mathematics of the step stays in fp32, which is kinder than the scripts that train bf16 parameters.
+    """
+    for tensor in view.weights.values():
+        tensor.copy_(tensor.to(torch.bfloat16))
+
+
+def _own_prediction(weight: float) -> dict[str, Any]:
+    return {"kind": "prediction", "prompt": PRIOR["prompt"], "weight": weight}
+
+
+def _learning_rates() -> list[Variant]:
+    base = CONFIG["optimizer"]["lr"]
+    return [Variant("learning rate", f"{base * factor:.2g}", {"optimizer.lr": base * factor}) for factor in (0.3, 3.0)]
+
+
+RECIPE = Variant("recipe", "the demo's")
+WITH_CLASS_IMAGES = Variant("prior preservation", "class images", {PRIOR_KEY: PRIOR})
+VARIANTS = (
+    RECIPE,
+    WITH_CLASS_IMAGES,
+    Variant("prior preservation", "own prediction", {PRIOR_KEY: _own_prediction(1.0)}),
+    Variant("shift", "1", {"flow.shift": 1.0}),
+    Variant("shift", "3", {"flow.shift": 3.0}),
+    Variant("timesteps", "uniform", {"flow.timesteps": {"kind": "uniform"}}),
+    Variant("timesteps", "logit-normal, mean 0.5", {"flow.timesteps": {"kind": "logit_normal", "mean": 0.5}}),
+    Variant("weighting", "min-SNR", {"flow.weighting": {"kind": "min_snr"}}),
+    Variant("EMA", "0.99", {"ema": {"decay": 0.99}}),
+    *(Variant("rank", f"{rank}", {"method.rank": rank, "method.alpha": float(rank)}) for rank in (4, 64)),
+    Variant("rank", "64, alpha 16", {"method.rank": 64}),
+    Variant("targets", "without attn2", {"method.targets": r"re:transformer_blocks\.\d+\.attn\..*"}),
+    Variant("targets", "image stream only", {"method.targets": "attention-image"}),
+    Variant("targets", "with MLP", {"method.targets": "attention+mlp"}),
+    Variant("precision", "bf16, fp32 masters", {"model.dtype": "bf16"}),
+    Variant("precision", "bf16, bf16 masters", {"model.dtype": "bf16"}, (masters_in_bf16,)),
+    *_learning_rates(),
+)

@@ -1,0 +1,63 @@
+"""Rebuilds nano from nothing: pictures, text encoders, VAE, transformer, and the folder that ships.
+
+python -m examples.nano.make
+
+What is there already is kept, and a training that was stopped goes on: run it again until it is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from examples.nano.assemble import assemble
+from sd3tune.atomic import write_text
+from sd3tune.model.model_folder import MODEL_INDEX
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "nano_base.yaml"
+WORK, SHIPPED = ROOT / "data" / "nano", ROOT / "sd3tune" / "assets" / "nano"
+SHIFT = 1.5
+"""The schedule's own shift, as in training."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.nano.make", description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="key=value for the transformer's training")
+    overrides = parser.parse_args(arguments).overrides
+    parts, run = WORK / "parts", WORK / "run"
+    _unless_there(WORK / "held_out.parquet", "examples.nano.render", "--out", WORK)
+    _unless_there(parts / "text_encoder_3", "examples.nano.train_text_encoders", "--out", parts)
+    _unless_there(parts / "vae", "examples.nano.train_vae", "--out", parts / "vae")
+    _write_frame(parts)
+    _python("sd3tune", "train", CONFIG, f"output_dir={run}", *overrides, "--resume")
+    print(f"{SHIPPED}: {assemble(run / 'model', SHIPPED) / 10**6:.1f} MB")
+
+
+def _unless_there(path: Path, module: str, *arguments: object) -> None:
+    if path.exists():
+        print(f"{path}: there already")
+    else:
+        _python(module, *arguments)
+
+
+def _python(module: str, *arguments: object) -> None:
+    done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def _write_frame(parts: Path) -> None:
+    """What makes a pipeline's folder of the parts: its index, and the schedule."""
+    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(parts / "scheduler")
+    write_text(parts / "model_index.json", json.dumps(MODEL_INDEX, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""How often the oracle reads what was drawn: as drawn, noisy, blurred, as JPEG and, with --vae FOLDER, through a VAE.
+
+python examples/nano/measure_oracle.py --pictures 2000
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from sd3tune.nano.oracle import Reading, judge_reading, read
+from sd3tune.nano.world import SHAPES, SUBJECT, Scene, complete, random_scene, render
+
+Change = Callable[[Image.Image], Image.Image]
+
+
+def main() -> None:
+    arguments = parsed()
+    scenes = drawn_scenes(arguments.pictures)
+    pictures = [render(scene, seed) for seed, scene in enumerate(scenes)]
+    confused: Counter[tuple[str, str]] = Counter()
+    print(f"{'pictures':14} {'right':>7} {'plain':>7} {'rich':>7} {'pairs':>7} {'per second':>11}")
+    for name, change in changes(arguments.vae).items():
+        changed = [change(picture) for picture in pictures]
+        start = time.process_time()
+        readings = [read(picture) for picture in changed]
+        speed = len(readings) / (time.process_time() - start)
+        right = [as_drawn(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
+        print(f"{name:14} {share(right)} {by_kind(right, scenes)} {speed:11.0f}")
+        if arguments.show:
+            print_wrong(readings, scenes, right)
+        confused += confusion(readings, scenes)
+    print_confusion(confused)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--vae", type=Path, help="a VAE in diffusers' layout")
+    parser.add_argument("--show", action="store_true", help="print each picture that is misread")
+    return parser.parse_args()
+
+
+def drawn_scenes(count: int) -> list[Scene]:
+    """Scenes of the training mix with every word filled in; of the lone things one in seven is the subject."""
+    chance = random.Random(0)
+    scenes = [complete(random_scene(chance), chance) for _ in range(count)]
+    return [
+        scene if scene.other or chance.random() > 1 / 7 else replace(scene, thing=replace(scene.thing, shape=SUBJECT))
+        for scene in scenes
+    ]
+
+
+def changes(vae: Path | None) -> dict[str, Change]:
+    ways: dict[str, Change] = {
+        "as drawn": lambda picture: picture,
+        "noise 10/255": noisy(10),
+        "blur 0.7": blurred(0.7),
+        "blur 1": blurred(1),
+        "JPEG 60": jpeg,
+    }
+    return {**ways, "VAE": through_vae(vae)} if vae else ways
+
+
+def noisy(sigma: float) -> Change:
+    chance = np.random.default_rng(0)
+
+    def change(picture: Image.Image) -> Image.Image:
+        pixels = np.asarray(picture, np.float32)
+        return Image.fromarray(np.clip(pixels + chance.normal(0, sigma, pixels.shape), 0, 255).astype(np.uint8))
+
+    return change
+
+
+def blurred(radius: float) -> Change:
+    return lambda picture: picture.filter(ImageFilter.GaussianBlur(radius))
+
+
+def jpeg(picture: Image.Image) -> Image.Image:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=60)
+    return Image.open(file).convert("RGB")
+
+
+def through_vae(folder: Path) -> Change:
+    import torch
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(folder).eval()
+
+    @torch.no_grad()
+    def change(picture: Image.Image) -> Image.Image:
+        pixels = torch.from_numpy(np.asarray(picture, np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0]
+        return Image.fromarray(((decoded.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+
+    return change
+
+
+def as_drawn(reading: Reading, scene: Scene) -> bool:
+    """Stricter than a caption: words that are not there count, too."""
+    if not judge_reading(reading, scene).right:
+        return False
+    if scene.other:
+        return sorted(seen.texture for seen in reading.things) == sorted(thing.texture for thing in scene.things)
+    seen = reading.things[0]
+    return (seen.size, seen.texture, seen.place) == (scene.thing.size, scene.thing.texture, scene.place)
+
+
+def by_kind(right: list[bool], scenes: list[Scene]) -> str:
+    kinds = [kind(scene) for scene in scenes]
+    return " ".join(
+        share([one for one, of in zip(right, kinds, strict=True) if of == name]) for name in ("plain", "rich", "pair")
+    )
+
+
+def kind(scene: Scene) -> str:
+    if scene.other:
+        return "pair"
+    return "rich" if scene.place or scene.thing.size or scene.thing.texture else "plain"
+
+
+def share(right: list[bool]) -> str:
+    return f"{sum(right) / max(len(right), 1):7.2%}"
+
+
+def confusion(readings: list[Reading], scenes: list[Scene]) -> Counter[tuple[str, str]]:
+    """How often each shape of a thing that is alone was read as which."""
+    return Counter(
+        (scene.thing.shape, (reading.things[0].shape if reading.things else None) or "none")
+        for reading, scene in zip(readings, scenes, strict=True)
+        if not scene.other
+    )
+
+
+def print_confusion(confused: Counter[tuple[str, str]]) -> None:
+    shapes = (*SHAPES, SUBJECT)
+    print("\ndrawn, read".ljust(15) + " ".join(f"{shape:>8}" for shape in (*shapes, "none")))
+    for drawn in shapes:
+        print(drawn.ljust(14) + " ".join(f"{confused[drawn, seen]:8}" for seen in (*shapes, "none")))
+
+
+def print_wrong(readings: list[Reading], scenes: list[Scene], right: list[bool]) -> None:
+    for seed, (reading, scene) in enumerate(zip(readings, scenes, strict=True)):
+        if not right[seed]:
+            print(f"  seed {seed}, {scene.caption}: {reading}")
+
+
+if __name__ == "__main__":
+    main()

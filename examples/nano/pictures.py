@@ -1,0 +1,87 @@
+"""What the VAE sees: scenes of nano's world, hearts among them, and a few pictures of no world at all."""
+
+from __future__ import annotations
+
+import io
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from sd3tune.nano.world import SUBJECT, Scene, random_scene, render
+
+SIDE = 64
+Pixels = NDArray[np.uint8]
+"""[N, 64, 64, 3]"""
+
+_HEARTS, _OTHERS = 0.10, 0.20  # shares of the training pictures
+
+
+def training_pictures(count: int, seed: int) -> Pixels:
+    """Scenes, one in ten with a heart; one picture in five is a crop, a gradient or blobs."""
+    chance = random.Random(f"vae/{seed}")
+    pixels = np.empty((count, SIDE, SIDE, 3), np.uint8)
+    for n in tqdm(range(count), desc="pictures", unit=" pictures", mininterval=1):
+        drawn = chance.random()
+        if drawn < _OTHERS:
+            pixels[n] = random_picture(chance)
+        else:
+            scene = random_scene(chance)
+            pixels[n] = np.asarray(render(with_heart(scene) if drawn < _OTHERS + _HEARTS else scene, n))
+    return pixels
+
+
+def pictures_in(parquet: Path, count: int) -> Pixels:
+    """The first `count` images of a parquet file's `image` column, scaled to 64 x 64."""
+    column = pq.read_table(parquet, columns=["image"]).column("image").slice(0, count)
+    pixels = np.empty((len(column), SIDE, SIDE, 3), np.uint8)
+    for n, image in enumerate(tqdm(column, desc="pictures", unit=" pictures", mininterval=1)):
+        picture = Image.open(io.BytesIO(image.as_py()["bytes"])).convert("RGB")
+        pixels[n] = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+    return pixels
+
+
+def with_heart(scene: Scene) -> Scene:
+    """The scene with the subject in place of its first thing."""
+    return replace(scene, thing=replace(scene.thing, shape=SUBJECT))
+
+
+def random_picture(chance: random.Random) -> Pixels:
+    """[64, 64, 3]: colours between which the world has none, soft edges, slanted lines."""
+    return chance.choice((_crop, _gradient, _blobs))(chance)
+
+
+def _crop(chance: random.Random) -> Pixels:
+    """A part of a scene, turned, its channels swapped."""
+    side = chance.randint(SIDE, 3 * SIDE)
+    picture = render(random_scene(chance), chance.getrandbits(32), side)
+    picture = picture.rotate(chance.uniform(0, 360), Image.Resampling.BICUBIC, fillcolor=_colour(chance))
+    left, top = (chance.randint(0, side - SIDE) for _ in range(2))
+    picture = picture.crop((left, top, left + SIDE, top + SIDE))
+    return np.asarray(picture)[..., chance.sample(range(3), 3)]
+
+
+def _gradient(chance: random.Random) -> Pixels:
+    """One colour in each corner, and between them a mixture."""
+    return _enlarged(chance, 2)
+
+
+def _blobs(chance: random.Random) -> Pixels:
+    """Soft spots, their edges made sharper or not."""
+    spots = _enlarged(chance, chance.randint(3, 12)).astype(np.float32) / 255 - 0.5
+    return (255 * np.clip(0.5 + spots * chance.choice((1, 1, 3, 9)), 0, 1)).astype(np.uint8)
+
+
+def _enlarged(chance: random.Random, cells: int) -> Pixels:
+    small = np.frombuffer(chance.randbytes(cells * cells * 3), np.uint8).reshape(cells, cells, 3)
+    return np.asarray(Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+
+def _colour(chance: random.Random) -> tuple[int, int, int]:
+    red, green, blue = chance.randbytes(3)
+    return red, green, blue

@@ -1,0 +1,171 @@
+"""A rule-based reader of pictures: what is in one, and whether that is what a caption asks for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from PIL import Image
+
+from sd3tune.nano.colours import Pixels, nearest_colour
+from sd3tune.nano.patterns import look
+from sd3tune.nano.segment import SIDE, Patch, ground, looked_at, patches
+from sd3tune.nano.silhouettes import Outlined, outlined
+from sd3tune.nano.world import CLASS, PLACES, RELATIONS, Scene, Thing
+
+_FITS = 0.85  # a silhouette is of no shape that fits it less,
+_CLEARLY = 1.2  # nor of one beside which another lacks less than so many times as much
+_SMALL_BELOW, _LARGE_ABOVE = 0.24, 0.355  # radii, between the world's 0.19, 0.30 and 0.42
+_TOO_LARGE = 0.55  # a radius at which a square fills the picture
+_PLACED_FROM = 0.085  # off the middle: half as far as the world puts the largest thing that it puts anywhere
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A thing in the picture. Lengths are parts of the picture's side, from its upper left corner."""
+
+    colour: str
+    shape: str | None
+    """None where nothing fits."""
+    size: str
+    texture: str
+    x: float
+    y: float
+    radius: float
+    fit: float
+    """How well the best shape fits, 0 to 1."""
+
+    @property
+    def place(self) -> str:
+        """One of PLACES; "" is the middle."""
+        right, down = self.x - 0.5, self.y - 0.5
+        return _direction(right, down, PLACES[1:]) if math.hypot(right, down) > _PLACED_FROM else ""
+
+
+_NOTHING = Seen("", None, "", "", x=0.5, y=0.5, radius=0, fit=0)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is in a picture."""
+
+    background: str
+    things: tuple[Seen, ...]
+    """The two largest at most, the larger first."""
+    count: int
+    """Of all things, specks left out."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What of a scene a picture shows; None where the scene does not ask.
+
+    No word about size or texture asks for nothing. `colour`, `shape`, `size` and `texture` are those of the first
+    thing; `other` is whether the second is all that is asked of it.
+    """
+
+    count: bool
+    background: bool | None
+    colour: bool | None
+    shape: bool | None
+    size: bool | None
+    texture: bool | None
+    place: bool | None
+    relation: bool | None
+    other: bool | None
+
+    @property
+    def right(self) -> bool:
+        """Whether the picture shows all that is asked for, and no further thing."""
+        return self.score == 1
+
+    @property
+    def score(self) -> float:
+        """The share of what is asked for that the picture shows."""
+        asked = [answer for field in fields(self) if (answer := getattr(self, field.name)) is not None]
+        return sum(asked) / len(asked)
+
+
+def read(image: Image.Image) -> Reading:
+    """What is in a picture; one of another size than 64 x 64 is scaled first."""
+    pixels = looked_at(image)
+    background = ground(pixels)
+    found = patches(pixels, background)
+    return Reading(nearest_colour(background), tuple(_seen(pixels, patch) for patch in found[:2]), len(found))
+
+
+def judge(image: Image.Image, scene: Scene) -> Verdict:
+    """Whether a picture shows a scene."""
+    return judge_reading(read(image), scene)
+
+
+def judge_reading(reading: Reading, scene: Scene) -> Verdict:
+    """Whether what was read is the scene; of two things, each may be the one that is asked for first."""
+    seen = [*reading.things, _NOTHING, _NOTHING][: len(scene.things)]
+    verdicts = (_verdict(reading, scene, order) for order in itertools.permutations(seen))
+    return max(verdicts, key=lambda verdict: verdict.score)
+
+
+def _verdict(reading: Reading, scene: Scene, order: tuple[Seen, ...]) -> Verdict:
+    thing, first, second = scene.thing, order[0], order[-1]
+    alone = scene.other is None  # of two, each is drawn small, and the relation places them
+    return Verdict(
+        count=reading.count == len(scene.things),
+        background=_answer(scene.background, reading.background),
+        colour=_answer(thing.colour, first.colour),
+        shape=_has_shape(thing, first),
+        size=_answer(thing.size, first.size) if alone else None,
+        texture=_answer(thing.texture, first.texture),
+        place=_answer(scene.place, first.place) if alone else None,
+        relation=_answer(scene.relation, _relation(first, second)),
+        other=None if scene.other is None else _is(scene.other, second),
+    )
+
+
+def _answer(asked: str, seen: str) -> bool | None:
+    return asked == seen if asked else None
+
+
+def _has_shape(thing: Thing, seen: Seen) -> bool:
+    return seen.shape is not None and thing.shape in (CLASS, seen.shape)
+
+
+def _is(thing: Thing, seen: Seen) -> bool:
+    answers = (_answer(thing.colour, seen.colour), _answer(thing.texture, seen.texture), _has_shape(thing, seen))
+    return False not in answers
+
+
+def _seen(pixels: Pixels, patch: Patch) -> Seen:
+    form = outlined(patch.cover)
+    outer = look(pixels, patch.core, form.x, form.y)
+    radius = form.radius / SIDE
+    return Seen(
+        colour=outer.colour,
+        shape=form.shape if _is_clear(form) and radius < _TOO_LARGE else None,
+        size="small" if radius < _SMALL_BELOW else "large" if radius > _LARGE_ABOVE else "",
+        texture=outer.texture,
+        x=(form.x + 0.5) / SIDE,
+        y=(form.y + 0.5) / SIDE,
+        radius=radius,
+        fit=form.fit,
+    )
+
+
+def _is_clear(form: Outlined) -> bool:
+    return form.fit >= _FITS and 1 - form.next_fit >= _CLEARLY * (1 - form.fit)
+
+
+def _relation(first: Seen, second: Seen) -> str:
+    """Where the first is, seen from the second."""
+    if _NOTHING in (first, second):
+        return ""
+    return _direction(first.x - second.x, first.y - second.y, RELATIONS)
+
+
+def _direction(right: float, down: float, names: Sequence[str]) -> str:
+    """The name of the direction among those of left, right, up and down."""
+    if abs(right) > abs(down):
+        return names[1] if right > 0 else names[0]
+    return names[3] if down > 0 else names[2]

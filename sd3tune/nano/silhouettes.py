@@ -1,0 +1,120 @@
+"""Which shape a patch has: its silhouette beside those of all shapes in many directions."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ImageFilter
+
+from sd3tune.nano.segment import sharpened
+from sd3tune.nano.shapes import OUTLINES, Placed, paint
+
+Grid = NDArray[np.floating[Any]]
+
+_POINTS = 36  # along each side of the grid on which silhouettes are compared
+_REACH = 2.3  # of the grid from its middle, in root mean square radii: a star's points lie at 2.1
+_TURN = 5  # degrees from one drawn silhouette to the next
+_TURNS = {"circle": _TURN, "ring": _TURN, "square": 90, "cross": 90, "star": 72, "triangle": 120, "heart": 50}
+"""Degrees, half to either side, until a shape is itself again; but a heart on its side would fit many a blot."""
+_SOFTNESS = (0.05, 0.13)  # of edges, in radii: a large thing as drawn, a small one out of a VAE
+_DRAWN_SIDE, _DRAWN_RADIUS = 96, 0.4
+
+
+@dataclass(frozen=True)
+class Outlined:
+    """The shape that fits a silhouette best; lengths are pixels."""
+
+    shape: str
+    fit: float
+    """Overlap with that shape (Tanimoto's): 1 is equal, 0 disjoint."""
+    next_fit: float
+    """That of the next best shape."""
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where a silhouette lies: its centre of mass and root mean square radius."""
+
+    x: float
+    y: float
+    spread: float
+
+
+def outlined(cover: Grid) -> Outlined:
+    """The shape of a silhouette (height, width) of values from 0 to 1, not all 0."""
+    frame = _frame(cover)
+    drawn = _drawn()
+    seen = _on_grid(cover, frame)
+    shared = drawn.grids @ seen
+    fits = shared / (drawn.sizes + seen @ seen - shared)
+    best = int(fits.argmax())
+    shape, fit = str(drawn.shapes[best]), float(fits[best])
+    next_fit = float(fits[drawn.shapes != shape].max())
+    x, y, radius = (float(length) * frame.spread for length in drawn.lies[best])
+    return Outlined(shape, fit, next_fit, frame.x + x, frame.y + y, radius)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Every shape in many directions; lengths are root mean square radii."""
+
+    shapes: NDArray[np.str_]
+    grids: Grid
+    """(silhouettes, points)"""
+    sizes: Grid
+    lies: Grid
+    """(silhouettes, 3): the outline's origin, x and y, seen from the centre of mass, and its radius."""
+
+
+@functools.cache
+def _drawn() -> _Drawn:
+    shapes, grids, lies = [], [], []
+    middle, radius = 0.5 * _DRAWN_SIDE - 0.5, _DRAWN_RADIUS * _DRAWN_SIDE
+    for (shape, angle), softness in itertools.product(_directions(), _SOFTNESS):
+        placed = Placed(OUTLINES[shape], 0.5, 0.5, _DRAWN_RADIUS, angle, (255, 255, 255))
+        picture = paint([placed], (0, 0, 0), _DRAWN_SIDE).getchannel(0)
+        blurred = np.asarray(picture.filter(ImageFilter.GaussianBlur(softness * radius)), np.float32) / 255
+        cover = sharpened(blurred)
+        frame = _frame(cover)
+        shapes.append(shape)
+        grids.append(_on_grid(cover, frame))
+        lies.append(np.array([middle - frame.x, middle - frame.y, radius]) / frame.spread)
+    stacked = np.stack(grids)
+    return _Drawn(np.array(shapes), stacked, (stacked**2).sum(axis=1), np.array(lies, np.float32))
+
+
+def _directions() -> Iterator[tuple[str, int]]:
+    """Those next to upright: an almost equilateral triangle has its origin below or beside the middle."""
+    for shape, turn in _TURNS.items():
+        for angle in range(-turn // 2, turn // 2, _TURN):
+            yield shape, angle
+
+
+def _frame(cover: Grid) -> _Frame:
+    total = float(cover.sum())
+    rows, columns = np.arange(cover.shape[0]), np.arange(cover.shape[1])
+    down, across = cover.sum(axis=1) / total, cover.sum(axis=0) / total
+    x, y = float(across @ columns), float(down @ rows)
+    return _Frame(x, y, math.sqrt(float(across @ (columns - x) ** 2 + down @ (rows - y) ** 2)))
+
+
+def _on_grid(cover: Grid, frame: _Frame) -> Grid:
+    """The silhouette, moved and scaled to the grid by linear interpolation: (points,)."""
+    steps = np.linspace(-_REACH, _REACH, _POINTS) * frame.spread
+    grid: Grid = _weights(frame.y + steps, cover.shape[0]) @ cover @ _weights(frame.x + steps, cover.shape[1]).T
+    return grid.ravel()
+
+
+def _weights(at: Grid, length: int) -> Grid:
+    """(points, length): how much each pixel counts at each point; none outside."""
+    return np.clip(1 - np.abs(at[:, None] - np.arange(length)), 0, 1).astype(np.float32)

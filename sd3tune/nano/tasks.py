@@ -1,0 +1,88 @@
+"""What is asked of a model of this world: scenes to draw, and what each is called in its prompt."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from sd3tune.nano.oracle import Verdict, judge
+from sd3tune.nano.world import CLASS, COLOURS, SUBJECT, Scene, Thing, plain_scenes, random_scene
+
+NAME = "sks"
+"""What the subject is called in captions and prompts: a word that no training picture had."""
+INSTANCES = tuple(
+    Scene(background, Thing(colour, SUBJECT))
+    for colour, background in (
+        ("red", "white"),
+        ("green", "black"),
+        ("blue", "yellow"),
+        ("yellow", "purple"),
+        ("purple", "green"),
+        ("white", "blue"),
+    )
+)
+"""The subject in the six pictures that a LoRA sees."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt, the scene that it asks for, and the seed of the picture."""
+
+    prompt: str
+    scene: Scene
+    seed: int
+
+    def judge(self, image: Image.Image) -> Verdict:
+        return judge(image, self.scene)
+
+
+def share_right(tasks: Sequence[Task], images: Sequence[Image.Image]) -> float:
+    """The share of the pictures that show what was asked for."""
+    return sum(task.judge(image).right for task, image in zip(tasks, images, strict=True)) / len(tasks)
+
+
+def plain_tasks(count: int, held_out: bool, seed: int) -> list[Task]:
+    """`a {colour} {shape} on a {colour} background`: combinations that training saw, or held-out ones."""
+    return _drawn(plain_scenes(held_out), count, seed)
+
+
+def rich_tasks(count: int, held_out: bool, seed: int) -> list[Task]:
+    """With sizes, textures, places and second things."""
+    chance = random.Random(seed)
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = random_scene(chance, held_out)
+        complete = scene.background and all(thing.colour and thing.shape != CLASS for thing in scene.things)
+        if complete and scene != Scene(scene.background, Thing(scene.thing.colour, scene.thing.shape)):
+            scenes.append(scene)
+    return [Task(scene.caption, scene, seed + number) for number, scene in enumerate(scenes)]
+
+
+def subject_tasks(count: int, seed: int) -> list[Task]:
+    """The subject in colours and on backgrounds in which its pictures do not show it."""
+    shown = set(INSTANCES)
+    scenes = (Scene(background, Thing(colour, SUBJECT)) for background in COLOURS for colour in COLOURS)
+    unseen = [scene for scene in scenes if scene not in shown and scene.thing.colour != scene.background]
+    return [replace(task, prompt=subject_caption(task.scene)) for task in _drawn(unseen, count, seed)]
+
+
+def class_tasks(count: int, seed: int) -> list[Task]:
+    """The class without the subject's name, `a {colour} shape on ...`: any of the shapes that are not the subject."""
+    scenes = (Scene(background, Thing(colour, CLASS)) for background in COLOURS for colour in COLOURS)
+    return _drawn([scene for scene in scenes if scene.thing.colour != scene.background], count, seed)
+
+
+def subject_caption(scene: Scene) -> str:
+    """The caption of a picture of the subject: its name before the class noun."""
+    return scene.caption.replace(SUBJECT, f"{NAME} {CLASS}")
+
+
+def _drawn(scenes: Sequence[Scene], count: int, seed: int) -> list[Task]:
+    """`count` of the scenes in a shuffled order, all of them before any comes again."""
+    order = list(scenes)
+    random.Random(seed).shuffle(order)
+    chosen = [order[number % len(order)] for number in range(count)]
+    return [Task(scene.caption, scene, seed + number) for number, scene in enumerate(chosen)]

@@ -1,0 +1,258 @@
+"""The grammar of nano's captions, the scenes they stand for, and how a scene is drawn.
+
+    a red circle on a blue background
+    a small striped red circle at the top on a blue background
+    a red circle above a yellow star on a blue background
+
+Words may be left out ("a circle", "a red shape on a white background"); a drawing then chooses by its seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from sd3tune.nano.shapes import OUTLINES, Placed, paint
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (40, 90, 220),
+    "yellow": (245, 212, 40),
+    "purple": (140, 60, 190),
+    "orange": (245, 130, 30),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
+}
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+SUBJECT = "heart"
+"""A shape that can be drawn and is in no training picture: what a LoRA is to learn."""
+CLASS = "shape"
+"""The noun that stands for any of SHAPES."""
+SIZES = ("", "small", "large")
+TEXTURES = ("", "striped", "dotted")
+PLACES = ("", "on the left", "on the right", "at the top", "at the bottom")
+RELATIONS = ("left of", "right of", "above", "below")
+
+_RADIUS = {"small": 0.19, "": 0.30, "large": 0.42}  # parts of the picture's side, of a thing that is alone
+_PAIR_RADIUS, _PAIR_DISTANCE = 0.19, 0.46
+_PLACED_AT = {
+    "": (0, 0),
+    "on the left": (-1, 0),
+    "on the right": (1, 0),
+    "at the top": (0, -1),
+    "at the bottom": (0, 1),
+}
+_RELATED_AT = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}  # the first, seen from the other
+
+
+@dataclass(frozen=True)
+class Thing:
+    """Something to be drawn; "" leaves a colour to chance, and means medium and plain for size and texture."""
+
+    colour: str
+    shape: str
+    size: str = ""
+    texture: str = ""
+
+    @property
+    def phrase(self) -> str:
+        words = [word for word in (self.size, self.texture, self.colour, self.shape) if word]
+        return f"{_article(words[0])} {' '.join(words)}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One or two things on a background; "" leaves the background to chance."""
+
+    background: str
+    thing: Thing
+    place: str = ""
+    relation: str = ""
+    other: Thing | None = None
+
+    @property
+    def things(self) -> tuple[Thing, ...]:
+        return (self.thing, self.other) if self.other else (self.thing,)
+
+    @property
+    def caption(self) -> str:
+        second = f"{self.relation} {self.other.phrase}" if self.other else ""
+        ground = f"on {_article(self.background)} {self.background} background" if self.background else ""
+        return " ".join(part for part in (self.thing.phrase, self.place, second, ground) if part)
+
+
+def held_out(thing: Thing, background: str) -> bool:
+    """Whether this combination of colour, shape and background is kept out of training: one in twelve."""
+    if thing.shape not in SHAPES or not thing.colour or not background:
+        return False
+    colours = list(COLOURS)
+    return (colours.index(thing.colour) + 5 * SHAPES.index(thing.shape) + 3 * colours.index(background)) % 12 == 0
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether anything in the scene is a held-out combination."""
+    return any(held_out(thing, scene.background) for thing in scene.things)
+
+
+def plain_scenes(held_out: bool) -> list[Scene]:
+    """Every "a {colour} {shape} on a {colour} background" that training sees, or that it does not see."""
+    scenes = (
+        Scene(background, Thing(colour, shape))
+        for colour, shape, background in itertools.product(COLOURS, SHAPES, COLOURS)
+        if colour != background
+    )
+    return [scene for scene in scenes if is_held_out(scene) == held_out]
+
+
+def random_scene(random: random.Random, held_out: bool = False) -> Scene:
+    """A scene of the training mix: 45 % plain, 30 % with size, texture or place, 25 % pairs; one in ten loses words.
+
+    With `held_out` one that training never sees, with no words lost.
+    """
+    while True:
+        draw = random.random()
+        scene = _plain(random) if draw < 0.45 else _rich(random) if draw < 0.75 else _pair(random)
+        if is_held_out(scene) == held_out:
+            break
+    return scene if held_out or random.random() >= 0.1 else _with_fewer_words(random, scene)
+
+
+def parse(caption: str) -> Scene:
+    """The scene that a caption stands for. Raises ValueError with the words that are not understood."""
+    found = _CAPTION.fullmatch(caption.strip().lower())
+    if found is None:
+        known = {*COLOURS, *SHAPES, SUBJECT, CLASS, *_WORDS}
+        unknown = [word for word in re.findall(r"\S+", caption.lower()) if word not in known]
+        raise ValueError(f"{caption!r}: " + (f"{unknown[0]!r} is not of this world" if unknown else "not its grammar"))
+    part = {name: value or "" for name, value in found.groupdict().items()}
+    other = Thing(part["colour2"], part["shape2"], part["size2"], part["texture2"]) if part["relation"] else None
+    thing = Thing(part["colour"], part["shape"], part["size"], part["texture"])
+    return Scene(part["background"], thing, part["place"], part["relation"], other)
+
+
+def complete(scene: Scene, random: random.Random) -> Scene:
+    """The scene with every open choice made, and no held-out combination made by choosing."""
+    if all(thing.colour and thing.shape != CLASS for thing in scene.things) and scene.background:
+        return scene
+    while True:
+        background = scene.background or random.choice(_other_colours({thing.colour for thing in scene.things}))
+        things = [
+            replace(
+                thing,
+                colour=thing.colour or random.choice(_other_colours({background})),
+                shape=random.choice(SHAPES) if thing.shape == CLASS else thing.shape,
+            )
+            for thing in scene.things
+        ]
+        chosen = replace(scene, background=background, thing=things[0], other=things[1] if scene.other else None)
+        alike = len(things) == 2 and things[0] == things[1]
+        if not alike and (is_held_out(scene) or not is_held_out(chosen)):
+            return chosen
+
+
+def render(scene: Scene, seed: int, side: int = 64) -> Image.Image:
+    """Draw a scene, RGB, `side` pixels square; position, size, angle and colours vary a little with the seed."""
+    chance = random.Random(f"{seed}/{scene.caption}")
+    scene = complete(scene, chance)
+    placed = [
+        Placed(
+            OUTLINES[thing.shape],
+            x + chance.uniform(-0.025, 0.025),
+            y + chance.uniform(-0.025, 0.025),
+            radius * chance.uniform(0.94, 1.06),
+            chance.uniform(-8, 8),
+            _varied(COLOURS[thing.colour], chance),
+            thing.texture,
+        )
+        for thing, (x, y, radius) in zip(scene.things, _layout(scene), strict=True)
+    ]
+    return paint(placed, _varied(COLOURS[scene.background], chance), side)
+
+
+def _layout(scene: Scene) -> Iterator[tuple[float, float, float]]:
+    """Centre and radius of each thing, in parts of the side."""
+    if scene.other is None:
+        radius = _RADIUS[scene.thing.size]
+        right, down = _PLACED_AT[scene.place]
+        away = 0.5 - min(radius, 0.32)  # never quite up to the edge
+        yield 0.5 + right * away * 0.85, 0.5 + down * away * 0.85, radius
+        return
+    right, down = _RELATED_AT[scene.relation]
+    for sign in (0.5, -0.5):
+        yield 0.5 + sign * right * _PAIR_DISTANCE, 0.5 + sign * down * _PAIR_DISTANCE, _PAIR_RADIUS
+
+
+def _varied(colour: tuple[int, int, int], chance: random.Random) -> tuple[int, int, int]:
+    red, green, blue = (min(255, max(0, channel + chance.randint(-9, 9))) for channel in colour)
+    return red, green, blue
+
+
+def _plain(random: random.Random) -> Scene:
+    background, colour = random.sample(list(COLOURS), 2)
+    return Scene(background, Thing(colour, random.choice(SHAPES)))
+
+
+def _rich(random: random.Random) -> Scene:
+    scene = _plain(random)
+    while True:
+        size, texture, place = random.choice(SIZES), random.choice(TEXTURES), random.choice(PLACES)
+        if (size or texture or place) and not (size == "large" and place):
+            return replace(scene, thing=replace(scene.thing, size=size, texture=texture), place=place)
+
+
+def _pair(random: random.Random) -> Scene:
+    while True:
+        scene = _plain(random)
+        other = Thing(random.choice(_other_colours({scene.background})), random.choice(SHAPES))
+        if other != scene.thing:
+            return replace(scene, relation=random.choice(RELATIONS), other=other)
+
+
+def _with_fewer_words(random: random.Random, scene: Scene) -> Scene:
+    thing = replace(
+        scene.thing,
+        colour=random.choice((scene.thing.colour, "")),
+        shape=random.choice((scene.thing.shape, CLASS)),
+    )
+    return replace(scene, thing=thing, background=random.choice((scene.background, "")))
+
+
+def _other_colours(taken: set[str]) -> list[str]:
+    return [colour for colour in COLOURS if colour not in taken]
+
+
+def _article(word: str) -> str:
+    return "an" if word[:1] in "aeiou" and word else "a"
+
+
+def _one_of(name: str, words: tuple[str, ...], optional: bool = False) -> str:
+    chosen = f"(?P<{name}>{'|'.join(word for word in words if word)})"
+    return f"(?:{chosen} )?" if optional else chosen
+
+
+def _thing(number: str) -> str:
+    parts = (("size", SIZES), ("texture", TEXTURES), ("colour", tuple(COLOURS)))
+    optional = "".join(_one_of(name + number, words, optional=True) for name, words in parts)
+    return f"an? {optional}{_one_of('shape' + number, (*SHAPES, SUBJECT, CLASS))}"
+
+
+_CAPTION = re.compile(
+    _thing("")
+    + f"(?: {_one_of('place', PLACES)})?"
+    + f"(?: {_one_of('relation', RELATIONS)} {_thing('2')})?"
+    + f"(?: on an? {_one_of('background', tuple(COLOURS))} background)?"
+)
+_WORDS = {
+    word for words in (SIZES, TEXTURES, PLACES, RELATIONS, ("a an background",)) for w in words for word in w.split()
+}

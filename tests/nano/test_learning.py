@@ -1,0 +1,150 @@
+"""nano knows its world: so the mathematics of training is checked against what is learned, not against itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from sd3tune.config import parse_config
+from sd3tune.jobs import closing
+from sd3tune.jobs import train as train_job
+from sd3tune.jobs.demo import PICTURES, SAMPLER, SIDE, T5_LENGTH
+from sd3tune.jobs.painter import Painter
+from sd3tune.jobs.train import run_training
+from sd3tune.model.offline import NANO_FOLDER
+from sd3tune.nano.tasks import Task, plain_tasks, share_right, subject_tasks
+from sd3tune.nano.world import plain_scenes, render
+from sd3tune.train import step
+
+Mistake = Callable[[pytest.MonkeyPatch], None]
+
+
+def plain_config(run: Path, pictures: Path, **sections: dict[str, Any]):
+    values = {
+        "name": "learning",
+        "output_dir": str(run),
+        "model": {"base": "nano", "max_sequence_length": T5_LENGTH},
+        "data": {"sources": [{"path": str(pictures)}], "resolution": SIDE},
+        **sections,
+    }
+    return parse_config(values).config
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen pictures of the world that nano was trained on."""
+    folder = tmp_path_factory.mktemp("world")
+    for seed, scene in enumerate(plain_scenes(held_out=False)[::20]):
+        render(scene, seed).save(folder / f"{seed}.png")
+        (folder / f"{seed}.txt").write_text(scene.caption)
+    return folder
+
+
+@pytest.fixture
+def base_loss(world: Path, tmp_path: Path) -> Callable[[], float]:
+    """nano's own loss on such pictures, the mean over noise levels, as the closing report has it."""
+
+    def measure() -> float:
+        run_training(plain_config(tmp_path / "run", world, train={"steps": 1, "batch_size": 16}))
+        report = json.loads((tmp_path / "run" / "run.json").read_text())["report"]
+        losses = report["fixed_noise_loss"]["base"]
+        return sum(losses) / len(losses)
+
+    return measure
+
+
+def wrong_sign(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(closing, "velocity_target", lambda latents, noise: latents - noise)
+
+
+def noise_where_data_belongs(patch: pytest.MonkeyPatch) -> None:
+    right = step.interpolate
+    patch.setattr(step, "interpolate", lambda latents, noise, sigma: right(noise, latents, sigma))
+
+
+def timesteps_from_0_to_1(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(step, "model_timestep", lambda sigma: sigma)
+
+
+def timesteps_shifted_twice(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(step, "model_timestep", lambda sigma: 1000 * 3 * sigma / (1 + 2 * sigma))
+
+
+def _latents(patch: pytest.MonkeyPatch, **wrong: float) -> None:
+    right = train_job.vae_config
+    patch.setattr(train_job, "vae_config", lambda base: {**right(base), **wrong})
+
+
+def latents_not_scaled(patch: pytest.MonkeyPatch) -> None:
+    _latents(patch, scaling_factor=1.0)
+
+
+def latents_scaled_as_sdxls(patch: pytest.MonkeyPatch) -> None:
+    _latents(patch, scaling_factor=0.13025, shift_factor=0.0)
+
+
+MISTAKES = (
+    wrong_sign,
+    noise_where_data_belongs,
+    timesteps_from_0_to_1,
+    timesteps_shifted_twice,
+    latents_not_scaled,
+    latents_scaled_as_sdxls,
+)
+SMALL_LOSS = 0.35
+
+
+def test_nano_predicts_velocities_in_its_world(base_loss: Callable[[], float]) -> None:
+    assert base_loss() < SMALL_LOSS
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_a_mistake_in_the_mathematics_would_show(mistake: Mistake, base_loss, monkeypatch) -> None:
+    mistake(monkeypatch)
+    assert base_loss() > 1.2 * SMALL_LOSS
+
+
+def test_the_plain_pipeline_draws_what_it_is_told() -> None:
+    """Nothing of ours between the folder and the pictures."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(NANO_FOLDER, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    tasks = plain_tasks(8, False, seed=4) + plain_tasks(4, True, seed=5)
+    images = pipeline(
+        [task.prompt for task in tasks],
+        num_inference_steps=SAMPLER.steps,
+        guidance_scale=SAMPLER.guidance,
+        generator=[torch.Generator().manual_seed(task.seed) for task in tasks],
+    ).images
+    assert images[0].size == (SIDE, SIDE)
+    assert share_right(tasks, images) >= 10 / 12
+
+
+@pytest.fixture(scope="module")
+def subject() -> list[Task]:
+    return subject_tasks(12, seed=6)
+
+
+def drawn_right(tasks: list[Task], adapter: Path | None) -> float:
+    painter = Painter("nano", SAMPLER, t5_length=T5_LENGTH)
+    return share_right(tasks, painter.draw([(task.prompt, task.seed) for task in tasks], adapter))
+
+
+def test_a_lora_teaches_a_new_shape(subject: list[Task], tmp_path: Path) -> None:
+    """In colours and on backgrounds that its pictures do not have."""
+    assert drawn_right(subject, None) == 0
+    run_training(
+        plain_config(
+            tmp_path / "run",
+            PICTURES,
+            method={"rank": 16, "alpha": 16.0},
+            optimizer={"lr": 2e-3},
+            train={"steps": 80, "batch_size": 6},
+        )
+    )
+    assert drawn_right(subject, tmp_path / "run") >= 0.5
