@@ -278,7 +278,9 @@ def _are_weights_there(folder: Path) -> bool:
 def _check_model_index(folder: Path, name: str) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelError(f"{name}: no model_index.json, so this is no model folder in diffusers' layout")
+        inside = folder / "model"  # of a run that trained the whole model
+        hint = f"; did you mean {str(inside)!r}?" if (inside / "model_index.json").is_file() else ""
+        raise ModelError(f"{name}: no model_index.json, so this is no model folder in diffusers' layout{hint}")
     pipeline = str(read_json(index).get("_class_name"))
     if not pipeline.startswith("StableDiffusion3"):
         raise ModelError(f"{name}: a {pipeline}, not a Stable Diffusion 3 or 3.5 model")
