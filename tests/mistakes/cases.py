@@ -135,6 +135,24 @@ def source(text: str) -> Callable[[], object]:
     return edited("{path: photos, caption: a photo}", text)
 
 
+def scratch(text: str = "", more: str = "") -> Callable[[], object]:
+    """run.yaml, as it is, trains from scratch, with `text` in its model section and `more` for its source."""
+
+    def prepare() -> None:
+        changed = Path("run.yaml").read_text().replace("method: {rank: 2, alpha: 2}", "method: {kind: full}")
+        changed = changed.replace("model: {", f"model: {{init: random, {text}")
+        Path("run.yaml").write_text(changed.replace("a photo}", f"a photo{more}}}"))
+
+    return prepare
+
+
+def clip_in_a_file() -> None:
+    shutil.copy(resolve_base("tiny").path / "text_encoder" / "model.safetensors", "clip_l.safetensors")
+    encoders = "text_encoders: {clip_l: ./clip_l.safetensors}"
+    changed = YAML.replace("method: {rank: 2, alpha: 2}", "method: {kind: full}")
+    Path("run.yaml").write_text(changed.replace("base: tiny,", f"base: tiny, {encoders},"))
+
+
 NO_CAPTION = source("{path: photos}")
 LORA = ("--lora", "lora.safetensors", "--base", "tiny", "--size", "64")
 
@@ -189,6 +207,26 @@ CASES = [
         CHECK,
         "cosmap",
         written(YAML + "flow: {timesteps: {kind: cosmap}, weighting: {kind: cosmap}}\n"),
+    ),
+    Case(
+        "config", "a rank for the whole model", CHECK, "kind lora", edited("rank: 2, alpha: 2", "kind: full, rank: 2")
+    ),
+    Case(
+        "config",
+        "a precision that files do not have",
+        CHECK,
+        "export_dtype",
+        edited("rank: 2, alpha: 2", "kind: full, export_dtype: fp8"),
+    ),
+    Case("config", "an adapter for random weights", CHECK, "nothing to adapt", edited("tiny,", "tiny, init: random,")),
+    Case("config", "a shape for old weights", CHECK, "init", edited("tiny,", "tiny, transformer: {num_layers: 2},")),
+    Case("config", "a shape with a misspelt key", CHECK, "num_layers", scratch("transformer: {num_layer: 2},")),
+    Case(
+        "config",
+        "a prior of random weights",
+        CHECK,
+        "data.sources.0.prior",
+        scratch(more=", prior: {kind: prediction, prompt: a thing}"),
     ),
     Case("config", "two problems at once", CHECK, "method.rank", edited("rank: 2, alpha: 2", "rank: 0, alpha: -1")),
     Case("config", "a parent that is not there", CHECK, "base.yaml", written("extends: base.yaml\n" + YAML)),
@@ -326,6 +364,20 @@ CASES = [
         "too large",
         edited("resolution: 64", "resolution: 4096"),
     ),
+    Case("models", "latents of another VAE", TRAIN, "in_channels", scratch("transformer: {in_channels: 4},")),
+    Case("models", "text of another width", TRAIN, "joint", scratch("transformer: {joint_attention_dim: 4096},")),
+    Case(
+        "models", "pooled text of another width", TRAIN, "pooled", scratch("transformer: {pooled_projection_dim: 9},")
+    ),
+    Case("models", "a second attention in no block", TRAIN, "9", scratch("transformer: {dual_attention_layers: [9]},")),
+    Case(
+        "models",
+        "neither a transformer nor its shape",
+        TRAIN,
+        "num_layers",
+        steps(base_copy(lambda base: shutil.rmtree(base / "transformer")), scratch()),
+    ),
+    Case("models", "a whole model with an encoder from a file", TRAIN, "method.kind=full", clip_in_a_file),
     Case("models", "targets that match nothing", TRAIN, "attn.to_z", method("targets: [attn.to_z]")),
     Case(
         "models",
