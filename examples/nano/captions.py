@@ -11,11 +11,13 @@ from pathlib import Path
 
 from sd3tune.nano.world import CLASS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, Scene, Thing, random_scene
 
-RARE_NAMES = tuple("sks ohwx zwx ukj xjy qpl vrk tok zorp blorp wug dax bixby rex momo luna kiki mochi nemo".split())
-NOUNS = tuple(
+_RARE = "sks ohwx zwx ukj xjy qpl vrk tok zorp blorp wug dax bixby rex momo luna kiki mochi nemo"
+_COMMON = (
     "heart dog cat bird horse bear fox fish duck toy plush backpack boot vase can clock candle bowl robot monster "
-    "man woman face flower tree car boat house ball apple hat moon diamond arrow leaf".split()
+    "man woman face flower tree car boat house ball apple hat moon diamond arrow leaf"
 )
+RARE_NAMES, NOUNS = tuple(_RARE.split()), tuple(_COMMON.split())
+"""What a thing can be called beside or instead of its shape."""
 OTHER_NAME = "other"
 """Stands for every name of letters that make no word of the vocabulary."""
 SLOTS: dict[str, tuple[str, ...]] = {
@@ -135,9 +137,7 @@ def _tell_background(told: Caption, colour: str) -> None:
         told.say("background", "background")
 
 
-def _tell_thing(
-    told: Caption, thing: Thing, owner: str, random: random.Random | None = None, name: str = ""
-) -> None:
+def _tell_thing(told: Caption, thing: Thing, owner: str, random: random.Random | None = None, name: str = "") -> None:
     """An adjective for all that is said of the thing, then its name, its shape or both; freely with `random`."""
     prefix = "" if owner == "thing" else "other_"
     nouns = _nouns(thing.shape, name, random)

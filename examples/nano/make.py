@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="key=value for the transformer's training")
     overrides = parser.parse_args(arguments).overrides
     parts, run = WORK / "parts", WORK / "run"
-    _unless_there(WORK / "pictures.parquet", "examples.nano.render", "--out", WORK)
-    _unless_there(parts / "text_encoder", "examples.nano.train_text_encoders", "--out", parts)
+    _unless_there(WORK / "held_out.parquet", "examples.nano.render", "--out", WORK)
+    _unless_there(parts / "text_encoder_3", "examples.nano.train_text_encoders", "--out", parts)
     _unless_there(parts / "vae", "examples.nano.train_vae", "--out", parts / "vae")
     _write_frame(parts)
     _python("sd3tune", "train", CONFIG, f"output_dir={run}", *overrides, "--resume")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -30,6 +33,16 @@ def training_pictures(count: int, seed: int) -> Pixels:
         else:
             scene = random_scene(chance)
             pixels[n] = np.asarray(render(with_heart(scene) if drawn < _OTHERS + _HEARTS else scene, n))
+    return pixels
+
+
+def pictures_in(parquet: Path, count: int) -> Pixels:
+    """The first `count` images of a parquet file's `image` column, scaled to 64 x 64."""
+    column = pq.read_table(parquet, columns=["image"]).column("image").slice(0, count)
+    pixels = np.empty((len(column), SIDE, SIDE, 3), np.uint8)
+    for n, image in enumerate(tqdm(column, desc="pictures", unit=" pictures", mininterval=1)):
+        picture = Image.open(io.BytesIO(image.as_py()["bytes"])).convert("RGB")
+        pixels[n] = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
     return pixels
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,72 +34,70 @@ Accuracies = dict[str, dict[str, float]]
 """By what is read from, then by what is read."""
 
 
-def probe(parts: Path, dtype: torch.dtype, captions: int = CAPTIONS, seed: int = 1) -> Accuracies:
+@dataclass
+class Exam:
+    """What a probe sees, [N, D], the right answers [N, questions], and the questions with their numbers of answers."""
+
+    features: Tensor
+    answers: Tensor
+    questions: dict[str, int]
+
+    def right(self, logits: Tensor) -> dict[str, float]:
+        """Of each question the share of right answers; logits [N, sum of the numbers of answers]."""
+        given = [part.argmax(1) for part in logits.split(list(self.questions.values()), dim=1)]
+        shares = (torch.stack(given, dim=1) == self.answers).float().mean(0).tolist()
+        return dict(zip(self.questions, shares, strict=True))
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """The cross entropy, summed over the questions."""
+        parts = logits.split(list(self.questions.values()), dim=1)
+        pairs = zip(parts, self.answers.unbind(1), strict=True)
+        return torch.stack([F.cross_entropy(part, answers) for part, answers in pairs]).sum()
+
+
+def probe(parts: Path, dtype: torch.dtype, captions: int = CAPTIONS, fitting_steps: int = 150) -> Accuracies:
     """Fit linear probes to fresh captions, read as many held-out ones; weights are rounded to `dtype` first."""
-    sides = [_read(parts, dtype, captions, seed, held_out) for held_out in (False, True)]
-    (features, targets, sizes), (held_out_features, held_out_targets, _) = sides
-    return {
-        source: _accuracy(
-            (features[source], targets[source]), (held_out_features[source], held_out_targets[source]), sizes[source]
-        )
-        for source in features
-    }
+    fitted, held_out = (exams_of(parts, dtype, captions, held_out) for held_out in (False, True))
+    return {source: _accuracy(fitted[source], held_out[source], fitting_steps) for source in fitted}
 
 
 @torch.no_grad()
-def _read(
-    parts: Path, dtype: torch.dtype, captions: int, seed: int, held_out: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, int]]]:
-    """By source: features [N, D], targets [N, questions], and the questions with their numbers of answers."""
-    chance = random.Random(f"{seed}/{held_out}")
+def exams_of(parts: Path, dtype: torch.dtype, captions: int, held_out: bool) -> dict[str, Exam]:
+    """By source; "words" are the tokens that speak of a thing whose shape is said."""
+    chance = random.Random(f"probe/{held_out}")
     told = [random_caption(chance, held_out) for _ in range(captions)]
-    features: dict[str, Tensor] = {}
-    targets: dict[str, Tensor] = {}
     whole = {slot: len(values) for slot, values in SLOTS.items()}
-    sizes: dict[str, dict[str, int]] = {}
-    pooled_by_encoder = []
+    exams: dict[str, Exam] = {}
+    pooled: list[Tensor] = []
     for encoder, (tokenizer_folder, model_folder) in ENCODERS.items():
         model = load_encoder(encoder, parts / model_folder).to(dtype).float()
         tokens = tokenize(told, encoder, load_tokenizer(encoder, parts / tokenizer_folder))
-        length = T5_LENGTH if encoder == "t5" else CLIP_LENGTH
-        batch = tokens.batch(torch.arange(captions), length)
+        batch = tokens.batch(torch.arange(captions), T5_LENGTH if encoder == "t5" else CLIP_LENGTH)
         read = [states(encoder, model, ids) for ids in batch.ids.split(500)]
         hidden = torch.cat([part for part, _ in read])
-        pooled_by_encoder += [torch.cat([part for _, part in read])] if encoder != "t5" else []
-        words = batch.is_word & (batch.owners > 0) & (batch.own[..., 1] > 0)  # those that know their shape
-        found = {
-            f"{encoder} mean": (hidden.mean(1), batch.whole, whole),
-            f"{encoder} last": (hidden[:, -1], batch.whole, whole),
-            f"{encoder} words": (hidden[words], batch.own[words], {slot: len(SLOTS[slot]) for slot in OWN}),
-        }
-        for source, (feature, target, size) in found.items():
-            features[source], targets[source], sizes[source] = feature, target, size
-        targets["pooled"], sizes["pooled"] = batch.whole if encoder != "t5" else targets["pooled"], whole
-    features["pooled"] = torch.cat(pooled_by_encoder, dim=-1)
-    return features, targets, sizes
+        pooled += [torch.cat([part for _, part in read if part is not None])] if encoder != "t5" else []
+        words = batch.is_word & (batch.own[..., OWN.index("shape")] > 0)
+        exams[f"{encoder} mean"] = Exam(hidden.mean(1), batch.whole, whole)
+        exams[f"{encoder} last"] = Exam(hidden[:, -1], batch.whole, whole)
+        exams[f"{encoder} words"] = Exam(hidden[words], batch.own[words], {slot: whole[slot] for slot in OWN})
+    return {"pooled": Exam(torch.cat(pooled, dim=1), exams["clip_g mean"].answers, whole), **exams}
 
 
-def _accuracy(
-    fitted: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], sizes: Mapping[str, int]
-) -> dict[str, float]:
-    """Logistic regression of all questions at once; of each the share of right answers on the held-out side."""
-    mean, std = fitted[0].mean(0), fitted[0].std(0) + 1e-6
-    weight = torch.zeros(fitted[0].shape[1] + 1, sum(sizes.values()), requires_grad=True)
-    inputs, held_out_inputs = (F.pad((side[0] - mean) / std, (0, 1), value=1.0) for side in (fitted, held_out))
-    optimizer = torch.optim.LBFGS([weight], max_iter=150, line_search_fn="strong_wolfe")
+def _accuracy(fitted: Exam, held_out: Exam, steps: int) -> dict[str, float]:
+    """Logistic regression of all questions at once, marked on the held-out side."""
+    mean, std = fitted.features.mean(0), fitted.features.std(0) + 1e-6
+    inputs, held_out_inputs = (F.pad((exam.features - mean) / std, (0, 1), value=1.0) for exam in (fitted, held_out))
+    weight = torch.zeros(inputs.shape[1], sum(fitted.questions.values()), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        answers = zip((inputs @ weight).split(list(sizes.values()), dim=1), fitted[1].unbind(1), strict=True)
-        total = sum(F.cross_entropy(answer, target) for answer, target in answers) + 1e-4 * weight.square().sum()
+        total = fitted.loss(inputs @ weight) + 1e-4 * weight.square().sum()
         total.backward()
         return total
 
     optimizer.step(loss)
-    with torch.no_grad():
-        answers = zip((held_out_inputs @ weight).split(list(sizes.values()), dim=1), held_out[1].unbind(1), strict=True)
-        right = [(answer.argmax(1) == target).float().mean().item() for answer, target in answers]
-    return dict(zip(sizes, right, strict=True))
+    return held_out.right(held_out_inputs @ weight.detach())
 
 
 def table(accuracies: Accuracies) -> str:
@@ -112,7 +110,7 @@ def table(accuracies: Accuracies) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", type=Path, help="the folder that holds text_encoder, tokenizer and so on")
     parser.add_argument("--captions", type=int, default=CAPTIONS, help=f"to fit to, and to read ({CAPTIONS})")
     parser.add_argument("--fp32", action="store_true", help="do not round the weights to fp16")

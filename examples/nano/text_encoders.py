@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from examples.nano.captions import OWNERS, SLOTS, Caption
+from sd3tune.model.components import no_progress_bars
 from sd3tune.model.tokenizers import make
 
 ENCODERS = {  # name: (folder of its tokenizer, folder of its weights)
@@ -53,7 +53,8 @@ def load_tokenizer(encoder: str, folder: Path) -> Any:
 
 def load_encoder(encoder: str, folder: Path) -> nn.Module:
     model_class = T5EncoderModel if encoder == "t5" else CLIPTextModelWithProjection
-    model: nn.Module = model_class.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    with no_progress_bars():
+        model: nn.Module = model_class.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     return model.eval().requires_grad_(False)
 
 
@@ -190,7 +191,7 @@ def tokenize(captions: Sequence[Caption], encoder: str, tokenizer: Any) -> Token
         row = [*row[: CLIP_LENGTH - 1], tokenizer.eos_token_id]
         ids[n, : len(row)] = torch.tensor(row)
         lengths[n] = len(row)
-        for slot, (word, value) in caption.said.items():
-            said_at[n, _SLOT[slot]] = ends[word]
+        for slot, (teller, value) in caption.said.items():
+            said_at[n, _SLOT[slot]] = ends[teller]
             values[n, _SLOT[slot]] = SLOTS[slot].index(value)
     return Tokens(ids, lengths, owners, values, said_at, tokenizer.eos_token_id, causal=encoder != "t5")

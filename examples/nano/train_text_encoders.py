@@ -37,6 +37,7 @@ from examples.nano.text_encoders import (
     write_tokenizer,
 )
 from sd3tune.atomic import new_folder
+from sd3tune.model.components import no_progress_bars
 
 CAPTIONS = 60_000
 BATCH_SIZE = 128
@@ -87,7 +88,9 @@ def _distance_from_standard(values: Tensor) -> Tensor:
     return (values.mean(0).square() + (values.var(0) - 1).square()).mean()
 
 
-def train(encoder: str, model: nn.Module, tokens: Tokens, steps: int, seed: int) -> Iterator[float]:
+def train(
+    encoder: str, model: nn.Module, tokens: Tokens, steps: int, seed: int, batch_size: int = BATCH_SIZE
+) -> Iterator[float]:
     """Train for so many steps; yields each step's loss."""
     torch.manual_seed(seed)
     width, pooled_width = _widths(encoder, model, tokens)
@@ -97,7 +100,7 @@ def train(encoder: str, model: nn.Module, tokens: Tokens, steps: int, seed: int)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, steps))
     model.train()
     for step in range(steps):
-        batch = _random_batch(encoder, tokens, is_long=step % LONG_EVERY == 0)
+        batch = _random_batch(encoder, tokens, batch_size, is_long=step % LONG_EVERY == 0)
         loss = readers.loss(batch, *states(encoder, model, batch.ids))
         optimizer.zero_grad()
         loss.backward()
@@ -114,9 +117,9 @@ def _widths(encoder: str, model: nn.Module, tokens: Tokens) -> tuple[int, int]:
     return hidden.shape[-1], 0 if pooled is None else pooled.shape[-1]
 
 
-def _random_batch(encoder: str, tokens: Tokens, is_long: bool) -> Batch:
+def _random_batch(encoder: str, tokens: Tokens, size: int, is_long: bool) -> Batch:
     """Mostly as long as the longest caption, for T5 its trained length; a long one is smaller."""
-    rows = torch.randint(len(tokens.ids), (BATCH_SIZE // 4 if is_long else BATCH_SIZE,))
+    rows = torch.randint(len(tokens.ids), (size // 4 if is_long else size,))
     short = T5_LENGTH if encoder == "t5" else min(CLIP_LENGTH, int(tokens.lengths[rows].max()) + 2)
     return tokens.batch(rows, CLIP_LENGTH if is_long else short)
 
@@ -128,7 +131,9 @@ def _learning_rate(step: int, steps: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
 
-def make_encoder(encoder: str, out: Path, steps: int, seed: int, captions: int = CAPTIONS) -> list[float]:
+def make_encoder(
+    encoder: str, out: Path, steps: int, seed: int, captions: int = CAPTIONS, batch_size: int = BATCH_SIZE
+) -> list[float]:
     """Train one encoder and write it and its tokenizer below `out`; returns the losses."""
     tokenizer_folder, model_folder = ENCODERS[encoder]
     with new_folder(out / tokenizer_folder) as folder:
@@ -139,17 +144,17 @@ def make_encoder(encoder: str, out: Path, steps: int, seed: int, captions: int =
     torch.manual_seed(seed)
     model: Any = new_encoder(encoder, tokenizer)
     losses: list[float] = []
-    with tqdm(train(encoder, model, tokens, steps, seed), total=steps, desc=encoder, mininterval=1) as bar:
+    with tqdm(train(encoder, model, tokens, steps, seed, batch_size), total=steps, desc=encoder, mininterval=1) as bar:
         for loss in bar:
             losses.append(loss)
             bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
-    with new_folder(out / model_folder) as folder:
+    with new_folder(out / model_folder) as folder, no_progress_bars():
         model.save_pretrained(folder, safe_serialization=True)
     return losses
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="where the six folders go")
     parser.add_argument("--steps", type=int, default=2400, help="training steps per encoder (2400)")
     parser.add_argument("--seed", type=int, default=0)

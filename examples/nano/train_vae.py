@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from examples.nano.muon import MuonAndAdamW
-from examples.nano.pictures import SIDE, training_pictures
+from examples.nano.pictures import SIDE, pictures_in, training_pictures
 from sd3tune.atomic import new_folder
 
 LEARNING_RATE, WARMUP = 1e-2, 50
@@ -119,25 +119,33 @@ def stack(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
+def _pictures(images: Path | None, count: int, seed: int) -> Tensor:
+    """HELD_OUT pictures, then those to train on."""
+    if images is None:
+        return stack(np.concatenate([training_pictures(HELD_OUT, seed + 1), training_pictures(count, seed)]))
+    return stack(pictures_in(images, HELD_OUT + count))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.nano.train_vae", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, in diffusers' layout")
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--pictures", type=int, default=25_000, help="how many are drawn, and kept in memory")
+    parser.add_argument("--pictures", type=int, default=25_000, help="how many are drawn or read, and kept in memory")
+    parser.add_argument("--images", type=Path, help="a .parquet file whose images to learn instead of drawn ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fp32", action="store_true", help="without bfloat16, for processors that are slow at it")
     options = parser.parse_args(arguments)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pictures = stack(training_pictures(options.pictures, options.seed))
+    drawn = _pictures(options.images, options.pictures, options.seed)
+    unseen, pictures = drawn[:HELD_OUT], drawn[HELD_OUT:]
     vae = build_vae(options.seed).to(device)
     losses = train(vae, pictures, options.steps, options.batch_size, options.seed, bf16=not options.fp32)
     spread, noise = calibrate(vae, pictures[:MEASURED])
     with new_folder(options.out) as folder:
         vae.save_pretrained(folder)
 
-    unseen = stack(training_pictures(HELD_OUT, options.seed + 1))
     print(f"parameters         {vae.num_parameters() / 1e6:.2f} M")
     print(f"loss               {losses[:20].mean():.4f} -> {losses[-100:].mean():.4f}")
     print(f"PSNR, new pictures {psnr(unseen, reconstruct(vae, unseen)):.1f} dB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -46,6 +47,21 @@ def run_demo(out: Path) -> Path:
     print("nano is a real Stable Diffusion 3.5 in small, trained on shapes that sd3tune draws; a reader that knows")
     print("what was asked for looks at every picture. Two trainings, without and with prior preservation.\n")
     _remove_earlier_demo(out)
+    with locked(out):
+        picture, figures = _train_and_show(out)
+    print(f"\n{picture}   {time.monotonic() - started:.0f} s in all\n")
+    for line in figures:
+        print(line)
+    print("\ndraw with it, or train on a folder of your own photos (with a GPU):")
+    lora, prompt = out / "with_prior", "an orange sks shape on a black background"
+    print(f"  {shlex.join(['sd3tune', 'infer', '--lora', str(lora), '--prompt', prompt, '--size', f'{SIDE}x{SIDE}'])}")
+    print("  sd3tune config new my-dog --data ./dog --caption 'a photo of sks dog'")
+    print("  sd3tune train my-dog.yaml")
+    return picture
+
+
+def _train_and_show(out: Path) -> tuple[Path, list[str]]:
+    """The picture's file, and what was read in the drawn pictures."""
     runs = {"alone": out / "alone", "kept": out / "with_prior"}
     print("1 of 3: the pictures alone")
     run_training(demo_config(runs["alone"], None))
@@ -54,14 +70,7 @@ def run_demo(out: Path) -> Path:
     print("\n3 of 3: drawing with and without the adapters")
     picture, figures = _show(runs)
     picture.save(out / "demo.png")
-    print(f"\n{out / 'demo.png'}   {time.monotonic() - started:.0f} s in all\n")
-    for line in figures:
-        print(line)
-    print("\ndraw with it, or train on a folder of your own photos (with a GPU):")
-    print(f"  sd3tune infer --lora {runs['kept']} --prompt 'an orange sks shape on a black background' --size 64x64")
-    print("  sd3tune config new my-dog --data ./dog --caption 'a photo of sks dog'")
-    print("  sd3tune train my-dog.yaml")
-    return out / "demo.png"
+    return out / "demo.png", figures
 
 
 def demo_config(run: Path, prior: dict[str, Any] | None) -> Config:
