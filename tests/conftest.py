@@ -84,6 +84,19 @@ def quick_config(tiny_images: Path) -> MakeConfig:
     return make
 
 
+SCRATCH = (
+    "model.init=random",
+    "model.transformer={num_layers: 2, attention_head_dim: 8, dual_attention_layers: [0]}",
+    "method={kind: full}",
+)
+
+
+@pytest.fixture(scope="session")
+def scratch_config(quick_config: MakeConfig) -> MakeConfig:
+    """`quick_config`, but training a small transformer from scratch."""
+    return lambda run, *overrides: quick_config(run, *SCRATCH, *overrides)
+
+
 @pytest.fixture(scope="session")
 def velocity() -> Callable[[SD3Transformer2DModel], torch.Tensor]:
     """`velocity(transformer)`: what a base of the tiny widths makes of a fixed input, in its own dtype."""

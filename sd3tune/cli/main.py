@@ -79,7 +79,7 @@ def infer(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 or less turns it off.")] = 7.0,
     size: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="SIDE|WxH", help="Pixels; by default what the adapter was trained at."),
+        typer.Option(metavar="SIDE|WxH", help="Pixels; by default what adapter or model was trained at."),
     ] = None,
     num: Annotated[int, typer.Option(help="How many images.")] = 1,
     base: Annotated[

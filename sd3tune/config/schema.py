@@ -51,7 +51,7 @@ class Config(Section):
     optimizer: OptimizerConfig = Field(default_factory=AdamWConfig, description="How weights are updated.")
     schedule: ScheduleConfig = Field(default_factory=ConstantConfig, description="Learning rate over time.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="Length, batch and memory.")
-    ema: EmaConfig | None = Field(None, description="Average the adapter; null turns it off.")
+    ema: EmaConfig | None = Field(None, description="Average the trained weights; null turns it off.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="What a run resumes from.")
     preview: PreviewConfig = Field(default_factory=PreviewConfig, description="Images while training.")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="Held-out loss.")

@@ -1,4 +1,4 @@
-"""What an image depends on besides the prompt and the seed: asked for, or taken from the adapter's contract."""
+"""What an image depends on besides the prompt and the seed: asked for, or taken from a contract."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT_SIDE = 1024
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw, as given on the command line; None leaves it to the adapter's contract."""
+    """What to draw, as given on the command line; None leaves it to the adapter's contract, or the model's own."""
 
     loras: Sequence[str]
     """`PATH` or `PATH@weight`."""

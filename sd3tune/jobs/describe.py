@@ -14,6 +14,7 @@ from sd3tune.data.sampler import times_seen
 from sd3tune.jobs.machine import dtype_name
 from sd3tune.jobs.preflight import Plan
 from sd3tune.jobs.sigmas import describe_sigmas
+from sd3tune.model.targets import CoverageRow
 
 
 def describe(plan: Plan, world: int) -> list[str]:
@@ -37,7 +38,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         + f", noise offset {config.flow.noise_offset:g}" * (config.flow.noise_offset > 0),
         f"{method.product.name:<9} {method.title()}: {parameters:,} parameters, "
         f"{method.exported_bytes * parameters / 1e6:.1f} MB, in {modules} module{'s' * (modules != 1)}",
-        *(f"          {row.module:<21} {row.trained:>3} of {row.present} blocks" for row in plan.coverage),
+        *(f"          {_covered(row)}" for row in plan.coverage),
         f"run       {plan.run}",
     ]
 
@@ -81,6 +82,10 @@ def _describe_priors(plan: Plan) -> list[str]:
     return [*(prior.describe() for prior in plan.priors), *predicted]
 
 
+def _covered(row: CoverageRow) -> str:
+    return f"{row.module:<21} {row.trained:>3} of {row.present} blocks" if row.in_blocks else row.module
+
+
 def _about_base(plan: Plan) -> list[str]:
     """Text encoders from files of their own, and a warning about a base that is no base for training."""
     files = plan.base.encoder_files
@@ -90,6 +95,12 @@ def _about_base(plan: Plan) -> list[str]:
         shape = plan.base.random.config
         width = shape["num_attention_heads"] * shape["attention_head_dim"]
         lines.append(f"weights   random, seed {plan.base.random.seed}: {shape['num_layers']} blocks, {width} wide")
+    known, length = plan.base.contract.get("max_sequence_length"), plan.config.model.max_sequence_length
+    if known not in (None, length) and not plan.base.random:
+        lines.append(
+            f"warning: {plan.base.label} was trained on {known} T5 tokens and model.max_sequence_length is {length}; "
+            f"set it to {known}"
+        )
     if plan.base.distilled:
         lines.append(
             f"warning: {plan.base.label} is a Turbo model: it is distilled (for guidance 1 and 4 steps) and trains "

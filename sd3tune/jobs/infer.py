@@ -1,4 +1,4 @@
-"""`sd3tune infer`: images from adapters, with the conditioning that they were trained under."""
+"""`sd3tune infer`: images from adapters and models, with the conditioning that they were trained under."""
 
 from __future__ import annotations
 

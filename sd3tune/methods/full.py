@@ -21,7 +21,7 @@ from sd3tune.model.bases import Base
 from sd3tune.model.components import load_scheduler, load_transformer
 from sd3tune.model.fast import plain_path
 from sd3tune.model.model_folder import INDEX_FILE, check_parts, write_model
-from sd3tune.model.targets import CoverageRow, block_of
+from sd3tune.model.targets import ELSEWHERE, CoverageRow, block_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,14 +53,16 @@ class FullMethod(StoredText):
         return [name for name, module in transformer.named_modules() if list(module.parameters(recurse=False))]
 
     def coverage(self, transformer: nn.Module) -> list[CoverageRow]:
+        rows: dict[str, CoverageRow] = {}
         blocks: dict[str, set[str]] = {}
-        parameters: dict[str, int] = {}
         for name, parameter in transformer.named_parameters():
             block = block_of(name)
-            part = name.split(".")[0 if block == "elsewhere" else 2]
+            in_blocks = block != ELSEWHERE
+            part = name.split(".")[2] if in_blocks else ELSEWHERE
             blocks.setdefault(part, set()).add(block)
-            parameters[part] = parameters.get(part, 0) + parameter.numel()
-        return [CoverageRow(part, len(found), len(found), parameters[part]) for part, found in blocks.items()]
+            parameters = parameter.numel() + (rows[part].parameters if part in rows else 0)
+            rows[part] = CoverageRow(part, len(blocks[part]), len(blocks[part]), parameters, in_blocks)
+        return list(rows.values())
 
     def title(self) -> str:
         return "full, from scratch" if self.base.random else "full"

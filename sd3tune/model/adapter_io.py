@@ -95,6 +95,8 @@ def find_adapter(location: str | Path) -> Path:
     for candidate in (path, path / ADAPTER_FILE, path / "adapter" / ADAPTER_FILE):
         if candidate.is_file():
             return candidate
+    if (path / "model" / "model_index.json").is_file():
+        raise AdapterError(f"{path}: holds a whole model and no adapter; draw with --base {path / 'model'}")
     if path.is_dir():
         inside = sorted(path.glob("*.safetensors"))
         if len(inside) == 1:

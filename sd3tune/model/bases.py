@@ -85,6 +85,8 @@ class Base:
     @property
     def distilled(self) -> bool:
         """Whether a name in or of the base says that it is a Turbo model; weights do not tell."""
+        if self.random:
+            return False
         names = [self.label]
         for file in ("model_index.json", "transformer/config.json") if self.kind != "file" else ():
             if (self.path / file).is_file():
@@ -276,7 +278,9 @@ def _are_weights_there(folder: Path) -> bool:
 def _check_model_index(folder: Path, name: str) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelError(f"{name}: no model_index.json, so this is no model folder in diffusers' layout")
+        inside = folder / "model"  # of a run that trained the whole model
+        hint = f"; did you mean {str(inside)!r}?" if (inside / "model_index.json").is_file() else ""
+        raise ModelError(f"{name}: no model_index.json, so this is no model folder in diffusers' layout{hint}")
     pipeline = str(read_json(index).get("_class_name"))
     if not pipeline.startswith("StableDiffusion3"):
         raise ModelError(f"{name}: a {pipeline}, not a Stable Diffusion 3 or 3.5 model")

@@ -50,8 +50,9 @@ def write_model(
     """Write `folder`: a transformer of these `tensors`, the base's other parts, and the contract.
 
     Parts are hard links to the base's files where the file system has them, else copies. T5 is left out where the
-    contract does without; `shift` is the scheduler's, None for the base's own. Returns `model_index.json`. Raises
-    RunError when a tensor is not finite, and nothing is written then.
+    contract does without, and has to be left out in loading, too (`text_encoder_3=None, tokenizer_3=None`). `shift` is
+    the scheduler's, None for the base's own. Returns `model_index.json`. Raises RunError when a tensor is not finite,
+    and nothing is written then.
     """
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:

@@ -30,7 +30,9 @@ def random_transformer(random: RandomTransformer, dtype: torch.dtype) -> SD3Tran
         for name, parameter in transformer.named_parameters()
     }
     transformer.load_state_dict(drawn, strict=False, assign=True)
-    return transformer.to(dtype)
+    for buffer in transformer.buffers():
+        buffer.data = buffer.to(dtype)
+    return transformer
 
 
 def _draw(name: str, shape: torch.Size, source: torch.Generator) -> Tensor:

@@ -23,6 +23,7 @@ ATTENTION_IMAGE = (
 """
 ATTENTION_CONTEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
 MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+ELSEWHERE = "elsewhere"
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": (*ATTENTION_IMAGE, *ATTENTION_CONTEXT),
     "attention-image": ATTENTION_IMAGE,
@@ -32,12 +33,13 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """One kind of projection: in how many blocks it exists, in how many it is trained, at how many parameters."""
+    """One kind of module: in how many blocks it exists, in how many it is trained, at how many parameters."""
 
     module: str
     trained: int
     present: int
     parameters: int
+    in_blocks: bool = True
 
 
 def fits(name: str, pattern: str) -> bool:
@@ -113,7 +115,9 @@ def coverage(transformer: nn.Module, ranks: Mapping[str, int]) -> list[CoverageR
         kind = _kind(name)
         row = rows.get(kind, CoverageRow(kind, 0, 0, 0))
         parameters = ranks.get(name, 0) * (module.in_features + module.out_features)
-        rows[kind] = CoverageRow(kind, row.trained + (name in ranks), row.present + 1, row.parameters + parameters)
+        rows[kind] = CoverageRow(
+            kind, row.trained + (name in ranks), row.present + 1, row.parameters + parameters, in_blocks=kind != name
+        )
     return [row for row in rows.values() if row.trained]
 
 
@@ -144,9 +148,9 @@ def _inside(transformer: nn.Module, blocks: Sequence[int | str] | None) -> _Insi
 
 
 def block_of(name: str) -> str:
-    """The block that a parameter is in, for people: `block 3`; `elsewhere` outside of them."""
+    """The block that a module or a parameter is in, for people: `block 3`; ELSEWHERE outside of them."""
     found = re.match(r"transformer_blocks\.(\d+)\.", name)
-    return f"block {found[1]}" if found else "elsewhere"
+    return f"block {found[1]}" if found else ELSEWHERE
 
 
 def _kind(name: str) -> str:

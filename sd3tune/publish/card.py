@@ -51,6 +51,8 @@ The velocity loss at fixed noise, on training images: it shows that something wa
 One denoising step changes by {change:.3g} %.
 {held_out}"""
 
+_WITHOUT_T5 = ", text_encoder_3=None, tokenizer_3=None"
+
 
 def write_card(run: Path, config: Config, contract: Mapping[str, Any], report: Mapping[str, Any]) -> Path:
     """Write `run/README.md`."""
@@ -161,7 +163,7 @@ def _load_adapter(contract: Mapping[str, Any]) -> str:
         lines = [f"transformer = SD3Transformer2DModel.from_single_file({base!r}, dtype=torch.bfloat16)"]
         base, more = contract["base_released_as"] or "path/to/its/folder", ", transformer=transformer"
     if "t5" not in contract["encoders"]:
-        more += ", text_encoder_3=None, tokenizer_3=None"
+        more += _WITHOUT_T5
     lines.append(f'pipe = {pipeline}.from_pretrained({base!r}, dtype=torch.bfloat16{more}).to("cuda")')
     lines.append('pipe.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")')
     return "\n".join(["import torch", f"from diffusers import {imports}", "", *lines])
@@ -173,11 +175,12 @@ def _encoder_files(contract: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _load_model(contract: Mapping[str, Any]) -> str:
+    more = "" if "t5" in contract["encoders"] else _WITHOUT_T5
     lines = [
         "import torch",
         "from diffusers import StableDiffusion3Pipeline",
         "",
-        'pipe = StableDiffusion3Pipeline.from_pretrained("model", dtype=torch.bfloat16).to("cuda")',
+        f'pipe = StableDiffusion3Pipeline.from_pretrained("model", dtype=torch.bfloat16{more}).to("cuda")',
     ]
     return "\n".join(lines)
 

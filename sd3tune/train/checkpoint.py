@@ -26,7 +26,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `run/checkpoints/step-000500`, then remove all but the newest `keep`, if that is a number.
 
-    `identity` is what a resumed run must agree with (see `differences`); `export(folder)` adds the usable adapter.
+    `identity` is what a resumed run must agree with (see `differences`); `export(folder)` adds what `infer` can use.
     """
     folder = run / "checkpoints" / f"step-{state.step:06d}"
     with new_folder(folder) as temporary:

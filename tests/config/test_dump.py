@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sd3tune.config import Config, dump_config, load_config, parse_config
-from sd3tune.config.sections.model import TextEncodersConfig
+from sd3tune.config.sections.model import ModelConfig, TextEncodersConfig
 from sd3tune.config.sections.section import Section
 from sd3tune.config.shape import alternatives, item_of, sections_of
 from sd3tune.config.yaml12 import parse
@@ -62,7 +62,18 @@ TEXT = st.one_of(
 
 def configs() -> st.SearchStrategy[Config]:
     """Configurations drawn from the schema itself; the few that break a rule between keys are left out."""
-    return section(Config).map(_valid).filter(bool)  # type: ignore[arg-type,return-value]
+    return section(Config).map(_consistent).map(_valid).filter(bool)  # type: ignore[arg-type,return-value]
+
+
+def _consistent(values: dict[str, Any]) -> dict[str, Any]:
+    """Only new weights have a shape of their own; they are trained whole, and there is nothing that they knew."""
+    model, sources = values["model"], values["data"]["sources"]
+    if model["init"] == "random":
+        values["method"] = {"kind": "full", "export_dtype": "bf16"}
+        values["data"]["sources"] = [{**source, "prior": None} for source in sources]
+    else:
+        model["transformer"] = None
+    return values
 
 
 def _valid(values: dict[str, Any]) -> Config | None:
@@ -92,6 +103,8 @@ def section(kind: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
         "base": st.sampled_from(["tiny", "owner/name", "/abs: folder"]),
         "tokenizers": st.sampled_from([None, "owner/name", "/abs: folder"]),
     }
+    if kind is ModelConfig:
+        special["init"] = st.sampled_from(["pretrained", "random"])
     if kind is TextEncodersConfig:
         special = dict.fromkeys(kind.model_fields, st.sampled_from([None, "/clip #1.safetensors"]))
     return st.fixed_dictionaries(

@@ -43,8 +43,8 @@ def inject(method: LoraMethod, transformer: SD3Transformer2DModel, dtype=torch.f
     return FlatMaster(parameters, dtype)
 
 
-def test_it_is_the_method_of_its_kind() -> None:
-    assert METHODS["lora"] is LoraMethod
+def test_it_is_the_method_of_its_kind(quick_config, tmp_path) -> None:
+    assert isinstance(METHODS["lora"](quick_config(tmp_path / "run"), resolve_base("tiny")), LoraMethod)
 
 
 def test_only_the_adapter_is_trained(make, transformer) -> None:

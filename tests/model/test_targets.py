@@ -200,5 +200,5 @@ def test_the_coverage_table_knows_ranks_of_their_own_and_modules_outside_the_blo
     ranks = dict.fromkeys(select_modules(transformer, ["ff.net.2"]), 3) | {"proj_out": 2}
     assert coverage(transformer, ranks) == [
         CoverageRow("ff.net.2", 4, 4, 4 * 3 * (4 * WIDTH + WIDTH)),
-        CoverageRow("proj_out", 1, 1, 2 * (WIDTH + 2 * 2 * 16)),
+        CoverageRow("proj_out", 1, 1, 2 * (WIDTH + 2 * 2 * 16), in_blocks=False),
     ]

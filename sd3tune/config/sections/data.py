@@ -49,8 +49,8 @@ class ClassImagesConfig(Section):
 
 
 class OwnPredictionConfig(Section):
-    """Without class images: on the same noisy latents, under the class caption, the base's own prediction (adapter off)
-    is the target. A step computes two batches more instead of one.
+    """Without class images: on the same noisy latents, under the class caption, the base's own prediction is
+    the target. A step computes two batches more instead of one.
     """
 
     kind: Literal["prediction"] = Field("prediction", description="Keep what the base predicts for the class.")
@@ -140,8 +140,8 @@ class DataConfig(Section):
         None,
         min_length=1,
         examples=["sks"],
-        description="A word, or a few, put in front of captions that lack it, as in `sks, a dog on a beach`; stored in "
-        "the adapter.",
+        description="A word, or a few, put in front of captions that lack it, as in `sks, a dog on a beach`; stored "
+        "with the result.",
     )
     resolution: int = Field(
         1024,

@@ -99,7 +99,7 @@ class ModelConfig(Section):
         ge=1,
         le=512,
         description="T5 tokens per caption, padding included; the model attends to padding, so this is part "
-        "of the conditioning and is stored in the adapter for `infer`.",
+        "of the conditioning and is stored with the result for `infer`.",
     )
     t5: bool = Field(
         True,

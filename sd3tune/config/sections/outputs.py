@@ -29,7 +29,7 @@ class PreviewConfig(Section):
 
 
 class ValidationConfig(Section):
-    """The loss on images that are not trained on, at fixed noise and sigmas, with and without the adapter."""
+    """The loss on images that are not trained on, at fixed noise and sigmas, of the base and as trained."""
 
     holdout: Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)] = Field(
         0,
@@ -64,7 +64,7 @@ class TrackingConfig(Section):
 
 
 class HubConfig(Section):
-    """Upload of the finished adapter."""
+    """Upload of what was trained."""
 
     repo_id: None = Field(None, description="Target repository; not available yet, keep null.")
     private: bool = Field(True, description="Whether a created repository is private.")

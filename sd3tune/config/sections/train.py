@@ -57,6 +57,6 @@ class TrainConfig(Section):
 
 
 class EmaConfig(Section):
-    """An exponential moving average of the adapter, in fp32."""
+    """An exponential moving average of the trained weights, in fp32."""
 
     decay: float = Field(0.99, ge=0, lt=1, description="Decay per step, reached through min(decay, (1+t)/(10+t)).")

@@ -11,21 +11,16 @@ from torch.autograd.function import once_differentiable
 
 
 def normalise(norm: nn.Module | None, states: Tensor) -> Tensor:
-    """What `norm` makes of `states` [..., width], up to rounding; the fast way for diffusers' frozen RMSNorm."""
+    """What `norm` makes of `states` [..., width], up to rounding; the fast way for diffusers' RMSNorm."""
     if norm is None:
         return states
-    if not _is_frozen_rms_norm(norm):
+    if not (isinstance(norm, RMSNorm) and norm.elementwise_affine and norm.bias is None):
         return norm(states)
-    return _RmsNorm.apply(states, norm.weight, norm.eps)
-
-
-def _is_frozen_rms_norm(norm: nn.Module) -> bool:
-    known = isinstance(norm, RMSNorm) and norm.elementwise_affine and norm.bias is None
-    return known and not any(parameter.requires_grad for parameter in norm.parameters())
+    return _RmsNorm.apply(states, norm.weight.to(states.dtype), norm.eps)
 
 
 class _RmsNorm(torch.autograd.Function):
-    """y = w x / sqrt(mean(x^2) + eps) over the last dimension; exact gradient for x, none for the frozen w."""
+    """y = w x / sqrt(mean(x^2) + eps) over the last dimension; exact gradients for x and, unless it is frozen, w."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,9 +32,13 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         states, weight, inverse = ctx.saved_tensors
+        towards_weight = None
+        if ctx.needs_input_grad[1]:
+            normed = torch.mul(states, inverse, out=torch.empty_like(states))
+            towards_weight = normed.mul_(gradient).sum_to_size(weight.shape)
         along = gradient * weight
         overlap = torch.linalg.vecdot(along, states).unsqueeze_(-1) * inverse**3 / -states.shape[-1]
         torch.mul(along, inverse, out=along)
-        return torch.addcmul(along, states, overlap.to(along.dtype)), None, None
+        return torch.addcmul(along, states, overlap.to(along.dtype)), towards_weight, None
