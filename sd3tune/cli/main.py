@@ -72,7 +72,10 @@ def infer(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     lora: Annotated[
         Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time
-        typer.Option(metavar="PATH[@WEIGHT]", help="An adapter: file, adapter folder, checkpoint or run. Repeatable."),
+        typer.Option(
+            metavar="PATH|USER/NAME[:REVISION][@WEIGHT]",
+            help="An adapter: file, adapter folder, checkpoint, run, or a repository on the Hub. Repeatable.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("images"),
     negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",

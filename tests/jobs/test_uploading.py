@@ -1,27 +1,34 @@
-"""Uploads through huggingface_hub's real client to a Hub on this machine: what goes up, and what fails."""
+"""Uploads through huggingface_hub's real client to a Hub on this machine: what goes up, what comes back, what fails."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from safetensors.torch import load, load_file
+from PIL import Image, ImageChops
+from safetensors.torch import load, load_file, save_file
 
 from sd3tune.errors import UserError
+from sd3tune.jobs.conditions import Request
+from sd3tune.jobs.infer import run_infer
 from sd3tune.jobs.train import run_training
 from sd3tune.jobs.uploading import run_push
+from sd3tune.model.bases import resolve_base
 from sd3tune.publish import repository
 from tests.upload_hub import CUT, CUT_AFTER, READER, WRITER, UploadHub, upload_hub
 
 ADAPTER = "adapter/pytorch_lora_weights.safetensors"
 RAW = "adapter_raw/pytorch_lora_weights.safetensors"
+PROMPT = "a photo of sks dog"
 RUN = (
     "train.steps=3", "checkpoint.every=1", "ema={}", "data.resolution=64",
     "preview={every: 3, prompts: [a photo of sks dog], steps: 1, guidance: 1.0}",
@@ -240,3 +247,115 @@ def test_a_push_that_cannot_be_is_one_line(prepare, repo_id, says: str, finished
     (line,) = refused.value.problems
     assert says in line
     assert not hub.requests
+
+
+# Drawing with what was uploaded
+
+
+def drawn(lora: str, out: Path, **options: object) -> Image.Image:
+    (path,) = run_infer(Request([lora], PROMPT, out, steps=1, guidance=1.0, before=False, **options))  # type: ignore[arg-type]
+    with Image.open(path) as image:
+        image.load()
+    return image
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return ImageChops.difference(one, other).getbbox() is None
+
+
+def test_an_adapter_is_drawn_with_from_the_hub_at_a_revision_and_offline(
+    finished: Path, hub: UploadHub, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    run_push(finished, "user/dog")
+    pinned = hub.repositories["user/dog"].commits[-1].id
+    expected = drawn(f"{finished}@0.5", tmp_path)
+    capsys.readouterr()
+    found = drawn("user/dog@0.5", tmp_path)
+    assert same(found, expected)
+    assert json.loads(found.text["sd3tune"])["loras"][0]["name"] == f"user/dog:{pinned}"  # type: ignore[attr-defined]
+    assert f"user/dog:{pinned}: " in capsys.readouterr().out
+    assert {request.line.split("/resolve/")[1].split("/", 1)[1] for request in hub.asked("GET .*/resolve/")} == {
+        ADAPTER, "README.md",
+    }  # fmt: skip
+
+    hub.repositories["user/dog"].commit("another", {ADAPTER: b"broken"})
+    assert same(drawn(f"user/dog:{pinned}@0.5", tmp_path), expected)
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        drawn("user/dog", tmp_path)
+    hub.requests.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert same(drawn(f"user/dog:{pinned}@0.5", tmp_path), expected)
+    assert not hub.requests
+    with pytest.raises(UserError) as refused:
+        drawn("user/cat", tmp_path)
+    assert refused.value.problems == (
+        "--lora user/cat: not on this machine, and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE), "
+        "or give --lora a folder",
+    )
+
+
+def test_the_base_of_an_adapter_without_a_contract_comes_from_its_card(
+    finished: Path, hub: UploadHub, tmp_path: Path, monkeypatch
+) -> None:
+    plain = tmp_path / "plain.safetensors"
+    save_file(load_file(finished / ADAPTER), plain)
+    root = resolve_base("tiny").path
+    hub.add("user/base", {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()})
+    card = b"---\nbase_model: [user/base]\n---\n# A dog\n"
+    hub.add("user/plain", {"README.md": card, "dog.safetensors": plain.read_bytes()})
+    expected = drawn(str(plain), tmp_path, base="tiny", size=(64, 64))
+    assert same(drawn("user/plain", tmp_path, size=(64, 64)), expected)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert same(drawn("user/plain", tmp_path, size=(64, 64)), expected)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub.add("user/cardless", {"dog.safetensors": plain.read_bytes()})
+    with pytest.raises(
+        UserError, match=r"user/cardless:\w{40}: does not say which base it is for; give it with --base"
+    ):
+        drawn("user/cardless", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lora", "says"),
+    [
+        ("user/nothing", "--lora user/nothing: no such model on the Hub, and no such folder here; check the spelling"),
+        (
+            "user/two",
+            "--lora user/two: no pytorch_lora_weights.safetensors in this repository, and none of a.safetensors",
+        ),
+        ("user/empty", "--lora user/empty: no pytorch_lora_weights.safetensors in this repository, and it holds no"),
+        ("user/two:v9", "--lora user/two: the Hub has no revision 'v9' of this model"),
+        (
+            "user/two@main",
+            "--lora user/two@main: 'main' is not a weight; write PATH@0.8, or for a revision user/name:rev",
+        ),
+    ],
+)
+def test_an_adapter_that_the_hub_has_not_is_one_line(lora: str, says: str, hub: UploadHub, tmp_path: Path) -> None:
+    hub.add("user/two", {"a.safetensors": b"", "b.safetensors": b""})
+    hub.add("user/empty", {"README.md": b"# nothing"})
+    with pytest.raises(UserError) as refused:
+        drawn(lora, tmp_path)
+    (line,) = refused.value.problems
+    assert line.startswith(says)
+
+
+def test_commands_push_and_find_with_the_environment_of_a_user(finished: Path, tmp_path: Path) -> None:
+    """In processes of their own, in which only variables say where the Hub is."""
+    with upload_hub() as server:
+        environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITER}
+        environment["HF_HOME"] = str(tmp_path / "hf")
+
+        def sd3tune(*words: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "sd3tune", *words]
+            return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+
+        server.faults = [(COMMIT, CUT)]
+        pushed = sd3tune("hub", "push", str(finished), "--repo-id", "user/dog")
+        assert (pushed.returncode, pushed.stdout) == (0, f"uploaded  {server.url}/user/dog\n"), pushed.stderr
+        assert WRITER not in pushed.stderr
+        assert "signature" not in pushed.stderr
+    words = ("--prompt", PROMPT, "--steps", "1", "--no-before", "--out", str(tmp_path / "out"))
+    missing = sd3tune("infer", "--lora", "user/dog", *words)  # the server is gone
+    assert missing.returncode == 2
+    assert "error: --lora user/dog: not on this machine, and the Hub cannot be reached" in missing.stderr
