@@ -73,6 +73,9 @@ class UploadHub(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.faults: list[tuple[str, int]] = []
         """(regular expression, status or CUT)."""
+        self.open = threading.Event()
+        """Cleared: the content of large files is taken in, and not answered for."""
+        self.open.set()
         self.lock = threading.Lock()
 
     def add(self, repo_id: str, files: Mapping[str, bytes], private: bool = False) -> Repository:
@@ -105,6 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
             body = self._chunks()
         line = f"{self.command} {unquote(self.path)}"
         self.server.requests.append(Request(line, body))
+        if self.command == "PUT":
+            self.server.open.wait(60)
         status = self.server.fault(line)
         self.silenced = status == CUT_AFTER
         if status == CUT:

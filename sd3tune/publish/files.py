@@ -15,6 +15,7 @@ from sd3tune.model.adapter_io import ADAPTER_FILE
 Upload = Mapping[str, Path | bytes]
 """Name in the repository -> the file on this machine, or what to write there instead of it."""
 
+CARD = "README.md"
 ADAPTERS = ("adapter", "adapter_raw")
 MODELS = ("model", "model_raw")
 _OF_A_MODEL = (".safetensors", ".json", ".txt", ".model")
@@ -28,7 +29,7 @@ def files_of_run(run: Path) -> Upload:
     """All that a finished run uploads. Raises UserError for a configuration that cannot be read."""
     described = json.loads((run / "run.json").read_text(encoding="utf-8"))
     return {
-        "README.md": run / "README.md",
+        **({CARD: run / CARD} if _is_ours(run / CARD) else {}),
         "config.yaml": dump_values(public_config(load_config(run / "config.yaml").config)).encode(),
         "run.json": (json.dumps(public_facts(described), indent=2) + "\n").encode(),
         **{f"samples/{path.name}": path for path in sorted((run / "samples").glob("*.png")) if _is_ours(path)},

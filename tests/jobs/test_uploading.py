@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,13 +18,17 @@ import yaml
 from PIL import Image, ImageChops
 from safetensors.torch import load, load_file, save_file
 
+from sd3tune.config import load_config
+from sd3tune.config.sections.outputs import HubConfig
 from sd3tune.errors import UserError
+from sd3tune.jobs import uploading
 from sd3tune.jobs.conditions import Request
 from sd3tune.jobs.infer import run_infer
 from sd3tune.jobs.train import run_training
 from sd3tune.jobs.uploading import run_push
 from sd3tune.model.bases import resolve_base
 from sd3tune.publish import repository
+from sd3tune.train.loop import View
 from tests.upload_hub import CUT, CUT_AFTER, READER, WRITER, UploadHub, upload_hub
 
 ADAPTER = "adapter/pytorch_lora_weights.safetensors"
@@ -228,6 +233,31 @@ def test_a_run_whose_uploads_fail_ends_well_and_is_pushed_later(
     assert hub.repositories["user/dog"].files.keys() >= UPLOADED
     expected, found = load_file(finished / ADAPTER), load(hub.repositories["user/dog"].files[ADAPTER])
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_a_run_waits_for_no_upload_when_it_is_stopped_and_goes_on_as_ever(
+    finished: Path, hub: UploadHub, assert_equal_runs, monkeypatch
+) -> None:
+    def stop(view: View) -> None:
+        if view.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(uploading, "_PATIENCE", 0.1)
+    hub.open.clear()
+    config = load_config(finished / "config.yaml").config
+    push = HubConfig(repo_id="user/dog", push="checkpoint")
+    config = config.model_copy(update={"hub": push, "output_dir": f"{finished}-stopped"})
+    with pytest.raises(UserError, match="stopped, saved at step-000002; the same command with --resume goes on"):
+        run_training(config, callbacks=[stop])
+    assert len(hub.repositories["user/dog"].commits) == 1
+    hub.open.set()
+    for thread in threading.enumerate():
+        if thread.name == "uploads":
+            thread.join()  # what the end of the process would have ended
+    run_training(config, resume=True)
+    assert_equal_runs(finished, Path(f"{finished}-stopped"))
+    assert hub.repositories["user/dog"].files.keys() >= UPLOADED
+    assert hub.repositories["user/dog"].files[ADAPTER] == Path(f"{finished}-stopped", ADAPTER).read_bytes()
 
 
 @pytest.mark.parametrize(

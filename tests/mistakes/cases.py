@@ -188,7 +188,6 @@ CASES = [
     Case("config", "a start that changes the base", CHECK, "pissa", method("init: pissa")),
     Case("config", "an EMA that never moves", CHECK, "ema.decay", written(YAML + "ema: {decay: 1.5}\n")),
     Case("config", "too many T5 tokens", CHECK, "max_sequence_length", edited("h: 16}", "h: 1000}")),
-    Case("config", "an upload, which does not exist yet", CHECK, "hub.push", written(YAML + "hub: {push: end}\n")),
     Case(
         "config",
         "cosmap twice",
