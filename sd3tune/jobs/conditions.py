@@ -24,7 +24,7 @@ class Request:
     """What to draw, as given on the command line; None leaves it to the adapter's contract, or the model's own."""
 
     loras: Sequence[str]
-    """`PATH` or `PATH@weight`."""
+    """`PATH` or `user/name[:revision]`, each with `@weight` if it is not 1."""
     prompt: str
     out: Path
     negative: str = ""
@@ -53,7 +53,10 @@ class Conditions:
 
 
 def parse_lora(value: str) -> tuple[Path, float]:
-    """`PATH` or `PATH@weight` -> path and weight (1 when not given). Raises AdapterError."""
+    """`PATH`, `user/name:revision` or either with `@weight` -> that, and the weight (1 when not given).
+
+    Raises AdapterError.
+    """
     path, at, weight = value.rpartition("@")
     if not at or Path(value).exists():
         return Path(value), 1.0
@@ -62,7 +65,9 @@ def parse_lora(value: str) -> tuple[Path, float]:
     except ValueError:
         scale = math.nan
     if not math.isfinite(scale):
-        raise AdapterError(f"--lora {value}: {weight!r} is not a weight; write PATH@0.8")
+        raise AdapterError(
+            f"--lora {value}: {weight!r} is not a weight; write PATH@0.8, or for a revision user/name:revision"
+        )
     return Path(path), scale
 
 
@@ -120,6 +125,7 @@ def _find_model(request: Request, adapters: Sequence[Adapter]) -> ModelConfig:
     """
     named = next((adapter for adapter in adapters if adapter.contract), adapters[0] if adapters else None)
     contract = named.contract if named else {}
+    in_card = named.base_in_card if named else None
     is_local = contract.get("base_kind") in ("folder", "file")
     model = load_config(request.config).config.model if request.config else None
     if model is None and named is not None and (is_local or contract.get("encoder_files")):
@@ -129,12 +135,14 @@ def _find_model(request: Request, adapters: Sequence[Adapter]) -> ModelConfig:
         where = {"base": request.base, "revision": None}
     elif named is not None and not request.config:
         if contract.get("base") is None:
-            raise AdapterError(f"{named.path}: does not say which base it is for; give it with --base")
-        if not is_local or (model is None and Path(contract["base"]).exists()):
+            if in_card is None:
+                raise AdapterError(f"{named.label}: does not say which base it is for; give it with --base")
+            where = {"base": in_card, "revision": None}
+        elif not is_local or (model is None and Path(contract["base"]).exists()):
             where = {"base": contract["base"], "revision": contract.get("base_revision")}
         elif model is None or not Path(model.base).exists():
             raise AdapterError(
-                f"{named.path}: trained on a local {contract['base_kind']} named {contract['base']!r}; "
+                f"{named.label}: trained on a local {contract['base_kind']} named {contract['base']!r}; "
                 "give it with --base"
             )
     trained = {"init": "pretrained", "transformer": None}  # whatever a run began with
@@ -155,12 +163,12 @@ def _compare_bases(adapter: Adapter, base: Base) -> None:
     contract = adapter.contract
     expected = contract.get("base_fingerprint")
     if expected and (contract.get("base_kind") == "file") != (base.kind == "file"):
-        print(f"note: {adapter.path} was trained on {contract['base']}; {base.name} is taken to hold the same weights")
+        print(f"note: {adapter.label} was trained on {contract['base']}; {base.name} is taken to hold the same weights")
     elif expected and expected != base.fingerprint("transformer"):
-        print(f"warning: {adapter.path} was trained on {contract['base']}, whose weights differ from {base.name}")
+        print(f"warning: {adapter.label} was trained on {contract['base']}, whose weights differ from {base.name}")
     for encoder, trained in contract.get("encoder_files", {}).items():
         if trained["fingerprint"] != base.fingerprint(ENCODER_PARTS[encoder][1]):
             print(
-                f"warning: {adapter.path} was trained with {LABELS[encoder]} from {trained['file']}, and another is "
+                f"warning: {adapter.label} was trained with {LABELS[encoder]} from {trained['file']}, and another is "
                 "used here; --config YAML takes the text encoders of its model section"
             )

@@ -42,6 +42,15 @@ class Adapter:
     """Module name -> alpha; the layer's output is scaled by alpha / r."""
     contract: dict[str, Any]
     """Empty when another tool wrote the file."""
+    origin: str | None = None
+    """Of one from the Hub: repository and commit, as `user/name:commit`."""
+    base_in_card: str | None = None
+    """Of one from the Hub: the base model that its card names."""
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return self.origin or str(self.path)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,12 @@ def steps(*all_of_them: Callable[[], object]) -> Callable[[], object]:
     return lambda: [one() for one in all_of_them]
 
 
+def finished_run() -> None:
+    Path("done").mkdir()
+    Path("done/run.json").write_text('{"report": {}}')
+    Path("done/config.yaml").write_text(YAML)
+
+
 def no_photos() -> None:
     for path in Path("photos").iterdir():
         path.unlink()
@@ -182,7 +188,6 @@ CASES = [
     Case("config", "a start that changes the base", CHECK, "pissa", method("init: pissa")),
     Case("config", "an EMA that never moves", CHECK, "ema.decay", written(YAML + "ema: {decay: 1.5}\n")),
     Case("config", "too many T5 tokens", CHECK, "max_sequence_length", edited("h: 16}", "h: 1000}")),
-    Case("config", "an upload, which does not exist yet", CHECK, "hub.push", written(YAML + "hub: {push: end}\n")),
     Case(
         "config",
         "cosmap twice",
@@ -419,6 +424,12 @@ CASES = [
         "launcher",
         environment=(("WORLD_SIZE", "2"),),
     ),
+    Case("hub", "an upload to nowhere", CHECK, "repo_id is null", written(YAML + "hub: {push: end}\n")),
+    Case("hub", "a repository without its owner", CHECK, "hub.repo_id", written(YAML + "hub: {repo_id: dog}\n")),
+    Case("hub", "a push of what is no run", ("hub", "push", "photos"), "run.json"),
+    Case("hub", "a push of half a run", ("hub", "push", "half"), "has not finished", written("{}", "half/run.json")),
+    Case("hub", "a push to nowhere", ("hub", "push", "done"), "--repo-id", finished_run),
+    Case("hub", "a push to no repository", ("hub", "push", "done", "--repo-id", "dog"), "'dog'", finished_run),
     Case("flags", "a run folder that is a file", (*TRAIN, "output_dir=photos/0.png"), "is a file"),
     Case("flags", "a run folder full of other things", (*TRAIN, "output_dir=photos"), "not empty"),
     Case("flags", "a run folder that cannot be made", (*TRAIN, "output_dir=/proc/run"), "/proc/run"),
