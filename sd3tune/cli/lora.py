@@ -1,0 +1,24 @@
+"""`sd3tune lora ...`: what can be done with an adapter besides drawing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sd3tune.cli.imports import quick_imports
+
+lora_app = typer.Typer(help="Look at adapters, convert, verify, merge and resize them.", no_args_is_help=True)
+
+Adapter = Annotated[Path, typer.Argument(metavar="PATH", help="A file, adapter folder, checkpoint or run.")]
+
+
+@lora_app.command()
+def inspect(path: Adapter) -> None:
+    """Show what an adapter is: layout, base, ranks, modules, norms, contract, and what is wrong with it."""
+    with quick_imports():
+        from sd3tune.jobs.lora_inspect import inspect_lora
+
+    for line in inspect_lora(path):
+        print(line)
