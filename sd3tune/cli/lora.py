@@ -12,6 +12,7 @@ from sd3tune.cli.imports import quick_imports
 lora_app = typer.Typer(help="Look at adapters, convert, verify, merge and resize them.", no_args_is_help=True)
 
 Adapter = Annotated[Path, typer.Argument(metavar="PATH", help="A file, adapter folder, checkpoint or run.")]
+Out = Annotated[Path, typer.Option(metavar="OUT", help="A new .safetensors file.")]
 
 
 @lora_app.command()
@@ -21,4 +22,18 @@ def inspect(path: Adapter) -> None:
         from sd3tune.jobs.lora_inspect import inspect_lora
 
     for line in inspect_lora(path):
+        print(line)
+
+
+@lora_app.command()
+def convert(
+    path: Adapter,
+    to: Annotated[str, typer.Option(metavar="FORM", help="diffusers, kohya or comfyui.")],
+    out: Out,
+) -> None:
+    """Write an adapter as another tool wants it; what is computed stays the same."""
+    with quick_imports():
+        from sd3tune.jobs.lora_convert import convert_lora
+
+    for line in convert_lora(path, to, out):
         print(line)
