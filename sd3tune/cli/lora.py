@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from sd3tune.cli.imports import quick_imports
+from sd3tune.errors import ConfigError
 
 lora_app = typer.Typer(help="Look at adapters, convert, verify, merge and resize them.", no_args_is_help=True)
 
 Adapter = Annotated[Path, typer.Argument(metavar="PATH", help="A file, adapter folder, checkpoint or run.")]
 Out = Annotated[Path, typer.Option(metavar="OUT", help="A new .safetensors file.")]
+Base = Annotated[
+    Optional[str],  # noqa: UP045  typer reads the annotation at run time
+    typer.Option(metavar="BASE", help="Base model; by default the one that the adapter names."),
+]
 
 
 @lora_app.command()
@@ -36,4 +41,20 @@ def convert(
         from sd3tune.jobs.lora_convert import convert_lora
 
     for line in convert_lora(path, to, out):
+        print(line)
+
+
+@lora_app.command()
+def verify(
+    path: Adapter,
+    base: Base = None,
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+) -> None:
+    """Load an adapter into a fresh diffusers pipeline; exit code 2 unless all of it matches and a step changes."""
+    if dtype not in ("auto", "fp32", "bf16", "fp16"):
+        raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
+    with quick_imports():
+        from sd3tune.jobs.lora_verify import verify_lora
+
+    for line in verify_lora(path, base, dtype):
         print(line)

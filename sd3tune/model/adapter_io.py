@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sd3tune.atomic import new_file
 from sd3tune.errors import AdapterError
-from sd3tune.model.adapter_layouts import Contents, Pair, first_of, interpret
+from sd3tune.model.adapter_layouts import READABLE, Contents, Pair, first_of, interpret
 from sd3tune.model.adapter_metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract, read_peft
 from sd3tune.model.contract import CONTRACT_VERSION
 
@@ -42,8 +42,8 @@ class AdapterFile:
     @property
     def bad(self) -> list[str]:
         """Keys of the tensors that are NaN or infinite somewhere."""
-        floating = {key: value for key, value in self.tensors.items() if value.is_floating_point()}
-        return [key for key, value in floating.items() if not value.float().isfinite().all()]
+        readable = {key: value for key, value in self.tensors.items() if value.dtype in READABLE}
+        return [key for key, value in readable.items() if not value.float().isfinite().all()]
 
 
 @dataclass(frozen=True)

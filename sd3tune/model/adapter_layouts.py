@@ -74,6 +74,12 @@ LAYOUTS = (
 )
 """All that are read: those that ComfyUI's loader knows for SD3."""
 
+READABLE = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+)
+"""What the factors of a LoRA may be stored in."""
+
 _KEY = re.compile(r"(.+)\.(?:(?:lora_(A|B|down|up))(?:\.default)?\.weight|(alpha))")
 _HALVES = {"A": "A", "down": "A", "B": "B", "up": "B"}
 _FOREIGN = (  # in this order: what a key of no known layout tells
@@ -196,7 +202,7 @@ def _fault(parts: Mapping[str, Tensor]) -> str | None:
         return "lora_A and lora_B are not a pair of matrices of one rank"
     if not min(*parts["A"].shape, *parts["B"].shape):
         return "lora_A or lora_B is empty"
-    odd = next((tensor for tensor in parts.values() if not tensor.is_floating_point()), None)
+    odd = next((tensor for tensor in parts.values() if tensor.dtype not in READABLE), None)
     if odd is not None:
         return f"{str(odd.dtype).removeprefix('torch.')} is no type for the weights of a LoRA"
     if "alpha" in parts and parts["alpha"].numel() != 1:
