@@ -18,6 +18,10 @@ Base = Annotated[
     Optional[str],  # noqa: UP045  typer reads the annotation at run time
     typer.Option(metavar="BASE", help="Base model; by default the one that the adapter names."),
 ]
+Rank = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(metavar="R", help="The rank of every module, at most."),
+]
 
 
 @lora_app.command()
@@ -57,4 +61,32 @@ def verify(
         from sd3tune.jobs.lora_verify import verify_lora
 
     for line in verify_lora(path, base, dtype):
+        print(line)
+
+
+@lora_app.command()
+def merge(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH[@WEIGHT]...", help="Adapters, as for infer --lora.")],
+    out: Annotated[
+        Path, typer.Option(metavar="OUT", help="A new .safetensors file, or with --into-base a new folder.")
+    ],
+    to: Annotated[str, typer.Option(metavar="FORM", help="diffusers, kohya or comfyui.")] = "diffusers",
+    method: Annotated[
+        str, typer.Option(help="concat (exact; ranks add up) or svd (the nearest of --rank).")
+    ] = "concat",
+    rank: Rank = None,
+    into_base: Annotated[
+        bool, typer.Option("--into-base", help="Write the whole base with the adapters in it.")
+    ] = False,
+    base: Base = None,
+) -> None:
+    """Add adapters up into one, or into the weights of their base."""
+    if into_base and (to != "diffusers" or method != "concat" or rank is not None):
+        raise ConfigError("--into-base: writes a whole model; leave --to, --method and --rank out")
+    if base is not None and not into_base:
+        raise ConfigError(f"--base {base}: only with --into-base; an adapter is merged without its base")
+    with quick_imports():
+        from sd3tune.jobs.lora_merge import merge_into_base, merge_loras
+
+    for line in merge_into_base(paths, out, base) if into_base else merge_loras(paths, out, to, method, rank):
         print(line)

@@ -13,6 +13,7 @@ from sd3tune.model.adapter_base import fitting_variants
 from sd3tune.model.adapter_io import Adapter, contract_metadata, peft_metadata, save_tensors
 from sd3tune.model.adapter_layouts import Pair, arrange
 from sd3tune.model.adapter_metadata import CONTRACT_KEY, PEFT_KEY
+from sd3tune.model.low_rank import Truncated
 
 FORMS = ("diffusers", "kohya", "comfyui")
 _STALE = re.compile(r"format|ss_network_.*|sshs_.*|modelspec\.(hash|architecture|implementation).*")
@@ -57,15 +58,24 @@ def write_form(
     save_tensors(out, tensors, kept)
 
 
+def losses(found: Mapping[str, Truncated]) -> list[str]:
+    """What was lost, of all modules together and of the worst, as |difference| / |BA|."""
+    lost, total = (sum(getattr(one, what) for one in found.values()) for what in ("lost", "total"))
+    shares = {module: one.lost / one.total if one.total else 0.0 for module, one in found.items()}
+    worst = max(shares, key=lambda module: shares[module])
+    overall = (lost / total) ** 0.5 if total else 0.0
+    return [f"lost: {overall:.3%} of the norm of BA, at most {shares[worst] ** 0.5:.3%} in one module ({worst})"]
+
+
 def _is_stale(key: str) -> bool:
     return _STALE.fullmatch(key) is not None
 
 
 def _kohya_metadata(name: str, factors: Mapping[str, Pair], contract: Mapping[str, Any]) -> dict[str, str]:
     rank = str(Counter(len(down) for down, _ in factors.values()).most_common(1)[0][0])
-    variants = fitting_variants(factors) or [str(contract.get("base"))]
-    newer = all(re.search(r"3[.\-_]?5", variant) for variant in variants)
-    named = re.search(r"3[.\-_]?5", str(contract.get("base")))
+    variants = fitting_variants(factors)
+    newer = bool(variants) and all(variant.startswith("sd35") for variant in variants)
+    named = re.search(r"3[.\-_]?5", str(contract.get("base"))) is not None
     return {
         "ss_output_name": name,
         "ss_base_model_version": "sd3.5" if newer or named else "sd3",
