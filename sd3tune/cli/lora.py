@@ -90,3 +90,21 @@ def merge(
 
     for line in merge_into_base(paths, out, base) if into_base else merge_loras(paths, out, to, method, rank):
         print(line)
+
+
+@lora_app.command()
+def resize(
+    path: Adapter,
+    out: Out,
+    rank: Rank = None,
+    energy: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="E", help="Keep this share of each module's squared norm, such as 0.99."),
+    ] = None,
+) -> None:
+    """Write the nearest adapter of a lower rank, and say what that loses."""
+    with quick_imports():
+        from sd3tune.jobs.lora_resize import resize_lora
+
+    for line in resize_lora(path, out, rank, energy):
+        print(line)
