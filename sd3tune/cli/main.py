@@ -18,6 +18,7 @@ from sd3tune.cli.data import data_app
 from sd3tune.cli.hub import hub_app
 from sd3tune.cli.imports import quick_imports
 from sd3tune.cli.leaving import leave_after
+from sd3tune.cli.lora import lora_app
 from sd3tune.config import dump_config, json_schema, load_config
 from sd3tune.errors import ConfigError, UserError
 
@@ -31,6 +32,7 @@ config_app = typer.Typer(help="Make, show, check and describe configurations.", 
 base_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 app.add_typer(data_app, name="data")
+app.add_typer(lora_app, name="lora")
 app.add_typer(config_app, name="config")
 app.add_typer(hub_app, name="hub")
 app.add_typer(base_app, name="base")

@@ -52,7 +52,7 @@ class Conditions:
     sampler: SamplerSettings
 
 
-def parse_lora(value: str) -> tuple[Path, float]:
+def parse_lora(value: str, flag: str = "--lora ") -> tuple[Path, float]:
     """`PATH`, `user/name:revision` or either with `@weight` -> that, and the weight (1 when not given).
 
     Raises AdapterError.
@@ -66,7 +66,7 @@ def parse_lora(value: str) -> tuple[Path, float]:
         scale = math.nan
     if not math.isfinite(scale):
         raise AdapterError(
-            f"--lora {value}: {weight!r} is not a weight; write PATH@0.8, or for a revision user/name:revision"
+            f"{flag}{value}: {weight!r} is not a weight; write PATH@0.8, or for a revision user/name:revision"
         )
     return Path(path), scale
 
@@ -108,13 +108,23 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
     if base.distilled and request.guidance > 1:
         print(f"warning: {base.label} is a Turbo model: it draws with --guidance 1 and --steps 4")
     for adapter in adapters:
-        _compare_bases(adapter, base)
+        _compare_transformers(adapter, base)
+        _compare_encoders(adapter, base)
     return Conditions(
         base=base,
         t5_length=first.get("max_sequence_length", model.max_sequence_length),
         encoders=encoders,
         sampler=SamplerSettings(request.steps, request.guidance, height, width),
     )
+
+
+def find_base(name: str | None, adapters: Sequence[Adapter]) -> Base:
+    """The base called `name`, or the one that an adapter names, for work that needs no text encoders."""
+    request = Request(loras=[str(adapter.path) for adapter in adapters], prompt="", out=Path(), base=name)
+    base = configured_base(_find_model(request, adapters))
+    for adapter in adapters:
+        _compare_transformers(adapter, base)
+    return base
 
 
 def _find_model(request: Request, adapters: Sequence[Adapter]) -> ModelConfig:
@@ -158,7 +168,7 @@ def _model_of_run(adapter: Path) -> ModelConfig | None:
     return None
 
 
-def _compare_bases(adapter: Adapter, base: Base) -> None:
+def _compare_transformers(adapter: Adapter, base: Base) -> None:
     """Warn when the adapter was trained on other weights. Files and folders hold the same ones in other shapes."""
     contract = adapter.contract
     expected = contract.get("base_fingerprint")
@@ -166,7 +176,10 @@ def _compare_bases(adapter: Adapter, base: Base) -> None:
         print(f"note: {adapter.label} was trained on {contract['base']}; {base.name} is taken to hold the same weights")
     elif expected and expected != base.fingerprint("transformer"):
         print(f"warning: {adapter.label} was trained on {contract['base']}, whose weights differ from {base.name}")
-    for encoder, trained in contract.get("encoder_files", {}).items():
+
+
+def _compare_encoders(adapter: Adapter, base: Base) -> None:
+    for encoder, trained in adapter.contract.get("encoder_files", {}).items():
         if trained["fingerprint"] != base.fingerprint(ENCODER_PARTS[encoder][1]):
             print(
                 f"warning: {adapter.label} was trained with {LABELS[encoder]} from {trained['file']}, and another is "

@@ -348,9 +348,16 @@ CASES = [
     Case("adapters", "an adapter without tensors", (*INFER, *LORA), "lora.safetensors", adapter({})),
     Case(
         "adapters",
-        "kohya's format",
+        "an adapter of text encoders",
         (*INFER, *LORA),
-        "kohya",
+        "text encoders",
+        adapter({"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(4, 2)}),
+    ),
+    Case(
+        "adapters",
+        "a module that SD3 has not",
+        (*INFER, *LORA),
+        "no module",
         adapter({"lora_unet_joint_blocks_0_x.lora_up.weight": torch.ones(4, 2)}),
     ),
     Case("adapters", "modules of another model", (*INFER, *LORA), "no effect", adapter(pair("single_blocks.0.proj"))),
