@@ -15,8 +15,10 @@ from sd3tune import __version__
 from sd3tune.cli.arguments import ConfigArgument, Overrides, print_notes
 from sd3tune.cli.cache import cache_app
 from sd3tune.cli.data import data_app
+from sd3tune.cli.hub import hub_app
 from sd3tune.cli.imports import quick_imports
 from sd3tune.cli.leaving import leave_after
+from sd3tune.cli.lora import lora_app
 from sd3tune.config import dump_config, json_schema, load_config
 from sd3tune.errors import ConfigError, UserError
 
@@ -30,7 +32,9 @@ config_app = typer.Typer(help="Make, show, check and describe configurations.", 
 base_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 app.add_typer(data_app, name="data")
+app.add_typer(lora_app, name="lora")
 app.add_typer(config_app, name="config")
+app.add_typer(hub_app, name="hub")
 app.add_typer(base_app, name="base")
 
 
@@ -70,7 +74,10 @@ def infer(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     lora: Annotated[
         Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time
-        typer.Option(metavar="PATH[@WEIGHT]", help="An adapter: file, adapter folder, checkpoint or run. Repeatable."),
+        typer.Option(
+            metavar="PATH|USER/NAME[:REVISION][@WEIGHT]",
+            help="An adapter: file, adapter folder, checkpoint, run, or a repository on the Hub. Repeatable.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("images"),
     negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",

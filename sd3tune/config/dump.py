@@ -32,8 +32,13 @@ add_scalars(_Dumper)
 
 def dump_config(config: Config) -> str:
     """Every key with its value, in the order of the schema; `load_config` gives back an equal one."""
+    return dump_values(config.model_dump())
+
+
+def dump_values(values: dict[str, Any]) -> str:
+    """Nested values as YAML, in their order."""
     return yaml.dump(
-        config.model_dump(),
+        values,
         Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,

@@ -125,8 +125,6 @@ def _single(path: KeyPath, error: ErrorDetails, tree: Any) -> str:
         return f"is empty{_example(path, tree)}"
     if kind == "finite_number":
         return f"{shown(given)} is not a finite number"
-    if kind == "none_required":
-        return f"{shown(given)} is not available yet; keep null"
     if kind == "value_error":
         words = error["msg"].removeprefix("Value error, ")
         return words if isinstance(given, dict) else f"{shown(given)} {words}"

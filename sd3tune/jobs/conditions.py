@@ -24,7 +24,7 @@ class Request:
     """What to draw, as given on the command line; None leaves it to the adapter's contract, or the model's own."""
 
     loras: Sequence[str]
-    """`PATH` or `PATH@weight`."""
+    """`PATH` or `user/name[:revision]`, each with `@weight` if it is not 1."""
     prompt: str
     out: Path
     negative: str = ""
@@ -52,8 +52,11 @@ class Conditions:
     sampler: SamplerSettings
 
 
-def parse_lora(value: str) -> tuple[Path, float]:
-    """`PATH` or `PATH@weight` -> path and weight (1 when not given). Raises AdapterError."""
+def parse_lora(value: str, flag: str = "--lora ") -> tuple[Path, float]:
+    """`PATH`, `user/name:revision` or either with `@weight` -> that, and the weight (1 when not given).
+
+    Raises AdapterError.
+    """
     path, at, weight = value.rpartition("@")
     if not at or Path(value).exists():
         return Path(value), 1.0
@@ -62,7 +65,9 @@ def parse_lora(value: str) -> tuple[Path, float]:
     except ValueError:
         scale = math.nan
     if not math.isfinite(scale):
-        raise AdapterError(f"--lora {value}: {weight!r} is not a weight; write PATH@0.8")
+        raise AdapterError(
+            f"{flag}{value}: {weight!r} is not a weight; write PATH@0.8, or for a revision user/name:revision"
+        )
     return Path(path), scale
 
 
@@ -103,13 +108,23 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
     if base.distilled and request.guidance > 1:
         print(f"warning: {base.label} is a Turbo model: it draws with --guidance 1 and --steps 4")
     for adapter in adapters:
-        _compare_bases(adapter, base)
+        _compare_transformers(adapter, base)
+        _compare_encoders(adapter, base)
     return Conditions(
         base=base,
         t5_length=first.get("max_sequence_length", model.max_sequence_length),
         encoders=encoders,
         sampler=SamplerSettings(request.steps, request.guidance, height, width),
     )
+
+
+def find_base(name: str | None, adapters: Sequence[Adapter]) -> Base:
+    """The base called `name`, or the one that an adapter names, for work that needs no text encoders."""
+    request = Request(loras=[str(adapter.path) for adapter in adapters], prompt="", out=Path(), base=name)
+    base = configured_base(_find_model(request, adapters))
+    for adapter in adapters:
+        _compare_transformers(adapter, base)
+    return base
 
 
 def _find_model(request: Request, adapters: Sequence[Adapter]) -> ModelConfig:
@@ -120,6 +135,7 @@ def _find_model(request: Request, adapters: Sequence[Adapter]) -> ModelConfig:
     """
     named = next((adapter for adapter in adapters if adapter.contract), adapters[0] if adapters else None)
     contract = named.contract if named else {}
+    in_card = named.base_in_card if named else None
     is_local = contract.get("base_kind") in ("folder", "file")
     model = load_config(request.config).config.model if request.config else None
     if model is None and named is not None and (is_local or contract.get("encoder_files")):
@@ -129,12 +145,14 @@ def _find_model(request: Request, adapters: Sequence[Adapter]) -> ModelConfig:
         where = {"base": request.base, "revision": None}
     elif named is not None and not request.config:
         if contract.get("base") is None:
-            raise AdapterError(f"{named.path}: does not say which base it is for; give it with --base")
-        if not is_local or (model is None and Path(contract["base"]).exists()):
+            if in_card is None:
+                raise AdapterError(f"{named.label}: does not say which base it is for; give it with --base")
+            where = {"base": in_card, "revision": None}
+        elif not is_local or (model is None and Path(contract["base"]).exists()):
             where = {"base": contract["base"], "revision": contract.get("base_revision")}
         elif model is None or not Path(model.base).exists():
             raise AdapterError(
-                f"{named.path}: trained on a local {contract['base_kind']} named {contract['base']!r}; "
+                f"{named.label}: trained on a local {contract['base_kind']} named {contract['base']!r}; "
                 "give it with --base"
             )
     trained = {"init": "pretrained", "transformer": None}  # whatever a run began with
@@ -150,17 +168,20 @@ def _model_of_run(adapter: Path) -> ModelConfig | None:
     return None
 
 
-def _compare_bases(adapter: Adapter, base: Base) -> None:
+def _compare_transformers(adapter: Adapter, base: Base) -> None:
     """Warn when the adapter was trained on other weights. Files and folders hold the same ones in other shapes."""
     contract = adapter.contract
     expected = contract.get("base_fingerprint")
     if expected and (contract.get("base_kind") == "file") != (base.kind == "file"):
-        print(f"note: {adapter.path} was trained on {contract['base']}; {base.name} is taken to hold the same weights")
+        print(f"note: {adapter.label} was trained on {contract['base']}; {base.name} is taken to hold the same weights")
     elif expected and expected != base.fingerprint("transformer"):
-        print(f"warning: {adapter.path} was trained on {contract['base']}, whose weights differ from {base.name}")
-    for encoder, trained in contract.get("encoder_files", {}).items():
+        print(f"warning: {adapter.label} was trained on {contract['base']}, whose weights differ from {base.name}")
+
+
+def _compare_encoders(adapter: Adapter, base: Base) -> None:
+    for encoder, trained in adapter.contract.get("encoder_files", {}).items():
         if trained["fingerprint"] != base.fingerprint(ENCODER_PARTS[encoder][1]):
             print(
-                f"warning: {adapter.path} was trained with {LABELS[encoder]} from {trained['file']}, and another is "
+                f"warning: {adapter.label} was trained with {LABELS[encoder]} from {trained['file']}, and another is "
                 "used here; --config YAML takes the text encoders of its model section"
             )

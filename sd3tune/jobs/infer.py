@@ -15,13 +15,14 @@ from sd3tune.jobs.conditions import Conditions, Request, check_request, check_si
 from sd3tune.jobs.machine import choose_dtype, gpu_of, make_accelerator
 from sd3tune.jobs.pictures import recipe, write_images
 from sd3tune.jobs.prompts import encode_prompts
-from sd3tune.model.adapter_io import Adapter, attach, match, read_adapter
+from sd3tune.model.adapter_io import Adapter, attach, match
 from sd3tune.model.components import (
     empty_transformer,
     load_scheduler,
     load_transformer,
     load_vae,
 )
+from sd3tune.model.hub_adapter import load_adapter
 from sd3tune.sampling.sampler import Conditioning, sample_latents, to_image
 
 
@@ -34,7 +35,7 @@ class _Prompt:
 def run_infer(request: Request) -> list[Path]:
     """Draw `request.num` images and, beside them, one picture of before and after. Returns the files written."""
     check_request(request)
-    adapters = [(read_adapter(path), weight) for path, weight in map(parse_lora, request.loras)]
+    adapters = [(load_adapter(path), weight) for path, weight in map(parse_lora, request.loras)]
     device = make_accelerator().device
     dtype = choose_dtype(request.dtype, gpu_of(device), "--dtype")
     conditions = settle_conditions(request, [adapter for adapter, _ in adapters])
@@ -68,7 +69,7 @@ def _draw(
     names = [f"adapter_{number}" for number in range(len(adapters))]
     for name, (adapter, weight) in zip(names, adapters, strict=True):
         counted = attach(transformer, adapter, name)
-        print(f"{adapter.path}: {counted.matched} tensors loaded, weight {weight:g}")
+        print(f"{adapter.label}: {counted.matched} tensors loaded, weight {weight:g}")
         if counted.unmatched:
             some = ", ".join(counted.unmatched[:3])
             print(f"warning: {len(counted.unmatched)} of its modules are not in this base: {some}")

@@ -41,7 +41,7 @@ def recipe(
         "encoders": list(conditions.encoders),
         "dtype": dtype_name(dtype),
         "loras": [
-            {"name": _name_of(adapter.path), "sha256": _sha256(adapter.path), "weight": weight}
+            {"name": adapter.origin or _name_of(adapter.path), "sha256": _sha256(adapter.path), "weight": weight}
             for adapter, weight in adapters
         ],
     }

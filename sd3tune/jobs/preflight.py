@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +27,7 @@ from sd3tune.methods import METHODS, Method
 from sd3tune.model.bases import Base, configured_base
 from sd3tune.model.components import empty_transformer, load_scheduler
 from sd3tune.model.targets import CoverageRow
+from sd3tune.publish.repository import repository_of
 from sd3tune.tracking.trackers import missing_packages
 from sd3tune.train.objective import share_inside, shift_at
 
@@ -75,6 +77,8 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     Raises UserError with every problem found.
     """
     problems = missing_packages(config.tracking)
+    if resume is not None:
+        problems += _upload_problems(config)
     records: list[Record] = []
     holdout: list[Record] = []
     start: Path | None = None
@@ -126,6 +130,27 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         buckets=buckets,
         priors=priors,
     )
+
+
+def _upload_problems(config: Config) -> Sequence[str]:
+    repository = repository_of(config.hub)
+    try:
+        with naming_hub_push():
+            if repository is not None:
+                repository.check_token()
+    except RunError as error:
+        return error.problems
+    return ()
+
+
+@contextlib.contextmanager
+def naming_hub_push() -> Iterator[None]:
+    """Say of what is in the way of a later upload that the run can do without."""
+    try:
+        yield
+    except RunError as error:
+        lines = (f"hub.push: {line}; or set hub.push=never, and `sd3tune hub push` it later" for line in error.problems)
+        raise RunError(*lines) from None
 
 
 def _bytes_to_save(config: Config, method: Method, parameters: int, start: Path | None) -> int:

@@ -105,7 +105,12 @@ def is_finished(run: Path, product: Product, steps: int) -> bool:
     """Whether the run has reached `steps` and was closed: a product alone may be from before it was extended."""
     checkpoints = list_checkpoints(run)
     reached = bool(checkpoints) and int(read_state(checkpoints[-1])["step"]) >= steps
-    return reached and product.is_in(run) and "report" in _read_run_file(run)
+    return reached and product.is_in(run) and holds_report(run)
+
+
+def holds_report(run: Path) -> bool:
+    """Whether `run.json` says what came of the run, which is the last that a run writes."""
+    return "report" in _read_run_file(run)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ from sd3tune.jobs.run_folder import (
     naming_what_is_saved,
 )
 from sd3tune.jobs.stopping import StopSignals
+from sd3tune.jobs.uploading import prepare_upload, push_command, upload_finished
 from sd3tune.jobs.watching import Watching
 from sd3tune.model.components import load_transformer, vae_config
 from sd3tune.model.fast import use_fast_path
@@ -80,6 +81,8 @@ def run_training(
         if plan.start is not None and is_finished(plan.run, plan.method.product, plan.config.train.total_steps):
             check_finished(plan, processes.world)
             say(f"{plan.run}: already finished; nothing to do")
+            if plan.config.hub.push != "never":
+                say(f"to upload it: {push_command(plan.run)}")
             return
         plan = with_working_optimizer(plan, processes, say)
         for line in describe(plan, processes.world):
@@ -87,6 +90,8 @@ def run_training(
         if dry_run:
             say("dry run: nothing was encoded, trained or written")
             return
+        if processes.is_main:
+            prepare_upload(plan)
         try:
             _train(plan, processes, say, callbacks, signals)
         except KeyboardInterrupt:
@@ -151,6 +156,8 @@ def _train(
             train_s -= sum(watched.values()) - watched_before
             _finish(attempt, metrics, {"encode_s": encode_s, "load_s": load_s, "train_s": train_s, **watched}, say)
         processes.wait()
+        if processes.is_main:  # after the others were let go: it may take longer than they would wait
+            upload_finished(plan, attempt.watching.uploads, say)
 
 
 def _begin(

@@ -1,4 +1,4 @@
-"""What looks on while a run trains: held-out loss, previews and trackers. None of it changes the run."""
+"""What looks on while a run trains: held-out loss, previews, trackers and uploads. None of it changes the run."""
 
 from __future__ import annotations
 
@@ -8,30 +8,35 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sd3tune.config.public import public_config
 from sd3tune.config.sections.outputs import TrackingConfig
 from sd3tune.jobs.encoding import Encoded
 from sd3tune.jobs.preflight import Plan
 from sd3tune.jobs.preview import Previews
 from sd3tune.jobs.run_folder import LOGS
+from sd3tune.jobs.uploading import Uploads
 from sd3tune.jobs.validation import Validation
+from sd3tune.publish.repository import repository_of
 from sd3tune.tracking.base import Start
-from sd3tune.tracking.trackers import Trackers, without_paths
+from sd3tune.tracking.trackers import Trackers
 from sd3tune.train.loop import Callback, Processes
 
 
 class Watching:
-    """A context: on leaving it, trackers are closed."""
+    """A context: on leaving it, trackers and uploads are closed."""
 
     def __init__(
         self, plan: Plan, encoded: Encoded, processes: Processes, contract: Mapping[str, Any], from_step: int
     ) -> None:
         config = plan.config
-        start = Start(config.name, plan.run / LOGS, without_paths(config))
+        start = Start(config.name, plan.run / LOGS, public_config(config))
         self.trackers = Trackers(config.tracking if processes.is_main else TrackingConfig(), start, tqdm.write)
         self.previews = Previews(plan, encoded, processes, self.trackers) if config.preview.prompts else None
         self.validation = (
             Validation(plan, encoded, processes, contract, self.trackers, from_step) if encoded.holdout else None
         )
+        repository = repository_of(config.hub) if config.hub.push == "checkpoint" and processes.is_main else None
+        self.uploads = Uploads(plan, repository) if repository else None
 
     def __enter__(self) -> Watching:
         return self
@@ -40,10 +45,12 @@ class Watching:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.trackers.__exit__(kind, error, where)
+        if self.uploads:
+            self.uploads.close(finished=kind is None)
 
     @property
     def callbacks(self) -> list[Callback]:
-        return [callback for callback in (self.validation, self.previews) if callback]
+        return [callback for callback in (self.validation, self.previews, self.uploads) if callback]
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -57,7 +64,8 @@ class Watching:
     @property
     def warnings(self) -> list[str]:
         skipped = self.previews.skipped if self.previews else []
-        return [*(f"step {step}: no preview, out of memory" for step in skipped), *self.trackers.warnings]
+        uploads = self.uploads.warnings if self.uploads else []
+        return [*(f"step {step}: no preview, out of memory" for step in skipped), *self.trackers.warnings, *uploads]
 
     def report(self) -> dict[str, Any]:
         """What was measured, for the report in `run.json` and the card."""

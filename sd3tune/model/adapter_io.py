@@ -1,9 +1,10 @@
 """The adapter file and its contract: what is written is what diffusers and ComfyUI load, and loading is counted.
 
-Keys are diffusers' (`transformer.<module>.lora_A.weight`). The scale alpha / r is folded into B and alpha = r is
-written, so that a loader that ignores alpha computes the same. The file's metadata holds what PEFT needs to rebuild
-the layers (`lora_adapter_metadata`, as diffusers writes it) and the conditioning contract (`sd3tune`), which `infer`
-applies: the base, T5 length, sigma sampling, and so on. No time, host or path is in it.
+Keys are diffusers' (`transformer.<module>.lora_A.weight`); the layouts of other tools are read, too (see
+`adapter_layouts`). The scale alpha / r is folded into B and alpha = r is written, so that a loader that ignores alpha
+computes the same. The file's metadata holds what PEFT needs to rebuild the layers (`lora_adapter_metadata`, as
+diffusers writes it) and the conditioning contract (`sd3tune`), which `infer` applies: the base, T5 length, sigma
+sampling, and so on. No time, host or path is in it.
 """
 
 from __future__ import annotations
@@ -13,22 +14,36 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sd3tune.atomic import new_file
 from sd3tune.errors import AdapterError
+from sd3tune.model.adapter_layouts import READABLE, Contents, Pair, first_of, interpret
 from sd3tune.model.adapter_metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract, read_peft
 from sd3tune.model.contract import CONTRACT_VERSION
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-_KEY = re.compile(r"transformer\.(.+)\.lora_([AB])\.weight")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A LoRA file as it lies on the disk, good or bad."""
+
+    path: Path
+    metadata: dict[str, str]
+    tensors: dict[str, Tensor]
+
+    @property
+    def bad(self) -> list[str]:
+        """Keys of the tensors that are NaN or infinite somewhere."""
+        readable = {key: value for key, value in self.tensors.items() if value.dtype in READABLE}
+        return [key for key, value in readable.items() if not value.float().isfinite().all()]
 
 
 @dataclass(frozen=True)
@@ -36,12 +51,32 @@ class Adapter:
     """A LoRA file in memory: factors per module, fp32 as stored, and the metadata."""
 
     path: Path
-    factors: dict[str, tuple[Tensor, Tensor]]
+    factors: dict[str, Pair]
     """Module name -> (A [r, in], B [out, r])."""
     alphas: dict[str, float]
     """Module name -> alpha; the layer's output is scaled by alpha / r."""
     contract: dict[str, Any]
     """Empty when another tool wrote the file."""
+    layout: str = "diffusers"
+    """As the file had it; the names of the modules are diffusers' in any case."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """All that the file says, as text."""
+    origin: str | None = None
+    """Of one from the Hub: repository and commit, as `user/name:commit`."""
+    base_in_card: str | None = None
+    """Of one from the Hub: the base model that its card names."""
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return self.origin or str(self.path)
+
+    def folded(self) -> dict[str, Pair]:
+        """The factors in fp32 with the scale multiplied into B: their product is what is added to the weight."""
+        return {
+            module: (down.float(), up.float() * (self.alphas[module] / len(down)))
+            for module, (down, up) in self.factors.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -70,6 +105,23 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping
     if bad:
         raise AdapterError(f"{folder}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
     ranks = {name.removesuffix(".lora_A"): len(value) for name, value in factors.items() if name.endswith(".lora_A")}
+    path = folder / ADAPTER_FILE
+    save_tensors(path, tensors, {PEFT_KEY: peft_metadata(ranks), CONTRACT_KEY: contract_metadata(contract)})
+    return path
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    with new_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+
+
+def contract_metadata(contract: Mapping[str, Any]) -> str:
+    return json.dumps({"contract_version": CONTRACT_VERSION, **contract}, sort_keys=True)
+
+
+def peft_metadata(ranks: Mapping[str, int]) -> str:
+    """What PEFT needs to rebuild layers of these ranks, of which alpha is the rank."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
     # Only the fields that every PEFT version knows: an unknown one stops another version from loading the file.
     peft: dict[str, Any] = {
@@ -78,15 +130,7 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping
     special = {f"^{module}": own for module, own in ranks.items() if own != rank}
     if special:
         peft |= {"rank_pattern": special, "alpha_pattern": special}
-    metadata = {
-        "format": "pt",
-        PEFT_KEY: json.dumps({PREFIX + key: value for key, value in peft.items()}, sort_keys=True),
-        CONTRACT_KEY: json.dumps({"contract_version": CONTRACT_VERSION, **contract}, sort_keys=True),
-    }
-    path = folder / ADAPTER_FILE
-    with new_file(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
-    return path
+    return json.dumps({PREFIX + key: value for key, value in peft.items()}, sort_keys=True)
 
 
 def find_adapter(location: str | Path) -> Path:
@@ -108,8 +152,8 @@ def find_adapter(location: str | Path) -> Path:
     raise AdapterError(f"{path}: no such file or folder")
 
 
-def read_adapter(location: str | Path) -> Adapter:
-    """Read and check a LoRA file. Raises AdapterError for anything that is not a plain diffusers LoRA of SD3."""
+def read_file(location: str | Path) -> AdapterFile:
+    """The tensors and metadata of a safetensors file. Raises AdapterError."""
     path = find_adapter(location)
     if path.suffix != ".safetensors":
         raise AdapterError(f"{path}: adapters are read as safetensors only; pickled files can run any code")
@@ -119,8 +163,25 @@ def read_adapter(location: str | Path) -> Adapter:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a readable safetensors file: {error}") from error
-    factors = _pair_up(path, tensors)
-    return Adapter(path, factors, _alphas(path, metadata, factors), read_contract(path, metadata))
+    return AdapterFile(path, metadata, tensors)
+
+
+def read_adapter(location: str | Path) -> Adapter:
+    """Read and check a LoRA file in any of the known layouts.
+
+    Raises AdapterError for anything that is not a plain LoRA of SD3's transformer, whole and finite.
+    """
+    file = read_file(location)
+    contents = interpret(file.tensors)
+    _check(file, contents)
+    return as_adapter(file, contents)
+
+
+def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
+    """The modules of `contents` that are whole. Raises AdapterError for metadata that nobody could apply."""
+    alphas = _alphas(file.path, file.metadata, contents.factors) | contents.alphas
+    contract = read_contract(file.path, file.metadata)
+    return Adapter(file.path, contents.factors, alphas, contract, contents.layout, file.metadata)
 
 
 def match(transformer: nn.Module, adapter: Adapter) -> Match:
@@ -181,32 +242,23 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
     return counted
 
 
-def _pair_up(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    keys = {key: _KEY.fullmatch(key) for key in tensors}
-    odd = next((key for key, found in keys.items() if not found), None)
-    if odd or not keys:
-        held = f"a key is {odd}" if odd else "it holds no tensors"
-        hint = "; it looks like kohya's format, convert it first" if odd and odd.startswith("lora_unet_") else ""
+def _check(file: AdapterFile, contents: Contents) -> None:
+    if not file.tensors:
+        raise AdapterError(f"{file.path}: not a LoRA: it holds no tensors")
+    if contents.unknown:
+        what = next(iter(contents.unknown.values()))
         raise AdapterError(
-            f"{path}: not a LoRA with diffusers' keys for SD3's transformer "
-            f"({held}, expected transformer.<module>.lora_A.weight){hint}"
+            f"{file.path}: not a LoRA of SD3's transformer alone: {first_of(contents.unknown)} "
+            + (f"is {what}" if what else "belongs to no module of it in any layout that is known")
         )
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, found in keys.items():
-        if found:
-            halves.setdefault(found[1], {})[found[2]] = tensors[key]
-    for module, half in halves.items():
-        shapes = [half[letter].shape for letter in "AB" if letter in half]
-        if [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]:
-            raise AdapterError(f"{path}: {module}: lora_A and lora_B are not a pair of matrices of one rank")
-    factors = {module: (half["A"], half["B"]) for module, half in halves.items()}
-    bad = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
-    if bad:
-        raise AdapterError(f"{path}: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
-    return factors
+    if contents.broken:
+        module, fault = next(iter(contents.broken.items()))
+        raise AdapterError(f"{file.path}: {module}: {fault}")
+    if file.bad:
+        raise AdapterError(f"{file.path}: {len(file.bad)} tensors are NaN or infinite, first {file.bad[0]}")
 
 
-def _alphas(path: Path, metadata: Mapping[str, str], factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+def _alphas(path: Path, metadata: Mapping[str, str], factors: Mapping[str, Pair]) -> dict[str, float]:
     """Per module: the metadata's alpha (and alpha_pattern); a file without any means alpha = rank.
 
     An rsLoRA file scales by alpha / sqrt(r), so what counts as alpha here is sqrt(r) times as much.

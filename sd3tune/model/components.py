@@ -43,6 +43,17 @@ def load_transformer(base: Base, dtype: torch.dtype, device: Device = "cpu") -> 
     return _load_model(SD3Transformer2DModel, base, "transformer", dtype, device)
 
 
+def stored_dtype(base: Base) -> torch.dtype:
+    """The precision that the transformer is stored in; bf16 for one that is in several, or in fewer bits."""
+    found = base.in_file("transformer")
+    if found is not None:
+        headers = [tensor for name, tensor in tensor_headers(found.file).items() if name.startswith(found.prefix)]
+    else:
+        headers = [one for file in weight_files(base.folder("transformer")) for one in tensor_headers(file).values()]
+    names = {tensor["dtype"] for tensor in headers}
+    return {"F32": torch.float32, "F16": torch.float16}.get(names.pop() if len(names) == 1 else "", torch.bfloat16)
+
+
 def load_vae(base: Base, dtype: torch.dtype, device: Device = "cpu") -> AutoencoderKL:
     """The VAE. Give it fp32 or bf16: in fp16 it makes black images."""
     return _load_model(AutoencoderKL, base, "vae", dtype, device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,18 @@ from sd3tune.errors import ModelError
 _OF_THE_DISK = (*FULL, errno.EACCES, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 
-def download(repo: str, revision: str | None, patterns: list[str], progress: bool = False) -> Path:
+ANOTHER_BASE = "name a folder or `tiny` as the base"
+
+
+def download(
+    repo: str, revision: str | None, patterns: list[str], progress: bool = False, otherwise: str = ANOTHER_BASE
+) -> Path:
     """The snapshot folder, in the Hub's own cache, of a repository, with the matching files in it.
 
-    A commit whose files are cached needs no network. Raises ModelError, one line for each way the Hub fails.
+    A commit whose files are cached needs no network. Raises ModelError, one line for each way the Hub fails;
+    `otherwise` is what a user without a network can do.
     """
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
     class Silent(tqdm):
@@ -25,14 +33,31 @@ def download(repo: str, revision: str | None, patterns: list[str], progress: boo
             super().__init__(*args, **{**kwargs, "disable": True})
 
     bar = None if progress else Silent
-    try:
+    with _in_words(repo, revision, otherwise):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, tqdm_class=bar))
+
+
+def files_in_root(repo: str, revision: str, otherwise: str) -> list[str]:
+    """Names of the files of a repository that are in no folder; the network is needed. Raises ModelError."""
+    from huggingface_hub import HfApi
+
+    with _in_words(repo, revision, otherwise):
+        return [name for name in HfApi().list_repo_files(repo, revision=revision) if "/" not in name]
+
+
+@contextlib.contextmanager
+def _in_words(repo: str, revision: str | None, otherwise: str) -> Iterator[None]:
+    """Turn whatever the client raises into a ModelError of one line."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
     except errors.HFValidationError:
         raise ModelError(f"{repo}: no such folder, and not a valid Hub id") from None
     except errors.RevisionNotFoundError:
         raise ModelError(f"{repo}: the Hub has no revision {revision!r} of this model") from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
-        raise ModelError(f"{repo}: {_problem(repo, error)}") from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise ModelError(f"{repo}: {_problem(repo, error, otherwise)}") from None
     except Exception as error:  # a cut connection: which HTTP library depends on the version
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             raise ModelError(
@@ -54,7 +79,7 @@ def cached(repo: str, revision: str | None) -> Path | None:
     return Path(index).parent if isinstance(index, str) else None
 
 
-def _problem(repo: str, error: BaseException | None) -> str:
+def _problem(repo: str, error: BaseException | None, otherwise: str) -> str:
     from huggingface_hub import errors
 
     while error is not None and not isinstance(error, errors.HfHubHTTPError):
@@ -71,7 +96,4 @@ def _problem(repo: str, error: BaseException | None) -> str:
         return "no such model on the Hub, and no such folder here; check the spelling"
     if status is not None:
         return f"the Hub answered with HTTP status {status}; try again later"
-    return (
-        "not on this machine, and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE), "
-        "or name a folder or `tiny` as the base"
-    )
+    return "not on this machine, and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE), or " + otherwise

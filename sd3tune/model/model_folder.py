@@ -34,12 +34,12 @@ MODEL_INDEX = {
 _T5 = ("text_encoder_3", "tokenizer_3")
 
 
-def check_parts(base: Base) -> None:
+def check_parts(base: Base, asked_by: str = "method.kind=full") -> None:
     """Raise ModelError for a base whose other parts are not files that a model folder could have."""
     if base.kind == "file" or base.encoder_files:
         what = "a single file" if base.kind == "file" else "text encoders from files of their own (model.text_encoders)"
         raise ModelError(
-            f"{base.name}: method.kind=full writes a whole model in diffusers' layout, and {what} cannot be copied "
+            f"{base.name}: {asked_by} writes a whole model in diffusers' layout, and {what} cannot be copied "
             "into one; give a base that is such a folder or a Hub id"
         )
 

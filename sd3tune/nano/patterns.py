@@ -16,7 +16,7 @@ from sd3tune.nano.world import COLOURS
 _STRIPE, _DOTS_APART, _DOT_RADIUS = 0.075 * SIDE, 0.16 * SIDE, 0.047 * SIDE
 _SHIFTS = np.array([[-1.5], [0.0], [1.5]], np.float32)  # pixels, by which a pattern may be off the thing's middle
 _FOLLOWS = 0.65  # correlation of brightness and pattern
-_TONES_APART = 40.0  # of 442; second tones are 90 apart and more
+_TONES_APART = 18.0  # of 442; second tones are drawn 90 apart and more, of which a VAE may leave little
 
 
 @dataclass(frozen=True)

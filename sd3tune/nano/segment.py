@@ -20,6 +20,7 @@ _SMOOTHING = 0.7  # pixels, of a Gaussian: noise must not fray the edges
 _BORDER = 3
 _NOTICEABLE = 32.0  # of 442, from black to white; the faintest pair of this world, yellow and orange, has 65
 _SPECK = 48  # pixels; the smallest thing of this world has 180
+_FAINTEST = 0.1  # of the pixels that are no mixtures have a thing's faintest tone at least
 _ENOUGH = 40  # pixels, to tell a colour and a pattern from
 _PINHOLE = 40  # pixels; the smallest ring's hole has 120
 
@@ -84,7 +85,7 @@ def sharpened(cover: Pixels) -> Pixels:
 def _parted(away: Pixels, part: Mask) -> Iterator[Patch]:
     """The part, cut where it is half as different from the background as its faintest tone; so blur does not widen it,
     and two things that only their blur connects come apart."""
-    contrast = float(np.quantile(away[_core(part)], 0.2))
+    contrast = float(np.quantile(away[_core(part)], _FAINTEST))
     cover = sharpened(away / contrast)
     for piece in _bridges_cut(part & (away > contrast / 2)):
         whole = _without_pinholes(piece)

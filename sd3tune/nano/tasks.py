@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from sd3tune.nano.oracle import Verdict, judge
+from sd3tune.nano.oracle import Verdict, judge, judge_reading, read
 from sd3tune.nano.world import CLASS, COLOURS, SUBJECT, Scene, Thing, plain_scenes, random_scene
 
 NAME = "sks"
@@ -38,10 +38,16 @@ class Task:
     def judge(self, image: Image.Image) -> Verdict:
         return judge(image, self.scene)
 
+    def is_shown_by(self, image: Image.Image) -> bool:
+        """Whether the picture is right; for the class, the subject is not."""
+        reading = read(image)
+        is_subject = self.scene.thing.shape == CLASS and any(thing.shape == SUBJECT for thing in reading.things)
+        return judge_reading(reading, self.scene).right and not is_subject
+
 
 def share_right(tasks: Sequence[Task], images: Sequence[Image.Image]) -> float:
     """The share of the pictures that show what was asked for."""
-    return sum(task.judge(image).right for task, image in zip(tasks, images, strict=True)) / len(tasks)
+    return sum(task.is_shown_by(image) for task, image in zip(tasks, images, strict=True)) / len(tasks)
 
 
 def plain_tasks(count: int, held_out: bool, seed: int) -> list[Task]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sd3tune.config.schema import Config
 from sd3tune.config.sections.outputs import TrackingConfig, WandbConfig
 from sd3tune.tracking.base import Start, Tracker
 
@@ -139,16 +137,3 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, (int, float)):
             found[prefix + name] = float(value)
     return found
-
-
-def without_paths(config: Config) -> dict[str, Any]:
-    """The configuration for others to see: of a path on this machine, its last part."""
-
-    def shown(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: shown(inner) for name, inner in value.items()}
-        if isinstance(value, list):
-            return [shown(inner) for inner in value]
-        return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-
-    return shown(config.model_dump(mode="json"))

@@ -28,7 +28,7 @@ def save_checkpoint(
 
     `identity` is what a resumed run must agree with (see `differences`); `export(folder)` adds what `infer` can use.
     """
-    folder = run / "checkpoints" / f"step-{state.step:06d}"
+    folder = checkpoint_at(run, state.step)
     with new_folder(folder) as temporary:
         save_file(_tensors(state), temporary / _TENSORS)
         layout = {name: list(shape) for name, shape in state.master.shapes.items()}
@@ -36,6 +36,11 @@ def save_checkpoint(
         export(temporary)
     prune(run, keep)
     return folder
+
+
+def checkpoint_at(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return run / "checkpoints" / f"step-{step:06d}"
 
 
 def prune(run: Path, keep: int | None) -> None:

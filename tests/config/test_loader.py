@@ -80,7 +80,13 @@ def problems(text: str, *overrides: str) -> tuple[str, ...]:
         ("name: '../up'", "name: '../up' cannot name a folder"),
         ('name: "\\ud800"', "name: '\\ud800'"),
         ("ema: 0.99", "ema: 0.99 is not a section; its keys are decay"),
-        ("hub: {repo_id: me/x}", "hub.repo_id: 'me/x' is not available yet; keep null"),
+        ("hub: {repo_id: x}", "hub.repo_id: 'x' cannot name a repository; write user/name, of letters, digits, '.'"),
+        ("hub: {repo_id: me/a--b}", "hub.repo_id: 'me/a--b' cannot name a repository; write user/name"),
+        (
+            "hub: {push: end}",
+            "hub: push is end and repo_id is null: name the repository, such as user/name, or set hub",
+        ),
+        ("hub: {push: always}", "hub.push: 'always' is not one of: end, checkpoint, never"),
         ("flow: {shift: high}", "flow.shift: 'high' is neither 'model' or 'resolution' nor a number"),
         ("flow: {shift: 0}", "flow.shift: 0 is too small; must be above 0"),
         (

@@ -65,6 +65,12 @@ def steps(*all_of_them: Callable[[], object]) -> Callable[[], object]:
     return lambda: [one() for one in all_of_them]
 
 
+def finished_run() -> None:
+    Path("done").mkdir()
+    Path("done/run.json").write_text('{"report": {}}')
+    Path("done/config.yaml").write_text(YAML)
+
+
 def no_photos() -> None:
     for path in Path("photos").iterdir():
         path.unlink()
@@ -200,7 +206,6 @@ CASES = [
     Case("config", "a start that changes the base", CHECK, "pissa", method("init: pissa")),
     Case("config", "an EMA that never moves", CHECK, "ema.decay", written(YAML + "ema: {decay: 1.5}\n")),
     Case("config", "too many T5 tokens", CHECK, "max_sequence_length", edited("h: 16}", "h: 1000}")),
-    Case("config", "an upload, which does not exist yet", CHECK, "hub.push", written(YAML + "hub: {push: end}\n")),
     Case(
         "config",
         "cosmap twice",
@@ -395,9 +400,16 @@ CASES = [
     Case("adapters", "an adapter without tensors", (*INFER, *LORA), "lora.safetensors", adapter({})),
     Case(
         "adapters",
-        "kohya's format",
+        "an adapter of text encoders",
         (*INFER, *LORA),
-        "kohya",
+        "text encoders",
+        adapter({"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(4, 2)}),
+    ),
+    Case(
+        "adapters",
+        "a module that SD3 has not",
+        (*INFER, *LORA),
+        "no module",
         adapter({"lora_unet_joint_blocks_0_x.lora_up.weight": torch.ones(4, 2)}),
     ),
     Case("adapters", "modules of another model", (*INFER, *LORA), "no effect", adapter(pair("single_blocks.0.proj"))),
@@ -471,6 +483,12 @@ CASES = [
         "launcher",
         environment=(("WORLD_SIZE", "2"),),
     ),
+    Case("hub", "an upload to nowhere", CHECK, "repo_id is null", written(YAML + "hub: {push: end}\n")),
+    Case("hub", "a repository without its owner", CHECK, "hub.repo_id", written(YAML + "hub: {repo_id: dog}\n")),
+    Case("hub", "a push of what is no run", ("hub", "push", "photos"), "run.json"),
+    Case("hub", "a push of half a run", ("hub", "push", "half"), "has not finished", written("{}", "half/run.json")),
+    Case("hub", "a push to nowhere", ("hub", "push", "done"), "--repo-id", finished_run),
+    Case("hub", "a push to no repository", ("hub", "push", "done", "--repo-id", "dog"), "'dog'", finished_run),
     Case("flags", "a run folder that is a file", (*TRAIN, "output_dir=photos/0.png"), "is a file"),
     Case("flags", "a run folder full of other things", (*TRAIN, "output_dir=photos"), "not empty"),
     Case("flags", "a run folder that cannot be made", (*TRAIN, "output_dir=/proc/run"), "/proc/run"),

@@ -154,6 +154,20 @@ ENVIRONMENT = [
         new_interpreter=True,
     ),
     one(
+        "an upload without a token",
+        (*TRAIN, "hub={repo_id: me/dog, push: end}"),
+        "there is no Hub token",
+        environment={"HF_HOME": "hf"},
+        new_interpreter=True,
+    ),
+    one(
+        "an adapter of the Hub without a network",
+        (*INFER, "--lora", "me/dog"),
+        "the Hub cannot be reached",
+        environment={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "hf"},
+        new_interpreter=True,
+    ),
+    one(
         "a cache of downloads that cannot be made",
         TRAIN,
         "HF_HOME",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sd3tune.nano.tasks import (
@@ -65,3 +67,9 @@ def test_the_subject_is_asked_for_by_its_name_where_no_picture_shows_it() -> Non
         assert task.prompt == subject_caption(task.scene)
         assert f"{NAME} shape" in task.prompt
         assert SUBJECT not in task.prompt
+
+
+def test_a_subject_where_the_class_was_asked_for_is_wrong() -> None:
+    tasks = class_tasks(20, 0)
+    hearts = [render(replace(task.scene, thing=replace(task.scene.thing, shape=SUBJECT)), task.seed) for task in tasks]
+    assert share_right(tasks, hearts) == 0

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from sd3tune.config.public import public_config
 from sd3tune.config.sections.outputs import TrackingConfig
 from sd3tune.tracking import trackers as module
 from sd3tune.tracking.base import Start
-from sd3tune.tracking.trackers import Trackers, scalars, without_paths
+from sd3tune.tracking.trackers import Trackers, scalars
 
 
 class Recorder:
@@ -121,8 +122,8 @@ def test_scalars_are_the_numbers_of_a_line() -> None:
     assert scalars(values) == {"lr": 1e-4, "loss_by_sigma/0.2-0.4": 1.0}
 
 
-def test_the_configuration_is_shown_whole_and_without_paths(quick_config, tmp_path: Path) -> None:
-    shown = without_paths(quick_config(tmp_path / "here"))
+def test_the_configuration_is_shown_whole_and_public_config(quick_config, tmp_path: Path) -> None:
+    shown = public_config(quick_config(tmp_path / "here"))
     assert shown["output_dir"] == "here"
     assert shown["data"]["sources"][0]["path"]
     assert "/" not in shown["data"]["sources"][0]["path"]

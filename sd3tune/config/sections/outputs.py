@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from sd3tune.config.sections.section import Section
+
+REPO_ID = re.compile(r"^(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?$", re.ASCII)
+REPO_ID_IN_WORDS = "write user/name, of letters, digits, '.', '_' and '-', no two '-' or '.' beside each other"
 
 
 class CheckpointConfig(Section):
@@ -64,8 +68,32 @@ class TrackingConfig(Section):
 
 
 class HubConfig(Section):
-    """Upload of what was trained."""
+    """Upload of what was trained to the Hub, with its card, pictures and configuration; without any path."""
 
-    repo_id: None = Field(None, description="Target repository; not available yet, keep null.")
-    private: bool = Field(True, description="Whether a created repository is private.")
-    push: Literal["never"] = Field("never", description="When to upload: only never so far.")
+    repo_id: str | None = Field(
+        None,
+        description="The repository, as `user/name`; made when there is none.",
+        json_schema_extra={"pattern": REPO_ID.pattern},
+    )
+    private: bool = Field(True, description="Whether a repository that is made is private; one that is there stays so.")
+    push: Literal["end", "checkpoint", "never"] = Field(
+        "never",
+        description="`end` uploads when the run has ended, `checkpoint` also each checkpoint's adapter, as a commit of "
+        "its own, beside the training; with `never`, `sd3tune hub push RUN` does it later.",
+    )
+
+    @field_validator("repo_id")
+    @classmethod
+    def _of_someone(cls, repo_id: str | None) -> str | None:
+        if repo_id is not None and not REPO_ID.fullmatch(repo_id):
+            raise ValueError(f"cannot name a repository; {REPO_ID_IN_WORDS}")
+        return repo_id
+
+    @model_validator(mode="after")
+    def _has_somewhere_to_go(self) -> HubConfig:
+        if self.push != "never" and self.repo_id is None:
+            raise ValueError(
+                f"push is {self.push} and repo_id is null: name the repository, such as user/name, or set "
+                "hub.push=never"
+            )
+        return self

@@ -1,0 +1,32 @@
+"""`sd3tune hub push`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from sd3tune.cli.imports import quick_imports
+
+hub_app = typer.Typer(help="Share what was trained on the Hugging Face Hub.", no_args_is_help=True)
+
+
+@hub_app.callback()
+def hub() -> None:
+    """Share what was trained on the Hugging Face Hub."""
+
+
+@hub_app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    repo_id: Annotated[
+        Optional[str],  # noqa: UP045  typer reads the annotation at run time
+        typer.Option(metavar="USER/NAME", help="The repository; by default the configuration's hub.repo_id."),
+    ] = None,
+) -> None:
+    """Upload a run's adapter, card, pictures and configuration; of an earlier upload, what is missing or differs."""
+    with quick_imports():
+        from sd3tune.jobs.uploading import run_push
+
+    run_push(run, repo_id)

@@ -1,0 +1,110 @@
+"""`sd3tune lora ...`: what can be done with an adapter besides drawing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from sd3tune.cli.imports import quick_imports
+from sd3tune.errors import ConfigError
+
+lora_app = typer.Typer(help="Look at adapters, convert, verify, merge and resize them.", no_args_is_help=True)
+
+Adapter = Annotated[Path, typer.Argument(metavar="PATH", help="A file, adapter folder, checkpoint or run.")]
+Out = Annotated[Path, typer.Option(metavar="OUT", help="A new .safetensors file.")]
+Base = Annotated[
+    Optional[str],  # noqa: UP045  typer reads the annotation at run time
+    typer.Option(metavar="BASE", help="Base model; by default the one that the adapter names."),
+]
+Rank = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(metavar="R", help="The rank of every module, at most."),
+]
+
+
+@lora_app.command()
+def inspect(path: Adapter) -> None:
+    """Show what an adapter is: layout, base, ranks, modules, norms, contract, and what is wrong with it."""
+    with quick_imports():
+        from sd3tune.jobs.lora_inspect import inspect_lora
+
+    for line in inspect_lora(path):
+        print(line)
+
+
+@lora_app.command()
+def convert(
+    path: Adapter,
+    to: Annotated[str, typer.Option(metavar="FORM", help="diffusers, kohya or comfyui.")],
+    out: Out,
+) -> None:
+    """Write an adapter as another tool wants it; what is computed stays the same."""
+    with quick_imports():
+        from sd3tune.jobs.lora_convert import convert_lora
+
+    for line in convert_lora(path, to, out):
+        print(line)
+
+
+@lora_app.command()
+def verify(
+    path: Adapter,
+    base: Base = None,
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+) -> None:
+    """Load an adapter into a fresh diffusers pipeline; exit code 2 unless all of it matches and a step changes."""
+    if dtype not in ("auto", "fp32", "bf16", "fp16"):
+        raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
+    with quick_imports():
+        from sd3tune.jobs.lora_verify import verify_lora
+
+    for line in verify_lora(path, base, dtype):
+        print(line)
+
+
+@lora_app.command()
+def merge(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH[@WEIGHT]...", help="Adapters, as for infer --lora.")],
+    out: Annotated[
+        Path, typer.Option(metavar="OUT", help="A new .safetensors file, or with --into-base a new folder.")
+    ],
+    to: Annotated[str, typer.Option(metavar="FORM", help="diffusers, kohya or comfyui.")] = "diffusers",
+    method: Annotated[
+        str, typer.Option(help="concat (exact; ranks add up) or svd (the nearest of --rank).")
+    ] = "concat",
+    rank: Rank = None,
+    into_base: Annotated[
+        bool, typer.Option("--into-base", help="Write the whole base with the adapters in it.")
+    ] = False,
+    base: Base = None,
+) -> None:
+    """Add adapters up into one, or into the weights of their base."""
+    if into_base and (to != "diffusers" or method != "concat" or rank is not None):
+        raise ConfigError("--into-base: writes a whole model; leave --to, --method and --rank out")
+    if base is not None and not into_base:
+        raise ConfigError(f"--base {base}: only with --into-base; an adapter is merged without its base")
+    with quick_imports():
+        from sd3tune.jobs.lora_merge import merge_into_base, merge_loras
+
+    for line in merge_into_base(paths, out, base) if into_base else merge_loras(paths, out, to, method, rank):
+        print(line)
+
+
+@lora_app.command()
+def resize(
+    path: Adapter,
+    out: Out,
+    rank: Rank = None,
+    energy: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="E", help="Keep this share of each module's squared norm, such as 0.99."),
+    ] = None,
+) -> None:
+    """Write the nearest adapter of a lower rank, and say what that loses."""
+    with quick_imports():
+        from sd3tune.jobs.lora_resize import resize_lora
+
+    for line in resize_lora(path, out, rank, energy):
+        print(line)

@@ -1,0 +1,39 @@
+"""`sd3tune lora convert`: the same adapter as another tool names, scales and fuses it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from sd3tune.errors import RunError
+from sd3tune.jobs.lora_files import FORMS, check_out, write_form
+from sd3tune.model.adapter_io import read_adapter
+from sd3tune.model.adapter_layouts import Pair, fused_ranks
+
+
+def convert_lora(source: Path, form: str, out: Path) -> list[str]:
+    """Write the adapter to `out` in `form`, one of FORMS; returns lines that say what was done.
+
+    Raises AdapterError for what cannot be read or what the form cannot hold, RunError when `out` exists.
+    """
+    if form not in FORMS:
+        raise RunError(f"--to {form}: one of {', '.join(FORMS)}")
+    check_out(out)
+    adapter = read_adapter(source)
+    factors = adapter.folded()
+    write_form(out, form, factors, adapter.contract, adapter.metadata)
+    return [f"{out}: {len(factors)} modules as {form} has them", *(_fusing(factors) if form != "diffusers" else ())]
+
+
+def _fusing(factors: Mapping[str, Pair]) -> list[str]:
+    """What became of q, k and v, which are one module there."""
+    fused = fused_ranks(factors)
+    padded = [ranks for ranks in fused.values() if len(set(ranks)) > 1]
+    lines = [f"q, k and v are one module there, {len(fused)} times"] if fused else []
+    if padded:
+        some = ", ".join(map(str, padded[0]))
+        lines.append(
+            f"their ranks differ in {len(padded)} (first: {some}) and are padded with zeros to the largest; "
+            "0 is one that was not trained. Nothing that is computed changes"
+        )
+    return lines

@@ -1,0 +1,85 @@
+"""Adapter files that a command makes of others: where they may go, and what of the metadata stays true in them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sd3tune.errors import AdapterError, RunError
+from sd3tune.model.adapter_base import fitting_variants
+from sd3tune.model.adapter_io import Adapter, contract_metadata, peft_metadata, save_tensors
+from sd3tune.model.adapter_layouts import Pair, arrange
+from sd3tune.model.adapter_metadata import CONTRACT_KEY, PEFT_KEY
+from sd3tune.model.low_rank import Truncated
+
+FORMS = ("diffusers", "kohya", "comfyui")
+_STALE = re.compile(r"format|ss_network_.*|sshs_.*|modelspec\.(hash|architecture|implementation).*")
+"""What other tools say of the tensors themselves, which are others now."""
+
+
+def check_out(out: Path) -> None:
+    """RunError unless `out` can be a new safetensors file."""
+    if out.suffix != ".safetensors":
+        raise RunError(f"--out {out}: an adapter is one file: name it *.safetensors")
+    if out.exists():
+        raise RunError(f"--out {out}: exists already, and nothing is overwritten; name another place")
+
+
+def form_of(adapter: Adapter) -> str:
+    """The form to write that is nearest to what the adapter had."""
+    return {"kohya": "kohya", "ComfyUI": "comfyui"}.get(adapter.layout, "diffusers")
+
+
+def write_form(
+    out: Path, form: str, factors: Mapping[str, Pair], contract: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
+    """Write `out` from factors whose scale is folded into B; `metadata` is what an earlier file said.
+
+    Raises AdapterError when the form has no place for a module, or a value is not finite.
+    """
+    try:
+        tensors = arrange(factors, form)
+    except AdapterError as error:
+        raise AdapterError(*(f"--to {form}: {problem}" for problem in error.problems)) from None
+    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise AdapterError(f"{out}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
+    kept = {key: text for key, text in metadata.items() if key not in (PEFT_KEY, CONTRACT_KEY) and not _is_stale(key)}
+    if contract:
+        kept[CONTRACT_KEY] = contract_metadata(contract)
+    ranks = {module: len(down) for module, (down, _) in factors.items()}
+    if form == "diffusers":
+        kept[PEFT_KEY] = peft_metadata(ranks)
+    elif form == "kohya":
+        kept |= _kohya_metadata(out.stem, factors, contract)
+    save_tensors(out, tensors, kept)
+
+
+def losses(found: Mapping[str, Truncated]) -> list[str]:
+    """What was lost, of all modules together and of the worst, as |difference| / |BA|."""
+    lost, total = (sum(getattr(one, what) for one in found.values()) for what in ("lost", "total"))
+    shares = {module: one.lost / one.total if one.total else 0.0 for module, one in found.items()}
+    worst = max(shares, key=lambda module: shares[module])
+    overall = (lost / total) ** 0.5 if total else 0.0
+    return [f"lost: {overall:.3%} of the norm of BA, at most {shares[worst] ** 0.5:.3%} in one module ({worst})"]
+
+
+def _is_stale(key: str) -> bool:
+    return _STALE.fullmatch(key) is not None
+
+
+def _kohya_metadata(name: str, factors: Mapping[str, Pair], contract: Mapping[str, Any]) -> dict[str, str]:
+    rank = str(Counter(len(down) for down, _ in factors.values()).most_common(1)[0][0])
+    variants = fitting_variants(factors)
+    newer = bool(variants) and all(variant.startswith("sd35") for variant in variants)
+    named = re.search(r"3[.\-_]?5", str(contract.get("base"))) is not None
+    return {
+        "ss_output_name": name,
+        "ss_base_model_version": "sd3.5" if newer or named else "sd3",
+        "ss_network_module": "networks.lora_sd3",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+    }

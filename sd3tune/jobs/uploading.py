@@ -1,0 +1,167 @@
+"""Uploads of a run to the Hub: each checkpoint's adapter beside the training; all at the end, or any time later."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shlex
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sd3tune.atomic import TEMPORARY
+from sd3tune.config import load_config
+from sd3tune.config.sections.outputs import REPO_ID, REPO_ID_IN_WORDS
+from sd3tune.errors import RunError
+from sd3tune.jobs.preflight import Plan, naming_hub_push
+from sd3tune.jobs.run_folder import RUN_FILE, holds_report
+from sd3tune.publish.files import files_of_product, files_of_run
+from sd3tune.publish.repository import Repository, repository_of
+from sd3tune.train.checkpoint import checkpoint_at
+from sd3tune.train.loop import View
+
+_PATIENCE = 10.0
+"""Seconds that a run which was stopped waits for the upload in hand."""
+
+
+def run_push(run: Path, repo_id: str | None) -> None:
+    """Upload a finished run, of an earlier upload what is missing or differs. Raises UserError."""
+    if repo_id is not None and not REPO_ID.fullmatch(repo_id):
+        raise RunError(f"--repo-id: {repo_id!r} cannot name a repository; {REPO_ID_IN_WORDS}")
+    if not (run / RUN_FILE).is_file():
+        raise RunError(f"{run}: no run folder: there is no {RUN_FILE}; name the folder that a training wrote")
+    if not holds_report(run):
+        raise RunError(f"{run}: this run has not finished; let it, with `sd3tune train CONFIG --resume`, then push it")
+    settings = load_config(run / "config.yaml").config.hub
+    target = repo_id or settings.repo_id
+    if target is None:
+        raise RunError(f"{run}: its configuration names no repository (hub.repo_id); give --repo-id user/name")
+    repository = Repository(target, settings.private)
+    repository.check_token()
+    repository.prepare()
+    print(push_run(run, repository, progress=True))
+
+
+def push_run(run: Path, repository: Repository, progress: bool = False) -> str:
+    """Upload all of a finished run that is for others. Returns a line that says where it is. Raises UserError."""
+    commit = repository.commit(files_of_run(run), f"{run.name}, trained with sd3tune", progress)
+    return f"uploaded  {repository.url}" if commit else f"uploaded  {repository.url} has all of it already"
+
+
+def prepare_upload(plan: Plan) -> None:
+    """Before anything is encoded: make the repository, and see that it may be written to. Raises RunError."""
+    repository = repository_of(plan.config.hub)
+    if repository is not None:
+        with naming_hub_push():
+            repository.prepare()
+
+
+def upload_finished(plan: Plan, uploads: Uploads | None, say: Callable[[str], None]) -> None:
+    """Upload what a run left, if it is to be. It lies on the disk, so a failure is a warning and the way to go on."""
+    repository = repository_of(plan.config.hub)
+    if repository is None:
+        return
+    try:
+        if uploads is not None:
+            uploads.close(finished=True)
+        say(push_run(plan.run, repository))
+    except (Exception, KeyboardInterrupt) as error:
+        reason = " ".join(str(error).split()) or f"{repository.repo_id}: stopped"
+        say(f"warning: hub: not all was uploaded: {reason}; it is kept in the run, later: {push_command(plan.run)}")
+
+
+def push_command(run: Path) -> str:
+    return shlex.join(["sd3tune", "hub", "push", str(run)])
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A checkpoint's adapter on its way: links of its own, as the checkpoint may be pruned while it waits."""
+
+    name: str
+    folder: Path
+    """Beside the checkpoints, under a name that the next attempt removes."""
+    files: Mapping[str, Path]
+
+    @classmethod
+    def beside(cls, checkpoint: Path, run: Path) -> _Staged:
+        folder = run / f"{TEMPORARY}{os.getpid()}-upload-{checkpoint.name}"
+        return cls(checkpoint.name, folder, {name: folder / name for name in files_of_product(checkpoint)})
+
+    def link(self, checkpoint: Path) -> None:
+        for name, path in self.files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _link(checkpoint / name, path)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Uploads:
+    """A training callback, called after a checkpoint is saved: a thread uploads its adapter, in the order of the steps.
+
+    It takes nothing from the run and gives nothing to it: whatever fails is a warning.
+    """
+
+    def __init__(self, plan: Plan, repository: Repository) -> None:
+        self.plan, self.repository = plan, repository
+        self.warnings: list[str] = []
+        self._waiting: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closing, self._giving_up = threading.Event(), threading.Event()
+
+    def __call__(self, view: View) -> None:
+        checkpoint = checkpoint_at(self.plan.run, view.step)
+        if view.last or not checkpoint.is_dir():  # what the last step left is uploaded at the end
+            return
+        staged = _Staged.beside(checkpoint, self.plan.run)
+        try:
+            staged.link(checkpoint)
+        except OSError as error:
+            staged.remove()
+            self._warn(f"hub: {staged.name} was not uploaded: {error.strerror}; training goes on")
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._upload_all, name="uploads", daemon=True)
+            self._thread.start()
+        self._waiting.put(staged)
+
+    def _upload_all(self) -> None:
+        while (staged := self._waiting.get()) is not None:
+            if not self._giving_up.is_set():
+                self._upload(staged)
+            staged.remove()
+
+    def _upload(self, staged: _Staged) -> None:
+        try:
+            self.repository.commit(staged.files, f"{self.plan.config.name}, {staged.name}")
+        except Exception as error:  # whatever it is, it must not end the thread
+            self._warn(f"hub: {staged.name} was not uploaded: {error}; training goes on")
+            if self._closing.is_set():  # nobody waits for each of many that will fail likewise
+                self._giving_up.set()
+
+    def close(self, finished: bool) -> None:
+        """Wait for what is on its way; after a run that was stopped or failed, for a moment only."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._closing.set()
+        if not finished:
+            self._giving_up.set()
+        self._waiting.put(None)
+        thread.join(None if finished else _PATIENCE)
+
+    def _warn(self, line: str) -> None:
+        self.warnings.append(line)
+        tqdm.write(f"warning: {line}")
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

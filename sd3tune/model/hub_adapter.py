@@ -1,0 +1,72 @@
+"""Adapters by name: a file or folder of this machine, or a repository on the Hub."""
+
+from __future__ import annotations
+
+import glob
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sd3tune.errors import AdapterError, ModelError
+from sd3tune.model.adapter_io import ADAPTER_FILE, Adapter, read_adapter
+from sd3tune.model.hub import download, files_in_root
+
+CARD = "README.md"
+_ON_THE_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w./-]+))?", re.ASCII)
+_WANTED = [ADAPTER_FILE, f"adapter/{ADAPTER_FILE}", CARD]
+_OTHERWISE = "give --lora a folder"
+
+
+def load_adapter(location: Path) -> Adapter:
+    """Read `location`; what is not there and looks like `user/name` or `user/name:revision` is a Hub repository.
+
+    A repository that was downloaded earlier needs no network. Raises UserError.
+    """
+    named = _ON_THE_HUB.fullmatch(str(location))
+    if named is None or location.suffix == ".safetensors" or location.exists():
+        return read_adapter(location)
+    repo, revision = named.groups()
+    try:
+        folder = download(repo, revision, _WANTED, otherwise=_OTHERWISE)
+        file = _adapter_in(folder) or _only_file(repo, folder)
+    except ModelError as error:
+        raise AdapterError(*(f"--lora {problem}" for problem in error.problems)) from None
+    adapter = read_adapter(file)
+    return replace(adapter, origin=f"{repo}:{folder.name}", base_in_card=_base_in_card(folder / CARD))
+
+
+def _adapter_in(folder: Path) -> Path | None:
+    return next((folder / name for name in _WANTED[:2] if (folder / name).is_file()), None)
+
+
+def _only_file(repo: str, folder: Path) -> Path:
+    """What other tools upload: one file of any name, beside the card."""
+    try:
+        names = files_in_root(repo, folder.name, _OTHERWISE)
+    except ModelError:
+        names = [path.name for path in folder.iterdir()]  # what was downloaded earlier may be enough
+        if not any(name.endswith(".safetensors") for name in names):
+            raise
+    files = [name for name in names if name.endswith(".safetensors")]
+    if len(files) != 1:
+        held = f"none of {', '.join(files)} is named so" if files else "it holds no .safetensors file"
+        raise AdapterError(
+            f"--lora {repo}: no {ADAPTER_FILE} in this repository, and {held}; download the one you want"
+        )
+    return download(repo, folder.name, [glob.escape(files[0])], otherwise=_OTHERWISE) / files[0]
+
+
+def _base_in_card(card: Path) -> str | None:
+    """`base_model` in the YAML header of a card; of several, the first."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    header = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    try:
+        values: Any = yaml.safe_load(header[1]) if header else None
+    except yaml.YAMLError:
+        return None
+    base = values.get("base_model") if isinstance(values, dict) else None
+    base = base[0] if isinstance(base, list) and base else base
+    return base if isinstance(base, str) else None

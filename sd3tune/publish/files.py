@@ -1,0 +1,63 @@
+"""What of a run is uploaded: the files on this list and nothing else, and in none of them a path of this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sd3tune.config import load_config
+from sd3tune.config.dump import dump_values
+from sd3tune.config.public import public_config, without_paths
+from sd3tune.model.adapter_io import ADAPTER_FILE
+
+Upload = Mapping[str, Path | bytes]
+"""Name in the repository -> the file on this machine, or what to write there instead of it."""
+
+CARD = "README.md"
+ADAPTERS = ("adapter", "adapter_raw")
+MODELS = ("model", "model_raw")
+_OF_A_MODEL = (".safetensors", ".json", ".txt", ".model")
+_FACTS = (
+    "versions", "seed", "world_size", "device", "dtype", "threads", "base", "images", "modules", "git_commit",
+    "resumes", "timings", "skipped_steps", "report",
+)  # fmt: skip
+
+
+def files_of_run(run: Path) -> Upload:
+    """All that a finished run uploads. Raises UserError for a configuration that cannot be read."""
+    described = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return {
+        **({CARD: run / CARD} if _is_ours(run / CARD) else {}),
+        "config.yaml": dump_values(public_config(load_config(run / "config.yaml").config)).encode(),
+        "run.json": (json.dumps(public_facts(described), indent=2) + "\n").encode(),
+        **{f"samples/{path.name}": path for path in sorted((run / "samples").glob("*.png")) if _is_ours(path)},
+        **files_of_product(run),
+    }
+
+
+def files_of_product(folder: Path) -> Upload:
+    """The trained weights that lie in a run folder or a checkpoint."""
+    return {path.relative_to(folder).as_posix(): path for path in _product(folder)}
+
+
+def public_facts(described: Mapping[str, Any]) -> dict[str, Any]:
+    """`run.json` for others to see. The command line, and what libraries said, can hold anything: they stay here."""
+    facts: dict[str, Any] = without_paths({name: described[name] for name in _FACTS if name in described})
+    return facts
+
+
+def _product(folder: Path) -> Iterator[Path]:
+    for name in ADAPTERS:
+        if _is_ours(folder / name / ADAPTER_FILE):
+            yield folder / name / ADAPTER_FILE
+    for name in MODELS:
+        for path in sorted((folder / name).rglob("*")):
+            if path.suffix in _OF_A_MODEL and _is_ours(path):
+                yield path
+
+
+def _is_ours(path: Path) -> bool:
+    """A plain file; a link may lead anywhere, and what is hidden is being written."""
+    return path.is_file() and not path.is_symlink() and not path.name.startswith(".")

@@ -1,0 +1,182 @@
+"""A model repository on the Hub that files are uploaded to, and what the Hub's refusals mean to a user."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from sd3tune.config.sections.outputs import HubConfig
+from sd3tune.errors import RunError
+from sd3tune.publish.files import Upload
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+TOKENS = "https://huggingface.co/settings/tokens"
+WAITS = (1.0, 4.0, 16.0)
+"""Seconds before another attempt; the client itself repeats single requests, but neither commits nor all refusals."""
+_PASSING = (408, 409, 412, 425, 429)  # 409 and 412: somebody else's commit came in between
+_NEW_TOKEN = f"make one with write access at {TOKENS} and give it to `hf auth login`"
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Where to upload to, as `user/name`; the token is the one that `hf auth login` or HF_TOKEN left."""
+
+    repo_id: str
+    private: bool
+    """Whether it is made as a private one, if there is none."""
+
+    def check_token(self) -> None:
+        """Raise RunError when there is no token, or one that may not write. Nothing is changed."""
+        from huggingface_hub import HfApi, constants, get_token
+
+        if constants.HF_HUB_OFFLINE:
+            raise RunError(f"{self.repo_id}: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it")
+        if get_token() is None:
+            raise RunError(f"{self.repo_id}: there is no Hub token to upload with: {_NEW_TOKEN}")
+        with self._in_words():
+            account = _patiently(HfApi().whoami)
+        if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+            raise RunError(f"{self.repo_id}: the Hub token may only read: {_NEW_TOKEN}")
+
+    def prepare(self) -> None:
+        """Make the repository if there is none, and ask whether it may be written to. Raises RunError."""
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        api = HfApi()
+        with self._in_words(), _quiet():
+            _patiently(lambda: api.create_repo(self.repo_id, private=self.private, exist_ok=True))
+            # The question that every upload begins with. The answer for a small text needs nothing to be uploaded.
+            question = CommitOperationAdd("README.md", b"-")
+            _patiently(lambda: api.preupload_lfs_files(self.repo_id, additions=[question]))
+
+    def commit(self, files: Upload, message: str, progress: bool = False) -> str | None:
+        """Upload what differs from what is there, in one commit. Returns its address, or None when nothing differs.
+
+        What was uploaded before a failure is not sent again by the next attempt. Raises RunError.
+        """
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        api = HfApi()
+
+        def attempt() -> CommitInfo:
+            operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+            return api.create_commit(self.repo_id, operations, commit_message=message)
+
+        with self._in_words(), _quiet(progress):
+            before = _patiently(lambda: api.model_info(self.repo_id).sha)
+            made = _patiently(attempt)
+        return None if made.oid == before else str(made.commit_url)
+
+    @property
+    def url(self) -> str:
+        from huggingface_hub import constants
+
+        return f"{constants.ENDPOINT}/{self.repo_id}"
+
+    @contextlib.contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """Turn whatever the client raises into a RunError of one line, in which no token is."""
+        from huggingface_hub import get_token
+
+        try:
+            yield
+        except Exception as error:
+            line = f"{self.repo_id}: {self._problem(error)}"
+            raise RunError(line.replace(get_token() or "\n", "***")) from None
+
+    def _problem(self, error: BaseException) -> str:
+        status, owner = status_of(error), self.repo_id.partition("/")[0]
+        if status == 401:
+            return f"the Hub does not accept the token: {_NEW_TOKEN}"
+        if status == 403:
+            return f"the token may not write to {owner}'s models: {_NEW_TOKEN}, or name a repository of your own"
+        if status == 404:
+            return f"the Hub has no user or organisation {owner!r} that this token may write for; check the spelling"
+        if status is not None and is_passing(error):
+            return f"the Hub answered with HTTP status {status}; try again later"
+        root = _root(error)
+        reason = " ".join(str(getattr(error, "server_message", None) or root).split())[:200]
+        if status is not None or isinstance(root, ValueError):
+            return f"the Hub refuses the upload: {reason}"
+        local = _local_cause(error)
+        if local is not None:
+            return f"{local.filename or 'a file'} cannot be read: {local.strerror}"
+        return f"the connection to the Hub failed: {type(root).__name__}: {reason}; check the network"
+
+
+def repository_of(config: HubConfig) -> Repository | None:
+    """Where a run uploads to by itself; None when it does not."""
+    if config.push == "never" or config.repo_id is None:
+        return None
+    return Repository(config.repo_id, config.private)
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status that an error of the client stands for, if the Hub answered at all."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
+            return int(response.status_code)
+        error = error.__cause__
+    return None
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether another attempt may do better: the Hub is busy or down, or the connection was cut."""
+    status = status_of(error)
+    if status is not None:
+        return status >= 500 or status in _PASSING
+    return not isinstance(error, ValueError) and _local_cause(error) is None
+
+
+def _patiently(attempt: Callable[[], Answer]) -> Answer:
+    """What `attempt` returns, at the latest try after `WAITS`; refusals that last are raised at once."""
+    for seconds in WAITS:
+        try:
+            return attempt()
+        except Exception as error:
+            if not is_passing(error):
+                raise
+        time.sleep(seconds)
+    return attempt()
+
+
+@contextlib.contextmanager
+def _quiet(progress: bool = False) -> Iterator[None]:
+    """Keep the client's bars and log lines, with addresses that are secret for an hour, out of the run's output."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger, disabled = logging.getLogger("huggingface_hub"), are_progress_bars_disabled()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    if not progress and not disabled:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if not progress and not disabled:
+            enable_progress_bars()
+
+
+def _local_cause(error: BaseException | None) -> OSError | None:
+    """A file of this machine that was not there or could not be read."""
+    while error is not None:
+        if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
+            return error
+        error = error.__cause__
+    return None
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
