@@ -98,6 +98,8 @@ def section(kind: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
         "init": st.sampled_from([True, "gaussian", "eva"]),
         "start_from": st.sampled_from([None, "/runs/a b"]),
         "holdout": st.sampled_from([0, 3, "/held out"]),
+        "trigger": st.sampled_from([None, "sks", "no", "a: b #c"]),
+        "repo_id": st.just("owner/name"),
         "min_sigma": st.floats(0, 0.4),
         "max_sigma": st.floats(0.5, 1),
         "base": st.sampled_from(["tiny", "owner/name", "/abs: folder"]),
