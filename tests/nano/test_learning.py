@@ -119,6 +119,7 @@ def test_the_plain_pipeline_draws_what_it_is_told() -> None:
         [task.prompt for task in tasks],
         num_inference_steps=SAMPLER.steps,
         guidance_scale=SAMPLER.guidance,
+        max_sequence_length=T5_LENGTH,
         generator=[torch.Generator().manual_seed(task.seed) for task in tasks],
     ).images
     assert images[0].size == (SIDE, SIDE)
