@@ -15,9 +15,11 @@ from sd3tune.errors import RunError
 from sd3tune.jobs.launch import relaunch, without_option
 from sd3tune.jobs.run_folder import locked
 from sd3tune.jobs.train import run_training
+from sd3tune.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ACCELERATE = (str(Path(sys.executable).with_name("accelerate")), "launch")
+LOOKING = ("train.steps=2", "ema={decay: 0.8}", "validation={holdout: 2, every: 1}", "optimizer.lr=1e-3")
 DRIVER = Path(__file__).with_name("two_processes.py")
 
 
@@ -104,7 +106,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
 
 
 def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
-    quick_config, write_config, tmp_path: Path, assert_equal_runs, start_cli, monkeypatch
+    quick_config, scratch_config, write_config, tmp_path: Path, assert_equal_runs, start_cli, monkeypatch
 ) -> None:
     settings = (
         "train.steps=7", "train.gradient_accumulation=2", "data.crop_variants=2", "data.flip=true",
@@ -118,6 +120,7 @@ def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
         "train.gradient_accumulation=2",
     )
     write_config("prodigy", *prodigy)
+    (tmp_path / "scratch.yaml").write_text(dump_config(scratch_config(tmp_path / "scratch", *LOOKING)))
     write_config("broken", "optimizer={kind: adamw8bit, lr: 0.01}", "train.steps=2")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     prefix = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -134,12 +137,16 @@ def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
     with pytest.raises(RunError, match="--resume: processes: 2 in the run, 1 now"):
         run_training(quick_config(tmp_path / "stopped", *settings, "train.steps=8"), resume=True)
 
-    for name in ("prodigy", "broken"):
+    for name in ("prodigy", "scratch", "broken"):
         one, other = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1))
         assert all(torch.equal(one[key], tensor) for key, tensor in other.items())
 
     run_training(quick_config(tmp_path / "alone", *prodigy, "train.batch_size=2"))
     last = Path("checkpoints", "step-000006", "state.safetensors")
+    run_training(scratch_config(tmp_path / "new", *LOOKING, "train.batch_size=2"))
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        new, two = (read_metrics(tmp_path / run / name) for run in ("new", "scratch"))
+        assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in new], rel=1e-4)
     alone, both = load_file(tmp_path / "alone" / last), load_file(tmp_path / "prodigy" / last)
     assert alone["optimizer.d"].item() > 1e-4
     assert both["optimizer.d"].item() == pytest.approx(alone["optimizer.d"].item(), rel=1e-3)

@@ -2,8 +2,8 @@
 
 `two_processes.py FOLDER`: trains FOLDER/straight.yaml; trains FOLDER/stopped.yaml, stops it after step 3, resumes it,
 has the second rank alone receive a SIGTERM after step 4, and resumes it again. Each rank notes in
-FOLDER/exports-RANK.txt what adapters it wrote. Last it trains FOLDER/prodigy.yaml, and FOLDER/broken.yaml while
-bitsandbytes fails in rank 1; each rank writes its last weights to NAME-RANK.safetensors.
+FOLDER/exports-RANK.txt what adapters it wrote. Last it trains FOLDER/prodigy.yaml, FOLDER/scratch.yaml, and
+FOLDER/broken.yaml while bitsandbytes fails in rank 1; each rank writes its last weights to NAME-RANK.safetensors.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
     with contextlib.suppress(RunError):
         train.run_training(config("stopped"), resume=True, callbacks=[terminate_the_second])
     train.run_training(config("stopped"), resume=True)
-    for name in ("prodigy", "broken"):
+    for name in ("prodigy", "scratch", "broken"):
         if name == "broken" and os.environ["RANK"] == "1":
             import bitsandbytes.functional
 
