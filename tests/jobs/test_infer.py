@@ -347,7 +347,8 @@ def test_wrong_options_are_all_named(draw: Draw) -> None:
 
 @pytest.mark.parametrize("weight", ["half", "", "nan", "inf"])
 def test_a_wrong_weight_is_one_line(weight: str, run: Path, draw: Draw) -> None:
-    with pytest.raises(AdapterError, match=rf"^--lora .*@{weight}: '{weight}' is not a weight; write PATH@0\.8$"):
+    said = rf"^--lora .*@{weight}: '{weight}' is not a weight; write PATH@0\.8, or for a revision user/name:revision$"
+    with pytest.raises(AdapterError, match=said):
         draw(f"{run}@{weight}")
 
 
