@@ -13,6 +13,8 @@ from sd3tune.errors import ConfigError
 SCHEMA_FILE = "schema.json"
 """The JSON Schema, beside the presets that refer to it."""
 
+_OF_A_CHECKOUT = "nano_"
+"""Begins the names of those that need what a checkout makes, so that they start nobody's own run."""
 _MODELINE = "# yaml-language-server:"
 
 
@@ -43,8 +45,9 @@ def presets_folder() -> Path:
 
 
 def all_presets() -> list[Preset]:
-    """Every shipped configuration, by name. Raises ConfigError."""
-    return [Preset(path) for path in sorted(presets_folder().glob("*.yaml"))]
+    """Every shipped configuration to start from, by name. Raises ConfigError."""
+    paths = sorted(presets_folder().glob("*.yaml"))
+    return [Preset(path) for path in paths if not path.name.startswith(_OF_A_CHECKOUT)]
 
 
 def find_preset(name: str) -> Path:

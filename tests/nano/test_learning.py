@@ -81,8 +81,8 @@ def _latents(patch: pytest.MonkeyPatch, **wrong: float) -> None:
     patch.setattr(train_job, "vae_config", lambda base: {**right(base), **wrong})
 
 
-def latents_not_scaled(patch: pytest.MonkeyPatch) -> None:
-    _latents(patch, scaling_factor=1.0)
+def latents_scaled_as_sd3s(patch: pytest.MonkeyPatch) -> None:
+    _latents(patch, scaling_factor=1.5305, shift_factor=0.0609)
 
 
 def latents_scaled_as_sdxls(patch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ MISTAKES = (
     noise_where_data_belongs,
     timesteps_from_0_to_1,
     timesteps_shifted_twice,
-    latents_not_scaled,
+    latents_scaled_as_sd3s,
     latents_scaled_as_sdxls,
 )
 SMALL_LOSS = 0.35
@@ -112,7 +112,7 @@ def test_a_mistake_in_the_mathematics_would_show(mistake: Mistake, base_loss, mo
 
 def test_the_plain_pipeline_draws_what_it_is_told() -> None:
     """Nothing of ours between the folder and the pictures."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(NANO_FOLDER, torch_dtype=torch.float32)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(NANO_FOLDER)
     pipeline.set_progress_bar_config(disable=True)
     tasks = plain_tasks(8, False, seed=4) + plain_tasks(4, True, seed=5)
     images = pipeline(
