@@ -18,13 +18,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from examples.nano.assemble import assemble
 from sd3tune.atomic import write_text
+from sd3tune.config import load_config
 from sd3tune.model.model_folder import MODEL_INDEX
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "nano_base.yaml"
 WORK, SHIPPED = ROOT / "data" / "nano", ROOT / "sd3tune" / "assets" / "nano"
-SHIFT = 1.5
-"""The schedule's own shift, as in training."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,8 +53,8 @@ def _python(module: str, *arguments: object) -> None:
 
 
 def _write_frame(parts: Path) -> None:
-    """What makes a pipeline's folder of the parts: its index, and the schedule."""
-    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(parts / "scheduler")
+    """What makes a pipeline's folder of the parts: its index, and the schedule with the shift of the training."""
+    FlowMatchEulerDiscreteScheduler(shift=load_config(CONFIG).config.flow.shift).save_pretrained(parts / "scheduler")
     write_text(parts / "model_index.json", json.dumps(MODEL_INDEX, indent=2) + "\n")
 
 
