@@ -39,9 +39,10 @@ def _to_fp16(file: Path) -> None:
     save_file({name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}, file, metadata)
     config = file.with_name("config.json")
     described = json.loads(config.read_text(encoding="utf-8"))
+    # transformers computes in what this says, diffusers in fp32: a pipeline that is told neither needs them to agree.
     for key in ("torch_dtype", "dtype"):
         if key in described:
-            described[key] = "float16"
+            described[key] = "float32"
     config.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
