@@ -153,7 +153,7 @@ def test_there_are_commands_in_readme_docs_examples_and_configs() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["trein C", "train", "config chek C", "infer --lorra x --prompt P", "infer --lora x", "infer --prompt",
+    ["trein C", "train", "config chek C", "infer --lorra x --prompt P", "infer --lora", "infer --prompt",
      "train configs/nothing.yaml", "train configs/tiny_smoke.yaml train.stepz=2"],
 )  # fmt: skip
 def test_a_wrong_command_would_be_seen(words: str) -> None:

@@ -17,10 +17,11 @@ from sd3tune.cli.cache import cache_app
 from sd3tune.cli.data import data_app
 from sd3tune.cli.hub import hub_app
 from sd3tune.cli.imports import quick_imports
+from sd3tune.cli.infer import infer
 from sd3tune.cli.leaving import leave_after
 from sd3tune.cli.lora import lora_app
 from sd3tune.config import dump_config, json_schema, load_config
-from sd3tune.errors import ConfigError, UserError
+from sd3tune.errors import UserError
 
 app = typer.Typer(
     help="Fine-tune Stable Diffusion 3 and 3.5 with LoRA.",
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Make, show, check and describe configurations.", no_args_is_help=True)
 base_app = typer.Typer(help="Base models.", no_args_is_help=True)
+app.command()(infer)
 app.add_typer(cache_app, name="cache")
 app.add_typer(data_app, name="data")
 app.add_typer(lora_app, name="lora")
@@ -67,64 +69,6 @@ def train(
         from sd3tune.jobs.train import run_training
 
     run_training(loaded.config, loaded.notes, resume=resume, dry_run=dry_run)
-
-
-@app.command()
-def infer(
-    prompt: Annotated[str, typer.Option(help="What to draw.")],
-    lora: Annotated[
-        Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time
-        typer.Option(
-            metavar="PATH|USER/NAME[:REVISION][@WEIGHT]",
-            help="An adapter: file, adapter folder, checkpoint, run, or a repository on the Hub. Repeatable.",
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("images"),
-    negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
-    seed: Annotated[int, typer.Option(help="Seed of the first image; the next has seed + 1.")] = 0,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 28,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 or less turns it off.")] = 7.0,
-    size: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="SIDE|WxH", help="Pixels; by default what adapter or model was trained at."),
-    ] = None,
-    num: Annotated[int, typer.Option(help="How many images.")] = 1,
-    base: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Base model; by default the one that the adapter names."),
-    ] = None,
-    config: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(metavar="YAML", help="Its model section says where base, text encoders and tokenizers are."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    before: Annotated[bool, typer.Option(help="Also draw without the adapter, for a before/after picture.")] = True,
-) -> None:
-    """Draw images with one or several adapters, under the conditioning they were trained with."""
-    if dtype not in ("auto", "fp32", "bf16", "fp16"):
-        raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
-    wide_high = parse_size(size)
-    with quick_imports():
-        from sd3tune.jobs.conditions import Request
-        from sd3tune.jobs.infer import run_infer
-
-    request = Request(
-        loras=lora or [],
-        prompt=prompt,
-        out=out,
-        negative=negative,
-        seed=seed,
-        steps=steps,
-        guidance=guidance,
-        size=wide_high,
-        num=num,
-        base=base,
-        config=config,
-        dtype=dtype,
-        before=before,
-    )
-    for path in run_infer(request):
-        print(path)
 
 
 @config_app.command()
@@ -204,16 +148,6 @@ def path(
     from sd3tune.jobs.bases import base_path
 
     print(base_path(name))
-
-
-def parse_size(size: str | None) -> tuple[int, int] | None:
-    """`512` or `1152x896` -> (width, height). Raises ConfigError."""
-    if size is None:
-        return None
-    sides = size.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise ConfigError(f"--size {size}: write a side such as 1024, or WIDTHxHEIGHT such as 1152x896")
-    return int(sides[0]), int(sides[-1])
 
 
 def _version(wanted: bool) -> None:

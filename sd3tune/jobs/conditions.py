@@ -1,9 +1,8 @@
-"""What an image depends on besides the prompt and the seed: asked for, or taken from a contract."""
+"""What all images of a call depend on: asked for, or taken from a contract."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 from sd3tune.config import ModelConfig, load_config
 from sd3tune.errors import AdapterError, ConfigError
+from sd3tune.jobs.request import Request
+from sd3tune.jobs.shots import Shot
 from sd3tune.model.adapter_io import Adapter
 from sd3tune.model.bases import ENCODER_PARTS, ENCODERS, Base, configured_base
 from sd3tune.model.checkpoint import LABELS
@@ -20,72 +21,14 @@ DEFAULT_SIDE = 1024
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to draw, as given on the command line; None leaves it to the adapter's contract, or the model's own."""
-
-    loras: Sequence[str]
-    """`PATH` or `user/name[:revision]`, each with `@weight` if it is not 1."""
-    prompt: str
-    out: Path
-    negative: str = ""
-    seed: int = 0
-    steps: int = 28
-    guidance: float = 7.0
-    size: tuple[int, int] | None = None
-    """(width, height) in pixels."""
-    num: int = 1
-    base: str | None = None
-    config: Path | None = None
-    """A YAML whose `model` section says where the base, text encoders and tokenizers are; `base` wins over its base."""
-    dtype: str = "auto"
-    before: bool = True
-    """Whether the untrained base is drawn too, for the picture of both."""
-
-
-@dataclass(frozen=True)
 class Conditions:
-    """What the images depend on besides prompt and seed: from the request, else from the first contract."""
+    """What all images of a call depend on: from the request, else from the first contract."""
 
     base: Base
     t5_length: int
     encoders: tuple[str, ...]
-    sampler: SamplerSettings
-
-
-def parse_lora(value: str, flag: str = "--lora ") -> tuple[Path, float]:
-    """`PATH`, `user/name:revision` or either with `@weight` -> that, and the weight (1 when not given).
-
-    Raises AdapterError.
-    """
-    path, at, weight = value.rpartition("@")
-    if not at or Path(value).exists():
-        return Path(value), 1.0
-    try:
-        scale = float(weight)
-    except ValueError:
-        scale = math.nan
-    if not math.isfinite(scale):
-        raise AdapterError(
-            f"{flag}{value}: {weight!r} is not a weight; write PATH@0.8, or for a revision user/name:revision"
-        )
-    return Path(path), scale
-
-
-def check_request(request: Request) -> None:
-    problems = []
-    if not request.loras and request.base is None and request.config is None:
-        problems.append("give --lora PATH, or --base (or --config) to draw with a base model alone")
-    for flag, value in (("--num", request.num), ("--steps", request.steps)):
-        if value < 1:
-            problems.append(f"{flag} {value}: at least 1")
-    if not 0 <= request.seed < 2**63:
-        problems.append(f"--seed {request.seed}: at least 0, and below 2^63")
-    if not math.isfinite(request.guidance):
-        problems.append(f"--guidance {request.guidance}: a finite number")
-    if request.size and (request.size[0] % 16 or request.size[1] % 16 or min(request.size) < 16):
-        problems.append(f"--size {request.size[0]}x{request.size[1]}: both sides must be multiples of 16")
-    if problems:
-        raise ConfigError(*problems)
+    size: tuple[int, int]
+    """(width, height) of an image that is not given one."""
 
 
 def check_size(settings: SamplerSettings, transformer: Any) -> None:
@@ -99,13 +42,14 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
     for key in ("max_sequence_length", "encoders"):
         if len({json.dumps(contract.get(key)) for contract in contracts}) > 1:
             print(f"warning: the adapters were trained with different {key}; the first one's is used")
-    model = _find_model(request, adapters)
+    model = _find_model(request.base, request.config, adapters)
     base = configured_base(model)
     first: Mapping[str, Any] = contracts[0] if contracts else base.contract
-    width, height = request.size or (first.get("resolution", DEFAULT_SIDE),) * 2
+    side = first.get("resolution", DEFAULT_SIDE)
     encoders = tuple(first.get("encoders", ENCODERS if model.t5 else [name for name in ENCODERS if name != "t5"]))
     base.check_encoders(encoders)
-    if base.distilled and request.guidance > 1:
+    guidance = Shot.guidance if request.guidance is None else request.guidance
+    if base.distilled and guidance > 1:
         print(f"warning: {base.label} is a Turbo model: it draws with --guidance 1 and --steps 4")
     for adapter in adapters:
         _compare_transformers(adapter, base)
@@ -114,36 +58,35 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
         base=base,
         t5_length=first.get("max_sequence_length", model.max_sequence_length),
         encoders=encoders,
-        sampler=SamplerSettings(request.steps, request.guidance, height, width),
+        size=(side, side),
     )
 
 
 def find_base(name: str | None, adapters: Sequence[Adapter]) -> Base:
     """The base called `name`, or the one that an adapter names, for work that needs no text encoders."""
-    request = Request(loras=[str(adapter.path) for adapter in adapters], prompt="", out=Path(), base=name)
-    base = configured_base(_find_model(request, adapters))
+    base = configured_base(_find_model(name, None, adapters))
     for adapter in adapters:
         _compare_transformers(adapter, base)
     return base
 
 
-def _find_model(request: Request, adapters: Sequence[Adapter]) -> ModelConfig:
-    """Where the base is: `--base`, else the one that an adapter names (the first that says anything), with text
+def _find_model(base: str | None, config: Path | None, adapters: Sequence[Adapter]) -> ModelConfig:
+    """Where the base is: `base`, else the one that an adapter names (the first that says anything), with text
     encoders and tokenizers.
 
-    Paths are not in an adapter, so what needs them is read from `--config`, else from the run's own configuration.
+    Paths are not in an adapter, so what needs them is read from `config`, else from the run's own configuration.
     """
     named = next((adapter for adapter in adapters if adapter.contract), adapters[0] if adapters else None)
     contract = named.contract if named else {}
     in_card = named.base_in_card if named else None
     is_local = contract.get("base_kind") in ("folder", "file")
-    model = load_config(request.config).config.model if request.config else None
+    model = load_config(config).config.model if config else None
     if model is None and named is not None and (is_local or contract.get("encoder_files")):
         model = _model_of_run(named.path)
     where: dict[str, Any] = {}
-    if request.base is not None:
-        where = {"base": request.base, "revision": None}
-    elif named is not None and not request.config:
+    if base is not None:
+        where = {"base": base, "revision": None}
+    elif named is not None and not config:
         if contract.get("base") is None:
             if in_card is None:
                 raise AdapterError(f"{named.label}: does not say which base it is for; give it with --base")

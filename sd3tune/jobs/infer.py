@@ -3,98 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
+from PIL import Image
 
-from sd3tune.encode.resources import release
 from sd3tune.errors import RunError
-from sd3tune.jobs.conditions import Conditions, Request, check_request, check_size, parse_lora, settle_conditions
+from sd3tune.jobs.conditions import Conditions, check_size, settle_conditions
 from sd3tune.jobs.machine import choose_dtype, gpu_of, make_accelerator
-from sd3tune.jobs.pictures import recipe, write_images
-from sd3tune.jobs.prompts import encode_prompts
-from sd3tune.model.adapter_io import Adapter, attach, match
-from sd3tune.model.components import (
-    empty_transformer,
-    load_scheduler,
-    load_transformer,
-    load_vae,
-)
+from sd3tune.jobs.pictures import Album, before_and_after
+from sd3tune.jobs.recipes import Recipes
+from sd3tune.jobs.request import Request, check_request, parse_lora
+from sd3tune.jobs.shots import Shot, seeded
+from sd3tune.jobs.studio import Studio, draw
+from sd3tune.model.adapter_io import Adapter, match
+from sd3tune.model.components import empty_transformer
 from sd3tune.model.hub_adapter import load_adapter
-from sd3tune.sampling.sampler import Conditioning, sample_latents, to_image
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    positive: Conditioning
-    negative: Conditioning
 
 
 def run_infer(request: Request) -> list[Path]:
     """Draw `request.num` images and, beside them, one picture of before and after. Returns the files written."""
     check_request(request)
-    adapters = [(load_adapter(path), weight) for path, weight in map(parse_lora, request.loras)]
+    given = [parse_lora(lora) for lora in request.loras]
+    adapters = [load_adapter(path) for path, _ in given]
     device = make_accelerator().device
     dtype = choose_dtype(request.dtype, gpu_of(device), "--dtype")
-    conditions = settle_conditions(request, [adapter for adapter, _ in adapters])
+    conditions = settle_conditions(request, adapters)
+    weights = tuple((number, weight) for number, (_, weight) in enumerate(given))
+    first = Shot(**{"size": conditions.size, **request.of_the_shot, "loras": weights})
+    _check_against_base([first], conditions, adapters)
+    _make_folder(request.out)
+
+    studio = Studio(conditions, adapters, dtype, device)
+    album = Album(request.out, Recipes(conditions, adapters, dtype))
+    return _draw_before_and_after(studio, album, seeded(first, request.num), before=request.before)
+
+
+def _draw_before_and_after(studio: Studio, album: Album, shots: Sequence[Shot], before: bool) -> list[Path]:
+    """The shots and, in one picture, the same without adapters. Returns the files, that picture last."""
+    bare = [replace(shot, loras=()) for shot in shots] if before and studio.adapters else []
+    images: dict[Shot, Image.Image] = {}
+    written = []
+    for shot, image in draw(studio, [*shots, *bare]):
+        images[shot] = image
+        if shot.loras or not bare:
+            written.append(album.add(shot, image))
+    if bare:
+        sheet = before_and_after([images[shot] for shot in bare], [images[shot] for shot in shots], shots)
+        written.append(album.add_sheet(shots[0], sheet, "before-after"))
+    return written
+
+
+def _check_against_base(shots: Sequence[Shot], conditions: Conditions, adapters: Sequence[Adapter]) -> None:
+    """What this base cannot do, before anything large is loaded."""
     skeleton = empty_transformer(conditions.base)
-    check_size(conditions.sampler, skeleton)
-    for adapter, _ in adapters:
-        match(skeleton, adapter)  # before anything large is loaded
+    for shot in shots:
+        check_size(shot.sampler_settings, skeleton)
+    for adapter in adapters:
+        match(skeleton, adapter)
+
+
+def _make_folder(out: Path) -> None:
     try:
-        request.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"--out: {request.out} cannot be made: {error.strerror}; choose another folder") from error
-
-    texts = [request.prompt, request.negative]
-    prompt = _Prompt(*encode_prompts(conditions.base, conditions.encoders, texts, conditions.t5_length, dtype, device))
-    drawn = _draw(request, conditions, prompt, adapters, dtype, device)
-    vae = load_vae(conditions.base, torch.float32 if dtype is torch.float16 else dtype, device)
-    images = {name: [to_image(vae, latents) for latents in of] for name, of in drawn.items()}
-    return write_images(request, recipe(request, conditions, adapters, dtype), images)
-
-
-def _draw(
-    request: Request,
-    conditions: Conditions,
-    prompt: _Prompt,
-    adapters: Sequence[tuple[Adapter, float]],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, list[torch.Tensor]]:
-    """Latents by picture: `after` with the adapters and, if wanted, `before` without."""
-    transformer = load_transformer(conditions.base, dtype, device)
-    names = [f"adapter_{number}" for number in range(len(adapters))]
-    for name, (adapter, weight) in zip(names, adapters, strict=True):
-        counted = attach(transformer, adapter, name)
-        print(f"{adapter.label}: {counted.matched} tensors loaded, weight {weight:g}")
-        if counted.unmatched:
-            some = ", ".join(counted.unmatched[:3])
-            print(f"warning: {len(counted.unmatched)} of its modules are not in this base: {some}")
-    if adapters:
-        transformer.set_adapters(names, [weight for _, weight in adapters])
-    passes = ["after"] + (["before"] if adapters and request.before else [])
-    scheduler = load_scheduler(conditions.base)
-    drawn: dict[str, list[torch.Tensor]] = {}
-    total = len(passes) * request.num * request.steps
-    with tqdm(total=total, desc="drawing", unit="step") as bar:
-        for name in passes:
-            if name == "before":
-                transformer.disable_adapters()
-            drawn[name] = [
-                sample_latents(
-                    transformer,
-                    scheduler,
-                    prompt.positive,
-                    prompt.negative,
-                    conditions.sampler,
-                    [request.seed + number],
-                    on_step=bar.update,
-                )
-                for number in range(request.num)
-            ]
-    del transformer
-    release(device)
-    return drawn
+        raise RunError(f"--out: {out} cannot be made: {error.strerror}; choose another folder") from error

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from sd3tune import __version__
 from sd3tune.errors import AdapterError, ConfigError, RunError
-from sd3tune.jobs.conditions import find_base, parse_lora
+from sd3tune.jobs.conditions import find_base
 from sd3tune.jobs.lora_files import FORMS, check_out, losses, write_form
 from sd3tune.jobs.machine import dtype_name
+from sd3tune.jobs.request import parse_lora
 from sd3tune.model.adapter_io import Adapter, match, read_adapter
 from sd3tune.model.adapter_layouts import first_of
 from sd3tune.model.bases import ENCODERS

@@ -16,8 +16,8 @@ from sd3tune.encode.resources import release
 from sd3tune.jobs.drawing import NEGATIVE_PROMPT, load_decoder, stored_conditioning
 from sd3tune.jobs.encoding import Encoded
 from sd3tune.jobs.memory import is_out_of_memory
-from sd3tune.jobs.pictures import RECIPE_KEY
 from sd3tune.jobs.preflight import Plan
+from sd3tune.jobs.recipes import RECIPE_KEY
 from sd3tune.jobs.run_folder import SAMPLES
 from sd3tune.model.components import load_scheduler
 from sd3tune.sampling.contact_sheet import contact_sheet

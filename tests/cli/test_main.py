@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from sd3tune import __version__
-from sd3tune.cli.main import parse_size, run
+from sd3tune.cli.infer import parse_size
+from sd3tune.cli.main import run
 from sd3tune.config import dump_config, load_config
 from sd3tune.errors import ConfigError
 
@@ -140,6 +141,7 @@ def test_an_error_is_one_line_and_exit_code_2_for_a_real_process_too(tmp_path: P
         ("train {config} data.sources.0.path={tmp}/none", "none"),
         ("infer --lora {tmp}/nothing --prompt dog", "nothing: no such file or folder"),
         ("infer --lora {config} --prompt dog", "dog.yaml: adapters are read as safetensors only"),
+        ("infer --lora x", "give --prompt"),
         ("infer --prompt dog", "give --lora PATH, or --base"),
         ("infer --base tiny --prompt dog --size wide", "--size wide: write a side such as 1024"),
         ("infer --base tiny --prompt dog --size 100", "--size 100x100: both sides must be multiples of 16"),
@@ -180,7 +182,7 @@ def test_several_mistakes_are_a_line_each(command: Command, config_file: Path, t
     assert all(line.startswith("error: ") for line in finished.err.splitlines())
 
 
-@pytest.mark.parametrize("arguments", ["train", "infer --lora x", "nonsense", "train --nonsense x", "config", ""])
+@pytest.mark.parametrize("arguments", ["train", "infer --num x", "nonsense", "train --nonsense x", "config", ""])
 def test_wrong_usage_shows_the_usage_and_no_traceback(arguments: str, command: Command) -> None:
     finished = command(*arguments.split())
     assert finished.code == 2

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from sd3tune import __version__
 from sd3tune.errors import AdapterError, ConfigError, ModelError, RunError, UserError
-from sd3tune.jobs.conditions import Request, parse_lora
 from sd3tune.jobs.infer import run_infer
+from sd3tune.jobs.request import Request, parse_lora
 from sd3tune.jobs.train import run_training
 from sd3tune.model.adapter_io import ADAPTER_FILE, read_adapter, write_adapter
 from sd3tune.model.bases import resolve_base
@@ -201,6 +201,7 @@ def test_each_image_holds_its_recipe(run: Path, draw: Draw, tmp_path: Path) -> N
     written = draw(run, f"{other}@0.5", negative="ein Hündchen", seed=7, num=2, before=True)
     for path, seed in zip(written, (7, 8, 7), strict=True):
         recipe = recipe_of(path)
+        assert recipe.pop("sheet", None) == ("before-after" if path is written[-1] else None)
         assert recipe == {
             "sd3tune": __version__, "prompt": PROMPT, "negative": "ein Hündchen", "seed": seed, "steps": 2,
             "guidance": 4.0, "size": [64, 64], "base": "tiny", "base_revision": None, "max_sequence_length": 77,

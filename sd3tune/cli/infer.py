@@ -1,0 +1,100 @@
+"""`sd3tune infer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from sd3tune.cli.imports import quick_imports
+from sd3tune.errors import ConfigError
+
+_MODEL = "Adapters and model"
+
+
+def infer(
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045  typer reads the annotation at run time
+        typer.Option(help="What to draw."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("images"),
+    negative: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="What to steer away from."),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Seed of the first image (0); the next has seed + 1."),
+    ] = None,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Denoising steps (28)."),
+    ] = None,
+    guidance: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Classifier-free guidance (7); 1 or less turns it off."),
+    ] = None,
+    size: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="SIDE|WxH", help="Pixels; by default what adapter or model was trained at."),
+    ] = None,
+    num: Annotated[int, typer.Option(help="How many images.")] = 1,
+    before: Annotated[bool, typer.Option(help="Also draw without the adapter, for a before/after picture.")] = True,
+    lora: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="PATH|USER/NAME[:REVISION][@WEIGHT]",
+            help="An adapter: file, adapter folder, checkpoint, run, or a repository on the Hub. Repeatable.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Base model; by default the one that the adapter names.", rich_help_panel=_MODEL),
+    ] = None,
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="YAML",
+            help="Its model section says where base, text encoders and tokenizers are.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.", rich_help_panel=_MODEL)] = "auto",
+) -> None:
+    """Draw images with one or several adapters, under the conditioning they were trained with."""
+    if dtype not in ("auto", "fp32", "bf16", "fp16"):
+        raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
+    wide_high = parse_size(size)
+    with quick_imports():
+        from sd3tune.jobs.infer import run_infer
+        from sd3tune.jobs.request import Request
+
+    request = Request(
+        loras=lora or [],
+        prompt=prompt,
+        out=out,
+        negative=negative,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        size=wide_high,
+        num=num,
+        base=base,
+        config=config,
+        dtype=dtype,
+        before=before,
+    )
+    for path in run_infer(request):
+        print(path)
+
+
+def parse_size(size: str | None) -> tuple[int, int] | None:
+    """`512` or `1152x896` -> (width, height). Raises ConfigError."""
+    if size is None:
+        return None
+    sides = size.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise ConfigError(f"--size {size}: write a side such as 1024, or WIDTHxHEIGHT such as 1152x896")
+    return int(sides[0]), int(sides[-1])

@@ -1,0 +1,75 @@
+"""`sd3tune infer` as it was asked for, and what of it is wrong before anything is opened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sd3tune.errors import AdapterError, ConfigError
+from sd3tune.jobs.shots import Shot, problems_of
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line; None leaves it to the adapter's contract, to the model, or to `Shot`."""
+
+    loras: Sequence[str]
+    """`PATH` or `user/name[:revision]`, each with `@weight` if it is not 1."""
+    prompt: str | None
+    out: Path
+    negative: str | None = None
+    seed: int | None = None
+    """Of the first image; the next has one more."""
+    steps: int | None = None
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+    """(width, height) in pixels."""
+    num: int = 1
+    base: str | None = None
+    config: Path | None = None
+    """A YAML whose `model` section says where the base, text encoders and tokenizers are; `base` wins over its base."""
+    dtype: str = "auto"
+    before: bool = True
+    """Whether the untrained base is drawn too, for the picture of both."""
+
+    @property
+    def of_the_shot(self) -> dict[str, Any]:
+        """What was given of what a single picture is made from."""
+        named = {field.name for field in fields(Shot)} & {field.name for field in fields(self)}
+        return {name: getattr(self, name) for name in named if getattr(self, name) is not None}
+
+
+def check_request(request: Request) -> None:
+    """Raises ConfigError with every problem of the flags themselves."""
+    problems = []
+    if not request.loras and request.base is None and request.config is None:
+        problems.append("give --lora PATH, or --base (or --config) to draw with a base model alone")
+    if request.prompt is None:
+        problems.append("give --prompt, the text to draw")
+    if request.num < 1:
+        problems.append(f"--num {request.num}: at least 1")
+    problems += problems_of(Shot(**request.of_the_shot), lambda name: f"--{name.replace('_', '-')}")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def parse_lora(value: str, flag: str = "--lora ") -> tuple[Path, float]:
+    """`PATH`, `user/name:revision` or either with `@weight` -> that, and the weight (1 when not given).
+
+    Raises AdapterError.
+    """
+    path, at, weight = value.rpartition("@")
+    if not at or Path(value).exists():
+        return Path(value), 1.0
+    try:
+        scale = float(weight)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise AdapterError(
+            f"{flag}{value}: {weight!r} is not a weight; write PATH@0.8, or for a revision user/name:revision"
+        )
+    return Path(path), scale
