@@ -10,7 +10,7 @@ import typer
 from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
 
-_MODEL = "Adapters and model"
+_MODEL, _SAMPLING = "Adapters and model", "Sampling"
 
 
 def infer(
@@ -29,15 +29,32 @@ def infer(
     ] = None,
     steps: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Denoising steps (28)."),
+        typer.Option(help="Denoising steps (28).", rich_help_panel=_SAMPLING),
     ] = None,
     guidance: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="Classifier-free guidance (7); 1 or less turns it off."),
+        typer.Option(help="Classifier-free guidance (7); 1 or less turns it off.", rich_help_panel=_SAMPLING),
     ] = None,
     size: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="SIDE|WxH", help="Pixels; by default what adapter or model was trained at."),
+    ] = None,
+    prompts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FILE", help="A .jsonl or .csv file, a picture a line; what is already in --out is not drawn again."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="How many to draw at once.")] = 1,
+    sampler: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="euler (as the base was made for), heun or dpmpp.", rich_help_panel=_SAMPLING),
+    ] = None,
+    shift: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="Of the noise levels; by default the base's own. More is more noise.", rich_help_panel=_SAMPLING
+        ),
     ] = None,
     num: Annotated[int, typer.Option(help="How many images.")] = 1,
     before: Annotated[bool, typer.Option(help="Also draw without the adapter, for a before/after picture.")] = True,
@@ -80,6 +97,10 @@ def infer(
         steps=steps,
         guidance=guidance,
         size=wide_high,
+        prompts=prompts,
+        batch=batch,
+        sampler=sampler,
+        shift=shift,
         num=num,
         base=base,
         config=config,

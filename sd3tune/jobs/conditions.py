@@ -31,10 +31,12 @@ class Conditions:
     """(width, height) of an image that is not given one."""
 
 
-def check_size(settings: SamplerSettings, transformer: Any) -> None:
+def check_size(settings: SamplerSettings, transformer: Any, named: str = "--size") -> None:
     largest = transformer.config.pos_embed_max_size * transformer.config.patch_size * 8
     if max(settings.width, settings.height) > largest:
-        raise ConfigError(f"--size {settings.width}x{settings.height}: this base draws at most {largest} pixels a side")
+        raise ConfigError(
+            f"{named} {settings.width}x{settings.height}: this base draws at most {largest} pixels a side"
+        )
 
 
 def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditions:

@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
-from sd3tune.errors import RunError
+from sd3tune.errors import ConfigError, RunError
 from sd3tune.jobs.conditions import Conditions, check_size, settle_conditions
 from sd3tune.jobs.machine import choose_dtype, gpu_of, make_accelerator
+from sd3tune.jobs.missing import draw_missing
 from sd3tune.jobs.pictures import Album, before_and_after
+from sd3tune.jobs.prompts_file import read_prompts
 from sd3tune.jobs.recipes import Recipes
 from sd3tune.jobs.request import Request, check_request, parse_lora
 from sd3tune.jobs.shots import Shot, seeded
 from sd3tune.jobs.studio import Studio, draw
 from sd3tune.model.adapter_io import Adapter, match
-from sd3tune.model.components import empty_transformer
+from sd3tune.model.components import empty_transformer, load_scheduler
 from sd3tune.model.hub_adapter import load_adapter
+from sd3tune.sampling.samplers import SAMPLERS
 
 
 def run_infer(request: Request) -> list[Path]:
-    """Draw `request.num` images and, beside them, one picture of before and after. Returns the files written."""
+    """Draw what was asked for: some images with a picture of before and after, or a file of prompts.
+
+    Returns the files that show it, written now or, of a file of prompts, earlier. Raises UserError.
+    """
     check_request(request)
+    rows = read_prompts(request.prompts) if request.prompts else []
     given = [parse_lora(lora) for lora in request.loras]
     adapters = [load_adapter(path) for path, _ in given]
     device = make_accelerator().device
     dtype = choose_dtype(request.dtype, gpu_of(device), "--dtype")
     conditions = settle_conditions(request, adapters)
     weights = tuple((number, weight) for number, (_, weight) in enumerate(given))
-    first = Shot(**{"size": conditions.size, **request.of_the_shot, "loras": weights})
-    _check_against_base([first], conditions, adapters)
+    common = {"size": conditions.size, **request.of_the_shot, "loras": weights}
+    lines = [Shot(**{**common, **row.values}) for row in rows] or [Shot(**common)]
+    shots = [shot for line in lines for shot in seeded(line, request.num)]
+    places = [row.place for row in rows for _ in range(request.num)] or [""] * request.num
+    _check_against_base(dict(zip(shots, places, strict=True)), conditions, adapters)
     _make_folder(request.out)
 
-    studio = Studio(conditions, adapters, dtype, device)
-    album = Album(request.out, Recipes(conditions, adapters, dtype))
-    return _draw_before_and_after(studio, album, seeded(first, request.num), before=request.before)
+    studio = Studio(conditions, adapters, dtype, device, request.batch)
+    album = Album(request.out, Recipes(conditions, adapters, dtype, request.batch))
+    if rows:
+        return draw_missing(studio, album, shots)
+    return _draw_before_and_after(studio, album, shots, before=request.before)
 
 
 def _draw_before_and_after(studio: Studio, album: Album, shots: Sequence[Shot], before: bool) -> list[Path]:
@@ -54,11 +66,16 @@ def _draw_before_and_after(studio: Studio, album: Album, shots: Sequence[Shot], 
     return written
 
 
-def _check_against_base(shots: Sequence[Shot], conditions: Conditions, adapters: Sequence[Adapter]) -> None:
-    """What this base cannot do, before anything large is loaded."""
-    skeleton = empty_transformer(conditions.base)
-    for shot in shots:
-        check_size(shot.sampler_settings, skeleton)
+def _check_against_base(shots: Mapping[Shot, str], conditions: Conditions, adapters: Sequence[Adapter]) -> None:
+    """What this base cannot do, before anything large is loaded. `shots` is shot -> where it was asked for."""
+    skeleton, schedule = empty_transformer(conditions.base), load_scheduler(conditions.base).config
+    for shot, place in shots.items():
+        check_size(shot.sampler_settings, skeleton, f"{place}: size" if place else "--size")
+        if shot.shift is None and schedule.get("use_dynamic_shifting") and not SAMPLERS[shot.sampler].follows_size:
+            raise ConfigError(
+                f"--sampler {shot.sampler}: the shift of {conditions.base.label} depends on the size of the image, "
+                "which only euler follows; give --shift, such as 3"
+            )
     for adapter in adapters:
         match(skeleton, adapter)
 

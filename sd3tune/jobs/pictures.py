@@ -12,8 +12,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sd3tune.atomic import new_file
-from sd3tune.jobs.recipes import RECIPE_KEY, Recipes
+from sd3tune.atomic import new_file, remove_stale
+from sd3tune.jobs.recipes import RECIPE_KEY, Recipes, read_recipe, recipe_key
 from sd3tune.jobs.shots import Shot
 from sd3tune.sampling.contact_sheet import contact_sheet
 
@@ -24,6 +24,20 @@ class Album:
 
     folder: Path
     recipes: Recipes
+
+    def key(self, shot: Shot) -> str:
+        """The same for two pictures of one recipe."""
+        return recipe_key(self.recipes.of(shot))
+
+    def found(self) -> dict[str, Path]:
+        """The pictures that are in the folder, by `key`; what a killed writer left long ago is removed."""
+        remove_stale(self.folder)
+        found: dict[str, Path] = {}
+        for path in sorted(self.folder.glob("*.png")):
+            recipe = read_recipe(path)
+            if recipe is not None and "sheet" not in recipe:
+                found.setdefault(recipe_key(recipe), path)
+        return found
 
     def add(self, shot: Shot, image: Image.Image) -> Path:
         """Write the picture, and return its file."""
@@ -42,6 +56,8 @@ def before_and_after(before: Sequence[Image.Image], after: Sequence[Image.Image]
 
 
 def _stem(shot: Shot) -> str:
+    if shot.name is not None:
+        return shot.name
     words = re.sub(r"[^a-z0-9]+", "-", shot.prompt.lower()).strip("-")[:60]
     return f"{words or 'image'}-seed{shot.seed}"
 

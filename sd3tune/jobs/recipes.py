@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from sd3tune import __version__
 from sd3tune.jobs.conditions import Conditions
 from sd3tune.jobs.machine import dtype_name
 from sd3tune.jobs.shots import Shot
 from sd3tune.model.adapter_io import ADAPTER_FILE, Adapter
+from sd3tune.model.components import load_scheduler
 
 RECIPE_KEY = "sd3tune"
 """The text chunk of a PNG that holds its recipe, as JSON."""
@@ -28,18 +31,21 @@ class Recipes:
     conditions: Conditions
     adapters: Sequence[Adapter]
     dtype: torch.dtype
+    batch: int = 1
 
     def of(self, shot: Shot) -> dict[str, Any]:
         """Adapters by name and hash, never by path."""
         conditions = self.conditions
-        return {
+        recipe = {
             "sd3tune": __version__,
             "prompt": shot.prompt,
             "negative": shot.negative,
             "seed": shot.seed,
             "steps": shot.steps,
-            "guidance": shot.guidance,
+            "guidance": float(shot.guidance),
             "size": list(shot.size or ()),
+            "sampler": shot.sampler,
+            "shift": self._own_shift if shot.shift is None else shot.shift,
             "base": conditions.base.label,
             "base_revision": conditions.base.revision,
             "max_sequence_length": conditions.t5_length,
@@ -47,6 +53,13 @@ class Recipes:
             "dtype": dtype_name(self.dtype),
             "loras": [{**self._named[number], "weight": weight} for number, weight in shot.loras],
         }
+        return recipe | ({"batch": self.batch} if self.batch > 1 else {})
+
+    @cached_property
+    def _own_shift(self) -> float | None:
+        """The base's; None where it depends on the size."""
+        settings = load_scheduler(self.conditions.base).config
+        return None if settings.get("use_dynamic_shifting") else float(settings.shift)
 
     @cached_property
     def _named(self) -> list[dict[str, str]]:
@@ -54,6 +67,21 @@ class Recipes:
             {"name": adapter.origin or _name_of(adapter.path), "sha256": file_sha256(adapter.path)}
             for adapter in self.adapters
         ]
+
+
+def read_recipe(path: Path) -> dict[str, Any] | None:
+    """The recipe in a picture; None for a file without one."""
+    try:
+        with Image.open(path) as image:
+            recipe = json.loads(image.info.get(RECIPE_KEY, "null"))
+    except (OSError, ValueError, SyntaxError):  # PIL raises each of them for what is no whole PNG
+        return None
+    return recipe if isinstance(recipe, dict) else None
+
+
+def recipe_key(recipe: Mapping[str, Any]) -> str:
+    """The same for two recipes of one picture: the version, and what was drawn beside it, make no other one."""
+    return json.dumps({name: recipe[name] for name in sorted(recipe.keys() - {"sd3tune", "batch"})})
 
 
 def file_sha256(path: Path) -> str:

@@ -27,6 +27,11 @@ class Request:
     guidance: float | None = None
     size: tuple[int, int] | None = None
     """(width, height) in pixels."""
+    prompts: Path | None = None
+    """A file of prompts; what stands in it wins over the flags."""
+    batch: int = 1
+    sampler: str | None = None
+    shift: float | None = None
     num: int = 1
     base: str | None = None
     config: Path | None = None
@@ -47,10 +52,13 @@ def check_request(request: Request) -> None:
     problems = []
     if not request.loras and request.base is None and request.config is None:
         problems.append("give --lora PATH, or --base (or --config) to draw with a base model alone")
-    if request.prompt is None:
-        problems.append("give --prompt, the text to draw")
-    if request.num < 1:
-        problems.append(f"--num {request.num}: at least 1")
+    if request.prompt is None and request.prompts is None:
+        problems.append("give --prompt, the text to draw, or a file of them with --prompts")
+    if request.prompt is not None and request.prompts is not None:
+        problems.append("--prompt: each line of --prompts has its own; leave one of the two out")
+    for flag, value in (("--num", request.num), ("--batch", request.batch)):
+        if value < 1:
+            problems.append(f"{flag} {value}: at least 1")
     problems += problems_of(Shot(**request.of_the_shot), lambda name: f"--{name.replace('_', '-')}")
     if problems:
         raise ConfigError(*problems)

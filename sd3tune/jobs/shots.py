@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from sd3tune.sampling.sampler import SamplerSettings
+from sd3tune.sampling.samplers import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,18 @@ class Shot:
     """(width, height) in pixels; None before it is known what adapter or model was trained at."""
     loras: tuple[tuple[int, float], ...] = ()
     """Adapters in use: the number of each in the call's list, and its weight. None: the base alone."""
+    sampler: str = "euler"
+    shift: float | None = None
+    """Of the noise levels; None is the base's own."""
+    name: str | None = None
+    """Of the file, without its ending; None makes one of prompt and seed."""
 
     @property
     def sampler_settings(self) -> SamplerSettings:
         if self.size is None:
             raise ValueError("the size is not settled")
         width, height = self.size
-        return SamplerSettings(self.steps, self.guidance, height, width)
+        return SamplerSettings(self.steps, self.guidance, height, width, self.sampler, self.shift)
 
 
 def problems_of(shot: Shot, named: Callable[[str], str]) -> list[str]:
@@ -42,6 +48,10 @@ def problems_of(shot: Shot, named: Callable[[str], str]) -> list[str]:
         problems.append(f"{named('guidance')} {shot.guidance}: a finite number")
     if shot.size and (shot.size[0] % 16 or shot.size[1] % 16 or min(shot.size) < 16):
         problems.append(f"{named('size')} {shot.size[0]}x{shot.size[1]}: both sides must be multiples of 16")
+    if shot.sampler not in SAMPLERS:
+        problems.append(f"{named('sampler')} {shot.sampler}: one of {', '.join(SAMPLERS)}")
+    if shot.shift is not None and not 0 < shot.shift < math.inf:
+        problems.append(f"{named('shift')} {shot.shift:g}: a number above 0; SD3's own is 3")
     return problems
 
 

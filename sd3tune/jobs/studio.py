@@ -42,8 +42,8 @@ def draw(studio: Studio, shots: Sequence[Shot]) -> Iterator[tuple[Shot, Image.Im
     texts = _encoded(studio, shots)
     transformer: SD3Transformer2DModel | None = _transformer(studio, shots)
     scheduler, vae = load_scheduler(studio.conditions.base), None
-    batches = batched(shots, studio.batch)
-    with tqdm(total=sum(shot.steps for shot in shots), desc="drawing", unit="step") as bar:
+    batches, done = batched(shots, studio.batch), 0
+    with tqdm(total=sum(shot.sampler_settings.evaluations for shot in shots), desc="drawing", unit="step") as bar:
         for number, together in enumerate(batches, start=1):
             _use_adapters(transformer, together[0])
             latents = sample_latents(
@@ -64,6 +64,8 @@ def draw(studio: Studio, shots: Sequence[Shot]) -> Iterator[tuple[Shot, Image.Im
                 vae = load_vae(studio.conditions.base, dtype, studio.device)
             for shot, one in zip(together, latents, strict=True):
                 yield shot, to_image(vae, one[None])
+            done += len(together)
+            bar.set_postfix_str(f"picture {done} of {len(shots)}")
 
 
 def _encoded(studio: Studio, shots: Sequence[Shot]) -> dict[str, Conditioning]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sd3tune.model.latents import decode
+from sd3tune.sampling.samplers import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,15 @@ class SamplerSettings:
     guidance: float = 7.0
     height: int = 1024
     width: int = 1024
+    sampler: str = "euler"
+    """A key of `samplers.SAMPLERS`."""
+    shift: float | None = None
+    """Instead of the base's own: sigma becomes shift * sigma / (1 + (shift - 1) * sigma)."""
+
+    @property
+    def evaluations(self) -> int:
+        """How often the transformer is asked for a velocity (of both prompts, with guidance)."""
+        return SAMPLERS[self.sampler].evaluations(self.steps)
 
 
 @torch.no_grad()
@@ -47,7 +57,8 @@ def sample_latents(
 
     There are n prompts and seeds, and as many negative prompts or one for all. An image's noise comes from a CPU
     generator with its seed, so it is the same on every device and beside any neighbours; with neighbours, though, the
-    last bits of a picture differ from those of one drawn alone.
+    last bits of a picture differ from those of one drawn alone. `scheduler` is the base's; `on_step` is called after
+    each of `settings.evaluations`.
     """
     device, dtype = transformer.device, transformer.dtype
     shape = (transformer.config.in_channels, settings.height // latent_side, settings.width // latent_side)
@@ -60,9 +71,9 @@ def sample_latents(
         pooled = torch.cat([negative.pooled_prompt_embeds.expand_as(pooled), pooled])
     embeds, pooled = embeds.to(device, dtype), pooled.to(device, dtype)
 
-    scheduler = copy.deepcopy(scheduler)  # it keeps a state, and the caller's may be in use
-    scheduler.set_timesteps(settings.steps, device=device, **_dynamic_shift(scheduler, transformer, latents))
-    for timestep in scheduler.timesteps:
+    solver = SAMPLERS[settings.sampler].scheduler(scheduler, settings.shift)
+    solver.set_timesteps(settings.steps, device=device, **_dynamic_shift(solver, transformer, latents))
+    for timestep in solver.timesteps:
         doubled = torch.cat([latents, latents]) if guided else latents
         velocity = transformer(
             hidden_states=doubled,
@@ -74,7 +85,7 @@ def sample_latents(
         if guided:
             unconditional, conditional = velocity.chunk(2)
             velocity = unconditional + settings.guidance * (conditional - unconditional)
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0].to(dtype)
+        latents = solver.step(velocity, timestep, latents, return_dict=False)[0].to(dtype)
         on_step()
     return latents
 
@@ -85,11 +96,9 @@ def to_image(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
     return Image.fromarray((pixels.cpu().numpy() * 255).round().astype("uint8"))
 
 
-def _dynamic_shift(
-    scheduler: FlowMatchEulerDiscreteScheduler, transformer: SD3Transformer2DModel, latents: Tensor
-) -> dict[str, float]:
+def _dynamic_shift(solver: Any, transformer: SD3Transformer2DModel, latents: Tensor) -> dict[str, float]:
     """`mu` for a scheduler whose shift depends on the resolution; empty for SD3's own."""
-    settings = scheduler.config
+    settings = solver.config
     if not settings.get("use_dynamic_shifting"):
         return {}
     tokens = latents.shape[-1] * latents.shape[-2] // transformer.config.patch_size**2

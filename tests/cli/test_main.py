@@ -324,8 +324,8 @@ def test_train_then_the_command_that_it_prints_then_infer_with_every_option(
     assert [lora["weight"] for lora in recipe.pop("loras")] == [0.5, 1.0]
     assert recipe == {
         "sd3tune": __version__, "prompt": "-n", "negative": "cat", "seed": 4, "steps": 2, "guidance": 2.5,
-        "size": [96, 64], "base": "tiny-sd3", "base_revision": None, "max_sequence_length": 16,
-        "encoders": ["clip_l", "clip_g", "t5"], "dtype": "bf16",
+        "size": [96, 64], "sampler": "euler", "shift": 3.0, "base": "tiny-sd3", "base_revision": None,
+        "max_sequence_length": 16, "encoders": ["clip_l", "clip_g", "t5"], "dtype": "bf16",
     }  # fmt: skip
 
 

@@ -146,6 +146,26 @@ def test_a_prompt_that_is_too_long_is_named(run: Path, draw: Draw, capsys) -> No
     assert "warning" not in capsys.readouterr().out
 
 
+def test_the_sampler_and_its_shift_are_used_and_recorded(run: Path, draw: Draw) -> None:
+    (plain,) = draw(run, steps=3)
+    (heun,) = draw(run, steps=3, sampler="heun")
+    (shifted,) = draw(run, steps=3, shift=1.0)
+    assert distance(opened(heun), opened(plain)) > 8
+    assert distance(opened(shifted), opened(plain)) > 8
+    assert (recipe_of(heun)["sampler"], recipe_of(shifted)["shift"]) == ("heun", 1.0)
+
+
+def test_a_base_whose_shift_depends_on_the_size_is_drawn_by_euler_or_with_a_shift(draw: Draw, tmp_path: Path) -> None:
+    base = shutil.copytree(resolve_base("tiny").path, tmp_path / "dynamic")
+    config = base / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dynamic_shifting": True}))
+    options = {"base": str(base), "size": (64, 64)}
+    with pytest.raises(ConfigError, match=r"^--sampler heun: the shift of dynamic depends on the size of the image"):
+        draw(**options, sampler="heun")
+    (own,), (given,) = draw(**options), draw(**options, sampler="heun", shift=2.0)
+    assert (recipe_of(own)["shift"], recipe_of(given)["shift"]) == (None, 2.0)
+
+
 # Weights.
 
 
@@ -204,7 +224,8 @@ def test_each_image_holds_its_recipe(run: Path, draw: Draw, tmp_path: Path) -> N
         assert recipe.pop("sheet", None) == ("before-after" if path is written[-1] else None)
         assert recipe == {
             "sd3tune": __version__, "prompt": PROMPT, "negative": "ein Hündchen", "seed": seed, "steps": 2,
-            "guidance": 4.0, "size": [64, 64], "base": "tiny", "base_revision": None, "max_sequence_length": 77,
+            "guidance": 4.0, "size": [64, 64], "sampler": "euler", "shift": 3.0, "base": "tiny",
+            "base_revision": None, "max_sequence_length": 77,
             "encoders": ["clip_l", "clip_g", "t5"], "dtype": "fp32",
             "loras": [
                 {"name": "dog", "weight": 1.0, "sha256": digest(run / "adapter" / ADAPTER_FILE)},
@@ -323,6 +344,9 @@ def test_adapters_trained_under_different_conditions_are_pointed_out(run: Path, 
         ({"steps": -1}, "--steps -1: at least 1"),
         ({"seed": -1}, "--seed -1: at least 0"),
         ({"seed": 2**63}, "--seed 9223372036854775808: at least 0, and below"),
+        ({"sampler": "ddim"}, "--sampler ddim: one of euler, heun, dpmpp"),
+        ({"shift": 0.0}, "--shift 0: a number above 0"),
+        ({"shift": float("inf")}, "--shift inf: a number above 0"),
         ({"guidance": float("nan")}, "--guidance nan: a finite number"),
         ({"size": (100, 64)}, "--size 100x64: both sides must be multiples of 16"),
         ({"size": (0, 0)}, "--size 0x0: both sides"),

@@ -1,0 +1,148 @@
+"""A file of prompts: JSON lines or CSV, one picture a line, each column in the place of the flag of its name."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3tune.errors import ConfigError
+from sd3tune.jobs.shots import Shot, problems_of
+
+_SIZE = re.compile(r"(\d+)(?:x(\d+))?", re.ASCII)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text")
+    return value
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError("a whole number")
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise ValueError("a whole number") from None
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError("a number") from None
+
+
+def _size(value: Any) -> tuple[int, int]:
+    found = _SIZE.fullmatch(str(value).strip().lower())
+    if found is None:
+        raise ValueError("a side such as 1024, or WIDTHxHEIGHT such as 1152x896")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _name(value: Any) -> str:
+    text = _text(value)
+    if not text or text.startswith(".") or re.search(r"[/\\\0]", text):
+        raise ValueError("a file's name, without a folder and without .png")
+    return text
+
+
+COLUMNS: dict[str, Callable[[Any], Any]] = {
+    "prompt": _text,
+    "negative": _text,
+    "seed": _integer,
+    "steps": _integer,
+    "guidance": _number,
+    "size": _size,
+    "sampler": _text,
+    "shift": _number,
+    "name": _name,
+}
+"""Column -> what its values are read as; each is a field of `Shot`. An empty value is one that is not given."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line's part of a shot."""
+
+    place: str
+    """`file:line`, for messages."""
+    values: Mapping[str, Any]
+
+
+def read_prompts(path: Path) -> list[Row]:
+    """The lines of a .jsonl or .csv file. Raises ConfigError with every problem, each naming file and line."""
+    kinds = {".jsonl": _json_lines, ".csv": _csv_lines}
+    if path.suffix.lower() not in kinds:
+        raise ConfigError(f"--prompts {path}: a .jsonl or .csv file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"--prompts {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts {path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    rows, problems = [], []
+    for number, values in kinds[path.suffix.lower()](path, text):
+        place = f"{path}:{number}"
+        found, wrong = _checked(place, values)
+        rows.append(Row(place, found))
+        problems += wrong
+    if not rows and not problems:
+        problems.append(f"--prompts {path}: holds no prompts")
+    if problems:
+        raise ConfigError(*problems)
+    return rows
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f'{path}:{number}: each line is an object such as {{"prompt": "a dog"}}')
+        yield number, values
+
+
+def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    last = 1
+    try:
+        for values in reader:
+            number, last = last + 1, reader.line_num  # a quoted value may go on over several lines
+            if None in values:
+                raise ConfigError(f"{path}:{number}: more values than columns; put a text with commas in quotes")
+            yield number, values
+    except csv.Error as error:
+        raise ConfigError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+
+
+def _checked(place: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What a line gives, and a message for each of its problems."""
+    found, problems = {}, []
+    for column, value in values.items():
+        if column not in COLUMNS:
+            close = difflib.get_close_matches(str(column), COLUMNS, n=1)
+            way_out = f"did you mean {close[0]!r}?" if close else f"the columns are {', '.join(COLUMNS)}"
+            problems.append(f"{place}: {column}: unknown column; {way_out}")
+        elif value is not None and value != "":
+            try:
+                found[column] = COLUMNS[column](value)
+            except ValueError as expected:
+                problems.append(f"{place}: {column}: {value!r} is not {expected}")
+    if not problems:
+        if "prompt" not in found:
+            problems.append(f"{place}: prompt: missing")
+        problems += problems_of(Shot(**found), lambda name: f"{place}: {name}")
+    return found, problems
