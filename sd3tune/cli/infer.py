@@ -10,7 +10,7 @@ import typer
 from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
 
-_MODEL, _SAMPLING = "Adapters and model", "Sampling"
+_MODEL, _SAMPLING, _TEXT = "Adapters and model", "Sampling", "Text"
 
 
 def infer(
@@ -43,6 +43,12 @@ def infer(
         Optional[Path],  # noqa: UP045
         typer.Option(
             metavar="FILE", help="A .jsonl or .csv file, a picture a line; what is already in --out is not drawn again."
+        ),
+    ] = None,
+    from_picture: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--from", metavar="PNG", help="A picture of infer: drawn again from its recipe; flags override it."
         ),
     ] = None,
     batch: Annotated[int, typer.Option(help="How many to draw at once.")] = 1,
@@ -78,6 +84,16 @@ def infer(
             rich_help_panel=_MODEL,
         ),
     ] = None,
+    t5_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            metavar="N", help="T5's length; by default what adapter or model was trained with.", rich_help_panel=_TEXT
+        ),
+    ] = None,
+    t5: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(help="Whether T5 reads the prompt; by default as in training.", rich_help_panel=_TEXT),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.", rich_help_panel=_MODEL)] = "auto",
 ) -> None:
     """Draw images with one or several adapters, under the conditioning they were trained with."""
@@ -98,12 +114,15 @@ def infer(
         guidance=guidance,
         size=wide_high,
         prompts=prompts,
+        from_picture=from_picture,
         batch=batch,
         sampler=sampler,
         shift=shift,
         num=num,
         base=base,
         config=config,
+        t5_tokens=t5_tokens,
+        t5=t5,
         dtype=dtype,
         before=before,
     )

@@ -45,10 +45,14 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
         if len({json.dumps(contract.get(key)) for contract in contracts}) > 1:
             print(f"warning: the adapters were trained with different {key}; the first one's is used")
     model = _find_model(request.base, request.config, adapters)
+    if request.revision is not None:
+        model = model.model_copy(update={"revision": request.revision})
     base = configured_base(model)
     first: Mapping[str, Any] = contracts[0] if contracts else base.contract
     side = first.get("resolution", DEFAULT_SIDE)
-    encoders = tuple(first.get("encoders", ENCODERS if model.t5 else [name for name in ENCODERS if name != "t5"]))
+    trained = first.get("encoders", ENCODERS if model.t5 else [name for name in ENCODERS if name != "t5"])
+    t5 = "t5" in trained if request.t5 is None else request.t5
+    encoders = tuple(name for name in ENCODERS if t5 or name != "t5")
     base.check_encoders(encoders)
     guidance = Shot.guidance if request.guidance is None else request.guidance
     if base.distilled and guidance > 1:
@@ -58,7 +62,7 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
         _compare_encoders(adapter, base)
     return Conditions(
         base=base,
-        t5_length=first.get("max_sequence_length", model.max_sequence_length),
+        t5_length=request.t5_tokens or first.get("max_sequence_length", model.max_sequence_length),
         encoders=encoders,
         size=(side, side),
     )

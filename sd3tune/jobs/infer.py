@@ -15,6 +15,7 @@ from sd3tune.jobs.missing import draw_missing
 from sd3tune.jobs.pictures import Album, before_and_after
 from sd3tune.jobs.prompts_file import read_prompts
 from sd3tune.jobs.recipes import Recipes
+from sd3tune.jobs.repeat import read_repeat, repeated
 from sd3tune.jobs.request import Request, check_request, parse_lora
 from sd3tune.jobs.shots import Shot, seeded
 from sd3tune.jobs.studio import Studio, draw
@@ -29,6 +30,9 @@ def run_infer(request: Request) -> list[Path]:
 
     Returns the files that show it, written now or, of a file of prompts, earlier. Raises UserError.
     """
+    repeat = read_repeat(request.from_picture) if request.from_picture else None
+    base_is_chosen = request.base is not None or request.config is not None
+    request = repeated(request, repeat) if repeat else request
     check_request(request)
     rows = read_prompts(request.prompts) if request.prompts else []
     given = [parse_lora(lora) for lora in request.loras]
@@ -36,6 +40,8 @@ def run_infer(request: Request) -> list[Path]:
     device = make_accelerator().device
     dtype = choose_dtype(request.dtype, gpu_of(device), "--dtype")
     conditions = settle_conditions(request, adapters)
+    if repeat is not None:
+        repeat.check_base(conditions.base, base_is_chosen)
     weights = tuple((number, weight) for number, (_, weight) in enumerate(given))
     common = {"size": conditions.size, **request.of_the_shot, "loras": weights}
     lines = [Shot(**{**common, **row.values}) for row in rows] or [Shot(**common)]

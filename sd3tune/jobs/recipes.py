@@ -48,12 +48,17 @@ class Recipes:
             "shift": self._own_shift if shot.shift is None else shot.shift,
             "base": conditions.base.label,
             "base_revision": conditions.base.revision,
+            "base_fingerprint": self._fingerprint,
             "max_sequence_length": conditions.t5_length,
             "encoders": list(conditions.encoders),
             "dtype": dtype_name(self.dtype),
             "loras": [{**self._named[number], "weight": weight} for number, weight in shot.loras],
         }
         return recipe | ({"batch": self.batch} if self.batch > 1 else {})
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.conditions.base.fingerprint("transformer")
 
     @cached_property
     def _own_shift(self) -> float | None:

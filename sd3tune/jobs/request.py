@@ -11,6 +11,9 @@ from typing import Any
 from sd3tune.errors import AdapterError, ConfigError
 from sd3tune.jobs.shots import Shot, problems_of
 
+MOST_T5_TOKENS = 512
+"""As in diffusers; SD3 was trained with fewer."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -30,12 +33,19 @@ class Request:
     prompts: Path | None = None
     """A file of prompts; what stands in it wins over the flags."""
     batch: int = 1
+    from_picture: Path | None = None
+    """Whose recipe says what nothing here says."""
     sampler: str | None = None
     shift: float | None = None
     num: int = 1
     base: str | None = None
+    revision: str | None = None
+    """Of a base on the Hub."""
     config: Path | None = None
     """A YAML whose `model` section says where the base, text encoders and tokenizers are; `base` wins over its base."""
+    t5_tokens: int | None = None
+    t5: bool | None = None
+    """Whether T5 reads the prompts; without it, its part of the conditioning is zeros."""
     dtype: str = "auto"
     before: bool = True
     """Whether the untrained base is drawn too, for the picture of both."""
@@ -53,12 +63,14 @@ def check_request(request: Request) -> None:
     if not request.loras and request.base is None and request.config is None:
         problems.append("give --lora PATH, or --base (or --config) to draw with a base model alone")
     if request.prompt is None and request.prompts is None:
-        problems.append("give --prompt, the text to draw, or a file of them with --prompts")
+        problems.append("give --prompt, the text to draw; or a file of them with --prompts, or a picture with --from")
     if request.prompt is not None and request.prompts is not None:
         problems.append("--prompt: each line of --prompts has its own; leave one of the two out")
     for flag, value in (("--num", request.num), ("--batch", request.batch)):
         if value < 1:
             problems.append(f"{flag} {value}: at least 1")
+    if request.t5_tokens is not None and not 1 <= request.t5_tokens <= MOST_T5_TOKENS:
+        problems.append(f"--t5-tokens {request.t5_tokens}: from 1 to {MOST_T5_TOKENS}")
     problems += problems_of(Shot(**request.of_the_shot), lambda name: f"--{name.replace('_', '-')}")
     if problems:
         raise ConfigError(*problems)

@@ -20,6 +20,7 @@ from sd3tune.cli.infer import parse_size
 from sd3tune.cli.main import run
 from sd3tune.config import dump_config, load_config
 from sd3tune.errors import ConfigError
+from sd3tune.model.bases import resolve_base
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "PIL")
@@ -325,6 +326,7 @@ def test_train_then_the_command_that_it_prints_then_infer_with_every_option(
     assert recipe == {
         "sd3tune": __version__, "prompt": "-n", "negative": "cat", "seed": 4, "steps": 2, "guidance": 2.5,
         "size": [96, 64], "sampler": "euler", "shift": 3.0, "base": "tiny-sd3", "base_revision": None,
+        "base_fingerprint": resolve_base("tiny-sd3").fingerprint("transformer"),
         "max_sequence_length": 16, "encoders": ["clip_l", "clip_g", "t5"], "dtype": "bf16",
     }  # fmt: skip
 

@@ -225,7 +225,8 @@ def test_each_image_holds_its_recipe(run: Path, draw: Draw, tmp_path: Path) -> N
         assert recipe == {
             "sd3tune": __version__, "prompt": PROMPT, "negative": "ein Hündchen", "seed": seed, "steps": 2,
             "guidance": 4.0, "size": [64, 64], "sampler": "euler", "shift": 3.0, "base": "tiny",
-            "base_revision": None, "max_sequence_length": 77,
+            "base_revision": None,
+            "base_fingerprint": resolve_base("tiny").fingerprint("transformer"), "max_sequence_length": 77,
             "encoders": ["clip_l", "clip_g", "t5"], "dtype": "fp32",
             "loras": [
                 {"name": "dog", "weight": 1.0, "sha256": digest(run / "adapter" / ADAPTER_FILE)},

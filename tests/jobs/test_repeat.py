@@ -1,0 +1,168 @@
+"""`infer --from`: a picture once more, from the recipe inside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from PIL.PngImagePlugin import PngInfo
+
+from sd3tune.errors import AdapterError, ConfigError, ModelError, UserError
+from sd3tune.jobs.infer import run_infer
+from sd3tune.jobs.request import Request
+from sd3tune.model.adapter_io import read_adapter, write_adapter
+from sd3tune.model.bases import resolve_base
+
+Draw = Callable[..., list[Path]]
+MODULE = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter for `tiny` that shows, in a run's folder."""
+    folder = tmp_path_factory.mktemp("runs") / "dog" / "adapter"
+    factors = {
+        f"{MODULE}.lora_A": torch.ones(2, 64) / 8,
+        f"{MODULE}.lora_B": torch.linspace(-1, 1, 128).reshape(64, 2),
+    }
+    base = {"base": "tiny", "base_kind": "tiny", "resolution": 32, "max_sequence_length": 16}
+    return write_adapter(folder, factors, {**base, "encoders": ["clip_l", "clip_g", "t5"]})
+
+
+@pytest.fixture
+def draw(tmp_path: Path) -> Draw:
+    def draw(*loras: object, **options: object) -> list[Path]:
+        given = {"prompt": None, "out": tmp_path / "images", "before": False, **options}
+        return run_infer(Request(loras=[str(lora) for lora in loras], **given))
+
+    return draw
+
+
+@pytest.fixture
+def picture(draw: Draw, adapter: Path) -> Path:
+    """Drawn with no setting as it is by default."""
+    options = {"negative": "a cat", "seed": 5, "steps": 2, "guidance": 3.0, "size": (48, 32)}
+    more = {"sampler": "heun", "shift": 2.0, "t5_tokens": 20, "out": adapter.parents[1] / "images"}
+    return draw(f"{adapter}@0.7", prompt="a dog", **options, **more)[0]
+
+
+def recipe_of(path: Path) -> dict:
+    with Image.open(path) as image:
+        return json.loads(image.text["sd3tune"])
+
+
+def distance(one: Path, other: Path) -> int:
+    with Image.open(one) as image, Image.open(other) as beside:
+        assert image.size == beside.size
+        return max(high for _, high in ImageChops.difference(image, beside).getextrema())
+
+
+def edited(picture: Path, target: Path, **changes: object) -> Path:
+    info = PngInfo()
+    info.add_itxt("sd3tune", json.dumps(recipe_of(picture) | changes))
+    with Image.open(picture) as image:
+        image.save(target, pnginfo=info)
+    return target
+
+
+def test_a_picture_is_repeated_from_itself_with_the_adapter_found_nearby(picture: Path, draw: Draw) -> None:
+    (again,) = draw(from_picture=picture)
+    assert distance(again, picture) == 0
+    assert recipe_of(again) == recipe_of(picture)
+
+
+def test_without_t5_and_without_adapter_too(draw: Draw) -> None:
+    (picture,) = draw(prompt="a dog", base="tiny", size=(32, 32), steps=2, t5=False)
+    (again,) = draw(from_picture=picture)
+    assert recipe_of(again) == recipe_of(picture)
+    assert recipe_of(again)["encoders"] == ["clip_l", "clip_g"]
+    assert distance(again, picture) == 0
+    (other,) = draw(from_picture=picture, t5=True)
+    assert distance(again, other) > 8
+
+
+def test_flags_override_the_recipe(picture: Path, draw: Draw) -> None:
+    other, following = draw(from_picture=picture, seed=6, steps=3, num=2)
+    expected = recipe_of(picture) | {"seed": 6, "steps": 3}
+    assert recipe_of(other) == expected
+    assert recipe_of(following) == expected | {"seed": 7}
+    assert distance(other, picture) > 8
+
+
+def test_elsewhere_the_adapter_is_found_in_runs_or_asked_for(
+    picture: Path, adapter: Path, draw: Draw, tmp_path: Path, monkeypatch
+) -> None:
+    alone = Path(shutil.copy(picture, tmp_path / "a.png"))
+    digest = recipe_of(picture)["loras"][0]["sha256"][:12]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdapterError, match=rf"drawn with the adapter 'dog' \(sha256 {digest}\.\.\.\), .*--lora$"):
+        draw(from_picture=alone)
+    (tmp_path / "runs").symlink_to(adapter.parents[2])
+    assert distance(draw(from_picture=alone)[0], picture) == 0
+
+
+def test_an_adapter_of_another_content_is_not_taken_for_it(
+    picture: Path, adapter: Path, draw: Draw, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    alone = Path(shutil.copy(picture, tmp_path / "a.png"))
+    found = read_adapter(adapter)
+    down, up = found.factors[MODULE]
+    other = write_adapter(tmp_path / "adapter", {f"{MODULE}.lora_A": down, f"{MODULE}.lora_B": -up}, found.contract)
+    with pytest.raises(AdapterError, match="drawn with the adapter 'dog'"):
+        draw(from_picture=alone)
+    (drawn,) = draw(other, from_picture=alone)
+    assert "a.png was drawn without" in capsys.readouterr().out
+    assert distance(drawn, picture) > 8
+    assert recipe_of(drawn)["loras"][0]["weight"] == 1.0
+    (same,) = draw(adapter, from_picture=alone)
+    assert "warning" not in capsys.readouterr().out
+    assert distance(same, picture) == 0, "with the weight of the recipe"
+    assert recipe_of(draw(f"{adapter}@0.2", from_picture=alone)[0])["loras"][0]["weight"] == 0.2
+
+
+def test_another_base_is_an_error_unless_it_was_asked_for(picture: Path, draw: Draw, tmp_path: Path, capsys) -> None:
+    other = edited(picture, picture.with_name("other.png"), base_fingerprint="0" * 64)
+    with pytest.raises(ModelError, match=r"was drawn with tiny, whose weights differ from this tiny; .* with --base$"):
+        draw(from_picture=other)
+    draw(from_picture=other, base="tiny")
+    assert "warning: " in capsys.readouterr().out
+
+
+def test_a_local_base_is_asked_for(draw: Draw, tmp_path: Path) -> None:
+    base = shutil.copytree(resolve_base("tiny").path, tmp_path / "mine")
+    (picture,) = draw(prompt="a dog", base=str(base), size=(32, 32), steps=1)
+    with pytest.raises(ModelError, match=r"drawn with a local base named 'mine'; give it with --base$"):
+        draw(from_picture=picture)
+    assert distance(draw(from_picture=picture, base=str(base))[0], picture) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": "two"}, "steps"),
+        ({"steps": 0}, "--steps 0: at least 1"),
+        ({"sheet": "grid"}, "shows several pictures"),
+        ({"loras": [{"name": "dog"}]}, "sha256"),
+        ({"dtype": "fp8"}, "dtype"),
+    ],
+)
+def test_a_recipe_that_was_tampered_with_is_one_line(change: dict, said: str, picture: Path, draw: Draw) -> None:
+    with pytest.raises(UserError) as caught:
+        draw(from_picture=edited(picture, picture.with_name("bad.png"), **change))
+    assert said in caught.value.problems[0]
+
+
+def test_what_holds_no_recipe_is_one_line(draw: Draw, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "plain.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("plain.png", "text.png"):
+        with pytest.raises(ConfigError, match=rf"^--from .*{name}: holds no recipe; only pictures drawn by"):
+            draw(from_picture=tmp_path / name)
+    with pytest.raises(ConfigError, match=r"none.png: no such file$"):
+        draw(from_picture=tmp_path / "none.png")
