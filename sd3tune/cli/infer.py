@@ -45,6 +45,14 @@ def infer(
             metavar="FILE", help="A .jsonl or .csv file, a picture a line; what is already in --out is not drawn again."
         ),
     ] = None,
+    grid: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="NAME=V,V,...",
+            help="One picture of all values, such as weight=0,0.5,1; a second --grid is for the rows. "
+            "Also seed, prompt (a|b), lora, steps, guidance, sampler and shift.",
+        ),
+    ] = None,
     from_picture: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -114,6 +122,7 @@ def infer(
         guidance=guidance,
         size=wide_high,
         prompts=prompts,
+        grid=grid or [],
         from_picture=from_picture,
         batch=batch,
         sampler=sampler,

@@ -10,6 +10,7 @@ from PIL import Image
 
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.jobs.conditions import Conditions, check_size, settle_conditions
+from sd3tune.jobs.grid import Grid, read_grid
 from sd3tune.jobs.machine import choose_dtype, gpu_of, make_accelerator
 from sd3tune.jobs.missing import draw_missing
 from sd3tune.jobs.pictures import Album, before_and_after
@@ -26,23 +27,24 @@ from sd3tune.sampling.samplers import SAMPLERS
 
 
 def run_infer(request: Request) -> list[Path]:
-    """Draw what was asked for: some images with a picture of before and after, or a file of prompts.
+    """Draw what was asked for: some images with a picture of before and after, a file of prompts, or a grid.
 
-    Returns the files that show it, written now or, of a file of prompts, earlier. Raises UserError.
+    Returns the files that show it, written now or, but for the first, earlier. Raises UserError.
     """
     repeat = read_repeat(request.from_picture) if request.from_picture else None
     base_is_chosen = request.base is not None or request.config is not None
     request = repeated(request, repeat) if repeat else request
     check_request(request)
     rows = read_prompts(request.prompts) if request.prompts else []
-    given = [parse_lora(lora) for lora in request.loras]
+    grid = read_grid(request.grid, request.loras)
+    given = [parse_lora(lora) for lora in [*request.loras, *(grid.loras if grid else ())]]
     adapters = [load_adapter(path) for path, _ in given]
     device = make_accelerator().device
     dtype = choose_dtype(request.dtype, gpu_of(device), "--dtype")
     conditions = settle_conditions(request, adapters)
     if repeat is not None:
         repeat.check_base(conditions.base, base_is_chosen)
-    weights = tuple((number, weight) for number, (_, weight) in enumerate(given))
+    weights = tuple((number, weight) for number, (_, weight) in enumerate(given[: len(request.loras)]))
     common = {"size": conditions.size, **request.of_the_shot, "loras": weights}
     lines = [Shot(**{**common, **row.values}) for row in rows] or [Shot(**common)]
     shots = [shot for line in lines for shot in seeded(line, request.num)]
@@ -52,9 +54,19 @@ def run_infer(request: Request) -> list[Path]:
 
     studio = Studio(conditions, adapters, dtype, device, request.batch)
     album = Album(request.out, Recipes(conditions, adapters, dtype, request.batch))
+    if grid is not None:
+        return _draw_grid(studio, album, grid.shots(shots[0]), grid)
     if rows:
         return draw_missing(studio, album, shots)
     return _draw_before_and_after(studio, album, shots, before=request.before)
+
+
+def _draw_grid(studio: Studio, album: Album, shots: Sequence[Sequence[Shot]], grid: Grid) -> list[Path]:
+    """What is missing of the shots by row and column, and one picture of all. Returns the files, that picture last."""
+    wide = len(shots[0])
+    files = draw_missing(studio, album, [shot for row in shots for shot in row])
+    by_row = [files[start : start + wide] for start in range(0, len(files), wide)]
+    return [*files, album.add_grid(grid, shots, by_row)]
 
 
 def _draw_before_and_after(studio: Studio, album: Album, shots: Sequence[Shot], before: bool) -> list[Path]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sd3tune.atomic import new_file, remove_stale
+from sd3tune.jobs.grid import Grid
 from sd3tune.jobs.recipes import RECIPE_KEY, Recipes, read_recipe, recipe_key
 from sd3tune.jobs.shots import Shot
 from sd3tune.sampling.contact_sheet import contact_sheet
@@ -41,11 +42,23 @@ class Album:
 
     def add(self, shot: Shot, image: Image.Image) -> Path:
         """Write the picture, and return its file."""
-        return _save(image, self.folder / f"{_stem(shot)}.png", self.recipes.of(shot))
+        return _save(image, self.folder / f"{shot.stem}.png", self.recipes.of(shot))
 
     def add_sheet(self, first: Shot, sheet: Image.Image, kind: str) -> Path:
         """Write one picture of several, of which `first` is the one whose recipe it carries."""
-        return _save(sheet, self.folder / f"{_stem(first)}-{kind}.png", {**self.recipes.of(first), "sheet": kind})
+        return _save(sheet, self.folder / f"{first.stem}-{kind}.png", {**self.recipes.of(first), "sheet": kind})
+
+    def add_grid(self, grid: Grid, shots: Sequence[Sequence[Shot]], files: Sequence[Sequence[Path]]) -> Path:
+        """Write the picture of a whole grid, or find it: the same one is not written twice."""
+        keys = [[self.key(shot) for shot in row] for row in shots]
+        shown = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+        first = shots[0][0]
+        recipe = {**self.recipes.of(first), "sheet": "grid", "shows": shown}
+        for path in sorted(self.folder.glob("*-grid*.png")):
+            if read_recipe(path) == recipe:
+                return path
+        images = [[_opened(path) for path in row] for row in files]
+        return _save(grid.sheet(images), self.folder / f"{replace(first, name=None).stem}-grid.png", recipe)
 
 
 def before_and_after(before: Sequence[Image.Image], after: Sequence[Image.Image], shots: Sequence[Shot]) -> Image.Image:
@@ -55,11 +68,10 @@ def before_and_after(before: Sequence[Image.Image], after: Sequence[Image.Image]
     return contact_sheet([before, after], columns, ["before: the base alone", "after: with the adapter"], side)
 
 
-def _stem(shot: Shot) -> str:
-    if shot.name is not None:
-        return shot.name
-    words = re.sub(r"[^a-z0-9]+", "-", shot.prompt.lower()).strip("-")[:60]
-    return f"{words or 'image'}-seed{shot.seed}"
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+    return image
 
 
 def _save(image: Image.Image, wanted: Path, recipe: Mapping[str, Any]) -> Path:

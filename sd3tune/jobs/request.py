@@ -33,6 +33,8 @@ class Request:
     prompts: Path | None = None
     """A file of prompts; what stands in it wins over the flags."""
     batch: int = 1
+    grid: Sequence[str] = ()
+    """Up to two of `NAME=VALUE,VALUE,...`; see `grid.AXES`."""
     from_picture: Path | None = None
     """Whose recipe says what nothing here says."""
     sampler: str | None = None
@@ -60,9 +62,13 @@ class Request:
 def check_request(request: Request) -> None:
     """Raises ConfigError with every problem of the flags themselves."""
     problems = []
-    if not request.loras and request.base is None and request.config is None:
+    varied = {axis.partition("=")[0] for axis in request.grid}
+    if not request.loras and request.base is None and request.config is None and "lora" not in varied:
         problems.append("give --lora PATH, or --base (or --config) to draw with a base model alone")
-    if request.prompt is None and request.prompts is None:
+    if request.grid and (request.prompts is not None or request.num != 1):
+        flag = "--num" if request.prompts is None else "--prompts"
+        problems.append(f"{flag}: not with --grid, whose axes say what is drawn; for several seeds seed=0,1,2")
+    if request.prompt is None and request.prompts is None and "prompt" not in varied:
         problems.append("give --prompt, the text to draw; or a file of them with --prompts, or a picture with --from")
     if request.prompt is not None and request.prompts is not None:
         problems.append("--prompt: each line of --prompts has its own; leave one of the two out")

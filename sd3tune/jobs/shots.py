@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,14 @@ class Shot:
     """Of the noise levels; None is the base's own."""
     name: str | None = None
     """Of the file, without its ending; None makes one of prompt and seed."""
+
+    @property
+    def stem(self) -> str:
+        """What its file is called, but for the ending."""
+        if self.name is not None:
+            return self.name
+        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:60]
+        return f"{words or 'image'}-seed{self.seed}"
 
     @property
     def sampler_settings(self) -> SamplerSettings:
