@@ -10,7 +10,7 @@ import typer
 from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
 
-_MODEL, _SAMPLING, _TEXT = "Adapters and model", "Sampling", "Text"
+_MODEL, _SAMPLING, _TEXT, _IMAGE = "Adapters and model", "Sampling", "Text", "From a picture"
 
 
 def infer(
@@ -70,6 +70,42 @@ def infer(
             help="Of the noise levels; by default the base's own. More is more noise.", rich_help_panel=_SAMPLING
         ),
     ] = None,
+    slg: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="SCALE", help="Skip-layer guidance, for SD3.5 medium: 2.8.", rich_help_panel=_SAMPLING),
+    ] = None,
+    slg_layers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="N,N,...", help="The blocks that are left out (7,8,9).", rich_help_panel=_SAMPLING),
+    ] = None,
+    slg_start: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="From which share of the steps (0.01).", rich_help_panel=_SAMPLING),
+    ] = None,
+    slg_stop: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="To which share of the steps (0.2).", rich_help_panel=_SAMPLING),
+    ] = None,
+    image: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A picture to start from, scaled and cut to the size.", rich_help_panel=_IMAGE),
+    ] = None,
+    strength: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="How much of it is drawn anew (0.6): 1 is all.", rich_help_panel=_IMAGE),
+    ] = None,
+    prompt_clip_l: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="TEXT", help="What CLIP-L reads instead of the prompt.", rich_help_panel=_TEXT),
+    ] = None,
+    prompt_clip_g: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="TEXT", help="What CLIP-G reads instead of the prompt.", rich_help_panel=_TEXT),
+    ] = None,
+    prompt_t5: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="TEXT", help="What T5 reads instead of the prompt.", rich_help_panel=_TEXT),
+    ] = None,
     num: Annotated[int, typer.Option(help="How many images.")] = 1,
     before: Annotated[bool, typer.Option(help="Also draw without the adapter, for a before/after picture.")] = True,
     lora: Annotated[
@@ -127,6 +163,15 @@ def infer(
         batch=batch,
         sampler=sampler,
         shift=shift,
+        slg=slg,
+        slg_layers=parse_layers(slg_layers),
+        slg_start=slg_start,
+        slg_stop=slg_stop,
+        image=image,
+        strength=strength,
+        prompt_clip_l=prompt_clip_l,
+        prompt_clip_g=prompt_clip_g,
+        prompt_t5=prompt_t5,
         num=num,
         base=base,
         config=config,
@@ -147,3 +192,13 @@ def parse_size(size: str | None) -> tuple[int, int] | None:
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise ConfigError(f"--size {size}: write a side such as 1024, or WIDTHxHEIGHT such as 1152x896")
     return int(sides[0]), int(sides[-1])
+
+
+def parse_layers(layers: str | None) -> tuple[int, ...] | None:
+    """`7,8,9` -> (7, 8, 9). Raises ConfigError."""
+    if layers is None:
+        return None
+    numbers = [number.strip() for number in layers.split(",")]
+    if not all(number.isascii() and number.isdecimal() for number in numbers):
+        raise ConfigError(f"--slg-layers {layers}: numbers of blocks, such as 7,8,9")
+    return tuple(map(int, numbers))

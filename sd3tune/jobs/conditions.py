@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.config import ModelConfig, load_config
-from sd3tune.errors import AdapterError, ConfigError
+from sd3tune.errors import AdapterError
 from sd3tune.jobs.request import Request
 from sd3tune.jobs.shots import Shot
 from sd3tune.model.adapter_io import Adapter
 from sd3tune.model.bases import ENCODER_PARTS, ENCODERS, Base, configured_base
 from sd3tune.model.checkpoint import LABELS
-from sd3tune.sampling.sampler import SamplerSettings
 
 DEFAULT_SIDE = 1024
 
@@ -29,14 +28,6 @@ class Conditions:
     encoders: tuple[str, ...]
     size: tuple[int, int]
     """(width, height) of an image that is not given one."""
-
-
-def check_size(settings: SamplerSettings, transformer: Any, named: str = "--size") -> None:
-    largest = transformer.config.pos_embed_max_size * transformer.config.patch_size * 8
-    if max(settings.width, settings.height) > largest:
-        raise ConfigError(
-            f"{named} {settings.width}x{settings.height}: this base draws at most {largest} pixels a side"
-        )
 
 
 def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditions:

@@ -19,7 +19,7 @@ from sd3tune.jobs.request import parse_lora
 from sd3tune.jobs.shots import Shot, problems_of
 from sd3tune.sampling.contact_sheet import contact_sheet
 
-_OF_A_SHOT = ("seed", "prompt", "steps", "guidance", "sampler", "shift")
+_OF_A_SHOT = ("seed", "prompt", "steps", "guidance", "sampler", "shift", "slg", "strength")
 AXES = ("weight", "lora", *_OF_A_SHOT)
 MOST_AXES = 2
 

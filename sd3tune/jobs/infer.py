@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from sd3tune.data.images import check_header
 from sd3tune.errors import ConfigError, RunError
-from sd3tune.jobs.conditions import Conditions, check_size, settle_conditions
+from sd3tune.jobs.conditions import Conditions, settle_conditions
 from sd3tune.jobs.grid import Grid, read_grid
 from sd3tune.jobs.machine import choose_dtype, gpu_of, make_accelerator
 from sd3tune.jobs.missing import draw_missing
 from sd3tune.jobs.pictures import Album, before_and_after
-from sd3tune.jobs.prompts_file import read_prompts
+from sd3tune.jobs.prompts_file import Row, read_prompts
 from sd3tune.jobs.recipes import Recipes
 from sd3tune.jobs.repeat import read_repeat, repeated
-from sd3tune.jobs.request import Request, check_request, parse_lora
-from sd3tune.jobs.shots import Shot, seeded
+from sd3tune.jobs.request import Request, check_request, flag_of, parse_lora
+from sd3tune.jobs.shots import Shot, beyond_the_base, problems_of, seeded
 from sd3tune.jobs.studio import Studio, draw
 from sd3tune.model.adapter_io import Adapter, match
 from sd3tune.model.components import empty_transformer, load_scheduler
 from sd3tune.model.hub_adapter import load_adapter
 from sd3tune.sampling.samplers import SAMPLERS
+
+Asked = tuple[Shot, Callable[[str], str]]
+"""A shot, and what its parts are called where they were given."""
 
 
 def run_infer(request: Request) -> list[Path]:
@@ -44,21 +49,29 @@ def run_infer(request: Request) -> list[Path]:
     conditions = settle_conditions(request, adapters)
     if repeat is not None:
         repeat.check_base(conditions.base, base_is_chosen)
-    weights = tuple((number, weight) for number, (_, weight) in enumerate(given[: len(request.loras)]))
-    common = {"size": conditions.size, **request.of_the_shot, "loras": weights}
-    lines = [Shot(**{**common, **row.values}) for row in rows] or [Shot(**common)]
-    shots = [shot for line in lines for shot in seeded(line, request.num)]
-    places = [row.place for row in rows for _ in range(request.num)] or [""] * request.num
-    _check_against_base(dict(zip(shots, places, strict=True)), conditions, adapters)
+    fixed = tuple((number, weight) for number, (_, weight) in enumerate(given[: len(request.loras)]))
+    asked = _asked(rows, {"size": conditions.size, **request.of_the_shot, "loras": fixed}, request.num)
+    by_row = grid.shots(asked[0][0]) if grid else []
+    if grid is not None:
+        asked = [(shot, flag_of) for row in by_row for shot in row]
+    _check_against_base(asked, conditions, adapters)
     _make_folder(request.out)
 
     studio = Studio(conditions, adapters, dtype, device, request.batch)
     album = Album(request.out, Recipes(conditions, adapters, dtype, request.batch))
+    shots = [shot for shot, _ in asked]
     if grid is not None:
-        return _draw_grid(studio, album, grid.shots(shots[0]), grid)
+        return _draw_grid(studio, album, by_row, grid)
     if rows:
         return draw_missing(studio, album, shots)
     return _draw_before_and_after(studio, album, shots, before=request.before)
+
+
+def _asked(rows: Sequence[Row], common: Mapping[str, Any], num: int) -> list[Asked]:
+    """`num` shots for each row, or for what they have in `common` alone."""
+    if not rows:
+        return [(shot, flag_of) for shot in seeded(Shot(**common), num)]
+    return [(shot, row.named) for row in rows for shot in seeded(Shot(**{**common, **row.values}), num)]
 
 
 def _draw_grid(studio: Studio, album: Album, shots: Sequence[Sequence[Shot]], grid: Grid) -> list[Path]:
@@ -84,16 +97,21 @@ def _draw_before_and_after(studio: Studio, album: Album, shots: Sequence[Shot], 
     return written
 
 
-def _check_against_base(shots: Mapping[Shot, str], conditions: Conditions, adapters: Sequence[Adapter]) -> None:
-    """What this base cannot do, before anything large is loaded. `shots` is shot -> where it was asked for."""
+def _check_against_base(asked: Sequence[Asked], conditions: Conditions, adapters: Sequence[Adapter]) -> None:
+    """What cannot be, and what this base cannot do, before anything large is loaded. Raises UserError."""
     skeleton, schedule = empty_transformer(conditions.base), load_scheduler(conditions.base).config
-    for shot, place in shots.items():
-        check_size(shot.sampler_settings, skeleton, f"{place}: size" if place else "--size")
+    problems = [line for shot, named in asked for line in problems_of(shot, named)]
+    for shot, named in asked:
+        problems += beyond_the_base(shot, named, skeleton.config)
         if shot.shift is None and schedule.get("use_dynamic_shifting") and not SAMPLERS[shot.sampler].follows_size:
-            raise ConfigError(
-                f"--sampler {shot.sampler}: the shift of {conditions.base.label} depends on the size of the image, "
-                "which only euler follows; give --shift, such as 3"
+            problems.append(
+                f"{named('sampler')} {shot.sampler}: the shift of {conditions.base.label} depends on the size of the "
+                "image, which only euler follows; give --shift, such as 3"
             )
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    for image in {shot.image for shot, _ in asked if shot.image is not None}:
+        check_header(image)
     for adapter in adapters:
         match(skeleton, adapter)
 

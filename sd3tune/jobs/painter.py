@@ -10,6 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sd3tune.jobs.prompts import encode_prompts
+from sd3tune.jobs.shots import Texts
 from sd3tune.model.adapter_io import attach, read_adapter
 from sd3tune.model.bases import ENCODERS, resolve_base
 from sd3tune.model.components import load_scheduler, load_transformer, load_vae
@@ -79,5 +80,6 @@ class Painter:
     def _learn(self, prompts: Sequence[str]) -> None:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         if new:
-            found = encode_prompts(self.base, ENCODERS, new, self.t5_length, self.dtype, self.device)
+            texts = [Texts(prompt) for prompt in new]
+            found = encode_prompts(self.base, ENCODERS, texts, self.t5_length, self.dtype, self.device)
             self._known |= dict(zip(new, found, strict=True))

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from sd3tune.encode.resources import release
+from sd3tune.jobs.shots import Texts
 from sd3tune.model.bases import Base
 from sd3tune.model.components import empty_transformer, load_text_encoder
 from sd3tune.model.text import assemble
@@ -16,13 +17,22 @@ from sd3tune.sampling.sampler import Conditioning
 
 
 def encode_prompts(
-    base: Base, encoders: Sequence[str], texts: Sequence[str], t5_length: int, dtype: torch.dtype, device: torch.device
+    base: Base,
+    encoders: Sequence[str],
+    prompts: Sequence[Texts],
+    t5_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[Conditioning]:
-    """One for each of the texts, each encoded alone, as `StableDiffusion3Pipeline` does. Warns of what is cut off."""
-    entries: dict[str, list[dict[str, torch.Tensor]]] = {}
+    """One for each of the prompts, as `StableDiffusion3Pipeline` has them: an encoder reads each text alone, and once.
+
+    Warns of what is cut off.
+    """
+    entries: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for name in tqdm(encoders, desc="encoding prompts", unit="encoder", leave=False, delay=2):
         encoder = load_text_encoder(base, name, dtype, device, t5_length)
-        entries[name] = encoder.encode(list(texts))
+        texts = list(dict.fromkeys(prompt.read_by(name) for prompt in prompts))
+        entries[name] = dict(zip(texts, encoder.encode(texts), strict=True))
         for text in texts:
             lost = encoder.truncated(text)
             if lost:
@@ -32,9 +42,10 @@ def encode_prompts(
         release(device)
     width = empty_transformer(base).config.joint_attention_dim
 
-    def conditioning(number: int) -> Conditioning:
-        batch = {name: {key: value[None] for key, value in entry[number].items()} for name, entry in entries.items()}
+    def conditioning(prompt: Texts) -> Conditioning:
+        found = {name: entry[prompt.read_by(name)] for name, entry in entries.items()}
+        batch = {name: {key: value[None] for key, value in entry.items()} for name, entry in found.items()}
         t5 = batch["t5"]["hidden"] if "t5" in batch else None
         return Conditioning(*assemble(batch["clip_l"], batch["clip_g"], t5, t5_length, width))
 
-    return [conditioning(number) for number in range(len(texts))]
+    return [conditioning(prompt) for prompt in prompts]

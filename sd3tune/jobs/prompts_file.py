@@ -48,6 +48,10 @@ def _size(value: Any) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
+def _path(value: Any) -> Path:
+    return Path(_text(value))
+
+
 def _name(value: Any) -> str:
     text = _text(value)
     if not text or text.startswith(".") or re.search(r"[/\\\0]", text):
@@ -64,6 +68,12 @@ COLUMNS: dict[str, Callable[[Any], Any]] = {
     "size": _size,
     "sampler": _text,
     "shift": _number,
+    "prompt_clip_l": _text,
+    "prompt_clip_g": _text,
+    "prompt_t5": _text,
+    "slg": _number,
+    "image": _path,
+    "strength": _number,
     "name": _name,
 }
 """Column -> what its values are read as; each is a field of `Shot`. An empty value is one that is not given."""
@@ -76,6 +86,10 @@ class Row:
     place: str
     """`file:line`, for messages."""
     values: Mapping[str, Any]
+
+    def named(self, column: str) -> str:
+        """What a part of the shot is called: the column, where the line gives it."""
+        return f"{self.place}: {column}" if column in self.values else f"{self.place}: --{column.replace('_', '-')}"
 
 
 def read_prompts(path: Path) -> list[Row]:
@@ -93,6 +107,8 @@ def read_prompts(path: Path) -> list[Row]:
     for number, values in kinds[path.suffix.lower()](path, text):
         place = f"{path}:{number}"
         found, wrong = _checked(place, values)
+        if "image" in found:
+            found["image"] = path.parent / found["image"]
         rows.append(Row(place, found))
         problems += wrong
     if not rows and not problems:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Recipes:
     adapters: Sequence[Adapter]
     dtype: torch.dtype
     batch: int = 1
+    _known_images: dict[Path, str] = field(default_factory=dict)
 
     def of(self, shot: Shot) -> dict[str, Any]:
         """Adapters by name and hash, never by path."""
@@ -54,7 +55,25 @@ class Recipes:
             "dtype": dtype_name(self.dtype),
             "loras": [{**self._named[number], "weight": weight} for number, weight in shot.loras],
         }
-        return recipe | ({"batch": self.batch} if self.batch > 1 else {})
+        return recipe | self._of_few(shot) | ({"batch": self.batch} if self.batch > 1 else {})
+
+    def _of_few(self, shot: Shot) -> dict[str, Any]:
+        """What most pictures have nothing of."""
+        texts = {name: getattr(shot, name) for name in ("prompt_clip_l", "prompt_clip_g", "prompt_t5")}
+        found: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
+        if shot.slg is not None:
+            found["slg"] = {
+                "scale": shot.slg, "layers": list(shot.slg_layers), "start": shot.slg_start, "stop": shot.slg_stop,
+            }  # fmt: skip
+        if shot.image is not None:
+            found["image"] = {"name": shot.image.name, "sha256": self._image_sha256(shot.image)}
+            found["strength"] = float(shot.strength)
+        return found
+
+    def _image_sha256(self, path: Path) -> str:
+        if path not in self._known_images:
+            self._known_images[path] = file_sha256(path)
+        return self._known_images[path]
 
     @cached_property
     def _fingerprint(self) -> str:

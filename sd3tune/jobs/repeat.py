@@ -16,11 +16,25 @@ from sd3tune.model.bases import Base
 from sd3tune.model.contract import Part, check_part
 from sd3tune.model.offline import offline_kind
 
+_OWN_TEXTS = ("prompt_clip_l", "prompt_clip_g", "prompt_t5")
+
 
 class _Lora(Part):
     name: str
     sha256: str
     weight: float
+
+
+class _Image(Part):
+    name: str
+    sha256: str
+
+
+class _Skip(Part):
+    scale: float
+    layers: list[int]
+    start: float
+    stop: float
 
 
 class _Recipe(Part):
@@ -39,6 +53,12 @@ class _Recipe(Part):
     encoders: list[Literal["clip_l", "clip_g", "t5"]]
     dtype: Literal["fp32", "bf16", "fp16"]
     loras: list[_Lora]
+    prompt_clip_l: str | None = None
+    prompt_clip_g: str | None = None
+    prompt_t5: str | None = None
+    slg: _Skip | None = None
+    image: _Image | None = None
+    strength: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +112,14 @@ def repeated(request: Request, repeat: Repeat) -> Request:
         "shift": recipe.shift,
         "t5_tokens": recipe.max_sequence_length,
         "t5": "t5" in recipe.encoders,
+        **{name: getattr(recipe, name) for name in _OWN_TEXTS if request.prompt is None},
     }
+    if recipe.slg is not None:
+        skip = recipe.slg
+        layers = tuple(skip.layers)
+        of_the_recipe |= {"slg": skip.scale, "slg_layers": layers, "slg_start": skip.start, "slg_stop": skip.stop}
+    if recipe.image is not None:
+        of_the_recipe |= {"image": request.image or _found_image(repeat, recipe.image), "strength": recipe.strength}
     missing = {name: value for name, value in of_the_recipe.items() if getattr(request, name) is None}
     loras = _chosen_adapters(request, repeat) if request.loras else _found_adapters(repeat)
     if request.base is None and request.config is None:
@@ -141,6 +168,18 @@ def _found_adapters(repeat: Repeat) -> list[str]:
     if problems:
         raise AdapterError(*problems)
     return found
+
+
+def _found_image(repeat: Repeat, image: _Image) -> Path:
+    """Near the picture or in the working directory, by its content."""
+    for folder in (*repeat.picture.absolute().parents[:3], Path.cwd()):
+        path = folder / image.name
+        if path.is_file() and file_sha256(path) == image.sha256:
+            return path
+    raise ConfigError(
+        f"--from {repeat.picture}: drawn from the picture {image.name!r} (sha256 {image.sha256[:12]}...), which is not "
+        "found near it; give it with --image"
+    )
 
 
 def _candidates(picture: Path, name: str) -> Iterator[Path]:

@@ -39,6 +39,15 @@ class Request:
     """Whose recipe says what nothing here says."""
     sampler: str | None = None
     shift: float | None = None
+    slg: float | None = None
+    slg_layers: tuple[int, ...] | None = None
+    slg_start: float | None = None
+    slg_stop: float | None = None
+    image: Path | None = None
+    strength: float | None = None
+    prompt_clip_l: str | None = None
+    prompt_clip_g: str | None = None
+    prompt_t5: str | None = None
     num: int = 1
     base: str | None = None
     revision: str | None = None
@@ -77,9 +86,16 @@ def check_request(request: Request) -> None:
             problems.append(f"{flag} {value}: at least 1")
     if request.t5_tokens is not None and not 1 <= request.t5_tokens <= MOST_T5_TOKENS:
         problems.append(f"--t5-tokens {request.t5_tokens}: from 1 to {MOST_T5_TOKENS}")
-    problems += problems_of(Shot(**request.of_the_shot), lambda name: f"--{name.replace('_', '-')}")
+    if request.strength is not None and request.image is None and request.prompts is None:
+        problems.append(f"--strength {request.strength:g}: how much of --image is drawn anew; give --image, too")
+    problems += problems_of(Shot(**request.of_the_shot), flag_of)
     if problems:
         raise ConfigError(*problems)
+
+
+def flag_of(field: str) -> str:
+    """What a part of a shot is called on the command line."""
+    return f"--{field.replace('_', '-')}"
 
 
 def parse_lora(value: str, flag: str = "--lora ") -> tuple[Path, float]:

@@ -6,9 +6,25 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from sd3tune.sampling.sampler import SamplerSettings
+from sd3tune.sampling.sampler import SamplerSettings, SkipLayers
 from sd3tune.sampling.samplers import SAMPLERS
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A prompt, and what single encoders read instead."""
+
+    prompt: str
+    clip_l: str | None = None
+    clip_g: str | None = None
+    t5: str | None = None
+
+    def read_by(self, encoder: str) -> str:
+        own: str | None = getattr(self, encoder)
+        return self.prompt if own is None else own
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,18 @@ class Shot:
     sampler: str = "euler"
     shift: float | None = None
     """Of the noise levels; None is the base's own."""
+    slg: float | None = None
+    """Scale of skip-layer guidance, with the blocks that are left out, and from where to where."""
+    slg_layers: tuple[int, ...] = (7, 8, 9)
+    slg_start: float = 0.01
+    slg_stop: float = 0.2
+    image: Path | None = None
+    """The picture to start from; it is scaled and cut to `size`."""
+    strength: float = 0.6
+    prompt_clip_l: str | None = None
+    """What this encoder reads instead of `prompt`."""
+    prompt_clip_g: str | None = None
+    prompt_t5: str | None = None
     name: str | None = None
     """Of the file, without its ending; None makes one of prompt and seed."""
 
@@ -43,7 +71,13 @@ class Shot:
         if self.size is None:
             raise ValueError("the size is not settled")
         width, height = self.size
-        return SamplerSettings(self.steps, self.guidance, height, width, self.sampler, self.shift)
+        skip = None if self.slg is None else SkipLayers(self.slg, self.slg_layers, self.slg_start, self.slg_stop)
+        strength = None if self.image is None else self.strength
+        return SamplerSettings(self.steps, self.guidance, height, width, self.sampler, self.shift, strength, skip)
+
+    @property
+    def texts(self) -> Texts:
+        return Texts(self.prompt, self.prompt_clip_l, self.prompt_clip_g, self.prompt_t5)
 
 
 def problems_of(shot: Shot, named: Callable[[str], str]) -> list[str]:
@@ -61,6 +95,38 @@ def problems_of(shot: Shot, named: Callable[[str], str]) -> list[str]:
         problems.append(f"{named('sampler')} {shot.sampler}: one of {', '.join(SAMPLERS)}")
     if shot.shift is not None and not 0 < shot.shift < math.inf:
         problems.append(f"{named('shift')} {shot.shift:g}: a number above 0; SD3's own is 3")
+    if not 0 < shot.strength <= 1:
+        problems.append(f"{named('strength')} {shot.strength:g}: above 0, and at most 1")
+    elif shot.image is not None and shot.steps * shot.strength < 1 <= shot.steps:
+        least = math.ceil(1000 / shot.steps) / 1000
+        problems.append(f"{named('strength')} {shot.strength:g}: no step of {shot.steps} is left; at least {least:g}")
+    return problems + _skipping_problems(shot, named)
+
+
+def _skipping_problems(shot: Shot, named: Callable[[str], str]) -> list[str]:
+    problems = []
+    if shot.slg is not None and not math.isfinite(shot.slg):
+        problems.append(f"{named('slg')} {shot.slg}: a finite number")
+    elif shot.slg is not None and shot.guidance <= 1:
+        problems.append(f"{named('slg')} {shot.slg:g}: works beside guidance; it is {shot.guidance:g}, give it above 1")
+    if not shot.slg_layers or min(shot.slg_layers) < 0:
+        problems.append(f"{named('slg_layers')}: numbers of blocks from 0 on, such as 7,8,9")
+    if not 0 <= shot.slg_start < shot.slg_stop <= 1:
+        start, stop = f"{named('slg_start')} {shot.slg_start:g}", f"{named('slg_stop')} {shot.slg_stop:g}"
+        problems.append(f"{start}, {stop}: shares of the steps, the first below the second, from 0 to 1")
+    return problems
+
+
+def beyond_the_base(shot: Shot, named: Callable[[str], str], transformer: Any) -> list[str]:
+    """A line for each value that a base of this transformer config cannot do."""
+    problems = []
+    largest = transformer.pos_embed_max_size * transformer.patch_size * 8
+    if shot.size and max(shot.size) > largest:
+        size = f"{shot.size[0]}x{shot.size[1]}"
+        problems.append(f"{named('size')} {size}: this base draws at most {largest} pixels a side")
+    if shot.slg is not None and max(shot.slg_layers, default=0) >= transformer.num_layers:
+        layers = ",".join(map(str, shot.slg_layers))
+        problems.append(f"{named('slg_layers')} {layers}: this base has the blocks 0 to {transformer.num_layers - 1}")
     return problems
 
 
@@ -77,6 +143,6 @@ def batched(shots: Iterable[Shot], most: int) -> list[list[Shot]]:
     return [group[start : start + most] for group in alike.values() for start in range(0, len(group), most)]
 
 
-def texts_of(shots: Sequence[Shot]) -> list[str]:
-    """Every text that is read, once."""
-    return list(dict.fromkeys(text for shot in shots for text in (shot.prompt, shot.negative)))
+def texts_of(shots: Sequence[Shot]) -> list[Texts]:
+    """Everything that is to be read, once."""
+    return list(dict.fromkeys(texts for shot in shots for texts in (shot.texts, Texts(shot.negative))))

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sd3tune.model.latents import decode
+from sd3tune.model.latents import sample_latents as from_posterior
 from sd3tune.sampling.samplers import SAMPLERS
 
 
@@ -21,6 +22,19 @@ class Conditioning:
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
+
+
+@dataclass(frozen=True)
+class SkipLayers:
+    """Skip-layer guidance: away from what the transformer says without some of its blocks.
+
+    It acts from `start` to `stop`, as shares of all steps, and beside classifier-free guidance only.
+    """
+
+    scale: float
+    layers: tuple[int, ...]
+    start: float
+    stop: float
 
 
 @dataclass(frozen=True)
@@ -35,11 +49,29 @@ class SamplerSettings:
     """A key of `samplers.SAMPLERS`."""
     shift: float | None = None
     """Instead of the base's own: sigma becomes shift * sigma / (1 + (shift - 1) * sigma)."""
+    strength: float | None = None
+    """For a picture to start from: the share of the steps that is taken. None starts from noise."""
+    skip_layers: SkipLayers | None = None
+
+    @property
+    def first_step(self) -> int:
+        """The first that is taken, rounded as in `StableDiffusion3Img2ImgPipeline`."""
+        return 0 if self.strength is None else int(self.steps - min(self.steps * self.strength, self.steps))
 
     @property
     def evaluations(self) -> int:
         """How often the transformer is asked for a velocity (of both prompts, with guidance)."""
-        return SAMPLERS[self.sampler].evaluations(self.steps)
+        return SAMPLERS[self.sampler].evaluations(self.steps - self.first_step)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Pictures to start from, as the VAE's posteriors: mean and std [n or 1, C, h, w], fp32, not normalised."""
+
+    mean: Tensor
+    std: Tensor
+    scaling_factor: float
+    shift_factor: float
 
 
 @torch.no_grad()
@@ -52,42 +84,90 @@ def sample_latents(
     seeds: Sequence[int],
     latent_side: int = 8,
     on_step: Callable[[], object] = lambda: None,
+    start: Start | None = None,
 ) -> Tensor:
     """Latents [n, C, height / 8, width / 8] of n images, in the transformer's dtype, on its device.
 
     There are n prompts and seeds, and as many negative prompts or one for all. An image's noise comes from a CPU
     generator with its seed, so it is the same on every device and beside any neighbours; with neighbours, though, the
     last bits of a picture differ from those of one drawn alone. `scheduler` is the base's; `on_step` is called after
-    each of `settings.evaluations`.
+    each of `settings.evaluations`. `start` goes with `settings.strength`: what of the way is left begins at these
+    pictures, noised to its first sigma.
     """
     device, dtype = transformer.device, transformer.dtype
     shape = (transformer.config.in_channels, settings.height // latent_side, settings.width // latent_side)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in seeds]
-    latents = torch.stack(noise).to(device)
-    guided = settings.guidance > 1
-    embeds, pooled = positive.prompt_embeds, positive.pooled_prompt_embeds
-    if guided:
-        embeds = torch.cat([negative.prompt_embeds.expand_as(embeds), embeds])
-        pooled = torch.cat([negative.pooled_prompt_embeds.expand_as(pooled), pooled])
-    embeds, pooled = embeds.to(device, dtype), pooled.to(device, dtype)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    drawn = None if start is None else _normal(shape, generators, dtype)  # before the noise, as in the pipeline
+    latents = _normal(shape, generators, dtype).to(device)
+    ask = _Guided(transformer, positive, negative, settings)
 
     solver = SAMPLERS[settings.sampler].scheduler(scheduler, settings.shift)
     solver.set_timesteps(settings.steps, device=device, **_dynamic_shift(solver, transformer, latents))
-    for timestep in solver.timesteps:
-        doubled = torch.cat([latents, latents]) if guided else latents
-        velocity = transformer(
-            hidden_states=doubled,
-            timestep=timestep.expand(len(doubled)),
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
-        if guided:
-            unconditional, conditional = velocity.chunk(2)
-            velocity = unconditional + settings.guidance * (conditional - unconditional)
+    begin, count = settings.first_step * SAMPLERS[settings.sampler].order, len(solver.timesteps)
+    if start is not None and drawn is not None:
+        solver.set_begin_index(begin)
+        latents = _noised(start, drawn, latents, solver.sigmas[begin])
+    for number, timestep in enumerate(solver.timesteps[begin:], start=begin):
+        velocity = ask(latents, timestep, number, count)
         latents = solver.step(velocity, timestep, latents, return_dict=False)[0].to(dtype)
         on_step()
     return latents
+
+
+class _Guided:
+    """The velocity under a prompt, steered away from the negative one, and from the transformer without some blocks."""
+
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        positive: Conditioning,
+        negative: Conditioning,
+        settings: SamplerSettings,
+    ) -> None:
+        self.transformer, self.settings, self.is_guided = transformer, settings, settings.guidance > 1
+        device, dtype = transformer.device, transformer.dtype
+        self.embeds = positive.prompt_embeds.to(device, dtype)
+        self.pooled = positive.pooled_prompt_embeds.to(device, dtype)
+        if self.is_guided:
+            embeds, pooled = negative.prompt_embeds, negative.pooled_prompt_embeds
+            self.both_embeds = torch.cat([embeds.to(device, dtype).expand_as(self.embeds), self.embeds])
+            self.both_pooled = torch.cat([pooled.to(device, dtype).expand_as(self.pooled), self.pooled])
+
+    def __call__(self, latents: Tensor, timestep: Tensor, number: int, count: int) -> Tensor:
+        """Of the evaluation `number`, from 0, of `count` on the whole way."""
+        if not self.is_guided:
+            return self._velocity(latents, timestep, self.embeds, self.pooled)
+        doubled = self._velocity(torch.cat([latents, latents]), timestep, self.both_embeds, self.both_pooled)
+        unconditional, conditional = doubled.chunk(2)
+        velocity = unconditional + self.settings.guidance * (conditional - unconditional)
+        skip = self.settings.skip_layers
+        if skip is None or not count * skip.start < number < count * skip.stop:
+            return velocity
+        weaker = self._velocity(latents, timestep, self.embeds, self.pooled, skip_layers=list(skip.layers))
+        return velocity + (conditional - weaker) * skip.scale
+
+    def _velocity(self, latents: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor, **options: Any) -> Tensor:
+        velocity: Tensor = self.transformer(
+            hidden_states=latents,
+            timestep=timestep.expand(len(latents)),
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+            return_dict=False,
+            **options,
+        )[0]
+        return velocity
+
+
+def _normal(shape: tuple[int, ...], generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
+    return torch.stack([torch.randn(shape, generator=generator, dtype=dtype) for generator in generators])
+
+
+def _noised(start: Start, drawn: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """sigma * noise + (1 - sigma) * z0, with z0 drawn from the posterior by `drawn`, standard normal."""
+    eps = drawn.to(start.mean)
+    latents = from_posterior(start.mean, start.std, eps, start.scaling_factor, start.shift_factor).to(noise)
+    sigma = sigma.to(noise)
+    return sigma * noise + (1.0 - sigma) * latents
 
 
 def to_image(vae: AutoencoderKL, latents: Tensor) -> Image.Image:

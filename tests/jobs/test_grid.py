@@ -119,6 +119,8 @@ def test_an_axis_stands_beside_an_adapter_that_stays(draw: Draw, checkpoints: Pa
         ("guidance=1,4.5", [Shot(guidance=1.0), Shot(guidance=4.5)]),
         ("sampler=euler,heun", [Shot(sampler="euler"), Shot(sampler="heun")]),
         ("shift=1,3", [Shot(shift=1.0), Shot(shift=3.0)]),
+        ("slg=1,3", [Shot(slg=1.0), Shot(slg=3.0)]),
+        ("strength=0.5,1", [Shot(strength=0.5), Shot(strength=1.0)]),
         ("weight=0,-1", [Shot(loras=((0, 0.0),)), Shot(loras=((0, -1.0),))]),
     ],
 )
@@ -133,7 +135,8 @@ def test_an_axis_changes_its_part_of_the_shot(axis: str, expected: list[Shot]) -
 
 
 def test_every_axis_is_tested_above() -> None:
-    assert set(AXES) == {"seed", "prompt", "steps", "guidance", "sampler", "shift", "weight", "lora"}
+    fields = {"seed", "prompt", "steps", "guidance", "sampler", "shift", "slg", "strength"}
+    assert set(AXES) == {"weight", "lora", *fields}
 
 
 @pytest.mark.parametrize(

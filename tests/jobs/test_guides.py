@@ -1,0 +1,189 @@
+"""A picture to start from, skip-layer guidance and a text per encoder: each as diffusers' pipelines have it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+from PIL import Image, ImageChops, ImageDraw
+
+from sd3tune.errors import ConfigError, DataError, UserError
+from sd3tune.jobs.infer import run_infer
+from sd3tune.jobs.request import Request
+from sd3tune.model.bases import resolve_base
+from sd3tune.model.components import load_pipeline
+
+PROMPT, T5_LENGTH, SEED = "a red circle on a blue background", 16, 3
+Draw = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusion3Pipeline:
+    pipeline = load_pipeline(resolve_base("nano"), torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def draw(tmp_path: Path) -> Draw:
+    def draw(**options: object) -> Path:
+        given = {"prompt": PROMPT, "base": "nano", "seed": SEED, "steps": 5, "guidance": 4.0, "size": (64, 48)}
+        out = {"out": tmp_path / "images", "t5_tokens": T5_LENGTH}
+        return run_infer(Request(loras=[], **{**given, **out, **options}))[0]
+
+    return draw
+
+
+def theirs(pipeline: StableDiffusion3Pipeline, prompt: str = PROMPT, **options: object) -> Image.Image:
+    given = {"height": 48, "width": 64, "num_inference_steps": 5, "guidance_scale": 4.0}
+    given |= {"max_sequence_length": T5_LENGTH, "generator": torch.Generator().manual_seed(SEED)}
+    return pipeline(prompt, **{**given, **options}).images[0]
+
+
+def opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+    return image
+
+
+def distance(one: Image.Image, other: Image.Image) -> int:
+    assert one.size == other.size
+    return max(high for _, high in ImageChops.difference(one, other).getextrema())
+
+
+def recipe_of(path: Path) -> dict:
+    return json.loads(opened(path).text["sd3tune"])
+
+
+# A picture to start from.
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """Lying on its side by its EXIF data, and of another shape than what is drawn."""
+    image = Image.new("RGB", (96, 120), "teal")
+    ImageDraw.Draw(image).polygon([(10, 10), (90, 30), (40, 100)], fill="orange")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "photo.jpg", quality=95, exif=exif)
+    return tmp_path / "photo.jpg"
+
+
+def cut(photo: Path) -> Image.Image:
+    """The photo upright, just covering 64 x 48, its middle."""
+    upright = opened(photo).transpose(Image.Transpose.ROTATE_270)
+    assert upright.size == (120, 96)
+    return upright.resize((64, 51), Image.Resampling.LANCZOS).crop((0, 1, 64, 49))
+
+
+@pytest.mark.parametrize(("sampler", "strength"), [("euler", 0.6), ("euler", 1.0), ("heun", 0.45)])
+def test_from_a_picture_is_the_image_to_image_pipeline(
+    sampler: str, strength: float, pipeline, photo: Path, draw: Draw
+) -> None:
+    other = StableDiffusion3Img2ImgPipeline(**pipeline.components)
+    other.set_progress_bar_config(disable=True)
+    if sampler == "heun":
+        other.scheduler = FlowMatchHeunDiscreteScheduler(shift=pipeline.scheduler.config.shift)
+    path = draw(image=photo, strength=strength, sampler=sampler)
+    assert distance(opened(path), theirs(other, image=cut(photo), strength=strength)) == 0
+    assert recipe_of(path)["image"]["name"] == "photo.jpg"
+    assert recipe_of(path)["strength"] == strength
+
+
+def test_the_less_strength_the_nearer_to_the_picture(photo: Path, draw: Draw) -> None:
+    def mean_difference(strength: float) -> float:
+        difference = ImageChops.difference(opened(draw(image=photo, strength=strength, sampler="dpmpp")), cut(photo))
+        return sum(difference.convert("L").getdata()) / (64 * 48)
+
+    weak, middle, strong = (mean_difference(strength) for strength in (0.25, 0.6, 1.0))
+    assert weak < middle < strong
+
+
+def test_a_picture_from_a_picture_is_repeated_where_that_is_found(photo: Path, draw: Draw) -> None:
+    path = draw(image=photo, strength=0.5)
+    fresh = {"prompt": None, "base": None, "seed": None, "steps": None, "guidance": None, "size": None}
+    again = draw(**fresh, t5_tokens=None, from_picture=path)
+    assert distance(opened(again), opened(path)) == 0
+    assert recipe_of(again) == recipe_of(path)
+    Image.new("RGB", (64, 64)).save(photo)
+    with pytest.raises(ConfigError, match=r"drawn from the picture 'photo.jpg' .* give it with --image$"):
+        draw(**fresh, t5_tokens=None, from_picture=path)
+
+
+def test_each_line_of_a_file_may_start_from_its_own_picture(photo: Path, draw: Draw, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.csv"
+    prompts.write_text(f"prompt,image,strength\n{PROMPT},photo.jpg,0.5\n")
+    path = draw(prompt=None, prompts=prompts)
+    assert distance(opened(path), opened(draw(image=photo, strength=0.5, out=tmp_path / "alone"))) == 0
+
+
+# Skip-layer guidance.
+
+
+def test_skip_layer_guidance_is_the_pipelines(pipeline, draw: Draw) -> None:
+    path = draw(slg=2.8, slg_layers=(2, 3), slg_start=0.01, slg_stop=0.5)
+    skip = {"skip_guidance_layers": [2, 3], "skip_layer_guidance_scale": 2.8}
+    other = theirs(pipeline, **skip, skip_layer_guidance_start=0.01, skip_layer_guidance_stop=0.5)
+    assert distance(opened(path), other) == 0
+    assert distance(opened(path), theirs(pipeline)) > 4
+    assert recipe_of(path)["slg"] == {"scale": 2.8, "layers": [2, 3], "start": 0.01, "stop": 0.5}
+
+
+# What the encoders read.
+
+
+def test_each_encoder_may_read_its_own_text(pipeline, draw: Draw) -> None:
+    path = draw(prompt_clip_g="a green star", prompt_t5="a yellow square", negative="a cross")
+    both = {"prompt_2": "a green star", "prompt_3": "a yellow square"}
+    assert distance(opened(path), theirs(pipeline, **both, negative_prompt="a cross")) == 0
+    first = draw(prompt="a green star", prompt_clip_l=PROMPT, prompt_t5="a yellow square", negative="a cross")
+    assert distance(opened(first), opened(path)) == 0
+    assert recipe_of(path)["prompt"] == PROMPT
+    assert recipe_of(path)["prompt_t5"] == "a yellow square"
+    assert "prompt_clip_l" not in recipe_of(path)
+
+
+def test_the_length_of_t5_can_be_chosen_and_t5_left_out(pipeline, draw: Draw) -> None:
+    assert distance(opened(draw(t5_tokens=40)), theirs(pipeline, max_sequence_length=40)) == 0
+    without = load_pipeline(resolve_base("nano"), torch.float32, t5=False)
+    without.set_progress_bar_config(disable=True)
+    assert distance(opened(draw(t5=False)), theirs(without)) == 0
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"strength": 0.5}, "--strength 0.5: how much of --image is drawn anew; give --image, too"),
+        ({"image": "photo.jpg", "strength": 0.0}, "--strength 0: above 0, and at most 1"),
+        ({"image": "photo.jpg", "strength": 0.1}, "--strength 0.1: no step of 5 is left; at least 0.2"),
+        ({"slg": 2.8}, "--slg-layers 7,8,9: this base has the blocks 0 to 5"),
+        ({"slg": 2.8, "guidance": 1.0}, "--slg 2.8: works beside guidance; it is 1, give it above 1"),
+        ({"slg": 2.8, "slg_layers": (2,), "slg_start": 0.5}, "--slg-start 0.5, --slg-stop 0.2: shares of the steps"),
+        ({"t5_tokens": 0}, "--t5-tokens 0: from 1 to 512"),
+        ({"t5_tokens": 513}, "--t5-tokens 513: from 1 to 512"),
+    ],
+)
+def test_a_wrong_option_is_one_line(options: dict, said: str, photo: Path, draw: Draw, tmp_path: Path) -> None:
+    if "image" in options:
+        options = {**options, "image": photo}
+    with pytest.raises(UserError) as caught:
+        draw(**options)
+    (line,) = caught.value.problems
+    assert line.startswith(said)
+    assert not (tmp_path / "images").exists()
+
+
+def test_what_is_no_picture_is_one_line(draw: Draw, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"text\.png: is not an image"):
+        draw(image=tmp_path / "text.png")
+    with pytest.raises(DataError, match=r"none\.png"):
+        draw(image=tmp_path / "none.png")
+    assert not (tmp_path / "images").exists()
