@@ -24,7 +24,7 @@ from sd3tune.sampling.sampler import SamplerSettings
 PICTURES = Path(sd3tune.__file__).parent / "assets" / "heart"
 SIDE, SHOWN_SIDE = 64, 128
 T5_LENGTH = 16
-SAMPLER = SamplerSettings(steps=16, guidance=4.0, height=SIDE, width=SIDE)
+SAMPLER = SamplerSettings(steps=10, guidance=4.0, height=SIDE, width=SIDE)
 
 CONFIG: dict[str, Any] = {
     "name": "demo",
