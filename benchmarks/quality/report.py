@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.variants import VARIANTS
 from benchmarks.report import environment, provenance, replace_between
 from sd3tune.atomic import write_json
-
-__all__ = ["environment", "load", "tables", "write"]
 
 Figures = Mapping[str, Mapping[str, float]]
 """`kind/group/name/seed` or `kind/name/seed` -> share by name."""
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """What was measured so far; empty at first."""
+def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The figures that were measured under these settings so far."""
     file = folder / "results" / "quality.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return dict(found["figures"]) if found.get("settings") == settings else {}
 
 
-def write(results: dict[str, Any], folder: Path) -> None:
-    write_json(folder / "results" / "quality.json", results)
-    replace_between(folder / "README.md", "quality", tables(results))
+def add(name: str, measured: Mapping[str, float], settings: Mapping[str, Any], folder: Path) -> None:
+    """Write one more figure, to the JSON and the tables, beside those that other processes write."""
+    with _alone_in(folder):
+        figures = {**load(folder, settings), name: dict(measured)}
+        results = {"settings": settings, "environment": environment(), "figures": dict(sorted(figures.items()))}
+        write_json(folder / "results" / "quality.json", results)
+        replace_between(folder / "README.md", "quality", tables(results))
 
 
 def tables(results: dict[str, Any]) -> str:
     """The base, and the LoRAs, as Markdown."""
     figures = results["figures"]
-    parts = [[*provenance(results["environment"]), f"{results['settings']['prompts']} prompts behind each share."]]
+    parts = [[*provenance(results["environment"]), _asked(results["settings"])]]
     if any(name.startswith("base/") for name in figures):
         parts.append(_base_table(figures))
     if any(name.startswith("lora/") for name in figures):
@@ -41,30 +48,40 @@ def tables(results: dict[str, Any]) -> str:
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """While no other process writes there. A folder is locked, as its files are replaced."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
+
+
+def _asked(settings: Mapping[str, Any]) -> str:
+    """What is behind a share, and the trainings unless said otherwise."""
+    recipe = ", ".join(f"{name} {value}" for name, value in settings["recipe"].items())
+    return (
+        f"{settings['prompts']} prompts and one training behind a share, for each of the seeds. "
+        f"Recipe: {recipe}; drawn in {settings['sampler steps']} steps."
+    )
+
+
 def _base_table(figures: Figures) -> list[str]:
-    runs = _seeds_of(figures, "base/all")
-    rows = [[question, _spread([run[question] for run in runs])] for question in runs[0]]
+    runs = _seeds_of(figures, "base/all").values()
+    rows = [[question, _spread([run[question] for run in runs])] for question in next(iter(runs))]
     return _markdown(["nano is asked for", "drawn right, %"], rows)
 
 
 def _lora_table(figures: Figures) -> list[str]:
-    names = dict.fromkeys(name.rpartition("/")[0] for name in figures if name.startswith("lora/"))
-    base = _seeds_of(figures, "lora/none/the base")
     rows = []
-    for name in names:
-        runs = _seeds_of(figures, name)
-        drifts = [before["named"] - after["named"] for before, after in zip(base, runs, strict=False)]
-        seconds = [run["train_s"] for run in runs if "train_s" in run]
-        rows.append(
-            [
-                *name.split("/")[1:],
-                _spread([run["subject"] for run in runs]),
-                _spread(drifts),
-                _spread([run["class_lost"] for run in runs]),
-                f"{statistics.median(seconds):.0f}" if seconds else "",
-            ]
-        )
-    headings = ["", "", "subject right, %", "other shapes lost, %", "class prompts that show the subject, %", "s"]
+    for name in ("none/the base", *(f"{variant.group}/{variant.name}" for variant in VARIANTS)):
+        runs = _seeds_of(figures, f"lora/{name}")
+        if runs:
+            subject, lost = (_spread([run[key] for run in runs.values()]) for key in ("subject", "class_lost"))
+            rows.append([*name.split("/"), subject, _drift(figures, runs, "named"), lost])
+    headings = ["", "", "subject right, %", "other shapes lost, %", "class prompts that show the subject, %"]
     return _markdown(headings, rows)
 
 
@@ -72,28 +89,31 @@ def _peer_table(figures: Figures) -> list[str]:
     rows = []
     for kind in dict.fromkeys(name.split("/")[1] for name in figures if name.startswith("peer/")):
         runs = _seeds_of(figures, f"peer/{kind}")
-        base = _seeds_of(figures, "lora/none/the base")
         for side, title in (("ours", "sd3tune"), ("peer", "the script"), ("peer, as long", "the script, as long")):
-            drifts = [before["named"] - run[f"{side}: named"] for before, run in zip(base, runs, strict=False)]
-            rows.append(
-                [
-                    kind,
-                    title,
-                    f"{statistics.median(run[f'{side}: steps'] for run in runs):.0f}",
-                    f"{statistics.median(run[f'{side}: train_s'] for run in runs):.0f}",
-                    _spread([run[f"{side}: subject"] for run in runs]),
-                    _spread(drifts),
-                ]
+            steps, seconds = (
+                f"{statistics.median(run[f'{side}: {name}'] for run in runs.values()):.0f}"
+                for name in ("steps", "train_s")
             )
+            subject = _spread([run[f"{side}: subject"] for run in runs.values()])
+            rows.append([kind, title, steps, seconds, subject, _drift(figures, runs, f"{side}: named")])
     return _markdown(["", "", "steps", "s", "subject right, %", "other shapes lost, %"], rows)
 
 
-def _seeds_of(figures: Figures, name: str) -> list[Mapping[str, float]]:
-    return [figures[key] for key in sorted(figures) if key.rpartition("/")[0] == name]
+def _seeds_of(figures: Figures, name: str) -> dict[str, Mapping[str, float]]:
+    """Figures by seed."""
+    return {seed: figures[key] for key in sorted(figures) for at, _, seed in [key.rpartition("/")] if at == name}
+
+
+def _drift(figures: Figures, runs: Mapping[str, Mapping[str, float]], named: str) -> str:
+    """What an adapter draws wrong that the base draws right, of the same prompts and seeds."""
+    base = _seeds_of(figures, "lora/none/the base")
+    return _spread([base[seed]["named"] - run[named] for seed, run in runs.items() if seed in base])
 
 
 def _spread(shares: Sequence[float]) -> str:
     """Mean and range over the seeds, in per cent."""
+    if not shares:
+        return ""
     low, high = (100 * bound(shares) for bound in (min, max))
     return f"{100 * statistics.mean(shares):.1f} ({low:.1f} to {high:.1f})"
 

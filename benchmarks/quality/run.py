@@ -1,6 +1,7 @@
 """`python -m benchmarks.quality.run [PEER_SCRIPT]`: measure what trainings on nano learn; write table and JSON.
 
-What the JSON holds for the same settings is not measured again, so a run that was stopped goes on.
+What the JSON holds for the same settings is not measured again, so a run that was stopped goes on, and several
+processes, each with a seed of its own, fill the same tables.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 Measure = Callable[[], dict[str, float]]
 
@@ -21,18 +23,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks.quality import report
 
     options = _parser().parse_args(arguments)
-    results = {} if options.fresh else report.load(options.out)
-    settings = {"prompts": options.prompts}
-    figures = results.get("figures", {}) if results.get("settings") == settings else {}
+    settings = _settings(options.prompts)
+    done = {} if options.fresh else report.load(options.out, settings)
     with tempfile.TemporaryDirectory(prefix="sd3tune-quality-") as folder:
         for name, measure in _measurements(options, Path(folder)):
-            if name in figures or not any(name.startswith(prefix) for prefix in options.only):
+            if name in done or not any(name.startswith(prefix) for prefix in options.only):
                 continue
             print(name, end=": ", flush=True)
-            figures[name] = measure()
-            print(", ".join(f"{key} {value:.3g}" for key, value in figures[name].items()), flush=True)
-            report.write({"settings": settings, "environment": report.environment(), "figures": figures}, options.out)
+            measured = measure()
+            print(", ".join(f"{key} {value:.3g}" for key, value in measured.items()), flush=True)
+            report.add(name, measured, settings, options.out)
     return 0
+
+
+def _settings(prompts: int) -> dict[str, Any]:
+    """What figures must have in common to stand in one table."""
+    from sd3tune.jobs.demo import CONFIG, SAMPLER
+    from sd3tune.model.bases import resolve_base
+
+    return {
+        "prompts": prompts,
+        "sampler steps": SAMPLER.steps,
+        "recipe": {
+            "rank": CONFIG["method"]["rank"],
+            "learning rate": CONFIG["optimizer"]["lr"],
+            "steps": CONFIG["train"]["steps"],
+            "batch": CONFIG["train"]["batch_size"],
+        },
+        "base": resolve_base("nano").fingerprint("transformer"),
+    }
 
 
 def _measurements(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Measure]]:
@@ -44,7 +63,7 @@ def _measurements(options: argparse.Namespace, folder: Path) -> Iterator[tuple[s
     from sd3tune.jobs.painter import Painter
 
     painter = Painter("nano", SAMPLER, t5_length=T5_LENGTH)
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         panel = Panel.of(options.prompts, seed)
         yield f"base/all/{seed}", functools.partial(measure_base, painter, options.prompts, seed)
         yield f"lora/none/the base/{seed}", functools.partial(measure_panel, painter, panel, None)
@@ -62,8 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.run", description=__doc__)
     parser.add_argument("peer", nargs="?", type=Path, help="diffusers' train_dreambooth_lora_sd3.py")
     parser.add_argument("--only", nargs="+", default=[""], help="names that begin so, such as base or lora/rank")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (3)")
-    parser.add_argument("--prompts", type=int, default=216, help="prompts behind each share (216)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="a training of each kind for each (0 1 2)"
+    )
+    parser.add_argument("--prompts", type=int, default=72, help="prompts behind each share, per seed (72)")
     parser.add_argument("--fresh", action="store_true", help="forget what the JSON holds")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent, help="folder of README.md, results/")
     return parser

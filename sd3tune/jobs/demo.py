@@ -24,7 +24,7 @@ from sd3tune.sampling.sampler import SamplerSettings
 PICTURES = Path(sd3tune.__file__).parent / "assets" / "heart"
 SIDE, SHOWN_SIDE = 64, 128
 T5_LENGTH = 16
-SAMPLER = SamplerSettings(steps=16, guidance=4.0, height=SIDE, width=SIDE)
+SAMPLER = SamplerSettings(steps=10, guidance=4.0, height=SIDE, width=SIDE)
 
 CONFIG: dict[str, Any] = {
     "name": "demo",
@@ -32,10 +32,10 @@ CONFIG: dict[str, Any] = {
     "method": {"rank": 16, "alpha": 16.0},
     "data": {"sources": [{"path": str(PICTURES)}], "resolution": SIDE},
     "optimizer": {"lr": 1e-3},
-    "train": {"steps": 250, "batch_size": 12},
+    "train": {"steps": 250, "batch_size": 6},
     "checkpoint": {"every": 125},
 }
-PRIOR = {"prompt": "a shape", "images": 48, "steps": 12, "guidance": 4.0}
+PRIOR = {"prompt": "a shape", "images": 48, "steps": 10, "guidance": 4.0}
 COUNT = 24
 """Pictures of a kind that the oracle reads."""
 

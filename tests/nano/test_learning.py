@@ -110,20 +110,21 @@ def test_a_mistake_in_the_mathematics_would_show(mistake: Mistake, base_loss, mo
     assert base_loss() > 1.2 * SMALL_LOSS
 
 
-def test_the_plain_pipeline_draws_what_it_is_told() -> None:
-    """Nothing of ours between the folder and the pictures."""
+@pytest.mark.parametrize("length", [{}, {"max_sequence_length": T5_LENGTH}], ids=["256", "16"])
+def test_the_plain_pipeline_draws_what_it_is_told(length: dict[str, int]) -> None:
+    """Nothing of ours between the folder and the pictures; the T5 tokens are the pipeline's default, or as trained."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(NANO_FOLDER)
     pipeline.set_progress_bar_config(disable=True)
-    tasks = plain_tasks(8, False, seed=4) + plain_tasks(4, True, seed=5)
+    tasks = plain_tasks(5, False, seed=4) + plain_tasks(3, True, seed=5)
     images = pipeline(
         [task.prompt for task in tasks],
         num_inference_steps=SAMPLER.steps,
         guidance_scale=SAMPLER.guidance,
-        max_sequence_length=T5_LENGTH,
+        **length,
         generator=[torch.Generator().manual_seed(task.seed) for task in tasks],
     ).images
     assert images[0].size == (SIDE, SIDE)
-    assert share_right(tasks, images) >= 10 / 12
+    assert share_right(tasks, images) >= 7 / 8
 
 
 @pytest.fixture(scope="module")
