@@ -10,7 +10,8 @@ import typer
 from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
 
-_MODEL, _SAMPLING, _TEXT, _IMAGE = "Adapters and model", "Sampling", "Text", "From a picture"
+_MODEL, _SAMPLING, _TEXT = "Adapters and model", "Sampling", "Text"
+_IMAGE, _MEMORY = "From a picture", "Memory"
 
 
 def infer(
@@ -138,6 +139,17 @@ def infer(
         Optional[bool],  # noqa: UP045
         typer.Option(help="Whether T5 reads the prompt; by default as in training.", rich_help_panel=_TEXT),
     ] = None,
+    quantize: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FORM", help="Hold the transformer's blocks as nf4 or int8.", rich_help_panel=_MEMORY),
+    ] = None,
+    t5_8bit: Annotated[bool, typer.Option("--t5-8bit", help="Hold T5 in 8 bits.", rich_help_panel=_MEMORY)] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="What is not at work leaves the GPU.", rich_help_panel=_MEMORY)
+    ] = False,
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Decode large pictures in tiles.", rich_help_panel=_MEMORY)
+    ] = False,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.", rich_help_panel=_MODEL)] = "auto",
 ) -> None:
     """Draw images with one or several adapters, under the conditioning they were trained with."""
@@ -146,7 +158,7 @@ def infer(
     wide_high = parse_size(size)
     with quick_imports():
         from sd3tune.jobs.infer import run_infer
-        from sd3tune.jobs.request import Request
+        from sd3tune.jobs.request import Memory, Request
 
     request = Request(
         loras=lora or [],
@@ -178,6 +190,7 @@ def infer(
         t5_tokens=t5_tokens,
         t5=t5,
         dtype=dtype,
+        memory=Memory(quantize, t5_8bit, offload, vae_tiling),
         before=before,
     )
     for path in run_infer(request):

@@ -57,8 +57,8 @@ def run_infer(request: Request) -> list[Path]:
     _check_against_base(asked, conditions, adapters)
     _make_folder(request.out)
 
-    studio = Studio(conditions, adapters, dtype, device, request.batch)
-    album = Album(request.out, Recipes(conditions, adapters, dtype, request.batch))
+    studio = Studio(conditions, adapters, dtype, device, request.batch, request.memory)
+    album = Album(request.out, Recipes(conditions, adapters, dtype, request.batch, request.memory))
     shots = [shot for shot, _ in asked]
     if grid is not None:
         return _draw_grid(studio, album, by_row, grid)

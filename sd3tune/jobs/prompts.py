@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from tqdm import tqdm
@@ -12,6 +12,7 @@ from sd3tune.encode.resources import release
 from sd3tune.jobs.shots import Texts
 from sd3tune.model.bases import Base
 from sd3tune.model.components import empty_transformer, load_text_encoder
+from sd3tune.model.quantized import quantize
 from sd3tune.model.text import assemble
 from sd3tune.sampling.sampler import Conditioning
 
@@ -23,14 +24,18 @@ def encode_prompts(
     t5_length: int,
     dtype: torch.dtype,
     device: torch.device,
+    eight_bit: Collection[str] = (),
 ) -> list[Conditioning]:
     """One for each of the prompts, as `StableDiffusion3Pipeline` has them: an encoder reads each text alone, and once.
 
-    Warns of what is cut off.
+    Encoders named in `eight_bit` are held in 8 bits. Warns of what is cut off.
     """
     entries: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for name in tqdm(encoders, desc="encoding prompts", unit="encoder", leave=False, delay=2):
-        encoder = load_text_encoder(base, name, dtype, device, t5_length)
+        encoder = load_text_encoder(base, name, dtype, "cpu" if name in eight_bit else device, t5_length)
+        if name in eight_bit:
+            quantize(encoder.model, encoder.model, "int8", device)
+            encoder.model.to(device)
         texts = list(dict.fromkeys(prompt.read_by(name) for prompt in prompts))
         entries[name] = dict(zip(texts, encoder.encode(texts), strict=True))
         for text in texts:

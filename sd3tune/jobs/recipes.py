@@ -16,6 +16,7 @@ from PIL import Image
 from sd3tune import __version__
 from sd3tune.jobs.conditions import Conditions
 from sd3tune.jobs.machine import dtype_name
+from sd3tune.jobs.request import IN_FULL, Memory
 from sd3tune.jobs.shots import Shot
 from sd3tune.model.adapter_io import ADAPTER_FILE, Adapter
 from sd3tune.model.components import load_scheduler
@@ -32,6 +33,7 @@ class Recipes:
     adapters: Sequence[Adapter]
     dtype: torch.dtype
     batch: int = 1
+    memory: Memory = IN_FULL
     _known_images: dict[Path, str] = field(default_factory=dict)
 
     def of(self, shot: Shot) -> dict[str, Any]:
@@ -55,7 +57,8 @@ class Recipes:
             "dtype": dtype_name(self.dtype),
             "loras": [{**self._named[number], "weight": weight} for number, weight in shot.loras],
         }
-        return recipe | self._of_few(shot) | ({"batch": self.batch} if self.batch > 1 else {})
+        batch = {"batch": self.batch} if self.batch > 1 else {}
+        return recipe | self._of_few(shot) | self._held() | batch
 
     def _of_few(self, shot: Shot) -> dict[str, Any]:
         """What most pictures have nothing of."""
@@ -69,6 +72,11 @@ class Recipes:
             found["image"] = {"name": shot.image.name, "sha256": self._image_sha256(shot.image)}
             found["strength"] = float(shot.strength)
         return found
+
+    def _held(self) -> dict[str, Any]:
+        """Of how the base is held, what changes the picture."""
+        held = {name: getattr(self.memory, name) for name in ("quantize", "t5_8bit", "vae_tiling")}
+        return {name: value for name, value in held.items() if value}
 
     def _image_sha256(self, path: Path) -> str:
         if path not in self._known_images:

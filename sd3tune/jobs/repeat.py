@@ -59,6 +59,9 @@ class _Recipe(Part):
     slg: _Skip | None = None
     image: _Image | None = None
     strength: float | None = None
+    quantize: str | None = None
+    t5_8bit: bool = False
+    vae_tiling: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,14 @@ def repeated(request: Request, repeat: Repeat) -> Request:
         missing |= _base_of(repeat, bool(loras))
     if request.dtype == "auto":
         missing["dtype"] = recipe.dtype
-    return replace(request, loras=loras, before=False, **missing)
+    asked = request.memory
+    memory = replace(
+        asked,
+        quantize=asked.quantize or recipe.quantize,
+        t5_8bit=asked.t5_8bit or recipe.t5_8bit,
+        vae_tiling=asked.vae_tiling or recipe.vae_tiling,
+    )
+    return replace(request, loras=loras, memory=memory, before=False, **missing)
 
 
 def _base_of(repeat: Repeat, has_adapter: bool) -> dict[str, str | None]:

@@ -10,9 +10,25 @@ from typing import Any
 
 from sd3tune.errors import AdapterError, ConfigError
 from sd3tune.jobs.shots import Shot, problems_of
+from sd3tune.model.quantized import FORMS, missing_library
 
 MOST_T5_TOKENS = 512
 """As in diffusers; SD3 was trained with fewer."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How a base is held: what saves memory, at a price in time or exactness."""
+
+    quantize: str | None = None
+    """Of the transformer's blocks: a key of `quantized.FORMS`."""
+    t5_8bit: bool = False
+    offload: bool = False
+    """Whether the transformer and the VAE leave the device while the other one works."""
+    vae_tiling: bool = False
+
+
+IN_FULL = Memory()
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class Request:
     t5: bool | None = None
     """Whether T5 reads the prompts; without it, its part of the conditioning is zeros."""
     dtype: str = "auto"
+    memory: Memory = IN_FULL
     before: bool = True
     """Whether the untrained base is drawn too, for the picture of both."""
 
@@ -84,6 +101,7 @@ def check_request(request: Request) -> None:
     for flag, value in (("--num", request.num), ("--batch", request.batch)):
         if value < 1:
             problems.append(f"{flag} {value}: at least 1")
+    problems += _memory_problems(request.memory)
     if request.t5_tokens is not None and not 1 <= request.t5_tokens <= MOST_T5_TOKENS:
         problems.append(f"--t5-tokens {request.t5_tokens}: from 1 to {MOST_T5_TOKENS}")
     if request.strength is not None and request.image is None and request.prompts is None:
@@ -91,6 +109,18 @@ def check_request(request: Request) -> None:
     problems += problems_of(Shot(**request.of_the_shot), flag_of)
     if problems:
         raise ConfigError(*problems)
+
+
+def _memory_problems(memory: Memory) -> list[str]:
+    problems = []
+    if memory.quantize is not None and memory.quantize not in FORMS:
+        problems.append(f"--quantize {memory.quantize}: one of {', '.join(FORMS)}")
+    elif memory.quantize == "int8" and memory.offload:
+        problems.append("--offload: layers of --quantize int8 stay on their device; take nf4, or one of the two")
+    for flag, given in (("--quantize", memory.quantize), ("--t5-8bit", memory.t5_8bit)):
+        if given and not problems:
+            problems += missing_library(flag)
+    return problems
 
 
 def flag_of(field: str) -> str:

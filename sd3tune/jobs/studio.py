@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 from sd3tune.encode.resources import release
 from sd3tune.jobs.conditions import Conditions
 from sd3tune.jobs.prompts import encode_prompts
+from sd3tune.jobs.request import IN_FULL, Memory
 from sd3tune.jobs.shots import Shot, Texts, batched, texts_of
 from sd3tune.jobs.start_images import fitted
 from sd3tune.model.adapter_io import Adapter, attach
 from sd3tune.model.components import load_scheduler, load_transformer, load_vae
 from sd3tune.model.latents import encode_moments
+from sd3tune.model.quantized import quantize
 from sd3tune.sampling.sampler import Conditioning, Start, sample_latents, to_image
 
+Result = TypeVar("Result")
 Images = dict[tuple[Path, tuple[int, int]], Start]
 """(file, size) -> the picture, cut to that size."""
 
@@ -37,6 +42,12 @@ class Studio:
     device: torch.device
     batch: int = 1
     """Pictures that are denoised at once; with neighbours, the last bits of a picture differ."""
+    memory: Memory = IN_FULL
+
+    @property
+    def rest(self) -> torch.device:
+        """Where the transformer and the VAE wait."""
+        return torch.device("cpu") if self.memory.offload else self.device
 
 
 def draw(studio: Studio, shots: Sequence[Shot]) -> Iterator[tuple[Shot, Image.Image]]:
@@ -45,16 +56,16 @@ def draw(studio: Studio, shots: Sequence[Shot]) -> Iterator[tuple[Shot, Image.Im
     One text encoder at a time is in memory, then the transformer. The VAE comes beside it when the first picture is
     to be decoded; before the last one, and so before the only one, the transformer leaves.
     """
-    texts = _encoded(studio, shots)
-    images = _encoded_images(studio, shots)
-    transformer: SD3Transformer2DModel | None = _transformer(studio, shots)
-    scheduler, vae = load_scheduler(studio.conditions.base), None
+    texts, images = _encoded(studio, shots), _encoded_images(studio, shots)
+    transformer, vae = Part(lambda: _transformer(studio, shots), studio), Part(lambda: _vae(studio), studio)
+    scheduler = load_scheduler(studio.conditions.base)
     batches, done = batched(shots, studio.batch), 0
     with tqdm(total=sum(shot.sampler_settings.evaluations for shot in shots), desc="drawing", unit="step") as bar:
-        for number, together in enumerate(batches, start=1):
-            _use_adapters(transformer, together[0])
-            latents = sample_latents(
-                transformer,
+
+        def denoised(model: SD3Transformer2DModel, together: Sequence[Shot]) -> torch.Tensor:
+            _use_adapters(model, together[0])
+            return sample_latents(
+                model,
                 scheduler,
                 _joined([texts[shot.texts] for shot in together]),
                 _joined([texts[Texts(shot.negative)] for shot in together]),
@@ -63,21 +74,51 @@ def draw(studio: Studio, shots: Sequence[Shot]) -> Iterator[tuple[Shot, Image.Im
                 on_step=partial(bar.update, len(together)),
                 start=_starts(together, images),
             )
+
+        for number, together in enumerate(batches, start=1):
+            latents = transformer.at_work(denoised, together)
             if number == len(batches):
-                transformer = None
-                release(studio.device)
-            if vae is None:
-                vae = _vae(studio)
-            for shot, one in zip(together, latents, strict=True):
-                yield shot, to_image(vae, one[None])
+                transformer.leave()
+            decoded = vae.at_work(lambda model, latents: [to_image(model, one[None]) for one in latents], latents)
+            yield from zip(together, decoded, strict=True)
             done += len(together)
             bar.set_postfix_str(f"picture {done} of {len(shots)}")
+
+
+class Part:
+    """The transformer or the VAE: loaded when it is first needed, and with `--offload` on the device while it works."""
+
+    def __init__(self, load: Callable[[], nn.Module], studio: Studio) -> None:
+        self._load, self._studio = load, studio
+        self._model: nn.Module | None = None
+
+    def at_work(self, use: Callable[[Any, Any], Result], what: Any) -> Result:
+        """`use` of the model and `what`; nothing else may hold the model, so that it can leave."""
+        if self._model is None:
+            self._model = self._load()
+        if not self._studio.memory.offload:
+            return use(self._model, what)
+        self._move(self._studio.device)
+        result = use(self._model, what)
+        self._move(self._studio.rest)
+        return result
+
+    def leave(self) -> None:
+        """Give back its memory."""
+        self._model = None
+        release(self._studio.device)
+
+    def _move(self, device: torch.device) -> None:
+        if self._model is not None:
+            self._model.to(device)
+            release(self._studio.device)
 
 
 def _encoded(studio: Studio, shots: Sequence[Shot]) -> dict[Texts, Conditioning]:
     wanted, conditions = texts_of(shots), studio.conditions
     length = conditions.t5_length
-    found = encode_prompts(conditions.base, conditions.encoders, wanted, length, studio.dtype, studio.device)
+    eight_bit = ["t5"] if studio.memory.t5_8bit else []
+    found = encode_prompts(conditions.base, conditions.encoders, wanted, length, studio.dtype, studio.device, eight_bit)
     return dict(zip(wanted, found, strict=True))
 
 
@@ -108,7 +149,10 @@ def _starts(together: Sequence[Shot], images: Images) -> Start | None:
 def _vae(studio: Studio) -> AutoencoderKL:
     """In fp32 instead of fp16, in which it makes black images."""
     dtype = torch.float32 if studio.dtype is torch.float16 else studio.dtype
-    return load_vae(studio.conditions.base, dtype, studio.device)
+    vae = load_vae(studio.conditions.base, dtype, studio.device)
+    if studio.memory.vae_tiling:
+        vae.enable_tiling()
+    return vae
 
 
 def _joined(several: Sequence[Conditioning]) -> Conditioning:
@@ -119,7 +163,12 @@ def _joined(several: Sequence[Conditioning]) -> Conditioning:
 
 def _transformer(studio: Studio, shots: Sequence[Shot]) -> SD3Transformer2DModel:
     """With every adapter in it, and none in use."""
-    transformer = load_transformer(studio.conditions.base, studio.dtype, studio.device)
+    form = studio.memory.quantize
+    where = studio.rest if form is None else torch.device("cpu")
+    transformer = load_transformer(studio.conditions.base, studio.dtype, where)
+    if form is not None:
+        quantize(transformer, transformer.transformer_blocks, form, studio.device)
+        transformer.to(studio.rest)
     for number, adapter in enumerate(studio.adapters):
         counted = attach(transformer, adapter, _adapter_name(number))
         weights = dict.fromkeys(weight for shot in shots for index, weight in shot.loras if index == number)

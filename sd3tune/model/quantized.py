@@ -1,4 +1,4 @@
-"""Linear layers whose weights are kept in 4 or 8 bits, by bitsandbytes; what is computed stays in the model's precision."""
+"""Linear layers whose weights are kept in 4 or 8 bits, by bitsandbytes; the rest keeps the model's precision."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sd3tune.errors import ModelError
 
-
-def check_installed(flag: str) -> None:
-    """Raises ModelError, with the way to get it, where bitsandbytes is missing."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(f"{flag} needs bitsandbytes: pip install 'sd3tune[bitsandbytes]'")
+def missing_library(flag: str) -> list[str]:
+    """A line with the way to get bitsandbytes, which `flag` asks for; none where it is installed."""
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        return []
+    return [f"{flag} needs bitsandbytes: pip install 'sd3tune[bitsandbytes]'"]
 
 
 def quantize(model: nn.Module, part: nn.Module, form: str, device: torch.device | str) -> None:
@@ -33,7 +32,7 @@ def quantize(model: nn.Module, part: nn.Module, form: str, device: torch.device 
 
 def _nf4(layer: nn.Linear) -> nn.Module:
     """4-bit NormalFloat in blocks of 64, as QLoRA (Dettmers et al. 2023) has it, without its second quantisation."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     made: Any = Linear4bit(
         layer.in_features,
@@ -52,7 +51,7 @@ def _nf4(layer: nn.Linear) -> nn.Module:
 
 def _int8(layer: nn.Linear) -> nn.Module:
     """LLM.int8() of Dettmers et al. 2022: a scale a row, and columns with outliers apart, in 16 bits."""
-    from bitsandbytes.nn import Int8Params, Linear8bitLt
+    from bitsandbytes.nn.modules import Int8Params, Linear8bitLt
 
     made: Any = Linear8bitLt(
         layer.in_features,

@@ -12,10 +12,13 @@ from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Img2ImgPip
 from PIL import Image, ImageChops, ImageDraw
 
 from sd3tune.errors import ConfigError, DataError, UserError
+from sd3tune.jobs import studio
 from sd3tune.jobs.infer import run_infer
-from sd3tune.jobs.request import Request
+from sd3tune.jobs.request import Memory, Request
 from sd3tune.model.bases import resolve_base
 from sd3tune.model.components import load_pipeline
+from sd3tune.nano.oracle import judge
+from sd3tune.nano.world import parse
 
 PROMPT, T5_LENGTH, SEED = "a red circle on a blue background", 16, 3
 Draw = Callable[..., Path]
@@ -153,6 +156,60 @@ def test_the_length_of_t5_can_be_chosen_and_t5_left_out(pipeline, draw: Draw) ->
     assert distance(opened(draw(t5=False)), theirs(without)) == 0
 
 
+# Memory.
+
+
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(class, where to) of every model that a studio sends to its device, or to where it waits."""
+    seen: list[tuple[str, str]] = []
+    genuine = studio.Part._move
+
+    def recording(part: studio.Part, device: torch.device) -> None:
+        seen.append((type(part._model).__name__, "rest" if device is part._studio.rest else "work"))
+        genuine(part, device)
+
+    monkeypatch.setattr(studio.Part, "_move", recording)
+    monkeypatch.setattr(studio.Studio, "rest", torch.device("cpu"))
+    return seen
+
+
+def test_what_is_not_at_work_leaves_and_nothing_of_the_picture_changes(draw: Draw, moves: list, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.csv"
+    prompts.write_text("prompt,seed\na star,1\na star,2\n")
+    plain = draw(prompt=None, prompts=prompts, steps=2)
+    assert moves == []
+    offloaded = draw(prompt=None, prompts=prompts, steps=2, memory=Memory(offload=True), out=tmp_path / "offloaded")
+    assert distance(opened(offloaded), opened(plain)) == 0
+    transformer, vae = "SD3Transformer2DModel", "AutoencoderKL"
+    expected = [(transformer, "work"), (transformer, "rest"), (vae, "work"), (vae, "rest")]
+    assert moves == expected * 2
+
+
+def test_tiles_are_those_of_diffusers(pipeline, draw: Draw) -> None:
+    path = draw(steps=1, size=(128, 96), memory=Memory(vae_tiling=True))
+    whole = theirs(pipeline, num_inference_steps=1, height=96, width=128)
+    pipeline.vae.enable_tiling()
+    try:
+        tiled = theirs(pipeline, num_inference_steps=1, height=96, width=128)
+    finally:
+        pipeline.vae.disable_tiling()
+    assert distance(opened(path), tiled) == 0
+    assert distance(tiled, whole) > 0
+    assert recipe_of(path)["vae_tiling"] is True
+
+
+def test_in_fewer_bits_the_picture_still_shows_what_was_asked_for(draw: Draw) -> None:
+    pytest.importorskip("bitsandbytes")
+    path = draw(steps=12, size=(64, 64), memory=Memory(quantize="nf4", t5_8bit=True))
+    assert judge(opened(path), parse(PROMPT)).right
+    assert (recipe_of(path)["quantize"], recipe_of(path)["t5_8bit"]) == ("nf4", True)
+    fresh = {"prompt": None, "base": None, "seed": None, "steps": None, "guidance": None, "size": None}
+    again = draw(**fresh, t5_tokens=None, from_picture=path)
+    assert recipe_of(again) == recipe_of(path)
+    assert distance(opened(again), opened(path)) == 0
+
+
 # Mistakes.
 
 
@@ -165,6 +222,11 @@ def test_the_length_of_t5_can_be_chosen_and_t5_left_out(pipeline, draw: Draw) ->
         ({"slg": 2.8}, "--slg-layers 7,8,9: this base has the blocks 0 to 5"),
         ({"slg": 2.8, "guidance": 1.0}, "--slg 2.8: works beside guidance; it is 1, give it above 1"),
         ({"slg": 2.8, "slg_layers": (2,), "slg_start": 0.5}, "--slg-start 0.5, --slg-stop 0.2: shares of the steps"),
+        ({"memory": Memory(quantize="fp4")}, "--quantize fp4: one of nf4, int8"),
+        (
+            {"memory": Memory(quantize="int8", offload=True)},
+            "--offload: layers of --quantize int8 stay",
+        ),
         ({"t5_tokens": 0}, "--t5-tokens 0: from 1 to 512"),
         ({"t5_tokens": 513}, "--t5-tokens 513: from 1 to 512"),
     ],

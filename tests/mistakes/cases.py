@@ -477,6 +477,35 @@ CASES = [
     Case("flags", "a negative seed", (*INFER, "--base", "tiny", "--seed", "-1"), "--seed -1"),
     Case("flags", "a precision that does not exist", (*INFER, "--base", "tiny", "--dtype", "int8"), "int8"),
     Case(
+        "flags", "a sampler that does not exist", (*INFER, "--base", "tiny", "--sampler", "ddim"), "euler, heun, dpmpp"
+    ),
+    Case("flags", "a shift of zero", (*INFER, "--base", "tiny", "--shift", "0"), "--shift 0"),
+    Case("flags", "no text to draw", ("infer", "--base", "tiny"), "give --prompt"),
+    Case("flags", "prompts from two places", (*INFER, "--base", "tiny", "--prompts", "p.csv"), "leave one of the two"),
+    Case(
+        "flags",
+        "a column that does not exist",
+        ("infer", "--base", "tiny", "--prompts", "p.csv"),
+        "p.csv:2: sead: unknown column; did you mean 'seed'",
+        written("prompt,sead\na dog,1\n", "p.csv"),
+    ),
+    Case("flags", "a grid over nothing known", (*INFER, "--base", "tiny", "--grid", "wieght=0,1"), "'weight'"),
+    Case("flags", "a grid of weights without an adapter", (*INFER, "--base", "tiny", "--grid", "weight=0,1"), "--lora"),
+    Case("flags", "a picture without a recipe", ("infer", "--from", "photos/0.png"), "holds no recipe"),
+    Case(
+        "flags",
+        "a start that is no picture",
+        (*INFER, "--base", "tiny", "--image", "run.yaml", "--strength", "1"),
+        "is not an image",
+    ),
+    Case("flags", "strength without a picture", (*INFER, "--base", "tiny", "--strength", "0.5"), "--image"),
+    Case("flags", "layers that are words", (*INFER, "--base", "tiny", "--slg", "2", "--slg-layers", "all"), "7,8,9"),
+    Case("flags", "layers beyond the base", (*INFER, "--base", "tiny", "--slg", "2"), "this base has the blocks"),
+    Case("flags", "too many tokens for T5", (*INFER, "--base", "tiny", "--t5-tokens", "999"), "from 1 to 512"),
+    Case(
+        "flags", "a form of weights that does not exist", (*INFER, "--base", "tiny", "--quantize", "fp4"), "nf4, int8"
+    ),
+    Case(
         "flags",
         "processes within processes",
         (*TRAIN, "--num-processes", "2"),
