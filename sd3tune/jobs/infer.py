@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from sd3tune.data.images import check_header
+from sd3tune.data.images import check_header, read_image
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.jobs.conditions import Conditions, settle_conditions
 from sd3tune.jobs.grid import Grid, read_grid
@@ -37,34 +37,37 @@ def run_infer(request: Request) -> list[Path]:
     Returns the files that show it, written now or, but for the first, earlier. Raises UserError.
     """
     repeat = read_repeat(request.from_picture) if request.from_picture else None
-    base_is_chosen = request.base is not None or request.config is not None
-    request = repeated(request, repeat) if repeat else request
-    check_request(request)
-    rows = read_prompts(request.prompts) if request.prompts else []
-    grid = read_grid(request.grid, request.loras)
-    given = [parse_lora(lora) for lora in [*request.loras, *(grid.loras if grid else ())]]
-    adapters = [load_adapter(path) for path, _ in given]
-    device = make_accelerator().device
-    dtype = choose_dtype(request.dtype, gpu_of(device), "--dtype")
-    conditions = settle_conditions(request, adapters)
+    wanted = repeated(request, repeat) if repeat else request
+    check_request(wanted)
+    rows = read_prompts(wanted.prompts) if wanted.prompts else []
+    grid = read_grid(wanted.grid, wanted.loras)
+    given = [parse_lora(lora) for lora in [*wanted.loras, *(grid.loras if grid else ())]]
+    studio = _studio(wanted, [load_adapter(path) for path, _ in given])
     if repeat is not None:
-        repeat.check_base(conditions.base, base_is_chosen)
-    fixed = tuple((number, weight) for number, (_, weight) in enumerate(given[: len(request.loras)]))
-    asked = _asked(rows, {"size": conditions.size, **request.of_the_shot, "loras": fixed}, request.num)
+        repeat.check_base(studio.conditions.base, chosen=request.base is not None or request.config is not None)
+
+    fixed = tuple((number, weight) for number, (_, weight) in enumerate(given[: len(wanted.loras)]))
+    common = {"size": studio.conditions.size, **wanted.of_the_shot, "loras": fixed}
+    asked = _asked(rows, common, wanted.num)
     by_row = grid.shots(asked[0][0]) if grid else []
     if grid is not None:
         asked = [(shot, flag_of) for row in by_row for shot in row]
-    _check_against_base(asked, conditions, adapters)
-    _make_folder(request.out)
+    _check_against_base(asked, studio.conditions, studio.adapters)
+    _make_folder(wanted.out)
 
-    studio = Studio(conditions, adapters, dtype, device, request.batch, request.memory)
-    album = Album(request.out, Recipes(conditions, adapters, dtype, request.batch, request.memory))
+    album = Album(wanted.out, Recipes(studio))
     shots = [shot for shot, _ in asked]
     if grid is not None:
         return _draw_grid(studio, album, by_row, grid)
     if rows:
         return draw_missing(studio, album, shots)
-    return _draw_before_and_after(studio, album, shots, before=request.before)
+    return _draw_before_and_after(studio, album, shots, before=wanted.before)
+
+
+def _studio(request: Request, adapters: Sequence[Adapter]) -> Studio:
+    device = make_accelerator().device
+    dtype = choose_dtype(request.dtype, gpu_of(device), "--dtype")
+    return Studio(settle_conditions(request, adapters), adapters, dtype, device, request.batch, request.memory)
 
 
 def _asked(rows: Sequence[Row], common: Mapping[str, Any], num: int) -> list[Asked]:
@@ -87,7 +90,7 @@ def _draw_before_and_after(studio: Studio, album: Album, shots: Sequence[Shot], 
     bare = [replace(shot, loras=()) for shot in shots] if before and studio.adapters else []
     images: dict[Shot, Image.Image] = {}
     written = []
-    for shot, image in draw(studio, [*shots, *bare]):
+    for shot, image in draw(studio, [*shots, *bare], one_by_one=False):
         images[shot] = image
         if shot.loras or not bare:
             written.append(album.add(shot, image))
@@ -112,6 +115,7 @@ def _check_against_base(asked: Sequence[Asked], conditions: Conditions, adapters
         raise ConfigError(*dict.fromkeys(problems))
     for image in {shot.image for shot, _ in asked if shot.image is not None}:
         check_header(image)
+        read_image(image)
     for adapter in adapters:
         match(skeleton, adapter)
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from sd3tune import __version__
-from sd3tune.jobs.conditions import Conditions
 from sd3tune.jobs.machine import dtype_name
-from sd3tune.jobs.request import IN_FULL, Memory
 from sd3tune.jobs.shots import Shot
-from sd3tune.model.adapter_io import ADAPTER_FILE, Adapter
+from sd3tune.jobs.studio import Studio
+from sd3tune.model.adapter_io import ADAPTER_FILE
 from sd3tune.model.components import load_scheduler
 
 RECIPE_KEY = "sd3tune"
@@ -29,16 +27,12 @@ RECIPE_KEY = "sd3tune"
 class Recipes:
     """Writes the recipes of a call's shots."""
 
-    conditions: Conditions
-    adapters: Sequence[Adapter]
-    dtype: torch.dtype
-    batch: int = 1
-    memory: Memory = IN_FULL
+    studio: Studio
     _known_images: dict[Path, str] = field(default_factory=dict)
 
     def of(self, shot: Shot) -> dict[str, Any]:
         """Adapters by name and hash, never by path."""
-        conditions = self.conditions
+        conditions = self.studio.conditions
         recipe = {
             "sd3tune": __version__,
             "prompt": shot.prompt,
@@ -54,10 +48,10 @@ class Recipes:
             "base_fingerprint": self._fingerprint,
             "max_sequence_length": conditions.t5_length,
             "encoders": list(conditions.encoders),
-            "dtype": dtype_name(self.dtype),
+            "dtype": dtype_name(self.studio.dtype),
             "loras": [{**self._named[number], "weight": weight} for number, weight in shot.loras],
         }
-        batch = {"batch": self.batch} if self.batch > 1 else {}
+        batch = {"batch": self.studio.batch} if self.studio.batch > 1 else {}
         return recipe | self._of_few(shot) | self._held() | batch
 
     def _of_few(self, shot: Shot) -> dict[str, Any]:
@@ -75,7 +69,7 @@ class Recipes:
 
     def _held(self) -> dict[str, Any]:
         """Of how the base is held, what changes the picture."""
-        held = {name: getattr(self.memory, name) for name in ("quantize", "t5_8bit", "vae_tiling")}
+        held = {name: getattr(self.studio.memory, name) for name in ("quantize", "t5_8bit", "vae_tiling")}
         return {name: value for name, value in held.items() if value}
 
     def _image_sha256(self, path: Path) -> str:
@@ -85,19 +79,19 @@ class Recipes:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return self.conditions.base.fingerprint("transformer")
+        return self.studio.conditions.base.fingerprint("transformer")
 
     @cached_property
     def _own_shift(self) -> float | None:
         """The base's; None where it depends on the size."""
-        settings = load_scheduler(self.conditions.base).config
+        settings = load_scheduler(self.studio.conditions.base).config
         return None if settings.get("use_dynamic_shifting") else float(settings.shift)
 
     @cached_property
     def _named(self) -> list[dict[str, str]]:
         return [
             {"name": adapter.origin or _name_of(adapter.path), "sha256": file_sha256(adapter.path)}
-            for adapter in self.adapters
+            for adapter in self.studio.adapters
         ]
 
 

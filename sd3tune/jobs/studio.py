@@ -50,11 +50,11 @@ class Studio:
         return torch.device("cpu") if self.memory.offload else self.device
 
 
-def draw(studio: Studio, shots: Sequence[Shot]) -> Iterator[tuple[Shot, Image.Image]]:
-    """Each shot with its picture as soon as it is there; their order is that of `batched`.
+def draw(studio: Studio, shots: Sequence[Shot], one_by_one: bool = True) -> Iterator[tuple[Shot, Image.Image]]:
+    """Each shot with its picture, in the order of `batched`.
 
-    One text encoder at a time is in memory, then the transformer. The VAE comes beside it when the first picture is
-    to be decoded; before the last one, and so before the only one, the transformer leaves.
+    One text encoder at a time is in memory, then the transformer, then the VAE. `one_by_one` gives a picture as soon as
+    it is drawn; for that, the VAE comes beside the transformer, which leaves before the last one is decoded.
     """
     texts, images = _encoded(studio, shots), _encoded_images(studio, shots)
     transformer, vae = Part(lambda: _transformer(studio, shots), studio), Part(lambda: _vae(studio), studio)
@@ -75,14 +75,21 @@ def draw(studio: Studio, shots: Sequence[Shot]) -> Iterator[tuple[Shot, Image.Im
                 start=_starts(together, images),
             )
 
+        waiting: list[tuple[list[Shot], torch.Tensor]] = []
         for number, together in enumerate(batches, start=1):
-            latents = transformer.at_work(denoised, together)
-            if number == len(batches):
-                transformer.leave()
-            decoded = vae.at_work(lambda model, latents: [to_image(model, one[None]) for one in latents], latents)
-            yield from zip(together, decoded, strict=True)
+            waiting.append((together, transformer.at_work(denoised, together)))
             done += len(together)
             bar.set_postfix_str(f"picture {done} of {len(shots)}")
+            is_last = number == len(batches)
+            if is_last:
+                transformer.leave()
+            while waiting and (one_by_one or is_last):
+                drawn, latents = waiting.pop(0)
+                yield from zip(drawn, vae.at_work(_decoded, latents), strict=True)
+
+
+def _decoded(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
+    return [to_image(vae, one[None]) for one in latents]
 
 
 class Part:
