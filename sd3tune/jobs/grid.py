@@ -88,9 +88,8 @@ def read_grid(axes: Sequence[str], fixed: Sequence[str]) -> Grid | None:
         raise ConfigError(f"--grid {names[0]}: given twice; put all its values into one, separated by commas")
     if "weight" in names and "lora" not in names and not fixed:
         raise ConfigError("--grid weight: there is no adapter; give --lora")
-    loras = next(
-        ([one for value in values for one in _expanded(value)] for name, values in split if name == "lora"), []
-    )
+    named = [value for name, values in split if name == "lora" for value in values]
+    loras = [one for value in named for one in _expanded(value)]
     return Grid([_axis(name, values, loras, len(fixed)) for name, values in split], loras)
 
 
@@ -99,9 +98,8 @@ def _split(text: str) -> tuple[str, list[str]]:
     name, equals, values = text.partition("=")
     if name not in AXES:
         close = difflib.get_close_matches(name, AXES, n=1)
-        raise ConfigError(
-            f"--grid {name}: no such axis; " + (f"did you mean {close[0]!r}?" if close else f"one of {', '.join(AXES)}")
-        )
+        way_out = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(AXES)}"
+        raise ConfigError(f"--grid {name}: no such axis; {way_out}")
     found = [value.strip() for value in values.split("|" if "|" in values else ",")]
     if not equals or not all(found):
         raise ConfigError(f"--grid {text}: write NAME=VALUE,VALUE such as weight=0,0.5,1")
