@@ -22,9 +22,10 @@ from sd3tune.config import Config, load_config
 from sd3tune.config.yaml12 import parse
 from sd3tune.jobs.card import card_of, card_to_upload
 from sd3tune.jobs.train import run_training
-from sd3tune.model.adapter_io import read_adapter
+from sd3tune.model.adapter_io import ADAPTER_FILE, read_adapter
 from sd3tune.model.bases import resolve_base
 from sd3tune.publish.card import Drawing, Sample, Trained, card
+from sd3tune.publish.files import config_of_run
 
 PROMPT = "a photo of sks dog on a beach"
 LOOKED = f"preview={{every: 2, prompts: [{PROMPT}, a cat], steps: 2, guidance: 3.5, seed: 4}}"
@@ -186,6 +187,19 @@ def test_the_snippet_reads_a_single_file_into_the_pipeline_of_its_released_model
     assert "```python" not in unknown
     assert "diffusers alone cannot draw with it as it was trained" in unknown
     assert "sd3tune infer --lora user/dog --config config.yaml --prompt" in card(replace(file, repo_id="user/dog"))
+
+
+def test_the_configuration_in_the_repository_finds_a_base_beside_it(run: Path, tmp_path: Path, monkeypatch) -> None:
+    """As `--config config.yaml` is told by the card of a base that is a folder."""
+    (tmp_path / "config.yaml").write_bytes(config_of_run(run))
+    (tmp_path / "my-sd3").symlink_to((run / "my-sd3").resolve())
+    shutil.copy(run / "adapter" / ADAPTER_FILE, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = ["infer", "--lora", ADAPTER_FILE, "--config", "config.yaml", "--prompt", PROMPT, "--no-before"]
+    app([*words, "--steps", "2", "--guidance", "3.5", "--seed", "4"], standalone_mode=False)
+    (drawn,) = Path("images").glob("*.png")
+    expected = Image.open(run / "samples" / "step-000003-0.png")
+    assert ImageChops.difference(Image.open(drawn), expected).getbbox() is None
 
 
 LICENCES = [
@@ -361,5 +375,6 @@ def test_it_is_uploaded_as_it_is_for_that_repository_unless_somebody_changed_it(
     uploaded = card_to_upload(copy, "user/dog").decode()
     assert "sd3tune infer --lora user/dog --config config.yaml --prompt" in uploaded
     assert 'load_lora_weights("user/dog", subfolder="adapter"' in uploaded
+    assert "With `config.yaml` of this repository and, beside it, `my-sd3`:" in uploaded
     (copy / "README.md").write_text(written(run) + "\nA good dog.\n")
     assert card_to_upload(copy, "user/dog").decode() == written(run) + "\nA good dog.\n"

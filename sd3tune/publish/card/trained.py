@@ -62,9 +62,14 @@ class Trained:
         return "t5" in self.contract["encoders"]
 
     @property
+    def encoder_files(self) -> list[str]:
+        """Names of the files that text encoders came from, where they are not the base's own."""
+        return [used["file"] for used in self.contract.get("encoder_files", {}).values()]
+
+    @property
     def base_is_here(self) -> bool:
         """Whether the base, or a part of it, is a file or folder of the machine that it was trained on."""
-        return self.contract["base_kind"] in ("folder", "file") or bool(self.contract.get("encoder_files"))
+        return self.contract["base_kind"] in ("folder", "file") or bool(self.encoder_files)
 
     @property
     def report(self) -> Mapping[str, Any] | None:
