@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from sd3tune.cli.main import app
 from sd3tune.errors import RunError, UserError
+from sd3tune.jobs.card import card_to_upload
 from sd3tune.jobs.conditions import Request
 from sd3tune.jobs.infer import run_infer
 from sd3tune.jobs.train import run_training
@@ -128,6 +129,7 @@ def test_the_snippet_of_the_card_draws_it_too(run: Path, tmp_path: Path, monkeyp
     (path,) = tmp_path.glob("*.png")
     assert same(Image.open("image.png"), Image.open(path))
     assert same(Image.open("image.png"), preview(run, "step-000005"))
+    assert b'snapshot_download("user/shapes", allow_patterns="model/*")' in card_to_upload(run, "user/shapes")
     assert "from scratch, with the text encoders and the VAE of `tiny`" in card
     assert not any(f"{folder}/" in card for folder in (run, *run.parents) if folder != Path("/"))
 

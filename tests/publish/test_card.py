@@ -220,6 +220,7 @@ def test_a_known_base_is_linked_with_its_licence(base: str, name: str, file: str
     assert (found["license"], found["license_name"], found["license_link"]) == ("other", name, link)
     assert f"That of the base, `{base}`: [Stability AI " in text
     assert f"]({link})" in text
+    assert f"accepted on [its page](https://huggingface.co/{base}) and `hf auth login` has run." in text
     assert f'from_pretrained("{base}", dtype=dtype' in text
     assert cells(text)["base model"] == f"`{base}` at `b940f67`"
 
@@ -239,6 +240,7 @@ def test_of_another_base_no_licence_and_no_descent_is_claimed(
 ) -> None:
     text = card(about(trained, **changed))
     found = header(text)
+    assert "hf auth login" not in text
     assert found.get("license") == licence
     assert not found.keys() & {"license_name", "license_link"}
     assert found.get("base_model") == (changed["base"] if changed["base_kind"] == "hub" else None)
@@ -264,7 +266,7 @@ def test_it_states_how_it_was_made(trained: Trained, quick_config, tmp_path: Pat
     found = cells(card(replace(about(trained, dtype="bf16"), config=kept)))
     for name, value in {
         "rank, alpha": "2, 3 (folded into the file: alpha = rank there)",
-        "weights": "exponential moving average, decay 0.9",
+        "weights": "exponential moving average, decay 0.9; as trained in `adapter_raw`",
         "data": "12 images with 7 captions, 40 in an epoch with their repeats",
         "held out": "3 images, not trained on",
         "class images": "100",

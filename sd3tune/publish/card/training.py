@@ -24,7 +24,8 @@ def _what(trained: Trained) -> Iterator[Row]:
         yield "rank, alpha", f"{contract['rank']}, {contract['alpha']:g} (folded into the file: alpha = rank there)"
     else:
         yield "trained", f"the whole transformer, in the file as {contract['export_dtype']}"
-    yield "weights", "as trained" if ema is None else f"exponential moving average, decay {ema.decay:g}"
+    raw = "" if trained.step else f"; as trained in `{'adapter' if trained.adapts else 'model'}_raw`"
+    yield "weights", "as trained" if ema is None else f"exponential moving average, decay {ema.decay:g}{raw}"
 
 
 def _data(trained: Trained) -> Iterator[Row]:

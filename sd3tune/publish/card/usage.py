@@ -5,14 +5,31 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
+from sd3tune.model.adapter_io import ADAPTER_FILE
+from sd3tune.publish.card.licences import licence_of
 from sd3tune.publish.card.markdown import code, fenced
 from sd3tune.publish.card.snippet import with_diffusers
 from sd3tune.publish.card.trained import Drawing, Trained
+from sd3tune.publish.files import ADAPTERS
 
 
 def usage_section(trained: Trained) -> str:
     shown = ["This is how the first of the pictures above was drawn."] if trained.shows_itself else []
-    return "\n\n".join(["## Use it", *shown, *_commands(trained), *with_diffusers(trained)])
+    sections = [*shown, *_gate(trained), *_commands(trained), *with_diffusers(trained), *_other_tools(trained)]
+    return "\n\n".join(["## Use it", *sections])
+
+
+def _gate(trained: Trained) -> list[str]:
+    """Of the bases whose licence is known, those on the Hub are given to who has accepted it."""
+    base, licence = trained.contract["base"], licence_of(trained.contract)
+    if not trained.adapts or licence is None or licence.link is None:
+        return []
+    page = f"[its page](https://huggingface.co/{base})"
+    return [f"The base is loaded from the Hub, once its licence was accepted on {page} and `hf auth login` has run."]
+
+
+def _other_tools(trained: Trained) -> list[str]:
+    return [f"ComfyUI reads `{ADAPTERS[0]}/{ADAPTER_FILE}` as it is."] if trained.adapts else []
 
 
 def _commands(trained: Trained) -> list[str]:
