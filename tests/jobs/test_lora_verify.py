@@ -114,12 +114,11 @@ def compared(location: Path, base: str | None = None, dtype: str = "auto") -> st
 
 
 def test_diffusers_draws_the_previews_of_a_run_and_its_checkpoints_to_the_pixel(run: Path) -> None:
-    assert compared(run) == ("step-000003-0.png, a preview of step 3, drawn again by diffusers: equal to the pixel")
-    assert compared(run / "checkpoints" / "step-000002").startswith("step-000002-0.png, a preview of step 2,")
-    assert compared(run / "checkpoints" / "step-000002").endswith("equal to the pixel")
+    for location, step in ((run, 3), (run / "checkpoints" / "step-000002", 2)):
+        drawn = f"step-{step:06d}-0.png, a preview of step {step}, drawn again by diffusers: equal to the pixel"
+        assert compared(location) == drawn
     best = json.loads((run / "best" / "validation.json").read_text())["step"]
     assert compared(run / "best").startswith(f"step-{best:06d}-0.png, ")
-    assert compared(run / "best").endswith("equal to the pixel")
 
 
 def test_so_it_does_without_t5_and_without_guidance(quick_config, tmp_path: Path) -> None:
