@@ -152,7 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self._readable(repo_id, revision or "main")
         if commit:
             private = self.server.repositories[repo_id].private
-            self._json({"id": repo_id, "sha": commit.id, "private": private, "siblings": []})
+            siblings = [{"rfilename": name} for name in commit.files]
+            self._json({"id": repo_id, "sha": commit.id, "private": private, "siblings": siblings})
 
     def tree(self, body: bytes, repo_id: str, revision: str) -> None:
         commit = self._readable(repo_id, revision)

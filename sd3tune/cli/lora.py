@@ -53,14 +53,17 @@ def verify(
     path: Adapter,
     base: Base = None,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    preview: Annotated[
+        bool, typer.Option("--preview/--no-preview", help="Draw what the training drew with it, and compare.")
+    ] = True,
 ) -> None:
-    """Load an adapter into a fresh diffusers pipeline; exit code 2 unless all of it matches and a step changes."""
+    """Load an adapter into a fresh diffusers pipeline; exit code 2 unless all of it matches and draws as trained."""
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
         raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
     with quick_imports():
         from sd3tune.jobs.lora_verify import verify_lora
 
-    for line in verify_lora(path, base, dtype):
+    for line in verify_lora(path, base, dtype, preview):
         print(line)
 
 

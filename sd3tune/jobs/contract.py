@@ -13,7 +13,7 @@ from sd3tune.config import load_config
 from sd3tune.data.store import key
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.jobs.encoding import Encoded
-from sd3tune.jobs.machine import dtype_name, versions
+from sd3tune.jobs.machine import dtype_name, gpu_of, versions
 from sd3tune.jobs.preflight import Plan
 from sd3tune.model.bases import ENCODER_PARTS
 from sd3tune.model.checkpoint import VARIANTS
@@ -156,12 +156,13 @@ def _in_words(line: str) -> str:
 
 
 def start_facts(plan: Plan, world: int) -> dict[str, Any]:
-    used = plan.config.optimizer.kind
+    used, gpu = plan.config.optimizer.kind, gpu_of(plan.device)
     return {
         "versions": versions(),
         "seed": plan.config.seed,
         "world_size": world,
         "device": plan.device.type,
+        "gpu": gpu.name if gpu else None,
         "dtype": dtype_name(plan.dtype),
         "threads": torch.get_num_threads(),
         "base": {
@@ -170,6 +171,10 @@ def start_facts(plan: Plan, world: int) -> dict[str, Any]:
             "fingerprint": plan.base.fingerprint("transformer"),
         },
         "images": len(plan.records),
+        "images_per_epoch": plan.images_per_epoch,
+        "captions": len({record.caption for record in plan.records}),
+        "held_out_images": len(plan.holdout),
+        "class_images": sum(len(prior.records) for prior in plan.priors),
         "modules": len(plan.modules),
         "optimizer": {
             "asked": "adamw8bit" if plan.optimizer_fallback else used,

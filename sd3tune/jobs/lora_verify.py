@@ -10,21 +10,25 @@ from diffusers import StableDiffusion3Pipeline
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from sd3tune.encode.resources import release
 from sd3tune.errors import AdapterError
 from sd3tune.jobs.conditions import find_base
+from sd3tune.jobs.fresh_pipeline import NAME, drawing_pipeline, load_into
+from sd3tune.jobs.lora_preview import compare_with_preview
 from sd3tune.jobs.machine import choose_dtype, dtype_name, gpu_of, make_accelerator
 from sd3tune.model.adapter_io import Adapter, match, read_adapter
-from sd3tune.model.adapter_layouts import arrange, first_of
-from sd3tune.model.components import empty_transformer, load_scheduler, load_transformer
+from sd3tune.model.adapter_layouts import first_of
+from sd3tune.model.components import empty_transformer
 
-_SIDE, _TOKENS, _NAME = 64, 32, "verified"
+_SIDE, _TOKENS = 64, 32
 
 
-def verify_lora(location: Path, base: str | None, dtype: str) -> list[str]:
+def verify_lora(location: Path, base: str | None, dtype: str, preview: bool = True) -> list[str]:
     """Lines that say what was checked. Raises AdapterError with the first thing that an adapter must not be.
 
     The pipeline is diffusers' own, with the transformer of `base` (None: the one that the adapter names) and random
-    text; a file in diffusers' layout is loaded by name, one in another layout as `lora convert` would write it.
+    text; a file in diffusers' layout is loaded by name, one in another layout as `lora convert` would write it. With
+    `preview`, what the training drew is drawn again.
     """
     adapter = read_adapter(location)
     device = make_accelerator().device
@@ -36,12 +40,9 @@ def verify_lora(location: Path, base: str | None, dtype: str) -> list[str]:
             f"{adapter.path}: {len(counted.unmatched)} of {len(adapter.factors)} modules are not in {found.name}: "
             f"{first_of(counted.unmatched)}; it was made for another base"
         )
-    pipeline = StableDiffusion3Pipeline(
-        transformer=load_transformer(found, torch_dtype, device), scheduler=load_scheduler(found), vae=None,
-        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
-    )  # fmt: skip
+    pipeline = drawing_pipeline(found, torch_dtype, device)
     before = _one_step(pipeline)
-    _load(pipeline, adapter)
+    load_into(pipeline, adapter)
     _check_layers(adapter, pipeline.transformer)
     after = _one_step(pipeline)
     if not after.isfinite().all():
@@ -52,39 +53,29 @@ def verify_lora(location: Path, base: str | None, dtype: str) -> list[str]:
     if change == 0:
         raise AdapterError(f"{adapter.path}: it changes nothing of what {found.name} predicts: its B are zero, or too "
                            f"small for {dtype_name(torch_dtype)}")  # fmt: skip
-    return [
+    lines = [
         f"{adapter.path}: {counted.matched} tensors of {len(adapter.factors)} modules loaded by diffusers into "
         f"{found.name}, none left over",
         f"one step in {dtype_name(torch_dtype)}: finite, and {change:.2%} away from the base's",
     ]
-
-
-def _load(pipeline: StableDiffusion3Pipeline, adapter: Adapter) -> None:
-    by_name = adapter.layout == "diffusers"
-    weights = str(adapter.path) if by_name else arrange(adapter.folded(), "diffusers")
-    try:
-        pipeline.load_lora_weights(weights, adapter_name=_NAME)
-    except Exception as error:  # anything may come out of two libraries that a file was not written for
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise AdapterError(
-            f"{adapter.path}: diffusers does not load it: {reason}; `sd3tune lora convert --to diffusers` writes what "
-            "it takes"
-        ) from error
+    del pipeline
+    release(device)
+    return [*lines, compare_with_preview(adapter, found, dtype, device)] if preview else lines
 
 
 def _check_layers(adapter: Adapter, transformer: Any) -> None:
     """Every module adds what the file says."""
     layers = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
     folded = adapter.folded()
-    missed = [name for name in folded if name not in layers or _NAME not in layers[name].lora_A]
+    missed = [name for name in folded if name not in layers or NAME not in layers[name].lora_A]
     more = [name for name in layers if name not in folded]
     if missed or more:
         what = f"passed over {first_of(missed)}" if missed else f"adapted {first_of(more)}, too"
         raise AdapterError(f"{adapter.path}: diffusers {what}")
     for name, (down, up) in folded.items():
         layer = layers[name]
-        held = layer.lora_B[_NAME].weight.float().cpu() * layer.scaling[_NAME]
-        if not (_close(held, up) and _close(layer.lora_A[_NAME].weight.float().cpu(), down)):
+        held = layer.lora_B[NAME].weight.float().cpu() * layer.scaling[NAME]
+        if not (_close(held, up) and _close(layer.lora_A[NAME].weight.float().cpu(), down)):
             raise AdapterError(f"{adapter.path}: {name}: diffusers made something else of its weights or its alpha")
 
 
@@ -95,7 +86,6 @@ def _close(held: Tensor, meant: Tensor) -> bool:
 
 def _one_step(pipeline: StableDiffusion3Pipeline) -> Tensor:
     """Latents, fp32 on the CPU, after one step from noise that is always the same, with random text."""
-    pipeline.set_progress_bar_config(disable=True)
     transformer = pipeline.transformer
     source = torch.Generator().manual_seed(0)
     place: dict[str, Any] = {"device": transformer.device, "dtype": transformer.dtype}

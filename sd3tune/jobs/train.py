@@ -17,6 +17,7 @@ from sd3tune.atomic import write_json, write_text
 from sd3tune.config import Config, dump_config
 from sd3tune.data.sampler import generator
 from sd3tune.errors import RunError
+from sd3tune.jobs.card import write_card
 from sd3tune.jobs.closing import closing_report, summary
 from sd3tune.jobs.contract import check_finished, check_identity, make_contract, run_identity, start_facts
 from sd3tune.jobs.describe import describe
@@ -41,7 +42,6 @@ from sd3tune.jobs.uploading import prepare_upload, push_command, upload_finished
 from sd3tune.jobs.watching import Watching
 from sd3tune.model.components import load_transformer, vae_config
 from sd3tune.model.fast import use_fast_path
-from sd3tune.publish.card import write_card
 from sd3tune.train.batches import Batches, Dropout, LatentScaling
 from sd3tune.train.checkpoint import list_checkpoints, restore
 from sd3tune.train.loop import Callback, Processes, exported_weights, train
@@ -210,7 +210,6 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
     _export(plan, state, attempt.contract)
     weights = exported_weights(state)
     report = closing_report(plan, attempt.transformer, weights, attempt.batches) | watching.report()
-    write_card(plan.run, plan.config, attempt.contract, report)
     described = {
         **attempt.described,
         "timings": {name: round(value, 3) for name, value in seconds.items()},
@@ -218,6 +217,7 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
         "warnings": [*attempt.encoded.warnings, *watching.warnings],
         "report": report,
     }
+    write_card(plan.run, plan.config, attempt.contract, described)
     write_json(plan.run / RUN_FILE, described)
     steps = plan.config.train.total_steps - attempt.from_step
     _say_goodbye([*watching.summary(), *summary(plan, report)], metrics, steps, seconds["train_s"], say)

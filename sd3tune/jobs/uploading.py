@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import shlex
@@ -10,16 +11,18 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from sd3tune.atomic import TEMPORARY
 from sd3tune.config import load_config
 from sd3tune.config.sections.outputs import REPO_ID, REPO_ID_IN_WORDS
-from sd3tune.errors import RunError
+from sd3tune.errors import RunError, UserError
+from sd3tune.jobs.card import card_of, card_to_upload
 from sd3tune.jobs.preflight import Plan, naming_hub_push
 from sd3tune.jobs.run_folder import RUN_FILE, holds_report
-from sd3tune.publish.files import files_of_product, files_of_run
+from sd3tune.publish.files import CARD, CONFIG, Upload, config_of_run, files_of_checkpoint, files_of_run
 from sd3tune.publish.repository import Repository, repository_of
 from sd3tune.train.checkpoint import checkpoint_at
 from sd3tune.train.loop import View
@@ -48,7 +51,10 @@ def run_push(run: Path, repo_id: str | None) -> None:
 
 def push_run(run: Path, repository: Repository, progress: bool = False) -> str:
     """Upload all of a finished run that is for others. Returns a line that says where it is. Raises UserError."""
-    commit = repository.commit(files_of_run(run), f"{run.name}, trained with sd3tune", progress)
+    files = dict(files_of_run(run))
+    if CARD in files:
+        files[CARD] = card_to_upload(run, repository.repo_id)
+    commit = repository.commit(files, f"{run.name}, trained with sd3tune", progress)
     return f"uploaded  {repository.url}" if commit else f"uploaded  {repository.url} has all of it already"
 
 
@@ -80,35 +86,40 @@ def push_command(run: Path) -> str:
 
 @dataclass(frozen=True)
 class _Staged:
-    """A checkpoint's adapter on its way: links of its own, as the checkpoint may be pruned while it waits."""
+    """A checkpoint's adapter on its way, with the pictures so far and a card of its own.
+
+    They are links of its own, as the checkpoint may be pruned while it waits.
+    """
 
     name: str
     folder: Path
     """Beside the checkpoints, under a name that the next attempt removes."""
-    files: Mapping[str, Path]
+    linked: Mapping[str, Path]
+    """Name in the repository -> the file that is linked into `folder`."""
+    written: Mapping[str, bytes]
 
-    @classmethod
-    def beside(cls, checkpoint: Path, run: Path) -> _Staged:
-        folder = run / f"{TEMPORARY}{os.getpid()}-upload-{checkpoint.name}"
-        return cls(checkpoint.name, folder, {name: folder / name for name in files_of_product(checkpoint)})
+    @property
+    def files(self) -> Upload:
+        return {**self.written, **{name: self.folder / name for name in self.linked}}
 
-    def link(self, checkpoint: Path) -> None:
-        for name, path in self.files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _link(checkpoint / name, path)
+    def link(self) -> None:
+        for name, path in self.linked.items():
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link(path, target)
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Uploads:
-    """A training callback, called after a checkpoint is saved: a thread uploads its adapter, in the order of the steps.
+    """A training callback, called after a checkpoint is saved: a thread uploads it, in the order of the steps.
 
     It takes nothing from the run and gives nothing to it: whatever fails is a warning.
     """
 
-    def __init__(self, plan: Plan, repository: Repository) -> None:
-        self.plan, self.repository = plan, repository
+    def __init__(self, plan: Plan, repository: Repository, contract: Mapping[str, Any]) -> None:
+        self.plan, self.repository, self.contract = plan, repository, contract
         self.warnings: list[str] = []
         self._waiting: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -118,17 +129,30 @@ class Uploads:
         checkpoint = checkpoint_at(self.plan.run, view.step)
         if view.last or not checkpoint.is_dir():  # what the last step left is uploaded at the end
             return
-        staged = _Staged.beside(checkpoint, self.plan.run)
         try:
-            staged.link(checkpoint)
-        except OSError as error:
-            staged.remove()
-            self._warn(f"hub: {staged.name} was not uploaded: {error.strerror}; training goes on")
+            staged = self._stage(checkpoint, view.step)
+        except (OSError, ValueError, UserError) as error:
+            reason = getattr(error, "strerror", None) or error
+            self._warn(f"hub: {checkpoint.name} was not uploaded: {reason}; training goes on")
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._upload_all, name="uploads", daemon=True)
             self._thread.start()
         self._waiting.put(staged)
+
+    def _stage(self, checkpoint: Path, step: int) -> _Staged:
+        run, config = self.plan.run, self.plan.config
+        described = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+        card = card_of(run, config, self.contract, described, self.repository.repo_id, step)
+        written = {CARD: card.encode(), CONFIG: config_of_run(run)}
+        folder = run / f"{TEMPORARY}{os.getpid()}-upload-{checkpoint.name}"
+        staged = _Staged(checkpoint.name, folder, files_of_checkpoint(run, checkpoint), written)
+        try:
+            staged.link()
+        except OSError:
+            staged.remove()
+            raise
+        return staged
 
     def _upload_all(self) -> None:
         while (staged := self._waiting.get()) is not None:

@@ -36,7 +36,7 @@ class Watching:
             Validation(plan, encoded, processes, contract, self.trackers, from_step) if encoded.holdout else None
         )
         repository = repository_of(config.hub) if config.hub.push == "checkpoint" and processes.is_main else None
-        self.uploads = Uploads(plan, repository) if repository else None
+        self.uploads = Uploads(plan, repository, contract) if repository else None
 
     def __enter__(self) -> Watching:
         return self

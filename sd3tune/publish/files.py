@@ -15,13 +15,14 @@ from sd3tune.model.adapter_io import ADAPTER_FILE
 Upload = Mapping[str, Path | bytes]
 """Name in the repository -> the file on this machine, or what to write there instead of it."""
 
-CARD = "README.md"
+CARD, CONFIG = "README.md", "config.yaml"
 ADAPTERS = ("adapter", "adapter_raw")
 MODELS = ("model", "model_raw")
 _OF_A_MODEL = (".safetensors", ".json", ".txt", ".model")
 _FACTS = (
-    "versions", "seed", "world_size", "device", "dtype", "threads", "base", "images", "modules", "git_commit",
-    "resumes", "timings", "skipped_steps", "report",
+    "versions", "seed", "world_size", "device", "gpu", "dtype", "threads", "base", "images", "images_per_epoch",
+    "captions", "held_out_images", "class_images", "modules", "git_commit", "resumes", "timings", "skipped_steps",
+    "report",
 )  # fmt: skip
 
 
@@ -30,14 +31,29 @@ def files_of_run(run: Path) -> Upload:
     described = json.loads((run / "run.json").read_text(encoding="utf-8"))
     return {
         **({CARD: run / CARD} if _is_ours(run / CARD) else {}),
-        "config.yaml": dump_values(public_config(load_config(run / "config.yaml").config)).encode(),
+        CONFIG: config_of_run(run),
         "run.json": (json.dumps(public_facts(described), indent=2) + "\n").encode(),
-        **{f"samples/{path.name}": path for path in sorted((run / "samples").glob("*.png")) if _is_ours(path)},
+        **pictures_of_run(run),
         **files_of_product(run),
     }
 
 
-def files_of_product(folder: Path) -> Upload:
+def files_of_checkpoint(run: Path, checkpoint: Path) -> Mapping[str, Path]:
+    """What a checkpoint of a run that goes on uploads beside its card and configuration."""
+    return {**pictures_of_run(run), **files_of_product(checkpoint)}
+
+
+def config_of_run(run: Path) -> bytes:
+    """`config.yaml` for others to see. Raises UserError for one that cannot be read."""
+    return dump_values(public_config(load_config(run / CONFIG).config)).encode()
+
+
+def pictures_of_run(run: Path) -> Mapping[str, Path]:
+    """The previews drawn so far."""
+    return {f"samples/{path.name}": path for path in sorted((run / "samples").glob("*.png")) if _is_ours(path)}
+
+
+def files_of_product(folder: Path) -> Mapping[str, Path]:
     """The trained weights that lie in a run folder or a checkpoint."""
     return {path.relative_to(folder).as_posix(): path for path in _product(folder)}
 

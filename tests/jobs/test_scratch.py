@@ -14,7 +14,9 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
+from sd3tune.cli.main import app
 from sd3tune.errors import RunError, UserError
+from sd3tune.jobs.card import card_to_upload
 from sd3tune.jobs.conditions import Request
 from sd3tune.jobs.infer import run_infer
 from sd3tune.jobs.train import run_training
@@ -122,13 +124,13 @@ def test_the_snippet_of_the_card_draws_it_too(run: Path, tmp_path: Path, monkeyp
     (code,) = re.findall(r"^```python\n(.*?)^```$", card, flags=re.DOTALL | re.MULTILINE)
     (words,) = (shlex.split(line) for line in card.splitlines() if line.startswith("sd3tune infer"))
     monkeypatch.chdir(run)
-    torch.manual_seed(0)
-    exec(compile(code.replace("bfloat16", "float32").replace('"cuda"', '"cpu"'), "card", "exec"), {})
-    (path,) = run_infer(
-        Request([], words[words.index("--prompt") + 1], tmp_path, base=words[words.index("--base") + 1])
-    )
+    exec(compile(code, "card", "exec"), {})
+    app([*words[1:], "--out", str(tmp_path)], standalone_mode=False)
+    (path,) = tmp_path.glob("*.png")
     assert same(Image.open("image.png"), Image.open(path))
-    assert "from scratch, with the text encoders and the VAE of tiny" in card
+    assert same(Image.open("image.png"), preview(run, "step-000005"))
+    assert b'snapshot_download("user/shapes", allow_patterns="model/*")' in card_to_upload(run, "user/shapes")
+    assert "from scratch, with the text encoders and the VAE of `tiny`" in card
     assert not any(f"{folder}/" in card for folder in (run, *run.parents) if folder != Path("/"))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -18,6 +20,7 @@ import yaml
 from PIL import Image, ImageChops
 from safetensors.torch import load, load_file, save_file
 
+from sd3tune.cli.main import app
 from sd3tune.config import load_config
 from sd3tune.config.sections.outputs import HubConfig
 from sd3tune.errors import UserError
@@ -98,7 +101,8 @@ def test_what_is_on_the_list_is_uploaded_and_nothing_of_the_machine(finished: Pa
     uploaded = hub.repositories["user/dog"]
     assert uploaded.private
     assert uploaded.files.keys() - {".gitattributes"} == UPLOADED
-    for name in UPLOADED - {"config.yaml", "run.json"}:
+    assert b"sd3tune infer --lora user/dog --prompt" in uploaded.files["README.md"]
+    for name in UPLOADED - {"README.md", "config.yaml", "run.json"}:
         assert uploaded.files[name] == (finished / name).read_bytes()
     for content in uploaded.files.values():
         assert_nothing_of_the_machine(content, finished)
@@ -203,7 +207,17 @@ def test_checkpoints_are_uploaded_beside_a_training_that_they_do_not_touch(
         assert {name: tensor.tolist() for name, tensor in load(commit.files[ADAPTER]).items()} == {
             name: tensor.tolist() for name, tensor in expected.items()
         }
-    assert kept.commits[1].files.keys() == {".gitattributes", ADAPTER}
+    for step, commit in enumerate(kept.commits[1:3], 1):
+        assert commit.files.keys() - {".gitattributes"} == UPLOADED - {"run.json", RAW, "samples/step-000003-0.png"}
+        text = commit.files["README.md"].decode()
+        assert f"this is step {step} of 3" in text
+        assert "samples/step-000000-0.png" in text
+        assert "the first of the pictures above" not in text  # which is that of step 0
+    for commit in kept.commits[1:]:
+        for content in commit.files.values():
+            assert_nothing_of_the_machine(content, run)
+        header = yaml.safe_load(commit.files["README.md"].decode().split("---\n")[1])
+        assert all(picture["output"]["url"] in commit.files for picture in header["widget"])
     assert kept.files.keys() - {".gitattributes"} == UPLOADED
     assert not list(run.glob(".tmp-*"))
     printed = capfd.readouterr()
@@ -322,6 +336,31 @@ def test_an_adapter_is_drawn_with_from_the_hub_at_a_revision_and_offline(
         "--lora user/cat: not on this machine, and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE), "
         "or give --lora a folder",
     )
+
+
+def test_the_card_in_the_repository_is_run_as_it_stands_from_anywhere(
+    make_run: MakeRun, hub: UploadHub, tmp_path: Path, monkeypatch
+) -> None:
+    """Base and adapter come from the Hub, by what the card says alone."""
+    root = resolve_base("tiny").path
+    hub.add("user/base", {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()})
+    run = make_run("model.base=user/base", "hub={repo_id: user/dog, push: end}")
+    files = hub.repositories["user/dog"].files
+    card = files["README.md"].decode()
+    assert card == (run / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "user/base"
+    assert str(run) not in card
+    python, bash = (
+        re.findall(rf"^```{language}\n(.*?)^```$", card, re.DOTALL | re.M)[0] for language in ("python", "bash")
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    exec(compile(python, "card", "exec"), {})
+    app([*shlex.split(bash)[1:], "--no-before"], standalone_mode=False)
+    (inferred,) = Path("images").glob("*.png")
+    expected = Image.open(io.BytesIO(files["samples/step-000003-0.png"]))
+    assert same(Image.open("image.png"), expected)
+    assert same(Image.open(inferred), expected)
 
 
 def test_the_base_of_an_adapter_without_a_contract_comes_from_its_card(

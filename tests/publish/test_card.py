@@ -1,45 +1,59 @@
-"""The model card: what the Hub reads, what people copy, and no path of the machine it was made on."""
+"""The model card: what the Hub reads, what people copy and run, and no path of the machine it was made on."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from PIL import Image, ImageChops
 
-from sd3tune.config import Config
-from sd3tune.jobs.conditions import Request
-from sd3tune.jobs.infer import run_infer
+from sd3tune.cli.main import app
+from sd3tune.config import Config, load_config
+from sd3tune.config.yaml12 import parse
+from sd3tune.jobs.card import card_of, card_to_upload
 from sd3tune.jobs.train import run_training
-from sd3tune.model.adapter_io import read_adapter
+from sd3tune.model.adapter_io import ADAPTER_FILE, read_adapter
 from sd3tune.model.bases import resolve_base
-from sd3tune.publish.card import card
+from sd3tune.publish.card import Drawing, Sample, Trained, card
+from sd3tune.publish.files import config_of_run
 
-REPORT = {
-    "velocity_change": 0.0173,
-    "fixed_noise_loss": {"sigma": [0.2, 0.8], "base": [3.25, 3.0], "trained": [3.125, 2.5]},
-}
+PROMPT = "a photo of sks dog on a beach"
+LOOKED = f"preview={{every: 2, prompts: [{PROMPT}, a cat], steps: 2, guidance: 3.5, seed: 4}}"
+DESCRIBED: dict[str, Any] = {
+    "versions": {"sd3tune": "0.1", "torch": "2.9", "python": "3.11"}, "world_size": 2, "device": "cuda",
+    "images": 12, "images_per_epoch": 40, "captions": 7, "held_out_images": 3, "class_images": 100, "resumes": [],
+    "gpu": "NVIDIA H100", "timings": {"train_s": 425.0},
+    "report": {
+        "velocity_change": 0.0173,
+        "block_changes": {"block 0": 0.25, "block 1": 0.5},
+        "fixed_noise_loss": {"sigma": [0.2, 0.8], "base": [3.25, 3.0], "trained": [3.125, 2.5]},
+    },
+}  # fmt: skip
+HUB = {"base": "stabilityai/stable-diffusion-3.5-medium", "base_kind": "hub", "base_revision": "b940f67"}
 
 
 @pytest.fixture(scope="module")
 def run(quick_config, tiny_images: Path, tmp_path_factory) -> Path:
-    """A finished run on a local folder, one caption for all, T5 off."""
+    """A finished run on a local folder, one caption for all, T5 off. The base lies beside its card."""
     root = tmp_path_factory.mktemp("cards")
     base = shutil.copytree(resolve_base("tiny").path, root / "my-sd3")
     photos = root / "photos"
     photos.mkdir()
     shutil.copy(tiny_images / "0.png", photos)
     source = f"data.sources=[{{path: {photos}, caption: a photo of sks dog}}]"
-    run_training(
-        quick_config(root / "run", f"model.base={base}", "model.t5=false", source, "train.steps=2", "method.alpha=3.0")
-    )
+    more = ("model.t5=false", "train.steps=3", "method.alpha=3.0", LOOKED)
+    run_training(quick_config(root / "run", f"model.base={base}", source, *more))
+    (root / "run" / "my-sd3").symlink_to(base)
     return root / "run"
 
 
@@ -53,116 +67,314 @@ def config(quick_config, tmp_path: Path) -> Config:
     return quick_config(tmp_path / "run", "train.batch_size=2", "train.gradient_accumulation=4")
 
 
+@pytest.fixture
+def trained(config: Config, contract: dict[str, Any]) -> Trained:
+    return Trained(config, contract, DESCRIBED)
+
+
+def about(trained: Trained, **contract: Any) -> Trained:
+    return replace(trained, contract={**trained.contract, **contract})
+
+
 def header(text: str) -> dict[str, Any]:
+    """The same for a parser of YAML 1.1 and for one of 1.2."""
     start, raw, _ = text.split("---\n", 2)
     assert start == ""
-    return yaml.safe_load(raw)
-
-
-def block(text: str, language: str) -> str:
-    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    found = yaml.safe_load(raw)
+    assert parse(raw).value == found
     return found
 
 
-def test_a_run_ends_with_a_card_that_names_its_prompt(run: Path) -> None:
-    text = (run / "README.md").read_text(encoding="utf-8")
+def written(run: Path) -> str:
+    return (run / "README.md").read_text(encoding="utf-8")
+
+
+def body(text: str) -> list[Any]:
+    """The tokens of the Markdown, without its header."""
+    return MarkdownIt().enable("table").parse(text.split("\n---\n", 1)[1])
+
+
+def block(text: str, language: str) -> str:
+    (found,) = (token.content for token in body(text) if token.type == "fence" and token.info == language)
+    return found
+
+
+def cells(text: str) -> dict[str, str]:
+    """The rows of the table of how it was trained, the one of two columns."""
+    found = [[token.content for token in row if token.type == "inline"] for row in rows(body(text))]
+    return {row[0]: row[1] for row in found if len(row) == 2}
+
+
+def rows(tokens: list[Any]) -> list[list[Any]]:
+    """The tokens of each row of a table but its header."""
+    starts = [number for number, token in enumerate(tokens) if token.type == "tr_open"]
+    ends = [number for number, token in enumerate(tokens) if token.type == "tr_close"]
+    found = [tokens[start:end] for start, end in zip(starts, ends, strict=True)]
+    return [row for row in found if row[1].type == "td_open"]
+
+
+def test_a_run_ends_with_a_card_that_shows_and_names_its_prompt(run: Path) -> None:
+    text = written(run)
     assert header(text) == {
         "library_name": "diffusers",
-        "tags": ["lora", "sd3tune", "text-to-image", "diffusers"],
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "diffusers", "sd3tune", "lora", "template:sd-lora"],
         "instance_prompt": "a photo of sks dog",
+        "widget": [
+            {"text": PROMPT, "output": {"url": "samples/step-000003-0.png"}},
+            {"text": "a cat", "output": {"url": "samples/step-000003-1.png"}},
+        ],
     }
-    assert "Prompt it with `a photo of sks dog`." in text
-    assert "A LoRA adapter for my-sd3, trained with sd3tune." in text
+    assert all((run / picture["output"]["url"]).is_file() for picture in header(text)["widget"])
+    assert "\n<Gallery />\n" in text
+    assert "Every image had one caption, `a photo of sks dog`: prompt with it" in text
+    assert "A LoRA adapter for `my-sd3`, trained with sd3tune." in text
+    assert "The base was a folder named `my-sd3`, and what may be done with this follows from the licence" in text
 
 
 def test_no_path_of_the_machine_is_in_it(run: Path) -> None:
-    text = (run / "README.md").read_text(encoding="utf-8")
     for folder in {run, *run.parents, Path.home(), Path.cwd()} - {Path("/")}:
-        assert f"{folder}/" not in text.replace("path/to/", "")
+        assert f"{folder}/" not in written(run)
 
 
-def test_the_snippet_draws_what_infer_draws(run: Path, tmp_path: Path, monkeypatch) -> None:
-    """Run as it stands, but for the folder's place and a machine without a GPU."""
-    code = block((run / "README.md").read_text(encoding="utf-8"), "python")
-    assert "max_sequence_length=16" in code
-    for ours, theirs in ((f"{run.parent}/my-sd3", "path/to/my-sd3"), ("float32", "bfloat16"), ('"cpu"', '"cuda"')):
-        assert theirs in code
-        code = code.replace(theirs, ours)
+def test_command_and_snippet_run_as_they_stand_and_draw_the_picture_above(
+    run: Path, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(run)
-    torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # diffusers' way of calling an argument deprecated
-        exec(compile(code, "card", "exec"), {})
-    drawn = Image.open(run / "image.png")
-
-    words = shlex.split(block((run / "README.md").read_text(encoding="utf-8"), "bash"))
-    assert words == ["sd3tune", "infer", "--lora", ".", "--prompt", "a photo of sks dog"]
-    (path,) = run_infer(Request([words[3]], words[5], tmp_path, before=False))
-    assert drawn.size == (64, 64)
-    assert ImageChops.difference(drawn, Image.open(path)).getbbox() is None
-
-
-def test_a_hub_base_is_linked(config: Config, contract: dict[str, Any]) -> None:
-    name = "stabilityai/stable-diffusion-3.5-medium"
-    on_hub = {**contract, "base": name, "base_kind": "hub", "base_revision": "b940f670f0eda2d07fbb75229e779da1ad11eb80"}
-    text = card(config, {**on_hub, "encoders": ["clip_l", "clip_g", "t5"]}, REPORT)
-    assert header(text)["base_model"] == name
-    assert header(text)["base_model_relation"] == "adapter"
-    assert header(text)["pipeline_tag"] == "text-to-image"
-    assert f"from_pretrained('{name}', dtype=torch.bfloat16).to" in text
-    assert f"| base model | {name} at b940f670f0eda2d07fbb75229e779da1ad11eb80 |" in text
+        exec(compile(block(written(run), "python"), "card", "exec"), {})
+    words = shlex.split(block(written(run), "bash"))
+    settings = ["--steps", "2", "--guidance", "3.5", "--seed", "4"]
+    assert words == ["sd3tune", "infer", "--lora", ".", "--prompt", PROMPT, *settings]
+    app([*words[1:], "--no-before", "--out", str(tmp_path)], standalone_mode=False)
+    (drawn,) = tmp_path.glob("*.png")
+    assert "This is how the first of the pictures above was drawn." in written(run)
+    for path in (run / "image.png", drawn):
+        assert ImageChops.difference(Image.open(path), Image.open("samples/step-000003-0.png")).getbbox() is None
 
 
-@pytest.mark.parametrize("kind", ["tiny", "folder"])
-def test_a_base_that_is_not_on_the_hub_is_not_linked(kind: str, config: Config, contract: dict[str, Any]) -> None:
-    assert "base_model" not in header(card(config, {**contract, "base_kind": kind}, REPORT))
+def test_a_base_that_comes_with_sd3tune_is_found_by_the_snippet(trained: Trained) -> None:
+    code = block(card(about(trained, base="nano", base_kind="nano")), "python").split("pipe = ")[0]
+    names: dict[str, Any] = {}
+    exec(compile(code, "card", "exec"), names)
+    assert names["base"] == str(resolve_base("nano").path)
 
 
-def test_it_states_how_it_was_made_and_what_was_measured(config: Config, contract: dict[str, Any]) -> None:
-    text = card(config, {**contract, "weights": "ema"}, REPORT)
-    for row in (
-        "| rank, alpha | 2, 3 (folded into the file: alpha = rank there) |",
-        "| steps | 3, batch 2 x 4 |",
-        "| optimizer | adamw, learning rate 0.01, constant |",
-        "| sigma | logit_normal (mean 0, std 1), shift 1, weighting none |",
-        "| resolution | 64 px, aspect buckets |",
-        "| T5 tokens | 16, T5 not used |",
-        "| weights | exponential moving average |",
-        "| 0.2 | 3.2500 | 3.1250 |",
-        "| 0.8 | 3.0000 | 2.5000 |",
-        "One denoising step changes by 1.73 %.",
-    ):
-        assert row in text.splitlines(), row
+def test_the_snippet_reads_a_single_file_into_the_pipeline_of_its_released_model(
+    trained: Trained, single_file, tmp_path: Path, monkeypatch
+) -> None:
+    released = shutil.copytree(resolve_base("tiny").path, tmp_path / "released")
+    file = about(
+        trained, base="model.safetensors", base_kind="file", base_released_as="released", encoders=["clip_l", "clip_g"]
+    )
+    shutil.copy(single_file("tiny"), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(block(card(file), "python").split("pipe.load_lora")[0], "card", "exec"), names)
+    expected = resolve_base("tiny").path / "transformer"
+    assert Path(released, "transformer").is_dir()
+    held = names["pipe"].transformer.state_dict()
+    wanted = type(names["pipe"].transformer).from_pretrained(expected).state_dict()
+    assert held.keys() == wanted.keys()
+    assert all(torch.equal(held[name], tensor) for name, tensor in wanted.items())
+    assert names["pipe"].text_encoder_3 is None
+    assert "Its shape is that of `released`; whether its weights are was not looked at." in card(file)
+    assert "base_model" not in header(card(file))
+    unknown = card(about(file, base_released_as=None))
+    assert "```python" not in unknown
+    assert "diffusers alone cannot draw with it as it was trained" in unknown
+    assert "sd3tune infer --lora user/dog --config config.yaml --prompt" in card(replace(file, repo_id="user/dog"))
+
+
+def test_the_configuration_in_the_repository_finds_a_base_beside_it(run: Path, tmp_path: Path, monkeypatch) -> None:
+    """As `--config config.yaml` is told by the card of a base that is a folder."""
+    (tmp_path / "config.yaml").write_bytes(config_of_run(run))
+    (tmp_path / "my-sd3").symlink_to((run / "my-sd3").resolve())
+    shutil.copy(run / "adapter" / ADAPTER_FILE, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = ["infer", "--lora", ADAPTER_FILE, "--config", "config.yaml", "--prompt", PROMPT, "--no-before"]
+    app([*words, "--steps", "2", "--guidance", "3.5", "--seed", "4"], standalone_mode=False)
+    (drawn,) = Path("images").glob("*.png")
+    expected = Image.open(run / "samples" / "step-000003-0.png")
+    assert ImageChops.difference(Image.open(drawn), expected).getbbox() is None
+
+
+LICENCES = [
+    ("stabilityai/stable-diffusion-3.5-medium", "stabilityai-ai-community", "LICENSE.md"),
+    ("stabilityai/stable-diffusion-3.5-large", "stabilityai-ai-community", "LICENSE.md"),
+    ("stabilityai/stable-diffusion-3.5-large-turbo", "stabilityai-ai-community", "LICENSE.md"),
+    ("stabilityai/stable-diffusion-3-medium-diffusers", "stabilityai-nc-research-community", "LICENSE"),
+]
+
+
+@pytest.mark.parametrize(("base", "name", "file"), LICENCES)
+def test_a_known_base_is_linked_with_its_licence(base: str, name: str, file: str, trained: Trained) -> None:
+    """What the cards of the bases themselves say, with the file they link to."""
+    text = card(about(trained, **{**HUB, "base": base}))
+    link = f"https://huggingface.co/{base}/blob/main/{file}"
+    found = header(text)
+    assert (found["base_model"], found["base_model_relation"]) == (base, "adapter")
+    assert (found["license"], found["license_name"], found["license_link"]) == ("other", name, link)
+    assert f"That of the base, `{base}`: [Stability AI " in text
+    assert f"]({link})" in text
+    assert f"accepted on [its page](https://huggingface.co/{base}) and `hf auth login` has run." in text
+    assert f'from_pretrained("{base}", dtype=dtype' in text
+    assert cells(text)["base model"] == f"`{base}` at `b940f67`"
 
 
 @pytest.mark.parametrize(
-    "prompt", ['it\'s "his" $HOME `dog`: yes', "a\nb", "- a: b # c", "日本の犬", "x " * 99, "{base}"]
-)
-def test_any_prompt_survives_yaml_shell_and_python(prompt: str, config: Config, contract: dict[str, Any]) -> None:
-    text = card(config, {**contract, "instance_prompt": prompt}, REPORT)
-    assert header(text)["instance_prompt"] == prompt
-    assert shlex.split(block(text, "bash"))[-1] == prompt
-    assert f"pipe({prompt!r}, " in block(text, "python")
-    compile(block(text, "python"), "card", "exec")
-
-
-def test_captions_that_differ_make_no_instance_prompt(config: Config, contract: dict[str, Any]) -> None:
-    text = card(config, {**contract, "instance_prompt": None}, REPORT)
-    assert "instance_prompt" not in header(text)
-    assert "Prompt it with" not in text
-
-
-def test_prior_preservation_and_held_out_loss_are_stated(
-    config: Config, contract, quick_config, tmp_path: Path
+    ("changed", "licence", "sentence"),
+    [
+        ({"base_kind": "hub", "base": "user/sd3"}, None, "[its page](https://huggingface.co/user/sd3) states."),
+        ({"base_kind": "nano", "base": "nano"}, "apache-2.0", "That of the base, `nano`: Apache License 2.0."),
+        ({"base_kind": "tiny", "base": "tiny"}, None, "No licence is claimed: the base, `tiny`, has random"),
+        ({"base_kind": "folder", "base": HUB["base"]}, None, "The base was a folder named"),
+        ({"base_kind": "file", "base": "a.safetensors", "base_released_as": HUB["base"]}, None, "Its shape is that of"),
+    ],
+)  # fmt: skip
+def test_of_another_base_no_licence_and_no_descent_is_claimed(
+    changed: dict[str, str], licence: str | None, sentence: str, trained: Trained
 ) -> None:
-    assert "prior preservation" not in card(config, contract, REPORT)
-    assert "not trained on" not in card(config, contract, REPORT)
-    kept = quick_config(tmp_path, "data.sources.0.prior={prompt: a photo of a dog, weight: 0.5}")
-    last = {"step": 800, "images": 4, "loss": 0.75, "base_loss": 1.0}
-    measured = {"last": last, "best": {**last, "step": 600, "loss": 0.7}}
-    text = card(kept, contract, {**REPORT, "held_out": measured})
-    assert "| prior preservation | class images of `a photo of a dog`, weight 0.5 |" in text
-    assert (
-        "On 4 images that were not trained on, the mean loss over all noise levels is 0.7500, and 0.7000 at step 600; "
-        "without the adapter it is 1.0000." in text
-    )
+    text = card(about(trained, **changed))
+    found = header(text)
+    assert "hf auth login" not in text
+    assert found.get("license") == licence
+    assert not found.keys() & {"license_name", "license_link"}
+    assert found.get("base_model") == (changed["base"] if changed["base_kind"] == "hub" else None)
+    assert sentence in text
+
+
+def test_a_whole_model_from_scratch_descends_from_nothing(trained: Trained) -> None:
+    full = about(trained, **HUB, method="full", init="pretrained", export_dtype="bf16")
+    assert header(card(full))["base_model_relation"] == "finetune"
+    assert "template:sd-lora" not in header(card(full))["tags"]
+    text = card(replace(about(full, init="random"), repo_id="user/dog"))
+    assert "base_model" not in header(text)
+    assert "The text encoders and the VAE in it are the base's." in text
+    assert "hf download user/dog --include 'model/*' --local-dir .\nsd3tune infer --base model --prompt" in text
+    assert 'snapshot_download("user/dog", allow_patterns="model/*")' in text
+
+
+def test_it_states_how_it_was_made(trained: Trained, quick_config, tmp_path: Path) -> None:
+    kept = quick_config(
+        tmp_path, "train.batch_size=2", "train.gradient_accumulation=4", "ema={decay: 0.9}",
+        "data.sources.0.prior={prompt: a photo of a dog, weight: 0.5}",
+    )  # fmt: skip
+    found = cells(card(replace(about(trained, dtype="bf16"), config=kept)))
+    for name, value in {
+        "rank, alpha": "2, 3 (folded into the file: alpha = rank there)",
+        "weights": "exponential moving average, decay 0.9; as trained in `adapter_raw`",
+        "data": "12 images with 7 captions, 40 in an epoch with their repeats",
+        "held out": "3 images, not trained on",
+        "class images": "100",
+        "prior preservation": "class images of `a photo of a dog`, weight 0.5",
+        "resolution": "64 px, aspect buckets",
+        "steps": "3, batch 2 x 4 x 2 processes",
+        "images seen": "48, 1.2 epochs",
+        "optimizer": "adamw, learning rate 0.01, constant",
+        "sigma": "logit_normal (mean 0, std 1), shift 1, weighting none",
+        "T5 tokens": "16, T5 not used",
+        "precision": "bf16; what is trained, and the optimizer, in fp32",
+        "device": "NVIDIA H100",
+        "time": "7 minutes of training",
+        "versions": "sd3tune 0.1, torch 2.9",
+    }.items():
+        assert found[name] == value, name
+    assert "Prior preservation was used" in card(replace(trained, config=kept))
+    assert "Prior preservation was not used" in card(trained)
+
+
+def test_it_states_what_was_measured_and_what_was_not(trained: Trained) -> None:
+    text = card(trained)
+    for line in (
+        "| 0.2 | 3.2500 | 3.1250 |",
+        "| 0.8 | 3.0000 | 2.5000 |",
+        "One denoising step changes by 1.73 %. The norm of BA by block: 0: 0.25, 1: 0.5.",
+    ):
+        assert line in text.splitlines(), line
+    assert "and the quality of pictures, nor the loss on images that were not trained on." in text
+    assert "On the" not in text
+    last = {
+        "step": 800, "images": 4, "loss": 0.75, "base_loss": 1.0,
+        "loss_by_sigma": {"0.0-0.2": 0.5, "0.2-0.4": None}, "base_loss_by_sigma": {"0.0-0.2": 0.625, "0.2-0.4": 0.25},
+    }  # fmt: skip
+    held_out = {"last": last, "best": {**last, "step": 600, "loss": 0.7}}
+    text = card(replace(trained, described={**DESCRIBED, "report": {**DESCRIBED["report"], "held_out": held_out}}))
+    for line in (
+        "On the 4 images that were not trained on:",
+        "| 0.0-0.2 | 0.6250 | 0.5000 |",
+        "| 0.2-0.4 | 0.2500 | not finite |",
+        "| mean | 1.0000 | 0.7500 |",
+        "The lowest mean was 0.7000, at step 600.",
+    ):
+        assert line in text.splitlines(), line
+    assert "nor the loss on images that were not trained on" not in text
+
+
+def test_a_checkpoint_of_a_run_that_goes_on_claims_no_end(trained: Trained) -> None:
+    described = {name: value for name, value in DESCRIBED.items() if name != "report"} | {"timings": {}}
+    samples = [Sample("samples/step-000002-0.png", 2, Drawing(PROMPT))]
+    goes_on = replace(trained, described=described, step=2, samples=samples)
+    text = card(goes_on)
+    assert "It is not finished: this is step 2 of 3." in text
+    assert "Nothing yet: this is step 2 of 3 of a run that goes on." in text
+    assert cells(text)["steps"] == "2, batch 2 x 4 x 2 processes"
+    assert "time" not in cells(text)
+    assert "This is how the first of the pictures above was drawn." in text
+    assert "the first of the pictures above" not in card(replace(goes_on, step=3))
+
+
+NASTY = [
+    'it\'s "his" $HOME `dog`: yes', "a\nb", "- a: b # c", "日本の犬", "x " * 99, "{base}", "a|b \\| c\\", "``` ``", "`",
+    "```\n\n# no heading\n---\n", "---", "0o17", "1e5", "~", "yes", "a\u2028b\x1b[31m", "<Gallery />|<b>", "\\`|`",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_any_text_survives_yaml_markdown_shell_and_python(text: str, trained: Trained, quick_config, tmp_path) -> None:
+    prior = f"data.sources.0.prior={json.dumps({'prompt': text})}"
+    found = about(trained, instance_prompt=text, trigger=text, base=text, encoder_files={"t5": {"file": text}})
+    made = card(replace(found, config=quick_config(tmp_path, prior)))
+    assert header(made)["instance_prompt"] == text
+    assert shlex.split(block(made, "bash"))[-1] == text
+    compile(block(made, "python"), "card", "exec")
+    assert f"from_pretrained({text!r}, ".replace('"', "'") in block(made, "python").replace('"', "'")
+    tokens = body(made)
+    headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
+    assert headings == [
+        "quick", "Trigger word", "Use it", "How it was trained", "What was measured", "Limits", "Licence",
+    ]  # fmt: skip
+    shown = [child.content for token in tokens for child in token.children or () if child.type == "code_inline"]
+    printable = "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text)
+    line = re.sub(r"\\(?=\|)", r"\\ ", " ".join(printable.split()))
+    assert sum(one == line for one in shown) >= 3  # base, prior and encoder file, in the table
+    assert not any(token.type.startswith("html") for token in tokens)
+    widths = {sum(token.type == "td_open" for token in row) for row in rows(tokens)}
+    assert widths == {2, 3}
+    sample = Sample("samples/step-000003-0.png", 3, Drawing(text))
+    assert header(card(replace(trained, samples=[sample])))["widget"][0]["text"] == text
+
+
+def test_captions_that_differ_make_no_instance_prompt(trained: Trained) -> None:
+    text = card(about(trained, instance_prompt=None))
+    assert "instance_prompt" not in header(text)
+    assert "None was set, and the captions differ" in text
+    assert "`sks`: it is in every caption" in card(about(trained, instance_prompt=None, trigger="sks"))
+
+
+def test_the_users_own_words_come_first(trained: Trained, quick_config, tmp_path: Path) -> None:
+    config = quick_config(tmp_path, "hub.description='My **dog**, Rex.'")
+    assert "# quick\n\nMy **dog**, Rex.\n\nA LoRA adapter for" in card(replace(trained, config=config))
+
+
+def test_it_is_uploaded_as_it_is_for_that_repository_unless_somebody_changed_it(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
+    config, described = load_config(run / "config.yaml").config, json.loads((run / "run.json").read_text())
+    assert card_of(run, config, read_adapter(run).contract, described, None) == written(run)
+    uploaded = card_to_upload(copy, "user/dog").decode()
+    assert "sd3tune infer --lora user/dog --config config.yaml --prompt" in uploaded
+    assert 'load_lora_weights("user/dog", subfolder="adapter"' in uploaded
+    assert "With `config.yaml` of this repository and, beside it, `my-sd3`:" in uploaded
+    (copy / "README.md").write_text(written(run) + "\nA good dog.\n")
+    assert card_to_upload(copy, "user/dog").decode() == written(run) + "\nA good dog.\n"

@@ -76,6 +76,9 @@ class HubConfig(Section):
         json_schema_extra={"pattern": REPO_ID.pattern},
     )
     private: bool = Field(True, description="Whether a repository that is made is private; one that is there stays so.")
+    description: str | None = Field(
+        None, description="Your own words, as Markdown, at the top of the model card: what it is and what it is for."
+    )
     push: Literal["end", "checkpoint", "never"] = Field(
         "never",
         description="`end` uploads when the run has ended, `checkpoint` also each checkpoint's adapter, as a commit of "

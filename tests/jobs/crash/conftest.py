@@ -90,6 +90,8 @@ def _files(folder: Path) -> dict[str, Any]:
         elif path.name == "run.json":
             facts = json.loads(path.read_text())
             found["run.json"] = {key: facts[key] for key in facts.keys() - {"argv", "git_commit", "timings", "resumes"}}
+        elif path.name == "README.md":
+            found["run/README.md"] = [line for line in path.read_text().splitlines() if not line.startswith("| time |")]
         else:
             found[str(path.relative_to(work))] = path.read_bytes().replace(str(folder).encode(), b"...")
     return found

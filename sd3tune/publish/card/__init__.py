@@ -1,0 +1,10 @@
+"""The model card: what was trained, how to use it, how it was made, what was measured, and what is not known.
+
+`page` puts it together. Each section is a module: the header that the Hub reads, usage, training, measurements,
+limits and licence.
+"""
+
+from sd3tune.publish.card.page import card
+from sd3tune.publish.card.trained import Drawing, Sample, Trained
+
+__all__ = ["Drawing", "Sample", "Trained", "card"]

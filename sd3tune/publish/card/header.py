@@ -1,0 +1,49 @@
+"""The YAML at the top of a card, which the Hub reads.
+
+The keys are those of https://huggingface.co/docs/hub/model-cards#model-card-metadata and, for `widget`,
+https://huggingface.co/docs/hub/model-cards-components; `instance_prompt` is diffusers'.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sd3tune.config.dump import dump_values
+from sd3tune.publish.card.licences import licence_of
+from sd3tune.publish.card.trained import Trained
+
+
+def header(trained: Trained) -> str:
+    """Quoted so that YAML 1.1 and 1.2 read the same."""
+    return f"---\n{dump_values(metadata(trained))}---"
+
+
+def metadata(trained: Trained) -> dict[str, Any]:
+    """What the Hub is told; of base and licence only what is known."""
+    licence, prompt = licence_of(trained.contract), trained.contract["instance_prompt"]
+    return {
+        **_base(trained),
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": _tags(trained),
+        **(licence.header if licence else {}),
+        **({"instance_prompt": prompt} if prompt else {}),
+        **({"widget": _widget(trained)} if trained.samples else {}),
+    }
+
+
+def _base(trained: Trained) -> dict[str, str]:
+    """Of a model on the Hub alone: a file's shape is no proof of its weights, and from scratch there is none."""
+    if trained.contract["base_kind"] != "hub" or trained.from_scratch:
+        return {}
+    relation = "adapter" if trained.adapts else "finetune"
+    return {"base_model": trained.contract["base"], "base_model_relation": relation}
+
+
+def _tags(trained: Trained) -> list[str]:
+    method = trained.contract["method"]
+    return ["text-to-image", "diffusers", "sd3tune", method, *(["template:sd-lora"] if trained.adapts else [])]
+
+
+def _widget(trained: Trained) -> list[dict[str, Any]]:
+    return [{"text": sample.drawing.prompt, "output": {"url": sample.file}} for sample in trained.samples]

@@ -1,0 +1,85 @@
+"""The licences of the bases that are known, as the Hub's metadata has them.
+
+From the headers of the bases' own cards on the Hub: `license: other`, `license_name` and `license_link`, a file there.
+https://huggingface.co/docs/hub/model-cards has the three keys' meaning; diffusers' own training scripts link to
+the same files. A file's or folder's shape does not tell whose weights it holds, so those have none here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sd3tune.publish.card.markdown import code
+from sd3tune.publish.card.trained import Trained
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A licence that has a name for people and, if the Hub's list of licences lacks it, one of its own and a link."""
+
+    title: str
+    license: str
+    name: str | None = None
+    link: str | None = None
+    note: str = ""
+
+    @property
+    def header(self) -> dict[str, str]:
+        named = {"license_name": self.name, "license_link": self.link}
+        return {"license": self.license, **{key: value for key, value in named.items() if value}}
+
+
+def _stability(repo_id: str, file: str = "LICENSE.md") -> str:
+    return f"https://huggingface.co/stabilityai/{repo_id}/blob/main/{file}"
+
+
+_COMMUNITY = ("Stability AI Community License", "other", "stabilityai-ai-community")
+LICENCES = {
+    "stabilityai/stable-diffusion-3.5-medium": Licence(*_COMMUNITY, _stability("stable-diffusion-3.5-medium")),
+    "stabilityai/stable-diffusion-3.5-large": Licence(*_COMMUNITY, _stability("stable-diffusion-3.5-large")),
+    "stabilityai/stable-diffusion-3.5-large-turbo": Licence(
+        *_COMMUNITY, _stability("stable-diffusion-3.5-large-turbo")
+    ),
+    # The repository in diffusers' layout kept the licence of June 2024; that of the original layout took the new one
+    # in July 2024 (https://stability.ai/news/license-update).
+    "stabilityai/stable-diffusion-3-medium-diffusers": Licence(
+        "Stability AI Non-Commercial Research Community License",
+        "other",
+        "stabilityai-nc-research-community",
+        _stability("stable-diffusion-3-medium-diffusers", "LICENSE"),
+        " Stability AI has since put the model, as published in "
+        "[stabilityai/stable-diffusion-3-medium](https://huggingface.co/stabilityai/stable-diffusion-3-medium), under "
+        f"its [Community License]({_stability('stable-diffusion-3-medium')}).",
+    ),
+}
+NANO = Licence("Apache License 2.0", "apache-2.0")
+
+
+def licence_of(contract: Mapping[str, Any]) -> Licence | None:
+    """That of the base, where it is known."""
+    if contract["base_kind"] == "nano":
+        return NANO
+    return LICENCES.get(contract["base"]) if contract["base_kind"] == "hub" else None
+
+
+def licence_section(trained: Trained) -> str:
+    inside = "The text encoders and the VAE in it are the base's. " if trained.from_scratch else ""
+    return f"## Licence\n\n{inside}{_licence(trained.contract)}"
+
+
+def _licence(contract: Mapping[str, Any]) -> str:
+    base, kind, known = code(contract["base"]), contract["base_kind"], licence_of(contract)
+    if known:
+        title = f"[{known.title}]({known.link})" if known.link else known.title
+        return f"That of the base, {base}: {title}.{known.note}"
+    if kind == "tiny":
+        return f"No licence is claimed: the base, {base}, has random weights that sd3tune makes for rehearsals."
+    if kind == "hub":
+        page = f"[its page](https://huggingface.co/{contract['base']})"
+        return f"What may be done with it follows from the licence of the base, {base}, which {page} states."
+    where = f"The base was a {kind} named {base}, and what may be done with this follows from the licence of that."
+    released = contract.get("base_released_as")
+    shape = f" Its shape is that of {code(released)}; whether its weights are was not looked at." if released else ""
+    return f"{where}{shape}"

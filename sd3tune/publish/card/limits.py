@@ -1,0 +1,62 @@
+"""What it is not, what trips people up, and what nobody looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sd3tune.publish.card.markdown import code
+from sd3tune.publish.card.trained import Trained
+
+
+def limits_section(trained: Trained) -> str:
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in _limits(trained))
+
+
+def _limits(trained: Trained) -> Iterator[str]:
+    contract = trained.contract
+    yield from _noise(trained)
+    yield _data(trained)
+    yield _text_length(trained)
+    if trained.adapts:
+        yield (
+            f"It fits models of the shape of {code(contract['base'])} only: other sizes of Stable Diffusion 3 do not "
+            "load it. On other weights of that shape, such as fine-tunes, it was not tried."
+        )
+    yield _prior(trained)
+    yield _unmeasured(trained)
+
+
+def _noise(trained: Trained) -> Iterator[str]:
+    if trained.contract["base_kind"] == "tiny" and not trained.from_scratch:
+        yield f"{code(trained.contract['base'])} has random weights, so this draws noise: it is a rehearsal."
+
+
+def _data(trained: Trained) -> str:
+    images, side = trained.described.get("images"), trained.contract["resolution"]
+    learned = "what it was trained on" if images is None else f"{images} image{'s' * (images != 1)}"
+    return f"It has learned from {learned} at {side} px, and draws best what resembles them, at about that size."
+
+
+def _text_length(trained: Trained) -> str:
+    """The transformer attends to padding, so the length is part of the conditioning."""
+    length = trained.contract["max_sequence_length"]
+    without = "" if trained.uses_t5 else " T5 was left out: with it, other pictures come out than in training."
+    return (
+        f"Text has to be padded to {length} T5 tokens, as in training: Stable Diffusion 3 attends to padding, so "
+        f"another length is another prompt. diffusers' default is 256; `max_sequence_length={length}` sets it, and "
+        f"`sd3tune infer` does so by itself.{without}"
+    )
+
+
+def _prior(trained: Trained) -> str:
+    if any(source.prior and source.prior.weight > 0 for source in trained.config.data.sources):
+        return (
+            "Prior preservation was used, to keep the rest of the class as it was; how well that went was not measured."
+        )
+    return "Prior preservation was not used, so others of the subject's class may have come to look like it."
+
+
+def _unmeasured(trained: Trained) -> str:
+    measured = trained.report is not None and trained.report.get("held_out")
+    held_out = "" if measured else ", nor the loss on images that were not trained on"
+    return f"Not measured: likeness, how well prompts are followed, and the quality of pictures{held_out}."

@@ -1,0 +1,69 @@
+"""What was measured: the report of `run.json`, in tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sd3tune.publish.card.markdown import table
+from sd3tune.publish.card.trained import Trained
+
+
+def measured_section(trained: Trained) -> str:
+    return "\n\n".join(["## What was measured", *_measured(trained)])
+
+
+def _measured(trained: Trained) -> list[str]:
+    report = trained.report
+    if report is None:
+        return [
+            f"Nothing yet: this is step {trained.steps} of {trained.config.train.total_steps} of a run that goes on."
+        ]
+    return [
+        "The loss is the squared error of the predicted velocity, at fixed noise, of which sigma is the share. On "
+        "images that were trained on, it shows that something was learned, not that it generalises:",
+        _fixed_noise(report["fixed_noise_loss"], trained),
+        *_held_out(report.get("held_out"), trained),
+        _changes(report, trained),
+    ]
+
+
+def _titles(trained: Trained) -> list[str]:
+    """Of the columns: untrained, trained."""
+    return ["base", "with the adapter"] if trained.adapts else ["untrained", "trained"]
+
+
+def _fixed_noise(loss: Mapping[str, Any], trained: Trained) -> str:
+    rows = zip(loss["sigma"], loss["base"], loss["trained"], strict=True)
+    return table(["sigma", *_titles(trained)], ([f"{at:g}", _loss(base), _loss(after)] for at, base, after in rows))
+
+
+def _held_out(measured: Mapping[str, Any] | None, trained: Trained) -> list[str]:
+    """On images that were not trained on, if there were any."""
+    if not measured or measured["last"]["loss"] is None:
+        return []
+    last, best = measured["last"], measured["best"]
+    of = "the image that was" if last["images"] == 1 else f"the {last['images']} images that were"
+    rows = [
+        (sigma, _loss(last["base_loss_by_sigma"][sigma]), _loss(loss)) for sigma, loss in last["loss_by_sigma"].items()
+    ]
+    mean = ("mean", _loss(last["base_loss"]), _loss(last["loss"]))
+    lines = [f"On {of} not trained on:", table(["sigma", *_titles(trained)], [*rows, mean])]
+    if best["step"] != last["step"]:
+        lines.append(f"The lowest mean was {_loss(best['loss'])}, at step {best['step']}.")
+    return lines
+
+
+def _changes(report: Mapping[str, Any], trained: Trained) -> str:
+    """Of a step and, as the training measured it, of each block."""
+    step = f"One denoising step changes by {100 * report['velocity_change']:.3g} %."
+    blocks = report.get("block_changes")
+    if not blocks:
+        return step
+    measure = "The norm of BA" if trained.adapts else "The relative change of the weights"
+    listed = ", ".join(f"{name.removeprefix('block ')}: {change:.3g}" for name, change in blocks.items())
+    return f"{step} {measure} by block: {listed}."
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

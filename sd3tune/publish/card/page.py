@@ -1,0 +1,71 @@
+"""The card as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sd3tune.publish.card.header import header
+from sd3tune.publish.card.licences import licence_section
+from sd3tune.publish.card.limits import limits_section
+from sd3tune.publish.card.markdown import code
+from sd3tune.publish.card.measured import measured_section
+from sd3tune.publish.card.trained import Trained
+from sd3tune.publish.card.training import training_section
+from sd3tune.publish.card.usage import usage_section
+
+
+def card(trained: Trained) -> str:
+    """Markdown below a YAML header. No path, host name or token is in it, as there is none in what it is made of."""
+    return "\n\n".join([header(trained), *_sections(trained)]) + "\n"
+
+
+def _sections(trained: Trained) -> Iterator[str]:
+    yield f"# {trained.config.name}"
+    if trained.config.hub.description:
+        yield trained.config.hub.description.strip()
+    yield _what(trained)
+    yield from _gallery(trained)
+    yield _trigger(trained)
+    yield usage_section(trained)
+    yield training_section(trained)
+    yield measured_section(trained)
+    yield limits_section(trained)
+    yield licence_section(trained)
+
+
+def _what(trained: Trained) -> str:
+    step, of = trained.step, trained.config.train.total_steps
+    state = "" if step is None else f" It is not finished: this is step {step} of {of}."
+    return f"{_product(trained)}, trained with sd3tune.{state}"
+
+
+def _product(trained: Trained) -> str:
+    contract, base = trained.contract, code(trained.contract["base"])
+    if contract["base_kind"] == "hub":
+        base = f"[{contract['base']}](https://huggingface.co/{contract['base']})"
+    if trained.adapts:
+        return f"A LoRA adapter for {base}"
+    if trained.from_scratch:
+        return f"A model of Stable Diffusion 3's kind, from scratch, with the text encoders and the VAE of {base}"
+    return f"{base}, all of its transformer fine-tuned"
+
+
+def _gallery(trained: Trained) -> Iterator[str]:
+    if trained.samples:
+        yield "<Gallery />"
+    if trained.sheet:
+        link = f"[{trained.sheet}]({trained.sheet})"
+        yield f"{link} shows these prompts while it was trained, beside what the base draws."
+
+
+def _trigger(trained: Trained) -> str:
+    trigger, prompt = trained.contract["trigger"], trained.contract["instance_prompt"]
+    lines = ["## Trigger word", ""]
+    if trigger:
+        lines.append(f"{code(trigger)}: it is in every caption, so put it into the prompt.")
+    elif not prompt:
+        like = "as for the pictures above" if trained.samples else "as they were written"
+        lines.append(f"None was set, and the captions differ: prompt it {like}.")
+    if prompt:
+        lines.append(f"Every image had one caption, {code(prompt)}: prompt with it, and add to it.")
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""Code for diffusers: it runs as it stands where its files are, and draws what the command draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sd3tune.model.adapter_io import ADAPTER_FILE
+from sd3tune.publish.card.markdown import code, fenced
+from sd3tune.publish.card.trained import Trained
+
+
+def with_diffusers(trained: Trained) -> list[str]:
+    """The paragraphs; one that says why not, where diffusers cannot be told to load the base."""
+    base = _loading_base(trained)
+    if base is None:
+        return [
+            "diffusers alone cannot draw with it as it was trained: it wants the base as a folder in its own layout, "
+            "and the base was one file."
+        ]
+    return [
+        _introduction(trained),
+        fenced("python", "\n".join([*base, *_loading_adapter(trained), *_drawing(trained)])),
+    ]
+
+
+def _introduction(trained: Trained) -> str:
+    base, kind = code(trained.contract["base"]), trained.contract["base_kind"]
+    if not trained.adapts:
+        return "Or with diffusers alone:"
+    if kind in ("tiny", "nano"):
+        return f"Or with diffusers; {base} comes with sd3tune:"
+    beside = f", beside {base}" if kind in ("folder", "file") else ""
+    others = " (the text encoders are then not the files that it was trained with)" * bool(trained.encoder_files)
+    return f"Or with diffusers alone{beside}{others}:"
+
+
+def _loading_base(trained: Trained) -> list[str] | None:
+    """Lines up to a `pipe` without an adapter; None where diffusers cannot be told to load the base."""
+    if not trained.adapts:
+        return _loading_model(trained)
+    contract, name = trained.contract, trained.contract["base"]
+    if contract["base_kind"] in ("tiny", "nano"):
+        found = [f'command = [sys.executable, "-m", "sd3tune", "base", "path", {_python(name)}]']
+        found += ["base = subprocess.check_output(command, text=True).strip()"]
+        return [*_imports(["subprocess", "sys"]), *found, _pipe("base", trained)]
+    if contract["base_kind"] != "file":
+        return [*_imports(), _pipe(_python(name), trained)]
+    released = contract["base_released_as"]
+    if released is None:
+        return None
+    transformer = (
+        "transformer = SD3Transformer2DModel.from_single_file("
+        f'{_python(name)}, config={_python(released)}, subfolder="transformer", dtype=dtype)'
+    )
+    imports = _imports(classes=["SD3Transformer2DModel", "StableDiffusion3Pipeline"])
+    return [*imports, transformer, _pipe(_python(released), trained, ["transformer=transformer"])]
+
+
+def _loading_model(trained: Trained) -> list[str]:
+    if trained.repo_id is None:
+        return [*_imports(), _pipe('"model"', trained)]
+    fetched = f'folder = snapshot_download({_python(trained.repo_id)}, allow_patterns="model/*")'
+    imports = _imports(more=["from huggingface_hub import snapshot_download"])
+    return [*imports, fetched, _pipe('f"{folder}/model"', trained)]
+
+
+def _imports(
+    modules: Sequence[str] = (), classes: Sequence[str] = ("StableDiffusion3Pipeline",), more: Sequence[str] = ()
+) -> list[str]:
+    return [
+        *(f"import {module}" for module in modules),
+        *([""] if modules else []),
+        "import torch",
+        f"from diffusers import {', '.join(classes)}",
+        *more,
+        "",
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        'dtype = torch.bfloat16 if device == "cuda" else torch.float32',
+    ]
+
+
+def _pipe(base: str, trained: Trained, more: Sequence[str] = ()) -> str:
+    without = [] if trained.uses_t5 else ["text_encoder_3=None", "tokenizer_3=None"]
+    arguments = ", ".join([base, "dtype=dtype", *more, *without])
+    return f"pipe = StableDiffusion3Pipeline.from_pretrained({arguments}).to(device)"
+
+
+def _loading_adapter(trained: Trained) -> list[str]:
+    if not trained.adapts:
+        return []
+    where = f'{_python(trained.repo_id)}, subfolder="adapter"' if trained.repo_id else '"adapter"'
+    return [f'pipe.load_lora_weights({where}, weight_name="{ADAPTER_FILE}")']
+
+
+def _drawing(trained: Trained) -> list[str]:
+    """The same picture as the command's."""
+    drawing = trained.drawing
+    side, length = trained.contract["resolution"], trained.contract["max_sequence_length"]
+    return [
+        "image = pipe(",
+        f"    {_python(drawing.prompt)},",
+        f"    max_sequence_length={length},",
+        f"    height={side},",
+        f"    width={side},",
+        f"    num_inference_steps={drawing.steps},",
+        f"    guidance_scale={drawing.guidance},",
+        f"    generator=torch.Generator().manual_seed({drawing.seed}),",
+        ").images[0]",
+        'image.save("image.png")',
+    ]
+
+
+def _python(text: str) -> str:
+    """A literal, in double quotes where that needs no escapes."""
+    literal = repr(text)
+    return f'"{literal[1:-1]}"' if literal[0] == "'" and '"' not in literal else literal

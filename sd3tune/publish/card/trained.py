@@ -1,0 +1,93 @@
+"""What a card speaks of: a run, or one of its checkpoints, as its folder describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sd3tune.config import Config
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a picture depends on besides the weights; as `sd3tune infer` draws when it is told no more."""
+
+    prompt: str
+    steps: int = 28
+    guidance: float = 7.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture that lies in the repository beside the card."""
+
+    file: str
+    """Relative to the repository."""
+    step: int
+    """Whose weights drew it."""
+    drawing: Drawing
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a run, of which nothing is said here that its folder does not say."""
+
+    config: Config
+    contract: Mapping[str, Any]
+    """Of the adapter or model."""
+    described: Mapping[str, Any]
+    """As in `run.json`; of a run that goes on, without timings and report."""
+    samples: Sequence[Sample] = ()
+    """The last of each prompt."""
+    sheet: str | None = None
+    """The picture of all samples by step, relative to the repository."""
+    repo_id: str | None = None
+    """Where the card lies on the Hub; None speaks of the folder that it lies in."""
+    step: int | None = None
+    """Of a checkpoint of a run that goes on; None when it has ended."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it is an adapter, rather than a whole model."""
+        return bool(self.contract["method"] == "lora")
+
+    @property
+    def from_scratch(self) -> bool:
+        return self.contract.get("init") == "random"
+
+    @property
+    def uses_t5(self) -> bool:
+        return "t5" in self.contract["encoders"]
+
+    @property
+    def encoder_files(self) -> list[str]:
+        """Names of the files that text encoders came from, where they are not the base's own."""
+        return [used["file"] for used in self.contract.get("encoder_files", {}).values()]
+
+    @property
+    def base_is_here(self) -> bool:
+        """Whether the base, or a part of it, is a file or folder of the machine that it was trained on."""
+        return self.contract["base_kind"] in ("folder", "file") or bool(self.encoder_files)
+
+    @property
+    def report(self) -> Mapping[str, Any] | None:
+        found: Mapping[str, Any] | None = self.described.get("report")
+        return found
+
+    @property
+    def steps(self) -> int:
+        return self.config.train.total_steps if self.step is None else self.step
+
+    @property
+    def shows_itself(self) -> bool:
+        """Whether the first sample was drawn by these very weights."""
+        return bool(self.samples) and self.samples[0].step == self.steps
+
+    @property
+    def drawing(self) -> Drawing:
+        """One to begin with: the first sample, else of the one caption, the trigger, or whatever there is."""
+        if self.samples:
+            return self.samples[0].drawing
+        return Drawing(self.contract["instance_prompt"] or self.contract["trigger"] or "a photo")

@@ -1,0 +1,112 @@
+"""How it was trained: a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sd3tune.publish.card.markdown import code, table
+from sd3tune.publish.card.trained import Trained
+
+Row = tuple[str, str]
+_PRIORS = {"images": "class images", "prediction": "the base's own prediction"}
+
+
+def training_section(trained: Trained) -> str:
+    rows = [*_what(trained), *_data(trained), *_mathematics(trained), *_text(trained), *_machine(trained)]
+    return f"## How it was trained\n\n{table(['', ''], rows)}"
+
+
+def _what(trained: Trained) -> Iterator[Row]:
+    contract, ema = trained.contract, trained.config.ema
+    revision = f" at {code(contract['base_revision'])}" if contract["base_revision"] else ""
+    yield "base model", f"{code(contract['base'])}{revision}"
+    if trained.adapts:
+        yield "rank, alpha", f"{contract['rank']}, {contract['alpha']:g} (folded into the file: alpha = rank there)"
+    else:
+        yield "trained", f"the whole transformer, in the file as {contract['export_dtype']}"
+    raw = "" if trained.step else f"; as trained in `{'adapter' if trained.adapts else 'model'}_raw`"
+    yield "weights", "as trained" if ema is None else f"exponential moving average, decay {ema.decay:g}{raw}"
+
+
+def _data(trained: Trained) -> Iterator[Row]:
+    contract, facts, train = trained.contract, trained.described, trained.config.train
+    if "captions" in facts:  # unknown of runs of earlier versions
+        captions = _count(facts["captions"], "caption") if facts["captions"] == 1 else f"{facts['captions']} captions"
+        yield "data", f"{_count(facts['images'], 'image')} with {captions}{_repeated(trained)}"
+        if facts["held_out_images"]:
+            yield "held out", f"{_count(facts['held_out_images'], 'image')}, not trained on"
+        if facts["class_images"]:
+            yield "class images", str(facts["class_images"])
+    yield from _priors(trained)
+    yield "resolution", f"{contract['resolution']} px" + (", aspect buckets" if contract["buckets"] else ", squares")
+    world = facts.get("world_size", 1)
+    processes = f" x {world} processes" if world > 1 else ""
+    yield "steps", f"{trained.steps}, batch {train.batch_size} x {train.gradient_accumulation}{processes}"
+    if "images_per_epoch" in facts:
+        seen = trained.steps * train.batch_size * train.gradient_accumulation * world
+        yield "images seen", f"{seen:,}, {_epochs(seen / facts['images_per_epoch'])}"
+
+
+def _repeated(trained: Trained) -> str:
+    images, per_epoch = trained.described["images"], trained.described["images_per_epoch"]
+    return "" if images == per_epoch else f", {per_epoch} in an epoch with their repeats"
+
+
+def _epochs(count: float) -> str:
+    return f"{count:.3g} epoch{'s' * (count != 1)}"
+
+
+def _priors(trained: Trained) -> Iterator[Row]:
+    used = [source.prior for source in trained.config.data.sources if source.prior and source.prior.weight > 0]
+    described = [f"{_PRIORS[prior.kind]} of {code(prior.prompt)}, weight {prior.weight:g}" for prior in used]
+    if described:
+        yield "prior preservation", "; ".join(dict.fromkeys(described))
+
+
+def _mathematics(trained: Trained) -> Iterator[Row]:
+    config, contract = trained.config, trained.contract
+    sigma, optimizer = contract["timesteps"], config.optimizer
+    drawn = ", ".join(f"{key} {value:g}" for key, value in sigma.items() if key != "kind")
+    yield "optimizer", f"{optimizer.kind}, learning rate {optimizer.lr:g}, {config.schedule.kind}"
+    yield (
+        "sigma",
+        f"{sigma['kind']}{f' ({drawn})' if drawn else ''}, shift {contract['shift']:g}, "
+        f"weighting {contract['weighting']['kind']}",
+    )
+    yield "dropout", f"caption {contract['caption_dropout']:g}, text encoder {contract['encoder_dropout']:g}"
+
+
+def _text(trained: Trained) -> Iterator[Row]:
+    contract, files = trained.contract, trained.contract.get("encoder_files", {})
+    yield "T5 tokens", f"{contract['max_sequence_length']}" + ("" if trained.uses_t5 else ", T5 not used")
+    if files:
+        yield "text encoders", ", ".join(f"{name} from {code(used['file'])}" for name, used in files.items())
+
+
+def _machine(trained: Trained) -> Iterator[Row]:
+    contract, facts = trained.contract, trained.described
+    others = "" if contract["dtype"] == "fp32" else "; what is trained, and the optimizer, in fp32"
+    yield "precision", f"{contract['dtype']}{others}"
+    yield "seed", str(contract["seed"])
+    if "device" in facts:
+        yield "device", facts.get("gpu") or facts["device"].upper()
+    seconds = facts.get("timings", {}).get("train_s")
+    if seconds is not None:
+        last = ", since it was last resumed" if facts.get("resumes") else ""
+        yield "time", f"{_duration(seconds)} of training{last}"
+    known = {"sd3tune": contract["sd3tune_version"], **facts.get("versions", {})}
+    told = [
+        f"{name} {known[name]}" for name in ("sd3tune", "torch", "diffusers", "transformers", "peft") if name in known
+    ]
+    yield "versions", ", ".join(told)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} seconds"
+    minutes = round(seconds / 60)
+    return f"{minutes} minutes" if minutes < 120 else f"{minutes // 60} hours {minutes % 60} minutes"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

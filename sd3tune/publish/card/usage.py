@@ -1,0 +1,75 @@
+"""How to draw with what was trained: the command, and with diffusers."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from sd3tune.model.adapter_io import ADAPTER_FILE
+from sd3tune.publish.card.licences import licence_of
+from sd3tune.publish.card.markdown import code, fenced
+from sd3tune.publish.card.snippet import with_diffusers
+from sd3tune.publish.card.trained import Drawing, Trained
+from sd3tune.publish.files import ADAPTERS
+
+
+def usage_section(trained: Trained) -> str:
+    shown = ["This is how the first of the pictures above was drawn."] if trained.shows_itself else []
+    sections = [*shown, *_gate(trained), *_commands(trained), *with_diffusers(trained), *_other_tools(trained)]
+    return "\n\n".join(["## Use it", *sections])
+
+
+def _gate(trained: Trained) -> list[str]:
+    """Of the bases whose licence is known, those on the Hub are given to who has accepted it."""
+    base, licence = trained.contract["base"], licence_of(trained.contract)
+    if not trained.adapts or licence is None or licence.link is None:
+        return []
+    page = f"[its page](https://huggingface.co/{base})"
+    return [f"The base is loaded from the Hub, once its licence was accepted on {page} and `hf auth login` has run."]
+
+
+def _other_tools(trained: Trained) -> list[str]:
+    return [f"ComfyUI reads `{ADAPTERS[0]}/{ADAPTER_FILE}` as it is."] if trained.adapts else []
+
+
+def _commands(trained: Trained) -> list[str]:
+    words = ["sd3tune", "infer", *_infer_arguments(trained), *_drawing_arguments(trained.drawing)]
+    lines = [*_download(trained), shlex.join(words)]
+    return [_where(trained), fenced("bash", "\n".join(lines))]
+
+
+def _where(trained: Trained) -> str:
+    if trained.repo_id is None:
+        return "In this folder:"
+    if trained.adapts and trained.base_is_here:
+        kept = ", ".join(code(name) for name in _files_of_base(trained))
+        return f"With {code('config.yaml')} of this repository and, beside it, {kept}:"
+    return "With sd3tune, from anywhere:"
+
+
+def _files_of_base(trained: Trained) -> list[str]:
+    base = [trained.contract["base"]] if trained.contract["base_kind"] in ("folder", "file") else []
+    return [*base, *trained.encoder_files]
+
+
+def _download(trained: Trained) -> list[str]:
+    """A whole model lies in a folder of the repository, which the Hub's libraries do not load from by its id."""
+    if trained.adapts or trained.repo_id is None:
+        return []
+    return [shlex.join(["hf", "download", trained.repo_id, "--include", "model/*", "--local-dir", "."])]
+
+
+def _infer_arguments(trained: Trained) -> list[str]:
+    if not trained.adapts:
+        return ["--base", "model"]
+    told = ["--config", "config.yaml"] if trained.repo_id and trained.base_is_here else []
+    return ["--lora", trained.repo_id or ".", *told]
+
+
+def _drawing_arguments(drawing: Drawing) -> Iterator[str]:
+    yield from ("--prompt", drawing.prompt)
+    usual = Drawing(drawing.prompt)
+    for name in ("steps", "guidance", "seed"):
+        value = getattr(drawing, name)
+        if value != getattr(usual, name):
+            yield from (f"--{name}", f"{value}")
