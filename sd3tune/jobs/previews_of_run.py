@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from sd3tune.jobs.pictures import RECIPE_KEY
+from sd3tune.jobs.recipes import RECIPE_KEY
 from sd3tune.jobs.run_folder import SAMPLES
 
 _SETTINGS = {"prompt", "steps", "guidance", "seed", "weights"}

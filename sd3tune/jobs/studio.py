@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sd3tune.encode.resources import release
 from sd3tune.jobs.conditions import Conditions
+from sd3tune.jobs.memory import naming_out_of_memory
 from sd3tune.jobs.prompts import encode_prompts
 from sd3tune.jobs.request import IN_FULL, Memory
 from sd3tune.jobs.shots import Shot, Texts, batched, texts_of
@@ -27,6 +28,9 @@ from sd3tune.model.quantized import quantize
 from sd3tune.sampling.sampler import Conditioning, Start, sample_latents, to_image
 
 Result = TypeVar("Result")
+_SMALLER_T5 = "hold T5 in 8 bits with --t5-8bit, or do without it with --no-t5"
+_SMALLER_TRANSFORMER = "hold the transformer in 4 bits with --quantize nf4, or draw with a smaller --size or --batch"
+_SMALLER_VAE = "decode in tiles with --vae-tiling, or send the transformer away meanwhile with --offload"
 Images = dict[tuple[Path, tuple[int, int]], Start]
 """(file, size) -> the picture, cut to that size."""
 
@@ -57,7 +61,8 @@ def draw(studio: Studio, shots: Sequence[Shot], one_by_one: bool = True) -> Iter
     it is drawn; for that, the VAE comes beside the transformer, which leaves before the last one is decoded.
     """
     texts, images = _encoded(studio, shots), _encoded_images(studio, shots)
-    transformer, vae = Part(lambda: _transformer(studio, shots), studio), Part(lambda: _vae(studio), studio)
+    transformer = Part(lambda: _transformer(studio, shots), studio, "drawing", _SMALLER_TRANSFORMER)
+    vae = Part(lambda: _vae(studio), studio, "decoding", _SMALLER_VAE)
     scheduler = load_scheduler(studio.conditions.base)
     batches, done = batched(shots, studio.batch), 0
     with tqdm(total=sum(shot.sampler_settings.evaluations for shot in shots), desc="drawing", unit="step") as bar:
@@ -95,20 +100,24 @@ def _decoded(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
 class Part:
     """The transformer or the VAE: loaded when it is first needed, and with `--offload` on the device while it works."""
 
-    def __init__(self, load: Callable[[], nn.Module], studio: Studio) -> None:
-        self._load, self._studio = load, studio
+    def __init__(self, load: Callable[[], nn.Module], studio: Studio, doing: str, way_out: str) -> None:
+        self._load, self._studio, self._doing, self._way_out = load, studio, doing, way_out
         self._model: nn.Module | None = None
 
     def at_work(self, use: Callable[[Any, Any], Result], what: Any) -> Result:
-        """`use` of the model and `what`; nothing else may hold the model, so that it can leave."""
-        if self._model is None:
-            self._model = self._load()
-        if not self._studio.memory.offload:
-            return use(self._model, what)
-        self._move(self._studio.device)
-        result = use(self._model, what)
-        self._move(self._studio.rest)
-        return result
+        """`use` of the model and `what`; nothing else may hold the model, so that it can leave.
+
+        Raises RunError, with the next option to try, when memory runs out.
+        """
+        with naming_out_of_memory(self._doing, lambda: self._way_out):
+            if self._model is None:
+                self._model = self._load()
+            if not self._studio.memory.offload:
+                return use(self._model, what)
+            self._move(self._studio.device)
+            result = use(self._model, what)
+            self._move(self._studio.rest)
+            return result
 
     def leave(self) -> None:
         """Give back its memory."""
@@ -125,7 +134,10 @@ def _encoded(studio: Studio, shots: Sequence[Shot]) -> dict[Texts, Conditioning]
     wanted, conditions = texts_of(shots), studio.conditions
     length = conditions.t5_length
     eight_bit = ["t5"] if studio.memory.t5_8bit else []
-    found = encode_prompts(conditions.base, conditions.encoders, wanted, length, studio.dtype, studio.device, eight_bit)
+    with naming_out_of_memory("encoding the prompts", lambda: _SMALLER_T5):
+        found = encode_prompts(
+            conditions.base, conditions.encoders, wanted, length, studio.dtype, studio.device, eight_bit
+        )
     return dict(zip(wanted, found, strict=True))
 
 

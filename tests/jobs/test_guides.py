@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 from PIL import Image, ImageChops, ImageDraw
 
-from sd3tune.errors import ConfigError, DataError, UserError
+from sd3tune.errors import ConfigError, DataError, RunError, UserError
 from sd3tune.jobs import studio
 from sd3tune.jobs.infer import run_infer
 from sd3tune.jobs.request import Memory, Request
@@ -208,6 +208,25 @@ def test_in_fewer_bits_the_picture_still_shows_what_was_asked_for(draw: Draw) ->
     again = draw(**fresh, t5_tokens=None, from_picture=path)
     assert recipe_of(again) == recipe_of(path)
     assert distance(opened(again), opened(path)) == 0
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("encode_prompts", "out of memory while encoding the prompts: hold T5 in 8 bits with --t5-8bit"),
+        ("sample_latents", "out of memory while drawing: hold the transformer in 4 bits with --quantize nf4"),
+        ("to_image", "out of memory while decoding: decode in tiles with --vae-tiling"),
+    ],
+)
+def test_running_out_of_memory_is_one_line_with_what_to_try(where: str, said: str, draw: Draw, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(studio, where, full)
+    with pytest.raises(RunError) as caught:
+        draw(steps=1)
+    (line,) = caught.value.problems
+    assert line.startswith(said)
 
 
 # Mistakes.
