@@ -36,11 +36,13 @@ def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], 
         base = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
     size = _size(base) or _size(trained)  # new weights predict nothing at all
     change = sum((a - b).norm().item() for a, b in zip(trained, base, strict=True)) / size if size else math.nan
+    block_changes = plan.method.block_changes(transformer, weights)
     return {
         "weights": "raw" if plan.config.ema is None else "ema",
-        "block_changes": plan.method.block_changes(transformer, weights),
+        "block_changes": block_changes,
         "velocity_change": change,
-        "changes_output": change > NO_CHANGE,  # false for NaN, too
+        # False for NaN, too. Equal weights elsewhere in memory can differ by more, so they are asked as well.
+        "changes_output": change > NO_CHANGE and any(block_changes.values()),
         "fixed_noise_loss": {
             "sigma": list(FIXED_SIGMAS[: len(probes)]),
             "base": _losses(base, probes),
