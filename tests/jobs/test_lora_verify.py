@@ -21,7 +21,7 @@ from sd3tune.errors import AdapterError
 from sd3tune.jobs.lora_convert import convert_lora
 from sd3tune.jobs.lora_preview import psnr
 from sd3tune.jobs.lora_verify import verify_lora
-from sd3tune.jobs.pictures import RECIPE_KEY
+from sd3tune.jobs.recipes import RECIPE_KEY
 from sd3tune.jobs.train import run_training
 from sd3tune.model.adapter_io import write_adapter
 from sd3tune.model.bases import resolve_base

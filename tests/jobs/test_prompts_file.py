@@ -20,7 +20,7 @@ from sd3tune.jobs.shots import Shot
 Draw = Callable[..., list[Path]]
 LINES = [
     {"prompt": "a red circle", "seed": 3},
-    {"prompt": 'a "blue", square', "steps": 3, "guidance": 2.5, "negative": "a circle"},
+    {"prompt": 'a "blue", square', "steps": 2, "guidance": 2.5, "negative": "a circle"},
     {"prompt": "a star", "size": "32x48", "name": "the star"},
 ]
 
@@ -35,7 +35,7 @@ def test_csv_and_json_lines_mean_the_same(tmp_path: Path) -> None:
     csv.write_text(
         "prompt,seed,steps,guidance,negative,size,name\n"
         "a red circle,3,,,,,\n"
-        '"a ""blue"", square",,3,2.5,a circle,,\n'
+        '"a ""blue"", square",,2,2.5,a circle,,\n'
         "a star,,,,,32x48,the star\n"
     )
     rows = read_prompts(csv)
@@ -99,7 +99,7 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 @pytest.fixture
 def draw(tmp_path: Path) -> Draw:
     def draw(**options: object) -> list[Path]:
-        given = {"prompt": None, "out": tmp_path / "images", "base": "tiny", "steps": 2, "size": (32, 32), **options}
+        given = {"prompt": None, "out": tmp_path / "images", "base": "tiny", "steps": 1, "size": (32, 32), **options}
         return run_infer(Request(loras=[], **given))
 
     return draw
@@ -129,7 +129,7 @@ def test_each_line_is_drawn_as_it_would_be_alone(draw: Draw, tmp_path: Path) -> 
     assert [file.name for file in files] == ["a-red-circle-seed3.png", "a-blue-square-seed1.png", "the star.png"]
     alone = [
         draw(prompt="a red circle", seed=3, out=tmp_path / "alone"),
-        draw(prompt=LINES[1]["prompt"], steps=3, guidance=2.5, negative="a circle", seed=1, out=tmp_path / "alone"),
+        draw(prompt=LINES[1]["prompt"], steps=2, guidance=2.5, negative="a circle", seed=1, out=tmp_path / "alone"),
         draw(prompt="a star", size=(32, 48), seed=1, out=tmp_path / "alone"),
     ]
     assert [distance(file, other) for file, (other,) in zip(files, alone, strict=True)] == [0, 0, 0]
@@ -151,7 +151,7 @@ def test_what_is_there_is_not_drawn_again_and_a_name_proves_nothing(
     assert first.read_bytes() == before == other.read_bytes()
     assert "2 drawn in " in capsys.readouterr().out
     calls.clear()
-    draw(prompts=prompts, steps=3)
+    draw(prompts=prompts, steps=2)
     assert len(calls) == 4, "of another recipe"
     calls.clear()
     assert draw(prompts=prompts) == again
@@ -185,7 +185,7 @@ def test_a_line_that_asks_for_what_another_asks_for_is_drawn_once(draw: Draw, ca
 
 
 def test_a_batch_holds_what_is_alike_and_changes_rounding_alone(draw: Draw, calls: list, tmp_path: Path) -> None:
-    lines = [{"prompt": "a dog"}, {"prompt": "a star", "seed": 5, "steps": 3}, {"prompt": "a red circle", "seed": 7}]
+    lines = [{"prompt": "a dog"}, {"prompt": "a star", "seed": 5, "steps": 2}, {"prompt": "a red circle", "seed": 7}]
     prompts = written(tmp_path / "p.jsonl", lines)
     alone = draw(prompts=prompts, out=tmp_path / "alone")
     calls.clear()

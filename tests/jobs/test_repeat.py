@@ -43,12 +43,12 @@ def draw(tmp_path: Path) -> Draw:
     return draw
 
 
-@pytest.fixture
-def picture(draw: Draw, adapter: Path) -> Path:
-    """Drawn with no setting as it is by default."""
+@pytest.fixture(scope="module")
+def picture(adapter: Path) -> Path:
+    """Drawn with no setting as it is by default. Read only."""
     options = {"negative": "a cat", "seed": 5, "steps": 2, "guidance": 3.0, "size": (48, 32)}
     more = {"sampler": "heun", "shift": 2.0, "t5_tokens": 20, "out": adapter.parents[1] / "images"}
-    return draw(f"{adapter}@0.7", prompt="a dog", **options, **more)[0]
+    return run_infer(Request([f"{adapter}@0.7"], "a dog", **options, **more, before=False))[0]
 
 
 def recipe_of(path: Path) -> dict:
