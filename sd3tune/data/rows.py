@@ -161,10 +161,16 @@ def _caption_column(dataset: Any, column: str | None, place: str) -> list[str | 
     if column is None:
         return [None] * len(dataset)
     feature = _feature(dataset, column, place, "caption_column")
-    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+    is_label = isinstance(feature, _library().ClassLabel)
+    if not is_label and getattr(feature, "dtype", None) not in ("string", "large_string"):
         raise DataError(f"{place}: column {column!r} holds {_kind(feature)}, not text; {_columns(dataset)}")
-    texts = dataset.select_columns([column])[:][column]
-    return [clean(text or "") or None for text in texts]
+    cells = dataset.select_columns([column])[:][column]
+    return [_class_name(feature, cell) if is_label else clean(cell or "") or None for cell in cells]
+
+
+def _class_name(feature: Any, label: int | None) -> str | None:
+    """-1 is how `datasets` says that a row has no label."""
+    return None if label is None or label < 0 else clean(feature.int2str(label)) or None
 
 
 def _feature(dataset: Any, column: str, place: str, key: str) -> Any:

@@ -106,6 +106,16 @@ def test_rows_without_a_text_take_the_sources_caption(saved):
     assert {record.caption for record in load_records(DataConfig(sources=[unread], resolution=64))} == {"one for all"}
 
 
+def test_class_labels_are_their_names(files, tmp_path):
+    import datasets
+
+    labels = datasets.ClassLabel(names=["T - shirt / top", "Ankle boot"])
+    dataset = datasets.Dataset.from_dict({"image": [str(path) for path in files], "label": [1, 0, -1]})
+    dataset.cast_column("image", datasets.Image()).cast_column("label", labels).to_parquet(tmp_path / "labels.parquet")
+    found = rows(tmp_path / "labels.parquet", caption_column="label")
+    assert [text for _, text in found] == ["Ankle boot", "T - shirt / top", None]
+
+
 def test_a_folder_of_images_as_a_dataset(photos, files, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "folder")
     lines = [json.dumps({"file_name": path.name, "text": path.stem}) for path in files]

@@ -121,7 +121,10 @@ class DatasetSource(_Source):
     )
     image_column: str = Field("image", min_length=1, description="The column that holds the images.")
     caption_column: str | None = Field(
-        "text", min_length=1, description="The column that holds the captions; null takes `caption` for all."
+        "text",
+        min_length=1,
+        description="The column that holds the captions, as text or as class labels, whose names are taken; null takes "
+        "`caption` for all.",
     )
 
 

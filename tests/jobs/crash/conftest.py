@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -13,9 +14,7 @@ from sd3tune.data.store import Store
 from sd3tune.model.bases import resolve_base
 from tests.jobs.crash.attempts import Attempt
 
-YAML = """\
-name: crash
-output_dir: {folder}/work/run
+LORA = """\
 model: {{base: tiny, max_sequence_length: 16}}
 method: {{kind: lora, rank: 2, alpha: 2.0}}
 data:
@@ -26,6 +25,18 @@ data:
   resolution: 64
   crop_variants: 2
   cache_dir: {folder}/work/store
+"""
+FULL = """\
+model: {{base: tiny, t5: false, init: random, transformer: {{num_layers: 1, attention_head_dim: 8}}}}
+method: {{kind: full}}
+data:
+  sources: [{{path: {folder}/photos, caption: a sks toy}}]
+  resolution: 64
+  cache_dir: {folder}/work/store
+"""
+COMMON = """\
+name: crash
+output_dir: {folder}/work/run
 flow: {{shift: 1.0}}
 optimizer: {{lr: 1.0e-2}}
 ema: {{decay: 0.8}}
@@ -34,33 +45,46 @@ validation: {{holdout: 1, every: 2}}
 preview: {{prompts: [a sks toy], every: 2, steps: 1, guidance: 1}}
 train: {{steps: {steps}, log_every: 1}}
 """
+RUNS = {"lora": LORA + COMMON, "full": FULL + COMMON}
+"""For each method, the smallest run that takes every path of its own; class images are the LoRA's alone."""
 
 Prepare = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def prepare() -> Prepare:
-    """`prepare(folder)`: photos and `run.yaml` of the smallest run that takes every path; it writes into `work`."""
+    """`prepare(folder, method)`: photos and `run.yaml` of one of `RUNS`, which writes into `work`."""
 
-    def into(folder: Path, *, images: int = 2, steps: int = 4) -> Path:
+    def into(folder: Path, method: str = "lora", *, images: int = 2, steps: int = 4) -> Path:
         resolve_base("tiny")
         (folder / "photos").mkdir(parents=True)
         (folder / "work").mkdir()
         for number, colour in enumerate(("red", "green", "blue")):
             Image.new("RGB", (72 + 8 * number, 80), colour).save(folder / "photos" / f"{number}.png")
-        (folder / "run.yaml").write_text(YAML.format(folder=folder, images=images, steps=steps))
+        (folder / "run.yaml").write_text(RUNS[method].format(folder=folder, images=images, steps=steps))
         return folder
 
     return into
 
 
 @pytest.fixture(scope="session")
-def straight(prepare: Prepare, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workspace of a run that was never stopped."""
-    folder = prepare(tmp_path_factory.mktemp("straight"))
-    ended = Attempt(folder).end()
-    assert ended.code == 0, ended.printed
-    return folder
+def straight_run(prepare: Prepare, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`straight_run(method)`: the workspace of a run that was never stopped."""
+
+    @functools.cache
+    def run(method: str) -> Path:
+        folder = prepare(tmp_path_factory.mktemp("straight"), method)
+        ended = Attempt(folder).end()
+        assert ended.code == 0, ended.printed
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def straight(straight_run: Callable[[str], Path]) -> Path:
+    """The LoRA's."""
+    return straight_run("lora")
 
 
 @pytest.fixture(scope="session")

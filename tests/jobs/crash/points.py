@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import hashlib
 import io
 import json
 import os
@@ -28,13 +29,18 @@ class Point:
     operation: str
     name: str
     """The path in the workspace, without what differs from run to run."""
-    unsynced: bool = False
-    """Whether bytes were written that no fsync has made durable: here a write can be torn."""
+    left: str = ""
+    """A digest of what a death here leaves."""
+    torn: str = ""
+    """The same with writes torn; empty where all that was written is durable."""
 
     @property
     def kind(self) -> tuple[str, str]:
-        """The operation, and the sort of file or folder."""
-        return self.operation, re.sub(r"\d{4,}|^\.tmp-(old-|removed-)?", "N", Path(self.name).name)
+        """The operation, and the sort of file or folder; whatever lies in a model's folder is of one sort."""
+        *above, name = Path(self.name).parts
+        if any(re.fullmatch(r"(\.tmp-.*)?model(_raw)?", folder) for folder in above):
+            name = "in a model"
+        return self.operation, re.sub(r"\d{4,}|^\.tmp-(old-|removed-)?", "N", name)
 
 
 class Watch:
@@ -69,9 +75,14 @@ class Watch:
     def _files(self) -> list[str]:
         return [os.path.join(root, name) for root, _, names in os.walk(self.folder) for name in names]
 
-    def unsynced(self) -> bool:
-        found = map(os.stat, self._files())
-        return any(status.st_size > self._durable.get(status.st_ino, 0) for status in found)
+    def left(self) -> tuple[str, str]:
+        """Digests of what is there now, and of what `tear` would make of it, "" where there is nothing to tear."""
+        folders = sorted(root for root, _, _ in os.walk(self.folder))
+        files = [(path, os.stat(path)) for path in self._files()]
+        there = sorted((path, status.st_size, status.st_mtime_ns) for path, status in files)
+        durable = sorted((path, min(self._durable.get(status.st_ino, 0), status.st_size)) for path, status in files)
+        is_durable = [size for _, size in durable] == [size for _, size, _ in there]
+        return _digest(folders, there), "" if is_durable else _digest(folders, there, durable)
 
     def _at(self, when: str, operation: str, path: str) -> None:
         self._busy = True
@@ -82,17 +93,16 @@ class Watch:
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self._busy or event not in _EVENTS:
             return
-        place = _EVENTS[event]
         if event == "open" and (isinstance(arguments[0], int) or not arguments[2] & _WRITING):
             return
-        path = _full(arguments[0], arguments[place] if place else -1)
+        name, start = _EVENTS[event]
+        path = _full(arguments[name], -1 if start is None else arguments[start])
         if not path.startswith(self.folder + os.sep):
             return
-        gone = _full(arguments[1], arguments[3]) if event == "os.rename" else path
-        self._at("before", event, gone)
-        self._open.append((event, gone))
-        if event in ("os.rename", "os.remove") and os.path.isfile(gone):
-            self._durable.pop(os.stat(gone).st_ino, None)  # the number may become another file's
+        self._at("before", event, path)
+        self._open.append((event, path))
+        if event in ("os.rename", "os.remove") and os.path.isfile(path) and os.stat(path).st_nlink == 1:
+            self._durable.pop(os.stat(path).st_ino, None)  # the number may become another file's
 
     def _with_after(self, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
@@ -102,7 +112,10 @@ class Watch:
                 return call(*arguments, **named)
             finally:
                 if len(self._open) > already:
-                    self._at("after", *self._open.pop())
+                    event, path = self._open.pop()
+                    if event == "os.link" and os.path.exists(path):  # bytes that were there before
+                        self._durable[os.stat(path).st_ino] = os.stat(path).st_size
+                    self._at("after", event, path)
 
         return wrapped
 
@@ -126,9 +139,17 @@ class Watch:
         return wrapped
 
 
-_CALLS = ("open", "rename", "replace", "remove", "unlink", "rmdir", "mkdir", "truncate")
-_EVENTS = {"open": 0, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.truncate": 0}
-"""Audit event -> where its arguments have the folder that a relative path starts from."""
+_CALLS = ("open", "link", "rename", "replace", "remove", "unlink", "rmdir", "mkdir", "truncate")
+_EVENTS: dict[str, tuple[int, int | None]] = {
+    "open": (0, None),
+    "os.link": (1, 3),
+    "os.rename": (1, 3),
+    "os.remove": (0, 1),
+    "os.rmdir": (0, 1),
+    "os.mkdir": (0, 2),
+    "os.truncate": (0, None),
+}
+"""Audit event -> where its arguments have the path that changes, and the folder that a relative one starts from."""
 
 
 def _full(path: Any, folder: int) -> str:
@@ -136,12 +157,17 @@ def _full(path: Any, folder: int) -> str:
     return os.path.join(os.readlink(f"/proc/self/fd/{folder}"), text) if folder != -1 else os.path.abspath(text)
 
 
+def _digest(*described: Any) -> str:
+    return hashlib.sha256(repr(described).encode()).hexdigest()
+
+
 def listing(folder: Path, notes: Path) -> None:
     """From now on, every point is written to `notes`."""
     descriptor = os.open(notes, os.O_WRONLY | os.O_CREAT)
 
     def reached(point: Point) -> None:
-        noted = replace(point, unsynced=watch.unsynced())
+        left, torn = watch.left()
+        noted = replace(point, left=left, torn=torn)
         os.write(descriptor, json.dumps(asdict(noted)).encode() + b"\n")
 
     watch = Watch(folder, reached)
