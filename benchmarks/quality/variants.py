@@ -68,9 +68,6 @@ VARIANTS = (
     RECIPE,
     WITH_CLASS_IMAGES,
     Variant("prior preservation", "own prediction", {PRIOR_KEY: _own_prediction(1.0)}),
-    Variant(
-        "prior preservation", "192 class images, 750 steps", {PRIOR_KEY: PRIOR | {"images": 192}, "train.steps": 750}
-    ),
     Variant("shift", "1", {"flow.shift": 1.0}),
     Variant("shift", "3", {"flow.shift": 3.0}),
     Variant("timesteps", "uniform", {"flow.timesteps": {"kind": "uniform"}}),

@@ -150,6 +150,10 @@ def infer(
     vae_tiling: Annotated[
         bool, typer.Option("--vae-tiling", help="Decode large pictures in tiles.", rich_help_panel=_MEMORY)
     ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the transformer first, for many pictures.", rich_help_panel=_MODEL),
+    ] = False,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.", rich_help_panel=_MODEL)] = "auto",
 ) -> None:
     """Draw images with one or several adapters, under the conditioning they were trained with."""
@@ -190,7 +194,7 @@ def infer(
         t5_tokens=t5_tokens,
         t5=t5,
         dtype=dtype,
-        memory=Memory(quantize, t5_8bit, offload, vae_tiling),
+        memory=Memory(quantize, t5_8bit, offload, vae_tiling, compiled),
         before=before,
     )
     for path in run_infer(request):

@@ -18,7 +18,7 @@ MOST_T5_TOKENS = 512
 
 @dataclass(frozen=True)
 class Memory:
-    """How a base is held: what saves memory, at a price in time or exactness."""
+    """How a base is held: what saves memory or time, at a price in the other or in exactness."""
 
     quantize: str | None = None
     """Of the transformer's blocks: a key of `quantized.FORMS`."""
@@ -26,6 +26,8 @@ class Memory:
     offload: bool = False
     """Whether the transformer and the VAE leave the device while the other one works."""
     vae_tiling: bool = False
+    compiled: bool = False
+    """Whether the transformer's blocks go through `torch.compile`."""
 
 
 IN_FULL = Memory()

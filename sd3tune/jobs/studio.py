@@ -67,19 +67,24 @@ def draw(studio: Studio, shots: Sequence[Shot], one_by_one: bool = True) -> Iter
     batches, done = batched(shots, studio.batch), 0
     with tqdm(total=sum(shot.sampler_settings.evaluations for shot in shots), desc="drawing", unit="step") as bar:
 
-        def denoised(model: SD3Transformer2DModel, together: Sequence[Shot]) -> torch.Tensor:
+        def denoised(model: SD3Transformer2DModel, together: Sequence[Shot], warm_up: bool = False) -> torch.Tensor:
             _use_adapters(model, together[0])
+            settings = together[0].sampler_settings
             return sample_latents(
                 model,
                 scheduler,
                 _joined([texts[shot.texts] for shot in together]),
                 _joined([texts[Texts(shot.negative)] for shot in together]),
-                together[0].sampler_settings,
+                replace(settings, steps=1, strength=None) if warm_up else settings,
                 [shot.seed for shot in together],
-                on_step=partial(bar.update, len(together)),
-                start=_starts(together, images),
+                on_step=(lambda: None) if warm_up else partial(bar.update, len(together)),
+                start=None if warm_up else _starts(together, images),
             )
 
+        if studio.memory.compiled:
+            bar.set_postfix_str("compiling, which can take minutes")
+            transformer.at_work(partial(denoised, warm_up=True), batches[0])
+            bar.unpause()
         waiting: list[tuple[list[Shot], torch.Tensor]] = []
         for number, together in enumerate(batches, start=1):
             waiting.append((together, transformer.at_work(denoised, together)))
@@ -196,6 +201,9 @@ def _transformer(studio: Studio, shots: Sequence[Shot]) -> SD3Transformer2DModel
         if counted.unmatched:
             some = ", ".join(counted.unmatched[:3])
             print(f"warning: {len(counted.unmatched)} of its modules are not in this base: {some}")
+    if studio.memory.compiled:
+        for block in transformer.transformer_blocks:
+            block.compile()
     return transformer
 
 

@@ -199,6 +199,20 @@ def test_tiles_are_those_of_diffusers(pipeline, draw: Draw) -> None:
     assert recipe_of(path)["vae_tiling"] is True
 
 
+def test_compiled_blocks_draw_the_same_picture(draw: Draw, monkeypatch) -> None:
+    """The graphs are those of `torch.compile`; a real back end would take a minute to turn them into code."""
+    graphs, compile_it = [], torch.nn.Module.compile
+
+    def noted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile_it(block, backend=noted))
+    plain, compiled = draw(steps=2), draw(steps=2, memory=Memory(compiled=True))
+    assert len(graphs) >= 3  # nano has three sorts of blocks
+    assert distance(opened(plain), opened(compiled)) <= 1
+
+
 def test_in_fewer_bits_the_picture_still_shows_what_was_asked_for(draw: Draw) -> None:
     pytest.importorskip("bitsandbytes")
     path = draw(steps=8, size=(64, 64), memory=Memory(quantize="nf4", t5_8bit=True))
