@@ -102,7 +102,8 @@ def run_in_turns(arguments: Mapping[str, Sequence[str]], folder: Path, steps: in
 
 def environment() -> dict[str, str]:
     """As many threads for both; none of them spins while it waits, and nobody asks the Hub."""
-    same = {"OMP_NUM_THREADS": str(CORES), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+    threads = os.environ.get("OMP_NUM_THREADS", str(CORES))
+    same = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **same}
 
 
