@@ -26,7 +26,7 @@ One YAML file describes a run. Only `data.sources` has no default.
 sd3tune config list                                   the shipped presets, one line each
 sd3tune config new rex --from PRESET --data ./rex     write rex.yaml from one, comments and all; --caption, --out
 sd3tune train rex.yaml                                run it
-sd3tune train rex.yaml train.steps=500 ema.decay=0.99 with overrides
+sd3tune train rex.yaml train.steps=500 ema.decay=0.99  with overrides
 sd3tune config check rex.yaml                         every problem, each with its line
 sd3tune config show rex.yaml                          every key with its value
 sd3tune config schema > sd3tune.schema.json           for completion in an editor

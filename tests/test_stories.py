@@ -1,0 +1,86 @@
+"""The commands of each page are typed one after the other, in a folder that has what their reader has, and all work.
+
+What a test cannot have is replaced: the gated models by `tiny`, thousands of steps by two.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sd3tune.cli.main import app
+from sd3tune.jobs.train import run_training
+from sd3tune.model.adapter_io import ADAPTER_FILE
+from tests.test_docs import PAGES, ROOT, commands_to_type, name_of
+
+MODELS = {
+    "stabilityai/stable-diffusion-3.5-medium": "tiny",
+    "PRESET": "sd35_medium_16gb",
+    "runs/dreambooth-dog/checkpoints/step-000600": "runs/dreambooth-dog/checkpoints/step-000002",
+}
+"""What a reader has and a test has not -> what stands for it."""
+SHORTER = {
+    "train": ["model.base=tiny", "data.resolution=64", "train.steps=2", "train.batch_size=1",
+              "train.gradient_accumulation=1", "preview.every=1", "preview.steps=1", "model.max_sequence_length=16"],
+    "infer": ["--steps", "2"],
+}  # fmt: skip
+NEEDS_THE_HUB = {"user/rex", "zalando-datasets/fashion_mnist"}
+"""Tested against a Hub on this machine, in tests/jobs/test_uploading.py and tests/data."""
+NEEDS_HOURS = {"configs/nano_base.yaml", "configs/nano_long.yaml", "examples/fashion_mnist/fashion_mnist.yaml"}
+"""And pictures that are drawn or downloaded first."""
+
+
+def story(page: Path) -> list[list[str]]:
+    return [words for _, words in commands_to_type(page) if not {*words} & (NEEDS_THE_HUB | NEEDS_HOURS)]
+
+
+STORIES = [page for page in PAGES if story(page)]
+
+
+@pytest.fixture(scope="module")
+def trained(quick_config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with checkpoints."""
+    run = tmp_path_factory.mktemp("stories") / "rex"
+    run_training(quick_config(run, "checkpoint.every=1", "train.steps=2"))
+    return run
+
+
+@pytest.fixture
+def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch) -> Iterator[Path]:
+    """Photos, a run, two adapters and a file of prompts under the names that the pages use."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("configs", "sd3tune"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    for photos in ("photos/rex", "rex"):
+        (tmp_path / photos).mkdir(parents=True)
+        for picture in sorted(tiny_images.glob("*.png")):
+            shutil.copy(picture, tmp_path / photos)
+    shutil.copy(next(tiny_images.glob("*.png")), "rex.jpg")
+    for adapter in ("dog", "style"):
+        shutil.copy(trained / "adapter" / ADAPTER_FILE, f"{adapter}.safetensors")
+    (tmp_path / "prompts.csv").write_text("prompt,seed\na photo of sks dog,1\na dog,2\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", STORIES, ids=name_of)
+def test_the_commands_of_a_page_work_one_after_the_other(page: Path, readers_folder: Path, trained: Path) -> None:
+    words_of = [[MODELS.get(word, word) for word in words] for words in story(page)]
+    if not any(words[:2] == ["train", "rex.yaml"] for words in words_of):
+        shutil.copytree(trained, readers_folder / "runs" / "rex")
+    if page.name == "README.md" and page.parent == ROOT:
+        shutil.copytree(trained, readers_folder / "runs" / "rehearsal")
+    for words in words_of:
+        if page.name == "config.md":  # a list, not a story
+            shutil.rmtree(readers_folder / "runs", ignore_errors=True)
+        app([*words, *SHORTER.get(words[0], [])], standalone_mode=False)
+
+
+def test_the_main_pages_are_among_them() -> None:
+    assert {name_of(page) for page in STORIES} >= {
+        "README.md", "docs/config.md", "docs/formats.md", "docs/inference.md", "examples/dreambooth/README.md",
+    }  # fmt: skip
+    assert sum(len(story(page)) for page in STORIES) >= 30
