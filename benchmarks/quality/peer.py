@@ -88,7 +88,7 @@ class SideBySide:
                 "class_prompt": PRIOR["prompt"],
                 "num_class_images": PRIOR["images"],
             }
-        switches = ["--center_crop", "--cache_latents", *(["--with_prior_preservation"] if prior else [])]
+        switches = ["--center_crop", *(["--with_prior_preservation"] if prior else [])]
         return [*switches, *(word for flag, value in flags.items() for word in (f"--{flag}", str(value)))]
 
 
