@@ -15,8 +15,8 @@ from sd3tune.errors import ConfigError
 from sd3tune.jobs.cache import run_cache
 from sd3tune.jobs.cards import CARDS, find_card
 from sd3tune.jobs.forecast import forecast, look_ahead
-from sd3tune.jobs.plan import after, components, knobs, planned_dtype, run_plan
 from sd3tune.jobs.places import store_folder
+from sd3tune.jobs.plan import after, components, knobs, planned_dtype, run_plan
 from sd3tune.jobs.rehearsal import Training, rehearse_training
 from sd3tune.jobs.train import make_state
 from sd3tune.jobs.trainable import make_trainable
