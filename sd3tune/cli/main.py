@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -69,6 +70,36 @@ def train(
         from sd3tune.jobs.train import run_training
 
     run_training(loaded.config, loaded.notes, resume=resume, dry_run=dry_run)
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    card: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="The GPU to plan for, such as h100, a100, 4090, 3090 or t4."),
+    ] = None,
+    memory: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="GB", help="The memory to fit into, instead of the card's."),
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option(metavar="PERCENT", help="Share of the card's peak that the time assumes.")
+    ] = 40,
+) -> None:
+    """Say what CONFIG will take in memory, room and time, and what each change buys; needs no weights."""
+    if memory is not None and not 0 < memory < math.inf:
+        raise ConfigError(f"--memory {memory:g}: give the card's memory in GB, such as 24")
+    if not 0 < utilisation <= 100:
+        raise ConfigError(f"--utilisation {utilisation:g}: give per cent of the card's peak, above 0 and at most 100")
+    loaded = load_config(config, overrides or ())
+    print_notes(loaded.notes)
+    with quick_imports():
+        from sd3tune.jobs.plan import run_plan
+
+    for line in run_plan(loaded.config, card, memory, utilisation):
+        print(line, flush=True)
 
 
 @config_app.command()

@@ -17,7 +17,7 @@ from sd3tune.encode.resources import check_room, is_mine, release
 from sd3tune.model.bases import ENCODER_PARTS, ENCODERS, Base
 from sd3tune.model.components import load_text_encoder
 
-_CLIP_LENGTH = 77
+CLIP_LENGTH = 77
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def encode_captions(
     """
     keys = caption_keys(base, texts, encoders=encoders, dtype=dtype, max_sequence_length=max_sequence_length)
     missing = {encoder: [text for text, key in of.items() if key not in store] for encoder, of in keys.items()}
-    sizes = {encoder: _entry_bytes(base, encoder, dtype, max_sequence_length) for encoder in encoders}
+    sizes = {encoder: entry_bytes(base, encoder, dtype, max_sequence_length) for encoder in encoders}
     nbytes = sum(sizes[encoder] * len(found) for encoder, found in missing.items())
     reasons = _reasons(dict.fromkeys(text for found in missing.values() for text in found), records, store)
     if nbytes:
@@ -57,7 +57,7 @@ def encode_captions(
     for encoder, found in missing.items():
         mine = {text: keys[encoder][text] for text in found if is_mine(keys[encoder][text], rank, world)}
         if mine:
-            tokens = max_sequence_length if encoder == "t5" else _CLIP_LENGTH
+            tokens = max_sequence_length if encoder == "t5" else CLIP_LENGTH
             cut[f"{'T5' if encoder == 't5' else 'CLIP'} takes {tokens} tokens"] = _encode(
                 base, encoder, mine, store, dtype, device, max_sequence_length, progress
             )
@@ -84,7 +84,7 @@ def caption_keys(
             "tokenizer": base.fingerprint(tokenizer_part),
             "weights": base.fingerprint(encoder_part),
             "dtype": str(dtype),
-            "length": max_sequence_length if encoder == "t5" else _CLIP_LENGTH,
+            "length": max_sequence_length if encoder == "t5" else CLIP_LENGTH,
         }
         keys[encoder] = {text: key("text", text=text, **conditions) for text in unique}
     return keys
@@ -113,12 +113,12 @@ def _encode(
     return {text: tokens for text, tokens in lost.items() if tokens}
 
 
-def _entry_bytes(base: Base, encoder: str, dtype: torch.dtype, max_sequence_length: int) -> int:
+def entry_bytes(base: Base, encoder: str, dtype: torch.dtype, max_sequence_length: int) -> int:
     """Bytes of one entry, from the encoder's configuration alone."""
     config = base.config(ENCODER_PARTS[encoder][1])
     if encoder == "t5":
         return max_sequence_length * config["d_model"] * dtype.itemsize
-    return (_CLIP_LENGTH * config["hidden_size"] + config["projection_dim"]) * dtype.itemsize
+    return (CLIP_LENGTH * config["hidden_size"] + config["projection_dim"]) * dtype.itemsize
 
 
 def _reasons(missing: Iterable[str], records: Sequence[Record], store: Store) -> dict[str, int]:

@@ -100,7 +100,7 @@ def encode_images(
             reasons[_reason(image, of, manifest, store)] += 1
     entries = sum(len(job.cuts) for job in jobs.values())
     pixels_missing = sum(len(job.cuts) * job.target[0] * job.target[1] for job in jobs.values())
-    nbytes = round(pixels_missing * _bytes_per_pixel(base))
+    nbytes = round(pixels_missing * bytes_per_pixel(base))
     if entries:
         say(check_room(store.root, what, entries, nbytes))
 
@@ -181,7 +181,7 @@ def _encode(
                 bar.update()
 
 
-def _bytes_per_pixel(base: Base) -> float:
+def bytes_per_pixel(base: Base) -> float:
     """Bytes of an entry, mean and standard deviation in fp32, from the VAE's configuration alone."""
     config = base.config("vae")
     scale = 2 ** (len(config["block_out_channels"]) - 1)

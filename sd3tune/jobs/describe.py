@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from sd3tune.config.sections.data import OwnPredictionConfig
-from sd3tune.data.buckets import Size, nearest_bucket, size_name
-from sd3tune.data.images import upright_size
-from sd3tune.data.records import Record
+from sd3tune.config.sections.outputs import PreviewConfig
+from sd3tune.data.buckets import Size, size_name
 from sd3tune.data.sampler import times_seen
+from sd3tune.encode.report import megabytes
 from sd3tune.jobs.machine import dtype_name
-from sd3tune.jobs.preflight import Plan
+from sd3tune.jobs.preflight import Plan, bucket_of
+from sd3tune.jobs.rehearsal import rehearse_training
 from sd3tune.jobs.sigmas import describe_sigmas
 from sd3tune.model.targets import CoverageRow
 
@@ -20,7 +21,7 @@ from sd3tune.model.targets import CoverageRow
 def describe(plan: Plan, world: int) -> list[str]:
     """The plan in a few lines, for the start of a run and for `--dry-run`."""
     config, method = plan.config, plan.method
-    cut = [_bucket_of(record, plan.buckets) for record in plan.records]
+    cut = [bucket_of(record, plan.buckets) for record in plan.records]
     parameters, modules = sum(row.parameters for row in plan.coverage), len(plan.modules)
     variant = f" ({plan.base.variant})" if plan.base.variant else ""
     every = config.validation.every
@@ -43,9 +44,12 @@ def describe(plan: Plan, world: int) -> list[str]:
     ]
 
 
-def _bucket_of(record: Record, buckets: Sequence[Size]) -> Size:
-    """The size that a record's image is cut to; without a choice, its file is not opened."""
-    return nearest_bucket(upright_size(record.image), buckets) if len(buckets) > 1 else buckets[0]
+def describe_memory(plan: Plan) -> str:
+    """What training is expected to take, in a line; previews and encoding are left to `sd3tune plan`."""
+    silent = plan.config.model_copy(update={"preview": PreviewConfig()})
+    largest = max((bucket_of(record, plan.buckets) for record in plan.records), key=lambda size: size[0] * size[1])
+    training = rehearse_training(silent, plan.base, plan.method, largest, plan.dtype)
+    return f"memory    about {megabytes(training.peak)} while training (`sd3tune plan` shows the rest)"
 
 
 def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:

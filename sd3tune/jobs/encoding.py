@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from sd3tune.config import Config
 from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.data.buckets import Size
 from sd3tune.data.records import Record, sample_indices
@@ -68,22 +69,29 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
     return Encoded(store, examples, captions, holdout, [*warnings, *known])
 
 
+def texts_to_encode(config: Config, records: Sequence[Record], drawing: bool) -> list[str]:
+    """Captions of the images and of their classes, prompts of previews and, where it is needed, the empty one.
+
+    `records` are those of class images and held-out images, too; `drawing` says that there are class images.
+    """
+    kept = [prior.prompt for source in config.data.sources if (prior := source.prior) and prior.weight > 0]
+    needs_empty = bool(config.preview.prompts) or config.data.caption_dropout > 0 or drawing
+    return [
+        *(record.caption for record in records),
+        *kept,
+        *config.preview.prompts,
+        *([NEGATIVE_PROMPT] if needs_empty else []),
+    ]
+
+
 def _encode_captions(
     plan: Plan, store: Store, processes: Processes, say: Callable[[str], None]
 ) -> tuple[dict[str, dict[str, str]], EncodeReport]:
-    """Those of the images and of their classes, the prompts of previews and, where it is needed, the empty one."""
     config = plan.config
     records = [*plan.records, *plan.holdout, *(record for prior in plan.priors for record in prior.records)]
-    kept = [prior.prompt for source in config.data.sources if (prior := source.prior) and prior.weight > 0]
-    needs_empty = bool(config.preview.prompts) or config.data.caption_dropout > 0 or bool(plan.priors)
     captions, report = encode_captions(
         plan.base,
-        [
-            *(record.caption for record in records),
-            *kept,
-            *config.preview.prompts,
-            *([NEGATIVE_PROMPT] if needs_empty else []),
-        ],
+        texts_to_encode(config, records, drawing=bool(plan.priors)),
         store,
         encoders=plan.method.cached_encoders,
         dtype=plan.dtype,

@@ -16,7 +16,8 @@ import torch
 from sd3tune.config import Config
 from sd3tune.config.sections.data import DataConfig, FolderSource
 from sd3tune.config.sections.flow import FlowConfig
-from sd3tune.data.buckets import Size, bucket_table
+from sd3tune.data.buckets import Size, bucket_table, nearest_bucket
+from sd3tune.data.images import upright_size
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.sampler import derive
 from sd3tune.errors import ConfigError, DataError, RunError, UserError
@@ -84,12 +85,12 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     start: Path | None = None
     run = Path(str(config.output_dir))
     try:
-        records, holdout = _split(config, load_records(config.data))
-        config = _with_steps(config, sum(record.repeats for record in records), world)
+        records, holdout = split_records(config, load_records(config.data))
+        config = with_steps(config, sum(record.repeats for record in records), world)
     except UserError as error:
         problems += error.problems
     try:
-        _check_installed(config)
+        check_installed(config)
         start = None if resume is None else starting_checkpoint(run, resume)
     except UserError as error:
         problems += error.problems
@@ -99,7 +100,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         method = METHODS[config.method.kind](config, base)
         base.check_encoders(method.cached_encoders)
         modules = method.select(transformer)
-        _check_size(config, transformer.config)
+        check_size(config, transformer.config)
         dtype = choose_dtype(config.model.dtype, gpu_of(device))
         buckets = buckets_of(config, transformer.config)
         priors = plan_priors(config, records, buckets, base)
@@ -165,7 +166,7 @@ def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count} images"
 
 
-def _split(config: Config, records: list[Record]) -> tuple[list[Record], list[Record]]:
+def split_records(config: Config, records: list[Record]) -> tuple[list[Record], list[Record]]:
     """What is trained on, and what is held out. Raises DataError when one of them would lack images."""
     holdout = config.validation.holdout
     if isinstance(holdout, str):
@@ -185,14 +186,14 @@ def _split(config: Config, records: list[Record]) -> tuple[list[Record], list[Re
     )
 
 
-def _check_installed(config: Config) -> None:
+def check_installed(config: Config) -> None:
     kind = config.optimizer.kind
     extra = OPTIMIZER_EXTRAS.get(kind)
     if extra is not None and importlib.util.find_spec(extra) is None:
         raise RunError(f"optimizer.kind: {kind} needs {extra}: pip install 'sd3tune[{extra}]'")
 
 
-def _with_steps(config: Config, images_per_epoch: int, world: int) -> Config:
+def with_steps(config: Config, images_per_epoch: int, world: int) -> Config:
     """The configuration with its epochs as steps, rounded up. Raises ConfigError when the warm-up is as long."""
     train = config.train
     if train.epochs is None:
@@ -214,12 +215,17 @@ def buckets_of(config: Config, transformer: Mapping[str, Any] | None) -> list[Si
     return bucket_table(side, largest) if config.data.buckets else [(side, side)]
 
 
+def bucket_of(record: Record, buckets: Sequence[Size]) -> Size:
+    """The size that a record's image is cut to; without a choice, its file is not opened."""
+    return nearest_bucket(upright_size(record.image), buckets) if len(buckets) > 1 else buckets[0]
+
+
 def _largest_side(transformer: Mapping[str, Any]) -> int:
     """`pos_embed` is cut from the middle of a stored grid, and the model raises beyond it. In pixels."""
     return int(transformer["pos_embed_max_size"] * transformer["patch_size"] * 8)
 
 
-def _check_size(config: Config, transformer: Mapping[str, Any]) -> None:
+def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
     largest = _largest_side(transformer)
     if config.data.resolution > largest:
         raise ConfigError(f"data.resolution: {config.data.resolution} is too large for this base; at most {largest}")

@@ -15,12 +15,11 @@ from diffusers import SD3Transformer2DModel
 
 from sd3tune.atomic import write_json, write_text
 from sd3tune.config import Config, dump_config
-from sd3tune.data.sampler import generator
 from sd3tune.errors import RunError
 from sd3tune.jobs.card import write_card
 from sd3tune.jobs.closing import closing_report, summary
 from sd3tune.jobs.contract import check_finished, check_identity, make_contract, run_identity, start_facts
-from sd3tune.jobs.describe import describe
+from sd3tune.jobs.describe import describe, describe_memory
 from sd3tune.jobs.drawing import NEGATIVE_PROMPT
 from sd3tune.jobs.encoding import Encoded, encode
 from sd3tune.jobs.launch import errors_to_the_launcher
@@ -38,10 +37,10 @@ from sd3tune.jobs.run_folder import (
     naming_what_is_saved,
 )
 from sd3tune.jobs.stopping import StopSignals
+from sd3tune.jobs.trainable import make_trainable
 from sd3tune.jobs.uploading import prepare_upload, push_command, upload_finished
 from sd3tune.jobs.watching import Watching
 from sd3tune.model.components import load_transformer, vae_config
-from sd3tune.model.fast import use_fast_path
 from sd3tune.train.batches import Batches, Dropout, LatentScaling
 from sd3tune.train.checkpoint import list_checkpoints, restore
 from sd3tune.train.loop import Callback, Processes, exported_weights, train
@@ -88,6 +87,7 @@ def run_training(
         for line in describe(plan, processes.world):
             say(line)
         if dry_run:
+            say(describe_memory(plan))
             say("dry run: nothing was encoded, trained or written")
             return
         if processes.is_main:
@@ -231,13 +231,9 @@ def _starting_state(
 ) -> TrainState:
     """Make the model trainable, and begin at the checkpoint to resume from, or at step 0."""
     config = plan.config
-    if config.train.gradient_checkpointing == "block":
-        transformer.enable_gradient_checkpointing()
-    parameters = plan.method.inject(transformer, lambda name: generator(config.seed, "init", name))
+    parameters = make_trainable(config, plan.method, transformer)
     if plan.start is None:
         plan.method.look_at_data(transformer, lambda: observe(plan, encoded, transformer), processes.reduce_mean)
-    if config.train.fast_path:
-        use_fast_path(transformer)
     state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
     if plan.start is not None:
         restore(plan.start, state)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ModelError
-from sd3tune.model.checkpoint import COMMON, LABELS, VARIANTS, FilePart, misfits, read_checkpoint, read_encoder
+from sd3tune.model.checkpoint import COMMON, CONFIGS, LABELS, VARIANTS, FilePart, misfits, read_checkpoint, read_encoder
 from sd3tune.model.contract import CONTRACT_FILE, check_contract
 from sd3tune.model.hub import cached, download
 from sd3tune.model.offline import OFFLINE, offline_folder, offline_kind
@@ -211,6 +211,30 @@ class Base:
         if not (root / part / _CONFIG_FILES[part]).is_file():
             raise ModelError(f"tokenizers: {source}: no {part}/{_CONFIG_FILES[part]}; give {wanted}")
         return root / part
+
+
+@dataclass(frozen=True)
+class _ReleasedShape(Base):
+    """A released model as its bundled configurations have it: no weights, no tokenizers, no download."""
+
+    def folder(self, part: str, weights: bool = True) -> Path:
+        return (self.path if part == "transformer" else COMMON) / part
+
+
+def shape_of_base(model: ModelConfig, seed: int = 0) -> Base:
+    """The configured base for its shapes alone: of a released model by its Hub id, nothing is downloaded.
+
+    Of others, what `configured_base` reads; raises ModelError as that does.
+    """
+    variant = next((name for name, repository in VARIANTS.items() if repository == model.base), None)
+    if variant is None or Path(model.base).exists():
+        return configured_base(model, seed)
+    files = model.text_encoders.model_dump(exclude_none=True) if model.text_encoders else {}
+    paths = {encoder: Path(file).expanduser() for encoder, file in files.items()}
+    base = _ReleasedShape(model.base, "folder", CONFIGS / variant, None, paths)
+    if model.init == "pretrained":
+        return base
+    return replace(base, random=RandomTransformer(new_shape(base, model.transformer), seed))
 
 
 def configured_base(model: ModelConfig, seed: int = 0) -> Base:

@@ -2,6 +2,7 @@
 
 Weights are read directly in the dtype asked for (T5 gives other numbers when it is cast afterwards). A part
 that is truncated, incomplete, not finite or of other shapes than its config is a ModelError naming the file.
+On the meta device nothing is read but a config: what is loaded has names, shapes and dtypes only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from diffusers import (
 )
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from sd3tune.errors import ModelError
@@ -38,6 +46,8 @@ Loaded = TypeVar("Loaded")
 
 def load_transformer(base: Base, dtype: torch.dtype, device: Device = "cpu") -> SD3Transformer2DModel:
     """The MMDiT. Besides missing weights, weights that its config has no place for are an error."""
+    if _is_meta(device):
+        return _cast(empty_transformer(base), dtype)
     if base.random:
         return random_transformer(base.random, dtype).to(device).eval().requires_grad_(False)
     return _load_model(SD3Transformer2DModel, base, "transformer", dtype, device)
@@ -56,7 +66,26 @@ def stored_dtype(base: Base) -> torch.dtype:
 
 def load_vae(base: Base, dtype: torch.dtype, device: Device = "cpu") -> AutoencoderKL:
     """The VAE. Give it fp32 or bf16: in fp16 it makes black images."""
+    if _is_meta(device):
+        with torch.device("meta"):
+            vae: AutoencoderKL = AutoencoderKL.from_config(vae_config(base))
+        return _cast(vae.eval().requires_grad_(False), dtype)
     return _load_model(AutoencoderKL, base, "vae", dtype, device)
+
+
+def text_encoder_shape(base: Base, encoder: str, dtype: torch.dtype) -> nn.Module:
+    """A text encoder's model without weights, on the meta device, in the dtypes that it would be loaded in."""
+    model_class, config_class = (
+        (T5EncoderModel, T5Config) if encoder == "t5" else (CLIPTextModelWithProjection, CLIPTextConfig)
+    )
+    config = base.config(ENCODER_PARTS[encoder][1])
+    with torch.device("meta"):
+        model: nn.Module = model_class(config_class.from_dict(config)).to(dtype).eval().requires_grad_(False)
+    if dtype is torch.float16:  # transformers keeps these in fp32 then: T5's would overflow
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in (model_class._keep_in_fp32_modules or ()):
+                module.float()
+    return model
 
 
 def load_scheduler(base: Base, shift: float | None = None) -> FlowMatchEulerDiscreteScheduler:
@@ -103,6 +132,16 @@ def load_pipeline(base: Base, dtype: torch.dtype, device: Device = "cpu", t5: bo
         scheduler=load_scheduler(base),
         **parts,
     )
+
+
+def _is_meta(device: Device) -> bool:
+    return torch.device(device).type == "meta"
+
+
+def _cast(model: Model, dtype: torch.dtype) -> Model:
+    """`model.to(dtype)` without diffusers' warning about layers that were better loaded so."""
+    nn.Module.to(model, dtype)
+    return model
 
 
 def transformer_config(base: Base) -> dict[str, Any]:

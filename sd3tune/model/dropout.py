@@ -34,6 +34,7 @@ class SeededDropout(nn.Module):
         """Same shape and dtype as `inputs`; only a boolean mask is kept for the backward pass."""
         if self._seed is None:
             return inputs
-        source = torch.Generator(inputs.device).manual_seed(self._seed)
         dropped = torch.empty(inputs.shape, dtype=torch.bool, device=inputs.device)
-        return inputs.masked_fill(dropped.bernoulli_(self.share, generator=source), 0) / (1 - self.share)
+        if not inputs.is_meta:  # which has neither values nor generators
+            dropped.bernoulli_(self.share, generator=torch.Generator(inputs.device).manual_seed(self._seed))
+        return inputs.masked_fill(dropped, 0) / (1 - self.share)

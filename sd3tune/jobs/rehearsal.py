@@ -1,0 +1,258 @@
+"""What a run computes, without weights and without numbers, to see what it takes.
+
+These are the run's own functions, called on the meta device: there is no formula that could fall behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from sd3tune.config import Config
+from sd3tune.config.sections.data import OwnPredictionConfig
+from sd3tune.data.buckets import Size
+from sd3tune.encode.captions import CLIP_LENGTH
+from sd3tune.jobs.trainable import make_trainable
+from sd3tune.methods import Method
+from sd3tune.model.bases import ENCODER_PARTS, Base
+from sd3tune.model.components import load_transformer, load_vae, text_encoder_shape
+from sd3tune.model.footprint import Footprint, Saved, bytes_of, peak_of, tensors_of
+from sd3tune.model.latents import decode
+from sd3tune.train.batches import Batch, Batches
+from sd3tune.train.objective import make_objective
+from sd3tune.train.optim import FlatMaster, LossScale
+from sd3tune.train.optimizers import OPTIMIZERS
+from sd3tune.train.step import TrainState, predict_velocity, train_step, update
+
+META = torch.device("meta")
+_SHIFT = 3.0  # any will do: it changes the sigmas, which are no numbers here
+_PROBED = 1 << 16
+"""Values that an optimizer is tried on; what it takes is in proportion."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """Bytes of one phase: what lies in memory throughout, and what comes on top of it at the worst moment."""
+
+    resident: int
+    working: int
+
+    @property
+    def peak(self) -> int:
+        return self.resident + self.working
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a step takes: bytes, but for the counts."""
+
+    parameters: int
+    """Count of the base's parameters."""
+    trained: int
+    """Count of what is trained: the adapter's, or with the method `full` the base's own."""
+    frozen: int
+    """The base in the dtype that is computed in; with `full`, what of it nobody trains."""
+    compute: int
+    """What is trained, in the dtype that is computed in; 0 where that is fp32, as the master serves."""
+    master: int
+    gradient: int
+    """The fp32 sum of gradients."""
+    optimizer: int
+    average: int
+    """The EMA."""
+    saved: int
+    """What the forward pass leaves for the backward pass; it is part of `working`."""
+    working: int
+    """All else that is alive at the worst moment of a step."""
+    flops: int
+    """Of an optimizer step: all its forward and backward passes."""
+    preview: int | None
+    """What drawing a preview adds to what is resident; None without prompts."""
+
+    @property
+    def resident(self) -> int:
+        return self.frozen + self.compute + self.master + self.gradient + self.optimizer + self.average
+
+    @property
+    def peak(self) -> int:
+        return self.resident + self.working
+
+
+class EmptyBatches:
+    """Stands in for `Batches`: the shapes of its batches, all of images of one size, on the meta device.
+
+    Where a source has a prior, every instance has one beside it, which is the most there can be.
+    """
+
+    def __init__(self, config: Config, base: Base, encoders: tuple[str, ...], size: Size, dtype: torch.dtype) -> None:
+        priors = [prior for source in config.data.sources if (prior := source.prior) and prior.weight > 0]
+        kept = any(isinstance(prior, OwnPredictionConfig) for prior in priors)
+        self.with_prior, self.instances = bool(priors), config.train.batch_size
+        self.rows = self.instances * (2 if priors else 1)
+        self.kept = slice(self.instances if kept else self.rows, self.rows)
+        self.size, self.dtype, self.channels = size, dtype, base.config("vae")["latent_channels"]
+        self.shapes = {encoder: _entry_shapes(base, encoder, config) for encoder in encoders}
+
+    def fetch(self, step: int, micro: int) -> Batch:
+        return self.of(self.rows, self.size)
+
+    def seed_for(self, purpose: str, step: int, micro: int) -> int:
+        return 0
+
+    def of(self, rows: int, size: Size) -> Batch:
+        """A batch of `rows` images of that size, (height, width) in pixels."""
+        shape = (rows, self.channels, size[0] // 8, size[1] // 8)
+        return Batch(
+            latents=torch.empty(shape, device=META),
+            noise=torch.empty(shape, device=META),
+            sigma=torch.empty(rows, device=META),
+            embeddings={encoder: self._entries(rows, shapes) for encoder, shapes in self.shapes.items()},
+            weights=torch.empty(rows, device=META),
+            names=[""] * rows,
+            instances=self.instances,
+            kept=self.kept,
+        )
+
+    def _entries(self, rows: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        return {name: torch.empty(rows, *shape, dtype=self.dtype, device=META) for name, shape in shapes.items()}
+
+
+def _entry_shapes(base: Base, encoder: str, config: Config) -> dict[str, tuple[int, ...]]:
+    of = base.config(ENCODER_PARTS[encoder][1])
+    if encoder == "t5":
+        return {"hidden": (config.model.max_sequence_length, of["d_model"])}
+    return {"hidden": (CLIP_LENGTH, of["hidden_size"]), "pooled": (of["projection_dim"],)}
+
+
+class _NoOptimizer(torch.optim.Optimizer):
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """torch's fused ones refuse the meta device."""
+
+
+def rehearse_training(config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> Training:
+    """One optimizer step and, where there are prompts, one preview; `size` is that of the images, (height, width)."""
+    transformer = load_transformer(base, dtype, META)
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    master = FlatMaster(make_trainable(config, method, transformer), dtype)
+    values = master.master.numel()
+    batches = EmptyBatches(config, base, method.cached_encoders, size, dtype)
+    state = TrainState(
+        step=0,
+        master=master,
+        optimizer=_NoOptimizer([master.master], {"lr": 0.0}),  # for the real one see `try_optimizer`
+        ema=master.master.detach().clone() if config.ema is not None else None,
+        loss_scale=LossScale(META, enabled=dtype is torch.float16),
+    )
+    saved = Saved([*tensors_of(transformer), master.master])
+    with saved.watching():
+        step = _rehearse_step(config, state, transformer, method, batches)
+    optimizer = try_optimizer(config)
+    return Training(
+        parameters=parameters,
+        trained=values,
+        frozen=bytes_of(tensor for tensor in tensors_of(transformer) if not tensor.requires_grad),
+        compute=0 if dtype is torch.float32 else bytes_of([master.compute]),
+        master=bytes_of([master.master]),
+        gradient=bytes_of([master.gradient]),
+        optimizer=optimizer.resident * values // _PROBED,
+        average=0 if state.ema is None else bytes_of([state.ema]),
+        saved=saved.nbytes,
+        working=max(step.peak, optimizer.working * values // _PROBED),
+        flops=step.flops * config.train.gradient_accumulation,
+        preview=_rehearse_preview(config, base, method, transformer, state, batches)
+        if config.preview.prompts
+        else None,
+    )
+
+
+def _rehearse_step(
+    config: Config, state: TrainState, transformer: SD3Transformer2DModel, method: Method, batches: EmptyBatches
+) -> Footprint:
+    """One micro-step and the update: further ones take the same memory."""
+    once = config.model_copy(update={"train": config.train.model_copy(update={"gradient_accumulation": 1, "steps": 1})})
+    once = once.model_copy(update={"schedule": type(once.schedule)()})  # whose warm-up may be longer than one step
+    objective = make_objective(config.flow, _SHIFT)
+    return peak_of(lambda: train_step(state, transformer, method, cast(Batches, batches), objective, once, _alone))
+
+
+def _alone(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+def try_optimizer(config: Config) -> Use:
+    """What the optimizer keeps, and takes on top while it updates, for each `_PROBED` values; tried on the CPU."""
+    master = FlatMaster({"probed": nn.Parameter(torch.zeros(_PROBED))}, torch.float32)
+    optimizer = OPTIMIZERS[config.optimizer.kind](config.optimizer, master.master)
+    state = TrainState(0, master, optimizer, None, LossScale(master.master.device, enabled=False))
+    for _ in range(2):  # the first step makes the state
+        master.gradient.fill_(1.0)
+        footprint = peak_of(lambda: update(state, config, config.optimizer.lr, _alone))
+    kept = [value for value in optimizer.state[master.master].values() if isinstance(value, Tensor) and value.ndim]
+    return Use(bytes_of(kept), footprint.peak)
+
+
+def _rehearse_preview(
+    config: Config,
+    base: Base,
+    method: Method,
+    transformer: SD3Transformer2DModel,
+    state: TrainState,
+    batches: EmptyBatches,
+) -> int:
+    """A denoising step, then the VAE's visit: the most that either adds."""
+    weights = state.master.named(state.master.master)
+    rows = 2 if config.preview.guidance > 1 else 1
+    side = config.data.resolution
+
+    def drawing(compute: Callable[[], object]) -> int:
+        def draw() -> None:
+            with torch.no_grad(), method.as_exported(transformer, weights):
+                compute()
+
+        return peak_of(draw).peak
+
+    denoising = drawing(lambda: predict_velocity(transformer, method, batches.of(rows, (side, side))))
+    vae = load_vae(base, vae_dtype(dtype_of(transformer)), META)
+    latents = batches.of(1, (side, side)).latents
+    return max(denoising, bytes_of(tensors_of(vae)) + drawing(lambda: decode(vae, latents)))
+
+
+def rehearse_text_encoder(base: Base, encoder: str, dtype: torch.dtype, tokens: int) -> Use:
+    """One text through one encoder (`clip_l`, `clip_g` or `t5`)."""
+    model = text_encoder_shape(base, encoder, dtype)
+    ids = torch.zeros(1, CLIP_LENGTH if encoder != "t5" else tokens, dtype=torch.long, device=META)
+    with torch.no_grad():
+        footprint = peak_of(lambda: model(ids, output_hidden_states=encoder != "t5"))
+    return Use(bytes_of(tensors_of(model)), footprint.peak)
+
+
+def rehearse_vae(base: Base, size: Size, dtype: torch.dtype) -> Use:
+    """One image of that size into latents."""
+    vae = load_vae(base, vae_dtype(dtype), META)
+    with torch.no_grad():
+        footprint = peak_of(lambda: vae.encode(torch.empty(1, 3, *size, dtype=vae.dtype, device=META)))
+    return Use(bytes_of(tensors_of(vae)), footprint.peak)
+
+
+def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> Use:
+    """A class image drawn by the base, with guidance: transformer and VAE are in memory together."""
+    transformer, vae = load_transformer(base, dtype, META), load_vae(base, vae_dtype(dtype), META)
+    batch = EmptyBatches(config, base, method.cached_encoders, size, dtype).of(2, size)
+    with torch.no_grad():
+        denoising = peak_of(lambda: predict_velocity(transformer, method, batch))
+        decoding = peak_of(lambda: decode(vae, batch.latents[:1]))
+    return Use(bytes_of([*tensors_of(transformer), *tensors_of(vae)]), max(denoising.peak, decoding.peak))
+
+
+def vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The VAE overflows in fp16, so it computes in fp32 then."""
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
+def dtype_of(transformer: nn.Module) -> torch.dtype:
+    return next(transformer.parameters()).dtype

@@ -1,0 +1,24 @@
+"""From a frozen transformer to one that is trained, as the configuration says."""
+
+from __future__ import annotations
+
+from diffusers import SD3Transformer2DModel
+from torch import nn
+
+from sd3tune.config import Config
+from sd3tune.data.sampler import generator
+from sd3tune.methods import Method
+from sd3tune.model.fast import use_fast_path
+
+
+def make_trainable(config: Config, method: Method, transformer: SD3Transformer2DModel) -> dict[str, nn.Parameter]:
+    """What is trained, fp32, now part of the model, which checkpoints its blocks and takes the fast path if asked to.
+
+    Works on the meta device, too.
+    """
+    if config.train.gradient_checkpointing == "block":
+        transformer.enable_gradient_checkpointing()
+    parameters = method.inject(transformer, lambda name: generator(config.seed, "init", name))
+    if config.train.fast_path:
+        use_fast_path(transformer)
+    return parameters

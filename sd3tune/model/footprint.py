@@ -1,0 +1,140 @@
+"""What a computation costs: the bytes that are alive at once, and its matrix products, counted while it runs.
+
+It may run on real tensors or on the meta device, where nothing is computed and a model of 8 billion parameters takes
+no memory; the counts are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+_WIDEST_FLASH = 256  # a head's width; the VAE's one head has 512
+_FORMULAS = {
+    **flop_registry,
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],  # the fast path adds products in place
+}
+
+
+class Footprint(TorchDispatchMode):
+    """While it is entered, follows every tensor that is made: `peak` is the most bytes that were alive at once.
+
+    Tensors that were there before do not count, nor does what a kernel takes for itself inside. A storage counts once,
+    however many tensors look at it. `flops` counts two operations for each multiplication and addition of matrix
+    products, convolutions and attention (torch's own formulas, `torch.utils.flop_counter`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak, self.flops = 0, 0, 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and _key(leaf) not in self._alive]
+        if made:
+            given = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            for tensor in made:
+                if _key(tensor) not in given:  # else a view of what was there before
+                    self._follow(tensor)
+        return result
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage, key = tensor.untyped_storage(), _key(tensor)
+        nbytes = storage.nbytes()
+
+        def gone(_: object) -> None:
+            del self._alive[key]
+            self.now -= nbytes
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """While the context lasts, attention on the meta device takes a kernel that a GPU would take: one that forms no
+    matrix of all pairs of tokens. torch itself forms it where it sees no GPU. A masked attention stays as it is.
+
+    The function is exchanged, as a mode of torch would not reach the blocks that a backward pass computes again.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *masks: Any, **options: Any) -> Tensor:
+        if not (query.is_meta and _is_plain(*masks, **options)):
+            return plain(query, key, value, *masks, **options)
+        if query.shape[-1] <= _WIDEST_FLASH:
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, False)[0]
+
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+def _is_plain(attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, **_: object) -> bool:
+    return attn_mask is None and not dropout_p and not is_causal
+
+
+class Saved:
+    """Bytes that autograd keeps for the backward pass: distinct storages, those of `known` tensors left out.
+
+    It holds on to none of them, so it is right for one forward pass, during which none of them goes.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        self._known = {_key(tensor) for tensor in known}
+        self._found: dict[int, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._found.values())
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """While the context lasts, what a forward pass saves is counted."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            yield
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if _key(tensor) not in self._known:
+            self._found[_key(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def _key(tensor: Tensor) -> int:
+    """Which storage a tensor looks at."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def peak_of(compute: Callable[[], object]) -> Footprint:
+    """The footprint of one call."""
+    with fused_attention(), Footprint() as footprint:
+        compute()
+    return footprint
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' storages; what several of them share counts once."""
+    return sum({_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """A model's parameters and buffers."""
+    return [*model.parameters(), *model.buffers()]

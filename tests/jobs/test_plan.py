@@ -1,0 +1,253 @@
+"""What `sd3tune plan` predicts is what real runs of the tiny base are seen to take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from sd3tune.config import Config, parse_config
+from sd3tune.errors import ConfigError
+from sd3tune.jobs.cache import run_cache
+from sd3tune.jobs.cards import CARDS, find_card
+from sd3tune.jobs.forecast import forecast, look_ahead
+from sd3tune.jobs.places import store_folder
+from sd3tune.jobs.plan import after, components, knobs, planned_dtype, run_plan
+from sd3tune.jobs.rehearsal import Training, rehearse_training
+from sd3tune.jobs.train import make_state
+from sd3tune.jobs.trainable import make_trainable
+from sd3tune.methods import METHODS, Method
+from sd3tune.model.bases import resolve_base, shape_of_base
+from sd3tune.model.components import empty_transformer, load_text_encoder, load_transformer, load_vae
+from sd3tune.train.batches import Batch
+from sd3tune.train.optim import FlatMaster
+from sd3tune.train.step import TrainState, predict_velocity, update
+
+FULL = "method={kind: full}"
+BLOCK = "train.gradient_checkpointing=block"
+TEXT = {"clip_l": (77, 16, 16), "clip_g": (77, 32, 32)}
+"""Tokens, width and pooled width of the tiny encoders; its T5 is 64 wide."""
+
+
+def real_batch(rows: int, side: int, dtype: torch.dtype = torch.float32) -> Batch:
+    embeddings = {
+        name: {"hidden": torch.randn(rows, tokens, width).to(dtype), "pooled": torch.randn(rows, pooled).to(dtype)}
+        for name, (tokens, width, pooled) in TEXT.items()
+    }
+    embeddings["t5"] = {"hidden": torch.randn(rows, 16, 64).to(dtype)}
+    latents = torch.randn(rows, 16, side // 8, side // 8)
+    return Batch(
+        latents, torch.randn_like(latents), torch.rand(rows), embeddings, torch.ones(rows), [""] * rows, rows,
+        slice(rows, rows),
+    )  # fmt: skip
+
+
+def real_model(config: Config, dtype: torch.dtype) -> tuple[SD3Transformer2DModel, Method, TrainState]:
+    base = resolve_base("tiny")
+    method = METHODS[config.method.kind](config, base)
+    transformer = load_transformer(base, dtype)
+    return (
+        transformer,
+        method,
+        make_state(config, FlatMaster(make_trainable(config, method, transformer), dtype), dtype),
+    )
+
+
+def predicted(config: Config, dtype: torch.dtype = torch.float32) -> Training:
+    base = shape_of_base(config.model)
+    size = (config.data.resolution, config.data.resolution)
+    return rehearse_training(config, base, METHODS[config.method.kind](config, base), size, dtype)
+
+
+@pytest.mark.parametrize("side", [64, 160])
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("method", [FULL, "method.rank=4"])
+def test_saved_bytes_and_the_worst_moment_are_those_of_a_real_step(
+    quick_config, tmp_path: Path, method: str, checkpointing: str, side: int
+) -> None:
+    config = quick_config(
+        tmp_path,
+        method,
+        "train.batch_size=2",
+        f"train.gradient_checkpointing={checkpointing}",
+        f"data.resolution={side}",
+    )
+    training = predicted(config)
+
+    transformer, of, state = real_model(config, torch.float32)
+    known = {t.untyped_storage().data_ptr() for t in [*transformer.parameters(), *transformer.buffers()]}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        batch = real_batch(2, side)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = (predict_velocity(transformer, of, batch).float() - batch.noise).square().mean()
+        loss.backward()
+        state.master.collect_gradients()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():  # the allocator's own account
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    assert training.saved == pytest.approx(sum(saved.values()), rel=0.02)
+    assert training.working == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "overrides"),
+    [
+        (torch.float32, []),
+        (torch.bfloat16, ["ema={decay: 0.9}"]),
+        (torch.bfloat16, ["method.rank=64", "optimizer={kind: adamw8bit}"]),
+        (torch.float32, ["method.rank=8", "optimizer={kind: prodigy}"]),
+        (torch.bfloat16, [FULL, "ema={decay: 0.9}"]),
+    ],
+    ids=["lora", "ema in bf16", "adamw8bit", "prodigy", "full in bf16"],
+)
+def test_what_stays_in_memory_is_the_sum_of_a_real_runs_tensors(
+    quick_config, tmp_path: Path, dtype: torch.dtype, overrides: list[str]
+) -> None:
+    config = quick_config(tmp_path, *overrides)
+    training = predicted(config, dtype)
+    transformer, _, state = real_model(config, dtype)
+    master = state.master
+    update(state, config, 1e-3, lambda gradient: gradient)
+    kept = [value for value in state.optimizer.state[master.master].values() if isinstance(value, Tensor)]
+
+    def nbytes(tensors: list[Tensor]) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    everything = [*transformer.parameters(), *transformer.buffers()]
+    assert training.trained == master.master.numel()
+    assert training.frozen == nbytes([tensor for tensor in everything if not tensor.requires_grad])
+    assert training.compute == (0 if dtype is torch.float32 else nbytes([master.compute]))
+    assert (training.master, training.gradient) == (nbytes([master.master]), nbytes([master.gradient]))
+    assert training.average == (nbytes([state.ema]) if state.ema is not None else 0)
+    assert training.optimizer == pytest.approx(nbytes(kept), rel=0.02, abs=2100)  # code books and counters aside
+    assert sum(nbytes for _, nbytes in components(training)) == training.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_encoders_and_vae_take_what_they_take_when_loaded(quick_config, tmp_path: Path, dtype: torch.dtype) -> None:
+    plan = forecast(look_ahead(quick_config(tmp_path), dtype))
+    base = resolve_base("tiny")
+    models = {name: load_text_encoder(base, name, dtype).model for name in ("clip_l", "clip_g", "t5")}
+    models["vae"] = load_vae(base, torch.float32 if dtype is torch.float16 else dtype)
+    for name, model in models.items():
+        real = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+        assert plan.encoding[name].resident == sum(real.values()), name
+        assert plan.encoding[name].working > 0
+
+
+def test_the_store_is_as_large_as_predicted(quick_config, tmp_path: Path) -> None:
+    config = quick_config(
+        tmp_path / "run", f"data.cache_dir={tmp_path / 'store'}", "data.resolution=128", "data.crop_variants=2",
+        "data.flip=true", "preview.prompts=[a, b]", "validation.holdout=1",
+    )  # fmt: skip
+    plan = forecast(look_ahead(config, torch.float32))
+    run_cache(config)
+    real = sum(file.stat().st_size for file in store_folder(config).glob("*.safetensors"))
+    assert plan.store is not None
+    assert (plan.store.texts, plan.store.images) == (
+        5 + 3,
+        12 + 1,
+    )  # images of the bucket's shape have one crop and its mirror image
+    assert plan.store.nbytes == pytest.approx(real, rel=0.05)
+
+
+def products(config: Config, side: int) -> int:
+    """Operations of a step's matrix products, from the shapes that each layer sees in a real forward pass.
+
+    A layer multiplies once forward, once for its weights' gradient if they are trained, and once for its input's
+    if that has one. Attention forms two products forward and five backward (Dao et al. 2022).
+    """
+    transformer, method, _ = real_model(config, torch.float32)
+    total = 0
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        times = 1 + layer.weight.requires_grad + inputs[0].requires_grad  # type: ignore[operator, union-attr]
+        total += 2 * times * output.numel() * (layer.weight.numel() // len(layer.weight))  # type: ignore[arg-type, union-attr]
+
+    for layer in transformer.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.register_forward_hook(count)
+    predict_velocity(transformer, method, real_batch(1, side))
+    image, text, width = (side // 16) ** 2, 77 + 16, 64
+    for block in transformer.transformer_blocks:
+        total += 14 * width * ((image + text) ** 2 + image**2 * block.use_dual_attention)
+    return total
+
+
+@pytest.mark.parametrize("method", [FULL, "method.rank=4", "method.targets=attention-image"])
+def test_operations_are_those_of_the_products(quick_config, tmp_path: Path, method: str) -> None:
+    plain = quick_config(tmp_path, method, "train.fast_path=false", "data.resolution=96")
+    fast = quick_config(tmp_path, method, "data.resolution=96", "train.gradient_accumulation=3")
+    assert predicted(plain).flops == products(plain, 96)
+    assert predicted(fast).flops == pytest.approx(3 * products(plain, 96), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "adapter"),
+    [
+        ("stabilityai/stable-diffusion-3-medium-diffusers", 2.028, 9.339),
+        ("stabilityai/stable-diffusion-3.5-medium", 2.243, 11.895),
+        ("stabilityai/stable-diffusion-3.5-large", 8.057, 23.503),
+    ],
+)
+def test_released_models_are_known_without_a_network(
+    monkeypatch: pytest.MonkeyPatch, name: str, parameters: float, adapter: float
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    config = parse_config({"model": {"base": name}, "data": {"sources": [{"path": "/gone", "caption": "a"}]}}).config
+    outlook = look_ahead(config, torch.bfloat16)
+    transformer = empty_transformer(outlook.base)
+    rows = METHODS["lora"](config, outlook.base).coverage(transformer)
+    assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(parameters, abs=5e-4)
+    assert sum(row.parameters for row in rows) / 1e6 == pytest.approx(adapter, abs=5e-4)
+    assert (outlook.records, outlook.largest) == (None, (1024, 1024))
+    assert "no such folder" in outlook.missing[0]
+
+
+def test_the_plan_says_whether_it_fits_and_what_changes_buy(quick_config, tmp_path: Path) -> None:
+    config = quick_config(tmp_path, "model.t5=false", "method.targets=attention-image", "optimizer={kind: prodigy}")
+    text = "\n".join(run_plan(config, "4090"))
+    assert "fits      into 24 GB (4090): yes" in text
+    assert "at 40 % of the 165 TFLOP/s of 4090, which is an assumption" in text
+    assert f"\n{BLOCK} " in text
+    assert "no, " in next(line for line in run_plan(config, memory=0.1) if line.startswith("fits"))
+    assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_a_knob_is_the_plan_of_the_configuration_that_it_names(quick_config, tmp_path: Path) -> None:
+    given = ("train.batch_size=2", "data.resolution=768")
+    outlook = look_ahead(quick_config(tmp_path, *given), torch.float32)
+    found = knobs(outlook.config, torch.float32)
+    assert len(found) >= 6
+    for typed, changed in found:
+        other = quick_config(tmp_path, *given, *typed.split())
+        assert after(outlook, changed).config == other, typed
+    sides = [after(outlook, changed).largest for typed, changed in found if typed.startswith("data.resolution")]
+    assert sides
+    assert all(height * width <= 512**2 for height, width in sides)
+
+
+def test_cards_have_their_precision(quick_config, tmp_path: Path) -> None:
+    config = quick_config(tmp_path)
+    assert planned_dtype(config, CARDS["t4"], None) is torch.float16
+    assert planned_dtype(config, CARDS["4090"], None) is torch.bfloat16
+    assert planned_dtype(config, None, 24.0) is torch.bfloat16
+    assert planned_dtype(config, None, None) is torch.float32
+    with pytest.raises(ConfigError, match="has no bf16"):
+        planned_dtype(quick_config(tmp_path, "model.dtype=bf16"), CARDS["t4"], None)
+    with pytest.raises(ConfigError, match="did you mean 4090"):
+        find_card("4080")
