@@ -22,7 +22,7 @@ from sd3tune.cli.infer import infer
 from sd3tune.cli.leaving import leave_after
 from sd3tune.cli.lora import lora_app
 from sd3tune.config import dump_config, json_schema, load_config
-from sd3tune.errors import UserError
+from sd3tune.errors import ConfigError, UserError
 
 app = typer.Typer(
     help="Fine-tune Stable Diffusion 3 and 3.5 with LoRA.",
