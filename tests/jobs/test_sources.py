@@ -115,7 +115,7 @@ def test_several_sources_are_one_run_with_trigger_templates_and_weights(
     run_training(quick_config(tmp_path / "run", *overrides))
     adapter = read_adapter(tmp_path / "run")
     assert adapter.contract["trigger"] == "tok"
-    assert "Put `tok` into the prompt." in (tmp_path / "run" / "README.md").read_text()
+    assert "`tok`: it is in every caption" in (tmp_path / "run" / "README.md").read_text()
     seen = [line["loss"] / next(iter(line["loss_by_sigma"].values())) for line in lines_of(tmp_path / "run")]
     assert sorted(seen) == pytest.approx([0.5] * 3 + [1.0] * 4)
 

@@ -79,6 +79,10 @@ def test_what_is_exported_is_computed_to_the_bit(make, velocity, tmp_path, expor
         seen = velocity(transformer)
     method.export(tmp_path / "model", weights, CONTRACT)
     loaded = load_transformer(resolve_base(str(tmp_path / "model")), DTYPES[computed])
+    for tensor in (*loaded.parameters(), *loaded.buffers()):
+        tensor.data = (
+            tensor.data.clone()
+        )  # a file's tensors begin anywhere, and some CPUs' kernels then round otherwise
     assert torch.equal(velocity(loaded), seen)
     stored = load_transformer(resolve_base(str(tmp_path / "model")), torch.float32).state_dict()
     assert all(torch.equal(stored[name], value.to(DTYPES[exported]).float()) for name, value in weights.items())
