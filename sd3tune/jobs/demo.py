@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = {
     "checkpoint": {"every": 125},
 }
 PRIOR = {"prompt": "a shape", "images": 48, "steps": 10, "guidance": 4.0}
-COUNT = 24
+COUNT = 16
 """Pictures of a kind that the oracle reads."""
 
 
@@ -97,10 +97,13 @@ def _show(runs: dict[str, Path]) -> tuple[Image.Image, list[str]]:
 
 def _figures(asked: dict[str, list[Task]], drawn: dict[str, dict[str, list[Image.Image]]]) -> list[str]:
     titles = {"before": "before", "alone": "after", "kept": "with prior preservation"}
-    lines = [f"{'right, of ' + str(COUNT) + ' pictures':46}" + "".join(f"{title:>10}" for title in titles.values())]
+    widths = [max(10, len(title) + 2) for title in titles.values()]
+    heads = "".join(f"{title:>{width}}" for title, width in zip(titles.values(), widths, strict=True))
+    lines = [f"{f'right, of {COUNT} pictures':64}{heads}"]
     for kind, tasks in asked.items():
         shares = [round(COUNT * share_right(tasks, drawn[name][kind])) for name in titles]
-        lines.append(f"  {kind}, such as {tasks[0].prompt!r:30}" + "".join(f"{share:10}" for share in shares))
+        counts = "".join(f"{share:{width}}" for share, width in zip(shares, widths, strict=True))
+        lines.append(f"{f'  {kind}, such as {tasks[0].prompt!r}':64}{counts}")
     return lines
 
 
