@@ -77,6 +77,10 @@ def test_the_commands_of_a_page_work_one_after_the_other(page: Path, readers_fol
         if page.name == "config.md":  # a list, not a story
             shutil.rmtree(readers_folder / "runs", ignore_errors=True)
         app([*words, *SHORTER.get(words[0], [])], standalone_mode=False)
+        if "--out" in words:
+            assert Path(words[words.index("--out") + 1]).exists(), words
+        elif words[0] == "infer":
+            assert any(Path("images").glob("*.png")), words
 
 
 def test_the_main_pages_are_among_them() -> None:
