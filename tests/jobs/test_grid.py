@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageChops
 
 from sd3tune.errors import ConfigError
 from sd3tune.jobs.grid import AXES, read_grid
@@ -16,6 +15,7 @@ from sd3tune.jobs.request import Request
 from sd3tune.jobs.shots import Shot
 from sd3tune.model.adapter_io import write_adapter
 from sd3tune.sampling.contact_sheet import contact_sheet
+from tests.pictures import distance, opened
 
 Draw = Callable[..., list[Path]]
 MODULE = "transformer_blocks.0.attn.to_q"
@@ -50,17 +50,6 @@ def draw(tmp_path: Path) -> Draw:
         return run_infer(Request(loras=[str(lora) for lora in loras], **given))
 
     return draw
-
-
-def opened(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        image.load()
-    return image
-
-
-def distance(one: Image.Image, other: Image.Image) -> int:
-    assert one.size == other.size
-    return max(high for _, high in ImageChops.difference(one, other).getextrema())
 
 
 def test_columns_and_rows_are_the_pictures_of_single_calls(draw: Draw, checkpoints: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from sd3tune.model.bases import resolve_base
 from sd3tune.model.components import load_pipeline
 from sd3tune.nano.oracle import judge
 from sd3tune.nano.world import parse
+from tests.pictures import distance, opened
 
 PROMPT, T5_LENGTH, SEED = "a red circle on a blue background", 16, 3
 Draw = Callable[..., Path]
@@ -45,17 +46,6 @@ def theirs(pipeline: StableDiffusion3Pipeline, prompt: str = PROMPT, **options: 
     given = {"height": 48, "width": 64, "num_inference_steps": 4, "guidance_scale": 4.0}
     given |= {"max_sequence_length": T5_LENGTH, "generator": torch.Generator().manual_seed(SEED)}
     return pipeline(prompt, **{**given, **options}).images[0]
-
-
-def opened(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        image.load()
-    return image
-
-
-def distance(one: Image.Image, other: Image.Image) -> int:
-    assert one.size == other.size
-    return max(high for _, high in ImageChops.difference(one, other).getextrema())
 
 
 def recipe_of(path: Path) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from PIL import Image, ImageChops
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sd3tune import __version__
@@ -24,6 +24,7 @@ from sd3tune.model.adapter_io import ADAPTER_FILE, read_adapter, write_adapter
 from sd3tune.model.bases import resolve_base
 from sd3tune.model.components import load_pipeline
 from sd3tune.sampling.contact_sheet import contact_sheet
+from tests.pictures import distance, opened
 
 PROMPT = "a photo of sks dog"
 Draw = Callable[..., list[Path]]
@@ -46,18 +47,6 @@ def draw(tmp_path: Path) -> Draw:
         return run_infer(Request(loras=[str(lora) for lora in loras], **given))
 
     return draw
-
-
-def opened(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        image.load()
-    return image
-
-
-def distance(one: Image.Image, other: Image.Image) -> int:
-    """The largest difference of two pictures of one size, in levels of 0 to 255."""
-    assert one.size == other.size
-    return max(high for _, high in ImageChops.difference(one.convert("RGB"), other.convert("RGB")).getextrema())
 
 
 def recipe_of(path: Path) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,13 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from sd3tune.config import Config, parse_config
+from sd3tune.config import Config, load_config, parse_config
 from sd3tune.errors import ConfigError
 from sd3tune.jobs.cache import run_cache
 from sd3tune.jobs.cards import CARDS, find_card
 from sd3tune.jobs.forecast import forecast, look_ahead
 from sd3tune.jobs.places import store_folder
-from sd3tune.jobs.plan import after, components, knobs, planned_dtype, run_plan
+from sd3tune.jobs.plan import after, components, gigabytes, knobs, planned_dtype, run_plan
 from sd3tune.jobs.rehearsal import Training, rehearse_training
 from sd3tune.jobs.train import make_state
 from sd3tune.jobs.trainable import make_trainable
@@ -27,6 +28,7 @@ from sd3tune.train.batches import Batch
 from sd3tune.train.optim import FlatMaster
 from sd3tune.train.step import TrainState, predict_velocity, update
 
+ROOT = Path(__file__).parents[2]
 FULL = "method={kind: full}"
 BLOCK = "train.gradient_checkpointing=block"
 TEXT = {"clip_l": (77, 16, 16), "clip_g": (77, 32, 32)}
@@ -251,3 +253,18 @@ def test_cards_have_their_precision(quick_config, tmp_path: Path) -> None:
         planned_dtype(quick_config(tmp_path, "model.dtype=bf16"), CARDS["t4"], None)
     with pytest.raises(ConfigError, match="did you mean 4090"):
         find_card("4080")
+
+
+def test_a_full_size_base_takes_what_the_page_says() -> None:
+    """And what was counted elsewhere: SD3.5 medium has 2.243 billion parameters, a step with 154 tokens 27.7 TFLOP."""
+    config = load_config(ROOT / "configs" / "dreambooth_sd35_medium.yaml").config
+    outlook = look_ahead(config, torch.bfloat16)
+    method = METHODS["lora"](outlook.config, outlook.base)
+    training = rehearse_training(outlook.config, outlook.base, method, outlook.largest, torch.bfloat16)
+    assert training.parameters == pytest.approx(2.243e9, rel=1e-3)
+    assert training.flops == pytest.approx(27.7e12, rel=0.01)
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    rows = {row[0]: row[2] for row in re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| [^|]+ \|$", page, re.MULTILINE)}
+    assert rows["training, at the worst moment"] == gigabytes(training.peak)
+    assert rows["of it activations saved for the backward pass"] == gigabytes(training.saved)
+    assert rows["operations of a step, TFLOP"] == f"{training.flops / 1e12:.1f}"

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageChops
 
 from sd3tune.errors import ConfigError
 from sd3tune.jobs import studio
@@ -16,6 +15,7 @@ from sd3tune.jobs.infer import run_infer
 from sd3tune.jobs.prompts_file import COLUMNS, read_prompts
 from sd3tune.jobs.request import Request
 from sd3tune.jobs.shots import Shot
+from tests.pictures import distance
 
 Draw = Callable[..., list[Path]]
 LINES = [
@@ -116,12 +116,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
     monkeypatch.setattr(studio, "sample_latents", recording)
     return seen
-
-
-def distance(one: Path, other: Path) -> int:
-    with Image.open(one) as image, Image.open(other) as beside:
-        assert image.size == beside.size
-        return max(high for _, high in ImageChops.difference(image, beside).getextrema())
 
 
 def test_each_line_is_drawn_as_it_would_be_alone(draw: Draw, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageChops
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sd3tune.errors import AdapterError, ConfigError, ModelError, UserError
@@ -17,6 +17,7 @@ from sd3tune.jobs.infer import run_infer
 from sd3tune.jobs.request import Request
 from sd3tune.model.adapter_io import read_adapter, write_adapter
 from sd3tune.model.bases import resolve_base
+from tests.pictures import distance
 
 Draw = Callable[..., list[Path]]
 MODULE = "transformer_blocks.0.attn.to_q"
@@ -54,12 +55,6 @@ def picture(adapter: Path) -> Path:
 def recipe_of(path: Path) -> dict:
     with Image.open(path) as image:
         return json.loads(image.text["sd3tune"])
-
-
-def distance(one: Path, other: Path) -> int:
-    with Image.open(one) as image, Image.open(other) as beside:
-        assert image.size == beside.size
-        return max(high for _, high in ImageChops.difference(image, beside).getextrema())
 
 
 def edited(picture: Path, target: Path, **changes: object) -> Path:

@@ -13,13 +13,14 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     StableDiffusion3Pipeline,
 )
-from PIL import Image, ImageChops
+from PIL import Image
 from torch import Tensor
 
 from sd3tune.model.bases import resolve_base
 from sd3tune.model.components import load_pipeline, load_scheduler
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, sample_latents, to_image
 from sd3tune.sampling.samplers import SAMPLERS
+from tests.pictures import distance
 
 PROMPT, T5_LENGTH = "a red circle on a blue background", 16
 MEAN, SPREAD = 0.7, 0.3
@@ -52,10 +53,6 @@ def theirs(pipeline: StableDiffusion3Pipeline, settings: SamplerSettings, schedu
         max_sequence_length=T5_LENGTH,
         generator=torch.Generator().manual_seed(3),
     ).images[0]
-
-
-def distance(one: Image.Image, other: Image.Image) -> int:
-    return max(high for _, high in ImageChops.difference(one, other).getextrema())
 
 
 @pytest.mark.parametrize("shift", [None, 1.5])
