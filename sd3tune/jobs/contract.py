@@ -71,7 +71,7 @@ def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, A
     """What must be the same for a resumed run to be the run it resumes; without `encoded`, all but the data itself."""
     config = plan.config
     sections = config.model_dump(include={"seed", "flow", "optimizer", "schedule", "train", "ema"})
-    for harmless in ("log_every", "max_skipped", "gradient_checkpointing", "fast_path"):
+    for harmless in ("log_every", "max_skipped", "gradient_checkpointing", "checkpointed_blocks", "fast_path"):
         sections["train"].pop(harmless)
     if config.schedule.kind == "constant":
         sections["train"].pop("steps")  # the learning rate does not depend on the length, so a run may be extended

@@ -60,10 +60,13 @@ def planned_dtype(config: Config, card: Card | None, memory: float | None) -> to
 def _about(outlook: Outlook) -> list[str]:
     height, width = outlook.largest
     train = outlook.config.train
+    checkpointing: str = train.gradient_checkpointing
+    if train.checkpointed_blocks is not None:
+        checkpointing += f" of {train.checkpointed_blocks} blocks"
     batch = f"batch {train.batch_size}" + f" x {train.gradient_accumulation}" * (train.gradient_accumulation > 1)
     return [
         f"base      {outlook.base.name}, {dtype_name(outlook.dtype)}",
-        f"largest   {width}x{height} px, {batch}, gradient checkpointing {train.gradient_checkpointing}",
+        f"largest   {width}x{height} px, {batch}, gradient checkpointing {checkpointing}",
     ]
 
 
@@ -157,14 +160,18 @@ def _changed(section: str, **values: object) -> Callable[[Config], Config]:
     return lambda config: config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
-def knobs(config: Config, dtype: torch.dtype) -> list[Knob]:
+def knobs(outlook: Outlook) -> list[Knob]:
     """Changes that the configuration has not made yet, as they are typed, cheapest first."""
+    config, dtype, blocks = outlook.config, outlook.dtype, outlook.base.config("transformer")["num_layers"]
     train, method, side = config.train, config.method, config.data.resolution
     found: list[Knob] = []
-    if train.gradient_checkpointing == "none":
-        found.append(("train.gradient_checkpointing=block", _changed("train", gradient_checkpointing="block")))
-    else:
-        found.append(("train.gradient_checkpointing=none", _changed("train", gradient_checkpointing="none")))
+    partly = train.checkpointed_blocks is not None
+    for kind in ("none", "selective", "block"):
+        if kind != train.gradient_checkpointing:
+            typed = f"train.gradient_checkpointing={kind}" + " train.checkpointed_blocks=null" * partly
+            found.append((typed, _changed("train", gradient_checkpointing=kind, checkpointed_blocks=None)))
+    if train.gradient_checkpointing != "none" and not partly:
+        found.append((f"train.checkpointed_blocks={blocks // 2}", _changed("train", checkpointed_blocks=blocks // 2)))
     if train.batch_size > 1:
         more = train.gradient_accumulation * train.batch_size
         typed = f"train.batch_size=1 train.gradient_accumulation={more}"
@@ -189,7 +196,7 @@ def _about_knobs(plan: Forecast, card: Card | None, room: float | None) -> Itera
     """One line a change: the peak of the whole run and that of the training, and the operations of a step."""
     yield f"{'what a change buys':<50}{'peak':>10}{'training':>12}{'TFLOP':>9}{'more':>8}"
     today = plan.training.flops
-    for typed, changed in [("as it is", None), *knobs(plan.outlook.config, plan.outlook.dtype)]:
+    for typed, changed in [("as it is", None), *knobs(plan.outlook)]:
         other = plan if changed is None else forecast(after(plan.outlook, changed), plan)
         fits = "" if room is None else ("  fits" if other.needed <= room * 1e9 else "  too much")
         yield (

@@ -226,6 +226,10 @@ def _largest_side(transformer: Mapping[str, Any]) -> int:
 
 
 def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
+    """ConfigError where the base is too small: for the pictures, or for the blocks to checkpoint."""
+    blocks, there = config.train.checkpointed_blocks, int(transformer["num_layers"])
+    if blocks is not None and blocks > there:
+        raise ConfigError(f"train.checkpointed_blocks: {blocks} of {there} blocks; at most {there}, or null for all")
     largest = _largest_side(transformer)
     if config.data.resolution > largest:
         raise ConfigError(f"data.resolution: {config.data.resolution} is too large for this base; at most {largest}")

@@ -8,6 +8,7 @@ from torch import nn
 from sd3tune.config import Config
 from sd3tune.data.sampler import generator
 from sd3tune.methods import Method
+from sd3tune.model.checkpointing import checkpoint_blocks
 from sd3tune.model.fast import use_fast_path
 
 
@@ -16,8 +17,7 @@ def make_trainable(config: Config, method: Method, transformer: SD3Transformer2D
 
     Works on the meta device, too.
     """
-    if config.train.gradient_checkpointing == "block":
-        transformer.enable_gradient_checkpointing()
+    checkpoint_blocks(transformer, config.train.gradient_checkpointing, config.train.checkpointed_blocks)
     parameters = method.inject(transformer, lambda name: generator(config.seed, "init", name))
     if config.train.fast_path:
         use_fast_path(transformer)

@@ -65,8 +65,9 @@ def predicted(config: Config, dtype: torch.dtype = torch.float32) -> Training:
     return rehearse_training(config, base, METHODS[config.method.kind](config, base), size, dtype)
 
 
-@pytest.mark.parametrize("side", [64, 160])
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize(
+    ("checkpointing", "side"), [("none", 64), ("none", 160), ("block", 64), ("block", 160), ("selective", 160)]
+)
 @pytest.mark.parametrize("method", [FULL, "method.rank=4"])
 def test_saved_bytes_and_the_worst_moment_are_those_of_a_real_step(
     quick_config, tmp_path: Path, method: str, checkpointing: str, side: int
@@ -230,10 +231,17 @@ def test_the_plan_says_whether_it_fits_and_what_changes_buy(quick_config, tmp_pa
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
-def test_a_knob_is_the_plan_of_the_configuration_that_it_names(quick_config, tmp_path: Path) -> None:
-    given = ("train.batch_size=2", "data.resolution=768")
+@pytest.mark.parametrize(
+    "checkpointing",
+    [(), (BLOCK,), ("train.gradient_checkpointing=selective", "train.checkpointed_blocks=3")],
+    ids=["none", "block", "a part"],
+)
+def test_a_knob_is_the_plan_of_the_configuration_that_it_names(
+    quick_config, tmp_path: Path, checkpointing: tuple[str, ...]
+) -> None:
+    given = ("train.batch_size=2", "data.resolution=768", *checkpointing)
     outlook = look_ahead(quick_config(tmp_path, *given), torch.float32)
-    found = knobs(outlook.config, torch.float32)
+    found = knobs(outlook)
     assert len(found) >= 6
     for typed, changed in found:
         other = quick_config(tmp_path, *given, *typed.split())

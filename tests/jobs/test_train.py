@@ -164,7 +164,7 @@ def test_block_checkpointing_gives_the_same_adapter(quick_config, tmp_path: Path
     monkeypatch.setattr(
         SD3Transformer2DModel,
         "enable_gradient_checkpointing",
-        lambda self: (switched_on.append(True), genuine(self)),
+        lambda self, compute: (switched_on.append(True), genuine(self, compute)),
     )
     run_training(quick_config(tmp_path / "none"))
     assert not switched_on

@@ -124,7 +124,8 @@ def test_the_knobs_come_in_the_order_of_their_cost(quick_config, tmp_path: Path)
         seen.append(training_knob(config))
         overrides += [part.strip(":") for part in seen[-1].split() if "=" in part]
     assert [knob.split()[1].split("=")[0] for knob in seen[:-1]] == [
-        "train.batch_size", "train.batch_size", "train.gradient_checkpointing", "data.resolution", "data.resolution",
+        "train.batch_size", "train.batch_size", "train.gradient_checkpointing", "train.gradient_checkpointing",
+        "data.resolution", "data.resolution",
     ]  # fmt: skip
     assert (config.train.batch_size, config.train.gradient_accumulation) == (1, 6)
     assert "method.targets=attention" in training_knob(

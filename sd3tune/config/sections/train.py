@@ -25,10 +25,13 @@ class TrainConfig(Section):
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="Gradients are scaled down to this norm; null leaves them."
     )
-    gradient_checkpointing: Literal["none", "block"] = Field(
+    gradient_checkpointing: Literal["none", "block", "selective"] = Field(
         "none",
         description="`block` recomputes each transformer block in the backward pass: a tenth of the "
-        "activations for a third more time.",
+        "activations for a third more time. `selective` keeps what attention made: a little more memory, less time.",
+    )
+    checkpointed_blocks: int | None = Field(
+        None, ge=1, description="How many blocks are recomputed, from the first on; null is all of them."
     )
     fast_path: bool = Field(
         True,
@@ -47,6 +50,15 @@ class TrainConfig(Section):
     def _epochs_replace_the_default(cls, values: Any) -> Any:
         given = isinstance(values, dict) and values.get("epochs") is not None
         return {**values, "steps": values.get("steps")} if given else values
+
+    @model_validator(mode="after")
+    def _checkpointed_how(self) -> TrainConfig:
+        if self.checkpointed_blocks is not None and self.gradient_checkpointing == "none":
+            raise ValueError(
+                f"checkpointed_blocks is {self.checkpointed_blocks} and gradient_checkpointing is none; "
+                "set gradient_checkpointing: block or selective, or leave checkpointed_blocks out"
+            )
+        return self
 
     @property
     def total_steps(self) -> int:
