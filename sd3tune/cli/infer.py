@@ -141,7 +141,11 @@ def infer(
     ] = None,
     quantize: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="FORM", help="Hold the transformer's blocks as nf4 or int8.", rich_help_panel=_MEMORY),
+        typer.Option(
+            metavar="FORM",
+            help="Hold the transformer's blocks as nf4, int8 or none; by default as in training.",
+            rich_help_panel=_MEMORY,
+        ),
     ] = None,
     t5_8bit: Annotated[bool, typer.Option("--t5-8bit", help="Hold T5 in 8 bits.", rich_help_panel=_MEMORY)] = False,
     offload: Annotated[

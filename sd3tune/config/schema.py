@@ -95,6 +95,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_is_trained_is_held_in_full(self) -> Config:
+        if self.model.quantize != "none" and self.method.kind == "full":
+            raise ValueError(
+                f"model.quantize is {self.model.quantize} and method.kind is full: only a frozen base can be "
+                "quantised; set model.quantize=none, or method.kind=lora"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_fits(self) -> Config:
         if self.train.steps is not None and not self.warmup_fits(self.train.steps):
             raise ValueError(

@@ -134,4 +134,5 @@ def _recipe(config: Config, settings: ClassImagesConfig, base: Base) -> str:
         revision=base.revision,
         dtype=model.dtype,
         t5=model.max_sequence_length if model.t5 else 0,
+        **({"quantize": model.quantize} if model.quantize != "none" else {}),
     )[:8]

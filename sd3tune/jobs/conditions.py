@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sd3tune.config import ModelConfig, load_config
-from sd3tune.errors import AdapterError
-from sd3tune.jobs.request import Request
+from sd3tune.errors import AdapterError, ConfigError
+from sd3tune.jobs.request import Memory, Request
 from sd3tune.jobs.shots import Shot
 from sd3tune.model.adapter_io import Adapter
 from sd3tune.model.bases import ENCODER_PARTS, ENCODERS, Base, configured_base
 from sd3tune.model.checkpoint import LABELS
+from sd3tune.model.quantized import missing_library
 
 DEFAULT_SIDE = 1024
 
@@ -57,6 +58,25 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
         encoders=encoders,
         size=(side, side),
     )
+
+
+def settle_memory(memory: Memory, adapters: Sequence[Adapter]) -> Memory:
+    """With the base held as the first adapter was trained on it, unless it is said otherwise.
+
+    Raises ConfigError where that cannot be here.
+    """
+    trained = next((adapter for adapter in adapters if adapter.contract), None)
+    form = trained.contract.get("quantize", "none") if trained else "none"
+    if memory.quantize is not None or trained is None or form == "none":
+        return replace(memory, quantize=memory.quantize or "none")
+    said = f"{trained.label} was trained on its base in {form}"
+    problems = missing_library(f"{said}, which")
+    if form == "int8" and memory.offload:
+        problems.append(f"--offload: {said}, whose layers stay on their device")
+    if problems:
+        raise ConfigError(*(f"{line}; or take --quantize none, the whole base" for line in problems))
+    print(f"note: {said}, and so it is drawn; --quantize none takes the whole base")
+    return replace(memory, quantize=form)
 
 
 def find_base(name: str | None, adapters: Sequence[Adapter]) -> Base:

@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
+import torch
+
+from sd3tune.config import Config
 from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.config.sections.outputs import PreviewConfig
 from sd3tune.data.buckets import Size, size_name
@@ -26,7 +29,7 @@ def describe(plan: Plan, world: int) -> list[str]:
     variant = f" ({plan.base.variant})" if plan.base.variant else ""
     every = config.validation.every
     return [
-        f"base      {plan.base.name}{variant}, {dtype_name(plan.dtype)} on {plan.device.type}"
+        f"base      {plan.base.name}{variant}, {held(plan.config, plan.dtype)} on {plan.device.type}"
         + (f", {world} processes" if world > 1 else ""),
         *_about_base(plan),
         f"data      {_images(len(plan.records))}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
@@ -111,6 +114,12 @@ def _about_base(plan: Plan) -> list[str]:
             "badly; train on the model without Turbo, the adapter then works on both"
         )
     return lines
+
+
+def held(config: Config, dtype: torch.dtype) -> str:
+    """How the base is held: `bf16`, or `bf16, its blocks in nf4`."""
+    form = config.model.quantize
+    return dtype_name(dtype) + ("" if form == "none" else f", its blocks in {form}")
 
 
 def describe_buckets(cut: Iterable[Size]) -> list[str]:

@@ -12,7 +12,8 @@ from sd3tune.atomic import new_file, remove_stale
 from sd3tune.data.store import Store
 from sd3tune.encode.resources import release
 from sd3tune.jobs.preflight import Plan
-from sd3tune.model.components import load_scheduler, load_transformer, load_vae
+from sd3tune.jobs.trainable import load_base
+from sd3tune.model.components import load_scheduler, load_vae
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, sample_latents, to_image
 from sd3tune.train.loop import Processes
 
@@ -53,7 +54,7 @@ def draw_class_images(
         return
     for folder in {drawn.path.parent for _, drawn in mine}:
         remove_stale(folder)
-    transformer = load_transformer(plan.base, plan.dtype, plan.device)
+    transformer = load_base(plan)
     vae, scheduler = load_decoder(plan), load_scheduler(plan.base)
     negative = stored_conditioning(plan, store, captions, NEGATIVE_PROMPT, transformer)
     bar = tqdm(mine, desc="drawing class images", unit="image", disable=not processes.is_main)

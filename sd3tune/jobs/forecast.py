@@ -145,7 +145,10 @@ def forecast(outlook: Outlook, like: Forecast | None = None) -> Forecast:
 
 
 def _same_encoding(one: Outlook, other: Outlook) -> bool:
-    return (one.config.model, one.dtype, one.largest) == (other.config.model, other.dtype, other.largest)
+    def of(outlook: Outlook) -> tuple[object, ...]:
+        return outlook.config.model.model_copy(update={"quantize": "none"}), outlook.dtype, outlook.largest
+
+    return of(one) == of(other)
 
 
 def _store(outlook: Outlook, records: Sequence[Record], encoders: Sequence[str]) -> Store:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sd3tune.data.images import check_header, read_image
 from sd3tune.errors import ConfigError, RunError
-from sd3tune.jobs.conditions import Conditions, settle_conditions
+from sd3tune.jobs.conditions import Conditions, settle_conditions, settle_memory
 from sd3tune.jobs.grid import Grid, read_grid
 from sd3tune.jobs.machine import choose_dtype, gpu_of, make_accelerator
 from sd3tune.jobs.missing import draw_missing
@@ -67,7 +67,8 @@ def run_infer(request: Request) -> list[Path]:
 def _studio(request: Request, adapters: Sequence[Adapter]) -> Studio:
     device = make_accelerator().device
     dtype = choose_dtype(request.dtype, gpu_of(device), "--dtype")
-    return Studio(settle_conditions(request, adapters), adapters, dtype, device, request.batch, request.memory)
+    memory = settle_memory(request.memory, adapters)
+    return Studio(settle_conditions(request, adapters), adapters, dtype, device, request.batch, memory)
 
 
 def _asked(rows: Sequence[Row], common: Mapping[str, Any], num: int) -> list[Asked]:

@@ -13,8 +13,9 @@ from sd3tune.config.sections.method import LoraConfig
 from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig
 from sd3tune.errors import ConfigError
 from sd3tune.jobs.cards import Card, find_card
+from sd3tune.jobs.describe import held
 from sd3tune.jobs.forecast import CONTEXT, MARGIN, Forecast, Outlook, forecast, look_ahead
-from sd3tune.jobs.machine import DTYPES, choose_dtype, dtype_name, gpu_of
+from sd3tune.jobs.machine import DTYPES, choose_dtype, gpu_of
 from sd3tune.jobs.rehearsal import Training
 
 RESOLUTIONS = (1024, 768, 512)
@@ -65,7 +66,7 @@ def _about(outlook: Outlook) -> list[str]:
         checkpointing += f" of {train.checkpointed_blocks} blocks"
     batch = f"batch {train.batch_size}" + f" x {train.gradient_accumulation}" * (train.gradient_accumulation > 1)
     return [
-        f"base      {outlook.base.name}, {dtype_name(outlook.dtype)}",
+        f"base      {outlook.base.name}, {held(outlook.config, outlook.dtype)}",
         f"largest   {width}x{height} px, {batch}, gradient checkpointing {checkpointing}",
     ]
 
@@ -181,6 +182,10 @@ def knobs(outlook: Outlook) -> list[Knob]:
         found.append((f"data.resolution={lower}", _changed("data", resolution=lower)))
     if config.model.t5:
         found.append(("model.t5=false", _changed("model", t5=False)))
+    if isinstance(method, LoraConfig) and importlib.util.find_spec("bitsandbytes"):
+        for form in ("nf4", "int8"):
+            if form != config.model.quantize:
+                found.append((f"model.quantize={form}", _changed("model", quantize=form)))
     if dtype is torch.float32:
         found.append(("model.dtype=bf16", _changed("model", dtype="bf16")))
     if isinstance(config.optimizer, AdamWConfig) and importlib.util.find_spec("bitsandbytes"):

@@ -27,6 +27,7 @@ from sd3tune.jobs.run_folder import check_room, starting_checkpoint
 from sd3tune.methods import METHODS, Method
 from sd3tune.model.bases import Base, configured_base
 from sd3tune.model.components import empty_transformer, load_scheduler
+from sd3tune.model.quantized import missing_library
 from sd3tune.model.targets import CoverageRow
 from sd3tune.publish.repository import repository_of
 from sd3tune.tracking.trackers import missing_packages
@@ -187,6 +188,9 @@ def split_records(config: Config, records: list[Record]) -> tuple[list[Record], 
 
 
 def check_installed(config: Config) -> None:
+    if config.model.quantize != "none":
+        for line in missing_library(f"model.quantize: {config.model.quantize}"):
+            raise RunError(line)
     kind = config.optimizer.kind
     extra = OPTIMIZER_EXTRAS.get(kind)
     if extra is not None and importlib.util.find_spec(extra) is None:

@@ -70,7 +70,7 @@ class Recipes:
     def _held(self) -> dict[str, Any]:
         """Of how the base is held, what changes the picture."""
         held = {name: getattr(self.studio.memory, name) for name in ("quantize", "t5_8bit", "vae_tiling")}
-        return {name: value for name, value in held.items() if value}
+        return {name: value for name, value in held.items() if value and value != "none"}
 
     def _image_sha256(self, path: Path) -> str:
         if path not in self._known_images:

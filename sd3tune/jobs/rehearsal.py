@@ -20,9 +20,10 @@ from sd3tune.encode.captions import CLIP_LENGTH
 from sd3tune.jobs.trainable import make_trainable
 from sd3tune.methods import Method
 from sd3tune.model.bases import ENCODER_PARTS, Base
-from sd3tune.model.components import load_transformer, load_vae, text_encoder_shape
+from sd3tune.model.components import empty_transformer, load_vae, text_encoder_shape
 from sd3tune.model.footprint import Footprint, Saved, bytes_of, peak_of, tensors_of
 from sd3tune.model.latents import decode
+from sd3tune.model.quantized import load_transformer_in, statistics
 from sd3tune.train.batches import Batch, Batches
 from sd3tune.train.objective import make_objective
 from sd3tune.train.optim import FlatMaster, LossScale
@@ -136,8 +137,8 @@ class _NoOptimizer(torch.optim.Optimizer):
 
 def rehearse_training(config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> Training:
     """One optimizer step and, where there are prompts, one preview; `size` is that of the images, (height, width)."""
-    transformer = load_transformer(base, dtype, META)
-    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    parameters = sum(parameter.numel() for parameter in empty_transformer(base).parameters())
+    transformer = load_transformer_in(config.model.quantize, base, dtype, META)
     master = FlatMaster(make_trainable(config, method, transformer), dtype)
     values = master.master.numel()
     batches = EmptyBatches(config, base, method.cached_encoders, size, dtype)
@@ -148,14 +149,16 @@ def rehearse_training(config: Config, base: Base, method: Method, size: Size, dt
         ema=master.master.detach().clone() if config.ema is not None else None,
         loss_scale=LossScale(META, enabled=dtype is torch.float16),
     )
-    saved = Saved([*tensors_of(transformer), master.master])
+    frozen = [tensor for tensor in tensors_of(transformer) if not tensor.requires_grad]
+    frozen += statistics(transformer)
+    saved = Saved([*tensors_of(transformer), *frozen, master.master])
     with saved.watching():
         step = _rehearse_step(config, state, transformer, method, batches)
     optimizer = try_optimizer(config)
     return Training(
         parameters=parameters,
         trained=values,
-        frozen=bytes_of(tensor for tensor in tensors_of(transformer) if not tensor.requires_grad),
+        frozen=bytes_of(frozen),
         compute=0 if dtype is torch.float32 else bytes_of([master.compute]),
         master=bytes_of([master.master]),
         gradient=bytes_of([master.gradient]),
@@ -241,12 +244,16 @@ def rehearse_vae(base: Base, size: Size, dtype: torch.dtype) -> Use:
 
 def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> Use:
     """A class image drawn by the base, with guidance: transformer and VAE are in memory together."""
-    transformer, vae = load_transformer(base, dtype, META), load_vae(base, vae_dtype(dtype), META)
+    transformer = load_transformer_in(config.model.quantize, base, dtype, META)
+    vae = load_vae(base, vae_dtype(dtype), META)
     batch = EmptyBatches(config, base, method.cached_encoders, size, dtype).of(2, size)
     with torch.no_grad():
         denoising = peak_of(lambda: predict_velocity(transformer, method, batch))
         decoding = peak_of(lambda: decode(vae, batch.latents[:1]))
-    return Use(bytes_of([*tensors_of(transformer), *tensors_of(vae)]), max(denoising.peak, decoding.peak))
+    return Use(
+        bytes_of([*tensors_of(transformer), *statistics(transformer), *tensors_of(vae)]),
+        max(denoising.peak, decoding.peak),
+    )
 
 
 def vae_dtype(dtype: torch.dtype) -> torch.dtype:

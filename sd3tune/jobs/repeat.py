@@ -132,7 +132,7 @@ def repeated(request: Request, repeat: Repeat) -> Request:
     asked = request.memory
     memory = replace(
         asked,
-        quantize=asked.quantize or recipe.quantize,
+        quantize=asked.quantize or recipe.quantize or "none",
         t5_8bit=asked.t5_8bit or recipe.t5_8bit,
         vae_tiling=asked.vae_tiling or recipe.vae_tiling,
     )

@@ -21,7 +21,7 @@ class Memory:
     """How a base is held: what saves memory or time, at a price in the other or in exactness."""
 
     quantize: str | None = None
-    """Of the transformer's blocks: a key of `quantized.FORMS`."""
+    """Of the transformer's blocks: a key of `quantized.FORMS`, or `none`; None leaves it to the adapter's contract."""
     t5_8bit: bool = False
     offload: bool = False
     """Whether the transformer and the VAE leave the device while the other one works."""
@@ -115,11 +115,12 @@ def check_request(request: Request) -> None:
 
 def _memory_problems(memory: Memory) -> list[str]:
     problems = []
-    if memory.quantize is not None and memory.quantize not in FORMS:
-        problems.append(f"--quantize {memory.quantize}: one of {', '.join(FORMS)}")
+    forms = (*FORMS, "none")
+    if memory.quantize is not None and memory.quantize not in forms:
+        problems.append(f"--quantize {memory.quantize}: one of {', '.join(forms)}")
     elif memory.quantize == "int8" and memory.offload:
         problems.append("--offload: layers of --quantize int8 stay on their device; take nf4, or one of the two")
-    for flag, given in (("--quantize", memory.quantize), ("--t5-8bit", memory.t5_8bit)):
+    for flag, given in (("--quantize", memory.quantize not in (None, "none")), ("--t5-8bit", memory.t5_8bit)):
         if given and not problems:
             problems += missing_library(flag)
     return problems

@@ -22,9 +22,9 @@ from sd3tune.jobs.request import IN_FULL, Memory
 from sd3tune.jobs.shots import Shot, Texts, batched, texts_of
 from sd3tune.jobs.start_images import fitted
 from sd3tune.model.adapter_io import Adapter, attach
-from sd3tune.model.components import load_scheduler, load_transformer, load_vae
+from sd3tune.model.components import load_scheduler, load_vae
 from sd3tune.model.latents import encode_moments
-from sd3tune.model.quantized import quantize
+from sd3tune.model.quantized import load_transformer_in
 from sd3tune.sampling.sampler import Conditioning, Start, sample_latents, to_image
 
 Result = TypeVar("Result")
@@ -187,12 +187,10 @@ def _joined(several: Sequence[Conditioning]) -> Conditioning:
 
 def _transformer(studio: Studio, shots: Sequence[Shot]) -> SD3Transformer2DModel:
     """With every adapter in it, and none in use."""
-    form = studio.memory.quantize
-    where = studio.rest if form is None else torch.device("cpu")
-    transformer = load_transformer(studio.conditions.base, studio.dtype, where)
-    if form is not None:
-        quantize(transformer, transformer.transformer_blocks, form, studio.device)
-        transformer.to(studio.rest)
+    form = studio.memory.quantize or "none"
+    where = studio.rest if form == "none" else studio.device  # on which layers are rounded
+    transformer = load_transformer_in(form, studio.conditions.base, studio.dtype, where)
+    nn.Module.to(transformer, studio.rest)
     for number, adapter in enumerate(studio.adapters):
         counted = attach(transformer, adapter, _adapter_name(number))
         weights = dict.fromkeys(weight for shot in shots for index, weight in shot.loras if index == number)

@@ -37,10 +37,10 @@ from sd3tune.jobs.run_folder import (
     naming_what_is_saved,
 )
 from sd3tune.jobs.stopping import StopSignals
-from sd3tune.jobs.trainable import make_trainable
+from sd3tune.jobs.trainable import load_base, make_trainable
 from sd3tune.jobs.uploading import prepare_upload, push_command, upload_finished
 from sd3tune.jobs.watching import Watching
-from sd3tune.model.components import load_transformer, vae_config
+from sd3tune.model.components import vae_config
 from sd3tune.train.batches import Batches, Dropout, LatentScaling
 from sd3tune.train.checkpoint import list_checkpoints, restore
 from sd3tune.train.loop import Callback, Processes, exported_weights, train
@@ -128,7 +128,7 @@ def _train(
         encoded = encode(plan, processes, say)
     clock.append(time.monotonic())
     with naming_out_of_memory("loading the transformer", lambda: loading_knob(config)):
-        transformer = load_transformer(plan.base, plan.dtype, plan.device)  # before the folder: it may be damaged
+        transformer = load_base(plan)  # before the folder: it may be damaged
     with ExitStack() as stack:
         attempt = _begin(plan, processes, encoded, transformer, say, stack)
         clock.append(time.monotonic())

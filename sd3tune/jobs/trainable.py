@@ -7,9 +7,16 @@ from torch import nn
 
 from sd3tune.config import Config
 from sd3tune.data.sampler import generator
+from sd3tune.jobs.preflight import Plan
 from sd3tune.methods import Method
 from sd3tune.model.checkpointing import checkpoint_blocks
 from sd3tune.model.fast import use_fast_path
+from sd3tune.model.quantized import load_transformer_in
+
+
+def load_base(plan: Plan) -> SD3Transformer2DModel:
+    """The frozen transformer on its device, held as the configuration says."""
+    return load_transformer_in(plan.config.model.quantize, plan.base, plan.dtype, plan.device)
 
 
 def make_trainable(config: Config, method: Method, transformer: SD3Transformer2DModel) -> dict[str, nn.Parameter]:

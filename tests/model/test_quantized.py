@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -119,6 +120,34 @@ def test_the_blocks_take_a_quarter_or_an_eighth_of_the_memory(form: str, share: 
     assert nbytes(quantized(plain, form)) < share * nbytes(plain)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_pass_the_weights_as_they_are_held(form: str, plain) -> None:
+    """As bitsandbytes itself has them; also after a use without gradients, at which some CPUs repack 4-bit weights."""
+    ours = quantized(plain, form).transformer_blocks[0].ff.net[2]
+    held = {"nf4": in_nf4, "int8": in_int8}[form](plain.transformer_blocks[0].ff.net[2].weight.data)
+    states = torch.randn(3, 7, held.shape[1], requires_grad=True)
+    with torch.no_grad():
+        before = ours(states)
+    outputs = ours(states)
+    towards = torch.randn_like(outputs)
+    (gradient,) = torch.autograd.grad(outputs, states, towards, retain_graph=True)
+    assert torch.equal(outputs, before)
+    assert relative(gradient, towards @ held) < 1e-2
+    theirs = next(kind for kind in type(ours).__mro__ if kind.__module__.startswith("bitsandbytes"))
+    assert torch.equal(torch.autograd.grad(theirs.forward(ours, states), states, towards)[0], gradient)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_activation_is_kept_for_the_backward_pass(form: str, plain) -> None:
+    """bitsandbytes would hold on to the inputs of 8-bit layers."""
+    layer = quantized(plain, form).transformer_blocks[0].ff.net[2]
+    states = torch.randn(2, layer.in_features, requires_grad=True) * 1
+    known, outputs = weakref.ref(states), layer(states)
+    del states
+    assert outputs.requires_grad
+    assert known() is None
+
+
 def test_t5_in_8_bits_says_nearly_the_same() -> None:
     encoder = load_text_encoder(resolve_base("nano"), "t5", torch.float32, "cpu", 16)
     plain = encoder.encode(["a red circle on a blue background"])[0]["hidden"]
@@ -136,7 +165,7 @@ def test_a_missing_library_is_one_line_with_the_way_to_get_it(monkeypatch) -> No
 
 
 def test_peft_knows_each_form() -> None:
-    assert {form: flag for form, (flag, _) in FORMS.items()} == {
+    assert {name: form.flag for name, form in FORMS.items()} == {
         "nf4": "is_loaded_in_4bit",
         "int8": "is_loaded_in_8bit",
     }

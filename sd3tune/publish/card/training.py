@@ -86,7 +86,8 @@ def _text(trained: Trained) -> Iterator[Row]:
 def _machine(trained: Trained) -> Iterator[Row]:
     contract, facts = trained.contract, trained.described
     others = "" if contract["dtype"] == "fp32" else "; what is trained, and the optimizer, in fp32"
-    yield "precision", f"{contract['dtype']}{others}"
+    rounded = f", the base's blocks in {contract['quantize']}" if "quantize" in contract else ""
+    yield "precision", f"{contract['dtype']}{rounded}{others}"
     yield "seed", str(contract["seed"])
     if "device" in facts:
         yield "device", facts.get("gpu") or facts["device"].upper()
