@@ -147,7 +147,12 @@ def infer(
             rich_help_panel=_MEMORY,
         ),
     ] = None,
-    t5_8bit: Annotated[bool, typer.Option("--t5-8bit", help="Hold T5 in 8 bits.", rich_help_panel=_MEMORY)] = False,
+    t5_8bit: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--t5-8bit/--no-t5-8bit", help="Hold T5 in 8 bits; by default as in training.", rich_help_panel=_MEMORY
+        ),
+    ] = None,
     offload: Annotated[
         bool, typer.Option("--offload", help="What is not at work leaves the GPU.", rich_help_panel=_MEMORY)
     ] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,8 @@ from sd3tune.encode.manifest import Manifest
 from sd3tune.encode.report import CAPTION_CHANGED, LOST, NEW, SETTINGS_CHANGED, EncodeReport
 from sd3tune.encode.resources import check_room, is_mine, release
 from sd3tune.model.bases import ENCODER_PARTS, ENCODERS, Base
-from sd3tune.model.components import load_text_encoder
+from sd3tune.model.quantized import load_text_encoder_in
+from sd3tune.model.text import TextEncoder
 
 CLIP_LENGTH = 77
 
@@ -31,6 +33,8 @@ def encode_captions(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     max_sequence_length: int = 256,
+    t5_form: str = "none",
+    t5_device: torch.device | str | None = None,
     progress: bool = False,
     records: Sequence[Record] = (),
     rank: int = 0,
@@ -40,12 +44,14 @@ def encode_captions(
     """Encode what the store lacks of `texts`; returns encoder -> text -> key, and the report.
 
     Entries are {"hidden": [T, D]} and, for CLIP, {"pooled": [P]}, in `dtype`. An encoder is loaded only when
-    something is missing, and freed before the next. `records` lets the report tell a changed caption from a
+    something is missing, and freed before the next. T5 is held in `t5_form` (see `quantized.FORMS`), and
+    on `t5_device` where that is not `device`. `records` lets the report tell a changed caption from a
     new one; `say` is told the size of what is about to be written. With `world` > 1 each rank encodes its share:
     put a barrier behind this call, then `store.refresh()`. The keys are complete on every rank. Raises ModelError,
     and RunError when the disk lacks the room.
     """
-    keys = caption_keys(base, texts, encoders=encoders, dtype=dtype, max_sequence_length=max_sequence_length)
+    length = max_sequence_length
+    keys = caption_keys(base, texts, encoders=encoders, dtype=dtype, max_sequence_length=length, t5_form=t5_form)
     missing = {encoder: [text for text, key in of.items() if key not in store] for encoder, of in keys.items()}
     sizes = {encoder: entry_bytes(base, encoder, dtype, max_sequence_length) for encoder in encoders}
     nbytes = sum(sizes[encoder] * len(found) for encoder, found in missing.items())
@@ -57,10 +63,11 @@ def encode_captions(
     for encoder, found in missing.items():
         mine = {text: keys[encoder][text] for text in found if is_mine(keys[encoder][text], rank, world)}
         if mine:
-            tokens = max_sequence_length if encoder == "t5" else CLIP_LENGTH
-            cut[f"{'T5' if encoder == 't5' else 'CLIP'} takes {tokens} tokens"] = _encode(
-                base, encoder, mine, store, dtype, device, max_sequence_length, progress
-            )
+            is_t5 = encoder == "t5"
+            form, where = (t5_form, t5_device or device) if is_t5 else ("none", device)
+            load = functools.partial(load_text_encoder_in, form, base, encoder, dtype, where, length)
+            tokens = length if is_t5 else CLIP_LENGTH
+            cut[f"{'T5' if is_t5 else 'CLIP'} takes {tokens} tokens"] = _encode(load, encoder, mine, store, progress)
             release(device)
 
     every_text = list(dict.fromkeys(text for of in keys.values() for text in of))
@@ -72,9 +79,15 @@ def encode_captions(
 
 
 def caption_keys(
-    base: Base, texts: Iterable[str], *, encoders: Sequence[str], dtype: torch.dtype, max_sequence_length: int
+    base: Base,
+    texts: Iterable[str],
+    *,
+    encoders: Sequence[str],
+    dtype: torch.dtype,
+    max_sequence_length: int,
+    t5_form: str = "none",
 ) -> dict[str, dict[str, str]]:
-    """Encoder -> text -> key, each text once, in order. The T5 length is in T5's keys alone."""
+    """Encoder -> text -> key, each text once, in order. T5's length and form are in T5's keys alone."""
     unique = list(dict.fromkeys(texts))
     keys = {}
     for encoder in encoders:
@@ -85,25 +98,19 @@ def caption_keys(
             "weights": base.fingerprint(encoder_part),
             "dtype": str(dtype),
             "length": max_sequence_length if encoder == "t5" else CLIP_LENGTH,
+            **({"form": t5_form} if encoder == "t5" and t5_form != "none" else {}),
         }
         keys[encoder] = {text: key("text", text=text, **conditions) for text in unique}
     return keys
 
 
 def _encode(
-    base: Base,
-    encoder: str,
-    keys: dict[str, str],
-    store: Store,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    max_sequence_length: int,
-    progress: bool,
+    load: Callable[[], TextEncoder], encoder: str, keys: dict[str, str], store: Store, progress: bool
 ) -> dict[str, int]:
     """Encode the texts under their keys; returns the tokens lost by each text that is too long."""
     bar = tqdm(total=len(keys), desc=f"encoding captions, {encoder}", unit="text", disable=not progress)
     with bar, store.writer() as writer:
-        text_encoder = load_text_encoder(base, encoder, dtype, device, max_sequence_length)
+        text_encoder = load()
         lost = {}
         for text, key in keys.items():
             (entry,) = text_encoder.encode([text])

@@ -61,22 +61,32 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
 
 
 def settle_memory(memory: Memory, adapters: Sequence[Adapter]) -> Memory:
-    """With the base held as the first adapter was trained on it, unless it is said otherwise.
+    """With base and T5 held as the first adapter was trained on them, unless it is said otherwise.
 
     Raises ConfigError where that cannot be here.
     """
     trained = next((adapter for adapter in adapters if adapter.contract), None)
-    form = trained.contract.get("quantize", "none") if trained else "none"
-    if memory.quantize is not None or trained is None or form == "none":
-        return replace(memory, quantize=memory.quantize or "none")
-    said = f"{trained.label} was trained on its base in {form}"
+    contract: Mapping[str, Any] = trained.contract if trained else {}
+    label = trained.label if trained else ""
+    if memory.quantize is None:
+        form = contract.get("quantize", "none")
+        memory = replace(memory, quantize=form)
+        if form != "none":
+            _announce(f"{label} was trained with its base in {form}", "--quantize none takes the whole base")
+        if form == "int8" and memory.offload:
+            raise ConfigError("--offload: layers in int8 stay on their device; leave it out, or take --quantize none")
+    if memory.t5_8bit is None:
+        memory = replace(memory, t5_8bit=contract.get("t5_quantize") == "int8")
+        if memory.t5_8bit:
+            _announce(f"{label} was trained with T5 in int8", "--no-t5-8bit takes the whole T5")
+    return memory
+
+
+def _announce(said: str, way_out: str) -> None:
     problems = missing_library(f"{said}, which")
-    if form == "int8" and memory.offload:
-        problems.append(f"--offload: {said}, whose layers stay on their device")
     if problems:
-        raise ConfigError(*(f"{line}; or take --quantize none, the whole base" for line in problems))
-    print(f"note: {said}, and so it is drawn; --quantize none takes the whole base")
-    return replace(memory, quantize=form)
+        raise ConfigError(*(f"{line}; {way_out}" for line in problems))
+    print(f"note: {said}, and so it is drawn; {way_out}")
 
 
 def find_base(name: str | None, adapters: Sequence[Adapter]) -> Base:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sd3tune import __version__
-from sd3tune.config import Config, load_config
+from sd3tune.config import load_config
 from sd3tune.data.store import key
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.jobs.encoding import Encoded
@@ -38,7 +38,7 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "encoders": list(plan.method.cached_encoders),
         "trigger": config.data.trigger,
         **_files(plan),
-        **_held(config),
+        **config.model.fewer_bits,
         "instance_prompt": captions[0] if len(captions) == 1 else None,
         "timesteps": config.flow.timesteps.model_dump(),
         "shift": plan.shift,
@@ -54,11 +54,6 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "seed": config.seed,
         "weights": "raw" if config.ema is None else "ema",
     }
-
-
-def _held(config: Config) -> dict[str, str]:
-    """How the base was held while it was trained on, where that is not in full."""
-    return {"quantize": config.model.quantize} if config.model.quantize != "none" else {}
 
 
 def _files(plan: Plan) -> dict[str, Any]:
@@ -89,7 +84,7 @@ def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, A
             "dtype": dtype_name(plan.dtype),
             "max_sequence_length": config.model.max_sequence_length,
             "t5": config.model.t5,
-            **_held(config),
+            **config.model.fewer_bits,
         },
         "data": {
             "resolution": config.data.resolution,

@@ -97,6 +97,8 @@ def _encode_captions(
         dtype=plan.dtype,
         device=plan.device,
         max_sequence_length=config.model.max_sequence_length,
+        t5_form=config.model.t5_quantize,
+        t5_device="cpu" if config.model.t5_device == "cpu" else None,
         progress=processes.is_main,
         records=records,
         rank=processes.rank,

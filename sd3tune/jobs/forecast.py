@@ -77,9 +77,10 @@ class Forecast:
 
     @property
     def phases(self) -> dict[str, Use]:
-        """In the order in which they come."""
+        """In the order in which they come; what is computed on the CPU takes nothing of a card."""
         training = self.training
-        found = {f"encode {LABELS[name]}": use for name, use in self.encoding.items()}
+        on_the_cpu = {"t5"} if self.outlook.config.model.t5_device == "cpu" else set()
+        found = {f"encode {LABELS[name]}": use for name, use in self.encoding.items() if name not in on_the_cpu}
         if self.drawing is not None:
             found["draw class images"] = self.drawing
         found["train"] = Use(training.resident, training.working)
@@ -132,7 +133,10 @@ def forecast(outlook: Outlook, like: Forecast | None = None) -> Forecast:
     if like is not None and _same_encoding(outlook, like.outlook):
         encoding = like.encoding
     else:
-        encoding = {name: rehearse_text_encoder(base, name, dtype, tokens) for name in method.cached_encoders}
+        encoding = {
+            name: rehearse_text_encoder(base, name, dtype, tokens, config.model.t5_quantize if name == "t5" else "none")
+            for name in method.cached_encoders
+        }
         encoding["vae"] = rehearse_vae(base, outlook.largest, dtype)
     drawn = any(prior.missing for prior in outlook.priors)
     return Forecast(
@@ -146,7 +150,8 @@ def forecast(outlook: Outlook, like: Forecast | None = None) -> Forecast:
 
 def _same_encoding(one: Outlook, other: Outlook) -> bool:
     def of(outlook: Outlook) -> tuple[object, ...]:
-        return outlook.config.model.model_copy(update={"quantize": "none"}), outlook.dtype, outlook.largest
+        encoded_by = outlook.config.model.model_copy(update={"quantize": "none", "t5_device": "auto"})
+        return encoded_by, outlook.dtype, outlook.largest
 
     return of(one) == of(other)
 

@@ -165,6 +165,7 @@ def knobs(outlook: Outlook) -> list[Knob]:
     """Changes that the configuration has not made yet, as they are typed, cheapest first."""
     config, dtype, blocks = outlook.config, outlook.dtype, outlook.base.config("transformer")["num_layers"]
     train, method, side = config.train, config.method, config.data.resolution
+    eight_bit = importlib.util.find_spec("bitsandbytes") is not None
     found: list[Knob] = []
     partly = train.checkpointed_blocks is not None
     for kind in ("none", "selective", "block"):
@@ -181,14 +182,18 @@ def knobs(outlook: Outlook) -> list[Knob]:
     if lower is not None:
         found.append((f"data.resolution={lower}", _changed("data", resolution=lower)))
     if config.model.t5:
+        if config.model.t5_device == "auto":
+            found.append(("model.t5_device=cpu", _changed("model", t5_device="cpu")))
+        if config.model.t5_quantize == "none" and eight_bit:
+            found.append(("model.t5_quantize=int8", _changed("model", t5_quantize="int8")))
         found.append(("model.t5=false", _changed("model", t5=False)))
-    if isinstance(method, LoraConfig) and importlib.util.find_spec("bitsandbytes"):
+    if isinstance(method, LoraConfig) and eight_bit:
         for form in ("nf4", "int8"):
             if form != config.model.quantize:
                 found.append((f"model.quantize={form}", _changed("model", quantize=form)))
     if dtype is torch.float32:
         found.append(("model.dtype=bf16", _changed("model", dtype="bf16")))
-    if isinstance(config.optimizer, AdamWConfig) and importlib.util.find_spec("bitsandbytes"):
+    if isinstance(config.optimizer, AdamWConfig) and eight_bit:
         settings = config.optimizer.model_dump(exclude={"kind"})
         eight = AdamW8bitConfig(**settings)
         found.append(("optimizer.kind=adamw8bit", lambda config: config.model_copy(update={"optimizer": eight})))

@@ -188,9 +188,11 @@ def split_records(config: Config, records: list[Record]) -> tuple[list[Record], 
 
 
 def check_installed(config: Config) -> None:
-    if config.model.quantize != "none":
-        for line in missing_library(f"model.quantize: {config.model.quantize}"):
-            raise RunError(line)
+    missing = [
+        line for name, form in config.model.fewer_bits.items() for line in missing_library(f"model.{name}: {form}")
+    ]
+    if missing:
+        raise RunError(*missing)
     kind = config.optimizer.kind
     extra = OPTIMIZER_EXTRAS.get(kind)
     if extra is not None and importlib.util.find_spec(extra) is None:

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from sd3tune.encode.resources import release
 from sd3tune.jobs.shots import Texts
 from sd3tune.model.bases import Base
-from sd3tune.model.components import empty_transformer, load_text_encoder
-from sd3tune.model.quantized import quantize
+from sd3tune.model.components import empty_transformer
+from sd3tune.model.quantized import load_text_encoder_in
 from sd3tune.model.text import assemble
 from sd3tune.sampling.sampler import Conditioning
 
@@ -32,10 +32,8 @@ def encode_prompts(
     """
     entries: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for name in tqdm(encoders, desc="encoding prompts", unit="encoder", leave=False, delay=2):
-        encoder = load_text_encoder(base, name, dtype, "cpu" if name in eight_bit else device, t5_length)
-        if name in eight_bit:
-            quantize(encoder.model, encoder.model, "int8", device)
-            encoder.model.to(device)
+        form = "int8" if name in eight_bit else "none"
+        encoder = load_text_encoder_in(form, base, name, dtype, device, t5_length)
         texts = list(dict.fromkeys(prompt.read_by(name) for prompt in prompts))
         entries[name] = dict(zip(texts, encoder.encode(texts), strict=True))
         for text in texts:

@@ -23,7 +23,7 @@ from sd3tune.model.bases import ENCODER_PARTS, Base
 from sd3tune.model.components import empty_transformer, load_vae, text_encoder_shape
 from sd3tune.model.footprint import Footprint, Saved, bytes_of, peak_of, tensors_of
 from sd3tune.model.latents import decode
-from sd3tune.model.quantized import load_transformer_in, statistics
+from sd3tune.model.quantized import load_transformer_in, quantize, statistics
 from sd3tune.train.batches import Batch, Batches
 from sd3tune.train.objective import make_objective
 from sd3tune.train.optim import FlatMaster, LossScale
@@ -225,13 +225,15 @@ def _rehearse_preview(
     return max(denoising, bytes_of(tensors_of(vae)) + drawing(lambda: decode(vae, latents)))
 
 
-def rehearse_text_encoder(base: Base, encoder: str, dtype: torch.dtype, tokens: int) -> Use:
-    """One text through one encoder (`clip_l`, `clip_g` or `t5`)."""
+def rehearse_text_encoder(base: Base, encoder: str, dtype: torch.dtype, tokens: int, form: str = "none") -> Use:
+    """One text through one encoder (`clip_l`, `clip_g` or `t5`), held in that form."""
     model = text_encoder_shape(base, encoder, dtype)
+    if form != "none":
+        quantize(model, model, form, META)
     ids = torch.zeros(1, CLIP_LENGTH if encoder != "t5" else tokens, dtype=torch.long, device=META)
     with torch.no_grad():
         footprint = peak_of(lambda: model(ids, output_hidden_states=encoder != "t5"))
-    return Use(bytes_of(tensors_of(model)), footprint.peak)
+    return Use(bytes_of([*tensors_of(model), *statistics(model)]), footprint.peak)
 
 
 def rehearse_vae(base: Base, size: Size, dtype: torch.dtype) -> Use:

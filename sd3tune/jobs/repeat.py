@@ -133,7 +133,7 @@ def repeated(request: Request, repeat: Repeat) -> Request:
     memory = replace(
         asked,
         quantize=asked.quantize or recipe.quantize or "none",
-        t5_8bit=asked.t5_8bit or recipe.t5_8bit,
+        t5_8bit=recipe.t5_8bit if asked.t5_8bit is None else asked.t5_8bit,
         vae_tiling=asked.vae_tiling or recipe.vae_tiling,
     )
     return replace(request, loras=loras, memory=memory, before=False, **missing)

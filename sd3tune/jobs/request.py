@@ -22,7 +22,8 @@ class Memory:
 
     quantize: str | None = None
     """Of the transformer's blocks: a key of `quantized.FORMS`, or `none`; None leaves it to the adapter's contract."""
-    t5_8bit: bool = False
+    t5_8bit: bool | None = None
+    """None leaves it to the adapter's contract."""
     offload: bool = False
     """Whether the transformer and the VAE leave the device while the other one works."""
     vae_tiling: bool = False

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sd3tune.model.bases import Base
-from sd3tune.model.components import load_transformer
+from sd3tune.model.components import load_text_encoder, load_transformer
+from sd3tune.model.text import TextEncoder
 
 
 def missing_library(flag: str) -> list[str]:
@@ -40,6 +41,18 @@ def load_transformer_in(form: str, base: Base, dtype: torch.dtype, device: torch
     return transformer
 
 
+def load_text_encoder_in(
+    form: str, base: Base, encoder: str, dtype: torch.dtype, device: torch.device | str, max_sequence_length: int
+) -> TextEncoder:
+    """One text encoder on `device`, all its linear layers in `form`, as `load_transformer_in` has it."""
+    if form == "none":
+        return load_text_encoder(base, encoder, dtype, device, max_sequence_length)
+    found = load_text_encoder(base, encoder, dtype, "cpu", max_sequence_length)
+    quantize(found.model, found.model, form, device)
+    found.model.to(device)
+    return found
+
+
 def quantize(model: nn.Module, part: nn.Module, form: str, device: torch.device | str) -> None:
     """Replace each linear layer in `part` of `model` by one of `form` (a key of `FORMS`) on `device`, one at a time.
 
@@ -58,12 +71,14 @@ def quantize(model: nn.Module, part: nn.Module, form: str, device: torch.device 
 
 def statistics(model: nn.Module) -> Iterator[Tensor]:
     """What quantised layers hold besides their parameters: scales, and the values that codes stand for."""
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
-            yield from (state.absmax, state.code)
-        elif hasattr(module, "state") and hasattr(module.weight, "SCB"):
-            yield _rows(module)[1]
+    for layer in model.modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        weight: Any = layer.weight
+        if getattr(weight, "quant_state", None) is not None:
+            yield from (weight.quant_state.absmax, weight.quant_state.code)
+        elif hasattr(weight, "SCB"):
+            yield _rows(layer)[1]
 
 
 def _nf4(layer: nn.Linear) -> nn.Module:
@@ -113,7 +128,7 @@ def _with_bias(made: nn.Module, layer: nn.Linear) -> nn.Module:
 def _frozen(kind: Any, weights: Callable[[Any, torch.dtype], Tensor]) -> Any:
     """Layers of that `kind` of bitsandbytes; `weights` are a layer's, read back."""
 
-    class Frozen(kind):  # type: ignore[misc]
+    class Frozen(kind):
         def forward(self, inputs: Tensor) -> Tensor:
             compute = functools.partial(_plainly, self) if inputs.is_meta else super().forward
             if torch.is_grad_enabled() and inputs.requires_grad:

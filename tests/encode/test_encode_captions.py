@@ -75,7 +75,7 @@ def test_a_batch_through_the_pipeline_agrees_closely(base, pipeline, tmp_path):
 
 
 def test_one_encoder_is_alive_at_a_time_and_none_afterwards(base, tmp_path, monkeypatch):
-    genuine, models = captions.load_text_encoder, []
+    genuine, models = captions.load_text_encoder_in, []
 
     def watched(*args, **kwargs):
         assert all(model() is None for model in models)
@@ -83,7 +83,7 @@ def test_one_encoder_is_alive_at_a_time_and_none_afterwards(base, tmp_path, monk
         models.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr(captions, "load_text_encoder", watched)
+    monkeypatch.setattr(captions, "load_text_encoder_in", watched)
     encode(base, Store(tmp_path))
     assert len(models) == 3
     assert all(model() is None for model in models)
@@ -92,7 +92,7 @@ def test_one_encoder_is_alive_at_a_time_and_none_afterwards(base, tmp_path, monk
 def test_what_is_stored_is_reused_without_loading_an_encoder(base, tmp_path, monkeypatch):
     first, report = encode(base, Store(tmp_path))
     assert report.summary().startswith("captions: 4 texts x 3 encoders, all new, ")
-    monkeypatch.setattr(captions, "load_text_encoder", None)
+    monkeypatch.setattr(captions, "load_text_encoder_in", None)
     again, report = encode(base, Store(tmp_path), texts=[*TEXTS, TEXTS[0]])
     assert again == first
     assert report.summary() == "captions: 4 texts x 3 encoders, all reused"
@@ -206,3 +206,34 @@ def test_a_disk_without_room_is_one_line_with_the_numbers(base, tmp_path, monkey
     assert line.startswith(f"{tmp_path / 'cache'}: ")
     assert "0.1 MB" in line
     assert not (tmp_path / "cache").exists()
+
+
+def test_t5_in_8_bits_has_entries_of_its_own_that_differ_little(base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    store = Store(tmp_path)
+    whole, _ = encode(base, store)
+    eight, _ = encode(base, store, t5_form="int8")
+    assert (eight["clip_l"], eight["clip_g"]) == (whole["clip_l"], whole["clip_g"])
+    assert not set(eight["t5"].values()) & set(whole["t5"].values())
+    store.refresh()
+    for text in TEXTS:
+        found, plain = (store.get(keys["t5"][text])["hidden"] for keys in (eight, whole))
+        assert found.dtype is plain.dtype
+        assert 0 < (found - plain).norm() < 0.05 * plain.norm()
+
+
+def test_t5_goes_where_it_is_told_to_and_the_clips_do_not(base, tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    apart, _ = encode(base, store, device="cpu", t5_device="cpu")
+    assert apart == encode(base, store)[0], "where it was computed is no part of an entry"
+    loaded = []
+    genuine = captions.load_text_encoder_in
+    monkeypatch.setattr(
+        captions,
+        "load_text_encoder_in",
+        lambda form, base, encoder, dtype, device, length: (
+            loaded.append((encoder, str(device))) or genuine(form, base, encoder, dtype, "cpu", length)
+        ),
+    )
+    encode(base, Store(tmp_path / "other"), device="meta", t5_device="cpu")
+    assert loaded == [("clip_l", "meta"), ("clip_g", "meta"), ("t5", "cpu")]

@@ -24,7 +24,7 @@ from sd3tune.jobs.trainable import make_trainable
 from sd3tune.methods import METHODS, Method
 from sd3tune.model.bases import resolve_base, shape_of_base
 from sd3tune.model.components import empty_transformer, load_text_encoder, load_transformer, load_vae
-from sd3tune.model.quantized import load_transformer_in, quantize
+from sd3tune.model.quantized import load_text_encoder_in, load_transformer_in, quantize, statistics
 from sd3tune.train.batches import Batch
 from sd3tune.train.optim import FlatMaster
 from sd3tune.train.step import TrainState, predict_velocity, update
@@ -183,6 +183,18 @@ def test_encoders_and_vae_take_what_they_take_when_loaded(quick_config, tmp_path
         real = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
         assert plan.encoding[name].resident == sum(real.values()), name
         assert plan.encoding[name].working > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_t5_takes_less_in_8_bits_and_nothing_on_the_cpu(quick_config, tmp_path: Path, dtype: torch.dtype) -> None:
+    pytest.importorskip("bitsandbytes")
+    plan = forecast(look_ahead(quick_config(tmp_path, "model.t5_quantize=int8"), dtype))
+    model = load_text_encoder_in("int8", resolve_base("tiny"), "t5", dtype, "cpu", 16).model
+    held = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers(), *statistics(model)]}
+    assert plan.encoding["t5"].resident == sum(held.values())
+    plan = forecast(look_ahead(quick_config(tmp_path, "model.t5_device=cpu"), dtype))
+    assert "encode CLIP-L" in plan.phases
+    assert "encode T5" not in plan.phases
 
 
 def test_the_store_is_as_large_as_predicted(quick_config, tmp_path: Path) -> None:

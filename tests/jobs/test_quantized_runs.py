@@ -19,7 +19,8 @@ from sd3tune.train.loop import View
 pytest.importorskip("bitsandbytes")
 
 PREVIEW = "preview={every: 2, prompts: [a photo of sks dog], steps: 2, guidance: 4.0, seed: 11}"
-OPTIONS = ("train.steps=3", "checkpoint={every: 2, keep: 9}", "ema={decay: 0.5}", "method.alpha=3.0", PREVIEW)
+T5 = "model.t5_quantize=int8"
+OPTIONS = ("train.steps=3", "checkpoint={every: 2, keep: 9}", "ema={decay: 0.5}", "method.alpha=3.0", PREVIEW, T5)
 
 
 @pytest.fixture(scope="module", params=["nf4", "int8"])
@@ -46,12 +47,16 @@ def same(one: Image.Image, other: Image.Image) -> bool:
 def test_infer_draws_the_preview_on_a_base_held_as_in_training(run: Path, form: str, tmp_path: Path, capsys) -> None:
     preview = Image.open(run / "samples" / "step-000003-0.png")
     assert same(drawn(run, tmp_path / "as_trained"), preview)
-    assert f"was trained on its base in {form}, and so it is drawn" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"was trained with its base in {form}, and so it is drawn" in said
+    assert "was trained with T5 in int8, and so it is drawn" in said
     assert not same(drawn(run, tmp_path / "whole", Memory(quantize="none")), preview)
+    assert not same(drawn(run, tmp_path / "whole_t5", Memory(t5_8bit=False)), preview)
 
 
 def test_it_is_stated_where_it_matters(run: Path, form: str) -> None:
-    assert read_adapter(run / "adapter").contract["quantize"] == form
+    contract = read_adapter(run / "adapter").contract
+    assert (contract["quantize"], contract["t5_quantize"]) == (form, "int8")
     assert f"the base's blocks in {form}" in (run / "README.md").read_text()
 
 
@@ -75,10 +80,13 @@ def test_a_stopped_run_goes_on_exactly_and_only_with_the_same_base(
 def test_what_cannot_be_is_one_line(quick_config, tmp_path: Path, run: Path, form: str, monkeypatch) -> None:
     with pytest.raises(UserError, match=f"model.quantize is {form} and method.kind is full"):
         quick_config(tmp_path, f"model.quantize={form}", "method={kind: full}")
+    if form == "int8":
+        with pytest.raises(ConfigError, match="--offload: layers in int8 stay on their device"):
+            drawn(run, tmp_path / "offloaded", Memory(offload=True))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"model.quantize: {form} needs bitsandbytes: pip install"):
         run_training(quick_config(tmp_path, f"model.quantize={form}"))
-    with pytest.raises(ConfigError, match=r"which needs bitsandbytes: .*; or take --quantize none, the whole base"):
+    with pytest.raises(ConfigError, match=r"which needs bitsandbytes: .*; --quantize none takes the whole base"):
         drawn(run, tmp_path / "missing")
 
 

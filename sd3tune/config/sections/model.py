@@ -96,7 +96,7 @@ class ModelConfig(Section):
     quantize: Literal["none", "nf4", "int8"] = Field(
         "none",
         description="How the frozen base's blocks hold their linear layers: `nf4` takes a quarter of bf16's memory, "
-        "`int8` half, for some exactness and time. Previews use the same base, and so does `infer` unless told otherwise.",
+        "`int8` half, for some exactness and time. Previews use the same base; `infer` does unless told otherwise.",
     )
     max_sequence_length: int = Field(
         256,
@@ -109,6 +109,21 @@ class ModelConfig(Section):
         True,
         description="Whether T5 is used; false replaces its embeddings by zeros and never loads its 10 GB.",
     )
+    t5_quantize: Literal["none", "int8"] = Field(
+        "none",
+        description="`int8` holds T5 in half of its 10 GB while captions are encoded, for slightly other embeddings; "
+        "`infer` does the same unless told otherwise.",
+    )
+    t5_device: Literal["auto", "cpu"] = Field(
+        "auto",
+        description="`cpu` encodes with T5 there, slowly but each caption once, and takes none of a GPU's memory.",
+    )
+
+    @property
+    def fewer_bits(self) -> dict[str, str]:
+        """Which keys hold something that is used in fewer bits, and the form."""
+        forms = {"quantize": self.quantize, "t5_quantize": self.t5_quantize if self.t5 else "none"}
+        return {name: form for name, form in forms.items() if form != "none"}
 
     @model_validator(mode="after")
     def _shape_of_a_new_one(self) -> ModelConfig:
