@@ -32,7 +32,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def encoding_knob(config: Config) -> str:
     """For text encoders and VAE: they are loaded one at a time, T5 being by far the largest."""
-    if config.model.t5:
+    model = config.model
+    if model.t5 and model.t5_device == "auto":
+        if model.t5_quantize == "none":
+            return (
+                "set model.t5_quantize=int8, which halves T5's memory, or model.t5_device=cpu, which takes none of it"
+            )
+        return "set model.t5_device=cpu to encode captions with T5 there"
+    if model.t5:
         return "set model.t5=false to do without T5's 5 billion parameters, or run `sd3tune cache` on a larger machine"
     return "run `sd3tune cache` on a larger machine and use its store (data.cache_dir)"
 
@@ -40,6 +47,8 @@ def encoding_knob(config: Config) -> str:
 def loading_knob(config: Config) -> str:
     if config.model.dtype == "fp32":
         return "set model.dtype=auto, which takes half the memory on a GPU"
+    if config.model.quantize == "none" and isinstance(config.method, LoraConfig):
+        return "set model.quantize=nf4, which holds the base in a third of its memory"
     return f"{config.model.base} does not fit; take a smaller base, such as stabilityai/stable-diffusion-3.5-medium"
 
 
@@ -59,6 +68,8 @@ def training_knob(config: Config) -> str:
         return "set train.checkpointed_blocks=null: all blocks are recomputed"
     if train.gradient_checkpointing == "selective":
         return "set train.gradient_checkpointing=block: half of those activations, for a tenth more time"
+    if config.model.quantize == "none" and isinstance(config.method, LoraConfig):
+        return "set model.quantize=nf4: a third of the base's memory, for a little exactness"
     lower = next((of for of in (1024, 768, 512) if of < side), None)
     if lower is not None:
         return f"set data.resolution={lower}: {(lower / side) ** 2:.0%} of the activations"

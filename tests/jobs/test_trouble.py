@@ -125,14 +125,19 @@ def test_the_knobs_come_in_the_order_of_their_cost(quick_config, tmp_path: Path)
         overrides += [part.strip(":") for part in seen[-1].split() if "=" in part]
     assert [knob.split()[1].split("=")[0] for knob in seen[:-1]] == [
         "train.batch_size", "train.batch_size", "train.gradient_checkpointing", "train.gradient_checkpointing",
-        "data.resolution", "data.resolution",
+        "model.quantize", "data.resolution", "data.resolution",
     ]  # fmt: skip
     assert (config.train.batch_size, config.train.gradient_accumulation) == (1, 6)
     assert "method.targets=attention" in training_knob(
-        quick_config(tmp_path, "method.targets=attention+mlp", "train.gradient_checkpointing=block")
+        quick_config(
+            tmp_path, "method.targets=attention+mlp", "train.gradient_checkpointing=block", "model.quantize=int8"
+        )
     )
-    assert "model.t5=false" in encoding_knob(config)
+    assert "model.t5_quantize=int8" in encoding_knob(config)
+    assert "model.t5_device=cpu" in encoding_knob(quick_config(tmp_path, "model.t5_quantize=int8"))
+    assert "model.t5=false" in encoding_knob(quick_config(tmp_path, "model.t5_device=cpu"))
     assert "data.cache_dir" in encoding_knob(quick_config(tmp_path, "model.t5=false"))
+    assert "model.quantize=nf4" in loading_knob(quick_config(tmp_path))
     assert "smaller base" in loading_knob(config)
 
 

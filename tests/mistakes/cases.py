@@ -224,6 +224,29 @@ CASES = [
         "export_dtype",
         edited("rank: 2, alpha: 2", "kind: full, export_dtype: fp8"),
     ),
+    Case(
+        "config",
+        "a part of the blocks, of none",
+        CHECK,
+        "leave checkpointed_blocks out",
+        edited("steps: 2", "steps: 2, checkpointed_blocks: 1"),
+    ),
+    Case(
+        "config",
+        "more blocks than there are",
+        PLAN,
+        "at most 4",
+        edited("steps: 2", "steps: 2, gradient_checkpointing: block, checkpointed_blocks: 9"),
+    ),
+    Case(
+        "config",
+        "a trained base in 4 bits",
+        CHECK,
+        "only a frozen base",
+        lambda: Path("run.yaml").write_text(
+            YAML.replace("16}", "16, quantize: nf4}").replace("{rank: 2, alpha: 2}", "{kind: full}")
+        ),
+    ),
     Case("config", "an adapter for random weights", CHECK, "nothing to adapt", edited("tiny,", "tiny, init: random,")),
     Case("config", "a shape for old weights", CHECK, "init", edited("tiny,", "tiny, transformer: {num_layers: 2},")),
     Case("config", "a shape with a misspelt key", CHECK, "num_layers", scratch("transformer: {num_layer: 2},")),
