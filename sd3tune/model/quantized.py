@@ -69,6 +69,23 @@ def quantize(model: nn.Module, part: nn.Module, form: str, device: torch.device 
     setattr(model, FORMS[form].flag, True)
 
 
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether `quantize` made the layer."""
+    return hasattr(layer, "read_back")
+
+
+def weights_of(layer: Any, dtype: torch.dtype) -> Tensor:
+    """A linear layer's weights [out, in] as it computes with them; of a quantised one, read back in `dtype`."""
+    found: Tensor = layer.read_back(dtype) if is_quantized(layer) else layer.weight
+    return found
+
+
+def dtype_of(layer: Any) -> torch.dtype:
+    """What a linear layer computes in."""
+    found: torch.dtype = layer.dtype if is_quantized(layer) else layer.weight.dtype
+    return found
+
+
 def statistics(model: nn.Module) -> Iterator[Tensor]:
     """What quantised layers hold besides their parameters: scales, and the values that codes stand for."""
     for layer in model.modules():
@@ -118,7 +135,8 @@ def _int8(layer: nn.Linear) -> nn.Module:
     return _with_bias(made, layer)
 
 
-def _with_bias(made: nn.Module, layer: nn.Linear) -> nn.Module:
+def _with_bias(made: Any, layer: nn.Linear) -> nn.Module:
+    made.dtype = layer.weight.dtype
     if layer.bias is not None:
         made.bias = layer.bias
     return made.requires_grad_(False).eval()
@@ -136,7 +154,7 @@ def _frozen(kind: Any, weights: Callable[[Any, torch.dtype], Tensor]) -> Any:
                 return outputs
             return compute(inputs)
 
-        def weights(self, dtype: torch.dtype) -> Tensor:
+        def read_back(self, dtype: torch.dtype) -> Tensor:
             return weights(self, dtype)
 
     return Frozen
@@ -151,7 +169,7 @@ def _plainly(layer: Any, inputs: Tensor) -> Tensor:
     taken = []
     if layer.weight.dtype is torch.int8:
         taken = [inputs.half(), torch.empty_like(inputs, dtype=torch.int8), inputs.new_empty(wide, dtype=torch.int32)]
-    outputs = nn.functional.linear(inputs, layer.weights(inputs.dtype), layer.bias)
+    outputs = nn.functional.linear(inputs, layer.read_back(inputs.dtype), layer.bias)
     del taken
     return outputs
 
@@ -167,7 +185,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient @ ctx.layer.weights(gradient.dtype), None, None
+        return gradient @ ctx.layer.read_back(gradient.dtype), None, None
 
 
 def _from_nf4(layer: Any, dtype: torch.dtype) -> Tensor:

@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sd3tune.model.dropout import SeededDropout
+from sd3tune.model.quantized import dtype_of, is_quantized, weights_of
 
 
 class Adapted(NamedTuple):
-    """y = weight x + bias + scale up (down x)."""
+    """y = base(x) + scale up (down x)."""
 
-    weight: Tensor
-    bias: Tensor | None
+    base: Any
     down: Tensor
     up: Tensor
     scale: float
@@ -31,13 +31,13 @@ class Adapted(NamedTuple):
 def linear_together(layers: Sequence[nn.Module], inputs: Tensor) -> tuple[Tensor, ...]:
     """What each of the layers makes of the same `inputs` [..., in]: [..., out], equal to calling them up to rounding.
 
-    Takes the fast way for frozen `nn.Linear` under one plain LoRA; a layer that is anything else is called.
+    Takes the fast way for frozen linear layers, quantised or not, under one plain LoRA; anything else is called.
     """
     known = [adapted(layer) for layer in layers]
     if any(of is None for of in known):
         return tuple(layer(inputs) for layer in layers)
-    factors = [tensor for of in known if of for tensor in of[:4]]
-    return _LoraLinears.apply(inputs, [of.scale for of in known if of], *factors)
+    factors = [tensor for of in known if of for tensor in (of.down, of.up)]
+    return _LoraLinears.apply(inputs, [of.base for of in known if of], [of.scale for of in known if of], *factors)
 
 
 def linear(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -46,41 +46,45 @@ def linear(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 def adapted(layer: nn.Module) -> Adapted | None:
     """The layer's tensors where it computes just that at the moment, else None."""
-    if not isinstance(layer, PeftLinear) or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name, base = layer.active_adapters[0], layer.base_layer
     if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias.get(name):
         return None
-    if type(base) is not nn.Linear or base.weight.requires_grad or not _is_off(layer.lora_dropout[name]):
+    if not (type(base) is nn.Linear or is_quantized(base)):
+        return None
+    if base.weight.requires_grad or not _is_off(layer.lora_dropout[name]):
         return None
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-    if not down.dtype == up.dtype == base.weight.dtype:
+    if not down.dtype == up.dtype == dtype_of(base):
         return None
-    return Adapted(base.weight, base.bias, down, up, layer.scaling[name])
+    return Adapted(base, down, up, layer.scaling[name])
 
 
 def _is_off(dropout: nn.Module) -> bool:
     return isinstance(dropout, nn.Identity) or (isinstance(dropout, SeededDropout) and not dropout.is_drawn)
 
 
-def _layers(tensors: Sequence[Tensor], scales: Sequence[float]) -> list[Adapted]:
-    """From the tensors of all of them in a row, four of each."""
-    return [Adapted(*of) for of in zip(*(tensors[place::4] for place in range(4)), scales, strict=True)]
+def _layers(bases: Sequence[Any], tensors: Sequence[Tensor], scales: Sequence[float]) -> list[Adapted]:
+    """From the factors of all of them in a row, two of each."""
+    return [Adapted(*of) for of in zip(bases, tensors[::2], tensors[1::2], scales, strict=True)]
 
 
 class _LoraLinears(torch.autograd.Function):
     """Exact gradients for inputs and factors; none for the frozen weights and biases."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, scales: Sequence[float], *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, inputs: Tensor, bases: Sequence[Any], scales: Sequence[float], *factors: Tensor
+    ) -> tuple[Tensor, ...]:
         rows = inputs.reshape(-1, inputs.shape[-1])
-        layers = _layers(factors, scales)
+        layers = _layers(bases, factors, scales)
         narrow = rows @ torch.cat([layer.down for layer in layers]).T
         outputs = []
         for layer, part in zip(layers, narrow.split([len(layer.down) for layer in layers], dim=1), strict=True):
-            wide = nn.functional.linear(rows, layer.weight, layer.bias)
+            wide = layer.base(rows)
             outputs.append(wide.addmm_(part, layer.up.T, alpha=layer.scale).view(*inputs.shape[:-1], -1))
-        ctx.scales = scales
+        ctx.bases, ctx.scales = bases, scales
         ctx.save_for_backward(inputs, narrow, *factors)
         return tuple(outputs)
 
@@ -89,7 +93,7 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs, narrow, *factors = ctx.saved_tensors
         rows = inputs.reshape(-1, inputs.shape[-1])
-        layers = _layers(factors, ctx.scales)
+        layers = _layers(ctx.bases, factors, ctx.scales)
         ranks = [len(layer.down) for layer in layers]
         wides = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
 
@@ -105,7 +109,7 @@ class _LoraLinears(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             towards_inputs = narrow_gradient @ torch.cat([layer.down for layer in layers])
             for layer, wide in zip(layers, wides, strict=True):
-                towards_inputs.addmm_(wide, layer.weight)
+                towards_inputs.addmm_(wide, weights_of(layer.base, wide.dtype))
             towards_inputs = towards_inputs.view(inputs.shape)
-        per_factor = [gradient for down, up in zip(downs, ups, strict=True) for gradient in (None, None, down, up)]
-        return towards_inputs, None, *per_factor
+        per_factor = [gradient for down, up in zip(downs, ups, strict=True) for gradient in (down, up)]
+        return towards_inputs, None, None, *per_factor
