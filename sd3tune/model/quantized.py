@@ -82,7 +82,7 @@ def weights_of(layer: Any, dtype: torch.dtype) -> Tensor:
 
 def dtype_of(layer: Any) -> torch.dtype:
     """What a linear layer computes in."""
-    found: torch.dtype = layer.dtype if is_quantized(layer) else layer.weight.dtype
+    found: torch.dtype = layer.compute_dtype if is_quantized(layer) else layer.weight.dtype
     return found
 
 
@@ -136,7 +136,7 @@ def _int8(layer: nn.Linear) -> nn.Module:
 
 
 def _with_bias(made: Any, layer: nn.Linear) -> nn.Module:
-    made.dtype = layer.weight.dtype
+    made.compute_dtype = layer.weight.dtype  # by which PEFT knows what an adapter on top is to be in
     if layer.bias is not None:
         made.bias = layer.bias
     return made.requires_grad_(False).eval()

@@ -13,9 +13,10 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from sd3tune.model.adapter_io import attach, read_adapter, write_adapter
+from sd3tune.model.adapters import lora_layers
 from sd3tune.model.bases import resolve_base
 from sd3tune.model.components import load_text_encoder, load_transformer
-from sd3tune.model.quantized import FORMS, missing_library, quantize
+from sd3tune.model.quantized import FORMS, load_transformer_in, missing_library, quantize
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -108,6 +109,14 @@ def test_a_model_computes_with_the_rounded_weights(form: str, most: float, plain
         model.disable_adapters()
     assert relative(velocity(ours), velocity(theirs)) < most
     assert relative(velocity(ours), velocity(plain)) > 1e-3, "not in full precision"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_has_the_precision_that_is_computed_in(form: str, adapter: Path) -> None:
+    model = load_transformer_in(form, resolve_base("nano"), torch.bfloat16, torch.device("cpu"))
+    attach(model, read_adapter(adapter), "lora")
+    weights = [layer.lora_A["lora"].weight for layer in lora_layers(model).values()]
+    assert [weight.dtype for weight in weights] == [torch.bfloat16] * len(MODULES)
 
 
 @pytest.mark.parametrize(("form", "share"), [("nf4", 0.16), ("int8", 0.27)])
