@@ -22,7 +22,11 @@ def quantize(model: nn.Module, part: nn.Module, form: str, device: torch.device 
 
     `model` is on the CPU; the rest of it stays there. PEFT puts adapters on top of such layers.
     """
+    from peft import import_utils
+
     flag, make = FORMS[form]
+    for asked in (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available):
+        asked.cache_clear()  # peft may remember that there is no bitsandbytes (see `cli.imports`)
     for holder in list(part.modules()):
         for name, layer in list(holder.named_children()):
             if type(layer) is nn.Linear:
