@@ -22,6 +22,7 @@ _HEADINGS = [
     "ratio",
     "CPU-time ratio",
     "overhead, CPU ms per step",
+    "peak of tensors, MB: bare, trainer",
     "rounds of steps",
     "target",
 ]
@@ -86,6 +87,7 @@ def _table_row(row: dict[str, Any]) -> list[str]:
         _spread(row["ratio"], ".3f"),
         _spread(row["cpu_ratio"], ".3f"),
         _spread(row["cpu_overhead_ms_per_step"], ".1f"),
+        ", ".join(f"{row['peak_bytes'][side] / 1e6:.3g}" for side in ("bare", "trainer")),
         f"{row['rounds']} of {row['steps_per_round']}",
         "" if target is None else f"{target} {verdict}",
     ]

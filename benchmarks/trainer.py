@@ -15,8 +15,8 @@ from sd3tune.data.sampler import generator
 from sd3tune.data.store import Store, key
 from sd3tune.jobs.machine import DTYPES, make_accelerator, processes_of
 from sd3tune.jobs.train import make_state
+from sd3tune.jobs.trainable import make_trainable
 from sd3tune.methods import LoraMethod, Method
-from sd3tune.model.fast import use_fast_path
 from sd3tune.train.batches import Batches, LatentScaling
 from sd3tune.train.examples import Example
 from sd3tune.train.loop import Callback, Processes, train
@@ -122,12 +122,10 @@ def make_trainer(cell: Cell, model: Model, folder: Path) -> Trainer:
     processes, device = processes_of(accelerator), accelerator.device
     transformer = model.build(dtype).to(device)
     method = LoraMethod(config)
-    parameters = method.inject(transformer, lambda name: generator(config.seed, "init", name))
+    parameters = make_trainable(config, method, transformer)
     for name, parameter in parameters.items():
         if name.endswith(".lora_B"):
             parameter.data.normal_(std=0.02, generator=generator(config.seed, name, device=device))
-    if config.train.fast_path:
-        use_fast_path(transformer)
     store, sigmas = Store(folder / "store"), sigma_of_u(config.flow, SHIFT)
     batches = Batches(
         store,

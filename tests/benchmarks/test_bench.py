@@ -31,6 +31,8 @@ def test_a_run_writes_its_figures_and_renews_the_table(tmp_path: Path, capsys: p
     for name in ("ratio", "cpu_ratio", "overhead_ms_per_step"):
         assert row[name]["low"] <= row[name]["median"] <= row[name]["high"]
     assert [len(row["seconds"][side]) for side in ("trainer", "bare")] == [2, 2]
+    assert 0.5 < row["peak_bytes"]["bare"] / row["peak_bytes"]["trainer"] < 2
+    assert min(row["peak_bytes"].values()) > 4 * 500_000  # the model's parameters alone
     table = capsys.readouterr().out
     assert "| tiny-fp32 |" in table
     readme = (tmp_path / "README.md").read_text()
