@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.bare import BareLoop, Ready, ready
 from benchmarks.cells import BATCH_SIZE, CLIP_TOKENS, MODELS, RANK, T5_TOKENS, Cell
-from benchmarks.trainer import Trainer, make_trainer
+from benchmarks.trainer import Trainer, make_config, make_trainer
 from sd3tune.jobs.machine import DTYPES
 from sd3tune.model.footprint import Footprint
 from sd3tune.train.loop import View
@@ -39,7 +39,7 @@ def run_cell(cell: Cell, folder: Path, rounds: int | None = None, steps: int | N
     cell = cell if steps is None else replace(cell, steps=steps)
     model = MODELS[cell.model]
     with Footprint() as ours:
-        trainer = make_trainer(cell, model, folder)
+        trainer = make_trainer(make_config(cell), model, folder)
     with closing(trainer.batches):
         weights = trainer.state.master.named(trainer.state.master.master)
         inputs = [_ready(trainer, step) for step in range(READY_BATCHES)]
