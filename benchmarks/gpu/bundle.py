@@ -17,15 +17,21 @@ from pathlib import Path
 WHEELS = (
     "annotated-types==0.8.0",
     "bitsandbytes==0.50.2",
+    "certifi==2026.10.18",
+    "charset-normalizer==3.5.2",
     "diffusers==0.42.1",
+    "idna==3.20",
+    "pillow==13.0.0",
     "pydantic==2.14.3",
     "pydantic-core==2.50.4",
+    "requests==2.34.2",
     "torchao==0.17.0",
     "torchvision==0.26.0",
     "typing-inspection==0.4.5",
+    "urllib3==2.8.0",
 )
 PYTHON = "3.12"
-PLATFORMS = ("any", "manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_24_x86_64", "manylinux_2_28_x86_64")
+PLATFORMS = ("any", *(f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28)), "manylinux2014_x86_64")
 CUDA_LIBRARY = "libbitsandbytes_cuda130.so"
 LARGEST = 64_000_000
 """Bytes of the whole folder."""

@@ -120,3 +120,11 @@ def test_a_bundle_keeps_one_cuda_library_and_brings_only_what_is_missing(tmp_pat
     metadata.version("bitsandbytes")  # installed here
     assert list(bundle.unpacked(tmp_path, tmp_path / "place")) == ["absent_thing 1"]
     assert [path.name for path in (tmp_path / "place").iterdir()] == ["absent_thing"]
+
+
+def test_the_bundle_has_the_tested_versions() -> None:
+    """But for those that follow from the machine's PyTorch."""
+    constraints = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
+    tested = {line.split(";")[0].strip() for line in constraints}
+    others = {wheel for wheel in bundle.WHEELS if wheel not in tested}
+    assert {wheel.split("==")[0] for wheel in others} == {"torchao", "torchvision"}
