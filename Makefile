@@ -7,7 +7,7 @@ STAMP := $(VENV)/.sd3tune-installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash check format bench bench-quality nano docs clean
+.PHONY: help setup demo test crash check format bench bench-gpu bench-quality nano docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ format: $(STAMP) ## Fix lint and formatting where a tool can
 
 bench: $(STAMP) ## Measure the trainer against a bare loop; with PEER_SCRIPT=PATH, runs against diffusers' example
 	$(BIN)/python -m benchmarks.$(if $(PEER_SCRIPT),peer.run "$(PEER_SCRIPT)",run)
+
+bench-gpu: ## Measure on one GPU at full size, in eight minutes (PYTHON=... with torch; BUNDLE=DIR, PEER_SCRIPT=PATH)
+	$(PYTHON) -m benchmarks.gpu.run $(if $(BUNDLE),--bundle "$(BUNDLE)") $(if $(PEER_SCRIPT),--script "$(PEER_SCRIPT)")
 
 bench-quality: $(STAMP) ## Measure what trainings on nano learn (hours; goes on where it was stopped; PEER_SCRIPT=PATH as above)
 	$(BIN)/python -m benchmarks.quality.run $(PEER_SCRIPT)

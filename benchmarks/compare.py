@@ -15,9 +15,11 @@ from torch import Tensor
 
 from benchmarks.bare import BareLoop, Ready, ready
 from benchmarks.cells import BATCH_SIZE, CLIP_TOKENS, MODELS, RANK, T5_TOKENS, Cell
-from benchmarks.trainer import Trainer, make_trainer
+from benchmarks.trainer import Trainer, make_config, make_trainer
 from sd3tune.jobs.machine import DTYPES
+from sd3tune.model.footprint import Footprint
 from sd3tune.train.loop import View
+from sd3tune.train.step import StepResult
 
 READY_BATCHES = 4
 MIN_ROUNDS, MAX_ROUNDS = 12, 60
@@ -36,14 +38,21 @@ def run_cell(cell: Cell, folder: Path, rounds: int | None = None, steps: int | N
     """
     cell = cell if steps is None else replace(cell, steps=steps)
     model = MODELS[cell.model]
-    trainer = make_trainer(cell, model, folder)
+    with Footprint() as ours:
+        trainer = make_trainer(make_config(cell), model, folder)
     with closing(trainer.batches):
         weights = trainer.state.master.named(trainer.state.master.master)
         inputs = [_ready(trainer, step) for step in range(READY_BATCHES)]
-        transformer = model.build(DTYPES[cell.dtype]).to(trainer.device)
-        modules = trainer.method.select(transformer)
-        bare = BareLoop(transformer, trainer.config, modules, weights, inputs)
-        gate = check_same(trainer, bare, TOLERANCES[cell.dtype])
+        with Footprint() as theirs:
+            transformer = model.build(DTYPES[cell.dtype]).to(trainer.device)
+            modules = trainer.method.select(transformer)
+            bare = BareLoop(transformer, trainer.config, modules, weights, inputs)
+        with ours:
+            result = trainer.step()
+        with theirs:
+            loss, norm = bare.step()
+        gate = check_same(trainer, result, bare, loss, norm, TOLERANCES[cell.dtype])
+        memory = {"trainer": peak_of_a_step(ours, trainer.step), "bare": peak_of_a_step(theirs, bare.step)}
         if rounds is None:
             rounds = _affordable_rounds(cell, bare, trainer.device)
         turns = Turns(trainer.state.step, rounds, cell.steps, bare.step, trainer.device)
@@ -59,6 +68,7 @@ def run_cell(cell: Cell, folder: Path, rounds: int | None = None, steps: int | N
         "rank": RANK,
         "trained_parameters": trainer.state.master.master.numel(),
         "gate": gate,
+        "peak_bytes": memory,
         "rounds": rounds,
         "steps_per_round": cell.steps,
         "target": cell.target,
@@ -66,13 +76,13 @@ def run_cell(cell: Cell, folder: Path, rounds: int | None = None, steps: int | N
     }
 
 
-def check_same(trainer: Trainer, bare: BareLoop, tolerance: float) -> dict[str, float]:
-    """The first step of both sides, on the same draws: relative errors of loss, gradient norm and gradient.
+def check_same(
+    trainer: Trainer, result: StepResult, bare: BareLoop, loss: Tensor, norm: Tensor, tolerance: float
+) -> dict[str, float]:
+    """After the first step of both sides, on the same draws: relative errors of loss, gradient norm and gradient.
 
     The gradient is the clipped one, as AdamW's first moment holds it after one step. Raises GateError.
     """
-    result = trainer.step()
-    loss, norm = bare.step()
     moment = trainer.state.optimizer.state[trainer.state.master.master]["exp_avg"]
     errors = {
         "loss": _relative_error(result.weighted.mean(), loss),
@@ -82,6 +92,18 @@ def check_same(trainer: Trainer, bare: BareLoop, tolerance: float) -> dict[str, 
     if not max(errors.values()) <= tolerance:
         raise GateError(f"{trainer.config.name}: trainer and bare loop differ by {errors}; at most {tolerance:g}")
     return errors
+
+
+def peak_of_a_step(side: Footprint, step: Callable[[], object]) -> int:
+    """The most bytes of tensors that are alive at once in a step: all that the side has made since its beginning.
+
+    Model, adapter and optimizer are in it, and so is what a step saves or makes in between; a kernel's own memory and
+    what a reading thread has ready are not.
+    """
+    with side:
+        side.peak = side.now
+        step()
+    return side.peak
 
 
 class Turns:

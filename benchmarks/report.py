@@ -22,6 +22,7 @@ _HEADINGS = [
     "ratio",
     "CPU-time ratio",
     "overhead, CPU ms per step",
+    "peak of tensors, MB: bare, trainer",
     "rounds of steps",
     "target",
 ]
@@ -49,8 +50,38 @@ def table(results: dict[str, Any]) -> str:
             *provenance(results["environment"]),
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
+            *_encoding(results.get("encoding")),
+            *_starts(results.get("starts")),
         ]
     )
+
+
+def _encoding(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    verdict = "met" if found["ratio"]["median"] >= found["target"] else "missed"
+    ratio = _spread(found["ratio"], ".3f")
+    return [
+        "",
+        f"Encoding {found['images']} images of {found['pixels']} px with their captions: {found['bare_per_s']:.3g} per "
+        f"second by the bare encoders, {found['sd3tune_per_s']:.3g} by sd3tune, ratio {ratio}; "
+        f"target {found['target']} {verdict}.",
+    ]
+
+
+def _starts(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    cold, warm = (
+        f"{of['first_step_s']:.1f} s, {of['without_imports_s']:.2f} s of it not imports, "
+        f"{of['peak_bytes'] / 1e6:.0f} MB"
+        for of in (found["cold"], found["warm"])
+    )
+    return [
+        "",
+        f"From the command to the end of the first step on `tiny`, and the peak of the process: {cold} with nothing "
+        f"encoded; {warm} with all of it.",
+    ]
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
@@ -86,6 +117,7 @@ def _table_row(row: dict[str, Any]) -> list[str]:
         _spread(row["ratio"], ".3f"),
         _spread(row["cpu_ratio"], ".3f"),
         _spread(row["cpu_overhead_ms_per_step"], ".1f"),
+        ", ".join(f"{row['peak_bytes'][side] / 1e6:.3g}" for side in ("bare", "trainer")),
         f"{row['rounds']} of {row['steps_per_round']}",
         "" if target is None else f"{target} {verdict}",
     ]

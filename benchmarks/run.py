@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks import report
     from benchmarks.cells import CELLS
     from benchmarks.compare import GateError, run_cell
+    from benchmarks.encoding import run_encoding
+    from benchmarks.starts import run_starts
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), help="only these; prints, and writes nothing")
@@ -24,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder with a README.md to write to, even with --cells")
     options = parser.parse_args(arguments)
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in options.cells or CELLS:
         with tempfile.TemporaryDirectory(prefix="sd3tune-bench-") as folder:
             try:
@@ -33,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
     results = {"environment": report.environment(), "cells": rows}
+    if not options.cells:
+        for name, measure in (("encoding", run_encoding), ("starts", run_starts)):
+            with tempfile.TemporaryDirectory(prefix="sd3tune-bench-") as folder:
+                results[name] = measure(Path(folder))
     print(report.table(results))
     if options.out or not options.cells:
         report.write(results, options.out or Path(__file__).parent)

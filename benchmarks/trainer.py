@@ -13,10 +13,10 @@ from benchmarks.cells import BATCH_SIZE, CLIP_TOKENS, RANK, T5_TOKENS, Cell, Mod
 from sd3tune.config import Config
 from sd3tune.data.sampler import generator
 from sd3tune.data.store import Store, key
-from sd3tune.jobs.machine import DTYPES, make_accelerator, processes_of
+from sd3tune.jobs.machine import ALONE, DTYPES, make_accelerator, processes_of
 from sd3tune.jobs.train import make_state
+from sd3tune.jobs.trainable import make_trainable
 from sd3tune.methods import LoraMethod, Method
-from sd3tune.model.fast import use_fast_path
 from sd3tune.train.batches import Batches, LatentScaling
 from sd3tune.train.examples import Example
 from sd3tune.train.loop import Callback, Processes, train
@@ -43,11 +43,11 @@ def make_config(cell: Cell) -> Config:
     )
 
 
-def fill_store(store: Store, model: Model, joint_width: int, dtype: torch.dtype) -> list[Example]:
+def fill_store(store: Store, model: Model, t5_shape: tuple[int, int], dtype: torch.dtype) -> list[Example]:
     """Random moments and embeddings of the real layout, an image and a caption per example."""
     side = model.latent_side
     shapes = {encoder: (CLIP_TOKENS, width) for encoder, width in model.clip_widths.items()}
-    shapes["t5"] = (T5_TOKENS, joint_width)
+    shapes["t5"] = t5_shape
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=source)
@@ -115,23 +115,26 @@ class Trainer:
         )
 
 
-def make_trainer(cell: Cell, model: Model, folder: Path) -> Trainer:
-    """The trainer before its first step, with factors B that are not zero, so that A has a gradient too."""
-    config, dtype = make_config(cell), DTYPES[cell.dtype]
-    accelerator = make_accelerator()
-    processes, device = processes_of(accelerator), accelerator.device
+def make_trainer(config: Config, model: Model, folder: Path, device: torch.device | None = None) -> Trainer:
+    """The trainer before its first step, with factors B that are not zero, so that A has a gradient too.
+
+    `config.model.dtype` is not `auto`; `device` is the one that a run would take, unless it is given.
+    """
+    dtype = DTYPES[config.model.dtype]
+    processes = ALONE
+    if device is None:
+        accelerator = make_accelerator()
+        processes, device = processes_of(accelerator), accelerator.device
     transformer = model.build(dtype).to(device)
     method = LoraMethod(config)
-    parameters = method.inject(transformer, lambda name: generator(config.seed, "init", name))
+    parameters = make_trainable(config, method, transformer)
     for name, parameter in parameters.items():
         if name.endswith(".lora_B"):
             parameter.data.normal_(std=0.02, generator=generator(config.seed, name, device=device))
-    if config.train.fast_path:
-        use_fast_path(transformer)
     store, sigmas = Store(folder / "store"), sigma_of_u(config.flow, SHIFT)
     batches = Batches(
         store,
-        fill_store(store, model, transformer.config.joint_attention_dim, dtype),
+        fill_store(store, model, (config.model.max_sequence_length, transformer.config.joint_attention_dim), dtype),
         seed=config.seed,
         batch_size=config.train.batch_size,
         accumulation=1,

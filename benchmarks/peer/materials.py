@@ -69,17 +69,21 @@ def _small(folder: Path) -> Path:
     tiny = resolve_base("tiny").path
     shutil.copytree(tiny, folder)
     transformer: SD3Transformer2DModel = small_transformer(torch.float32)
-    parts: dict[str, nn.Module] = {
-        "transformer": transformer,
-        "text_encoder": _clip(tiny / "text_encoder", width=768),
-        "text_encoder_2": _clip(tiny / "text_encoder_2", width=1280),
-        "text_encoder_3": _t5(tiny / "text_encoder_3", width=transformer.config.joint_attention_dim),
-    }
+    parts = {"transformer": transformer, **text_encoders(tiny, transformer.config.joint_attention_dim)}
     for part, model in parts.items():
         shutil.rmtree(folder / part)
         with no_progress_bars():
-            model.save_pretrained(folder / part, safe_serialization=True)  # type: ignore[operator]
+            model.save_pretrained(folder / part, safe_serialization=True)
     return folder
+
+
+def text_encoders(tiny: Path, width: int) -> dict[str, nn.Module]:
+    """Of the real widths, T5's being `width`, and of tiny's depth and vocabularies."""
+    return {
+        "text_encoder": _clip(tiny / "text_encoder", width=768),
+        "text_encoder_2": _clip(tiny / "text_encoder_2", width=1280),
+        "text_encoder_3": _t5(tiny / "text_encoder_3", width=width),
+    }
 
 
 def _clip(folder: Path, width: int) -> nn.Module:

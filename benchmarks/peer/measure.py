@@ -34,7 +34,7 @@ class Measured:
     pairs: dict[str, list[Pair]]
     """By metric: of images/s a pair per step, of the others one per pair of runs."""
     warm: dict[str, float]
-    """Ours once more, alone and with the store filled."""
+    """Ours once more, alone and with the store filled, in the first of the pairs."""
 
 
 def measure_cell(cell: PeerCell, script: Path, materials: Materials, folder: Path) -> Measured:
@@ -50,20 +50,24 @@ def measure_cell(cell: PeerCell, script: Path, materials: Materials, folder: Pat
         return [str(script), *peer_arguments(cell, materials, folder / "datasets", fresh(folder / "peer"))]
 
     together = run_in_turns({"ours": ours(), "peer": peer()}, folder, steps, cell.size.turn)
-    alone: dict[str, list[Stamps]] = {"ours": [], "peer": []}
-    sides: list[Callable[[], None]] = [
-        lambda: alone["ours"].append(run_alone("ours", ours(), folder, steps)),
-        lambda: alone["peer"].append(run_alone("peer", peer(), folder, steps)),
-    ]
+    alone: dict[str, list[Stamps]] = {"ours": [], "warm": [], "peer": []}
+
+    def run_ours() -> None:
+        alone["ours"].append(run_alone("ours", ours(), folder, steps))
+        alone["warm"].append(run_alone("ours", ours(warm=True), folder, steps))
+
+    def run_peer() -> None:
+        alone["peer"].append(run_alone("peer", peer(), folder, steps))
+
     pairs: dict[str, list[Pair]] = {}
     for number in range(MAX_PAIRS):
-        take_turns(sides, number)
-        pairs = pairs_of_runs(alone["ours"], alone["peer"])
+        take_turns([run_ours, run_peer], number)
+        pairs = pairs_of_runs(alone["ours"], alone["peer"], alone["warm"])
         if number + 1 >= PAIRS and disagreement([of.peer / of.ours for of in pairs["wall"]]) <= AGREEMENT:
             break
     speed = pairs_of_steps(together["ours"], together["peer"], cell.size.warmup)
-    warm = run_alone("ours", ours(warm=True), folder, steps)
-    alone_again = {name: of[0].ours for name, of in pairs_of_runs([warm], [warm]).items()}
+    warm = alone["warm"][:1]
+    alone_again = {name: of[0].ours for name, of in pairs_of_runs(warm, warm, warm).items()}
     return Measured({"images_per_s": speed, **pairs}, alone_again)
 
 
@@ -73,14 +77,13 @@ def pairs_of_steps(ours: Stamps, peer: Stamps, warmup: int) -> list[Pair]:
     return [Pair(*of) for of in zip(*speeds, strict=True)]
 
 
-def pairs_of_runs(ours: Sequence[Stamps], peer: Sequence[Stamps]) -> dict[str, list[Pair]]:
+def pairs_of_runs(ours: Sequence[Stamps], peer: Sequence[Stamps], warm: Sequence[Stamps]) -> dict[str, list[Pair]]:
+    """Runs of ours with an empty store and with a filled one, and of the peer's, which has none."""
     pairs = list(zip(ours, peer, strict=True))
     return {
         "peak_memory": [Pair(a.peak_bytes / 1e6, b.peak_bytes / 1e6) for a, b in pairs],
-        "first_step": [
-            Pair(a.steps[0][0][0] - a.started, b.steps[0][0][0] - b.started, a.steps[0][0][1], b.steps[0][0][1])
-            for a, b in pairs
-        ],
+        "first_step": [Pair(a.first_step[0], b.first_step[0], a.first_step[1], b.first_step[1]) for a, b in pairs],
+        "warm_start": [Pair(a.start[0], b.start[0], a.start[1], b.start[1]) for a, b in zip(warm, peer, strict=True)],
         "wall": [Pair(a.ended - a.started, b.ended - b.started, a.cpu, b.cpu) for a, b in pairs],
     }
 
@@ -115,7 +118,7 @@ def _row(cell: PeerCell, metric: str, pairs: Sequence[Pair], warm: float | None)
         "ratio": statistics.median(ratios),
         "cpu_ratio": statistics.median(cpu) if cpu else None,
         "unit": METRICS[metric].unit,
-        "target": cell.least_speedup if metric == "images_per_s" else 1.0,
+        "target": cell.target(metric),
         "ours_warm": warm,
         "ratios": [round(ratio, 4) for ratio in ratios],
         "cpu_ratios": [round(ratio, 4) for ratio in cpu],

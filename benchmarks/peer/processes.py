@@ -34,6 +34,20 @@ class Stamps:
     """Seconds of all threads, from the start to the end."""
     steps: list[tuple[list[float], list[float]]]
     peak_bytes: int
+    imports: list[float]
+    """Seconds, and CPU seconds, that went into imports until the end of the first step."""
+
+    @property
+    def first_step(self) -> tuple[float, float]:
+        """Time from the start of the process to the end of the first step, and CPU time."""
+        ended, cpu = self.steps[0][0]
+        return ended - self.started, cpu
+
+    @property
+    def start(self) -> tuple[float, float]:
+        """The same without the imports."""
+        (took, cpu), (importing, importing_cpu) = self.first_step, self.imports
+        return took - importing, cpu - importing_cpu
 
     def durations(self, warmup: int, clock: int) -> list[float]:
         """Of the steps after the first `warmup`, without the waiting between them; clock 0 is time, 1 is CPU time."""

@@ -12,7 +12,13 @@ from sd3tune.atomic import write_json
 __all__ = ["environment", "table", "write"]
 
 _HEADINGS = ["base", "dtype", "captions", "images/s: ours, peer", *METRICS, "target"]
-_TITLES = {"images_per_s": "images/s", "peak_memory": "peak memory", "first_step": "first step", "wall": "wall time"}
+_TITLES = {
+    "images_per_s": "images/s",
+    "peak_memory": "peak memory",
+    "first_step": "first step",
+    "warm_start": "warm start",
+    "wall": "wall time",
+}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peer.cells import CELLS, CORES, PeerCell
+from benchmarks.peer.cells import CELLS, CORES, METRICS, PeerCell
 from benchmarks.peer.commands import peer_arguments
 from benchmarks.peer.measure import measure_cell, rows
 from benchmarks.peer.processes import ROOT, RunFailed, environment
@@ -65,7 +65,7 @@ def measure(cells: Sequence[PeerCell], script: Path, out: Path | None) -> dict[s
         print(f"gate: {json.dumps(results['gate'])}", flush=True)
         for cell in cells:
             results["cells"] += rows(cell, measure_cell(cell, script, materials, folder))
-            for row in results["cells"][-4:]:
+            for row in results["cells"][-len(METRICS) :]:
                 both = f"ours {row['ours']:.4g}, peer {row['peer']:.4g} {row['unit']}"
                 print(f"{row['cell']}: {row['ratio']:.3f}, in CPU time {row['cpu_ratio'] or 0:.3f}; {both}", flush=True)
             if out is not None:

@@ -2,8 +2,9 @@
 
 Both sides are watched in the same way: a hook of torch's that is called after every optimizer step, whoever's it is.
 `ours` is followed by sd3tune's arguments, `peer` by the script and its own. STAMPS receives JSON: {"steps": [[ended,
-went on], ...], "peak_bytes": n}. Both times of a step are [seconds, CPU seconds], of the machine's monotonic clock and
-of the process; they differ where it waited for its turn.
+went on], ...], "peak_bytes": n, "imports": [seconds, CPU seconds]}. Both times of a step are [seconds, CPU seconds], of
+the machine's monotonic clock and of the process; they differ where it waited for its turn. Imports are those until the
+end of the first step.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peer.imports import ImportClock
+
+IMPORTS = ImportClock()
+IMPORTS.install()
 gc.disable()  # as sd3tune would do; the script is given the advantage
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
@@ -31,10 +36,13 @@ Clocks = tuple[float, float]
 def main(arguments: Sequence[str]) -> None:
     stamps_file, side, *rest = arguments
     stamps: list[tuple[Clocks, Clocks]] = []
+    imports: list[float] = []
     turns = Turns.from_environment()
 
     def stamp(*_: Any) -> None:
         ended = clocks()
+        if not stamps:
+            imports.extend((IMPORTS.seconds, IMPORTS.cpu_seconds))
         if turns is not None:
             turns.pass_on()
         stamps.append((ended, clocks()))
@@ -43,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         run_side(side, rest)
     finally:
-        seen = {"steps": stamps, "peak_bytes": peak_bytes()}
+        seen = {"steps": stamps, "peak_bytes": peak_bytes(), "imports": imports}
         Path(stamps_file).write_text(json.dumps(seen), encoding="utf-8")
 
 

@@ -1,4 +1,7 @@
-"""Quick starts: importing torch and diffusers makes a million objects that the garbage collector need not look at."""
+"""Quick starts: importing torch and diffusers makes a million objects that the garbage collector need not look at.
+
+peft imports bitsandbytes wherever it is installed, and that torch's compiler: a second and 60 MB that few runs need.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_BITSANDBYTES = "bitsandbytes"
 
 
 @contextmanager
@@ -21,8 +26,29 @@ def quick_imports() -> Iterator[None]:
         return
     gc.disable()
     try:
-        yield
+        with _bitsandbytes_later():
+            yield
     finally:
         gc.freeze()
         gc.enable()
         atexit.register(gc.unfreeze)  # or extension modules complain of leaks at the end
+
+
+@contextmanager
+def _bitsandbytes_later() -> Iterator[None]:
+    """bitsandbytes counts as not installed while the libraries are imported; what asks for it afterwards finds it.
+
+    But for peft, which remembers the answer, until a model is quantised (see `model.quantized`).
+    """
+    if _BITSANDBYTES in sys.modules:
+        yield
+        return
+    sys.modules[_BITSANDBYTES] = None  # type: ignore[assignment]
+    try:
+        yield
+        if "peft" in sys.modules:
+            from peft.import_utils import is_bnb_available
+
+            is_bnb_available()
+    finally:
+        del sys.modules[_BITSANDBYTES]

@@ -3,6 +3,7 @@
 Weights are read directly in the dtype asked for (T5 gives other numbers when it is cast afterwards). A part
 that is truncated, incomplete, not finite or of other shapes than its config is a ModelError naming the file.
 On the meta device nothing is read but a config: what is loaded has names, shapes and dtypes only.
+Text encoders and pipelines are imported on use: a run whose captions are encoded already needs none.
 """
 
 from __future__ import annotations
@@ -10,26 +11,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    ModelMixin,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ModelMixin, SD3Transformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
 from transformers.utils import logging as transformers_logging
 
 from sd3tune.errors import ModelError
@@ -38,6 +25,9 @@ from sd3tune.model.random_weights import random_transformer
 from sd3tune.model.single_file import from_file
 from sd3tune.model.text import TextEncoder
 from sd3tune.model.weights import tensor_headers, weight_files
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
 
 Device = str | torch.device
 Model = TypeVar("Model", bound=nn.Module)
@@ -75,6 +65,8 @@ def load_vae(base: Base, dtype: torch.dtype, device: Device = "cpu") -> Autoenco
 
 def text_encoder_shape(base: Base, encoder: str, dtype: torch.dtype) -> nn.Module:
     """A text encoder's model without weights, on the meta device, in the dtypes that it would be loaded in."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
     model_class, config_class = (
         (T5EncoderModel, T5Config) if encoder == "t5" else (CLIPTextModelWithProjection, CLIPTextConfig)
     )
@@ -104,6 +96,8 @@ def load_text_encoder(
 
     `max_sequence_length` is T5's length in tokens; CLIP's is its tokenizer's own, 77.
     """
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
     tokenizer = load_tokenizer(base, encoder)
     model_class = T5EncoderModel if encoder == "t5" else CLIPTextModelWithProjection
     model = _load_model(model_class, base, ENCODER_PARTS[encoder][1], dtype, device)
@@ -113,6 +107,8 @@ def load_text_encoder(
 
 def load_tokenizer(base: Base, encoder: str) -> Any:
     """The tokenizer of `clip_l`, `clip_g` or `t5`."""
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
     tokenizer_class = T5TokenizerFast if encoder == "t5" else CLIPTokenizer
     folder = base.folder(ENCODER_PARTS[encoder][0])
     return _reading(folder, lambda: tokenizer_class.from_pretrained(folder, local_files_only=True))
@@ -120,6 +116,8 @@ def load_tokenizer(base: Base, encoder: str) -> Any:
 
 def load_pipeline(base: Base, dtype: torch.dtype, device: Device = "cpu", t5: bool = True) -> StableDiffusion3Pipeline:
     """The whole base as diffusers' pipeline, everything in one dtype; without T5 its embeddings are zeros."""
+    from diffusers import StableDiffusion3Pipeline
+
     encoders = {name: load_text_encoder(base, name, dtype, device) for name in ENCODER_PARTS if t5 or name != "t5"}
     parts = {
         part: getattr(encoders[name], attribute) if name in encoders else None

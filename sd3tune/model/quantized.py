@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from sd3tune.model.bases import Base
 from sd3tune.model.components import load_text_encoder, load_transformer
+from sd3tune.model.hoist import is_modulation
 from sd3tune.model.text import TextEncoder
 
 
@@ -28,14 +29,17 @@ def missing_library(flag: str) -> list[str]:
     return [f"{flag} needs bitsandbytes: pip install 'sd3tune[bitsandbytes]'"]
 
 
-def load_transformer_in(form: str, base: Base, dtype: torch.dtype, device: torch.device) -> SD3Transformer2DModel:
+def load_transformer_in(
+    form: str, base: Base, dtype: torch.dtype, device: torch.device, hoisted: bool = False
+) -> SD3Transformer2DModel:
     """The transformer on `device`, its blocks in `form`: a key of `FORMS`, or `none`.
 
     Layer by layer, so that the device never holds more than the result and one layer; the CPU holds all of it.
+    With `hoisted`, what `hoist` takes out of it stays there. The adaLN linears keep the model's precision.
     """
     if form == "none":
-        return load_transformer(base, dtype, device)
-    transformer = load_transformer(base, dtype, device if device.type == "meta" else "cpu")
+        return load_transformer(base, dtype, device, hoisted)
+    transformer = load_transformer(base, dtype, device if device.type == "meta" else "cpu", hoisted)
     quantize(transformer, transformer.transformer_blocks, form, device)
     nn.Module.to(transformer, device)
     return transformer
@@ -59,9 +63,13 @@ def quantize(model: nn.Module, part: nn.Module, form: str, device: torch.device 
     `model` is on the CPU, and the rest of it stays there; or all is on the meta device. PEFT puts adapters on top of
     such layers.
     """
-    for holder in list(part.modules()):
+    from peft import import_utils
+
+    for asked in (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available):
+        asked.cache_clear()  # peft may remember that there is no bitsandbytes (see `cli.imports`)
+    for path, holder in list(part.named_modules()):
         for name, layer in list(holder.named_children()):
-            if type(layer) is nn.Linear:
+            if type(layer) is nn.Linear and not is_modulation(f"{path}.{name}"):
                 made: Any = FORMS[form].make(layer)
                 if layer.weight.is_meta:
                     made.weight._quantize("meta")  # of this device bitsandbytes thinks that weights are to come

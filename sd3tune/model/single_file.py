@@ -9,20 +9,18 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors import safe_open
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from sd3tune.errors import ModelError
 from sd3tune.model.checkpoint import COMMON, CONFIGS, FilePart, is_quantisation
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _BUNDLED = {SD3Transformer2DModel: CONFIGS / "sd3-medium" / "transformer", AutoencoderKL: COMMON / "vae"}
-_CONFIGS = {CLIPTextModelWithProjection: CLIPTextConfig, T5EncoderModel: T5Config}
 
 
 def from_file(model_class: Any, part: FilePart, dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
     """The model on the CPU in `dtype`, and what keeps it from being one: tensors `missing` or `mismatched`."""
     tensors = read_tensors(part, dtype)
-    if model_class in _CONFIGS:
+    if model_class not in _BUNDLED:
         return _text_encoder(model_class, part, tensors, dtype)
     config = {key: value for key, value in part.config.items() if not key.startswith("_")}
     # The keywords stand above the bundled config. The transformer is whole: `checkpoint` has counted.
@@ -76,8 +74,8 @@ def _unreadable(part: FilePart, name: str, tensor: Tensor) -> ModelError:
 def _text_encoder(
     model_class: Any, part: FilePart, tensors: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[Any, dict[str, list[str]]]:
-    config = _CONFIGS[model_class].from_dict(dict(part.config))
-    if model_class is T5EncoderModel:
+    config = model_class.config_class.from_dict(dict(part.config))
+    if config.model_type == "t5":
         second_name = tensors.pop("encoder.embed_tokens.weight", None)
         if second_name is not None:
             tensors.setdefault("shared.weight", second_name)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from benchmarks import compare
+from benchmarks import compare, encoding, report
 from benchmarks.bare import Ready
 from benchmarks.cells import CELLS
 from benchmarks.compare import GateError, Turns, run_cell, summarise
@@ -31,6 +31,8 @@ def test_a_run_writes_its_figures_and_renews_the_table(tmp_path: Path, capsys: p
     for name in ("ratio", "cpu_ratio", "overhead_ms_per_step"):
         assert row[name]["low"] <= row[name]["median"] <= row[name]["high"]
     assert [len(row["seconds"][side]) for side in ("trainer", "bare")] == [2, 2]
+    assert 0.5 < row["peak_bytes"]["bare"] / row["peak_bytes"]["trainer"] < 2
+    assert min(row["peak_bytes"].values()) > 4 * 500_000  # the model's parameters alone
     table = capsys.readouterr().out
     assert "| tiny-fp32 |" in table
     readme = (tmp_path / "README.md").read_text()
@@ -67,6 +69,24 @@ def test_the_ratio_is_speed_over_speed_round_by_round() -> None:
     assert figures["cpu_ratio"]["median"] == 1
     assert figures["overhead_ms_per_step"]["median"] == 500
     assert figures["trainer_images_per_s"] == 2 * 2 / 2.0
+
+
+def test_encoding_is_compared_with_what_the_bare_encoders_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here with a tolerance that fp32 cannot keep: the first round makes the same to rounding, and then stops."""
+    monkeypatch.setattr(encoding, "TOLERANCE", 0.0)
+    with pytest.raises(RuntimeError, match="differs by") as refused:
+        encoding.run_encoding(tmp_path, images=1, side=64)
+    assert 0 < float(str(refused.value).split()[4]) < 1e-4
+
+
+def test_the_lines_below_the_table() -> None:
+    side = {"first_step_s": 5.0, "without_imports_s": 0.5, "peak_bytes": 9e8}
+    found = {"images": 2, "pixels": 64, "bare_per_s": 2.0, "sd3tune_per_s": 1.0, "target": 0.95}
+    ratio = {"median": 0.5, "low": 0.4, "high": 0.6}
+    results = {"environment": report.environment(), "cells": [], "encoding": {**found, "ratio": ratio}}
+    text = report.table({**results, "starts": {"cold": side, "warm": {**side, "first_step_s": 4.0}}})
+    assert "1 by sd3tune, ratio 0.500 (0.400 to 0.600); target 0.95 missed." in text
+    assert "4.0 s, 0.50 s of it not imports, 900 MB with all of it." in text
 
 
 class _At:

@@ -45,6 +45,7 @@ def measured(first_step: Pair) -> Measured:
         "images_per_s": [Pair(4, 2, 8, 2), Pair(2, 2, 3, 2), Pair(6, 2, 2, 2)],
         "peak_memory": [Pair(10, 30)],
         "first_step": [first_step],
+        "warm_start": [Pair(0.5, 2, 0.5, 2)],
         "wall": [Pair(2, 6, 1, 2), Pair(2, 2, 1, 2)],
     }
     return Measured(pairs, warm={"first_step": 0.5})
@@ -90,7 +91,7 @@ def stamps(began: float) -> Stamps:
     ended = [(3.0, 2.0), (9.0, 5.0), (10.0, 6.0), (22.0, 8.0), (23.0, 9.0)]
     went_on = [(3.0, 2.0), (9.0, 5.0), (20.0, 7.0), (22.0, 8.0), (23.0, 9.0)]
     moved = [([began + t, cpu], [began + u, other]) for (t, cpu), (u, other) in zip(ended, went_on, strict=True)]
-    return Stamps(began, began + 30.0, 12.0, moved, 3_000_000)
+    return Stamps(began, began + 30.0, 12.0, moved, 3_000_000, [1.0, 0.5])
 
 
 def test_waiting_is_no_part_of_a_step_nor_are_the_first_steps() -> None:
@@ -100,10 +101,11 @@ def test_waiting_is_no_part_of_a_step_nor_are_the_first_steps() -> None:
 
 
 def test_runs_are_measured_from_the_start_of_the_process_to_its_end() -> None:
-    found = pairs_of_runs([stamps(100.0)], [stamps(200.0)])
+    found = pairs_of_runs([stamps(100.0)], [stamps(200.0)], [stamps(300.0)])
     assert found == {
         "peak_memory": [Pair(3.0, 3.0)],
         "first_step": [Pair(3.0, 3.0, 2.0, 2.0)],
+        "warm_start": [Pair(2.0, 2.0, 1.5, 1.5)],
         "wall": [Pair(30.0, 30.0, 12.0, 12.0)],
     }
 
@@ -111,10 +113,11 @@ def test_runs_are_measured_from_the_start_of_the_process_to_its_end() -> None:
 def test_a_row_per_metric_and_a_ratio_above_one_means_that_sd3tune_is_better() -> None:
     found = rows(CELL, measured(Pair(1, 3, 1, 2)))
     assert [row["cell"] for row in found] == [f"{CELL.name} {metric}" for metric in METRICS]
-    speed, memory, first, wall = found
+    speed, memory, first, warm, wall = found
     assert (speed["ours"], speed["peer"], speed["ratio"], speed["cpu_ratio"], speed["target"]) == (4, 2, 2, 1.5, 1.5)
     assert (memory["ratio"], memory["cpu_ratio"], memory["target"]) == (3, None, 1)
     assert (first["ours"], first["peer"], first["ratio"], first["cpu_ratio"], first["ours_warm"]) == (1, 3, 3, 2, 0.5)
+    assert (warm["ratio"], warm["target"]) == (4, 1 / 0.3)
     assert (wall["ratio"], wall["ratios"]) == (2, [3, 1])
 
 
@@ -136,8 +139,10 @@ def test_files_hold_the_rows_and_the_table_tells_what_is_behind(tmp_path: Path) 
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n<!-- peer -->\n")
     assert readme.endswith("\n<!-- end of peer -->\nafter\n")
-    assert "| tiny, 256 px | fp32 | one caption | 4, 2 | 2.00 | 3.00 | 3.00 | 2.00 | 1.5x images/s met |" in readme
-    assert "| 2.00 | 3.00 | 0.33 | 2.00 | 1x images/s missed: first step |" in readme
+    assert (
+        "| tiny, 256 px | fp32 | one caption | 4, 2 | 2.00 | 3.00 | 3.00 | 4.00 | 2.00 | 1.5x images/s met |" in readme
+    )
+    assert "| 2.00 | 3.00 | 0.33 | 4.00 | 2.00 | 1x images/s missed: first step |" in readme
 
 
 def test_steps_of_any_optimizer_are_stamped(tmp_path: Path) -> None:
@@ -146,6 +151,7 @@ def test_steps_of_any_optimizer_are_stamped(tmp_path: Path) -> None:
     found = run_alone("peer", [str(script), "a", str(tmp_path / "log"), "3"], tmp_path, steps=3)
     assert found.started < found.steps[0][0][0] < found.steps[2][0][0] < found.ended
     assert found.peak_bytes > 10**7
+    assert 0.1 < found.imports[0] < found.first_step[0]  # torch's is among them
     assert found.cpu > found.steps[2][0][1] > 0
 
 

@@ -1,0 +1,96 @@
+"""What is measured: bases, sizes, batches, precisions, checkpointing or not; what answers most comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+T5_TOKENS = 256
+RANK = 16
+SIDES = ("example", "sd3tune")
+
+
+@dataclass(frozen=True, eq=False)
+class Shapes:
+    """How large everything is."""
+
+    bases: Mapping[str, str]
+    """A name for people -> what `model.base` says of it; only its configurations are read."""
+    large: int
+    """Pixels a side; see `Cell.pixels`."""
+    small: int
+    matrix: int
+    """Side of the product's square matrices."""
+    copied_bytes: int
+    attention: tuple[int, int, int]
+    """Heads, tokens, width of a head."""
+    steps: int
+    """At most, of a turn that is timed."""
+
+
+SHAPES = {
+    "full": Shapes(
+        {
+            "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
+            "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
+            "sd35-large": "stabilityai/stable-diffusion-3.5-large",
+        },
+        large=1024,
+        small=512,
+        matrix=8192,
+        copied_bytes=1 << 30,
+        attention=(24, 4096 + 77 + T5_TOKENS, 64),
+        steps=10,
+    ),
+    "tiny": Shapes(
+        {"sd35-medium": "tiny", "sd3-medium": "tiny-sd3", "sd35-large": "tiny-sd35-large"},
+        large=64,
+        small=32,
+        matrix=64,
+        copied_bytes=1 << 16,
+        attention=(2, 20, 16),
+        steps=1,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table, of both sides."""
+
+    base: str
+    pixels: int
+    """A side of the square images."""
+    batch: int
+    precision: str = "bf16"
+    """`bf16`, or `nf4` for a base in 4 bits; what is computed in is bf16 in both."""
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [self.base, f"{self.pixels} px", f"batch {self.batch}", self.precision]
+        return ", ".join([*parts, "checkpointing"] if self.checkpointing else parts)
+
+
+def cells_of(shapes: Shapes) -> list[Cell]:
+    """All of them, those first that answer most: what a time budget cuts off is the end."""
+    large, small = shapes.large, shapes.small
+    kinds: Sequence[tuple[int, int, str, bool]] = (
+        (large, 1, "bf16", False),
+        (small, 1, "bf16", False),
+        (large, 4, "bf16", True),
+        (large, 1, "nf4", True),
+        (small, 4, "bf16", False),
+        (large, 4, "bf16", False),
+        (large, 1, "bf16", True),
+        (large, 1, "nf4", False),
+        (small, 1, "nf4", False),
+        (small, 4, "nf4", False),
+        (large, 4, "nf4", True),
+        (small, 1, "bf16", True),
+        (small, 4, "bf16", True),
+        (small, 1, "nf4", True),
+        (small, 4, "nf4", True),
+        (large, 4, "nf4", False),
+    )
+    return [Cell(base, *kind) for kind in kinds for base in shapes.bases]

@@ -1,0 +1,101 @@
+"""Where it was measured, the table, and the files: `gpu.json` and `gpu.md`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.cells import SIDES
+from benchmarks.gpu.device import Device
+from benchmarks.report import environment as common
+from benchmarks.report import provenance
+from sd3tune.atomic import write_json, write_text
+from sd3tune.jobs.cards import CARDS
+
+_HEADINGS = [
+    "base, square, batch, precision",
+    "s per step: example, sd3tune",
+    "images/s: example, sd3tune",
+    "ratio",
+    "MFU, %",
+    "of the GEMM, %",
+    "peak, GB",
+    "kernels",
+    "first step, s",
+]
+
+
+def environment(device: Device) -> dict[str, Any]:
+    libraries = {}
+    for name in ("bitsandbytes", "torchao", "torchvision"):
+        try:
+            libraries[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    found = common()
+    words = re.findall(r"[a-z0-9]+", device.name.lower())
+    return {
+        **found,
+        "versions": {**found["versions"], **libraries},
+        "device": device.name,
+        "cuda": torch.version.cuda,
+        "published_tflops": next((card.tflops for key, card in CARDS.items() if key in words), None),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    where, ceilings = results["environment"], results["ceilings"]
+    lines = [_HEADINGS, ["---"] * len(_HEADINGS)]
+    lines += [_row(row, where["published_tflops"], ceilings["gemm_tflops"]) for row in results["cells"]]
+    cut = results["not_measured"]
+    return "\n".join(
+        [
+            *provenance({**where, "gpu": where["device"]}),
+            f"CUDA {where['cuda']}. bf16 products {ceilings['gemm_tflops']:.3g} TFLOP/s, copies "
+            f"{ceilings['copy_gbs']:.3g} GB/s, attention {ceilings['attention_tflops']:.3g} TFLOP/s "
+            f"({ceilings['attention_ms']:.3g} ms forward and backward).",
+            "",
+            *(f"| {' | '.join(line)} |" for line in lines),
+            *(["", f"Not measured, for want of time: {'; '.join(cut)}."] if cut else []),
+            *(["", results["script"]["summary"]] if results.get("script") else []),
+        ]
+    )
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """Both files, each under a temporary name first."""
+    write_json(folder / "gpu.json", results)
+    write_text(folder / "gpu.md", table(results) + "\n")
+
+
+def _row(row: dict[str, Any], published: float | None, gemm: float) -> list[str]:
+    sides = [row[name] for name in SIDES]
+
+    def share(peak: float | None) -> str:
+        return "" if peak is None else _both(sides, lambda of: f"{100 * row['tflop'] / of['step_s'] / peak:.3g}")
+
+    return [
+        row["cell"],
+        _both(sides, lambda of: f"{of['step_s']:.3g}", failed=lambda of: of["outcome"]),
+        _both(sides, lambda of: f"{of['images_per_s']:.3g}"),
+        "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        share(published),
+        share(gemm),
+        _both(sides, lambda of: f"{of['peak_bytes'] / 1e9:.3g}"),
+        _both(sides, lambda of: str(of["kernels"] or "-")),
+        _both(sides, lambda of: f"{of['first_step_s']:.3g}"),
+    ]
+
+
+def _both(
+    sides: list[dict[str, Any]],
+    shown: Callable[[dict[str, Any]], str],
+    failed: Callable[[dict[str, Any]], str] = lambda of: "-",
+) -> str:
+    return ", ".join(shown(of) if of["outcome"] == "measured" else failed(of) for of in sides)
