@@ -27,7 +27,7 @@ class Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
         ctx.save_for_backward(query, key, value, log_sums)
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
     @once_differentiable
