@@ -18,7 +18,7 @@ from sd3tune.data.sampler import generator
 from sd3tune.model.adapters import ADAPTER_NAME, Layer, inject_lora, lora_layers
 from sd3tune.model.bases import resolve_base
 from sd3tune.model.components import load_transformer
-from sd3tune.model.fast import plain_path, use_fast_path
+from sd3tune.model.fast import cpu, plain_path, use_fast_path
 from sd3tune.model.fast.attention import SHORT, attention_dtype
 from sd3tune.model.fast.lora import adapted, linear, linear_together
 from sd3tune.model.fast.norm import normalise
@@ -247,6 +247,22 @@ def test_short_sequences_attend_in_fp32_on_the_cpu() -> None:
         assert attention_dtype(image.to(dtype), torch.cat([text, text], dim=1).to(dtype)) is dtype
         assert attention_dtype(image.to(dtype), None) is torch.float32
     assert attention_dtype(image.double(), None) is torch.float64
+
+
+@pytest.mark.parametrize("spread", [1.0, 2.0, 3.0])
+def test_attention_in_bf16_is_as_exact_however_large_its_scores(spread: float) -> None:
+    """Scores of up to 50; a score rounded as it is would be off by a tenth, and gradients by several hundredths."""
+    source = generator(7)
+    given = [torch.randn(1, 2, 600, 64, generator=source).mul(by).bfloat16() for by in (spread, spread, 1)]
+    direction = torch.randn(1, 2, 600, 64, generator=source)
+
+    def gradients(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        states = [of.to(dtype).requires_grad_() for of in given]
+        return list(torch.autograd.grad(attend(*states), states, direction.bfloat16().to(dtype)))
+
+    expected = gradients(nn.functional.scaled_dot_product_attention, torch.float64)
+    for found, exact_one in zip(gradients(cpu.Attention.apply, torch.bfloat16), expected, strict=True):
+        assert error(found, exact_one) < 0.006
 
 
 def test_rms_norm_is_the_formula_and_takes_strided_input() -> None:

@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn import functional as F
 
+from sd3tune.model.fast import cpu
 from sd3tune.model.fast.lora import linear, linear_together
 from sd3tune.model.fast.norm import normalise
 
@@ -52,6 +53,8 @@ def attention_dtype(image: Tensor, text: Tensor | None) -> torch.dtype:
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(query key^T / sqrt(width)) value, all [B, heads, tokens, width]."""
+    if cpu.is_faster(query) and torch.is_grad_enabled():
+        return cpu.Attention.apply(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
 
 
