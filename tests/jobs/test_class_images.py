@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,24 @@ def test_more_class_images_leave_a_smaller_set_as_it_was(config) -> None:
     few = plan_of(config(images=4)).priors[0]
     assert not few.missing
     assert len(few.records) == 4
+
+
+def test_several_prompts_are_drawn_in_turns_and_trained_under_their_own(config) -> None:
+    toys = ["a toy", "a doll", "a red ball"]
+    asked = config(f"data.sources.0.prior.prompt={toys}", images=8)
+    plan = plan_of(asked)
+    (prior,) = plan.priors
+    line = "prior     8 class images, 'a toy', 'a doll', 'a red ball', 8 of them to be drawn first"
+    assert line in describe(plan, 1)
+    assert sorted(Counter(of.prompt for of in prior.drawn).values()) == [2, 3, 3]
+    assert len({of.path for of in prior.drawn}) == len({of.seed for of in prior.drawn}) == 8
+    found = encoded(asked)
+    pools = found.examples[0].prior.pools
+    for drawn in prior.drawn:
+        (example,) = (of for of in pools[drawn.size] if of.name == drawn.path.name)
+        assert example.captions == {encoder: keys[drawn.prompt] for encoder, keys in found.captions.items()}
+    alone = plan_of(config()).priors[0]
+    assert alone.missing == [alone.drawn[2]]  # of three squares and one wide of "a toy", the list had one square less
 
 
 def test_weight_zero_draws_nothing_and_ends_in_the_same_adapter(config, tmp_path: Path, adapter_of) -> None:
