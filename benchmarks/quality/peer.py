@@ -14,7 +14,7 @@ from sd3tune.config import dump_config
 from sd3tune.data.metadata import JSONL, write_jsonl
 from sd3tune.jobs.demo import CONFIG, PICTURES, PRIOR, SIDE, T5_LENGTH
 from sd3tune.jobs.painter import Painter
-from sd3tune.nano.tasks import NAME
+from sd3tune.nano.tasks import CLASS_PROMPTS, NAME
 from sd3tune.nano.world import CLASS
 
 NEVER = 10**9
@@ -85,7 +85,7 @@ class SideBySide:
         if prior:
             flags |= {
                 "class_data_dir": self.folder / "class",
-                "class_prompt": PRIOR["prompt"],
+                "class_prompt": CLASS_PROMPTS[0],
                 "num_class_images": PRIOR["images"],
             }
         switches = ["--center_crop", *(["--with_prior_preservation"] if prior else [])]
