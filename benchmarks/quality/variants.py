@@ -64,15 +64,22 @@ def _learning_rates() -> list[Variant]:
 
 
 RECIPE = Variant("recipe", "the demo's")
-WITH_CLASS_IMAGES = Variant("prior preservation", f"class images, {len(CLASS_PROMPTS)} prompts", {PRIOR_KEY: PRIOR})
+PROMPTS = f"{len(CLASS_PROMPTS)} prompts"
+WITH_CLASS_IMAGES = Variant("prior preservation", f"class images, {PROMPTS}", {PRIOR_KEY: PRIOR})
+FASTER = 2 * CONFIG["optimizer"]["lr"]
 VARIANTS = (
     RECIPE,
     Variant("prior preservation", "class images", {PRIOR_KEY: {**PRIOR, "prompt": CLASS_PROMPTS[0], "images": 48}}),
     WITH_CLASS_IMAGES,
+    Variant(
+        "prior preservation",
+        f"class images, {PROMPTS}, learning rate {FASTER:g}",
+        {PRIOR_KEY: PRIOR, "optimizer.lr": FASTER},
+    ),
     Variant("prior preservation", "own prediction", {PRIOR_KEY: _own_prediction(CLASS_PROMPTS[0])}),
     Variant(
         "prior preservation",
-        f"own prediction, {len(CLASS_PROMPTS)} prompts",
+        f"own prediction, {PROMPTS}",
         {PRIOR_KEY: _own_prediction(*CLASS_PROMPTS)},
     ),
     Variant("shift", "1", {"flow.shift": 1.0}),

@@ -76,9 +76,11 @@ def test_what_is_lacking_is_drawn_in_the_shapes_of_the_buckets(config, tmp_path:
 
 
 def test_a_class_image_is_what_infer_draws(config, tmp_path: Path) -> None:
-    plan = plan_of(config())
-    encoded(config())
+    asked = config("data.sources.0.prior.prompt=[a doll, a toy]")
+    plan = plan_of(asked)
+    encoded(asked)
     drawn = next(of for of in plan.priors[0].drawn if of.size == (48, 80))
+    assert drawn.prompt == "a toy"
     model = tmp_path / "model.yaml"
     model.write_text(f"{{data: {{sources: [{{path: {tmp_path}}}]}}, model: {{base: tiny, max_sequence_length: 16}}}}")
     settings = {"seed": drawn.seed, "steps": 2, "guidance": 3.0, "size": (80, 48)}
