@@ -66,15 +66,17 @@ def _learning_rates() -> list[Variant]:
 RECIPE = Variant("recipe", "the demo's")
 PROMPTS = f"{len(CLASS_PROMPTS)} prompts"
 WITH_CLASS_IMAGES = Variant("prior preservation", f"class images, {PROMPTS}", {PRIOR_KEY: PRIOR})
-FASTER = 2 * CONFIG["optimizer"]["lr"]
 VARIANTS = (
     RECIPE,
     Variant("prior preservation", "class images", {PRIOR_KEY: {**PRIOR, "prompt": CLASS_PROMPTS[0], "images": 48}}),
     WITH_CLASS_IMAGES,
-    Variant(
-        "prior preservation",
-        f"class images, {PROMPTS}, learning rate {FASTER:g}",
-        {PRIOR_KEY: PRIOR, "optimizer.lr": FASTER},
+    *(
+        Variant(
+            "prior preservation",
+            f"{f'{count} ' * (count > 52)}class images, {PROMPTS}, learning rate 0.002",
+            {PRIOR_KEY: {**PRIOR, "images": count}, "optimizer.lr": 2e-3},
+        )
+        for count in (52, 104)
     ),
     Variant("prior preservation", "own prediction", {PRIOR_KEY: _own_prediction(CLASS_PROMPTS[0])}),
     Variant(
