@@ -93,13 +93,13 @@ def _peer_table(figures: Figures) -> list[str]:
         for side, title in (("ours", "sd3tune"), ("peer", "the script"), ("peer, as long", "the script, as long")):
             steps, seconds = (
                 f"{statistics.median(run[f'{side}: {name}'] for run in runs.values()):.0f}"
-                for name in ("steps", "train_s")
+                for name in ("steps", "cpu_s")
             )
             subject, lost = (
                 _spread([run[f"{side}: {key}"] for run in runs.values()]) for key in ("subject", "class_lost")
             )
             rows.append([kind, title, steps, seconds, subject, _drift(figures, runs, f"{side}: named"), lost])
-    return _markdown(["", "", "steps", "s", *_SHARES], rows)
+    return _markdown(["", "", "steps", "CPU s", *_SHARES], rows)
 
 
 def _seeds_of(figures: Figures, name: str) -> dict[str, Mapping[str, float]]:

@@ -70,13 +70,10 @@ VARIANTS = (
     RECIPE,
     Variant("prior preservation", "class images", {PRIOR_KEY: {**PRIOR, "prompt": CLASS_PROMPTS[0], "images": 48}}),
     WITH_CLASS_IMAGES,
-    *(
-        Variant(
-            "prior preservation",
-            f"{f'{count} ' * (count > 52)}class images, {PROMPTS}, learning rate 0.002",
-            {PRIOR_KEY: {**PRIOR, "images": count}, "optimizer.lr": 2e-3},
-        )
-        for count in (52, 104)
+    Variant(
+        "prior preservation",
+        f"class images, {PROMPTS}, learning rate 0.002",
+        {PRIOR_KEY: PRIOR, "optimizer.lr": 2e-3},
     ),
     Variant("prior preservation", "own prediction", {PRIOR_KEY: _own_prediction(CLASS_PROMPTS[0])}),
     Variant(
