@@ -14,7 +14,7 @@ from sd3tune.config import dump_config
 from sd3tune.data.metadata import JSONL, write_jsonl
 from sd3tune.jobs.demo import CONFIG, PICTURES, PRIOR, SIDE, T5_LENGTH
 from sd3tune.jobs.painter import Painter
-from sd3tune.nano.tasks import NAME
+from sd3tune.nano.tasks import CLASS_PROMPTS, NAME
 from sd3tune.nano.world import CLASS
 
 NEVER = 10**9
@@ -29,16 +29,17 @@ class SideBySide:
     folder: Path
 
     def compare(self, painter: Painter, panel: Panel, seed: int, prior: bool) -> Shares:
-        """Both for the recipe's steps, and the script for as many as its whole command makes in our seconds.
+        """Both for the recipe's steps, and the script for as many as its whole command makes in our CPU seconds.
 
-        The shares of `measure_panel`, `train_s` and `steps`, each behind `ours: `, `peer: ` or `peer, as long: `.
+        The shares of `measure_panel`, `cpu_s` and `steps`, each behind `ours: `, `peer: ` or `peer, as long: `.
+        CPU seconds, as neighbours on the machine hardly change them.
         """
         steps: int = CONFIG["train"]["steps"]
         run, ours = self._train_ours(seed, prior)
         shares = _behind("ours", measure_panel(painter, panel, run), ours)
         peer = self._train_peer(steps, seed, prior)
         shares |= _behind("peer", measure_panel(painter, panel, self._peer_adapter), peer)
-        fitting = (_seconds(ours) - _seconds(peer) + _stepping_seconds(peer)) / _stepping_seconds(peer)
+        fitting = (ours.cpu - peer.cpu + _stepping_seconds(peer)) / _stepping_seconds(peer)
         longer = self._train_peer(max(1, round(steps * fitting)), seed, prior)
         return shares | _behind("peer, as long", measure_panel(painter, panel, self._peer_adapter), longer)
 
@@ -85,7 +86,7 @@ class SideBySide:
         if prior:
             flags |= {
                 "class_data_dir": self.folder / "class",
-                "class_prompt": PRIOR["prompt"],
+                "class_prompt": CLASS_PROMPTS[0],
                 "num_class_images": PRIOR["images"],
             }
         switches = ["--center_crop", *(["--with_prior_preservation"] if prior else [])]
@@ -93,19 +94,14 @@ class SideBySide:
 
 
 def _behind(side: str, shares: Shares, stamps: Stamps) -> Shares:
-    figures = shares | {"train_s": _seconds(stamps), "steps": len(stamps.steps)}
+    figures = shares | {"cpu_s": stamps.cpu, "steps": len(stamps.steps)}
     return {f"{side}: {name}": value for name, value in figures.items()}
 
 
-def _seconds(stamps: Stamps) -> float:
-    """Of the whole command."""
-    return stamps.ended - stamps.started
-
-
 def _stepping_seconds(stamps: Stamps) -> float:
-    """Of the steps: those after the first, scaled to all."""
+    """CPU seconds of the steps: those after the first, scaled to all."""
     count = len(stamps.steps)
-    return (stamps.steps[-1][0][0] - stamps.steps[0][0][0]) * count / max(1, count - 1)
+    return (stamps.steps[-1][0][1] - stamps.steps[0][0][1]) * count / max(1, count - 1)
 
 
 def _captioned(folder: Path) -> Path:

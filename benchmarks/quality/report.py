@@ -18,6 +18,8 @@ from sd3tune.atomic import write_json
 Figures = Mapping[str, Mapping[str, float]]
 """`kind/group/name/seed` or `kind/name/seed` -> share by name."""
 
+_SHARES = ("subject right, %", "other shapes lost, %", "class prompts that show the subject, %")
+
 
 def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The figures that were measured under these settings so far."""
@@ -81,8 +83,7 @@ def _lora_table(figures: Figures) -> list[str]:
         if runs:
             subject, lost = (_spread([run[key] for run in runs.values()]) for key in ("subject", "class_lost"))
             rows.append([*name.split("/"), subject, _drift(figures, runs, "named"), lost])
-    headings = ["", "", "subject right, %", "other shapes lost, %", "class prompts that show the subject, %"]
-    return _markdown(headings, rows)
+    return _markdown(["", "", *_SHARES], rows)
 
 
 def _peer_table(figures: Figures) -> list[str]:
@@ -92,11 +93,13 @@ def _peer_table(figures: Figures) -> list[str]:
         for side, title in (("ours", "sd3tune"), ("peer", "the script"), ("peer, as long", "the script, as long")):
             steps, seconds = (
                 f"{statistics.median(run[f'{side}: {name}'] for run in runs.values()):.0f}"
-                for name in ("steps", "train_s")
+                for name in ("steps", "cpu_s")
             )
-            subject = _spread([run[f"{side}: subject"] for run in runs.values()])
-            rows.append([kind, title, steps, seconds, subject, _drift(figures, runs, f"{side}: named")])
-    return _markdown(["", "", "steps", "s", "subject right, %", "other shapes lost, %"], rows)
+            subject, lost = (
+                _spread([run[f"{side}: {key}"] for run in runs.values()]) for key in ("subject", "class_lost")
+            )
+            rows.append([kind, title, steps, seconds, subject, _drift(figures, runs, f"{side}: named"), lost])
+    return _markdown(["", "", "steps", "CPU s", *_SHARES], rows)
 
 
 def _seeds_of(figures: Figures, name: str) -> dict[str, Mapping[str, float]]:

@@ -10,6 +10,7 @@ import torch
 
 from sd3tune.config import Config, parse_config
 from sd3tune.jobs.demo import CONFIG, PRIOR
+from sd3tune.nano.tasks import CLASS_PROMPTS
 from sd3tune.train.loop import Callback, View
 
 PRIOR_KEY = "data.sources.0.prior"
@@ -53,8 +54,8 @@ def masters_in_bf16(view: View) -> None:
         tensor.copy_(tensor.to(torch.bfloat16))
 
 
-def _own_prediction(weight: float) -> dict[str, Any]:
-    return {"kind": "prediction", "prompt": PRIOR["prompt"], "weight": weight}
+def _own_prediction(*prompts: str) -> dict[str, Any]:
+    return {"kind": "prediction", "prompt": list(prompts)}
 
 
 def _learning_rates() -> list[Variant]:
@@ -63,11 +64,23 @@ def _learning_rates() -> list[Variant]:
 
 
 RECIPE = Variant("recipe", "the demo's")
-WITH_CLASS_IMAGES = Variant("prior preservation", "class images", {PRIOR_KEY: PRIOR})
+PROMPTS = f"{len(CLASS_PROMPTS)} prompts"
+WITH_CLASS_IMAGES = Variant("prior preservation", f"class images, {PROMPTS}", {PRIOR_KEY: PRIOR})
 VARIANTS = (
     RECIPE,
+    Variant("prior preservation", "class images", {PRIOR_KEY: {**PRIOR, "prompt": CLASS_PROMPTS[0], "images": 48}}),
     WITH_CLASS_IMAGES,
-    Variant("prior preservation", "own prediction", {PRIOR_KEY: _own_prediction(1.0)}),
+    Variant(
+        "prior preservation",
+        f"class images, {PROMPTS}, learning rate 0.002",
+        {PRIOR_KEY: PRIOR, "optimizer.lr": 2e-3},
+    ),
+    Variant("prior preservation", "own prediction", {PRIOR_KEY: _own_prediction(CLASS_PROMPTS[0])}),
+    Variant(
+        "prior preservation",
+        f"own prediction, {PROMPTS}",
+        {PRIOR_KEY: _own_prediction(*CLASS_PROMPTS)},
+    ),
     Variant("shift", "1", {"flow.shift": 1.0}),
     Variant("shift", "3", {"flow.shift": 3.0}),
     Variant("timesteps", "uniform", {"flow.timesteps": {"kind": "uniform"}}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ class Drawn:
     """A class image that the base draws, or has drawn."""
 
     path: Path
+    prompt: str
     size: Size
     seed: int
 
@@ -46,8 +48,7 @@ class PlannedPrior:
 
     @property
     def records(self) -> list[Record]:
-        prompt = self.settings.prompt
-        return [*self.own, *(Record(drawn.path, prompt, 1, self.source) for drawn in self.drawn)]
+        return [*self.own, *(Record(drawn.path, drawn.prompt, 1, self.source) for drawn in self.drawn)]
 
     @property
     def missing(self) -> list[Drawn]:
@@ -56,7 +57,14 @@ class PlannedPrior:
     def describe(self) -> str:
         found, missing = len(self.own) + len(self.drawn) - len(self.missing), len(self.missing)
         to_draw = f", {missing} of them to be drawn first" if missing else ""
-        return f"prior     {found + missing} class images, {self.settings.prompt!r}{to_draw}"
+        return f"prior     {found + missing} class images, {describe_prompts(self.settings.prompts)}{to_draw}"
+
+
+def describe_prompts(prompts: Sequence[str]) -> str:
+    """`'a dog'`, or `'a dog', 'a puppy', 'a dog at sea' and 9 more prompts`."""
+    shown = ", ".join(repr(prompt) for prompt in prompts[:3])
+    more = len(prompts) - 3
+    return shown if more < 1 else f"{shown} and {more} more prompt{'s' * (more > 1)}"
 
 
 def plan_priors(config: Config, records: Sequence[Record], buckets: Sequence[Size], base: Base) -> list[PlannedPrior]:
@@ -80,18 +88,10 @@ def _plan(
     config: Config, number: int, settings: ClassImagesConfig, shapes: Mapping[Size, int], base: Base
 ) -> PlannedPrior:
     folder = Path(settings.path) if settings.path else class_image_folder(config)
-    own = _own_images(folder, settings.prompt, number) if settings.path else []
+    own = _own_images(folder, settings.prompts[0], number) if settings.path else []
     found = Counter(nearest_bucket(upright_size(record.image), list(shapes)) for record in own)
-    recipe = _recipe(config, settings, base)
-    drawn = [
-        Drawn(
-            folder / f"class-{recipe}-{size_name(size)}-{index:04d}.png",
-            size,
-            derive(0, "class image", settings.prompt, size_name(size), index),
-        )
-        for size, wanted in shares(shapes, settings.images).items()
-        for index in range(wanted - found[size])
-    ]
+    wanted = {size: wanted - found[size] for size, wanted in shares(shapes, settings.images).items()}
+    drawn = _in_turns(config, settings, base, folder, wanted)
     lacking = [size for size in shapes if not found[size] and not any(of.size == size for of in drawn)]
     if lacking:
         raise DataError(
@@ -122,12 +122,28 @@ def _own_images(folder: Path, prompt: str, number: int) -> list[Record]:
     return [record for record in records if not _DRAWN.fullmatch(record.image.name)]
 
 
-def _recipe(config: Config, settings: ClassImagesConfig, base: Base) -> str:
+def _in_turns(
+    config: Config, settings: ClassImagesConfig, base: Base, folder: Path, wanted: Mapping[Size, int]
+) -> list[Drawn]:
+    """As many of each size as wanted, the prompts in turns; images of a prompt and size are numbered by themselves."""
+    turns, drawn = itertools.cycle(settings.prompts), list[Drawn]()
+    recipes = {prompt: _recipe(config, settings, prompt, base) for prompt in settings.prompts}
+    for size, count in wanted.items():
+        numbers: Counter[str] = Counter()
+        for prompt in itertools.islice(turns, max(0, count)):
+            index = numbers[prompt]
+            numbers[prompt] += 1
+            path = folder / f"class-{recipes[prompt]}-{size_name(size)}-{index:04d}.png"
+            drawn.append(Drawn(path, prompt, size, derive(0, "class image", prompt, size_name(size), index)))
+    return drawn
+
+
+def _recipe(config: Config, settings: ClassImagesConfig, prompt: str, base: Base) -> str:
     """Part of the names of drawn images: those of another prompt or base are not taken for them."""
     model = config.model
     return key(
         "class image",
-        prompt=settings.prompt,
+        prompt=prompt,
         steps=settings.steps,
         guidance=settings.guidance,
         base=str(base.path) if base.kind in ("folder", "file") else base.name,

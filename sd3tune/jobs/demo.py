@@ -17,7 +17,7 @@ from sd3tune.errors import RunError, UserError
 from sd3tune.jobs.painter import Painter
 from sd3tune.jobs.run_folder import LOCK_FILE, locked
 from sd3tune.jobs.train import run_training
-from sd3tune.nano.tasks import Task, class_tasks, plain_tasks, share_right, subject_tasks
+from sd3tune.nano.tasks import CLASS_PROMPTS, Task, class_tasks, plain_tasks, share_right, subject_tasks
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import SamplerSettings
 
@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {
     "train": {"steps": 250, "batch_size": 6},
     "checkpoint": {"every": 125},
 }
-PRIOR = {"prompt": "a shape", "images": 48, "steps": 10, "guidance": 4.0}
+PRIOR = {"prompt": list(CLASS_PROMPTS), "images": 52, "steps": 10, "guidance": 4.0}
 COUNT = 16
 """Pictures of a kind that the oracle reads."""
 
@@ -65,7 +65,7 @@ def _train_and_show(out: Path) -> tuple[Path, list[str]]:
     runs = {"alone": out / "alone", "kept": out / "with_prior"}
     print("1 of 3: the pictures alone")
     run_training(demo_config(runs["alone"], None))
-    print("\n2 of 3: beside pictures of the class, 'a shape', that the base draws first")
+    print("\n2 of 3: beside pictures of the class, 'a shape', 'a star' and so on, that the base draws first")
     run_training(demo_config(runs["kept"], PRIOR))
     print("\n3 of 3: drawing with and without the adapters")
     picture, figures = _show(runs)

@@ -14,6 +14,7 @@ from sd3tune.config.sections.outputs import PreviewConfig
 from sd3tune.data.buckets import Size, size_name
 from sd3tune.data.sampler import times_seen
 from sd3tune.encode.report import megabytes
+from sd3tune.jobs.class_images import describe_prompts
 from sd3tune.jobs.machine import dtype_name
 from sd3tune.jobs.preflight import Plan, bucket_of
 from sd3tune.jobs.rehearsal import rehearse_training
@@ -85,7 +86,9 @@ def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:
 
 def _describe_priors(plan: Plan) -> list[str]:
     kept = [source.prior for source in plan.config.data.sources if isinstance(source.prior, OwnPredictionConfig)]
-    predicted = [f"prior     the base's own prediction, {prior.prompt!r}" for prior in kept if prior.weight > 0]
+    predicted = [
+        f"prior     the base's own prediction, {describe_prompts(prior.prompts)}" for prior in kept if prior.weight > 0
+    ]
     return [*(prior.describe() for prior in plan.priors), *predicted]
 
 

@@ -59,7 +59,7 @@ def draw_class_images(
     negative = stored_conditioning(plan, store, captions, NEGATIVE_PROMPT, transformer)
     bar = tqdm(mine, desc="drawing class images", unit="image", disable=not processes.is_main)
     for settings, drawn in bar:
-        positive = stored_conditioning(plan, store, captions, settings.prompt, transformer)
+        positive = stored_conditioning(plan, store, captions, drawn.prompt, transformer)
         sampler = SamplerSettings(settings.steps, settings.guidance, *drawn.size)
         image = to_image(vae, sample_latents(transformer, scheduler, positive, negative, sampler, [drawn.seed]))
         with new_file(drawn.path) as temporary:

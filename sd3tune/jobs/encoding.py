@@ -74,11 +74,11 @@ def texts_to_encode(config: Config, records: Sequence[Record], drawing: bool) ->
 
     `records` are those of class images and held-out images, too; `drawing` says that there are class images.
     """
-    kept = [prior.prompt for source in config.data.sources if (prior := source.prior) and prior.weight > 0]
+    priors = [prior for source in config.data.sources if (prior := source.prior) and prior.weight > 0]
     needs_empty = bool(config.preview.prompts) or config.data.caption_dropout > 0 or drawing
     return [
         *(record.caption for record in records),
-        *kept,
+        *(prompt for prior in priors for prompt in prior.prompts),
         *config.preview.prompts,
         *([NEGATIVE_PROMPT] if needs_empty else []),
     ]
@@ -139,8 +139,11 @@ def _encode_images(
 
 
 def _example(record: Record, image: EncodedImage, captions: Mapping[str, Mapping[str, str]]) -> Example:
-    keys = {encoder: of[record.caption] for encoder, of in captions.items()}
-    return Example(record.image.name, image.keys, keys, image.size)
+    return Example(record.image.name, image.keys, _keys_of(record.caption, captions), image.size)
+
+
+def _keys_of(text: str, captions: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    return {encoder: of[text] for encoder, of in captions.items()}
 
 
 def _also_trained_on(holdout: Sequence[Example], examples: Sequence[Example]) -> list[str]:
@@ -159,8 +162,8 @@ def _priors(
     priors: dict[int, Prior] = {}
     for number, source in enumerate(plan.config.data.sources):
         if isinstance(source.prior, OwnPredictionConfig) and source.prior.weight > 0:
-            keys = {encoder: of[source.prior.prompt] for encoder, of in captions.items()}
-            priors[number] = OwnPrediction(keys, source.prior.weight)
+            prompts = [_keys_of(prompt, captions) for prompt in source.prior.prompts]
+            priors[number] = OwnPrediction(prompts, source.prior.weight)
     for prior, examples in zip(plan.priors, pictures, strict=True):
         weighted = [replace(example, weight=prior.settings.weight) for example in examples]
         pools = {size: [example for example in weighted if example.size == size] for size in prior.sizes}

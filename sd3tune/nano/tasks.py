@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from sd3tune.nano.oracle import Verdict, judge, judge_reading, read
-from sd3tune.nano.world import CLASS, COLOURS, SUBJECT, Scene, Thing, plain_scenes, random_scene
+from sd3tune.nano.world import CLASS, COLOURS, SHAPES, SUBJECT, Scene, Thing, plain_scenes, random_scene
 
 NAME = "sks"
 """What the subject is called in captions and prompts: a word that no training picture had."""
@@ -25,6 +25,13 @@ INSTANCES = tuple(
     )
 )
 """The subject in the six pictures that a LoRA sees."""
+
+CLASS_PROMPTS = (
+    Thing("", CLASS).phrase,
+    *(Thing("", shape).phrase for shape in SHAPES),
+    *(replace(scene, thing=replace(scene.thing, shape=CLASS)).caption for scene in INSTANCES),
+)
+"""What a LoRA of the subject is to leave as it is: the class, the shapes by name, and the captions without the name."""
 
 
 @dataclass(frozen=True)

@@ -65,15 +65,18 @@ class ClassImages:
 
 @dataclass(frozen=True)
 class OwnPrediction:
-    """The same noisy latents under the class caption, whose target is what the base alone predicts there."""
+    """The same noisy latents under a class caption, whose target is what the base alone predicts there."""
 
-    captions: Mapping[str, str]
-    """Encoder -> key of the class caption."""
+    captions: Sequence[Mapping[str, str]]
+    """Encoder -> key, of each class caption; at least one, and each used equally often."""
     weight: float
 
     def beside(self, instance: Sample, seed: int, position: int) -> Sample:
-        kept = replace(instance.example, captions=self.captions, weight=self.weight, prior=None)
+        stream = derive(seed, "class captions", size_name(instance.example.size))
+        captions = self.captions[index_at(stream, position, len(self.captions))]
+        kept = replace(instance.example, captions=captions, weight=self.weight, prior=None)
         return Sample(kept, instance.slot, is_kept=True)
 
     def facts(self) -> dict[str, Any]:
-        return {"kind": "prediction", "captions": dict(self.captions), "weight": self.weight}
+        captions = [dict(of) for of in self.captions]
+        return {"kind": "prediction", "captions": captions, "weight": self.weight}

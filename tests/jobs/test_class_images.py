@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -75,9 +76,11 @@ def test_what_is_lacking_is_drawn_in_the_shapes_of_the_buckets(config, tmp_path:
 
 
 def test_a_class_image_is_what_infer_draws(config, tmp_path: Path) -> None:
-    plan = plan_of(config())
-    encoded(config())
+    asked = config("data.sources.0.prior.prompt=[a doll, a toy]")
+    plan = plan_of(asked)
+    encoded(asked)
     drawn = next(of for of in plan.priors[0].drawn if of.size == (48, 80))
+    assert drawn.prompt == "a toy"
     model = tmp_path / "model.yaml"
     model.write_text(f"{{data: {{sources: [{{path: {tmp_path}}}]}}, model: {{base: tiny, max_sequence_length: 16}}}}")
     settings = {"seed": drawn.seed, "steps": 2, "guidance": 3.0, "size": (80, 48)}
@@ -148,6 +151,24 @@ def test_more_class_images_leave_a_smaller_set_as_it_was(config) -> None:
     few = plan_of(config(images=4)).priors[0]
     assert not few.missing
     assert len(few.records) == 4
+
+
+def test_several_prompts_are_drawn_in_turns_and_trained_under_their_own(config) -> None:
+    toys = ["a toy", "a doll", "a red ball"]
+    asked = config(f"data.sources.0.prior.prompt={toys}", images=8)
+    plan = plan_of(asked)
+    (prior,) = plan.priors
+    line = "prior     8 class images, 'a toy', 'a doll', 'a red ball', 8 of them to be drawn first"
+    assert line in describe(plan, 1)
+    assert sorted(Counter(of.prompt for of in prior.drawn).values()) == [2, 3, 3]
+    assert len({of.path for of in prior.drawn}) == len({of.seed for of in prior.drawn}) == 8
+    found = encoded(asked)
+    pools = found.examples[0].prior.pools
+    for drawn in prior.drawn:
+        (example,) = (of for of in pools[drawn.size] if of.name == drawn.path.name)
+        assert example.captions == {encoder: keys[drawn.prompt] for encoder, keys in found.captions.items()}
+    alone = plan_of(config()).priors[0]
+    assert alone.missing == [alone.drawn[2]]  # of three squares and one wide of "a toy", the list had one square less
 
 
 def test_weight_zero_draws_nothing_and_ends_in_the_same_adapter(config, tmp_path: Path, adapter_of) -> None:

@@ -24,7 +24,7 @@ from sd3tune.nano.world import SUBJECT
 def quick(monkeypatch) -> None:
     """The same demo at a hundredth of the work."""
     monkeypatch.setitem(demo.CONFIG, "train", {"steps": 1, "batch_size": 2})
-    monkeypatch.setattr(demo, "PRIOR", {**demo.PRIOR, "images": 2, "steps": 1})
+    monkeypatch.setattr(demo, "PRIOR", {**demo.PRIOR, "prompt": "a shape", "images": 2, "steps": 1})
     monkeypatch.setattr(demo, "SAMPLER", replace(demo.SAMPLER, steps=1))
     monkeypatch.setattr(demo, "COUNT", 6)
 
@@ -38,7 +38,7 @@ def difference(one: Image.Image, other: Image.Image) -> float:
 def test_the_demo_learns_and_shows_it(tmp_path: Path, capsys, monkeypatch) -> None:
     """The whole of it, as `sd3tune demo` runs it, at a third of its steps."""
     monkeypatch.setitem(demo.CONFIG, "train", {**demo.CONFIG["train"], "steps": 80})
-    monkeypatch.setattr(demo, "PRIOR", {**demo.PRIOR, "images": 8})
+    monkeypatch.setattr(demo, "PRIOR", {**demo.PRIOR, "images": 13})
     monkeypatch.setattr(demo, "COUNT", 12)
     out = tmp_path / "runs" / "demo"
     assert run_demo(out) == out / "demo.png"

@@ -28,6 +28,9 @@ train: {steps: 2}
 PROMPTLESS = "a photo, prior: {images: 9}}"
 PREDICTION = "a photo, prior: {kind: prediction, prompt: a thing, images: 9}}"
 NEGATIVE_PRIOR = "a photo, prior: {prompt: a thing, weight: -1}}"
+SAME_PROMPTS = "a photo, prior: {prompt: [a thing, a toy, a thing]}}"
+MORE_PROMPTS = "a photo, prior: {prompt: [a thing, a toy, a ball], images: 2}}"
+NO_PROMPTS = "a photo, prior: {prompt: []}}"
 OWN_CLASS = "a photo, prior: {prompt: a thing, images: 0, path: class}}"
 TRAIN = ("train", "run.yaml")
 CHECK = ("config", "check", "run.yaml")
@@ -201,6 +204,9 @@ CASES = [
     Case("config", "a warm-up as long as the run", CHECK, "warmup", written(YAML + "schedule: {warmup_steps: 2}\n")),
     Case("config", "a prior without a prompt", CHECK, "prior.prompt: missing", edited("a photo}", PROMPTLESS)),
     Case("config", "class images in a prior that has none", CHECK, "kind images", edited("a photo}", PREDICTION)),
+    Case("config", "no prompt for the class", CHECK, "prior.prompt", edited("a photo}", NO_PROMPTS)),
+    Case("config", "a prompt for the class twice", CHECK, "'a thing'", edited("a photo}", SAME_PROMPTS)),
+    Case("config", "more prompts than class images", CHECK, "3 prompts", edited("a photo}", MORE_PROMPTS)),
     Case("config", "a negative prior weight", CHECK, "prior.weight", edited("a photo}", NEGATIVE_PRIOR)),
     Case("config", "half an image held out", CHECK, "holdout", written(YAML + "validation: {holdout: 0.5}\n")),
     Case("config", "no targets", CHECK, "method.targets", method("targets: []")),

@@ -259,7 +259,7 @@ def test_a_whole_model_from_scratch_descends_from_nothing(trained: Trained) -> N
 def test_it_states_how_it_was_made(trained: Trained, quick_config, tmp_path: Path) -> None:
     kept = quick_config(
         tmp_path, "train.batch_size=2", "train.gradient_accumulation=4", "ema={decay: 0.9}",
-        "data.sources.0.prior={prompt: a photo of a dog, weight: 0.5}",
+        "data.sources.0.prior={prompt: [a photo of a dog, a puppy], weight: 0.5}",
     )  # fmt: skip
     found = cells(card(replace(about(trained, dtype="bf16"), config=kept)))
     for name, value in {
@@ -268,7 +268,7 @@ def test_it_states_how_it_was_made(trained: Trained, quick_config, tmp_path: Pat
         "data": "12 images with 7 captions, 40 in an epoch with their repeats",
         "held out": "3 images, not trained on",
         "class images": "100",
-        "prior preservation": "class images of `a photo of a dog`, weight 0.5",
+        "prior preservation": "class images of `a photo of a dog`, `a puppy`, weight 0.5",
         "resolution": "64 px, aspect buckets",
         "steps": "3, batch 2 x 4 x 2 processes",
         "images seen": "48, 1.2 epochs",

@@ -38,7 +38,7 @@ def example(number: int, weight: float = 1.0, prior=None) -> Example:
 PICTURES = ClassImages(
     0, {size: [example(n, 0.5) for n, of in CLASS_SIZES.items() if of == size] for size in set(SIZES)}
 )
-KEPT = OwnPrediction({"t5": "caption-300"}, weight=0.25)
+KEPT = OwnPrediction([{"t5": "caption-300"}], weight=0.25)
 
 
 def make_batches(store: Store, priors, *, batch_size=1, accumulation=1, rank=0, world=1) -> Batches:
@@ -114,6 +114,19 @@ def test_what_is_to_be_kept_is_the_same_noisy_image_under_the_class_caption(stor
             assert torch.equal(of[2:], of[:2])
         assert value(batch.embeddings["t5"]["hidden"][2:]) == 300
         assert batch.weights.tolist() == [1.0, 1.0, 0.25, 0.25]
+
+
+def test_class_captions_are_kept_equally_often_and_apart_from_the_images(store) -> None:
+    kept = OwnPrediction([{"t5": f"caption-{number}"} for number in CLASS_SIZES], weight=1.0)
+    seen: Counter[tuple[str, float]] = Counter()
+    for batch in fetched(make_batches(store, [kept] * 2, batch_size=2), 25):
+        captions = batch.embeddings["t5"]["hidden"][2:, 0, 0].tolist()
+        seen.update(zip(batch.names[2:], captions, strict=True))
+    assert len(seen) == 2 * len(CLASS_SIZES)
+    by_caption = Counter[float]()
+    for (_, caption), count in seen.items():
+        by_caption[caption] += count
+    assert by_caption == dict.fromkeys(CLASS_SIZES, 10)
 
 
 def test_both_kinds_stand_side_by_side(store) -> None:

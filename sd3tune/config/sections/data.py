@@ -20,42 +20,69 @@ def _placeholders(template: str | None) -> set[str]:
     }
 
 
-class ClassImagesConfig(Section):
+Prompt = Annotated[str, Field(min_length=1)]
+
+
+class _Prior(Section):
+    """What all kinds of prior have."""
+
+    kind: str
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)] = Field(
+        examples=["a photo of a dog", "[a photo of a dog, a puppy on a beach]"],
+        description="Caption of the class: the source's without what makes it special. Or a list of them, each used "
+        "equally often: what they name is kept best.",
+    )
+    weight: float = Field(1.0, ge=0, description="Factor on the loss of what is kept; 0 leaves the prior out.")
+
+    @field_validator("prompt")
+    @classmethod
+    def _each_once(cls, prompt: str | list[str]) -> str | list[str]:
+        if isinstance(prompt, list) and (twice := next((one for one in prompt if prompt.count(one) > 1), None)):
+            raise ValueError(f"has {twice!r} more than once; each prompt is used equally often, so name it once")
+        return prompt
+
+    @property
+    def prompts(self) -> list[str]:
+        """At least one."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+
+class ClassImagesConfig(_Prior):
     """Pictures of the class are trained beside the source's own, each with its caption (DreamBooth, Ruiz et al. 2022):
     loss = mean(instances) + weight * mean(class).
     """
 
     kind: Literal["images"] = Field("images", description="Keep the class as its pictures show it.")
-    prompt: str = Field(
-        min_length=1,
-        examples=["a photo of a dog"],
-        description="Caption of the class: the source's without what makes it special.",
-    )
     images: int = Field(
         100,
         ge=0,
         description="How many class images; what the folder lacks is drawn by the base before training, in the shapes "
-        "of the source's buckets.",
+        "of the source's buckets, the prompts in turns.",
     )
     path: str | None = Field(
         None,
         min_length=1,
-        description="Folder of class images, your own (a `.txt` beside one is its caption) and those that are drawn; "
-        "null keeps drawn ones beside the store, shared by runs.",
+        description="Folder of class images, your own (a `.txt` beside one is its caption, else the first prompt) and "
+        "those that are drawn; null keeps drawn ones beside the store, shared by runs.",
     )
-    weight: float = Field(1.0, ge=0, description="Factor on the loss of the class images; 0 leaves them out.")
     steps: int = Field(28, ge=1, le=1000, description="Denoising steps of a class image that is drawn.")
     guidance: float = Field(7.0, ge=0, description="Its classifier-free guidance scale; 1 or less turns it off.")
 
+    @model_validator(mode="after")
+    def _each_prompt_is_drawn(self) -> ClassImagesConfig:
+        if self.weight > 0 and 0 < self.images < len(self.prompts):
+            raise ValueError(
+                f"images is {self.images} but there are {len(self.prompts)} prompts; draw one of each or more"
+            )
+        return self
 
-class OwnPredictionConfig(Section):
+
+class OwnPredictionConfig(_Prior):
     """Without class images: on the same noisy latents, under the class caption, the base's own prediction is
     the target. A step computes two batches more instead of one.
     """
 
     kind: Literal["prediction"] = Field("prediction", description="Keep what the base predicts for the class.")
-    prompt: str = Field(min_length=1, examples=["a photo of a dog"], description="Caption of the class.")
-    weight: float = Field(1.0, ge=0, description="Factor on this loss; 0 leaves it out.")
 
 
 PriorConfig = Annotated[ClassImagesConfig | OwnPredictionConfig, Field(discriminator="kind")]

@@ -58,7 +58,9 @@ def _epochs(count: float) -> str:
 
 def _priors(trained: Trained) -> Iterator[Row]:
     used = [source.prior for source in trained.config.data.sources if source.prior and source.prior.weight > 0]
-    described = [f"{_PRIORS[prior.kind]} of {code(prior.prompt)}, weight {prior.weight:g}" for prior in used]
+    described = [
+        f"{_PRIORS[prior.kind]} of {', '.join(map(code, prior.prompts))}, weight {prior.weight:g}" for prior in used
+    ]
     if described:
         yield "prior preservation", "; ".join(dict.fromkeys(described))
 
