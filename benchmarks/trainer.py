@@ -15,8 +15,10 @@ from sd3tune.data.sampler import generator
 from sd3tune.data.store import Store, key
 from sd3tune.jobs.machine import ALONE, DTYPES, make_accelerator, processes_of
 from sd3tune.jobs.train import make_state
-from sd3tune.jobs.trainable import make_trainable
+from sd3tune.jobs.trainable import hoists, make_trainable
 from sd3tune.methods import LoraMethod, Method
+from sd3tune.model.hoist import hoist
+from sd3tune.train.ahead import looking_ahead
 from sd3tune.train.batches import Batches, LatentScaling
 from sd3tune.train.examples import Example
 from sd3tune.train.loop import Callback, Processes, train
@@ -78,6 +80,8 @@ class Trainer:
     transformer: SD3Transformer2DModel
     method: Method
     batches: Batches
+    ahead: Batches
+    """The same, with modulations where they are computed ahead."""
     objective: Objective
     processes: Processes
 
@@ -91,7 +95,7 @@ class Trainer:
             self.state,
             self.transformer,
             self.method,
-            self.batches,
+            self.ahead,
             self.objective,
             self.config,
             self.processes.reduce_mean,
@@ -106,7 +110,7 @@ class Trainer:
             self.state,
             self.transformer,
             self.method,
-            self.batches,
+            self.ahead,
             self.objective,
             self.processes,
             identity={},
@@ -127,6 +131,8 @@ def make_trainer(config: Config, model: Model, folder: Path, device: torch.devic
         processes, device = processes_of(accelerator), accelerator.device
     transformer = model.build(dtype).to(device)
     method = LoraMethod(config)
+    if hoists(config, method.select(transformer)):
+        hoist(transformer)
     parameters = make_trainable(config, method, transformer)
     for name, parameter in parameters.items():
         if name.endswith(".lora_B"):
@@ -151,6 +157,7 @@ def make_trainer(config: Config, model: Model, folder: Path, device: torch.devic
         transformer=transformer,
         method=method,
         batches=batches,
+        ahead=looking_ahead(batches, transformer, method),
         objective=make_objective(config.flow, SHIFT),
         processes=processes,
     )

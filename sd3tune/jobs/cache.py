@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sd3tune.config import Config
 from sd3tune.jobs.encoding import encode
+from sd3tune.jobs.fitting import fitted_plan
 from sd3tune.jobs.machine import closing_process_group, make_accelerator, processes_of
 from sd3tune.jobs.places import store_folder
 from sd3tune.jobs.preflight import make_plan
@@ -25,5 +26,8 @@ def run_cache(config: Config, notes: Sequence[str] = ()) -> None:
             say(f"note: {note}")
         with accelerator.main_process_first():
             plan = make_plan(config, accelerator.device, resume=None, world=processes.world)
+        plan, chosen = fitted_plan(plan)
+        for line in chosen:
+            say(line)
         encode(plan, processes, say)
         say(f"store     {store_folder(config)}")

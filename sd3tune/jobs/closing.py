@@ -97,6 +97,6 @@ def _probes(batches: Batches) -> list[Batch]:
     first = (batch.rows(slice(1)) for batch in fetched)
     usable = itertools.islice((image for image in first if image.latents.isfinite().all()), len(FIXED_SIGMAS))
     return [
-        replace(image, sigma=torch.full_like(image.sigma, sigma))
+        replace(image, sigma=torch.full_like(image.sigma, sigma), modulation=None)
         for image, sigma in zip(usable, FIXED_SIGMAS, strict=False)
     ]

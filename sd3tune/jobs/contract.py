@@ -68,11 +68,23 @@ def _files(plan: Plan) -> dict[str, Any]:
     return released_as | ({"encoder_files": encoders} if encoders else {})
 
 
+_HARMLESS = (
+    "log_every",
+    "max_skipped",
+    "gradient_checkpointing",
+    "checkpointed_blocks",
+    "fast_path",
+    "hoist",
+    "memory",
+)
+"""Keys of `train` that change nothing of what is learned but its rounding; what `memory` chose has keys of its own."""
+
+
 def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, Any]:
     """What must be the same for a resumed run to be the run it resumes; without `encoded`, all but the data itself."""
     config = plan.config
     sections = config.model_dump(include={"seed", "flow", "optimizer", "schedule", "train", "ema"})
-    for harmless in ("log_every", "max_skipped", "gradient_checkpointing", "checkpointed_blocks", "fast_path"):
+    for harmless in _HARMLESS:
         sections["train"].pop(harmless)
     if config.schedule.kind == "constant":
         sections["train"].pop("steps")  # the learning rate does not depend on the length, so a run may be extended

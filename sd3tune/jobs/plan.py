@@ -14,6 +14,7 @@ from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig
 from sd3tune.errors import ConfigError
 from sd3tune.jobs.cards import Card, find_card
 from sd3tune.jobs.describe import held
+from sd3tune.jobs.fitting import describe, fit, room_of
 from sd3tune.jobs.forecast import CONTEXT, MARGIN, Forecast, Outlook, forecast, look_ahead
 from sd3tune.jobs.machine import DTYPES, choose_dtype, gpu_of
 from sd3tune.jobs.rehearsal import Training
@@ -35,10 +36,16 @@ def run_plan(
     yield from (
         f"note: no images yet ({problem}): the largest bucket is planned for" for problem in outlook.missing[:1]
     )
-    yield from _about(outlook)
-    plan = forecast(outlook)
-    yield from _about_memory(plan)
     room = memory if memory is not None or found is None else found.memory
+    wanted = config.train.memory
+    if wanted is None:
+        plan = forecast(outlook)
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        plan = fit(outlook, round(room * 1e9) if room is not None and wanted == "auto" else room_of(wanted, device))
+        yield describe(config, plan)
+    yield from _about(plan.outlook)
+    yield from _about_memory(plan)
     if room is not None:
         yield _verdict(plan, room, found.name if found and memory is None else "--memory")
     yield from _about_length(plan, found, utilisation)
@@ -102,6 +109,7 @@ def components(training: Training) -> list[tuple[str, int]]:
         ("its gradients' fp32 sum", training.gradient),
         ("the optimizer's state", training.optimizer),
         ("its average (EMA)", training.average),
+        ("adaLN modulations of many steps, made ahead", training.ahead),
         ("activations saved for the backward pass", min(training.saved, training.working)),
         ("all else at the worst moment", max(0, training.working - training.saved)),
     ]

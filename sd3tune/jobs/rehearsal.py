@@ -5,7 +5,7 @@ These are the run's own functions, called on the meta device: there is no formul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,13 +17,15 @@ from sd3tune.config import Config
 from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.data.buckets import Size
 from sd3tune.encode.captions import CLIP_LENGTH
-from sd3tune.jobs.trainable import make_trainable
+from sd3tune.jobs.trainable import hoists, make_trainable
 from sd3tune.methods import Method
 from sd3tune.model.bases import ENCODER_PARTS, Base
 from sd3tune.model.components import empty_transformer, load_vae, text_encoder_shape
 from sd3tune.model.footprint import Footprint, Saved, bytes_of, peak_of, tensors_of
+from sd3tune.model.hoist import row_bytes
 from sd3tune.model.latents import decode
 from sd3tune.model.quantized import load_transformer_in, quantize, statistics
+from sd3tune.train.ahead import looking_ahead, window_length
 from sd3tune.train.batches import Batch, Batches
 from sd3tune.train.objective import make_objective
 from sd3tune.train.optim import FlatMaster, LossScale
@@ -66,6 +68,8 @@ class Training:
     optimizer: int
     average: int
     """The EMA."""
+    ahead: int
+    """The adaLN modulations of a window of steps, where they are computed ahead."""
     saved: int
     """What the forward pass leaves for the backward pass; it is part of `working`."""
     working: int
@@ -77,7 +81,7 @@ class Training:
 
     @property
     def resident(self) -> int:
-        return self.frozen + self.compute + self.master + self.gradient + self.optimizer + self.average
+        return self.frozen + self.compute + self.master + self.gradient + self.optimizer + self.average + self.ahead
 
     @property
     def peak(self) -> int:
@@ -97,6 +101,8 @@ class EmptyBatches:
         self.rows = self.instances * (2 if priors else 1)
         self.kept = slice(self.instances if kept else self.rows, self.rows)
         self.size, self.dtype, self.channels = size, dtype, base.config("vae")["latent_channels"]
+        self.batch_size, self.accumulation = config.train.batch_size, config.train.gradient_accumulation
+        self.names: Sequence[str] = ()
         self.shapes = {encoder: _entry_shapes(base, encoder, config) for encoder in encoders}
 
     def fetch(self, step: int, micro: int) -> Batch:
@@ -104,6 +110,10 @@ class EmptyBatches:
 
     def seed_for(self, purpose: str, step: int, micro: int) -> int:
         return 0
+
+    def conditions(self, step: int, micro: int) -> tuple[Tensor, Mapping[str, Mapping[str, Tensor]]]:
+        batch = self.fetch(step, micro)
+        return batch.sigma, batch.embeddings
 
     def of(self, rows: int, size: Size) -> Batch:
         """A batch of `rows` images of that size, (height, width) in pixels."""
@@ -138,10 +148,13 @@ class _NoOptimizer(torch.optim.Optimizer):
 def rehearse_training(config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> Training:
     """One optimizer step and, where there are prompts, one preview; `size` is that of the images, (height, width)."""
     parameters = sum(parameter.numel() for parameter in empty_transformer(base).parameters())
-    transformer = load_transformer_in(config.model.quantize, base, dtype, META)
+    transformer = _load(config, base, method, dtype)
     master = FlatMaster(make_trainable(config, method, transformer), dtype)
     values = master.master.numel()
-    batches = EmptyBatches(config, base, method.cached_encoders, size, dtype)
+    empty = EmptyBatches(config, base, method.cached_encoders, size, dtype)
+    batches = looking_ahead(cast(Batches, empty), transformer, method)
+    with Footprint() as window:  # before the step, as it is of many
+        ahead = list(batches.fetch(0, 0).modulation or ())
     state = TrainState(
         step=0,
         master=master,
@@ -151,7 +164,7 @@ def rehearse_training(config: Config, base: Base, method: Method, size: Size, dt
     )
     frozen = [tensor for tensor in tensors_of(transformer) if not tensor.requires_grad]
     frozen += statistics(transformer)
-    saved = Saved([*tensors_of(transformer), *frozen, master.master])
+    saved = Saved([*tensors_of(transformer), *frozen, *ahead, master.master])
     with saved.watching():
         step = _rehearse_step(config, state, transformer, method, batches)
     optimizer = try_optimizer(config)
@@ -163,24 +176,28 @@ def rehearse_training(config: Config, base: Base, method: Method, size: Size, dt
         master=bytes_of([master.master]),
         gradient=bytes_of([master.gradient]),
         optimizer=optimizer.resident * values // _PROBED,
+        ahead=bytes_of(ahead),
         average=0 if state.ema is None else bytes_of([state.ema]),
         saved=saved.nbytes,
         working=max(step.peak, optimizer.working * values // _PROBED),
-        flops=step.flops * config.train.gradient_accumulation,
-        preview=_rehearse_preview(config, base, method, transformer, state, batches)
-        if config.preview.prompts
-        else None,
+        flops=(step.flops + window.flops // window_length(batches)) * config.train.gradient_accumulation,
+        preview=_rehearse_preview(config, base, method, transformer, state, empty) if config.preview.prompts else None,
     )
 
 
+def _load(config: Config, base: Base, method: Method, dtype: torch.dtype) -> SD3Transformer2DModel:
+    hoisted = hoists(config, method.select(empty_transformer(base)))
+    return load_transformer_in(config.model.quantize, base, dtype, META, hoisted)
+
+
 def _rehearse_step(
-    config: Config, state: TrainState, transformer: SD3Transformer2DModel, method: Method, batches: EmptyBatches
+    config: Config, state: TrainState, transformer: SD3Transformer2DModel, method: Method, batches: Batches
 ) -> Footprint:
     """One micro-step and the update: further ones take the same memory."""
     once = config.model_copy(update={"train": config.train.model_copy(update={"gradient_accumulation": 1, "steps": 1})})
     once = once.model_copy(update={"schedule": type(once.schedule)()})  # whose warm-up may be longer than one step
     objective = make_objective(config.flow, _SHIFT)
-    return peak_of(lambda: train_step(state, transformer, method, cast(Batches, batches), objective, once, _alone))
+    return peak_of(lambda: train_step(state, transformer, method, batches, objective, once, _alone))
 
 
 def _alone(gradient: Tensor) -> Tensor:
@@ -220,6 +237,7 @@ def _rehearse_preview(
         return peak_of(draw).peak
 
     denoising = drawing(lambda: predict_velocity(transformer, method, batches.of(rows, (side, side))))
+    denoising += rows * config.preview.steps * row_bytes(transformer)
     vae = load_vae(base, vae_dtype(dtype_of(transformer)), META)
     latents = batches.of(1, (side, side)).latents
     return max(denoising, bytes_of(tensors_of(vae)) + drawing(lambda: decode(vae, latents)))
@@ -246,7 +264,7 @@ def rehearse_vae(base: Base, size: Size, dtype: torch.dtype) -> Use:
 
 def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> Use:
     """A class image drawn by the base, with guidance: transformer and VAE are in memory together."""
-    transformer = load_transformer_in(config.model.quantize, base, dtype, META)
+    transformer = _load(config, base, method, dtype)
     vae = load_vae(base, vae_dtype(dtype), META)
     batch = EmptyBatches(config, base, method.cached_encoders, size, dtype).of(2, size)
     with torch.no_grad():

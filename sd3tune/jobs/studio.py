@@ -23,6 +23,7 @@ from sd3tune.jobs.shots import Shot, Texts, batched, texts_of
 from sd3tune.jobs.start_images import fitted
 from sd3tune.model.adapter_io import Adapter, attach
 from sd3tune.model.components import load_scheduler, load_vae
+from sd3tune.model.hoist import is_modulation
 from sd3tune.model.latents import encode_moments
 from sd3tune.model.quantized import load_transformer_in
 from sd3tune.sampling.sampler import Conditioning, Start, sample_latents, to_image
@@ -189,7 +190,9 @@ def _transformer(studio: Studio, shots: Sequence[Shot]) -> SD3Transformer2DModel
     """With every adapter in it, and none in use."""
     form = studio.memory.quantize or "none"
     where = studio.rest if form == "none" else studio.device  # on which layers are rounded
-    transformer = load_transformer_in(form, studio.conditions.base, studio.dtype, where)
+    trained = [module for adapter in studio.adapters for module in adapter.factors]
+    hoisted = form != "none" and not studio.memory.compiled and not any(map(is_modulation, trained))
+    transformer = load_transformer_in(form, studio.conditions.base, studio.dtype, where, hoisted)
     nn.Module.to(transformer, studio.rest)
     for number, adapter in enumerate(studio.adapters):
         counted = attach(transformer, adapter, _adapter_name(number))

@@ -22,6 +22,7 @@ from sd3tune.jobs.contract import check_finished, check_identity, make_contract,
 from sd3tune.jobs.describe import describe, describe_memory
 from sd3tune.jobs.drawing import NEGATIVE_PROMPT
 from sd3tune.jobs.encoding import Encoded, encode
+from sd3tune.jobs.fitting import fitted_plan
 from sd3tune.jobs.launch import errors_to_the_launcher
 from sd3tune.jobs.machine import ALONE, closing_process_group, make_accelerator, processes_of
 from sd3tune.jobs.memory import encoding_knob, loading_knob, naming_out_of_memory, training_knob
@@ -41,6 +42,7 @@ from sd3tune.jobs.trainable import load_base, make_trainable
 from sd3tune.jobs.uploading import prepare_upload, push_command, upload_finished
 from sd3tune.jobs.watching import Watching
 from sd3tune.model.components import vae_config
+from sd3tune.train.ahead import looking_ahead
 from sd3tune.train.batches import Batches, Dropout, LatentScaling
 from sd3tune.train.checkpoint import list_checkpoints, restore
 from sd3tune.train.loop import Callback, Processes, exported_weights, train
@@ -83,7 +85,9 @@ def run_training(
             if plan.config.hub.push != "never":
                 say(f"to upload it: {push_command(plan.run)}")
             return
-        plan = with_working_optimizer(plan, processes, say)
+        plan, chosen = fitted_plan(with_working_optimizer(plan, processes, say))
+        for line in chosen:
+            say(line)
         for line in describe(plan, processes.world):
             say(line)
         if dry_run:
@@ -140,7 +144,7 @@ def _train(
                 attempt.state,
                 transformer,
                 plan.method,
-                attempt.batches,
+                looking_ahead(attempt.batches, transformer, plan.method),
                 make_objective(config.flow, plan.shift),
                 processes,
                 attempt.identity,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
@@ -11,12 +13,19 @@ from sd3tune.jobs.preflight import Plan
 from sd3tune.methods import Method
 from sd3tune.model.checkpointing import checkpoint_blocks
 from sd3tune.model.fast import use_fast_path
+from sd3tune.model.hoist import is_modulation
 from sd3tune.model.quantized import load_transformer_in
 
 
 def load_base(plan: Plan) -> SD3Transformer2DModel:
     """The frozen transformer on its device, held as the configuration says."""
-    return load_transformer_in(plan.config.model.quantize, plan.base, plan.dtype, plan.device)
+    hoisted = hoists(plan.config, plan.modules)
+    return load_transformer_in(plan.config.model.quantize, plan.base, plan.dtype, plan.device, hoisted)
+
+
+def hoists(config: Config, modules: Sequence[str]) -> bool:
+    """Whether the adaLN modulations are computed ahead: where they are asked for, and none of `modules` makes them."""
+    return config.train.hoist and not any(is_modulation(name) for name in modules)
 
 
 def make_trainable(config: Config, method: Method, transformer: SD3Transformer2DModel) -> dict[str, nn.Parameter]:

@@ -74,6 +74,9 @@ class Method(Protocol):
     def conditioning(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> tuple[Tensor, Tensor]:
         """`prompt_embeds` [B, tokens, width] and `pooled_prompt_embeds` [B, width], in the transformer's dtype."""
 
+    def pooled(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> Tensor:
+        """The second part of `conditioning`, of embeddings that need no `hidden`."""
+
     def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> AbstractContextManager[None]:
         """While the context lasts (forward and backward), what acts in training only, drawn from `seed`, is on."""
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.methods.base import Embeddings
-from sd3tune.model.text import assemble
+from sd3tune.model.text import assemble, pool
 
 
 class StoredText:
@@ -29,3 +29,7 @@ class StoredText:
         )
         dtype = next(transformer.parameters()).dtype  # `transformer.dtype` walks the whole model to find out
         return prompt_embeds.to(dtype), pooled.to(dtype)
+
+    def pooled(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> Tensor:
+        dtype = next(transformer.parameters()).dtype
+        return pool(embeddings["clip_l"], embeddings["clip_g"]).to(dtype)

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from sd3tune.errors import ModelError
 from sd3tune.model.bases import ENCODER_PARTS, Base
+from sd3tune.model.hoist import hoist
 from sd3tune.model.random_weights import random_transformer
 from sd3tune.model.single_file import from_file
 from sd3tune.model.text import TextEncoder
@@ -34,8 +35,17 @@ Model = TypeVar("Model", bound=nn.Module)
 Loaded = TypeVar("Loaded")
 
 
-def load_transformer(base: Base, dtype: torch.dtype, device: Device = "cpu") -> SD3Transformer2DModel:
-    """The MMDiT. Besides missing weights, weights that its config has no place for are an error."""
+def load_transformer(
+    base: Base, dtype: torch.dtype, device: Device = "cpu", hoisted: bool = False
+) -> SD3Transformer2DModel:
+    """The MMDiT. Besides missing weights, weights that its config has no place for are an error.
+
+    With `hoisted`, what `hoist` takes out of it stays on the CPU.
+    """
+    if hoisted:
+        transformer = load_transformer(base, dtype, device if _is_meta(device) else "cpu")
+        hoist(transformer)
+        return transformer.to(device)
     if _is_meta(device):
         return _cast(empty_transformer(base), dtype)
     if base.random:

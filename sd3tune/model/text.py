@@ -73,4 +73,9 @@ def assemble(
     elif t5.shape[1:] != (t5_length, joint_dim):
         raise ValueError(f"t5 embeddings are {tuple(t5.shape)}, expected [B, {t5_length}, {joint_dim}]")
     prompt_embeds = torch.cat([F.pad(clip, (0, joint_dim - clip.shape[-1])), t5], dim=1)
-    return prompt_embeds, torch.cat([clip_l["pooled"], clip_g["pooled"]], dim=-1)
+    return prompt_embeds, pool(clip_l, clip_g)
+
+
+def pool(clip_l: Mapping[str, Tensor], clip_g: Mapping[str, Tensor]) -> Tensor:
+    """Only the pooled part of `assemble`."""
+    return torch.cat([clip_l["pooled"], clip_g["pooled"]], dim=-1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from PIL import Image
 from torch import Tensor
 
+from sd3tune.model.hoist import Modulation, compute_ahead, hoisted, modulate
 from sd3tune.model.latents import decode
 from sd3tune.model.latents import sample_latents as from_posterior
 from sd3tune.sampling.samplers import SAMPLERS
@@ -107,10 +109,11 @@ def sample_latents(
     if start is not None and drawn is not None:
         solver.set_begin_index(begin)
         latents = _noised(start, drawn, latents, solver.sigmas[begin])
-    for number, timestep in enumerate(solver.timesteps[begin:], start=begin):
-        velocity = ask(latents, timestep, number, count)
-        latents = solver.step(velocity, timestep, latents, return_dict=False)[0].to(dtype)
-        on_step()
+    with ask.ahead(dict(enumerate(solver.timesteps[begin:], start=begin))):
+        for number, timestep in enumerate(solver.timesteps[begin:], start=begin):
+            velocity = ask(latents, timestep, number, count)
+            latents = solver.step(velocity, timestep, latents, return_dict=False)[0].to(dtype)
+            on_step()
     return latents
 
 
@@ -126,6 +129,7 @@ class _Guided:
     ) -> None:
         self.transformer, self.settings, self.is_guided = transformer, settings, settings.guidance > 1
         device, dtype = transformer.device, transformer.dtype
+        self.modulations: dict[int, Modulation] = {}
         self.embeds = positive.prompt_embeds.to(device, dtype)
         self.pooled = positive.pooled_prompt_embeds.to(device, dtype)
         if self.is_guided:
@@ -133,8 +137,25 @@ class _Guided:
             self.both_embeds = torch.cat([embeds.to(device, dtype).expand_as(self.embeds), self.embeds])
             self.both_pooled = torch.cat([pooled.to(device, dtype).expand_as(self.pooled), self.pooled])
 
+    @contextlib.contextmanager
+    def ahead(self, timesteps: Mapping[int, Tensor]) -> Iterator[None]:
+        """While the context lasts, hoisted layers give what they made, at its start, of each evaluation's timestep."""
+        if not hoisted(self.transformer):
+            yield
+            return
+        pooled = self.both_pooled if self.is_guided else self.pooled
+        conditions = [(timestep.expand(len(pooled)), pooled) for timestep in timesteps.values()]
+        self.modulations = dict(zip(timesteps, compute_ahead(self.transformer, conditions), strict=True))
+        try:
+            yield
+        finally:
+            self.modulations = {}
+            modulate(self.transformer, None)
+
     def __call__(self, latents: Tensor, timestep: Tensor, number: int, count: int) -> Tensor:
         """Of the evaluation `number`, from 0, of `count` on the whole way."""
+        if self.modulations:
+            modulate(self.transformer, self.modulations[number])
         if not self.is_guided:
             return self._velocity(latents, timestep, self.embeds, self.pooled)
         doubled = self._velocity(torch.cat([latents, latents]), timestep, self.both_embeds, self.both_pooled)
@@ -143,6 +164,8 @@ class _Guided:
         skip = self.settings.skip_layers
         if skip is None or not count * skip.start < number < count * skip.stop:
             return velocity
+        if self.modulations:
+            modulate(self.transformer, [rows.chunk(2)[1] for rows in self.modulations[number]])
         weaker = self._velocity(latents, timestep, self.embeds, self.pooled, skip_layers=list(skip.layers))
         return velocity + (conditional - weaker) * skip.scale
 

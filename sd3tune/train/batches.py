@@ -14,6 +14,7 @@ from sd3tune.data.buckets import size_name
 from sd3tune.data.sampler import batch_samples, derive, generator, step_slots, uniform
 from sd3tune.data.store import Store
 from sd3tune.flow.objective import offset_noise
+from sd3tune.model.hoist import Modulation
 from sd3tune.model.latents import sample_latents
 from sd3tune.train.examples import Example, Sample
 
@@ -59,6 +60,8 @@ class Batch:
     instances: int
     kept: slice
     """Samples whose target is the base's own prediction: the last ones, if any."""
+    modulation: Modulation | None = None
+    """What the adaLN linears make of `sigma` and the pooled text, where that was computed ahead."""
 
     def rows(self, rows: slice) -> Batch:
         """The batch of some of the samples, all of them instances."""
@@ -71,6 +74,7 @@ class Batch:
             names=self.names[rows],
             instances=len(self.names[rows]),
             kept=slice(0, 0),
+            modulation=self.modulation and [of[rows] for of in self.modulation],
         )
 
 
@@ -126,6 +130,17 @@ class Batches:
         self._ahead = (following, self._reader.submit(self._load, *following))
         return self._to_device(step, loaded)
 
+    def conditions(self, step: int, micro: int) -> tuple[Tensor, Mapping[str, Mapping[str, Tensor]]]:
+        """Of a batch, however far ahead: `sigma` [B], and of the embeddings what is pooled, on the device."""
+        samples = self._samples(step, micro, self.rank)
+        pooled = {
+            encoder: torch.stack([self._embedding(encoder, sample, step)["pooled"] for sample in samples])
+            for encoder in samples[0].example.captions
+            if encoder != "t5"
+        }
+        on_device = {encoder: {"pooled": rows.to(self.device)} for encoder, rows in pooled.items()}
+        return self._sigma(step, samples).to(self.device), on_device
+
     def seed_for(self, purpose: str, step: int, micro: int) -> int:
         """A seed for what else is random in this micro-step on this rank."""
         return derive(self.seed, step, micro, self.rank, purpose)
@@ -145,12 +160,10 @@ class Batches:
             self.store.get(of.example.images[derive(self.seed, step, of.slot, "variant") % len(of.example.images)])
             for of in samples
         ]
-        pixels = 64 * moments[0]["mean"].shape[-2:].numel()
-        uniforms = [(derive(self.seed, step, of.slot, "sigma") >> 11) + 0.5 for of in samples]
         loaded = _Loaded(
             mean=torch.stack([entry["mean"] for entry in moments]),
             std=torch.stack([entry["std"] for entry in moments]),
-            sigma=self.sigma_of_u(torch.tensor(uniforms, dtype=torch.float64) / 2**52, pixels).float(),
+            sigma=self._sigma(step, samples),
             embeddings={
                 encoder: _stack([self._embedding(encoder, sample, step) for sample in samples])
                 for encoder in samples[0].example.captions
@@ -177,6 +190,11 @@ class Batches:
             if instance.example.prior
         ]
         return [*instances, *sorted(beside, key=lambda sample: sample.is_kept)]
+
+    def _sigma(self, step: int, samples: Sequence[Sample]) -> Tensor:
+        height, width = samples[0].example.size
+        uniforms = [(derive(self.seed, step, of.slot, "sigma") >> 11) + 0.5 for of in samples]
+        return self.sigma_of_u(torch.tensor(uniforms, dtype=torch.float64) / 2**52, height * width).float()
 
     def _embedding(self, encoder: str, sample: Sample, step: int) -> dict[str, Tensor]:
         chance, example, slot = self.dropout, sample.example, sample.slot

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sd3tune.config.schema import Config
 from sd3tune.flow.objective import interpolate, model_timestep, velocity_target
 from sd3tune.methods import Method
+from sd3tune.model.hoist import modulate
 from sd3tune.train.batches import Batch, Batches
 from sd3tune.train.objective import Objective
 from sd3tune.train.optim import FlatMaster, LossScale, clip_, ema_decay, learning_rate
@@ -57,6 +58,7 @@ def predict_velocity(transformer: SD3Transformer2DModel, method: Method, batch: 
     """The model's velocity [B, C, H, W] for the batch's noisy latents, in the transformer's dtype."""
     prompt_embeds, pooled_prompt_embeds = method.conditioning(batch.embeddings, transformer)
     noisy_latents = interpolate(batch.latents, batch.noise, batch.sigma)
+    modulate(transformer, batch.modulation)
     velocity: Tensor = transformer(
         hidden_states=noisy_latents.to(prompt_embeds.dtype),
         timestep=model_timestep(batch.sigma),

@@ -260,7 +260,7 @@ def test_a_signal_before_training_keeps_what_was_encoded(quick_config, tmp_path:
     def interrupted(*arguments) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train, "load_transformer", interrupted)
+    monkeypatch.setattr(train, "load_base", interrupted)
     with pytest.raises(RunError, match="stopped before the first checkpoint; encodings are kept: run the same command"):
         run_training(quick_config(tmp_path))
     assert not (tmp_path / "run.json").exists()

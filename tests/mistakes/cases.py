@@ -246,6 +246,20 @@ CASES = [
     ),
     Case(
         "config",
+        "memory that is no number",
+        CHECK,
+        "train.memory",
+        edited("steps: 2", "steps: 2, memory: much"),
+    ),
+    Case(
+        "config",
+        "too little memory",
+        PLAN,
+        "cannot hold this run",
+        edited("steps: 2", "steps: 2, memory: 0.5"),
+    ),
+    Case(
+        "config",
         "a trained base in 4 bits",
         CHECK,
         "only a frozen base",

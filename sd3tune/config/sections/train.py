@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -33,10 +33,22 @@ class TrainConfig(Section):
     checkpointed_blocks: int | None = Field(
         None, ge=1, description="How many blocks are recomputed, from the first on; null is all of them."
     )
+    memory: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        None,
+        description="GB (10^9 bytes) that the run may take; `auto` is all that the card has. What makes it fit is "
+        "chosen as `sd3tune plan` forecasts it: T5 on the CPU, checkpointing, a base in 4 bits, how many of a step's "
+        "images (`batch_size` times `gradient_accumulation`) go together. null leaves all as it is.",
+    )
     fast_path: bool = Field(
         True,
         description="Compute each transformer block with fewer passes over memory: equal to diffusers' and PEFT's own "
         "way but for rounding, no less exact, and faster. Previews, reports and `infer` never use it.",
+    )
+    hoist: bool = Field(
+        True,
+        description="Keep the layers of timestep and pooled text alone (adaLN, a third of the base) off the "
+        "device and compute them for many steps at once, and keep of the position grid what a picture needs: equal "
+        "but for rounding. Does nothing where those layers are trained.",
     )
     max_skipped: int = Field(
         20,

@@ -1,0 +1,127 @@
+"""What of the transformer depends on timestep and pooled text alone, or on a picture's size, kept out of the step.
+
+The adaLN linears (Peebles and Xie 2023) make scales, shifts and gates of the timestep and the pooled text, both of
+which are known many steps ahead. They hold a third of a base's weights. Here they leave the model's tree, stay on the
+CPU while the model moves to its device, and are applied for many steps at once. So does the grid of position
+embeddings, of which a picture needs the middle.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.models.embeddings import PatchEmbed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Modulation = Sequence[Tensor]
+"""What each adaLN linear makes of one batch, [B, 2 to 9 widths], in the model's order."""
+
+_LAYERS = "adaln_ahead"
+CROPS = 4
+"""Sizes of pictures whose positions are kept on the device."""
+
+
+class AheadLinear(nn.Module):
+    """Stands for an adaLN linear and the SiLU before it: gives what was computed ahead or, without, computes it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        on_meta = linear.weight.is_meta
+        # In a tuple it is no part of the model, which neither moves nor saves it.
+        self._kept = (linear if on_meta else linear.to("cpu"),)
+        self.rows: Tensor | None = None
+
+    @property
+    def linear(self) -> nn.Linear:
+        return self._kept[0]
+
+    def apply_to(self, activated: Sequence[Tensor]) -> list[Tensor]:
+        """What the linear makes of each; its weights visit their device once."""
+        device = activated[0].device
+        weight = self.linear.weight.to(device, non_blocking=True)
+        bias = None if self.linear.bias is None else self.linear.bias.to(device, non_blocking=True)
+        return [F.linear(one, weight, bias) for one in activated]
+
+    def forward(self, temb: Tensor) -> Tensor:
+        return self.apply_to([F.silu(temb)])[0] if self.rows is None else self.rows
+
+
+def is_modulation(name: str) -> bool:
+    """Whether a module of that name is one of the adaLN linears, or a part of it."""
+    return any(part.startswith("norm") for part in name.split(".")) and "linear" in name.split(".")
+
+
+def hoist(transformer: SD3Transformer2DModel) -> None:
+    """Take the adaLN linears and the grid of positions out of the model, which computes the same, to the bit.
+
+    What is moved to a device afterwards is the rest. Nothing of it may be trained.
+    """
+    layers = []
+    for norm in _adaptive_norms(transformer):
+        norm.linear, norm.silu = AheadLinear(norm.linear), nn.Identity()
+        layers.append(norm.linear)
+    setattr(transformer, _LAYERS, tuple(layers))
+    _crop_ahead(transformer.pos_embed)
+
+
+def _crop_ahead(patches: PatchEmbed) -> None:
+    if not patches.pos_embed_max_size or patches.pos_embed is None:
+        return
+    grid = patches.pos_embed if patches.pos_embed.is_meta else patches.pos_embed.cpu()
+
+    @functools.lru_cache(maxsize=CROPS)
+    def cropped(height: int, width: int) -> Tensor:
+        placeholder, patches.pos_embed = patches.pos_embed, grid
+        try:
+            crop: Tensor = PatchEmbed.cropped_pos_embed(patches, height, width)
+        finally:
+            patches.pos_embed = placeholder
+        return crop.to(placeholder.device)
+
+    patches.pos_embed = grid[:, :0].clone()  # not None, which to diffusers' forward means that there are no positions
+    patches.cropped_pos_embed = cropped
+
+
+def hoisted(transformer: nn.Module) -> tuple[AheadLinear, ...]:
+    """The model's adaLN linears, in its order; empty where they are in their places."""
+    found: tuple[AheadLinear, ...] = getattr(transformer, _LAYERS, ())
+    return found
+
+
+def row_bytes(transformer: SD3Transformer2DModel) -> int:
+    """Bytes of the modulation of one sample."""
+    kept = [layer.linear for layer in hoisted(transformer)]
+    return sum(linear.out_features * linear.weight.dtype.itemsize for linear in kept)
+
+
+@torch.no_grad()
+def compute_ahead(transformer: SD3Transformer2DModel, conditions: Sequence[tuple[Tensor, Tensor]]) -> list[Modulation]:
+    """The modulations for each pair of timestep, [B] fp32, and pooled_prompt_embeds [B, width], on their device.
+
+    Each is computed in its own shape, so it is bit-equal to what the model itself would have made of it.
+    """
+    activated = [F.silu(transformer.time_text_embed(timestep, pooled)) for timestep, pooled in conditions]
+    per_linear = [linear.apply_to(activated) for linear in hoisted(transformer)]
+    return list(zip(*per_linear, strict=True))
+
+
+def modulate(transformer: SD3Transformer2DModel, modulation: Modulation | None) -> None:
+    """From now on the model uses this, or computes its own again; not to be changed before a backward pass is done.
+
+    A model whose linears are in their places takes None only.
+    """
+    layers = hoisted(transformer)
+    for layer, rows in zip(layers, [None] * len(layers) if modulation is None else modulation, strict=True):
+        layer.rows = rows
+
+
+def _adaptive_norms(transformer: SD3Transformer2DModel) -> Iterator[Any]:
+    for block in transformer.transformer_blocks:
+        yield block.norm1
+        yield block.norm1_context
+    yield transformer.norm_out

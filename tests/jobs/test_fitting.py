@@ -1,0 +1,69 @@
+"""`train.memory`: the same training, computed so that it fits."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd3tune.errors import ConfigError
+from sd3tune.jobs.fitting import fit, room_of, ways
+from sd3tune.jobs.forecast import CONTEXT, MARGIN, forecast, look_ahead
+from sd3tune.jobs.train import run_training
+
+
+def room_for(peak: int) -> int:
+    return round(peak * (1 + MARGIN)) + CONTEXT
+
+
+@pytest.fixture
+def outlook(quick_config, tmp_path: Path):
+    values = ("train.batch_size=1", "train.gradient_accumulation=4", "model.t5=false", "model.max_sequence_length=512")
+    return look_ahead(quick_config(tmp_path, *values), torch.float32)
+
+
+def test_first_time_is_given_and_then_precision(outlook) -> None:
+    tried = [
+        (of.config.model.quantize, of.config.train.gradient_checkpointing, of.config.train.checkpointed_blocks)
+        for of in ways(outlook)
+    ]
+    assert tried[:6] == [
+        ("none", "none", None),
+        *(("none", "selective", blocks) for blocks in (1, 2, 3, None)),
+        ("none", "block", None),
+    ]
+    if importlib.util.find_spec("bitsandbytes"):
+        assert tried[6:] == [("nf4", *rest) for _, *rest in tried[:6]]
+
+
+def test_what_has_less_room_costs_more_time_and_fits(outlook) -> None:
+    plain = forecast(outlook)
+    room = room_for(plain.training.peak) - 1
+    found = fit(outlook, room)
+    train = found.outlook.config.train
+    assert train.gradient_checkpointing == "selective"
+    assert train.batch_size * train.gradient_accumulation == 4
+    assert found.needed <= room < plain.needed
+    assert forecast(found.outlook).needed == found.needed
+    assert found.training.flops > plain.training.flops
+
+
+def test_too_little_is_an_error_with_the_least_that_is_needed(outlook) -> None:
+    with pytest.raises(ConfigError, match=r"train.memory: 0.601 GB cannot hold this run: at its leanest it needs 0\.6"):
+        fit(outlook, CONTEXT + 1_000_000)
+
+
+def test_a_run_says_what_was_chosen_and_trains_the_same(
+    quick_config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = quick_config(tmp_path, "train.memory=5", "train.batch_size=1", "train.gradient_accumulation=2")
+    run_training(config)
+    assert "memory    0.6" in capsys.readouterr().out
+    assert "batch_size: 2" in (tmp_path / "config.yaml").read_text()
+
+
+def test_auto_is_all_that_there_is() -> None:
+    assert room_of(1.5, torch.device("cpu")) == 1_500_000_000
+    assert room_of("auto", torch.device("cpu")) > 10**9
