@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import statistics
 import time
@@ -58,6 +59,8 @@ def run_encoding(folder: Path, rounds: int = ROUNDS, images: int = IMAGES, side:
         plain[:] = encode_bare(base, photos, captions, side)
         found["bare"].append(time.perf_counter() - started)
 
+    gc.collect()
+    gc.freeze()  # as the command line does after its imports: sd3tune collects after each component that it frees
     sides: list[Callable[[], None]] = [ours, bare]
     for number in range(1 + rounds):
         for of in sides if number % 2 else reversed(sides):
