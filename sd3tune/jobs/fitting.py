@@ -35,7 +35,7 @@ def room_of(memory: float | str, device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def fitted_plan(plan: Plan) -> tuple[Plan, list[str]]:
+def fitted_plan(plan: Plan, quiet: bool = False) -> tuple[Plan, list[str]]:
     """The plan of a run that fits into its `train.memory`, if that is given, and what to say of it."""
     memory = plan.config.train.memory
     if memory is None:
@@ -52,11 +52,11 @@ def fitted_plan(plan: Plan) -> tuple[Plan, list[str]]:
         priors=plan.priors,
         missing=(),
     )
-    found = fit(outlook, room_of(memory, plan.device))
+    found = fit(outlook, room_of(memory, plan.device), quiet)
     return replace(plan, config=found.outlook.config), [describe(outlook.config, found)]
 
 
-def fit(outlook: Outlook, room: int) -> Forecast:
+def fit(outlook: Outlook, room: int, quiet: bool = False) -> Forecast:
     """The forecast of the first way to compute that needs at most `room` bytes. Raises ConfigError without one."""
     plan = forecast(outlook)
     t5 = plan.encoding.get("t5")
@@ -64,7 +64,8 @@ def fit(outlook: Outlook, room: int) -> Forecast:
         outlook = _changed(outlook, "model", t5_device="cpu")
         plan = forecast(outlook)
     given_up: ModelConfig | None = None
-    for leaner in tqdm(list(ways(outlook)), desc="fitting into memory", unit="way", leave=False, delay=2):
+    bar = tqdm(list(ways(outlook)), desc="fitting into memory", unit="way", leave=False, delay=2, disable=quiet)
+    for leaner in bar:
         if leaner.config.model == given_up:
             continue
         found = None

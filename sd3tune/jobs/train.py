@@ -85,7 +85,7 @@ def run_training(
             if plan.config.hub.push != "never":
                 say(f"to upload it: {push_command(plan.run)}")
             return
-        plan, chosen = fitted_plan(with_working_optimizer(plan, processes, say))
+        plan, chosen = fitted_plan(with_working_optimizer(plan, processes, say), quiet=not processes.is_main)
         for line in chosen:
             say(line)
         for line in describe(plan, processes.world):
