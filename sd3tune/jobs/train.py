@@ -77,6 +77,7 @@ def run_training(
             say(f"note: {note}")
         with accelerator.main_process_first():  # a tiny base is built then: transformers writes on rank 0 alone
             plan = make_plan(config, accelerator.device, resume, processes.world)
+        plan, chosen = fitted_plan(plan, quiet=not processes.is_main)
         if resume and plan.start is None:
             say(f"nothing to resume in {plan.run}: starting afresh")
         if plan.start is not None and is_finished(plan.run, plan.method.product, plan.config.train.total_steps):
@@ -85,7 +86,7 @@ def run_training(
             if plan.config.hub.push != "never":
                 say(f"to upload it: {push_command(plan.run)}")
             return
-        plan, chosen = fitted_plan(with_working_optimizer(plan, processes, say), quiet=not processes.is_main)
+        plan = with_working_optimizer(plan, processes, say)
         for line in chosen:
             say(line)
         for line in describe(plan, processes.world):

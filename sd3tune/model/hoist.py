@@ -75,16 +75,16 @@ def _crop_ahead(patches: PatchEmbed) -> None:
     grid = patches.pos_embed if patches.pos_embed.is_meta else patches.pos_embed.cpu()
 
     @functools.lru_cache(maxsize=CROPS)
-    def cropped(height: int, width: int) -> Tensor:
+    def crop_for(height: int, width: int, device: torch.device) -> Tensor:
         placeholder, patches.pos_embed = patches.pos_embed, grid
         try:
             crop: Tensor = PatchEmbed.cropped_pos_embed(patches, height, width)
         finally:
             patches.pos_embed = placeholder
-        return crop.to(placeholder.device)
+        return crop.to(device)
 
     patches.pos_embed = grid[:, :0].clone()  # not None, which to diffusers' forward means that there are no positions
-    patches.cropped_pos_embed = cropped
+    patches.cropped_pos_embed = lambda height, width: crop_for(height, width, patches.pos_embed.device)
 
 
 def hoisted(transformer: nn.Module) -> tuple[AheadLinear, ...]:

@@ -62,6 +62,8 @@ def test_a_run_says_what_was_chosen_and_trains_the_same(
     run_training(config)
     assert "memory    0.6" in capsys.readouterr().out
     assert "batch_size: 2" in (tmp_path / "config.yaml").read_text()
+    run_training(config, resume=True)
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_auto_is_all_that_there_is() -> None:
