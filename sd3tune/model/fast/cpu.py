@@ -16,8 +16,9 @@ from torch.autograd.function import once_differentiable
 
 
 def is_faster(query: Tensor) -> bool:
-    """Whether `Attention` is worth it: bf16 on a CPU that multiplies it."""
-    return query.is_cpu and query.dtype is torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    """Whether `Attention` is worth it: bf16 on a CPU that multiplies it, as far as this version of torch can tell."""
+    multiplies = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return query.is_cpu and query.dtype is torch.bfloat16 and bool(multiplies())
 
 
 class Attention(torch.autograd.Function):
