@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peer.processes import Stamps, run_alone
 from benchmarks.quality.measure import Panel, Shares, measure_panel
-from benchmarks.quality.variants import RECIPE, WITH_CLASS_IMAGES
+from benchmarks.quality.variants import PRIOR_KEY, RECIPE, WITH_CLASS_IMAGES
 from sd3tune.config import dump_config
 from sd3tune.data.metadata import JSONL, write_jsonl
 from sd3tune.jobs.demo import CONFIG, PICTURES, PRIOR, SIDE, T5_LENGTH
@@ -32,9 +32,12 @@ class SideBySide:
         """Both for the recipe's steps, and the script for as many as its whole command makes in our CPU seconds.
 
         The shares of `measure_panel`, `cpu_s` and `steps`, each behind `ours: `, `peer: ` or `peer, as long: `.
-        CPU seconds, as neighbours on the machine hardly change them.
+        CPU seconds, as neighbours on the machine hardly change them. Class images are drawn before, by each side its
+        own, so that the seconds are those of training.
         """
         steps: int = CONFIG["train"]["steps"]
+        if prior:
+            self._draw_class_images(seed)
         run, ours = self._train_ours(seed, prior)
         shares = _behind("ours", measure_panel(painter, panel, run), ours)
         peer = self._train_peer(steps, seed, prior)
@@ -47,19 +50,37 @@ class SideBySide:
     def _peer_adapter(self) -> Path:
         return self.folder / "peer-run" / "pytorch_lora_weights.safetensors"
 
+    @property
+    def _class_images(self) -> dict[str, Path]:
+        return {side: self.folder / f"{side}-class" for side in ("ours", "peer")}
+
+    def _draw_class_images(self, seed: int) -> None:
+        """`sd3tune cache`, and one step of the script."""
+        for folder in self._class_images.values():
+            shutil.rmtree(folder, ignore_errors=True)
+        run_alone("ours", ["cache", str(self._our_config(seed, prior=True))], self.folder, steps=0)
+        self._train_peer(1, seed, prior=True)
+
     def _train_ours(self, seed: int, prior: bool) -> tuple[Path, Stamps]:
-        """`sd3tune train`, nothing encoded or drawn beforehand."""
+        """`sd3tune train`, nothing encoded beforehand."""
+        config = self._our_config(seed, prior)
+        return self.folder / "ours-run", run_alone(
+            "ours", ["train", str(config)], self.folder, CONFIG["train"]["steps"]
+        )
+
+    def _our_config(self, seed: int, prior: bool) -> Path:
+        """A new run with an empty store."""
         run, store = self.folder / "ours-run", self.folder / "ours-store"
         for left_over in (run, store):
             shutil.rmtree(left_over, ignore_errors=True)
-        config = (WITH_CLASS_IMAGES if prior else RECIPE).config(str(run), str(store), seed)
+        images = {f"{PRIOR_KEY}.path": str(self._class_images["ours"])}
+        recipe = replace(WITH_CLASS_IMAGES, changes={**WITH_CLASS_IMAGES.changes, **images}) if prior else RECIPE
         file = self.folder / "ours.yaml"
-        file.write_text(dump_config(config), encoding="utf-8")
-        return run, run_alone("ours", ["train", str(file)], self.folder, config.train.total_steps)
+        file.write_text(dump_config(recipe.config(str(run), str(store), seed)), encoding="utf-8")
+        return file
 
     def _train_peer(self, steps: int, seed: int, prior: bool) -> Stamps:
-        for left_over in (self._peer_adapter.parent, self.folder / "class"):
-            shutil.rmtree(left_over, ignore_errors=True)
+        shutil.rmtree(self._peer_adapter.parent, ignore_errors=True)
         return run_alone("peer", [str(self.script), *self._flags(steps, seed, prior)], self.folder, steps)
 
     def _flags(self, steps: int, seed: int, prior: bool) -> list[str]:
@@ -85,7 +106,7 @@ class SideBySide:
         }
         if prior:
             flags |= {
-                "class_data_dir": self.folder / "class",
+                "class_data_dir": self._class_images["peer"],
                 "class_prompt": CLASS_PROMPTS[0],
                 "num_class_images": PRIOR["images"],
             }

@@ -12,12 +12,15 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from sd3tune.model.fast import cpu
+
 ATTENTION = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
+    cpu.OPERATION,
 ]
 """The kernels of attention that form no matrix of all pairs of tokens. Where torch has to form it, it is never kept."""
 

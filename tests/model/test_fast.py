@@ -249,20 +249,28 @@ def test_short_sequences_attend_in_fp32_on_the_cpu() -> None:
     assert attention_dtype(image.double(), None) is torch.float64
 
 
-@pytest.mark.parametrize("spread", [1.0, 2.0, 3.0])
-def test_attention_in_bf16_is_as_exact_however_large_its_scores(spread: float) -> None:
-    """Scores of up to 50; a score rounded as it is would be off by a tenth, and gradients by several hundredths."""
+@pytest.mark.parametrize(
+    ("spread", "outliers", "limit"), [(0.3, 1, 0.004), (1, 1, 0.005), (2, 1, 0.005), (3, 1, 0.006), (1, 6, 0.01)]
+)
+def test_attention_in_bf16_is_as_exact_however_large_its_scores(spread: float, outliers: float, limit: float) -> None:
+    """Scores of up to 50; a score rounded as it is would be off by a tenth, and gradients by several hundredths.
+
+    A hundredth of the keys may be outliers; torch's own kernel is 0.003 to 0.006 off.
+    """
     source = generator(7)
-    given = [torch.randn(1, 2, 600, 64, generator=source).mul(by).bfloat16() for by in (spread, spread, 1)]
+    given = [torch.randn(1, 2, 600, 64, generator=source).mul(by) for by in (spread, spread, 1)]
+    given[1][:, :, ::100] *= outliers
+    given = [of.bfloat16() for of in given]
     direction = torch.randn(1, 2, 600, 64, generator=source)
 
-    def gradients(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def results(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         states = [of.to(dtype).requires_grad_() for of in given]
-        return list(torch.autograd.grad(attend(*states), states, direction.bfloat16().to(dtype)))
+        output = attend(*states)
+        return [output.detach(), *torch.autograd.grad(output, states, direction.bfloat16().to(dtype))]
 
-    expected = gradients(nn.functional.scaled_dot_product_attention, torch.float64)
-    for found, exact_one in zip(gradients(cpu.Attention.apply, torch.bfloat16), expected, strict=True):
-        assert error(found, exact_one) < 0.006
+    expected = results(nn.functional.scaled_dot_product_attention, torch.float64)
+    for found, exact_one in zip(results(cpu.Attention.apply, torch.bfloat16), expected, strict=True):
+        assert error(found, exact_one) < limit
 
 
 def test_rms_norm_is_the_formula_and_takes_strided_input() -> None:

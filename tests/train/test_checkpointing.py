@@ -70,10 +70,14 @@ def test_weights_are_equal_to_the_bit_and_selective_attends_once(trained, fast: 
 
 @pytest.mark.parametrize(
     ("settings", "calls"),
-    [(("method.dropout=0.3",), EVERY), (("model.dtype=bf16", PRIOR), 2 * EVERY)],
-    ids=["dropout", "prior in bf16"],
+    [
+        (("method.dropout=0.3",), EVERY),
+        (("model.dtype=bf16", PRIOR), 2 * EVERY),
+        (("model.dtype=bf16", "data.resolution=384", "data.buckets=false"), EVERY),
+    ],
+    ids=["dropout", "prior in bf16", "many tokens in bf16"],
 )
-def test_so_are_they_with_dropout_and_with_a_prior(trained, settings: tuple[str, ...], calls: int) -> None:
+def test_so_are_they_otherwise(trained, settings: tuple[str, ...], calls: int) -> None:
     """A prior of this kind asks the untrained base once more, without gradients."""
     plain, _ = trained("none", None, True, *settings)
     kept, counted = trained("selective", None, True, *settings)

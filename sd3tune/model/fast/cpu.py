@@ -1,8 +1,9 @@
-"""Attention in bf16 on the CPU: torch's own kernel forward, whole matrix products of oneDNN backward.
+"""Attention in bf16 on the CPU as whole matrix products of oneDNN, one head after another.
 
-torch's backward kernel spends more time around its products than in them. Here one head after another has its scores
-recomputed by a product in bf16. Their rounding would be as large as the scores are, so each row is shifted, inside the
-product, by about the score at which its weights lie: softmax does not see it, and what counts is rounded near zero.
+torch's own kernel spends more time around its products than in them. Here a head's scores are a product in bf16, the
+first time and again for the backward pass. Their rounding would be as large as the scores are, so each row is shifted,
+inside the product, by about the score at which its weights lie: softmax does not see it, and what counts is rounded
+near zero.
 """
 
 from __future__ import annotations
@@ -26,23 +27,21 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
-        ctx.save_for_backward(query, key, value, log_sums)
+        output, centre = attention(query, key, value)
+        ctx.save_for_backward(query, key, value, centre)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, log_sums = ctx.saved_tensors
+        query, key, value, centre = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
-        shifted = _with_column(query * scale, -_centres(query, key, log_sums, scale))
-        ones = key.new_ones(*key.shape[:-1], 2)
-        given = (query, key, value, gradient, shifted, torch.cat([key, ones], dim=-1))
+        given = (*_centred(query, key, centre), query, key, value, gradient)
         found = [torch.empty(of.shape, dtype=of.dtype) for of in (query, key, value)]
-        weights, towards = (query.new_empty(query.shape[2], key.shape[2]) for _ in range(2))
+        weights, towards = (_pairs(query, key) for _ in range(2))
         for head in zip(*(of.flatten(0, 1) for of in (*given, *found)), strict=True):
-            q, k, v, g, shifted_q, long_k, towards_q, towards_k, towards_v = head
-            torch.softmax(torch.mm(shifted_q, long_k.T, out=weights), dim=-1, out=weights)
+            long_q, long_k, q, k, v, g, towards_q, towards_k, towards_v = head
+            _weigh(long_q, long_k, scale, out=weights)
             torch.mm(weights.T, g, out=towards_v)
             torch.mm(g, v.T, out=towards)
             torch._softmax_backward_data(towards, weights, -1, towards.dtype, grad_input=towards)
@@ -51,17 +50,52 @@ class Attention(torch.autograd.Function):
         return found[0], found[1], found[2]
 
 
-def _centres(query: Tensor, key: Tensor, log_sums: Tensor, scale: float) -> Tensor:
-    """[B, heads, tokens, 1] fp32: the mean score under each row's weights if its scores were Gaussian.
+@torch.library.custom_op("sd3tune::attention_in_bf16", mutates_args=(), device_types="cpu")
+def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """What is attended to, and `_centre`. An operation of torch's: selective checkpointing keeps what it made."""
+    centre = _centre(query, key)
+    output = torch.empty(query.shape, dtype=query.dtype)
+    weights = _pairs(query, key)
+    for head in zip(*(of.flatten(0, 1) for of in (*_centred(query, key, centre), value, output)), strict=True):
+        long_q, long_k, v, mixed = head
+        torch.mm(_weigh(long_q, long_k, query.shape[-1] ** -0.5, out=weights), v, out=mixed)
+    return output, centre
 
-    Of mean m and variance s, n of them have the log-sum m + s / 2 + log n, and m + s under their weights.
+
+OPERATION = torch.ops.sd3tune.attention_in_bf16.default
+
+
+def _pairs(query: Tensor, key: Tensor) -> Tensor:
+    """Room for one head's scores."""
+    return query.new_empty(query.shape[2], key.shape[2])
+
+
+def _weigh(long_query: Tensor, long_key: Tensor, scale: float, out: Tensor) -> Tensor:
+    """One head's weights, [queries, keys]."""
+    torch.addmm(out, long_query, long_key.T, beta=0, alpha=scale, out=out)
+    return torch.softmax(out, dim=-1, out=out)
+
+
+def _centred(query: Tensor, key: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys with a column more, so that their product is less by `centre`."""
+    return torch.cat([query, -centre], dim=-1), torch.cat([key, key.new_ones(*key.shape[:-1], 1)], dim=-1)
+
+
+def _centre(query: Tensor, key: Tensor) -> Tensor:
+    """[B, heads, tokens, 1]: about where the weights of a row lie, before its scores are divided by sqrt(width).
+
+    Gaussian scores of mean m and variance s lie around m + s under their own weights, but hardly above the largest of
+    n of them, m + sqrt(s) e(n). Where that is wrong, a row's rounding is coarser; its weights do not move.
     """
-    mean = scale * (query.float() @ key.float().mean(dim=2).unsqueeze(-1))
-    log_sums = log_sums.unsqueeze(-1)
-    return torch.minimum(2 * (log_sums - math.log(key.shape[2])) - mean, log_sums)
+    scale, tokens = query.shape[-1] ** -0.5, key.shape[2]
+    mean = key.mean(dim=2, keepdim=True).transpose(2, 3)
+    spread = key.transpose(2, 3) @ key / tokens - mean @ mean.transpose(2, 3)
+    along, average = (query @ torch.cat([spread, mean], dim=-1)).split([query.shape[-1], 1], dim=-1)
+    variance = scale * torch.linalg.vecdot(along, query).unsqueeze(-1).float().clamp(min=0)
+    return average + torch.minimum(variance, _largest(tokens) * (variance / scale).sqrt()).to(query.dtype)
 
 
-def _with_column(states: Tensor, column: Tensor) -> Tensor:
-    """`states` and the fp32 `column` behind, in two parts that together keep 16 bits of it."""
-    high = column.to(states.dtype)
-    return torch.cat([states, high, (column - high).to(states.dtype)], dim=-1)
+def _largest(count: int) -> float:
+    """About what the largest of so many standard Gaussian numbers is (Cramér 1946, 28.6)."""
+    root = math.sqrt(2 * math.log(count))
+    return root - (math.log(math.log(count)) + math.log(4 * math.pi)) / (2 * root)
