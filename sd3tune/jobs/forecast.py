@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -25,7 +26,7 @@ from sd3tune.jobs.rehearsal import (
     rehearse_training,
     rehearse_vae,
 )
-from sd3tune.methods import METHODS
+from sd3tune.methods import METHODS, Method
 from sd3tune.model.bases import Base, shape_of_base
 from sd3tune.model.components import empty_transformer
 
@@ -125,35 +126,57 @@ def look_ahead(config: Config, dtype: torch.dtype) -> Outlook:
     return Outlook(config, base, dtype, buckets, largest, records, holdout, priors, missing)
 
 
+Ignored = Mapping[str, set[str] | Literal[True]]
+_NOT_OF_ENCODING: Ignored = {
+    **{section: True for section in Config.model_fields if section != "model"},
+    "model": {"quantize", "t5_device"},
+}
+_NOT_OF_TRAINING: Ignored = {"model": {"t5_device", "t5_quantize"}}
+_NOT_OF_DRAWING: Ignored = {
+    **_NOT_OF_TRAINING,
+    "train": {"gradient_checkpointing", "checkpointed_blocks", "batch_size", "gradient_accumulation"},
+    "optimizer": True,
+    "ema": True,
+}
+"""Settings, by section, that nothing depends on: in encoding, in training and its previews, in drawing alone."""
+
+
 def forecast(outlook: Outlook, like: Forecast | None = None) -> Forecast:
-    """Everything, by rehearsing each phase; the encoding is taken from `like` where nothing of it is another."""
-    config, base, dtype = outlook.config, outlook.base, outlook.dtype
+    """Everything, by rehearsing each phase; what is known from `like` is not rehearsed again."""
+    config, base, dtype, largest = outlook.config, outlook.base, outlook.dtype, outlook.largest
     method = METHODS[config.method.kind](config, base)
-    tokens = config.model.max_sequence_length
-    if like is not None and _same_encoding(outlook, like.outlook):
-        encoding = like.encoding
-    else:
-        encoding = {
-            name: rehearse_text_encoder(base, name, dtype, tokens, config.model.t5_quantize if name == "t5" else "none")
-            for name in method.cached_encoders
-        }
-        encoding["vae"] = rehearse_vae(base, outlook.largest, dtype)
-    drawn = any(prior.missing for prior in outlook.priors)
+    encoded, trained, drawn = (
+        like if like and _settings(outlook, ignored) == _settings(like.outlook, ignored) else None
+        for ignored in (_NOT_OF_ENCODING, _NOT_OF_TRAINING, _NOT_OF_DRAWING)
+    )
+    drawing = drawn.drawing if drawn else None
+    if drawing is None and any(prior.missing for prior in outlook.priors):
+        drawing = rehearse_drawing(config, base, method, largest, dtype)
+    training = trained.training if trained else None
+    if training is None:
+        previewed = drawn.training if drawn else None
+        training = rehearse_training(config, base, method, largest, dtype, previewed)
     return Forecast(
         outlook=outlook,
-        encoding=encoding,
-        drawing=rehearse_drawing(config, base, method, outlook.largest, dtype) if drawn else None,
-        training=rehearse_training(config, base, method, outlook.largest, dtype),
+        encoding=encoded.encoding if encoded else _encoding(outlook, method),
+        drawing=drawing,
+        training=training,
         store=None if outlook.records is None else _store(outlook, outlook.records, method.cached_encoders),
     )
 
 
-def _same_encoding(one: Outlook, other: Outlook) -> bool:
-    def of(outlook: Outlook) -> tuple[object, ...]:
-        encoded_by = outlook.config.model.model_copy(update={"quantize": "none", "t5_device": "auto"})
-        return encoded_by, outlook.dtype, outlook.largest
+def _settings(outlook: Outlook, ignored: Ignored) -> tuple[dict[str, Any], torch.dtype, Size]:
+    return outlook.config.model_dump(exclude=dict(ignored)), outlook.dtype, outlook.largest
 
-    return of(one) == of(other)
+
+def _encoding(outlook: Outlook, method: Method) -> dict[str, Use]:
+    base, model = outlook.base, outlook.config.model
+    forms = {name: model.t5_quantize if name == "t5" else "none" for name in method.cached_encoders}
+    encoding = {
+        name: rehearse_text_encoder(base, name, outlook.dtype, model.max_sequence_length, form)
+        for name, form in forms.items()
+    }
+    return {**encoding, "vae": rehearse_vae(base, outlook.largest, outlook.dtype)}
 
 
 def _store(outlook: Outlook, records: Sequence[Record], encoders: Sequence[str]) -> Store:

@@ -145,8 +145,13 @@ class _NoOptimizer(torch.optim.Optimizer):
         """torch's fused ones refuse the meta device."""
 
 
-def rehearse_training(config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> Training:
-    """One optimizer step and, where there are prompts, one preview; `size` is that of the images, (height, width)."""
+def rehearse_training(
+    config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype, like: Training | None = None
+) -> Training:
+    """One optimizer step and, where there are prompts, one preview; `size` is that of the images, (height, width).
+
+    The preview of `like`, if that is given, is the same and not rehearsed again.
+    """
     parameters = sum(parameter.numel() for parameter in empty_transformer(base).parameters())
     transformer = _load(config, base, method, dtype)
     master = FlatMaster(make_trainable(config, method, transformer), dtype)
@@ -168,6 +173,10 @@ def rehearse_training(config: Config, base: Base, method: Method, size: Size, dt
     with saved.watching():
         step = _rehearse_step(config, state, transformer, method, batches)
     optimizer = try_optimizer(config)
+    if like is not None:
+        preview = like.preview
+    else:
+        preview = _rehearse_preview(config, base, method, transformer, state, empty) if config.preview.prompts else None
     return Training(
         parameters=parameters,
         trained=values,
@@ -181,7 +190,7 @@ def rehearse_training(config: Config, base: Base, method: Method, size: Size, dt
         saved=saved.nbytes,
         working=max(step.peak, optimizer.working * values // _PROBED),
         flops=(step.flops + window.flops // window_length(batches)) * config.train.gradient_accumulation,
-        preview=_rehearse_preview(config, base, method, transformer, state, empty) if config.preview.prompts else None,
+        preview=preview,
     )
 
 

@@ -307,6 +307,16 @@ def test_a_knob_is_the_plan_of_the_configuration_that_it_names(
     assert all(height * width <= 512**2 for height, width in sides)
 
 
+@pytest.mark.parametrize("change", ["train.batch_size=1", "model.t5_quantize=int8", "model.quantize=nf4"])
+def test_what_is_taken_from_another_forecast_is_what_a_rehearsal_gives(
+    quick_config, tmp_path: Path, change: str
+) -> None:
+    outlook = look_ahead(quick_config(tmp_path, "train.batch_size=2", "preview.prompts=[a dog]"), torch.float32)
+    (changed,) = [changed for typed, changed in knobs(outlook) if typed.startswith(change)]
+    other = after(outlook, changed)
+    assert forecast(other, forecast(outlook)) == forecast(other)
+
+
 def test_cards_have_their_precision(quick_config, tmp_path: Path) -> None:
     config = quick_config(tmp_path)
     assert planned_dtype(config, CARDS["t4"], None) is torch.float16
