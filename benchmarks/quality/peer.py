@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.peer.processes import Stamps, run_alone
 from benchmarks.quality.measure import Panel, Shares, measure_panel
-from benchmarks.quality.variants import PRIOR_KEY, RECIPE, WITH_CLASS_IMAGES
+from benchmarks.quality.variants import PRIOR_KEY, Variant
 from sd3tune.config import dump_config
 from sd3tune.data.metadata import JSONL, write_jsonl
 from sd3tune.jobs.demo import CONFIG, PICTURES, PRIOR, SIDE, T5_LENGTH
@@ -28,7 +28,7 @@ class SideBySide:
     base: Path
     folder: Path
 
-    def compare(self, painter: Painter, panel: Panel, seed: int, prior: bool) -> Shares:
+    def compare(self, painter: Painter, panel: Panel, seed: int, recipe: Variant) -> Shares:
         """Both for the recipe's steps, and the script for as many as its whole command makes in our CPU seconds.
 
         The shares of `measure_panel`, `cpu_s` and `steps`, each behind `ours: `, `peer: ` or `peer, as long: `.
@@ -36,14 +36,14 @@ class SideBySide:
         own, so that the seconds are those of training.
         """
         steps: int = CONFIG["train"]["steps"]
-        if prior:
-            self._draw_class_images(seed)
-        run, ours = self._train_ours(seed, prior)
+        if PRIOR_KEY in recipe.changes:
+            self._draw_class_images(seed, recipe)
+        run, ours = self._train_ours(seed, recipe)
         shares = _behind("ours", measure_panel(painter, panel, run), ours)
-        peer = self._train_peer(steps, seed, prior)
+        peer = self._train_peer(steps, seed, recipe)
         shares |= _behind("peer", measure_panel(painter, panel, self._peer_adapter), peer)
         fitting = (ours.cpu - peer.cpu + _stepping_seconds(peer)) / _stepping_seconds(peer)
-        longer = self._train_peer(max(1, round(steps * fitting)), seed, prior)
+        longer = self._train_peer(max(1, round(steps * fitting)), seed, recipe)
         return shares | _behind("peer, as long", measure_panel(painter, panel, self._peer_adapter), longer)
 
     @property
@@ -51,39 +51,43 @@ class SideBySide:
         return self.folder / "peer-run" / "pytorch_lora_weights.safetensors"
 
     @property
+    def _our_run(self) -> Path:
+        return self.folder / "ours-run"
+
+    @property
     def _class_images(self) -> dict[str, Path]:
         return {side: self.folder / f"{side}-class" for side in ("ours", "peer")}
 
-    def _draw_class_images(self, seed: int) -> None:
+    def _draw_class_images(self, seed: int, recipe: Variant) -> None:
         """`sd3tune cache`, and one step of the script."""
         for folder in self._class_images.values():
             shutil.rmtree(folder, ignore_errors=True)
-        run_alone("ours", ["cache", str(self._our_config(seed, prior=True))], self.folder, steps=0)
-        self._train_peer(1, seed, prior=True)
+        run_alone("ours", ["cache", str(self._our_config(seed, recipe))], self.folder, steps=0)
+        self._train_peer(1, seed, recipe)
 
-    def _train_ours(self, seed: int, prior: bool) -> tuple[Path, Stamps]:
+    def _train_ours(self, seed: int, recipe: Variant) -> tuple[Path, Stamps]:
         """`sd3tune train`, nothing encoded beforehand."""
-        config = self._our_config(seed, prior)
-        return self.folder / "ours-run", run_alone(
-            "ours", ["train", str(config)], self.folder, CONFIG["train"]["steps"]
-        )
+        command = ["train", str(self._our_config(seed, recipe))]
+        return self._our_run, run_alone("ours", command, self.folder, CONFIG["train"]["steps"])
 
-    def _our_config(self, seed: int, prior: bool) -> Path:
-        """A new run with an empty store."""
-        run, store = self.folder / "ours-run", self.folder / "ours-store"
-        for left_over in (run, store):
+    def _our_config(self, seed: int, recipe: Variant) -> Path:
+        """Of a new run with an empty store."""
+        store = self.folder / "ours-store"
+        for left_over in (self._our_run, store):
             shutil.rmtree(left_over, ignore_errors=True)
-        images = {f"{PRIOR_KEY}.path": str(self._class_images["ours"])}
-        recipe = replace(WITH_CLASS_IMAGES, changes={**WITH_CLASS_IMAGES.changes, **images}) if prior else RECIPE
+        if PRIOR_KEY in recipe.changes:
+            images = {f"{PRIOR_KEY}.path": str(self._class_images["ours"])}
+            recipe = replace(recipe, changes={**recipe.changes, **images})
         file = self.folder / "ours.yaml"
-        file.write_text(dump_config(recipe.config(str(run), str(store), seed)), encoding="utf-8")
+        file.write_text(dump_config(recipe.config(str(self._our_run), str(store), seed)), encoding="utf-8")
         return file
 
-    def _train_peer(self, steps: int, seed: int, prior: bool) -> Stamps:
+    def _train_peer(self, steps: int, seed: int, recipe: Variant) -> Stamps:
         shutil.rmtree(self._peer_adapter.parent, ignore_errors=True)
-        return run_alone("peer", [str(self.script), *self._flags(steps, seed, prior)], self.folder, steps)
+        return run_alone("peer", [str(self.script), *self._flags(steps, seed, recipe)], self.folder, steps)
 
-    def _flags(self, steps: int, seed: int, prior: bool) -> list[str]:
+    def _flags(self, steps: int, seed: int, recipe: Variant) -> list[str]:
+        prior = PRIOR_KEY in recipe.changes
         flags: dict[str, Any] = {
             "pretrained_model_name_or_path": self.base,
             "dataset_name": _captioned(self.folder / "pictures"),
@@ -95,7 +99,7 @@ class SideBySide:
             "train_batch_size": CONFIG["train"]["batch_size"],
             "max_train_steps": steps,
             "rank": CONFIG["method"]["rank"],
-            "learning_rate": CONFIG["optimizer"]["lr"],
+            "learning_rate": recipe.changes.get("optimizer.lr", CONFIG["optimizer"]["lr"]),
             "lr_warmup_steps": 0,
             "max_sequence_length": T5_LENGTH,
             "weighting_scheme": "logit_normal",

@@ -58,7 +58,7 @@ def _measurements(options: argparse.Namespace, folder: Path) -> Iterator[tuple[s
     """Name and measurement: those of the base, of each LoRA, and of the peer's. Names are paths: kind/what/seed."""
     from benchmarks.quality.measure import Panel, measure_base, measure_lora, measure_panel
     from benchmarks.quality.peer import SideBySide
-    from benchmarks.quality.variants import VARIANTS
+    from benchmarks.quality.variants import BESIDE_THE_SCRIPT, VARIANTS
     from sd3tune.jobs.demo import SAMPLER, T5_LENGTH
     from sd3tune.jobs.painter import Painter
 
@@ -73,8 +73,8 @@ def _measurements(options: argparse.Namespace, folder: Path) -> Iterator[tuple[s
             yield name, functools.partial(measure_lora, painter, panel, variant, run, folder / "store", seed)
         if options.peer is not None:
             both = SideBySide(options.peer, painter.base.path, folder)
-            for kind, prior in (("alone", False), ("with class images", True)):
-                yield f"peer/{kind}/{seed}", functools.partial(both.compare, painter, panel, seed, prior)
+            for kind, recipe in BESIDE_THE_SCRIPT.items():
+                yield f"peer/{kind}/{seed}", functools.partial(both.compare, painter, panel, seed, recipe)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -66,15 +66,22 @@ def _learning_rates() -> list[Variant]:
 RECIPE = Variant("recipe", "the demo's")
 PROMPTS = f"{len(CLASS_PROMPTS)} prompts"
 WITH_CLASS_IMAGES = Variant("prior preservation", f"class images, {PROMPTS}", {PRIOR_KEY: PRIOR})
+FASTER_WITH_CLASS_IMAGES = Variant(
+    "prior preservation",
+    f"class images, {PROMPTS}, learning rate 0.002",
+    {PRIOR_KEY: PRIOR, "optimizer.lr": 2e-3},
+)
+BESIDE_THE_SCRIPT = {
+    "alone": RECIPE,
+    "alone, learning rate 0.00075": Variant("learning rate", "0.00075", {"optimizer.lr": 7.5e-4}),
+    "with class images": WITH_CLASS_IMAGES,
+    "with class images, learning rate 0.002": FASTER_WITH_CLASS_IMAGES,
+}
 VARIANTS = (
     RECIPE,
     Variant("prior preservation", "class images", {PRIOR_KEY: {**PRIOR, "prompt": CLASS_PROMPTS[0], "images": 48}}),
     WITH_CLASS_IMAGES,
-    Variant(
-        "prior preservation",
-        f"class images, {PROMPTS}, learning rate 0.002",
-        {PRIOR_KEY: PRIOR, "optimizer.lr": 2e-3},
-    ),
+    FASTER_WITH_CLASS_IMAGES,
     Variant("prior preservation", "own prediction", {PRIOR_KEY: _own_prediction(CLASS_PROMPTS[0])}),
     Variant(
         "prior preservation",
@@ -91,8 +98,15 @@ VARIANTS = (
     Variant("rank", "64, alpha 16", {"method.rank": 64}),
     Variant("targets", "without attn2", {"method.targets": r"re:transformer_blocks\.\d+\.attn\..*"}),
     Variant("targets", "image stream only", {"method.targets": "attention-image"}),
+    Variant(
+        "targets", "text stream only", {"method.targets": r"re:transformer_blocks\.\d+\.attn\.(add_.*|to_add_out)"}
+    ),
+    Variant(
+        "targets", "keys and values of text", {"method.targets": r"re:transformer_blocks\.\d+\.attn\.add_[kv]_proj"}
+    ),
     Variant("targets", "with MLP", {"method.targets": "attention+mlp"}),
     Variant("precision", "bf16, fp32 masters", {"model.dtype": "bf16"}),
     Variant("precision", "bf16, bf16 masters", {"model.dtype": "bf16"}, (masters_in_bf16,)),
     *_learning_rates(),
+    Variant("schedule", "cosine", {"schedule": {"kind": "cosine"}}),
 )

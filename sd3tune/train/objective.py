@@ -23,8 +23,8 @@ WEIGHTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "sigma_sqrt": lambda settings, sigma: weighting.sigma_sqrt(sigma),
     "cosmap": lambda settings, sigma: weighting.cosmap(sigma),
 }
-NOT_NORMALISED = ("sigma_sqrt",)
-"""Weights whose mean is set by where they are clamped: dividing by it would say nothing."""
+NOT_NORMALISED = ("none", "sigma_sqrt")
+"""Weights whose mean is 1, or set by where they are clamped: dividing by that would say nothing."""
 LOSSES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "mse": lambda settings, prediction, target: objective.velocity_loss(prediction, target),
     "huber": lambda settings, prediction, target: objective.huber_loss(prediction, target, settings.delta),
