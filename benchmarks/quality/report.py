@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.variants import VARIANTS
+from benchmarks.quality.variants import BESIDE_THE_SCRIPT, VARIANTS
 from benchmarks.report import environment, provenance, replace_between
 from sd3tune.atomic import write_json
 
@@ -88,8 +88,10 @@ def _lora_table(figures: Figures) -> list[str]:
 
 def _peer_table(figures: Figures) -> list[str]:
     rows = []
-    for kind in dict.fromkeys(name.split("/")[1] for name in figures if name.startswith("peer/")):
+    for kind in BESIDE_THE_SCRIPT:
         runs = _seeds_of(figures, f"peer/{kind}")
+        if not runs:
+            continue
         for side, title in (("ours", "sd3tune"), ("peer", "the script"), ("peer, as long", "the script, as long")):
             steps, seconds = (
                 f"{statistics.median(run[f'{side}: {name}'] for run in runs.values()):.0f}"
