@@ -18,6 +18,8 @@ from tests.test_docs import PAGES, ROOT, commands_to_type, name_of
 
 MODELS = {
     "stabilityai/stable-diffusion-3.5-medium": "tiny",
+    "model.base=stabilityai/stable-diffusion-3-medium-diffusers": "model.base=tiny",
+    "model.base=stabilityai/stable-diffusion-3.5-large": "model.base=tiny",
     "PRESET": "sd35_medium_16gb",
     "runs/dreambooth-dog/checkpoints/step-000600": "runs/dreambooth-dog/checkpoints/step-000002",
 }
@@ -74,10 +76,15 @@ def test_the_commands_of_a_page_work_one_after_the_other(page: Path, readers_fol
         shutil.copytree(trained, readers_folder / "runs" / "rex")
     if page.name == "README.md" and page.parent == ROOT:
         shutil.copytree(trained, readers_folder / "runs" / "rehearsal")
+    typed = set[frozenset[str]]()
     for words in words_of:
+        whole = [*words, *SHORTER.get(words[0], [])]
+        if frozenset(whole) in typed:  # in a test, what stands for another base is the same one
+            continue
+        typed.add(frozenset(whole))
         if page.name == "config.md":  # a list, not a story
             shutil.rmtree(readers_folder / "runs", ignore_errors=True)
-        app([*words, *SHORTER.get(words[0], [])], standalone_mode=False)
+        app(whole, standalone_mode=False)
         if "--out" in words:
             assert Path(words[words.index("--out") + 1]).exists(), words
         elif words[0] == "infer":

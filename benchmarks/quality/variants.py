@@ -101,12 +101,8 @@ VARIANTS = (
     Variant(
         "targets", "text stream only", {"method.targets": r"re:transformer_blocks\.\d+\.attn\.(add_.*|to_add_out)"}
     ),
-    Variant(
-        "targets", "keys and values of text", {"method.targets": r"re:transformer_blocks\.\d+\.attn\.add_[kv]_proj"}
-    ),
     Variant("targets", "with MLP", {"method.targets": "attention+mlp"}),
     Variant("precision", "bf16, fp32 masters", {"model.dtype": "bf16"}),
     Variant("precision", "bf16, bf16 masters", {"model.dtype": "bf16"}, (masters_in_bf16,)),
     *_learning_rates(),
-    Variant("schedule", "cosine", {"schedule": {"kind": "cosine"}}),
 )

@@ -96,6 +96,6 @@ def _centre(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _largest(count: int) -> float:
-    """About what the largest of so many standard Gaussian numbers is (Cramér 1946, 28.6)."""
+    """About what the largest of so many standard Gaussian numbers, three or more, is (Cramér 1946, 28.6)."""
     root = math.sqrt(2 * math.log(count))
     return root - (math.log(math.log(count)) + math.log(4 * math.pi)) / (2 * root)
