@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+THREADS = 2
+"""Up to which it is faster: torch's kernel gives each thread heads of its own, where products share one."""
+
 
 def is_faster(query: Tensor) -> bool:
     """Whether `Attention` is worth it: bf16 on a CPU that multiplies it, as far as this version of torch can tell."""
     multiplies = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return query.is_cpu and query.dtype is torch.bfloat16 and bool(multiplies())
+    few = torch.get_num_threads() <= THREADS
+    return query.is_cpu and query.dtype is torch.bfloat16 and few and bool(multiplies())
 
 
 class Attention(torch.autograd.Function):
