@@ -62,7 +62,7 @@ def fit(outlook: Outlook, room: int, quiet: bool = False) -> Forecast:
     t5 = plan.encoding.get("t5")
     if t5 is not None and t5.peak * (1 + MARGIN) + CONTEXT > room:
         outlook = _changed(outlook, "model", t5_device="cpu")
-        plan = forecast(outlook)
+        plan = forecast(outlook, plan)
     given_up: ModelConfig | None = None
     bar = tqdm(list(ways(outlook)), desc="fitting into memory", unit="way", leave=False, delay=2, disable=quiet)
     for leaner in bar:

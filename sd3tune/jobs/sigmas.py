@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from sd3tune.config.sections.flow import FlowConfig
+from sd3tune.flow.weighting import QUADRATURE_POINTS
 from sd3tune.train.metrics import SIGMA_BINS
 from sd3tune.train.objective import sigma_of_u
 
-POINTS = 1 << 14
-"""Of the quadrature; a hundredth of a per cent is more than words tell."""
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -18,7 +17,7 @@ def describe_sigmas(flow: FlowConfig, shift: float) -> str:
 
     One bar per bin of `metrics.jsonl`; `shift` is the one in force.
     """
-    u = (torch.arange(POINTS, dtype=torch.float64) + 0.5) / POINTS
+    u = (torch.arange(QUADRATURE_POINTS, dtype=torch.float64) + 0.5) / QUADRATURE_POINTS
     draw = sigma_of_u(flow, shift)
     sigma, median = draw(u), draw(torch.tensor(0.5, dtype=torch.float64)).item()
     shares = torch.histc(sigma, SIGMA_BINS, 0, 1) / len(sigma)

@@ -311,6 +311,7 @@ def test_a_knob_is_the_plan_of_the_configuration_that_it_names(
 def test_what_is_taken_from_another_forecast_is_what_a_rehearsal_gives(
     quick_config, tmp_path: Path, change: str
 ) -> None:
+    pytest.importorskip("bitsandbytes")
     outlook = look_ahead(quick_config(tmp_path, "train.batch_size=2", "preview.prompts=[a dog]"), torch.float32)
     (changed,) = [changed for typed, changed in knobs(outlook) if typed.startswith(change)]
     other = after(outlook, changed)

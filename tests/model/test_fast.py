@@ -250,15 +250,20 @@ def test_short_sequences_attend_in_fp32_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spread", "outliers", "limit"), [(0.3, 1, 0.004), (1, 1, 0.005), (2, 1, 0.005), (3, 1, 0.006), (1, 6, 0.01)]
+    ("spread", "offset", "outliers", "limit"),
+    [(0.3, 0, 1, 0.004), (1, 0, 1, 0.005), (2, 0, 1, 0.005), (3, 0, 1, 0.006), (1, 3, 1, 0.008), (1, 0, 6, 0.01)],
 )
-def test_attention_in_bf16_is_as_exact_however_large_its_scores(spread: float, outliers: float, limit: float) -> None:
+def test_attention_in_bf16_is_as_exact_however_large_its_scores(
+    spread: float, offset: float, outliers: float, limit: float
+) -> None:
     """Scores of up to 50; a score rounded as it is would be off by a tenth, and gradients by several hundredths.
 
-    A hundredth of the keys may be outliers; torch's own kernel is 0.003 to 0.006 off.
+    Queries and keys may share a direction, and a hundredth of the keys be outliers.
     """
     source = generator(7)
     given = [torch.randn(1, 2, 600, 64, generator=source).mul(by) for by in (spread, spread, 1)]
+    shared = offset * torch.randn(64, generator=source)
+    given = [given[0] + shared, given[1] + shared, given[2]]
     given[1][:, :, ::100] *= outliers
     given = [of.bfloat16() for of in given]
     direction = torch.randn(1, 2, 600, 64, generator=source)

@@ -77,7 +77,7 @@ def test_weights_are_equal_to_the_bit_and_selective_attends_once(trained, fast: 
     ],
     ids=["dropout", "prior in bf16", "many tokens in bf16"],
 )
-def test_so_are_they_otherwise(trained, settings: tuple[str, ...], calls: int) -> None:
+def test_so_are_they_with_dropout_with_a_prior_and_in_bf16(trained, settings: tuple[str, ...], calls: int) -> None:
     """A prior of this kind asks the untrained base once more, without gradients."""
     plain, _ = trained("none", None, True, *settings)
     kept, counted = trained("selective", None, True, *settings)

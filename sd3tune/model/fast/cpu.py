@@ -56,7 +56,7 @@ class Attention(torch.autograd.Function):
 
 @torch.library.custom_op("sd3tune::attention_in_bf16", mutates_args=(), device_types="cpu")
 def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """What is attended to, and `_centre`. An operation of torch's: selective checkpointing keeps what it made."""
+    """The mixed values, and `_centre`. An operation of torch's: selective checkpointing keeps what it made."""
     centre = _centre(query, key)
     output = torch.empty(query.shape, dtype=query.dtype)
     weights = _pairs(query, key)
@@ -92,11 +92,12 @@ def _centre(query: Tensor, key: Tensor) -> Tensor:
     n of them, m + sqrt(s) e(n). Where that is wrong, a row's rounding is coarser; its weights do not move.
     """
     scale, tokens = query.shape[-1] ** -0.5, key.shape[2]
-    mean = key.mean(dim=2, keepdim=True).transpose(2, 3)
-    spread = key.transpose(2, 3) @ key / tokens - mean @ mean.transpose(2, 3)
-    along, average = (query @ torch.cat([spread, mean], dim=-1)).split([query.shape[-1], 1], dim=-1)
-    variance = scale * torch.linalg.vecdot(along, query).unsqueeze(-1).float().clamp(min=0)
-    return average + torch.minimum(variance, _largest(tokens) * (variance / scale).sqrt()).to(query.dtype)
+    mean = key.mean(dim=2, keepdim=True)
+    around = key - mean
+    spread = around.transpose(2, 3) @ around / tokens
+    along, average = (query @ torch.cat([spread, mean.transpose(2, 3)], dim=-1)).split([query.shape[-1], 1], dim=-1)
+    variance = torch.linalg.vecdot(along, query).unsqueeze(-1).float().clamp(min=0)
+    return average + torch.minimum(scale * variance, _largest(tokens) * variance.sqrt()).to(query.dtype)
 
 
 def _largest(count: int) -> float:
