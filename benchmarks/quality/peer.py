@@ -87,6 +87,9 @@ class SideBySide:
         return run_alone("peer", [str(self.script), *self._flags(steps, seed, recipe)], self.folder, steps)
 
     def _flags(self, steps: int, seed: int, recipe: Variant) -> list[str]:
+        """The recipe's; what it changes beyond prior and learning rate has no flag here. Raises ValueError for it."""
+        if recipe.changes.keys() - {PRIOR_KEY, "optimizer.lr"}:
+            raise ValueError(f"{recipe.name}: the script would be trained without {sorted(recipe.changes)}")
         prior = PRIOR_KEY in recipe.changes
         flags: dict[str, Any] = {
             "pretrained_model_name_or_path": self.base,

@@ -312,10 +312,13 @@ def test_what_is_taken_from_another_forecast_is_what_a_rehearsal_gives(
     quick_config, tmp_path: Path, change: str
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    outlook = look_ahead(quick_config(tmp_path, "train.batch_size=2", "preview.prompts=[a dog]"), torch.float32)
+    given = ("train.batch_size=2", "preview.prompts=[a dog]", "data.sources.0.prior={prompt: a dog, images: 2}")
+    outlook = look_ahead(quick_config(tmp_path, *given), torch.float32)
     (changed,) = [changed for typed, changed in knobs(outlook) if typed.startswith(change)]
     other = after(outlook, changed)
-    assert forecast(other, forecast(outlook)) == forecast(other)
+    found = forecast(other, forecast(outlook))
+    assert found == forecast(other)
+    assert found.drawing is not None
 
 
 def test_cards_have_their_precision(quick_config, tmp_path: Path) -> None:
