@@ -278,6 +278,43 @@ def test_attention_in_bf16_is_as_exact_however_large_its_scores(
         assert error(found, exact_one) < limit
 
 
+def test_attention_in_bf16_is_the_same_to_the_bit_on_two_threads() -> None:
+    """Three heads, so that the threads' shares differ; all other operations keep the threads that they had."""
+    source = generator(7)
+    given = [torch.randn(1, 3, 600, 64, generator=source).bfloat16() for _ in range(4)]
+
+    def results(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        states = [of.clone().requires_grad_() for of in given[:3]]
+        output = cpu.Attention.apply(*states)
+        found = [output.detach(), *torch.autograd.grad(output, states, given[3])]
+        assert torch.get_num_threads() == threads
+        return found
+
+    before = torch.get_num_threads()
+    try:
+        for one, two in zip(results(1), results(2), strict=True):
+            assert torch.equal(one, two)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("thread", [0, 1])
+def test_an_error_on_a_thread_of_attention_comes_out_and_leaves_the_threads(thread: int) -> None:
+    def work(room: Tensor, head: Tensor) -> None:
+        if head.item() == thread:
+            raise MemoryError("no room for the scores")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(MemoryError, match="no room for the scores"):
+            cpu._share_out(work, torch.empty(2, 1), torch.arange(4).view(1, 4, 1))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_rms_norm_is_the_formula_and_takes_strided_input() -> None:
     norm = RMSNorm(16, eps=1e-6).double().requires_grad_(False)
     norm.weight.data.normal_(generator=generator(5))

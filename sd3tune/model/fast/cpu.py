@@ -1,4 +1,4 @@
-"""Attention in bf16 on the CPU as whole matrix products of oneDNN, one head after another.
+"""Attention in bf16 on the CPU as whole matrix products of oneDNN, a head at a time on each thread.
 
 torch's own kernel spends more time around its products than in them. Here a head's scores are a product in bf16, the
 first time and again for the backward pass. Their rounding would be as large as the scores are, so each row is shifted,
@@ -8,7 +8,10 @@ near zero.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 THREADS = 2
-"""Up to which it is faster: torch's kernel gives each thread heads of its own, where products share one."""
+"""Up to which it was measured to be faster: every thread takes room for two heads' scores, where torch's takes none."""
 
 
 def is_faster(query: Tensor) -> bool:
@@ -42,8 +45,8 @@ class Attention(torch.autograd.Function):
         scale = query.shape[-1] ** -0.5
         given = (*_centred(query, key, centre), query, key, value, gradient)
         found = [torch.empty(of.shape, dtype=of.dtype) for of in (query, key, value)]
-        weights, towards = (_pairs(query, key) for _ in range(2))
-        for head in zip(*(of.flatten(0, 1) for of in (*given, *found)), strict=True):
+
+        def differentiate(weights: Tensor, towards: Tensor, *head: Tensor) -> None:
             long_q, long_k, q, k, v, g, towards_q, towards_k, towards_v = head
             _weigh(long_q, long_k, scale, out=weights)
             torch.mm(weights.T, g, out=towards_v)
@@ -51,27 +54,57 @@ class Attention(torch.autograd.Function):
             torch._softmax_backward_data(towards, weights, -1, towards.dtype, grad_input=towards)
             torch.addmm(towards_q, towards, k, beta=0, alpha=scale, out=towards_q)
             torch.addmm(towards_k, towards.T, q, beta=0, alpha=scale, out=towards_k)
+
+        _share_out(differentiate, _rooms(2, query, key), *given, *found)
         return found[0], found[1], found[2]
 
 
 @torch.library.custom_op("sd3tune::attention_in_bf16", mutates_args=(), device_types="cpu")
 def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """The mixed values, and `_centre`. An operation of torch's: selective checkpointing keeps what it made."""
-    centre = _centre(query, key)
+    scale, centre = query.shape[-1] ** -0.5, _centre(query, key)
     output = torch.empty(query.shape, dtype=query.dtype)
-    weights = _pairs(query, key)
-    for head in zip(*(of.flatten(0, 1) for of in (*_centred(query, key, centre), value, output)), strict=True):
-        long_q, long_k, v, mixed = head
-        torch.mm(_weigh(long_q, long_k, query.shape[-1] ** -0.5, out=weights), v, out=mixed)
+
+    def mix(weights: Tensor, long_q: Tensor, long_k: Tensor, v: Tensor, mixed: Tensor) -> None:
+        torch.mm(_weigh(long_q, long_k, scale, out=weights), v, out=mixed)
+
+    _share_out(mix, _rooms(1, query, key), *_centred(query, key, centre), value, output)
     return output, centre
 
 
 OPERATION = torch.ops.sd3tune.attention_in_bf16.default
 
 
-def _pairs(query: Tensor, key: Tensor) -> Tensor:
-    """Room for one head's scores."""
-    return query.new_empty(query.shape[2], key.shape[2])
+def _rooms(count: int, query: Tensor, key: Tensor) -> Tensor:
+    """Room on each thread for `count` times a head's scores: [threads, count, queries, keys]."""
+    return query.new_empty(torch.get_num_threads(), count, query.shape[2], key.shape[2])
+
+
+def _share_out(work: Callable[..., None], rooms: Tensor, *tensors: Tensor) -> None:
+    """Call `work(*room of the thread, *tensors of the head)` for every head.
+
+    A thread has its own products, as one of them is not twice as fast on two threads.
+    """
+    threads, heads = len(rooms), list(zip(*(of.flatten(0, 1) for of in tensors), strict=True))
+
+    @torch.no_grad()
+    def share(thread: int) -> None:
+        for head in heads[thread::threads]:
+            work(*rooms[thread], *head)
+
+    torch.set_num_threads(1)
+    try:
+        others = _workers().map(share, range(1, threads))
+        share(0)
+        list(others)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@functools.cache
+def _workers() -> ThreadPoolExecutor:
+    """Threads beside the caller's, whose products stay on them; none starts before it is needed."""
+    return ThreadPoolExecutor(THREADS - 1, "attention", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _weigh(long_query: Tensor, long_key: Tensor, scale: float, out: Tensor) -> Tensor:
