@@ -21,7 +21,7 @@ from sd3tune.model.components import load_transformer
 from sd3tune.model.fast import cpu, plain_path, use_fast_path
 from sd3tune.model.fast.attention import SHORT, attention_dtype
 from sd3tune.model.fast.lora import adapted, linear, linear_together
-from sd3tune.model.fast.norm import normalise
+from sd3tune.model.fast.norm import is_invertible, join_normalised
 from sd3tune.model.quantized import FORMS, load_transformer_in
 from sd3tune.model.targets import select_modules
 
@@ -315,15 +315,40 @@ def test_an_error_on_a_thread_of_attention_comes_out_and_leaves_the_threads(thre
         torch.set_num_threads(before)
 
 
-def test_rms_norm_is_the_formula_and_takes_strided_input() -> None:
-    norm = RMSNorm(16, eps=1e-6).double().requires_grad_(False)
-    norm.weight.data.normal_(generator=generator(5))
-    states = torch.randn(2, 7, 3, 16, generator=generator(6), dtype=torch.float64).transpose(1, 2).requires_grad_()
-    expected = nn.functional.rms_norm(states, (16,), norm.weight, norm.eps)
-    torch.testing.assert_close(normalise(norm, states), expected, rtol=1e-13, atol=1e-13)
-    assert torch.autograd.gradcheck(lambda given: normalise(norm, given), [states])
-    weight = norm.weight.requires_grad_()
-    assert torch.autograd.gradcheck(lambda given, _: normalise(norm, given), [states, weight])
+def test_joined_rms_norms_are_the_formula_and_take_strided_input() -> None:
+    norms = [RMSNorm(16, eps=1e-6).double().requires_grad_(False) for _ in range(2)]
+    source = generator(5)
+    for norm in norms:
+        norm.weight.data.normal_(generator=source)
+    parts = [
+        torch.randn(2, 3, tokens, 16, generator=source, dtype=torch.float64).transpose(1, 2).requires_grad_()
+        for tokens in (7, 4)
+    ]
+    expected = [nn.functional.rms_norm(of, (16,), norm.weight, norm.eps) for norm, of in zip(norms, parts, strict=True)]
+    for invertible in (False, True):
+        found = join_normalised(norms, parts, invertible)
+        torch.testing.assert_close(found, torch.cat(expected, dim=1), rtol=1e-13, atol=1e-13)
+        assert torch.autograd.gradcheck(lambda *given, how=invertible: join_normalised(norms, given, how), parts)
+    weights = [norm.weight.requires_grad_() for norm in norms]
+    for invertible in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda *given, how=invertible: join_normalised(norms, given[:2], how), [*parts, *weights]
+        )
+
+
+@pytest.mark.parametrize(("weight", "kept"), [(1e-3, "the result"), (0.0, "the input")])
+def test_a_norm_keeps_its_result_alone_unless_a_weight_is_zero(weight: float, kept: str) -> None:
+    """Then gradients are those of diffusers' module in either case, in every dtype."""
+    norm = RMSNorm(16, eps=1e-6).requires_grad_(False)
+    norm.weight.data[3] = weight
+    assert is_invertible(norm) == (kept == "the result")
+    states = torch.randn(2, 7, 3, 16, generator=generator(6)).requires_grad_()
+    direction = torch.randn(2, 7, 3, 16, generator=generator(7))
+    with saved_bytes() as storages:
+        result = join_normalised([norm], [states], is_invertible(norm))
+    assert (result.data_ptr() in storages, states.data_ptr() in storages) == (kept == "the result", kept == "the input")
+    found, expected = (torch.autograd.grad(made, states, direction)[0] for made in (result, norm(states)))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 class Count(TorchDispatchMode):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention import JointTransformerBlock
-from diffusers.models.attention_processor import JointAttnProcessor2_0
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 
 from sd3tune.model.fast import block as fast_block
 from sd3tune.model.fast.attention import FastAttention
@@ -22,7 +22,7 @@ def use_fast_path(transformer: SD3Transformer2DModel) -> None:
     """
     for block in transformer.transformer_blocks:
         block.forward = functools.partial(fast_block.forward, block)
-        _set_processor(block, FastAttention())
+        _set_processors(block, FastAttention)
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def plain_path(transformer: SD3Transformer2DModel) -> Iterator[None]:
     fast = [block for block in transformer.transformer_blocks if "forward" in vars(block)]
     for block in fast:
         del block.forward
-        _set_processor(block, JointAttnProcessor2_0())
+        _set_processors(block, lambda _: JointAttnProcessor2_0())
     try:
         yield
     finally:
@@ -39,7 +39,7 @@ def plain_path(transformer: SD3Transformer2DModel) -> Iterator[None]:
             use_fast_path(transformer)
 
 
-def _set_processor(block: JointTransformerBlock, processor: Any) -> None:
+def _set_processors(block: JointTransformerBlock, make: Callable[[Attention], Any]) -> None:
     for attention in (block.attn, block.attn2):
         if attention is not None:
-            attention.set_processor(processor)
+            attention.set_processor(make(attention))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sd3tune.model.fast import cpu
 from sd3tune.model.fast.lora import linear, linear_together
-from sd3tune.model.fast.norm import normalise
+from sd3tune.model.fast.norm import is_invertible, join_normalised
 
 SHORT = 512
 """Tokens up to which the CPU's kernel is slower in 16 bits than in fp32, up to twelve times at 16 tokens."""
@@ -20,29 +20,32 @@ SHORT = 512
 class FastAttention:
     """Computes what `JointAttnProcessor2_0` does, up to rounding."""
 
+    def __init__(self, attention: Attention) -> None:
+        norms = [attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k]
+        self.invertible = all(is_invertible(norm) for norm in norms if norm is not None)
+
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
     ) -> Any:
         """[B, image tokens, width], and [B, text tokens, width] where there is a text stream; the same shapes back."""
         dtype = attention_dtype(hidden_states, encoder_hidden_states)
-        image = linear_together([attn.to_q, attn.to_k, attn.to_v], hidden_states)
-        query, key, value = (_heads(attn, part, dtype) for part in image)
-        query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
-        if encoder_hidden_states is None:
-            return _output(attn, attend(query, key, value), hidden_states.dtype)
-
-        text = linear_together([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj], encoder_hidden_states)
-        text_query, text_key, text_value = (_heads(attn, part, dtype) for part in text)
-        text_query, text_key = normalise(attn.norm_added_q, text_query), normalise(attn.norm_added_k, text_key)
-        mixed = attend(
-            torch.cat([query, text_query], dim=2),
-            torch.cat([key, text_key], dim=2),
-            torch.cat([value, text_value], dim=2),
+        streams = [linear_together([attn.to_q, attn.to_k, attn.to_v], hidden_states)]
+        norms = [(attn.norm_q, attn.norm_k, None)]
+        if encoder_hidden_states is not None:
+            layers = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
+            streams.append(linear_together(layers, encoder_hidden_states))
+            norms.append((attn.norm_added_q, attn.norm_added_k, None))
+        query, key, value = (
+            join_normalised(norm, [_heads(attn, part, dtype) for part in parts], self.invertible).transpose(1, 2)
+            for norm, parts in zip(zip(*norms, strict=True), zip(*streams, strict=True), strict=True)
         )
-        image_part, text_part = mixed.split([query.shape[2], text_query.shape[2]], dim=2)
-        joined = _join(text_part).to(hidden_states.dtype)
-        output = _output(attn, image_part, hidden_states.dtype)
-        return output, joined if attn.context_pre_only else linear(attn.to_add_out, joined)
+        mixed = attend(query, key, value).transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return _output(attn, mixed, hidden_states.dtype)
+
+        image_part, text_part = mixed.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
+        output, text_part = _output(attn, image_part, hidden_states.dtype), text_part.to(hidden_states.dtype)
+        return output, text_part if attn.context_pre_only else linear(attn.to_add_out, text_part)
 
 
 def attention_dtype(image: Tensor, text: Tensor | None) -> torch.dtype:
@@ -59,13 +62,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _heads(attn: Attention, states: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, tokens, heads * width] -> [B, heads, tokens, width], a view unless in another dtype."""
-    return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2).to(dtype)
-
-
-def _join(states: Tensor) -> Tensor:
-    return states.transpose(1, 2).flatten(2)
+    """[B, tokens, heads * width] -> [B, tokens, heads, width], a view unless in another dtype."""
+    return states.unflatten(-1, (attn.heads, -1)).to(dtype)
 
 
 def _output(attn: Attention, states: Tensor, dtype: torch.dtype) -> Tensor:
-    return linear(attn.to_out[0], _join(states).to(dtype))
+    return linear(attn.to_out[0], states.to(dtype))

@@ -44,7 +44,7 @@ class Attention(torch.autograd.Function):
         query, key, value, centre = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
         given = (*_centred(query, key, centre), query, key, value, gradient)
-        found = [torch.empty(of.shape, dtype=of.dtype) for of in (query, key, value)]
+        found = [torch.empty_like(of) for of in (query, key, value)]
 
         def differentiate(weights: Tensor, towards: Tensor, *head: Tensor) -> None:
             long_q, long_k, q, k, v, g, towards_q, towards_k, towards_v = head
@@ -63,7 +63,7 @@ class Attention(torch.autograd.Function):
 def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """The mixed values, and `_centre`. An operation of torch's: selective checkpointing keeps what it made."""
     scale, centre = query.shape[-1] ** -0.5, _centre(query, key)
-    output = torch.empty(query.shape, dtype=query.dtype)
+    output = torch.empty_like(query)
 
     def mix(weights: Tensor, long_q: Tensor, long_k: Tensor, v: Tensor, mixed: Tensor) -> None:
         torch.mm(_weigh(long_q, long_k, scale, out=weights), v, out=mixed)
@@ -85,7 +85,7 @@ def _share_out(work: Callable[..., None], rooms: Tensor, *tensors: Tensor) -> No
 
     A thread has its own products, as one of them is not twice as fast on two threads.
     """
-    threads, heads = len(rooms), list(zip(*(of.flatten(0, 1) for of in tensors), strict=True))
+    threads, heads = len(rooms), list(zip(*map(_heads, tensors), strict=True))
 
     @torch.no_grad()
     def share(thread: int) -> None:
@@ -99,6 +99,11 @@ def _share_out(work: Callable[..., None], rooms: Tensor, *tensors: Tensor) -> No
         list(others)
     finally:
         torch.set_num_threads(threads)
+
+
+def _heads(states: Tensor) -> list[Tensor]:
+    """[B, heads, tokens, width] -> all heads of all samples, views."""
+    return [head for sample in states.unbind() for head in sample.unbind()]
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 from diffusers.models.normalization import RMSNorm
@@ -10,35 +11,63 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def normalise(norm: nn.Module | None, states: Tensor) -> Tensor:
-    """What `norm` makes of `states` [..., width], up to rounding; the fast way for diffusers' RMSNorm."""
-    if norm is None:
-        return states
-    if not (isinstance(norm, RMSNorm) and norm.elementwise_affine and norm.bias is None):
-        return norm(states)
-    return _RmsNorm.apply(states, norm.weight.to(states.dtype), norm.eps)
+def is_invertible(norm: nn.Module | None) -> bool:
+    """Whether what `norm` was given can be told from what it made, but for its length: no weight is zero."""
+    return _is_known(norm) and (norm.weight.is_meta or bool(norm.weight.all()))
 
 
-class _RmsNorm(torch.autograd.Function):
-    """y = w x / sqrt(mean(x^2) + eps) over the last dimension; exact gradients for x and, unless it is frozen, w."""
+def join_normalised(norms: Sequence[nn.Module | None], parts: Sequence[Tensor], invertible: bool = False) -> Tensor:
+    """What each of `norms` makes of its part [B, tokens, heads, width], up to rounding, in one tensor of all tokens.
+
+    Where all of them are `invertible` and frozen, the result is kept for the backward pass and no part of what went in.
+    """
+    known = [norm for norm in norms if _is_known(norm)]
+    if len(known) == len(norms):
+        weights = [norm.weight.to(part.dtype) for norm, part in zip(known, parts, strict=True)]
+        keep_result = invertible and not any(weight.requires_grad for weight in weights)
+        return _RmsNorms.apply([norm.eps for norm in known], keep_result, *weights, *parts)
+    normed = [part if norm is None else norm(part) for norm, part in zip(norms, parts, strict=True)]
+    return normed[0] if len(normed) == 1 else torch.cat(normed, dim=1)
+
+
+def _is_known(norm: nn.Module | None) -> TypeGuard[RMSNorm]:
+    return isinstance(norm, RMSNorm) and norm.elementwise_affine and norm.bias is None
+
+
+class _RmsNorms(torch.autograd.Function):
+    """y = w x / sqrt(mean(x^2) + eps) over the last dimension of each part, the results in one tensor.
+
+    Exact gradients for x and, unless it is frozen, w.
+    """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
-        precision = torch.promote_types(states.dtype, torch.float32)
-        lengths = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=precision)
-        inverse = lengths.square_().div_(states.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(states, weight, inverse)
-        return torch.mul(states, inverse, out=torch.empty_like(states)).mul_(weight)
+    def forward(ctx: Any, epsilons: Sequence[float], keep_result: bool, *given: Tensor) -> Tensor:
+        weights, parts = given[: len(epsilons)], given[len(epsilons) :]
+        joined = parts[0].new_empty(len(parts[0]), sum(part.shape[1] for part in parts), *parts[0].shape[2:])
+        inverses, places = [], joined.split([part.shape[1] for part in parts], dim=1)
+        for epsilon, weight, part, place in zip(epsilons, weights, parts, places, strict=True):
+            precision = torch.promote_types(part.dtype, torch.float32)
+            lengths = torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=precision)
+            inverses.append(lengths.square_().div_(part.shape[-1]).add_(epsilon).rsqrt_())
+            torch.mul(part, inverses[-1], out=place).mul_(weight)
+        ctx.keep_result = keep_result
+        ctx.save_for_backward(*weights, *inverses, *([joined] if keep_result else parts))
+        return joined
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        states, weight, inverse = ctx.saved_tensors
-        towards_weight = None
-        if ctx.needs_input_grad[1]:
-            normed = torch.mul(states, inverse, out=torch.empty_like(states))
-            towards_weight = normed.mul_(gradient).sum_to_size(weight.shape)
-        along = gradient * weight
-        overlap = torch.linalg.vecdot(along, states).unsqueeze_(-1) * inverse**3 / -states.shape[-1]
-        torch.mul(along, inverse, out=along)
-        return torch.addcmul(along, states, overlap.to(along.dtype)), towards_weight, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        saved, count = ctx.saved_tensors, len(ctx.needs_input_grad[2:]) // 2
+        weights, inverses, kept = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        tokens = [inverse.shape[1] for inverse in inverses]
+        results = kept[0].split(tokens, dim=1) if ctx.keep_result else None
+        found: tuple[list[Tensor | None], list[Tensor]] = ([], [])
+        for at, towards in enumerate(gradient.split(tokens, dim=1)):
+            weight, inverse = weights[at], inverses[at]
+            direction = results[at] / weight if results else kept[at].mul(inverse).to(weight.dtype)
+            trained = ctx.needs_input_grad[2 + at]
+            found[0].append((towards * direction).sum_to_size(weight.shape) if trained else None)
+            along = towards * weight
+            overlap = torch.linalg.vecdot(along, direction).unsqueeze_(-1) / -along.shape[-1]
+            found[1].append(torch.addcmul(along, direction, overlap, out=along).mul_(inverse))
+        return None, None, *found[0], *found[1]
