@@ -1,17 +1,19 @@
 """Quick starts: importing torch and diffusers makes a million objects that the garbage collector need not look at.
 
-peft imports bitsandbytes wherever it is installed, and that torch's compiler: a second and 60 MB that few runs need.
+peft imports bitsandbytes wherever it is installed, and that most of torch's compiler: a second and 60 MB that few runs
+need. The rest of the compiler, which diffusers imports, takes Triton along: 70 MB.
 """
 
 from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-_BITSANDBYTES = "bitsandbytes"
+_LATER = ("bitsandbytes", "triton")
 
 
 @contextmanager
@@ -26,7 +28,7 @@ def quick_imports() -> Iterator[None]:
         return
     gc.disable()
     try:
-        with _bitsandbytes_later():
+        with _absent(_LATER):
             yield
     finally:
         gc.freeze()
@@ -35,15 +37,16 @@ def quick_imports() -> Iterator[None]:
 
 
 @contextmanager
-def _bitsandbytes_later() -> Iterator[None]:
-    """bitsandbytes counts as not installed while the libraries are imported; what asks for it afterwards finds it.
+def _absent(names: Sequence[str]) -> Iterator[None]:
+    """They count as not installed while the libraries are imported; what asks for them afterwards finds them.
 
-    But for peft, which remembers the answer, until a model is quantised (see `model.quantized`).
+    But for peft, which remembers the answer about bitsandbytes until a model is quantised (see `model.quantized`).
     """
-    if _BITSANDBYTES in sys.modules:
-        yield
-        return
-    sys.modules[_BITSANDBYTES] = None  # type: ignore[assignment]
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    flop_counter = logging.getLogger("torch.utils.flop_counter")
+    level = flop_counter.level
+    flop_counter.setLevel(logging.ERROR)  # it warns that it cannot count the kernels of Triton
     try:
         yield
         if "peft" in sys.modules:
@@ -51,4 +54,10 @@ def _bitsandbytes_later() -> Iterator[None]:
 
             is_bnb_available()
     finally:
-        del sys.modules[_BITSANDBYTES]
+        flop_counter.setLevel(level)
+        for name in hidden:
+            del sys.modules[name]
+    if "torch" in sys.modules:
+        from torch.utils._triton import has_triton_package
+
+        has_triton_package.cache_clear()

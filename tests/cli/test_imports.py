@@ -22,6 +22,10 @@ import sys
 print(*sorted(UNUSED & set(sys.modules)))
 
 import torch
+from importlib.util import find_spec
+from torch.utils._triton import has_triton_package
+print(has_triton_package() == (find_spec("triton") is not None))
+
 from sd3tune.model.adapters import Layer, inject_lora, lora_layers
 from sd3tune.model.quantized import quantize
 from sd3tune.model.tiny import _transformer
@@ -39,6 +43,7 @@ UNUSED = {
     "tensorboard",
     "transformers.models.clip.modeling_clip",
     "transformers.models.t5.modeling_t5",
+    "triton",
     "wandb",
 }
 
@@ -46,10 +51,12 @@ UNUSED = {
 def test_the_first_import_collects_no_garbage_and_takes_only_what_every_run_needs() -> None:
     script = f"UNUSED = {UNUSED!r}\n{FIRST_IMPORT}"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    collector, imported, layers = ran.stdout.splitlines()
+    collector, imported, triton, layers = ran.stdout.splitlines()
     assert collector.split() == ["True", "True", "True"]
     assert imported.split() == []
-    assert layers.split() == ["Linear4bit", "Linear"]  # bitsandbytes is found when it is asked for
+    assert triton == "True"
+    assert ran.stderr == ""
+    assert layers.split() == ["Linear4bit", "Linear"]  # they are found when they are asked for
 
 
 def test_where_all_is_imported_garbage_of_others_stays_collectable() -> None:
