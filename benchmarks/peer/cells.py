@@ -68,13 +68,18 @@ class Metric:
 SIZES = {
     "tiny": Size(resolution=256, steps=41, warmup=11, turn=5),
     "small": Size(resolution=512, steps=12, warmup=2, turn=1),
+    "real-encoders": Size(resolution=512, steps=6, warmup=2, turn=1),
 }
 CAPTIONS = {
     "one": "one caption",
     "one-cached": "one caption, the peer with --cache_latents",
     "per-image": "a caption per image",
 }
-CELLS = {cell.name: cell for cell in itertools.starmap(PeerCell, itertools.product(SIZES, CAPTIONS, ("fp32", "bf16")))}
+_ROWS = [
+    *itertools.product(("tiny", "small"), CAPTIONS, ("fp32", "bf16")),
+    *itertools.product(("real-encoders",), ("one", "one-cached"), ("bf16",)),
+]
+CELLS = {cell.name: cell for cell in itertools.starmap(PeerCell, _ROWS)}
 METRICS = {
     "images_per_s": Metric("images/s", larger_is_better=True),
     "peak_memory": Metric("MB", larger_is_better=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,19 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
-from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from benchmarks.cells import small_transformer
 from sd3tune.data.metadata import JSONL, write_jsonl
 from sd3tune.model.bases import resolve_base
+from sd3tune.model.checkpoint import COMMON
 from sd3tune.model.components import no_progress_bars
 
 PHOTOS = 6
 PHOTO_SIZE = (1024, 768)
 CAPTION = "a photo of sks robot"
+T5_LAYERS = 2
 PLACES = ("on a beach", "in the snow", "under a tree", "at night", "on a red carpet", "beside a lake")
 
 
@@ -77,7 +79,34 @@ def _small(folder: Path) -> Path:
     return folder
 
 
-def text_encoders(tiny: Path, width: int) -> dict[str, nn.Module]:
+def _real_encoders(folder: Path) -> Path:
+    """`small`, with CLIP-L, CLIP-bigG and the VAE as large as they are, and two of T5-XXL's 24 layers.
+
+    Vocabularies are tiny's, as its tokenizers are. All of T5 would not fit beside the script on a small machine.
+    """
+    _small(folder)
+    parts: dict[str, Callable[[], Any]] = {
+        "text_encoder": lambda: CLIPTextModelWithProjection(_released(CLIPTextConfig, folder, "text_encoder")),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(_released(CLIPTextConfig, folder, "text_encoder_2")),
+        "text_encoder_3": lambda: T5EncoderModel(_released(T5Config, folder, "text_encoder_3", num_layers=T5_LAYERS)),
+        "vae": lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(COMMON / "vae")),
+    }
+    for part, build in parts.items():
+        model = _drawn(build)
+        shutil.rmtree(folder / part)
+        with no_progress_bars():
+            model.save_pretrained(folder / part, safe_serialization=True)
+    return folder
+
+
+def _released(kind: Any, folder: Path, part: str, **changes: Any) -> Any:
+    """The released model's configuration, with the ids and the vocabulary of the part that lies there."""
+    there = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+    kept = {key: there[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id") if key in there}
+    return kind.from_pretrained(COMMON / part, **kept, **changes)
+
+
+def text_encoders(tiny: Path, width: int) -> dict[str, Any]:
     """Of the real widths, T5's being `width`, and of tiny's depth and vocabularies."""
     return {
         "text_encoder": _clip(tiny / "text_encoder", width=768),
@@ -86,23 +115,22 @@ def text_encoders(tiny: Path, width: int) -> dict[str, nn.Module]:
     }
 
 
-def _clip(folder: Path, width: int) -> nn.Module:
+def _clip(folder: Path, width: int) -> Any:
     config = CLIPTextConfig.from_pretrained(
         folder, hidden_size=width, intermediate_size=4 * width, projection_dim=width, num_attention_heads=width // 64
     )
     return _drawn(lambda: CLIPTextModelWithProjection(config))
 
 
-def _t5(folder: Path, width: int) -> nn.Module:
+def _t5(folder: Path, width: int) -> Any:
     config = T5Config.from_pretrained(folder, d_model=width, d_ff=width // 4, d_kv=64, num_heads=8)
     return _drawn(lambda: T5EncoderModel(config))
 
 
-def _drawn(build: Callable[[], Any]) -> nn.Module:
+def _drawn(build: Callable[[], Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: nn.Module = build()
-    return model
+        return build()
 
 
-BASES: dict[str, Callable[[Path], Path]] = {"tiny": _tiny, "small": _small}
+BASES: dict[str, Callable[[Path], Path]] = {"tiny": _tiny, "small": _small, "real-encoders": _real_encoders}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sd3tune.atomic import write_json
 __all__ = ["environment", "table", "write"]
 
 _HEADINGS = ["base", "dtype", "captions", "images/s: ours, peer", *METRICS, "target"]
+_OF_THE_CODE = {"commit", "uncommitted_changes"}
 _TITLES = {
     "images_per_s": "images/s",
     "peak_memory": "peak memory",
@@ -39,6 +41,7 @@ def table(results: dict[str, Any]) -> str:
         [
             *provenance(results["environment"]),
             f"Gate: losses {gate['loss_relative_error']:.1e} apart, cosine of gradients {gate['gradient_cosine']:.7f}.",
+            *_commits(results),
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
         ]
@@ -46,9 +49,38 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """`folder/results/peer.json`, and the table in `folder/README.md`."""
-    write_json(folder / "results" / "peer.json", results)
+    """`folder/results/peer.json`, and the table in `folder/README.md`.
+
+    Rows that are there and were not measured anew stay, with their commit, if machine and libraries are the same.
+    """
+    file = folder / "results" / "peer.json"
+    if file.exists():
+        results = {
+            **results,
+            "cells": [*results["cells"], *_still_valid(json.loads(file.read_text(encoding="utf-8")), results)],
+        }
+    write_json(file, results)
     replace_between(folder / "README.md", "peer", table(results))
+
+
+def _still_valid(earlier: dict[str, Any], results: dict[str, Any]) -> list[dict[str, Any]]:
+    def place(of: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in of["environment"].items() if key not in _OF_THE_CODE}
+
+    if place(earlier) != place(results):
+        return []
+    measured, commit = {row["cell"] for row in results["cells"]}, earlier["environment"]["commit"]
+    return [{"commit": commit, **row} for row in earlier["cells"] if row["cell"] not in measured]
+
+
+def _commits(results: dict[str, Any]) -> list[str]:
+    """A line for every other commit that cells are of."""
+    cells: dict[str, list[str]] = {}
+    for row in results["cells"]:
+        cell = row["cell"].split()[0]
+        if row.get("commit") and cell not in cells.setdefault(row["commit"][:10], []):
+            cells[row["commit"][:10]].append(cell)
+    return [f"Of commit {commit}: {', '.join(names)}." for commit, names in cells.items()]
 
 
 def _verdict(found: dict[str, dict[str, Any]]) -> str:

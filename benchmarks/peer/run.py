@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peer.run", description=__doc__)
     parser.add_argument("script", type=Path, help="train_dreambooth_lora_sd3.py of diffusers' examples")
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), help="only these; prints, and writes nothing")
-    parser.add_argument("--out", type=Path, help="folder with a README.md to write to, even with --cells")
+    parser.add_argument(
+        "--out", type=Path, help="folder with a README.md to write to, with --cells as well: other rows stay"
+    )
     options = parser.parse_args(arguments)
     problem = problem_of(options.script)
     if problem:

@@ -14,7 +14,7 @@ import torch
 from benchmarks.peer import gate, measure, report, run
 from benchmarks.peer.cells import CELLS, METRICS, PeerCell
 from benchmarks.peer.commands import our_arguments, peer_arguments
-from benchmarks.peer.materials import Materials, draw_photos
+from benchmarks.peer.materials import BASES, Materials, draw_photos
 from benchmarks.peer.measure import Measured, Pair, pairs_of_runs, pairs_of_steps, rows, take_turns
 from benchmarks.peer.processes import RunFailed, Stamps, run_alone, run_in_turns
 from sd3tune.config import load_config
@@ -37,7 +37,7 @@ for step in range(steps):
 
 @pytest.fixture
 def materials(tmp_path: Path) -> Materials:
-    return Materials(tmp_path / "photos", tmp_path / "captioned", {"tiny": tmp_path / "tiny", "small": tmp_path / "s"})
+    return Materials(tmp_path / "photos", tmp_path / "captioned", {name: tmp_path / name for name in BASES})
 
 
 def measured(first_step: Pair) -> Measured:
@@ -58,7 +58,7 @@ def test_both_sides_are_asked_for_the_same(cell: PeerCell, materials: Materials,
     flags = peer_arguments(cell, materials, tmp_path / "cache", tmp_path / "peer")
     theirs = dict(itertools.pairwise(flags))
     assert Path(theirs["--pretrained_model_name_or_path"]) == Path(ours.model.base)
-    assert int(theirs["--resolution"]) == ours.data.resolution == {"tiny": 256, "small": 512}[cell.base]
+    assert int(theirs["--resolution"]) == ours.data.resolution == (256 if cell.base == "tiny" else 512)
     assert int(theirs["--train_batch_size"]) == ours.train.batch_size == 2
     assert int(theirs["--max_train_steps"]) == ours.train.steps
     assert int(theirs["--rank"]) == ours.method.rank == ours.method.alpha == 4
@@ -72,7 +72,7 @@ def test_both_sides_are_asked_for_the_same(cell: PeerCell, materials: Materials,
 
 
 def test_the_cells_are_all_that_were_promised() -> None:
-    assert len(CELLS) == 2 * 3 * 2
+    assert len(CELLS) == 2 * 3 * 2 + 2
     assert {cell.name for cell in CELLS.values() if cell.least_speedup == 1.5} == {
         f"tiny-{dtype}-{captions}" for dtype in ("fp32", "bf16") for captions in ("one", "per-image")
     }
@@ -143,6 +143,27 @@ def test_files_hold_the_rows_and_the_table_tells_what_is_behind(tmp_path: Path) 
         "| tiny, 256 px | fp32 | one caption | 4, 2 | 2.00 | 3.00 | 3.00 | 4.00 | 2.00 | 1.5x images/s met |" in readme
     )
     assert "| 2.00 | 3.00 | 0.33 | 4.00 | 2.00 | 1x images/s missed: first step |" in readme
+
+
+def test_a_cell_that_is_measured_anew_takes_its_rows_place_and_the_others_keep_theirs(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("<!-- peer -->\n<!-- end of peer -->\n")
+    here = {**report.environment(), "commit": "a" * 40}
+
+    def write(where: dict[str, Any], cell: str, pair: Pair) -> list[tuple[str, float, str | None]]:
+        cells = rows(CELLS[cell], measured(pair))
+        report.write({"environment": where, "gate": PASSED, "cells": cells}, tmp_path)
+        written = json.loads((tmp_path / "results" / "peer.json").read_text())["cells"]
+        return [(row["cell"], row["ratio"], row.get("commit")) for row in written if row["cell"].endswith("first_step")]
+
+    write(here, "tiny-fp32-one", Pair(1, 3, 1, 3))
+    later = {**here, "commit": "b" * 40}
+    both = write(later, "small-fp32-one", Pair(1, 2, 1, 2))
+    assert both == [("small-fp32-one first_step", 2, None), ("tiny-fp32-one first_step", 3, "a" * 40)]
+    assert "Of commit aaaaaaaaaa: tiny-fp32-one.\n\n|" in (tmp_path / "README.md").read_text()
+    both = write({**here, "commit": "c" * 40}, "tiny-fp32-one", Pair(1, 4, 1, 4))
+    assert both == [("tiny-fp32-one first_step", 4, None), ("small-fp32-one first_step", 2, "b" * 40)]
+    alone = write({**here, "cores": 64}, "small-fp32-one", Pair(1, 5, 1, 5))
+    assert alone == [("small-fp32-one first_step", 5, None)]
 
 
 def test_steps_of_any_optimizer_are_stamped(tmp_path: Path) -> None:

@@ -336,9 +336,9 @@ def test_joined_rms_norms_are_the_formula_and_take_strided_input() -> None:
         )
 
 
-@pytest.mark.parametrize(("weight", "kept"), [(1e-3, "the result"), (0.0, "the input")])
-def test_a_norm_keeps_its_result_alone_unless_a_weight_is_zero(weight: float, kept: str) -> None:
-    """Then gradients are those of diffusers' module in either case, in every dtype."""
+@pytest.mark.parametrize(("weight", "kept"), [(1e-3, "the result"), (1e-4, "the input"), (0, "the input")])
+def test_a_norm_keeps_its_result_alone_unless_a_weight_is_about_zero(weight: float, kept: str) -> None:
+    """Gradients are those of diffusers' module in either case."""
     norm = RMSNorm(16, eps=1e-6).requires_grad_(False)
     norm.weight.data[3] = weight
     assert is_invertible(norm) == (kept == "the result")
