@@ -10,10 +10,8 @@ import atexit
 import gc
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-
-_LATER = ("bitsandbytes", "triton")
 
 
 @contextmanager
@@ -28,7 +26,7 @@ def quick_imports() -> Iterator[None]:
         return
     gc.disable()
     try:
-        with _absent(_LATER):
+        with _without_bitsandbytes(), _without_triton():
             yield
     finally:
         gc.freeze()
@@ -37,27 +35,38 @@ def quick_imports() -> Iterator[None]:
 
 
 @contextmanager
-def _absent(names: Sequence[str]) -> Iterator[None]:
-    """They count as not installed while the libraries are imported; what asks for them afterwards finds them.
-
-    But for peft, which remembers the answer about bitsandbytes until a model is quantised (see `model.quantized`).
-    """
-    hidden = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-    flop_counter = logging.getLogger("torch.utils.flop_counter")
-    level = flop_counter.level
-    flop_counter.setLevel(logging.ERROR)  # it warns that it cannot count the kernels of Triton
-    try:
+def _without_bitsandbytes() -> Iterator[None]:
+    """While the libraries are imported. peft remembers that until a model is quantised (see `model.quantized`)."""
+    with _absent("bitsandbytes"):
         yield
         if "peft" in sys.modules:
             from peft.import_utils import is_bnb_available
 
             is_bnb_available()
-    finally:
-        flop_counter.setLevel(level)
-        for name in hidden:
-            del sys.modules[name]
-    if "torch" in sys.modules:
-        from torch.utils._triton import has_triton_package
 
-        has_triton_package.cache_clear()
+
+@contextmanager
+def _without_triton() -> Iterator[None]:
+    """While all but torch is imported, some of whose kernels are chosen by what it finds."""
+    import torch  # noqa: F401
+    from torch.utils._triton import has_triton_package
+
+    flop_counter = logging.getLogger("torch.utils.flop_counter")
+    flop_counter.setLevel(logging.ERROR)  # it warns that it cannot count the operations of Triton's kernels
+    with _absent("triton"):
+        yield
+    flop_counter.setLevel(logging.NOTSET)
+    has_triton_package.cache_clear()
+
+
+@contextmanager
+def _absent(name: str) -> Iterator[None]:
+    """The library counts as not installed; what asks for it afterwards finds it."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
