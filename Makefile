@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 		echo "make: $(PYTHON) lacks venv and ensurepip; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
 	@echo "Setting up $(VENV); the first time downloads PyTorch and takes some minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
 demo: $(STAMP) ## Train a LoRA from packaged images, offline, and draw before and after
