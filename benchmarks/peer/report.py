@@ -65,12 +65,18 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 def _still_valid(earlier: dict[str, Any], results: dict[str, Any]) -> list[dict[str, Any]]:
     def place(of: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in of["environment"].items() if key not in _OF_THE_CODE}
+        where = {key: value for key, value in of["environment"].items() if key not in _OF_THE_CODE}
+        return {"script": of.get("script_sha256"), **where}
 
     if place(earlier) != place(results):
         return []
-    measured, commit = {row["cell"] for row in results["cells"]}, earlier["environment"]["commit"]
-    return [{"commit": commit, **row} for row in earlier["cells"] if row["cell"] not in measured]
+    measured, code = {row["cell"] for row in results["cells"]}, earlier["environment"]
+    commit = (code["commit"] or "unknown")[:10] + (" with changes" if code["uncommitted_changes"] else "")
+    return [
+        {"commit": commit, **row}
+        for row in earlier["cells"]
+        if row["cell"] not in measured and row["cell"].split()[0] in CELLS
+    ]
 
 
 def _commits(results: dict[str, Any]) -> list[str]:
@@ -78,8 +84,8 @@ def _commits(results: dict[str, Any]) -> list[str]:
     cells: dict[str, list[str]] = {}
     for row in results["cells"]:
         cell = row["cell"].split()[0]
-        if row.get("commit") and cell not in cells.setdefault(row["commit"][:10], []):
-            cells[row["commit"][:10]].append(cell)
+        if row.get("commit") and cell not in cells.setdefault(row["commit"], []):
+            cells[row["commit"]].append(cell)
     return [f"Of commit {commit}: {', '.join(names)}." for commit, names in cells.items()]
 
 

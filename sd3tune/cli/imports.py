@@ -11,22 +11,23 @@ import gc
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 
 @contextmanager
-def quick_imports() -> Iterator[None]:
+def quick_imports(compiles: bool = False) -> Iterator[None]:
     """Around the first import of a job: no collections in between, and none later that look at what was imported.
 
     That is over a second of a start, and nearly half a second of each later collection, of which encoding makes
     one after each component that it frees. Does nothing in a process that has imported it all before.
+    `compiles`: torch's compiler will be used, parts of which look for Triton once, as they are imported.
     """
     if "diffusers" in sys.modules or not gc.isenabled():
         yield
         return
     gc.disable()
     try:
-        with _without_bitsandbytes(), _without_triton():
+        with _without_bitsandbytes(), nullcontext() if compiles else _without_triton():
             yield
     finally:
         gc.freeze()
@@ -47,16 +48,19 @@ def _without_bitsandbytes() -> Iterator[None]:
 
 @contextmanager
 def _without_triton() -> Iterator[None]:
-    """While all but torch is imported, some of whose kernels are chosen by what it finds."""
+    """While the libraries are imported; but for torch, which registers kernels by whether Triton is there."""
     import torch  # noqa: F401
     from torch.utils._triton import has_triton_package
 
     flop_counter = logging.getLogger("torch.utils.flop_counter")
+    level = flop_counter.level
     flop_counter.setLevel(logging.ERROR)  # it warns that it cannot count the operations of Triton's kernels
-    with _absent("triton"):
-        yield
-    flop_counter.setLevel(logging.NOTSET)
-    has_triton_package.cache_clear()
+    try:
+        with _absent("triton"):
+            yield
+    finally:
+        flop_counter.setLevel(level)
+        has_triton_package.cache_clear()
 
 
 @contextmanager

@@ -147,7 +147,7 @@ def test_files_hold_the_rows_and_the_table_tells_what_is_behind(tmp_path: Path) 
 
 def test_a_cell_that_is_measured_anew_takes_its_rows_place_and_the_others_keep_theirs(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("<!-- peer -->\n<!-- end of peer -->\n")
-    here = {**report.environment(), "commit": "a" * 40}
+    here = {**report.environment(), "commit": "a" * 40, "uncommitted_changes": False}
 
     def write(where: dict[str, Any], cell: str, pair: Pair) -> list[tuple[str, float, str | None]]:
         cells = rows(CELLS[cell], measured(pair))
@@ -158,10 +158,10 @@ def test_a_cell_that_is_measured_anew_takes_its_rows_place_and_the_others_keep_t
     write(here, "tiny-fp32-one", Pair(1, 3, 1, 3))
     later = {**here, "commit": "b" * 40}
     both = write(later, "small-fp32-one", Pair(1, 2, 1, 2))
-    assert both == [("small-fp32-one first_step", 2, None), ("tiny-fp32-one first_step", 3, "a" * 40)]
+    assert both == [("small-fp32-one first_step", 2, None), ("tiny-fp32-one first_step", 3, "a" * 10)]
     assert "Of commit aaaaaaaaaa: tiny-fp32-one.\n\n|" in (tmp_path / "README.md").read_text()
     both = write({**here, "commit": "c" * 40}, "tiny-fp32-one", Pair(1, 4, 1, 4))
-    assert both == [("tiny-fp32-one first_step", 4, None), ("small-fp32-one first_step", 2, "b" * 40)]
+    assert both == [("tiny-fp32-one first_step", 4, None), ("small-fp32-one first_step", 2, "b" * 10)]
     alone = write({**here, "cores": 64}, "small-fp32-one", Pair(1, 5, 1, 5))
     assert alone == [("small-fp32-one first_step", 5, None)]
 

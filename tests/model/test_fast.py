@@ -99,6 +99,18 @@ def test_outputs_and_gradients_are_the_same_in_float64(base: str, targets: str) 
         assert error(fast_gradients[name], gradient) < 1e-11, name
 
 
+@pytest.mark.parametrize("norm", ["norm_q", "norm_k", "norm_added_q", "norm_added_k"])
+def test_a_weight_of_zero_in_a_norm_of_queries_or_keys_costs_no_gradient(norm: str) -> None:
+    transformer = adapted_model("tiny", torch.float64, "attention")
+    transformer.get_submodule(f"transformer_blocks.1.attn.{norm}").weight.data[3] = 0
+    velocity, gradients = run(exact(copy.deepcopy(transformer)))
+    use_fast_path(transformer)
+    fast_velocity, fast_gradients = run(transformer)
+    assert error(fast_velocity, velocity) < 1e-13
+    for name, gradient in gradients.items():
+        assert error(fast_gradients[name], gradient) < 1e-11, name
+
+
 def whole_model(base: str, dtype: torch.dtype) -> SD3Transformer2DModel:
     """A tiny base all of which is trained."""
     return load_transformer(resolve_base(base), torch.float32).to(dtype).requires_grad_(True)
@@ -278,14 +290,16 @@ def test_attention_in_bf16_is_as_exact_however_large_its_scores(
         assert error(found, exact_one) < limit
 
 
-def test_attention_in_bf16_is_the_same_to_the_bit_on_two_threads() -> None:
-    """Three heads, so that the threads' shares differ; all other operations keep the threads that they had."""
+@pytest.mark.parametrize("heads", [3, 4])
+def test_attention_in_bf16_is_the_same_to_the_bit_on_two_threads_and_strided(heads: int) -> None:
+    """As it gets its input, heads behind tokens. All other operations keep the threads that they had."""
     source = generator(7)
-    given = [torch.randn(1, 3, 600, 64, generator=source).bfloat16() for _ in range(4)]
+    given = [torch.randn(2, heads, 600, 64, generator=source).bfloat16() for _ in range(4)]
+    strided = [of.transpose(1, 2).contiguous().transpose(1, 2) for of in given]
 
-    def results(threads: int) -> list[Tensor]:
+    def results(threads: int, given: list[Tensor]) -> list[Tensor]:
         torch.set_num_threads(threads)
-        states = [of.clone().requires_grad_() for of in given[:3]]
+        states = [of.detach().requires_grad_() for of in given[:3]]
         output = cpu.Attention.apply(*states)
         found = [output.detach(), *torch.autograd.grad(output, states, given[3])]
         assert torch.get_num_threads() == threads
@@ -293,8 +307,9 @@ def test_attention_in_bf16_is_the_same_to_the_bit_on_two_threads() -> None:
 
     before = torch.get_num_threads()
     try:
-        for one, two in zip(results(1), results(2), strict=True):
-            assert torch.equal(one, two)
+        expected = results(1, given)
+        for found in (results(2, given), results(2, strided), results(1, strided)):
+            assert all(map(torch.equal, found, expected))
     finally:
         torch.set_num_threads(before)
 

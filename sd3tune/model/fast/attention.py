@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sd3tune.model.fast import cpu
 from sd3tune.model.fast.lora import linear, linear_together
-from sd3tune.model.fast.norm import is_invertible, join_normalised
+from sd3tune.model.fast.norm import is_invertible, join, join_normalised
 
 SHORT = 512
 """Tokens up to which the CPU's kernel is slower in 16 bits than in fp32, up to twelve times at 16 tokens."""
@@ -30,16 +30,19 @@ class FastAttention:
         """[B, image tokens, width], and [B, text tokens, width] where there is a text stream; the same shapes back."""
         dtype = attention_dtype(hidden_states, encoder_hidden_states)
         streams = [linear_together([attn.to_q, attn.to_k, attn.to_v], hidden_states)]
-        norms = [(attn.norm_q, attn.norm_k, None)]
+        query_norms, key_norms = [attn.norm_q], [attn.norm_k]
         if encoder_hidden_states is not None:
             layers = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
             streams.append(linear_together(layers, encoder_hidden_states))
-            norms.append((attn.norm_added_q, attn.norm_added_k, None))
-        query, key, value = (
-            join_normalised(norm, [_heads(attn, part, dtype) for part in parts], self.invertible).transpose(1, 2)
-            for norm, parts in zip(zip(*norms, strict=True), zip(*streams, strict=True), strict=True)
+            query_norms.append(attn.norm_added_q)
+            key_norms.append(attn.norm_added_k)
+        queries, keys, values = ([_heads(attn, of, dtype) for of in parts] for parts in zip(*streams, strict=True))
+        joined = (
+            join_normalised(query_norms, queries, self.invertible),
+            join_normalised(key_norms, keys, self.invertible),
+            join(values),
         )
-        mixed = attend(query, key, value).transpose(1, 2).flatten(2)
+        mixed = attend(*(of.transpose(1, 2) for of in joined)).transpose(1, 2).flatten(2)
         if encoder_hidden_states is None:
             return _output(attn, mixed, hidden_states.dtype)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -93,12 +93,14 @@ def _share_out(work: Callable[..., None], rooms: Tensor, *tensors: Tensor) -> No
             work(*rooms[thread], *head)
 
     torch.set_num_threads(1)
+    others = [_workers().submit(share, thread) for thread in range(1, threads)]
     try:
-        others = _workers().map(share, range(1, threads))
         share(0)
-        list(others)
     finally:
+        wait(others)  # a worker that starts sets the number for the whole process, so it is restored after that
         torch.set_num_threads(threads)
+    for other in others:
+        other.result()
 
 
 def _heads(states: Tensor) -> list[Tensor]:

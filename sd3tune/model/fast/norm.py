@@ -29,8 +29,12 @@ def join_normalised(norms: Sequence[nn.Module | None], parts: Sequence[Tensor], 
         weights = [norm.weight.to(part.dtype) for norm, part in zip(known, parts, strict=True)]
         keep_result = invertible and not any(weight.requires_grad for weight in weights)
         return _RmsNorms.apply([norm.eps for norm in known], keep_result, *weights, *parts)
-    normed = [part if norm is None else norm(part) for norm, part in zip(norms, parts, strict=True)]
-    return normed[0] if len(normed) == 1 else torch.cat(normed, dim=1)
+    return join([part if norm is None else norm(part) for norm, part in zip(norms, parts, strict=True)])
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """All tokens of parts [B, tokens, ...]."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def _is_known(norm: nn.Module | None) -> TypeGuard[RMSNorm]:
@@ -53,24 +57,25 @@ class _RmsNorms(torch.autograd.Function):
             lengths = torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=precision)
             inverses.append(lengths.square_().div_(part.shape[-1]).add_(epsilon).rsqrt_())
             torch.mul(part, inverses[-1], out=place).mul_(weight)
-        ctx.keep_result = keep_result
+        ctx.keep_result, ctx.count = keep_result, len(parts)
         ctx.save_for_backward(*weights, *inverses, *([joined] if keep_result else parts))
         return joined
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        saved, count = ctx.saved_tensors, len(ctx.needs_input_grad[2:]) // 2
+        saved, count = ctx.saved_tensors, ctx.count
         weights, inverses, kept = saved[:count], saved[count : 2 * count], saved[2 * count :]
         tokens = [inverse.shape[1] for inverse in inverses]
         results = kept[0].split(tokens, dim=1) if ctx.keep_result else None
-        found: tuple[list[Tensor | None], list[Tensor]] = ([], [])
+        towards_weights: list[Tensor | None] = []
+        towards_parts: list[Tensor] = []
         for at, towards in enumerate(gradient.split(tokens, dim=1)):
             weight, inverse = weights[at], inverses[at]
             direction = results[at] / weight if results else kept[at].mul(inverse).to(weight.dtype)
             trained = ctx.needs_input_grad[2 + at]
-            found[0].append((towards * direction).sum_to_size(weight.shape) if trained else None)
+            towards_weights.append((towards * direction).sum_to_size(weight.shape) if trained else None)
             along = towards * weight
             overlap = torch.linalg.vecdot(along, direction).unsqueeze_(-1) / -along.shape[-1]
-            found[1].append(torch.addcmul(along, direction, overlap, out=along).mul_(inverse))
-        return None, None, *found[0], *found[1]
+            towards_parts.append(torch.addcmul(along, direction, overlap, out=along).mul_(inverse))
+        return None, None, *towards_weights, *towards_parts
