@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -40,6 +41,15 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("SD3TUNE_CACHE", str(shared / "sd3tune-cache"))
         patch.setenv("HF_DATASETS_CACHE", str(shared / "datasets-cache"))  # read when `datasets` is first imported
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """What was imported is left out of garbage collections, which encoding and previews run after each component."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -18,15 +17,6 @@ Tensors = dict[str, torch.Tensor]
 StartCli = Callable[..., "subprocess.Popen[str]"]
 
 CONSOLE_SCRIPT = str(Path(sys.executable).with_name("sd3tune"))
-
-
-@pytest.fixture(autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """What was imported is left out of garbage collections, which encoding and previews run after each component."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def contents(file: Path) -> tuple[Tensors, dict[str, Any]]:
