@@ -92,12 +92,15 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 def provenance(where: dict[str, Any]) -> list[str]:
     """Machine, libraries and commit, in two lines."""
-    commit = (where["commit"] or "unknown")[:10] + (" with changes" if where["uncommitted_changes"] else "")
     libraries = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "diffusers", "peft"))
     return [
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {where['threads']} threads.",
-        f"{libraries}. Commit {commit}.",
+        f"{libraries}. Commit {commit_of(where)}.",
     ]
+
+
+def commit_of(where: dict[str, Any]) -> str:
+    return (where["commit"] or "unknown")[:10] + (" with changes" if where["uncommitted_changes"] else "")
 
 
 def replace_between(readme: Path, name: str, text: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer.cells import CAPTIONS, CELLS, METRICS
-from benchmarks.report import environment, provenance, replace_between
+from benchmarks.report import commit_of, environment, provenance, replace_between
 from sd3tune.atomic import write_json
 
 __all__ = ["environment", "table", "write"]
@@ -70,8 +70,7 @@ def _still_valid(earlier: dict[str, Any], results: dict[str, Any]) -> list[dict[
 
     if place(earlier) != place(results):
         return []
-    measured, code = {row["cell"] for row in results["cells"]}, earlier["environment"]
-    commit = (code["commit"] or "unknown")[:10] + (" with changes" if code["uncommitted_changes"] else "")
+    measured, commit = {row["cell"] for row in results["cells"]}, commit_of(earlier["environment"])
     return [
         {"commit": commit, **row}
         for row in earlier["cells"]

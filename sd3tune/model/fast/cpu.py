@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -92,9 +92,10 @@ def _share_out(work: Callable[..., None], rooms: Tensor, *tensors: Tensor) -> No
         for head in heads[thread::threads]:
             work(*rooms[thread], *head)
 
+    others: list[Future[None]] = []
     torch.set_num_threads(1)
-    others = [_workers().submit(share, thread) for thread in range(1, threads)]
     try:
+        others.extend(_workers().submit(share, thread) for thread in range(1, threads))
         share(0)
     finally:
         wait(others)  # a worker that starts sets the number for the whole process, so it is restored after that
