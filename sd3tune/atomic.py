@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all: written under a temporary name, synced, renamed.
 
-What a killed writer leaves is called `.tmp-...`, and is never read.
+A killed writer leaves a file or folder called `.tmp-...`, which is never read. Temporary names are random and created
+exclusively, so that nobody who shares the folder can put a link or a file of theirs in the way.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,10 +41,10 @@ class WriteError(RunError):
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; on leaving, what was written there becomes `path`."""
-    temporary = _beside(path)
+    """Yield the path of a new, empty file in the folder of `path`; on leaving, it is renamed to `path`."""
+    temporary, descriptor = _create_temporary(path)
+    os.close(descriptor)
     with _removed_on_failure(temporary):
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         sync(temporary)
         temporary.replace(path)
@@ -50,16 +53,17 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on leaving, it becomes `path`, replacing what was there."""
-    temporary = _beside(path)
+    """Yield a new, empty folder beside `path`; on leaving, it is renamed to `path` and replaces what was there."""
+    temporary = _temporary_name(path)
+    with writing_in(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
     with _removed_on_failure(temporary):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         yield temporary
         for written in [*temporary.rglob("*"), temporary]:
             sync(written)
         if path.exists():
-            discarded = _beside(path, "old")
+            discarded = _temporary_name(path, "old")
             path.replace(discarded)
             temporary.replace(path)
             shutil.rmtree(discarded)
@@ -68,9 +72,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         sync(path.parent)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file through the descriptor that created it: no link in a shared folder can lead it elsewhere."""
+    temporary, descriptor = _create_temporary(path)
+    with _removed_on_failure(temporary):
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
-    with new_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,8 +93,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """So that it is never half there under its name."""
-    discarded = _beside(path, "removed")
+    """Remove a folder, which is never half there under its name."""
+    discarded = _temporary_name(path, "removed")
     path.replace(discarded)
     shutil.rmtree(discarded)
 
@@ -87,23 +102,24 @@ def remove_folder(path: Path) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Remove all that killed writers left below `folder`, where nobody else may be writing.
 
-    A folder that was about to be replaced gets its name back.
+    A folder that was about to be replaced gets its name back. Links are removed and never followed.
     """
     for path in sorted(folder.rglob(f"{TEMPORARY}*")):
-        replaced = re.fullmatch(rf"{re.escape(TEMPORARY)}\d+-old-(.+)", path.name)
-        if replaced and path.is_dir() and not path.with_name(replaced[1]).exists():
-            path.replace(path.with_name(replaced[1]))
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
+        replaced = re.fullmatch(rf"{re.escape(TEMPORARY)}[0-9a-f]+-old-(.+)", path.name)
+        if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)  # it went with its folder
+        elif replaced and not path.with_name(replaced[1]).exists():
+            path.replace(path.with_name(replaced[1]))
+        else:
+            shutil.rmtree(path)
 
 
 def remove_stale(folder: Path) -> None:
     """Remove the files that killed writers left in `folder`, where others may be writing."""
     for path in folder.glob(f"{TEMPORARY}*"):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime > _STALE_SECONDS:
                 path.unlink()
 
 
@@ -136,8 +152,18 @@ def writing_in(folder: Path) -> Iterator[None]:
         raise WriteError(folder, cause) from cause
 
 
-def _beside(path: Path, what: str = "") -> Path:
-    return path.with_name(f"{TEMPORARY}{os.getpid()}-{what}{'-' * bool(what)}{path.name}")
+def _temporary_name(path: Path, purpose: str = "") -> Path:
+    """A name in the folder of `path` that nobody can guess."""
+    return path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{purpose}{'-' * bool(purpose)}{path.name}")
+
+
+def _create_temporary(path: Path) -> tuple[Path, int]:
+    """Create an empty file beside `path`, through no link; returns its path and its descriptor, open for writing."""
+    temporary = _temporary_name(path)
+    with writing_in(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        return temporary, os.open(temporary, flags, 0o666)
 
 
 @contextmanager

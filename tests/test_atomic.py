@@ -68,3 +68,39 @@ def test_where_others_write_only_what_is_old_is_removed(tmp_path: Path) -> None:
             os.utime(tmp_path / name, (time.time() - 4000,) * 2)
     remove_stale(tmp_path)
     assert names(tmp_path) == [".tmp-8-new.png", "old.png"]
+
+
+def test_links_that_lead_elsewhere_are_replaced_or_removed_and_never_followed(tmp_path: Path) -> None:
+    """Somebody who shares the folder has put them there."""
+    write_text(tmp_path / "elsewhere" / "file", "precious")
+    shared = tmp_path / "shared"
+    write_text(shared / "whole", "")
+    (shared / "name").symlink_to(tmp_path / "elsewhere" / "file")
+    (shared / "folder").symlink_to(tmp_path / "elsewhere")
+    (shared / ".tmp-1-link").symlink_to(tmp_path / "elsewhere")
+    (shared / ".tmp-2-old-best").symlink_to(tmp_path / "elsewhere")
+    write_text(shared / "name", "ours")
+    remove_unfinished(shared)
+    assert names(shared) == ["folder", "name", "whole"]
+    assert (shared / "name").read_text() == "ours"
+    assert not (shared / "name").is_symlink()
+    assert names(tmp_path / "elsewhere") == ["file"]
+    assert (tmp_path / "elsewhere" / "file").read_text() == "precious"
+
+
+def test_temporary_names_cannot_be_guessed_and_never_take_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = set()
+    for number in range(20):
+        with new_file(tmp_path / str(number)) as temporary:
+            used.add(temporary.name.removesuffix(f"-{number}"))
+            temporary.write_text("")
+    assert len(used) == 20
+
+    monkeypatch.setattr("secrets.token_hex", lambda count: "guessed")
+    (tmp_path / ".tmp-guessed-name").symlink_to(tmp_path / "planted")
+    for write in (lambda path: write_text(path, "ours"), lambda path: new_file(path).__enter__()):
+        with pytest.raises(WriteError, match="cannot write here: File exists"):
+            write(tmp_path / "name")
+    assert not (tmp_path / "planted").exists()

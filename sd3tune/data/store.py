@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from sd3tune.atomic import FULL, TEMPORARY, new_file, remove_stale
+from sd3tune.atomic import FULL, TEMPORARY, remove_stale, write_bytes
 from sd3tune.errors import RunError
 
 SHARD_BYTES = 64 * 2**20
@@ -181,8 +181,8 @@ class Writer:
         if not buffer:
             return
         shard = self._store.root / f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}"
-        with _disk_trouble(self._store.root), new_file(shard) as temporary:
-            temporary.write_bytes(save(buffer))
+        with _disk_trouble(self._store.root):
+            write_bytes(shard, save(buffer))
         self._store._take_in(shard)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import secrets
 import shlex
 import shutil
 import threading
@@ -145,7 +146,7 @@ class Uploads:
         described = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
         card = card_of(run, config, self.contract, described, self.repository.repo_id, step)
         written = {CARD: card.encode(), CONFIG: config_of_run(run)}
-        folder = run / f"{TEMPORARY}{os.getpid()}-upload-{checkpoint.name}"
+        folder = run / f"{TEMPORARY}{secrets.token_hex(8)}-upload-{checkpoint.name}"
         staged = _Staged(checkpoint.name, folder, files_of_checkpoint(run, checkpoint), written)
         try:
             staged.link()

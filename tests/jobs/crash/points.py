@@ -86,7 +86,7 @@ class Watch:
 
     def _at(self, when: str, operation: str, path: str) -> None:
         self._busy = True
-        name = re.sub(r"\.tmp-\d+-", ".tmp-", os.path.relpath(path, self.folder))
+        name = re.sub(r"\.tmp-[0-9a-f]+-", ".tmp-", os.path.relpath(path, self.folder))
         self.reached(Point(when, operation, re.sub(r"[0-9a-f]{32}", "N", name)))
         self._busy = False
 

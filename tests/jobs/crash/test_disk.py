@@ -61,7 +61,7 @@ def mounted() -> None:
 
 
 CHECKPOINT, LINE, ADAPTER = (
-    ("os.mkdir", r"\.tmp-\d+-step-0+4$"),
+    ("os.mkdir", r"\.tmp-[0-9a-f]+-step-0+4$"),
     ("open", "metrics.jsonl$"),
     ("os.mkdir", "run/adapter$"),
 )

@@ -32,15 +32,19 @@ class Kill:
     installed: bool = False
     """The installed command, rather than a fork."""
 
-    def has_come(self, work: Path, pid: int) -> bool:
+    def found(self, work: Path) -> set[Path]:
+        return set(work.glob(self.pattern))
+
+    def has_come(self, work: Path, earlier: set[Path]) -> bool:
+        """`earlier`: what was `found` before this attempt, some of it left by killed ones."""
         if self.pattern == "lines":
             file = work / "run" / "metrics.jsonl"
             return file.exists() and file.read_bytes().count(b"\n") >= self.count
-        return len(list(work.glob(self.pattern.format(pid=pid)))) >= self.count
+        return len(self.found(work) - earlier) >= self.count
 
 
 SHARDS, DRAWN, SAVED = "store/shard-*", "class/class-*", "run/checkpoints/step-*"
-SAVING, PICTURE = "run/checkpoints/.tmp-{pid}-step-*", "run/samples/.tmp-{pid}-step-*"
+SAVING, PICTURE = "run/checkpoints/.tmp-*-step-*", "run/samples/.tmp-*-step-*"
 BEFORE_A_CHECKPOINT = [Kill(SHARDS, 2), Kill(DRAWN, 2)]
 KILLS = [
     Kill(SAVED),
@@ -79,14 +83,15 @@ def test_killed_at_twenty_moments_it_ends_as_one_never_stopped(
         saved = newest(run)
         if kill.lost:
             shutil.rmtree(folder / "work" / kill.lost)
+        earlier = kill.found(folder / "work")
         if kill.installed:
             process = start_cli(*COMMAND, cwd=folder)
-            wait_for(lambda: kill.has_come(folder / "work", process.pid), lambda: process.poll() is None)  # noqa: B023
+            wait_for(lambda: kill.has_come(folder / "work", earlier), lambda: process.poll() is None)  # noqa: B023
             process.kill()
             printed, code = process.communicate()[0], process.returncode
         else:
             attempt = Attempt(folder, "--resume")
-            wait_for(lambda: kill.has_come(folder / "work", attempt.pid), attempt.process.is_alive)  # noqa: B023
+            wait_for(lambda: kill.has_come(folder / "work", earlier), attempt.process.is_alive)  # noqa: B023
             os.kill(attempt.pid, signal.SIGKILL)
             code, printed = attempt.end()
         assert code == -signal.SIGKILL, printed
