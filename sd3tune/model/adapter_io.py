@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sd3tune.atomic import new_file
@@ -27,6 +26,7 @@ from sd3tune.errors import AdapterError
 from sd3tune.model.adapter_layouts import READABLE, Contents, Pair, first_of, interpret
 from sd3tune.model.adapter_metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract, read_peft
 from sd3tune.model.contract import CONTRACT_VERSION
+from sd3tune.tensorfile import save_sorted
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
@@ -113,7 +113,7 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, whole or not at all."""
     with new_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        save_sorted(temporary, tensors, {"format": "pt", **metadata})
 
 
 def contract_metadata(contract: Mapping[str, Any]) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sd3tune.atomic import new_folder, remove_folder, write_json
 from sd3tune.errors import RunError
+from sd3tune.tensorfile import digest, save_sorted
 from sd3tune.train.step import TrainState
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
@@ -30,9 +31,11 @@ def save_checkpoint(
     """
     folder = checkpoint_at(run, state.step)
     with new_folder(folder) as temporary:
-        save_file(_tensors(state), temporary / _TENSORS)
-        layout = {name: list(shape) for name, shape in state.master.shapes.items()}
-        write_json(temporary / _STATE, {"step": state.step, "identity": identity, "layout": layout})
+        tensors = _tensors(state)
+        save_sorted(temporary / _TENSORS, tensors)
+        digests = {name: digest(tensor) for name, tensor in tensors.items()}
+        described = {"step": state.step, "identity": identity, "layout": _layout(state), "digests": digests}
+        write_json(temporary / _STATE, described)
         export(temporary)
     prune(run, keep)
     return folder
@@ -56,34 +59,60 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON half: `step`, `identity`, `layout`. Raises RunError."""
+    """The JSON half: `step`, `identity`, `layout` and, but for old checkpoints, `digests`. Raises RunError."""
     try:
-        state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-        return state
-    except (OSError, ValueError) as error:
-        raise RunError(f"{checkpoint}: damaged ({error}); delete this folder to resume from the one before") from error
+        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(checkpoint, str(error)) from error
+    fields = state if isinstance(state, dict) else {}
+    for name, kind in {"step": int, "identity": dict, "layout": dict}.items():
+        if not isinstance(fields.get(name), kind):
+            raise _damaged(checkpoint, f"{_STATE} has no {name}")
+    if not isinstance(fields.setdefault("digests", {}), dict):
+        raise _damaged(checkpoint, f"{_STATE}: digests is not an object")
+    return fields
 
 
 def restore(checkpoint: Path, state: TrainState) -> None:
-    """Put a checkpoint's tensors into `state`, which has the same layout. Raises RunError."""
+    """Put a checkpoint's tensors into `state`, which has the same layout; all are checked before one is used.
+
+    Raises RunError for one that is missing, of another shape or dtype, not finite, or not as it was written.
+    """
     saved = read_state(checkpoint)
-    layout = {name: list(shape) for name, shape in state.master.shapes.items()}
-    if saved["layout"] != layout:
+    if saved["layout"] != _layout(state):
         raise RunError(f"{checkpoint}: holds other trained tensors than this configuration makes")
-    device = str(state.master.master.device)
     try:
-        tensors = load_file(checkpoint / _TENSORS, device=device)
+        tensors = load_file(checkpoint / _TENSORS, device="cpu")
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{checkpoint}: damaged ({error}); delete this folder to resume from the one before") from error
+        raise _damaged(checkpoint, str(error)) from error
+    expected = _tensors(state)
+    for name in sorted({*expected, *tensors}):
+        found, live = tensors.get(name), expected.get(name)
+        if found is None or live is None:
+            raise _damaged(checkpoint, f"{name}: {'missing' if found is None else 'not a tensor of this run'}")
+        if (found.shape, found.dtype) != (live.shape, live.dtype):
+            raise _damaged(checkpoint, f"{name}: {_form(found)}, not {_form(live)}")
+        if saved["digests"].get(name, "") not in ("", digest(found)):
+            raise _damaged(checkpoint, f"{name}: not the bytes that were written")
+        if not found.isfinite().all():
+            raise _damaged(checkpoint, f"{name}: holds values that are not finite")
     with torch.no_grad():
-        for name, live in _fixed_tensors(state).items():
-            live.copy_(tensors.pop(name))
-    # Clones: a tensor that shares memory with the file's mapping must not be updated in place.
-    state.optimizer.state[state.master.master] = {
-        name.removeprefix(_OPTIMIZER): tensor.clone() for name, tensor in tensors.items()
-    }
+        for name, tensor in expected.items():
+            tensor.copy_(tensors[name])
     state.step = saved["step"]
     state.master.publish()
+
+
+def _damaged(checkpoint: Path, reason: str) -> RunError:
+    return RunError(f"{checkpoint}: damaged ({reason}); delete this folder to resume from the one before")
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _layout(state: TrainState) -> dict[str, list[int]]:
+    return {name: list(shape) for name, shape in state.master.shapes.items()}
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -98,15 +127,12 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
     return lines
 
 
-def _fixed_tensors(state: TrainState) -> dict[str, Tensor]:
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    """The live tensors that a checkpoint holds, by their names in it."""
     tensors = {"master": state.master.master.detach()}
     if state.ema is not None:
         tensors["ema"] = state.ema
     if state.loss_scale.enabled:
         tensors |= {"loss_scale": state.loss_scale.scale, "good_steps": state.loss_scale.good_steps}
-    return tensors
-
-
-def _tensors(state: TrainState) -> dict[str, Tensor]:
     optimizer = state.optimizer.state[state.master.master]
-    return _fixed_tensors(state) | {f"{_OPTIMIZER}{name}": tensor for name, tensor in optimizer.items()}
+    return tensors | {f"{_OPTIMIZER}{name}": tensor for name, tensor in optimizer.items()}

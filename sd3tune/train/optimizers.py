@@ -47,8 +47,9 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 
 def make_adamw(config: AdamWConfig, master: nn.Parameter) -> torch.optim.Optimizer:
+    """torch's fused AdamW, with its state from the start, where torch itself would make it in the first step."""
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [master],
         lr=config.lr,
         betas=(beta1, beta2),
@@ -56,6 +57,9 @@ def make_adamw(config: AdamWConfig, master: nn.Parameter) -> torch.optim.Optimiz
         weight_decay=config.weight_decay,
         fused=True,
     )
+    moments = {name: torch.zeros_like(master).detach() for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[master] = {"step": torch.zeros((), device=master.device), **moments}
+    return optimizer
 
 
 def make_adamw8bit(config: AdamW8bitConfig, master: nn.Parameter) -> torch.optim.Optimizer:

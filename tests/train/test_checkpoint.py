@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sd3tune.config import Config
@@ -126,6 +128,75 @@ def test_a_damaged_checkpoint_is_one_line_and_a_way_out(config, tmp_path, file: 
         restore(folder, make(config))
     assert str(folder) in caught.value.problems[0]
     assert "\n" not in caught.value.problems[0]
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def flip_a_bit(tensors: Tensors) -> None:
+    tensors["ema"].view(torch.uint8)[0] ^= 1
+
+
+DAMAGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "short": (
+        lambda t: t.update({"optimizer.exp_avg": t["optimizer.exp_avg"][:3].clone()}),
+        r"float32 \[3\], not float",
+    ),
+    "reshaped": (
+        lambda t: t.update(master=t["master"].reshape(2, -1).clone()),
+        r"master: float32 \[2, 6\], not float32",
+    ),
+    "another dtype": (lambda t: t.update(master=t["master"].half()), r"master: float16 \[12\], not float32 \[12\]"),
+    "missing": (lambda t: t.pop("ema"), "ema: missing"),
+    "unknown": (lambda t: t.update(more=torch.ones(1)), "more: not a tensor of this run"),
+    "NaN": (lambda t: t["optimizer.exp_avg_sq"].fill_(torch.nan), "exp_avg_sq: not the bytes that were written"),
+    "a flipped bit": (flip_a_bit, "ema: not the bytes that were written"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_tensor_is_named_before_any_is_used(config, tmp_path, damage: str) -> None:
+    state = make(config)
+    advance(state, config, 1)
+    folder = save(tmp_path, state)
+    change, message = DAMAGES[damage]
+    tensors = load_file(folder / "state.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "state.safetensors")
+    resumed, untouched = make(config), tensors_of(make(config))
+    with pytest.raises(RunError, match=rf"damaged .*{message}.*; delete this folder to resume from the one before"):
+        restore(folder, resumed)
+    assert resumed.step == 0
+    assert all(torch.equal(tensor, untouched[name]) for name, tensor in tensors_of(resumed).items())
+
+
+def test_a_checkpoint_without_digests_is_accepted_where_its_values_are_finite(config, tmp_path) -> None:
+    """As earlier versions wrote them."""
+    state = make(config)
+    advance(state, config, 1)
+    folder = save(tmp_path, state)
+    written = json.loads((folder / "state.json").read_text())
+    assert written.pop("digests").keys() == load_file(folder / "state.safetensors").keys()
+    (folder / "state.json").write_text(json.dumps(written))
+    restore(folder, make(config))
+    tensors = load_file(folder / "state.safetensors")
+    tensors["master"][0] = torch.inf
+    save_file(tensors, folder / "state.safetensors")
+    with pytest.raises(RunError, match="master: holds values that are not finite"):
+        restore(folder, make(config))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "[]", "null", '{"step": "1", "identity": {}, "layout": {}}', '{"step": 1, "layout": {}}', "[" * 10**5],
+)
+def test_a_state_that_was_edited_is_one_line(config, tmp_path, text: str) -> None:
+    state = make(config)
+    advance(state, config, 1)
+    folder = save(tmp_path, state)
+    (folder / "state.json").write_text(text)
+    with pytest.raises(RunError, match=r"damaged .*; delete this folder to resume from the one before"):
+        read_state(folder)
 
 
 def test_a_checkpoint_of_other_tensors_is_refused(config, tmp_path) -> None:
