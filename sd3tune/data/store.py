@@ -2,7 +2,8 @@
 
 Entries lie in immutable shards, safetensors files that appear under their names only when complete. Any
 number of processes may read and write at once, and a writer killed at any moment costs what it had not
-flushed, no more.
+flushed, no more. Each entry has a digest, which is compared when the entry is first read; earlier versions wrote none.
+A shard with a damaged entry is renamed to `*.damaged` and all of its entries count as missing.
 """
 
 from __future__ import annotations
@@ -23,15 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sd3tune.atomic import FULL, TEMPORARY, remove_stale, write_bytes
 from sd3tune.errors import RunError
+from sd3tune.tensorfile import digest
 
 SHARD_BYTES = 64 * 2**20
 FLUSH_SECONDS = 30.0
-_PREFIX, _SUFFIX, _LOCK = "shard-", ".safetensors", "store.lock"
+CHECKED_BYTES = 2 * 2**30
+"""How much `Store.check` reads, which takes about a second; other entries are compared when they are first read."""
+_PREFIX, _SUFFIX, _LOCK, _DAMAGED = "shard-", ".safetensors", "store.lock", ".damaged"
+_DIGESTS = "digests"
+"""The key of a shard's metadata that holds the entries' digests, as JSON."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +54,7 @@ class Entry:
     shard: Path
     names: list[str]
     nbytes: int
+    digest: str | None
 
 
 class Store:
@@ -61,6 +69,7 @@ class Store:
         self._shards: set[Path] = set()
         self._unreadable: set[Path] = set()
         self._open: dict[Path, Any] = {}
+        self._sound: set[str] = set()
         self._lock = threading.Lock()
         self._locked = False
         self._share()
@@ -88,9 +97,46 @@ class Store:
     def get(self, key: str) -> dict[str, torch.Tensor]:
         """The tensors of an entry, on the CPU, mapped from the file: not to be changed in place. Thread-safe.
 
-        Raises KeyError for a key without an entry, RunError when its shard has vanished since it was listed.
+        Raises KeyError for a key without an entry, RunError when its shard has vanished since it was listed or when
+        the entry is damaged.
         """
         entry = self._index[key]
+        tensors = self._read(key, entry)
+        if entry.digest is not None and key not in self._sound:
+            if entry.digest != _digest(key, tensors):
+                self._set_aside(entry.shard)
+                raise RunError(f"{entry.shard}: damaged on the disk; run again (with --resume) to encode it again")
+            self._sound.add(key)
+        return tensors
+
+    def check(self, keys: Iterable[str], nbytes: int = CHECKED_BYTES) -> list[str]:
+        """Compare entries with their digests, the first `nbytes` of them; return the keys whose entries are lost.
+
+        Those are the damaged entries and the others in their shards.
+        """
+        present = [key for key in dict.fromkeys(keys) if key in self._index]
+        for key in present:
+            entry = self._index.get(key)
+            if entry is None or entry.digest is None or key in self._sound:
+                continue
+            nbytes -= entry.nbytes
+            if nbytes < 0:
+                break
+            try:
+                self.get(key)
+            except RunError:
+                self._set_aside(entry.shard)
+        return [key for key in present if key not in self._index]
+
+    def _set_aside(self, shard: Path) -> None:
+        """Forget a damaged shard and rename it, so that no process uses it again; where it can't be renamed, forget."""
+        with contextlib.suppress(OSError):
+            shard.replace(shard.with_suffix(_DAMAGED))
+        self._unreadable.add(shard)
+        self._open.pop(shard, None)
+        self._index = {key: entry for key, entry in self._index.items() if entry.shard != shard}
+
+    def _read(self, key: str, entry: Entry) -> dict[str, torch.Tensor]:
         try:
             with self._lock:
                 shard = self._open.get(entry.shard)
@@ -160,6 +206,7 @@ class Writer:
         self._store = store
         self._shard_bytes, self._flush_seconds = shard_bytes, flush_seconds
         self._buffer: dict[str, torch.Tensor] = {}
+        self._digests: dict[str, str] = {}
         self._buffered_bytes = 0
         self._flushed_at = time.monotonic()
 
@@ -167,9 +214,10 @@ class Writer:
         """Add an entry; tensors are copied. A key that the store already has is left as it is."""
         if key in self._store:
             return
-        for name, tensor in tensors.items():
-            self._buffer[f"{key}/{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
-            self._buffered_bytes += tensor.nbytes
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        self._buffer |= {f"{key}/{name}": tensor for name, tensor in copies.items()}
+        self._digests[key] = _digest(key, copies)
+        self._buffered_bytes += sum(tensor.nbytes for tensor in copies.values())
         overdue = time.monotonic() - self._flushed_at > self._flush_seconds
         if overdue or self._buffered_bytes >= self._shard_bytes:
             self.flush()
@@ -177,12 +225,13 @@ class Writer:
     def flush(self) -> None:
         """Make everything put so far durable, visible to other processes, and readable through the store."""
         buffer, self._buffer, self._buffered_bytes = self._buffer, {}, 0
+        digests, self._digests = self._digests, {}
         self._flushed_at = time.monotonic()
         if not buffer:
             return
         shard = self._store.root / f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}"
         with _disk_trouble(self._store.root):
-            write_bytes(shard, save(buffer))
+            write_bytes(shard, save(buffer, metadata={_DIGESTS: json.dumps(digests)}))
         self._store._take_in(shard)
 
 
@@ -224,6 +273,11 @@ def shards_in(root: Path) -> list[Path]:
     return sorted(root.glob(f"{_PREFIX}*{_SUFFIX}"))
 
 
+def damaged_in(root: Path) -> list[Path]:
+    """The shards that were set aside."""
+    return sorted(root.glob(f"{_PREFIX}*{_DAMAGED}"))
+
+
 def temporaries_in(root: Path) -> list[Path]:
     """What writers have not finished, and never will once no store is open."""
     return sorted(root.glob(f"{TEMPORARY}*"))
@@ -241,7 +295,8 @@ def read_index(shard: Path) -> dict[str, Entry]:
     nbytes: dict[str, int] = {}
     end = 0
     try:
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
+        digests = json.loads(metadata.get(_DIGESTS, "{}"))
         for full_name, tensor in header.items():
             key, slash, name = full_name.rpartition("/")
             if not slash:
@@ -250,8 +305,14 @@ def read_index(shard: Path) -> dict[str, Entry]:
             names.setdefault(key, []).append(name)
             nbytes[key] = nbytes.get(key, 0) + last - first
             end = max(end, last)
+        if 8 + length + end != size:
+            raise ValueError("cut short")
+        return {key: Entry(shard, found, nbytes[key], digests.get(key)) for key, found in names.items()}
     except (AttributeError, KeyError, TypeError):
         raise ValueError("its header is not that of a safetensors file") from None
-    if 8 + length + end != size:
-        raise ValueError("cut short")
-    return {key: Entry(shard, found, nbytes[key]) for key, found in names.items()}
+
+
+def _digest(key: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """A digest of an entry; the key is part of it, so that swapped entries are damaged ones."""
+    parts = [f"{name} {digest(tensors[name])}" for name in sorted(tensors)]
+    return xxhash.xxh3_128_hexdigest("\n".join([key, *parts]).encode())

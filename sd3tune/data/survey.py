@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sd3tune.data.store import exclusive, read_index, shards_in, temporaries_in
+from sd3tune.data.store import damaged_in, exclusive, read_index, shards_in, temporaries_in
 from sd3tune.errors import RunError
 
 Names = tuple[str, ...]
@@ -32,7 +32,8 @@ class StoreFile:
 def survey(root: Path) -> list[StoreFile]:
     """The files of the store, the manifest and what is not a store's left aside."""
     found = [_shard(path) for path in shards_in(root)]
-    return [*found, *(_file(path, "temporary") for path in temporaries_in(root))]
+    damaged = [_file(path, "unreadable") for path in damaged_in(root)]
+    return [*found, *damaged, *(_file(path, "temporary") for path in temporaries_in(root))]
 
 
 def remove(root: Path, unwanted: Callable[[StoreFile], bool]) -> list[StoreFile]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from sd3tune.data.records import Record
 from sd3tune.data.store import Store, key
 from sd3tune.encode.manifest import Manifest
-from sd3tune.encode.report import CAPTION_CHANGED, LOST, NEW, SETTINGS_CHANGED, EncodeReport
+from sd3tune.encode.report import CAPTION_CHANGED, LOST, NEW, SETTINGS_CHANGED, EncodeReport, damage_warnings
 from sd3tune.encode.resources import check_room, is_mine, release
 from sd3tune.model.bases import ENCODER_PARTS, ENCODERS, Base
 from sd3tune.model.quantized import load_text_encoder_in
@@ -52,6 +52,8 @@ def encode_captions(
     """
     length = max_sequence_length
     keys = caption_keys(base, texts, encoders=encoders, dtype=dtype, max_sequence_length=length, t5_form=t5_form)
+    damaged = set(store.check(key for of in keys.values() for key in of.values()))
+    names = dict.fromkeys(repr(text[:60]) for of in keys.values() for text, key in of.items() if key in damaged)
     missing = {encoder: [text for text, key in of.items() if key not in store] for encoder, of in keys.items()}
     sizes = {encoder: entry_bytes(base, encoder, dtype, max_sequence_length) for encoder in encoders}
     nbytes = sum(sizes[encoder] * len(found) for encoder, found in missing.items())
@@ -75,7 +77,9 @@ def encode_captions(
         captions = {str(record.image): record.caption for record in records}
         Manifest.add(store.root, captions=captions, texts=every_text)
     extent = f"{len(every_text)} text{'s' * (len(every_text) != 1)} x {len(encoders)} encoders"
-    return keys, EncodeReport("captions", extent, len(every_text), reasons, nbytes, _warnings(cut))
+    return keys, EncodeReport(
+        "captions", extent, len(every_text), reasons, nbytes, [*damage_warnings(list(names)), *_warnings(cut)]
+    )
 
 
 def caption_keys(

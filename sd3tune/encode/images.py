@@ -27,7 +27,7 @@ from sd3tune.data.images import (
 from sd3tune.data.records import Record
 from sd3tune.data.store import Store, key
 from sd3tune.encode.manifest import ImageFacts, Manifest
-from sd3tune.encode.report import IMAGE_CHANGED, LOST, NEW, SETTINGS_CHANGED, EncodeReport
+from sd3tune.encode.report import IMAGE_CHANGED, LOST, NEW, SETTINGS_CHANGED, EncodeReport, damage_warnings
 from sd3tune.encode.resources import check_room, is_mine, release
 from sd3tune.errors import DataError
 from sd3tune.model.bases import Base
@@ -91,6 +91,8 @@ def encode_images(
         for of, target in zip(facts, targets, strict=True)
     ]
 
+    damaged = set(store.check(key for of in cuts for key, _ in of))
+    names = [image.name for image, of in zip(refs, cuts, strict=True) if not damaged.isdisjoint(key for key, _ in of)]
     jobs: dict[str, _Job] = {}  # by digest: copies of a file are encoded once
     reasons: Counter[str] = Counter()
     for image, of, target, all_cuts in zip(refs, facts, targets, cuts, strict=True):
@@ -112,7 +114,8 @@ def encode_images(
         Manifest.add(store.root, images={str(image): of for image, of in zip(refs, facts, strict=True)})
     variants = crop_variants * (1 + flip)
     extent = f"{len(records)} x {variants} variants" if variants > 1 else f"{len(records)}"
-    report = EncodeReport(what, extent, len(records), reasons, nbytes, _warnings(refs, facts, targets))
+    warnings = [*damage_warnings(names), *_warnings(refs, facts, targets)]
+    report = EncodeReport(what, extent, len(records), reasons, nbytes, warnings)
     encoded = [EncodedImage(target, tuple(key for key, _ in of)) for target, of in zip(targets, cuts, strict=True)]
     return encoded, report
 

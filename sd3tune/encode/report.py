@@ -49,6 +49,14 @@ class EncodeReport:
         return [self.summary(), *(f"warning: {warning}" for warning in self.warnings)]
 
 
+def damage_warnings(names: Sequence[str]) -> list[str]:
+    """A warning that names the images or captions whose entries were found damaged in the store, if there are any."""
+    if not names:
+        return []
+    some = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    return [f"{len(names)} damaged in the store, encoded again: {some}"]
+
+
 def megabytes(nbytes: int) -> str:
     """Bytes as a person reads them, in powers of ten: `3.4 MB`, `12.0 GB`."""
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

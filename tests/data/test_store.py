@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sd3tune.data.store import Store, key
+from sd3tune.data.store import Store, key, read_index
+from sd3tune.data.survey import survey
 from sd3tune.errors import RunError
 
 PUT_FOREVER = """
@@ -301,3 +302,72 @@ def test_many_threads_read_at_once(tmp_path):
 def test_nbytes_counts_tensors_once(tmp_path):
     store = fill(tmp_path, range(5))
     assert store.nbytes(map(number_key, (0, 1, 1))) == 2 * 50 * 4
+
+
+def rewritten(shard, change):
+    """The shard with other tensors under its header."""
+    with safe_open(shard, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(change(tensors), shard, metadata=metadata)
+
+
+def zeros(tensors):
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+
+
+def a_flipped_bit(tensors):
+    first = min(tensors)
+    tensors[first].view(torch.uint8)[-1] ^= 1
+    return tensors
+
+
+def swapped(tensors):
+    names = sorted(tensors)
+    return {name: tensors[other].clone() for name, other in zip(names, reversed(names), strict=True)}
+
+
+def reshaped(tensors):
+    return {name: tensor.reshape(1, -1) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("damage", [zeros, a_flipped_bit, swapped, reshaped])
+def test_damaged_entries_are_found_before_they_are_used_and_written_again(tmp_path, damage):
+    fill(tmp_path, range(4), shard_bytes=400)
+    victim = shards(tmp_path)[0]
+    lost = {name.partition("/")[0] for name in safe_open(victim, framework="pt").keys()}  # noqa: SIM118
+    rewritten(victim, damage)
+
+    store, keys = Store(tmp_path), [number_key(number) for number in range(4)]
+    assert store.damaged is False
+    assert set(store.check(keys)) == lost
+    assert set(store.missing(keys)) == lost
+    assert victim not in shards(tmp_path)
+    assert [file.kind for file in survey(tmp_path)].count("unreadable") == 1
+    with store.writer() as writer:
+        for number in range(4):
+            writer.put(number_key(number), {"x": torch.full((50,), float(number))})
+    for number in range(4):
+        assert Store(tmp_path).get(number_key(number))["x"].eq(number).all()
+
+
+def test_an_entry_that_was_not_checked_is_compared_when_it_is_read(tmp_path):
+    fill(tmp_path, range(1, 5), shard_bytes=400)
+    rewritten(shards(tmp_path)[0], zeros)
+    store, keys = Store(tmp_path), [number_key(number) for number in range(1, 5)]
+    assert store.check(keys, nbytes=0) == []
+    lost = read_index(shards(tmp_path)[0])
+    with pytest.raises(RunError, match=r"damaged on the disk; run again \(with --resume\) to encode it again"):
+        store.get(next(iter(lost)))
+    assert set(store.missing(keys)) == set(Store(tmp_path).missing(keys)) == set(lost)
+
+
+def test_entries_of_earlier_versions_have_no_digest_and_are_taken(tmp_path):
+    fill(tmp_path, range(2))
+    (shard,) = shards(tmp_path)
+    with safe_open(shard, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, shard)
+    store = Store(tmp_path)
+    assert store.check([number_key(0), number_key(1)]) == []
+    assert store.get(number_key(1))["x"].eq(1).all()

@@ -138,6 +138,23 @@ def test_a_damaged_store_is_given_as_the_reason(base, tmp_path):
     assert report.summary() == "captions: 4 of 4 re-encoded: lost from the store"
 
 
+def test_damaged_entries_are_encoded_again_and_named(base, tmp_path, encoded):
+    keys, _ = encode(base, Store(tmp_path))
+    expected = {key: Store(tmp_path).get(key) for of in keys.values() for key in of.values()}
+    for shard in tmp_path.glob("*.safetensors"):
+        content = shard.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        shard.write_bytes(content[:start] + bytes(len(content) - start))
+    encoded.clear()
+    _, report = encode(base, Store(tmp_path))
+    assert len(encoded) == 4 * 3
+    assert report.summary() == "captions: 4 of 4 re-encoded: lost from the store"
+    assert report.warnings[0].startswith("4 damaged in the store, encoded again: '")
+    for key, entry in expected.items():
+        again = Store(tmp_path).get(key)
+        assert all(torch.equal(again[name], tensor) for name, tensor in entry.items())
+
+
 def test_without_t5_it_is_neither_loaded_nor_keyed(base, tmp_path, encoded):
     keys, report = encode(base, Store(tmp_path), encoders=("clip_l", "clip_g"))
     assert set(keys) == {"clip_l", "clip_g"} == {encoder for encoder, _ in encoded}
