@@ -15,7 +15,7 @@ from diffusers import SD3Transformer2DModel
 
 from sd3tune.atomic import write_json, write_text
 from sd3tune.config import Config, dump_config
-from sd3tune.errors import RunError
+from sd3tune.errors import Interrupted, RunError
 from sd3tune.jobs.card import write_card
 from sd3tune.jobs.closing import closing_report, summary
 from sd3tune.jobs.contract import check_finished, check_identity, make_contract, run_identity, start_facts
@@ -100,7 +100,7 @@ def run_training(
         try:
             _train(plan, processes, say, callbacks, signals)
         except KeyboardInterrupt:
-            raise RunError(_interrupted(plan)) from None
+            raise Interrupted(_interrupted(plan)) from None
 
 
 @dataclass(frozen=True)
