@@ -18,7 +18,7 @@ EXIT_CODES = (
     "Exit codes: 0 done; 2 a mistake, a full disk or out of memory, with an error line that says what to do; "
     "130 stopped by Ctrl-C or SIGTERM; 1 anything unexpected."
 )
-_NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EROFS)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def run_app(app: typer.Typer) -> None:
