@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.atomic import FULL, TEMPORARY, WriteError, remove_folder, remove_unfinished, write_json
+from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.encode.report import megabytes
 from sd3tune.errors import RunError
 from sd3tune.methods import PRODUCTS
 from sd3tune.methods.base import Product
 from sd3tune.train.checkpoint import list_checkpoints, read_state
 
-RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 SAMPLES = "samples"
 LOGS = "logs"
