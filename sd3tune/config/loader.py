@@ -157,4 +157,5 @@ def _is_hub_dataset(source: Any, folder: Path) -> bool:
 
 
 def _looks_like_a_path(text: str) -> bool:
-    return text in (".", "..", "~") or text.startswith(("./", "../", "/", "~/"))
+    starts = tuple(f"{start}{separator}" for start in (".", "..", "~") for separator in {"/", os.sep})
+    return text in (".", "..", "~") or text.startswith(starts) or os.path.isabs(text)
