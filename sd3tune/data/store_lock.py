@@ -1,9 +1,9 @@
 """Who uses a store's folder: any number of processes at once, or one alone that removes files.
 
-A portable lock has one holder. So each user locks a file of its own, the first `user-N.lock` that is free, and a removal
-locks all of them. Both enter by `gate.lock`, which a removal keeps until it is done. The system drops the locks of a
-process that ends; the files stay, and are used again. Versions up to 0.1.0 shared `store.lock`, which a removal holds
-as well.
+A portable lock has one holder. So each user locks a file of its own, the first `user-N.lock` that is free, and a
+removal locks all of them. Both enter by `gate.lock`, which a removal keeps until it is done. The system drops the locks
+of a process that ends; the files stay, and are used again. Earlier versions share a lock on `store.lock`, which a
+removal holds as well.
 """
 
 from __future__ import annotations

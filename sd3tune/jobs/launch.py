@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 
 from sd3tune.errors import Interrupted, ProcessError, RunError, UserError
-from sd3tune.jobs.environment import gpu_asked_for, launch_problems, no_gpu
+from sd3tune.jobs.environment import gpu_asked_for, launch_problems, no_gpu, sharding_problems
 
 ERRORS = "SD3TUNE_ERRORS"
 """Folder where the processes of one command leave their problems, for the launching one to print, once, at the end."""
@@ -34,7 +34,7 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
     world = os.environ.get("WORLD_SIZE", "")
     if world.isdecimal() and int(world) > 1:
         raise RunError("--num-processes: this process was started by a launcher already; give the number to it alone")
-    problems = launch_problems(os.environ)
+    problems = launch_problems(os.environ) + sharding_problems(os.environ)
     gpus = torch.cuda.device_count()
     asked = gpu_asked_for(os.environ)
     if asked and not gpus:

@@ -19,7 +19,7 @@ Printed = Callable[..., str]
 
 
 @pytest.fixture
-def printed(monkeypatch, capsys) -> Printed:
+def printed(monkeypatch) -> Printed:
     """`printed(encoding, "train", ...)`: what a command prints to a standard output of that encoding."""
 
     def command(encoding: str, *arguments: object) -> str:
@@ -27,10 +27,7 @@ def printed(monkeypatch, capsys) -> Printed:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
             patch.setattr(sys, "argv", ["sd3tune", *map(str, arguments)])
-            try:
-                run()
-            except SystemExit as stop:
-                assert stop.code in (0, None), capsys.readouterr().err
+            run()  # SystemExit would be a failure
             sys.stdout.flush()
             return raw.getvalue().decode(encoding)
 
@@ -79,7 +76,7 @@ def test_a_shown_configuration_loses_no_character(encoding: str, config_file: Pa
     assert text.isascii() == (encoding != "utf-8")
 
 
-def test_an_output_that_is_no_file_is_left_alone(monkeypatch, capsys) -> None:
+def test_an_output_that_is_no_file_is_left_alone(monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(sys, "argv", ["sd3tune", "--version"])
     run()
