@@ -26,6 +26,7 @@ from sd3tune.errors import RunError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a disk, a quota or a file may hold no more."""
 TEMPORARY = ".tmp-"
+_ON_WINDOWS = os.name == "nt"
 _STALE_SECONDS = 3600.0  # nothing takes that long to be written, so an older temporary file has lost its writer
 
 
@@ -124,8 +125,13 @@ def remove_stale(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file's content or a folder's entries to the disk.
+
+    Windows opens no folders, and flushes only files that are open for writing.
+    """
+    if _ON_WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if _ON_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

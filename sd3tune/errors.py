@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can fix. The command line prints each problem on its own line and exits with code 2."""
+    """Something the user can fix. The command line prints each problem on its own line and ends with `exit_code`."""
+
+    exit_code = 2
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -29,3 +31,15 @@ class AdapterError(UserError):
 
 class RunError(UserError):
     """The machine and the run folder: devices, disk, locks, a run that cannot be resumed."""
+
+
+class Interrupted(RunError):
+    """Ctrl-C or SIGTERM, after what was finished has been saved."""
+
+    exit_code = 130
+
+
+class ProcessError(RunError):
+    """Another process of the same command failed for a reason that it has printed itself."""
+
+    exit_code = 1

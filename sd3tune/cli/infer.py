@@ -43,7 +43,8 @@ def infer(
     prompts: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            metavar="FILE", help="A .jsonl or .csv file, a picture a line; what is already in --out is not drawn again."
+            metavar="FILE",
+            help="A .txt file, a prompt a line; or .jsonl or .csv. What is already in --out is not drawn again.",
         ),
     ] = None,
     grid: Annotated[

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -21,11 +19,13 @@ from sd3tune.cli.imports import quick_imports
 from sd3tune.cli.infer import infer
 from sd3tune.cli.leaving import leave_after
 from sd3tune.cli.lora import lora_app
+from sd3tune.cli.outcome import EXIT_CODES, run_app
 from sd3tune.config import dump_config, json_schema, load_config
-from sd3tune.errors import ConfigError, UserError
+from sd3tune.errors import ConfigError
 
 app = typer.Typer(
     help="Fine-tune Stable Diffusion 3 and 3.5 with LoRA.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -107,7 +107,8 @@ def show(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Print the whole configuration, defaults and overrides applied."""
     loaded = load_config(config, overrides or ())
     print_notes(loaded.notes)
-    print(dump_config(loaded.config), end="")
+    utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"  # as configurations are read
+    print(dump_config(loaded.config, ascii_only=not utf8), end="")
 
 
 @config_app.command()
@@ -202,36 +203,5 @@ def main() -> None:
 
 
 def run() -> None:
-    """The command: a user's mistake is one line per problem on stderr and exit code 2, never a traceback."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log wants a line now and then
-    try:
-        app(prog_name="sd3tune")
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except (ImportError, OSError) as error:
-        line = _missing_library(error) if isinstance(error, ImportError) else _full_disk(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _full_disk(error: OSError) -> str | None:
-    """What to say when anything could not be written for want of room, or because the disk is read-only."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-        return None
-    return f"{error.filename or 'a file'}: cannot be written: {error.strerror}; free some space, or use another disk"
-
-
-def _missing_library(error: ImportError) -> str | None:
-    """What to say of a library that is not there, or of another version; None when the fault is ours."""
-    library, _, inside = (error.name or "").partition(".")
-    if not library or library == "sd3tune" or library in sys.stdlib_module_names:
-        return None
-    if isinstance(error, ModuleNotFoundError) and not inside:
-        return f"the library {library!r} is not installed; `sd3tune doctor` says which are missing and how to get them"
-    reason = " ".join(str(error).split())[:300]
-    return f"the library {library!r} does not fit: {reason}; `sd3tune doctor` says which versions are wanted"
+    """Run the command that was typed; ends with SystemExit and the exit code, or returns for 0."""
+    run_app(app)

@@ -30,18 +30,21 @@ _Dumper.add_representer(str, _text)
 add_scalars(_Dumper)
 
 
-def dump_config(config: Config) -> str:
-    """Every key with its value, in the order of the schema; `load_config` gives back an equal one."""
-    return dump_values(config.model_dump())
+def dump_config(config: Config, ascii_only: bool = False) -> str:
+    """Every key with its value, in the order of the schema; `load_config` gives back an equal one.
+
+    `ascii_only`: with escapes for all other characters, for a place that may not be read as UTF-8.
+    """
+    return dump_values(config.model_dump(), ascii_only)
 
 
-def dump_values(values: dict[str, Any]) -> str:
+def dump_values(values: dict[str, Any], ascii_only: bool = False) -> str:
     """Nested values as YAML, in their order."""
     return yaml.dump(
         values,
         Dumper=_Dumper,
         sort_keys=False,
-        allow_unicode=True,
+        allow_unicode=not ascii_only,
         default_flow_style=False,
         width=2**20,
     )

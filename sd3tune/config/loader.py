@@ -16,6 +16,7 @@ from sd3tune.config.extends import refuse_newer_version, tree_of_text, tree_of_v
 from sd3tune.config.files import read_text
 from sd3tune.config.overrides import apply_overrides
 from sd3tune.config.problems import dotted, explain
+from sd3tune.config.run_folder import leave_folder_to_the_run, use_own_folder
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.model import OFFLINE_BASES
 from sd3tune.config.shape import fill_kinds, value_at
@@ -38,18 +39,25 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """Read a YAML file, apply `a.b.c=value` overrides and check the result.
 
     Paths in a file are relative to it, also in one that it extends; paths in overrides to the working directory.
-    All become absolute.
+    All become absolute. The `config.yaml` of a run folder describes the run in that folder, wherever it was moved.
 
     Raises:
         ConfigError: one line per problem, `run.yaml:7: train.steps: -5 is too small; at least 1`.
     """
     source = os.fspath(path)
-    return load_text(read_text(source), source, overrides)
+    tree = tree_of_text(read_text(source), source)
+    use_own_folder(tree, source)
+    own_base = value_at(tree.values, ("model", "base"))
+    apply_overrides(tree, overrides)
+    leave_folder_to_the_run(tree, own_base)
+    return _checked(tree)
 
 
 def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Check a text as `load_config` checks the file `source`, which need not exist. Raises ConfigError."""
-    return _checked(tree_of_text(text, source), overrides)
+    tree = tree_of_text(text, source)
+    apply_overrides(tree, overrides)
+    return _checked(tree)
 
 
 def parse_config(
@@ -62,11 +70,12 @@ def parse_config(
     Raises:
         ConfigError: one line per problem.
     """
-    return _checked(tree_of_values(copy.deepcopy(dict(values)), Path(folder or ".").absolute()), overrides)
-
-
-def _checked(tree: Tree, overrides: Sequence[str]) -> LoadedConfig:
+    tree = tree_of_values(copy.deepcopy(dict(values)), Path(folder or ".").absolute())
     apply_overrides(tree, overrides)
+    return _checked(tree)
+
+
+def _checked(tree: Tree) -> LoadedConfig:
     refuse_newer_version(tree)
     fill_kinds(Config, tree.values)
     _resolve_paths(tree.values, lambda path: tree.origin(path).folder)
@@ -114,11 +123,11 @@ def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path])
             resolve(source.get("prior"), "path", ("data", "sources", index, "prior", "path"))
     resolve(data, "cache_dir", ("data", "cache_dir"))
     resolve(values, "output_dir", ("output_dir",))
-    resolve(values.get("method"), "start_from", ("method", "start_from"))
-    resolve(values.get("validation"), "holdout", ("validation", "holdout"))
     if values.get("output_dir") is None:
         name = values.get("name", Config.model_fields["name"].default)
         values["output_dir"] = _absolute(os.path.join("runs", str(name)), Path.cwd())
+    resolve(values.get("method"), "start_from", ("method", "start_from"))
+    resolve(values.get("validation"), "holdout", ("validation", "holdout"))
     encoders = model.get("text_encoders") if isinstance(model, dict) else None
     for encoder in encoders if isinstance(encoders, dict) else ():
         resolve(encoders, encoder, ("model", "text_encoders", encoder))
@@ -148,4 +157,5 @@ def _is_hub_dataset(source: Any, folder: Path) -> bool:
 
 
 def _looks_like_a_path(text: str) -> bool:
-    return text in (".", "..", "~") or text.startswith(("./", "../", "/", "~/"))
+    starts = tuple(f"{start}{separator}" for start in (".", "..", "~") for separator in {"/", os.sep})
+    return text in (".", "..", "~") or text.startswith(starts) or os.path.isabs(text)

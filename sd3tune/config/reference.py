@@ -67,8 +67,11 @@ data:
   `../` or `~/`, end like a file of weights (`.safetensors`), or when such a folder or file exists (not for the
   names of the offline bases: write `./tiny` for a folder called tiny).
 - The run folder holds the resolved configuration as `config.yaml`: every key, every path absolute,
-  `output_dir` included. It describes the same run wherever it is used from; give another `output_dir` to
-  run it once more.
+  `output_dir` included. It describes the same run wherever it is used from, also after the folder was moved or
+  copied: beside a `run.json` it means the folder it lies in. Give another `output_dir` to run it once more.
+- A rehearsal, whose overrides alone replace the base by `tiny` or another with random weights, goes to
+  `runs/{name}-tiny` and leaves `runs/{name}` to the run. With a `name=` or an `output_dir` it goes where they say.
+- Tabs may separate values and comments; spaces indent.
 """
 
 

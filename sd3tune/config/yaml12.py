@@ -27,6 +27,7 @@ _SCALARS = {
 }
 _MAX_VALUES = 100_000
 _TOO_DEEP = "nested too deeply"
+_BREAKS = "\r\n\x85\u2028\u2029"
 
 
 class YamlError(Exception):
@@ -49,7 +50,47 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """Only the scalars of the YAML 1.2 core schema are recognised; everything else is a string."""
+    """Only the scalars of the YAML 1.2 core schema are recognised; everything else is a string.
+
+    Tabs may stand wherever YAML has them as white space, and PyYAML takes spaces alone: before a comment, around
+    values, in values, and in front of lines inside brackets. They may not indent.
+    """
+
+    def scan_to_next_token(self) -> None:
+        super().scan_to_next_token()
+        while self.peek() == "\t" and (self.flow_level or not self._indents()):
+            self._skip_white()
+            self.allow_simple_key = self.allow_simple_key and bool(self.flow_level)  # a tab would indent `- ` or `k: `
+            super().scan_to_next_token()
+
+    def scan_plain_spaces(self, indent: int, start_mark: yaml.Mark) -> list[str] | None:
+        chunks: list[str] | None = super().scan_plain_spaces(indent, start_mark)
+        if self.peek() != "\t" or (not self.flow_level and self._indents()):
+            return chunks
+        white = self._skip_white()
+        return super().scan_plain_spaces(indent, start_mark) if self.peek() in _BREAKS else [*(chunks or ()), white]
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose a node as PyYAML does, but let an anchor be defined again: an alias means the last one before it."""
+        event = self.peek_event()
+        if not isinstance(event, yaml.AliasEvent):
+            self.anchors.pop(event.anchor, None)
+        return super().compose_node(parent, index)
+
+    def _skip_white(self) -> str:
+        length = 0
+        while self.peek(length) in (" ", "\t"):
+            length += 1
+        white: str = self.prefix(length)
+        self.forward(length)
+        return white
+
+    def _indents(self) -> bool:
+        """Whether the white space here is what a line with content begins with."""
+        before, length = self.buffer[: self.pointer], 0
+        while self.peek(length) in (" ", "\t"):
+            length += 1
+        return not before[max(map(before.rfind, _BREAKS)) + 1 :].strip(" ") and self.peek(length) not in f"#{_BREAKS}\0"
 
 
 def add_scalars(cls: Any) -> None:
@@ -156,9 +197,13 @@ class _Builder:
 
     def scalar(self, node: yaml.Node, path: KeyPath) -> Any:
         kind = node.tag.removeprefix(_TAG)
-        if kind == "str":
-            return node.value
         line = node.start_mark.line + 1
+        if kind == "str":
+            try:  # JSON escapes a character beyond 16 bits as two
+                return node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+            except UnicodeDecodeError:
+                self.problems.append((path, line, "holds half of a surrogate pair; write the character itself"))
+                return None
         if kind not in _SCALARS or not isinstance(node, yaml.ScalarNode):
             tag = "!!" + kind if kind != node.tag else node.tag
             self.problems.append((path, line, f"the tag {tag} is not allowed; write a plain value"))

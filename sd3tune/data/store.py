@@ -9,7 +9,6 @@ A shard with a damaged entry is renamed to `*.damaged` and all of its entries co
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -25,10 +24,12 @@ from typing import Any
 
 import torch
 import xxhash
+from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sd3tune.atomic import FULL, TEMPORARY, remove_stale, write_bytes
+from sd3tune.data.store_lock import LOCK_FILES, alone, use
 from sd3tune.errors import RunError
 from sd3tune.tensorfile import digest
 
@@ -36,7 +37,7 @@ SHARD_BYTES = 64 * 2**20
 FLUSH_SECONDS = 30.0
 CHECKED_BYTES = 2 * 2**30
 """How much `Store.check` reads, which takes about a second; other entries are compared when they are first read."""
-_PREFIX, _SUFFIX, _LOCK, _DAMAGED = "shard-", ".safetensors", "store.lock", ".damaged"
+_PREFIX, _SUFFIX, _DAMAGED = "shard-", ".safetensors", ".damaged"
 _DIGESTS = "digests"
 """The key of a shard's metadata that holds the entries' digests, as JSON."""
 
@@ -60,7 +61,7 @@ class Entry:
 class Store:
     """The entries under `root`, as of the last `refresh`, and those written through this object since.
 
-    While the object lives, it holds a shared lock on the folder, so that `survey.remove` takes nothing away from it.
+    While the object lives, it counts as a user of the folder, so that `survey.remove` takes nothing away from it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -189,13 +190,11 @@ class Store:
             writer.flush()
 
     def _share(self) -> None:
-        """Take the shared lock, once the folder is there; without one where the file system has none."""
+        """Become a user of the folder, once it is there; go without where no lock file can be made."""
         if self._locked or not self.root.is_dir():
             return
         with contextlib.suppress(OSError):
-            descriptor = os.open(self.root / _LOCK, os.O_CREAT | os.O_RDWR, 0o666)
-            weakref.finalize(self, os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits for a removal, which is brief
+            weakref.finalize(self, use(self.root).release, force=True)
             self._locked = True
 
 
@@ -243,29 +242,31 @@ def _disk_trouble(folder: Path) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, RunError) else error
         if not isinstance(cause, OSError):
             raise
-        full = cause.errno in FULL
-        way_out = "free some space or set data.cache_dir to another disk" if full else "set data.cache_dir elsewhere"
-        raise RunError(f"{folder}: cannot be written ({cause.strerror or cause}); {way_out}") from None
+        raise _unwritable(folder, cause) from None
+
+
+def _unwritable(folder: Path, cause: OSError) -> RunError:
+    full = cause.errno in FULL
+    way_out = "free some space or set data.cache_dir to another disk" if full else "set data.cache_dir elsewhere"
+    return RunError(f"{folder}: cannot be written ({cause.strerror or cause}); {way_out}")
 
 
 @contextlib.contextmanager
 def exclusive(root: Path) -> Iterator[None]:
     """Hold the folder of a store alone. Raises RunError when a process, this one included, has a `Store` there."""
-    with _disk_trouble(root):
-        descriptor = os.open(root / _LOCK, os.O_CREAT | os.O_RDWR, 0o666)
-    try:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            held.enter_context(alone(root))
+        except Timeout:
             raise RunError(f"{root}: a run is using this store; try again when it has ended") from None
+        except OSError as error:
+            raise _unwritable(root, error) from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 def is_store(root: Path) -> bool:
     """Whether the folder was ever used as a store."""
-    return (root / _LOCK).exists() or bool(shards_in(root))
+    return any((root / name).exists() for name in LOCK_FILES) or bool(shards_in(root))
 
 
 def shards_in(root: Path) -> list[Path]:

@@ -128,7 +128,11 @@ def _remove_earlier_demo(out: Path) -> None:
     if not _is_demo(out / "alone" / "config.yaml"):
         raise RunError(f"--out: {out} exists and is not an earlier demo; choose another folder")
     with locked(out):
-        shutil.rmtree(out)
+        for path in out.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK_FILE:
+                path.unlink()
 
 
 def _is_demo(config: Path) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
 
 _PLACE = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
@@ -36,12 +39,46 @@ def launch_problems(environment: Mapping[str, str]) -> list[str]:
     ]
 
 
+_SHARDING = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
+"""What accelerate calls the ways to split a model, in ACCELERATE_USE_... and as `distributed_type`."""
+
+
+def sharding_problems(environment: Mapping[str, str]) -> list[str]:
+    """The variables that ask for a way to split the model over devices, which this trainer does not have."""
+    names = [f"ACCELERATE_USE_{way}" for way in (*_SHARDING, "PARALLELISM_CONFIG")]
+    return [
+        f"{name}={environment[name]}: sd3tune splits no model over devices; unset it, or take it out of the "
+        "configuration of accelerate that sets it, and use --num-processes for several GPUs"
+        for name in names
+        if _is_true(environment.get(name, ""))
+    ]
+
+
+def sharding_ignored(environment: Mapping[str, str]) -> list[str]:
+    """A note for each way to split the model that accelerate's default configuration names; launches alone read it."""
+    cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(environment.get("HF_HOME") or f"{cache}/huggingface").expanduser() / "accelerate"
+    for file in (folder / "default_config.yaml", folder / "default_config.json"):
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        way = str(values.get("distributed_type") if isinstance(values, dict) else None).upper()
+        if way in _SHARDING:
+            return [f"{file} asks for {_SHARDING[way]}; only `accelerate launch` reads it, and sd3tune trains without"]
+    return []
+
+
+def _is_true(value: str) -> bool:
+    return value.lower() in ("1", "true", "yes", "y", "on", "t")
+
+
 def gpu_asked_for(environment: Mapping[str, str]) -> str | None:
     """The variable that asks for a GPU, as NAME=value; None when the CPU will do."""
     device = environment.get("ACCELERATE_TORCH_DEVICE", "")
     if device.startswith("cuda"):
         return f"ACCELERATE_TORCH_DEVICE={device}"
-    if environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
+    if _is_true(environment.get("ACCELERATE_USE_CPU", "")):
         return None
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     return f"CUDA_VISIBLE_DEVICES={visible}" if re.match(r"\d|GPU-|MIG-", visible) else None

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,11 +16,13 @@ from typing import NoReturn
 
 import torch
 
-from sd3tune.errors import RunError, UserError
-from sd3tune.jobs.environment import gpu_asked_for, launch_problems, no_gpu
+from sd3tune.errors import Interrupted, ProcessError, RunError, UserError
+from sd3tune.jobs.environment import gpu_asked_for, launch_problems, no_gpu, sharding_problems
 
 ERRORS = "SD3TUNE_ERRORS"
 """Folder where the processes of one command leave their problems, for the launching one to print, once, at the end."""
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""What a launcher returns after it was told to stop."""
 
 
 def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
@@ -31,7 +34,7 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
     world = os.environ.get("WORLD_SIZE", "")
     if world.isdecimal() and int(world) > 1:
         raise RunError("--num-processes: this process was started by a launcher already; give the number to it alone")
-    problems = launch_problems(os.environ)
+    problems = launch_problems(os.environ) + sharding_problems(os.environ)
     gpus = torch.cuda.device_count()
     asked = gpu_asked_for(os.environ)
     if asked and not gpus:
@@ -47,17 +50,21 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
     with tempfile.TemporaryDirectory(prefix="sd3tune-") as folder:
         os.environ[ERRORS] = folder
         code = _on_gpus(count, command) if gpus else _on_the_cpu(count, command)
-        problems = [line for file in sorted(Path(folder).iterdir()) for line in json.loads(file.read_text())]
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
+        left = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).iterdir())]
+    if left:
+        interrupted = all(error["exit_code"] == Interrupted.exit_code for error in left)
+        lines = dict.fromkeys(line for error in left for line in error["problems"])
+        raise (Interrupted if interrupted else UserError)(*lines)
+    if code in _STOPPED:
+        raise KeyboardInterrupt
     if code:
-        raise RunError(f"--num-processes {count}: a process ended with exit code {code}; what it said stands above")
+        raise ProcessError(f"--num-processes {count}: a process ended with exit code {code}; see its output above")
     sys.exit(0)
 
 
 @contextlib.contextmanager
 def errors_to_the_launcher() -> Iterator[None]:
-    """Around a whole job: under `relaunch`, leave its problems to the launching process and exit with code 2."""
+    """Around a whole job: under `relaunch`, leave its problems to the launching process and end with their code."""
     folder = os.environ.get(ERRORS)
     if folder is None:
         yield
@@ -65,8 +72,9 @@ def errors_to_the_launcher() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(error.problems))
-        raise SystemExit(2) from None
+        left = json.dumps({"exit_code": error.exit_code, "problems": error.problems})
+        Path(folder, f"{os.environ['RANK']}.json").write_text(left, encoding="utf-8")
+        raise SystemExit(error.exit_code) from None
     except RuntimeError:
         # When one process has ended, the others' next collective operation fails: the first one's problem counts.
         if any(Path(folder).iterdir()):

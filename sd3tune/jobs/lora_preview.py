@@ -13,12 +13,13 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.encode.resources import release
 from sd3tune.errors import AdapterError, RunError
 from sd3tune.jobs.fresh_pipeline import drawing_pipeline, load_into, text_pipeline
 from sd3tune.jobs.machine import choose_dtype, dtype_name, gpu_of
 from sd3tune.jobs.previews_of_run import Preview, previews_of
-from sd3tune.jobs.run_folder import BEST, RUN_FILE, holds_report
+from sd3tune.jobs.run_folder import BEST, holds_report
 from sd3tune.model.adapter_io import Adapter
 from sd3tune.model.bases import Base
 from sd3tune.model.components import load_vae

@@ -15,7 +15,7 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from sd3tune import __version__
 from sd3tune.errors import RunError
-from sd3tune.jobs.environment import gpu_asked_for, launch_problems, no_gpu
+from sd3tune.jobs.environment import gpu_asked_for, launch_problems, no_gpu, sharding_problems
 from sd3tune.train.loop import Processes
 
 ALONE = Processes(0, 1, lambda tensor: tensor, lambda tensor: tensor[None], lambda: None)
@@ -27,9 +27,10 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safete
 def make_accelerator(accumulation: int = 1) -> Accelerator:
     """Device and process group. Precision and accumulation are ours, whatever the environment or a config file says.
 
-    Raises RunError when the environment asks for a GPU that is not there, or is not that of a whole launch.
+    Raises RunError when the environment asks for a GPU that is not there or for a split model, or is not that of a
+    whole launch.
     """
-    problems = launch_problems(os.environ)
+    problems = launch_problems(os.environ) + sharding_problems(os.environ)
     asked = gpu_asked_for(os.environ)
     if asked and not torch.cuda.is_available():
         problems.append(no_gpu(asked))
@@ -40,7 +41,7 @@ def make_accelerator(accumulation: int = 1) -> Accelerator:
             mixed_precision="no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation),
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         ours = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("ACCELERATE_")]
         where = f"; the environment says {', '.join(ours)}" if ours else ""
         raise RunError(f"the processes could not be set up: {' '.join(str(error).split())[:300]}{where}") from error

@@ -60,7 +60,7 @@ def _next_steps(config: Config, out: Path) -> list[str]:
         steps.append("  give each image a caption, in a .txt file of the same name beside it")
     if config.model.base in OFFLINE_BASES:
         return [*steps, f"  {command}"]
-    rehearsal = f"name={config.name}-rehearsal model.base=tiny data.resolution=256 train.steps=20"
+    rehearsal = "model.base=tiny data.resolution=256 train.steps=20"
     return [
         *steps,
         f"  {command} {rehearsal} schedule.warmup_steps=0   # on the CPU, without a download",

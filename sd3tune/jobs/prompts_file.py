@@ -1,4 +1,4 @@
-"""A file of prompts: JSON lines or CSV, one picture a line, each column in the place of the flag of its name."""
+"""A file of prompts, one picture a line: plain text, or JSON lines or CSV with a column for each flag of its name."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ class Row:
 
 
 def read_prompts(path: Path) -> list[Row]:
-    """The lines of a .jsonl or .csv file. Raises ConfigError with every problem, each naming file and line."""
-    kinds = {".jsonl": _json_lines, ".csv": _csv_lines}
+    """Read a .txt, .jsonl or .csv file. Raises ConfigError with every problem, each naming file and line."""
+    kinds = {".txt": _text_lines, ".jsonl": _json_lines, ".csv": _csv_lines}
     if path.suffix.lower() not in kinds:
-        raise ConfigError(f"--prompts {path}: a .jsonl or .csv file")
+        raise ConfigError(f"--prompts {path}: neither a .txt, a .jsonl nor a .csv file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -116,6 +116,14 @@ def read_prompts(path: Path) -> list[Row]:
     if problems:
         raise ConfigError(*problems)
     return rows
+
+
+def _text_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """A prompt a line; blank lines and those that begin with `#` are left out."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        prompt = line.strip()
+        if prompt and not prompt.startswith("#"):
+            yield number, {"prompt": prompt}
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:

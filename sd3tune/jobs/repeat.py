@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sd3tune import __version__
+from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.errors import AdapterError, ConfigError, ModelError
 from sd3tune.jobs.recipes import file_sha256, read_recipe
 from sd3tune.jobs.request import Request, parse_lora
@@ -194,7 +195,8 @@ def _found_image(repeat: Repeat, image: _Image) -> Path:
 
 def _candidates(picture: Path, name: str) -> Iterator[Path]:
     """Files that may be the adapter called `name`, the nearest first."""
-    roots = [*picture.absolute().parents[:3], Path.cwd(), *sorted(Path("runs").glob("*"))]
+    deeper = (file.parent for file in sorted(Path("runs").glob(f"*/*/{RUN_FILE}")))  # as those of the demo
+    roots = [*picture.absolute().parents[:3], Path.cwd(), *sorted(Path("runs").glob("*")), *deeper]
     for root in roots:
         for folder in (".", "adapter", "adapter_raw", "best/adapter", "checkpoints/*"):
             for file in (ADAPTER_FILE, f"{name}.safetensors"):

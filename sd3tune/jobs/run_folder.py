@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -13,14 +12,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from sd3tune.atomic import FULL, TEMPORARY, WriteError, remove_folder, remove_unfinished, write_json
+from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.encode.report import megabytes
 from sd3tune.errors import RunError
 from sd3tune.methods import PRODUCTS
 from sd3tune.methods.base import Product
 from sd3tune.train.checkpoint import list_checkpoints, read_state
 
-RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 SAMPLES = "samples"
 LOGS = "logs"
@@ -116,21 +117,18 @@ def holds_report(run: Path) -> bool:
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold the run folder for this process (made if need be). Raises RunError when another process holds it."""
+    lock = FileLock(run / LOCK_FILE, blocking=False)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run / LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
+        lock.acquire()
+    except Timeout:
+        raise RunError(f"{run}: another process is training here; wait for it or choose another output_dir") from None
     except OSError as error:
         raise RunError(f"output_dir: {run} cannot be written to: {error.strerror}; choose another") from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(
-                f"{run}: another process is training here; wait for it or choose another output_dir"
-            ) from None
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,13 +16,15 @@ from diffusers import SD3Transformer2DModel
 
 from sd3tune.atomic import write_json, write_text
 from sd3tune.config import Config, dump_config
-from sd3tune.errors import RunError
+from sd3tune.config.run_folder import RUN_FILE
+from sd3tune.errors import Interrupted, RunError
 from sd3tune.jobs.card import write_card
 from sd3tune.jobs.closing import closing_report, summary
 from sd3tune.jobs.contract import check_finished, check_identity, make_contract, run_identity, start_facts
 from sd3tune.jobs.describe import describe, describe_memory
 from sd3tune.jobs.drawing import NEGATIVE_PROMPT
 from sd3tune.jobs.encoding import Encoded, encode
+from sd3tune.jobs.environment import sharding_ignored
 from sd3tune.jobs.fitting import fitted_plan
 from sd3tune.jobs.launch import errors_to_the_launcher
 from sd3tune.jobs.machine import ALONE, closing_process_group, make_accelerator, processes_of
@@ -29,7 +32,6 @@ from sd3tune.jobs.memory import encoding_knob, loading_knob, naming_out_of_memor
 from sd3tune.jobs.optimizer import with_working_optimizer
 from sd3tune.jobs.preflight import Plan, make_plan
 from sd3tune.jobs.run_folder import (
-    RUN_FILE,
     check_start,
     clear,
     describe_run,
@@ -73,7 +75,7 @@ def run_training(
             if processes.is_main:
                 print(line, flush=True)
 
-        for note in notes:
+        for note in (*notes, *sharding_ignored(os.environ)):
             say(f"note: {note}")
         with accelerator.main_process_first():  # a tiny base is built then: transformers writes on rank 0 alone
             plan = make_plan(config, accelerator.device, resume, processes.world)
@@ -100,7 +102,7 @@ def run_training(
         try:
             _train(plan, processes, say, callbacks, signals)
         except KeyboardInterrupt:
-            raise RunError(_interrupted(plan)) from None
+            raise Interrupted(_interrupted(plan)) from None
 
 
 @dataclass(frozen=True)

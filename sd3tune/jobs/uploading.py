@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from sd3tune.atomic import TEMPORARY
 from sd3tune.config import load_config
+from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.config.sections.outputs import REPO_ID, REPO_ID_IN_WORDS
 from sd3tune.errors import RunError, UserError
 from sd3tune.jobs.card import card_of, card_to_upload
 from sd3tune.jobs.preflight import Plan, naming_hub_push
-from sd3tune.jobs.run_folder import RUN_FILE, holds_report
+from sd3tune.jobs.run_folder import holds_report
 from sd3tune.publish.files import CARD, CONFIG, Upload, config_of_run, files_of_checkpoint, files_of_run
 from sd3tune.publish.repository import Repository, repository_of
 from sd3tune.train.checkpoint import checkpoint_at

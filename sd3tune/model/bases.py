@@ -5,7 +5,6 @@ Nothing here imports torch, so that a misspelt or gated base is reported at once
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -15,10 +14,11 @@ from typing import Any, Literal
 
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ModelError
+from sd3tune.model.base_names import suggesting_released, suggestion
 from sd3tune.model.checkpoint import COMMON, CONFIGS, LABELS, VARIANTS, FilePart, misfits, read_checkpoint, read_encoder
 from sd3tune.model.contract import CONTRACT_FILE, check_contract
 from sd3tune.model.hub import cached, download
-from sd3tune.model.offline import OFFLINE, offline_folder, offline_kind
+from sd3tune.model.offline import offline_folder, offline_kind
 from sd3tune.model.shape import new_shape
 from sd3tune.model.weights import PICKLED, digest, read_json, weight_files
 
@@ -269,8 +269,9 @@ def resolve_base(
         read_checkpoint(path)
         return Base(name, "file", path.absolute(), None, files, tokenizers)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise ModelError(f"{name}: no such base: neither an offline base, a path nor a Hub id{_suggestion(path)}")
-    snapshot = download(name, revision, ["model_index.json", CONTRACT_FILE])
+        raise ModelError(f"{name}: no such base: neither an offline base, a path nor a Hub id{suggestion(path)}")
+    with suggesting_released(name):
+        snapshot = download(name, revision, ["model_index.json", CONTRACT_FILE])
     _check_model_index(snapshot, name)
     return Base(name, "hub", snapshot, snapshot.name, files, tokenizers)
 
@@ -308,15 +309,6 @@ def _check_model_index(folder: Path, name: str) -> None:
     pipeline = str(read_json(index).get("_class_name"))
     if not pipeline.startswith("StableDiffusion3"):
         raise ModelError(f"{name}: a {pipeline}, not a Stable Diffusion 3 or 3.5 model")
-
-
-def _suggestion(folder: Path) -> str:
-    try:
-        siblings = [str(folder.parent / path.name) for path in folder.parent.iterdir() if path.is_dir()]
-    except OSError:
-        siblings = []
-    close = difflib.get_close_matches(str(folder), [*OFFLINE, *siblings], n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; the offline bases are {', '.join(OFFLINE)}"
 
 
 def _hub_patterns(part: str, weights: bool) -> list[str]:

@@ -6,19 +6,17 @@ tokenizers, a VAE with 16 latent channels, and an MMDiT whose options mirror the
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from filelock import FileLock
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -50,7 +48,7 @@ def build_tiny(shape: Shape, folder: Path) -> None:
     The weights depend on the shape and each parameter's name alone; the global random state stays as it was.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_name(folder.name + ".lock")):
+    with FileLock(folder.with_name(folder.name + ".lock")):
         if (folder / "model_index.json").is_file():
             return
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -61,13 +59,6 @@ def build_tiny(shape: Shape, folder: Path) -> None:
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _write(shape: Shape, folder: Path) -> None:

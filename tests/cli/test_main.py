@@ -8,8 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,44 +15,13 @@ from PIL import Image
 
 from sd3tune import __version__
 from sd3tune.cli.infer import parse_size
-from sd3tune.cli.main import run
 from sd3tune.config import dump_config, load_config
 from sd3tune.errors import ConfigError
 from sd3tune.model.bases import resolve_base
+from tests.cli.conftest import Command, Finished
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "PIL")
-
-
-@dataclass(frozen=True)
-class Finished:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Finished]
-
-
-@pytest.fixture
-def command(monkeypatch, capfd) -> Command:
-    """`command("infer", "--lora", ...)`: the command line in this process."""
-
-    def command(*arguments: object) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["sd3tune", *map(str, arguments)])
-        monkeypatch.setenv("TQDM_MININTERVAL", "10")
-        monkeypatch.setenv("COLUMNS", "200")
-        capfd.readouterr()
-        try:
-            run()
-            code: object = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        printed = capfd.readouterr()
-        assert isinstance(code, int)
-        return Finished(code, printed.out, printed.err)
-
-    return command
 
 
 @pytest.fixture
@@ -181,14 +148,6 @@ def test_several_mistakes_are_a_line_each(command: Command, config_file: Path, t
     assert finished.code == 2
     assert len(finished.err.splitlines()) == 2
     assert all(line.startswith("error: ") for line in finished.err.splitlines())
-
-
-@pytest.mark.parametrize("arguments", ["train", "infer --num x", "nonsense", "train --nonsense x", "config", ""])
-def test_wrong_usage_shows_the_usage_and_no_traceback(arguments: str, command: Command) -> None:
-    finished = command(*arguments.split())
-    assert finished.code == 2
-    assert "Usage: sd3tune" in finished.out + finished.err
-    assert "Traceback" not in finished.err
 
 
 # What it prints.

@@ -102,3 +102,48 @@ def test_a_number_too_long_to_read_is_a_problem() -> None:
     document = parse("a: !!int x\nb: " + "9" * 5000)
     assert document.problems[0][:2] == (("a",), 1)
     assert document.problems[-1][2].endswith("cannot be read as int") or document.value["b"] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a: 64\t# px", {"a": 64}),
+        ("a:\t64\t", {"a": 64}),
+        ("a: 1 \t \nb: 2\t\n", {"a": 1, "b": 2}),
+        ("a: 'x'\t# c", {"a": "x"}),
+        ("a: x\ty", {"a": "x\ty"}),
+        ("a: x\t y  \t# c", {"a": "x\t y"}),
+        ("a: x\t\n  y", {"a": "x y"}),
+        ("a: [1,\t2\t]", {"a": [1, 2]}),
+        ("a: {b: 1\t,\tc: 2}", {"a": {"b": 1, "c": 2}}),
+        ("-\tx\n-\ty", ["x", "y"]),
+        ("a:\t# c\n  - b: 1\t\n    c: 2\t# x\n", {"a": [{"b": 1, "c": 2}]}),
+        ("a: 1\n\t# c\n \t\nb: 2", {"a": 1, "b": 2}),
+        ('{\n\t"a": 1,\n\t"b": [\n\t\t1\n\t]\n}', {"a": 1, "b": [1]}),  # JSON
+        ("a: &x 1\nb: *x\nc: &x 2\nd: *x", {"a": 1, "b": 1, "c": 2, "d": 2}),
+        ('a: "\\ud83d\\ude00"', {"a": "\N{GRINNING FACE}"}),
+    ],
+)
+def test_what_yaml_allows_is_read(text: str, value: object) -> None:
+    document = parse(text)
+    assert (document.value, document.problems) == (value, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("\ta: 1", 1), ("a:\n\tb: 1", 2), ("a:\n  b: 1\n\tc: 2", 3), ("a:\n\t- 1", 2), ("a: b\n\tc", 2)],
+)
+def test_a_tab_does_not_indent(text: str, line: int) -> None:
+    with pytest.raises(YamlError, match="a tab cannot indent or start a value; use spaces") as caught:
+        parse(text)
+    assert caught.value.line == line
+
+
+@pytest.mark.parametrize("text", ["-\ta: 1\n  b: 2", "-\t- a"])
+def test_a_tab_does_not_indent_what_follows_a_dash(text: str) -> None:
+    with pytest.raises(YamlError):
+        parse(text)
+
+
+def test_half_a_surrogate_pair_is_no_character() -> None:
+    assert parse('a: "\\ud83d"').problems == [(("a",), 1, "holds half of a surrogate pair; write the character itself")]

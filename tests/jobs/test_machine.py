@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from sd3tune.errors import RunError
-from sd3tune.jobs.environment import gpu_asked_for, launch_problems
+from sd3tune.jobs.environment import gpu_asked_for, launch_problems, sharding_ignored, sharding_problems
 from sd3tune.jobs.machine import Gpu, choose_dtype, gpu_of
 
 T4, A100 = Gpu("Tesla T4", has_bf16=False), Gpu("NVIDIA A100", has_bf16=True)
@@ -102,3 +105,34 @@ def test_a_launch_that_contradicts_itself_has_a_line_for_each(change: dict[str, 
 )
 def test_a_gpu_is_asked_for_by_name_only(environment: dict[str, str], asks: bool) -> None:
     assert (gpu_asked_for(environment) is not None) == asks
+
+
+@pytest.mark.parametrize("way", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_a_way_to_split_the_model_is_refused_by_its_variable(way: str) -> None:
+    name = f"ACCELERATE_USE_{way}"
+    for value in ("true", "True", "1"):
+        (line,) = sharding_problems({name: value, "ACCELERATE_USE_CPU": "true"})
+        assert line.startswith(f"{name}={value}: sd3tune splits no model over devices; unset it")
+    assert sharding_problems({name: "false"}) == sharding_problems({name: ""}) == sharding_problems({}) == []
+
+
+@pytest.mark.parametrize("way", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_what_accelerate_s_own_configuration_asks_for_is_named(way: str, tmp_path: Path) -> None:
+    yaml, as_json = (tmp_path / "accelerate" / f"default_config.{ending}" for ending in ("yaml", "json"))
+    home = {"HF_HOME": str(tmp_path)}
+    assert sharding_ignored(home) == []
+    yaml.parent.mkdir()
+    as_json.write_text(json.dumps({"distributed_type": way}))
+    (note,) = sharding_ignored(home)
+    assert note.startswith(f"{as_json} asks for ")
+    yaml.write_text(f"compute_environment: LOCAL_MACHINE\ndistributed_type: {way}\n")
+    (note,) = sharding_ignored({"XDG_CACHE_HOME": str(tmp_path), "HF_HOME": str(tmp_path)})
+    assert note.startswith(f"{yaml} asks for ")
+    assert "only `accelerate launch` reads it" in note
+
+
+@pytest.mark.parametrize("text", ["distributed_type: MULTI_GPU", "distributed_type: 'NO'", "[]", "{", ""])
+def test_any_other_configuration_of_accelerate_is_no_matter(text: str, tmp_path: Path) -> None:
+    (tmp_path / "huggingface" / "accelerate").mkdir(parents=True)
+    (tmp_path / "huggingface" / "accelerate" / "default_config.yaml").write_text(text)
+    assert sharding_ignored({"XDG_CACHE_HOME": str(tmp_path)}) == []

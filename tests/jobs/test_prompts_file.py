@@ -46,6 +46,16 @@ def test_csv_and_json_lines_mean_the_same(tmp_path: Path) -> None:
     assert [row.place for row in rows] == [f"{csv}:{number}" for number in (2, 3, 4)]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_plain_text_is_a_prompt_a_line(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "prompts.TXT"
+    path.write_text('a red circle\r\n\n  # not this one\n  a star, #2: "blue" \n{une étoile}', encoding=encoding)
+    rows = read_prompts(path)
+    texts = ["a red circle", 'a star, #2: "blue"', "{une étoile}"]
+    assert [row.values for row in rows] == [{"prompt": text} for text in texts]
+    assert [row.place for row in rows] == [f"{path}:{number}" for number in (1, 4, 5)]
+
+
 def test_every_column_is_a_part_of_a_shot() -> None:
     assert set(COLUMNS) <= set(Shot.__dataclass_fields__)
 
@@ -75,7 +85,8 @@ def test_a_text_may_go_on_over_several_lines_of_csv(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a"}\n{"prompt\n', "p.jsonl:2: not JSON: "),
         ("p.jsonl", '["a"]\n', "p.jsonl:1: each line is an object"),
         ("p.csv", "prompt\n", "p.csv: holds no prompts"),
-        ("p.txt", "a dog\n", "p.txt: a .jsonl or .csv file"),
+        ("p.md", "a dog\n", "p.md: neither a .txt, a .jsonl nor a .csv file"),
+        ("p.txt", "\n# a dog\n", "p.txt: holds no prompts"),
         ("p.csv", b"prompt\nein H\xfcndchen\n", "p.csv: byte 12 is not UTF-8"),
     ],
 )

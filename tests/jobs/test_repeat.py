@@ -101,6 +101,19 @@ def test_elsewhere_the_adapter_is_found_in_runs_or_asked_for(
     assert distance(draw(from_picture=alone)[0], picture) == 0
 
 
+def test_the_adapter_of_a_run_inside_a_folder_of_runs_is_found(
+    picture: Path, adapter: Path, draw: Draw, tmp_path: Path, monkeypatch
+) -> None:
+    """As the demo's are, in `runs/demo/with_prior`."""
+    monkeypatch.chdir(tmp_path)
+    alone = Path(shutil.copy(picture, tmp_path / "a.png"))
+    run = Path(shutil.copytree(adapter.parents[1], tmp_path / "runs" / "demo" / "with_prior"))
+    with pytest.raises(AdapterError, match="drawn with the adapter 'dog'"):
+        draw(from_picture=alone)
+    (run / "run.json").write_text("{}")
+    assert distance(draw(from_picture=alone)[0], picture) == 0
+
+
 def test_an_adapter_of_another_content_is_not_taken_for_it(
     picture: Path, adapter: Path, draw: Draw, tmp_path: Path, monkeypatch, capsys
 ) -> None:

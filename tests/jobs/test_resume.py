@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sd3tune.config import dump_config
+from sd3tune.config import dump_config, load_config
 from sd3tune.errors import RunError, UserError
 from sd3tune.jobs import train
 from sd3tune.jobs.train import run_training
@@ -78,6 +78,21 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(
     assert f"resuming from step-{step // 3 * 3:06d}" in capsys.readouterr().out
     assert_equal_runs(straight, run)
     assert json.loads((run / "run.json").read_text())["resumes"] == [{"from_step": step // 3 * 3}]
+
+
+def test_a_moved_run_resumes_in_its_new_place_and_ends_as_if_it_had_stayed(
+    quick_config, tmp_path: Path, straight: Path, assert_equal_runs, capsys
+) -> None:
+    stopped(quick_config(tmp_path / "run", *EVERYTHING), 7)
+    moved = Path(shutil.move(tmp_path / "run", tmp_path / "elsewhere" / "moved"))
+    config = load_config(moved / "config.yaml").config
+    with pytest.raises(UserError, match=r"moved: already holds a run \(step 6\); add --resume"):
+        run_training(config)
+    run_training(config, resume=True)
+    assert "resuming from step-000006" in capsys.readouterr().out
+    assert_equal_runs(straight, moved)
+    assert load_config(moved / "config.yaml").notes == ()  # it was written anew
+    assert not (tmp_path / "run").exists()
 
 
 VARIANTS = (

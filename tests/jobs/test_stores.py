@@ -77,7 +77,7 @@ def test_what_was_used_lately_stays(root: Path, config) -> None:
 def test_everything_goes_with_all_and_is_new_again(root: Path, config, capsys) -> None:
     (root / "notes.txt").write_text("mine")
     prune_store(root, everything=True, yes=True)
-    assert {path.name for path in root.iterdir()} == {"notes.txt", "store.lock"}
+    assert {path.name for path in root.iterdir()} == {"notes.txt", "store.lock", "gate.lock", "user-0.lock"}
     assert list_store(root)[1:] == ["empty"]
     capsys.readouterr()
     run_cache(config)

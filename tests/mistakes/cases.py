@@ -366,6 +366,7 @@ CASES = [
     ),
     Case("data", "a dataset that is not there", TRAIN, "gone.parquet", source("{kind: dataset, path: ./gone.parquet}")),
     Case("data", "a placeholder that does not exist", CHECK, "template", source('{path: photos, template: "{word}"}')),
+    Case("models", "a released model by another name", TRAIN, "3.5-medium'", edited("base: tiny,", "base: sd3.5-m,")),
     Case("models", "a misspelt base", TRAIN, "did you mean 'tiny", edited("base: tiny,", "base: tiny-sd35,")),
     Case("models", "a folder that is no model", TRAIN, "model_index.json", edited("base: tiny,", "base: ./photos,")),
     Case("models", "a component that is missing", TRAIN, "vae", base_copy(lambda base: shutil.rmtree(base / "vae"))),

@@ -120,6 +120,9 @@ ENVIRONMENT = [
         environment={"ACCELERATE_TORCH_DEVICE": "cuda"},
     ),
     one("neither yes nor no", TRAIN, "ACCELERATE_USE_CPU=maybe", environment={"ACCELERATE_USE_CPU": "maybe"}),
+    one("DeepSpeed", TRAIN, "ACCELERATE_USE_DEEPSPEED=true", environment={"ACCELERATE_USE_DEEPSPEED": "true"}),
+    one("Megatron-LM", DRAW, "ACCELERATE_USE_MEGATRON_LM=true", environment={"ACCELERATE_USE_MEGATRON_LM": "true"}),
+    one("FSDP for two", (*TRAIN, *TWO), "ACCELERATE_USE_FSDP=true", environment={"ACCELERATE_USE_FSDP": "true"}),
     one(
         "a library that is missing",
         TRAIN,

@@ -354,3 +354,44 @@ def test_a_single_file_gets_its_tokenizers_from_the_hub(
     assert any(path.startswith("/stabilityai/stable-diffusion-3.5-medium/") for path in fetched)
     assert gated.startswith("tokenizers: gated/sd3: this model is gated: accept its licence")
     assert "`hf auth login`; or give model.tokenizers: a folder that holds tokenizer, tokenizer_2 and" in gated
+
+
+@pytest.mark.parametrize(
+    ("names", "meant"),
+    [
+        ("sd3 SD3 sd3-medium sd3_medium stable-diffusion-3-medium StableDiffusion3", "3-medium-diffusers"),
+        (
+            "sd35 sd3.5 sd3.5-medium sd35-medium SD3.5M stable-diffusion-3.5-medium 3.5-medium",
+            "3.5-medium",
+        ),
+        ("sd35-large SD3.5L sd3.5_large stable_diffusion-3.5-large sd35l", "3.5-large"),
+        ("sd3.5-large-turbo sd35_large_turbo SD3.5-Turbo", "3.5-large-turbo"),
+        ("sd35-mediun sd35-lage", None),
+    ],
+)
+def test_a_released_model_by_another_name_is_suggested(names: str, meant: str | None) -> None:
+    for name in names.split():
+        with pytest.raises(
+            ModelError, match=r"no such base: .*; did you mean 'stabilityai/stable-diffusion-3"
+        ) as caught:
+            resolve_base(name)
+        if meant is not None:
+            assert caught.value.problems[0].endswith(f"did you mean 'stabilityai/stable-diffusion-{meant}'?")
+
+
+@pytest.mark.parametrize(("name", "meant"), [("tinny", "tiny"), ("tiny-sd35", "tiny-sd3"), ("nanno", "nano")])
+def test_an_offline_base_by_nearly_its_name_is_suggested(name: str, meant: str) -> None:
+    with pytest.raises(ModelError, match=f"did you mean '{meant}'"):
+        resolve_base(name)
+
+
+def test_a_wrong_hub_id_of_a_released_model_is_suggested_where_it_fails(monkeypatch) -> None:
+    def refuse(repo: str, *_: object) -> None:
+        raise ModelError(f"{repo}: no such model on the Hub")
+
+    monkeypatch.setattr("sd3tune.model.bases.download", refuse)
+    with pytest.raises(ModelError, match=r"did you mean 'stabilityai/stable-diffusion-3.5-large'\?"):
+        resolve_base("stabilityai/sd3.5-large")
+    for right in ("stabilityai/stable-diffusion-3.5-large", "me/sd3.5-large"):
+        with pytest.raises(ModelError, match=r"no such model on the Hub$"):
+            resolve_base(right)

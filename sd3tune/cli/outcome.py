@@ -1,0 +1,105 @@
+"""How a command ends: its exit code, and one line for each problem in place of a traceback."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from typing import NoReturn
+
+import typer
+
+from sd3tune.cli.usage import UsageError, usage_problem
+from sd3tune.errors import Interrupted, UserError
+from sd3tune.jobs.stopping import StopSignals
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 2 a mistake, a full disk or out of memory, with an error line that says what to do; "
+    "130 stopped by Ctrl-C or SIGTERM; 1 anything unexpected."
+)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run the command line, print its problems to stderr and exit as `EXIT_CODES` says.
+
+    A bug keeps its traceback, and Python exits with 1; typer does, in silence, when nobody reads the output any more.
+    """
+    _print_whatever_the_encoding()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log wants a line now and then
+    try:
+        with StopSignals():
+            code = app(prog_name="sd3tune", standalone_mode=False)
+    except UsageError as error:
+        problem = usage_problem(error)
+        _exit(2, *([] if problem is None else [problem]))
+    except UserError as error:
+        _exit(error.exit_code, *error.problems)
+    except (KeyboardInterrupt, typer.Abort):
+        code = Interrupted.exit_code
+    except (ImportError, OSError, MemoryError, RuntimeError) as error:
+        line = _in_one_line(error)
+        if line is None:
+            raise
+        _exit(2, line)
+    if code == Interrupted.exit_code:
+        _exit(code, "stopped; every file that was written is complete, and the same command can be run again")
+    if isinstance(code, int) and code:
+        sys.exit(code)
+
+
+def _exit(code: int, *problems: str) -> NoReturn:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _print_whatever_the_encoding() -> None:
+    """Print `?` for a character that the output's encoding lacks, where Python would raise UnicodeEncodeError.
+
+    A pipe on Windows, a Latin-1 locale and PYTHONIOENCODING have such encodings; file names may hold bytes that UTF-8
+    lacks. stderr escapes those characters by itself.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _in_one_line(error: Exception) -> str | None:
+    """The line for a failure that is not a bug; None for any other."""
+    if isinstance(error, ImportError):
+        return _missing_library(error)
+    if isinstance(error, OSError):
+        return _full_disk(error)
+    return _out_of_memory(error)
+
+
+def _full_disk(error: OSError) -> str | None:
+    """For a file that could not be written because the disk is full or read-only."""
+    if error.errno not in _NO_ROOM:
+        return None
+    return f"{error.filename or 'a file'}: cannot be written: {error.strerror}; free some space, or use another disk"
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """For what the jobs do not explain by themselves, whichever allocator refused."""
+    if "torch" in sys.modules:
+        from sd3tune.jobs.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            return None
+    elif not isinstance(error, MemoryError):
+        return None
+    return "out of memory; close other programs, or use a smaller base, resolution or batch"
+
+
+def _missing_library(error: ImportError) -> str | None:
+    """For a library that is not installed, or does not fit."""
+    library, _, inside = (error.name or "").partition(".")
+    if not library or library == "sd3tune" or library in sys.stdlib_module_names:
+        return None
+    if isinstance(error, ModuleNotFoundError) and not inside:
+        return f"the library {library!r} is not installed; `sd3tune doctor` says which are missing and how to get them"
+    reason = " ".join(str(error).split())[:300]
+    return f"the library {library!r} does not fit: {reason}; `sd3tune doctor` says which versions are wanted"
