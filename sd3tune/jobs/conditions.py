@@ -150,7 +150,15 @@ def _compare_transformers(adapter: Adapter, base: Base) -> None:
 
 def _compare_encoders(adapter: Adapter, base: Base) -> None:
     for encoder, trained in adapter.contract.get("encoder_files", {}).items():
-        if trained["fingerprint"] != base.fingerprint(ENCODER_PARTS[encoder][1]):
+        part = ENCODER_PARTS[encoder][1]
+        if trained["fingerprint"] == base.fingerprint(part):
+            continue
+        if trained["fingerprint"] == base.fingerprint(part, uses_all=True):
+            print(
+                f"warning: {adapter.label} was trained with the text_projection of {trained['file']}, by an earlier "
+                "sd3tune; Stable Diffusion 3 does not use it, and neither do these pictures"
+            )
+        else:
             print(
                 f"warning: {adapter.label} was trained with {LABELS[encoder]} from {trained['file']}, and another is "
                 "used here; --config YAML takes the text encoders of its model section"

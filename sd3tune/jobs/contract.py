@@ -97,6 +97,7 @@ def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, A
             "max_sequence_length": config.model.max_sequence_length,
             "t5": config.model.t5,
             **config.model.fewer_bits,
+            **({"clip_l_pooled": "unprojected"} if plan.base.ignores_projection else {}),
         },
         "data": {
             "resolution": config.data.resolution,
@@ -126,6 +127,12 @@ def _shift(plan: Plan) -> float | str:
         return f"by resolution, {plan.model_shift:g} at 1024 px"
     return plan.shift
 
+
+_EXPLAINED = {
+    "model.clip_l_pooled": "an earlier sd3tune encoded the run's captions with CLIP-L's text_projection, which Stable "
+    "Diffusion 3 does not use; they are encoded without it now",
+}
+"""Why a run of an earlier version differs in a key that it did not have."""
 
 _DIGESTS = {
     "model.base": "weights of the base",
@@ -166,6 +173,8 @@ def _refuse(plan: Plan, lines: Sequence[str]) -> None:
 
 def _in_words(line: str) -> str:
     key = line.partition(":")[0]
+    if key in _EXPLAINED:
+        return f"{key}: {_EXPLAINED[key]}"
     return f"{key}: not the same {_DIGESTS[key]} as in the run" if key in _DIGESTS else line
 
 

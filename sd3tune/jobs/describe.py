@@ -101,6 +101,8 @@ def _about_base(plan: Plan) -> list[str]:
     files = plan.base.encoder_files
     used = [f"{name} from {files[name].name}" for name in plan.method.cached_encoders if name in files]
     lines = [f"encoders  {', '.join(used)}"] if used else []
+    if plan.base.ignores_projection:
+        lines.append("          CLIP-L's text_projection is not used: Stable Diffusion 3 takes the unprojected vector")
     if plan.base.random:
         shape = plan.base.random.config
         width = shape["num_attention_heads"] * shape["attention_head_dim"]

@@ -62,6 +62,7 @@ class _Recipe(Part):
     quantize: str | None = None
     t5_8bit: bool = False
     vae_tiling: bool = False
+    clip_l_pooled: Literal["unprojected"] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ class Repeat:
 
         Raises ModelError.
         """
+        if base.ignores_projection and self.recipe.clip_l_pooled is None:
+            print(
+                f"warning: {self.picture} was drawn with CLIP-L's text_projection, by an earlier sd3tune; Stable "
+                "Diffusion 3 does not use it, and neither does this picture"
+            )
         if base.fingerprint("transformer") == self.recipe.base_fingerprint:
             return
         said = f"{self.picture} was drawn with {self.recipe.base}, whose weights differ from this {base.label}"

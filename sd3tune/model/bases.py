@@ -141,18 +141,27 @@ class Base:
         found = self.in_file(part)
         return dict(found.config) if found else read_json(self.folder(part, weights=False) / "config.json")
 
-    def fingerprint(self, part: str) -> str:
-        """A hex digest of the content of the part that is used (see `headers.digest`), wherever it lies.
+    @property
+    def ignores_projection(self) -> bool:
+        """Whether CLIP-L comes from a file with a `text_projection` that Stable Diffusion 3 does not use."""
+        found = self.in_file(ENCODER_PARTS["clip_l"][1])
+        return bool(found and found.unused)
 
-        It covers the config and the tensors, or the text files of a part that has no weights.
+    def fingerprint(self, part: str, uses_all: bool = False) -> str:
+        """A hex digest of the content of the part that is used (see `weights.digest`), wherever it lies.
+
+        It covers the config and the tensors, or the text files of a part that has no weights. `uses_all` gives the
+        digest of versions that knew nothing of `FilePart.unused`.
         """
         if part == "transformer" and self.random:
             drawn = {"recipe": _RANDOM_RECIPE, "seed": self.random.seed, "config": dict(self.random.config)}
             return digest([("random", json.dumps(drawn, sort_keys=True).encode())])
         found = self.in_file(part)
         if found is not None:
-            config = json.dumps(found.config, sort_keys=True).encode()
-            return digest([("config.json", config)], [(found.file, found.prefix)])
+            described = [("config.json", json.dumps(found.config, sort_keys=True).encode())]
+            if found.unused and not uses_all:
+                described.append(("unused", json.dumps(sorted(found.unused)).encode()))
+            return digest(described, [(found.file, found.prefix)])
         folder = self.folder(part)
         if not _has_weights(part):
             texts = sorted(path for pattern in _TEXT_FILES for path in folder.glob(pattern))
