@@ -46,6 +46,7 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "weighting": config.flow.weighting.model_dump(),
         "loss": config.flow.loss.model_dump(),
         "noise_offset": config.flow.noise_offset,
+        **({"sampler_noise_offset": config.flow.noise_offset} if config.flow.noise_offset else {}),
         "resolution": config.data.resolution,
         "buckets": config.data.buckets,
         "caption_dropout": config.data.caption_dropout,

@@ -59,6 +59,8 @@ class Recipes:
         """What most pictures have nothing of."""
         texts = {name: getattr(shot, name) for name in ("prompt_clip_l", "prompt_clip_g", "prompt_t5")}
         found: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
+        if shot.noise_offset:
+            found["noise_offset"] = float(shot.noise_offset)
         if shot.slg is not None:
             found["slg"] = {
                 "scale": shot.slg, "layers": list(shot.slg_layers), "start": shot.slg_start, "stop": shot.slg_stop,

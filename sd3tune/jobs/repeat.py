@@ -56,6 +56,7 @@ class _Recipe(Part):
     prompt_clip_l: str | None = None
     prompt_clip_g: str | None = None
     prompt_t5: str | None = None
+    noise_offset: float = 0.0
     slg: _Skip | None = None
     image: _Image | None = None
     strength: float | None = None
@@ -119,6 +120,7 @@ def repeated(request: Request, repeat: Repeat) -> Request:
         "size": recipe.size,
         "sampler": recipe.sampler,
         "shift": recipe.shift,
+        "noise_offset": recipe.noise_offset,
         "t5_tokens": recipe.max_sequence_length,
         "t5": "t5" in recipe.encoders,
         **{name: getattr(recipe, name) for name in _OWN_TEXTS if request.prompt is None},

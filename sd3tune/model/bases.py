@@ -16,7 +16,7 @@ from typing import Any, Literal
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ModelError
 from sd3tune.model.checkpoint import COMMON, CONFIGS, LABELS, VARIANTS, FilePart, misfits, read_checkpoint, read_encoder
-from sd3tune.model.contract import CONTRACT_FILE, check_contract
+from sd3tune.model.contract import CONTRACT_FILE, check_contract, starting_offset
 from sd3tune.model.hub import cached, download
 from sd3tune.model.offline import OFFLINE, offline_folder, offline_kind
 from sd3tune.model.shape import new_shape
@@ -178,6 +178,11 @@ class Base:
         contract = read_json(file)
         check_contract(str(file), contract, ModelError)
         return contract
+
+    @property
+    def noise_offset(self) -> float:
+        """The offset that the starting noise of its own pictures has; see `sampler.add_offset`."""
+        return 0.0 if self.random else starting_offset(self.contract)
 
     def check_encoders(self, encoders: Iterable[str]) -> None:
         """Look into every file that was named for them and compare it with the base; no tensor is read.
