@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from sd3tune import __version__
-from sd3tune.config import load_config
+from sd3tune.config import Config, load_config
+from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.data.store import key
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.jobs.encoding import Encoded
@@ -105,10 +106,28 @@ def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, A
             **(_content(encoded) if encoded else {}),
             "caption_dropout": config.data.caption_dropout,
             "encoder_dropout": config.data.encoder_dropout,
+            **({"kept_captions": "whole"} if _may_drop_kept(config) and not drops_kept_captions(plan) else {}),
         },
         "flow": {**sections["flow"], "shift": _shift(plan)},
         "processes": world,
     }
+
+
+def drops_kept_captions(plan: Plan) -> bool:
+    """Return whether caption and encoder dropout also act on samples that keep the base's own prediction.
+
+    Only in a run that an earlier version began, which is resumed with the maths that it began with.
+    """
+    if plan.start is None or not _may_drop_kept(plan.config):
+        return False
+    return "kept_captions" not in read_state(plan.start)["identity"]["data"]
+
+
+def _may_drop_kept(config: Config) -> bool:
+    """Whether samples that keep the base's own prediction meet a dropout of captions or encoders."""
+    data = config.data
+    keeps = any(isinstance(source.prior, OwnPredictionConfig) and source.prior.weight > 0 for source in data.sources)
+    return keeps and (data.caption_dropout > 0 or data.encoder_dropout > 0)
 
 
 def _content(encoded: Encoded) -> dict[str, str]:

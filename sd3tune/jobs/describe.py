@@ -15,6 +15,7 @@ from sd3tune.data.buckets import Size, size_name
 from sd3tune.data.sampler import times_seen
 from sd3tune.encode.report import megabytes
 from sd3tune.jobs.class_images import describe_prompts
+from sd3tune.jobs.contract import drops_kept_captions
 from sd3tune.jobs.machine import dtype_name
 from sd3tune.jobs.preflight import Plan, bucket_of
 from sd3tune.jobs.rehearsal import rehearse_training
@@ -137,6 +138,11 @@ def _about_objective(plan: Plan) -> list[str]:
         lines.append(
             f"warning: {base.label} was trained with noise offset {base.noise_offset:g} and flow.noise_offset is "
             f"{flow.noise_offset:g}; set it to {base.noise_offset:g}"
+        )
+    if drops_kept_captions(plan):
+        lines.append(
+            "warning: an earlier sd3tune began this run; as then, dropout of captions and encoders also acts on the "
+            "samples that keep the base's prediction, so one input has two targets; a new run is better"
         )
     if flow.loss.kind == "huber":
         lines.append(
