@@ -131,9 +131,30 @@ def original_layout() -> Callable[[Tensors, Tensors], dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a base like `tiny` that is stored in bf16, as published models are. Read only."""
-    folder = Path(shutil.copytree(resolve_base("tiny").path, tmp_path_factory.mktemp("bases") / "tiny-in-bf16"))
+def unprojected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """`unprojected("tiny")`: a folder of that base whose CLIP-L has the identity as projection. Read only.
+
+    So have the folders of the published models. A single file of the same weights gives the same conditioning.
+    """
+    written: dict[str, Path] = {}
+
+    def write(name: str) -> str:
+        if name not in written:
+            written[name] = tmp_path_factory.mktemp("bases") / Path(name).name
+            shutil.copytree(resolve_base(name).path, written[name])
+            file = written[name] / "text_encoder" / "model.safetensors"
+            tensors = load_file(file)
+            tensors["text_projection.weight"] = torch.eye(len(tensors["text_projection.weight"]))
+            save_file(tensors, file, metadata={"format": "pt"})
+        return str(written[name])
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_in_bf16(tmp_path_factory: pytest.TempPathFactory, unprojected: Callable[[str], str]) -> str:
+    """The folder of a base like `unprojected("tiny")` that is stored in bf16, as published models are. Read only."""
+    folder = Path(shutil.copytree(unprojected("tiny"), tmp_path_factory.mktemp("bases") / "tiny-in-bf16"))
     for file in folder.glob("*/*.safetensors"):
         halved = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
         save_file(halved, file, metadata={"format": "pt"})

@@ -72,6 +72,14 @@ def infer(
             help="Of the noise levels; by default the base's own. More is more noise.", rich_help_panel=_SAMPLING
         ),
     ] = None,
+    noise_offset: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            metavar="STRENGTH",
+            help="Of the starting noise; by default as in training. 0 is none.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
     slg: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(metavar="SCALE", help="Skip-layer guidance, for SD3.5 medium: 2.8.", rich_help_panel=_SAMPLING),
@@ -189,6 +197,7 @@ def infer(
         batch=batch,
         sampler=sampler,
         shift=shift,
+        noise_offset=noise_offset,
         slg=slg,
         slg_layers=parse_layers(slg_layers),
         slg_start=slg_start,

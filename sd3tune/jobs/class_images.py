@@ -151,4 +151,6 @@ def _recipe(config: Config, settings: ClassImagesConfig, prompt: str, base: Base
         dtype=model.dtype,
         t5=model.max_sequence_length if model.t5 else 0,
         **({"quantize": model.quantize} if model.quantize != "none" else {}),
+        **({"clip_l_pooled": "unprojected"} if base.ignores_projection else {}),
+        **({"noise_offset": base.noise_offset} if base.noise_offset else {}),
     )[:8]

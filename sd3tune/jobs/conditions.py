@@ -15,6 +15,7 @@ from sd3tune.jobs.shots import Shot
 from sd3tune.model.adapter_io import Adapter
 from sd3tune.model.bases import ENCODER_PARTS, ENCODERS, Base, configured_base
 from sd3tune.model.checkpoint import LABELS
+from sd3tune.model.contract import starting_offset
 from sd3tune.model.quantized import missing_library
 
 DEFAULT_SIDE = 1024
@@ -29,11 +30,15 @@ class Conditions:
     encoders: tuple[str, ...]
     size: tuple[int, int]
     """(width, height) of an image that is not given one."""
+    noise_offset: float = 0.0
+    """Of the starting noise of an image that is not given one; see `sampler.add_offset`."""
+    base_noise_offset: float = 0.0
+    """The same for an image of the base alone."""
 
 
 def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditions:
     contracts = [adapter.contract for adapter in adapters if adapter.contract]
-    for key in ("max_sequence_length", "encoders"):
+    for key in ("max_sequence_length", "encoders", "sampler_noise_offset"):
         if len({json.dumps(contract.get(key)) for contract in contracts}) > 1:
             print(f"warning: the adapters were trained with different {key}; the first one's is used")
     model = _find_model(request.base, request.config, adapters)
@@ -52,11 +57,16 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
     for adapter in adapters:
         _compare_transformers(adapter, base)
         _compare_encoders(adapter, base)
+        if request.noise_offset is None:
+            _compare_offsets(adapter)
+    asked = request.noise_offset
     return Conditions(
         base=base,
         t5_length=request.t5_tokens or first.get("max_sequence_length", model.max_sequence_length),
         encoders=encoders,
         size=(side, side),
+        noise_offset=starting_offset(first) if asked is None else asked,
+        base_noise_offset=base.noise_offset if asked is None else asked,
     )
 
 
@@ -148,9 +158,27 @@ def _compare_transformers(adapter: Adapter, base: Base) -> None:
         print(f"warning: {adapter.label} was trained on {contract['base']}, whose weights differ from {base.name}")
 
 
+def _compare_offsets(adapter: Adapter) -> None:
+    """Earlier versions trained with a noise offset and drew without one: so do pictures of their adapters."""
+    trained = adapter.contract.get("noise_offset", 0.0)
+    if trained and not starting_offset(adapter.contract):
+        print(
+            f"warning: {adapter.label} was trained with noise offset {trained:g}, by an earlier sd3tune that drew "
+            f"without it; --noise-offset {trained:g} draws as it was trained"
+        )
+
+
 def _compare_encoders(adapter: Adapter, base: Base) -> None:
     for encoder, trained in adapter.contract.get("encoder_files", {}).items():
-        if trained["fingerprint"] != base.fingerprint(ENCODER_PARTS[encoder][1]):
+        part = ENCODER_PARTS[encoder][1]
+        if trained["fingerprint"] == base.fingerprint(part):
+            continue
+        if trained["fingerprint"] == base.fingerprint(part, uses_all=True):
+            print(
+                f"warning: {adapter.label} was trained with the text_projection of {trained['file']}, by an earlier "
+                "sd3tune; Stable Diffusion 3 does not use it, and neither do these pictures"
+            )
+        else:
             print(
                 f"warning: {adapter.label} was trained with {LABELS[encoder]} from {trained['file']}, and another is "
                 "used here; --config YAML takes the text encoders of its model section"

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from sd3tune import __version__
-from sd3tune.config import load_config
+from sd3tune.config import Config, load_config
+from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.data.store import key
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.jobs.encoding import Encoded
@@ -46,6 +47,7 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "weighting": config.flow.weighting.model_dump(),
         "loss": config.flow.loss.model_dump(),
         "noise_offset": config.flow.noise_offset,
+        **({"sampler_noise_offset": config.flow.noise_offset} if config.flow.noise_offset else {}),
         "resolution": config.data.resolution,
         "buckets": config.data.buckets,
         "caption_dropout": config.data.caption_dropout,
@@ -97,16 +99,35 @@ def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, A
             "max_sequence_length": config.model.max_sequence_length,
             "t5": config.model.t5,
             **config.model.fewer_bits,
+            **({"clip_l_pooled": "unprojected"} if plan.base.ignores_projection else {}),
         },
         "data": {
             "resolution": config.data.resolution,
             **(_content(encoded) if encoded else {}),
             "caption_dropout": config.data.caption_dropout,
             "encoder_dropout": config.data.encoder_dropout,
+            **({"kept_captions": "whole"} if _may_drop_kept(config) and not drops_kept_captions(plan) else {}),
         },
         "flow": {**sections["flow"], "shift": _shift(plan)},
         "processes": world,
     }
+
+
+def drops_kept_captions(plan: Plan) -> bool:
+    """Return whether caption and encoder dropout also act on samples that keep the base's own prediction.
+
+    Only in a run that an earlier version began, which is resumed with the maths that it began with.
+    """
+    if plan.start is None or not _may_drop_kept(plan.config):
+        return False
+    return "kept_captions" not in read_state(plan.start)["identity"]["data"]
+
+
+def _may_drop_kept(config: Config) -> bool:
+    """Whether samples that keep the base's own prediction meet a dropout of captions or encoders."""
+    data = config.data
+    keeps = any(isinstance(source.prior, OwnPredictionConfig) and source.prior.weight > 0 for source in data.sources)
+    return keeps and (data.caption_dropout > 0 or data.encoder_dropout > 0)
 
 
 def _content(encoded: Encoded) -> dict[str, str]:
@@ -126,6 +147,12 @@ def _shift(plan: Plan) -> float | str:
         return f"by resolution, {plan.model_shift:g} at 1024 px"
     return plan.shift
 
+
+_EXPLAINED = {
+    "model.clip_l_pooled": "an earlier sd3tune encoded the run's captions with CLIP-L's text_projection, which Stable "
+    "Diffusion 3 does not use; they are encoded without it now",
+}
+"""Why a run of an earlier version differs in a key that it did not have."""
 
 _DIGESTS = {
     "model.base": "weights of the base",
@@ -166,6 +193,8 @@ def _refuse(plan: Plan, lines: Sequence[str]) -> None:
 
 def _in_words(line: str) -> str:
     key = line.partition(":")[0]
+    if key in _EXPLAINED:
+        return f"{key}: {_EXPLAINED[key]}"
     return f"{key}: not the same {_DIGESTS[key]} as in the run" if key in _DIGESTS else line
 
 

@@ -15,10 +15,12 @@ from sd3tune.data.buckets import Size, size_name
 from sd3tune.data.sampler import times_seen
 from sd3tune.encode.report import megabytes
 from sd3tune.jobs.class_images import describe_prompts
+from sd3tune.jobs.contract import drops_kept_captions
 from sd3tune.jobs.machine import dtype_name
 from sd3tune.jobs.preflight import Plan, bucket_of
 from sd3tune.jobs.rehearsal import rehearse_training
 from sd3tune.jobs.sigmas import describe_sigmas
+from sd3tune.model.contract import spread_without_offset
 from sd3tune.model.targets import CoverageRow
 
 
@@ -41,6 +43,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         f"sigma     {describe_sigmas(config.flow, plan.shift)}",
         f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"
         + f", noise offset {config.flow.noise_offset:g}" * (config.flow.noise_offset > 0),
+        *_about_objective(plan),
         f"{method.product.name:<9} {method.title()}: {parameters:,} parameters, "
         f"{method.exported_bytes * parameters / 1e6:.1f} MB, in {modules} module{'s' * (modules != 1)}",
         *(f"          {_covered(row)}" for row in plan.coverage),
@@ -101,6 +104,8 @@ def _about_base(plan: Plan) -> list[str]:
     files = plan.base.encoder_files
     used = [f"{name} from {files[name].name}" for name in plan.method.cached_encoders if name in files]
     lines = [f"encoders  {', '.join(used)}"] if used else []
+    if plan.base.ignores_projection:
+        lines.append("          CLIP-L's text_projection is not used: Stable Diffusion 3 takes the unprojected vector")
     if plan.base.random:
         shape = plan.base.random.config
         width = shape["num_attention_heads"] * shape["attention_head_dim"]
@@ -115,6 +120,34 @@ def _about_base(plan: Plan) -> list[str]:
         lines.append(
             f"warning: {plan.base.label} is a Turbo model: it is distilled (for guidance 1 and 4 steps) and trains "
             "badly; train on the model without Turbo, the adapter then works on both"
+        )
+    return lines
+
+
+def _about_objective(plan: Plan) -> list[str]:
+    """What to know of the settings whose result differs from what their names promise."""
+    flow, side, base = plan.config.flow, plan.config.data.resolution, plan.base
+    lines = []
+    if flow.noise_offset:
+        share = 100 * spread_without_offset(flow.noise_offset, side)
+        lines.append(
+            f"warning: flow.noise_offset: sd3tune's pictures start from the same offset; other tools start without it "
+            f"and then draw {share:.2g} % of the spread of brightness at {side} px; 0 turns it off"
+        )
+    if base.noise_offset not in (0, flow.noise_offset):
+        lines.append(
+            f"warning: {base.label} was trained with noise offset {base.noise_offset:g} and flow.noise_offset is "
+            f"{flow.noise_offset:g}; set it to {base.noise_offset:g}"
+        )
+    if drops_kept_captions(plan):
+        lines.append(
+            "warning: an earlier sd3tune began this run; as then, dropout of captions and encoders also acts on the "
+            "samples that keep the base's prediction, so one input has two targets; a new run is better"
+        )
+    if flow.loss.kind == "huber":
+        lines.append(
+            f"note: Huber's loss (delta {flow.loss.delta:g}) does not estimate a mean, so rare kinds of picture are "
+            "drawn less often than they occur; flow.loss.kind=mse draws each as often"
         )
     return lines
 

@@ -60,7 +60,7 @@ def draw_class_images(
     bar = tqdm(mine, desc="drawing class images", unit="image", disable=not processes.is_main)
     for settings, drawn in bar:
         positive = stored_conditioning(plan, store, captions, drawn.prompt, transformer)
-        sampler = SamplerSettings(settings.steps, settings.guidance, *drawn.size)
+        sampler = SamplerSettings(settings.steps, settings.guidance, *drawn.size, noise_offset=plan.base.noise_offset)
         image = to_image(vae, sample_latents(transformer, scheduler, positive, negative, sampler, [drawn.seed]))
         with new_file(drawn.path) as temporary:
             image.save(temporary, format="PNG")

@@ -47,7 +47,8 @@ def run_infer(request: Request) -> list[Path]:
         repeat.check_base(studio.conditions.base, chosen=request.base is not None or request.config is not None)
 
     fixed = tuple((number, weight) for number, (_, weight) in enumerate(given[: len(wanted.loras)]))
-    common = {"size": studio.conditions.size, **wanted.of_the_shot, "loras": fixed}
+    settled = {"size": studio.conditions.size, "noise_offset": studio.conditions.noise_offset}
+    common = {**settled, **wanted.of_the_shot, "loras": fixed}
     asked = _asked(rows, common, wanted.num)
     by_row = grid.shots(asked[0][0]) if grid else []
     if grid is not None:
@@ -88,7 +89,9 @@ def _draw_grid(studio: Studio, album: Album, shots: Sequence[Sequence[Shot]], gr
 
 def _draw_before_and_after(studio: Studio, album: Album, shots: Sequence[Shot], before: bool) -> list[Path]:
     """The shots and, in one picture, the same without adapters. Returns the files, that picture last."""
-    bare = [replace(shot, loras=()) for shot in shots] if before and studio.adapters else []
+    bare = []
+    if before and studio.adapters:
+        bare = [replace(shot, loras=(), noise_offset=studio.conditions.base_noise_offset) for shot in shots]
     images: dict[Shot, Image.Image] = {}
     written = []
     for shot, image in draw(studio, [*shots, *bare], one_by_one=False):

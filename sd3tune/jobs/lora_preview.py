@@ -24,6 +24,7 @@ from sd3tune.model.adapter_io import Adapter
 from sd3tune.model.bases import Base
 from sd3tune.model.components import load_vae
 from sd3tune.publish.files import ADAPTERS
+from sd3tune.sampling.sampler import add_offset
 from sd3tune.train.checkpoint import list_checkpoints
 
 LEAST_PSNR = 40.0
@@ -131,10 +132,13 @@ def _draw(adapter: Adapter, base: Base, preview: Preview, dtype: torch.dtype, de
     vae = load_vae(base, torch.float32 if dtype is torch.float16 else dtype, device)
     pipeline = drawing_pipeline(base, dtype, device, vae)
     load_into(pipeline, adapter)
+    start, offset = torch.Generator().manual_seed(recipe["seed"]), recipe.get("noise_offset", 0.0)
+    shape = (1, pipeline.transformer.config.in_channels, *[contract["resolution"] // pipeline.vae_scale_factor] * 2)
+    noise = torch.randn(shape, generator=start, dtype=dtype)
     latents = pipeline(
         **dict(zip(names, embeds, strict=True)), height=contract["resolution"], width=contract["resolution"],
         num_inference_steps=recipe["steps"], guidance_scale=recipe["guidance"],
-        generator=torch.Generator().manual_seed(recipe["seed"]), output_type="latent",
+        latents=add_offset(noise, [recipe["seed"]], offset), output_type="latent",
     ).images  # fmt: skip
     return _decode(vae, latents, pipeline.image_processor)
 

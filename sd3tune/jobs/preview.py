@@ -79,7 +79,8 @@ class Previews:
     def _draw(self, name: str, view: View) -> list[Image.Image]:
         """The denoising first, all prompts; then the VAE visits for the decoding and leaves."""
         side, settings = self.plan.config.data.resolution, self.settings
-        sampler = SamplerSettings(settings.steps, settings.guidance, side, side)
+        offset = self.plan.base.noise_offset if name == BASE else self.plan.config.flow.noise_offset
+        sampler = SamplerSettings(settings.steps, settings.guidance, side, side, noise_offset=offset)
         scheduler = load_scheduler(self.plan.base, None if name == BASE else self.plan.method.sampling_shift())
         negative = self._conditioning(NEGATIVE_PROMPT, view)
         total = settings.steps * len(settings.prompts)
@@ -139,7 +140,7 @@ class Previews:
 
     def _recipe(self, number: int) -> str:
         """What a picture shows; it stands in the file, so that one of other settings is not taken for it."""
-        settings = self.settings
+        settings, offset = self.settings, self.plan.config.flow.noise_offset
         return json.dumps(
             {
                 "prompt": settings.prompts[number],
@@ -147,6 +148,7 @@ class Previews:
                 "guidance": settings.guidance,
                 "seed": settings.seed + number,
                 "weights": "raw" if self.plan.config.ema is None else "ema",
+                **({"noise_offset": offset} if offset else {}),
             }
         )
 

@@ -27,7 +27,7 @@ class Preview:
     number: int
     """Of its prompt in `preview.prompts`."""
     recipe: Mapping[str, Any]
-    """`prompt`, `steps`, `guidance`, `seed` and `weights` (`raw` or `ema`), from the file itself."""
+    """`prompt`, `steps`, `guidance`, `seed`, `weights` (`raw` or `ema`) and `noise_offset`, where there is one."""
 
 
 def previews_of(run: Path) -> list[Preview]:

@@ -68,6 +68,7 @@ COLUMNS: dict[str, Callable[[Any], Any]] = {
     "size": _size,
     "sampler": _text,
     "shift": _number,
+    "noise_offset": _number,
     "prompt_clip_l": _text,
     "prompt_clip_g": _text,
     "prompt_t5": _text,

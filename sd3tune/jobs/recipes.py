@@ -52,12 +52,15 @@ class Recipes:
             "loras": [{**self._named[number], "weight": weight} for number, weight in shot.loras],
         }
         batch = {"batch": self.studio.batch} if self.studio.batch > 1 else {}
-        return recipe | self._of_few(shot) | self._held() | batch
+        pooled = {"clip_l_pooled": "unprojected"} if self._ignores_projection else {}
+        return recipe | self._of_few(shot) | self._held() | pooled | batch
 
     def _of_few(self, shot: Shot) -> dict[str, Any]:
         """What most pictures have nothing of."""
         texts = {name: getattr(shot, name) for name in ("prompt_clip_l", "prompt_clip_g", "prompt_t5")}
         found: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
+        if shot.noise_offset:
+            found["noise_offset"] = float(shot.noise_offset)
         if shot.slg is not None:
             found["slg"] = {
                 "scale": shot.slg, "layers": list(shot.slg_layers), "start": shot.slg_start, "stop": shot.slg_stop,
@@ -80,6 +83,10 @@ class Recipes:
     @cached_property
     def _fingerprint(self) -> str:
         return self.studio.conditions.base.fingerprint("transformer")
+
+    @cached_property
+    def _ignores_projection(self) -> bool:
+        return self.studio.conditions.base.ignores_projection
 
     @cached_property
     def _own_shift(self) -> float | None:

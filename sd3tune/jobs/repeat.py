@@ -57,12 +57,14 @@ class _Recipe(Part):
     prompt_clip_l: str | None = None
     prompt_clip_g: str | None = None
     prompt_t5: str | None = None
+    noise_offset: float = 0.0
     slg: _Skip | None = None
     image: _Image | None = None
     strength: float | None = None
     quantize: str | None = None
     t5_8bit: bool = False
     vae_tiling: bool = False
+    clip_l_pooled: Literal["unprojected"] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Repeat:
 
         Raises ModelError.
         """
+        if base.ignores_projection and self.recipe.clip_l_pooled is None:
+            print(
+                f"warning: {self.picture} was drawn with CLIP-L's text_projection, by an earlier sd3tune; Stable "
+                "Diffusion 3 does not use it, and neither does this picture"
+            )
         if base.fingerprint("transformer") == self.recipe.base_fingerprint:
             return
         said = f"{self.picture} was drawn with {self.recipe.base}, whose weights differ from this {base.label}"
@@ -114,6 +121,7 @@ def repeated(request: Request, repeat: Repeat) -> Request:
         "size": recipe.size,
         "sampler": recipe.sampler,
         "shift": recipe.shift,
+        "noise_offset": recipe.noise_offset,
         "t5_tokens": recipe.max_sequence_length,
         "t5": "t5" in recipe.encoders,
         **{name: getattr(recipe, name) for name in _OWN_TEXTS if request.prompt is None},

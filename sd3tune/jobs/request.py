@@ -58,6 +58,7 @@ class Request:
     """Whose recipe says what nothing here says."""
     sampler: str | None = None
     shift: float | None = None
+    noise_offset: float | None = None
     slg: float | None = None
     slg_layers: tuple[int, ...] | None = None
     slg_start: float | None = None

@@ -43,6 +43,8 @@ class Shot:
     sampler: str = "euler"
     shift: float | None = None
     """Of the noise levels; None is the base's own."""
+    noise_offset: float = 0.0
+    """Of the starting noise; see `sampler.add_offset`."""
     slg: float | None = None
     """Scale of skip-layer guidance, with the blocks that are left out, and from where to where."""
     slg_layers: tuple[int, ...] = (7, 8, 9)
@@ -73,7 +75,9 @@ class Shot:
         width, height = self.size
         skip = None if self.slg is None else SkipLayers(self.slg, self.slg_layers, self.slg_start, self.slg_stop)
         strength = None if self.image is None else self.strength
-        return SamplerSettings(self.steps, self.guidance, height, width, self.sampler, self.shift, strength, skip)
+        return SamplerSettings(
+            self.steps, self.guidance, height, width, self.sampler, self.shift, strength, skip, self.noise_offset
+        )
 
     @property
     def texts(self) -> Texts:
@@ -95,6 +99,8 @@ def problems_of(shot: Shot, named: Callable[[str], str]) -> list[str]:
         problems.append(f"{named('sampler')} {shot.sampler}: one of {', '.join(SAMPLERS)}")
     if shot.shift is not None and not 0 < shot.shift < math.inf:
         problems.append(f"{named('shift')} {shot.shift:g}: a number above 0; SD3's own is 3")
+    if not 0 <= shot.noise_offset <= 1:
+        problems.append(f"{named('noise_offset')} {shot.noise_offset:g}: from 0 to 1; 0 is none")
     if not 0 < shot.strength <= 1:
         problems.append(f"{named('strength')} {shot.strength:g}: above 0, and at most 1")
     elif shot.image is not None and shot.steps * shot.strength < 1 <= shot.steps:

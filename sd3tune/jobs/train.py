@@ -20,7 +20,14 @@ from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.errors import Interrupted, RunError
 from sd3tune.jobs.card import write_card
 from sd3tune.jobs.closing import closing_report, summary
-from sd3tune.jobs.contract import check_finished, check_identity, make_contract, run_identity, start_facts
+from sd3tune.jobs.contract import (
+    check_finished,
+    check_identity,
+    drops_kept_captions,
+    make_contract,
+    run_identity,
+    start_facts,
+)
 from sd3tune.jobs.describe import describe, describe_memory
 from sd3tune.jobs.drawing import NEGATIVE_PROMPT
 from sd3tune.jobs.encoding import Encoded, encode
@@ -295,6 +302,7 @@ def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
             plan.config.data.caption_dropout,
             plan.config.data.encoder_dropout,
             {encoder: keys[NEGATIVE_PROMPT] for encoder, keys in encoded.captions.items() if NEGATIVE_PROMPT in keys},
+            kept=drops_kept_captions(plan),
         ),
     )
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sd3tune.atomic import new_folder, write_json, write_text
 from sd3tune.data.sampler import generator
-from sd3tune.flow.objective import velocity_loss, velocity_target
+from sd3tune.flow.objective import offset_noise, velocity_loss, velocity_target
 from sd3tune.jobs.encoding import Encoded
 from sd3tune.jobs.preflight import Plan
 from sd3tune.jobs.run_folder import BEST, VALIDATION_FILE
@@ -55,6 +55,9 @@ class Validation:
         self.path = plan.run / VALIDATION_FILE
         self.seconds = 0.0
         self.lines = [line for line in read_metrics(self.path) if line["step"] <= from_step]
+        measured = self.lines[0] if self.lines else {"noise_offset": plan.config.flow.noise_offset}
+        self.noise_offset: float = measured.get("noise_offset", 0.0)
+        """One for the whole run; a run that an earlier version began goes on without any."""
         self._base: Tensor | None = None
         for line in self.lines:
             self._track(line)
@@ -100,6 +103,7 @@ class Validation:
             self._base = self._losses(view, view.method.disabled(view.transformer), "the base")
         trained = self._losses(view, view.method.as_exported(view.transformer, view.weights), f"step {view.step}")
         line = {"step": view.step, "images": self.images, "weights": self.contract["weights"]}
+        line |= {"noise_offset": self.noise_offset} if self.noise_offset else {}
         for prefix, losses in (("", trained), ("base_", self._base)):
             bins = by_sigma(SIGMAS, losses.mean(0).tolist())
             values = list(bins.values())
@@ -133,7 +137,9 @@ class Validation:
         device, vae = self.plan.device, vae_config(self.plan.base)
         entry = {name: tensor[None].to(device) for name, tensor in self.store.get(example.images[0]).items()}
         source = generator(0, "validation", number)
-        eps, noise = torch.randn((2, *entry["mean"].shape), generator=source).to(device)
+        eps, plain = torch.randn((2, *entry["mean"].shape), generator=source)
+        offset = torch.randn(plain.shape[:2], generator=generator(0, "validation", number, "noise_offset"))
+        eps, noise = (drawn.to(device) for drawn in (eps, offset_noise(plain, offset, self.noise_offset)))
         latents = sample_latents(entry["mean"], entry["std"], eps, vae["scaling_factor"], vae["shift_factor"])
         embeddings = {
             encoder: {name: tensor[None].to(device) for name, tensor in self.store.get(key).items()}

@@ -16,7 +16,7 @@ from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ModelError
 from sd3tune.model.base_names import suggesting_released, suggestion
 from sd3tune.model.checkpoint import COMMON, CONFIGS, LABELS, VARIANTS, FilePart, misfits, read_checkpoint, read_encoder
-from sd3tune.model.contract import CONTRACT_FILE, check_contract
+from sd3tune.model.contract import CONTRACT_FILE, check_contract, starting_offset
 from sd3tune.model.hub import cached, download
 from sd3tune.model.offline import offline_folder, offline_kind
 from sd3tune.model.shape import new_shape
@@ -141,18 +141,27 @@ class Base:
         found = self.in_file(part)
         return dict(found.config) if found else read_json(self.folder(part, weights=False) / "config.json")
 
-    def fingerprint(self, part: str) -> str:
-        """A hex digest of the content of the part that is used (see `headers.digest`), wherever it lies.
+    @property
+    def ignores_projection(self) -> bool:
+        """Whether CLIP-L comes from a file with a `text_projection` that Stable Diffusion 3 does not use."""
+        found = self.in_file(ENCODER_PARTS["clip_l"][1])
+        return bool(found and found.unused)
 
-        It covers the config and the tensors, or the text files of a part that has no weights.
+    def fingerprint(self, part: str, uses_all: bool = False) -> str:
+        """A hex digest of the content of the part that is used (see `weights.digest`), wherever it lies.
+
+        It covers the config and the tensors, or the text files of a part that has no weights. `uses_all` gives the
+        digest of versions that knew nothing of `FilePart.unused`.
         """
         if part == "transformer" and self.random:
             drawn = {"recipe": _RANDOM_RECIPE, "seed": self.random.seed, "config": dict(self.random.config)}
             return digest([("random", json.dumps(drawn, sort_keys=True).encode())])
         found = self.in_file(part)
         if found is not None:
-            config = json.dumps(found.config, sort_keys=True).encode()
-            return digest([("config.json", config)], [(found.file, found.prefix)])
+            described = [("config.json", json.dumps(found.config, sort_keys=True).encode())]
+            if found.unused and not uses_all:
+                described.append(("unused", json.dumps(sorted(found.unused)).encode()))
+            return digest(described, [(found.file, found.prefix)])
         folder = self.folder(part)
         if not _has_weights(part):
             texts = sorted(path for pattern in _TEXT_FILES for path in folder.glob(pattern))
@@ -169,6 +178,11 @@ class Base:
         contract = read_json(file)
         check_contract(str(file), contract, ModelError)
         return contract
+
+    @property
+    def noise_offset(self) -> float:
+        """The offset that the starting noise of its own pictures has; see `sampler.add_offset`."""
+        return 0.0 if self.random else starting_offset(self.contract)
 
     def check_encoders(self, encoders: Iterable[str]) -> None:
         """Look into every file that was named for them and compare it with the base; no tensor is read.

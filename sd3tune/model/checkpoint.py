@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.errors import ModelError
-from sd3tune.model.weights import PICKLED, read_json, tensor_headers
+from sd3tune.model.weights import PICKLED, is_identity, read_json, tensor_headers
 
 CONFIGS = Path(__file__).parent / "configs"
 COMMON = CONFIGS / "common"
@@ -53,6 +53,8 @@ class FilePart:
     prefix: str
     config: Mapping[str, Any]
     """As diffusers' or transformers' `config.json` would say it."""
+    unused: frozenset[str] = frozenset()
+    """Tensors in the file, by name without the prefix, that Stable Diffusion 3 does not use."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def read_encoder(file: Path, encoder: str, prefix: str = "") -> FilePart:
     if not any(name.startswith(mark) for name in names):
         raise ModelError(f"{file}: {_kind(names)}, and model.text_encoders.{encoder} wants {LABELS[encoder]}")
     derive = {"clip_l": clip_l_config, "clip_g": clip_g_config, "t5": t5_config}[encoder]
-    return FilePart(file, prefix, _bundled(COMMON / _CONFIG_FOLDERS[encoder]) | _derive(file, prefix, derive))
+    config = _bundled(COMMON / _CONFIG_FOLDERS[encoder]) | _derive(file, prefix, derive)
+    return FilePart(file, prefix, config, _unused(file, prefix) if encoder == "clip_l" else frozenset())
 
 
 def misfits(encoders: Mapping[str, FilePart], transformer: Mapping[str, Any]) -> list[str]:
@@ -216,9 +219,9 @@ def clip_g_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def clip_l_config(shapes: Shapes) -> dict[str, Any]:
-    """As `clip_g_config`; a missing projection is the identity, as SD3 was trained on CLIP-L's unprojected vector."""
+    """As `clip_g_config`, with the identity as projection: SD3 was trained on CLIP-L's unprojected pooled vector."""
     width = shapes["text_model.embeddings.token_embedding.weight"][1]
-    return clip_g_config({"text_projection.weight": [width, width], **shapes})
+    return clip_g_config({**shapes, "text_projection.weight": [width, width]})
 
 
 def t5_config(shapes: Shapes) -> dict[str, Any]:
@@ -268,6 +271,16 @@ def _derive(file: Path, prefix: str, derive: Callable[[Shapes], dict[str, Any]])
         raise ModelError(f"{file}: incomplete: it lacks {prefix}{error.args[0]}; get the file again") from None
     except ValueError as error:
         raise ModelError(f"{file}: not a plain Stable Diffusion 3 checkpoint: {error}") from None
+
+
+def _unused(file: Path, prefix: str) -> frozenset[str]:
+    """CLIP-L's projection, unless it is the identity. `from_single_file` of diffusers ignores it as well."""
+    names = tensor_headers(file)
+    projection = {name for name in names if name.startswith(f"{prefix}text_projection.")}
+    weight = f"{prefix}text_projection.weight"
+    if not projection or (projection == {weight} and is_identity(file, names[weight])):
+        return frozenset()
+    return frozenset(name.removeprefix(prefix) for name in projection)
 
 
 def _prefix(names: Mapping[str, Any], prefixes: tuple[str, ...], tensor: str) -> str | None:

@@ -39,7 +39,25 @@ class _Contract(Part):
     resolution: int = Field(1024, ge=16, multiple_of=16)
     max_sequence_length: int = Field(256, ge=1, le=512)
     encoders: list[Literal["clip_l", "clip_g", "t5"]] = Field(default=["clip_l", "clip_g"], min_length=2)
+    noise_offset: float = Field(0.0, ge=0)
+    sampler_noise_offset: float = Field(0.0, ge=0, le=1)
     encoder_files: dict[Literal["clip_l", "clip_g", "t5"], _EncoderFile] = Field(default={})
+
+
+def starting_offset(contract: Mapping[str, Any]) -> float:
+    """Return the noise offset that pictures start from; 0 for earlier versions, whose samplers knew none."""
+    offset: float = contract.get("sampler_noise_offset", 0.0)
+    return offset
+
+
+def spread_without_offset(strength: float, side: int) -> float:
+    """Return the share of the spread of brightness that is drawn where the starting noise lacks the training's offset.
+
+    The mean of a channel of a square latent has the variance 1/n of n positions in plain noise, and 1/n + strength^2 in
+    training. The flow scales it from noise to pictures, so 1 / sqrt(1 + strength^2 n) of the spread is left. `side` is
+    in pixels.
+    """
+    return (1 + strength**2 * (side / 8) ** 2) ** -0.5
 
 
 def check_contract(where: str, contract: Mapping[str, Any], error: type[UserError]) -> None:

@@ -40,12 +40,14 @@ def _missing_in_vae(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[
 def read_tensors(part: FilePart, dtype: torch.dtype) -> dict[str, Tensor]:
     """The part's tensors by name without its prefix: as stored and mapped from the file, but fp8 as `dtype`.
 
-    Scaled fp8 weights are multiplied by their scale. Raises ModelError for other quantised formats.
+    `part.unused` is left out. Scaled fp8 weights are multiplied by their scale. Raises ModelError for other quantised
+    formats.
     """
     with safe_open(part.file, framework="pt") as file:
         names = {name for name in file.keys() if name.startswith(part.prefix)}  # noqa: SIM118  (not a mapping)
         tensors = {}
-        for name in sorted(name for name in names if not is_quantisation(name.removeprefix(part.prefix))):
+        unused = {name for name in names if name.removeprefix(part.prefix) in part.unused}
+        for name in sorted(name for name in names - unused if not is_quantisation(name.removeprefix(part.prefix))):
             tensor = file.get_tensor(name)
             stem = name.removesuffix("weight")
             scales = [scale for scale in (f"{stem}scale_weight", f"{stem}weight_scale") if scale in names]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,15 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """Endings of weights that are never loaded: a pickle can run any code."""
 
 _SAMPLE_BYTES = 4096
+_ONE = {
+    "F64": struct.pack("<d", 1),
+    "F32": struct.pack("<f", 1),
+    "F16": struct.pack("<e", 1),
+    "BF16": struct.pack("<f", 1)[2:],
+    "F8_E4M3": b"\x38",
+    "F8_E5M2": b"\x3c",
+}
+"""The bytes of 1.0 in each dtype."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -68,6 +77,19 @@ def tensor_headers(file: Path) -> dict[str, dict[str, Any]]:
             f"{file}: truncated or not a safetensors file ({size} bytes, {reason}); get the file again"
         ) from None
     return header
+
+
+def is_identity(file: Path, tensor: Mapping[str, Any]) -> bool:
+    """Return whether a tensor, given by its header, is exactly the identity matrix; it is read row by row."""
+    one, shape = _ONE.get(tensor["dtype"]), tensor["shape"]
+    if one is None or len(shape) != 2 or shape[0] != shape[1]:
+        return False
+    side, size = shape[0], len(one)
+    with file.open("rb") as stream:
+        stream.seek(tensor["data_offsets"][0])
+        return all(
+            stream.read(side * size) == bytes(row * size) + one + bytes((side - row - 1) * size) for row in range(side)
+        )
 
 
 def digest(texts: Iterable[tuple[str, bytes]], tensors: Iterable[tuple[Path, str]] = ()) -> str:

@@ -12,10 +12,13 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from PIL import Image
 from torch import Tensor
 
+from sd3tune.flow.objective import offset_noise
 from sd3tune.model.hoist import Modulation, compute_ahead, hoisted, modulate
 from sd3tune.model.latents import decode
 from sd3tune.model.latents import sample_latents as from_posterior
 from sd3tune.sampling.samplers import SAMPLERS
+
+LAST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class SamplerSettings:
     strength: float | None = None
     """For a picture to start from: the share of the steps that is taken. None starts from noise."""
     skip_layers: SkipLayers | None = None
+    noise_offset: float = 0.0
+    """Strength of the constant in the starting noise of each image and channel; see `add_offset`."""
 
     @property
     def first_step(self) -> int:
@@ -98,9 +103,9 @@ def sample_latents(
     """
     device, dtype = transformer.device, transformer.dtype
     shape = (transformer.config.in_channels, settings.height // latent_side, settings.width // latent_side)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    drawn = None if start is None else _normal(shape, generators, dtype)  # before the noise, as in the pipeline
-    latents = _normal(shape, generators, dtype).to(device)
+    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+    drawn = None if start is None else _normal(shape, sources, dtype)  # before the noise, as in the pipeline
+    latents = add_offset(_normal(shape, sources, dtype), seeds, settings.noise_offset).to(device)
     ask = _Guided(transformer, positive, negative, settings)
 
     solver = SAMPLERS[settings.sampler].scheduler(scheduler, settings.shift)
@@ -183,6 +188,19 @@ class _Guided:
 
 def _normal(shape: tuple[int, ...], generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
     return torch.stack([torch.randn(shape, generator=generator, dtype=dtype) for generator in generators])
+
+
+def add_offset(noise: Tensor, seeds: Sequence[int], strength: float) -> Tensor:
+    """Return `noise` [n, C, h, w] as a model that was trained with `flow.noise_offset` expects it, in its own dtype.
+
+    Each image and channel gets one more normal number, times `strength`. It comes from a CPU generator of its own, with
+    the seed `LAST_SEED - seed`, so that it follows from the image's seed alone and leaves the noise as it is.
+    """
+    if not strength:
+        return noise
+    sources = [torch.Generator().manual_seed(LAST_SEED - seed) for seed in seeds]
+    offsets = torch.stack([torch.randn(noise.shape[1], generator=source) for source in sources])
+    return offset_noise(noise.float(), offsets, strength).to(noise.dtype)
 
 
 def _noised(start: Start, drawn: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ class Dropout:
     """Of zeros in place of a text encoder's output, for each encoder by itself."""
     empty: Mapping[str, str] = field(default_factory=dict)
     """Encoder -> key of the empty caption; needed where `caption` is above 0."""
+    kept: bool = False
+    """Whether samples that keep the base's prediction lose theirs, too: only in runs that an earlier version began, as
+    the same input then has two targets."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,8 @@ class Batches:
 
     def _embedding(self, encoder: str, sample: Sample, step: int) -> dict[str, Tensor]:
         chance, example, slot = self.dropout, sample.example, sample.slot
+        if sample.is_kept and not chance.kept:
+            return self.store.get(example.captions[encoder])
         without_caption = chance.caption > uniform(self.seed, step, slot, "caption dropout")
         entry = self.store.get(chance.empty[encoder] if without_caption else example.captions[encoder])
         if chance.encoder > uniform(self.seed, step, slot, "encoder dropout", encoder):

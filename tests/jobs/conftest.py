@@ -10,8 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from sd3tune.jobs.recipes import RECIPE_KEY
+from sd3tune.model.adapter_metadata import CONTRACT_KEY
 
 Tensors = dict[str, torch.Tensor]
 StartCli = Callable[..., "subprocess.Popen[str]"]
@@ -51,6 +56,37 @@ def assert_equal_runs() -> Callable[[Path, Path], None]:
 def adapter_of() -> Callable[..., Tensors]:
     """`adapter_of(run)`: the tensors of its exported adapter."""
     return lambda run, name="adapter": load_file(run / name / "pytorch_lora_weights.safetensors")
+
+
+@pytest.fixture(scope="session")
+def edit_json() -> Callable[[Path, Callable[[dict[str, Any]], object]], None]:
+    """`edit_json(file, edit)`: change the JSON in a file: an adapter's contract, a picture's recipe, or all of it.
+
+    Takes out, for one, what an earlier version did not write.
+    """
+
+    def edit_file(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata()
+            metadata[CONTRACT_KEY] = _edited(metadata[CONTRACT_KEY], edit)
+            save_file(load_file(file), file, metadata)
+        elif file.suffix == ".png":
+            with Image.open(file) as image:
+                image.load()
+            info = PngInfo()
+            info.add_itxt(RECIPE_KEY, _edited(image.info[RECIPE_KEY], edit))
+            image.save(file, pnginfo=info)
+        else:
+            file.write_text(_edited(file.read_text(), edit))
+
+    return edit_file
+
+
+def _edited(text: str, edit: Callable[[dict[str, Any]], object]) -> str:
+    values = json.loads(text)
+    edit(values)
+    return json.dumps(values)
 
 
 @pytest.fixture

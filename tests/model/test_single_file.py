@@ -40,9 +40,9 @@ def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["tiny", "tiny-sd35-large"])
-def test_the_parts_equal_the_folders(single_file: SingleFile, name: str, dtype: torch.dtype) -> None:
-    file = single_file(name)
-    base, folder = resolve_base(str(file), None, beside(file), name), resolve_base(name)
+def test_the_parts_equal_the_folders(single_file: SingleFile, unprojected, name: str, dtype: torch.dtype) -> None:
+    file = single_file(unprojected(name))
+    base, folder = resolve_base(str(file), None, beside(file), name), resolve_base(unprojected(name))
     assert (base.kind, base.variant) == ("file", None)
     assert equal(load_transformer(base, dtype), load_transformer(folder, dtype))
     assert equal(load_vae(base, dtype), load_vae(folder, dtype))
@@ -81,8 +81,8 @@ def rewritten(file: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]]
     return target
 
 
-def test_encoders_inside_the_checkpoint_need_no_files(single_file: SingleFile, tmp_path: Path) -> None:
-    file = single_file("tiny")
+def test_encoders_inside_the_checkpoint_need_no_files(single_file: SingleFile, unprojected, tmp_path: Path) -> None:
+    file = single_file(unprojected("tiny"))
 
     def include(tensors: dict[str, torch.Tensor]) -> None:
         for encoder, inside in (("clip_l", "clip_l"), ("clip_g", "clip_g"), ("t5", "t5xxl")):
@@ -92,26 +92,10 @@ def test_encoders_inside_the_checkpoint_need_no_files(single_file: SingleFile, t
     base = resolve_base(str(rewritten(file, tmp_path / "all.safetensors", include)), tokenizers="tiny")
     base.check_encoders(ENCODERS)
     for encoder in ENCODERS:
-        ours, theirs = (load_text_encoder(of, encoder, torch.float32) for of in (base, resolve_base("tiny")))
+        ours, theirs = (
+            load_text_encoder(of, encoder, torch.float32) for of in (base, resolve_base(unprojected("tiny")))
+        )
         assert equal(ours.model, theirs.model)
-
-
-def test_a_clip_l_without_projection_gives_its_unprojected_vector(single_file: SingleFile, tmp_path: Path) -> None:
-    file = single_file("tiny")
-    for name, edit in (
-        ("without", lambda tensors: tensors.pop("text_projection.weight")),
-        ("identity", lambda tensors: tensors.update({"text_projection.weight": torch.eye(16)})),
-    ):
-        rewritten(file.with_name("clip_l.safetensors"), tmp_path / f"{name}.safetensors", edit)
-    (without,), (identity,) = (
-        load_text_encoder(
-            resolve_base("tiny", encoder_files={"clip_l": str(tmp_path / f"{name}.safetensors")}),
-            "clip_l",
-            torch.float32,
-        ).encode(["a dog"])
-        for name in ("without", "identity")
-    )
-    assert torch.equal(without["pooled"], identity["pooled"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -10,7 +10,7 @@ import torch
 
 from sd3tune.data.store import Store
 from sd3tune.flow.objective import velocity_target
-from sd3tune.train.batches import Batch, Batches, LatentScaling
+from sd3tune.train.batches import Batch, Batches, Dropout, LatentScaling
 from sd3tune.train.examples import ClassImages, Example, OwnPrediction
 from sd3tune.train.step import predict_velocity, velocity_targets
 
@@ -41,7 +41,7 @@ PICTURES = ClassImages(
 KEPT = OwnPrediction([{"t5": "caption-300"}], weight=0.25)
 
 
-def make_batches(store: Store, priors, *, batch_size=1, accumulation=1, rank=0, world=1) -> Batches:
+def make_batches(store: Store, priors, *, batch_size=1, accumulation=1, rank=0, world=1, **more) -> Batches:
     return Batches(
         store,
         [example(number, prior=prior) for number, prior in enumerate(priors)],
@@ -53,6 +53,7 @@ def make_batches(store: Store, priors, *, batch_size=1, accumulation=1, rank=0, 
         device=torch.device("cpu"),
         scaling=LatentScaling(1.0, 0.0),
         sigma_of_u=lambda u, pixels: u,
+        **more,
     )
 
 
@@ -114,6 +115,28 @@ def test_what_is_to_be_kept_is_the_same_noisy_image_under_the_class_caption(stor
             assert torch.equal(of[2:], of[:2])
         assert value(batch.embeddings["t5"]["hidden"][2:]) == 300
         assert batch.weights.tolist() == [1.0, 1.0, 0.25, 0.25]
+
+
+@pytest.mark.parametrize(("caption", "encoder"), [(1.0, 0.0), (0.0, 1.0), (0.6, 0.3)])
+@pytest.mark.parametrize("prior", [KEPT, PICTURES])
+def test_a_kept_sample_never_loses_its_caption(store, caption: float, encoder: float, prior) -> None:
+    """Else it is an instance's input, with another target. Class images are trained on the true velocity, as those."""
+    empty = {"t5": "caption-100"}
+    batches = make_batches(store, [prior] * 5, batch_size=2, dropout=Dropout(caption, encoder, empty))
+    lost = {"instances": 0, "beside": 0}
+    for batch in fetched(batches, 12):
+        read = [value(of) for of in batch.embeddings["t5"]["hidden"]]
+        lost["instances"] += sum(found != int(name) for found, name in zip(read[:2], batch.names[:2], strict=True))
+        own = [300.0] * 2 if prior is KEPT else [float(name) for name in batch.names[2:]]
+        lost["beside"] += sum(found != wanted for found, wanted in zip(read[2:], own, strict=True))
+    assert lost["instances"] > 8
+    assert (lost["beside"] == 0) is (prior is KEPT)
+
+
+def test_a_run_of_before_goes_on_dropping_what_it_dropped(store) -> None:
+    dropout = Dropout(1.0, 0.0, {"t5": "caption-100"}, kept=True)
+    for batch in fetched(make_batches(store, [KEPT] * 5, batch_size=2, dropout=dropout), 4):
+        assert value(batch.embeddings["t5"]["hidden"]) == 100
 
 
 def test_class_captions_are_kept_equally_often_and_apart_from_the_images(store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sd3tune.model.contract import spread_without_offset
 from sd3tune.publish.card.markdown import code
 from sd3tune.publish.card.trained import Trained
 
@@ -17,6 +18,7 @@ def _limits(trained: Trained) -> Iterator[str]:
     yield from _noise(trained)
     yield _data(trained)
     yield _text_length(trained)
+    yield from _noise_offset(trained)
     if trained.adapts:
         yield (
             f"It fits models of the shape of {code(contract['base'])} only: other sizes of Stable Diffusion 3 do not "
@@ -46,6 +48,19 @@ def _text_length(trained: Trained) -> str:
         f"another length is another prompt. diffusers' default is 256; `max_sequence_length={length}` sets it, and "
         f"`sd3tune infer` does so by itself.{without}"
     )
+
+
+def _noise_offset(trained: Trained) -> Iterator[str]:
+    """Other tools know nothing of it; the snippet for diffusers gives it by hand."""
+    strength, side = trained.contract.get("sampler_noise_offset", 0.0), trained.contract["resolution"]
+    if strength:
+        share = 100 * spread_without_offset(strength, side)
+        yield (
+            f"It was trained with noise offset {strength:g}, and pictures have to start from it. `sd3tune infer` does "
+            "that by itself, and so does the code for diffusers above. Other tools start without it: then "
+            f"{share:.2g} % of the trained spread of brightness is drawn at {side} px, and bright and dark pictures "
+            "come out alike."
+        )
 
 
 def _prior(trained: Trained) -> str:

@@ -96,7 +96,9 @@ def _drawing(trained: Trained) -> list[str]:
     """The same picture as the command's."""
     drawing = trained.drawing
     side, length = trained.contract["resolution"], trained.contract["max_sequence_length"]
+    noise, arguments = _starting_noise(trained)
     return [
+        *noise,
         "image = pipe(",
         f"    {_python(drawing.prompt)},",
         f"    max_sequence_length={length},",
@@ -104,10 +106,23 @@ def _drawing(trained: Trained) -> list[str]:
         f"    width={side},",
         f"    num_inference_steps={drawing.steps},",
         f"    guidance_scale={drawing.guidance},",
-        f"    generator=torch.Generator().manual_seed({drawing.seed}),",
+        *arguments,
         ").images[0]",
         'image.save("image.png")',
     ]
+
+
+def _starting_noise(trained: Trained) -> tuple[list[str], list[str]]:
+    """Lines before the call, and arguments of it; the numbers are those of `sampling.sampler.add_offset`."""
+    seed, strength = trained.drawing.seed, trained.contract.get("sampler_noise_offset", 0.0)
+    if not strength:
+        return [], [f"    generator=torch.Generator().manual_seed({seed}),"]
+    side = trained.contract["resolution"] // 8
+    return [
+        f"shape = (1, pipe.transformer.config.in_channels, {side}, {side})",
+        f"noise = torch.randn(shape, generator=torch.Generator().manual_seed({seed}), dtype=dtype)",
+        f"offset = torch.randn(shape[:2], generator=torch.Generator().manual_seed({2**63 - 1 - seed}))",
+    ], [f"    latents=(noise + {strength!r} * offset[..., None, None]).to(dtype),"]
 
 
 def _python(text: str) -> str:
