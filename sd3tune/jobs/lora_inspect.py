@@ -11,7 +11,7 @@ from typing import Any
 from sd3tune.errors import AdapterError
 from sd3tune.model.adapter_base import fitting_variants
 from sd3tune.model.adapter_io import Adapter, AdapterFile, as_adapter, read_file
-from sd3tune.model.adapter_layouts import Contents, first_of, interpret, shown
+from sd3tune.model.adapter_layouts import Contents, first_of, interpret, shown, text_part
 from sd3tune.model.adapters import block_norms
 
 _SAID_ELSEWHERE = ("contract_version", "base", "base_kind", "base_revision", "base_fingerprint", "trigger")
@@ -39,6 +39,8 @@ def inspect_lora(location: Path) -> list[str]:
 def _why_empty(contents: Contents) -> str:
     for module, fault in contents.broken.items():
         return f"{module}: {fault}"
+    if contents.text and not contents.unknown:
+        return f"only {text_part(contents.text)}"
     for key, what in contents.unknown.items():
         return f"{shown(key)} is {what}" if what else f"no layout that is known has a key like {shown(key)}"
     return "it holds no tensors"
@@ -63,7 +65,8 @@ def _sizes(adapter: Adapter) -> Iterator[str]:
     yield f"modules   {len(pairs)}, {parameters:,} parameters, {dtypes}"
     yield f"rank      {_counted(len(down) for down, _ in pairs)}"
     scales = (adapter.alphas[module] / len(down) for module, (down, _) in adapter.factors.items())
-    yield f"alpha     {_counted(f'{alpha:g}' for alpha in adapter.alphas.values())}"
+    assumed = "".join(f" ({note})" for note in adapter.notes if note.startswith("no alpha"))
+    yield f"alpha     {_counted(f'{alpha:g}' for alpha in adapter.alphas.values())}{assumed}"
     yield f"scale     {_counted(f'{scale:.4g}' for scale in scales)}"
 
 
@@ -102,6 +105,8 @@ def _warnings(file: AdapterFile, contents: Contents, adapter: Adapter) -> Iterat
     for what in dict.fromkeys(contents.unknown.values()):
         keys = [key for key, reason in contents.unknown.items() if reason == what]
         yield f"{len(keys)} unknown key{'s' * (len(keys) != 1)}: {first_of(keys)}" + f", {what}" * bool(what)
+    if contents.text:
+        yield f"{text_part(contents.text)}; the other commands leave them out with --transformer-only"
     for module, fault in contents.broken.items():
         yield f"{module}: {fault}"
     if file.bad:

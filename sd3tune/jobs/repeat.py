@@ -136,7 +136,9 @@ def repeated(request: Request, repeat: Repeat) -> Request:
         t5_8bit=recipe.t5_8bit if asked.t5_8bit is None else asked.t5_8bit,
         vae_tiling=asked.vae_tiling or recipe.vae_tiling,
     )
-    return replace(request, loras=loras, memory=memory, before=False, **missing)
+    # Whoever drew the picture has chosen already, where its adapters hold something for the text encoders, too.
+    chosen = request.transformer_only or not request.loras
+    return replace(request, loras=loras, memory=memory, before=False, transformer_only=chosen, **missing)
 
 
 def _base_of(repeat: Repeat, has_adapter: bool) -> dict[str, str | None]:
