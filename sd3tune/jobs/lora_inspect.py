@@ -64,10 +64,14 @@ def _sizes(adapter: Adapter) -> Iterator[str]:
     dtypes = ", ".join(sorted({str(factor.dtype).removeprefix("torch.") for pair in pairs for factor in pair}))
     yield f"modules   {len(pairs)}, {parameters:,} parameters, {dtypes}"
     yield f"rank      {_counted(len(down) for down, _ in pairs)}"
-    scales = (adapter.alphas[module] / len(down) for module, (down, _) in adapter.factors.items())
-    assumed = "".join(f" ({note})" for note in adapter.notes if note.startswith("no alpha"))
-    yield f"alpha     {_counted(f'{alpha:g}' for alpha in adapter.alphas.values())}{assumed}"
-    yield f"scale     {_counted(f'{scale:.4g}' for scale in scales)}"
+    ranks = {module: len(down) for module, (down, _) in adapter.factors.items()}
+    scales = {module: adapter.alphas[module] / rank for module, rank in ranks.items()}
+    stated = {module: scale * (ranks[module] ** 0.5 if adapter.rslora else ranks[module])
+              for module, scale in scales.items()}  # fmt: skip
+    remarks = [note for note in adapter.notes if note.startswith("no alpha")]
+    remarks += ["rank-stabilised: scale = alpha / sqrt(rank)"] if adapter.rslora else []
+    yield f"alpha     {_counted(f'{alpha:g}' for alpha in stated.values())}" + "".join(f" ({one})" for one in remarks)
+    yield f"scale     {_counted(f'{scale:.4g}' for scale in scales.values())}"
 
 
 def _modules(adapter: Adapter) -> Iterator[str]:

@@ -62,9 +62,7 @@ def merge_loras(
     return [f"{out}: {len(factors)} modules of rank {highest} at most, from {len(adapters)} adapters", *lines]
 
 
-def merge_into_base(
-    wanted: Sequence[str], out: Path, base: str | None, *, transformer_only: bool = False
-) -> list[str]:
+def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, transformer_only: bool = False) -> list[str]:
     """Write the base with the adapters added to its weights, as precise as it is stored, to the folder `out`.
 
     Raises AdapterError for adapters that are not of the base, ModelError for a base that is no folder or Hub id,

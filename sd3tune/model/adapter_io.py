@@ -1,10 +1,10 @@
 """The adapter file and its contract: what is written is what diffusers and ComfyUI load, and loading is counted.
 
-Keys are diffusers' (`transformer.<module>.lora_A.weight`); the layouts of other tools are read, too (see
-`adapter_layouts` and, for PEFT's folders, `adapter_peft`). The scale alpha / r is folded into B and alpha = r is written, so that a loader that ignores alpha
-computes the same. The file's metadata holds what PEFT needs to rebuild the layers (`lora_adapter_metadata`, as
-diffusers writes it) and the conditioning contract (`sd3tune`), which `infer` applies: the base, T5 length, sigma
-sampling, and so on. No time, host or path is in it.
+Keys are diffusers' (`transformer.<module>.lora_A.weight`); other tools' layouts are read, too (see `adapter_layouts`,
+and for PEFT's folders `adapter_peft`). The scale alpha / r is folded into B and alpha = r is written, so that a loader
+that ignores alpha computes the same. The file's metadata holds what PEFT needs to rebuild the layers
+(`lora_adapter_metadata`, as diffusers writes it) and the conditioning contract (`sd3tune`), which `infer` applies: the
+base, T5 length, sigma sampling, and so on. No time, host or path is in it.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ class Adapter:
     """Of one from the Hub: repository and commit, as `user/name:commit`."""
     base_in_card: str | None = None
     """Of one from the Hub: the base model that its card names."""
+    rslora: bool = False
+    """Whether the file states alphas for alpha / sqrt(r); `alphas` are sqrt(r) times as much."""
     notes: tuple[str, ...] = ()
     """What a user of the file should know: what was assumed, and what was left out."""
     for_diffusers: bool = True
@@ -207,6 +209,7 @@ def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
         contract,
         contents.layout,
         file.metadata,
+        rslora=bool(peft.stated.use_rslora) and not contents.alphas,
         notes=tuple(notes),
         for_diffusers=contents.for_diffusers and peft.file is None,
     )
@@ -302,9 +305,9 @@ def _check(file: AdapterFile, contents: Contents, transformer_only: bool) -> Non
         raise AdapterError(f"{file.path}: holds nothing for the transformer, only {text_part(contents.text)}")
     if contents.text and not transformer_only:
         raise AdapterError(
-            f"{file.path}: not a LoRA of SD3's transformer alone: it holds {text_part(contents.text)}; --transformer-only "
-            f"leaves them out, and `sd3tune lora convert {file.path} --transformer-only --to diffusers --out "
-            "NEW.safetensors` writes a file without them"
+            f"{file.path}: not a LoRA of SD3's transformer alone: it holds {text_part(contents.text)}; "
+            f"--transformer-only leaves them out, and `sd3tune lora convert {file.path} --transformer-only "
+            "--to diffusers --out NEW.safetensors` writes a file without them"
         )
     if file.bad:
         raise AdapterError(f"{file.path}: {len(file.bad)} tensors are NaN or infinite, first {file.bad[0]}")

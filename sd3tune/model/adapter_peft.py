@@ -83,8 +83,8 @@ class PeftConfig:
 class _Patterns:
     """PEFT's `rank_pattern` or `alpha_pattern`; the first pattern that fits a module has its value.
 
-    A pattern is an ending of dotted names; after `^` it is the whole name, after `.*` any ending. PEFT takes any regular
-    expression. A stranger's could run for hours, so others are refused when the configuration is read.
+    A pattern is an ending of dotted names; after `^` it is the whole name, after `.*` any ending. PEFT takes any
+    regular expression. A stranger's could run for hours, so others are refused when the configuration is read.
     """
 
     def __init__(self, values: Mapping[str, Any] | None) -> None:

@@ -36,7 +36,8 @@ def load_adapter(location: Path, *, transformer_only: bool = False) -> Adapter:
         folder = download(repo, revision, _WANTED, otherwise=_OTHERWISE)
         file = _adapter_in(folder) or _only_file(repo, folder)
     except ModelError as error:
-        raise AdapterError(*(f"--lora {problem}" for problem in error.problems)) from None
+        hint = f"; a weight is written {repo}@{revision}" if re.fullmatch(r"[\d.]+", revision or "") else ""
+        raise AdapterError(*(f"--lora {problem}{hint}" for problem in error.problems)) from None
     adapter = read_adapter(file, transformer_only=transformer_only)
     return replace(adapter, origin=f"{repo}:{folder.name}", base_in_card=_base_in_card(folder / CARD))
 
