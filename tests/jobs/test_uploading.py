@@ -412,8 +412,8 @@ def test_a_folder_of_peft_in_a_repository_is_read_with_its_configuration(
         ("user/empty", "--lora user/empty: no pytorch_lora_weights.safetensors in this repository, and it holds no"),
         ("user/two:v9", "--lora user/two: the Hub has no revision 'v9' of this model"),
         (
-            "user/two:0.8",
-            "--lora user/two: the Hub has no revision '0.8' of this model; a weight is written user/two@0.8",
+            "user/two:1",
+            "--lora user/two: the Hub has no revision '1' of this model; a weight is written user/two@1",
         ),
         (
             "user/two@main",
