@@ -110,7 +110,7 @@ def _warnings(file: AdapterFile, contents: Contents, adapter: Adapter) -> Iterat
         keys = [key for key, reason in contents.unknown.items() if reason == what]
         yield f"{len(keys)} unknown key{'s' * (len(keys) != 1)}: {first_of(keys)}" + f", {what}" * bool(what)
     if contents.text:
-        yield f"{text_part(contents.text)}; the other commands leave them out with --transformer-only"
+        yield f"{text_part(contents.text)}; the other commands refuse the file without --transformer-only"
     for module, fault in contents.broken.items():
         yield f"{module}: {fault}"
     if file.bad:

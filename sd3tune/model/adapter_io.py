@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -302,12 +303,12 @@ def _check(file: AdapterFile, contents: Contents, transformer_only: bool) -> Non
         module, fault = next(iter(contents.broken.items()))
         raise AdapterError(f"{file.path}: {module}: {fault}")
     if not contents.factors:
-        raise AdapterError(f"{file.path}: holds nothing for the transformer, only {text_part(contents.text)}")
+        raise AdapterError(f"{file.path}: has nothing for the transformer, only {text_part(contents.text)}")
     if contents.text and not transformer_only:
         raise AdapterError(
-            f"{file.path}: not a LoRA of SD3's transformer alone: it holds {text_part(contents.text)}; "
-            f"--transformer-only leaves them out, and `sd3tune lora convert {file.path} --transformer-only "
-            "--to diffusers --out NEW.safetensors` writes a file without them"
+            f"{file.path}: also has {text_part(contents.text)}, which sd3tune does not load; leave them out with "
+            f"--transformer-only (infer and the lora commands), or write a file without them: `sd3tune lora convert "
+            f"{shlex.quote(str(file.path))} --transformer-only --to diffusers --out NEW.safetensors`"
         )
     if file.bad:
         raise AdapterError(f"{file.path}: {len(file.bad)} tensors are NaN or infinite, first {file.bad[0]}")

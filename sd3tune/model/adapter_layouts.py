@@ -134,9 +134,11 @@ def as_stored(module: str, pair: Pair) -> Pair:
 
 
 def text_part(text: Mapping[str, str]) -> str:
-    """`4 tensors for the text encoders (CLIP-L 2, CLIP-G 2), KEY and 3 more`, of `Contents.text`."""
+    """`4 tensors for the text encoders (CLIP-L 2, CLIP-G 2; first: KEY)`, of `Contents.text`."""
     counts = ", ".join(f"{encoder} {count}" for encoder, count in Counter(text.values()).items())
-    return f"{len(text)} tensor{'s' * (len(text) != 1)} for the text encoders ({counts}), {first_of(text)}"
+    return (
+        f"{len(text)} tensor{'s' * (len(text) != 1)} for the text encoders ({counts}; first: {shown(next(iter(text)))})"
+    )
 
 
 def fused_ranks(factors: Mapping[str, Pair]) -> dict[str, list[int]]:

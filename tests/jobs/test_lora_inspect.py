@@ -94,8 +94,8 @@ def test_what_is_wrong_with_a_file_is_said_and_the_rest_described(tmp_path: Path
     tensors["lora_unet_joint_blocks_0_x_block_mlp_fc1.lora_down.weight"] = torch.ones(1, 64)
     save_file(tensors, file)
     assert [line for line in inspect_lora(file) if line.startswith("warning: ")] == [
-        "warning: 1 tensor for the text encoders (CLIP-L 1), lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down."
-        "weight; the other commands leave them out with --transformer-only",
+        "warning: 1 tensor for the text encoders (CLIP-L 1; first: lora_te1_text_model_encoder_layers_0_mlp_fc1."
+        "lora_down.weight); the other commands refuse the file without --transformer-only",
         "warning: joint_blocks.0.x_block.mlp.fc1: lora_A and lora_B are not a pair of matrices of one rank",
         "warning: 1 tensors are NaN or infinite: lora_unet_joint_blocks_1_x_block_mlp_fc2.lora_down.weight",
         f"warning: B is zero, so these do nothing: {QUERY} and 1 more (of 2 modules)",

@@ -299,7 +299,7 @@ def pair(module: str = f"transformer.{MODULE}", rank: int = 2, dtype: torch.dtyp
         (pair("unet.down_blocks.0.attn.to_q"), "unet.down_blocks.0.attn.to_q.lora_A.weight and 1 more is for a Stable"),
         (
             {**pair(), **pair("text_encoder.layers.0.q_proj")},
-            "holds 2 tensors for the text encoders (CLIP-L 2), text_encoder.layers.0.q_proj.lora_A.weight and 1 more",
+            "also has 2 tensors for the text encoders (CLIP-L 2; first: text_encoder.layers.0.q_proj.lora_A.weight)",
         ),
         ({"decoder.weight": torch.ones(2, 2)}, "decoder.weight belongs to no module of it in any layout"),
     ],
@@ -310,7 +310,6 @@ def test_other_things_than_a_lora_of_the_transformer_are_refused(
 ) -> None:
     line = error_of(save(tmp_path, tensors))
     assert said in line
-    assert "not a LoRA" in line
 
 
 @pytest.mark.parametrize("letter", ["A", "B"])

@@ -131,10 +131,11 @@ def test_what_is_for_the_text_encoders_is_known_and_left_out_when_asked(encoder:
     with pytest.raises(AdapterError) as caught:
         read_adapter(file)
     (line,) = caught.value.problems
-    assert f"it holds 1 tensor for the text encoders ({encoder} 1), {key}; --transformer-only leaves them out" in line
+    assert line.startswith(f"{file}: also has 1 tensor for the text encoders ({encoder} 1; first: {key}), which")
+    assert "leave them out with --transformer-only (infer and the lora commands)" in line
     assert f"`sd3tune lora convert {file} --transformer-only --to diffusers --out NEW.safetensors`" in line
     adapter = read_adapter(file, transformer_only=True)
-    assert adapter.notes == (f"left out: 1 tensor for the text encoders ({encoder} 1), {key}",)
+    assert adapter.notes == (f"left out: 1 tensor for the text encoders ({encoder} 1; first: {key})",)
     assert not adapter.for_diffusers
     assert list(adapter.factors) == [QUERY]
 
@@ -142,7 +143,7 @@ def test_what_is_for_the_text_encoders_is_known_and_left_out_when_asked(encoder:
 def test_with_nothing_for_the_transformer_there_is_no_way_out(tmp_path: Path) -> None:
     save_file({key: torch.ones(1) for key in TEXT["CLIP-L"]}, tmp_path / "x.safetensors")
     for transformer_only in (False, True):
-        with pytest.raises(AdapterError, match=r"holds nothing for the transformer, only 4 tensors for the text"):
+        with pytest.raises(AdapterError, match=r"has nothing for the transformer, only 4 tensors for the text"):
             read_adapter(tmp_path / "x.safetensors", transformer_only=transformer_only)
 
 
