@@ -120,7 +120,7 @@ def infer(
     transformer_only: Annotated[
         bool,
         typer.Option(
-            "--transformer-only", help="Leave out what a file holds for the text encoders.", rich_help_panel=_MODEL
+            "--transformer-only", help="Ignore a file's tensors for the text encoders.", rich_help_panel=_MODEL
         ),
     ] = False,
     base: Annotated[

@@ -24,7 +24,7 @@ Rank = Annotated[
 ]
 
 TransformerOnly = Annotated[
-    bool, typer.Option("--transformer-only", help="Leave out what a file holds for the text encoders.")
+    bool, typer.Option("--transformer-only", help="Ignore the file's tensors for the text encoders.")
 ]
 
 

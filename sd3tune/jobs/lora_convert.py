@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sd3tune.errors import RunError
-from sd3tune.jobs.lora_files import FORMS, check_out, said, write_form
+from sd3tune.jobs.lora_files import FORMS, check_out, notes_of, write_form
 from sd3tune.model.adapter_io import read_adapter
 from sd3tune.model.adapter_layouts import Pair, fused_ranks
 
@@ -23,7 +23,7 @@ def convert_lora(source: Path, form: str, out: Path, *, transformer_only: bool =
     factors = adapter.folded()
     write_form(out, form, factors, adapter.contract, adapter.metadata)
     fusing = _fusing(factors) if form != "diffusers" else []
-    return [f"{out}: {len(factors)} modules as {form} has them", *fusing, *said(adapter)]
+    return [f"{out}: {len(factors)} modules as {form} has them", *fusing, *notes_of(adapter)]
 
 
 def _fusing(factors: Mapping[str, Pair]) -> list[str]:

@@ -28,8 +28,8 @@ def check_out(out: Path) -> None:
         raise RunError(f"--out {out}: exists already, and nothing is overwritten; name another place")
 
 
-def said(adapter: Adapter) -> list[str]:
-    """Lines about what was assumed of a file, and what was left out of it."""
+def notes_of(adapter: Adapter) -> list[str]:
+    """Lines to print about an adapter: an assumed alpha, tensors that were left out."""
     return [f"note: {adapter.label}: {note}" for note in adapter.notes]
 
 

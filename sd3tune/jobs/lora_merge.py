@@ -13,7 +13,7 @@ from torch import Tensor
 from sd3tune import __version__
 from sd3tune.errors import AdapterError, ConfigError, RunError
 from sd3tune.jobs.conditions import find_base
-from sd3tune.jobs.lora_files import FORMS, check_out, losses, said, write_form
+from sd3tune.jobs.lora_files import FORMS, check_out, losses, notes_of, write_form
 from sd3tune.jobs.machine import dtype_name
 from sd3tune.jobs.request import parse_lora
 from sd3tune.model.adapter_io import Adapter, match, read_adapter
@@ -52,7 +52,7 @@ def merge_loras(
     check_out(out)
     adapters = _read(wanted, transformer_only)
     factors = weighted_sum([(adapter.folded(), weight) for adapter, weight in adapters])
-    lines = [*_disagreements(adapters), *_said(adapters)]
+    lines = [*_disagreements(adapters), *_all_notes(adapters)]
     if rank is not None:
         found = {module: truncate(pair, rank) for module, pair in factors.items()}
         factors = {module: truncated.pair for module, truncated in found.items()}
@@ -92,7 +92,10 @@ def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, trans
         raise AdapterError(f"{out}: not written: with the adapters {first_of(bad)} is beyond what "
                            f"{dtype_name(dtype)} holds; give them smaller weights")  # fmt: skip
     write_model(out, found, tensors, contract, None)
-    return [f"{out}: {found.name} with {len(adapters)} adapters in {len(modules)} of its weights", *_said(adapters)]
+    return [
+        f"{out}: {found.name} with {len(adapters)} adapters in {len(modules)} of its weights",
+        *_all_notes(adapters),
+    ]
 
 
 def _added(weight: Tensor, module: str, adapters: Weighted) -> Tensor:
@@ -111,8 +114,8 @@ def _read(wanted: Sequence[str], transformer_only: bool) -> Weighted:
     return [(read_adapter(path, transformer_only=transformer_only), weight) for path, weight in parsed]
 
 
-def _said(adapters: Weighted) -> list[str]:
-    return [line for adapter, _ in adapters for line in said(adapter)]
+def _all_notes(adapters: Weighted) -> list[str]:
+    return [line for adapter, _ in adapters for line in notes_of(adapter)]
 
 
 def _disagreements(adapters: Weighted) -> list[str]:

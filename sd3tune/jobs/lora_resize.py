@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.errors import ConfigError
-from sd3tune.jobs.lora_files import check_out, form_of, losses, said, write_form
+from sd3tune.jobs.lora_files import check_out, form_of, losses, notes_of, write_form
 from sd3tune.model.adapter_io import read_adapter
 from sd3tune.model.low_rank import Truncated, truncate
 
@@ -35,7 +35,11 @@ def resize_lora(
     write_form(out, form_of(adapter), factors, _contract(adapter.contract, found), adapter.metadata)
     before = Counter(len(down) for down, _ in adapter.factors.values())
     after = Counter(len(down) for down, _ in factors.values())
-    return [f"{out}: {len(found)} modules, rank {_ranks(before)} -> {_ranks(after)}", *losses(found), *said(adapter)]
+    return [
+        f"{out}: {len(found)} modules, rank {_ranks(before)} -> {_ranks(after)}",
+        *losses(found),
+        *notes_of(adapter),
+    ]
 
 
 def _contract(contract: Mapping[str, Any], found: Mapping[str, Truncated]) -> dict[str, Any]:

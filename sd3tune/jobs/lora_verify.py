@@ -14,7 +14,7 @@ from sd3tune.encode.resources import release
 from sd3tune.errors import AdapterError
 from sd3tune.jobs.conditions import find_base
 from sd3tune.jobs.fresh_pipeline import NAME, drawing_pipeline, load_into
-from sd3tune.jobs.lora_files import said
+from sd3tune.jobs.lora_files import notes_of
 from sd3tune.jobs.lora_preview import compare_with_preview
 from sd3tune.jobs.machine import choose_dtype, dtype_name, gpu_of, make_accelerator
 from sd3tune.model.adapter_io import Adapter, match, read_adapter
@@ -60,7 +60,7 @@ def verify_lora(
         f"{adapter.path}: {counted.matched} tensors of {len(adapter.factors)} modules loaded by diffusers into "
         f"{found.name}, none left over",
         f"one step in {dtype_name(torch_dtype)}: finite, and {change:.2%} away from the base's",
-        *said(adapter),
+        *notes_of(adapter),
     ]
     del pipeline
     release(device)

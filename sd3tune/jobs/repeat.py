@@ -136,7 +136,7 @@ def repeated(request: Request, repeat: Repeat) -> Request:
         t5_8bit=recipe.t5_8bit if asked.t5_8bit is None else asked.t5_8bit,
         vae_tiling=asked.vae_tiling or recipe.vae_tiling,
     )
-    # Whoever drew the picture has chosen already, where its adapters hold something for the text encoders, too.
+    # The picture was drawn with these files, so its author has already chosen to leave out their text encoder tensors.
     chosen = request.transformer_only or not request.loras
     return replace(request, loras=loras, memory=memory, before=False, transformer_only=chosen, **missing)
 

@@ -70,7 +70,7 @@ class Request:
     prompt_t5: str | None = None
     num: int = 1
     transformer_only: bool = False
-    """Whether what adapter files hold for the text encoders is left out."""
+    """Whether to ignore the adapters' tensors for the text encoders."""
     base: str | None = None
     revision: str | None = None
     """Of a base on the Hub."""
@@ -161,5 +161,5 @@ def _check_colon(value: str, flag: str) -> None:
     path, colon, weight = value.rpartition(":")
     if colon and path and Path(path).exists() and not Path(value).exists():
         is_weight = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", weight) is not None
-        way_out = f"write {path}@{weight}" if is_weight else f"write {path}, which has no revisions"
+        way_out = f"write {path}@{weight}" if is_weight else f"write {path}; only a Hub repository has revisions"
         raise AdapterError(f"{flag}{value}: {way_out}")

@@ -20,8 +20,8 @@ def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, L
     """
     if PATCH_EMBEDDER in adapter.factors:
         raise AdapterError(
-            f"method.start_from: {adapter.path} also adapts {PATCH_EMBEDDER}, which is not trained here; put all of it "
-            f"into the base with `sd3tune lora merge {adapter.path} --into-base --out FOLDER`, and train on that"
+            f"method.start_from: {adapter.path} also adapts {PATCH_EMBEDDER}, which sd3tune does not train; merge "
+            f"it into its base (`sd3tune lora merge {adapter.path} --into-base --out FOLDER`) and train on the result"
         )
     linear = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     foreign = [name for name in adapter.factors if name not in linear]

@@ -70,9 +70,9 @@ class Adapter:
     rslora: bool = False
     """Whether the file states alphas for alpha / sqrt(r); `alphas` are sqrt(r) times as much."""
     notes: tuple[str, ...] = ()
-    """What a user of the file should know: what was assumed, and what was left out."""
+    """To tell the user: an assumed alpha, tensors that were left out."""
     for_diffusers: bool = True
-    """Whether the file as it lies on the disk is one for diffusers' pipeline."""
+    """Whether diffusers' pipeline can be given the file itself."""
 
     @property
     def label(self) -> str:

@@ -1,4 +1,4 @@
-"""What tools call the modules of SD3 in a LoRA file, and what the other keys of such files are for."""
+"""Names that tools give SD3's modules in a LoRA file, and the purpose of other keys in such files."""
 
 from __future__ import annotations
 

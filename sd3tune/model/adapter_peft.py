@@ -29,13 +29,13 @@ _OF_TRAINING = (
     *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 )
-"""What changes nothing of what a saved LoRA computes; which modules it has, its tensors tell."""
+"""Keys that do not change what a saved LoRA computes; its modules follow from its tensors."""
 _PLAIN: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),  # the others change the base's own weights
 }
-"""Values that are those of a plain LoRA; of every key, an empty, false or missing value is, too."""
+"""Values of a plain LoRA. For every key, an empty, false or missing value is one, too."""
 
 
 _LITERAL = re.compile(r"(\^?)(\.\*)?((?:\\?\.|[\w-])+)\$?", re.ASCII)
@@ -53,7 +53,7 @@ class _Peft(Part):
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What PEFT says of a LoRA; nothing, where it says nothing."""
+    """PEFT's settings of a saved LoRA; all None for a file without any."""
 
     stated: _Peft
     file: Path | None = None
@@ -71,8 +71,8 @@ class PeftConfig:
             expected = rank_of.first_fit(module, self.stated.r)
             if self.file is not None and expected not in (None, rank):
                 raise AdapterError(
-                    f"{self.file}: states rank {expected} for {module}, whose tensors have rank {rank}: it was "
-                    "written for other weights than those beside it"
+                    f"{self.file}: states rank {expected} for {module}, whose tensors have rank {rank}; "
+                    "configuration and weights do not belong together"
                 )
             alpha = alpha_of.first_fit(module, self.stated.lora_alpha)
             if alpha is not None:
@@ -131,8 +131,8 @@ def _checked(where: str, values: Mapping[str, Any]) -> _Peft:
     odd = [key for key, value in values.items() if value and not _is_plain(key, value)]
     if odd:
         raise AdapterError(
-            *(f"{where}: {key}: {json.dumps(values[key])[:60]} is more than a plain LoRA, which is all that sd3tune "
-              "reads; train or export it without" for key in odd)
+            *(f"{where}: {key}: {json.dumps(values[key])[:60]} is not supported, as sd3tune reads plain LoRA only; "
+              "train or export the adapter without it" for key in odd)
         )  # fmt: skip
     check_part(where, values, _Peft, AdapterError)
     stated = _Peft.model_validate(values)

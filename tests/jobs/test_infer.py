@@ -371,7 +371,7 @@ def test_a_wrong_weight_is_one_line(weight: str, run: Path, draw: Draw) -> None:
     ("ending", "says"),
     [
         (":0.8", r"write {run}@0\.8"), (":1", "write {run}@1"), (":-.5", r"write {run}@-\.5"),
-        (":main", "write {run}, which has no revisions"), (":0.8@2", r"write {run}@0\.8"),
+        (":main", "write {run}; only a Hub repository has revisions"), (":0.8@2", r"write {run}@0\.8"),
     ],
 )  # fmt: skip
 def test_a_weight_as_other_tools_write_it_is_shown_as_ours(ending: str, says: str, run: Path) -> None:

@@ -204,7 +204,9 @@ def test_the_patch_embedder_is_folded_into_a_base_and_verified_in_diffusers(
 
 
 def test_the_patch_embedder_cannot_start_a_run(patched: Path) -> None:
-    with pytest.raises(AdapterError, match=f"also adapts {PATCH_EMBEDDER}, which is not trained here; put all of it"):
+    with pytest.raises(
+        AdapterError, match=f"also adapts {PATCH_EMBEDDER}, which sd3tune does not train; merge it into its"
+    ):
         check_start(read_adapter(patched), empty_transformer(resolve_base("tiny")), {})
 
 

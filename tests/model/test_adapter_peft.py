@@ -129,7 +129,7 @@ def test_what_would_change_the_result_is_refused_by_its_name(key: str, value: ob
     with pytest.raises(AdapterError) as caught:
         changed(folder, **{key: value})
     (line,) = caught.value.problems
-    assert line.startswith(f"{folder / 'adapter_config.json'}: {key}: {json.dumps(value)} is more than a plain LoRA")
+    assert line.startswith(f"{folder / 'adapter_config.json'}: {key}: {json.dumps(value)} is not supported, as")
 
 
 def test_what_concerns_the_training_alone_is_let_through(folder: Path) -> None:
