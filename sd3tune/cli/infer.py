@@ -126,6 +126,12 @@ def infer(
             rich_help_panel=_MODEL,
         ),
     ] = None,
+    transformer_only: Annotated[
+        bool,
+        typer.Option(
+            "--transformer-only", help="Ignore a file's tensors for the text encoders.", rich_help_panel=_MODEL
+        ),
+    ] = False,
     base: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Base model; by default the one that the adapter names.", rich_help_panel=_MODEL),
@@ -208,6 +214,7 @@ def infer(
         prompt_clip_g=prompt_clip_g,
         prompt_t5=prompt_t5,
         num=num,
+        transformer_only=transformer_only,
         base=base,
         config=config,
         t5_tokens=t5_tokens,

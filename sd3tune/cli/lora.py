@@ -23,6 +23,10 @@ Rank = Annotated[
     typer.Option(metavar="R", help="The rank of every module, at most."),
 ]
 
+TransformerOnly = Annotated[
+    bool, typer.Option("--transformer-only", help="Ignore the file's tensors for the text encoders.")
+]
+
 
 @lora_app.command()
 def inspect(path: Adapter) -> None:
@@ -39,12 +43,13 @@ def convert(
     path: Adapter,
     to: Annotated[str, typer.Option(metavar="FORM", help="diffusers, kohya or comfyui.")],
     out: Out,
+    transformer_only: TransformerOnly = False,
 ) -> None:
     """Write an adapter as another tool wants it; what is computed stays the same."""
     with quick_imports():
         from sd3tune.jobs.lora_convert import convert_lora
 
-    for line in convert_lora(path, to, out):
+    for line in convert_lora(path, to, out, transformer_only=transformer_only):
         print(line)
 
 
@@ -56,6 +61,7 @@ def verify(
     preview: Annotated[
         bool, typer.Option("--preview/--no-preview", help="Draw what the training drew with it, and compare.")
     ] = True,
+    transformer_only: TransformerOnly = False,
 ) -> None:
     """Load an adapter into a fresh diffusers pipeline; exit code 2 unless all of it matches and draws as trained."""
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
@@ -63,7 +69,7 @@ def verify(
     with quick_imports():
         from sd3tune.jobs.lora_verify import verify_lora
 
-    for line in verify_lora(path, base, dtype, preview):
+    for line in verify_lora(path, base, dtype, preview, transformer_only=transformer_only):
         print(line)
 
 
@@ -82,6 +88,7 @@ def merge(
         bool, typer.Option("--into-base", help="Write the whole base with the adapters in it.")
     ] = False,
     base: Base = None,
+    transformer_only: TransformerOnly = False,
 ) -> None:
     """Add adapters up into one, or into the weights of their base."""
     if into_base and (to != "diffusers" or method != "concat" or rank is not None):
@@ -91,7 +98,11 @@ def merge(
     with quick_imports():
         from sd3tune.jobs.lora_merge import merge_into_base, merge_loras
 
-    for line in merge_into_base(paths, out, base) if into_base else merge_loras(paths, out, to, method, rank):
+    if into_base:
+        lines = merge_into_base(paths, out, base, transformer_only=transformer_only)
+    else:
+        lines = merge_loras(paths, out, to, method, rank, transformer_only=transformer_only)
+    for line in lines:
         print(line)
 
 
@@ -104,10 +115,11 @@ def resize(
         Optional[float],  # noqa: UP045
         typer.Option(metavar="E", help="Keep this share of each module's squared norm, such as 0.99."),
     ] = None,
+    transformer_only: TransformerOnly = False,
 ) -> None:
     """Write the nearest adapter of a lower rank, and say what that loses."""
     with quick_imports():
         from sd3tune.jobs.lora_resize import resize_lora
 
-    for line in resize_lora(path, out, rank, energy):
+    for line in resize_lora(path, out, rank, energy, transformer_only=transformer_only):
         print(line)

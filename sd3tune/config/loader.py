@@ -145,7 +145,7 @@ def _is_path(base: str, folder: Path) -> bool:
     """Whether a base means a folder or a file rather than an offline base or a Hub id."""
     if base in OFFLINE_BASES:
         return False
-    return _looks_like_a_path(base) or base.endswith(_WEIGHTS) or (bool(base) and os.path.exists(folder / base))
+    return _looks_like_a_path(base) or base.lower().endswith(_WEIGHTS) or (bool(base) and os.path.exists(folder / base))
 
 
 def _is_hub_dataset(source: Any, folder: Path) -> bool:

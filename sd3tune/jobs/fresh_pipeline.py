@@ -45,7 +45,7 @@ def text_pipeline(
 
 def load_into(pipeline: StableDiffusion3Pipeline, adapter: Adapter) -> None:
     """By the file's name, or, for one in another layout, as `lora convert` would write it. Raises AdapterError."""
-    weights = str(adapter.path) if adapter.layout == "diffusers" else arrange(adapter.folded(), "diffusers")
+    weights = str(adapter.path) if adapter.for_diffusers else arrange(adapter.folded(), "diffusers")
     try:
         pipeline.load_lora_weights(weights, adapter_name=NAME)
     except Exception as error:  # anything may come out of two libraries that a file was not written for

@@ -13,6 +13,7 @@ from sd3tune.data.images import check_header, read_image
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.jobs.conditions import Conditions, settle_conditions, settle_memory
 from sd3tune.jobs.grid import Grid, read_grid
+from sd3tune.jobs.lora_files import notes_of
 from sd3tune.jobs.machine import choose_dtype, gpu_of, make_accelerator
 from sd3tune.jobs.missing import draw_missing
 from sd3tune.jobs.pictures import Album, before_and_after
@@ -42,7 +43,10 @@ def run_infer(request: Request) -> list[Path]:
     rows = read_prompts(wanted.prompts) if wanted.prompts else []
     grid = read_grid(wanted.grid, wanted.loras)
     given = [parse_lora(lora) for lora in [*wanted.loras, *(grid.loras if grid else ())]]
-    studio = _studio(wanted, [load_adapter(path) for path, _ in given])
+    adapters = [load_adapter(path, transformer_only=wanted.transformer_only) for path, _ in given]
+    for line in (line for adapter in adapters for line in notes_of(adapter)):
+        print(line)
+    studio = _studio(wanted, adapters)
     if repeat is not None:
         repeat.check_base(studio.conditions.base, chosen=request.base is not None or request.config is not None)
 

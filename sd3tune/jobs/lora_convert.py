@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sd3tune.errors import RunError
-from sd3tune.jobs.lora_files import FORMS, check_out, write_form
+from sd3tune.jobs.lora_files import FORMS, check_out, notes_of, write_form
 from sd3tune.model.adapter_io import read_adapter
 from sd3tune.model.adapter_layouts import Pair, fused_ranks
 
 
-def convert_lora(source: Path, form: str, out: Path) -> list[str]:
+def convert_lora(source: Path, form: str, out: Path, *, transformer_only: bool = False) -> list[str]:
     """Write the adapter to `out` in `form`, one of FORMS; returns lines that say what was done.
 
     Raises AdapterError for what cannot be read or what the form cannot hold, RunError when `out` exists.
@@ -19,10 +19,11 @@ def convert_lora(source: Path, form: str, out: Path) -> list[str]:
     if form not in FORMS:
         raise RunError(f"--to {form}: one of {', '.join(FORMS)}")
     check_out(out)
-    adapter = read_adapter(source)
+    adapter = read_adapter(source, transformer_only=transformer_only)
     factors = adapter.folded()
     write_form(out, form, factors, adapter.contract, adapter.metadata)
-    return [f"{out}: {len(factors)} modules as {form} has them", *(_fusing(factors) if form != "diffusers" else ())]
+    fusing = _fusing(factors) if form != "diffusers" else []
+    return [f"{out}: {len(factors)} modules as {form} has them", *fusing, *notes_of(adapter)]
 
 
 def _fusing(factors: Mapping[str, Pair]) -> list[str]:

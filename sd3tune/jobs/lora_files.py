@@ -10,7 +10,7 @@ from typing import Any
 
 from sd3tune.errors import AdapterError, RunError
 from sd3tune.model.adapter_base import fitting_variants
-from sd3tune.model.adapter_io import Adapter, contract_metadata, peft_metadata, save_tensors
+from sd3tune.model.adapter_io import Adapter, contract_metadata, is_safetensors, peft_metadata, save_tensors
 from sd3tune.model.adapter_layouts import Pair, arrange
 from sd3tune.model.adapter_metadata import CONTRACT_KEY, PEFT_KEY
 from sd3tune.model.low_rank import Truncated
@@ -22,10 +22,15 @@ _STALE = re.compile(r"format|ss_network_.*|sshs_.*|modelspec\.(hash|architecture
 
 def check_out(out: Path) -> None:
     """RunError unless `out` can be a new safetensors file."""
-    if out.suffix != ".safetensors":
+    if not is_safetensors(out.name):
         raise RunError(f"--out {out}: an adapter is one file: name it *.safetensors")
     if out.exists():
         raise RunError(f"--out {out}: exists already, and nothing is overwritten; name another place")
+
+
+def notes_of(adapter: Adapter) -> list[str]:
+    """Lines to print about an adapter: an assumed alpha, tensors that were left out."""
+    return [f"note: {adapter.label}: {note}" for note in adapter.notes]
 
 
 def form_of(adapter: Adapter) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from sd3tune.errors import AdapterError
 from sd3tune.model.adapter_base import fitting_variants
 from sd3tune.model.adapter_io import Adapter, AdapterFile, as_adapter, read_file
-from sd3tune.model.adapter_layouts import Contents, first_of, interpret, shown
+from sd3tune.model.adapter_layouts import Contents, first_of, interpret, shown, text_part
 from sd3tune.model.adapters import block_norms
 
 _SAID_ELSEWHERE = ("contract_version", "base", "base_kind", "base_revision", "base_fingerprint", "trigger")
@@ -39,6 +39,8 @@ def inspect_lora(location: Path) -> list[str]:
 def _why_empty(contents: Contents) -> str:
     for module, fault in contents.broken.items():
         return f"{module}: {fault}"
+    if contents.text and not contents.unknown:
+        return f"only {text_part(contents.text)}"
     for key, what in contents.unknown.items():
         return f"{shown(key)} is {what}" if what else f"no layout that is known has a key like {shown(key)}"
     return "it holds no tensors"
@@ -62,9 +64,14 @@ def _sizes(adapter: Adapter) -> Iterator[str]:
     dtypes = ", ".join(sorted({str(factor.dtype).removeprefix("torch.") for pair in pairs for factor in pair}))
     yield f"modules   {len(pairs)}, {parameters:,} parameters, {dtypes}"
     yield f"rank      {_counted(len(down) for down, _ in pairs)}"
-    scales = (adapter.alphas[module] / len(down) for module, (down, _) in adapter.factors.items())
-    yield f"alpha     {_counted(f'{alpha:g}' for alpha in adapter.alphas.values())}"
-    yield f"scale     {_counted(f'{scale:.4g}' for scale in scales)}"
+    ranks = {module: len(down) for module, (down, _) in adapter.factors.items()}
+    scales = {module: adapter.alphas[module] / rank for module, rank in ranks.items()}
+    stated = {module: scale * (ranks[module] ** 0.5 if adapter.rslora else ranks[module])
+              for module, scale in scales.items()}  # fmt: skip
+    remarks = [note for note in adapter.notes if note.startswith("no alpha")]
+    remarks += ["rank-stabilised: scale = alpha / sqrt(rank)"] if adapter.rslora else []
+    yield f"alpha     {_counted(f'{alpha:g}' for alpha in stated.values())}" + "".join(f" ({one})" for one in remarks)
+    yield f"scale     {_counted(f'{scale:.4g}' for scale in scales.values())}"
 
 
 def _modules(adapter: Adapter) -> Iterator[str]:
@@ -102,6 +109,8 @@ def _warnings(file: AdapterFile, contents: Contents, adapter: Adapter) -> Iterat
     for what in dict.fromkeys(contents.unknown.values()):
         keys = [key for key, reason in contents.unknown.items() if reason == what]
         yield f"{len(keys)} unknown key{'s' * (len(keys) != 1)}: {first_of(keys)}" + f", {what}" * bool(what)
+    if contents.text:
+        yield f"{text_part(contents.text)}; the other commands refuse the file without --transformer-only"
     for module, fault in contents.broken.items():
         yield f"{module}: {fault}"
     if file.bad:

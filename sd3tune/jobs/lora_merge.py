@@ -13,7 +13,7 @@ from torch import Tensor
 from sd3tune import __version__
 from sd3tune.errors import AdapterError, ConfigError, RunError
 from sd3tune.jobs.conditions import find_base
-from sd3tune.jobs.lora_files import FORMS, check_out, losses, write_form
+from sd3tune.jobs.lora_files import FORMS, check_out, losses, notes_of, write_form
 from sd3tune.jobs.machine import dtype_name
 from sd3tune.jobs.request import parse_lora
 from sd3tune.model.adapter_io import Adapter, match, read_adapter
@@ -33,7 +33,9 @@ _CONDITIONS = (
 Weighted = Sequence[tuple[Adapter, float]]
 
 
-def merge_loras(wanted: Sequence[str], out: Path, form: str, method: str, rank: int | None) -> list[str]:
+def merge_loras(
+    wanted: Sequence[str], out: Path, form: str, method: str, rank: int | None, *, transformer_only: bool = False
+) -> list[str]:
     """Write one adapter that adds up those of `wanted` (`PATH@weight`) to `out`, in `form`; returns lines about it.
 
     `concat` is exact, its rank the sum of theirs; `svd` is the nearest of `rank`. Raises ConfigError, AdapterError for
@@ -48,9 +50,9 @@ def merge_loras(wanted: Sequence[str], out: Path, form: str, method: str, rank: 
     if form not in FORMS:
         raise RunError(f"--to {form}: one of {', '.join(FORMS)}")
     check_out(out)
-    adapters = _read(wanted)
+    adapters = _read(wanted, transformer_only)
     factors = weighted_sum([(adapter.folded(), weight) for adapter, weight in adapters])
-    lines = _disagreements(adapters)
+    lines = [*_disagreements(adapters), *_all_notes(adapters)]
     if rank is not None:
         found = {module: truncate(pair, rank) for module, pair in factors.items()}
         factors = {module: truncated.pair for module, truncated in found.items()}
@@ -60,7 +62,7 @@ def merge_loras(wanted: Sequence[str], out: Path, form: str, method: str, rank: 
     return [f"{out}: {len(factors)} modules of rank {highest} at most, from {len(adapters)} adapters", *lines]
 
 
-def merge_into_base(wanted: Sequence[str], out: Path, base: str | None) -> list[str]:
+def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, transformer_only: bool = False) -> list[str]:
     """Write the base with the adapters added to its weights, as precise as it is stored, to the folder `out`.
 
     Raises AdapterError for adapters that are not of the base, ModelError for a base that is no folder or Hub id,
@@ -68,7 +70,7 @@ def merge_into_base(wanted: Sequence[str], out: Path, base: str | None) -> list[
     """
     if out.exists():
         raise RunError(f"--out {out}: exists already, and nothing is overwritten; name another folder")
-    adapters = _read(wanted)
+    adapters = _read(wanted, transformer_only)
     found = find_base(base, [adapter for adapter, _ in adapters])
     check_parts(found, "--into-base")
     skeleton = empty_transformer(found)
@@ -90,7 +92,10 @@ def merge_into_base(wanted: Sequence[str], out: Path, base: str | None) -> list[
         raise AdapterError(f"{out}: not written: with the adapters {first_of(bad)} is beyond what "
                            f"{dtype_name(dtype)} holds; give them smaller weights")  # fmt: skip
     write_model(out, found, tensors, contract, None)
-    return [f"{out}: {found.name} with {len(adapters)} adapters in {len(modules)} of its weights"]
+    return [
+        f"{out}: {found.name} with {len(adapters)} adapters in {len(modules)} of its weights",
+        *_all_notes(adapters),
+    ]
 
 
 def _added(weight: Tensor, module: str, adapters: Weighted) -> Tensor:
@@ -99,12 +104,18 @@ def _added(weight: Tensor, module: str, adapters: Weighted) -> Tensor:
     for adapter, share in adapters:
         if module in adapter.factors:
             down, up = (factor.double() for factor in adapter.factors[module])
-            total = total + share * adapter.alphas[module] / len(down) * up @ down
+            change = share * adapter.alphas[module] / len(down) * up @ down
+            total = total + change.reshape(total.shape)
     return total.float()
 
 
-def _read(wanted: Sequence[str]) -> Weighted:
-    return [(read_adapter(path), weight) for path, weight in (parse_lora(one, "") for one in wanted)]
+def _read(wanted: Sequence[str], transformer_only: bool) -> Weighted:
+    parsed = [parse_lora(one, "") for one in wanted]
+    return [(read_adapter(path, transformer_only=transformer_only), weight) for path, weight in parsed]
+
+
+def _all_notes(adapters: Weighted) -> list[str]:
+    return [line for adapter, _ in adapters for line in notes_of(adapter)]
 
 
 def _disagreements(adapters: Weighted) -> list[str]:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.errors import ConfigError
-from sd3tune.jobs.lora_files import check_out, form_of, losses, write_form
+from sd3tune.jobs.lora_files import check_out, form_of, losses, notes_of, write_form
 from sd3tune.model.adapter_io import read_adapter
 from sd3tune.model.low_rank import Truncated, truncate
 
 _OF_OTHER_RANKS = ("rank_pattern", "alpha_pattern", "rslora")
 
 
-def resize_lora(source: Path, out: Path, rank: int | None, energy: float | None) -> list[str]:
+def resize_lora(
+    source: Path, out: Path, rank: int | None, energy: float | None, *, transformer_only: bool = False
+) -> list[str]:
     """Write the nearest adapter of `rank`, or with the share `energy` of each module's |BA|^2, in the source's layout.
 
     Returns lines that say what it loses. Raises ConfigError, AdapterError, RunError when `out` exists.
@@ -27,13 +29,17 @@ def resize_lora(source: Path, out: Path, rank: int | None, energy: float | None)
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"--energy {energy:g}: a share above 0 and up to 1, such as 0.99")
     check_out(out)
-    adapter = read_adapter(source)
+    adapter = read_adapter(source, transformer_only=transformer_only)
     found = {module: truncate(pair, rank, energy) for module, pair in adapter.folded().items()}
     factors = {module: truncated.pair for module, truncated in found.items()}
     write_form(out, form_of(adapter), factors, _contract(adapter.contract, found), adapter.metadata)
     before = Counter(len(down) for down, _ in adapter.factors.values())
     after = Counter(len(down) for down, _ in factors.values())
-    return [f"{out}: {len(found)} modules, rank {_ranks(before)} -> {_ranks(after)}", *losses(found)]
+    return [
+        f"{out}: {len(found)} modules, rank {_ranks(before)} -> {_ranks(after)}",
+        *losses(found),
+        *notes_of(adapter),
+    ]
 
 
 def _contract(contract: Mapping[str, Any], found: Mapping[str, Truncated]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from sd3tune.encode.resources import release
 from sd3tune.errors import AdapterError
 from sd3tune.jobs.conditions import find_base
 from sd3tune.jobs.fresh_pipeline import NAME, drawing_pipeline, load_into
+from sd3tune.jobs.lora_files import notes_of
 from sd3tune.jobs.lora_preview import compare_with_preview
 from sd3tune.jobs.machine import choose_dtype, dtype_name, gpu_of, make_accelerator
 from sd3tune.model.adapter_io import Adapter, match, read_adapter
@@ -23,14 +24,16 @@ from sd3tune.model.components import empty_transformer
 _SIDE, _TOKENS = 64, 32
 
 
-def verify_lora(location: Path, base: str | None, dtype: str, preview: bool = True) -> list[str]:
+def verify_lora(
+    location: Path, base: str | None, dtype: str, preview: bool = True, *, transformer_only: bool = False
+) -> list[str]:
     """Lines that say what was checked. Raises AdapterError with the first thing that an adapter must not be.
 
     The pipeline is diffusers' own, with the transformer of `base` (None: the one that the adapter names) and random
     text; a file in diffusers' layout is loaded by name, one in another layout as `lora convert` would write it. With
     `preview`, what the training drew is drawn again.
     """
-    adapter = read_adapter(location)
+    adapter = read_adapter(location, transformer_only=transformer_only)
     device = make_accelerator().device
     torch_dtype = choose_dtype(dtype, gpu_of(device), "--dtype")
     found = find_base(base, [adapter])
@@ -57,6 +60,7 @@ def verify_lora(location: Path, base: str | None, dtype: str, preview: bool = Tr
         f"{adapter.path}: {counted.matched} tensors of {len(adapter.factors)} modules loaded by diffusers into "
         f"{found.name}, none left over",
         f"one step in {dtype_name(torch_dtype)}: finite, and {change:.2%} away from the base's",
+        *notes_of(adapter),
     ]
     del pipeline
     release(device)
@@ -75,7 +79,7 @@ def _check_layers(adapter: Adapter, transformer: Any) -> None:
     for name, (down, up) in folded.items():
         layer = layers[name]
         held = layer.lora_B[NAME].weight.float().cpu() * layer.scaling[NAME]
-        if not (_close(held, up) and _close(layer.lora_A[NAME].weight.float().cpu(), down)):
+        if not (_close(held.flatten(1), up) and _close(layer.lora_A[NAME].weight.float().cpu().flatten(1), down)):
             raise AdapterError(f"{adapter.path}: {name}: diffusers made something else of its weights or its alpha")
 
 

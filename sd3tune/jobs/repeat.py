@@ -145,7 +145,9 @@ def repeated(request: Request, repeat: Repeat) -> Request:
         t5_8bit=recipe.t5_8bit if asked.t5_8bit is None else asked.t5_8bit,
         vae_tiling=asked.vae_tiling or recipe.vae_tiling,
     )
-    return replace(request, loras=loras, memory=memory, before=False, **missing)
+    # The picture was drawn with these files, so its author has already chosen to leave out their text encoder tensors.
+    chosen = request.transformer_only or not request.loras
+    return replace(request, loras=loras, memory=memory, before=False, transformer_only=chosen, **missing)
 
 
 def _base_of(repeat: Repeat, has_adapter: bool) -> dict[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -69,6 +70,8 @@ class Request:
     prompt_clip_g: str | None = None
     prompt_t5: str | None = None
     num: int = 1
+    transformer_only: bool = False
+    """Whether to ignore the adapters' tensors for the text encoders."""
     base: str | None = None
     revision: str | None = None
     """Of a base on the Hub."""
@@ -140,6 +143,7 @@ def parse_lora(value: str, flag: str = "--lora ") -> tuple[Path, float]:
     """
     path, at, weight = value.rpartition("@")
     if not at or Path(value).exists():
+        _check_colon(value, flag)
         return Path(value), 1.0
     try:
         scale = float(weight)
@@ -149,4 +153,14 @@ def parse_lora(value: str, flag: str = "--lora ") -> tuple[Path, float]:
         raise AdapterError(
             f"{flag}{value}: {weight!r} is not a weight; write PATH@0.8, or for a revision user/name:revision"
         )
+    _check_colon(path, flag)
     return Path(path), scale
+
+
+def _check_colon(value: str, flag: str) -> None:
+    """Raises AdapterError for `PATH:0.8`, as other tools write a weight; a file or folder of this machine has none."""
+    path, colon, weight = value.rpartition(":")
+    if colon and path and Path(path).exists() and not Path(value).exists():
+        is_weight = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", weight) is not None
+        way_out = f"write {path}@{weight}" if is_weight else f"write {path}; only a Hub repository has revisions"
+        raise AdapterError(f"{flag}{value}: {way_out}")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sd3tune.errors import AdapterError
 from sd3tune.model.adapter_io import Adapter
+from sd3tune.model.adapter_names import PATCH_EMBEDDER
 from sd3tune.model.adapters import Layer
 from sd3tune.model.targets import never_learning
 
@@ -17,6 +18,11 @@ def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, L
 
     Modules that it lacks start as new ones; those whose output nothing reads do not matter.
     """
+    if PATCH_EMBEDDER in adapter.factors:
+        raise AdapterError(
+            f"method.start_from: {adapter.path} also adapts {PATCH_EMBEDDER}, which sd3tune does not train; merge "
+            f"it into its base (`sd3tune lora merge {adapter.path} --into-base --out FOLDER`) and train on the result"
+        )
     linear = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     foreign = [name for name in adapter.factors if name not in linear]
     if foreign:

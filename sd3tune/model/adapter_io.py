@@ -1,20 +1,21 @@
 """The adapter file and its contract: what is written is what diffusers and ComfyUI load, and loading is counted.
 
-Keys are diffusers' (`transformer.<module>.lora_A.weight`); the layouts of other tools are read, too (see
-`adapter_layouts`). The scale alpha / r is folded into B and alpha = r is written, so that a loader that ignores alpha
-computes the same. The file's metadata holds what PEFT needs to rebuild the layers (`lora_adapter_metadata`, as
-diffusers writes it) and the conditioning contract (`sd3tune`), which `infer` applies: the base, T5 length, sigma
-sampling, and so on. No time, host or path is in it.
+Keys are diffusers' (`transformer.<module>.lora_A.weight`); other tools' layouts are read, too (see `adapter_layouts`,
+and for PEFT's folders `adapter_peft`). The scale alpha / r is folded into B and alpha = r is written, so that a loader
+that ignores alpha computes the same. The file's metadata holds what PEFT needs to rebuild the layers
+(`lora_adapter_metadata`, as diffusers writes it) and the conditioning contract (`sd3tune`), which `infer` applies: the
+base, T5 length, sigma sampling, and so on. No time, host or path is in it.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import math
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 
 from sd3tune.atomic import new_file
 from sd3tune.errors import AdapterError
-from sd3tune.model.adapter_layouts import READABLE, Contents, Pair, first_of, interpret
-from sd3tune.model.adapter_metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract, read_peft
+from sd3tune.model.adapter_layouts import READABLE, Contents, Pair, as_stored, first_of, interpret, text_part
+from sd3tune.model.adapter_metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract
+from sd3tune.model.adapter_peft import CONFIG_FILE, WEIGHTS_FILE, read_peft
 from sd3tune.model.contract import CONTRACT_VERSION
 from sd3tune.tensorfile import save_sorted
 
@@ -65,6 +67,12 @@ class Adapter:
     """Of one from the Hub: repository and commit, as `user/name:commit`."""
     base_in_card: str | None = None
     """Of one from the Hub: the base model that its card names."""
+    rslora: bool = False
+    """Whether the file states alphas for alpha / sqrt(r); `alphas` are sqrt(r) times as much."""
+    notes: tuple[str, ...] = ()
+    """To tell the user: an assumed alpha, tensors that were left out."""
+    for_diffusers: bool = True
+    """Whether diffusers' pipeline can be given the file itself."""
 
     @property
     def label(self) -> str:
@@ -136,13 +144,13 @@ def peft_metadata(ranks: Mapping[str, int]) -> str:
 def find_adapter(location: str | Path) -> Path:
     """The adapter file of a file, an adapter folder, a checkpoint or a run folder. Raises AdapterError."""
     path = Path(location).expanduser()
-    for candidate in (path, path / ADAPTER_FILE, path / "adapter" / ADAPTER_FILE):
+    for candidate in (path, path / ADAPTER_FILE, path / "adapter" / ADAPTER_FILE, path / WEIGHTS_FILE):
         if candidate.is_file():
             return candidate
     if (path / "model" / "model_index.json").is_file():
         raise AdapterError(f"{path}: holds a whole model and no adapter; draw with --base {path / 'model'}")
     if path.is_dir():
-        inside = sorted(path.glob("*.safetensors"))
+        inside = sorted(file for file in path.iterdir() if is_safetensors(file.name) and file.is_file())
         if len(inside) == 1:
             return inside[0]
         raise AdapterError(
@@ -152,10 +160,15 @@ def find_adapter(location: str | Path) -> Path:
     raise AdapterError(f"{path}: no such file or folder")
 
 
+def is_safetensors(name: str) -> bool:
+    """Whether a file's name, in any case of letters, ends as safetensors files do."""
+    return name.lower().endswith(".safetensors")
+
+
 def read_file(location: str | Path) -> AdapterFile:
     """The tensors and metadata of a safetensors file. Raises AdapterError."""
     path = find_adapter(location)
-    if path.suffix != ".safetensors":
+    if not is_safetensors(path.name):
         raise AdapterError(f"{path}: adapters are read as safetensors only; pickled files can run any code")
     try:
         with safe_open(path, framework="pt") as file:
@@ -166,22 +179,47 @@ def read_file(location: str | Path) -> AdapterFile:
     return AdapterFile(path, metadata, tensors)
 
 
-def read_adapter(location: str | Path) -> Adapter:
+def read_adapter(location: str | Path, *, transformer_only: bool = False) -> Adapter:
     """Read and check a LoRA file in any of the known layouts.
 
-    Raises AdapterError for anything that is not a plain LoRA of SD3's transformer, whole and finite.
+    With `transformer_only`, tensors for the text encoders are left out, and the adapter's notes say so. Raises
+    AdapterError for anything else that is not a plain LoRA of SD3's transformer, whole and finite.
     """
     file = read_file(location)
     contents = interpret(file.tensors)
-    _check(file, contents)
+    if transformer_only:
+        file = replace(file, tensors={key: value for key, value in file.tensors.items() if key not in contents.text})
+    _check(file, contents, transformer_only)
     return as_adapter(file, contents)
 
 
 def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
     """The modules of `contents` that are whole. Raises AdapterError for metadata that nobody could apply."""
-    alphas = _alphas(file.path, file.metadata, contents.factors) | contents.alphas
+    ranks = {module: len(down) for module, (down, _) in contents.factors.items()}
     contract = read_contract(file.path, file.metadata)
-    return Adapter(file.path, contents.factors, alphas, contract, contents.layout, file.metadata)
+    peft = read_peft(file.path, file.metadata, contents.layout)
+    stated = peft.alphas(ranks) | contents.alphas
+    unstated = [] if contract else [module for module in ranks if module not in stated]
+    notes = [_no_alpha(file.path, unstated, len(ranks))] if unstated else []
+    if contents.text:
+        notes.append(f"left out: {text_part(contents.text)}")
+    return Adapter(
+        file.path,
+        contents.factors,
+        {module: float(rank) for module, rank in ranks.items()} | stated,
+        contract,
+        contents.layout,
+        file.metadata,
+        rslora=bool(peft.stated.use_rslora) and not contents.alphas,
+        notes=tuple(notes),
+        for_diffusers=contents.for_diffusers and peft.file is None,
+    )
+
+
+def _no_alpha(path: Path, modules: list[str], of: int) -> str:
+    some = "" if len(modules) == of else f" for {first_of(modules)}"
+    lacking = f"; {CONFIG_FILE}, which would state it, is not beside the file" if path.name == WEIGHTS_FILE else ""
+    return f"no alpha stated{some}, taken as rank{lacking}"
 
 
 def match(transformer: nn.Module, adapter: Adapter) -> Match:
@@ -189,15 +227,18 @@ def match(transformer: nn.Module, adapter: Adapter) -> Match:
 
     Raises AdapterError when a shape disagrees or nothing matches: such a file would load with no effect.
     """
-    linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
-    linear = {name.removesuffix(".base_layer"): module for name, module in linear.items()}
-    unmatched = tuple(name for name in adapter.factors if name not in linear)
+    sizes = {
+        name.removesuffix(".base_layer"): _size(module)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    unmatched = tuple(name for name in adapter.factors if name not in sizes)
     for name, (down, up) in adapter.factors.items():
-        module = linear.get(name)
-        if module is not None and (up.shape[0], down.shape[1]) != (module.out_features, module.in_features):
+        found, needed = (len(up), down.shape[1]), sizes.get(name)
+        if needed is not None and found != needed:
             raise AdapterError(
-                f"{adapter.path}: made for another base: {name} is {up.shape[0]}x{down.shape[1]} in the adapter and "
-                f"{module.out_features}x{module.in_features} in the model; give the right one with --base"
+                f"{adapter.path}: made for another base: {name} is {found[0]}x{found[1]} in the adapter and "
+                f"{needed[0]}x{needed[1]} in the model; give the right one with --base"
             )
     if len(unmatched) == len(adapter.factors):
         raise AdapterError(
@@ -205,6 +246,13 @@ def match(transformer: nn.Module, adapter: Adapter) -> Match:
             f"(first: {unmatched[0]})"
         )
     return Match(2 * (len(adapter.factors) - len(unmatched)), unmatched)
+
+
+def _size(module: nn.Linear | nn.Conv2d) -> tuple[int, int]:
+    """Outputs and inputs; of a convolution, the inputs of one place."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.out_channels, module.in_channels * math.prod(module.kernel_size)
 
 
 def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
@@ -217,7 +265,7 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
     tensors = {
         f"{PREFIX}{module}.lora_{letter}.weight": tensor.to(transformer.dtype)
         for module, pair in kept.items()
-        for letter, tensor in zip("AB", pair, strict=True)
+        for letter, tensor in zip("AB", as_stored(module, pair), strict=True)
     }
     first = next(iter(kept))
     ranks, alphas = (
@@ -242,8 +290,8 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
     return counted
 
 
-def _check(file: AdapterFile, contents: Contents) -> None:
-    if not file.tensors:
+def _check(file: AdapterFile, contents: Contents, transformer_only: bool) -> None:
+    if not file.tensors and not contents.text:
         raise AdapterError(f"{file.path}: not a LoRA: it holds no tensors")
     if contents.unknown:
         what = next(iter(contents.unknown.values()))
@@ -254,23 +302,13 @@ def _check(file: AdapterFile, contents: Contents) -> None:
     if contents.broken:
         module, fault = next(iter(contents.broken.items()))
         raise AdapterError(f"{file.path}: {module}: {fault}")
+    if not contents.factors:
+        raise AdapterError(f"{file.path}: has nothing for the transformer, only {text_part(contents.text)}")
+    if contents.text and not transformer_only:
+        raise AdapterError(
+            f"{file.path}: also has {text_part(contents.text)}, which sd3tune does not load; leave them out with "
+            f"--transformer-only (infer and the lora commands), or write a file without them: `sd3tune lora convert "
+            f"{shlex.quote(str(file.path))} --transformer-only --to diffusers --out NEW.safetensors`"
+        )
     if file.bad:
         raise AdapterError(f"{file.path}: {len(file.bad)} tensors are NaN or infinite, first {file.bad[0]}")
-
-
-def _alphas(path: Path, metadata: Mapping[str, str], factors: Mapping[str, Pair]) -> dict[str, float]:
-    """Per module: the metadata's alpha (and alpha_pattern); a file without any means alpha = rank.
-
-    An rsLoRA file scales by alpha / sqrt(r), so what counts as alpha here is sqrt(r) times as much.
-    """
-    peft = read_peft(path, metadata)
-    if peft.get("use_dora"):
-        raise AdapterError(f"{path}: DoRA files are not supported yet")
-    rslora = bool(peft.get("use_rslora"))
-    common, patterns = peft.get("lora_alpha"), peft.get("alpha_pattern") or {}
-
-    def alpha(module: str, rank: int) -> float:
-        special = [value for ending, value in patterns.items() if re.fullmatch(rf"(.*\.)?({ending})", module)]
-        return float([*special, rank if common is None else common][0]) * (rank**0.5 if rslora else 1)
-
-    return {module: alpha(module, down.shape[0]) for module, (down, _) in factors.items()}

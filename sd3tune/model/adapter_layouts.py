@@ -1,4 +1,4 @@
-"""The layouts of LoRA files for SD3: which names other tools give to the transformer's modules, and what they fuse.
+"""The layouts of LoRA files for SD3: what other tools fuse and exchange. Their names are in `adapter_names`.
 
 diffusers' names are ours. The original layout (kohya's and ComfyUI's) holds q, k and v in one module, and the halves of
 two modulations in the other order (shift before scale). There a fused LoRA is block-diagonal: A stacks those of q, k
@@ -10,69 +10,36 @@ fused module has one A for all three, and becomes three that share it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sd3tune.errors import AdapterError
+from sd3tune.model.adapter_names import (
+    FUSED,
+    IN_BLOCK,
+    OUTSIDE,
+    PARTS_OF_FUSED,
+    PATCH_EMBEDDER,
+    Layout,
+    foreign,
+    locate,
+    stands_alone,
+    text_encoder_of,
+)
 
 Pair = tuple[Tensor, Tensor]
 """A [r, in] and B [out, r] of a module."""
 
-_IN_BLOCK = {
-    "x_block.attn.proj": "attn.to_out.0",
-    "x_block.attn2.proj": "attn2.to_out.0",
-    "x_block.mlp.fc1": "ff.net.0.proj",
-    "x_block.mlp.fc2": "ff.net.2",
-    "x_block.adaLN_modulation.1": "norm1.linear",
-    "context_block.attn.proj": "attn.to_add_out",
-    "context_block.mlp.fc1": "ff_context.net.0.proj",
-    "context_block.mlp.fc2": "ff_context.net.2",
-    "context_block.adaLN_modulation.1": "norm1_context.linear",
-}
-_FUSED = {
-    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-}
-_OUTSIDE = {
-    "context_embedder": "context_embedder",
-    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-}
-_ORIGINAL_NAMES = (*_IN_BLOCK, *_FUSED, *_OUTSIDE)
-_DIFFUSERS_NAMES = (*_IN_BLOCK.values(), *(part for parts in _FUSED.values() for part in parts), *_OUTSIDE.values())
-_ORIGINAL_OF = {theirs: original for original, theirs in (*_IN_BLOCK.items(), *_OUTSIDE.items())}
-_FUSED_OF = {part: (fused, parts.index(part)) for fused, parts in _FUSED.items() for part in parts}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a tool writes the name of a module."""
-
-    name: str
-    prefix: str
-    original: bool = False
-    """Whether modules are those of the original layout rather than diffusers'."""
-    flat: bool = False
-    """Whether dots are underscores."""
-
-
-LAYOUTS = (
-    Layout("diffusers", "transformer."),
-    Layout("PEFT", "base_model.model."),
-    Layout("ComfyUI", "diffusion_model.", original=True),
-    Layout("kohya", "lora_unet_", original=True, flat=True),
-    Layout("OneTrainer", "lora_transformer_", flat=True),
-    Layout("LyCORIS", "lycoris_", flat=True),
-)
-"""All that are read: those that ComfyUI's loader knows for SD3."""
+_ORIGINAL_OF = {theirs: original for original, theirs in (*IN_BLOCK.items(), *OUTSIDE.items())}
+_DIFFUSERS_OF = {**IN_BLOCK, **OUTSIDE, **PARTS_OF_FUSED}
+_FUSED_OF = {part: (fused, parts.index(part)) for fused, parts in FUSED.items() for part in parts}
+_PATCH_EMBEDDERS = (PATCH_EMBEDDER, "x_embedder.proj")
+_PATCH = 2
+"""Side of a patch of latents, in every SD3."""
 
 READABLE = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -80,57 +47,54 @@ READABLE = (
 )
 """What the factors of a LoRA may be stored in."""
 
-_KEY = re.compile(r"(.+)\.(?:(?:lora_(A|B|down|up))(?:\.default)?\.weight|(alpha))")
-_HALVES = {"A": "A", "down": "A", "B": "B", "up": "B"}
-_FOREIGN = (  # in this order: what a key of no known layout tells
-    (r"dora_scale|lora_magnitude_vector", "DoRA, which is not supported yet"),
-    (r"\.(hada|lokr)_|\.lora_mid|\.(a1|b1)\.weight", "LoHa, LoKr or another kind of adapter than LoRA"),
-    (r"\.(diff|diff_b|w_norm|b_norm)$", "differences of whole weights, which is no LoRA"),
-    (r"^(lora_te\d?_|text_encoder|lora_prior_te)", "for the text encoders, which sd3tune leaves as they are"),
-    (r"x_embedder|pos_embed", "for the patch embedder, a convolution, and only linear layers can be adapted"),
-    (r"double_blocks|single_blocks|single_transformer_blocks", "for another architecture (Flux or the like)"),
-    (r"down_blocks|up_blocks|mid_block|(in|out)put_blocks|middle_block", "for a Stable Diffusion 1, 2 or XL model"),
-)
-
 
 @dataclass(frozen=True)
 class Contents:
     """What the tensors of a file come to, good or bad."""
 
     layout: str
-    """A name of LAYOUTS; empty when no key is of any."""
+    """A name of `adapter_names.LAYOUTS`; empty when no key is of any."""
     factors: dict[str, Pair]
     """diffusers' module name -> factors."""
     alphas: dict[str, float]
     """Of the modules for which a tensor says it; the output is scaled by alpha / r."""
     unknown: dict[str, str]
-    """Key -> what it seems to be for, of those that belong to no module of SD3's transformer."""
+    """Key -> what it seems to be for, of those that belong to no module of SD3."""
     broken: dict[str, str]
     """Module as the file names it -> what is wrong with it."""
+    text: dict[str, str]
+    """Key -> text encoder, of those that are for the text encoders."""
+    for_diffusers: bool
+    """Whether all keys are such as diffusers' pipeline has for the transformer."""
 
 
 def interpret(tensors: Mapping[str, Tensor]) -> Contents:
     """Sort a file's tensors into modules with diffusers' names; nothing is raised, all that is odd is told."""
     stored: dict[tuple[Layout, str], dict[str, Tensor]] = {}
     unknown: dict[str, str] = {}
+    text: dict[str, str] = {}
+    twice: dict[str, str] = {}
     for key, tensor in tensors.items():
-        found = _locate(key)
-        if found is None:
-            unknown[key] = foreign(key)
-        else:
+        found, encoder = locate(key), text_encoder_of(key)
+        if found is not None:
             layout, module, part = found
-            stored.setdefault((layout, module), {})[part] = tensor
-    contents = Contents(next((layout.name for layout, _ in stored), ""), {}, {}, unknown, {})
+            parts = stored.setdefault((layout, module), {})
+            if part in parts:
+                twice[module] = "is in the file twice: it holds several adapters"
+            parts[part] = tensor
+        elif encoder is not None:
+            text[key] = encoder
+        else:
+            unknown[key] = foreign(key)
+    name = next((layout.name for layout, _ in stored), "")
+    for_diffusers = name == "diffusers" and all(key.startswith("transformer.") for key in tensors)
+    contents = Contents(name, {}, {}, unknown, {}, text, for_diffusers)
     for (layout, module), parts in stored.items():
-        fault = _fault(parts) or _add(contents, layout, module, parts)
+        plain = _as_matrices(module, parts)
+        fault = twice.get(module) or _fault(plain) or _add(contents, layout, module, plain)
         if fault:
             contents.broken[module] = fault
     return contents
-
-
-def foreign(key: str) -> str:
-    """What a key that belongs to no module seems to be for; empty when that is anyone's guess."""
-    return next((what for pattern, what in _FOREIGN if re.search(pattern, key)), "")
 
 
 def arrange(factors: Mapping[str, Pair], layout: str) -> dict[str, Tensor]:
@@ -142,10 +106,11 @@ def arrange(factors: Mapping[str, Pair], layout: str) -> dict[str, Tensor]:
         return {
             f"transformer.{module}.lora_{letter}.weight": _plain(factor)
             for module, pair in factors.items()
-            for letter, factor in zip("AB", pair, strict=True)
+            for letter, factor in zip("AB", as_stored(module, pair), strict=True)
         }
     tensors: dict[str, Tensor] = {}
-    for module, (down, up) in _to_original(factors).items():
+    for module, pair in _to_original(factors).items():
+        down, up = as_stored(module, pair)
         if layout == "kohya":
             name = "lora_unet_" + module.replace(".", "_")
             tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = _plain(down), _plain(up)
@@ -154,6 +119,26 @@ def arrange(factors: Mapping[str, Pair], layout: str) -> dict[str, Tensor]:
             name = f"diffusion_model.{module}"
             tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = _plain(down), _plain(up)
     return tensors
+
+
+def as_stored(module: str, pair: Pair) -> Pair:
+    """The factors in the shapes that files and PEFT have for the module, named in diffusers' or the original layout.
+
+    They are matrices but for the patch embedder, a convolution whose stride is its kernel. So it is a linear layer of
+    patches, and A [r, channels * 2 * 2], B [out, r] stand for [r, channels, 2, 2] and [out, r, 1, 1].
+    """
+    down, up = pair
+    if module not in _PATCH_EMBEDDERS:
+        return pair
+    return down.unflatten(1, (-1, _PATCH, _PATCH)), up[:, :, None, None]
+
+
+def text_part(text: Mapping[str, str]) -> str:
+    """`4 tensors for the text encoders (CLIP-L 2, CLIP-G 2; first: KEY)`, of `Contents.text`."""
+    counts = ", ".join(f"{encoder} {count}" for encoder, count in Counter(text.values()).items())
+    return (
+        f"{len(text)} tensor{'s' * (len(text) != 1)} for the text encoders ({counts}; first: {shown(next(iter(text)))})"
+    )
 
 
 def fused_ranks(factors: Mapping[str, Pair]) -> dict[str, list[int]]:
@@ -167,34 +152,14 @@ def fused_ranks(factors: Mapping[str, Pair]) -> dict[str, list[int]]:
     return ranks
 
 
-def _locate(key: str) -> tuple[Layout, str, str] | None:
-    """Layout, module (dotted, as the layout names it) and part (`A`, `B` or `alpha`) of a key."""
-    found = _KEY.fullmatch(key)
-    layout = next((layout for layout in LAYOUTS if key.startswith(layout.prefix)), None)
-    if not found or not layout:
-        return None
-    module: str | None = found[1].removeprefix(layout.prefix)
-    if layout.flat or layout.original:
-        module = _known_name(found[1].removeprefix(layout.prefix), layout)
-    return (layout, module, _HALVES[found[2]] if found[2] else "alpha") if module else None
-
-
-def _known_name(name: str, layout: Layout) -> str | None:
-    """The dotted name of a module that the layout knows, given as the layout writes it."""
-    container, names = (
-        ("joint_blocks", _ORIGINAL_NAMES) if layout.original else ("transformer_blocks", _DIFFUSERS_NAMES)
-    )
-    write: Callable[[str], str] = (lambda text: text.replace(".", "_")) if layout.flat else str
-    in_block = re.fullmatch(rf"{container}[._](\d{{1,3}})[._](.+)", name)
-    inside = in_block[2] if in_block else name
-    dotted = next((known for known in names if write(known) == inside), None)
-    if dotted is None or (in_block is None) != _stands_alone(dotted):
-        return None
-    return f"{container}.{in_block[1]}.{dotted}" if in_block else dotted
-
-
-def _stands_alone(dotted: str) -> bool:
-    return dotted in _OUTSIDE or dotted in _OUTSIDE.values()
+def _as_matrices(module: str, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The parts of a module with those of a convolution over patches as matrices (see `as_stored`)."""
+    if module not in _PATCH_EMBEDDERS:
+        return parts
+    kernels = {"A": (_PATCH, _PATCH), "B": (1, 1)}
+    return {
+        part: tensor.flatten(1) if tensor.shape[2:] == kernels.get(part) else tensor for part, tensor in parts.items()
+    }
 
 
 def _fault(parts: Mapping[str, Tensor]) -> str | None:
@@ -202,24 +167,29 @@ def _fault(parts: Mapping[str, Tensor]) -> str | None:
         return "lora_A and lora_B are not a pair of matrices of one rank"
     if not min(*parts["A"].shape, *parts["B"].shape):
         return "lora_A or lora_B is empty"
-    odd = next((tensor for tensor in parts.values() if tensor.dtype not in READABLE), None)
+    odd = next((parts[letter] for letter in "AB" if parts[letter].dtype not in READABLE), None)
     if odd is not None:
         return f"{str(odd.dtype).removeprefix('torch.')} is no type for the weights of a LoRA"
-    if "alpha" in parts and parts["alpha"].numel() != 1:
+    if "alpha" in parts and not _is_number(parts["alpha"]):
         return "its alpha is not a number"
     return None
+
+
+def _is_number(alpha: Tensor) -> bool:
+    kind = alpha.dtype
+    whole = not (kind.is_floating_point or kind.is_complex or kind is torch.bool)
+    return alpha.numel() == 1 and (whole or kind in READABLE)
 
 
 def _add(contents: Contents, layout: Layout, module: str, parts: Mapping[str, Tensor]) -> str | None:
     """Add a module to the contents under diffusers' names; returns what is wrong with it, if anything."""
     down, up = (_widened(parts[letter]) for letter in "AB")
     scale = parts["alpha"].item() / len(down) if "alpha" in parts else None
-    if not layout.original:
-        pieces: dict[str, Pair] = {module: (down, up)}
-    elif module.endswith(".qkv") and len(up) % 3:
+    if module in _PATCH_EMBEDDERS and down.shape[1] % _PATCH**2:
+        return f"{down.shape[1]} columns are no patches of {_PATCH}x{_PATCH}"
+    if layout.original and module.endswith(".qkv") and len(up) % 3:
         return f"{len(up)} rows cannot be cut into q, k and v"
-    else:
-        pieces = _from_original(module, down, up)
+    pieces = _from_original(module, down, up) if layout.original else {module: (down, up)}
     twice = next((name for name in pieces if name in contents.factors), None)
     if twice:
         return f"{twice} is in the file twice"
@@ -231,10 +201,10 @@ def _add(contents: Contents, layout: Layout, module: str, parts: Mapping[str, Te
 
 def _from_original(module: str, down: Tensor, up: Tensor) -> dict[str, Pair]:
     container, inside = _cut(module, "joint_blocks")
-    if inside not in _FUSED:
-        name = _IN_BLOCK.get(inside) or _OUTSIDE[inside]
+    if inside not in FUSED:
+        name = _DIFFUSERS_OF[inside]
         return {f"{_renamed(container)}{name}": (down, _swapped(inside, down, up))}
-    names = [f"{_renamed(container)}{name}" for name in _FUSED[inside]]
+    names = [f"{_renamed(container)}{name}" for name in FUSED[inside]]
     ups = up.chunk(3)
     if len(down) % 3 or not _is_block_diagonal(up):
         return {name: (down, own) for name, own in zip(names, ups, strict=True)}
@@ -255,7 +225,7 @@ def _to_original(factors: Mapping[str, Pair]) -> dict[str, Pair]:
             name, number = _FUSED_OF[inside]
             fused.setdefault(f"{place}{name}", {})[number] = (down, up)
             modules.setdefault(f"{place}{name}", (down, up))  # keeps its place in the order
-        elif inside in _ORIGINAL_OF and bool(container) != _stands_alone(inside):
+        elif inside in _ORIGINAL_OF and bool(container) != stands_alone(inside):
             name = _ORIGINAL_OF[inside]
             modules[f"{place}{name}"] = (down, _swapped(name, down, up))
         else:

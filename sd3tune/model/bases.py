@@ -279,7 +279,7 @@ def resolve_base(
     if path.is_dir():
         _check_model_index(path, name)
         return Base(name, "folder", path.resolve(), None, files, tokenizers)
-    if path.is_file() or path.suffix in (".safetensors", *PICKLED):
+    if path.is_file() or path.suffix.lower() in (".safetensors", *PICKLED):
         read_checkpoint(path)
         return Base(name, "file", path.absolute(), None, files, tokenizers)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):

@@ -69,11 +69,11 @@ class Checkpoint:
 
 def check_format(file: Path) -> None:
     """ModelError unless the file is there and is, by its name, a safetensors file."""
-    if file.suffix in PICKLED:
+    if file.suffix.lower() in PICKLED:
         raise ModelError(f"{file}: pickled weights are refused, as they can run any code; get the .safetensors file")
     if not file.is_file():
         raise ModelError(f"{file}: no such file")
-    if file.suffix != ".safetensors":
+    if file.suffix.lower() != ".safetensors":
         raise ModelError(f"{file}: not a .safetensors file, the only format that weights are read from")
 
 

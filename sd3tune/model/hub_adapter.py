@@ -11,35 +11,39 @@ from typing import Any
 import yaml
 
 from sd3tune.errors import AdapterError, ModelError
-from sd3tune.model.adapter_io import ADAPTER_FILE, Adapter, read_adapter
+from sd3tune.model.adapter_io import ADAPTER_FILE, Adapter, is_safetensors, read_adapter
+from sd3tune.model.adapter_peft import CONFIG_FILE, WEIGHTS_FILE
 from sd3tune.model.hub import download, files_in_root
 
 CARD = "README.md"
 _ON_THE_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w./-]+))?", re.ASCII)
-_WANTED = [ADAPTER_FILE, f"adapter/{ADAPTER_FILE}", CARD]
+_WEIGHTS = (ADAPTER_FILE, f"adapter/{ADAPTER_FILE}", WEIGHTS_FILE)
+_WANTED = [*_WEIGHTS, CONFIG_FILE, CARD]
 _OTHERWISE = "give --lora a folder"
 
 
-def load_adapter(location: Path) -> Adapter:
+def load_adapter(location: Path, *, transformer_only: bool = False) -> Adapter:
     """Read `location`; what is not there and looks like `user/name` or `user/name:revision` is a Hub repository.
 
-    A repository that was downloaded earlier needs no network. Raises UserError.
+    A repository that was downloaded earlier needs no network. For `transformer_only` see `read_adapter`. Raises
+    UserError.
     """
     named = _ON_THE_HUB.fullmatch(str(location))
-    if named is None or location.suffix == ".safetensors" or location.exists():
-        return read_adapter(location)
+    if named is None or is_safetensors(location.name) or location.exists():
+        return read_adapter(location, transformer_only=transformer_only)
     repo, revision = named.groups()
     try:
         folder = download(repo, revision, _WANTED, otherwise=_OTHERWISE)
         file = _adapter_in(folder) or _only_file(repo, folder)
     except ModelError as error:
-        raise AdapterError(*(f"--lora {problem}" for problem in error.problems)) from None
-    adapter = read_adapter(file)
+        hint = f"; a weight is written {repo}@{revision}" if re.fullmatch(r"[\d.]+", revision or "") else ""
+        raise AdapterError(*(f"--lora {problem}{hint}" for problem in error.problems)) from None
+    adapter = read_adapter(file, transformer_only=transformer_only)
     return replace(adapter, origin=f"{repo}:{folder.name}", base_in_card=_base_in_card(folder / CARD))
 
 
 def _adapter_in(folder: Path) -> Path | None:
-    return next((folder / name for name in _WANTED[:2] if (folder / name).is_file()), None)
+    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
 
 
 def _only_file(repo: str, folder: Path) -> Path:
@@ -48,9 +52,9 @@ def _only_file(repo: str, folder: Path) -> Path:
         names = files_in_root(repo, folder.name, _OTHERWISE)
     except ModelError:
         names = [path.name for path in folder.iterdir()]  # what was downloaded earlier may be enough
-        if not any(name.endswith(".safetensors") for name in names):
+        if not any(map(is_safetensors, names)):
             raise
-    files = [name for name in names if name.endswith(".safetensors")]
+    files = list(filter(is_safetensors, names))
     if len(files) != 1:
         held = f"none of {', '.join(files)} is named so" if files else "it holds no .safetensors file"
         raise AdapterError(

@@ -367,6 +367,31 @@ def test_a_wrong_weight_is_one_line(weight: str, run: Path, draw: Draw) -> None:
         draw(f"{run}@{weight}")
 
 
+@pytest.mark.parametrize(
+    ("ending", "says"),
+    [
+        (":0.8", r"write {run}@0\.8"), (":1", "write {run}@1"), (":-.5", r"write {run}@-\.5"),
+        (":main", "write {run}; only a Hub repository has revisions"), (":0.8@2", r"write {run}@0\.8"),
+    ],
+)  # fmt: skip
+def test_a_weight_as_other_tools_write_it_is_shown_as_ours(ending: str, says: str, run: Path) -> None:
+    for path in (run, run / "adapter" / ADAPTER_FILE):
+        for flag in ("--lora ", ""):
+            with pytest.raises(
+                AdapterError, match=f"^{flag}{path}{ending.partition('@')[0]}: {says.format(run=path)}$"
+            ):
+                parse_lora(f"{path}{ending}", flag)
+
+
+def test_a_colon_in_a_name_or_in_front_of_a_revision_is_no_weight(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dog:2").mkdir()
+    Path("dog").mkdir()
+    assert parse_lora("dog:2") == (Path("dog:2"), 1.0)
+    assert parse_lora("dog:2@0.5") == (Path("dog:2"), 0.5)
+    assert parse_lora("user/dog:0.8") == (Path("user/dog:0.8"), 1.0)
+
+
 def test_a_missing_adapter_is_one_line(draw: Draw, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=rf"^{tmp_path}/nothing: no such file or folder$"):
         draw(tmp_path / "nothing")

@@ -94,8 +94,8 @@ def test_what_is_wrong_with_a_file_is_said_and_the_rest_described(tmp_path: Path
     tensors["lora_unet_joint_blocks_0_x_block_mlp_fc1.lora_down.weight"] = torch.ones(1, 64)
     save_file(tensors, file)
     assert [line for line in inspect_lora(file) if line.startswith("warning: ")] == [
-        "warning: 1 unknown key: lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight, for the text encoders, "
-        "which sd3tune leaves as they are",
+        "warning: 1 tensor for the text encoders (CLIP-L 1; first: lora_te1_text_model_encoder_layers_0_mlp_fc1."
+        "lora_down.weight); the other commands refuse the file without --transformer-only",
         "warning: joint_blocks.0.x_block.mlp.fc1: lora_A and lora_B are not a pair of matrices of one rank",
         "warning: 1 tensors are NaN or infinite: lora_unet_joint_blocks_1_x_block_mlp_fc2.lora_down.weight",
         f"warning: B is zero, so these do nothing: {QUERY} and 1 more (of 2 modules)",
@@ -149,3 +149,26 @@ def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"\x80\x04.")
     with pytest.raises(AdapterError, match="pickled files can run any code"):
         inspect_lora(tmp_path / "x.ckpt")
+
+
+def test_an_alpha_that_no_one_states_is_said_to_be_assumed(tmp_path: Path) -> None:
+    save_file(arrange(factors(), "diffusers"), tmp_path / "dog.safetensors")
+    assert said(inspect_lora(tmp_path), "alpha") == [
+        "4 (1 modules), 2 (1 modules) (no alpha stated, taken as rank)",
+    ]
+    halves = arrange(factors(), "diffusers") | {f"transformer.{QUERY}.alpha": torch.tensor(2)}
+    save_file(halves, tmp_path / "dog.safetensors")
+    assert said(inspect_lora(tmp_path), "alpha") == [f"2 (no alpha stated for {MLP}, taken as rank)"]
+    assert said(inspect_lora(tmp_path), "scale") == ["0.5 (1 modules), 1 (1 modules)"]
+
+
+def test_a_folder_of_peft_says_its_own_alpha_and_the_scale(tmp_path: Path) -> None:
+    tensors = arrange(factors(), "diffusers")
+    weights = {key.replace("transformer.", "base_model.model.", 1): value for key, value in tensors.items()}
+    save_file(weights, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "rank_pattern": {"ff.net.2": 2}, "use_rslora": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    lines = inspect_lora(tmp_path)
+    assert lines[0] == f"{tmp_path / 'adapter_model.safetensors'}: a LoRA in PEFT's layout"
+    assert said(lines, "alpha") == ["16 (rank-stabilised: scale = alpha / sqrt(rank))"]
+    assert said(lines, "scale") == ["8 (1 modules), 11.31 (1 modules)"]

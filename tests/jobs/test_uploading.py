@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image, ImageChops
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from sd3tune.cli.main import app
 from sd3tune.config import load_config
@@ -30,6 +30,7 @@ from sd3tune.jobs.infer import run_infer
 from sd3tune.jobs.train import run_training
 from sd3tune.jobs.uploading import run_push
 from sd3tune.model.bases import resolve_base
+from sd3tune.model.hub_adapter import load_adapter
 from sd3tune.publish import repository
 from sd3tune.train.loop import View
 from tests.upload_hub import CUT, CUT_AFTER, READER, WRITER, UploadHub, upload_hub
@@ -384,6 +385,22 @@ def test_the_base_of_an_adapter_without_a_contract_comes_from_its_card(
         drawn("user/cardless", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "dog.SAFETENSORS"])
+def test_a_folder_of_peft_in_a_repository_is_read_with_its_configuration(
+    name: str, finished: Path, hub: UploadHub, tmp_path: Path, monkeypatch
+) -> None:
+    tensors = load_file(finished / ADAPTER)
+    weights = {key.replace("transformer.", "base_model.model.", 1): value for key, value in tensors.items()}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "alpha_pattern": {"to_q": 1}, "use_rslora": True}
+    hub.add("user/peft", {"adapter_config.json": json.dumps(config).encode(), name: save(weights)})
+    for offline in (False, True):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        adapter = load_adapter(Path("user/peft"))
+        assert adapter.notes == ()
+        assert {alpha for module, alpha in adapter.alphas.items() if module.endswith("to_q")} == {2**0.5}
+        assert adapter.alphas["transformer_blocks.0.attn.to_k"] == 6 * 2**0.5
+
+
 @pytest.mark.parametrize(
     ("lora", "says"),
     [
@@ -394,6 +411,10 @@ def test_the_base_of_an_adapter_without_a_contract_comes_from_its_card(
         ),
         ("user/empty", "--lora user/empty: no pytorch_lora_weights.safetensors in this repository, and it holds no"),
         ("user/two:v9", "--lora user/two: the Hub has no revision 'v9' of this model"),
+        (
+            "user/two:1",
+            "--lora user/two: the Hub has no revision '1' of this model; a weight is written user/two@1",
+        ),
         (
             "user/two@main",
             "--lora user/two@main: 'main' is not a weight; write PATH@0.8, or for a revision user/name:rev",

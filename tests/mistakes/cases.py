@@ -132,6 +132,19 @@ def contract(text: str) -> Callable[[], object]:
     return adapter(pair("transformer_blocks.0.attn.to_q"), sd3tune=text)
 
 
+def peft_folder(text: str) -> Callable[[], object]:
+    """Weights of rank 2 in a folder `lora.safetensors` as PEFT's, with that configuration beside them."""
+
+    def prepare() -> None:
+        Path("lora.safetensors").mkdir()
+        tensors = {key.replace("transformer.", "base_model.model.", 1): value
+                   for key, value in pair("transformer_blocks.0.attn.to_q").items()}  # fmt: skip
+        save_file(tensors, "lora.safetensors/adapter_model.safetensors")
+        Path("lora.safetensors/adapter_config.json").write_text(text)
+
+    return prepare
+
+
 def pair(module: str, width: int = 64, value: float = 1.0) -> dict[str, torch.Tensor]:
     a, b = torch.full((2, width), value), torch.full((width, 2), value)
     return {f"transformer.{module}.lora_A.weight": a, f"transformer.{module}.lora_B.weight": b}
@@ -452,6 +465,33 @@ CASES = [
     ),
     Case(
         "adapters",
+        "an adapter of text encoders, too",
+        (*INFER, *LORA),
+        "--transformer-only",
+        adapter({**pair("transformer_blocks.0.attn.to_q"), "text_encoder.x.lora_A.weight": torch.ones(4, 2)}),
+    ),
+    Case(
+        "adapters",
+        "a start of text encoders, too",
+        TRAIN,
+        "`sd3tune lora convert",
+        steps(
+            adapter({**pair("transformer_blocks.0.attn.to_q"), "bundle_emb.sks.clip_l": torch.ones(4, 2)}),
+            method("start_from: ./lora.safetensors"),
+        ),
+    ),
+    Case("adapters", "DoRA of PEFT", (*INFER, *LORA), "use_dora", peft_folder('{"r": 2, "use_dora": true}')),
+    Case(
+        "adapters",
+        "a pattern that could run for hours",
+        (*INFER, *LORA),
+        "regular expression",
+        peft_folder('{"r": 2, "alpha_pattern": {"(a+)+$": 4}}'),
+    ),
+    Case("adapters", "the configuration of another", (*INFER, *LORA), "states rank 8", peft_folder('{"r": 8}')),
+    Case("adapters", "a configuration cut off", (*INFER, *LORA), "adapter_config.json is not", peft_folder('{"r": ')),
+    Case(
+        "adapters",
         "a module that SD3 has not",
         (*INFER, *LORA),
         "no module",
@@ -514,6 +554,13 @@ CASES = [
         adapter(pair("transformer_blocks.0.attn.to_q"), lora_adapter_metadata='{"transformer.lora_alpha": "two"}'),
     ),
     Case("adapters", "a weight that is no number", (*INFER, "--lora", "lora.safetensors@much"), "much"),
+    Case(
+        "adapters",
+        "a weight after a colon",
+        (*INFER, "--lora", "lora.safetensors:0.8"),
+        "write lora.safetensors@0.8",
+        adapter(pair("transformer_blocks.0.attn.to_q")),
+    ),
     Case("adapters", "neither adapter nor base", INFER, "--lora"),
     Case("flags", "a size off the grid", (*INFER, "--base", "tiny", "--size", "100"), "multiples of 16"),
     Case("flags", "a size that is none", (*INFER, "--base", "tiny", "--size", "big"), "--size big"),

@@ -262,6 +262,12 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         assert "not a readable safetensors file" in error_of(file)
 
 
+@pytest.mark.parametrize("name", ["dog.SAFETENSORS", "dog.SafeTensors"])
+def test_the_ending_may_be_in_any_case(name: str, tmp_path: Path) -> None:
+    file = write(tmp_path).rename(tmp_path / name)
+    assert read_adapter(file).factors.keys() == read_adapter(tmp_path).factors.keys()
+
+
 @pytest.mark.parametrize("name", ["dog.bin", "dog.pt", "dog"])
 def test_a_pickled_file_is_refused_unread(name: str, tmp_path: Path) -> None:
     class Trap:
@@ -293,7 +299,7 @@ def pair(module: str = f"transformer.{MODULE}", rank: int = 2, dtype: torch.dtyp
         (pair("unet.down_blocks.0.attn.to_q"), "unet.down_blocks.0.attn.to_q.lora_A.weight and 1 more is for a Stable"),
         (
             {**pair(), **pair("text_encoder.layers.0.q_proj")},
-            "text_encoder.layers.0.q_proj.lora_A.weight and 1 more is",
+            "also has 2 tensors for the text encoders (CLIP-L 2; first: text_encoder.layers.0.q_proj.lora_A.weight)",
         ),
         ({"decoder.weight": torch.ones(2, 2)}, "decoder.weight belongs to no module of it in any layout"),
     ],
@@ -304,7 +310,6 @@ def test_other_things_than_a_lora_of_the_transformer_are_refused(
 ) -> None:
     line = error_of(save(tmp_path, tensors))
     assert said in line
-    assert "not a LoRA" in line
 
 
 @pytest.mark.parametrize("letter", ["A", "B"])
@@ -333,7 +338,7 @@ def test_a_newer_contract_asks_for_an_upgrade(tmp_path: Path) -> None:
 
 def test_a_variant_that_would_be_computed_wrongly_is_refused(tmp_path: Path) -> None:
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})}
-    assert "DoRA files are not supported yet" in error_of(save(tmp_path, pair(), metadata))
+    assert "use_dora: true is not supported" in error_of(save(tmp_path, pair(), metadata))
 
 
 @pytest.mark.parametrize("key", ["sd3tune", "lora_adapter_metadata"])

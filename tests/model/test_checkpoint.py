@@ -89,6 +89,14 @@ def test_text_encoders_inside_a_checkpoint_are_found(single_file, tmp_path: Path
     assert read_checkpoint(tmp_path / "model.safetensors").parts.keys() == {"transformer", "vae", "clip_g", "t5"}
 
 
+def test_the_ending_of_a_file_may_be_in_any_case(single_file, tmp_path: Path) -> None:
+    file = tmp_path / "MODEL.SAFETENSORS"
+    file.symlink_to(single_file("tiny"))
+    assert read_checkpoint(file).parts.keys() == read_checkpoint(single_file("tiny")).parts.keys()
+    with pytest.raises(ModelError, match=r"SafeTensors: no such file$"):
+        resolve_base("sub/gone.SafeTensors")
+
+
 # What is refused
 
 OTHERS = {

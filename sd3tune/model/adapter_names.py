@@ -1,0 +1,134 @@
+"""Names that tools give SD3's modules in a LoRA file, and the purpose of other keys in such files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+IN_BLOCK = {
+    "x_block.attn.proj": "attn.to_out.0",
+    "x_block.attn2.proj": "attn2.to_out.0",
+    "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.mlp.fc2": "ff.net.2",
+    "x_block.adaLN_modulation.1": "norm1.linear",
+    "context_block.attn.proj": "attn.to_add_out",
+    "context_block.mlp.fc1": "ff_context.net.0.proj",
+    "context_block.mlp.fc2": "ff_context.net.2",
+    "context_block.adaLN_modulation.1": "norm1_context.linear",
+}
+"""Name inside a block in the original layout -> diffusers' name, of what both hold as one module."""
+FUSED = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+"""The original layout's fused modules -> diffusers' names of q, k and v."""
+PATCH_EMBEDDER = "pos_embed.proj"
+"""diffusers' name of the convolution that turns patches of latents into tokens."""
+OUTSIDE = {
+    "context_embedder": "context_embedder",
+    "x_embedder.proj": PATCH_EMBEDDER,
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+"""As `IN_BLOCK`, of the modules outside the blocks."""
+# OneTrainer wrote q, k and v apart under the original names, as qkv.0, qkv.1 and qkv.2.
+PARTS_OF_FUSED = {f"{fused}.{number}": part for fused, parts in FUSED.items() for number, part in enumerate(parts)}
+_ORIGINAL_NAMES = (*IN_BLOCK, *FUSED, *PARTS_OF_FUSED, *OUTSIDE)
+_DIFFUSERS_NAMES = (*IN_BLOCK.values(), *(part for parts in FUSED.values() for part in parts), *OUTSIDE.values())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tool writes the name of a module."""
+
+    name: str
+    prefix: str
+    original: bool = False
+    """Whether modules are those of the original layout rather than diffusers'."""
+    flat: bool = False
+    """Whether dots are underscores."""
+    any_module: bool = False
+    """Whether names that SD3 lacks are taken too; they are counted when the adapter meets a model."""
+
+
+LAYOUTS = (
+    Layout("PEFT", "transformer.base_model.model.", any_module=True),  # SimpleTuner's first files
+    Layout("OneTrainer", "transformer.", original=True),
+    Layout("diffusers", "transformer.", any_module=True),
+    Layout("PEFT", "base_model.model.", any_module=True),
+    Layout("ComfyUI", "diffusion_model.", original=True),
+    Layout("kohya", "lora_unet_", original=True, flat=True),
+    Layout("OneTrainer", "lora_transformer_", flat=True),
+    Layout("LyCORIS", "lycoris_", flat=True),
+    Layout("diffusers", ""),  # `transformer.save_lora_adapter()`
+    Layout("OneTrainer", "", original=True),
+)
+"""All that are read, the first that knows a key's module wins: ComfyUI's list for SD3, and names without a prefix."""
+
+_KEY = re.compile(r"(.+?)(?:\.(alpha)|[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.[^.]+)?\.weight)", re.DOTALL)
+_HALVES = {"A": "A", "down": "A", "B": "B", "up": "B"}
+_TEXT = (
+    (r"lora_te1_|text_encoder\.|text_encoders\.clip_l\.|clip_l\.", "CLIP-L"),
+    (r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.|clip_g\.", "CLIP-G"),
+    (r"lora_te3_|text_encoder_3\.|text_encoders\.t5xxl\.|t5\.", "T5"),
+    (r"bundle_emb\.", "OneTrainer's embeddings"),
+    (r"lora_te\d?_|text_encoder|lora_prior_te", "a text encoder"),
+)
+_FOREIGN = (  # in this order: what a key of no known layout tells
+    (r"dora_scale|lora_magnitude_vector", "DoRA, which is not supported yet"),
+    (r"\.(hada|lokr)_|\.lora_mid|\.(a1|b1)\.weight", "LoHa, LoKr or another kind of adapter than LoRA"),
+    (r"\.(diff|diff_b|w_norm|b_norm)$", "differences of whole weights, which is no LoRA"),
+    (r"double_blocks|single_blocks|single_transformer_blocks", "for another architecture (Flux or the like)"),
+    (r"down_blocks|up_blocks|mid_block|(in|out)put_blocks|middle_block", "for a Stable Diffusion 1, 2 or XL model"),
+)
+
+
+def locate(key: str) -> tuple[Layout, str, str] | None:
+    """Layout, module (dotted, as the layout names it) and part (`A`, `B` or `alpha`) of a key; None for other keys.
+
+    Between `lora_A` and `weight` PEFT writes the adapter's name, such as `default_0`; it is read over.
+    """
+    found = _KEY.fullmatch(key)
+    for layout in LAYOUTS if found else ():
+        assert found is not None
+        if found[1].startswith(layout.prefix):
+            name = found[1].removeprefix(layout.prefix)
+            module = name if layout.any_module else _known_name(name, layout)
+            if module:
+                return layout, module, found[2] or _HALVES[found[3]]
+    return None
+
+
+def text_encoder_of(key: str) -> str | None:
+    """The text encoder that a key is for, or OneTrainer's embeddings, which the encoders read; None for other keys."""
+    return next((what for pattern, what in _TEXT if re.match(pattern, key)), None)
+
+
+def foreign(key: str) -> str:
+    """What a key that belongs to no module seems to be for; empty when that is anyone's guess."""
+    return next((what for pattern, what in _FOREIGN if re.search(pattern, key)), "")
+
+
+def stands_alone(dotted: str) -> bool:
+    """Whether a module of that name, in either layout, is outside the blocks."""
+    return dotted in OUTSIDE or dotted in OUTSIDE.values()
+
+
+def _known_name(name: str, layout: Layout) -> str | None:
+    """The dotted name of a module that the layout knows, given as the layout writes it."""
+    container, names = (
+        ("joint_blocks", _ORIGINAL_NAMES) if layout.original else ("transformer_blocks", _DIFFUSERS_NAMES)
+    )
+    write: Callable[[str], str] = (lambda text: text.replace(".", "_")) if layout.flat else str
+    in_block = re.fullmatch(rf"{container}[._](\d{{1,3}})[._](.+)", name)
+    inside = in_block[2] if in_block else name
+    dotted = next((known for known in names if write(known) == inside), None)
+    if dotted is None or (in_block is None) != stands_alone(dotted):
+        return None
+    return f"{container}.{in_block[1]}.{dotted}" if in_block else dotted
