@@ -63,11 +63,20 @@ def _losses(velocities: Sequence[Tensor], probes: Sequence[Batch]) -> list[float
     ]
 
 
-def infer_command(method: Method, run: Path, prompt: str) -> str:
-    """What to type next."""
+def next_command(plan: Plan) -> str:
+    """Return the command that draws the last preview of the first prompt again, or without prompts a caption."""
+    settings = plan.config.preview
+    if settings.prompts:
+        return infer_command(plan.method, plan.run, settings.prompts[0], settings.seed)
+    return infer_command(plan.method, plan.run, plan.records[0].caption or "a photo")
+
+
+def infer_command(method: Method, run: Path, prompt: str, seed: int = 0) -> str:
+    """Return what to type to draw with a run; `infer` takes steps, guidance, size and T5 length from its contract."""
     relative = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     what = method.infer_arguments(relative)
-    return shlex.join(["sd3tune", "infer", *what, "--prompt", prompt, "--out", str(relative / "images")])
+    seeded = ["--seed", str(seed)] if seed else []
+    return shlex.join(["sd3tune", "infer", *what, "--prompt", prompt, *seeded, "--out", str(relative / "images")])
 
 
 def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
@@ -87,7 +96,7 @@ def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
         + (f" (the average, EMA; as trained: {product.raw})" if report["weights"] == "ema" else ""),
         "",
         "next:",
-        f"  {infer_command(plan.method, plan.run, plan.records[0].caption or 'a photo')}",
+        f"  {next_command(plan)}",
     ]
 
 

@@ -48,6 +48,8 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "noise_offset": config.flow.noise_offset,
         "resolution": config.data.resolution,
         "buckets": config.data.buckets,
+        "sampling_steps": config.preview.steps,
+        "guidance": config.preview.guidance,
         "caption_dropout": config.data.caption_dropout,
         "encoder_dropout": config.data.encoder_dropout,
         "dtype": dtype_name(plan.dtype),

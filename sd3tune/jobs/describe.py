@@ -112,9 +112,12 @@ def _about_base(plan: Plan) -> list[str]:
             f"set it to {known}"
         )
     if plan.base.distilled:
+        unfit = plan.config.preview.guidance > 1
         lines.append(
             f"warning: {plan.base.label} is a Turbo model: it is distilled (for guidance 1 and 4 steps) and trains "
             "badly; train on the model without Turbo, the adapter then works on both"
+            + "; to train this one, set preview.guidance=1 and preview.steps=4, which `infer` follows"
+            * unfit
         )
     return lines
 
