@@ -19,6 +19,7 @@ from sd3tune.jobs.machine import dtype_name
 from sd3tune.jobs.preflight import Plan, bucket_of
 from sd3tune.jobs.rehearsal import rehearse_training
 from sd3tune.jobs.sigmas import describe_sigmas
+from sd3tune.model.modelspec import describe_tags, tag_frequency
 from sd3tune.model.targets import CoverageRow
 
 
@@ -35,6 +36,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         *_about_base(plan),
         f"data      {_images(len(plan.records))}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
         *describe_buckets(cut),
+        *_describe_tags(plan),
         *_describe_priors(plan),
         *([f"held out  {_images(len(plan.holdout))}, measured every {every} steps"] if plan.holdout else []),
         *_describe_length(plan, cut, world),
@@ -82,6 +84,12 @@ def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:
             "train longer, lower train.batch_size or set data.buckets=false"
         )
     return lines
+
+
+def _describe_tags(plan: Plan) -> list[str]:
+    if not plan.config.data.export_tags:
+        return []
+    return [f"note: {describe_tags(tag_frequency(record.caption for record in plan.records))}"]
 
 
 def _describe_priors(plan: Plan) -> list[str]:

@@ -34,7 +34,11 @@ class _EncoderFile(Part):
 
 class _Contract(Part):
     contract_version: int = Field(CONTRACT_VERSION, ge=1)
+    name: str | None = None
+    trigger: str | None = None
+    instance_prompt: str | None = None
     base: str | None = None
+    base_released_as: str | None = None
     base_kind: Literal["tiny", "nano", "hub", "folder", "file"] | None = None
     base_revision: str | None = None
     base_fingerprint: str | None = None
