@@ -52,8 +52,6 @@ def write_form(
     if contract:
         kept[CONTRACT_KEY] = contract_metadata(contract)
     shown = shown_metadata(form, out.stem, contract, fitting_variants(factors))
-    if contract.get("name"):
-        shown["modelspec.title"] = contract["name"]
     kept = {**shown, **kept, **{key: shown[key] for key in OF_THE_TENSORS if key in shown}}
     ranks = {module: len(down) for module, (down, _) in factors.items()}
     if form == "diffusers":

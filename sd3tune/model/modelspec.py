@@ -30,14 +30,15 @@ _IMPLEMENTATIONS = {"diffusers": "diffusers", "kohya": "diffusers", "comfyui": _
 
 
 def shown_metadata(
-    form: str, title: str | None, contract: Mapping[str, Any], fitting: Sequence[str] = ()
+    form: str, name: str | None, contract: Mapping[str, Any], fitting: Sequence[str] = ()
 ) -> dict[str, str]:
     """Return the keys for an adapter in `form` (`diffusers`, `kohya` or `comfyui`); none has an empty value.
 
-    `fitting` lists the keys of `VARIANTS` that the sizes of its modules allow, for contracts that do not say what the
-    base is. The architecture is stated only if that leaves one, as `tiny` and `nano` are none of the released models.
+    `name` is the file's; the title is the run's name, where the contract has it. `fitting` lists the keys of `VARIANTS`
+    that the sizes of the modules allow. It decides only for contracts that do not say which released model the base has
+    the shape of, and only if it leaves one.
     """
-    variant = _variant(contract, fitting)
+    variant, title = _variant(contract, fitting), contract.get("name") or name
     trigger = contract.get("trigger") or contract.get("instance_prompt")
     side, tags = contract.get("resolution"), contract.get("tag_frequency")
     found = {
@@ -49,7 +50,7 @@ def shown_metadata(
         "modelspec.trigger_phrase": trigger,
         "modelspec.usage_hint": _hint(contract),
         "trained_words": trigger,
-        "ss_output_name": title,
+        "ss_output_name": name,
         "ss_base_model_version": _family(contract, [variant] if variant else fitting),
         "ss_tag_frequency": json.dumps({title or "captions": tags}) if tags else None,
     }
