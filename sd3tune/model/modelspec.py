@@ -1,8 +1,8 @@
 """Metadata of an adapter that other programs show: ModelSpec's keys, and those of sd-scripts.
 
 SwarmUI shows `modelspec.*` (https://github.com/Stability-AI/ModelSpec, version 1.0.1) and, without a trigger phrase
-there, `trained_words`. A1111 and Forge name an adapter by `ss_output_name`, sort it by `ss_base_model_version` and
-suggest prompts from `ss_tag_frequency`. There is no date in it, so that equal runs write equal files.
+there, `trained_words`. A1111 and Forge name an adapter by `ss_output_name` and suggest prompts from `ss_tag_frequency`;
+SD.Next sorts by `ss_base_model_version`. There is no date in it, so that equal runs write equal files.
 """
 
 from __future__ import annotations

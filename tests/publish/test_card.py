@@ -305,10 +305,28 @@ def test_it_states_what_was_measured_and_what_was_not(trained: Trained) -> None:
         "| 0.0-0.2 | 0.6250 | 0.5000 |",
         "| 0.2-0.4 | 0.2500 | not finite |",
         "| mean | 1.0000 | 0.7500 |",
-        "The lowest mean was 0.7000, at step 600.",
+        "The lowest mean held-out loss was 0.7000, at step 600. The step that draws best can be another.",
     ):
         assert line in text.splitlines(), line
     assert "nor the loss on images that were not trained on" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "start", "warned"),
+    [
+        (0.0173, None, False),
+        (0.75, None, False),
+        (0.76, None, True),
+        (1.27, "pretrained", True),
+        (1.0, "random", False),
+    ],
+)
+def test_a_change_that_only_a_diverged_training_makes_is_warned_of(
+    trained: Trained, change: float, start: str | None, warned: bool
+) -> None:
+    diverged = {**DESCRIBED, "report": {**DESCRIBED["report"], "velocity_change": change}}
+    text = card(replace(about(trained, init=start), described=diverged))
+    assert ("**Above 75 % a training has usually diverged: " in text) == warned
 
 
 def test_a_checkpoint_of_a_run_that_goes_on_claims_no_end(trained: Trained) -> None:

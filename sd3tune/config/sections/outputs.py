@@ -40,7 +40,10 @@ class PreviewConfig(Section):
 
 
 class ValidationConfig(Section):
-    """The loss on images that are not trained on, at fixed noise and sigmas, of the base and as trained."""
+    """The loss on images that are not trained on, at fixed noise and sigmas, of the base and as trained.
+
+    `best/` in the run folder keeps the weights with the lowest held-out loss, which need not be those that draw best.
+    """
 
     holdout: Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)] = Field(
         0,
