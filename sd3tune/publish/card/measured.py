@@ -62,8 +62,8 @@ def _held_out(measured: Mapping[str, Any] | None, trained: Trained) -> list[str]
     lines = [f"On {of} not trained on:", table(["sigma", *_titles(trained)], [*rows, mean])]
     if best["step"] != last["step"]:
         lines.append(
-            f"The lowest mean held-out loss was {_loss(best['loss'])}, at step {best['step']}. The step that draws best "
-            "can be another."
+            f"The lowest mean held-out loss was {_loss(best['loss'])}, at step {best['step']}. The step that draws "
+            "best can be another."
         )
     return lines
 
