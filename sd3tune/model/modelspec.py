@@ -91,7 +91,8 @@ def _hint(contract: Mapping[str, Any]) -> str:
     """How the adapter's previews were drawn, in a few words."""
     hints = []
     if "sampling_steps" in contract:
-        hints.append(f"{contract['sampling_steps']} steps")
+        steps = contract["sampling_steps"]
+        hints.append(f"{steps} step{'s' * (steps != 1)}")
     if "guidance" in contract:
         hints.append(f"guidance {contract['guidance']:g}")
     if "max_sequence_length" in contract:

@@ -16,8 +16,9 @@ from sd3tune.jobs.conditions import Conditions, settle_conditions
 from sd3tune.jobs.infer import run_infer
 from sd3tune.jobs.recipes import read_recipe
 from sd3tune.jobs.request import Request
+from sd3tune.jobs.thumbnail import with_metadata
 from sd3tune.jobs.train import run_training
-from sd3tune.model.adapter_io import Adapter, read_adapter, write_adapter
+from sd3tune.model.adapter_io import Adapter, find_adapter, read_adapter, write_adapter
 
 PROMPT = "a photo of sks dog, it's wet"
 PREVIEW = f'preview={{every: 3, prompts: ["{PROMPT}", a cat], steps: 3, guidance: 3.5, seed: 4}}'
@@ -140,8 +141,10 @@ def test_values_that_only_the_adapters_steps_or_guidance_allow(run: Path, tmp_pa
     ids=str,
 )
 def test_a_contract_that_cannot_be_applied_is_one_line(run: Path, tmp_path: Path, stated: dict, said: str) -> None:
+    contract = json.dumps(read_adapter(run).contract | stated)
+    (tmp_path / "a.safetensors").write_bytes(with_metadata(find_adapter(run), {"sd3tune": contract}))
     with pytest.raises(AdapterError, match=said):
-        stating(run, tmp_path, **stated)
+        read_adapter(tmp_path / "a.safetensors")
 
 
 def test_previews_may_change_on_resume_and_the_result_states_the_last(quick_config, run: Path, tmp_path: Path) -> None:

@@ -147,10 +147,10 @@ def test_a_run_states_them_without_date_picture_or_captions(quick_config, tmp_pa
         "format": "pt", "modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "diffusers",
         "modelspec.title": "rex", "ss_output_name": "rex", "modelspec.resolution": "64x64",
         "modelspec.trigger_phrase": "sks", "trained_words": "sks",
-        "modelspec.usage_hint": "1 steps, guidance 1, 16 T5 tokens",
+        "modelspec.usage_hint": "1 step, guidance 1, 16 T5 tokens",
     }  # fmt: skip
     lines = inspect_lora(tmp_path / "run")
-    assert {"title     rex", "trigger   sks", "hint      1 steps, guidance 1, 16 T5 tokens"} <= set(lines)
+    assert {"title     rex", "trigger   sks", "hint      1 step, guidance 1, 16 T5 tokens"} <= set(lines)
     header = json.dumps(metadata_of(find_adapter(tmp_path / "run")))
     assert not re.search(r"date|thumbnail|picture of sks", header)
 
