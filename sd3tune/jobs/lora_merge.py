@@ -26,17 +26,9 @@ from sd3tune.model.model_folder import check_parts, write_model
 
 METHODS = ("concat", "svd")
 _CONDITIONS = (
-    *(
-        "base",
-        "base_kind",
-        "base_revision",
-        "base_fingerprint",
-        "base_released_as",
-        "max_sequence_length",
-        "encoders",
-        "encoder_files",
-    ),
-    *("shift", "resolution", "buckets", "sampling_steps", "guidance"),
+    *("base", "base_kind", "base_revision", "base_fingerprint", "base_released_as"),
+    *("max_sequence_length", "encoders", "encoder_files", "shift", "resolution", "buckets"),
+    *("sampling_steps", "guidance"),
 )
 """Of a contract: how the result wants its prompts. The rest tells of one training."""
 

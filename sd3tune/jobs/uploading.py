@@ -35,7 +35,7 @@ from sd3tune.publish.files import (
     files_of_checkpoint,
     files_of_product,
     files_of_run,
-)  # fmt: skip
+)
 from sd3tune.publish.repository import Repository, repository_of
 from sd3tune.train.checkpoint import checkpoint_at
 from sd3tune.train.loop import View
