@@ -24,9 +24,13 @@ def push(
         Optional[str],  # noqa: UP045  typer reads the annotation at run time
         typer.Option(metavar="USER/NAME", help="The repository; by default the configuration's hub.repo_id."),
     ] = None,
+    thumbnail: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="PICTURE", help="A picture that UIs show of the adapter, put into the uploaded file."),
+    ] = None,
 ) -> None:
     """Upload a run's adapter, card, pictures and configuration; of an earlier upload, what is missing or differs."""
     with quick_imports():
         from sd3tune.jobs.uploading import run_push
 
-    run_push(run, repo_id)
+    run_push(run, repo_id, thumbnail)

@@ -30,11 +30,16 @@ def infer(
     ] = None,
     steps: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Denoising steps (28).", rich_help_panel=_SAMPLING),
+        typer.Option(
+            help="Denoising steps; by default those of the training's previews, or 28.", rich_help_panel=_SAMPLING
+        ),
     ] = None,
     guidance: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="Classifier-free guidance (7); 1 or less turns it off.", rich_help_panel=_SAMPLING),
+        typer.Option(
+            help="Classifier-free guidance; by default that of the training's previews, or 7. 1 or less turns it off.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None,
     size: Annotated[
         Optional[str],  # noqa: UP045

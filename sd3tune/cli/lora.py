@@ -44,12 +44,21 @@ def convert(
     to: Annotated[str, typer.Option(metavar="FORM", help="diffusers, kohya or comfyui.")],
     out: Out,
     transformer_only: TransformerOnly = False,
+    thumbnail: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="PICTURE", help="What UIs show of it; by default the run's last preview, if there is one."
+        ),
+    ] = None,
+    no_thumbnail: Annotated[bool, typer.Option("--no-thumbnail", help="Put no picture into the file.")] = False,
 ) -> None:
     """Write an adapter as another tool wants it; what is computed stays the same."""
+    if thumbnail is not None and no_thumbnail:
+        raise ConfigError(f"--thumbnail {thumbnail}: not with --no-thumbnail; leave one of the two out")
     with quick_imports():
         from sd3tune.jobs.lora_convert import convert_lora
 
-    for line in convert_lora(path, to, out, transformer_only=transformer_only):
+    for line in convert_lora(path, to, out, thumbnail, not no_thumbnail, transformer_only=transformer_only):
         print(line)
 
 

@@ -104,6 +104,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _tags_go_into_an_adapter(self) -> Config:
+        if self.data.export_tags and self.method.kind == "full":
+            raise ValueError(
+                "data.export_tags is true and method.kind is full: only an adapter's file has a place for tags; leave "
+                "data.export_tags out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_fits(self) -> Config:
         if self.train.steps is not None and not self.warmup_fits(self.train.steps):
             raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from sd3tune.flow.objective import velocity_loss, velocity_target
 from sd3tune.jobs.preflight import Plan
 from sd3tune.methods import Method
+from sd3tune.publish.card import DIVERGED, has_diverged
 from sd3tune.train.batches import Batch, Batches
 from sd3tune.train.step import predict_velocity
 
@@ -63,11 +64,20 @@ def _losses(velocities: Sequence[Tensor], probes: Sequence[Batch]) -> list[float
     ]
 
 
-def infer_command(method: Method, run: Path, prompt: str) -> str:
-    """What to type next."""
+def next_command(plan: Plan) -> str:
+    """Return the command that draws the last preview of the first prompt again, or without prompts a caption."""
+    settings = plan.config.preview
+    if settings.prompts:
+        return infer_command(plan.method, plan.run, settings.prompts[0], settings.seed)
+    return infer_command(plan.method, plan.run, plan.records[0].caption or "a photo")
+
+
+def infer_command(method: Method, run: Path, prompt: str, seed: int = 0) -> str:
+    """Return what to type to draw with a run; `infer` takes steps, guidance, size and T5 length from its contract."""
     relative = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     what = method.infer_arguments(relative)
-    return shlex.join(["sd3tune", "infer", *what, "--prompt", prompt, "--out", str(relative / "images")])
+    seeded = ["--seed", str(seed)] if seed else []
+    return shlex.join(["sd3tune", "infer", *what, "--prompt", prompt, *seeded, "--out", str(relative / "images")])
 
 
 def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
@@ -82,12 +92,22 @@ def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
     return [
         f"learned   one denoising step changes by {100 * report['velocity_change']:.3g} %; "
         f"{plan.method.block_measure} |{bars}|, at most {max(changes.values()):.3g}",
+        *_divergence(plan, report),
         f"loss      on training images at fixed noise, by sigma: {by_sigma}",
         f"{product.name:<9} {plan.run / product.name}"
         + (f" (the average, EMA; as trained: {product.raw})" if report["weights"] == "ema" else ""),
         "",
         "next:",
-        f"  {infer_command(plan.method, plan.run, plan.records[0].caption or 'a photo')}",
+        f"  {next_command(plan)}",
+    ]
+
+
+def _divergence(plan: Plan, report: Mapping[str, Any]) -> list[str]:
+    if not has_diverged(report, from_scratch=plan.base.random is not None):
+        return []
+    return [
+        f"warning: one denoising step changes by more than {100 * DIVERGED:.0f} %: the training has probably diverged; "
+        "look at what it draws, and train again with a lower optimizer.lr"
     ]
 
 

@@ -11,11 +11,10 @@ from typing import Any
 from sd3tune.config import ModelConfig, load_config
 from sd3tune.errors import AdapterError, ConfigError
 from sd3tune.jobs.request import Memory, Request
-from sd3tune.jobs.shots import Shot
 from sd3tune.model.adapter_io import Adapter
 from sd3tune.model.bases import ENCODER_PARTS, ENCODERS, Base, configured_base
 from sd3tune.model.checkpoint import LABELS
-from sd3tune.model.contract import starting_offset
+from sd3tune.model.contract import sampling_of, starting_offset
 from sd3tune.model.quantized import missing_library
 
 DEFAULT_SIDE = 1024
@@ -30,6 +29,9 @@ class Conditions:
     encoders: tuple[str, ...]
     size: tuple[int, int]
     """(width, height) of an image that is not given one."""
+    steps: int
+    guidance: float
+    """Of an image that is not given them: those of the previews of the training."""
     noise_offset: float = 0.0
     """Of the starting noise of an image that is not given one; see `sampler.add_offset`."""
     base_noise_offset: float = 0.0
@@ -41,6 +43,7 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
     for key in ("max_sequence_length", "encoders", "sampler_noise_offset"):
         if len({json.dumps(contract.get(key)) for contract in contracts}) > 1:
             print(f"warning: the adapters were trained with different {key}; the first one's is used")
+    _compare_sampling(request, contracts)
     model = _find_model(request.base, request.config, adapters)
     if request.revision is not None:
         model = model.model_copy(update={"revision": request.revision})
@@ -51,7 +54,8 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
     t5 = "t5" in trained if request.t5 is None else request.t5
     encoders = tuple(name for name in ENCODERS if t5 or name != "t5")
     base.check_encoders(encoders)
-    guidance = Shot.guidance if request.guidance is None else request.guidance
+    sampling = sampling_of(first)
+    guidance = sampling["guidance"] if request.guidance is None else request.guidance
     if base.distilled and guidance > 1:
         print(f"warning: {base.label} is a Turbo model: it draws with --guidance 1 and --steps 4")
     for adapter in adapters:
@@ -65,9 +69,22 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
         t5_length=request.t5_tokens or first.get("max_sequence_length", model.max_sequence_length),
         encoders=encoders,
         size=(side, side),
+        **sampling,
         noise_offset=starting_offset(first) if asked is None else asked,
         base_noise_offset=base.noise_offset if asked is None else asked,
     )
+
+
+def _compare_sampling(request: Request, contracts: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of previews with other settings, where the request leaves them to the adapters."""
+    for key in ("steps", "guidance"):
+        values = dict.fromkeys(sampling_of(contract)[key] for contract in contracts)
+        if len(values) > 1 and getattr(request, key) is None:
+            first, *others = (f"{value:g}" for value in values)
+            print(
+                f"warning: the adapters' previews had different {key} ({first}; {', '.join(others)}); "
+                f"the first one's is used, --{key} sets another"
+            )
 
 
 def settle_memory(memory: Memory, adapters: Sequence[Adapter]) -> Memory:

@@ -17,7 +17,8 @@ from sd3tune.jobs.encoding import Encoded
 from sd3tune.jobs.machine import dtype_name, gpu_of, versions
 from sd3tune.jobs.preflight import Plan
 from sd3tune.model.bases import ENCODER_PARTS
-from sd3tune.model.checkpoint import VARIANTS
+from sd3tune.model.checkpoint import VARIANTS, released_shape
+from sd3tune.model.modelspec import tag_frequency
 from sd3tune.train.checkpoint import differences, read_state
 
 _SEEN_IN_DATA = {"crop_variants", "flip", "buckets", "trigger"}
@@ -30,6 +31,7 @@ def make_contract(plan: Plan) -> dict[str, Any]:
     captions = sorted({record.caption for record in plan.records})
     return {
         **plan.method.contract(),
+        "name": config.name,
         "sd3tune_version": __version__,
         "base": plan.base.label,
         "base_kind": plan.base.kind,
@@ -38,7 +40,9 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "max_sequence_length": config.model.max_sequence_length,
         "encoders": list(plan.method.cached_encoders),
         "trigger": config.data.trigger,
-        **_files(plan),
+        "base_released_as": VARIANTS.get(str(released_shape(plan.base.config("transformer")))),
+        **_encoder_files(plan),
+        **_tags(plan),
         **config.model.fewer_bits,
         "instance_prompt": captions[0] if len(captions) == 1 else None,
         "timesteps": config.flow.timesteps.model_dump(),
@@ -50,6 +54,8 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         **({"sampler_noise_offset": config.flow.noise_offset} if config.flow.noise_offset else {}),
         "resolution": config.data.resolution,
         "buckets": config.data.buckets,
+        "sampling_steps": config.preview.steps,
+        "guidance": config.preview.guidance,
         "caption_dropout": config.data.caption_dropout,
         "encoder_dropout": config.data.encoder_dropout,
         "dtype": dtype_name(plan.dtype),
@@ -58,16 +64,22 @@ def make_contract(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _files(plan: Plan) -> dict[str, Any]:
-    """What only a base of files has: the released model of its shape, and the encoders' own files."""
+def _encoder_files(plan: Plan) -> dict[str, Any]:
+    """Text encoders from files of their own."""
     base = plan.base
     encoders = {
         name: {"file": base.encoder_files[name].name, "fingerprint": base.fingerprint(ENCODER_PARTS[name][1])}
         for name in plan.method.cached_encoders
         if name in base.encoder_files
     }
-    released_as = {"base_released_as": VARIANTS.get(str(base.variant))} if base.kind == "file" else {}
-    return released_as | ({"encoder_files": encoders} if encoders else {})
+    return {"encoder_files": encoders} if encoders else {}
+
+
+def _tags(plan: Plan) -> dict[str, Any]:
+    """How often the captions have each tag, if that is to be public."""
+    if not plan.config.data.export_tags:
+        return {}
+    return {"tag_frequency": tag_frequency(record.caption for record in plan.records)}
 
 
 _HARMLESS = (

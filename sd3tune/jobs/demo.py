@@ -34,6 +34,7 @@ CONFIG: dict[str, Any] = {
     "optimizer": {"lr": 1e-3},
     "train": {"steps": 250, "batch_size": 6},
     "checkpoint": {"every": 125},
+    "preview": {"steps": SAMPLER.steps, "guidance": SAMPLER.guidance},  # none is drawn; `infer` follows them
 }
 PRIOR = {"prompt": list(CLASS_PROMPTS), "images": 52, "steps": 10, "guidance": 4.0}
 COUNT = 16

@@ -21,6 +21,7 @@ from sd3tune.jobs.preflight import Plan, bucket_of
 from sd3tune.jobs.rehearsal import rehearse_training
 from sd3tune.jobs.sigmas import describe_sigmas
 from sd3tune.model.contract import spread_without_offset
+from sd3tune.model.modelspec import describe_tags, tag_frequency
 from sd3tune.model.targets import CoverageRow
 
 
@@ -37,6 +38,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         *_about_base(plan),
         f"data      {_images(len(plan.records))}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
         *describe_buckets(cut),
+        *_describe_tags(plan),
         *_describe_priors(plan),
         *([f"held out  {_images(len(plan.holdout))}, measured every {every} steps"] if plan.holdout else []),
         *_describe_length(plan, cut, world),
@@ -87,6 +89,12 @@ def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:
     return lines
 
 
+def _describe_tags(plan: Plan) -> list[str]:
+    if not plan.config.data.export_tags:
+        return []
+    return [f"note: {describe_tags(tag_frequency(record.caption for record in plan.records))}"]
+
+
 def _describe_priors(plan: Plan) -> list[str]:
     kept = [source.prior for source in plan.config.data.sources if isinstance(source.prior, OwnPredictionConfig)]
     predicted = [
@@ -117,9 +125,12 @@ def _about_base(plan: Plan) -> list[str]:
             f"set it to {known}"
         )
     if plan.base.distilled:
+        unfit = plan.config.preview.guidance > 1
         lines.append(
             f"warning: {plan.base.label} is a Turbo model: it is distilled (for guidance 1 and 4 steps) and trains "
             "badly; train on the model without Turbo, the adapter then works on both"
+            + "; to train this one, set preview.guidance=1 and preview.steps=4, which `infer` follows"
+            * unfit
         )
     return lines
 

@@ -21,7 +21,7 @@ from sd3tune.jobs.prompts_file import Row, read_prompts
 from sd3tune.jobs.recipes import Recipes
 from sd3tune.jobs.repeat import read_repeat, repeated
 from sd3tune.jobs.request import Request, check_request, flag_of, parse_lora
-from sd3tune.jobs.shots import Shot, beyond_the_base, problems_of, seeded
+from sd3tune.jobs.shots import Shot, beyond_the_base, conflicts_of, problems_of, seeded
 from sd3tune.jobs.studio import Studio, draw
 from sd3tune.model.adapter_io import Adapter, match
 from sd3tune.model.components import empty_transformer, load_scheduler
@@ -51,8 +51,9 @@ def run_infer(request: Request) -> list[Path]:
         repeat.check_base(studio.conditions.base, chosen=request.base is not None or request.config is not None)
 
     fixed = tuple((number, weight) for number, (_, weight) in enumerate(given[: len(wanted.loras)]))
-    settled = {"size": studio.conditions.size, "noise_offset": studio.conditions.noise_offset}
-    common = {**settled, **wanted.of_the_shot, "loras": fixed}
+    conditions = studio.conditions
+    usual = {name: getattr(conditions, name) for name in ("size", "steps", "guidance", "noise_offset")}
+    common = {**usual, **wanted.of_the_shot, "loras": fixed}
     asked = _asked(rows, common, wanted.num)
     by_row = grid.shots(asked[0][0]) if grid else []
     if grid is not None:
@@ -113,6 +114,7 @@ def _check_against_base(asked: Sequence[Asked], conditions: Conditions, adapters
     skeleton, schedule = empty_transformer(conditions.base), load_scheduler(conditions.base).config
     problems = [line for shot, named in asked for line in problems_of(shot, named)]
     for shot, named in asked:
+        problems += conflicts_of(shot, named)
         problems += beyond_the_base(shot, named, skeleton.config)
         if shot.shift is None and schedule.get("use_dynamic_shifting") and not SAMPLERS[shot.sampler].follows_size:
             problems.append(

@@ -7,23 +7,42 @@ from pathlib import Path
 
 from sd3tune.errors import RunError
 from sd3tune.jobs.lora_files import FORMS, check_out, notes_of, write_form
+from sd3tune.jobs.thumbnail import preview_of, thumbnail
 from sd3tune.model.adapter_io import read_adapter
 from sd3tune.model.adapter_layouts import Pair, fused_ranks
+from sd3tune.model.modelspec import THUMBNAIL_KEY
 
 
-def convert_lora(source: Path, form: str, out: Path, *, transformer_only: bool = False) -> list[str]:
+def convert_lora(
+    source: Path,
+    form: str,
+    out: Path,
+    picture: Path | None = None,
+    with_picture: bool = True,
+    *,
+    transformer_only: bool = False,
+) -> list[str]:
     """Write the adapter to `out` in `form`, one of FORMS; returns lines that say what was done.
 
-    Raises AdapterError for what cannot be read or what the form cannot hold, RunError when `out` exists.
+    `picture` is what UIs show of it: by default what the file has, or the preview that its weights drew in their run.
+    Raises AdapterError for what cannot be read or what the form cannot hold, DataError for a picture that cannot be
+    read, RunError when `out` exists.
     """
     if form not in FORMS:
         raise RunError(f"--to {form}: one of {', '.join(FORMS)}")
     check_out(out)
     adapter = read_adapter(source, transformer_only=transformer_only)
     factors = adapter.folded()
-    write_form(out, form, factors, adapter.contract, adapter.metadata)
+    metadata = {key: text for key, text in adapter.metadata.items() if with_picture or key != THUMBNAIL_KEY}
+    if with_picture and (picture or THUMBNAIL_KEY not in metadata):
+        picture = picture or preview_of(adapter.path)
+    lines = []
+    if picture is not None:
+        metadata |= thumbnail(picture)
+        lines.append(f"thumbnail: {picture}; --no-thumbnail leaves it out")
+    write_form(out, form, factors, adapter.contract, metadata)
     fusing = _fusing(factors) if form != "diffusers" else []
-    return [f"{out}: {len(factors)} modules as {form} has them", *fusing, *notes_of(adapter)]
+    return [f"{out}: {len(factors)} modules as {form} has them", *fusing, *lines, *notes_of(adapter)]
 
 
 def _fusing(factors: Mapping[str, Pair]) -> list[str]:

@@ -14,9 +14,10 @@ from sd3tune.model.adapter_io import Adapter, contract_metadata, is_safetensors,
 from sd3tune.model.adapter_layouts import Pair, arrange
 from sd3tune.model.adapter_metadata import CONTRACT_KEY, PEFT_KEY
 from sd3tune.model.low_rank import Truncated
+from sd3tune.model.modelspec import OF_THE_TENSORS, shown_metadata
 
 FORMS = ("diffusers", "kohya", "comfyui")
-_STALE = re.compile(r"format|ss_network_.*|sshs_.*|modelspec\.(hash|architecture|implementation).*")
+_STALE = re.compile(r"format|ss_network_.*|ss_output_name|sshs_.*|modelspec\.(hash|implementation).*")
 """What other tools say of the tensors themselves, which are others now."""
 
 
@@ -55,11 +56,13 @@ def write_form(
     kept = {key: text for key, text in metadata.items() if key not in (PEFT_KEY, CONTRACT_KEY) and not _is_stale(key)}
     if contract:
         kept[CONTRACT_KEY] = contract_metadata(contract)
+    shown = shown_metadata(form, out.stem, contract, fitting_variants(factors))
+    kept = {**shown, **kept, **{key: shown[key] for key in OF_THE_TENSORS if key in shown}}
     ranks = {module: len(down) for module, (down, _) in factors.items()}
     if form == "diffusers":
         kept[PEFT_KEY] = peft_metadata(ranks)
     elif form == "kohya":
-        kept |= _kohya_metadata(out.stem, factors, contract)
+        kept |= _kohya_metadata(factors)
     save_tensors(out, tensors, kept)
 
 
@@ -76,15 +79,6 @@ def _is_stale(key: str) -> bool:
     return _STALE.fullmatch(key) is not None
 
 
-def _kohya_metadata(name: str, factors: Mapping[str, Pair], contract: Mapping[str, Any]) -> dict[str, str]:
+def _kohya_metadata(factors: Mapping[str, Pair]) -> dict[str, str]:
     rank = str(Counter(len(down) for down, _ in factors.values()).most_common(1)[0][0])
-    variants = fitting_variants(factors)
-    newer = bool(variants) and all(variant.startswith("sd35") for variant in variants)
-    named = re.search(r"3[.\-_]?5", str(contract.get("base"))) is not None
-    return {
-        "ss_output_name": name,
-        "ss_base_model_version": "sd3.5" if newer or named else "sd3",
-        "ss_network_module": "networks.lora_sd3",
-        "ss_network_dim": rank,
-        "ss_network_alpha": rank,
-    }
+    return {"ss_network_module": "networks.lora_sd3", "ss_network_dim": rank, "ss_network_alpha": rank}

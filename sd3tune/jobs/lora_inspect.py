@@ -13,9 +13,11 @@ from sd3tune.model.adapter_base import fitting_variants
 from sd3tune.model.adapter_io import Adapter, AdapterFile, as_adapter, read_file
 from sd3tune.model.adapter_layouts import Contents, first_of, interpret, shown, text_part
 from sd3tune.model.adapters import block_norms
+from sd3tune.model.modelspec import THUMBNAIL_KEY
 
-_SAID_ELSEWHERE = ("contract_version", "base", "base_kind", "base_revision", "base_fingerprint", "trigger")
+_SAID_ELSEWHERE = ("contract_version", "base", "base_kind", "base_revision", "base_fingerprint", "trigger", "name")
 _KOHYA = {"ss_output_name": "name", "ss_base_model_version": "base", "modelspec.trigger_phrase": "trigger"}
+_SHOWN = {"modelspec.title": "title", "modelspec.architecture": "arch", "modelspec.usage_hint": "hint"}
 
 
 def inspect_lora(location: Path) -> list[str]:
@@ -85,6 +87,11 @@ def _contract(adapter: Adapter) -> Iterator[str]:
     contract: Mapping[str, Any] = adapter.contract
     foreign = {name: adapter.metadata[key] for key, name in _KOHYA.items() if adapter.metadata.get(key)}
     trigger = contract.get("trigger") or foreign.pop("trigger", None)
+    for key, name in _SHOWN.items():
+        if adapter.metadata.get(key):
+            yield f"{name:<10}{shown(adapter.metadata[key])}"
+    if adapter.metadata.get(THUMBNAIL_KEY):
+        yield f"thumbnail {len(adapter.metadata[THUMBNAIL_KEY]) / 1000:.1f} kB in the header"
     yield f"trigger   {shown(str(trigger)) if trigger else 'none stated'}"
     for name, value in foreign.items() if not contract else ():
         yield f"{name:<10}{shown(value)}, says the tool that wrote it"

@@ -20,13 +20,15 @@ from sd3tune.model.adapter_io import Adapter, match, read_adapter
 from sd3tune.model.adapter_layouts import first_of
 from sd3tune.model.bases import ENCODERS
 from sd3tune.model.components import empty_transformer, load_transformer, stored_dtype
+from sd3tune.model.contract import sampling_of
 from sd3tune.model.low_rank import truncate, weighted_sum
 from sd3tune.model.model_folder import check_parts, write_model
 
 METHODS = ("concat", "svd")
 _CONDITIONS = (
-    *("base", "base_kind", "base_revision", "base_fingerprint", "max_sequence_length", "encoders", "encoder_files"),
-    *("shift", "resolution", "buckets"),
+    *("base", "base_kind", "base_revision", "base_fingerprint", "base_released_as"),
+    *("max_sequence_length", "encoders", "encoder_files", "shift", "resolution", "buckets"),
+    *("sampling_steps", "guidance"),
 )
 """Of a contract: how the result wants its prompts. The rest tells of one training."""
 
@@ -128,6 +130,11 @@ def _disagreements(adapters: Weighted) -> list[str]:
                           ("encoders", "other text encoders")):  # fmt: skip
             if adapter.contract.get(key) != first.contract.get(key):
                 lines.append(f"warning: {adapter.path} was trained with {what}; the result says what {first.path} says")
+        if sampling_of(adapter.contract) != sampling_of(first.contract):
+            lines.append(
+                f"warning: the previews of {adapter.path} had other steps or guidance; the result says what "
+                f"{first.path} says"
+            )
     return lines
 
 

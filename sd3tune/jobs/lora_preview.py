@@ -18,14 +18,11 @@ from sd3tune.encode.resources import release
 from sd3tune.errors import AdapterError, RunError
 from sd3tune.jobs.fresh_pipeline import drawing_pipeline, load_into, text_pipeline
 from sd3tune.jobs.machine import choose_dtype, dtype_name, gpu_of
-from sd3tune.jobs.previews_of_run import Preview, previews_of
-from sd3tune.jobs.run_folder import BEST, holds_report
+from sd3tune.jobs.previews_of_run import Preview, previews_of, run_of, step_of
 from sd3tune.model.adapter_io import Adapter
 from sd3tune.model.bases import Base
 from sd3tune.model.components import load_vae
-from sd3tune.publish.files import ADAPTERS
 from sd3tune.sampling.sampler import add_offset
-from sd3tune.train.checkpoint import list_checkpoints
 
 LEAST_PSNR = 40.0
 """Decibels between two drawings of the same weights in one precision; what rounds otherwise stays well above."""
@@ -75,7 +72,7 @@ class _Found:
 
 def _find(adapter: Adapter, base: Base) -> _Found | str:
     """The preview that these weights drew, or why there is none."""
-    run = next((folder for folder in list(adapter.path.absolute().parents)[:4] if (folder / RUN_FILE).is_file()), None)
+    run = run_of(adapter.path)
     if run is None:
         return "the file does not lie in the folder of a run"
     if adapter.contract.get("base_fingerprint") != base.fingerprint("transformer"):
@@ -87,7 +84,7 @@ def _find(adapter: Adapter, base: Base) -> _Found | str:
 
 
 def _find_in(run: Path, adapter: Adapter) -> _Found | str:
-    step = _step_of(adapter.path.absolute().relative_to(run), run)
+    step = step_of(adapter.path, run)
     if step is None:
         return "it is none of the files that a finished run has exported"
     drawn = [preview for preview in previews_of(run) if preview.step == step]
@@ -95,18 +92,6 @@ def _find_in(run: Path, adapter: Adapter) -> _Found | str:
     if not same:
         return f"the run drew none at step {step}" + " with these weights" * bool(drawn)
     return _Found(same[0], json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["device"])
-
-
-def _step_of(file: Path, run: Path) -> int | None:
-    """`file` is relative to the run."""
-    if file.parts[0] == "checkpoints":
-        return int(file.parts[1].removeprefix("step-"))
-    if file.parts[0] == BEST:
-        best: dict[str, Any] = json.loads((run / BEST / "validation.json").read_text(encoding="utf-8"))
-        return int(best["step"])
-    if file.parts[0] not in ADAPTERS or not holds_report(run):
-        return None
-    return int(list_checkpoints(run)[-1].name.removeprefix("step-"))
 
 
 def _dtype(asked: str, adapter: Adapter, device: torch.device) -> torch.dtype:

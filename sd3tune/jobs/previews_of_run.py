@@ -11,8 +11,11 @@ from typing import Any
 
 from PIL import Image
 
+from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.jobs.recipes import RECIPE_KEY
-from sd3tune.jobs.run_folder import SAMPLES
+from sd3tune.jobs.run_folder import BEST, SAMPLES, holds_report
+from sd3tune.publish.files import ADAPTERS
+from sd3tune.train.checkpoint import list_checkpoints
 
 _SETTINGS = {"prompt", "steps", "guidance", "seed", "weights"}
 _NAME = re.compile(r"step-(\d+)-(\d+)\.png")
@@ -39,6 +42,27 @@ def previews_of(run: Path) -> list[Preview]:
         if name and (recipe := _recipe_in(path)) is not None
     ]
     return sorted(found, key=lambda preview: (preview.step, preview.number))
+
+
+def run_of(adapter: Path) -> Path | None:
+    """Return the folder of the run that an adapter file lies in."""
+    return next((folder for folder in list(adapter.absolute().parents)[:4] if (folder / RUN_FILE).is_file()), None)
+
+
+def step_of(adapter: Path, run: Path) -> int | None:
+    """Return the step whose weights an adapter file of the run holds; None for a file that the run did not export.
+
+    Raises OSError, ValueError or LookupError where the run's folder is damaged.
+    """
+    file = adapter.absolute().relative_to(run)
+    if file.parts[0] == "checkpoints":
+        return int(file.parts[1].removeprefix("step-"))
+    if file.parts[0] == BEST:
+        best: dict[str, Any] = json.loads((run / BEST / "validation.json").read_text(encoding="utf-8"))
+        return int(best["step"])
+    if file.parts[0] not in ADAPTERS or not holds_report(run):
+        return None
+    return int(list_checkpoints(run)[-1].name.removeprefix("step-"))
 
 
 def _recipe_in(path: Path) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sd3tune.model.contract import EARLIER_GUIDANCE, EARLIER_STEPS
 from sd3tune.sampling.sampler import SamplerSettings, SkipLayers
 from sd3tune.sampling.samplers import SAMPLERS
 
@@ -34,8 +35,8 @@ class Shot:
     prompt: str = ""
     negative: str = ""
     seed: int = 0
-    steps: int = 28
-    guidance: float = 7.0
+    steps: int = EARLIER_STEPS
+    guidance: float = EARLIER_GUIDANCE
     size: tuple[int, int] | None = None
     """(width, height) in pixels; None before it is known what adapter or model was trained at."""
     loras: tuple[tuple[int, float], ...] = ()
@@ -85,7 +86,10 @@ class Shot:
 
 
 def problems_of(shot: Shot, named: Callable[[str], str]) -> list[str]:
-    """A line for each value that cannot be; `named` is what a field is called where it was given."""
+    """Return a line for each value that cannot be, whatever the others are.
+
+    `named` is what a field is called where it was given.
+    """
     problems = []
     if shot.steps < 1:
         problems.append(f"{named('steps')} {shot.steps}: at least 1")
@@ -103,23 +107,24 @@ def problems_of(shot: Shot, named: Callable[[str], str]) -> list[str]:
         problems.append(f"{named('noise_offset')} {shot.noise_offset:g}: from 0 to 1; 0 is none")
     if not 0 < shot.strength <= 1:
         problems.append(f"{named('strength')} {shot.strength:g}: above 0, and at most 1")
-    elif shot.image is not None and shot.steps * shot.strength < 1 <= shot.steps:
-        least = math.ceil(1000 / shot.steps) / 1000
-        problems.append(f"{named('strength')} {shot.strength:g}: no step of {shot.steps} is left; at least {least:g}")
-    return problems + _skipping_problems(shot, named)
-
-
-def _skipping_problems(shot: Shot, named: Callable[[str], str]) -> list[str]:
-    problems = []
     if shot.slg is not None and not math.isfinite(shot.slg):
         problems.append(f"{named('slg')} {shot.slg}: a finite number")
-    elif shot.slg is not None and shot.guidance <= 1:
-        problems.append(f"{named('slg')} {shot.slg:g}: works beside guidance; it is {shot.guidance:g}, give it above 1")
     if not shot.slg_layers or min(shot.slg_layers) < 0:
         problems.append(f"{named('slg_layers')}: numbers of blocks from 0 on, such as 7,8,9")
     if not 0 <= shot.slg_start < shot.slg_stop <= 1:
         start, stop = f"{named('slg_start')} {shot.slg_start:g}", f"{named('slg_stop')} {shot.slg_stop:g}"
         problems.append(f"{start}, {stop}: shares of the steps, the first below the second, from 0 to 1")
+    return problems
+
+
+def conflicts_of(shot: Shot, named: Callable[[str], str]) -> list[str]:
+    """Return a line for each value that does not go with the settled steps or guidance."""
+    problems = []
+    if shot.image is not None and shot.steps * shot.strength < 1 <= shot.steps:
+        least = math.ceil(1000 / shot.steps) / 1000
+        problems.append(f"{named('strength')} {shot.strength:g}: no step of {shot.steps} is left; at least {least:g}")
+    if shot.slg is not None and shot.guidance <= 1:
+        problems.append(f"{named('slg')} {shot.slg:g}: works beside guidance; it is {shot.guidance:g}, give it above 1")
     return problems
 
 

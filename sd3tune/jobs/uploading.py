@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -24,7 +25,19 @@ from sd3tune.errors import RunError, UserError
 from sd3tune.jobs.card import card_of, card_to_upload
 from sd3tune.jobs.preflight import Plan, naming_hub_push
 from sd3tune.jobs.run_folder import holds_report
-from sd3tune.publish.files import CARD, CONFIG, Upload, config_of_run, files_of_checkpoint, files_of_run
+from sd3tune.jobs.thumbnail import thumbnail, with_metadata
+from sd3tune.model.adapter_io import ADAPTER_FILE, read_adapter
+from sd3tune.model.modelspec import describe_tags
+from sd3tune.publish.files import (
+    ADAPTERS,
+    CARD,
+    CONFIG,
+    Upload,
+    config_of_run,
+    files_of_checkpoint,
+    files_of_product,
+    files_of_run,
+)
 from sd3tune.publish.repository import Repository, repository_of
 from sd3tune.train.checkpoint import checkpoint_at
 from sd3tune.train.loop import View
@@ -33,8 +46,11 @@ _PATIENCE = 10.0
 """Seconds that a run which was stopped waits for the upload in hand."""
 
 
-def run_push(run: Path, repo_id: str | None) -> None:
-    """Upload a finished run, of an earlier upload what is missing or differs. Raises UserError."""
+def run_push(run: Path, repo_id: str | None, picture: Path | None = None) -> None:
+    """Upload a finished run, of an earlier upload what is missing or differs. Raises UserError.
+
+    The uploaded adapter has `picture` as its thumbnail; the run's own file stays as it is.
+    """
     if repo_id is not None and not REPO_ID.fullmatch(repo_id):
         raise RunError(f"--repo-id: {repo_id!r} cannot name a repository; {REPO_ID_IN_WORDS}")
     if not (run / RUN_FILE).is_file():
@@ -45,19 +61,42 @@ def run_push(run: Path, repo_id: str | None) -> None:
     target = repo_id or settings.repo_id
     if target is None:
         raise RunError(f"{run}: its configuration names no repository (hub.repo_id); give --repo-id user/name")
+    shown = _thumbnails(run, picture) if picture else {}
+    for line in _named_before_upload(run):
+        print(f"note: {line}")
     repository = Repository(target, settings.private)
     repository.check_token()
     repository.prepare()
-    print(push_run(run, repository, progress=True))
+    print(push_run(run, repository, shown, progress=True))
 
 
-def push_run(run: Path, repository: Repository, progress: bool = False) -> str:
-    """Upload all of a finished run that is for others. Returns a line that says where it is. Raises UserError."""
-    files = dict(files_of_run(run))
+def push_run(run: Path, repository: Repository, instead: Upload = MappingProxyType({}), progress: bool = False) -> str:
+    """Upload all of a finished run that is for others. Returns a line that says where it is. Raises UserError.
+
+    `instead` has other contents for some of the files.
+    """
+    files = {**files_of_run(run), **instead}
     if CARD in files:
         files[CARD] = card_to_upload(run, repository.repo_id)
     commit = repository.commit(files, f"{run.name}, trained with sd3tune", progress)
     return f"uploaded  {repository.url}" if commit else f"uploaded  {repository.url} has all of it already"
+
+
+def _thumbnails(run: Path, picture: Path) -> Upload:
+    """The adapters of a run with a picture in them."""
+    adapters = {name: path for name, path in files_of_product(run).items() if name.endswith(ADAPTER_FILE)}
+    if not adapters:
+        raise RunError(f"--thumbnail {picture}: {run} holds a whole model, which has no place for one; leave it out")
+    more = thumbnail(picture)
+    return {name: with_metadata(path, more) for name, path in adapters.items()}
+
+
+def _named_before_upload(run: Path) -> list[str]:
+    """What of the captions the adapter holds."""
+    if not (run / ADAPTERS[0] / ADAPTER_FILE).is_file():
+        return []
+    tags = read_adapter(run).contract.get("tag_frequency")
+    return [describe_tags(tags)] if tags else []
 
 
 def prepare_upload(plan: Plan) -> None:

@@ -29,6 +29,7 @@ from sd3tune.train.step import predict_velocity
 
 SIGMAS = tuple((bin + 0.5) / SIGMA_BINS for bin in range(SIGMA_BINS))
 """The middle of each bin."""
+LOWEST_IS_NOT_BEST = "a lower loss does not mean better pictures: compare previews before taking one"
 
 
 class Validation:
@@ -36,7 +37,7 @@ class Validation:
 
     The squared error of the velocity (whatever is minimised, so that runs compare) of every held-out image at each of
     `SIGMAS`, with noise that depends on the image's number alone; the processes divide the images. A line goes into
-    `validation.jsonl`, and what has the lowest mean loss into `best/`.
+    `validation.jsonl`, and the weights with the lowest mean loss into `best/`, which need not be those that draw best.
     """
 
     def __init__(
@@ -69,16 +70,17 @@ class Validation:
         return min(finite, key=lambda line: line["loss"], default=None)
 
     def report(self) -> dict[str, Any]:
-        """`held_out`: the last and the best measurement."""
+        """`held_out`: the last measurement, and as `best` the one with the lowest loss."""
         return {"held_out": {"last": self.lines[-1], "best": self.best}} if self.lines else {}
 
     def summary(self) -> list[str]:
-        """The last and the best measurement, for the end of a run."""
+        """The last measurement and the lowest, for the end of a run."""
         if not self.lines or self.best is None:
             return []
         last, best = self.lines[-1], self.best
-        kept = "the best" if best is last else f"the best was {best['loss']:.4f} at step {best['step']}, in {BEST}/"
-        return [f"held out  {describe(last)}; {kept}"]
+        lowest = f"the lowest held-out loss was {best['loss']:.4f} at step {best['step']}, kept in {BEST}/"
+        kept = f"the lowest held-out loss, also in {BEST}/" if best is last else lowest
+        return [f"held out  {describe(last)}; {kept}", f"          {LOWEST_IS_NOT_BEST}"]
 
     def __call__(self, view: View) -> None:
         due = view.step % self.plan.config.validation.every == 0 or view.last
@@ -91,7 +93,7 @@ class Validation:
             if self.best is line:
                 self._keep(view, line)
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-            tqdm.write(describe(line) + ", the best so far" * (self.best is line and view.step > 0))
+            tqdm.write(describe(line) + ", the lowest so far" * (self.best is line and view.step > 0))
         self.seconds += time.monotonic() - started
         self._track(line)
 

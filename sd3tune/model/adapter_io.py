@@ -4,7 +4,8 @@ Keys are diffusers' (`transformer.<module>.lora_A.weight`); other tools' layouts
 and for PEFT's folders `adapter_peft`). The scale alpha / r is folded into B and alpha = r is written, so that a loader
 that ignores alpha computes the same. The file's metadata holds what PEFT needs to rebuild the layers
 (`lora_adapter_metadata`, as diffusers writes it) and the conditioning contract (`sd3tune`), which `infer` applies: the
-base, T5 length, sigma sampling, and so on. No time, host or path is in it.
+base, T5 length, sigma sampling, and so on; beside it stand the keys that other programs show (see `modelspec`). No
+time, host or path is in it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sd3tune.model.adapter_layouts import READABLE, Contents, Pair, as_stored, f
 from sd3tune.model.adapter_metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract
 from sd3tune.model.adapter_peft import CONFIG_FILE, WEIGHTS_FILE, read_peft
 from sd3tune.model.contract import CONTRACT_VERSION
+from sd3tune.model.modelspec import shown_metadata
 from sd3tune.tensorfile import save_sorted
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -114,7 +116,8 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping
         raise AdapterError(f"{folder}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
     ranks = {name.removesuffix(".lora_A"): len(value) for name, value in factors.items() if name.endswith(".lora_A")}
     path = folder / ADAPTER_FILE
-    save_tensors(path, tensors, {PEFT_KEY: peft_metadata(ranks), CONTRACT_KEY: contract_metadata(contract)})
+    shown = shown_metadata("diffusers", contract.get("name"), contract)
+    save_tensors(path, tensors, {**shown, PEFT_KEY: peft_metadata(ranks), CONTRACT_KEY: contract_metadata(contract)})
     return path
 
 

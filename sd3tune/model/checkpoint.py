@@ -6,6 +6,7 @@ shapes cannot tell (activations, scaling factors) is alike in all of them.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ VARIANTS = {
     "sd35-large": "stabilityai/stable-diffusion-3.5-large",
 }
 """The released models by the name of their folder in `configs/`, and the Hub repositories they are in."""
+_NO_SHAPE = ("_class_name", "sample_size")
 LABELS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 
 Shapes = Mapping[str, list[int]]
@@ -105,6 +107,22 @@ def read_checkpoint(file: Path) -> Checkpoint:
         if any(name.startswith(inside) for name in names):
             parts[encoder] = read_encoder(file, encoder, f"{inside}transformer.")
     return Checkpoint(variant, parts)
+
+
+def released_shape(config: Mapping[str, Any]) -> str | None:
+    """Return the key of VARIANTS whose transformer has the shape that `config` describes; None for any other shape.
+
+    Keys are those of SD3Transformer2DModel's `config.json`, where older files lack what is none or empty.
+    """
+
+    def shape(of: Mapping[str, Any]) -> str:
+        return json.dumps({key: of.get(key) or None for key in released if key not in _NO_SHAPE})
+
+    for variant in VARIANTS:
+        released = _bundled(CONFIGS / variant / "transformer")
+        if shape(config) == shape(released):
+            return variant
+    return None
 
 
 def read_encoder(file: Path, encoder: str, prefix: str = "") -> FilePart:

@@ -16,6 +16,8 @@ from sd3tune.errors import UserError
 
 CONTRACT_VERSION = 1
 CONTRACT_FILE = "sd3tune.json"
+EARLIER_STEPS, EARLIER_GUIDANCE = 28, 7.0
+"""How `infer` draws with a file that states neither, as those of earlier versions do."""
 WAY_OUT = "; the file was changed or damaged, get it again"
 
 
@@ -32,7 +34,11 @@ class _EncoderFile(Part):
 
 class _Contract(Part):
     contract_version: int = Field(CONTRACT_VERSION, ge=1)
+    name: str | None = None
+    trigger: str | None = None
+    instance_prompt: str | None = None
     base: str | None = None
+    base_released_as: str | None = None
     base_kind: Literal["tiny", "nano", "hub", "folder", "file"] | None = None
     base_revision: str | None = None
     base_fingerprint: str | None = None
@@ -42,6 +48,8 @@ class _Contract(Part):
     noise_offset: float = Field(0.0, ge=0)
     sampler_noise_offset: float = Field(0.0, ge=0, le=1)
     encoder_files: dict[Literal["clip_l", "clip_g", "t5"], _EncoderFile] = Field(default={})
+    sampling_steps: int = Field(EARLIER_STEPS, ge=1)
+    guidance: float = Field(EARLIER_GUIDANCE, ge=0, allow_inf_nan=False)
 
 
 def starting_offset(contract: Mapping[str, Any]) -> float:
@@ -70,6 +78,14 @@ def check_contract(where: str, contract: Mapping[str, Any], error: type[UserErro
         raise error(f"{where}: base: missing{WAY_OUT}")
     if "encoders" in contract and not {"clip_l", "clip_g"} <= set(contract["encoders"]):
         raise error(f"{where}: encoders: lacks clip_l or clip_g{WAY_OUT}")
+
+
+def sampling_of(contract: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the denoising `steps` and the `guidance` scale that the previews of a run had."""
+    return {
+        "steps": contract.get("sampling_steps", EARLIER_STEPS),
+        "guidance": float(contract.get("guidance", EARLIER_GUIDANCE)),
+    }
 
 
 def check_part(where: str, value: Mapping[str, Any], model: type[Part], error: type[UserError]) -> None:

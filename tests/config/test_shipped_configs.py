@@ -48,6 +48,13 @@ def test_it_states_the_shift_and_why(path: Path) -> None:
 
 
 @each_config
+def test_it_states_how_it_is_drawn(path: Path) -> None:
+    """Previews, and so `infer`; not left to a default, which can change."""
+    assert re.search(r"^  guidance: \d", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert re.search(r"^  steps: \d+\n  guidance:", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+@each_config
 def test_a_line_fits_a_screen(path: Path) -> None:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         assert len(line) <= 120, f"{path.name}:{number}"

@@ -192,6 +192,10 @@ def test_a_turbo_model_is_warned_about(quick_config, single_file, tmp_path: Path
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert len(warnings) == ("turbo" in name)
     assert all("train on the model without Turbo" in line for line in warnings)
+    assert all("set preview.guidance=1 and preview.steps=4, which `infer` follows" in line for line in warnings)
+    of_turbo = ("preview.guidance=1", "preview.steps=4")
+    run_training(quick_config(tmp_path / "run", *of_files(tmp_path / name), *of_turbo), dry_run=True)
+    assert "set preview.guidance" not in capsys.readouterr().out
 
 
 def test_drawing_with_a_turbo_model_as_if_it_were_none_is_warned_about(single_file, tmp_path: Path, capsys) -> None:

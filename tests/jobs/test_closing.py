@@ -161,6 +161,32 @@ def test_the_summary_names_changes_losses_and_the_next_command(plan: Plan) -> No
     assert lines[-1].strip() == infer_command(plan.method, plan.run, plan.records[0].caption)
 
 
+@pytest.mark.parametrize(
+    ("change", "options", "warned"),
+    [
+        (0.75, (), False), (0.76, (), True), (1.27, (), True), (math.nan, (), False),
+        (1.27, ("method={kind: full}",), True),
+        (1.0, ("method={kind: full}", "model.init=random"), False),
+    ],
+)  # fmt: skip
+def test_the_summary_warns_of_a_change_that_only_a_diverged_training_makes(
+    quick_config, tmp_path: Path, change: float, options: tuple[str, ...], warned: bool
+) -> None:
+    plan = make_plan(quick_config(tmp_path / "run", *options), torch.device("cpu"), resume=None)
+    report = {
+        "weights": "raw", "block_changes": {"block 0": 1.0}, "velocity_change": change, "changes_output": True,
+        "fixed_noise_loss": {"sigma": [0.5], "base": [1.0], "trained": [1.0]},
+    }  # fmt: skip
+    said = "warning: one denoising step changes by more than 75 %: the training has probably diverged; look at what"
+    assert sum(line.startswith(said) for line in summary(plan, report)) == warned
+
+
+def test_a_learning_rate_far_too_high_ends_with_a_warning_and_exit_code_0(quick_config, tmp_path: Path, capsys) -> None:
+    run_training(quick_config(tmp_path / "run", "optimizer.lr=10"))
+    assert "the training has probably diverged" in capsys.readouterr().out
+    assert "**Above 75 % a training has usually diverged" in (tmp_path / "run" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("prompt", ["a photo of sks dog", 'it\'s "his" $HOME `dog`', "-n", "a\nb"])
 def test_the_next_command_says_what_was_meant_whatever_the_caption(
     prompt: str, plan: Plan, monkeypatch, tmp_path: Path

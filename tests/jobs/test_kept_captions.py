@@ -1,4 +1,4 @@
-"""Dropout beside a prior of kind `prediction`: new runs keep its captions; runs of an earlier version go on as they began."""
+"""Dropout beside a prior of kind `prediction`: new runs keep its captions; earlier runs go on as they began."""
 
 from __future__ import annotations
 

@@ -90,14 +90,22 @@ def test_kohyas_metadata_is_added_and_what_describes_other_tensors_is_dropped(so
     convert_lora(source, "kohya", tmp_path / "dog.safetensors")
     found = metadata_of(tmp_path / "dog.safetensors")
     assert json.loads(found.pop("sd3tune")) == CONTRACT
-    assert found == {
-        "format": "pt", "ss_output_name": "dog", "ss_base_model_version": "sd3", "ss_network_module":
-        "networks.lora_sd3", "ss_network_dim": "4", "ss_network_alpha": "4",
+    shown = {
+        "modelspec.sai_model_spec": "1.0.1", "modelspec.title": "dog", "modelspec.trigger_phrase": "sks",
+        "trained_words": "sks", "modelspec.usage_hint": "16 T5 tokens",
     }  # fmt: skip
-    save_file(load_file(tmp_path / "dog.safetensors"), tmp_path / "b.safetensors", {**found, "sshs_model_hash": "1"})
+    assert found == {
+        **shown, "format": "pt", "modelspec.implementation": "diffusers", "ss_output_name": "dog",
+        "ss_network_module": "networks.lora_sd3", "ss_network_dim": "4", "ss_network_alpha": "4",
+    }  # fmt: skip
+    theirs = {"sshs_model_hash": "1", "modelspec.hash_sha256": "0x1", "modelspec.date": "2026-01-02", "ss_steps": "800",
+              "modelspec.author": "me", "ss_base_model_version": "3-medium"}  # fmt: skip
+    save_file(load_file(tmp_path / "dog.safetensors"), tmp_path / "b.safetensors", {**found, **theirs})
     convert_lora(tmp_path / "b.safetensors", "comfyui", tmp_path / "c.safetensors")
     assert metadata_of(tmp_path / "c.safetensors") == {
-        "format": "pt", "ss_output_name": "dog", "ss_base_model_version": "sd3",
+        **shown, "format": "pt", "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
+        "ss_output_name": "c", "modelspec.date": "2026-01-02", "modelspec.author": "me", "ss_steps": "800",
+        "ss_base_model_version": "3-medium",
     }  # fmt: skip
 
 
@@ -110,7 +118,7 @@ def test_kohyas_metadata_is_added_and_what_describes_other_tensors_is_dropped(so
         ("transformer_blocks.3.attn.to_q", 1536, "stabilityai/stable-diffusion-3.5-medium", "sd3.5"),
     ],
 )
-def test_kohyas_base_model_version(module: str, width: int, base: str | None, version: str, tmp_path: Path) -> None:
+def test_base_model_version(module: str, width: int, base: str | None, version: str, tmp_path: Path) -> None:
     tensors = {
         f"transformer.{module}.lora_A.weight": torch.ones(1, width),
         f"transformer.{module}.lora_B.weight": torch.ones(width, 1),

@@ -18,6 +18,8 @@ from sd3tune.train.loop import View
 
 PROMPTS = ["a photo of sks dog", "a cat on a boat"]
 SETTINGS = "preview={every: 2, prompts: [a photo of sks dog, a cat on a boat], steps: 2, guidance: 4.0, seed: 11}"
+UNSEEN = "preview={steps: 2, guidance: 4.0}"
+"""The same settings, which the adapter states whether or not anything is drawn."""
 # The average and a scale that is no power of two: what is drawn must be what is exported, to the last bit.
 OPTIONS = ("train.steps=5", "checkpoint={every: 2, keep: 9}", "ema={decay: 0.5}", "method.alpha=3.0")
 
@@ -75,14 +77,14 @@ def test_the_sheet_has_a_column_for_the_base_and_each_step_and_a_row_a_prompt(ru
 
 
 def test_the_run_does_not_notice_its_previews(run: Path, quick_config, tmp_path: Path, assert_equal_runs) -> None:
-    run_training(quick_config(tmp_path / "plain", *OPTIONS))
+    run_training(quick_config(tmp_path / "plain", *OPTIONS, UNSEEN))
     assert not (tmp_path / "plain" / "samples").exists()
     assert_equal_runs(tmp_path / "plain", run)
 
 
 def test_previews_leave_an_fp16_run_and_its_loss_scale_alone(quick_config, tmp_path: Path, assert_equal_runs) -> None:
     options = ("model.dtype=fp16", "train.steps=3", "ema={decay: 0.5}", "checkpoint.every=1")
-    run_training(quick_config(tmp_path / "plain", *options))
+    run_training(quick_config(tmp_path / "plain", *options, UNSEEN))
     run_training(quick_config(tmp_path / "run", *options, SETTINGS.replace("every: 2", "every: 1")))
     assert (tmp_path / "run" / "samples").exists()
     assert_equal_runs(tmp_path / "plain", tmp_path / "run")

@@ -106,8 +106,9 @@ VARIANTS = (
 def test_variants_of_method_and_flow_resume_exactly_and_previews_change_nothing(
     quick_config, tmp_path: Path, assert_equal_runs
 ) -> None:
+    settings = ("preview.steps=1", "preview.guidance=1.0")  # which the adapter states
     previews = "preview={every: 1, prompts: [a dog], steps: 1, guidance: 1.0}"
-    run_training(quick_config(tmp_path / "straight", *VARIANTS))
+    run_training(quick_config(tmp_path / "straight", *VARIANTS, *settings))
     config = quick_config(tmp_path / "run", *VARIANTS, previews, "train.gradient_checkpointing=none")
     stopped(config, 3)
     run_training(config, resume=True)
@@ -419,7 +420,8 @@ def test_another_caption_or_image_is_refused(quick_config, write_images, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "override", ["train.log_every=2", "checkpoint.every=1", "preview.every=7", "name=other", "flow.shift=1"]
+    "override",
+    ["train.log_every=2", "checkpoint.every=1", "preview.every=7", "preview.guidance=2", "name=other", "flow.shift=1"],
 )
 def test_what_leaves_the_maths_alone_may_change(quick_config, pausing: Path, tmp_path: Path, override: str) -> None:
     run = tmp_path / "run"

@@ -151,7 +151,7 @@ def test_the_run_leaves_nothing_in_memory(quick_config, tmp_path: Path) -> None:
 
 def test_previews_do_not_disturb_a_run(quick_config, tmp_path: Path, assert_equal_runs) -> None:
     settings = ("train.steps=4", "train.gradient_accumulation=2", "ema={decay: 0.5}", "method.alpha=3.0")
-    run_training(quick_config(tmp_path / "off", *settings))
+    run_training(quick_config(tmp_path / "off", *settings, "preview.steps=2", "preview.guidance=3.0"))
     previews = "preview={every: 1, prompts: [a dog, a cat], steps: 2, guidance: 3.0}"
     run_training(quick_config(tmp_path / "on", *settings, previews))
     assert len(list((tmp_path / "on" / "samples").glob("step-*.png"))) == 10

@@ -117,6 +117,26 @@ def test_what_is_on_the_list_is_uploaded_and_nothing_of_the_machine(finished: Pa
     assert theirs.keys() == ours.keys() - {"argv", "optimizer", "warnings"}
 
 
+def test_a_thumbnail_goes_into_the_uploaded_adapters_alone_and_tags_are_named_first(
+    make_run: MakeRun, hub: UploadHub, capsys
+) -> None:
+    run = make_run("data.export_tags=true")
+    ours, sample = (run / ADAPTER).read_bytes(), run / "samples" / "step-000003-0.png"
+    capsys.readouterr()
+    for again in (False, True):
+        run_push(run, "user/dog", sample)
+        named, uploaded = capsys.readouterr().out.splitlines()
+        assert named.startswith("note: the adapter's metadata holds 5 tags from the captions, for all to read")
+        assert uploaded.endswith("has all of it already") == again
+    theirs = hub.repositories["user/dog"].files
+    for name in (ADAPTER, RAW):
+        assert b'"modelspec.thumbnail":"data:image/jpeg;base64,' in theirs[name]
+        assert {key: value.tolist() for key, value in load(theirs[name]).items()} == {
+            key: value.tolist() for key, value in load_file(run / name).items()
+        }
+    assert (run / ADAPTER).read_bytes() == ours
+
+
 def test_a_second_push_uploads_only_what_changed(finished: Path, hub: UploadHub, tmp_path: Path, capsys) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "dog"))
     run_push(run, "user/dog")

@@ -1,8 +1,9 @@
-"""Held-out loss: measured on other images, at fixed noise, for base and adapter; the best adapter is kept."""
+"""Held-out loss: measured on other images, at fixed noise, for base and adapter; the adapter of the lowest is kept."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_the_loss_is_that_of_the_checkpoints_adapter_computed_apart(run: Path, q
     assert lines(run)[2]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-def test_the_best_adapter_is_kept_and_says_what_it_is(run: Path, adapter_of) -> None:
+def test_the_adapter_with_the_lowest_loss_is_kept_and_says_what_it_is(run: Path, adapter_of) -> None:
     best = min(lines(run), key=lambda line: line["loss"])
     assert json.loads((run / "best" / "validation.json").read_text()) == best
     kept = adapter_of(run / "best")
@@ -86,11 +87,14 @@ def test_the_best_adapter_is_kept_and_says_what_it_is(run: Path, adapter_of) -> 
     assert read_adapter(run / "best").contract["weights"] == "ema"
 
 
-def test_a_worse_measurement_leaves_the_best_where_it_is(quick_config, tmp_path: Path, adapter_of) -> None:
-    """A learning rate that wrecks the adapter at once: the start stays the best."""
+def test_a_higher_loss_leaves_the_lowest_where_it_is(quick_config, tmp_path: Path, adapter_of, capsys) -> None:
+    """A learning rate that wrecks the adapter at once: the start keeps the lowest loss."""
     run_training(quick_config(tmp_path, *SETTINGS, "optimizer.lr=3", "train.steps=2"))
     assert all(line["loss"] > lines(tmp_path)[0]["loss"] for line in lines(tmp_path)[1:])
     assert json.loads((tmp_path / "best" / "validation.json").read_text())["step"] == 0
+    said = capsys.readouterr().out
+    assert re.search(r"; the lowest held-out loss was \d\.\d{4} at step 0, kept in best/\n", said)
+    assert "\n          a lower loss does not mean better pictures: compare previews before taking one\n" in said
     assert all(not tensor.any() for name, tensor in adapter_of(tmp_path / "best").items() if "lora_B" in name)
 
 

@@ -280,6 +280,15 @@ CASES = [
             YAML.replace("16}", "16, quantize: nf4}").replace("{rank: 2, alpha: 2}", "{kind: full}")
         ),
     ),
+    Case(
+        "config",
+        "tags in a whole model",
+        CHECK,
+        "leave data.export_tags out",
+        lambda: Path("run.yaml").write_text(
+            YAML.replace("data:", "data:\n  export_tags: true").replace("{rank: 2, alpha: 2}", "{kind: full}")
+        ),
+    ),
     Case("config", "an adapter for random weights", CHECK, "nothing to adapt", edited("tiny,", "tiny, init: random,")),
     Case("config", "a shape for old weights", CHECK, "init", edited("tiny,", "tiny, transformer: {num_layers: 2},")),
     Case("config", "a shape with a misspelt key", CHECK, "num_layers", scratch("transformer: {num_layer: 2},")),

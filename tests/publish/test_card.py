@@ -145,8 +145,7 @@ def test_command_and_snippet_run_as_they_stand_and_draw_the_picture_above(
         warnings.simplefilter("error", FutureWarning)  # diffusers' way of calling an argument deprecated
         exec(compile(block(written(run), "python"), "card", "exec"), {})
     words = shlex.split(block(written(run), "bash"))
-    settings = ["--steps", "2", "--guidance", "3.5", "--seed", "4"]
-    assert words == ["sd3tune", "infer", "--lora", ".", "--prompt", PROMPT, *settings]
+    assert words == ["sd3tune", "infer", "--lora", ".", "--prompt", PROMPT, "--seed", "4"]
     app([*words[1:], "--no-before", "--out", str(tmp_path)], standalone_mode=False)
     (drawn,) = tmp_path.glob("*.png")
     assert "This is how the first of the pictures above was drawn." in written(run)
@@ -306,15 +305,33 @@ def test_it_states_what_was_measured_and_what_was_not(trained: Trained) -> None:
         "| 0.0-0.2 | 0.6250 | 0.5000 |",
         "| 0.2-0.4 | 0.2500 | not finite |",
         "| mean | 1.0000 | 0.7500 |",
-        "The lowest mean was 0.7000, at step 600.",
+        "The lowest mean held-out loss was 0.7000, at step 600. The step that draws best can be another.",
     ):
         assert line in text.splitlines(), line
     assert "nor the loss on images that were not trained on" not in text
 
 
+@pytest.mark.parametrize(
+    ("change", "start", "warned"),
+    [
+        (0.0173, None, False),
+        (0.75, None, False),
+        (0.76, None, True),
+        (1.27, "pretrained", True),
+        (1.0, "random", False),
+    ],
+)
+def test_a_change_that_only_a_diverged_training_makes_is_warned_of(
+    trained: Trained, change: float, start: str | None, warned: bool
+) -> None:
+    diverged = {**DESCRIBED, "report": {**DESCRIBED["report"], "velocity_change": change}}
+    text = card(replace(about(trained, init=start), described=diverged))
+    assert ("**Above 75 % a training has usually diverged: " in text) == warned
+
+
 def test_a_checkpoint_of_a_run_that_goes_on_claims_no_end(trained: Trained) -> None:
     described = {name: value for name, value in DESCRIBED.items() if name != "report"} | {"timings": {}}
-    samples = [Sample("samples/step-000002-0.png", 2, Drawing(PROMPT))]
+    samples = [Sample("samples/step-000002-0.png", 2, Drawing(PROMPT, 28, 4.5))]
     goes_on = replace(trained, described=described, step=2, samples=samples)
     text = card(goes_on)
     assert "It is not finished: this is step 2 of 3." in text
@@ -352,7 +369,7 @@ def test_any_text_survives_yaml_markdown_shell_and_python(text: str, trained: Tr
     assert not any(token.type.startswith("html") for token in tokens)
     widths = {sum(token.type == "td_open" for token in row) for row in rows(tokens)}
     assert widths == {2, 3}
-    sample = Sample("samples/step-000003-0.png", 3, Drawing(text))
+    sample = Sample("samples/step-000003-0.png", 3, Drawing(text, 28, 4.5))
     assert header(card(replace(trained, samples=[sample])))["widget"][0]["text"] == text
 
 

@@ -173,6 +173,11 @@ class DataConfig(Section):
         description="A word, or a few, put in front of captions that lack it, as in `sks, a dog on a beach`; stored "
         "with the result.",
     )
+    export_tags: bool = Field(
+        False,
+        description="Store with the adapter how many captions have each tag, a text between commas: "
+        "`ss_tag_frequency`, from which A1111 and Forge suggest prompts. Whoever gets the file can read the tags.",
+    )
     resolution: int = Field(
         1024,
         ge=16,

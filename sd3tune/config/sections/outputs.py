@@ -27,13 +27,23 @@ class PreviewConfig(Section):
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[], description="One image a prompt; an empty list draws nothing."
     )
-    steps: int = Field(28, ge=1, le=1000, description="Denoising steps per image.")
-    guidance: float = Field(7.0, ge=0, description="Classifier-free guidance scale; 1 or less turns it off.")
+    steps: int = Field(
+        28, ge=1, le=1000, description="Denoising steps per image; stored with the result, as `infer` draws with them."
+    )
+    guidance: float = Field(
+        4.5,
+        ge=0,
+        description="Classifier-free guidance scale; 1 or less turns it off. Stored with the result, as `infer` draws "
+        "with it.",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the first prompt's noise; the next has seed + 1.")
 
 
 class ValidationConfig(Section):
-    """The loss on images that are not trained on, at fixed noise and sigmas, of the base and as trained."""
+    """The loss on images that are not trained on, at fixed noise and sigmas, of the base and as trained.
+
+    `best/` in the run folder keeps the weights with the lowest held-out loss, which need not be those that draw best.
+    """
 
     holdout: Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)] = Field(
         0,

@@ -8,6 +8,17 @@ from typing import Any
 from sd3tune.publish.card.markdown import table
 from sd3tune.publish.card.trained import Trained
 
+DIVERGED = 0.75
+"""Relative change of one denoising step above which a training has usually diverged; see docs/results.md."""
+
+
+def has_diverged(report: Mapping[str, Any], from_scratch: bool) -> bool:
+    """Return whether a run's report shows a change that no training from a trained base makes when it goes well.
+
+    From scratch any change is right, as the untrained model predicts nothing.
+    """
+    return not from_scratch and report["velocity_change"] > DIVERGED
+
 
 def measured_section(trained: Trained) -> str:
     return "\n\n".join(["## What was measured", *_measured(trained)])
@@ -50,13 +61,18 @@ def _held_out(measured: Mapping[str, Any] | None, trained: Trained) -> list[str]
     mean = ("mean", _loss(last["base_loss"]), _loss(last["loss"]))
     lines = [f"On {of} not trained on:", table(["sigma", *_titles(trained)], [*rows, mean])]
     if best["step"] != last["step"]:
-        lines.append(f"The lowest mean was {_loss(best['loss'])}, at step {best['step']}.")
+        lines.append(
+            f"The lowest mean held-out loss was {_loss(best['loss'])}, at step {best['step']}. The step that draws "
+            "best can be another."
+        )
     return lines
 
 
 def _changes(report: Mapping[str, Any], trained: Trained) -> str:
     """Of a step and, as the training measured it, of each block."""
     step = f"One denoising step changes by {100 * report['velocity_change']:.3g} %."
+    if has_diverged(report, trained.from_scratch):
+        step += f" **Above {100 * DIVERGED:.0f} % a training has usually diverged: look at its pictures first.**"
     blocks = report.get("block_changes")
     if not blocks:
         return step

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from sd3tune.config import Config
+from sd3tune.model.contract import sampling_of
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a picture depends on besides the weights; as `sd3tune infer` draws when it is told no more."""
+    """What a picture depends on besides the weights."""
 
     prompt: str
-    steps: int = 28
-    guidance: float = 7.0
+    steps: int
+    guidance: float
     seed: int = 0
 
 
@@ -90,4 +91,8 @@ class Trained:
         """One to begin with: the first sample, else of the one caption, the trigger, or whatever there is."""
         if self.samples:
             return self.samples[0].drawing
-        return Drawing(self.contract["instance_prompt"] or self.contract["trigger"] or "a photo")
+        return self.usual(self.contract["instance_prompt"] or self.contract["trigger"] or "a photo")
+
+    def usual(self, prompt: str) -> Drawing:
+        """Return what `sd3tune infer` draws when it is told the prompt alone."""
+        return Drawing(prompt, **sampling_of(self.contract))

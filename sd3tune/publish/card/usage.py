@@ -9,7 +9,7 @@ from sd3tune.model.adapter_io import ADAPTER_FILE
 from sd3tune.publish.card.licences import licence_of
 from sd3tune.publish.card.markdown import code, fenced
 from sd3tune.publish.card.snippet import with_diffusers
-from sd3tune.publish.card.trained import Drawing, Trained
+from sd3tune.publish.card.trained import Trained
 from sd3tune.publish.files import ADAPTERS
 
 
@@ -33,7 +33,7 @@ def _other_tools(trained: Trained) -> list[str]:
 
 
 def _commands(trained: Trained) -> list[str]:
-    words = ["sd3tune", "infer", *_infer_arguments(trained), *_drawing_arguments(trained.drawing)]
+    words = ["sd3tune", "infer", *_infer_arguments(trained), *_drawing_arguments(trained)]
     lines = [*_download(trained), shlex.join(words)]
     return [_where(trained), fenced("bash", "\n".join(lines))]
 
@@ -66,9 +66,10 @@ def _infer_arguments(trained: Trained) -> list[str]:
     return ["--lora", trained.repo_id or ".", *told]
 
 
-def _drawing_arguments(drawing: Drawing) -> Iterator[str]:
+def _drawing_arguments(trained: Trained) -> Iterator[str]:
+    drawing = trained.drawing
     yield from ("--prompt", drawing.prompt)
-    usual = Drawing(drawing.prompt)
+    usual = trained.usual(drawing.prompt)
     for name in ("steps", "guidance", "seed"):
         value = getattr(drawing, name)
         if value != getattr(usual, name):
