@@ -114,8 +114,7 @@ def _check_against_base(asked: Sequence[Asked], conditions: Conditions, adapters
     skeleton, schedule = empty_transformer(conditions.base), load_scheduler(conditions.base).config
     problems = [line for shot, named in asked for line in problems_of(shot, named)]
     for shot, named in asked:
-        problems += conflicts_of(shot, named)
-        problems += beyond_the_base(shot, named, skeleton.config)
+        problems += conflicts_of(shot, named) or beyond_the_base(shot, named, skeleton.config)
         if shot.shift is None and schedule.get("use_dynamic_shifting") and not SAMPLERS[shot.sampler].follows_size:
             problems.append(
                 f"{named('sampler')} {shot.sampler}: the shift of {conditions.base.label} depends on the size of the "
