@@ -107,7 +107,7 @@ def show(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Print the whole configuration, defaults and overrides applied."""
     loaded = load_config(config, overrides or ())
     print_notes(loaded.notes)
-    utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"  # as configurations are read
+    utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"  # as configurations are read
     print(dump_config(loaded.config, ascii_only=not utf8), end="")
 
 
