@@ -15,7 +15,7 @@ from sd3tune.cli.arguments import ConfigArgument, Overrides, print_notes
 from sd3tune.cli.cache import cache_app
 from sd3tune.cli.data import data_app
 from sd3tune.cli.hub import hub_app
-from sd3tune.cli.imports import quick_imports
+from sd3tune.cli.imports import quick_imports, spin_briefly
 from sd3tune.cli.infer import infer
 from sd3tune.cli.leaving import leave_after
 from sd3tune.cli.lora import lora_app
@@ -199,6 +199,7 @@ def common(
 
 def main() -> None:
     """The console script."""
+    spin_briefly()
     leave_after(run)
 
 

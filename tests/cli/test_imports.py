@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
 
 import pytest
 
-from sd3tune.cli.imports import quick_imports
+from sd3tune.cli.imports import quick_imports, spin_briefly
 
 FIRST_IMPORT = """
 import gc
@@ -89,3 +90,23 @@ def test_where_all_is_imported_garbage_of_others_stays_collectable() -> None:
     with quick_imports():
         assert gc.isenabled()
     assert gc.get_freeze_count() == frozen
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [
+        ({}, "20000"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_NUM_THREADS": "2"}, "20000"),
+    ],
+)
+def test_waiting_threads_sleep_soon_unless_the_environment_says_otherwise(monkeypatch, given, spins) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    environment = dict(os.environ)
+    monkeypatch.setattr(os, "environ", environment)
+    spin_briefly()
+    assert environment.get("GOMP_SPINCOUNT") == spins
