@@ -186,7 +186,9 @@ def test_a_hub_dataset_without_a_network(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = problem("nobody/has-such-a-dataset")
-    assert line.startswith("nobody/has-such-a-dataset: not on this machine, and the Hub cannot be reached")
+    assert line.startswith(
+        "nobody/has-such-a-dataset: no such folder here; if it is a dataset, the Hub cannot be reached"
+    )
 
 
 def test_an_empty_cell_and_broken_bytes_are_named_with_their_row(tmp_path):
