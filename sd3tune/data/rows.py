@@ -166,7 +166,7 @@ def _nothing_here(path: str) -> str:
     parent = Path(path).parent
     names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
     near = difflib.get_close_matches(Path(path).name, names, n=1)
-    return f"no such folder here; did you mean {parent / near[0]}?" if near else "no such folder here"
+    return "no such folder here" + (f" (did you mean {parent / near[0]}?)" if near else "")
 
 
 def _image_column(dataset: Any, column: str, place: str) -> Any:
