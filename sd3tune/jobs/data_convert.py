@@ -19,7 +19,7 @@ from sd3tune.errors import DataError, RunError
 
 _Named = Sequence[tuple[str, Record]]
 _Write = Callable[[Path, _Named], None]
-_SUFFIXES = {"PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif"}
+_SUFFIXES = {"PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif", "AVIF": ".avif"}
 
 
 def run_data_convert(data: DataConfig, form: str, out: Path) -> str:
