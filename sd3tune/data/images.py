@@ -31,7 +31,6 @@ warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # what ma
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 _MAX_ASPECT = 32  # beyond it a crop shows next to nothing, and covering it would take gigabytes
 _EXIF_IN_PNG = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
-_SIDEWAYS = range(5, 9)
 
 
 class ImageRef(Protocol):
@@ -138,7 +137,7 @@ def upright_size(image: ImageRef) -> tuple[int, int]:
             width, height = opened.size
             # A TIFF's size is the upright one already; a PNG without a sign of EXIF would be decoded to look for it.
             readable = opened.format != "TIFF" and (opened.format != "PNG" or bool(_EXIF_IN_PNG & opened.info.keys()))
-            sideways = readable and _orientation(opened) in _SIDEWAYS
+            sideways = readable and _orientation(opened) >= 5
     except Exception as error:  # as above
         raise DataError(f"{image}: {_complaint(error, _head(str(image)) if content is None else content)}") from None
     return (width, height) if sideways else (height, width)
