@@ -137,11 +137,11 @@ def test_colours_are_converted_before_they_are_laid_on_white(tmp_path: Path) -> 
     assert picture.reading.transparent
 
 
-def cmyk_profile() -> bytes:
-    """An ink that absorbs and nothing else: a table of 3 steps an ink, from CMYK to XYZ, as version 2 has it."""
+def cmyk_profile(black: float = 0.0) -> bytes:
+    """Inks that absorb, down to `black`: a table of 3 steps an ink, from CMYK to XYZ, as version 2 has it."""
     steps = np.linspace(0, 1, 3)
     c, m, y, k = np.meshgrid(steps, steps, steps, steps, indexing="ij")
-    rgb = np.stack([(1 - ink) * (1 - k) for ink in (c, m, y)], -1)
+    rgb = np.stack([(1 - ink) * (1 - k) for ink in (c, m, y)], -1) * (1 - black) + black
     table = np.round((rgb @ np.array(SRGB)).clip(0, 1.999) * 32768).astype(">u2")
     line = struct.pack(">HH", 0, 65535)
     lut = b"mft2\0\0\0\0" + bytes([4, 3, 3, 0]) + b"".join(map(fixed, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
@@ -165,6 +165,12 @@ def test_a_cmyk_profile_is_followed(tmp_path: Path) -> None:
     linear = 255 * (1.055 * (127 / 255) ** (1 / 2.4) - 0.055)  # half of the light, not half of the level
     assert np.abs(levels(with_profile)[0, 0] - linear).max() < 3
     assert (with_profile.reading.mark, without.reading.mark) == ("sRGB", "")
+
+
+def test_the_black_of_a_press_becomes_black(tmp_path: Path) -> None:
+    image = Image.new("CMYK", (32, 32), (0, 0, 0, 255))
+    picture = read_picture(saved(tmp_path, image, "a.tif", icc_profile=cmyk_profile(black=0.02)))
+    assert levels(picture).max() <= 2  # 39 without compensation
 
 
 @pytest.mark.parametrize(
