@@ -46,6 +46,8 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, Reading]:
             converted = _converted(image, rgb, bytes(profile))
         except _ProfileTrouble as error:
             trouble = str(error)
+        except ImageCms.PyCMSError as error:
+            trouble = f"cannot be applied ({error})"
         else:
             marks += ["sRGB"] * (converted is not None)
             rgb = converted or rgb

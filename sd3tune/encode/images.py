@@ -120,13 +120,15 @@ def encode_images(
     report = EncodeReport(
         what, extent, len(records), reasons, nbytes, [*warnings_about(refs, facts), *_enlarged(refs, facts, targets)]
     )
-    encoded = [
-        EncodedImage(
-            target, tuple(key for key, _ in of), tuple(_key(vae, dtype, facts.digest, "", cut) for _, cut in of)
-        )
-        for target, facts, of in zip(targets, facts, cuts, strict=True)
-    ]
+    encoded = [_encoded(vae, dtype, *one) for one in zip(facts, targets, cuts, strict=True)]
     return encoded, report
+
+
+def _encoded(
+    vae: str, dtype: torch.dtype, facts: ImageFacts, target: Size, cuts: Sequence[tuple[str, Crop]]
+) -> EncodedImage:
+    earlier = (_key(vae, dtype, facts.digest, "", cut) for _, cut in cuts)
+    return EncodedImage(target, tuple(key for key, _ in cuts), tuple(earlier))
 
 
 def _key(vae: str, dtype: torch.dtype, digest: str, mark: str, cut: Crop) -> str:

@@ -84,8 +84,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     warnings: list[str] = []
     if resume is not None:
         problems += _upload_problems(config)
-    records: list[Record] = []
-    holdout: list[Record] = []
+    records, holdout = list[Record](), list[Record]()
     start: Path | None = None
     run = Path(str(config.output_dir))
     try:

@@ -169,7 +169,8 @@ def test_a_cmyk_profile_is_followed(tmp_path: Path) -> None:
 
 def test_the_black_of_a_press_becomes_black(tmp_path: Path) -> None:
     image = Image.new("CMYK", (32, 32), (0, 0, 0, 255))
-    picture = read_picture(saved(tmp_path, image, "a.tif", icc_profile=cmyk_profile(black=0.02)))
+    scanned = cmyk_profile(black=0.02).replace(b"prtrCMYK", b"scnrCMYK")  # its black is found without a way back
+    picture = read_picture(saved(tmp_path, image, "a.tif", icc_profile=scanned))
     assert levels(picture).max() <= 2  # 39 without compensation
 
 
