@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 
 from sd3tune.errors import ConfigError
+from sd3tune.text_files import NotText, decode
 
 _MAX_BYTES = 1 << 20
 
@@ -23,16 +24,12 @@ def read_text(source: str) -> str:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{source} cannot be read: {reason}") from None
-    if b"\0" in data:
-        raise ConfigError(f"{source} is not a configuration: it holds binary data")
     if len(data) > _MAX_BYTES:
         raise ConfigError(f"{source} is not a configuration: it is larger than 1 MiB")
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        byte = data[error.start]
-        raise ConfigError(f"{source}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
+        return decode(data, source)
+    except NotText as error:
+        raise ConfigError(str(error)) from None
 
 
 def as_typed(path: Path) -> str:

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from sd3tune.data.colour import Reading, to_rgb
+from sd3tune.data.formats import FORMATS, HEAD_BYTES, describe
 from sd3tune.data.sampler import derive
 from sd3tune.errors import DataError
 
-PREPROCESSING_VERSION = 1  # part of every image key: raise it whenever the same file would give other pixels
+PREPROCESSING_VERSION = 1
+"""Part of every image key: raise it when most files give other pixels; of a few, `Reading.mark` tells."""
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 # PIL refuses twice the pixels at which it warns (179 million); what lies between is a large photograph.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # what matters is told in words of ours
+# A workflow or a large colour profile in a PNG may well be longer than 1 MiB, PIL's limit; all of them stay below 64.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 _MAX_ASPECT = 32  # beyond it a crop shows next to nothing, and covering it would take gigabytes
 _EXIF_IN_PNG = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # nothing that runs a program, as EPS does
 
 
 class ImageRef(Protocol):
@@ -47,21 +51,54 @@ class Crop:
     flip: bool
 
 
-def read_image(image: ImageRef) -> tuple[Image.Image, str]:
-    """The image as upright RGB, and the SHA-256 of the very bytes it was decoded from.
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image: upright RGB in 8 bits, the SHA-256 of the very bytes it came from, and how they were read."""
 
-    EXIF rotation is applied, transparency is laid on white, 16-bit greys are scaled to 8 bits; of an
-    animation the first frame is taken. Raises DataError, naming the image, for whatever cannot be decoded
-    completely.
+    image: Image.Image
+    digest: str
+    reading: Reading
+
+
+def read_picture(image: ImageRef) -> Picture:
+    """Decode an image: EXIF rotation is applied, then `to_rgb`; of an animation the first frame is taken.
+
+    Raises DataError, naming the image, for whatever cannot be decoded completely.
     """
     data = _read(image)
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             opened.load()
-            ImageOps.exif_transpose(opened, in_place=True)
-            return _rgb(opened), hashlib.sha256(data).hexdigest()
+            if _orientation(opened) != 1:
+                ImageOps.exif_transpose(opened, in_place=True)
+            rgb, reading = to_rgb(opened)
+            return Picture(rgb, hashlib.sha256(data).hexdigest(), reading)
     except Exception as error:  # decoders of arbitrary bytes raise nearly anything
-        raise DataError(f"{image}: {_complaint(error, len(data))}") from None
+        raise DataError(f"{image}: {_complaint(error, data)}") from None
+
+
+def read_image(image: ImageRef) -> tuple[Image.Image, str]:
+    """The image and the SHA-256 of its bytes; see `read_picture`."""
+    picture = read_picture(image)
+    return picture.image, picture.digest
+
+
+def reading_warnings(read: Iterable[tuple[ImageRef, Reading]]) -> list[str]:
+    """A line on transparency that is laid on white, and one for each image whose colour profile cannot be applied."""
+    pictures = list(read)
+    clear = [image.name for image, reading in pictures if reading.transparent]
+    lines = []
+    if clear:
+        have = "1 image has" if len(clear) == 1 else f"{len(clear)} images have"
+        lines.append(
+            f"{have} transparent parts, which are laid on white: {', '.join(clear[:3])}{', ...' * (len(clear) > 3)}"
+        )
+    troubled = dict.fromkeys(
+        f"{image}: its colour profile {reading.trouble}; its colours are taken as sRGB"
+        for image, reading in pictures
+        if reading.trouble
+    )
+    return [*lines, *troubled]
 
 
 def open_image(image: ImageRef) -> Image.Image:
@@ -79,13 +116,12 @@ def check_header(image: ImageRef) -> None:
 
     Of a file only the first bytes are read. What breaks off later passes.
     """
-    content = None if isinstance(image, Path) else io.BytesIO(_read(image))
+    content = None if isinstance(image, Path) else _read(image)
     try:
-        with Image.open(content or str(image), formats=_FORMATS) as opened:
+        with Image.open(io.BytesIO(content) if content is not None else str(image), formats=FORMATS) as opened:
             width, height = opened.size
     except Exception as error:  # as above
-        nbytes = content.getbuffer().nbytes if content else _size(str(image))
-        raise DataError(f"{image}: {_complaint(error, nbytes)}") from None
+        raise DataError(f"{image}: {_complaint(error, _head(str(image)) if content is None else content)}") from None
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise DataError(f"{image}: is {width} x {height} px, too narrow to crop; cut it yourself or remove it")
 
@@ -95,53 +131,54 @@ def upright_size(image: ImageRef) -> tuple[int, int]:
 
     A PNG whose EXIF data stands behind its pixels, which nothing common writes, counts as upright. Raises DataError.
     """
-    content = str(image) if isinstance(image, Path) else io.BytesIO(_read(image))
+    content = None if isinstance(image, Path) else _read(image)
     try:
-        with Image.open(content, formats=_FORMATS) as opened:
+        with Image.open(io.BytesIO(content) if content is not None else str(image), formats=FORMATS) as opened:
             width, height = opened.size
             # A TIFF's size is the upright one already; a PNG without a sign of EXIF would be decoded to look for it.
             readable = opened.format != "TIFF" and (opened.format != "PNG" or bool(_EXIF_IN_PNG & opened.info.keys()))
-            sideways = readable and opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except Exception as error:  # as in read_image
-        raise DataError(f"{image}: {_complaint(error, -1)}") from None
+            sideways = readable and _orientation(opened) >= 5
+    except Exception as error:  # as above
+        raise DataError(f"{image}: {_complaint(error, _head(str(image)) if content is None else content)}") from None
     return (width, height) if sideways else (height, width)
 
 
-def _size(path: str) -> int:
-    return os.path.getsize(path) if os.path.exists(path) else -1
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none, one that does not exist, or EXIF data that is damaged."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as of pixels
+        return 1
+    return int(orientation) if orientation in range(1, 9) else 1
+
+
+def _head(path: str) -> bytes | None:
+    """The beginning of a file; None where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(HEAD_BYTES)
+    except OSError:
+        return None
 
 
 def _read(image: ImageRef) -> bytes:
     try:
         return image.read_bytes()
     except OSError as error:
-        raise DataError(f"{image}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{image}: cannot be read ({error.strerror or error})") from None
 
 
-def _complaint(error: Exception, nbytes: int) -> str:
-    if nbytes == 0:
+def _complaint(error: Exception, data: bytes | None) -> str:
+    """What is wrong, given the bytes, of which the beginning is enough."""
+    if data == b"":
         return "is empty (0 bytes); replace or remove it"
     if isinstance(error, UnidentifiedImageError):
-        return "is not an image, whatever its name says; replace or remove it"
+        return f"is {describe((data or b'')[:HEAD_BYTES])}"
     if isinstance(error, Image.DecompressionBombError):
         return f"has more pixels than is safe to decode, {2 * (Image.MAX_IMAGE_PIXELS or 0):,}; scale it down"
     if isinstance(error, PermissionError):
         return f"cannot be read ({error.strerror}); check its permissions"
     return f"cannot be decoded ({error or type(error).__name__}); replace or remove it"
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels; save it with 8 or 16 bits per channel")
-    if image.mode.startswith("I"):
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("32-bit pixels; save it with 8 or 16 bits per channel")
-        image = Image.fromarray(np.round(grey / 257).astype(np.uint8))  # PIL's own conversion clips at 255
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def is_smaller(image_size: tuple[int, int], target: tuple[int, int]) -> bool:

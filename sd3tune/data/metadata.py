@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sd3tune.data.names import Names
 from sd3tune.errors import DataError
+from sd3tune.text_files import NotText, decode
 
 JSONL, CSV = "metadata.jsonl", "metadata.csv"
 FILE_COLUMN, TEXT_COLUMN = "file_name", "text"
@@ -18,26 +21,32 @@ _Row = tuple[int, dict[str, Any]]
 """A row with the line of the file that it begins on."""
 
 
-def read_metadata(folder: Path) -> dict[Path, str | None]:
+def metadata_files(folder: Path, names: Names) -> list[Path]:
+    """The metadata of a folder: none, or one file; two of them are one too many."""
+    found = (names.like(folder / name)[:1] for name in (JSONL, CSV))
+    return [path for of in found for path in of if path.is_file()]
+
+
+def read_metadata(folder: Path, names: Names) -> dict[Path, str | None]:
     """The files that the folder's metadata names, with their captions (None where a row has none); empty without one.
 
     Further columns are ignored. Raises DataError, with a line of the metadata for each problem.
     """
-    present = [folder / name for name in (JSONL, CSV) if (folder / name).is_file()]
+    present = metadata_files(folder, names)
     if not present:
         return {}
     if len(present) > 1:
         raise DataError(f"{folder}: holds both {JSONL} and {CSV}; keep the one that is meant")
     (path,) = present
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(_csv_rows(path, file) if path.name == CSV else _jsonl_rows(path, file))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        lines = io.StringIO(decode(path.read_bytes(), path), newline="")
+    except NotText as error:
+        raise DataError(str(error)) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    rows = list(_csv_rows(path, lines) if path.suffix.lower() == ".csv" else _jsonl_rows(path, lines))
     _check_columns(path, rows)
-    return _captions(path, rows)
+    return _captions(path, rows, names)
 
 
 def write_jsonl(path: Path, captions: Iterable[tuple[str, str]]) -> None:
@@ -102,13 +111,13 @@ def _check_columns(path: Path, rows: list[_Row]) -> None:
             raise DataError(f"{path}: has no column {wanted!r}; its columns are {', '.join(columns)}")
 
 
-def _captions(path: Path, rows: list[_Row]) -> dict[Path, str | None]:
+def _captions(path: Path, rows: list[_Row], names: Names) -> dict[Path, str | None]:
     captions: dict[Path, str | None] = {}
     line_of: dict[Path, int] = {}
     problems = []
     for number, row in rows:
         try:
-            file = _file(path.parent, row.get(FILE_COLUMN))
+            file = _file(path.parent, row.get(FILE_COLUMN), names)
             if file in line_of:
                 raise DataError(f"{row[FILE_COLUMN]} was named on line {line_of[file]} already; keep one of them")
             line_of[file] = number
@@ -120,7 +129,7 @@ def _captions(path: Path, rows: list[_Row]) -> dict[Path, str | None]:
     return captions
 
 
-def _file(folder: Path, name: Any) -> Path:
+def _file(folder: Path, name: Any, names: Names) -> Path:
     """The file that a row names. Raises DataError for one that is not there, or not inside the folder."""
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"has no {FILE_COLUMN}")
@@ -129,12 +138,8 @@ def _file(folder: Path, name: Any) -> Path:
         raise DataError(f"{name} is an absolute path; name files relative to the folder of the metadata")
     if ".." in relative.parts:
         raise DataError(f"{name} leads out of the folder of the metadata; name files inside it")
-    file = folder / relative
-    try:
-        found = file.is_file()
-    except (OSError, ValueError):
-        found = False
-    if not found:
+    file = names.find(folder, relative)
+    if file is None or not file.is_file():
         raise DataError(f"{name} does not exist in {folder}")
     return file
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import regex
 from tqdm import tqdm
 
-from sd3tune.config.sections.data import DataConfig, FolderSource, SourceConfig
-from sd3tune.data.images import EXTENSIONS, ImageRef, check_header
-from sd3tune.data.metadata import clean, read_metadata
+from sd3tune.config.sections.data import DataConfig, SourceConfig
+from sd3tune.data.captions import counted, read_sidecar, some
+from sd3tune.data.folders import Listing, list_folder
+from sd3tune.data.images import ImageRef, check_header
 from sd3tune.data.rows import list_rows
 from sd3tune.data.sampler import derive
 from sd3tune.errors import DataError
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -31,44 +35,65 @@ class Record:
     """Factor on this image's loss."""
 
 
-def load_records(data: DataConfig, progress: bool = False) -> list[Record]:
+@dataclass
+class Scan:
+    """What was found in the sources."""
+
+    records: list[Record] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """A line for each thing that is wrong."""
+    warnings: list[str] = field(default_factory=list)
+    """A line for each kind of thing that is passed over, or read in a way that may surprise."""
+
+
+def load_records(
+    data: DataConfig, progress: bool = False, warn: Callable[[str], None] = lambda line: None
+) -> list[Record]:
     """All images of all sources, in the order of the sources; of a folder by name, of a dataset by row.
 
-    Raises DataError with every problem at once: see `scan_records`.
+    `warn` is told what is passed over. Raises DataError with every problem at once: see `scan_records`.
     """
-    records, problems = scan_records(data, progress)
-    if problems:
-        raise DataError(*problems)
-    return records
+    scan = scan_records(data, progress)
+    if scan.problems:
+        raise DataError(*scan.problems)
+    for line in scan.warnings:
+        warn(line)
+    return scan.records
 
 
-def scan_records(data: DataConfig, progress: bool = False) -> tuple[list[Record], list[str]]:
-    """The images that can be used, and one line for each thing that is wrong.
+def scan_records(data: DataConfig, progress: bool = False) -> Scan:
+    """The images that can be used, what is wrong, and what is passed over.
 
     Wrong are sources that are missing, empty or not readable, what does not begin like an image (of a file only the
     first bytes are read), and images without a caption, which are among the records nevertheless.
     """
-    records: list[Record] = []
-    problems: list[str] = []
+    scan = Scan()
     for number, source in enumerate(data.sources):
         try:
-            found = _chosen(_FINDERS[source.kind](source), source.max_samples)
+            listing = _FINDERS[source.kind](source)
         except DataError as error:
-            problems += error.problems
+            scan.problems += error.problems
             continue
-        for image, text in tqdm(found, desc=f"reading {source.path}", unit="image", delay=2, disable=not progress):
+        scan.warnings += listing.warnings
+        chosen, of_lines = _chosen(listing.images, source.max_samples), list[Path]()
+        for image, text in tqdm(chosen, desc=f"reading {source.path}", unit="image", delay=2, disable=not progress):
             try:
                 check_header(image)
             except DataError as error:
-                problems += error.problems
+                scan.problems += error.problems
                 continue
             try:
-                caption = written_out(_caption(image, text, source), source.template, data.trigger)
+                sidecar = None if text is not None else listing.sidecars.get(image)
+                own = _caption(image, text, sidecar, source)
+                of_lines += [sidecar] if sidecar and "\n" in own else []
+                caption = written_out(own, source.template, data.trigger)
             except DataError as error:
-                problems += error.problems
+                scan.problems += error.problems
                 caption = ""
-            records.append(Record(image, caption, source.repeats, number, source.weight))
-    return records, problems
+            scan.records.append(Record(image, caption, source.repeats, number, source.weight))
+        scan.warnings += _joined(source.path, of_lines)
+    scan.warnings = list(dict.fromkeys(scan.warnings))  # a folder may be two sources
+    return scan
 
 
 def sample_indices(records: Sequence[Record]) -> list[int]:
@@ -76,20 +101,37 @@ def sample_indices(records: Sequence[Record]) -> list[int]:
     return [index for index, record in enumerate(records) for _ in range(record.repeats)]
 
 
+_SPACELESS = r"[\p{Line_Break=Ideographic}\p{Line_Break=Conditional_Japanese_Starter}\p{Line_Break=Complex_Context}]"
+"""Characters of scripts that put no spaces between words, by Unicode's rules for line breaks (UAX 14): Chinese and
+Japanese; Thai, Lao, Khmer, Burmese."""
+_WORD = rf"[\w--{_SPACELESS}]"
+
+
 def written_out(caption: str, template: str | None, trigger: str | None) -> str:
     """The caption with template and trigger. Without a template, the trigger is put in front where it is lacking."""
     if template is not None:
         return template.format(caption=caption, trigger=trigger)
-    if trigger is None or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
+    if trigger is None or _has(caption, trigger):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
 
 
-_Found = Sequence[tuple[ImageRef, str | None]]
-"""Images with the captions that their listing gives."""
+def _has(caption: str, trigger: str) -> bool:
+    """Whether the trigger is in the caption, in any case, and not as a part of a longer word."""
+    composed, wanted = (unicodedata.normalize("NFC", text) for text in (caption, trigger))  # as CLIP's tokenizer does
+    before = rf"(?<!{_WORD})" if regex.match(_WORD, wanted[0], regex.V1) else ""
+    behind = rf"(?!{_WORD})" if regex.match(_WORD, wanted[-1], regex.V1) else ""
+    pattern = before + regex.escape(wanted, literal_spaces=True) + behind
+    return regex.search(pattern, composed, regex.V1 | regex.IGNORECASE) is not None
 
 
-def _chosen(found: _Found, count: int | None) -> _Found:
+_FINDERS: dict[str, Callable[[Any], Listing]] = {
+    "folder": list_folder,
+    "dataset": lambda source: Listing(list_rows(source)),
+}
+
+
+def _chosen(found: Sequence[_Item], count: int | None) -> Sequence[_Item]:
     """`count` of them in their order. The choice depends on their number alone, and a larger one contains a smaller."""
     if count is None or count >= len(found):
         return found
@@ -97,62 +139,25 @@ def _chosen(found: _Found, count: int | None) -> _Found:
     return [found[index] for index in sorted(lots[:count])]
 
 
-def _folder_images(source: FolderSource) -> _Found:
-    """The images in the folder, and those in its subfolders that its metadata names, by name.
-
-    Other files, hidden files and other subfolders are passed over.
-    """
-    folder = Path(source.path)
-    if not folder.exists():
-        raise DataError(f"{folder}: no such folder; check data.sources")
-    if not folder.is_dir():
-        dataset = "; for a dataset set kind: dataset" if folder.suffix == ".parquet" else ""
-        raise DataError(f"{folder}: is a file; data.sources takes folders of images{dataset}")
-    try:
-        listed = read_metadata(folder)
-        found = sorted({*images_in(folder), *listed}, key=lambda path: path.relative_to(folder).parts)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from None
-    if not found:
-        with_images = sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and any(images_in(sub)))
-        hint = f"; subfolders are not read: name one, such as {folder / with_images[0]}" if with_images else ""
-        raise DataError(f"{folder}: holds no images ({' '.join(EXTENSIONS)}){hint}")
-    return [(path, listed.get(path)) for path in found]
+def _joined(place: str, of_lines: list[Path]) -> list[str]:
+    if not of_lines:
+        return []
+    have = counted(of_lines, "caption file has several lines", "caption files have several lines")
+    named = some(path.name for path in of_lines)
+    return [f"{place}: {have}, which are joined with spaces into one caption: {named}"]
 
 
-_FINDERS: dict[str, Callable[[Any], _Found]] = {"folder": _folder_images, "dataset": list_rows}
-
-
-def images_in(folder: Path) -> Iterator[Path]:
-    """The files of a folder that are images by their names; hidden ones and subfolders are passed over."""
-    for path in folder.iterdir():
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file():
-            yield path
-
-
-def _caption(image: ImageRef, listed: str | None, source: SourceConfig) -> str:
-    """The caption that the listing gives, else that of a `.txt` beside the file, else the source's."""
+def _caption(image: ImageRef, listed: str | None, sidecar: Path | None, source: SourceConfig) -> str:
+    """The caption that the listing gives, else that of the file beside the image, else the source's."""
     if listed is not None:
-        return listed
-    beside = _sidecar(image) if isinstance(image, Path) else None
-    if beside is not None:
-        return beside
-    if source.caption is not None:
-        return source.caption
-    write_one = f"write one to {image.with_suffix('.txt').name}" if isinstance(image, Path) else "fill its column"
-    raise DataError(f"{image}: has no caption; {write_one} or set the source's caption")
-
-
-def _sidecar(image: Path) -> str | None:
-    sidecar = image.with_suffix(".txt")
-    try:
-        text = clean(sidecar.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError(f"{sidecar}: cannot be read ({error.strerror}); check its permissions") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{sidecar}: cannot be read as UTF-8 text ({error})") from None
-    if not text:
-        raise DataError(f"{sidecar}: is empty; write a caption for {image.name} or delete the file")
-    return text
+        caption = listed
+    elif sidecar is not None:
+        caption = read_sidecar(sidecar, Path(image.name))
+    elif source.caption is not None:
+        caption = source.caption
+    else:
+        write = f"write one to {image.with_suffix('.txt').name}" if isinstance(image, Path) else "fill its column"
+        raise DataError(f"{image}: has no caption; {write} or set the source's caption")
+    if "\0" in caption:
+        raise DataError(f"{image}: its caption holds NUL characters: it looks like UTF-16; save it as UTF-8")
+    return caption

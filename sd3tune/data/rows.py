@@ -6,6 +6,7 @@ file, in a parquet file and in a dataset.
 
 from __future__ import annotations
 
+import difflib
 import glob
 import logging
 import os
@@ -21,6 +22,7 @@ from sd3tune.errors import DataError
 
 _BATCH_BYTES, _BATCH_ROWS = 64 * 2**20, 1000
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves
+_ARCHIVED = re.compile(r"\w+://(?P<member>.+)::(?:file://)?/[^:]+")  # `zip://a.png::/home/me/photos.zip`
 _WAYS = "a dataset is a .parquet file, a folder, or a Hub id"
 
 
@@ -46,7 +48,9 @@ class Row:
     def file_name(self) -> str | None:
         """The name of the file that the image was, where the dataset remembers it."""
         cell = self.dataset[self.index][self.column]
-        return None if cell is None else cell["path"]
+        path: str | None = None if cell is None else cell["path"]
+        archived = _ARCHIVED.fullmatch(path or "")
+        return archived["member"] if archived else path
 
     def read_bytes(self) -> bytes:
         """The stored bytes. Raises DataError when there are none, OSError when they lie in a file that is gone."""
@@ -55,7 +59,17 @@ class Row:
             return bytes(cell["bytes"])
         if cell.get("path") is None:
             raise DataError(f"{self}: column {self.column!r} is empty; remove the row")
-        return Path(cell["path"]).read_bytes()
+        return _bytes_at(cell["path"])
+
+
+def _bytes_at(path: str) -> bytes:
+    """The bytes of a file, or of one in an archive. Raises OSError."""
+    if not _ARCHIVED.fullmatch(path):
+        return Path(path).read_bytes()
+    import fsspec  # which wrote the path
+
+    with fsspec.open(path, "rb") as file:
+        return bytes(file.read())
 
 
 def list_rows(source: DatasetSource) -> list[tuple[Row, str | None]]:
@@ -138,12 +152,21 @@ def _complaint(error: Exception, source: DatasetSource, datasets: Any) -> str:
         return f"has no split {source.split!r}; set split: it has {unknown_split[1].replace(chr(39), '')}"
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return (
-            "no such file or folder here, and no such dataset on the Hub, or it is gated or private: see the spelling, "
-            f"accept the terms at https://huggingface.co/datasets/{source.path}, and log in with `hf auth login`"
+            f"{_nothing_here(source.path)}, and no such dataset on the Hub, or it is gated or private: see the "
+            f"spelling, accept the terms at https://huggingface.co/datasets/{source.path}, and log in: `hf auth login`"
         )
     if isinstance(error, ConnectionError):
-        return "not on this machine, and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE)"
+        hub = "the Hub cannot be reached: check the network (and HF_HUB_OFFLINE)"
+        return f"{_nothing_here(source.path)}; if it is a dataset, {hub}"
     return f"cannot be read as a dataset ({reason}); {_WAYS}"
+
+
+def _nothing_here(path: str) -> str:
+    """`no such folder here`, and a folder with a name like that, if there is one."""
+    parent = Path(path).parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(Path(path).name, names, n=1)
+    return "no such folder here" + (f" (did you mean {parent / near[0]}?)" if near else "")
 
 
 def _image_column(dataset: Any, column: str, place: str) -> Any:

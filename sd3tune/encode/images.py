@@ -19,13 +19,13 @@ from sd3tune.data.images import (
     ImageRef,
     cover,
     crops,
-    file_digest,
     is_smaller,
     pixels,
     read_image,
 )
 from sd3tune.data.records import Record
 from sd3tune.data.store import Store, key
+from sd3tune.encode.inspect import inspect, warnings_about
 from sd3tune.encode.manifest import ImageFacts, Manifest
 from sd3tune.encode.report import IMAGE_CHANGED, LOST, NEW, SETTINGS_CHANGED, EncodeReport, damage_warnings
 from sd3tune.encode.resources import check_room, is_mine, release
@@ -43,6 +43,8 @@ class EncodedImage:
 
     size: Size
     keys: tuple[str, ...]
+    earlier_keys: tuple[str, ...]
+    """Those of versions that read every image in the same way: others where the colour profile counts now."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,14 @@ def encode_images(
     dtype = torch.float32 if dtype == torch.float16 else dtype
     manifest = Manifest.load(store.root)
     refs = [record.image for record in records]
-    facts = _inspect(refs, manifest, progress)
+    facts = inspect(refs, manifest, progress)
     vae = base.fingerprint("vae")
     targets = [nearest_bucket(of.size, buckets) for of in facts]
     cuts = [
-        [(_key(vae, dtype, of.digest, cut), cut) for cut in crops(of.size, target, crop_variants, flip, of.digest)]
+        [
+            (_key(vae, dtype, of.digest, of.mark, cut), cut)
+            for cut in crops(of.size, target, crop_variants, flip, of.digest)
+        ]
         for of, target in zip(facts, targets, strict=True)
     ]
 
@@ -114,13 +119,20 @@ def encode_images(
         Manifest.add(store.root, images={str(image): of for image, of in zip(refs, facts, strict=True)})
     variants = crop_variants * (1 + flip)
     extent = f"{len(records)} x {variants} variants" if variants > 1 else f"{len(records)}"
-    warnings = [*damage_warnings(names), *_warnings(refs, facts, targets)]
+    warnings = [*damage_warnings(names), *warnings_about(refs, facts), *_enlarged(refs, facts, targets)]
     report = EncodeReport(what, extent, len(records), reasons, nbytes, warnings)
-    encoded = [EncodedImage(target, tuple(key for key, _ in of)) for target, of in zip(targets, cuts, strict=True)]
+    encoded = [_encoded(vae, dtype, *one) for one in zip(facts, targets, cuts, strict=True)]
     return encoded, report
 
 
-def _key(vae: str, dtype: torch.dtype, digest: str, cut: Crop) -> str:
+def _encoded(
+    vae: str, dtype: torch.dtype, facts: ImageFacts, target: Size, cuts: Sequence[tuple[str, Crop]]
+) -> EncodedImage:
+    earlier = (_key(vae, dtype, facts.digest, "", cut) for _, cut in cuts)
+    return EncodedImage(target, tuple(key for key, _ in cuts), tuple(earlier))
+
+
+def _key(vae: str, dtype: torch.dtype, digest: str, mark: str, cut: Crop) -> str:
     return key(
         "image",
         image=digest,
@@ -130,33 +142,8 @@ def _key(vae: str, dtype: torch.dtype, digest: str, cut: Crop) -> str:
         box=cut.box,
         flip=cut.flip,
         preprocessing=PREPROCESSING_VERSION,
+        **({"reading": mark} if mark else {}),
     )
-
-
-def _inspect(refs: Sequence[ImageRef], manifest: Manifest, progress: bool) -> list[ImageFacts]:
-    """The facts of every image. What is new is decoded, so that bad ones show before a model is loaded."""
-
-    def inspect(ref: ImageRef) -> ImageFacts | DataError:
-        try:
-            digest = file_digest(ref)
-            known = manifest.images.get(str(ref))
-            if known is not None and known.digest == digest:
-                return known
-            image, digest = read_image(ref)
-            return ImageFacts(digest, (image.height, image.width))
-        except DataError as error:
-            return error
-
-    bar = tqdm(total=len(refs), desc="checking images", unit="image", delay=1, disable=not progress)
-    found = []
-    with bar:
-        for result in ahead(inspect, refs):
-            found.append(result)
-            bar.update()
-    problems = dict.fromkeys(line for result in found if isinstance(result, DataError) for line in result.problems)
-    if problems:
-        raise DataError(*problems)
-    return [result for result in found if isinstance(result, ImageFacts)]
 
 
 def _encode(
@@ -200,7 +187,7 @@ def _reason(image: ImageRef, facts: ImageFacts, manifest: Manifest, store: Store
     return LOST if store.damaged or not len(store) else SETTINGS_CHANGED
 
 
-def _warnings(refs: Sequence[ImageRef], facts: Sequence[ImageFacts], targets: Sequence[Size]) -> list[str]:
+def _enlarged(refs: Sequence[ImageRef], facts: Sequence[ImageFacts], targets: Sequence[Size]) -> list[str]:
     checked = zip(refs, facts, targets, strict=True)
     small = [(image.name, target) for image, of, target in checked if is_smaller(of.size, target)]
     if not small:

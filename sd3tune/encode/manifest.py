@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from sd3tune.atomic import write_json
+from sd3tune.data.colour import Reading
 from sd3tune.data.images import PREPROCESSING_VERSION
 from sd3tune.errors import RunError
 
@@ -22,6 +23,13 @@ class ImageFacts:
 
     digest: str
     size: tuple[int, int]
+    reading: Reading | None = None
+    """How the pixels were read; None as long as no version that tells has looked."""
+
+    @property
+    def mark(self) -> str:
+        """Part of the store key, empty for most images."""
+        return self.reading.mark if self.reading else ""
 
 
 @dataclass
@@ -42,8 +50,10 @@ class Manifest:
         """The manifest of a store's folder; an empty one when there is none that can be read."""
         try:
             content = json.loads((folder / _NAME).read_text(encoding="utf-8"))
+            readings = {digest: Reading(*of) for digest, of in content.get("readings", {}).items()}
             images = {
-                path: ImageFacts(digest, (height, width)) for path, (digest, height, width) in content["images"].items()
+                path: ImageFacts(digest, (height, width), readings.get(digest))
+                for path, (digest, height, width) in content["images"].items()
             }
             same_sizes = content["preprocessing"] == PREPROCESSING_VERSION
             return cls(images if same_sizes else {}, dict(content["captions"]), set(content["texts"]))
@@ -71,6 +81,7 @@ class Manifest:
         content = {
             "preprocessing": PREPROCESSING_VERSION,
             "images": {path: [facts.digest, *facts.size] for path, facts in sorted(now.images.items())},
+            "readings": {facts.digest: list(astuple(facts.reading)) for facts in now.images.values() if facts.reading},
             "captions": dict(sorted(now.captions.items())),
             "texts": sorted(now.texts),
         }

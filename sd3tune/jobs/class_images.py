@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,8 +13,9 @@ from pathlib import Path
 from sd3tune.config import Config
 from sd3tune.config.sections.data import ClassImagesConfig, DataConfig, FolderSource
 from sd3tune.data.buckets import Size, nearest_bucket, size_name
+from sd3tune.data.folders import images_in
 from sd3tune.data.images import upright_size
-from sd3tune.data.records import Record, images_in, load_records
+from sd3tune.data.records import Record, load_records
 from sd3tune.data.sampler import derive
 from sd3tune.data.store import key
 from sd3tune.errors import DataError
@@ -67,7 +68,13 @@ def describe_prompts(prompts: Sequence[str]) -> str:
     return shown if more < 1 else f"{shown} and {more} more prompt{'s' * (more > 1)}"
 
 
-def plan_priors(config: Config, records: Sequence[Record], buckets: Sequence[Size], base: Base) -> list[PlannedPrior]:
+def plan_priors(
+    config: Config,
+    records: Sequence[Record],
+    buckets: Sequence[Size],
+    base: Base,
+    warn: Callable[[str], None] = lambda line: None,
+) -> list[PlannedPrior]:
     """The class images of every source that asks for them. Raises DataError with every problem."""
     planned, problems = [], list[str]()
     for number, source in enumerate(config.data.sources):
@@ -76,7 +83,7 @@ def plan_priors(config: Config, records: Sequence[Record], buckets: Sequence[Siz
                 nearest_bucket(upright_size(record.image), buckets) for record in records if record.source == number
             )
             try:
-                planned.append(_plan(config, number, source.prior, shapes, base))
+                planned.append(_plan(config, number, source.prior, shapes, base, warn))
             except DataError as error:
                 problems += error.problems
     if problems:
@@ -85,10 +92,15 @@ def plan_priors(config: Config, records: Sequence[Record], buckets: Sequence[Siz
 
 
 def _plan(
-    config: Config, number: int, settings: ClassImagesConfig, shapes: Mapping[Size, int], base: Base
+    config: Config,
+    number: int,
+    settings: ClassImagesConfig,
+    shapes: Mapping[Size, int],
+    base: Base,
+    warn: Callable[[str], None],
 ) -> PlannedPrior:
     folder = Path(settings.path) if settings.path else class_image_folder(config)
-    own = _own_images(folder, settings.prompts[0], number) if settings.path else []
+    own = _own_images(folder, settings.prompts[0], number, warn) if settings.path else []
     found = Counter(nearest_bucket(upright_size(record.image), list(shapes)) for record in own)
     wanted = {size: wanted - found[size] for size, wanted in shares(shapes, settings.images).items()}
     drawn = _in_turns(config, settings, base, folder, wanted)
@@ -113,12 +125,12 @@ def shares(shapes: Mapping[Size, int], total: int) -> dict[Size, int]:
     return {size: max(1, share) for size, share in found.items()}
 
 
-def _own_images(folder: Path, prompt: str, number: int) -> list[Record]:
+def _own_images(folder: Path, prompt: str, number: int, warn: Callable[[str], None]) -> list[Record]:
     if folder.exists() and not folder.is_dir():
         raise DataError(f"data.sources.{number}.prior.path: {folder} is a file; name a folder")
     if not folder.is_dir() or not any(images_in(folder)):
         return []
-    records = load_records(DataConfig(sources=[FolderSource(path=str(folder), caption=prompt)]))
+    records = load_records(DataConfig(sources=[FolderSource(path=str(folder), caption=prompt)]), warn=warn)
     return [record for record in records if not _DRAWN.fullmatch(record.image.name)]
 
 

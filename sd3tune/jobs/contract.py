@@ -143,15 +143,19 @@ def _may_drop_kept(config: Config) -> bool:
 
 
 def _content(encoded: Encoded) -> dict[str, str]:
-    images = [example.images for example in encoded.examples]
     captions = [dict(example.captions) for example in encoded.examples]
     priors = [example.prior.facts() for example in encoded.examples if example.prior]
     return {
-        "images": key("images", images=images)[:16],
+        "images": _digest_of_images(encoded, {}),
         "captions": key("captions", captions=captions)[:16],
         "weights": key("weights", weights=[example.weight for example in encoded.examples])[:16],
         **({"prior": key("prior", priors=priors)[:16]} if priors else {}),
     }
+
+
+def _digest_of_images(encoded: Encoded, renamed: Mapping[str, str]) -> str:
+    images = [tuple(renamed.get(one, one) for one in example.images) for example in encoded.examples]
+    return key("images", images=images)[:16]
 
 
 def _shift(plan: Plan) -> float | str:
@@ -176,9 +180,19 @@ _DIGESTS = {
 """What the keys stand for whose values say nothing to a reader."""
 
 
-def check_identity(plan: Plan, identity: Mapping[str, Any]) -> None:
+def check_identity(plan: Plan, identity: Mapping[str, Any], encoded: Encoded) -> None:
     assert plan.start is not None
-    _refuse(plan, differences(read_state(plan.start)["identity"], identity))
+    saved = read_state(plan.start)["identity"]
+    lines = [_in_words(line) for line in differences(saved, identity)]
+    earlier = encoded.earlier_keys
+    if earlier and saved["data"].get("images") == _digest_of_images(encoded, earlier):
+        names = dict.fromkeys(example.name for example in encoded.examples if earlier.keys() & set(example.images))
+        lines = [line for line in lines if not line.startswith("data.images:")]
+        lines.append(
+            "data.images: colour profiles (and the range of 32-bit greys) were ignored in the run and are followed "
+            f"now, which changes {', '.join(list(names)[:3])}{', ...' * (len(names) > 3)}"
+        )
+    _refuse(plan, lines)
 
 
 def check_finished(plan: Plan, world: int) -> None:
@@ -192,13 +206,13 @@ def check_finished(plan: Plan, world: int) -> None:
         before = load_config(plan.run / "config.yaml").config
         then, now = (of.model_dump(include={"data": _SEEN_IN_DATA}) for of in (before, plan.config))
         lines += differences(then, now)
-    _refuse(plan, lines)
+    _refuse(plan, [_in_words(line) for line in lines])
 
 
 def _refuse(plan: Plan, lines: Sequence[str]) -> None:
     if lines:
         raise RunError(
-            *(f"--resume: {_in_words(line)}" for line in lines),
+            *(f"--resume: {line}" for line in lines),
             f"{plan.run}: a resumed run keeps what changes its maths; undo this, or start a new run with another name",
         )
 

@@ -17,8 +17,9 @@ from sd3tune.atomic import new_file
 from sd3tune.config import Config
 from sd3tune.data.ahead import ahead
 from sd3tune.data.buckets import Size, nearest_bucket
+from sd3tune.data.colour import Reading
 from sd3tune.data.duplicates import near_duplicates, thumbnail
-from sd3tune.data.images import ImageRef, is_smaller, read_image
+from sd3tune.data.images import ImageRef, is_smaller, read_picture, reading_warnings
 from sd3tune.data.records import Record, scan_records
 from sd3tune.errors import DataError, ModelError, RunError
 from sd3tune.jobs.describe import describe_buckets
@@ -47,21 +48,25 @@ class _Seen:
     thumbnail: np.ndarray
     tile: Image.Image | None
     """What the contact sheet shows of it."""
+    reading: Reading
 
 
 def run_data_check(config: Config, sheet: Path) -> None:
     """Print the report and write the contact sheet. Raises DataError with every reason not to train on this."""
     _check_sheet(sheet)
-    records, problems = scan_records(config.data, progress=True)
+    scan = scan_records(config.data, progress=True)
+    problems = scan.problems
     buckets = _buckets(config)
     seen: list[_Seen] = []
-    for result in _look(records, buckets):
+    for result in _look(scan.records, buckets):
         if isinstance(result, DataError):
             problems += result.problems
         else:
             seen.append(result)
     for line in _report(config, buckets, seen):
         print(line)
+    for warning in [*scan.warnings, *reading_warnings([(one.record.image, one.reading) for one in seen])]:
+        print(f"warning: {warning}")
     if seen:
         _write_sheet(sheet, seen)
         print(f"sheet     {sheet}")
@@ -79,15 +84,16 @@ def _look(records: Sequence[Record], buckets: Sequence[Size]) -> Iterator[_Seen 
     def look(numbered: tuple[int, Record]) -> _Seen | DataError:
         number, record = numbered
         try:
-            image, digest = read_image(record.image)
+            picture = read_picture(record.image)
         except DataError as error:
             return error
+        image = picture.image
         tile = None
         if number % step == 0:
             high, wide = nearest_bucket((image.height, image.width), buckets)
             scale = _SHEET_SIDE / max(high, wide)
             tile = ImageOps.fit(image, (round(wide * scale), round(high * scale)), Image.Resampling.LANCZOS)
-        return _Seen(record, digest, (image.height, image.width), thumbnail(image), tile)
+        return _Seen(record, picture.digest, (image.height, image.width), thumbnail(image), tile, picture.reading)
 
     yield from tqdm(ahead(look, enumerate(records)), desc="checking images", unit="image", total=len(records), delay=1)
 

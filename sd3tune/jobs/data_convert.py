@@ -10,7 +10,8 @@ from PIL import Image
 
 from sd3tune.atomic import new_file, new_folder
 from sd3tune.config.sections.data import DataConfig
-from sd3tune.data.images import EXTENSIONS, ImageRef
+from sd3tune.data.formats import EXTENSIONS
+from sd3tune.data.images import ImageRef
 from sd3tune.data.metadata import CSV, JSONL, write_csv, write_jsonl
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.rows import Row, write_parquet
@@ -18,7 +19,7 @@ from sd3tune.errors import DataError, RunError
 
 _Named = Sequence[tuple[str, Record]]
 _Write = Callable[[Path, _Named], None]
-_SUFFIXES = {"PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif"}
+_SUFFIXES = {"PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif", "AVIF": ".avif"}
 
 
 def run_data_convert(data: DataConfig, form: str, out: Path) -> str:

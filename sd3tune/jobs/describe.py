@@ -37,6 +37,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         + (f", {world} processes" if world > 1 else ""),
         *_about_base(plan),
         f"data      {_images(len(plan.records))}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
+        *(f"warning: {warning}" for warning in plan.warnings),
         *describe_buckets(cut),
         *_describe_tags(plan),
         *_describe_priors(plan),

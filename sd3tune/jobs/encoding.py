@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from sd3tune.config import Config
 from sd3tune.config.sections.data import OwnPredictionConfig
@@ -12,6 +13,8 @@ from sd3tune.data.records import Record, sample_indices
 from sd3tune.data.store import Store
 from sd3tune.encode.captions import encode_captions
 from sd3tune.encode.images import EncodedImage, encode_images
+from sd3tune.encode.inspect import inspect, warnings_about
+from sd3tune.encode.manifest import Manifest
 from sd3tune.encode.report import EncodeReport
 from sd3tune.jobs.drawing import NEGATIVE_PROMPT, draw_class_images
 from sd3tune.jobs.places import store_folder
@@ -32,6 +35,8 @@ class Encoded:
     holdout: list[Example]
     """Measured on, not trained on."""
     warnings: list[str]
+    earlier_keys: Mapping[str, str]
+    """Image's key -> the one of versions that ignored colour profiles, where it is another."""
 
 
 def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Encoded:
@@ -39,12 +44,15 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
     store = Store(store_folder(plan.config))
     captions, report = _encode_captions(plan, store, processes, say)
     reports = [report]
+    earlier: dict[str, str] = {}
     draw_class_images(plan, store, captions, processes)
     processes.wait()
 
     def examples_of(what: str, records: Sequence[Record], buckets: Sequence[Size]) -> list[Example]:
         images, report = _encode_images(plan, what, records, buckets, store, processes, say)
         reports.append(report)
+        for image in images:
+            earlier.update((now, then) for now, then in zip(image.keys, image.earlier_keys, strict=True) if now != then)
         return [_example(record, image, captions) for record, image in zip(records, images, strict=True)]
 
     once = examples_of("images", plan.records, plan.buckets)
@@ -66,7 +74,15 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
     for warning in known:
         say(f"warning: {warning}")
     warnings = [warning for report in reports for warning in report.warnings]
-    return Encoded(store, examples, captions, holdout, [*warnings, *known])
+    return Encoded(store, examples, captions, holdout, [*plan.warnings, *warnings, *known], earlier)
+
+
+def check_pictures(plan: Plan, progress: bool) -> list[str]:
+    """Decode every picture that the run would decode; a line for each thing that may surprise. Raises DataError."""
+    priors = [record for prior in plan.priors for record in prior.records]
+    refs = [record.image for record in [*plan.records, *plan.holdout, *priors]]
+    there = [ref for ref in refs if not isinstance(ref, Path) or ref.exists()]  # class images may have to be drawn
+    return warnings_about(there, inspect(there, Manifest.load(store_folder(plan.config)), progress))
 
 
 def texts_to_encode(config: Config, records: Sequence[Record], drawing: bool) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from sd3tune.data.images import check_header, read_image
+from sd3tune.data.images import check_header, read_picture, reading_warnings
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.jobs.conditions import Conditions, settle_conditions, settle_memory
 from sd3tune.jobs.grid import Grid, read_grid
@@ -124,7 +124,8 @@ def _check_against_base(asked: Sequence[Asked], conditions: Conditions, adapters
         raise ConfigError(*dict.fromkeys(problems))
     for image in {shot.image for shot, _ in asked if shot.image is not None}:
         check_header(image)
-        read_image(image)
+        for warning in reading_warnings([(image, read_picture(image).reading)]):
+            print(f"warning: {warning}")
     for adapter in adapters:
         match(skeleton, adapter)
 

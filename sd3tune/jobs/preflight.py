@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -67,6 +67,8 @@ class Plan:
     """Class images, for each source that asks for them."""
     optimizer_fallback: str | None = None
     """Why `config.optimizer` is fused AdamW where an 8-bit one was asked for."""
+    warnings: Sequence[str] = ()
+    """What of the data is passed over, or read in a way that may surprise."""
 
     @property
     def images_per_epoch(self) -> int:
@@ -79,14 +81,14 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     Raises UserError with every problem found.
     """
     problems = missing_packages(config.tracking)
+    warnings: list[str] = []
     if resume is not None:
         problems += _upload_problems(config)
-    records: list[Record] = []
-    holdout: list[Record] = []
+    records, holdout = list[Record](), list[Record]()
     start: Path | None = None
     run = Path(str(config.output_dir))
     try:
-        records, holdout = split_records(config, load_records(config.data))
+        records, holdout = split_records(config, load_records(config.data, warn=warnings.append), warnings.append)
         config = with_steps(config, sum(record.repeats for record in records), world)
     except UserError as error:
         problems += error.problems
@@ -104,7 +106,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         check_size(config, transformer.config)
         dtype = choose_dtype(config.model.dtype, gpu_of(device))
         buckets = buckets_of(config, transformer.config)
-        priors = plan_priors(config, records, buckets, base)
+        priors = plan_priors(config, records, buckets, base, warnings.append)
     except UserError as error:
         raise UserError(*problems, *error.problems) from error
     if problems:
@@ -131,6 +133,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         start=start,
         buckets=buckets,
         priors=priors,
+        warnings=list(dict.fromkeys(warnings)),
     )
 
 
@@ -167,14 +170,16 @@ def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count} images"
 
 
-def split_records(config: Config, records: list[Record]) -> tuple[list[Record], list[Record]]:
+def split_records(
+    config: Config, records: list[Record], warn: Callable[[str], None] = lambda line: None
+) -> tuple[list[Record], list[Record]]:
     """What is trained on, and what is held out. Raises DataError when one of them would lack images."""
     holdout = config.validation.holdout
     if isinstance(holdout, str):
         first = config.data.sources[0]
         folder = FolderSource(path=holdout, caption=first.caption, template=first.template)
         try:
-            return records, load_records(DataConfig(sources=[folder], trigger=config.data.trigger))
+            return records, load_records(DataConfig(sources=[folder], trigger=config.data.trigger), warn=warn)
         except DataError as error:
             raise DataError(*(f"validation.holdout: {problem}" for problem in error.problems)) from None
     if holdout >= len(records):

@@ -13,6 +13,7 @@ from typing import Any
 
 from sd3tune.errors import ConfigError
 from sd3tune.jobs.shots import Shot, problems_of
+from sd3tune.text_files import NotText, decode
 
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?", re.ASCII)
 
@@ -20,6 +21,8 @@ _SIZE = re.compile(r"(\d+)(?:x(\d+))?", re.ASCII)
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("a text")
+    if "\0" in value:
+        raise ValueError("a text: it holds NUL characters")
     return value
 
 
@@ -54,7 +57,7 @@ def _path(value: Any) -> Path:
 
 def _name(value: Any) -> str:
     text = _text(value)
-    if not text or text.startswith(".") or re.search(r"[/\\\0]", text):
+    if not text or text.startswith(".") or re.search(r"[/\\]", text):
         raise ValueError("a file's name, without a folder and without .png")
     return text
 
@@ -99,11 +102,11 @@ def read_prompts(path: Path) -> list[Row]:
     if path.suffix.lower() not in kinds:
         raise ConfigError(f"--prompts {path}: neither a .txt, a .jsonl nor a .csv file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = re.sub(r"\r\n?", "\n", decode(path.read_bytes(), f"--prompts {path}"))
     except OSError as error:
         raise ConfigError(f"--prompts {path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts {path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except NotText as error:
+        raise ConfigError(str(error)) from None
     rows, problems = [], []
     for number, values in kinds[path.suffix.lower()](path, text):
         place = f"{path}:{number}"

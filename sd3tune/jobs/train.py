@@ -30,7 +30,7 @@ from sd3tune.jobs.contract import (
 )
 from sd3tune.jobs.describe import describe, describe_memory
 from sd3tune.jobs.drawing import NEGATIVE_PROMPT
-from sd3tune.jobs.encoding import Encoded, encode
+from sd3tune.jobs.encoding import Encoded, check_pictures, encode
 from sd3tune.jobs.environment import sharding_ignored
 from sd3tune.jobs.fitting import fitted_plan
 from sd3tune.jobs.launch import errors_to_the_launcher
@@ -101,6 +101,8 @@ def run_training(
         for line in describe(plan, processes.world):
             say(line)
         if dry_run:
+            for warning in check_pictures(plan, progress=processes.is_main):
+                say(f"warning: {warning}")
             say(describe_memory(plan))
             say("dry run: nothing was encoded, trained or written")
             return
@@ -188,7 +190,7 @@ def _begin(
         check_start(plan.run, plan.start)
     identity = run_identity(plan, encoded, processes.world)
     if plan.start is not None:
-        check_identity(plan, identity)
+        check_identity(plan, identity, encoded)
         say(f"resuming from {plan.start.name}")
     processes.wait()
 

@@ -210,7 +210,8 @@ def test_a_misspelt_file_gets_a_suggestion() -> None:
     ("content", "problem"),
     [
         (b"name: a\nseed: \xe9\n", "run.yaml:2: byte 0xe9 is not UTF-8"),
-        (b"PK\x03\x04\x00\x00", "run.yaml is not a configuration: it holds binary data"),
+        (b"PK\x03\x04\x00\x00", "run.yaml: holds binary data, not text"),
+        (MINIMAL.encode("utf-16-le"), "run.yaml: looks like UTF-16; save it as UTF-8"),
         (b"# " + b"x" * (1 << 20), "run.yaml is not a configuration: it is larger than 1 MiB"),
     ],
 )
@@ -220,6 +221,11 @@ def test_a_file_that_is_no_text_is_one_line(content: bytes, problem: str) -> Non
         load_config("run.yaml")
     assert len(caught.value.problems) == 1
     assert caught.value.problems[0].startswith(problem)
+
+
+def test_utf_16_with_its_mark_is_read() -> None:
+    Path("run.yaml").write_bytes((MINIMAL + "name: a # café\n").encode("utf-16"))
+    assert load_config("run.yaml").config.name == "a"
 
 
 def test_a_folder_or_nothing_in_place_of_a_file() -> None:

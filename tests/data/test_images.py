@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sd3tune.data.images import (
     check_header,
@@ -269,3 +270,29 @@ def test_an_image_is_scaled_until_it_just_covers_the_target():
     assert scaled.size == (133, 100)
     assert is_smaller((90, 300), (100, 100))
     assert not is_smaller((100, 300), (100, 100))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 10, 65535])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_an_orientation_that_does_not_exist_turns_nothing(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(noise(48, 64)).save(tmp_path / f"a.{suffix}", exif=exif)
+    assert open_image(tmp_path / f"a.{suffix}").size == (64, 48)
+    assert upright_size(tmp_path / f"a.{suffix}") == (48, 64)
+
+
+def test_damaged_exif_data_turns_nothing(tmp_path):
+    Image.fromarray(noise(48, 64)).save(tmp_path / "a.jpg", exif=b"Exif\0\0garbage and more of it")
+    assert open_image(tmp_path / "a.jpg").size == (64, 48)
+    assert upright_size(tmp_path / "a.jpg") == (48, 64)
+
+
+@pytest.mark.parametrize("international", [False, True])
+def test_a_png_with_megabytes_of_compressed_text_is_a_picture(tmp_path, international):
+    info = PngInfo()
+    text = "x" * 3_000_000
+    info.add_itxt("workflow", text, zip=True) if international else info.add_text("workflow", text, zip=True)
+    Image.fromarray(noise()).save(tmp_path / "a.png", pnginfo=info)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), noise())
+    check_header(tmp_path / "a.png")

@@ -6,6 +6,7 @@ from PIL import Image
 
 from sd3tune.config.sections.data import DataConfig
 from sd3tune.data.metadata import read_metadata, write_csv, write_jsonl
+from sd3tune.data.names import Names
 from sd3tune.data.records import load_records
 from sd3tune.errors import DataError
 
@@ -50,7 +51,7 @@ def test_what_is_written_is_read(folder, name, write):
 )
 def test_marks_blank_lines_and_further_columns_do_no_harm(folder, name, content):
     (folder / name).write_text(content, encoding="utf-8", newline="")
-    assert read_metadata(folder) == {folder / "a.png": "a dog\nhere"}
+    assert read_metadata(folder, Names()) == {folder / "a.png": "a dog\nhere"}
 
 
 def test_the_metadata_wins_over_a_sidecar_and_a_sidecar_over_the_sources_caption(folder):
@@ -142,7 +143,7 @@ def test_what_is_wrong_with_the_file_is_one_line(folder, name, content, says):
 def test_other_encodings_are_refused(folder):
     (folder / "metadata.csv").write_bytes("file_name,text\na.png,fâché\n".encode("latin-1"))
     (line,) = problems(folder, caption="c")
-    assert "metadata.csv: cannot be read as UTF-8" in line
+    assert "metadata.csv:2: byte 0xe2 is not UTF-8" in line
 
 
 def test_both_files_are_one_too_many(folder):

@@ -98,6 +98,22 @@ def test_what_max_samples_leaves_out_is_not_looked_at(tmp_path):
         ("a sksy dog", None, "sks", "sks, a sksy dog"),
         ("", None, "sks", "sks"),
         ("a c++ dog", None, "c++", "a c++ dog"),
+        ("a photo of SKS dog", None, "sks", "a photo of SKS dog"),
+        ("Rex auf der Straße", None, "STRASSE", "Rex auf der Straße"),
+        ("a photo of sks1 dog", None, "sks", "sks, a photo of sks1 dog"),
+        ("a photo of sks_dog", None, "sks", "sks, a photo of sks_dog"),
+        ("a photo of sks's dog", None, "sks", "a photo of sks's dog"),
+        ("the <sks>dog", None, "<sks>", "the <sks>dog"),
+        ("小明在海滩上", None, "小明", "小明在海滩上"),
+        ("海滩上的小明", None, "小明", "海滩上的小明"),
+        ("小红在海滩上", None, "小明", "小明, 小红在海滩上"),
+        ("公園のサクラちゃん", None, "サクラ", "公園のサクラちゃん"),
+        ("หมาน้ำตาลบนหาด", None, "น้ำตาล", "หมาน้ำตาลบนหาด"),
+        ("ຫມາຢູ່ຫາດ", None, "ຢູ່", "ຫມາຢູ່ຫາດ"),
+        ("一只sks狗在海滩上", None, "sks", "一只sks狗在海滩上"),
+        ("一只sksy狗", None, "sks", "sks, 一只sksy狗"),
+        ("철수네 바다", None, "철수", "철수, 철수네 바다"),
+        ("un CAFÉ noir", None, "cafe\u0301", "un CAFÉ noir"),
         ("a dog", "{caption}, photo", None, "a dog, photo"),
         ("a dog", "{caption}", "sks", "a dog"),
         ("a dog {trigger}", "a {trigger} photo: {caption} {{1}}", "sks", "a sks photo: a dog {trigger} {1}"),
@@ -129,10 +145,10 @@ def test_a_weight_is_in_the_records(tmp_path):
 def test_images_without_a_caption_are_seen_by_a_scan(tmp_path):
     folder_of(tmp_path / "a", "1.png", "2.png")
     (tmp_path / "a" / "2.txt").write_text("a dog")
-    records, found = scan_records(config((tmp_path / "a", {})))
-    assert [record.image.name for record in records] == ["1.png", "2.png"]
-    assert len(found) == 1
-    assert "1.png: has no caption" in found[0]
+    scan = scan_records(config((tmp_path / "a", {})))
+    assert [record.image.name for record in scan.records] == ["1.png", "2.png"]
+    (problem,) = scan.problems
+    assert "1.png: has no caption" in problem
 
 
 def test_all_problems_come_at_once_one_line_each(tmp_path):
@@ -151,7 +167,7 @@ def test_all_problems_come_at_once_one_line_each(tmp_path):
     assert all("\n" not in line for line in found)
     expected = {
         "blank.txt": "is empty",
-        "latin.txt": "UTF-8",
+        "latin.txt:1": "byte 0xe2 is not UTF-8",
         "nothing.jpg": "0 bytes",
         "text.png": "not an image",
         "uncaptioned.png": "uncaptioned.txt",

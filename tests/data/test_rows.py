@@ -1,7 +1,9 @@
 import hashlib
+import io
 import json
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -186,7 +188,9 @@ def test_a_hub_dataset_without_a_network(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = problem("nobody/has-such-a-dataset")
-    assert line.startswith("nobody/has-such-a-dataset: not on this machine, and the Hub cannot be reached")
+    assert line.startswith(
+        "nobody/has-such-a-dataset: no such folder here; if it is a dataset, the Hub cannot be reached"
+    )
 
 
 def test_an_empty_cell_and_broken_bytes_are_named_with_their_row(tmp_path):
@@ -226,3 +230,48 @@ def test_a_real_parquet_file():
     assert len(records) == 40
     assert records[0].caption.startswith("a photo of a")
     assert {read_image(record.image)[0].size for record in records} == {(28, 28)}
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """A folder that `datasets` saved of the pictures in `photos.zip`, which lie in there still."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    (tmp_path / "zipped").mkdir()
+    with zipfile.ZipFile(tmp_path / "zipped" / "photos.zip", "w") as file:
+        for number, name in enumerate(("a.png", "sub/b.png")):
+            buffer = io.BytesIO()
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(buffer, "PNG")
+            file.writestr(name, buffer.getvalue())
+        rows = [{"file_name": name, "text": f"caption of {name}"} for name in ("a.png", "sub/b.png")]
+        file.writestr("metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    datasets.load_dataset(str(tmp_path / "zipped"), split="train").save_to_disk(str(tmp_path / "saved"))
+    return tmp_path / "zipped" / "photos.zip"
+
+
+@pytest.mark.parametrize("folder", ["saved", "zipped"])
+def test_a_dataset_made_from_a_zip_is_read(archive, tmp_path, folder):
+    found = rows(tmp_path / folder)
+    assert [text for _, text in found] == ["caption of a.png", "caption of sub/b.png"]
+    assert [read_image(row)[0].getpixel((0, 0)) for row, _ in found] == [(0, 0, 0), (1, 0, 0)]
+    assert [row.file_name for row, _ in found] == ["a.png", "sub/b.png"]
+
+
+def test_an_archive_that_is_gone_is_named(archive, tmp_path):
+    found = rows(tmp_path / "saved")
+    archive.unlink()
+    with pytest.raises(DataError, match=r"saved:train\[1\]: cannot be read \(.*No such file"):
+        read_image(found[1][0])
+
+
+def test_a_name_that_is_nearly_that_of_a_folder_here(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "dog").mkdir(parents=True)
+    assert problem("data/dogs").startswith(
+        "data/dogs: no such folder here (did you mean data/dog?); if it is a dataset, the Hub cannot"
+    )

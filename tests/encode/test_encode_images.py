@@ -1,3 +1,4 @@
+import json
 import os
 import weakref
 from pathlib import Path
@@ -5,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from sd3tune.config.sections.data import DataConfig
+from sd3tune.data.images import crops, file_digest, upright_size
 from sd3tune.data.records import Record, load_records
-from sd3tune.data.store import Store
+from sd3tune.data.store import Store, key
 from sd3tune.encode import images
 from sd3tune.encode.images import encode_images
 from sd3tune.errors import DataError
@@ -75,9 +77,9 @@ def test_stored_moments_equal_the_vaes_own_on_the_pipelines_preprocessing(base, 
         )
         left, top = (scaled.width - 64) // 2, (scaled.height - 64) // 2
         cut = scaled.crop((left, top, left + 64, top + 64))
-        for key, expected in ((plain, cut), (mirrored, cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT))):
+        for name, expected in ((plain, cut), (mirrored, cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT))):
             mean, std = moments_by_diffusers(pipeline, expected)
-            found = store.get(key)
+            found = store.get(name)
             assert found["mean"].dtype == found["std"].dtype == torch.float32
             assert torch.equal(found["mean"], mean)
             assert torch.equal(found["std"], std)
@@ -276,3 +278,72 @@ def test_real_photos(base, pipeline, tmp_path):
     keys, report = encode(base, records, store, resolution=128, crop_variants=2, flip=True)
     assert report.encoded == len(records) == 5
     assert all(store.get(key)["mean"].isfinite().all() for of in keys for key in of)
+
+
+def in_p3(path):
+    """The picture of a file once more, with a profile whose red and green are not sRGB's."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    red, green = srgb.index(b"rXYZ"), srgb.index(b"gXYZ")
+    swapped = bytearray(srgb)
+    swapped[red : red + 4], swapped[green : green + 4] = b"gXYZ", b"rXYZ"
+    Image.open(path).save(path, icc_profile=bytes(swapped))
+
+
+def without_readings(folder):
+    """The manifest as versions wrote it that ignored colour profiles."""
+    content = json.loads((folder / "manifest.json").read_text())
+    del content["readings"]
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+def test_only_what_a_colour_profile_changes_gets_another_key(base, records, tmp_path):
+    in_p3(records[1].image)
+    digests = [file_digest(record.image) for record in records]
+    found, _ = encode_images(base, records, Store(tmp_path / "s"), buckets=[(64, 64)], dtype=torch.float32)
+    plain = [
+        key(
+            "image",
+            image=digest,
+            vae=base.fingerprint("vae"),
+            dtype="torch.float32",
+            size=(64, 64),
+            box=crops(upright_size(record.image), (64, 64), 1, False, digest)[0].box,
+            flip=False,
+            preprocessing=1,
+        )
+        for record, digest in zip(records, digests, strict=True)
+    ]
+    assert [image.earlier_keys for image in found] == [(one,) for one in plain]
+    assert [image.keys == image.earlier_keys for image in found] == [True, False, True, True, True]
+
+
+def test_a_manifest_that_knows_no_profiles_is_not_believed(base, records, tmp_path, encoded):
+    in_p3(records[1].image)
+    first, _ = encode(base, records, Store(tmp_path / "s"))
+    without_readings(tmp_path / "s")
+    encoded.clear()
+    again, report = encode(base, records, Store(tmp_path / "s"))
+    assert (again, encoded) == (first, [])
+    assert report.summary() == "images: 5, all reused"
+    assert json.loads((tmp_path / "s" / "manifest.json").read_text())["readings"][file_digest(records[1].image)] == [
+        "sRGB",
+        False,
+        "",
+    ]
+
+
+def test_known_images_are_not_decoded_again(base, records, tmp_path, monkeypatch):
+    encode(base, records, Store(tmp_path / "s"))
+    monkeypatch.setattr("sd3tune.encode.inspect.read_picture", None)
+    assert encode(base, records, Store(tmp_path / "s"))[1].reused == 5
+
+
+def test_transparency_and_broken_profiles_are_reported_every_time(base, records, tmp_path):
+    Image.new("RGBA", (64, 64), (9, 9, 9, 100)).save(records[0].image)
+    Image.open(records[2].image).save(records[2].image, icc_profile=b"not a profile")
+    for _ in range(2):
+        _, report = encode(base, records, Store(tmp_path / "s"), resolution=64)
+        assert report.warnings == [
+            f"1 image has transparent parts, which are laid on white: {records[0].image.name}",
+            f"{records[2].image}: its colour profile is damaged; its colours are taken as sRGB",
+        ]

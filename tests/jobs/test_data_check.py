@@ -14,6 +14,8 @@ from sd3tune.errors import DataError, RunError
 from sd3tune.jobs.data_check import run_data_check
 from sd3tune.jobs.describe import describe
 from sd3tune.jobs.preflight import make_plan
+from sd3tune.model.bases import resolve_base
+from sd3tune.model.components import load_tokenizer
 
 
 def paint(path: Path, size: tuple[int, int], number: int = 0) -> None:
@@ -165,3 +167,27 @@ def test_the_contact_sheet_replaces_itself_and_nothing_else(photos: Path, check,
         with pytest.raises(RunError, match="exists and is no contact sheet"):
             check(configured(photos), photos / name)
         assert (photos / name).read_bytes() == before
+
+
+def test_what_is_passed_over_or_read_in_a_way_that_may_surprise_is_named(photos: Path, check) -> None:
+    (photos / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (photos / "0.txt").write_text("a dog\nasleep")
+    (photos / "metadata.json1").write_text("{}")
+    Image.new("RGBA", (96, 64), (0, 0, 255, 0)).save(photos / "clear.png")
+    Image.new("RGB", (96, 64), "lime").save(photos / "profile.png", icc_profile=b"not a profile")
+    lines, problems = check(configured(photos))
+    assert problems == []
+    assert [line.removeprefix(f"warning: {photos}") for line in lines if line.startswith("warning")] == [
+        ": 1 picture is passed over: IMG_1.HEIC; convert to JPEG or PNG",
+        ": 1 file looks like captions and is not read: metadata.json1; write NAME.txt beside the picture, or "
+        "metadata.jsonl",
+        ": 1 caption file has several lines, which are joined with spaces into one caption: 0.txt",
+        "warning: 1 image has transparent parts, which are laid on white: clear.png",
+        "/profile.png: its colour profile is damaged; its colours are taken as sRGB",
+    ]
+
+
+def test_lines_of_a_caption_are_joined_by_every_tokenizer() -> None:
+    for part in ("clip_l", "clip_g", "t5"):
+        tokenizer = load_tokenizer(resolve_base("tiny"), part)
+        assert tokenizer("sks dog\non grass").input_ids == tokenizer("sks dog on grass").input_ids

@@ -87,7 +87,9 @@ def test_a_text_may_go_on_over_several_lines_of_csv(tmp_path: Path) -> None:
         ("p.csv", "prompt\n", "p.csv: holds no prompts"),
         ("p.md", "a dog\n", "p.md: neither a .txt, a .jsonl nor a .csv file"),
         ("p.txt", "\n# a dog\n", "p.txt: holds no prompts"),
-        ("p.csv", b"prompt\nein H\xfcndchen\n", "p.csv: byte 12 is not UTF-8"),
+        ("p.csv", b"prompt\nein H\xfcndchen\n", "p.csv:2: byte 0xfc is not UTF-8"),
+        ("p.csv", "prompt\na dog\n".encode("utf-16-be"), "p.csv: looks like UTF-16; save it as UTF-8"),
+        ("p.jsonl", '{"prompt": "a\\u0000 dog"}\n', "is not a text: it holds NUL characters"),
     ],
 )
 def test_a_mistake_names_file_and_line(name: str, content: str | bytes, said: str, tmp_path: Path) -> None:

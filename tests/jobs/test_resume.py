@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageCms
 from safetensors.torch import load_file
 
 from sd3tune.config import dump_config, load_config
@@ -417,6 +418,28 @@ def test_another_caption_or_image_is_refused(quick_config, write_images, tmp_pat
     assert [line.split(":")[1] for line in caught.value.problems[:-1]] == [" data.images"]
     write_images(pictures, 3)
     run_training(config, resume=True)
+
+
+def test_a_run_that_ignored_a_colour_profile_is_refused_with_the_reason(
+    quick_config, write_images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures, store = write_images(tmp_path / "pictures", 3), tmp_path / "store"
+    swapped = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"rXYZ", b"xxxx")
+    swapped = swapped.replace(b"gXYZ", b"rXYZ").replace(b"xxxx", b"gXYZ")
+    Image.open(pictures / "1.png").save(pictures / "1.png", icc_profile=swapped)
+    config = quick_config(tmp_path / "run", *COSINE, f"data.sources=[{{path: {pictures}}}]", f"data.cache_dir={store}")
+    with monkeypatch.context() as earlier:
+        earlier.setattr("sd3tune.data.colour._converted", lambda *_: None)
+        stopped(config, 2)
+    content = json.loads((store / "manifest.json").read_text())
+    del content["readings"]
+    (store / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(RunError) as caught:
+        run_training(config, resume=True)
+    reason, way_out = caught.value.problems
+    assert reason.startswith("--resume: data.images: colour profiles (and the range of 32-bit greys) were ignored in")
+    assert reason.endswith("which changes 1.png")
+    assert "start a new run" in way_out
 
 
 @pytest.mark.parametrize(

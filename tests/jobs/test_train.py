@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
+from PIL import Image
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from sd3tune.cli.main import run as command_line
 from sd3tune.config import load_config
-from sd3tune.errors import RunError, UserError
+from sd3tune.errors import DataError, RunError, UserError
 from sd3tune.jobs.cache import run_cache
 from sd3tune.jobs.places import store_folder
 from sd3tune.jobs.train import run_training
@@ -252,6 +253,38 @@ def test_a_step_whose_gradient_is_not_finite_is_passed_over_and_reported(
     assert [line["grad_norm"] is None for line in lines_of(tmp_path)] == [False, True, False, False]
     assert json.loads((tmp_path / "run.json").read_text())["skipped_steps"] == [2]
     assert "1 step was skipped, the gradient was not finite: step 2\n" in capsys.readouterr().out
+
+
+def test_a_dry_run_decodes_every_picture_and_names_broken_ones(
+    quick_config, write_images, tmp_path: Path, capsys
+) -> None:
+    pictures, held = write_images(tmp_path / "pictures", 3), write_images(tmp_path / "held", 2)
+    for broken in (pictures / "1.png", held / "0.png"):
+        broken.write_bytes(broken.read_bytes()[:-60])  # its header is sound
+    data = f"data.sources=[{{path: {pictures}}}]", f"data.cache_dir={tmp_path / 'store'}"
+    with pytest.raises(DataError) as caught:
+        run_training(quick_config(tmp_path / "run", *data, f"validation.holdout={held}"), dry_run=True)
+    assert [line.split(": ")[0] for line in caught.value.problems] == [f"{pictures}/1.png", f"{held}/0.png"]
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_is_passed_over_is_said_at_the_start_and_in_the_run(
+    quick_config, write_images, tmp_path: Path, capsys
+) -> None:
+    pictures = write_images(tmp_path / "pictures", 3)
+    (pictures / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    Image.new("RGBA", (96, 80), (9, 9, 9, 100)).save(pictures / "2.png")
+    config = quick_config(tmp_path / "run", f"data.sources=[{{path: {pictures}}}]")
+    run_training(config, dry_run=True)
+    passed_over = f"{pictures}: 1 picture is passed over: IMG_1.HEIC; convert to JPEG or PNG"
+    clear = "1 image has transparent parts, which are laid on white: 2.png"
+    printed = capsys.readouterr().out.splitlines()
+    assert {f"warning: {passed_over}", f"warning: {clear}"} <= set(printed)
+    run_training(config)
+    started = capsys.readouterr().out.splitlines()
+    assert started.index(f"warning: {passed_over}") < started.index(f"warning: {clear}")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["warnings"][:2] == [passed_over, clear]
 
 
 def test_a_dry_run_writes_nothing(quick_config, tmp_path: Path, capsys) -> None:

@@ -176,6 +176,7 @@ def clip_in_a_file() -> None:
     Path("run.yaml").write_text(changed.replace("base: tiny,", f"base: tiny, {encoders},"))
 
 
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 NO_CAPTION = source("{path: photos}")
 LORA = ("--lora", "lora.safetensors", "--base", "tiny", "--size", "64")
 
@@ -210,6 +211,7 @@ CASES = [
     Case("config", "a folder", ("config", "check", "photos"), "is a folder"),
     Case("config", "a picture", ("config", "check", "photos/0.png"), "binary"),
     Case("config", "another encoding", CHECK, "UTF-8", written(YAML.encode() + b"# caf\xe9\n")),
+    Case("config", "UTF-16 without its mark", CHECK, "looks like UTF-16", written(YAML.encode("utf-16-le"))),
     Case("config", "a newer version", CHECK, "upgrade", written(YAML + "config_version: 99\n")),
     Case("config", "no data", CHECK, "data", written("name: mistake\n")),
     Case("config", "no sources", CHECK, "data.sources", written("data: {sources: []}\n")),
@@ -336,16 +338,40 @@ CASES = [
         "data",
         "pictures in subfolders only",
         TRAIN,
-        "subfolders",
+        "such as",
         steps(
             lambda: Path("photos").rename("more"), lambda: Path("photos").mkdir(), lambda: shutil.move("more", "photos")
         ),
     ),
     Case("data", "text that is called .png", TRAIN, "text.png", written("hello", "photos/text.png")),
+    Case(
+        "data",
+        "a photo that is a Git LFS pointer",
+        TRAIN,
+        "git lfs pull",
+        written("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "photos/a.jpg"),
+    ),
+    Case("data", "a photo that is a web page", TRAIN, "HTML", written("<!DOCTYPE html>\n<html>", "photos/a.jpg")),
+    Case("data", "a HEIC that is called .jpg", TRAIN, "HEIC", written(HEIC, "photos/a.jpg")),
+    Case("data", "HEICs only", TRAIN, "IMG_1.HEIC", steps(no_photos, written(HEIC, "photos/IMG_1.HEIC"))),
     Case("data", "a file of no bytes", TRAIN, "empty", written("", "photos/nothing.png")),
     Case("data", "a photo that breaks off", TRAIN, "cut.jpg", truncated_photo),
     Case("data", "no caption", TRAIN, "0.png: has no caption", NO_CAPTION),
     Case("data", "an empty caption", TRAIN, "is empty", steps(NO_CAPTION, written("", "photos/0.txt"))),
+    Case(
+        "data",
+        "a caption in UTF-16 without its mark",
+        TRAIN,
+        "looks like UTF-16",
+        steps(NO_CAPTION, written("a dog".encode("utf-16-le"), "photos/0.txt")),
+    ),
+    Case(
+        "data",
+        "a NUL in the metadata",
+        TRAIN,
+        "holds NUL",
+        written('{"file_name": "0.png", "text": "a\\u0000"}\n', "photos/metadata.jsonl"),
+    ),
     Case("data", "a caption in another encoding", TRAIN, "0.txt", written(b"caf\xe9", "photos/0.txt")),
     Case(
         "data",

@@ -126,7 +126,10 @@ class _Source(Section):
 
 class FolderSource(_Source):
     """A folder of images. A caption is taken from `metadata.jsonl` or `metadata.csv` in the folder (columns `file_name`
-    and `text`), else from a `.txt` beside the image, else from `caption`.
+    and `text`), else from a file beside the image, else from `caption`. For `dog.jpg` that file is the first of
+    `dog.txt`, `dog.jpg.txt`, `dog.caption` and `dog.jpg.caption`; upper and lower case are the same, and so are the
+    Unicode forms of a name. Pictures that cannot be read, subfolders with pictures, and other files that look like
+    captions are named in a warning.
     """
 
     kind: Literal["folder"] = Field("folder", description="A folder of images.")
@@ -170,8 +173,8 @@ class DataConfig(Section):
         None,
         min_length=1,
         examples=["sks"],
-        description="A word, or a few, put in front of captions that lack it, as in `sks, a dog on a beach`; stored "
-        "with the result.",
+        description="A word, or a few, put in front of captions that lack it, as in `sks, a dog on a beach`; upper and "
+        "lower case count as the same. Stored with the result.",
     )
     export_tags: bool = Field(
         False,

@@ -1,0 +1,75 @@
+"""The caption files of a folder: which of them belongs to a picture, what is in it, and which are left over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from sd3tune.data.metadata import clean
+from sd3tune.data.names import Names
+from sd3tune.errors import DataError
+from sd3tune.text_files import NotText, decode
+
+_ENDINGS = (".txt", ".caption")
+_OF_TEXTS = {*_ENDINGS, ".captions", ".cap", ".tags", ".json", ".jsonl", ".json1", ".csv", ".tsv", ".parquet"}
+"""Extensions of files that may hold captions, and are named where they are not read."""
+
+
+def sidecars(image: Path, names: Names) -> list[Path]:
+    """The caption files of a picture, the one that counts first.
+
+    Of `dog.jpg` these are `dog.txt`, `dog.jpg.txt`, `dog.caption` and `dog.jpg.caption`, in any case.
+    """
+    return [
+        found
+        for ending in _ENDINGS
+        for stem in (image.stem, image.name)
+        for found in names.like(image.with_name(stem + ending))
+        if found.is_file()
+    ]
+
+
+def read_sidecar(sidecar: Path, image: Path) -> str:
+    """The caption in the file. Raises DataError."""
+    try:
+        text = clean(decode(sidecar.read_bytes(), sidecar))
+    except OSError as error:
+        raise DataError(f"{sidecar}: cannot be read ({error.strerror}); check its permissions") from None
+    except NotText as error:
+        raise DataError(str(error)) from None
+    if not text:
+        raise DataError(f"{sidecar}: is empty; write a caption for {image.name} or delete the file")
+    return text
+
+
+def unread(folder: Path, read: Iterable[Path], beside: Mapping[Path, Path]) -> list[str]:
+    """A line on the files of a folder that look like captions and are not `read`.
+
+    `beside` says of a caption file which other file has the caption of its picture.
+    """
+    used = set(read)
+    second, others = list[Path](), list[Path]()
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.suffix.lower() not in _OF_TEXTS or path in used or not path.is_file():
+            continue
+        (second if path in beside else others).append(path)
+    lines = []
+    if second:
+        named = some(f"{path.name} ({beside[path].name} is)" for path in second)
+        lines.append(f"{folder}: {counted(second, 'caption file is', 'caption files are')} not read: {named}")
+    if others:
+        names = some(path.name for path in others)
+        like = counted(others, "file looks like captions and is", "files look like captions and are")
+        lines.append(f"{folder}: {like} not read: {names}; write NAME.txt beside the picture, or metadata.jsonl")
+    return lines
+
+
+def counted(found: list[Path], one: str, several: str) -> str:
+    """`1 file is`, `3 files are`."""
+    return f"{len(found)} {one if len(found) == 1 else several}"
+
+
+def some(names: Iterable[str], shown: int = 5) -> str:
+    """The first few names: `a.heic, b.heic, ...`."""
+    listed = list(names)
+    return ", ".join(listed[:shown]) + ", ..." * (len(listed) > shown)

@@ -1,0 +1,67 @@
+"""Which picture formats are read, which file names are pictures, and what a file is that is none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePath
+
+from PIL import Image
+
+Image.init()  # imports the plugins, which register what this build of Pillow can decode
+_TRUSTED = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # nothing that runs a program, as EPS does
+_SUFFIXES: Mapping[str, str] = Image.registered_extensions()
+"""File name extension -> format. Pillow registers those of WebP and AVIF where it has their codecs alone."""
+
+FORMATS = tuple(name for name in _TRUSTED if name in _SUFFIXES.values())
+"""The formats that are read, whatever a file is called."""
+
+EXTENSIONS = tuple(end for end, name in _SUFFIXES.items() if name in (*FORMATS, "MPO"))  # MPO: JPEGs one after another
+"""The extensions of files that are read, in lower case."""
+
+_UNREAD = {".heic", ".heif", ".hif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"} | {
+    end for end, name in _SUFFIXES.items() if Image.MIME.get(name, "").startswith("image/")
+} | {".avif", ".webp", ".dds", ".exr", ".hdr"}  # fmt: skip
+
+_WEB_PAGE = rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b"
+_SIGNATURES = [
+    (rb"version https://git-lfs", "a Git LFS pointer and not the picture; fetch it with `git lfs pull`"),
+    (rb"/annex/objects/", "a git-annex pointer and not the picture; fetch it with `git annex get`"),
+    (_WEB_PAGE, "a web page (HTML) and not a picture; download the picture itself"),
+    (rb"....ftyp(?:hei|hev|(?:mif1|msf1)(?!.{4,40}?avi[fs]))", "a HEIC picture, which cannot be read; {convert}"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture, which cannot be read; {convert}"),
+    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 picture, which cannot be read; {convert}"),
+    (rb"8BPS", "a Photoshop document, which cannot be read; {convert}"),
+    (rb"\s*(?:<\?xml.*?\?>\s*)?(?:<!.*?>\s*)*<svg\b", "an SVG drawing, which cannot be read; {convert}"),
+    (rb"%PDF-", "a PDF document, which cannot be read; {convert}"),
+    (rb"%!PS", "a PostScript document, which cannot be read; {convert}"),
+    (rb"....ftyp(?!avi[fs]|mif1|msf1)", "a video and not a picture; replace or remove it"),
+    (rb"PK\x03\x04", "a ZIP archive and not a picture; unpack it"),
+]  # fmt: skip
+"""How a file begins -> what it is, and the way out. The first that fits counts. AVIF is left to Pillow."""
+
+HEAD_BYTES = 512
+"""As much of a file's beginning as `describe` needs."""
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file is a picture by its name, one that can be read or one that cannot."""
+    suffix = PurePath(name).suffix.lower()
+    return suffix in EXTENSIONS or suffix in _UNREAD
+
+
+def describe(head: bytes) -> str:
+    """What a file is that Pillow does not take for a picture, and the way out: goes on after `photo.jpg: is `."""
+    for signature, what in _SIGNATURES:
+        if re.match(signature, head, re.DOTALL | re.IGNORECASE):
+            return what.format(convert="convert it to JPEG or PNG")
+    for name in set(_TRUSTED) & Image.OPEN.keys():
+        accept = Image.OPEN[name][1]
+        answer = accept is not None and accept(head)
+        if isinstance(answer, str):  # why this build of Pillow lacks the codec
+            return (
+                f"a picture in {name} format, which this installation of Pillow cannot read; convert it to JPEG or PNG"
+            )
+        if answer:
+            return f"a picture in {name} format, damaged or of an unusual kind; save it again with 8 bits per channel"
+    return "not an image, whatever its name says; replace or remove it"

@@ -1,0 +1,46 @@
+"""Every picture decoded before anything is loaded: which are broken, and how the others are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from sd3tune.data.ahead import ahead
+from sd3tune.data.images import ImageRef, file_digest, read_picture, reading_warnings
+from sd3tune.encode.manifest import ImageFacts, Manifest
+from sd3tune.errors import DataError
+
+
+def inspect(refs: Sequence[ImageRef], manifest: Manifest, progress: bool) -> list[ImageFacts]:
+    """Return the facts of every image; those that the manifest knows are not decoded again.
+
+    Raises DataError for all unreadable images at once.
+    """
+
+    def look(ref: ImageRef) -> ImageFacts | DataError:
+        try:
+            digest = file_digest(ref)
+            known = manifest.images.get(str(ref))
+            if known is not None and known.digest == digest and known.reading is not None:
+                return known
+            picture = read_picture(ref)
+            return ImageFacts(picture.digest, (picture.image.height, picture.image.width), picture.reading)
+        except DataError as error:
+            return error
+
+    bar = tqdm(total=len(refs), desc="checking images", unit="image", delay=1, disable=not progress)
+    found = []
+    with bar:
+        for result in ahead(look, refs):
+            found.append(result)
+            bar.update()
+    problems = dict.fromkeys(line for result in found if isinstance(result, DataError) for line in result.problems)
+    if problems:
+        raise DataError(*problems)
+    return [result for result in found if isinstance(result, ImageFacts)]
+
+
+def warnings_about(refs: Sequence[ImageRef], facts: Sequence[ImageFacts]) -> list[str]:
+    """A line for each way of reading that may surprise."""
+    return reading_warnings([(ref, of.reading) for ref, of in zip(refs, facts, strict=True) if of.reading])

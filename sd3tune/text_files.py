@@ -1,0 +1,41 @@
+"""Text files that other programs wrote, as text: UTF-8, or UTF-16 with its byte-order mark."""
+
+from __future__ import annotations
+
+import codecs
+
+
+class NotText(ValueError):
+    """Bytes that are not readable as text; the message names the file and the way out."""
+
+
+_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def decode(data: bytes, name: object) -> str:
+    """Return the text of a file, line ends as they are. Raises NotText, whose message begins with `name`.
+
+    UTF-8 with or without a mark, and UTF-16 with one, which PowerShell writes. Text never holds NUL bytes, but UTF-16
+    that lost its mark does.
+    """
+    encoding = _MARKS.get(data[:2], "utf-8-sig")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        if encoding != "utf-8-sig":
+            raise NotText(f"{name}: is cut short or damaged UTF-16; save it as UTF-8") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise NotText(
+            f"{name}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
+            if b"\0" not in data
+            else _with_nul(data, name)
+        ) from None
+    if "\0" in text:
+        raise NotText(_with_nul(data, name))
+    return text
+
+
+def _with_nul(data: bytes, name: object) -> str:
+    """UTF-16 of Latin text has its NULs at even or at odd places, other data at both."""
+    utf16 = len(data) % 2 == 0 and (0 in data[::2]) != (0 in data[1::2])
+    return f"{name}: looks like UTF-16; save it as UTF-8" if utf16 else f"{name}: holds binary data, not text"
