@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -33,6 +34,7 @@ def encode_captions(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     max_sequence_length: int = 256,
+    extra_t5_lengths: Sequence[int] = (),
     t5_form: str = "none",
     t5_device: torch.device | str | None = None,
     progress: bool = False,
@@ -43,6 +45,7 @@ def encode_captions(
 ) -> tuple[dict[str, dict[str, str]], EncodeReport]:
     """Encode what the store lacks of `texts`; returns encoder -> text -> key, and the report.
 
+    T5 also encodes each text at `extra_t5_lengths`, in tokens; `caption_keys` gives the keys of those entries.
     Entries are {"hidden": [T, D]} and, for CLIP, {"pooled": [P]}, in `dtype`. An encoder is loaded only when
     something is missing, and freed before the next. T5 is held in `t5_form` (see `quantized.FORMS`), and
     on `t5_device` where that is not `device`. `records` lets the report tell a changed caption from a
@@ -50,32 +53,41 @@ def encode_captions(
     put a barrier behind this call, then `store.refresh()`. The keys are complete on every rank. Raises ModelError,
     and RunError when the disk lacks the room.
     """
-    length = max_sequence_length
-    keys = caption_keys(base, texts, encoders=encoders, dtype=dtype, max_sequence_length=length, t5_form=t5_form)
-    missing = {encoder: [text for text, key in of.items() if key not in store] for encoder, of in keys.items()}
-    sizes = {encoder: entry_bytes(base, encoder, dtype, max_sequence_length) for encoder in encoders}
-    nbytes = sum(sizes[encoder] * len(found) for encoder, found in missing.items())
-    reasons = _reasons(dict.fromkeys(text for found in missing.values() for text in found), records, store)
+    unique = list(dict.fromkeys(texts))
+    lengths = [max_sequence_length, *(extra_t5_lengths if "t5" in encoders else ())]
+    keys_at = functools.partial(caption_keys, base, unique, dtype=dtype, t5_form=t5_form)
+    keys = keys_at(encoders=encoders, max_sequence_length=max_sequence_length)
+    wanted = [(encoder, lengths[0] if encoder == "t5" else CLIP_LENGTH, of) for encoder, of in keys.items()]
+    wanted += [("t5", other, keys_at(encoders=["t5"], max_sequence_length=other)["t5"]) for other in lengths[1:]]
+    missing = [
+        (encoder, tokens, {text: key for text, key in of.items() if key not in store}) for encoder, tokens, of in wanted
+    ]
+    nbytes = sum(entry_bytes(base, encoder, dtype, tokens) * len(found) for encoder, tokens, found in missing)
+    reasons = _reasons(dict.fromkeys(text for _, _, found in missing for text in found), records, store)
     if nbytes:
-        say(check_room(store.root, "captions", sum(map(len, missing.values())), nbytes))
+        say(check_room(store.root, "captions", sum(len(found) for _, _, found in missing), nbytes))
 
     cut: dict[str, dict[str, int]] = {}
-    for encoder, found in missing.items():
-        mine = {text: keys[encoder][text] for text in found if is_mine(keys[encoder][text], rank, world)}
-        if mine:
+    for encoder, passes in itertools.groupby(missing, key=lambda one: one[0]):
+        mine = {
+            tokens: {text: key for text, key in found.items() if is_mine(key, rank, world)}
+            for _, tokens, found in passes
+        }
+        if any(mine.values()):
             is_t5 = encoder == "t5"
             form, where = (t5_form, t5_device or device) if is_t5 else ("none", device)
-            load = functools.partial(load_text_encoder_in, form, base, encoder, dtype, where, length)
-            tokens = length if is_t5 else CLIP_LENGTH
-            cut[f"{'T5' if is_t5 else 'CLIP'} takes {tokens} tokens"] = _encode(load, encoder, mine, store, progress)
+            load = functools.partial(load_text_encoder_in, form, base, encoder, dtype, where, max_sequence_length)
+            for tokens, lost in _encode(load, encoder, mine, store, progress).items():
+                cut[f"{'T5' if is_t5 else 'CLIP'} takes {tokens} tokens"] = lost
             release(device)
 
-    every_text = list(dict.fromkeys(text for of in keys.values() for text in of))
     if rank == 0:
         captions = {str(record.image): record.caption for record in records}
-        Manifest.add(store.root, captions=captions, texts=every_text)
-    extent = f"{len(every_text)} text{'s' * (len(every_text) != 1)} x {len(encoders)} encoders"
-    return keys, EncodeReport("captions", extent, len(every_text), reasons, nbytes, _warnings(cut))
+        Manifest.add(store.root, captions=captions, texts=unique)
+    extent = f"{len(unique)} text{'s' * (len(unique) != 1)} x {len(encoders)} encoders"
+    if len(lengths) > 1:
+        extent += f", T5 at {' and '.join(map(str, lengths))} tokens"
+    return keys, EncodeReport("captions", extent, len(unique), reasons, nbytes, _warnings(cut))
 
 
 def caption_keys(
@@ -105,23 +117,31 @@ def caption_keys(
 
 
 def _encode(
-    load: Callable[[], TextEncoder], encoder: str, keys: dict[str, str], store: Store, progress: bool
-) -> dict[str, int]:
-    """Encode the texts under their keys; returns the tokens lost by each text that is too long."""
-    bar = tqdm(total=len(keys), desc=f"encoding captions, {encoder}", unit="text", disable=not progress)
+    load: Callable[[], TextEncoder],
+    encoder: str,
+    keys: Mapping[int, Mapping[str, str]],
+    store: Store,
+    progress: bool,
+) -> dict[int, dict[str, int]]:
+    """Encode texts under their keys, by length in tokens; returns by length how many tokens each long text lost."""
+    total = sum(map(len, keys.values()))
+    bar = tqdm(total=total, desc=f"encoding captions, {encoder}", unit="text", disable=not progress)
+    lost: dict[int, dict[str, int]] = {tokens: {} for tokens in keys}
     with bar, store.writer() as writer:
         text_encoder = load()
-        lost = {}
-        for text, key in keys.items():
-            (entry,) = text_encoder.encode([text])
-            writer.put(key, entry)
-            lost[text] = text_encoder.truncated(text)
-            bar.update()
-    return {text: tokens for text, tokens in lost.items() if tokens}
+        for tokens, of in keys.items():
+            text_encoder.max_length = tokens
+            for text, key in of.items():
+                (entry,) = text_encoder.encode([text])
+                writer.put(key, entry)
+                if beyond := text_encoder.truncated(text):
+                    lost[tokens][text] = beyond
+                bar.update()
+    return lost
 
 
 def entry_bytes(base: Base, encoder: str, dtype: torch.dtype, max_sequence_length: int) -> int:
-    """Bytes of one entry, from the encoder's configuration alone."""
+    """Bytes of one entry, from the encoder's configuration alone; the length is T5's."""
     config = base.config(ENCODER_PARTS[encoder][1])
     if encoder == "t5":
         return max_sequence_length * config["d_model"] * dtype.itemsize

@@ -105,8 +105,13 @@ def _about_base(plan: Plan) -> list[str]:
         shape = plan.base.random.config
         width = shape["num_attention_heads"] * shape["attention_head_dim"]
         lines.append(f"weights   random, seed {plan.base.random.seed}: {shape['num_layers']} blocks, {width} wide")
-    known, length = plan.base.contract.get("max_sequence_length"), plan.config.model.max_sequence_length
-    if known not in (None, length) and not plan.base.random:
+    model = plan.config.model
+    if len(model.t5_lengths) > 1:
+        lines.append(f"T5        {' and '.join(map(str, model.t5_lengths))} tokens, a step at one of them")
+    elif model.extra_t5_lengths and not model.t5:
+        lines.append("note: model.extra_t5_lengths has no effect with model.t5=false")
+    known, length = plan.base.contract.get("max_sequence_length"), model.max_sequence_length
+    if length not in plan.base.contract.get("t5_lengths", [known or length]) and not plan.base.random:
         lines.append(
             f"warning: {plan.base.label} was trained on {known} T5 tokens and model.max_sequence_length is {length}; "
             f"set it to {known}"

@@ -10,12 +10,13 @@ from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.data.buckets import Size
 from sd3tune.data.records import Record, sample_indices
 from sd3tune.data.store import Store
-from sd3tune.encode.captions import encode_captions
+from sd3tune.encode.captions import caption_keys, encode_captions
 from sd3tune.encode.images import EncodedImage, encode_images
 from sd3tune.encode.report import EncodeReport
 from sd3tune.jobs.drawing import NEGATIVE_PROMPT, draw_class_images
 from sd3tune.jobs.places import store_folder
 from sd3tune.jobs.preflight import Plan
+from sd3tune.train.batches import T5Lengths
 from sd3tune.train.examples import ClassImages, Example, OwnPrediction, Prior
 from sd3tune.train.loop import Processes
 
@@ -32,12 +33,14 @@ class Encoded:
     holdout: list[Example]
     """Measured on, not trained on."""
     warnings: list[str]
+    t5_lengths: T5Lengths = ()
+    """Where several T5 lengths are trained at: the captions' keys at each, ascending, by their keys in `captions`."""
 
 
 def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Encoded:
     """Encode what is missing, each process its share, one component in memory at a time; draw class images between."""
     store = Store(store_folder(plan.config))
-    captions, report = _encode_captions(plan, store, processes, say)
+    captions, t5_lengths, report = _encode_captions(plan, store, processes, say)
     reports = [report]
     draw_class_images(plan, store, captions, processes)
     processes.wait()
@@ -66,7 +69,7 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
     for warning in known:
         say(f"warning: {warning}")
     warnings = [warning for report in reports for warning in report.warnings]
-    return Encoded(store, examples, captions, holdout, [*warnings, *known])
+    return Encoded(store, examples, captions, holdout, [*warnings, *known], t5_lengths)
 
 
 def texts_to_encode(config: Config, records: Sequence[Record], drawing: bool) -> list[str]:
@@ -86,18 +89,20 @@ def texts_to_encode(config: Config, records: Sequence[Record], drawing: bool) ->
 
 def _encode_captions(
     plan: Plan, store: Store, processes: Processes, say: Callable[[str], None]
-) -> tuple[dict[str, dict[str, str]], EncodeReport]:
-    config = plan.config
+) -> tuple[dict[str, dict[str, str]], T5Lengths, EncodeReport]:
+    config, model = plan.config, plan.config.model
     records = [*plan.records, *plan.holdout, *(record for prior in plan.priors for record in prior.records)]
+    texts = texts_to_encode(config, records, drawing=bool(plan.priors))
     captions, report = encode_captions(
         plan.base,
-        texts_to_encode(config, records, drawing=bool(plan.priors)),
+        texts,
         store,
         encoders=plan.method.cached_encoders,
         dtype=plan.dtype,
         device=plan.device,
-        max_sequence_length=config.model.max_sequence_length,
-        t5_form=config.model.t5_quantize,
+        max_sequence_length=model.max_sequence_length,
+        extra_t5_lengths=[length for length in model.t5_lengths if length != model.max_sequence_length],
+        t5_form=model.t5_quantize,
         t5_device="cpu" if config.model.t5_device == "cpu" else None,
         progress=processes.is_main,
         records=records,
@@ -107,7 +112,21 @@ def _encode_captions(
     )
     processes.wait()
     store.refresh()
-    return captions, report
+    return captions, _t5_lengths(plan, captions), report
+
+
+def _t5_lengths(plan: Plan, captions: Mapping[str, Mapping[str, str]]) -> T5Lengths:
+    model = plan.config.model
+    if len(model.t5_lengths) == 1:
+        return ()
+    own = captions["t5"]
+    found = []
+    for length in model.t5_lengths:
+        (keys,) = caption_keys(
+            plan.base, own, encoders=["t5"], dtype=plan.dtype, max_sequence_length=length, t5_form=model.t5_quantize
+        ).values()
+        found.append({own[text]: keys[text] for text in own})
+    return found
 
 
 def _encode_images(
