@@ -86,7 +86,7 @@ def encode_captions(
         Manifest.add(store.root, captions=captions, texts=unique)
     extent = f"{len(unique)} text{'s' * (len(unique) != 1)} x {len(encoders)} encoders"
     if len(lengths) > 1:
-        extent += f", T5 at {' and '.join(map(str, lengths))} tokens"
+        extent += f", T5 at {', '.join(map(str, lengths))} tokens"
     return keys, EncodeReport("captions", extent, len(unique), reasons, nbytes, _warnings(cut))
 
 

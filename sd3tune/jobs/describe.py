@@ -107,7 +107,7 @@ def _about_base(plan: Plan) -> list[str]:
         lines.append(f"weights   random, seed {plan.base.random.seed}: {shape['num_layers']} blocks, {width} wide")
     model = plan.config.model
     if len(model.t5_lengths) > 1:
-        lines.append(f"T5        {' and '.join(map(str, model.t5_lengths))} tokens, a step at one of them")
+        lines.append(f"T5        {', '.join(map(str, model.t5_lengths))} tokens, one length a step")
     elif model.extra_t5_lengths and not model.t5:
         lines.append("note: model.extra_t5_lengths has no effect with model.t5=false")
     known, length = plan.base.contract.get("max_sequence_length"), model.max_sequence_length

@@ -43,15 +43,16 @@ def _text_length(trained: Trained) -> str:
     argument = f"`max_sequence_length={length}`"
     if not trained.uses_t5:
         return (
-            f"T5 was left out: with it, the pictures differ from those of training. {length} zero vectors stand in its "
-            f"place; in diffusers {argument} sets their number, and `sd3tune infer` does so by itself. ComfyUI has none."
+            "T5 was left out: with it, the pictures differ from those of training. "
+            f"{length} zero vectors take its place: diffusers needs {argument} for that, `sd3tune infer` adds them by "
+            "itself, and ComfyUI leaves them out."
         )
-    several = f"s {' and '.join(map(str, lengths))}, each in an equal share of the steps"
+    several = f"s {', '.join(map(str, lengths))}, each in an equal share of the steps"
     return (
         f"It was trained at T5 length{several if len(lengths) > 1 else f' {length}'}. Stable Diffusion 3 attends to "
         f"padding, so a prompt padded to another length is another prompt. `sd3tune infer` pads to {length}. diffusers "
-        f"pads to 256; {argument} sets it. ComfyUI pads to 77 and cuts nothing off; the node `T5TokenizerOptions` between "
-        f"the CLIP loader and both prompts sets it, with `min_length` {length}."
+        f"pads to 256; {argument} sets it. ComfyUI pads to 77 and cuts nothing off; its node `T5TokenizerOptions`, "
+        f"between the CLIP loader and both prompts, sets it: `min_length` {length}."
     )
 
 

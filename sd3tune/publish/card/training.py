@@ -80,7 +80,7 @@ def _mathematics(trained: Trained) -> Iterator[Row]:
 
 def _text(trained: Trained) -> Iterator[Row]:
     files = trained.contract.get("encoder_files", {})
-    lengths = " and ".join(map(str, trained.t5_lengths))
+    lengths = ", ".join(map(str, trained.t5_lengths))
     yield "T5 tokens", lengths + ("" if trained.uses_t5 else ", T5 not used")
     if files:
         yield "text encoders", ", ".join(f"{name} from {code(used['file'])}" for name, used in files.items())
