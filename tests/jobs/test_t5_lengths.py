@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from sd3tune.errors import RunError
+from sd3tune.jobs.contract import make_contract, run_identity
+from sd3tune.jobs.describe import describe
+from sd3tune.jobs.preflight import make_plan
 from sd3tune.jobs.train import run_training
 from sd3tune.model.adapter_io import read_adapter
+from sd3tune.model.bases import resolve_base
 
 SEVERAL = ("model.extra_t5_lengths=[24, 20, 24]",)
 
@@ -68,15 +73,36 @@ def test_a_run_at_several_lengths_resumes_exactly_and_keeps_them(
     assert_equal_runs(tmp_path / "straight", tmp_path / "run")
 
 
-def test_a_run_at_one_length_goes_on_where_the_key_adds_none(quick_config, tmp_path: Path, capsys) -> None:
-    """`[16]` beside 16 adds nothing, and without T5 nothing does: identity and contract are those of before."""
-    for name, settings in (("own", ()), ("without", ("model.t5=false",))):
-        run = tmp_path / name
-        run_training(quick_config(run, *settings, "train.steps=1"))
-        more = "[16]" if name == "own" else "[20]"
-        capsys.readouterr()
-        run_training(quick_config(run, *settings, "train.steps=2", f"model.extra_t5_lengths={more}"), resume=True)
-        out = capsys.readouterr().out
-        assert "resuming from step-000001" in out
-        assert ("note: model.extra_t5_lengths has no effect with model.t5=false" in out) == (name == "without")
-        assert "t5_lengths" not in read_adapter(run).contract
+@pytest.mark.parametrize(
+    ("settings", "nothing", "says"),
+    [
+        ((), "[16]", False),  # the length that it has
+        (("model.t5=false",), "[20]", True),
+    ],
+    ids=["own", "without T5"],
+)
+def test_a_length_that_adds_nothing_leaves_identity_and_contract_as_they_were(
+    quick_config, tmp_path: Path, settings: tuple[str, ...], nothing: str, says: bool
+) -> None:
+    """So a run from before there was the key resumes."""
+    plan, same = (
+        make_plan(quick_config(tmp_path, *settings, *more), torch.device("cpu"), resume=None)
+        for more in ((), (f"model.extra_t5_lengths={nothing}",))
+    )
+    assert run_identity(plan, None, 1) == run_identity(same, None, 1)
+    assert run_identity(plan, None, 1)["model"].keys() == {"base", "dtype", "max_sequence_length", "t5"}
+    assert make_contract(plan) == make_contract(same)
+    assert ("note: model.extra_t5_lengths has no effect with model.t5=false" in describe(same, 1)) == says
+    assert not any("extra_t5_lengths" in line for line in describe(plan, 1))
+
+
+@pytest.mark.parametrize(("length", "warned"), [(16, False), (20, False), (17, True)])
+def test_a_base_that_was_trained_at_several_lengths_is_used_at_any_of_them(
+    quick_config, tmp_path: Path, length: int, warned: bool
+) -> None:
+    base = Path(shutil.copytree(resolve_base("tiny").path, tmp_path / "base"))
+    (base / "sd3tune.json").write_text(json.dumps({"max_sequence_length": 16, "t5_lengths": [16, 20]}))
+    settings = (f"model.base={base}", f"model.max_sequence_length={length}")
+    plan = make_plan(quick_config(tmp_path / "run", *settings), torch.device("cpu"), resume=None)
+    found = [line for line in describe(plan, 1) if "was trained on 16, 20 T5 tokens" in line]
+    assert len(found) == warned
