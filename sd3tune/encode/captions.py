@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,11 @@ from sd3tune.model.quantized import load_text_encoder_in
 from sd3tune.model.text import TextEncoder
 
 CLIP_LENGTH = 77
+
+Keys = Mapping[str, Mapping[str, str]]
+"""Encoder -> text -> the key of its entry."""
+KeysAt = Mapping[int, Mapping[str, str]]
+"""Of one encoder: length in tokens -> text -> key."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +46,7 @@ def encode_captions(
     rank: int = 0,
     world: int = 1,
     say: Callable[[str], None] = logger.info,
-) -> tuple[dict[str, dict[str, str]], EncodeReport]:
+) -> tuple[Keys, EncodeReport]:
     """Encode what the store lacks of `texts`; returns encoder -> text -> key, and the report.
 
     T5 also encodes each text at `extra_t5_lengths`, in tokens; `caption_keys` gives the keys of those entries.
@@ -54,25 +58,19 @@ def encode_captions(
     and RunError when the disk lacks the room.
     """
     unique = list(dict.fromkeys(texts))
-    lengths = [max_sequence_length, *(extra_t5_lengths if "t5" in encoders else ())]
+    lengths = list(dict.fromkeys([max_sequence_length, *(extra_t5_lengths if "t5" in encoders else ())]))
     keys_at = functools.partial(caption_keys, base, unique, dtype=dtype, t5_form=t5_form)
-    keys = keys_at(encoders=encoders, max_sequence_length=max_sequence_length)
-    wanted = [(encoder, lengths[0] if encoder == "t5" else CLIP_LENGTH, of) for encoder, of in keys.items()]
-    wanted += [("t5", other, keys_at(encoders=["t5"], max_sequence_length=other)["t5"]) for other in lengths[1:]]
-    missing = [
-        (encoder, tokens, {text: key for text, key in of.items() if key not in store}) for encoder, tokens, of in wanted
-    ]
-    nbytes = sum(entry_bytes(base, encoder, dtype, tokens) * len(found) for encoder, tokens, found in missing)
-    reasons = _reasons(dict.fromkeys(text for _, _, found in missing for text in found), records, store)
+    wanted = {encoder: _by_length(keys_at, encoder, lengths) for encoder in encoders}
+    missing = {encoder: _without(of, lambda key: key in store) for encoder, of in wanted.items()}
+    passes = [(encoder, tokens, found) for encoder, of in missing.items() for tokens, found in of.items()]
+    nbytes = sum(entry_bytes(base, encoder, dtype, tokens) * len(found) for encoder, tokens, found in passes)
+    reasons = _reasons(dict.fromkeys(text for _, _, found in passes for text in found), records, store)
     if nbytes:
-        say(check_room(store.root, "captions", sum(len(found) for _, _, found in missing), nbytes))
+        say(check_room(store.root, "captions", sum(len(found) for _, _, found in passes), nbytes))
 
     cut: dict[str, dict[str, int]] = {}
-    for encoder, passes in itertools.groupby(missing, key=lambda one: one[0]):
-        mine = {
-            tokens: {text: key for text, key in found.items() if is_mine(key, rank, world)}
-            for _, tokens, found in passes
-        }
+    for encoder, of in missing.items():
+        mine = _without(of, lambda key: not is_mine(key, rank, world))
         if any(mine.values()):
             is_t5 = encoder == "t5"
             form, where = (t5_form, t5_device or device) if is_t5 else ("none", device)
@@ -82,12 +80,20 @@ def encode_captions(
             release(device)
 
     if rank == 0:
-        captions = {str(record.image): record.caption for record in records}
-        Manifest.add(store.root, captions=captions, texts=unique)
+        Manifest.add(store.root, captions={str(record.image): record.caption for record in records}, texts=unique)
     extent = f"{len(unique)} text{'s' * (len(unique) != 1)} x {len(encoders)} encoders"
-    if len(lengths) > 1:
-        extent += f", T5 at {', '.join(map(str, lengths))} tokens"
+    extent += f", T5 at {', '.join(map(str, lengths))} tokens" * (len(lengths) > 1)
+    keys = {encoder: next(iter(of.values())) for encoder, of in wanted.items()}
     return keys, EncodeReport("captions", extent, len(unique), reasons, nbytes, _warnings(cut))
+
+
+def _by_length(keys_at: Callable[..., Keys], encoder: str, t5_lengths: Sequence[int]) -> KeysAt:
+    lengths = t5_lengths if encoder == "t5" else [CLIP_LENGTH]
+    return {tokens: keys_at(encoders=[encoder], max_sequence_length=tokens)[encoder] for tokens in lengths}
+
+
+def _without(keys: KeysAt, unwanted: Callable[[str], bool]) -> KeysAt:
+    return {tokens: {text: key for text, key in of.items() if not unwanted(key)} for tokens, of in keys.items()}
 
 
 def caption_keys(
@@ -98,7 +104,7 @@ def caption_keys(
     dtype: torch.dtype,
     max_sequence_length: int,
     t5_form: str = "none",
-) -> dict[str, dict[str, str]]:
+) -> Keys:
     """Encoder -> text -> key, each text once, in order. T5's length and form are in T5's keys alone."""
     unique = list(dict.fromkeys(texts))
     keys = {}
@@ -119,7 +125,7 @@ def caption_keys(
 def _encode(
     load: Callable[[], TextEncoder],
     encoder: str,
-    keys: Mapping[int, Mapping[str, str]],
+    keys: KeysAt,
     store: Store,
     progress: bool,
 ) -> dict[int, dict[str, int]]:

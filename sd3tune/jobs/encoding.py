@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -89,7 +90,7 @@ def texts_to_encode(config: Config, records: Sequence[Record], drawing: bool) ->
 
 def _encode_captions(
     plan: Plan, store: Store, processes: Processes, say: Callable[[str], None]
-) -> tuple[dict[str, dict[str, str]], T5Lengths, EncodeReport]:
+) -> tuple[Mapping[str, Mapping[str, str]], T5Lengths, EncodeReport]:
     config, model = plan.config, plan.config.model
     records = [*plan.records, *plan.holdout, *(record for prior in plan.priors for record in prior.records)]
     texts = texts_to_encode(config, records, drawing=bool(plan.priors))
@@ -101,7 +102,7 @@ def _encode_captions(
         dtype=plan.dtype,
         device=plan.device,
         max_sequence_length=model.max_sequence_length,
-        extra_t5_lengths=[length for length in model.t5_lengths if length != model.max_sequence_length],
+        extra_t5_lengths=model.extra_t5_lengths,
         t5_form=model.t5_quantize,
         t5_device="cpu" if config.model.t5_device == "cpu" else None,
         progress=processes.is_main,
@@ -120,13 +121,9 @@ def _t5_lengths(plan: Plan, captions: Mapping[str, Mapping[str, str]]) -> T5Leng
     if len(model.t5_lengths) == 1:
         return ()
     own = captions["t5"]
-    found = []
-    for length in model.t5_lengths:
-        (keys,) = caption_keys(
-            plan.base, own, encoders=["t5"], dtype=plan.dtype, max_sequence_length=length, t5_form=model.t5_quantize
-        ).values()
-        found.append({own[text]: keys[text] for text in own})
-    return found
+    keys_at = functools.partial(caption_keys, plan.base, own, dtype=plan.dtype, t5_form=model.t5_quantize)
+    found = [keys_at(encoders=["t5"], max_sequence_length=length)["t5"] for length in model.t5_lengths]
+    return [{own[text]: key for text, key in of.items()} for of in found]
 
 
 def _encode_images(
