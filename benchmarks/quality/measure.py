@@ -69,12 +69,17 @@ def measure_base(painter: Painter, count: int, seed: int) -> Shares:
 
 def measure_lora(painter: Painter, panel: Panel, variant: Variant, run: Path, store: Path, seed: int) -> Shares:
     """Train and measure; `train_s` is the seconds of the whole command, encodings in the store apart."""
+    seconds = train_quietly(variant, run, store, seed)
+    return measure_panel(painter, panel, run) | {"train_s": seconds}
+
+
+def train_quietly(variant: Variant, run: Path, store: Path, seed: int) -> float:
+    """Train into `run`, and print nothing; returns the seconds of the whole command."""
     config = variant.config(str(run), str(store), seed)
     started = time.monotonic()
     with _quietly():
         run_training(config, callbacks=variant.callbacks)
-    seconds = time.monotonic() - started
-    return measure_panel(painter, panel, run) | {"train_s": seconds}
+    return time.monotonic() - started
 
 
 def _by_question(tasks: Sequence[Task], images: Sequence[Image.Image]) -> Shares:

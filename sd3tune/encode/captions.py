@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -21,6 +21,11 @@ from sd3tune.model.text import TextEncoder
 
 CLIP_LENGTH = 77
 
+Keys = Mapping[str, Mapping[str, str]]
+"""Encoder -> text -> the key of its entry."""
+KeysAt = Mapping[int, Mapping[str, str]]
+"""Of one encoder: length in tokens -> text -> key."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,6 +38,7 @@ def encode_captions(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     max_sequence_length: int = 256,
+    extra_t5_lengths: Sequence[int] = (),
     t5_form: str = "none",
     t5_device: torch.device | str | None = None,
     progress: bool = False,
@@ -40,9 +46,10 @@ def encode_captions(
     rank: int = 0,
     world: int = 1,
     say: Callable[[str], None] = logger.info,
-) -> tuple[dict[str, dict[str, str]], EncodeReport]:
+) -> tuple[Keys, EncodeReport]:
     """Encode what the store lacks of `texts`; returns encoder -> text -> key, and the report.
 
+    T5 also encodes each text at `extra_t5_lengths`, in tokens; `caption_keys` gives the keys of those entries.
     Entries are {"hidden": [T, D]} and, for CLIP, {"pooled": [P]}, in `dtype`. An encoder is loaded only when
     something is missing, and freed before the next. T5 is held in `t5_form` (see `quantized.FORMS`), and
     on `t5_device` where that is not `device`. `records` lets the report tell a changed caption from a
@@ -50,36 +57,52 @@ def encode_captions(
     put a barrier behind this call, then `store.refresh()`. The keys are complete on every rank. Raises ModelError,
     and RunError when the disk lacks the room.
     """
-    length = max_sequence_length
-    keys = caption_keys(base, texts, encoders=encoders, dtype=dtype, max_sequence_length=length, t5_form=t5_form)
-    damaged = set(store.check(key for of in keys.values() for key in of.values()))
-    names = dict.fromkeys(repr(text[:60]) for of in keys.values() for text, key in of.items() if key in damaged)
-    missing = {encoder: [text for text, key in of.items() if key not in store] for encoder, of in keys.items()}
-    sizes = {encoder: entry_bytes(base, encoder, dtype, max_sequence_length) for encoder in encoders}
-    nbytes = sum(sizes[encoder] * len(found) for encoder, found in missing.items())
-    reasons = _reasons(dict.fromkeys(text for found in missing.values() for text in found), records, store)
+    unique = list(dict.fromkeys(texts))
+    lengths = list(dict.fromkeys([max_sequence_length, *(extra_t5_lengths if "t5" in encoders else ())]))
+    keys_at = functools.partial(caption_keys, base, unique, dtype=dtype, t5_form=t5_form)
+    wanted = {encoder: _by_length(keys_at, encoder, lengths) for encoder in encoders}
+    damaged = _damaged(wanted, store)
+    missing = {encoder: _without(of, lambda key: key in store) for encoder, of in wanted.items()}
+    passes = [(encoder, tokens, found) for encoder, of in missing.items() for tokens, found in of.items()]
+    nbytes = sum(entry_bytes(base, encoder, dtype, tokens) * len(found) for encoder, tokens, found in passes)
+    reasons = _reasons(dict.fromkeys(text for _, _, found in passes for text in found), records, store)
     if nbytes:
-        say(check_room(store.root, "captions", sum(map(len, missing.values())), nbytes))
+        say(check_room(store.root, "captions", sum(len(found) for _, _, found in passes), nbytes))
 
     cut: dict[str, dict[str, int]] = {}
-    for encoder, found in missing.items():
-        mine = {text: keys[encoder][text] for text in found if is_mine(keys[encoder][text], rank, world)}
-        if mine:
+    for encoder, of in missing.items():
+        mine = _without(of, lambda key: not is_mine(key, rank, world))
+        if any(mine.values()):
             is_t5 = encoder == "t5"
             form, where = (t5_form, t5_device or device) if is_t5 else ("none", device)
-            load = functools.partial(load_text_encoder_in, form, base, encoder, dtype, where, length)
-            tokens = length if is_t5 else CLIP_LENGTH
-            cut[f"{'T5' if is_t5 else 'CLIP'} takes {tokens} tokens"] = _encode(load, encoder, mine, store, progress)
+            load = functools.partial(load_text_encoder_in, form, base, encoder, dtype, where, max_sequence_length)
+            for tokens, lost in _encode(load, encoder, mine, store, progress).items():
+                cut[f"{'T5' if is_t5 else 'CLIP'} takes {tokens} tokens"] = lost
             release(device)
 
-    every_text = list(dict.fromkeys(text for of in keys.values() for text in of))
     if rank == 0:
-        captions = {str(record.image): record.caption for record in records}
-        Manifest.add(store.root, captions=captions, texts=every_text)
-    extent = f"{len(every_text)} text{'s' * (len(every_text) != 1)} x {len(encoders)} encoders"
-    return keys, EncodeReport(
-        "captions", extent, len(every_text), reasons, nbytes, [*damage_warnings(list(names)), *_warnings(cut)]
-    )
+        Manifest.add(store.root, captions={str(record.image): record.caption for record in records}, texts=unique)
+    extent = f"{len(unique)} text{'s' * (len(unique) != 1)} x {len(encoders)} encoders"
+    extent += f", T5 at {', '.join(map(str, lengths))} tokens" * (len(lengths) > 1)
+    keys = {encoder: next(iter(of.values())) for encoder, of in wanted.items()}
+    warnings = [*damage_warnings(damaged), *_warnings(cut)]
+    return keys, EncodeReport("captions", extent, len(unique), reasons, nbytes, warnings)
+
+
+def _damaged(wanted: Mapping[str, KeysAt], store: Store) -> list[str]:
+    """The beginnings of the texts whose entries are damaged."""
+    keys = [(text, key) for of in wanted.values() for at in of.values() for text, key in at.items()]
+    damaged = set(store.check(key for _, key in keys))
+    return list(dict.fromkeys(repr(text[:60]) for text, key in keys if key in damaged))
+
+
+def _by_length(keys_at: Callable[..., Keys], encoder: str, t5_lengths: Sequence[int]) -> KeysAt:
+    lengths = t5_lengths if encoder == "t5" else [CLIP_LENGTH]
+    return {tokens: keys_at(encoders=[encoder], max_sequence_length=tokens)[encoder] for tokens in lengths}
+
+
+def _without(keys: KeysAt, unwanted: Callable[[str], bool]) -> KeysAt:
+    return {tokens: {text: key for text, key in of.items() if not unwanted(key)} for tokens, of in keys.items()}
 
 
 def caption_keys(
@@ -90,7 +113,7 @@ def caption_keys(
     dtype: torch.dtype,
     max_sequence_length: int,
     t5_form: str = "none",
-) -> dict[str, dict[str, str]]:
+) -> Keys:
     """Encoder -> text -> key, each text once, in order. T5's length and form are in T5's keys alone."""
     unique = list(dict.fromkeys(texts))
     keys = {}
@@ -109,23 +132,31 @@ def caption_keys(
 
 
 def _encode(
-    load: Callable[[], TextEncoder], encoder: str, keys: dict[str, str], store: Store, progress: bool
-) -> dict[str, int]:
-    """Encode the texts under their keys; returns the tokens lost by each text that is too long."""
-    bar = tqdm(total=len(keys), desc=f"encoding captions, {encoder}", unit="text", disable=not progress)
+    load: Callable[[], TextEncoder],
+    encoder: str,
+    keys: KeysAt,
+    store: Store,
+    progress: bool,
+) -> dict[int, dict[str, int]]:
+    """Encode texts under their keys, by length in tokens; returns by length how many tokens each long text lost."""
+    total = sum(map(len, keys.values()))
+    bar = tqdm(total=total, desc=f"encoding captions, {encoder}", unit="text", disable=not progress)
+    lost: dict[int, dict[str, int]] = {tokens: {} for tokens in keys}
     with bar, store.writer() as writer:
         text_encoder = load()
-        lost = {}
-        for text, key in keys.items():
-            (entry,) = text_encoder.encode([text])
-            writer.put(key, entry)
-            lost[text] = text_encoder.truncated(text)
-            bar.update()
-    return {text: tokens for text, tokens in lost.items() if tokens}
+        for tokens, of in keys.items():
+            text_encoder.max_length = tokens
+            for text, key in of.items():
+                (entry,) = text_encoder.encode([text])
+                writer.put(key, entry)
+                if beyond := text_encoder.truncated(text):
+                    lost[tokens][text] = beyond
+                bar.update()
+    return lost
 
 
 def entry_bytes(base: Base, encoder: str, dtype: torch.dtype, max_sequence_length: int) -> int:
-    """Bytes of one entry, from the encoder's configuration alone."""
+    """Bytes of one entry, from the encoder's configuration alone; the length is T5's."""
     config = base.config(ENCODER_PARTS[encoder][1])
     if encoder == "t5":
         return max_sequence_length * config["d_model"] * dtype.itemsize

@@ -11,6 +11,7 @@ import torch
 from sd3tune import __version__
 from sd3tune.config import Config, load_config
 from sd3tune.config.sections.data import OwnPredictionConfig
+from sd3tune.config.sections.model import ModelConfig
 from sd3tune.data.store import key
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.jobs.encoding import Encoded
@@ -38,6 +39,7 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "base_revision": plan.base.revision,
         "base_fingerprint": plan.base.fingerprint("transformer"),
         "max_sequence_length": config.model.max_sequence_length,
+        **_t5_lengths(config.model),
         "encoders": list(plan.method.cached_encoders),
         "trigger": config.data.trigger,
         "base_released_as": VARIANTS.get(str(released_shape(plan.base.config("transformer")))),
@@ -62,6 +64,11 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "seed": config.seed,
         "weights": "raw" if config.ema is None else "ema",
     }
+
+
+def _t5_lengths(model: ModelConfig) -> dict[str, Any]:
+    """All T5 lengths that were trained at, where there are several; runs with one have no such key."""
+    return {"t5_lengths": model.t5_lengths} if len(model.t5_lengths) > 1 else {}
 
 
 def _encoder_files(plan: Plan) -> dict[str, Any]:
@@ -109,6 +116,7 @@ def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, A
             "base": plan.base.fingerprint("transformer"),
             "dtype": dtype_name(plan.dtype),
             "max_sequence_length": config.model.max_sequence_length,
+            **_t5_lengths(config.model),
             "t5": config.model.t5,
             **config.model.fewer_bits,
             **({"clip_l_pooled": "unprojected"} if plan.base.ignores_projection else {}),

@@ -132,7 +132,7 @@ def _captions(config: Config, captions: Sequence[str]) -> Iterator[str]:
         base = local_base(config.model)
         limits = {"CLIP": ("clip_l", _CLIP_TOKENS)}
         if config.model.t5:
-            limits["T5"] = ("t5", config.model.max_sequence_length)
+            limits["T5"] = ("t5", min(config.model.t5_lengths))
         tokenizers = {} if base is None else {name: load_tokenizer(base, part) for name, (part, _) in limits.items()}
     except ModelError as error:
         yield from (f"warning: tokens were not counted: {problem}" for problem in error.problems)

@@ -119,11 +119,17 @@ def _about_base(plan: Plan) -> list[str]:
         shape = plan.base.random.config
         width = shape["num_attention_heads"] * shape["attention_head_dim"]
         lines.append(f"weights   random, seed {plan.base.random.seed}: {shape['num_layers']} blocks, {width} wide")
-    known, length = plan.base.contract.get("max_sequence_length"), plan.config.model.max_sequence_length
-    if known not in (None, length) and not plan.base.random:
+    model = plan.config.model
+    if len(model.t5_lengths) > 1:
+        lines.append(f"T5        {', '.join(map(str, model.t5_lengths))} tokens, one length a step")
+    elif model.extra_t5_lengths and not model.t5:
+        lines.append("note: model.extra_t5_lengths has no effect with model.t5=false")
+    length, contract = model.max_sequence_length, plan.base.contract
+    known = contract.get("t5_lengths") or [contract.get("max_sequence_length", length)]
+    if length not in known and not plan.base.random:
         lines.append(
-            f"warning: {plan.base.label} was trained on {known} T5 tokens and model.max_sequence_length is {length}; "
-            f"set it to {known}"
+            f"warning: {plan.base.label} was trained on {', '.join(map(str, known))} T5 tokens and "
+            f"model.max_sequence_length is {length}; set it to {known[0]}"
         )
     if plan.base.distilled:
         unfit = plan.config.preview.guidance > 1

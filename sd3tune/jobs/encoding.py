@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.data.buckets import Size
 from sd3tune.data.records import Record, sample_indices
 from sd3tune.data.store import Store
-from sd3tune.encode.captions import encode_captions
+from sd3tune.encode.captions import caption_keys, encode_captions
 from sd3tune.encode.images import EncodedImage, encode_images
 from sd3tune.encode.inspect import inspect, warnings_about
 from sd3tune.encode.manifest import Manifest
@@ -19,6 +20,7 @@ from sd3tune.encode.report import EncodeReport
 from sd3tune.jobs.drawing import NEGATIVE_PROMPT, draw_class_images
 from sd3tune.jobs.places import store_folder
 from sd3tune.jobs.preflight import Plan
+from sd3tune.train.batches import T5Lengths
 from sd3tune.train.examples import ClassImages, Example, OwnPrediction, Prior
 from sd3tune.train.loop import Processes
 
@@ -37,12 +39,14 @@ class Encoded:
     warnings: list[str]
     earlier_keys: Mapping[str, str]
     """Image's key -> the one of versions that ignored colour profiles, where it is another."""
+    t5_lengths: T5Lengths = ()
+    """Where several T5 lengths are trained at: the captions' keys at each, ascending, by their keys in `captions`."""
 
 
 def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Encoded:
     """Encode what is missing, each process its share, one component in memory at a time; draw class images between."""
     store = Store(store_folder(plan.config))
-    captions, report = _encode_captions(plan, store, processes, say)
+    captions, t5_lengths, report = _encode_captions(plan, store, processes, say)
     reports = [report]
     earlier: dict[str, str] = {}
     draw_class_images(plan, store, captions, processes)
@@ -74,7 +78,7 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
     for warning in known:
         say(f"warning: {warning}")
     warnings = [warning for report in reports for warning in report.warnings]
-    return Encoded(store, examples, captions, holdout, [*plan.warnings, *warnings, *known], earlier)
+    return Encoded(store, examples, captions, holdout, [*plan.warnings, *warnings, *known], earlier, t5_lengths)
 
 
 def check_pictures(plan: Plan, progress: bool) -> list[str]:
@@ -102,18 +106,20 @@ def texts_to_encode(config: Config, records: Sequence[Record], drawing: bool) ->
 
 def _encode_captions(
     plan: Plan, store: Store, processes: Processes, say: Callable[[str], None]
-) -> tuple[dict[str, dict[str, str]], EncodeReport]:
-    config = plan.config
+) -> tuple[Mapping[str, Mapping[str, str]], T5Lengths, EncodeReport]:
+    config, model = plan.config, plan.config.model
     records = [*plan.records, *plan.holdout, *(record for prior in plan.priors for record in prior.records)]
+    texts = texts_to_encode(config, records, drawing=bool(plan.priors))
     captions, report = encode_captions(
         plan.base,
-        texts_to_encode(config, records, drawing=bool(plan.priors)),
+        texts,
         store,
         encoders=plan.method.cached_encoders,
         dtype=plan.dtype,
         device=plan.device,
-        max_sequence_length=config.model.max_sequence_length,
-        t5_form=config.model.t5_quantize,
+        max_sequence_length=model.max_sequence_length,
+        extra_t5_lengths=model.extra_t5_lengths,
+        t5_form=model.t5_quantize,
         t5_device="cpu" if config.model.t5_device == "cpu" else None,
         progress=processes.is_main,
         records=records,
@@ -123,7 +129,17 @@ def _encode_captions(
     )
     processes.wait()
     store.refresh()
-    return captions, report
+    return captions, _t5_lengths(plan, captions), report
+
+
+def _t5_lengths(plan: Plan, captions: Mapping[str, Mapping[str, str]]) -> T5Lengths:
+    model = plan.config.model
+    if len(model.t5_lengths) == 1:
+        return ()
+    own = captions["t5"]
+    keys_at = functools.partial(caption_keys, plan.base, own, dtype=plan.dtype, t5_form=model.t5_quantize)
+    found = [keys_at(encoders=["t5"], max_sequence_length=length)["t5"] for length in model.t5_lengths]
+    return [{own[text]: key for text, key in of.items()} for of in found]
 
 
 def _encode_images(

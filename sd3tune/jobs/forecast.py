@@ -12,7 +12,7 @@ from sd3tune.config import Config
 from sd3tune.data.buckets import Size
 from sd3tune.data.images import Crop, crops, file_digest, upright_size
 from sd3tune.data.records import Record, load_records
-from sd3tune.encode.captions import entry_bytes
+from sd3tune.encode.captions import CLIP_LENGTH, entry_bytes
 from sd3tune.encode.images import bytes_per_pixel
 from sd3tune.errors import DataError
 from sd3tune.jobs.class_images import PlannedPrior, plan_priors
@@ -173,7 +173,7 @@ def _encoding(outlook: Outlook, method: Method) -> dict[str, Use]:
     base, model = outlook.base, outlook.config.model
     forms = {name: model.t5_quantize if name == "t5" else "none" for name in method.cached_encoders}
     encoding = {
-        name: rehearse_text_encoder(base, name, outlook.dtype, model.max_sequence_length, form)
+        name: rehearse_text_encoder(base, name, outlook.dtype, max(model.t5_lengths), form)
         for name, form in forms.items()
     }
     return {**encoding, "vae": rehearse_vae(base, outlook.largest, outlook.dtype)}
@@ -187,8 +187,11 @@ def _store(outlook: Outlook, records: Sequence[Record], encoders: Sequence[str])
     config = outlook.config
     of_class = [record for prior in outlook.priors for record in prior.records]
     texts = dict.fromkeys(texts_to_encode(config, [*records, *outlook.holdout, *of_class], bool(outlook.priors)))
-    tokens = config.model.max_sequence_length
-    a_text = sum(entry_bytes(outlook.base, encoder, outlook.dtype, tokens) for encoder in encoders)
+    a_text = sum(
+        entry_bytes(outlook.base, encoder, outlook.dtype, tokens)
+        for encoder in encoders
+        for tokens in (config.model.t5_lengths if encoder == "t5" else [CLIP_LENGTH])
+    )
     sizes = [cut.size for record in records for cut in _cuts(outlook, record)]
     sizes += [bucket_of(record, outlook.buckets) for record in outlook.holdout] + [outlook.largest] * len(of_class)
     pixels = sum(height * width for height, width in sizes)

@@ -91,6 +91,7 @@ class Training:
 class EmptyBatches:
     """Stands in for `Batches`: the shapes of its batches, all of images of one size, on the meta device.
 
+    Captions have the longest T5 length that is trained at.
     Where a source has a prior, every instance has one beside it, which is the most there can be.
     """
 
@@ -136,7 +137,7 @@ class EmptyBatches:
 def _entry_shapes(base: Base, encoder: str, config: Config) -> dict[str, tuple[int, ...]]:
     of = base.config(ENCODER_PARTS[encoder][1])
     if encoder == "t5":
-        return {"hidden": (config.model.max_sequence_length, of["d_model"])}
+        return {"hidden": (max(config.model.t5_lengths), of["d_model"])}
     return {"hidden": (CLIP_LENGTH, of["hidden_size"]), "pooled": (of["projection_dim"],)}
 
 

@@ -7,8 +7,8 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -225,7 +225,9 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
     plan, state, watching = attempt.plan, attempt.state, attempt.watching
     _export(plan, state, attempt.contract)
     weights = exported_weights(state)
-    report = closing_report(plan, attempt.transformer, weights, attempt.batches) | watching.report()
+    at_own_length = replace(attempt.encoded, t5_lengths=())  # the report compares at `max_sequence_length`
+    with closing(make_batches(plan, at_own_length, attempt.processes)) as batches:
+        report = closing_report(plan, attempt.transformer, weights, batches) | watching.report()
     described = {
         **attempt.described,
         "timings": {name: round(value, 3) for name, value in seconds.items()},
@@ -306,6 +308,7 @@ def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
             {encoder: keys[NEGATIVE_PROMPT] for encoder, keys in encoded.captions.items() if NEGATIVE_PROMPT in keys},
             kept=drops_kept_captions(plan),
         ),
+        t5_lengths=encoded.t5_lengths,
     )
 
 

@@ -20,11 +20,12 @@ class StoredText:
         self.cached_encoders: tuple[str, ...] = ("clip_l", "clip_g", "t5") if model.t5 else ("clip_l", "clip_g")
 
     def conditioning(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> tuple[Tensor, Tensor]:
+        t5 = embeddings["t5"]["hidden"] if "t5" in embeddings else None
         prompt_embeds, pooled = assemble(
             embeddings["clip_l"],
             embeddings["clip_g"],
-            embeddings["t5"]["hidden"] if "t5" in embeddings else None,
-            self.t5_length,
+            t5,
+            self.t5_length if t5 is None else t5.shape[1],
             transformer.config.joint_attention_dim,
         )
         dtype = next(transformer.parameters()).dtype  # `transformer.dtype` walks the whole model to find out

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sd3tune.data.buckets import size_name
-from sd3tune.data.sampler import batch_samples, derive, generator, step_slots, uniform
+from sd3tune.data.sampler import batch_samples, derive, generator, index_at, step_slots, uniform
 from sd3tune.data.store import Store
 from sd3tune.flow.objective import offset_noise
 from sd3tune.model.hoist import Modulation
@@ -32,6 +32,10 @@ class Dropout:
     kept: bool = False
     """Whether samples that keep the base's prediction lose theirs, too: only in runs that an earlier version began, as
     the same input then has two targets."""
+
+
+T5Lengths = Sequence[Mapping[str, str]]
+"""For each T5 length that is trained at, the entries' keys at that length by their keys in the examples."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,9 @@ class Batches:
         sigma_of_u: Callable[[Tensor, int], Tensor],
         noise_offset: float = 0.0,
         dropout: Dropout = Dropout(),
+        t5_lengths: T5Lengths = (),
     ) -> None:
-        self.store, self.seed, self.dropout = store, seed, dropout
+        self.store, self.seed, self.dropout, self.t5_lengths = store, seed, dropout, t5_lengths
         self.buckets: dict[str, list[Example]] = {}
         for example in sorted(examples, key=lambda example: example.size):
             self.buckets.setdefault(size_name(example.size), []).append(example)
@@ -204,10 +209,17 @@ class Batches:
         if sample.is_kept and not chance.kept:
             return self.store.get(example.captions[encoder])
         without_caption = chance.caption > uniform(self.seed, step, slot, "caption dropout")
-        entry = self.store.get(chance.empty[encoder] if without_caption else example.captions[encoder])
+        key = chance.empty[encoder] if without_caption else example.captions[encoder]
+        entry = self.store.get(self._at_length(key, step) if encoder == "t5" else key)
         if chance.encoder > uniform(self.seed, step, slot, "encoder dropout", encoder):
             return {name: torch.zeros_like(tensor) for name, tensor in entry.items()}
         return entry
+
+    def _at_length(self, key: str, step: int) -> str:
+        """The key of a T5 entry at the length of this step: one length for all its samples, on every rank."""
+        if not self.t5_lengths:
+            return key
+        return self.t5_lengths[index_at(derive(self.seed, "t5 length"), step, len(self.t5_lengths))][key]
 
     def _to_device(self, step: int, loaded: _Loaded) -> Batch:
         mean, std, sigma = (t.to(self.device, non_blocking=True) for t in (loaded.mean, loaded.std, loaded.sigma))

@@ -1,4 +1,6 @@
+import re
 import weakref
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +109,44 @@ def test_another_t5_length_encodes_t5_alone(base, tmp_path, encoded):
     assert before["clip_l"] == after["clip_l"]
     assert before["clip_g"] == after["clip_g"]
     assert report.summary() == "captions: 4 of 4 re-encoded: settings changed"
+
+
+def test_further_t5_lengths_are_encoded_with_one_t5_as_each_would_be_alone(base, tmp_path, encoded, monkeypatch):
+    store, loaded = Store(tmp_path / "several"), []
+    genuine = captions.load_text_encoder_in
+
+    def load(form, base, encoder, *rest):
+        loaded.append(encoder)
+        return genuine(form, base, encoder, *rest)
+
+    monkeypatch.setattr(captions, "load_text_encoder_in", load)
+    keys, report = encode(base, store, length=77, extra_t5_lengths=[16, 154])
+    assert loaded == list(ENCODERS)
+    assert Counter(encoded) == {(encoder, text): 3 if encoder == "t5" else 1 for encoder in ENCODERS for text in TEXTS}
+    assert report.summary().startswith("captions: 4 texts x 3 encoders, T5 at 77, 16, 154 tokens, all new, ")
+    assert [re.findall(r"\w+ takes \d+", line) for line in report.warnings] == [
+        ["CLIP takes 77"], ["T5 takes 77"], ["T5 takes 16"], ["T5 takes 154"]
+    ]  # fmt: skip
+    for length in (16, 154):
+        alone = Store(tmp_path / f"{length}")
+        at_length, _ = encode(base, alone, length=length)
+        assert at_length["clip_l"] == keys["clip_l"]
+        for key in at_length["t5"].values():
+            assert torch.equal(store.get(key)["hidden"], alone.get(key)["hidden"])
+    everything = {key for of in (keys, at_length) for key in of["t5"].values()}
+    assert len(everything) == 2 * len(TEXTS)
+    encoded.clear()
+    _, report = encode(base, Store(tmp_path / "several"), length=154, extra_t5_lengths=[16])
+    assert (encoded, report.encoded) == ([], 0)
+    _, report = encode(base, store, length=77, extra_t5_lengths=[16, 20])
+    assert encoded == [("t5", text) for text in TEXTS]
+
+
+def test_the_announced_bytes_count_every_t5_length(base, tmp_path):
+    store = Store(tmp_path)
+    keys, report = encode(base, store, length=154, extra_t5_lengths=[16])
+    at_16 = captions.caption_keys(base, TEXTS, encoders=["t5"], dtype=torch.float32, max_sequence_length=16)
+    assert report.nbytes == store.nbytes([key for of in (*keys.values(), *at_16.values()) for key in of.values()])
 
 
 def test_another_dtype_encodes_anew_in_that_dtype(base, tmp_path):

@@ -117,6 +117,8 @@ def test_small_images_and_long_captions_are_warned_of(photos: Path, check) -> No
     assert any("1 caption beyond 77 CLIP tokens: of 'a dog a dog" in line for line in warnings)
     assert any("1 caption beyond 16 T5 tokens" in line for line in warnings)
     assert any("3 of 4 are enlarged, which blurs the result: 0.png, 1.png, 2.png" in line for line in warnings)
+    lines, _ = check(configured(photos, "model.extra_t5_lengths=[77, 12]"))
+    assert any("1 caption beyond 12 T5 tokens" in line for line in lines), "the shortest length cuts most"
     lines, _ = check(configured(photos, "model.t5=false"))
     assert not any("T5" in line for line in lines)
 

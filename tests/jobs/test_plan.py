@@ -203,7 +203,7 @@ def test_t5_takes_less_in_8_bits_and_nothing_on_the_cpu(quick_config, tmp_path: 
 def test_the_store_is_as_large_as_predicted(quick_config, tmp_path: Path) -> None:
     config = quick_config(
         tmp_path / "run", f"data.cache_dir={tmp_path / 'store'}", "data.resolution=128", "data.crop_variants=2",
-        "data.flip=true", "preview.prompts=[a, b]", "validation.holdout=1",
+        "data.flip=true", "preview.prompts=[a, b]", "validation.holdout=1", "model.extra_t5_lengths=[300, 77]",
     )  # fmt: skip
     plan = forecast(look_ahead(config, torch.float32))
     run_cache(config)
@@ -214,6 +214,17 @@ def test_the_store_is_as_large_as_predicted(quick_config, tmp_path: Path) -> Non
         12 + 1,
     )  # images of the bucket's shape have one crop and its mirror image
     assert plan.store.nbytes == pytest.approx(real, rel=0.05)
+
+
+def test_the_longest_t5_length_is_planned_for(quick_config, tmp_path: Path) -> None:
+    several, longest = (
+        forecast(look_ahead(quick_config(tmp_path, *settings), torch.float32))
+        for settings in (
+            ("model.extra_t5_lengths=[300, 77]",),
+            ("model.max_sequence_length=300",),
+        )
+    )
+    assert (several.training, several.encoding) == (longest.training, longest.encoding)
 
 
 def products(config: Config, side: int) -> int:

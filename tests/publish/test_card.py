@@ -284,6 +284,32 @@ def test_it_states_how_it_was_made(trained: Trained, quick_config, tmp_path: Pat
     assert "Prior preservation was not used" in card(trained)
 
 
+@pytest.mark.parametrize(
+    ("stated", "said", "cell"),
+    [
+        ({"encoders": ["clip_l", "clip_g", "t5"]}, "It was trained at T5 length 16. ", "16"),
+        (
+            {"encoders": ["clip_l", "clip_g", "t5"], "max_sequence_length": 77, "t5_lengths": [77, 256]},
+            "It was trained at T5 lengths 77, 256, each in an equal share of the steps. ",
+            "77, 256",
+        ),
+        ({}, "T5 was left out: ", "16, T5 not used"),
+    ],
+    ids=["one length", "several lengths", "no T5"],
+)
+def test_it_names_the_t5_lengths_and_what_sets_one_in_each_tool(
+    trained: Trained, stated: dict[str, Any], said: str, cell: str
+) -> None:
+    length = stated.get("max_sequence_length", 16)
+    text = card(about(trained, **stated))
+    (limit,) = (line for line in text.splitlines() if f"- {said}" in line)
+    assert f"`max_sequence_length={length}`" in limit
+    assert (
+        f"`T5TokenizerOptions`, between the CLIP loader and both prompts, sets it: `min_length` {length}." in limit
+    ) == ("t5" in stated.get("encoders", []))
+    assert cells(text)["T5 tokens"] == cell
+
+
 def test_it_states_what_was_measured_and_what_was_not(trained: Trained) -> None:
     text = card(trained)
     for line in (

@@ -105,6 +105,12 @@ class ModelConfig(Section):
         description="T5 tokens per caption, padding included; the model attends to padding, so this is part "
         "of the conditioning and is stored with the result for `infer`.",
     )
+    extra_t5_lengths: list[Annotated[int, Field(ge=1, le=512)]] = Field(
+        [],
+        description="More T5 lengths to train at, such as `[77]`, for tools that pad to another length: each optimizer "
+        "step uses one of them or `max_sequence_length`, all equally often. Previews and held-out loss use "
+        "`max_sequence_length`. No effect with `t5: false`.",
+    )
     t5: bool = Field(
         True,
         description="Whether T5 is used; false replaces its embeddings by zeros and never loads its 10 GB.",
@@ -118,6 +124,11 @@ class ModelConfig(Section):
         "auto",
         description="`cpu` encodes with T5 there, slowly but each caption once, and takes none of a GPU's memory.",
     )
+
+    @property
+    def t5_lengths(self) -> list[int]:
+        """All T5 lengths that are trained at, ascending; without T5 `max_sequence_length` alone."""
+        return sorted({self.max_sequence_length, *(self.extra_t5_lengths if self.t5 else ())})
 
     @property
     def fewer_bits(self) -> dict[str, str]:

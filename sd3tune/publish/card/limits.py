@@ -41,12 +41,20 @@ def _data(trained: Trained) -> str:
 
 def _text_length(trained: Trained) -> str:
     """The transformer attends to padding, so the length is part of the conditioning."""
-    length = trained.contract["max_sequence_length"]
-    without = "" if trained.uses_t5 else " T5 was left out: with it, other pictures come out than in training."
+    length, lengths = trained.contract["max_sequence_length"], trained.t5_lengths
+    argument = f"`max_sequence_length={length}`"
+    if not trained.uses_t5:
+        return (
+            "T5 was left out: with it, the pictures differ from those of training. "
+            f"{length} zero vectors take its place: diffusers needs {argument} for that, `sd3tune infer` adds them by "
+            "itself, and ComfyUI leaves them out."
+        )
+    several = f"s {', '.join(map(str, lengths))}, each in an equal share of the steps"
     return (
-        f"Text has to be padded to {length} T5 tokens, as in training: Stable Diffusion 3 attends to padding, so "
-        f"another length is another prompt. diffusers' default is 256; `max_sequence_length={length}` sets it, and "
-        f"`sd3tune infer` does so by itself.{without}"
+        f"It was trained at T5 length{several if len(lengths) > 1 else f' {length}'}. Stable Diffusion 3 attends to "
+        f"padding, so a prompt padded to another length is another prompt. `sd3tune infer` pads to {length}. diffusers "
+        f"pads to 256; {argument} sets it. ComfyUI pads to 77 and cuts nothing off; its node `T5TokenizerOptions`, "
+        f"between the CLIP loader and both prompts, sets it: `min_length` {length}."
     )
 
 

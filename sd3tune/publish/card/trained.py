@@ -63,6 +63,11 @@ class Trained:
         return "t5" in self.contract["encoders"]
 
     @property
+    def t5_lengths(self) -> list[int]:
+        """In tokens, ascending: all that were trained at."""
+        return self.contract.get("t5_lengths", [self.contract["max_sequence_length"]])
+
+    @property
     def encoder_files(self) -> list[str]:
         """Names of the files that text encoders came from, where they are not the base's own."""
         return [used["file"] for used in self.contract.get("encoder_files", {}).values()]

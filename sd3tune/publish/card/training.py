@@ -79,8 +79,9 @@ def _mathematics(trained: Trained) -> Iterator[Row]:
 
 
 def _text(trained: Trained) -> Iterator[Row]:
-    contract, files = trained.contract, trained.contract.get("encoder_files", {})
-    yield "T5 tokens", f"{contract['max_sequence_length']}" + ("" if trained.uses_t5 else ", T5 not used")
+    files = trained.contract.get("encoder_files", {})
+    lengths = ", ".join(map(str, trained.t5_lengths))
+    yield "T5 tokens", lengths + ("" if trained.uses_t5 else ", T5 not used")
     if files:
         yield "text encoders", ", ".join(f"{name} from {code(used['file'])}" for name, used in files.items())
 
