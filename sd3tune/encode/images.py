@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,11 +89,8 @@ def encode_images(
     vae = base.fingerprint("vae")
     targets = [nearest_bucket(of.size, buckets) for of in facts]
     cuts = [
-        [
-            (_key(vae, dtype, of.digest, of.mark, cut), cut)
-            for cut in crops(of.size, target, crop_variants, flip, of.digest)
-        ]
-        for of, target in zip(facts, targets, strict=True)
+        [(_key(vae, dtype, of.digest, of.mark, cut), cut) for cut in found]
+        for of, found in zip(facts, _crops(facts, targets, crop_variants, flip), strict=True)
     ]
 
     damaged = set(store.check(key for of in cuts for key, _ in of))
@@ -121,8 +118,12 @@ def encode_images(
     extent = f"{len(records)} x {variants} variants" if variants > 1 else f"{len(records)}"
     warnings = [*damage_warnings(names), *warnings_about(refs, facts), *_enlarged(refs, facts, targets)]
     report = EncodeReport(what, extent, len(records), reasons, nbytes, warnings)
-    encoded = [_encoded(vae, dtype, *one) for one in zip(facts, targets, cuts, strict=True)]
-    return encoded, report
+    return [_encoded(vae, dtype, *one) for one in zip(facts, targets, cuts, strict=True)], report
+
+
+def _crops(facts: Sequence[ImageFacts], targets: Sequence[Size], variants: int, flip: bool) -> Iterator[list[Crop]]:
+    for of, target in zip(facts, targets, strict=True):
+        yield crops(of.size, target, variants, flip, of.digest)
 
 
 def _encoded(

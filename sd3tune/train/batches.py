@@ -205,13 +205,12 @@ class Batches:
         return self.sigma_of_u(torch.tensor(uniforms, dtype=torch.float64) / 2**52, height * width).float()
 
     def _embedding(self, encoder: str, sample: Sample, step: int) -> dict[str, Tensor]:
-        chance, example, slot = self.dropout, sample.example, sample.slot
-        if sample.is_kept and not chance.kept:
-            return self.store.get(example.captions[encoder])
-        without_caption = chance.caption > uniform(self.seed, step, slot, "caption dropout")
-        key = chance.empty[encoder] if without_caption else example.captions[encoder]
-        entry = self.store.get(self._at_length(key, step) if encoder == "t5" else key)
-        if chance.encoder > uniform(self.seed, step, slot, "encoder dropout", encoder):
+        chance, captions, slot = self.dropout, sample.example.captions, sample.slot
+        spared = sample.is_kept and not chance.kept
+        if not spared and chance.caption > uniform(self.seed, step, slot, "caption dropout"):
+            captions = chance.empty
+        entry = self.store.get(self._at_length(captions[encoder], step) if encoder == "t5" else captions[encoder])
+        if not spared and chance.encoder > uniform(self.seed, step, slot, "encoder dropout", encoder):
             return {name: torch.zeros_like(tensor) for name, tensor in entry.items()}
         return entry
 
