@@ -7,8 +7,8 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -225,9 +225,8 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
     plan, state, watching = attempt.plan, attempt.state, attempt.watching
     _export(plan, state, attempt.contract)
     weights = exported_weights(state)
-    at_own_length = replace(attempt.encoded, t5_lengths=())  # the report compares at `max_sequence_length`
-    with closing(make_batches(plan, at_own_length, attempt.processes)) as batches:
-        report = closing_report(plan, attempt.transformer, weights, batches) | watching.report()
+    attempt.batches.use_one_length()
+    report = closing_report(plan, attempt.transformer, weights, attempt.batches) | watching.report()
     described = {
         **attempt.described,
         "timings": {name: round(value, 3) for name, value in seconds.items()},

@@ -149,6 +149,10 @@ class Batches:
         on_device = {encoder: {"pooled": rows.to(self.device)} for encoder, rows in pooled.items()}
         return self._sigma(step, samples).to(self.device), on_device
 
+    def use_one_length(self) -> None:
+        """From now on, take every T5 entry at `max_sequence_length`, as previews and held-out loss do."""
+        self.t5_lengths, self._ahead = (), None
+
     def seed_for(self, purpose: str, step: int, micro: int) -> int:
         """A seed for what else is random in this micro-step on this rank."""
         return derive(self.seed, step, micro, self.rank, purpose)
