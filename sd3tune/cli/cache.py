@@ -38,7 +38,7 @@ StoreArgument = Annotated[
 def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Encode captions and images of a run, and nothing else; the word `encode` may be left out."""
     loaded = load_config(config, overrides or ())
-    with quick_imports():
+    with quick_imports(f"cache {config}"):
         from sd3tune.jobs.cache import run_cache
 
     run_cache(loaded.config, loaded.notes)

@@ -26,7 +26,7 @@ def push(
     ] = None,
 ) -> None:
     """Upload a run's adapter, card, pictures and configuration; of an earlier upload, what is missing or differs."""
-    with quick_imports():
+    with quick_imports(f"hub push {run}"):
         from sd3tune.jobs.uploading import run_push
 
     run_push(run, repo_id)

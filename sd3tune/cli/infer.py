@@ -169,7 +169,7 @@ def infer(
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
         raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
     wide_high = parse_size(size)
-    with quick_imports(compiles=compiled):
+    with quick_imports("infer", compiles=compiled):
         from sd3tune.jobs.infer import run_infer
         from sd3tune.jobs.request import Memory, Request
 

@@ -27,7 +27,7 @@ Rank = Annotated[
 @lora_app.command()
 def inspect(path: Adapter) -> None:
     """Show what an adapter is: layout, base, ranks, modules, norms, contract, and what is wrong with it."""
-    with quick_imports():
+    with quick_imports(f"lora inspect {path}"):
         from sd3tune.jobs.lora_inspect import inspect_lora
 
     for line in inspect_lora(path):
@@ -41,7 +41,7 @@ def convert(
     out: Out,
 ) -> None:
     """Write an adapter as another tool wants it; what is computed stays the same."""
-    with quick_imports():
+    with quick_imports(f"lora convert {path}"):
         from sd3tune.jobs.lora_convert import convert_lora
 
     for line in convert_lora(path, to, out):
@@ -60,7 +60,7 @@ def verify(
     """Load an adapter into a fresh diffusers pipeline; exit code 2 unless all of it matches and draws as trained."""
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
         raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
-    with quick_imports():
+    with quick_imports(f"lora verify {path}"):
         from sd3tune.jobs.lora_verify import verify_lora
 
     for line in verify_lora(path, base, dtype, preview):
@@ -88,7 +88,7 @@ def merge(
         raise ConfigError("--into-base: writes a whole model; leave --to, --method and --rank out")
     if base is not None and not into_base:
         raise ConfigError(f"--base {base}: only with --into-base; an adapter is merged without its base")
-    with quick_imports():
+    with quick_imports("lora merge"):
         from sd3tune.jobs.lora_merge import merge_into_base, merge_loras
 
     for line in merge_into_base(paths, out, base) if into_base else merge_loras(paths, out, to, method, rank):
@@ -106,7 +106,7 @@ def resize(
     ] = None,
 ) -> None:
     """Write the nearest adapter of a lower rank, and say what that loses."""
-    with quick_imports():
+    with quick_imports(f"lora resize {path}"):
         from sd3tune.jobs.lora_resize import resize_lora
 
     for line in resize_lora(path, out, rank, energy):

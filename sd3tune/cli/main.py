@@ -23,6 +23,7 @@ from sd3tune.cli.leaving import leave_after
 from sd3tune.cli.lora import lora_app
 from sd3tune.config import dump_config, json_schema, load_config
 from sd3tune.errors import ConfigError, UserError
+from sd3tune.invocation import command_line
 
 app = typer.Typer(
     help="Fine-tune Stable Diffusion 3 and 3.5 with LoRA.",
@@ -46,7 +47,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the run and the picture go.")] = Path("runs/demo"),
 ) -> None:
     """Train a small LoRA on packaged pictures and draw before and after: offline, on the CPU."""
-    with quick_imports():
+    with quick_imports("demo"):
         from sd3tune.jobs.demo import run_demo
 
     run_demo(out)
@@ -66,7 +67,7 @@ def train(
         from sd3tune.jobs.launch import relaunch
 
         relaunch(num_processes, sys.argv[1:])
-    with quick_imports():
+    with quick_imports(f"train {config}"):
         from sd3tune.jobs.train import run_training
 
     run_training(loaded.config, loaded.notes, resume=resume, dry_run=dry_run)
@@ -95,7 +96,7 @@ def plan(
         raise ConfigError(f"--utilisation {utilisation:g}: give per cent of the card's peak, above 0 and at most 100")
     loaded = load_config(config, overrides or ())
     print_notes(loaded.notes)
-    with quick_imports():
+    with quick_imports(f"plan {config}"):
         from sd3tune.jobs.plan import run_plan
 
     for line in run_plan(loaded.config, card, memory, utilisation):
@@ -231,7 +232,8 @@ def _missing_library(error: ImportError) -> str | None:
     library, _, inside = (error.name or "").partition(".")
     if not library or library == "sd3tune" or library in sys.stdlib_module_names:
         return None
+    doctor = command_line("sd3tune", "doctor")
     if isinstance(error, ModuleNotFoundError) and not inside:
-        return f"the library {library!r} is not installed; `sd3tune doctor` says which are missing and how to get them"
+        return f"the library {library!r} is not installed; `{doctor}` says which are missing and how to get them"
     reason = " ".join(str(error).split())[:300]
-    return f"the library {library!r} does not fit: {reason}; `sd3tune doctor` says which versions are wanted"
+    return f"the library {library!r} does not fit: {reason}; `{doctor}` says which versions are wanted"

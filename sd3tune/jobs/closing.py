@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sd3tune.flow.objective import velocity_loss, velocity_target
+from sd3tune.invocation import command_line
 from sd3tune.jobs.preflight import Plan
 from sd3tune.methods import Method
 from sd3tune.train.batches import Batch, Batches
@@ -67,7 +67,7 @@ def infer_command(method: Method, run: Path, prompt: str) -> str:
     """What to type next."""
     relative = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     what = method.infer_arguments(relative)
-    return shlex.join(["sd3tune", "infer", *what, "--prompt", prompt, "--out", str(relative / "images")])
+    return command_line("sd3tune", "infer", *what, "--prompt", prompt, "--out", str(relative / "images"))
 
 
 def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
