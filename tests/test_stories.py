@@ -39,7 +39,9 @@ TAKES_MINUTES = {"demo"}
 
 
 def story(page: Path) -> list[list[str]]:
-    return [words for _, words in commands_to_type(page) if not {*words} & (NEEDS_THE_HUB | NEEDS_HOURS | TAKES_MINUTES)]
+    return [
+        words for _, words in commands_to_type(page) if not {*words} & (NEEDS_THE_HUB | NEEDS_HOURS | TAKES_MINUTES)
+    ]
 
 
 STORIES = [page for page in PAGES if story(page)]
