@@ -79,7 +79,9 @@ def plan(
     overrides: Overrides = None,
     card: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="NAME", help="The GPU to plan for, such as h100, a100, 4090, 3090 or t4."),
+        typer.Option(
+            metavar="NAME", help="The GPU to plan for, such as RTX 4090, 3060 12GB, A100-80GB, 4070 laptop or T4."
+        ),
     ] = None,
     memory: Annotated[
         Optional[float],  # noqa: UP045

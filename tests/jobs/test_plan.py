@@ -287,6 +287,27 @@ def test_the_plan_says_whether_it_fits_and_what_changes_buy(quick_config, tmp_pa
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
+def test_what_does_not_fit_ends_with_the_settings_that_do(quick_config, tmp_path: Path) -> None:
+    config = quick_config(tmp_path, "model.t5=false", "model.max_sequence_length=512")
+    peak = forecast(look_ahead(config, torch.bfloat16)).needed / 1e9
+    last = list(run_plan(config, memory=peak - 0.001))[-1]
+    said = re.fullmatch(r"to fit    train.memory=\S+, or (.+): (\d\S+ [GM]B) in all", last)
+    assert said is not None
+    typed = ("model.t5=false", "model.max_sequence_length=512", "model.dtype=bf16", *said[1].split())
+    found = forecast(look_ahead(quick_config(tmp_path, *typed), torch.bfloat16))
+    assert (gigabytes(found.needed), found.needed / 1e9 < peak) == (said[2], True)
+    assert list(run_plan(config, memory=0.3))[-1].startswith("to fit    no settings do; train.memory: 0.3 GB cannot")
+    assert "to fit" not in list(run_plan(config, memory=peak + 0.1))[-1]
+
+
+def test_without_a_gpu_the_precision_is_said(quick_config, tmp_path: Path) -> None:
+    note = "note: there is no GPU here, so this is the plan for the CPU, in fp32; for a card: --card 4090"
+    config = quick_config(tmp_path)
+    assert next(run_plan(config)) == note
+    assert next(run_plan(config, "3060 12gb")) != note
+    assert next(run_plan(config, memory=8)) != note
+
+
 @pytest.mark.parametrize(
     "checkpointing",
     [(), (BLOCK,), ("train.gradient_checkpointing=selective", "train.checkpointed_blocks=3")],

@@ -35,7 +35,7 @@ class TrainConfig(Section):
     )
     memory: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
         None,
-        description="GB (10^9 bytes) that the run may take; `auto` is all that the card has. What makes it fit is "
+        description="GB (10^9 bytes) that the run may take; `auto` is what is free on the card. What makes it fit is "
         "chosen as `sd3tune plan` forecasts it: T5 on the CPU, checkpointing, a base in 4 bits, how many of a step's "
         "images (`batch_size` times `gradient_accumulation`) go together. null leaves all as it is.",
     )
