@@ -10,7 +10,7 @@ import typer
 from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
 
-lora_app = typer.Typer(help="Look at adapters, convert, verify, merge and resize them.", no_args_is_help=True)
+lora_app = typer.Typer(help="Inspect, convert, verify, merge and resize adapters.", no_args_is_help=True)
 
 Adapter = Annotated[Path, typer.Argument(metavar="PATH", help="A file, adapter folder, checkpoint or run.")]
 Out = Annotated[Path, typer.Option(metavar="OUT", help="A new .safetensors file.")]
@@ -26,7 +26,7 @@ Rank = Annotated[
 
 @lora_app.command()
 def inspect(path: Adapter) -> None:
-    """Show what an adapter is: layout, base, ranks, modules, norms, contract, and what is wrong with it."""
+    """Show an adapter's layout, base, ranks, modules, norms and inference settings, and its problems."""
     with quick_imports(f"lora inspect {path}"):
         from sd3tune.jobs.lora_inspect import inspect_lora
 
@@ -40,7 +40,7 @@ def convert(
     to: Annotated[str, typer.Option(metavar="FORM", help="diffusers, kohya or comfyui.")],
     out: Out,
 ) -> None:
-    """Write an adapter as another tool wants it; what is computed stays the same."""
+    """Write an adapter in another tool's layout; it computes the same."""
     with quick_imports(f"lora convert {path}"):
         from sd3tune.jobs.lora_convert import convert_lora
 
@@ -105,7 +105,7 @@ def resize(
         typer.Option(metavar="E", help="Keep this share of each module's squared norm, such as 0.99."),
     ] = None,
 ) -> None:
-    """Write the nearest adapter of a lower rank, and say what that loses."""
+    """Write the nearest adapter of a lower rank, and print the loss."""
     with quick_imports(f"lora resize {path}"):
         from sd3tune.jobs.lora_resize import resize_lora
 

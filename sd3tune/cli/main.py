@@ -44,7 +44,7 @@ app.add_typer(base_app, name="base")
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the run and the picture go.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="The folder of the runs and the picture.")] = Path("runs/demo"),
 ) -> None:
     """Train a small LoRA on packaged pictures and draw before and after: offline, on the CPU."""
     with quick_imports("demo"):
@@ -58,10 +58,12 @@ def train(
     config: ConfigArgument,
     overrides: Overrides = None,
     num_processes: Annotated[int, typer.Option(min=1, help="Processes to train with, one per GPU.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint, if there is one.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")] = False,
 ) -> None:
-    """Train as CONFIG says."""
+    """Train a run."""
     loaded = load_config(config, overrides or ())
     if num_processes > 1:
         from sd3tune.jobs.launch import relaunch
@@ -88,10 +90,10 @@ def plan(
         typer.Option(metavar="GB", help="The memory to fit into, instead of the card's."),
     ] = None,
     utilisation: Annotated[
-        float, typer.Option(metavar="PERCENT", help="Share of the card's peak that the time assumes.")
+        float, typer.Option(metavar="PERCENT", help="Share of the card's peak throughput that the time assumes.")
     ] = 40,
 ) -> None:
-    """Say what CONFIG will take in memory, room and time, and what each change buys; needs no weights."""
+    """Forecast memory, disk space and time, and what each change would save; needs no weights."""
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"--memory {memory:g}: give the card's memory in GB, such as 24")
     if not 0 < utilisation <= 100:
@@ -168,7 +170,7 @@ def new(
 
 @app.command()
 def doctor() -> None:
-    """Look at versions, devices, logins and disks, and say what stands in the way. Exit code 2: nothing can run."""
+    """Check versions, devices, logins and disks, and print problems. Exit code 2: nothing can run."""
     from sd3tune.jobs.doctor import run_doctor
 
     run_doctor()

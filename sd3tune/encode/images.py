@@ -27,7 +27,7 @@ from sd3tune.data.images import (
 from sd3tune.data.records import Record
 from sd3tune.data.store import Store, key
 from sd3tune.encode.manifest import ImageFacts, Manifest
-from sd3tune.encode.report import IMAGE_CHANGED, LOST, NEW, SETTINGS_CHANGED, EncodeReport
+from sd3tune.encode.report import IMAGE_CHANGED, IMAGE_SETTING_CHANGED, LOST, NEW, EncodeReport
 from sd3tune.encode.resources import check_room, is_mine, release
 from sd3tune.errors import DataError
 from sd3tune.model.bases import Base
@@ -194,7 +194,7 @@ def _reason(image: ImageRef, facts: ImageFacts, manifest: Manifest, store: Store
         return NEW
     if known.digest != facts.digest:
         return IMAGE_CHANGED
-    return LOST if store.damaged or not len(store) else SETTINGS_CHANGED
+    return LOST if store.damaged or not len(store) else IMAGE_SETTING_CHANGED
 
 
 def _warnings(refs: Sequence[ImageRef], facts: Sequence[ImageFacts], targets: Sequence[Size]) -> list[str]:

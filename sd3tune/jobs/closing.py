@@ -15,7 +15,10 @@ from torch import Tensor
 from sd3tune.flow.objective import velocity_loss, velocity_target
 from sd3tune.invocation import command_line
 from sd3tune.jobs.preflight import Plan
+from sd3tune.jobs.preview import SHEET
+from sd3tune.jobs.run_folder import SAMPLES
 from sd3tune.methods import Method
+from sd3tune.publish.files import CARD
 from sd3tune.train.batches import Batch, Batches
 from sd3tune.train.step import predict_velocity
 
@@ -79,12 +82,15 @@ def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
         f"{sigma:g}: {base:.3f} -> {trained:.3f} ({100 * (trained / base - 1):+.1f} %)"
         for sigma, base, trained in zip(loss["sigma"], loss["base"], loss["trained"], strict=True)
     )
+    sheet, card = plan.run / SAMPLES / SHEET, plan.run / CARD
     return [
         f"learned   one denoising step changes by {100 * report['velocity_change']:.3g} %; "
         f"{plan.method.block_measure} |{bars}|, at most {max(changes.values()):.3g}",
         f"loss      on training images at fixed noise, by sigma: {by_sigma}",
         f"{product.name:<9} {plan.run / product.name}"
         + (f" (the average, EMA; as trained: {product.raw})" if report["weights"] == "ema" else ""),
+        *([f"pictures  {sheet}"] if sheet.is_file() else []),
+        f"card      {card}",
         "",
         "next:",
         f"  {infer_command(plan.method, plan.run, plan.records[0].caption or 'a photo')}",

@@ -111,14 +111,14 @@ def components(training: Training) -> list[tuple[str, int]]:
     millions = f"{training.trained / 1e6:.1f} M"
     return [
         (f"base, frozen (of {training.parameters / 1e9:.3f} B parameters)", training.frozen),
-        (f"trained, {millions}, as it is computed with", training.compute),
-        ("its fp32 master", training.master),
-        ("its gradients' fp32 sum", training.gradient),
+        (f"trainable parameters, {millions}, for computing", training.compute),
+        ("their fp32 master", training.master),
+        ("their gradients' fp32 sum", training.gradient),
         ("the optimizer's state", training.optimizer),
-        ("its average (EMA)", training.average),
-        ("adaLN modulations of many steps, made ahead", training.ahead),
+        ("their average (EMA)", training.average),
+        ("adaLN modulations, computed ahead", training.ahead),
         ("activations saved for the backward pass", min(training.saved, training.working)),
-        ("all else at the worst moment", max(0, training.working - training.saved)),
+        ("everything else at the peak", max(0, training.working - training.saved)),
     ]
 
 
@@ -229,8 +229,8 @@ def knobs(outlook: Outlook) -> list[Knob]:
 
 
 def _about_knobs(plan: Forecast, card: Card | None, room: float | None) -> Iterator[str]:
-    """One line a change: the peak of the whole run and that of the training, and the operations of a step."""
-    yield f"{'what a change buys':<50}{'peak':>10}{'training':>12}{'TFLOP':>9}{'more':>8}"
+    """One line a change: peak memory of the whole run and of training, and a step's operations, in TFLOP and per cent."""
+    yield f"{'after one change':<50}{'peak':>10}{'training':>12}{'TFLOP':>9}{'change':>8}"
     today = plan.training.flops
     for typed, changed in [("as it is", None), *knobs(plan.outlook)]:
         other = plan if changed is None else forecast(after(plan.outlook, changed), plan)

@@ -106,7 +106,7 @@ def test_another_t5_length_encodes_t5_alone(base, tmp_path, encoded):
     assert encoded == [("t5", text) for text in TEXTS]
     assert before["clip_l"] == after["clip_l"]
     assert before["clip_g"] == after["clip_g"]
-    assert report.summary() == "captions: 4 of 4 re-encoded: settings changed"
+    assert report.summary() == "captions: 4 of 4 re-encoded: the base, the precision or T5's length changed"
 
 
 def test_another_dtype_encodes_anew_in_that_dtype(base, tmp_path):
