@@ -58,9 +58,7 @@ def train(
     config: ConfigArgument,
     overrides: Overrides = None,
     num_processes: Annotated[int, typer.Option(min=1, help="Processes to train with, one per GPU.")] = 1,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the last checkpoint, if there is one.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, if any.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")] = False,
 ) -> None:
     """Train a run."""

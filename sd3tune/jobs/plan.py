@@ -229,7 +229,7 @@ def knobs(outlook: Outlook) -> list[Knob]:
 
 
 def _about_knobs(plan: Forecast, card: Card | None, room: float | None) -> Iterator[str]:
-    """One line a change: peak memory of the whole run and of training, and a step's operations, in TFLOP and per cent."""
+    """One line a change: peak memory of the run and of training, and a step's operations, in TFLOP and per cent."""
     yield f"{'after one change':<50}{'peak':>10}{'training':>12}{'TFLOP':>9}{'change':>8}"
     today = plan.training.flops
     for typed, changed in [("as it is", None), *knobs(plan.outlook)]:

@@ -83,4 +83,9 @@ class TrainConfig(Section):
 class EmaConfig(Section):
     """An exponential moving average of the trained weights, in fp32."""
 
-    decay: float = Field(0.99, ge=0, lt=1, description="Decay per step, reached through min(decay, (1+t)/(10+t)).")
+    decay: float = Field(
+        0.99,
+        ge=0,
+        lt=1,
+        description="Decay per step, warmed up as min(decay, (1+t)/(10+t)): 0.99 is reached at step 890.",
+    )
