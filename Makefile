@@ -4,24 +4,34 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.sd3tune-installed
+LOG := $(VENV)/setup.log
 WORKERS ?= 2
 
+# pip at the tested versions; what it says goes into a log, whose end is shown when it fails.
+pip = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(1) >> $(LOG) 2>&1 || { \
+	tail -n 15 $(LOG) >&2; echo "make: pip failed; all that it said is in $(LOG)" >&2; exit 1; }
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash check format bench bench-gpu bench-quality nano docs clean
+.PHONY: help setup demo test test-install crash check format bench bench-gpu bench-quality nano docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with sd3tune and its tools, at the tested versions (once; PYTHON=python3.12 picks another)
+	@echo "$(VENV) is ready. In this shell: source $(BIN)/activate"
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 		echo "make: sd3tune needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1 | head -n 1); try: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 		echo "make: $(PYTHON) lacks venv and ensurepip; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
-	@echo "Setting up $(VENV); the first time downloads PyTorch and takes some minutes."
+	@echo "set-up 1 of 3: a Python environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@: > $(LOG)
+	@echo "set-up 2 of 3: PyTorch (the first time a download of some minutes)"
+	@$(call pip,torch)
+	@echo "set-up 3 of 3: diffusers, the other libraries and sd3tune"
+	@$(call pip,-e ".[dev]")
 	@touch $@
 
 demo: $(STAMP) ## Train a LoRA from packaged images, offline, and draw before and after
@@ -29,6 +39,9 @@ demo: $(STAMP) ## Train a LoRA from packaged images, offline, and draw before an
 
 test: $(STAMP) ## Run the tests (WORKERS=8 for more processes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-install: ## Type the README's first page in a fresh clone, home and environment (some 10 minutes, 6 GB for a while)
+	$(PYTHON) tests/install/newcomer.py
 
 crash: $(STAMP) ## Let a run die at every point at which it writes, and resume each (some 20 minutes)
 	SD3TUNE_EVERY_CRASH_POINT=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/jobs/crash

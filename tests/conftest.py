@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ COLOURS = ("red", "green", "blue", "orange", "purple", "teal", "black", "white")
 
 def pytest_configure() -> None:
     os.environ.pop("HF_HUB_OFFLINE", None)  # read when huggingface_hub is imported, before any fixture runs
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # as when activated
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bits are compared, which holds on the CPU
 
 

@@ -14,6 +14,7 @@ import typer
 from sd3tune.cli.main import app
 from sd3tune.config import load_config
 from sd3tune.errors import ConfigError
+from tests.install.newcomer import NEEDS_ACCOUNT_OR_WEIGHTS, commands, typed
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -33,7 +34,7 @@ def name_of(path: Path) -> str:
 def links(page: Path) -> Iterator[str]:
     """Targets of `[text](target)` and of images, code left aside."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text)):
+    for target in re.findall(r"(?:\]\(|<img src=\")([^)\s\"]+)[)\"]", re.sub(r"`[^`\n]*`", "", text)):
         if not re.match(r"[a-z]+:", target):
             yield target
 
@@ -168,13 +169,38 @@ def test_every_config_and_script_that_is_mentioned_exists(path: Path) -> None:
     assert {name for name in mentioned if not (ROOT / name).is_file()} == set()
 
 
-def test_the_readme_names_every_command_and_the_options_of_infer() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_a_page_names_every_command_and_the_options_of_infer() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     commands = typer.main.get_command(app).commands
-    assert [name for name in commands if f"`sd3tune {name}" not in readme] == []
-    assert {option for option in options_of(commands["infer"]) if option not in readme} <= {
+    assert [name for name in commands if f"`sd3tune {name}" not in page] == []
+    assert {option for option in options_of(commands["infer"]) if option not in page} <= {
         "--dtype", "--before", "--no-before",
     }  # fmt: skip
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_is_narrow_and_says_what_was_never_tried_before_anything_is_typed() -> None:
+    assert [line for line in README.splitlines() if len(line) > 100] == []
+    before = README.split("```")[0]
+    assert "No run on real weights or on a GPU has been made yet" in before
+    assert "Windows and macOS are untested" in before
+
+
+def test_every_page_of_docs_is_found_from_the_readme() -> None:
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= set(links(ROOT / "README.md"))
+
+
+def test_the_newcomer_types_the_whole_first_page_but_what_needs_an_account() -> None:
+    on_the_page, lines = commands(README), typed(README)
+    assert on_the_page[0] == "make setup && source .venv/bin/activate"
+    assert [line.split()[1] for line in on_the_page[1:]] == [
+        "demo", "infer", "config", "train", "auth", "train", "infer",
+    ]  # fmt: skip
+    assert len(lines) == len(on_the_page) - len(NEEDS_ACCOUNT_OR_WEIGHTS)
+    assert set(lines) - set(on_the_page) == {lines[-1]}
+    assert lines[-1].replace("runs/rehearsal", "runs/rex") == on_the_page[-1]
 
 
 def test_make_has_the_targets_that_are_written_about() -> None:

@@ -35,10 +35,14 @@ NEEDS_THE_HUB = {"user/rex", "zalando-datasets/fashion_mnist"}
 """Tested against a Hub on this machine, in tests/jobs/test_uploading.py and tests/data."""
 NEEDS_HOURS = {"configs/nano_base.yaml", "configs/nano_long.yaml", "examples/fashion_mnist/fashion_mnist.yaml"}
 """And pictures that are drawn or downloaded first."""
+TAKES_MINUTES = {"demo"}
+"""Tested at a third of its steps in tests/jobs/test_demo.py."""
 
 
 def story(page: Path) -> list[list[str]]:
-    return [words for _, words in commands_to_type(page) if not {*words} & (NEEDS_THE_HUB | NEEDS_HOURS)]
+    return [
+        words for _, words in commands_to_type(page) if not {*words} & (NEEDS_THE_HUB | NEEDS_HOURS | TAKES_MINUTES)
+    ]
 
 
 def as_typed(words: list[str]) -> list[str]:
@@ -83,8 +87,6 @@ def test_the_commands_of_a_page_work_one_after_the_other(page: Path, readers_fol
     words_of = [[MODELS.get(word, word) for word in words] for words in story(page)]
     if not any(words[:2] == ["train", "rex.yaml"] for words in words_of):
         shutil.copytree(trained, readers_folder / "runs" / "rex")
-    if page.name == "README.md" and page.parent == ROOT:
-        shutil.copytree(trained, readers_folder / "runs" / "rehearsal")
     typed = set[frozenset[str]]()
     for words in words_of:
         whole = [*words, *SHORTER.get(words[0], []), *as_typed(words)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +14,8 @@ from benchmarks.gpu.device import Device
 from benchmarks.report import environment as common
 from benchmarks.report import provenance
 from sd3tune.atomic import write_json, write_text
-from sd3tune.jobs.cards import CARDS
+from sd3tune.errors import ConfigError
+from sd3tune.jobs.cards import find_card
 
 _HEADINGS = [
     "base, square, batch, precision",
@@ -38,14 +38,20 @@ def environment(device: Device) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     found = common()
-    words = re.findall(r"[a-z0-9]+", device.name.lower())
     return {
         **found,
         "versions": {**found["versions"], **libraries},
         "device": device.name,
         "cuda": torch.version.cuda,
-        "published_tflops": next((card.tflops for key, card in CARDS.items() if key in words), None),
+        "published_tflops": _published_tflops(device.name),
     }
+
+
+def _published_tflops(device: str) -> float | None:
+    try:
+        return find_card(device).tflops
+    except ConfigError:
+        return None
 
 
 def table(results: dict[str, Any]) -> str:

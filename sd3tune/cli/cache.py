@@ -38,7 +38,7 @@ StoreArgument = Annotated[
 def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Encode captions and images of a run, and nothing else; the word `encode` may be left out."""
     loaded = load_config(config, overrides or ())
-    with quick_imports():
+    with quick_imports(f"cache {config}"):
         from sd3tune.jobs.cache import run_cache
 
     run_cache(loaded.config, loaded.notes)
@@ -57,10 +57,10 @@ def prune(
     where: StoreArgument = None,
     older_than: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(metavar="DAYS", min=0, help="Also what was not used for so long."),
+        typer.Option(metavar="DAYS", min=0, help="Also entries that were not used for that long."),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Everything.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this it is only said.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them; the default is a dry run.")] = False,
 ) -> None:
     """Remove unfinished and unreadable files from a store, and what is older; never while a run uses it."""
     from sd3tune.jobs.stores import prune_store

@@ -9,12 +9,12 @@ import typer
 
 from sd3tune.cli.imports import quick_imports
 
-hub_app = typer.Typer(help="Share what was trained on the Hugging Face Hub.", no_args_is_help=True)
+hub_app = typer.Typer(help="Share runs on the Hugging Face Hub.", no_args_is_help=True)
 
 
 @hub_app.callback()
 def hub() -> None:
-    """Share what was trained on the Hugging Face Hub."""
+    """Share runs on the Hugging Face Hub."""
 
 
 @hub_app.command()
@@ -29,8 +29,8 @@ def push(
         typer.Option(metavar="PICTURE", help="A picture that UIs show of the adapter, put into the uploaded file."),
     ] = None,
 ) -> None:
-    """Upload a run's adapter, card, pictures and configuration; of an earlier upload, what is missing or differs."""
-    with quick_imports():
+    """Upload a run's adapter, card, pictures and configuration; again, only what is missing or differs."""
+    with quick_imports(f"hub push {run}"):
         from sd3tune.jobs.uploading import run_push
 
     run_push(run, repo_id, thumbnail)

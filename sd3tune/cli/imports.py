@@ -11,6 +11,8 @@ import gc
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -29,8 +31,10 @@ def spin_briefly() -> None:
 
 
 @contextmanager
-def quick_imports(compiles: bool = False) -> Iterator[None]:
+def quick_imports(doing: str, compiles: bool = False) -> Iterator[None]:
     """Around the first import of a job: no collections in between, and none later that look at what was imported.
+
+    Importing takes seconds, so `doing`, such as `train rex.yaml`, is said first, on standard error.
 
     That is over a second of a start, and nearly half a second of each later collection, of which encoding makes
     one after each component that it frees. Does nothing in a process that has imported it all before.
@@ -41,12 +45,39 @@ def quick_imports(compiles: bool = False) -> Iterator[None]:
         return
     gc.disable()
     try:
-        with _without_bitsandbytes(), nullcontext() if compiles else _without_triton():
+        with announced(doing), _without_bitsandbytes(), nullcontext() if compiles else _without_triton():
             yield
     finally:
         gc.freeze()
         gc.enable()
         atexit.register(gc.unfreeze)  # or extension modules complain of leaks at the end
+
+
+@contextmanager
+def announced(doing: str) -> Iterator[None]:
+    """Say what is about to be done and, on a terminal, for how many seconds the libraries have been loading."""
+    line = f"{doing}: loading PyTorch and diffusers"
+    if os.environ.get("RANK", "0") != "0":  # one of several processes, the first of which says it
+        yield
+    elif not sys.stderr.isatty():
+        print(f"{line} ...", file=sys.stderr, flush=True)
+        yield
+    else:
+        done, start = threading.Event(), time.monotonic()
+
+        def tick() -> None:
+            while not done.is_set():
+                print(f"\r{line} {time.monotonic() - start:.0f} s", end="", file=sys.stderr, flush=True)
+                done.wait(1)
+
+        clock = threading.Thread(target=tick, daemon=True)
+        clock.start()
+        try:
+            yield
+        finally:
+            done.set()
+            clock.join()
+            print(file=sys.stderr)
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def infer(
     shift: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
-            help="Of the noise levels; by default the base's own. More is more noise.", rich_help_panel=_SAMPLING
+            help="Of the noise levels; by default the base's own. Higher means noisier.", rich_help_panel=_SAMPLING
         ),
     ] = None,
     noise_offset: Annotated[
@@ -174,7 +174,7 @@ def infer(
         ),
     ] = None,
     offload: Annotated[
-        bool, typer.Option("--offload", help="What is not at work leaves the GPU.", rich_help_panel=_MEMORY)
+        bool, typer.Option("--offload", help="Offload idle components to the CPU.", rich_help_panel=_MEMORY)
     ] = False,
     vae_tiling: Annotated[
         bool, typer.Option("--vae-tiling", help="Decode large pictures in tiles.", rich_help_panel=_MEMORY)
@@ -185,11 +185,11 @@ def infer(
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.", rich_help_panel=_MODEL)] = "auto",
 ) -> None:
-    """Draw images with one or several adapters, under the conditioning they were trained with."""
+    """Draw images with one or several adapters, with the settings they were trained with."""
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
         raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
     wide_high = parse_size(size)
-    with quick_imports(compiles=compiled):
+    with quick_imports("infer", compiles=compiled):
         from sd3tune.jobs.infer import run_infer
         from sd3tune.jobs.request import Memory, Request
 

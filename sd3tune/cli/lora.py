@@ -10,7 +10,7 @@ import typer
 from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
 
-lora_app = typer.Typer(help="Look at adapters, convert, verify, merge and resize them.", no_args_is_help=True)
+lora_app = typer.Typer(help="Inspect, convert, verify, merge and resize adapters.", no_args_is_help=True)
 
 Adapter = Annotated[Path, typer.Argument(metavar="PATH", help="A file, adapter folder, checkpoint or run.")]
 Out = Annotated[Path, typer.Option(metavar="OUT", help="A new .safetensors file.")]
@@ -30,8 +30,8 @@ TransformerOnly = Annotated[
 
 @lora_app.command()
 def inspect(path: Adapter) -> None:
-    """Show what an adapter is: layout, base, ranks, modules, norms, contract, and what is wrong with it."""
-    with quick_imports():
+    """Show an adapter's layout, base, ranks, modules, norms and inference settings, and its problems."""
+    with quick_imports(f"lora inspect {path}"):
         from sd3tune.jobs.lora_inspect import inspect_lora
 
     for line in inspect_lora(path):
@@ -52,10 +52,10 @@ def convert(
     ] = None,
     no_thumbnail: Annotated[bool, typer.Option("--no-thumbnail", help="Put no picture into the file.")] = False,
 ) -> None:
-    """Write an adapter as another tool wants it; what is computed stays the same."""
+    """Write an adapter in another tool's layout; it computes the same."""
     if thumbnail is not None and no_thumbnail:
         raise ConfigError(f"--thumbnail {thumbnail}: not with --no-thumbnail; leave one of the two out")
-    with quick_imports():
+    with quick_imports(f"lora convert {path}"):
         from sd3tune.jobs.lora_convert import convert_lora
 
     for line in convert_lora(path, to, out, thumbnail, not no_thumbnail, transformer_only=transformer_only):
@@ -75,7 +75,7 @@ def verify(
     """Load an adapter into a fresh diffusers pipeline; exit code 2 unless all of it matches and draws as trained."""
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
         raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
-    with quick_imports():
+    with quick_imports(f"lora verify {path}"):
         from sd3tune.jobs.lora_verify import verify_lora
 
     for line in verify_lora(path, base, dtype, preview, transformer_only=transformer_only):
@@ -104,7 +104,7 @@ def merge(
         raise ConfigError("--into-base: writes a whole model; leave --to, --method and --rank out")
     if base is not None and not into_base:
         raise ConfigError(f"--base {base}: only with --into-base; an adapter is merged without its base")
-    with quick_imports():
+    with quick_imports("lora merge"):
         from sd3tune.jobs.lora_merge import merge_into_base, merge_loras
 
     if into_base:
@@ -126,8 +126,8 @@ def resize(
     ] = None,
     transformer_only: TransformerOnly = False,
 ) -> None:
-    """Write the nearest adapter of a lower rank, and say what that loses."""
-    with quick_imports():
+    """Write the nearest adapter of a lower rank, and print the loss."""
+    with quick_imports(f"lora resize {path}"):
         from sd3tune.jobs.lora_resize import resize_lora
 
     for line in resize_lora(path, out, rank, energy, transformer_only=transformer_only):

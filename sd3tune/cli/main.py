@@ -43,10 +43,10 @@ app.add_typer(base_app, name="base")
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the run and the picture go.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="The folder of the runs and the picture.")] = Path("runs/demo"),
 ) -> None:
     """Train a small LoRA on packaged pictures and draw before and after: offline, on the CPU."""
-    with quick_imports():
+    with quick_imports("demo"):
         from sd3tune.jobs.demo import run_demo
 
     run_demo(out)
@@ -57,16 +57,16 @@ def train(
     config: ConfigArgument,
     overrides: Overrides = None,
     num_processes: Annotated[int, typer.Option(min=1, help="Processes to train with, one per GPU.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, if any.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")] = False,
 ) -> None:
-    """Train as CONFIG says."""
+    """Train a run."""
     loaded = load_config(config, overrides or ())
     if num_processes > 1:
         from sd3tune.jobs.launch import relaunch
 
         relaunch(num_processes, sys.argv[1:])
-    with quick_imports():
+    with quick_imports(f"train {config}"):
         from sd3tune.jobs.train import run_training
 
     run_training(loaded.config, loaded.notes, resume=resume, dry_run=dry_run)
@@ -78,24 +78,26 @@ def plan(
     overrides: Overrides = None,
     card: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="NAME", help="The GPU to plan for, such as h100, a100, 4090, 3090 or t4."),
+        typer.Option(
+            metavar="NAME", help="The GPU to plan for, such as RTX 4090, 3060 12GB, A100-80GB, 4070 laptop or T4."
+        ),
     ] = None,
     memory: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(metavar="GB", help="The memory to fit into, instead of the card's."),
     ] = None,
     utilisation: Annotated[
-        float, typer.Option(metavar="PERCENT", help="Share of the card's peak that the time assumes.")
+        float, typer.Option(metavar="PERCENT", help="Share of the card's peak throughput that the time assumes.")
     ] = 40,
 ) -> None:
-    """Say what CONFIG will take in memory, room and time, and what each change buys; needs no weights."""
+    """Forecast memory, disk space and time, and what each change would save; needs no weights."""
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"--memory {memory:g}: give the card's memory in GB, such as 24")
     if not 0 < utilisation <= 100:
         raise ConfigError(f"--utilisation {utilisation:g}: give per cent of the card's peak, above 0 and at most 100")
     loaded = load_config(config, overrides or ())
     print_notes(loaded.notes)
-    with quick_imports():
+    with quick_imports(f"plan {config}"):
         from sd3tune.jobs.plan import run_plan
 
     for line in run_plan(loaded.config, card, memory, utilisation):
@@ -166,7 +168,7 @@ def new(
 
 @app.command()
 def doctor() -> None:
-    """Look at versions, devices, logins and disks, and say what stands in the way. Exit code 2: nothing can run."""
+    """Check versions, devices, logins and disks, and print problems. Exit code 2: nothing can run."""
     from sd3tune.jobs.doctor import run_doctor
 
     run_doctor()

@@ -12,6 +12,7 @@ import typer
 
 from sd3tune.cli.usage import UsageError, usage_problem
 from sd3tune.errors import Interrupted, UserError
+from sd3tune.invocation import command_line
 from sd3tune.jobs.stopping import StopSignals
 
 EXIT_CODES = (
@@ -99,7 +100,8 @@ def _missing_library(error: ImportError) -> str | None:
     library, _, inside = (error.name or "").partition(".")
     if not library or library == "sd3tune" or library in sys.stdlib_module_names:
         return None
+    doctor = command_line("sd3tune", "doctor")
     if isinstance(error, ModuleNotFoundError) and not inside:
-        return f"the library {library!r} is not installed; `sd3tune doctor` says which are missing and how to get them"
+        return f"the library {library!r} is not installed; `{doctor}` says which are missing and how to get them"
     reason = " ".join(str(error).split())[:300]
-    return f"the library {library!r} does not fit: {reason}; `sd3tune doctor` says which versions are wanted"
+    return f"the library {library!r} does not fit: {reason}; `{doctor}` says which versions are wanted"

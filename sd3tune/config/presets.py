@@ -9,6 +9,7 @@ from pathlib import Path
 
 import sd3tune
 from sd3tune.errors import ConfigError
+from sd3tune.invocation import command_line
 
 SCHEMA_FILE = "schema.json"
 """The JSON Schema, beside the presets that refer to it."""
@@ -58,7 +59,7 @@ def find_preset(name: str) -> Path:
         return paths[wanted]
     near = difflib.get_close_matches(wanted, paths, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"no preset is called {name!r}; {hint}`sd3tune config list` shows all")
+    raise ConfigError(f"no preset is called {name!r}; {hint}`{command_line('sd3tune', 'config', 'list')}` shows all")
 
 
 def _comments(lines: list[str]) -> Iterator[str]:

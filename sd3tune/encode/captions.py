@@ -13,7 +13,14 @@ from tqdm import tqdm
 from sd3tune.data.records import Record
 from sd3tune.data.store import Store, key
 from sd3tune.encode.manifest import Manifest
-from sd3tune.encode.report import CAPTION_CHANGED, LOST, NEW, SETTINGS_CHANGED, EncodeReport, damage_warnings
+from sd3tune.encode.report import (
+    CAPTION_CHANGED,
+    CAPTION_SETTING_CHANGED,
+    LOST,
+    NEW,
+    EncodeReport,
+    damage_warnings,
+)
 from sd3tune.encode.resources import check_room, is_mine, release
 from sd3tune.model.bases import ENCODER_PARTS, ENCODERS, Base
 from sd3tune.model.quantized import load_text_encoder_in
@@ -173,7 +180,7 @@ def _reasons(missing: Iterable[str], records: Sequence[Record], store: Store) ->
 
     def reason(text: str) -> str:
         if manifest.knows_text(text):
-            return LOST if store.damaged or not len(store) else SETTINGS_CHANGED
+            return LOST if store.damaged or not len(store) else CAPTION_SETTING_CHANGED
         return CAPTION_CHANGED if text in changed else NEW
 
     return dict(Counter(map(reason, missing)))

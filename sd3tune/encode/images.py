@@ -27,7 +27,7 @@ from sd3tune.data.records import Record
 from sd3tune.data.store import Store, key
 from sd3tune.encode.inspect import inspect, warnings_about
 from sd3tune.encode.manifest import ImageFacts, Manifest
-from sd3tune.encode.report import IMAGE_CHANGED, LOST, NEW, SETTINGS_CHANGED, EncodeReport, damage_warnings
+from sd3tune.encode.report import IMAGE_CHANGED, IMAGE_SETTING_CHANGED, LOST, NEW, EncodeReport, damage_warnings
 from sd3tune.encode.resources import check_room, is_mine, release
 from sd3tune.errors import DataError
 from sd3tune.model.bases import Base
@@ -185,7 +185,7 @@ def _reason(image: ImageRef, facts: ImageFacts, manifest: Manifest, store: Store
         return NEW
     if known.digest != facts.digest:
         return IMAGE_CHANGED
-    return LOST if store.damaged or not len(store) else SETTINGS_CHANGED
+    return LOST if store.damaged or not len(store) else IMAGE_SETTING_CHANGED
 
 
 def _enlarged(refs: Sequence[ImageRef], facts: Sequence[ImageFacts], targets: Sequence[Size]) -> list[str]:

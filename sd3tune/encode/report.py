@@ -9,7 +9,8 @@ from dataclasses import dataclass
 NEW = "new"
 CAPTION_CHANGED = "caption changed"
 IMAGE_CHANGED = "image changed"
-SETTINGS_CHANGED = "settings changed"  # base, precision, T5 length, resolution, crops
+CAPTION_SETTING_CHANGED = "the base, the precision or T5's length changed"
+IMAGE_SETTING_CHANGED = "the base, the precision, the resolution or the crops changed"
 LOST = "lost from the store"
 
 

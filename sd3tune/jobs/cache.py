@@ -26,7 +26,7 @@ def run_cache(config: Config, notes: Sequence[str] = ()) -> None:
             say(f"note: {note}")
         with accelerator.main_process_first():
             plan = make_plan(config, accelerator.device, resume=None, world=processes.world)
-        plan, chosen = fitted_plan(plan, quiet=not processes.is_main)
+        plan, chosen = fitted_plan(plan, processes)
         for line in chosen:
             say(line)
         encode(plan, processes, say)

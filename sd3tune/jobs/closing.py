@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,13 @@ import torch
 from torch import Tensor
 
 from sd3tune.flow.objective import velocity_loss, velocity_target
+from sd3tune.invocation import command_line
 from sd3tune.jobs.preflight import Plan
+from sd3tune.jobs.preview import SHEET
+from sd3tune.jobs.run_folder import SAMPLES
 from sd3tune.methods import Method
 from sd3tune.publish.card import DIVERGED, has_diverged
+from sd3tune.publish.files import CARD
 from sd3tune.train.batches import Batch, Batches
 from sd3tune.train.step import predict_velocity
 
@@ -77,7 +80,8 @@ def infer_command(method: Method, run: Path, prompt: str, seed: int = 0) -> str:
     relative = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     what = method.infer_arguments(relative)
     seeded = ["--seed", str(seed)] if seed else []
-    return shlex.join(["sd3tune", "infer", *what, "--prompt", prompt, *seeded, "--out", str(relative / "images")])
+    words = [*what, "--prompt", prompt, *seeded, "--out", str(relative / "images")]
+    return command_line("sd3tune", "infer", *words)
 
 
 def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
@@ -89,6 +93,7 @@ def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
         f"{sigma:g}: {base:.3f} -> {trained:.3f} ({100 * (trained / base - 1):+.1f} %)"
         for sigma, base, trained in zip(loss["sigma"], loss["base"], loss["trained"], strict=True)
     )
+    sheet, card = plan.run / SAMPLES / SHEET, plan.run / CARD
     return [
         f"learned   one denoising step changes by {100 * report['velocity_change']:.3g} %; "
         f"{plan.method.block_measure} |{bars}|, at most {max(changes.values()):.3g}",
@@ -96,6 +101,8 @@ def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
         f"loss      on training images at fixed noise, by sigma: {by_sigma}",
         f"{product.name:<9} {plan.run / product.name}"
         + (f" (the average, EMA; as trained: {product.raw})" if report["weights"] == "ema" else ""),
+        *([f"pictures  {sheet}"] if sheet.is_file() else []),
+        f"card      {card}",
         "",
         "next:",
         f"  {next_command(plan)}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from PIL import Image
 import sd3tune
 from sd3tune.config import Config, load_config, parse_config
 from sd3tune.errors import RunError, UserError
+from sd3tune.invocation import command_line
 from sd3tune.jobs.painter import Painter
 from sd3tune.jobs.run_folder import LOCK_FILE, locked
 from sd3tune.jobs.train import run_training
@@ -55,9 +55,12 @@ def run_demo(out: Path) -> Path:
         print(line)
     print("\ndraw with it, or train on a folder of your own photos (with a GPU):")
     lora, prompt = out / "with_prior", "an orange sks shape on a black background"
-    print(f"  {shlex.join(['sd3tune', 'infer', '--lora', str(lora), '--prompt', prompt, '--size', f'{SIDE}x{SIDE}'])}")
-    print("  sd3tune config new my-dog --data ./dog --caption 'a photo of sks dog'")
-    print("  sd3tune train my-dog.yaml")
+    for words in (
+        ["infer", "--lora", str(lora), "--prompt", prompt, "--size", f"{SIDE}x{SIDE}"],
+        ["config", "new", "my-dog", "--data", "./dog", "--caption", "a photo of sks dog"],
+        ["train", "my-dog.yaml"],
+    ):
+        print(f"  {command_line('sd3tune', *words)}")
     return picture
 
 

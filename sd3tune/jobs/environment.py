@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from sd3tune.invocation import command_line
+
 _PLACE = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 _WAY_OUT = "a launcher sets it, or left it behind: unset it, and start several processes with --num-processes"
@@ -85,4 +87,5 @@ def gpu_asked_for(environment: Mapping[str, str]) -> str | None:
 
 
 def no_gpu(asked: str) -> str:
-    return f"{asked}: torch finds no such GPU here; unset it to use the CPU, or see what `sd3tune doctor` says"
+    doctor = command_line("sd3tune", "doctor")
+    return f"{asked}: torch finds no such GPU here; unset it to use the CPU, or see what `{doctor}` says"

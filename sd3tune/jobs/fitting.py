@@ -22,21 +22,30 @@ from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ConfigError
 from sd3tune.jobs.forecast import CONTEXT, MARGIN, Forecast, Outlook, forecast
 from sd3tune.jobs.preflight import Plan, bucket_of
+from sd3tune.train.loop import Processes
 
 KEY = "train.memory"
 
 
 def room_of(memory: float | str, device: torch.device) -> int:
-    """Bytes that `train.memory` stands for: of `auto`, the card's or, without one, the machine's own."""
+    """Return the bytes that `train.memory` stands for; `auto` is what is free on the GPU or, on the CPU, all memory.
+
+    What this process holds of the GPU counts as free, up to the allowance for CUDA itself.
+    """
     if not isinstance(memory, str):
         return round(memory * 1e9)
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        before = torch.cuda.memory_reserved(device)
+        free, total = torch.cuda.mem_get_info(device)  # makes CUDA's context, which the allowance counts as well
+        return min(free + before + CONTEXT, total)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def fitted_plan(plan: Plan, quiet: bool = False) -> tuple[Plan, list[str]]:
-    """The plan of a run that fits into its `train.memory`, if that is given, and what to say of it."""
+def fitted_plan(plan: Plan, processes: Processes) -> tuple[Plan, list[str]]:
+    """Return the plan of a run that fits into its `train.memory`, if that is given, and what to say of it.
+
+    All processes choose the same: what fits into the GPU that has the least memory free.
+    """
     memory = plan.config.train.memory
     if memory is None:
         return plan, []
@@ -52,7 +61,8 @@ def fitted_plan(plan: Plan, quiet: bool = False) -> tuple[Plan, list[str]]:
         priors=plan.priors,
         missing=(),
     )
-    found = fit(outlook, room_of(memory, plan.device), quiet)
+    room = torch.tensor(room_of(memory, plan.device), device=plan.device)
+    found = fit(outlook, int(processes.gather(room).min()), quiet=not processes.is_main)
     return replace(plan, config=found.outlook.config), [describe(outlook.config, found)]
 
 
@@ -80,8 +90,8 @@ def fit(outlook: Outlook, room: int, quiet: bool = False) -> Forecast:
             return found
     worst = max(plan.phases, key=lambda name: plan.phases[name].peak)
     raise ConfigError(
-        f"{KEY}: {room / 1e9:.3g} GB cannot hold this run: at its leanest it needs {plan.needed / 1e9:.3g} GB, to "
-        f"{worst}; lower data.resolution, or give it more"
+        f"{KEY}: {room / 1e9:.3g} GB cannot hold this run: the minimum is {plan.needed / 1e9:.3g} GB (to {worst}); "
+        "lower data.resolution, or give it more"
     )
 
 
@@ -92,12 +102,18 @@ def _needs_another_base(plan: Forecast, room: int) -> bool:
 
 
 def describe(config: Config, found: Forecast) -> str:
-    """What was chosen, as it would be typed."""
+    """Return the line that says what was chosen."""
+    chosen = changes(config, found) or "the configuration as it is"
+    return f"memory    {found.needed / 1e9:.3g} GB will do, with {chosen}"
+
+
+def changes(config: Config, found: Forecast) -> str:
+    """Return the settings in which the forecast's configuration differs from `config`, as they are typed."""
     typed = []
     for section in ("model", "train"):
         before, after = getattr(config, section).model_dump(), getattr(found.outlook.config, section).model_dump()
         typed += [f"{section}.{key}={value}" for key, value in after.items() if value != before[key]]
-    return f"memory    {found.needed / 1e9:.3g} GB will do, with " + (" ".join(typed) or "the configuration as it is")
+    return " ".join(typed)
 
 
 def _changed(outlook: Outlook, section: str, **values: Any) -> Outlook:

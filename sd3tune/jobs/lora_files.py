@@ -72,7 +72,8 @@ def losses(found: Mapping[str, Truncated]) -> list[str]:
     shares = {module: one.lost / one.total if one.total else 0.0 for module, one in found.items()}
     worst = max(shares, key=lambda module: shares[module])
     overall = (lost / total) ** 0.5 if total else 0.0
-    return [f"lost: {overall:.3%} of the norm of BA, at most {shares[worst] ** 0.5:.3%} in one module ({worst})"]
+    at_most = f"at most {shares[worst] ** 0.5:.3%} in one module ({worst})"
+    return [f"lost: {overall:.3%} of the weight update's norm, {at_most}"]
 
 
 def _is_stale(key: str) -> bool:

@@ -97,9 +97,9 @@ def _contract(adapter: Adapter) -> Iterator[str]:
         yield f"{name:<10}{shown(value)}, says the tool that wrote it"
     said = {key: value for key, value in contract.items() if key not in _SAID_ELSEWHERE and value is not None}
     if not contract:
-        yield "contract  none: another tool wrote it, and `infer` needs --base"
+        yield "settings  none: another tool wrote it, and `infer` needs --base"
     for number, (key, value) in enumerate(said.items()):
-        yield f"{'contract' if number == 0 else '':<10}{shown(key)}: {shown(str(value))}"
+        yield f"{'settings' if number == 0 else '':<10}{shown(key)}: {shown(str(value))}"
 
 
 def _norms(adapter: Adapter) -> Iterator[str]:

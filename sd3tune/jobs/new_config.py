@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 
 from sd3tune.config.files import as_typed
@@ -13,6 +12,7 @@ from sd3tune.config.presets import Preset, find_preset
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.model import OFFLINE_BASES
 from sd3tune.errors import ConfigError
+from sd3tune.invocation import command_line
 
 
 def new_config(
@@ -49,7 +49,7 @@ def _check(out: Path, data: str | None) -> None:
 
 
 def _next_steps(config: Config, out: Path) -> list[str]:
-    source, command = config.data.sources[0], f"sd3tune train {shlex.quote(str(out))}"
+    source, command = config.data.sources[0], command_line("sd3tune", "train", str(out))
     images = Path(source.path)
     steps = ["next:"]
     if not images.is_dir():
@@ -64,6 +64,6 @@ def _next_steps(config: Config, out: Path) -> list[str]:
     return [
         *steps,
         f"  {command} {rehearsal} schedule.warmup_steps=0   # on the CPU, without a download",
-        f"  hf auth login   # and accept the licence at https://huggingface.co/{config.model.base}",
+        f"  {command_line('hf', 'auth', 'login')}   # and accept the licence at https://huggingface.co/{config.model.base}",
         f"  {command}",
     ]

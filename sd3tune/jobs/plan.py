@@ -14,9 +14,9 @@ from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig
 from sd3tune.errors import ConfigError
 from sd3tune.jobs.cards import Card, find_card
 from sd3tune.jobs.describe import held
-from sd3tune.jobs.fitting import describe, fit, room_of
+from sd3tune.jobs.fitting import changes, describe, fit, room_of
 from sd3tune.jobs.forecast import CONTEXT, MARGIN, Forecast, Outlook, forecast, look_ahead
-from sd3tune.jobs.machine import DTYPES, choose_dtype, gpu_of
+from sd3tune.jobs.machine import DTYPES, choose_dtype, dtype_name, gpu_of
 from sd3tune.jobs.rehearsal import Training
 
 RESOLUTIONS = (1024, 768, 512)
@@ -33,24 +33,31 @@ def run_plan(
     """
     found = None if card is None else find_card(card)
     outlook = look_ahead(config, planned_dtype(config, found, memory))
+    if found is None and memory is None and not torch.cuda.is_available():
+        precision = dtype_name(outlook.dtype)
+        yield f"note: there is no GPU here, so this is the plan for the CPU, in {precision}; for a card: --card 4090"
     yield from (
         f"note: no images yet ({problem}): the largest bucket is planned for" for problem in outlook.missing[:1]
     )
     room = memory if memory is not None or found is None else found.memory
     wanted = config.train.memory
     if wanted is None:
+        yield from _about(outlook)
         plan = forecast(outlook)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         plan = fit(outlook, round(room * 1e9) if room is not None and wanted == "auto" else room_of(wanted, device))
         yield describe(config, plan)
-    yield from _about(plan.outlook)
+        yield from _about(plan.outlook)
     yield from _about_memory(plan)
     if room is not None:
         yield _verdict(plan, room, found.name if found and memory is None else "--memory")
     yield from _about_length(plan, found, utilisation)
     yield ""
     yield from _about_knobs(plan, found, room)
+    if room is not None and plan.needed > room * 1e9 and wanted is None:
+        yield ""
+        yield _what_fits(plan, room)
 
 
 def planned_dtype(config: Config, card: Card | None, memory: float | None) -> torch.dtype:
@@ -104,14 +111,14 @@ def components(training: Training) -> list[tuple[str, int]]:
     millions = f"{training.trained / 1e6:.1f} M"
     return [
         (f"base, frozen (of {training.parameters / 1e9:.3f} B parameters)", training.frozen),
-        (f"trained, {millions}, as it is computed with", training.compute),
-        ("its fp32 master", training.master),
-        ("its gradients' fp32 sum", training.gradient),
+        (f"trainable parameters, {millions}, for computing", training.compute),
+        ("their fp32 master", training.master),
+        ("their gradients' fp32 sum", training.gradient),
         ("the optimizer's state", training.optimizer),
-        ("its average (EMA)", training.average),
-        ("adaLN modulations of many steps, made ahead", training.ahead),
+        ("their average (EMA)", training.average),
+        ("adaLN modulations, computed ahead", training.ahead),
         ("activations saved for the backward pass", min(training.saved, training.working)),
-        ("all else at the worst moment", max(0, training.working - training.saved)),
+        ("everything else at the peak", max(0, training.working - training.saved)),
     ]
 
 
@@ -121,6 +128,17 @@ def _verdict(plan: Forecast, room: float, name: str) -> str:
     if left >= 0:
         return f"fits      into {which}: yes, {gigabytes(left)} to spare"
     return f"fits      into {which}: no, {gigabytes(-left)} too much"
+
+
+def _what_fits(plan: Forecast, room: float) -> str:
+    """Return the settings that fit together, as `train.memory` would choose them, or why there are none."""
+    try:
+        found = fit(plan.outlook, round(room * 1e9))
+    except ConfigError as error:
+        return f"to fit    no settings do; {error.problems[0]}"
+    return (
+        f"to fit    train.memory={room:g}, or {changes(plan.outlook.config, found)}: {gigabytes(found.needed)} in all"
+    )
 
 
 def _about_length(plan: Forecast, card: Card | None, utilisation: float) -> list[str]:
@@ -211,8 +229,8 @@ def knobs(outlook: Outlook) -> list[Knob]:
 
 
 def _about_knobs(plan: Forecast, card: Card | None, room: float | None) -> Iterator[str]:
-    """One line a change: the peak of the whole run and that of the training, and the operations of a step."""
-    yield f"{'what a change buys':<50}{'peak':>10}{'training':>12}{'TFLOP':>9}{'more':>8}"
+    """One line a change: peak memory of the run and of training, and a step's operations, in TFLOP and per cent."""
+    yield f"{'after one change':<50}{'peak':>10}{'training':>12}{'TFLOP':>9}{'change':>8}"
     today = plan.training.flops
     for typed, changed in [("as it is", None), *knobs(plan.outlook)]:
         other = plan if changed is None else forecast(after(plan.outlook, changed), plan)

@@ -6,7 +6,7 @@ These are the run's own functions, called on the meta device: there is no formul
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -17,12 +17,13 @@ from sd3tune.config import Config
 from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.data.buckets import Size
 from sd3tune.encode.captions import CLIP_LENGTH
+from sd3tune.jobs.thinning import Parts, Thinned, thin_out
 from sd3tune.jobs.trainable import hoists, make_trainable
 from sd3tune.methods import Method
 from sd3tune.model.bases import ENCODER_PARTS, Base
 from sd3tune.model.components import empty_transformer, load_vae, text_encoder_shape
 from sd3tune.model.footprint import Footprint, Saved, bytes_of, peak_of, tensors_of
-from sd3tune.model.hoist import row_bytes
+from sd3tune.model.hoist import Modulation, row_bytes
 from sd3tune.model.latents import decode
 from sd3tune.model.quantized import load_transformer_in, quantize, statistics
 from sd3tune.train.ahead import looking_ahead, window_length
@@ -36,6 +37,8 @@ META = torch.device("meta")
 _SHIFT = 3.0  # any will do: it changes the sigmas, which are no numbers here
 _PROBED = 1 << 16
 """Values that an optimizer is tried on; what it takes is in proportion."""
+_LEFT_OUT = "left out"
+"""The trained parameters of the blocks that are not there, as one."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,11 @@ class EmptyBatches:
         self.size, self.dtype, self.channels = size, dtype, base.config("vae")["latent_channels"]
         self.batch_size, self.accumulation = config.train.batch_size, config.train.gradient_accumulation
         self.names: Sequence[str] = ()
+        self.modulation: Modulation | None = None
         self.shapes = {encoder: _entry_shapes(base, encoder, config) for encoder in encoders}
 
     def fetch(self, step: int, micro: int) -> Batch:
-        return self.of(self.rows, self.size)
+        return replace(self.of(self.rows, self.size), modulation=self.modulation)
 
     def seed_for(self, purpose: str, step: int, micro: int) -> int:
         return 0
@@ -153,14 +157,24 @@ def rehearse_training(
 
     The preview of `like`, if that is given, is the same and not rehearsed again.
     """
-    parameters = sum(parameter.numel() for parameter in empty_transformer(base).parameters())
-    transformer = _load(config, base, method, dtype)
-    master = FlatMaster(make_trainable(config, method, transformer), dtype)
-    values = master.master.numel()
+    whole = empty_transformer(base)
+    parameters = sum(parameter.numel() for parameter in whole.parameters())
+    transformer = _load(config, base, method, dtype, whole)
     empty = EmptyBatches(config, base, method.cached_encoders, size, dtype)
     batches = looking_ahead(cast(Batches, empty), transformer, method)
     with Footprint() as window:  # before the step, as it is of many
         ahead = list(batches.fetch(0, 0).modulation or ())
+    modulation = row_bytes(transformer)
+    thin = thin_out(transformer, method, config.train.checkpointed_blocks)
+    empty.modulation = thin.left(ahead) if ahead else None
+    checkpointing = {"checkpointed_blocks": thin.first(config.train.checkpointed_blocks)}
+    thinned = config.model_copy(update={"train": config.train.model_copy(update=checkpointing)})
+    trained = make_trainable(thinned, method, transformer)
+    left_out = thin.rest(lambda block: sum(of.numel() for of in block.parameters() if of.requires_grad))
+    if left_out:
+        trained[_LEFT_OUT] = nn.Parameter(torch.empty(left_out, device=META))
+    master = FlatMaster(trained, dtype)
+    values = master.master.numel()
     state = TrainState(
         step=0,
         master=master,
@@ -168,46 +182,64 @@ def rehearse_training(
         ema=master.master.detach().clone() if config.ema is not None else None,
         loss_scale=LossScale(META, enabled=dtype is torch.float16),
     )
-    frozen = [tensor for tensor in tensors_of(transformer) if not tensor.requires_grad]
-    frozen += statistics(transformer)
+    frozen = _frozen(transformer)
     saved = Saved([*tensors_of(transformer), *frozen, *ahead, master.master])
     with saved.watching():
-        step = _rehearse_step(config, state, transformer, method, batches)
+        step = _rehearse_step(config, state, thin, method, empty, saved)
     optimizer = try_optimizer(config)
     if like is not None:
         preview = like.preview
+    elif config.preview.prompts:
+        preview = _rehearse_preview(config, base, method, thin, state, empty, modulation)
     else:
-        preview = _rehearse_preview(config, base, method, transformer, state, empty) if config.preview.prompts else None
+        preview = None
     return Training(
         parameters=parameters,
         trained=values,
-        frozen=bytes_of(frozen),
+        frozen=bytes_of(frozen) + thin.rest(lambda block: bytes_of(_frozen(block))),
         compute=0 if dtype is torch.float32 else bytes_of([master.compute]),
         master=bytes_of([master.master]),
         gradient=bytes_of([master.gradient]),
         optimizer=optimizer.resident * values // _PROBED,
         ahead=bytes_of(ahead),
         average=0 if state.ema is None else bytes_of([state.ema]),
-        saved=saved.nbytes,
+        saved=step.saved,
         working=max(step.peak, optimizer.working * values // _PROBED),
         flops=(step.flops + window.flops // window_length(batches)) * config.train.gradient_accumulation,
         preview=preview,
     )
 
 
-def _load(config: Config, base: Base, method: Method, dtype: torch.dtype) -> SD3Transformer2DModel:
-    hoisted = hoists(config, method.select(empty_transformer(base)))
+def _load(
+    config: Config, base: Base, method: Method, dtype: torch.dtype, whole: SD3Transformer2DModel
+) -> SD3Transformer2DModel:
+    hoisted = hoists(config, method.select(whole))
     return load_transformer_in(config.model.quantize, base, dtype, META, hoisted)
 
 
+def _frozen(model: nn.Module) -> list[Tensor]:
+    return [*(tensor for tensor in tensors_of(model) if not tensor.requires_grad), *statistics(model)]
+
+
 def _rehearse_step(
-    config: Config, state: TrainState, transformer: SD3Transformer2DModel, method: Method, batches: Batches
-) -> Footprint:
+    config: Config, state: TrainState, thin: Thinned, method: Method, batches: EmptyBatches, saved: Saved
+) -> Parts:
     """One micro-step and the update: further ones take the same memory."""
     once = config.model_copy(update={"train": config.train.model_copy(update={"gradient_accumulation": 1, "steps": 1})})
     once = once.model_copy(update={"schedule": type(once.schedule)()})  # whose warm-up may be longer than one step
     objective = make_objective(config.flow, _SHIFT)
-    return peak_of(lambda: train_step(state, transformer, method, batches, objective, once, _alone))
+    master = state.master
+    collect, left_out = master.collect_gradients, master.parameters[-1] if _LEFT_OUT in master.shapes else None
+
+    def step(parts: Parts) -> None:
+        def collecting() -> None:  # makes the gradients of what was left out, which were counted in its blocks' parts
+            parts.mark(freed=0 if left_out is None else left_out.nbytes)
+            collect()
+
+        master.collect_gradients = collecting  # type: ignore[method-assign]
+        train_step(state, thin.transformer, method, cast(Batches, batches), objective, once, _alone)
+
+    return thin.measured(step, saved)
 
 
 def _alone(gradient: Tensor) -> Tensor:
@@ -230,24 +262,35 @@ def _rehearse_preview(
     config: Config,
     base: Base,
     method: Method,
-    transformer: SD3Transformer2DModel,
+    thin: Thinned,
     state: TrainState,
     batches: EmptyBatches,
+    row_bytes: int,
 ) -> int:
-    """A denoising step, then the VAE's visit: the most that either adds."""
+    """A denoising step, then decoding by the VAE: the most that either adds. `row_bytes` is of the whole model."""
+    transformer = thin.transformer
     weights = state.master.named(state.master.master)
+    weights.pop(_LEFT_OUT, None)
+
+    def exported_bytes(lacking: str) -> int:
+        left = {name: value for name, value in weights.items() if not lacking or not name.startswith(lacking)}
+        with torch.no_grad(), Footprint() as footprint, method.as_exported(transformer, left):
+            return footprint.now
+
+    left_out = thin.rest_without(exported_bytes)
     rows = 2 if config.preview.guidance > 1 else 1
     side = config.data.resolution
 
     def drawing(compute: Callable[[], object]) -> int:
-        def draw() -> None:
+        def draw(parts: Parts) -> None:
             with torch.no_grad(), method.as_exported(transformer, weights):
+                parts.mark(freed=-left_out)
                 compute()
 
-        return peak_of(draw).peak
+        return thin.measured(draw).peak
 
     denoising = drawing(lambda: predict_velocity(transformer, method, batches.of(rows, (side, side))))
-    denoising += rows * config.preview.steps * row_bytes(transformer)
+    denoising += rows * config.preview.steps * row_bytes
     vae = load_vae(base, vae_dtype(dtype_of(transformer)), META)
     latents = batches.of(1, (side, side)).latents
     return max(denoising, bytes_of(tensors_of(vae)) + drawing(lambda: decode(vae, latents)))
@@ -274,16 +317,15 @@ def rehearse_vae(base: Base, size: Size, dtype: torch.dtype) -> Use:
 
 def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> Use:
     """A class image drawn by the base, with guidance: transformer and VAE are in memory together."""
-    transformer = _load(config, base, method, dtype)
+    transformer = _load(config, base, method, dtype, empty_transformer(base))
     vae = load_vae(base, vae_dtype(dtype), META)
     batch = EmptyBatches(config, base, method.cached_encoders, size, dtype).of(2, size)
+    resident = bytes_of([*tensors_of(transformer), *statistics(transformer), *tensors_of(vae)])
+    thin = thin_out(transformer, method, None)
     with torch.no_grad():
-        denoising = peak_of(lambda: predict_velocity(transformer, method, batch))
+        denoising = thin.measured(lambda _: predict_velocity(transformer, method, batch))
         decoding = peak_of(lambda: decode(vae, batch.latents[:1]))
-    return Use(
-        bytes_of([*tensors_of(transformer), *statistics(transformer), *tensors_of(vae)]),
-        max(denoising.peak, decoding.peak),
-    )
+    return Use(resident, max(denoising.peak, decoding.peak))
 
 
 def vae_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -86,7 +86,7 @@ def run_training(
             say(f"note: {note}")
         with accelerator.main_process_first():  # a tiny base is built then: transformers writes on rank 0 alone
             plan = make_plan(config, accelerator.device, resume, processes.world)
-        plan, chosen = fitted_plan(plan, quiet=not processes.is_main)
+        plan, chosen = fitted_plan(plan, processes)
         if resume and plan.start is None:
             say(f"nothing to resume in {plan.run}: starting afresh")
         if plan.start is not None and is_finished(plan.run, plan.method.product, plan.config.train.total_steps):

@@ -6,7 +6,6 @@ import json
 import os
 import queue
 import secrets
-import shlex
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from sd3tune.config import load_config
 from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.config.sections.outputs import REPO_ID, REPO_ID_IN_WORDS
 from sd3tune.errors import RunError, UserError
+from sd3tune.invocation import command_line
 from sd3tune.jobs.card import card_of, card_to_upload
 from sd3tune.jobs.preflight import Plan, naming_hub_push
 from sd3tune.jobs.run_folder import holds_report
@@ -56,7 +56,8 @@ def run_push(run: Path, repo_id: str | None, picture: Path | None = None) -> Non
     if not (run / RUN_FILE).is_file():
         raise RunError(f"{run}: no run folder: there is no {RUN_FILE}; name the folder that a training wrote")
     if not holds_report(run):
-        raise RunError(f"{run}: this run has not finished; let it, with `sd3tune train CONFIG --resume`, then push it")
+        resume = command_line("sd3tune", "train", "CONFIG", "--resume")
+        raise RunError(f"{run}: this run has not finished; finish it with `{resume}`, then push it")
     settings = load_config(run / "config.yaml").config.hub
     target = repo_id or settings.repo_id
     if target is None:
@@ -122,7 +123,7 @@ def upload_finished(plan: Plan, uploads: Uploads | None, say: Callable[[str], No
 
 
 def push_command(run: Path) -> str:
-    return shlex.join(["sd3tune", "hub", "push", str(run)])
+    return command_line("sd3tune", "hub", "push", str(run))
 
 
 @dataclass(frozen=True)

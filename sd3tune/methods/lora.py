@@ -32,7 +32,7 @@ class LoraMethod(StoredText):
 
     product = Product("adapter", adapter_io.ADAPTER_FILE)
     exported_bytes = 4
-    block_measure = "norm of BA per block"
+    block_measure = "norm of the weight update per block"
     remedy = "method.targets"
 
     def __init__(self, config: Config) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,19 +37,29 @@ class Footprint(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now, self.peak, self.flops = 0, 0, 0
+        self._highest = 0  # since the last lap
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        formula = _FORMULAS.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and _key(leaf) not in self._alive]
-        if made:
-            given = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-            for tensor in made:
-                if _key(tensor) not in given:  # else a view of what was there before
-                    self._follow(tensor)
+        call = _call_on_meta(func, args, kwargs or {})
+        known = None if call is None else _RESULTS.get(call)
+        if known is not None:
+            result, flops = known.make(), known.flops
+            made = list(result) if isinstance(result, tuple | list) else [result]
+        else:
+            result = func(*args, **(kwargs or {}))
+            formula = _FORMULAS.get(func._overloadpacket)
+            flops = 0 if formula is None else formula(*args, **(kwargs or {}), out_val=result)
+            leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            made = [leaf for leaf in leaves if _key(leaf) not in self._alive]
+            if made:
+                given = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+                made = [tensor for tensor in made if _key(tensor) not in given]  # else a view of what was there before
+            if call is not None and len(made) == len(leaves) and _is_plain_result(result):
+                _RESULTS[call] = _Result(type(result), [(t.shape, t.stride(), t.dtype) for t in leaves], flops)
+        self.flops += flops
+        for tensor in made:
+            self._follow(tensor)
         return result
 
     def _follow(self, tensor: Tensor) -> None:
@@ -62,6 +73,64 @@ class Footprint(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, gone)
         self.now += nbytes
         self.peak = max(self.peak, self.now)
+        self._highest = max(self._highest, self.now)
+
+    def lap(self) -> int:
+        """Return the most bytes that were alive at once since the last lap, and begin another one."""
+        highest, self._highest = self._highest, self.now
+        return highest
+
+
+@dataclass(frozen=True)
+class _Result:
+    """The form of what a kernel returns on the meta device: new tensors, one or a tuple or list of them."""
+
+    kind: type
+    forms: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]
+    flops: int
+
+    def make(self) -> Any:
+        made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in self.forms]
+        return made[0] if self.kind is Tensor else self.kind(made)
+
+
+_RESULTS: dict[Any, _Result] = {}
+"""By the kernel and the forms of its arguments. Torch works most of them out in Python, which takes far longer."""
+
+
+def _call_on_meta(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """What a call's result depends on; None where it may be a view or change its arguments, or has real tensors."""
+    if func._schema.is_mutable or any(of.alias_info is not None for of in func._schema.returns):
+        return None
+    try:
+        call = (func, _form((args, tuple(kwargs.items()))))
+        hash(call)
+    except TypeError:
+        return None
+    return call
+
+
+def _form(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if not value.is_meta:
+            raise TypeError("a real tensor")
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(map(_form, value))
+    return type(value), value
+
+
+def _is_plain_result(result: Any) -> bool:
+    """Whether it consists of whole storages of the meta device, each of its own."""
+    tensors = list(result) if type(result) in (tuple, list) else [result]
+    if not tensors or not all(type(tensor) is Tensor and tensor.is_meta for tensor in tensors):
+        return False
+    whole = all(
+        torch.empty_strided(of.shape, of.stride(), dtype=of.dtype, device="meta").untyped_storage().nbytes()
+        == of.untyped_storage().nbytes()
+        for of in tensors
+    )
+    return whole and len({_key(tensor) for tensor in tensors}) == len(tensors)
 
 
 @contextlib.contextmanager

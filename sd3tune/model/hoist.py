@@ -9,7 +9,7 @@ embeddings, of which a picture needs the middle.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +91,15 @@ def hoisted(transformer: nn.Module) -> tuple[AheadLinear, ...]:
     """The model's adaLN linears, in its order; empty where they are in their places."""
     found: tuple[AheadLinear, ...] = getattr(transformer, _LAYERS, ())
     return found
+
+
+def keep_blocks(transformer: SD3Transformer2DModel, numbers: Collection[int]) -> None:
+    """Take all other blocks out of the model, hoisted linears included; those that are left keep their names."""
+    children = transformer.transformer_blocks._modules
+    for name in [name for name in children if int(name) not in numbers]:
+        del children[name]
+    if hoisted(transformer):
+        setattr(transformer, _LAYERS, tuple(norm.linear for norm in _adaptive_norms(transformer)))
 
 
 def row_bytes(transformer: SD3Transformer2DModel) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from sd3tune.config.files import as_typed
+from sd3tune.invocation import command_line
 from sd3tune.tracking.base import Start
 
 FOLDER = "tensorboard"
@@ -29,7 +29,7 @@ class TensorBoard:
         folder = start.folder / FOLDER
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self.where = f"tensorboard --logdir {shlex.quote(as_typed(folder))}"
+        self.where = command_line("tensorboard", "--logdir", as_typed(folder))
         self._records = RecordWriter((folder / f"events.out.tfevents.{time.time():.0f}").open("wb"))
         self._write(Event(file_version="brain.Event:2"))
         self._add(0, [_text("config", f"```yaml\n{yaml.safe_dump(dict(start.config), sort_keys=False)}```")])

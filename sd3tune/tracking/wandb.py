@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ import wandb
 from sd3tune.atomic import write_text
 from sd3tune.config.files import as_typed
 from sd3tune.config.sections.outputs import WandbConfig
+from sd3tune.invocation import command_line
 from sd3tune.tracking.base import Start
 
 FOLDER = "wandb"
@@ -110,7 +110,7 @@ class Wandb:
         return run
 
     def _sync_command(self) -> str:
-        return f"wandb sync {shlex.quote(as_typed(Path(self._run.dir).parent))}"
+        return command_line("wandb", "sync", as_typed(Path(self._run.dir).parent))
 
 
 def _one_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import sd3tune
+from sd3tune.config import load_config
 from sd3tune.config.presets import all_presets, find_preset, presets_folder
 from sd3tune.errors import ConfigError
 
@@ -25,6 +26,37 @@ def test_in_a_checkout_they_are_the_files_of_the_repository() -> None:
 
 def test_there_is_one_for_each_size_of_card() -> None:
     assert {preset.name for preset in all_presets()} >= set(CARDS)
+
+
+MEMORY_SETTINGS = {
+    "model": {"dtype", "quantize", "t5_device", "t5_quantize"},
+    "train": {"gradient_checkpointing", "checkpointed_blocks", "memory"},
+}
+
+
+def trained_by(preset: str, *also: str) -> dict:
+    """The configuration of a preset without its names, paths and memory settings, and without `also`, such as
+    `data.resolution`.
+    """
+    config = load_config(find_preset(preset)).config.model_dump(exclude={"name", "output_dir", "checkpoint", "preview"})
+    for source in config["data"]["sources"]:
+        source["path"] = Path(source["path"]).name
+    for section, keys in [*MEMORY_SETTINGS.items(), *((where, {key}) for where, key in (of.split(".") for of in also))]:
+        config[section] = {key: value for key, value in config[section].items() if key not in keys}
+    return config
+
+
+@pytest.mark.parametrize("card", ["6gb", "16gb", "24gb", "48gb"])
+def test_presets_for_cards_differ_in_memory_settings_alone(card: str) -> None:
+    assert trained_by(f"sd35_medium_{card}") == trained_by("sd35_medium_12gb")
+
+
+def test_the_presets_for_a_t4_and_for_large_cards_do_so_too() -> None:
+    of_a_t4 = ("data.resolution", "schedule.warmup_steps")
+    assert trained_by("sd35_medium_t4", *of_a_t4) == trained_by("sd35_medium_12gb", *of_a_t4)
+    large = [trained_by(f"sd35_large_{which}", "data.sources") for which in ("lora", "12gb", "48gb")]
+    assert large[0] == large[1] == large[2]
+    assert (large[0]["train"]["gradient_accumulation"], large[0]["train"]["max_grad_norm"]) == (8, 0.1)
 
 
 @pytest.mark.parametrize("preset", all_presets(), ids=lambda preset: preset.name)

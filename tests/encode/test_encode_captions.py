@@ -108,7 +108,7 @@ def test_another_t5_length_encodes_t5_alone(base, tmp_path, encoded):
     assert encoded == [("t5", text) for text in TEXTS]
     assert before["clip_l"] == after["clip_l"]
     assert before["clip_g"] == after["clip_g"]
-    assert report.summary() == "captions: 4 of 4 re-encoded: settings changed"
+    assert report.summary() == "captions: 4 of 4 re-encoded: the base, the precision or T5's length changed"
 
 
 def test_further_t5_lengths_are_encoded_with_one_t5_as_each_would_be_alone(base, tmp_path, encoded, monkeypatch):

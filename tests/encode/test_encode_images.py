@@ -143,7 +143,7 @@ def test_a_new_image_and_another_resolution_are_told_apart(base, records, tmp_pa
     _, report = encode(base, records, Store(tmp_path / "s"))
     assert report.summary() == "images: 2 of 5 encoded: new"
     _, report = encode(base, records, Store(tmp_path / "s"), resolution=32)
-    assert report.summary() == "images: 5 of 5 re-encoded: settings changed"
+    assert report.summary() == "images: 5 of 5 re-encoded: the base, the precision, the resolution or the crops changed"
 
 
 def test_more_variants_encode_only_what_is_new(base, records, tmp_path, encoded):

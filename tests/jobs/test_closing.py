@@ -154,7 +154,10 @@ def test_the_summary_names_changes_losses_and_the_next_command(plan: Plan) -> No
         "fixed_noise_loss": {"sigma": [0.2, 0.8], "base": [2.0, 1.0], "trained": [1.5, 1.01]},
     }
     lines = summary(plan, report)
-    assert lines[0] == "learned   one denoising step changes by 1.73 %; norm of BA per block |▄█ |, at most 1"
+    assert (
+        lines[0]
+        == "learned   one denoising step changes by 1.73 %; norm of the weight update per block |▄█ |, at most 1"
+    )
     assert lines[1].endswith("by sigma: 0.2: 2.000 -> 1.500 (-25.0 %), 0.8: 1.000 -> 1.010 (+1.0 %)")
     assert lines[2] == f"adapter   {plan.run / 'adapter'} (the average, EMA; as trained: adapter_raw)"
     assert summary(plan, {**report, "weights": "raw"})[2] == f"adapter   {plan.run / 'adapter'}"

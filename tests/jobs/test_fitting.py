@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from sd3tune.errors import ConfigError
-from sd3tune.jobs.fitting import fit, room_of, ways
+from sd3tune.jobs.fitting import fit, fitted_plan, room_of, ways
 from sd3tune.jobs.forecast import CONTEXT, MARGIN, forecast, look_ahead
+from sd3tune.jobs.machine import ALONE
+from sd3tune.jobs.preflight import make_plan
 from sd3tune.jobs.train import run_training
 
 
@@ -51,7 +54,7 @@ def test_what_has_less_room_costs_more_time_and_fits(outlook) -> None:
 
 
 def test_too_little_is_an_error_with_the_least_that_is_needed(outlook) -> None:
-    with pytest.raises(ConfigError, match=r"train.memory: 0.601 GB cannot hold this run: at its leanest it needs 0\.6"):
+    with pytest.raises(ConfigError, match=r"train.memory: 0.601 GB cannot hold this run: the minimum is 0\.6"):
         fit(outlook, CONTEXT + 1_000_000)
 
 
@@ -66,6 +69,22 @@ def test_a_run_says_what_was_chosen_and_trains_the_same(
     assert "already finished" in capsys.readouterr().out
 
 
-def test_auto_is_all_that_there_is() -> None:
+def test_auto_is_all_memory_of_a_machine_and_what_is_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert room_of(1.5, torch.device("cpu")) == 1_500_000_000
     assert room_of("auto", torch.device("cpu")) > 10**9
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 10**9, 8 * 10**9))
+    assert room_of("auto", gpu) == 5 * 10**9 + CONTEXT  # another program has the rest
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 10**9 - CONTEXT // 2, 8 * 10**9))
+    assert room_of("auto", gpu) == 8 * 10**9
+    assert room_of(6, gpu) == 6 * 10**9
+
+
+def test_processes_fit_the_gpu_with_the_least_memory(quick_config, tmp_path: Path) -> None:
+    config = quick_config(tmp_path, "train.memory=auto", "train.batch_size=4", "model.max_sequence_length=512")
+    plan = make_plan(config, torch.device("cpu"), False, 1)
+    others = replace(ALONE, gather=lambda room: torch.stack([room, torch.tensor(room_for(10_000_000))]))
+    alone, shared = (fitted_plan(plan, processes)[0].config.train for processes in (ALONE, others))
+    assert (alone.gradient_checkpointing, alone.batch_size) == ("none", 4)
+    assert shared.gradient_checkpointing != "none" or shared.batch_size < 4

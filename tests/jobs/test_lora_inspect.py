@@ -50,7 +50,7 @@ def test_a_file_of_ours_in_words(tmp_path: Path) -> None:
     assert said(lines, "scale") == ["1"]
     assert said(lines, "trained") == ["attn.to_q in 1 place", "ff.net.2 in 1 place"]
     assert said(lines, "trigger") == ["sks"]
-    assert said(lines, "contract") == ["max_sequence_length: 16", "method: lora"]
+    assert said(lines, "settings") == ["max_sequence_length: 16", "method: lora"]
     assert said(lines, "|BA|") == ["block 0: 128", "block 1: 128"]
     assert not [line for line in lines if line.startswith("warning")]
 
@@ -67,7 +67,7 @@ def test_another_tools_file_says_the_same_norms_and_what_its_metadata_says(
     assert said(lines, "base") == ["not stated; by its sizes none of the released ones"]
     assert said(lines, "trigger") == [r"'sks\nerror: none'"]
     assert said(lines, "name") == ["dog, says the tool that wrote it"]
-    assert said(lines, "contract") == ["none: another tool wrote it, and `infer` needs --base"]
+    assert said(lines, "settings") == ["none: another tool wrote it, and `infer` needs --base"]
     assert said(lines, "|BA|") == ["block 0: 128", "block 1: 128"]
 
 

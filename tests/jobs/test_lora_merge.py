@@ -80,7 +80,9 @@ def test_svd_is_the_nearest_of_its_rank(two: list[str], tmp_path: Path) -> None:
         torch.testing.assert_close(found, values[3:].sum(), rtol=1e-4, atol=1e-9)
         lost, total = lost + values[3:].sum().item(), total + values.sum().item()
         worst = max(worst, (values[3:].sum() / values.sum()).item() ** 0.5)
-    assert line.startswith(f"lost: {(lost / total) ** 0.5:.3%} of the norm of BA, at most {worst:.3%} in one module")
+    assert line.startswith(
+        f"lost: {(lost / total) ** 0.5:.3%} of the weight update's norm, at most {worst:.3%} in one module"
+    )
 
 
 def test_in_the_base_the_adapters_compute_the_same_and_the_folder_is_a_base(

@@ -68,7 +68,7 @@ def test_a_file_keeps_its_layout_and_contract_and_the_loss_is_said(tmp_path: Pat
     lines = resize_lora(tmp_path, tmp_path / "out.safetensors", 1, None)
     assert lines == [
         f"{tmp_path / 'out.safetensors'}: 2 modules, rank 2 to 3 -> 1",
-        f"lost: {(10 / 27) ** 0.5:.3%} of the norm of BA, at most {0.5**0.5:.3%} in one module ({KEY})",
+        f"lost: {(10 / 27) ** 0.5:.3%} of the weight update's norm, at most {0.5**0.5:.3%} in one module ({KEY})",
     ]
     contract = read_adapter(tmp_path / "out.safetensors").contract
     assert contract == {"contract_version": 1, "base": "tiny", "rank": 1, "alpha": 1, "trigger": "sks"}

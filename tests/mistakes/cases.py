@@ -649,7 +649,7 @@ CASES = [
     Case("flags", "a run folder full of other things", (*TRAIN, "output_dir=photos"), "not empty"),
     Case("flags", "a run folder that cannot be made", (*TRAIN, "output_dir=/proc/run"), "/proc/run"),
     Case("flags", "a store that cannot be made", (*TRAIN, "data.cache_dir=/proc/store"), "/proc/store"),
-    Case("flags", "a card that is not known", (*PLAN, "--card", "4080"), "did you mean 4090?"),
+    Case("flags", "a card that is not known", (*PLAN, "--card", "4091"), "did you mean 4090?"),
     Case("flags", "a card of no size", (*PLAN, "--memory", "0"), "--memory 0"),
     Case("flags", "more than a card can do", (*PLAN, "--utilisation", "140"), "--utilisation 140"),
     Case("flags", "a precision that a card lacks", (*PLAN, "--card", "t4", "model.dtype=bf16"), "has no bf16"),

@@ -315,7 +315,7 @@ def test_it_states_what_was_measured_and_what_was_not(trained: Trained) -> None:
     for line in (
         "| 0.2 | 3.2500 | 3.1250 |",
         "| 0.8 | 3.0000 | 2.5000 |",
-        "One denoising step changes by 1.73 %. The norm of BA by block: 0: 0.25, 1: 0.5.",
+        "One denoising step changes by 1.73 %. The norm of the weight update by block: 0: 0.25, 1: 0.5.",
     ):
         assert line in text.splitlines(), line
     assert "and the quality of pictures, nor the loss on images that were not trained on." in text

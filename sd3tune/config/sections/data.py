@@ -109,7 +109,8 @@ class _Source(Section):
     )
     prior: PriorConfig | None = Field(
         None,
-        description="Prior preservation: keeps the class from turning into the subject; null turns it off.",
+        description="Prior preservation: keeps the class from turning into the subject. null, the default, is none: it "
+        "needs prompts that you alone know, and doubles the time of a step.",
     )
 
     @field_validator("template")

@@ -35,7 +35,7 @@ class TrainConfig(Section):
     )
     memory: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
         None,
-        description="GB (10^9 bytes) that the run may take; `auto` is all that the card has. What makes it fit is "
+        description="GB (10^9 bytes) that the run may take; `auto` is what is free on the card. What makes it fit is "
         "chosen as `sd3tune plan` forecasts it: T5 on the CPU, checkpointing, a base in 4 bits, how many of a step's "
         "images (`batch_size` times `gradient_accumulation`) go together. null leaves all as it is.",
     )
@@ -83,4 +83,9 @@ class TrainConfig(Section):
 class EmaConfig(Section):
     """An exponential moving average of the trained weights, in fp32."""
 
-    decay: float = Field(0.99, ge=0, lt=1, description="Decay per step, reached through min(decay, (1+t)/(10+t)).")
+    decay: float = Field(
+        0.99,
+        ge=0,
+        lt=1,
+        description="Decay per step, warmed up as min(decay, (1+t)/(10+t)): 0.99 is reached at step 890.",
+    )
