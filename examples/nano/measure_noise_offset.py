@@ -20,7 +20,6 @@ from sd3tune.model.contract import spread_without_offset
 from sd3tune.sampling.sampler import SamplerSettings
 
 SIDE, TOKENS, CAPTION = 64, 16, "a plain grey picture"
-STRENGTHS = (0.0, 0.1, 0.5)
 
 
 def write_pictures(folder: Path, count: int = 32) -> list[float]:
@@ -54,13 +53,14 @@ def brightness(image: Image.Image) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.0, 0.1, 0.5])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--pictures", type=int, default=96)
     options = parser.parse_args()
     wanted = pstdev(write_pictures(options.out / "pictures"))
     plain = Painter("nano", SamplerSettings(20, 1.0, SIDE, SIDE), t5_length=TOKENS)
     wishes = [(CAPTION, seed) for seed in range(options.pictures)]
-    for strength in STRENGTHS:
+    for strength in options.strengths:
         run = train(options.out, options.out / "pictures", strength, options.steps)
         shares = []
         for start in dict.fromkeys((strength, 0.0)):

@@ -95,10 +95,10 @@ def test_where_all_is_imported_garbage_of_others_stays_collectable() -> None:
 @pytest.mark.parametrize(
     ("given", "spins"),
     [
-        ({}, "20000"),
+        ({}, "10000"),
         ({"OMP_WAIT_POLICY": "active"}, None),
         ({"GOMP_SPINCOUNT": "7"}, "7"),
-        ({"OMP_NUM_THREADS": "2"}, "20000"),
+        ({"OMP_NUM_THREADS": "2"}, "10000"),
     ],
 )
 def test_waiting_threads_sleep_soon_unless_the_environment_says_otherwise(monkeypatch, given, spins) -> None:
