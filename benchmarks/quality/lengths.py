@@ -86,10 +86,10 @@ def table(results: Mapping[str, Any]) -> str:
     """Means over the seeds, and the mean of the paired differences with its 95 % interval, as Markdown."""
     figures: Figures = results["figures"]
     seeds = pairs(figures)
-    prompts = ", ".join(f"{count} at {length}" for length, count in PROMPTS.items())
+    prompts = ", ".join(f"{count} at {length} tokens" for length, count in PROMPTS.items())
     lines = [
         *provenance(results["environment"]),
-        f"Seeds {', '.join(seeds)}; for each share and seed {prompts} T5 tokens prompts.",
+        f"Seeds {', '.join(seeds)}; prompts for each share and seed: {prompts}.",
         "",
         f"| drawn at T5 length | | trained at {ONE}, % | trained at {TWO}, % | difference, points |",
         "| --- | --- | --- | --- | --- |",
