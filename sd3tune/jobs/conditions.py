@@ -113,7 +113,7 @@ def _announce(said: str, way_out: str) -> None:
     problems = missing_library(f"{said}, which")
     if problems:
         raise ConfigError(*(f"{line}; {way_out}" for line in problems))
-    print(f"note: {said}, and so it is drawn; {way_out}")
+    print(f"note: {said}; using the same here; {way_out}")
 
 
 def find_base(name: str | None, adapters: Sequence[Adapter]) -> Base:

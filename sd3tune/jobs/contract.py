@@ -23,7 +23,7 @@ from sd3tune.model.modelspec import tag_frequency
 from sd3tune.train.checkpoint import differences, read_state
 
 _SEEN_IN_DATA = {"crop_variants", "flip", "buckets", "trigger"}
-"""Keys that an identity has only through what was encoded."""
+"""Keys that an identity compares through the encoded content."""
 
 
 def make_contract(plan: Plan) -> dict[str, Any]:

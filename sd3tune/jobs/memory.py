@@ -1,4 +1,4 @@
-"""Out of memory: what was being done, and the next thing to change in the configuration."""
+"""Out-of-memory errors, with the activity and the next setting to change."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sd3tune.errors import RunError
 
 
 @contextlib.contextmanager
-def naming_out_of_memory(doing: str, way_out: Callable[[], str]) -> Iterator[None]:
-    """Turn the body's running out of memory into a RunError; any other error passes."""
+def explain_oom(activity: str, hint: Callable[[], str]) -> Iterator[None]:
+    """Raise RunError in place of an out-of-memory error in the body; `hint()` says what to change."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise RunError(f"out of memory while {doing}: {way_out()}") from None
+        raise RunError(f"out of memory while {activity}: {hint()}") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -77,7 +77,7 @@ class Previews:
             _save(image, path, self._recipe(number))
 
     def _draw(self, name: str, view: View) -> list[Image.Image]:
-        """The denoising first, all prompts; then the VAE visits for the decoding and leaves."""
+        """Denoise all prompts; then load the VAE, decode, and free it."""
         side, settings = self.plan.config.data.resolution, self.settings
         offset = self.plan.base.noise_offset if name == BASE else self.plan.config.flow.noise_offset
         sampler = SamplerSettings(settings.steps, settings.guidance, side, side, noise_offset=offset)

@@ -53,10 +53,10 @@ class Recipes:
         }
         batch = {"batch": self.studio.batch} if self.studio.batch > 1 else {}
         pooled = {"clip_l_pooled": "unprojected"} if self._ignores_projection else {}
-        return recipe | self._of_few(shot) | self._held() | pooled | batch
+        return recipe | self._optional_fields(shot) | self._held() | pooled | batch
 
-    def _of_few(self, shot: Shot) -> dict[str, Any]:
-        """What most pictures have nothing of."""
+    def _optional_fields(self, shot: Shot) -> dict[str, Any]:
+        """Return the fields that most pictures do not have."""
         texts = {name: getattr(shot, name) for name in ("prompt_clip_l", "prompt_clip_g", "prompt_t5")}
         found: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
         if shot.noise_offset:

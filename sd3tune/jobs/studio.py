@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sd3tune.encode.resources import release
 from sd3tune.jobs.conditions import Conditions
-from sd3tune.jobs.memory import naming_out_of_memory
+from sd3tune.jobs.memory import explain_oom
 from sd3tune.jobs.prompts import encode_prompts
 from sd3tune.jobs.request import IN_FULL, Memory
 from sd3tune.jobs.shots import Shot, Texts, batched, texts_of
@@ -115,7 +115,7 @@ class Part:
 
         Raises RunError, with the next option to try, when memory runs out.
         """
-        with naming_out_of_memory(self._doing, lambda: self._way_out):
+        with explain_oom(self._doing, lambda: self._way_out):
             if self._model is None:
                 self._model = self._load()
             if not self._studio.memory.offload:
@@ -140,7 +140,7 @@ def _encoded(studio: Studio, shots: Sequence[Shot]) -> dict[Texts, Conditioning]
     wanted, conditions = texts_of(shots), studio.conditions
     length = conditions.t5_length
     eight_bit = ["t5"] if studio.memory.t5_8bit else []
-    with naming_out_of_memory("encoding the prompts", lambda: _SMALLER_T5):
+    with explain_oom("encoding the prompts", lambda: _SMALLER_T5):
         found = encode_prompts(
             conditions.base, conditions.encoders, wanted, length, studio.dtype, studio.device, eight_bit
         )

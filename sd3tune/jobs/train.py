@@ -35,7 +35,7 @@ from sd3tune.jobs.environment import sharding_ignored
 from sd3tune.jobs.fitting import fitted_plan
 from sd3tune.jobs.launch import errors_to_the_launcher
 from sd3tune.jobs.machine import ALONE, closing_process_group, make_accelerator, processes_of
-from sd3tune.jobs.memory import encoding_knob, loading_knob, naming_out_of_memory, training_knob
+from sd3tune.jobs.memory import encoding_knob, explain_oom, loading_knob, training_knob
 from sd3tune.jobs.optimizer import with_working_optimizer
 from sd3tune.jobs.preflight import Plan, make_plan
 from sd3tune.jobs.run_folder import (
@@ -140,16 +140,16 @@ def _train(
     signals: StopSignals,
 ) -> None:
     config, clock = plan.config, [time.monotonic()]
-    with naming_out_of_memory("encoding", lambda: encoding_knob(config)):
+    with explain_oom("encoding", lambda: encoding_knob(config)):
         encoded = encode(plan, processes, say)
     clock.append(time.monotonic())
-    with naming_out_of_memory("loading the transformer", lambda: loading_knob(config)):
+    with explain_oom("loading the transformer", lambda: loading_knob(config)):
         transformer = load_base(plan)  # before the folder: it may be damaged
     with ExitStack() as stack:
         attempt = _begin(plan, processes, encoded, transformer, say, stack)
         clock.append(time.monotonic())
         watched_before = sum(attempt.watching.seconds.values())  # trackers have been opened
-        with signals.deferred(), naming_out_of_memory("training", lambda: training_knob(config)):
+        with signals.deferred(), explain_oom("training", lambda: training_knob(config)):
             metrics = train(
                 config,
                 plan.run,
@@ -250,7 +250,9 @@ def _starting_state(
     config = plan.config
     parameters = make_trainable(config, plan.method, transformer)
     if plan.start is None:
-        plan.method.look_at_data(transformer, lambda: observe(plan, encoded, transformer), processes.reduce_mean)
+        plan.method.initialize_from_data(
+            transformer, lambda: observe(plan, encoded, transformer), processes.reduce_mean
+        )
     state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
     if plan.start is not None:
         restore(plan.start, state)

@@ -66,10 +66,10 @@ class Method(Protocol):
     ) -> dict[str, nn.Parameter]:
         """Make the trainable parameters, fp32, part of the model; all else is frozen. `generator(name)` is seeded."""
 
-    def look_at_data(
+    def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
     ) -> None:
-        """Before the first step of all: may let the start depend on the data. `observe()` runs a few batches."""
+        """Initialize trainable weights from data, before the first step; `observe()` runs a few batches."""
 
     def conditioning(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> tuple[Tensor, Tensor]:
         """`prompt_embeds` [B, tokens, width] and `pooled_prompt_embeds` [B, width], in the transformer's dtype."""

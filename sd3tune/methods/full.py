@@ -86,7 +86,7 @@ class FullMethod(StoredText):
             live[name].data = buffer.to(dtype)
         return parameters
 
-    def look_at_data(
+    def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
     ) -> None:
         """The start does not depend on the data."""

@@ -67,7 +67,7 @@ class LoraMethod(StoredText):
                 parameters[name].data = factor.to(parameters[name].device)
         return parameters
 
-    def look_at_data(
+    def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
     ) -> None:
         if self.settings.init != "eva":

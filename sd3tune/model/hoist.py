@@ -27,7 +27,7 @@ CROPS = 4
 
 
 class AheadLinear(nn.Module):
-    """Stands for an adaLN linear and the SiLU before it: gives what was computed ahead or, without, computes it."""
+    """Replace an adaLN linear and its SiLU: return the modulation computed ahead, otherwise compute it."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

@@ -72,7 +72,7 @@ def quantize(model: nn.Module, part: nn.Module, form: str, device: torch.device 
             if type(layer) is nn.Linear and not is_modulation(f"{path}.{name}"):
                 made: Any = FORMS[form].make(layer)
                 if layer.weight.is_meta:
-                    made.weight._quantize("meta")  # of this device bitsandbytes thinks that weights are to come
+                    made.weight._quantize("meta")  # bitsandbytes treats meta weights as not loaded yet
                 setattr(holder, name, made.to(device))
     setattr(model, FORMS[form].flag, True)
 

@@ -197,7 +197,7 @@ class Batches:
             Sample(self.buckets[bucket][indices[place]], slot) for place, slot in zip(mine, slots, strict=True)
         ]
         beside = [
-            instance.example.prior.beside(instance, self.seed, piece * batch + place)
+            instance.example.prior.companion_sample(instance, self.seed, piece * batch + place)
             for instance, place in zip(instances, mine, strict=True)
             if instance.example.prior
         ]

@@ -37,7 +37,7 @@ class Sample:
 class Prior(Protocol):
     """Prior preservation: what is trained beside a source's images."""
 
-    def beside(self, instance: Sample, seed: int, position: int) -> Sample:
+    def companion_sample(self, instance: Sample, seed: int, position: int) -> Sample:
         """The sample that goes with `instance`, which is at `position` of its bucket's endless stream."""
 
     def facts(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class ClassImages:
     pools: Mapping[Size, Sequence[Example]]
     """By bucket; never empty for a bucket in which the source has images."""
 
-    def beside(self, instance: Sample, seed: int, position: int) -> Sample:
+    def companion_sample(self, instance: Sample, seed: int, position: int) -> Sample:
         size = instance.example.size
         pool = self.pools[size]
         stream = derive(seed, "class images", self.source, size_name(size))
@@ -71,7 +71,7 @@ class OwnPrediction:
     """Encoder -> key, of each class caption; at least one, and each used equally often."""
     weight: float
 
-    def beside(self, instance: Sample, seed: int, position: int) -> Sample:
+    def companion_sample(self, instance: Sample, seed: int, position: int) -> Sample:
         stream = derive(seed, "class captions", size_name(instance.example.size))
         captions = self.captions[index_at(stream, position, len(self.captions))]
         kept = replace(instance.example, captions=captions, weight=self.weight, prior=None)

@@ -48,7 +48,7 @@ class StepResult:
     """The same times w(sigma) and the source's weight: what was minimised."""
     sigmas: Tensor
     prior: Tensor
-    """[3, accumulation * batch]: these three of what preserves the instances' class, NaN where nothing does."""
+    """Loss, weighted loss and sigma of the prior samples [3, accumulation * batch]; NaN where there is none."""
     grad_norm: Tensor
     """Before clipping; not finite when the step was skipped."""
     learning_rate: float

@@ -48,8 +48,8 @@ def test_infer_draws_the_preview_on_a_base_held_as_in_training(run: Path, form: 
     preview = Image.open(run / "samples" / "step-000003-0.png")
     assert same(drawn(run, tmp_path / "as_trained"), preview)
     said = capsys.readouterr().out
-    assert f"was trained with its base in {form}, and so it is drawn" in said
-    assert "was trained with T5 in int8, and so it is drawn" in said
+    assert f"was trained with its base in {form}; using the same here" in said
+    assert "was trained with T5 in int8; using the same here" in said
     assert not same(drawn(run, tmp_path / "whole", Memory(quantize="none")), preview)
     assert not same(drawn(run, tmp_path / "whole_t5", Memory(t5_8bit=False)), preview)
 

@@ -15,7 +15,7 @@ LEAST_WEIGHT = 2**-10
 
 
 def is_invertible(norm: nn.Module | None) -> bool:
-    """Whether what `norm` was given can be told from what it made, but for its length: no weight is about zero."""
+    """Return whether the input of `norm` can be recovered from its output up to its length: no weight is near zero."""
     return _is_known(norm) and (norm.weight.is_meta or bool(norm.weight.abs().min() > LEAST_WEIGHT))
 
 

@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a run, of which nothing is said here that its folder does not say."""
+    """The facts of a finished run, read from the run folder only."""
 
     config: Config
     contract: Mapping[str, Any]
