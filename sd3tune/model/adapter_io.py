@@ -30,6 +30,7 @@ from sd3tune.model.adapter_metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_
 from sd3tune.model.adapter_peft import CONFIG_FILE, WEIGHTS_FILE, read_peft
 from sd3tune.model.contract import CONTRACT_VERSION
 from sd3tune.model.modelspec import shown_metadata
+from sd3tune.tensor_header import BadHeader, read_header
 from sd3tune.tensorfile import save_sorted
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -174,10 +175,10 @@ def read_file(location: str | Path) -> AdapterFile:
     if not is_safetensors(path.name):
         raise AdapterError(f"{path}: adapters are read as safetensors only; pickled files can run any code")
     try:
+        metadata = read_header(path).metadata
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, OSError) as error:
+    except (BadHeader, SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a readable safetensors file: {error}") from error
     return AdapterFile(path, metadata, tensors)
 

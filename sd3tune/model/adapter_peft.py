@@ -16,8 +16,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from sd3tune.errors import AdapterError
+from sd3tune.json_files import NotJson, read_object
 from sd3tune.model.adapter_metadata import PEFT_KEY, PREFIX, parse_object
-from sd3tune.model.contract import Part, check_part
+from sd3tune.model.contract import WAY_OUT, Part, check_part
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 """Of a folder that PEFT wrote."""
@@ -39,7 +40,7 @@ _PLAIN: dict[str, tuple[object, ...]] = {
 
 
 _LITERAL = re.compile(r"(\^?)(\.\*)?((?:\\?\.|[\w-])+)\$?", re.ASCII)
-_MOST_PATTERNS = 1024  # more than SD3 has modules
+_MOST_PATTERNS, _LONGEST_PATTERN = 1024, 256  # more than SD3 has modules, and longer than any of their names
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -121,10 +122,12 @@ def read_peft(path: Path, metadata: Mapping[str, str], layout: str) -> PeftConfi
     if found or not (path.name == WEIGHTS_FILE or layout == "PEFT") or not config.is_file():
         return PeftConfig(_checked(where, found))
     try:
-        text = config.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{config}: cannot be read: {error}") from error
-    return PeftConfig(_checked(f"{config}", parse_object(f"{config}", text)), config)
+        stated = read_object(config)
+    except NotJson as error:
+        raise AdapterError(f"{config} is not valid JSON: {error}{WAY_OUT}") from None
+    except OSError as error:
+        raise AdapterError(f"{config}: cannot be read: {error.strerror}") from error
+    return PeftConfig(_checked(f"{config}", stated), config)
 
 
 def _checked(where: str, values: Mapping[str, Any]) -> _Peft:
@@ -138,10 +141,10 @@ def _checked(where: str, values: Mapping[str, Any]) -> _Peft:
     stated = _Peft.model_validate(values)
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(stated, key) or ():
-            if not _LITERAL.fullmatch(pattern):
+            if len(pattern) > _LONGEST_PATTERN or not _LITERAL.fullmatch(pattern):
                 raise AdapterError(
-                    f"{where}: {key}: {pattern!r} is a regular expression, and only names of modules and their endings "
-                    "are read, such as attn.to_q or ^context_embedder; name each module"
+                    f"{where}: {key}: {pattern[:_LONGEST_PATTERN]!r} is a regular expression, and only names of "
+                    "modules and their endings are read, such as attn.to_q or ^context_embedder; name each module"
                 )
     return stated
 

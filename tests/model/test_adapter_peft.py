@@ -144,8 +144,8 @@ def test_what_concerns_the_training_alone_is_let_through(folder: Path) -> None:
     ("values", "says"),
     [
         ({"lora_alpha": "8"}, "lora_alpha: Input should be a valid number"),
-        ({"lora_alpha": float("nan")}, "lora_alpha: Input should be a finite number"),
-        ({"lora_alpha": 10**400}, "lora_alpha: "),
+        ({"lora_alpha": float("nan")}, "lora_alpha: not a finite number"),
+        ({"lora_alpha": 10**400}, "lora_alpha: not a finite number"),
         ({"r": 0}, "r: Input should be greater than or equal to 1"),
         ({"r": 5}, f"states rank 5 for {KEY}, whose tensors have rank 4"),
         ({"rank_pattern": {"attn.to_k": 9}}, f"states rank 9 for {KEY}, whose tensors have rank 4"),
@@ -160,7 +160,7 @@ def test_values_that_cannot_be_are_one_line(values: dict[str, Any], says: str, f
     with pytest.raises(AdapterError) as caught:
         changed(folder, **values)
     (line,) = caught.value.problems
-    assert line.startswith(f"{folder / 'adapter_config.json'}: ")
+    assert line.startswith(f"{folder / 'adapter_config.json'}")
     assert says in line
     assert "\n" not in line
 
