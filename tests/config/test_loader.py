@@ -78,7 +78,7 @@ def problems(text: str, *overrides: str) -> tuple[str, ...]:
         ("name: 5", "name: 5 is not text; put it in quotes"),
         ("name: my lora", "name: 'my lora' cannot name a folder"),
         ("name: '../up'", "name: '../up' cannot name a folder"),
-        ('name: "\\ud800"', "name: '\\ud800'"),
+        ('name: "\\ud800"', "name: holds half of a surrogate pair"),
         ("ema: 0.99", "ema: 0.99 is not a section; its keys are decay"),
         ("hub: {repo_id: x}", "hub.repo_id: 'x' cannot name a repository; write user/name, of letters, digits, '.'"),
         ("hub: {repo_id: me/a--b}", "hub.repo_id: 'me/a--b' cannot name a repository; write user/name"),
