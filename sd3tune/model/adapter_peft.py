@@ -59,6 +59,8 @@ class PeftConfig:
     stated: _Peft
     file: Path | None = None
     """The `adapter_config.json` that it was read from."""
+    has_expressions: bool = False
+    """Whether it names modules by regular expressions, which PEFT would run; nothing here does."""
 
     def alphas(self, ranks: Mapping[str, int]) -> dict[str, float]:
         """Alpha of each module of `ranks` for which it is stated, such that alpha / rank is PEFT's scale.
@@ -120,7 +122,7 @@ def read_peft(path: Path, metadata: Mapping[str, str], layout: str) -> PeftConfi
              if key.startswith(PREFIX) or "." not in key}  # fmt: skip
     config = path.with_name(CONFIG_FILE)
     if found or not (path.name == WEIGHTS_FILE or layout == "PEFT") or not config.is_file():
-        return PeftConfig(_checked(where, found))
+        return PeftConfig(_checked(where, found), has_expressions=_has_expressions(found))
     try:
         stated = read_object(config)
     except NotJson as error:
@@ -128,6 +130,12 @@ def read_peft(path: Path, metadata: Mapping[str, str], layout: str) -> PeftConfi
     except OSError as error:
         raise AdapterError(f"{config}: cannot be read: {error.strerror}") from error
     return PeftConfig(_checked(f"{config}", stated), config)
+
+
+def _has_expressions(values: Mapping[str, Any]) -> bool:
+    """PEFT takes names from a list, and runs a single text as an expression; `layers_pattern` is one in any case."""
+    names = (values.get(key) for key in ("target_modules", "exclude_modules"))
+    return any(isinstance(value, str) for value in names) or bool(values.get("layers_pattern"))
 
 
 def _checked(where: str, values: Mapping[str, Any]) -> _Peft:
