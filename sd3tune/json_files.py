@@ -11,7 +11,7 @@ from typing import Any
 
 MOST_BYTES = 4 * 2**20
 """Of a file; a model's longest one, the index of its shards, has a twentieth."""
-_MOST_DEPTH = 64
+_MOST_DEPTH, _MOST_SHOWN = 64, 200
 _LARGEST = 2**64
 
 
@@ -92,10 +92,15 @@ def _check(value: Any) -> None:
             waiting += [(inner, (*place, key)) for key, inner in inside]
 
 
-def _named(place: Place) -> str:
-    """`transformer.lora_alpha: `, or nothing for the value as a whole."""
+def dotted(place: Place) -> str:
+    """`transformer.lora_alpha`, on one short line whatever the keys are."""
     named = ".".join(map(str, place))
-    return f"{named if named.isprintable() else ascii(named)}: "[-200:] if place else ""
+    plain = named if named.isprintable() else ascii(named)
+    return plain if len(plain) <= _MOST_SHOWN else f"{plain[:_MOST_SHOWN]}..."
+
+
+def _named(place: Place) -> str:
+    return f"{dotted(place)}: " if place else ""
 
 
 def _check_text(text: str, place: Place) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from sd3tune.errors import AdapterError
-from sd3tune.json_files import NotJson, read_object
+from sd3tune.json_files import NotJson, dotted, read_object
 from sd3tune.model.adapter_metadata import PEFT_KEY, PREFIX, parse_object
 from sd3tune.model.contract import WAY_OUT, Part, check_part
 
@@ -142,9 +142,12 @@ def _checked(where: str, values: Mapping[str, Any]) -> _Peft:
     odd = [key for key, value in values.items() if value and not _is_plain(key, value)]
     if odd:
         raise AdapterError(
-            *(f"{where}: {key}: {json.dumps(values[key])[:60]} is not supported, as sd3tune reads plain LoRA only; "
-              "train or export the adapter without it" for key in odd)
-        )  # fmt: skip
+            *(
+                f"{where}: {dotted((key,))}: {json.dumps(values[key])[:60]} is not supported, as sd3tune reads plain "
+                "LoRA only; train or export the adapter without it"
+                for key in odd
+            )
+        )
     check_part(where, values, _Peft, AdapterError)
     stated = _Peft.model_validate(values)
     for key in ("rank_pattern", "alpha_pattern"):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sd3tune.errors import UserError
+from sd3tune.json_files import dotted
 
 CONTRACT_VERSION = 1
 CONTRACT_FILE = "sd3tune.json"
@@ -120,7 +121,7 @@ def check_part(where: str, value: Mapping[str, Any], model: type[Part], error: t
     except ValidationError as found:
         raise error(
             *(
-                f"{where}: {'.'.join(map(str, problem['loc']))}: "
+                f"{where}: {dotted(problem['loc'])}: "
                 + ("missing" if problem["type"] == "missing" else f"{problem['msg']}, not {_shown(problem['input'])}")
                 + WAY_OUT
                 for problem in found.errors()
