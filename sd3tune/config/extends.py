@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from sd3tune.config.files import as_typed, read_text
 from sd3tune.config.presets import find_preset
 from sd3tune.config.problems import shown
 from sd3tune.config.schema import CONFIG_VERSION
-from sd3tune.config.shape import value_at
 from sd3tune.config.tree import Origin, Tree, drop_keys_of_former_kinds
 from sd3tune.config.yaml12 import KeyPath, YamlError, parse
 from sd3tune.errors import ConfigError
@@ -21,6 +21,8 @@ from sd3tune.errors import ConfigError
 KEY = "extends"
 PRESET = "preset:"
 """What a shipped preset's name is preceded by, instead of a path."""
+_MOST_NAMED = 100
+"""Of all the files together; each name costs a merge."""
 
 
 def tree_of_text(text: str, source: str) -> Tree:
@@ -29,13 +31,13 @@ def tree_of_text(text: str, source: str) -> Tree:
     Raises:
         ConfigError: not YAML, made for a newer sd3tune, or it extends what is missing or extends it in turn.
     """
-    numbers = itertools.count(0, -1)
-    return _inherit(_tree(text, source, next(numbers)), (source,), numbers)
+    files = _Files(itertools.count(0, -1))
+    return _inherit(_tree(text, source, next(files.numbers)), (source,), files)
 
 
 def tree_of_values(values: dict[str, Any], folder: Path) -> Tree:
     """Plain values with what they extend; their paths are relative to `folder`. Raises ConfigError."""
-    return _inherit(Tree(values, root=Origin("config", (0, 0), folder)), (), itertools.count(-1, -1))
+    return _inherit(Tree(values, root=Origin("config", (0, 0), folder)), (), _Files(itertools.count(-1, -1)))
 
 
 def refuse_newer_version(tree: Tree) -> None:
@@ -71,21 +73,40 @@ def _tree(text: str, source: str, number: int) -> Tree:
     return tree
 
 
-def _inherit(tree: Tree, chain: tuple[str, ...], numbers: Iterator[int]) -> Tree:
+@dataclass
+class _Files:
+    """The files that a configuration extends, each read and laid over its own ones once, however often it is named."""
+
+    numbers: Iterator[int]
+    """Of the next file; see `Origin.order`."""
+    whole: dict[str, Tree] = field(default_factory=dict)
+    named: int = 0
+
+
+def _inherit(tree: Tree, chain: tuple[str, ...], files: _Files) -> Tree:
     """`tree` laid over what it extends, in order; `chain` are the files that led here, the tree's own last."""
     if KEY not in tree.values:
         return tree
     below: Tree | None = None
     for name, origin in _named(tree):
+        files.named += 1
+        if files.named > _MOST_NAMED:
+            raise ConfigError(f"{origin.label}: {KEY}: more than {_MOST_NAMED} files are named here and in turn")
         source = _source(name, origin)
         _refuse_circle(source, chain, origin)
-        try:
-            text = read_text(source)
-        except ConfigError as error:
-            raise ConfigError(*(f"{origin.label}: {KEY}: {problem}" for problem in error.problems)) from None
-        parent = _inherit(_tree(text, source, next(numbers)), (*chain, source), numbers)
+        if source not in files.whole:
+            files.whole[source] = _read(source, origin, chain, files)
+        parent = files.whole[source]
         below = parent if below is None else _laid_over(below, parent)
     return tree if below is None else _laid_over(below, tree)
+
+
+def _read(source: str, origin: Origin, chain: tuple[str, ...], files: _Files) -> Tree:
+    try:
+        text = read_text(source)
+    except ConfigError as error:
+        raise ConfigError(*(f"{origin.label}: {KEY}: {problem}" for problem in error.problems)) from None
+    return _inherit(_tree(text, source, next(files.numbers)), (*chain, source), files)
 
 
 def _named(tree: Tree) -> list[tuple[str, Origin]]:
@@ -124,26 +145,33 @@ def _refuse_circle(source: str, chain: tuple[str, ...], origin: Origin) -> None:
 
 
 def _laid_over(below: Tree, above: Tree) -> Tree:
-    """Sections are merged key by key; any other value, a list too, replaces the one below it. Changes `below`."""
-    before = _copied(below.values)
+    """Sections are merged key by key; any other value, a list too, replaces the one below it."""
+    values = _copied(below.values)
+    replaced: dict[KeyPath, Origin] = {}
 
-    def lay(path: KeyPath, value: Any) -> None:
-        if isinstance(value, dict) and isinstance(value_at(below.values, path), dict):
-            for key, inner in value.items():
-                lay((*path, key), inner)
+    def lay(path: KeyPath, section: dict[str, Any], key: str, value: Any) -> None:
+        if isinstance(value, dict) and isinstance(section.get(key), dict):
+            for inner_key, inner in value.items():
+                lay((*path, inner_key), section[key], inner_key, inner)
         else:
-            below.write(path, value, above.origin(path))
+            section[key] = _copied(value)
+            replaced[path] = above.origin(path)
 
     for key, value in above.values.items():
-        lay((key,), value)
+        lay((key,), values, key, value)
+    kept = {
+        path: origin
+        for path, origin in below.origins.items()
+        if not any(path[:length] in replaced for length in range(1, len(path) + 1))
+    }
     merged = Tree(
-        below.values,
+        values,
         root=above.root,
-        origins={**below.origins, **above.origins},
-        problems=[*below.problems, *above.problems],
-        notes=[*below.notes, *above.notes],
+        origins={**kept, **replaced, **above.origins},
+        problems=list(dict.fromkeys([*below.problems, *above.problems])),
+        notes=list(dict.fromkeys([*below.notes, *above.notes])),
     )
-    drop_keys_of_former_kinds(merged, before, is_new=lambda path: path in above.origins)
+    drop_keys_of_former_kinds(merged, below.values, is_new=lambda path: path in above.origins)
     return merged
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from sd3tune.config.yaml12 import KeyPath
 from sd3tune.errors import ConfigError
 
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # a file's name, though there may be no such file
+_MOST_PROBLEMS = 100
+"""That are explained at once; a file with more of them is no configuration."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,18 @@ def _checked(tree: Tree) -> LoadedConfig:
         config = Config.model_validate(tree.values)
     except ValidationError as error:
         unreadable = {path for path, _, _ in tree.problems if path and value_at(tree.values, path) is None}
-        for path, message in explain(error.errors(include_url=False), tree.values):
+        found = explain(error.errors(include_url=False), tree.values)
+        for path, message in itertools.islice(found, _MOST_PROBLEMS + 1):
             if path not in unreadable:
                 tree.problems.append((path, tree.origin(path or _first_key(message)), message))
     if config is None or tree.problems:
         ordered = sorted(tree.problems, key=lambda problem: problem[1].order)
-        raise ConfigError(*dict.fromkeys(_line(*problem) for problem in ordered))
+        lines = list(dict.fromkeys(_line(*problem) for problem in ordered))
+        if len(lines) > _MOST_PROBLEMS:
+            lines[_MOST_PROBLEMS:] = [
+                f"{tree.root.label}: has more than {_MOST_PROBLEMS} problems; these are the first"
+            ]
+        raise ConfigError(*lines)
     return LoadedConfig(config, tuple(tree.notes))
 
 

@@ -20,7 +20,7 @@ def apply_overrides(tree: Tree, overrides: Sequence[str]) -> None:
     """Write every override into `tree`, in order; the last one of a key wins."""
     before, here = copy.deepcopy(tree.values), Path.cwd()
     for number, text in enumerate(overrides):
-        origin = Origin(f"override {text}", (1, number), here)
+        origin = Origin(f"override {text if len(text) <= 200 else text[:200] + '...'}", (1, number), here)
         try:
             path, value = _split(text)
             path = _open_containers(tree, path, origin)

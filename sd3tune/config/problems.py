@@ -51,9 +51,9 @@ def explain(errors: list[ErrorDetails], tree: Any) -> Iterator[tuple[KeyPath, st
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for error in errors:
         by_path.setdefault(_key_path(error, tree), []).append(error)
+    around = {path[:length] for path in by_path for length in range(len(path))}
     for path, found in by_path.items():
-        inside = any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
-        if inside and all(_is_mismatch(error) for error in found):
+        if path in around and all(_is_mismatch(error) for error in found):
             continue  # another alternative of the same union got further
         yield path, _message(path, found, tree)
 

@@ -8,6 +8,8 @@ problem that names both lines.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +27,8 @@ _SCALARS = {
         "-+.0123456789",
     ),
 }
-_MAX_VALUES = 100_000
+_MAX_NODES, _MAX_VALUES = 40_000, 100_000
+"""Keys and values that a text has, and values that it makes with all its anchors."""
 _TOO_DEEP = "nested too deeply"
 _BREAKS = "\r\n\x85\u2028\u2029"
 
@@ -56,6 +59,8 @@ class _Loader(yaml.SafeLoader):
     values, in values, and in front of lines inside brackets. They may not indent.
     """
 
+    nodes = 0
+
     def scan_to_next_token(self) -> None:
         super().scan_to_next_token()
         while self.peek() == "\t" and (self.flow_level or not self._indents()):
@@ -73,6 +78,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Compose a node as PyYAML does, but let an anchor be defined again: an alias means the last one before it."""
         event = self.peek_event()
+        self.nodes += 1
+        if self.nodes > _MAX_NODES:
+            raise YamlError(event.start_mark.line + 1, f"more than {_MAX_NODES} keys and values")
         if not isinstance(event, yaml.AliasEvent):
             self.anchors.pop(event.anchor, None)
         return super().compose_node(parent, index)
@@ -87,10 +95,13 @@ class _Loader(yaml.SafeLoader):
 
     def _indents(self) -> bool:
         """Whether the white space here is what a line with content begins with."""
-        before, length = self.buffer[: self.pointer], 0
+        start, length = self.pointer, 0
+        while start and self.buffer[start - 1] == " ":
+            start -= 1
         while self.peek(length) in (" ", "\t"):
             length += 1
-        return not before[max(map(before.rfind, _BREAKS)) + 1 :].strip(" ") and self.peek(length) not in f"#{_BREAKS}\0"
+        is_start = start == 0 or self.buffer[start - 1] in _BREAKS
+        return is_start and self.peek(length) not in f"#{_BREAKS}\0"
 
 
 def add_scalars(cls: Any) -> None:
@@ -135,32 +146,36 @@ class _Builder:
     open_nodes: set[int] = field(default_factory=set)
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
-        self.values += 1
-        line = node.start_mark.line + 1
-        if self.values > _MAX_VALUES:
-            raise YamlError(line, f"more than {_MAX_VALUES} values; do anchors multiply?")
-        self.lines.setdefault(path, line)
-        if id(node) in self.open_nodes:
-            raise YamlError(line, "an anchor that contains itself")
-        self.open_nodes.add(id(node))
-        try:
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        with self.opened(node):
             if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
                 return self.mapping(node, path)
             if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
                 return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
             return self.scalar(node, path)
-        finally:
-            self.open_nodes.remove(id(node))
+
+    @contextmanager
+    def opened(self, node: yaml.Node) -> Iterator[None]:
+        """Count a node, whose anchor may bring it in many times, and refuse one that contains itself."""
+        self.values += 1
+        line = node.start_mark.line + 1
+        if self.values > _MAX_VALUES:
+            raise YamlError(line, f"more than {_MAX_VALUES} values; do anchors multiply?")
+        if id(node) in self.open_nodes:
+            raise YamlError(line, "an anchor that contains itself")
+        self.open_nodes.add(id(node))
+        yield
+        self.open_nodes.remove(id(node))
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         own: dict[str, Any] = {}
-        merged: dict[str, Any] = {}
+        merged: dict[str, tuple[Any, dict[KeyPath, int]]] = {}
         first_line: dict[str, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if key_node.tag == _TAG + "merge":
-                for key, value in self.merge(value_node, path):
-                    merged.setdefault(key, value)
+                for key, value, lines in self.merge(value_node, path):
+                    merged.setdefault(key, (value, lines))
                 continue
             if not isinstance(key_node, yaml.ScalarNode):
                 self.problems.append((path, line, "a key must be a single word"))
@@ -171,29 +186,28 @@ class _Builder:
                 self.problems.append((here, line, f"duplicate key; it is already on line {first_line[key]}"))
                 continue
             first_line[key] = line
-            self.forget(here)
             self.lines[here] = line
             own[key] = self.build(value_node, here)
-        return {**merged, **own}
+        for key, (_, lines) in merged.items():
+            if key not in own:
+                self.lines.update(lines)
+        return {**{key: value for key, (value, _) in merged.items()}, **own}
 
-    def merge(self, node: yaml.Node, path: KeyPath) -> list[tuple[str, Any]]:
-        """The pairs that `<<: *anchor` or `<<: [*first, *second]` brings in; earlier ones win."""
-        sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        pairs: list[tuple[str, Any]] = []
-        for source in sources:
+    def merge(self, node: yaml.Node, path: KeyPath) -> Iterator[tuple[str, Any, dict[KeyPath, int]]]:
+        """What `<<: *anchor` or `<<: [*first, *second]` brings in: keys, values and their lines; earlier ones win."""
+        for source in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             if not isinstance(source, yaml.MappingNode):
                 line = node.start_mark.line + 1
                 self.problems.append((path, line, "`<<` takes an anchor of keys and values"))
                 continue
-            known = dict(self.lines)
-            pairs += self.mapping(source, path).items()
-            self.lines.update(known)
-        return pairs
-
-    def forget(self, path: KeyPath) -> None:
-        """Drop the lines of a merged value that a key of the mapping itself replaces."""
-        for known in [known for known in self.lines if known[: len(path)] == path]:
-            del self.lines[known]
+            outer, self.lines = self.lines, {}
+            with self.opened(source):
+                values = self.mapping(source, path)
+            inner, self.lines = self.lines, outer
+            lines: dict[str, dict[KeyPath, int]] = {key: {} for key in values}
+            for place, line in inner.items():
+                lines[str(place[len(path)])][place] = line
+            yield from ((key, value, lines[key]) for key, value in values.items())
 
     def scalar(self, node: yaml.Node, path: KeyPath) -> Any:
         kind = node.tag.removeprefix(_TAG)

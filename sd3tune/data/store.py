@@ -31,6 +31,8 @@ from safetensors.torch import save
 from sd3tune.atomic import FULL, TEMPORARY, remove_stale, write_bytes
 from sd3tune.data.store_lock import LOCK_FILES, alone, use
 from sd3tune.errors import RunError
+from sd3tune.json_files import parse_object
+from sd3tune.tensor_header import MOST_BYTES, read_header
 from sd3tune.tensorfile import digest
 
 SHARD_BYTES = 64 * 2**20
@@ -286,31 +288,18 @@ def temporaries_in(root: Path) -> list[Path]:
 
 def read_index(shard: Path) -> dict[str, Entry]:
     """The entries of a shard from its header alone; ValueError when it is not a complete shard of ours."""
-    with open(shard, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise ValueError("not a safetensors file, or cut short")
-        header = json.loads(file.read(length))
+    header = read_header(shard)
+    digests = parse_object(header.metadata.get(_DIGESTS, "{}"), MOST_BYTES)
     names: dict[str, list[str]] = {}
     nbytes: dict[str, int] = {}
-    end = 0
-    try:
-        metadata = header.pop("__metadata__", None) or {}
-        digests = json.loads(metadata.get(_DIGESTS, "{}"))
-        for full_name, tensor in header.items():
-            key, slash, name = full_name.rpartition("/")
-            if not slash:
-                raise ValueError(f"holds {full_name!r}, which is not an entry")
-            first, last = tensor["data_offsets"]
-            names.setdefault(key, []).append(name)
-            nbytes[key] = nbytes.get(key, 0) + last - first
-            end = max(end, last)
-        if 8 + length + end != size:
-            raise ValueError("cut short")
-        return {key: Entry(shard, found, nbytes[key], digests.get(key)) for key, found in names.items()}
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError("its header is not that of a safetensors file") from None
+    for full_name, tensor in header.tensors.items():
+        key, slash, name = full_name.rpartition("/")
+        if not slash:
+            raise ValueError(f"holds {full_name!r}, which is not an entry")
+        first, last = tensor["data_offsets"]
+        names.setdefault(key, []).append(name)
+        nbytes[key] = nbytes.get(key, 0) + last - first
+    return {key: Entry(shard, found, nbytes[key], digests.get(key)) for key, found in names.items()}
 
 
 def _digest(key: str, tensors: Mapping[str, torch.Tensor]) -> str:

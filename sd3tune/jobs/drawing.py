@@ -14,7 +14,7 @@ from sd3tune.encode.resources import release
 from sd3tune.jobs.preflight import Plan
 from sd3tune.jobs.trainable import load_base
 from sd3tune.model.components import load_scheduler, load_vae
-from sd3tune.sampling.sampler import Conditioning, SamplerSettings, sample_latents, to_image
+from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
 from sd3tune.train.loop import Processes
 
 NEGATIVE_PROMPT = ""
@@ -64,5 +64,7 @@ def draw_class_images(
         image = to_image(vae, sample_latents(transformer, scheduler, positive, negative, sampler, [drawn.seed]))
         with new_file(drawn.path) as temporary:
             image.save(temporary, format="PNG")
+        if fault := fault_of(image):
+            tqdm.write(f"warning: {drawn.path}: {fault}")
     del transformer, vae
     release(plan.device)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sd3tune.errors import AdapterError
 from sd3tune.model.adapter_base import fitting_variants
-from sd3tune.model.adapter_io import Adapter, AdapterFile, as_adapter, read_file
+from sd3tune.model.adapter_io import Adapter, AdapterFile, as_adapter, read_file, too_large
 from sd3tune.model.adapter_layouts import Contents, first_of, interpret, shown, text_part
 from sd3tune.model.adapters import block_norms
 from sd3tune.model.modelspec import THUMBNAIL_KEY
@@ -122,6 +122,8 @@ def _warnings(file: AdapterFile, contents: Contents, adapter: Adapter) -> Iterat
         yield f"{module}: {fault}"
     if file.bad:
         yield f"{len(file.bad)} tensors are NaN or infinite: {first_of(file.bad)}"
+    if adapter.too_large:
+        yield too_large(adapter)
     zero = [module for module, (_, up) in adapter.factors.items() if not up.float().any()]
     if zero:
         yield f"B is zero, so these do nothing: {first_of(zero)} (of {len(adapter.factors)} modules)"
@@ -131,7 +133,7 @@ def _warnings(file: AdapterFile, contents: Contents, adapter: Adapter) -> Iterat
     muted = [module for module, alpha in adapter.alphas.items() if alpha == 0]
     if muted:
         yield f"alpha is zero, so these do nothing: {first_of(muted)}"
-    if contents.unknown or contents.broken or file.bad:
+    if contents.unknown or contents.broken or file.bad or adapter.too_large:
         yield "`infer` and the other commands refuse this file"
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
 
 from sd3tune.atomic import new_file, remove_stale
 from sd3tune.jobs.grid import Grid
 from sd3tune.jobs.recipes import RECIPE_KEY, Recipes, read_recipe, recipe_key
 from sd3tune.jobs.shots import Shot
 from sd3tune.sampling.contact_sheet import contact_sheet
+from sd3tune.sampling.sampler import fault_of
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,11 @@ class Album:
         return found
 
     def add(self, shot: Shot, image: Image.Image) -> Path:
-        """Write the picture, and return its file."""
-        return _save(image, self.folder / f"{shot.stem}.png", self.recipes.of(shot))
+        """Write the picture, warn if it shows nothing, and return its file."""
+        path = _save(image, self.folder / f"{shot.stem}.png", self.recipes.of(shot))
+        if fault := fault_of(image):
+            tqdm.write(f"warning: {path}: {fault}")
+        return path
 
     def add_sheet(self, first: Shot, sheet: Image.Image, kind: str) -> Path:
         """Write one picture of several, of which `first` is the one whose recipe it carries."""

@@ -21,7 +21,7 @@ from sd3tune.jobs.recipes import RECIPE_KEY
 from sd3tune.jobs.run_folder import SAMPLES
 from sd3tune.model.components import load_scheduler
 from sd3tune.sampling.contact_sheet import contact_sheet
-from sd3tune.sampling.sampler import Conditioning, SamplerSettings, sample_latents, to_image
+from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
 from sd3tune.tracking.trackers import Trackers
 from sd3tune.train.loop import Processes, View
 
@@ -75,6 +75,8 @@ class Previews:
             images = self._draw(name, view)
         for number, (path, image) in enumerate(zip(paths, images, strict=True)):
             _save(image, path, self._recipe(number))
+            if fault := fault_of(image):
+                tqdm.write(f"warning: {path}: {fault}")
 
     def _draw(self, name: str, view: View) -> list[Image.Image]:
         """Denoise all prompts; then load the VAE, decode, and free it."""

@@ -28,8 +28,9 @@ from sd3tune.errors import AdapterError
 from sd3tune.model.adapter_layouts import READABLE, Contents, Pair, as_stored, first_of, interpret, text_part
 from sd3tune.model.adapter_metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract
 from sd3tune.model.adapter_peft import CONFIG_FILE, WEIGHTS_FILE, read_peft
-from sd3tune.model.contract import CONTRACT_VERSION
+from sd3tune.model.contract import CONTRACT_VERSION, WAY_OUT
 from sd3tune.model.modelspec import shown_metadata
+from sd3tune.tensor_header import BadHeader, read_header
 from sd3tune.tensorfile import save_sorted
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -87,6 +88,11 @@ class Adapter:
             module: (down.float(), up.float() * (self.alphas[module] / len(down)))
             for module, (down, up) in self.factors.items()
         }
+
+    @property
+    def too_large(self) -> list[str]:
+        """Modules whose weights are finite in the file and not with their scale, in fp32."""
+        return [module for module, (_, up) in self.folded().items() if not up.isfinite().all()]
 
 
 @dataclass(frozen=True)
@@ -174,10 +180,10 @@ def read_file(location: str | Path) -> AdapterFile:
     if not is_safetensors(path.name):
         raise AdapterError(f"{path}: adapters are read as safetensors only; pickled files can run any code")
     try:
+        metadata = read_header(path).metadata
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, OSError) as error:
+    except (BadHeader, SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a readable safetensors file: {error}") from error
     return AdapterFile(path, metadata, tensors)
 
@@ -193,7 +199,16 @@ def read_adapter(location: str | Path, *, transformer_only: bool = False) -> Ada
     if transformer_only:
         file = replace(file, tensors={key: value for key, value in file.tensors.items() if key not in contents.text})
     _check(file, contents, transformer_only)
-    return as_adapter(file, contents)
+    adapter = as_adapter(file, contents)
+    if adapter.too_large:
+        raise AdapterError(f"{file.path}: {too_large(adapter)}{WAY_OUT}")
+    return adapter
+
+
+def too_large(adapter: Adapter) -> str:
+    """Say which alphas are so large that the weights that they scale are not finite."""
+    module = adapter.too_large[0]
+    return f"alpha {adapter.alphas[module]:g} makes the weights of {first_of(adapter.too_large)} infinite"
 
 
 def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
@@ -215,7 +230,7 @@ def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
         file.metadata,
         rslora=bool(peft.stated.use_rslora) and not contents.alphas,
         notes=tuple(notes),
-        for_diffusers=contents.for_diffusers and peft.file is None,
+        for_diffusers=contents.for_diffusers and peft.file is None and not peft.has_expressions,
     )
 
 
@@ -271,6 +286,12 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
         for letter, tensor in zip("AB", as_stored(module, pair), strict=True)
     }
     first = next(iter(kept))
+    lost = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if lost:
+        dtype = str(transformer.dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"{adapter.path}: {first_of(lost)} is beyond what {dtype} holds; take a wider one, such as --dtype bf16"
+        )
     ranks, alphas = (
         {module: kept[module][0].shape[0] for module in kept},
         {module: adapter.alphas[module] for module in kept},

@@ -9,6 +9,7 @@ fused module has one A for all three, and becomes three that share it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -171,14 +172,14 @@ def _fault(parts: Mapping[str, Tensor]) -> str | None:
     if odd is not None:
         return f"{str(odd.dtype).removeprefix('torch.')} is no type for the weights of a LoRA"
     if "alpha" in parts and not _is_number(parts["alpha"]):
-        return "its alpha is not a number"
+        return "its alpha is not a finite number"
     return None
 
 
 def _is_number(alpha: Tensor) -> bool:
     kind = alpha.dtype
     whole = not (kind.is_floating_point or kind.is_complex or kind is torch.bool)
-    return alpha.numel() == 1 and (whole or kind in READABLE)
+    return alpha.numel() == 1 and (whole or kind in READABLE) and math.isfinite(alpha.item())
 
 
 def _add(contents: Contents, layout: Layout, module: str, parts: Mapping[str, Tensor]) -> str | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sd3tune import json_files
 from sd3tune.errors import AdapterError
 from sd3tune.model.contract import WAY_OUT, check_contract
+from sd3tune.tensor_header import MOST_BYTES
 
 CONTRACT_KEY, PEFT_KEY = "sd3tune", "lora_adapter_metadata"
 PREFIX = "transformer."
@@ -25,9 +26,6 @@ def read_contract(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def parse_object(where: str, text: str) -> dict[str, Any]:
     """The keys and values of a JSON object. Raises AdapterError, a line that begins with `where`."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return json_files.parse_object(text, MOST_BYTES)
+    except json_files.NotJson as error:
         raise AdapterError(f"{where} is not valid JSON: {error}{WAY_OUT}") from None
-    if not isinstance(value, dict):
-        raise AdapterError(f"{where} is {json.dumps(value)[:60]}, not keys and values{WAY_OUT}")
-    return value

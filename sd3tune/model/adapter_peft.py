@@ -16,8 +16,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from sd3tune.errors import AdapterError
+from sd3tune.json_files import NotJson, dotted, read_object
 from sd3tune.model.adapter_metadata import PEFT_KEY, PREFIX, parse_object
-from sd3tune.model.contract import Part, check_part
+from sd3tune.model.contract import WAY_OUT, Part, check_part
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 """Of a folder that PEFT wrote."""
@@ -39,7 +40,7 @@ _PLAIN: dict[str, tuple[object, ...]] = {
 
 
 _LITERAL = re.compile(r"(\^?)(\.\*)?((?:\\?\.|[\w-])+)\$?", re.ASCII)
-_MOST_PATTERNS = 1024  # more than SD3 has modules
+_MOST_PATTERNS, _LONGEST_PATTERN = 1024, 256  # more than SD3 has modules, and longer than any of their names
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -58,6 +59,8 @@ class PeftConfig:
     stated: _Peft
     file: Path | None = None
     """The `adapter_config.json` that it was read from."""
+    has_expressions: bool = False
+    """Whether it names modules by regular expressions, which PEFT would run; nothing here does."""
 
     def alphas(self, ranks: Mapping[str, int]) -> dict[str, float]:
         """Alpha of each module of `ranks` for which it is stated, such that alpha / rank is PEFT's scale.
@@ -119,29 +122,40 @@ def read_peft(path: Path, metadata: Mapping[str, str], layout: str) -> PeftConfi
              if key.startswith(PREFIX) or "." not in key}  # fmt: skip
     config = path.with_name(CONFIG_FILE)
     if found or not (path.name == WEIGHTS_FILE or layout == "PEFT") or not config.is_file():
-        return PeftConfig(_checked(where, found))
+        return PeftConfig(_checked(where, found), has_expressions=_has_expressions(found))
     try:
-        text = config.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{config}: cannot be read: {error}") from error
-    return PeftConfig(_checked(f"{config}", parse_object(f"{config}", text)), config)
+        stated = read_object(config)
+    except NotJson as error:
+        raise AdapterError(f"{config} is not valid JSON: {error}{WAY_OUT}") from None
+    except OSError as error:
+        raise AdapterError(f"{config}: cannot be read: {error.strerror}") from error
+    return PeftConfig(_checked(f"{config}", stated), config)
+
+
+def _has_expressions(values: Mapping[str, Any]) -> bool:
+    """PEFT takes names from a list, and runs a single text as an expression; `layers_pattern` is one in any case."""
+    names = (values.get(key) for key in ("target_modules", "exclude_modules"))
+    return any(isinstance(value, str) for value in names) or bool(values.get("layers_pattern"))
 
 
 def _checked(where: str, values: Mapping[str, Any]) -> _Peft:
     odd = [key for key, value in values.items() if value and not _is_plain(key, value)]
     if odd:
         raise AdapterError(
-            *(f"{where}: {key}: {json.dumps(values[key])[:60]} is not supported, as sd3tune reads plain LoRA only; "
-              "train or export the adapter without it" for key in odd)
-        )  # fmt: skip
+            *(
+                f"{where}: {dotted((key,))}: {json.dumps(values[key])[:60]} is not supported, as sd3tune reads plain "
+                "LoRA only; train or export the adapter without it"
+                for key in odd
+            )
+        )
     check_part(where, values, _Peft, AdapterError)
     stated = _Peft.model_validate(values)
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(stated, key) or ():
-            if not _LITERAL.fullmatch(pattern):
+            if len(pattern) > _LONGEST_PATTERN or not _LITERAL.fullmatch(pattern):
                 raise AdapterError(
-                    f"{where}: {key}: {pattern!r} is a regular expression, and only names of modules and their endings "
-                    "are read, such as attn.to_q or ^context_embedder; name each module"
+                    f"{where}: {key}: {pattern[:_LONGEST_PATTERN]!r} is a regular expression, and only names of "
+                    "modules and their endings are read, such as attn.to_q or ^context_embedder; name each module"
                 )
     return stated
 

@@ -19,6 +19,7 @@ from sd3tune.model.checkpoint import COMMON, CONFIGS, LABELS, VARIANTS, FilePart
 from sd3tune.model.contract import CONTRACT_FILE, check_contract, starting_offset
 from sd3tune.model.hub import cached, download
 from sd3tune.model.offline import offline_folder, offline_kind
+from sd3tune.model.part_configs import check_config
 from sd3tune.model.shape import new_shape
 from sd3tune.model.weights import PICKLED, digest, read_json, weight_files
 
@@ -130,16 +131,23 @@ class Base:
         if not (folder / _CONFIG_FILES[part]).is_file():
             way_out = "model.t5=false does without T5" if part.endswith("_3") else "get the whole model again"
             raise ModelError(f"{self.name}: no {part}/{_CONFIG_FILES[part]} in {self.path}: {way_out}")
+        _refuse_adapter(folder)
         if weights and _has_weights(part):
             weight_files(folder)
         return folder
 
     def config(self, part: str) -> dict[str, Any]:
-        """The `config.json` of a part that has weights; none are read or downloaded."""
+        """The checked configuration of a part that has one; no weights are read or downloaded. Raises ModelError."""
         if part == "transformer" and self.random:
             return dict(self.random.config)
         found = self.in_file(part)
-        return dict(found.config) if found else read_json(self.folder(part, weights=False) / "config.json")
+        if found:
+            check_config(f"{found.file}: the shapes of its tensors", part, found.config)
+            return dict(found.config)
+        file = self.folder(part, weights=False) / _CONFIG_FILES[part]
+        config = read_json(file)
+        check_config(str(file), part, config)
+        return config
 
     @property
     def ignores_projection(self) -> bool:
@@ -301,6 +309,17 @@ def local_base(model: ModelConfig) -> Base | None:
         return base if has_tokenizers else None
     snapshot = cached(model.base, model.revision)
     return None if snapshot is None else Base(model.base, "folder", snapshot)
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raise ModelError for a part with an adapter in its folder: transformers would load that with it, unasked."""
+    names = [path.name for path in sorted(folder.glob("adapter_*"))]
+    found = [name for name in names if name.startswith(("adapter_config.", "adapter_model."))]
+    if found:
+        raise ModelError(
+            f"{folder / found[0]}: an adapter inside a base, which would change this part unasked; move it elsewhere "
+            "(--lora and method.start_from take adapters)"
+        )
 
 
 def _has_weights(part: str) -> bool:

@@ -28,6 +28,8 @@ VARIANTS = {
 _NO_SHAPE = ("_class_name", "sample_size")
 LABELS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 
+Headers = Mapping[str, dict[str, Any]]
+"""See `weights.tensor_headers`."""
 Shapes = Mapping[str, list[int]]
 """Tensor name, without the part's prefix -> shape."""
 
@@ -95,17 +97,17 @@ def read_checkpoint(file: Path) -> Checkpoint:
             f"{file}: a Stable Diffusion 3 transformer without a VAE (no first_stage_model.decoder.conv_in.weight); "
             "get the whole checkpoint, such as sd3.5_medium.safetensors"
         )
-    derived = _derive(file, prefix, mmdit_config)
+    derived = _derive(file, names, prefix, mmdit_config)
     bundled = {variant: _bundled(CONFIGS / variant / "transformer") for variant in VARIANTS}
     variant = next((name for name, config in bundled.items() if derived.items() <= config.items()), None)
     config = bundled[variant or "sd3-medium"] | derived
     parts = {
         "transformer": FilePart(file, prefix, config),
-        "vae": FilePart(file, vae, _bundled(COMMON / "vae") | _derive(file, vae, vae_config)),
+        "vae": FilePart(file, vae, _bundled(COMMON / "vae") | _derive(file, names, vae, vae_config)),
     }
     for encoder, inside in _INSIDE.items():
         if any(name.startswith(inside) for name in names):
-            parts[encoder] = read_encoder(file, encoder, f"{inside}transformer.")
+            parts[encoder] = _encoder(file, names, encoder, f"{inside}transformer.")
     return Checkpoint(variant, parts)
 
 
@@ -125,19 +127,22 @@ def released_shape(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def read_encoder(file: Path, encoder: str, prefix: str = "") -> FilePart:
+def read_encoder(file: Path, encoder: str) -> FilePart:
     """A text encoder's file, of which only the kind (CLIP or T5) is checked here. No tensor is read.
 
     Raises ModelError for anything else, and for an incomplete or a truncated file.
     """
     check_format(file)
-    names = tensor_headers(file)
+    return _encoder(file, tensor_headers(file), encoder, "")
+
+
+def _encoder(file: Path, names: Headers, encoder: str, prefix: str) -> FilePart:
     mark = f"{prefix}{'encoder.block.0.' if encoder == 't5' else 'text_model.encoder.layers.0.'}"
     if not any(name.startswith(mark) for name in names):
         raise ModelError(f"{file}: {_kind(names)}, and model.text_encoders.{encoder} wants {LABELS[encoder]}")
     derive = {"clip_l": clip_l_config, "clip_g": clip_g_config, "t5": t5_config}[encoder]
-    config = _bundled(COMMON / _CONFIG_FOLDERS[encoder]) | _derive(file, prefix, derive)
-    return FilePart(file, prefix, config, _unused(file, prefix) if encoder == "clip_l" else frozenset())
+    config = _bundled(COMMON / _CONFIG_FOLDERS[encoder]) | _derive(file, names, prefix, derive)
+    return FilePart(file, prefix, config, _unused(file, names, prefix) if encoder == "clip_l" else frozenset())
 
 
 def misfits(encoders: Mapping[str, FilePart], transformer: Mapping[str, Any]) -> list[str]:
@@ -277,23 +282,22 @@ def _mmdit_names(depth: int, dual: list[int], qk_norm: bool) -> set[str]:
     return names | {f"{layer}.{of}" for layer in layers for of in ("weight", "bias")}
 
 
-def _derive(file: Path, prefix: str, derive: Callable[[Shapes], dict[str, Any]]) -> dict[str, Any]:
+def _derive(file: Path, names: Headers, prefix: str, derive: Callable[[Shapes], dict[str, Any]]) -> dict[str, Any]:
     shapes = {
         name.removeprefix(prefix): tensor["shape"]
-        for name, tensor in tensor_headers(file).items()
+        for name, tensor in names.items()
         if name.startswith(prefix) and not is_quantisation(name)
     }
     try:
         return derive(shapes)
     except KeyError as error:
         raise ModelError(f"{file}: incomplete: it lacks {prefix}{error.args[0]}; get the file again") from None
-    except ValueError as error:
+    except (ValueError, IndexError, ZeroDivisionError) as error:
         raise ModelError(f"{file}: not a plain Stable Diffusion 3 checkpoint: {error}") from None
 
 
-def _unused(file: Path, prefix: str) -> frozenset[str]:
+def _unused(file: Path, names: Headers, prefix: str) -> frozenset[str]:
     """CLIP-L's projection, unless it is the identity. `from_single_file` of diffusers ignores it as well."""
-    names = tensor_headers(file)
     projection = {name for name in names if name.startswith(f"{prefix}text_projection.")}
     weight = f"{prefix}text_projection.weight"
     if not projection or (projection == {weight} and is_identity(file, names[weight])):
@@ -301,13 +305,14 @@ def _unused(file: Path, prefix: str) -> frozenset[str]:
     return frozenset(name.removeprefix(prefix) for name in projection)
 
 
-def _prefix(names: Mapping[str, Any], prefixes: tuple[str, ...], tensor: str) -> str | None:
+def _prefix(names: Headers, prefixes: tuple[str, ...], tensor: str) -> str | None:
     return next((prefix for prefix in prefixes if prefix + tensor in names), None)
 
 
 def _count(shapes: Shapes, container: str) -> int:
+    """How many are there; a number beyond is a tensor too many, and one left out is missing."""
     numbers = re.compile(rf"{re.escape(container)}\.(\d+)\.")
-    return 1 + max((int(found[1]) for name in shapes if (found := numbers.match(name))), default=-1)
+    return len({found[1] for name in shapes if (found := numbers.match(name))})
 
 
 def _width(config: Mapping[str, Any]) -> int:
@@ -319,7 +324,7 @@ def _bundled(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def _kind(names: Mapping[str, Any]) -> str:
+def _kind(names: Headers) -> str:
     for pattern, kind in _KINDS:
         if any(re.search(pattern, name) for name in names):
             return kind

@@ -67,9 +67,8 @@ def stored_dtype(base: Base) -> torch.dtype:
 def load_vae(base: Base, dtype: torch.dtype, device: Device = "cpu") -> AutoencoderKL:
     """The VAE. Give it fp32 or bf16: in fp16 it makes black images."""
     if _is_meta(device):
-        with torch.device("meta"):
-            vae: AutoencoderKL = AutoencoderKL.from_config(vae_config(base))
-        return _cast(vae.eval().requires_grad_(False), dtype)
+        vae: AutoencoderKL = _empty(base, "vae", AutoencoderKL.from_config)
+        return _cast(vae, dtype)
     return _load_model(AutoencoderKL, base, "vae", dtype, device)
 
 
@@ -80,9 +79,8 @@ def text_encoder_shape(base: Base, encoder: str, dtype: torch.dtype) -> nn.Modul
     model_class, config_class = (
         (T5EncoderModel, T5Config) if encoder == "t5" else (CLIPTextModelWithProjection, CLIPTextConfig)
     )
-    config = base.config(ENCODER_PARTS[encoder][1])
-    with torch.device("meta"):
-        model: nn.Module = model_class(config_class.from_dict(config)).to(dtype).eval().requires_grad_(False)
+    part = ENCODER_PARTS[encoder][1]
+    model: nn.Module = _empty(base, part, lambda config: model_class(config_class.from_dict(config)).to(dtype))
     if dtype is torch.float16:  # transformers keeps these in fp32 then: T5's would overflow
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in (model_class._keep_in_fp32_modules or ()):
@@ -93,6 +91,7 @@ def text_encoder_shape(base: Base, encoder: str, dtype: torch.dtype) -> nn.Modul
 def load_scheduler(base: Base, shift: float | None = None) -> FlowMatchEulerDiscreteScheduler:
     """The sampling schedule, with the base's own shift unless one is given."""
     folder = base.folder("scheduler")
+    base.config("scheduler")
     other = {} if shift is None else {"shift": shift}
     return _reading(
         folder, lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(folder, local_files_only=True, **other)
@@ -164,8 +163,15 @@ def vae_config(base: Base) -> dict[str, Any]:
 
 def empty_transformer(base: Base) -> SD3Transformer2DModel:
     """The transformer without weights, on the meta device: names, shapes and modules only."""
+    return _empty(base, "transformer", SD3Transformer2DModel.from_config)
+
+
+def _empty(base: Base, part: str, build: Callable[[dict[str, Any]], Model]) -> Model:
+    """A part without weights, on the meta device, from its configuration."""
+    config = base.config(part)
     with torch.device("meta"):
-        return SD3Transformer2DModel.from_config(transformer_config(base)).eval().requires_grad_(False)
+        model = _reading(base.path, lambda: build(config))
+    return model.eval().requires_grad_(False)
 
 
 @contextlib.contextmanager
@@ -183,6 +189,7 @@ def no_progress_bars() -> Iterator[None]:
 
 def _load_model(model_class: type[Model], base: Base, part: str, dtype: torch.dtype, device: Device) -> Model:
     in_file = base.in_file(part)
+    base.config(part)  # is within the limits: nothing is built from another
     with no_progress_bars():
         if in_file is not None:
             files, where = {}, str(in_file.file)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sd3tune.errors import UserError
+from sd3tune.json_files import dotted
 
 CONTRACT_VERSION = 1
 CONTRACT_FILE = "sd3tune.json"
@@ -25,6 +26,15 @@ class Part(BaseModel):
     """Keys that are not named here are let through."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Variant(Part):
+    """One of several ways, by its name; later versions may know more of them."""
+
+    kind: str
 
 
 class _EncoderFile(Part):
@@ -42,14 +52,30 @@ class _Contract(Part):
     base_kind: Literal["tiny", "nano", "hub", "folder", "file"] | None = None
     base_revision: str | None = None
     base_fingerprint: str | None = None
-    resolution: int = Field(1024, ge=16, multiple_of=16)
+    resolution: int = Field(1024, ge=16, le=4096, multiple_of=16)
     max_sequence_length: int = Field(256, ge=1, le=512)
     encoders: list[Literal["clip_l", "clip_g", "t5"]] = Field(default=["clip_l", "clip_g"], min_length=2)
-    noise_offset: float = Field(0.0, ge=0)
+    noise_offset: float = Field(0.0, ge=0, allow_inf_nan=False)
     sampler_noise_offset: float = Field(0.0, ge=0, le=1)
     encoder_files: dict[Literal["clip_l", "clip_g", "t5"], _EncoderFile] = Field(default={})
-    sampling_steps: int = Field(EARLIER_STEPS, ge=1)
+    sampling_steps: int = Field(EARLIER_STEPS, ge=1, le=1000)
     guidance: float = Field(EARLIER_GUIDANCE, ge=0, allow_inf_nan=False)
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    t5_quantize: Literal["none", "int8"] = "none"
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    weights: Literal["raw", "ema"] | None = None
+    shift: float | None = Field(None, gt=0, allow_inf_nan=False)
+    sigma_range: list[_Share] = Field([0.0, 1.0], min_length=2, max_length=2)
+    timesteps: _Variant | None = None
+    weighting: _Variant | None = None
+    loss: _Variant | None = None
+    buckets: bool | None = None
+    caption_dropout: _Share = 0.0
+    encoder_dropout: _Share = 0.0
+    seed: int = Field(0, ge=0, lt=2**63)
+    rank: int | None = Field(None, ge=1)
+    alpha: float | None = Field(None, allow_inf_nan=False)
+    tag_frequency: dict[str, int] | None = None
 
 
 def starting_offset(contract: Mapping[str, Any]) -> float:
@@ -95,8 +121,13 @@ def check_part(where: str, value: Mapping[str, Any], model: type[Part], error: t
     except ValidationError as found:
         raise error(
             *(
-                f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}, "
-                f"not {json.dumps(problem['input'])[:60]}{WAY_OUT}"
+                f"{where}: {dotted(problem['loc'])}: "
+                + ("missing" if problem["type"] == "missing" else f"{problem['msg']}, not {_shown(problem['input'])}")
+                + WAY_OUT
                 for problem in found.errors()
             )
         ) from None
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value)[:60]

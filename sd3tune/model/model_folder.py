@@ -17,6 +17,7 @@ from sd3tune.atomic import new_folder
 from sd3tune.errors import ModelError, RunError
 from sd3tune.model.bases import Base
 from sd3tune.model.contract import CONTRACT_FILE, CONTRACT_VERSION
+from sd3tune.model.weights import read_json
 
 INDEX_FILE = "model_index.json"
 MODEL_INDEX = {
@@ -93,7 +94,7 @@ def _write_scheduler(source: Path, target: Path, shift: float | None) -> None:
         _link_files(source, target)
         return
     target.mkdir()
-    config = json.loads((source / "scheduler_config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "scheduler_config.json")
     _write_json(target / "scheduler_config.json", {**config, "shift": shift})
 
 

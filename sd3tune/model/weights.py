@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.errors import ModelError
+from sd3tune.json_files import NotJson, read_object
+from sd3tune.tensor_header import BadHeader, read_header
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """Endings of weights that are never loaded: a pickle can run any code."""
@@ -35,7 +37,7 @@ def weight_files(folder: Path) -> list[Path]:
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         # With both present, transformers ("model") loads the single file and diffusers the shards.
         if index.is_file() and not (stem == "model" and single.is_file()):
-            shards = [folder / shard for shard in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            shards = [folder / shard for shard in _shards(index)]
             missing = [shard.name for shard in shards if not shard.is_file()]
             if missing or not shards:
                 raise ModelError(f"{index}: names weights that are missing: {', '.join(missing) or 'all of them'}")
@@ -53,30 +55,28 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"{folder}: no safetensors weights here{hint}")
 
 
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; they are beside it."""
+    found = read_json(index).get("weight_map", {})
+    names = list(found.values()) if isinstance(found, dict) else [found]
+    odd = [name for name in names if not (isinstance(name, str) and name.endswith(".safetensors") and "/" not in name)]
+    if odd:
+        raise ModelError(f"{index}: weight_map: {json.dumps(odd[0])[:60]} is no safetensors file beside it")
+    return sorted(set(names))
+
+
 def tensor_headers(file: Path) -> dict[str, dict[str, Any]]:
     """Name -> {"dtype", "shape", "data_offsets"} of a safetensors file; offsets count from the file's start.
 
     Raises ModelError when the file is truncated or is no safetensors file.
     """
-    size = file.stat().st_size
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                raise ValueError(f"its header wants {length} bytes")
-            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        for tensor in header.values():
-            tensor["data_offsets"] = [8 + length + offset for offset in tensor["data_offsets"]]
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=8 + length)
-        if end != size:
-            raise ValueError(f"its header describes {end} bytes")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error) if isinstance(error, ValueError) and "its header" in str(error) else "no valid header"
+        return read_header(file).tensors
+    except BadHeader as error:
+        size = file.stat().st_size
         raise ModelError(
-            f"{file}: truncated or not a safetensors file ({size} bytes, {reason}); get the file again"
+            f"{file}: truncated or not a safetensors file ({size} bytes, {error}); get the file again"
         ) from None
-    return header
 
 
 def is_identity(file: Path, tensor: Mapping[str, Any]) -> bool:
@@ -109,12 +109,11 @@ def digest(texts: Iterable[tuple[str, bytes]], tensors: Iterable[tuple[Path, str
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ModelError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return read_object(path)
+    except NotJson as error:
         raise ModelError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: expected a JSON object")
-    return content
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _add(found: Any, *items: bytes) -> None:

@@ -19,6 +19,8 @@ from sd3tune.model.latents import sample_latents as from_posterior
 from sd3tune.sampling.samplers import SAMPLERS
 
 LAST_SEED = 2**63 - 1
+_NOT_FINITE = "not finite"
+"""The key in `Image.info` of a picture whose values were not; no file has it."""
 
 
 @dataclass(frozen=True)
@@ -212,9 +214,27 @@ def _noised(start: Start, drawn: Tensor, noise: Tensor, sigma: Tensor) -> Tensor
 
 
 def to_image(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
-    """Decode latents [1, C, h, w] into a picture, rounding as diffusers' image processor does."""
-    pixels = (decode(vae, latents)[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
-    return Image.fromarray((pixels.cpu().numpy() * 255).round().astype("uint8"))
+    """Decode latents [1, C, h, w] into a picture, rounding as diffusers' image processor does.
+
+    One with NaN or infinity in it is black; `fault_of` tells it from others.
+    """
+    decoded = decode(vae, latents)[0]
+    pixels = (decoded * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
+    finite = bool(decoded.isfinite().all())
+    shown = pixels if finite else torch.zeros_like(pixels)
+    image = Image.fromarray((shown.cpu().numpy() * 255).round().astype("uint8"))
+    if not finite:
+        image.info[_NOT_FINITE] = True
+    return image
+
+
+def fault_of(image: Image.Image) -> str | None:
+    """Return what is wrong with a picture of `to_image` that shows nothing; None for any other picture."""
+    if image.info.get(_NOT_FINITE):
+        return "black, as the model computed NaN or infinity; an adapter or its weight may be too large"
+    if image.getcolors(1) is not None:
+        return "one colour throughout; an adapter or its weight may be too large, or the training has diverged"
+    return None
 
 
 def _dynamic_shift(solver: Any, transformer: SD3Transformer2DModel, latents: Tensor) -> dict[str, float]:

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from sd3tune.atomic import new_folder, remove_folder, write_json
 from sd3tune.errors import RunError
+from sd3tune.json_files import NotJson, read_object
 from sd3tune.tensorfile import digest, save_sorted
 from sd3tune.train.step import TrainState
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
 _OPTIMIZER = "optimizer."
+_MOST_BYTES = 64 * 2**20
+"""Of the JSON half, which names every trained tensor several times."""
 
 
 def save_checkpoint(
@@ -61,13 +64,14 @@ def list_checkpoints(run: Path) -> list[Path]:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON half: `step`, `identity`, `layout` and, but for old checkpoints, `digests`. Raises RunError."""
     try:
-        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(checkpoint, str(error)) from error
-    fields = state if isinstance(state, dict) else {}
+        fields = read_object(checkpoint / _STATE, _MOST_BYTES)
+    except (OSError, NotJson) as error:
+        raise _damaged(checkpoint, f"{_STATE}: {error}") from error
     for name, kind in {"step": int, "identity": dict, "layout": dict}.items():
         if not isinstance(fields.get(name), kind):
             raise _damaged(checkpoint, f"{_STATE} has no {name}")
+    if isinstance(fields["step"], bool) or fields["step"] < 0:
+        raise _damaged(checkpoint, f"{_STATE}: step is no number of steps")
     if not isinstance(fields.setdefault("digests", {}), dict):
         raise _damaged(checkpoint, f"{_STATE}: digests is not an object")
     return fields

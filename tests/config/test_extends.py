@@ -198,3 +198,39 @@ def test_what_a_section_of_two_files_lacks_is_reported_at_the_extending_one() ->
     Path("base.yaml").write_text("name: base\ndata: {resolution: 512}\n")
     (found,) = problems("extends: base.yaml\nseed: 1\ndata: {flip: true}\n")
     assert found.startswith("run.yaml:3: data.sources: missing")
+
+
+def test_a_file_that_is_extended_twice_at_each_of_many_levels_is_read_once() -> None:
+    for level in range(40):  # 2^40 readings otherwise
+        Path(f"{level}.yaml").write_text(f"extends: [{level + 1}.yaml, {level + 1}.yaml]\nseed: {level}\n")
+    Path("40.yaml").write_text(BASE)
+    config = load("extends: [0.yaml, 1.yaml]\n")
+    assert (config.seed, config.name, config.train.steps) == (1, "base", 20)
+
+
+def test_a_problem_of_a_file_that_is_extended_twice_is_told_once() -> None:
+    Path("odd.yaml").write_text("extends: base.yaml\nnmae: 1\nseed: 1\nseed: 2\n")
+    Path("other.yaml").write_text("extends: odd.yaml\n")
+    assert problems("extends: [odd.yaml, other.yaml, odd.yaml]\n") == (
+        "odd.yaml:2: nmae: unknown key; did you mean 'name'?",
+        "odd.yaml:4: seed: duplicate key; it is already on line 3",
+    )
+
+
+def test_a_base_that_is_extended_twice_is_the_same_both_times() -> None:
+    Path("min_snr.yaml").write_text("flow: {weighting: {kind: sigma_sqrt}}\n")
+    config = load("extends: [base.yaml, min_snr.yaml, base.yaml]\n")
+    assert config.flow.weighting.model_dump() == {"kind": "min_snr", "gamma": 3.0}
+
+
+def test_more_files_than_anybody_extends_are_refused() -> None:
+    names = ", ".join(["base.yaml"] * 101)
+    assert problems(f"extends: [{names}]\n") == ("run.yaml:1: extends: more than 100 files are named here and in turn",)
+    assert load(f"extends: [{', '.join(['base.yaml'] * 100)}]\n").name == "base"
+
+
+def test_of_very_many_problems_the_first_are_explained() -> None:
+    found = problems("extends: base.yaml\n" + "".join(f"k{number}: 1\n" for number in range(3000)))
+    assert len(found) == 101
+    assert found[0].startswith("run.yaml:2: k0: unknown key")
+    assert found[-1] == "run.yaml: has more than 100 problems; these are the first"

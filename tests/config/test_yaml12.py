@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from sd3tune.config.yaml12 import YamlError, parse
@@ -88,6 +90,38 @@ def test_broken_text_is_one_line_with_a_number(text: str, line: int, message: st
     assert caught.value.line == line
     assert message in caught.value.message
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        lambda below: "{" + ", ".join(f"k{number}: *{below}" for number in range(9)) + "}",
+        lambda below: "{<<: [" + ", ".join([f"*{below}"] * 9) + "]}",  # holds nothing at all
+    ],
+    ids=["keys", "merges"],
+)
+def test_anchors_in_sections_cannot_multiply_without_end(node: Callable[[str], str]) -> None:
+    text = "a0: &a0 {}\n" + "".join(f"a{level}: &a{level} {node(f'a{level - 1}')}\n" for level in range(1, 12))
+    with pytest.raises(YamlError, match="anchors multiply"):
+        parse(text)
+
+
+def test_a_text_of_many_keys_is_refused_by_their_number() -> None:
+    assert len(parse("".join(f"k{number}: 1\n" for number in range(2000))).value) == 2000
+    with pytest.raises(YamlError, match="more than 40000 keys and values") as caught:
+        parse("[" + "1," * 40_000 + "]\na: 1")
+    assert caught.value.line == 1
+
+
+def test_a_merged_key_has_the_line_of_its_anchor_and_an_own_one_its_own() -> None:
+    document = parse("base: &base\n  a: {b: 1}\n  c: 2\nuse:\n  a: 3\n  <<: *base\n  d: 4\n")
+    assert document.value["use"] == {"a": 3, "c": 2, "d": 4}
+    assert {path: line for path, line in document.lines.items() if path[:1] == ("use",)} == {
+        ("use",): 4,
+        ("use", "a"): 5,
+        ("use", "c"): 3,
+        ("use", "d"): 7,
+    }
 
 
 def test_anchors_cannot_multiply_without_end() -> None:

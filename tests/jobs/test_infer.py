@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sd3tune import __version__
@@ -416,3 +417,17 @@ def test_a_base_that_lost_its_weights_is_one_line(run: Path, draw: Draw, tmp_pat
     (broken / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ModelError, match="no safetensors weights here"):
         draw(run, base=str(broken))
+
+
+def test_a_picture_that_is_not_finite_is_said_to_be_by_its_name(run: Path, draw: Draw, tmp_path: Path, capsys) -> None:
+    tensors = load_file(run / "adapter" / ADAPTER_FILE)
+    key = next(key for key in tensors if key.endswith("lora_B.weight"))
+    for huge in (key, key.replace("lora_B", "lora_A")):
+        tensors[huge] = torch.full_like(tensors[huge], 1e30)
+    with safe_open(run / "adapter" / ADAPTER_FILE, framework="pt") as file:
+        save_file(tensors, tmp_path / "huge.safetensors", metadata=file.metadata())
+    (path,) = draw(tmp_path / "huge.safetensors")
+    assert opened(path).getextrema() == ((0, 0),) * 3
+    assert f"warning: {path}: black, as the model computed NaN or infinity" in capsys.readouterr().out
+    (path,) = draw(run)
+    assert "warning" not in capsys.readouterr().out

@@ -121,6 +121,15 @@ def test_what_is_no_lora_of_sd3_is_one_line(tensors: dict[str, Tensor], says: st
     assert line.isprintable()
 
 
+def test_an_alpha_that_makes_the_weights_infinite_is_a_warning(tmp_path: Path) -> None:
+    tensors = {f"{QUERY}.lora_A.weight": torch.ones(2, 64), f"{QUERY}.lora_B.weight": torch.ones(64, 2)}
+    save_file({**tensors, f"{QUERY}.alpha": torch.tensor(1e300, dtype=torch.float64)}, tmp_path / "x.safetensors")
+    assert inspect_lora(tmp_path / "x.safetensors")[-2:] == [
+        f"warning: alpha 1e+300 makes the weights of {QUERY} infinite",
+        "warning: `infer` and the other commands refuse this file",
+    ]
+
+
 HEADERS = [
     b"", b"x", b"\xff" * 64, (2**62).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]",
     *(

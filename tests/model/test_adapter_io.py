@@ -333,6 +333,24 @@ def test_a_file_with_nan_is_refused(tmp_path: Path) -> None:
     assert f"1 tensors are NaN or infinite, first transformer.{MODULE}.lora_B" in error_of(save(tmp_path, tensors))
 
 
+@pytest.mark.parametrize("alpha", [1e300, -1e300, 1e39])
+def test_an_alpha_that_makes_weights_infinite_is_refused(alpha: float, tmp_path: Path) -> None:
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha})}
+    line = error_of(save(tmp_path, pair(), metadata))
+    assert f"alpha {alpha:g} makes the weights of {MODULE} infinite" in line
+    tensors = {**pair(), f"transformer.{MODULE}.alpha": torch.tensor(alpha, dtype=torch.float64)}
+    assert "infinite" in error_of(save(tmp_path, tensors))
+
+
+def test_weights_that_the_models_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
+    tensors = pair()
+    tensors[f"transformer.{MODULE}.lora_A.weight"][0, 0] = 1e6
+    transformer = load_transformer(resolve_base("tiny"), torch.float16)
+    with pytest.raises(AdapterError, match=rf"{MODULE}.lora_A.weight is beyond what float16 holds"):
+        attach(transformer, read_adapter(save(tmp_path, tensors)), "x")
+    assert not lora_layers(transformer)
+
+
 def test_a_newer_contract_asks_for_an_upgrade(tmp_path: Path) -> None:
     contract = json.dumps({"contract_version": 2, "sd3tune_version": "9.1"})
     assert "written by a newer sd3tune (9.1); upgrade" in error_of(save(tmp_path, pair(), {"sd3tune": contract}))

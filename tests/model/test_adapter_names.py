@@ -88,10 +88,18 @@ def test_an_alpha_of_any_number_type_is_a_number(dtype: torch.dtype) -> None:
     assert (contents.broken, contents.alphas) == ({}, {QUERY: 4.0})
 
 
-@pytest.mark.parametrize("alpha", [torch.tensor(True), torch.tensor(1j), torch.ones(2, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        torch.tensor(True),
+        torch.tensor(1j),
+        torch.ones(2, dtype=torch.int64),
+        *map(torch.tensor, (torch.nan, torch.inf)),
+    ],
+)
 def test_an_alpha_that_is_no_number_is_refused(alpha: Tensor) -> None:
     tensors = named(f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight")
-    assert interpret({**tensors, f"{QUERY}.alpha": alpha}).broken == {QUERY: "its alpha is not a number"}
+    assert interpret({**tensors, f"{QUERY}.alpha": alpha}).broken == {QUERY: "its alpha is not a finite number"}
 
 
 def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:

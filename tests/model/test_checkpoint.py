@@ -234,3 +234,42 @@ def test_clip_g_without_its_projection_is_incomplete(single_file, tmp_path: Path
     save_file(tensors, tmp_path / "clip_g.safetensors")
     with pytest.raises(ModelError, match=r"clip_g\.safetensors: incomplete: it lacks text_projection\.weight"):
         read_encoder(tmp_path / "clip_g.safetensors", "clip_g")
+
+
+# Files that describe what no file of their size can hold
+
+
+def test_a_block_of_a_great_number_is_a_missing_block_before_it(tmp_path: Path) -> None:
+    names = ["joint_blocks.0.x_block.attn.qkv.weight", "joint_blocks.99999999.x_block.attn.qkv.weight"]
+    tensors = {name: torch.zeros(1) for name in [*names, "first_stage_model.decoder.conv_in.weight"]}
+    tensors["x_embedder.proj.weight"] = torch.zeros(1, 1, 1, 1)
+    save_file(tensors, tmp_path / "small.safetensors")
+    with pytest.raises(ModelError, match=r"incomplete: it lacks context_embedder\.bias"):
+        read_checkpoint(tmp_path / "small.safetensors")
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_layer_of_a_great_number_is_not_built(encoder: str, tmp_path: Path) -> None:
+    inside = "encoder.block" if encoder == "t5" else "text_model.encoder.layers"
+    tensors = {f"{inside}.{number}.x": torch.zeros(1) for number in (0, "9" * 5000)}
+    save_file(tensors, tmp_path / "small.safetensors")
+    with pytest.raises(ModelError, match="incomplete: it lacks"):
+        read_encoder(tmp_path / "small.safetensors", encoder)
+
+
+def test_sizes_without_any_bytes_are_limited(single_file, tmp_path: Path) -> None:
+    tensors = load_file(single_file("tiny"))
+    tensors["model.diffusion_model.context_embedder.weight"] = torch.zeros(10**12, 0)
+    save_file(tensors, tmp_path / "wide.safetensors")
+    with pytest.raises(ModelError, match=r"wide\.safetensors: the shapes of its tensors: \w+: "):
+        resolve_base(str(tmp_path / "wide.safetensors")).config("transformer")
+
+
+@pytest.mark.parametrize("shape", [[], [0], [0, 0, 0, 0], [4, 16, 0, 0]])
+def test_shapes_that_say_nothing_are_one_line(shape: list[int], single_file, tmp_path: Path) -> None:
+    tensors = load_file(single_file("tiny"))
+    tensors["model.diffusion_model.x_embedder.proj.weight"] = torch.zeros(shape)
+    save_file(tensors, tmp_path / "odd.safetensors")
+    with pytest.raises(ModelError, match=r"odd\.safetensors: ") as caught:
+        resolve_base(str(tmp_path / "odd.safetensors")).config("transformer")
+    assert "\n" not in str(caught.value)

@@ -21,6 +21,7 @@ from sd3tune.model.components import (
     load_text_encoder,
     load_transformer,
     load_vae,
+    text_encoder_shape,
     transformer_config,
 )
 
@@ -161,7 +162,54 @@ def test_transformer_weights_that_the_config_does_not_know_are_an_error(broken: 
 def test_a_broken_config_or_tokenizer_is_one_line(broken: Base) -> None:
     (broken.path / "vae" / "config.json").write_text("{")
     (broken.path / "tokenizer" / "vocab.json").write_text("{")
-    for part, load in (("vae", LOADERS["vae"]), ("tokenizer", LOADERS["text_encoder"])):
-        with pytest.raises(ModelError, match=f"{part}: cannot be loaded") as caught:
+    for says, load in (
+        (r"vae/config\.json: not valid JSON", LOADERS["vae"]),
+        ("tokenizer: cannot be loaded", LOADERS["text_encoder"]),
+    ):
+        with pytest.raises(ModelError, match=says) as caught:
             load(broken)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_3", "tokenizer", "scheduler"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_in_the_folder_of_a_part_is_refused(part: str, name: str, broken: Base) -> None:
+    (broken.path / part / name).write_text("{}")
+    with pytest.raises(ModelError, match=rf"{part}/{name}: an adapter inside a base") as caught:
+        broken.folder(part)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_encoder_is_not_loaded_with_an_adapter_that_lies_in_its_folder(broken: Base) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "task_type": None}
+    (broken.path / "text_encoder" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="an adapter inside a base"):
+        LOADERS["text_encoder"](broken)
+
+
+def test_a_scheduler_is_checked_before_it_is_made(broken: Base) -> None:
+    file = broken.path / "scheduler" / "scheduler_config.json"
+    for shift in (0, "3", None, -1.0):
+        file.write_text(json.dumps({"shift": shift}))
+        with pytest.raises(ModelError, match=r"scheduler_config\.json: shift: "):
+            load_scheduler(broken)
+
+
+META: dict[str, Callable[[Base], object]] = {
+    "vae": lambda base: load_vae(base, torch.float32, "meta"),
+    "text_encoder": lambda base: text_encoder_shape(base, "clip_l", torch.float32),
+    "text_encoder_3": lambda base: text_encoder_shape(base, "t5", torch.float32),
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("vae", "latent_channels", [16]), ("text_encoder", "hidden_act", "no such"), ("text_encoder_3", "d_ff", None)],
+)
+def test_an_odd_configuration_is_one_line_on_the_meta_device(part: str, key: str, value: object, broken: Base) -> None:
+    file = broken.path / part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ModelError) as caught:
+        META[part](broken)
+    assert str(broken.path) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 
 from sd3tune.model.bases import resolve_base
 from sd3tune.model.components import load_pipeline
-from sd3tune.sampling.sampler import Conditioning, SamplerSettings, sample_latents, to_image
+from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
 
 T5_LENGTH = 16
 
@@ -149,3 +149,16 @@ def test_latents_have_the_models_dtype_and_every_step_is_reported(pipeline) -> N
     assert latents.shape == (1, 16, 6, 8)
     assert latents.dtype is torch.bfloat16
     assert len(steps) == 3
+
+
+def test_a_picture_that_is_not_finite_is_black_and_told_from_others(pipeline) -> None:
+    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert fault_of(to_image(pipeline.vae, latents)) is None
+    for value in (torch.nan, torch.inf):
+        image = to_image(pipeline.vae, torch.full_like(latents, value))
+        assert image.getextrema() == ((0, 0),) * 3
+        assert str(fault_of(image)).startswith("black, as the model computed NaN or infinity")
+    grey = Image.new("RGB", (8, 8), (90, 90, 90))
+    assert str(fault_of(grey)).startswith("one colour throughout")
+    grey.putpixel((3, 3), (90, 91, 90))
+    assert fault_of(grey) is None

@@ -14,8 +14,9 @@ def _valid_pattern(name: str) -> str:
     if name.startswith("re:"):
         try:
             re.compile(name.removeprefix("re:"))
-        except re.error as error:
-            raise ValueError(f"is not a regular expression: {error}") from None
+        except (re.error, RecursionError, OverflowError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise ValueError(f"is not a regular expression: {reason}") from None
     return name
 
 

@@ -1,0 +1,112 @@
+"""JSON that other programs wrote. There is one reader; it limits size and depth and gives plain, finite values."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+MOST_BYTES = 4 * 2**20
+"""Of a file; a model's longest one, the index of its shards, has a twentieth."""
+_MOST_DEPTH, _MOST_SHOWN = 64, 200
+_LARGEST = 2**64
+
+
+class NotJson(ValueError):
+    """Data that is not JSON, or that no program should be given; the message says why."""
+
+
+def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+    """Return the keys and values in a file. Raises NotJson, and OSError for a file that cannot be read."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise NotJson("it is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(most_bytes + 1)
+    return parse_object(data, most_bytes)
+
+
+def parse_object(data: str | bytes, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+    """Return the keys and values of a JSON object, as `parse` does. Raises NotJson."""
+    value = parse(data, most_bytes)
+    if not isinstance(value, dict):
+        raise NotJson(f"expected a JSON object, not {json.dumps(value)[:60]}")
+    return value
+
+
+def parse(data: str | bytes, most_bytes: int = MOST_BYTES) -> Any:
+    """Return the value of a JSON text.
+
+    Raises NotJson for anything else, and for what other readers let through: NaN and infinity, numbers beyond 64 bits,
+    a key that comes twice, half of a surrogate pair, NUL characters and deep nesting.
+    """
+    if len(data) > most_bytes:
+        raise NotJson(f"it is longer than {most_bytes} bytes")
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
+    except RecursionError:
+        raise NotJson("it is nested too deeply") from None
+    except NotJson:
+        raise
+    except ValueError as error:
+        raise NotJson(str(error)) from None
+    _check(value)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise NotJson(f"the key {ascii(twice)[:60]} comes twice")
+    return found
+
+
+def _integer(text: str) -> float:
+    """Infinity, which `_check` finds, stands for an integer beyond 64 bits."""
+    return int(text) if len(text) <= 20 and abs(int(text)) < _LARGEST else math.inf
+
+
+Place = tuple["str | int", ...]
+"""The keys and numbers that lead to a value."""
+
+
+def _check(value: Any) -> None:
+    """Raise NotJson, with the key, for text and numbers that are none and for deep nesting; without recursion."""
+    waiting: list[tuple[Any, Place]] = [(value, ())]
+    while waiting:
+        one, place = waiting.pop()
+        if isinstance(one, float) and not math.isfinite(one):
+            raise NotJson(f"{_named(place)}not a finite number of 64 bits")
+        if isinstance(one, str):
+            _check_text(one, place)
+        elif isinstance(one, dict | list):
+            if len(place) >= _MOST_DEPTH:
+                raise NotJson("it is nested too deeply")
+            for key in one if isinstance(one, dict) else ():
+                _check_text(key, place)
+            inside = one.items() if isinstance(one, dict) else enumerate(one)
+            waiting += [(inner, (*place, key)) for key, inner in inside]
+
+
+def dotted(place: Place) -> str:
+    """`transformer.lora_alpha`, on one short line whatever the keys are."""
+    named = ".".join(map(str, place))
+    plain = named if named.isprintable() else ascii(named)
+    return plain if len(plain) <= _MOST_SHOWN else f"{plain[:_MOST_SHOWN]}..."
+
+
+def _named(place: Place) -> str:
+    return f"{dotted(place)}: " if place else ""
+
+
+def _check_text(text: str, place: Place) -> None:
+    if "\0" in text:
+        raise NotJson(f"{_named(place)}a NUL character in {ascii(text)[:60]}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise NotJson(f"{_named(place)}half of a surrogate pair in {ascii(text)[:60]}") from None
