@@ -173,10 +173,17 @@ def _read_run_file(run: Path) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs, when it runs from a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of the code that runs, when git tracks it: a repository that it merely lies in is somebody else's."""
+    package = Path(__file__).parents[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    git = ["git", "-c", "core.fsmonitor=false", "-C", str(package)]
+
+    def said(*command: str) -> str:
+        done = subprocess.run([*git, *command], capture_output=True, text=True, timeout=5, check=True, env=environment)
+        return done.stdout.strip()
+
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        said("ls-files", "--error-unmatch", "__init__.py")
+        return said("rev-parse", "HEAD")
+    except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None

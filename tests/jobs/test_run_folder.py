@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sd3tune.errors import RunError
+from sd3tune.jobs import run_folder
 from sd3tune.jobs.run_folder import check_start, clear, describe_run, is_finished, locked, starting_checkpoint
 from sd3tune.methods import LoraMethod
 from sd3tune.model.adapter_io import ADAPTER_FILE
@@ -160,3 +161,23 @@ def test_each_resume_is_remembered(tmp_path: Path) -> None:
 def test_a_fresh_start_forgets_an_attempt_that_saved_nothing(tmp_path: Path) -> None:
     describe_run(tmp_path, {}, 0)
     assert describe_run(tmp_path, {}, 0)["resumes"] == []
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_the_commit_is_of_the_repository_that_tracks_the_program(tmp_path: Path, tracked: bool, monkeypatch) -> None:
+    """A virtual environment lies in the repository of whatever it was made for."""
+    package = tmp_path / ".venv" / "lib" / "sd3tune"
+    (package / "jobs").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (tmp_path / "__init__.py").touch()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.email=a@b", "-c", "user.name=c", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", "__init__.py", *[".venv"] * tracked)
+    git("commit", "-q", "-m", "private")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))  # as in a hook of that repository
+    monkeypatch.setattr(run_folder, "__file__", str(package / "jobs" / "run_folder.py"))
+    assert describe_run(tmp_path, {}, 0)["git_commit"] == (git("rev-parse", "HEAD") if tracked else None)
