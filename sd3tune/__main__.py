@@ -1,4 +1,4 @@
-"""`python -m sd3tune`; `python sd3tune` from the repository's root, as `accelerate launch sd3tune` runs it; this file."""
+"""`python -m sd3tune`, and the program by its path: `python sd3tune` (as `accelerate launch sd3tune` runs it)."""
 
 import sys
 from pathlib import Path

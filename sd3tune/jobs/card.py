@@ -11,13 +11,12 @@ from sd3tune.atomic import write_text
 from sd3tune.config import Config, load_config
 from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.errors import UserError
-from sd3tune.jobs.preview import SHEET
 from sd3tune.jobs.previews_of_run import Preview, previews_of
-from sd3tune.jobs.run_folder import SAMPLES
 from sd3tune.model.adapter_io import ADAPTER_FILE, read_adapter
 from sd3tune.model.contract import CONTRACT_FILE
 from sd3tune.publish.card import Drawing, Sample, Trained, card
 from sd3tune.publish.files import ADAPTERS, CARD, MODELS
+from sd3tune.publish.previews import SAMPLES, SHEET
 
 
 def write_card(run: Path, config: Config, contract: Mapping[str, Any], described: Mapping[str, Any]) -> None:

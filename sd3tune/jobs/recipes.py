@@ -18,9 +18,7 @@ from sd3tune.jobs.shots import Shot
 from sd3tune.jobs.studio import Studio
 from sd3tune.model.adapter_io import ADAPTER_FILE
 from sd3tune.model.components import load_scheduler
-
-RECIPE_KEY = "sd3tune"
-"""The text chunk of a PNG that holds its recipe, as JSON."""
+from sd3tune.publish.previews import RECIPE_KEY
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from sd3tune.encode.report import megabytes
 from sd3tune.errors import RunError
 from sd3tune.methods import PRODUCTS
 from sd3tune.methods.base import Product
+from sd3tune.publish.previews import SAMPLES
 from sd3tune.train.checkpoint import list_checkpoints, read_state
 
 LOCK_FILE = ".lock"
-SAMPLES = "samples"
 LOGS = "logs"
 VALIDATION_FILE = "validation.jsonl"
 BEST = "best"

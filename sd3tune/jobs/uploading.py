@@ -37,6 +37,7 @@ from sd3tune.publish.files import (
     files_of_checkpoint,
     files_of_product,
     files_of_run,
+    pictures_left_out,
 )
 from sd3tune.publish.repository import Repository, repository_of
 from sd3tune.train.checkpoint import checkpoint_at
@@ -92,11 +93,18 @@ def _thumbnails(run: Path, picture: Path) -> Upload:
 
 
 def _named_before_upload(run: Path) -> list[str]:
-    """What of the captions the adapter holds."""
+    """What of the captions the adapter holds, and the pictures that are not uploaded."""
+    left_out = _left_out(run)
     if not (run / ADAPTERS[0] / ADAPTER_FILE).is_file():
-        return []
+        return left_out
     tags = read_adapter(run).contract.get("tag_frequency")
-    return [describe_tags(tags)] if tags else []
+    return [*([describe_tags(tags)] if tags else []), *left_out]
+
+
+def _left_out(run: Path) -> list[str]:
+    names = pictures_left_out(run)
+    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return [f"not uploaded: {shown}: no preview that this run drew"] if names else []
 
 
 def prepare_upload(plan: Plan) -> None:
@@ -115,6 +123,8 @@ def upload_finished(plan: Plan, uploads: Uploads | None, say: Callable[[str], No
     try:
         if uploads is not None:
             uploads.close(finished=True)
+        for line in _left_out(plan.run):
+            say(f"note: {line}")
         say(push_run(plan.run, repository))
     except (Exception, KeyboardInterrupt) as error:
         reason = " ".join(str(error).split()) or f"{repository.repo_id}: stopped"

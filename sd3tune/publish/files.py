@@ -11,6 +11,7 @@ from sd3tune.config import load_config
 from sd3tune.config.dump import dump_values
 from sd3tune.config.public import public_config, without_paths
 from sd3tune.model.adapter_io import ADAPTER_FILE
+from sd3tune.publish.previews import SAMPLES, is_preview
 
 Upload = Mapping[str, Path | bytes]
 """Name in the repository -> the file on this machine, or what to write there instead of it."""
@@ -49,8 +50,13 @@ def config_of_run(run: Path) -> bytes:
 
 
 def pictures_of_run(run: Path) -> Mapping[str, Path]:
-    """The previews drawn so far."""
-    return {f"samples/{path.name}": path for path in sorted((run / "samples").glob("*.png")) if _is_ours(path)}
+    """The previews drawn so far, each known by the recipe inside it."""
+    return {_in_samples(path): path for path in sorted((run / SAMPLES).glob("*.png")) if _is_ours_to_show(path)}
+
+
+def pictures_left_out(run: Path) -> list[str]:
+    """The pictures beside the previews, which the run did not draw."""
+    return [_in_samples(path) for path in sorted((run / SAMPLES).glob("*.png")) if not _is_ours_to_show(path)]
 
 
 def files_of_product(folder: Path) -> Mapping[str, Path]:
@@ -72,6 +78,14 @@ def _product(folder: Path) -> Iterator[Path]:
         for path in sorted((folder / name).rglob("*")):
             if path.suffix in _OF_A_MODEL and _is_ours(path):
                 yield path
+
+
+def _in_samples(path: Path) -> str:
+    return f"{SAMPLES}/{path.name}"
+
+
+def _is_ours_to_show(path: Path) -> bool:
+    return _is_ours(path) and is_preview(path)
 
 
 def _is_ours(path: Path) -> bool:

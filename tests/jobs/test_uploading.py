@@ -137,6 +137,19 @@ def test_a_thumbnail_goes_into_the_uploaded_adapters_alone_and_tags_are_named_fi
     assert (run / ADAPTER).read_bytes() == ours
 
 
+def test_pictures_that_the_run_did_not_draw_stay_here_and_are_named(
+    finished: Path, hub: UploadHub, tmp_path: Path, capsys
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "dog")
+    shutil.copy(run / "samples" / "base-0.png", run / "samples" / "private.png")
+    (run / "samples" / "notes.png").write_text("root:x:0:0")
+    run_push(run, "user/dog")
+    note, uploaded = capsys.readouterr().out.splitlines()
+    assert note == ("note: not uploaded: samples/notes.png, samples/private.png: no preview that this run drew")
+    assert uploaded.startswith("uploaded  ")
+    assert hub.repositories["user/dog"].files.keys() - {".gitattributes"} == UPLOADED
+
+
 def test_a_second_push_uploads_only_what_changed(finished: Path, hub: UploadHub, tmp_path: Path, capsys) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "dog"))
     run_push(run, "user/dog")
