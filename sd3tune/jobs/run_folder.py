@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sd3tune.atomic import FULL, TEMPORARY, WriteError, remove_folder, remove_unfinished, write_json
-from sd3tune.config.run_folder import RUN_FILE
+from sd3tune.atomic import FULL, WriteError, is_temporary, remove_files, remove_unfinished, write_json
+from sd3tune.config.run_folder import LAYOUT_VERSION, MARKER, RUN_FILE, is_run_folder, read_run_file
 from sd3tune.encode.report import megabytes
 from sd3tune.errors import RunError
 from sd3tune.methods import PRODUCTS
 from sd3tune.methods.base import Product
-from sd3tune.publish.previews import SAMPLES
+from sd3tune.publish.files import is_product_name
+from sd3tune.publish.previews import SAMPLES, is_preview_name
+from sd3tune.tracking.base import is_log
 from sd3tune.train.checkpoint import list_checkpoints, read_state
 
 LOCK_FILE = ".lock"
 LOGS = "logs"
 VALIDATION_FILE = "validation.jsonl"
 BEST = "best"
+BEST_FILE = "validation.json"
 
 
 def starting_checkpoint(run: Path, resume: bool) -> Path | None:
@@ -52,10 +54,21 @@ def _start_in(run: Path, resume: bool) -> Path | None:
         if product.is_in(run):
             raise RunError(f"{run}: already holds {_named(product)} and no checkpoint; choose another output_dir")
     found = {path.name for path in run.iterdir()} if run.is_dir() else set()
-    inside = {name for name in found if not name.startswith(TEMPORARY)}
-    if inside - {LOCK_FILE} and RUN_FILE not in inside:
+    inside = {name for name in found if not is_temporary(name)}
+    if inside - {LOCK_FILE} and not is_run_folder(run):
         raise RunError(f"{run}: not empty and not a run folder; choose another output_dir")
+    _check_clearable(run)
     return None
+
+
+def _check_clearable(run: Path) -> None:
+    """Raise RunError when a fresh start would find something of an earlier attempt that it must not remove."""
+    for path in (run / name for name in (LOGS, SAMPLES, BEST, VALIDATION_FILE)):
+        if path.is_symlink():
+            raise RunError(f"{path}: a link, and nothing is removed through links; remove it to start afresh here")
+    for path in sorted((run / BEST).rglob("*")):
+        if not (path.is_dir() or path.name.startswith(".") or _is_of_an_attempt(path.relative_to(run))):
+            raise RunError(f"{path}: not written by the run, which replaces {BEST}/ as a whole; move it elsewhere")
 
 
 def _named(product: Product) -> str:
@@ -91,15 +104,23 @@ def check_start(run: Path, start: Path | None) -> None:
 def clear(run: Path, start: Path | None) -> None:
     """Remove what a killed attempt was writing and, when it saved nothing, all that it measured and drew.
 
-    The next one may have other settings.
+    The next one may have other settings. What else somebody put into these folders stays, as do links.
     """
     remove_unfinished(run)
     if start is None:
-        shutil.rmtree(run / LOGS, ignore_errors=True)
-        for path in [run / VALIDATION_FILE, *(run / SAMPLES).glob("*.png")]:
-            path.unlink(missing_ok=True)
-        if (run / BEST).exists():
-            remove_folder(run / BEST)
+        remove_files(run, _is_of_an_attempt)
+
+
+def _is_of_an_attempt(path: PurePath) -> bool:
+    """Whether a run gives this name, in its folder, to something that it measured or drew."""
+    folder, inside = path.parts[0], PurePath(*path.parts[1:])
+    if folder == LOGS:
+        return is_log(inside)
+    if folder == SAMPLES:
+        return len(inside.parts) == 1 and is_preview_name(inside.name)
+    if folder == BEST:
+        return inside == PurePath(BEST_FILE) or is_product_name(inside)
+    return path == PurePath(VALIDATION_FILE)
 
 
 def is_finished(run: Path, product: Product, steps: int) -> bool:
@@ -111,7 +132,7 @@ def is_finished(run: Path, product: Product, steps: int) -> bool:
 
 def holds_report(run: Path) -> bool:
     """Whether `run.json` says what came of the run, which is the last that a run writes."""
-    return "report" in _read_run_file(run)
+    return "report" in read_run_file(run)
 
 
 @contextlib.contextmanager
@@ -156,20 +177,17 @@ def naming_what_is_saved(run: Path) -> Iterator[None]:
 
 def describe_run(run: Path, start: Mapping[str, Any], from_step: int) -> dict[str, Any]:
     """What `run.json` holds from the start: `start`, the command, the commit; an earlier attempt's resumes are kept."""
-    earlier = _read_run_file(run) if from_step else {}
-    resumes = [*earlier.get("resumes", []), {"from_step": from_step}] if from_step else []
-    described = {**start, "argv": sys.argv, "git_commit": _git_commit(), "resumes": resumes, "timings": {}}
+    resumes = [*_resumes(run), {"from_step": from_step}] if from_step else []
+    marked = {MARKER: LAYOUT_VERSION, **start}
+    described = {**marked, "argv": sys.argv, "git_commit": _git_commit(), "resumes": resumes, "timings": {}}
     write_json(run / RUN_FILE, described)
     return described
 
 
-def _read_run_file(run: Path) -> dict[str, Any]:
-    """`run.json`; empty when there is none that can be read."""
-    try:
-        described = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return described if isinstance(described, dict) else {}
+def _resumes(run: Path) -> list[Any]:
+    """Those of the attempts before, as far as `run.json` can be read."""
+    resumes = read_run_file(run).get("resumes", [])
+    return resumes if isinstance(resumes, list) else []
 
 
 def _git_commit() -> str | None:

@@ -17,7 +17,7 @@ from sd3tune.data.sampler import generator
 from sd3tune.flow.objective import offset_noise, velocity_loss, velocity_target
 from sd3tune.jobs.encoding import Encoded
 from sd3tune.jobs.preflight import Plan
-from sd3tune.jobs.run_folder import BEST, VALIDATION_FILE
+from sd3tune.jobs.run_folder import BEST, BEST_FILE, VALIDATION_FILE
 from sd3tune.model.components import vae_config
 from sd3tune.model.latents import sample_latents
 from sd3tune.tracking.trackers import Trackers
@@ -156,7 +156,7 @@ class Validation:
     def _keep(self, view: View, line: Mapping[str, Any]) -> None:
         with new_folder(self.plan.run / BEST) as folder:
             view.method.export(folder / view.method.product.name, view.weights, self.contract)
-            write_json(folder / "validation.json", line)
+            write_json(folder / BEST_FILE, line)
 
 
 def describe(line: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -82,7 +81,7 @@ class Wandb:
         return new
 
     def _open(self, mode: Literal["online", "offline"]) -> wandb.Run:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._start.remove_earlier(FOLDER)
         run = wandb.init(
             settings=wandb.Settings(
                 **_PRIVATE,
