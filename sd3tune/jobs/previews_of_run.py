@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3tune.config.run_folder import RUN_FILE
-from sd3tune.jobs.run_folder import BEST, holds_report
+from sd3tune.config.run_folder import read_run_file
+from sd3tune.jobs.run_folder import BEST, BEST_FILE, holds_report
+from sd3tune.own_json import is_whole_number, read_object
 from sd3tune.publish.files import ADAPTERS
 from sd3tune.publish.previews import PREVIEW_NAME, SAMPLES, preview_recipe
 from sd3tune.train.checkpoint import list_checkpoints
@@ -40,7 +40,7 @@ def previews_of(run: Path) -> list[Preview]:
 
 def run_of(adapter: Path) -> Path | None:
     """Return the folder of the run that an adapter file lies in."""
-    return next((folder for folder in list(adapter.absolute().parents)[:4] if (folder / RUN_FILE).is_file()), None)
+    return next((folder for folder in list(adapter.absolute().parents)[:4] if read_run_file(folder)), None)
 
 
 def step_of(adapter: Path, run: Path) -> int | None:
@@ -52,8 +52,10 @@ def step_of(adapter: Path, run: Path) -> int | None:
     if file.parts[0] == "checkpoints":
         return int(file.parts[1].removeprefix("step-"))
     if file.parts[0] == BEST:
-        best: dict[str, Any] = json.loads((run / BEST / "validation.json").read_text(encoding="utf-8"))
-        return int(best["step"])
+        step = read_object(run / BEST / BEST_FILE)["step"]
+        if not is_whole_number(step):
+            raise ValueError(f"{BEST}/{BEST_FILE}: step is not a whole number")
+        return int(step)
     if file.parts[0] not in ADAPTERS or not holds_report(run):
         return None
     return int(list_checkpoints(run)[-1].name.removeprefix("step-"))

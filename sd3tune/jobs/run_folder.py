@@ -19,10 +19,13 @@ from sd3tune.encode.report import megabytes
 from sd3tune.errors import RunError
 from sd3tune.methods import PRODUCTS
 from sd3tune.methods.base import Product
+from sd3tune.own_json import read_lines
 from sd3tune.publish.files import is_product_name
 from sd3tune.publish.previews import SAMPLES, is_preview_name
 from sd3tune.tracking.base import is_log
 from sd3tune.train.checkpoint import list_checkpoints, read_state
+from sd3tune.train.loop import METRICS_FILE
+from sd3tune.train.metrics import Line, problem_of_measurement, read_metrics
 
 LOCK_FILE = ".lock"
 LOGS = "logs"
@@ -44,8 +47,12 @@ def starting_checkpoint(run: Path, resume: bool) -> Path | None:
 
 def _start_in(run: Path, resume: bool) -> Path | None:
     _check_writable(run)
+    if read_run_file(run).get(MARKER, 0) > LAYOUT_VERSION:
+        raise RunError(f"{run}: written by a newer sd3tune; upgrade this one: pip install --upgrade sd3tune")
     checkpoints = list_checkpoints(run)
     if checkpoints and resume:
+        read_metrics(run / METRICS_FILE)  # before anything is encoded: somebody may have edited them
+        read_validation(run)
         return checkpoints[-1]
     if checkpoints:
         step = read_state(checkpoints[-1])["step"]
@@ -121,6 +128,22 @@ def _is_of_an_attempt(path: PurePath) -> bool:
     if folder == BEST:
         return inside == PurePath(BEST_FILE) or is_product_name(inside)
     return path == PurePath(VALIDATION_FILE)
+
+
+def read_validation(run: Path) -> list[Line]:
+    """The held-out losses that a run has measured, oldest first. Raises RunError."""
+    return read_lines(run / VALIDATION_FILE, _problem_of_validation)
+
+
+def _problem_of_validation(line: Line) -> str | None:
+    problem = problem_of_measurement(line, numbers=("images",), losses=("loss", "base_loss"))
+    if problem is None and line["loss"] is not None and not line["base_loss"]:
+        problem = "base_loss: not a number above 0"
+    losses, of_base = line.get("loss_by_sigma"), line.get("base_loss_by_sigma")
+    same_sigmas = isinstance(losses, dict) and isinstance(of_base, dict) and losses.keys() == of_base.keys()
+    if problem is None and not same_sigmas:
+        problem = "loss_by_sigma: not the losses of a run and of its base at the same sigmas"
+    return problem
 
 
 def is_finished(run: Path, product: Product, steps: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import secrets
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from sd3tune.atomic import TEMPORARY
 from sd3tune.config import load_config
-from sd3tune.config.run_folder import RUN_FILE
+from sd3tune.config.run_folder import RUN_FILE, read_run_file
 from sd3tune.config.sections.outputs import REPO_ID, REPO_ID_IN_WORDS
 from sd3tune.errors import RunError, UserError
 from sd3tune.jobs.card import card_of, card_to_upload
@@ -54,8 +53,8 @@ def run_push(run: Path, repo_id: str | None, picture: Path | None = None) -> Non
     """
     if repo_id is not None and not REPO_ID.fullmatch(repo_id):
         raise RunError(f"--repo-id: {repo_id!r} cannot name a repository; {REPO_ID_IN_WORDS}")
-    if not (run / RUN_FILE).is_file():
-        raise RunError(f"{run}: no run folder: there is no {RUN_FILE}; name the folder that a training wrote")
+    if not read_run_file(run):
+        raise RunError(f"{run}: not a run folder: no {RUN_FILE} of sd3tune is in it; name one that a training wrote")
     if not holds_report(run):
         raise RunError(f"{run}: this run has not finished; let it, with `sd3tune train CONFIG --resume`, then push it")
     settings = load_config(run / "config.yaml").config.hub
@@ -193,7 +192,7 @@ class Uploads:
 
     def _stage(self, checkpoint: Path, step: int) -> _Staged:
         run, config = self.plan.run, self.plan.config
-        described = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+        described = read_run_file(run)
         card = card_of(run, config, self.contract, described, self.repository.repo_id, step)
         written = {CARD: card.encode(), CONFIG: config_of_run(run)}
         folder = run / f"{TEMPORARY}{secrets.token_hex(8)}-upload-{checkpoint.name}"

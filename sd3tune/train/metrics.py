@@ -162,8 +162,9 @@ def _is_loss(value: object) -> bool:
 
 
 def _is_known(value: object) -> bool:
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return all(isinstance(one, str) or _is_loss(one) for one in inside)
+    if isinstance(value, dict):
+        return all(map(_is_loss, value.values()))
+    return all(isinstance(one, str) or _is_loss(one) for one in (value if isinstance(value, list) else [value]))
 
 
 def by_sigma(sigmas: Sequence[float], losses: Sequence[float]) -> dict[str, float | None]:

@@ -16,7 +16,6 @@ from sd3tune.errors import RunError
 from sd3tune.jobs.launch import _PROGRAM, _on_gpus, relaunch, without_option
 from sd3tune.jobs.run_folder import locked
 from sd3tune.jobs.train import run_training
-from sd3tune.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ACCELERATE = (str(Path(sys.executable).with_name("accelerate")), "launch")
@@ -117,7 +116,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
 
 
 def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
-    quick_config, scratch_config, write_config, tmp_path: Path, assert_equal_runs, start_cli, monkeypatch
+    quick_config, scratch_config, write_config, tmp_path: Path, assert_equal_runs, lines_of, start_cli, monkeypatch
 ) -> None:
     settings = (
         "train.steps=7", "train.gradient_accumulation=2", "data.crop_variants=2", "data.flip=true",
@@ -156,7 +155,7 @@ def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
     last = Path("checkpoints", "step-000006", "state.safetensors")
     run_training(scratch_config(tmp_path / "new", *LOOKING, "train.batch_size=2"))
     for name in ("metrics.jsonl", "validation.jsonl"):
-        new, two = (read_metrics(tmp_path / run / name) for run in ("new", "scratch"))
+        new, two = (lines_of(tmp_path / run, name) for run in ("new", "scratch"))
         assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in new], rel=1e-4)
     alone, both = load_file(tmp_path / "alone" / last), load_file(tmp_path / "prodigy" / last)
     assert alone["optimizer.d"].item() > 1e-4
