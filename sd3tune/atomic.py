@@ -28,6 +28,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]+-(?:old-(?P<replaced>.+)|.+)", re.DOTALL)
 _ON_WINDOWS = os.name == "nt"
+_KEPT: dict[Path, tuple[int, int]] = {}
+"""Folders that are never made again under their names, and the devices and inodes that they had."""
 _STALE_SECONDS = 3600.0  # nothing takes that long to be written, so an older temporary file has lost its writer
 
 
@@ -58,12 +60,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a new, empty folder beside `path`; on leaving, it is renamed to `path` and replaces what was there."""
     temporary = _temporary_name(path)
     with writing_in(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary.mkdir()
     with _removed_on_failure(temporary):
         yield temporary
         for written in [*temporary.rglob("*"), temporary]:
             sync(written)
+        _check_kept(path)
         if path.exists():
             discarded = _temporary_name(path, "old")
             path.replace(discarded)
@@ -75,6 +78,38 @@ def new_folder(path: Path) -> Iterator[Path]:
         else:
             temporary.replace(path)
         sync(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; never one that is `kept_in_place` anew. Raises OSError."""
+    kept = _check_kept(folder)
+    if kept is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    inside = folder.relative_to(kept)
+    for between in [*reversed(inside.parents[:-1]), inside] if inside.parts else []:
+        (kept / between).mkdir(exist_ok=True)
+
+
+@contextmanager
+def kept_in_place(folder: Path) -> Iterator[None]:
+    """While the context lasts, refuse to write into another folder of this name: this one was moved or unmounted."""
+    found = folder.stat()
+    _KEPT[folder] = found.st_dev, found.st_ino
+    try:
+        yield
+    finally:
+        del _KEPT[folder]
+
+
+def _check_kept(path: Path) -> Path | None:
+    """Return the folder around `path` that is `kept_in_place`, if any; raise FileNotFoundError when it is gone."""
+    kept = next((folder for folder in _KEPT if path.is_relative_to(folder)), None)
+    if kept is not None:
+        found = kept.stat()
+        if (found.st_dev, found.st_ino) != _KEPT[kept]:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(kept))
+    return kept
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -195,7 +230,7 @@ def _create_temporary(path: Path) -> tuple[Path, int]:
     """Create an empty file beside `path`, through no link; returns its path and its descriptor, open for writing."""
     temporary = _temporary_name(path)
     with writing_in(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         return temporary, os.open(temporary, flags, 0o666)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel
 
-from sd3tune.atomic import write_json, write_text
+from sd3tune.atomic import kept_in_place, write_json, write_text
 from sd3tune.config import Config, dump_config
 from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.errors import Interrupted, RunError
@@ -200,6 +200,7 @@ def _begin(
     if processes.is_main:
         clear(plan.run, plan.start)
         stack.enter_context(naming_what_is_saved(plan.run))
+        stack.enter_context(kept_in_place(plan.run))
         described = describe_run(plan.run, start_facts(plan, processes.world), state.step)
         write_text(plan.run / "config.yaml", dump_config(plan.config))
     contract = make_contract(plan)

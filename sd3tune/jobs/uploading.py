@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sd3tune.atomic import TEMPORARY
+from sd3tune.atomic import TEMPORARY, make_folder
 from sd3tune.config import load_config
 from sd3tune.config.run_folder import RUN_FILE, read_run_file
 from sd3tune.config.sections.outputs import REPO_ID, REPO_ID_IN_WORDS
@@ -155,7 +155,7 @@ class _Staged:
     def link(self) -> None:
         for name, path in self.linked.items():
             target = self.folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             _link(path, target)
 
     def remove(self) -> None:
