@@ -51,6 +51,10 @@ def _start_in(run: Path, resume: bool) -> Path | None:
         raise RunError(f"{run}: written by a newer sd3tune; upgrade this one: pip install --upgrade sd3tune")
     checkpoints = list_checkpoints(run)
     if checkpoints and resume:
+        if os.path.lexists(run / RUN_FILE) and not is_run_folder(run):
+            raise RunError(
+                f"{run / RUN_FILE}: damaged, or of another program; move it away to go on from the checkpoint"
+            )
         read_metrics(run / METRICS_FILE)  # before anything is encoded: somebody may have edited them
         read_validation(run)
         return checkpoints[-1]

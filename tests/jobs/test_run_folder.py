@@ -102,6 +102,11 @@ def test_a_run_json_of_another_program_makes_no_run_folder(tmp_path: Path, descr
     (tmp_path / "run.json").write_text(described)
     with pytest.raises(RunError, match="not empty and not a run folder"):
         starting_checkpoint(tmp_path, resume)
+    write_checkpoint(tmp_path, 5)
+    with pytest.raises(
+        RunError, match=r"run\.json: damaged, or of another program; move it" if resume else "add --resume"
+    ):
+        starting_checkpoint(tmp_path, resume)
 
 
 @pytest.mark.parametrize("resume", [True, False])
