@@ -14,9 +14,9 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -26,7 +26,10 @@ from sd3tune.errors import RunError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a disk, a quota or a file may hold no more."""
 TEMPORARY = ".tmp-"
+_TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]+-(?:old-(?P<replaced>.+)|.+)", re.DOTALL)
 _ON_WINDOWS = os.name == "nt"
+_KEPT: dict[Path, tuple[int, int]] = {}
+"""Folders that are never made again under their names, and the devices and inodes that they had."""
 _STALE_SECONDS = 3600.0  # nothing takes that long to be written, so an older temporary file has lost its writer
 
 
@@ -57,20 +60,56 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a new, empty folder beside `path`; on leaving, it is renamed to `path` and replaces what was there."""
     temporary = _temporary_name(path)
     with writing_in(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary.mkdir()
     with _removed_on_failure(temporary):
         yield temporary
         for written in [*temporary.rglob("*"), temporary]:
             sync(written)
+        _check_kept(path)
         if path.exists():
             discarded = _temporary_name(path, "old")
             path.replace(discarded)
             temporary.replace(path)
-            shutil.rmtree(discarded)
+            if discarded.is_symlink():
+                discarded.unlink()
+            else:
+                shutil.rmtree(discarded)
         else:
             temporary.replace(path)
         sync(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; never one that is `kept_in_place` anew. Raises OSError."""
+    kept = _check_kept(folder)
+    if kept is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    inside = folder.relative_to(kept)
+    for between in [*reversed(inside.parents[:-1]), inside] if inside.parts else []:
+        (kept / between).mkdir(exist_ok=True)
+
+
+@contextmanager
+def kept_in_place(folder: Path) -> Iterator[None]:
+    """While the context lasts, refuse to write into another folder of this name: this one was moved or unmounted."""
+    found = folder.stat()
+    _KEPT[folder] = found.st_dev, found.st_ino
+    try:
+        yield
+    finally:
+        del _KEPT[folder]
+
+
+def _check_kept(path: Path) -> Path | None:
+    """Return the folder around `path` that is `kept_in_place`, if any; raise FileNotFoundError when it is gone."""
+    kept = next((folder for folder in _KEPT if path.is_relative_to(folder)), None)
+    if kept is not None:
+        found = kept.stat()
+        if (found.st_dev, found.st_ino) != _KEPT[kept]:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(kept))
+    return kept
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -105,14 +144,38 @@ def remove_unfinished(folder: Path) -> None:
 
     A folder that was about to be replaced gets its name back. Links are removed and never followed.
     """
-    for path in sorted(folder.rglob(f"{TEMPORARY}*")):
-        replaced = re.fullmatch(rf"{re.escape(TEMPORARY)}[0-9a-f]+-old-(.+)", path.name)
+    for path in sorted(path for path in folder.rglob(f"{TEMPORARY}*") if is_temporary(path.name)):
+        found = _TEMPORARY_NAME.fullmatch(path.name)
+        replaced = found and found["replaced"]
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)  # it went with its folder
-        elif replaced and not path.with_name(replaced[1]).exists():
-            path.replace(path.with_name(replaced[1]))
+        elif replaced and not path.with_name(replaced).exists():
+            path.replace(path.with_name(replaced))
         else:
             shutil.rmtree(path)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is one that a writer has not finished."""
+    return _TEMPORARY_NAME.fullmatch(name) is not None
+
+
+def remove_files(root: Path, wanted: Callable[[PurePath], bool]) -> None:
+    """Remove the regular files below `root` that are `wanted`, by their paths in it, and the folders that this empties.
+
+    Links are neither removed nor followed. A folder that is `wanted` is removed when it is empty.
+    """
+    emptied = set[Path]()
+    for folder, _, names in os.walk(root, topdown=False):
+        here = Path(folder)
+        for path in (here / name for name in names):
+            if wanted(path.relative_to(root)) and stat.S_ISREG(path.lstat().st_mode):
+                path.unlink()
+                emptied.add(here)
+        if here != root and (here in emptied or wanted(here.relative_to(root))):
+            with suppress(OSError):  # it holds something else
+                here.rmdir()
+                emptied.add(here.parent)
 
 
 def remove_stale(folder: Path) -> None:
@@ -167,7 +230,7 @@ def _create_temporary(path: Path) -> tuple[Path, int]:
     """Create an empty file beside `path`, through no link; returns its path and its descriptor, open for writing."""
     temporary = _temporary_name(path)
     with writing_in(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         return temporary, os.open(temporary, flags, 0o666)
 

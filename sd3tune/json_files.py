@@ -1,4 +1,4 @@
-"""JSON that other programs wrote. There is one reader; it limits size and depth and gives plain, finite values."""
+"""JSON from anywhere. There is one reader; it limits size and depth and gives plain values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import stat
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MOST_BYTES = 4 * 2**20
 """Of a file; a model's longest one, the index of its shards, has a twentieth."""
@@ -19,28 +19,33 @@ class NotJson(ValueError):
     """Data that is not JSON, or that no program should be given; the message says why."""
 
 
-def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+def read_object(path: Path, most_bytes: int = MOST_BYTES, finite: bool = True) -> dict[str, Any]:
     """Return the keys and values in a file. Raises NotJson, and OSError for a file that cannot be read."""
+    with open_regular(path) as file:
+        data = file.read(most_bytes + 1)
+    return parse_object(data, most_bytes, finite)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read bytes. Raises NotJson for a pipe or device, which would be waited for, and OSError."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise NotJson("it is not a regular file")
-    with path.open("rb") as file:
-        data = file.read(most_bytes + 1)
-    return parse_object(data, most_bytes)
+    return path.open("rb")
 
 
-def parse_object(data: str | bytes, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+def parse_object(data: str | bytes, most_bytes: int = MOST_BYTES, finite: bool = True) -> dict[str, Any]:
     """Return the keys and values of a JSON object, as `parse` does. Raises NotJson."""
-    value = parse(data, most_bytes)
+    value = parse(data, most_bytes, finite)
     if not isinstance(value, dict):
         raise NotJson(f"expected a JSON object, not {json.dumps(value)[:60]}")
     return value
 
 
-def parse(data: str | bytes, most_bytes: int = MOST_BYTES) -> Any:
+def parse(data: str | bytes, most_bytes: int = MOST_BYTES, finite: bool = True) -> Any:
     """Return the value of a JSON text.
 
-    Raises NotJson for anything else, and for what other readers let through: NaN and infinity, numbers beyond 64 bits,
-    a key that comes twice, half of a surrogate pair, NUL characters and deep nesting.
+    Raises NotJson for anything else, and for what other readers let through: NaN and infinity (unless not `finite`),
+    integers beyond 64 bits, a key that comes twice, half of a surrogate pair, NUL characters and deep nesting.
     """
     if len(data) > most_bytes:
         raise NotJson(f"it is longer than {most_bytes} bytes")
@@ -53,7 +58,7 @@ def parse(data: str | bytes, most_bytes: int = MOST_BYTES) -> Any:
         raise
     except ValueError as error:
         raise NotJson(str(error)) from None
-    _check(value)
+    _check(value, finite)
     return value
 
 
@@ -74,12 +79,12 @@ Place = tuple["str | int", ...]
 """The keys and numbers that lead to a value."""
 
 
-def _check(value: Any) -> None:
+def _check(value: Any, finite: bool) -> None:
     """Raise NotJson, with the key, for text and numbers that are none and for deep nesting; without recursion."""
     waiting: list[tuple[Any, Place]] = [(value, ())]
     while waiting:
         one, place = waiting.pop()
-        if isinstance(one, float) and not math.isfinite(one):
+        if finite and isinstance(one, float) and not math.isfinite(one):
             raise NotJson(f"{_named(place)}not a finite number of 64 bits")
         if isinstance(one, str):
             _check_text(one, place)

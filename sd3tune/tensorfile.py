@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import xxhash
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,11 +24,29 @@ def save_sorted(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         _sort_metadata(path)
 
 
+def tensors_sha256(path: Path) -> str:
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of a file's tensors, whatever else is in its header.
+
+    Raises OSError, and SafetensorError for a file of another kind.
+    """
+    hashed = hashlib.sha256()
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            hashed.update(f"{json.dumps(name)} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            hashed.update(_bytes(tensor))
+    return hashed.hexdigest()
+
+
 def digest(tensor: Tensor) -> str:
     """Return the XXH3-128 of a tensor's dtype, shape and bytes, in hex. It finds damage, not forgery."""
     hashed = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    hashed.update(_bytes(tensor))
     return hashed.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _sort_metadata(path: Path) -> None:

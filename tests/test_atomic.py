@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from sd3tune.atomic import WriteError, new_file, new_folder, remove_folder, remove_stale, remove_unfinished, write_text
+from sd3tune.atomic import (
+    WriteError,
+    kept_in_place,
+    new_file,
+    new_folder,
+    remove_folder,
+    remove_stale,
+    remove_unfinished,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -104,3 +113,38 @@ def test_temporary_names_cannot_be_guessed_and_never_take_what_is_there(
         with pytest.raises(WriteError, match="cannot write here: File exists"):
             write(tmp_path / "name")
     assert not (tmp_path / "planted").exists()
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_folder_that_was_moved_is_not_made_again(tmp_path: Path, replaced: bool) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with kept_in_place(run):
+        write_text(run / "a" / "b" / "file", "")
+        run.rename(tmp_path / "moved")
+        if replaced:
+            run.mkdir()
+        for path in (run / "file", run / "a" / "file", run / "c" / "d" / "file"):
+            with pytest.raises(WriteError, match="No such file or directory"):
+                write_text(path, "")
+        with pytest.raises(WriteError, match="No such file or directory"), new_folder(run / "folder"):
+            pass
+        write_text(tmp_path / "elsewhere" / "file", "")
+    assert names(tmp_path) == sorted(
+        ["elsewhere", "elsewhere/file", "moved", "moved/a", "moved/a/b", "moved/a/b/file", *["run"] * replaced]
+    )
+    write_text(run / "file", "")
+
+
+def test_a_folder_that_is_moved_while_one_in_it_is_written_gets_no_part(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def move_and_write(temporary: Path) -> None:
+        run.rename(tmp_path / "moved")
+        temporary.mkdir(parents=True)  # as libraries do
+        (temporary / "part").touch()
+
+    with kept_in_place(run), pytest.raises(WriteError), new_folder(run / "model") as temporary:
+        move_and_write(temporary)
+    assert not list(run.iterdir())

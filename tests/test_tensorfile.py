@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sd3tune.tensorfile import digest, save_sorted
+from sd3tune.tensorfile import digest, save_sorted, tensors_sha256
 
 METADATA = {
     "format": "pt",
@@ -40,3 +40,20 @@ def test_a_digest_depends_on_bytes_dtype_and_shape_alone() -> None:
 @pytest.mark.parametrize("tensor", [torch.tensor(1.5), torch.zeros(0), torch.tensor([True]), torch.ones(1).bfloat16()])
 def test_any_tensor_has_a_digest(tensor: torch.Tensor) -> None:
     assert len(digest(tensor)) == 32
+
+
+def test_the_digest_of_a_files_tensors_ignores_its_metadata(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(4.0), "a": torch.ones(2, 3, dtype=torch.bfloat16), "none": torch.zeros(0)}
+
+    def digest_of(tensors: dict[str, torch.Tensor], **metadata: str) -> str:
+        save_sorted(tmp_path / "file", tensors, metadata)
+        return tensors_sha256(tmp_path / "file")
+
+    same = digest_of(tensors)
+    assert digest_of(dict(reversed(tensors.items())), title="of a person", format="pt") == same
+    others = (
+        {**tensors, "b": torch.arange(4.0) + 1e-7}, {**tensors, "b": torch.arange(4.0).reshape(2, 2)},
+        {**tensors, "b": torch.arange(4.0).view(torch.int32)}, {**tensors, "c": torch.zeros(0)},
+        {"c" if name == "b" else name: tensor for name, tensor in tensors.items()},
+    )  # fmt: skip
+    assert len({digest_of(other) for other in others} | {same}) == len(others) + 1

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.model import OFFLINE_BASES
 from sd3tune.config.shape import value_at
 from sd3tune.config.tree import Origin, Tree
+from sd3tune.json_files import NotJson
+from sd3tune.own_json import read_object
 
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
+MARKER = "sd3tune_run"
+"""The key in `run.json` that says a run wrote it; its value is the version of the folder's layout."""
+LAYOUT_VERSION = 1
 _KEY = ("output_dir",)
 _BASE = ("model", "base")
-_OURS = {"argv", "versions", "resumes", "timings"}
+_BEFORE_THE_MARKER = {"versions", "resumes", "timings"}
+"""Keys of every `run.json` that has no marker yet."""
 _RANDOM_BASES = {base for base in OFFLINE_BASES if base.startswith("tiny")}
 
 
@@ -26,7 +32,7 @@ def use_own_folder(tree: Tree, source: str) -> None:
     """
     file = Path(source).absolute()
     written = value_at(tree.values, _KEY)
-    if file.name != CONFIG_FILE or not _is_run_folder(file.parent) or not isinstance(written, str):
+    if file.name != CONFIG_FILE or not is_run_folder(file.parent) or not isinstance(written, str):
         return
     if os.path.realpath(file.parent.joinpath(os.path.expanduser(written))) == os.path.realpath(file.parent):
         return
@@ -50,9 +56,19 @@ def leave_folder_to_the_run(tree: Tree, own_base: object) -> None:
     tree.notes.append(f"{tree.origin(_BASE).label}: a rehearsal goes to {folder}-tiny and leaves {folder} to the run")
 
 
-def _is_run_folder(folder: Path) -> bool:
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run has written into this folder. Other programs have a `run.json`, too."""
+    return "argv" in read_run_file(folder)
+
+
+def read_run_file(folder: Path) -> dict[str, Any]:
+    """Return the `run.json` of a run, or of its copy on the Hub, which lacks `argv`; empty where there is none.
+
+    Also empty for one that another program wrote or that cannot be read.
+    """
     try:
-        described = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(described, dict) and described.keys() >= _OURS
+        described = read_object(folder / RUN_FILE)
+    except (OSError, NotJson):
+        return {}
+    ours = type(described.get(MARKER)) is int or described.keys() >= _BEFORE_THE_MARKER
+    return described if ours else {}

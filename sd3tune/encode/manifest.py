@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from sd3tune.atomic import write_json
 from sd3tune.data.colour import Reading
 from sd3tune.data.images import PREPROCESSING_VERSION
 from sd3tune.errors import RunError
+from sd3tune.own_json import read_object
 
 _NAME = "manifest.json"
 
@@ -49,16 +49,15 @@ class Manifest:
     def load(cls, folder: Path) -> Manifest:
         """The manifest of a store's folder; an empty one when there is none that can be read."""
         try:
-            content = json.loads((folder / _NAME).read_text(encoding="utf-8"))
-            readings = {digest: Reading(*of) for digest, of in content.get("readings", {}).items()}
-            images = {
-                path: ImageFacts(digest, (height, width), readings.get(digest))
-                for path, (digest, height, width) in content["images"].items()
-            }
+            content = read_object(folder / _NAME)
+            readings = {digest: _reading(*of) for digest, of in content.get("readings", {}).items()}
+            images = {path: _facts(readings, *of) for path, of in content["images"].items()}
+            captions, texts = dict(content["captions"]), set(content["texts"])
             same_sizes = content["preprocessing"] == PREPROCESSING_VERSION
-            return cls(images if same_sizes else {}, dict(content["captions"]), set(content["texts"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls()
+        typed = all(isinstance(text, str) for text in (*captions.values(), *texts))
+        return cls(images if same_sizes else {}, captions, texts) if typed else cls()
 
     def knows_text(self, text: str) -> bool:
         """Whether this text was ever encoded, under whatever settings."""
@@ -81,7 +80,9 @@ class Manifest:
         content = {
             "preprocessing": PREPROCESSING_VERSION,
             "images": {path: [facts.digest, *facts.size] for path, facts in sorted(now.images.items())},
-            "readings": {facts.digest: list(astuple(facts.reading)) for facts in now.images.values() if facts.reading},
+            "readings": {
+                facts.digest: list(astuple(facts.reading)) for _, facts in sorted(now.images.items()) if facts.reading
+            },
             "captions": dict(sorted(now.captions.items())),
             "texts": sorted(now.texts),
         }
@@ -93,6 +94,18 @@ class Manifest:
         """Remove the file: what is encoded next is new."""
         with contextlib.suppress(OSError):
             (folder / _NAME).unlink()
+
+
+def _reading(mark: object, transparent: object, trouble: object) -> Reading:
+    if not (isinstance(mark, str) and isinstance(transparent, bool) and isinstance(trouble, str)):
+        raise TypeError
+    return Reading(mark, transparent, trouble)
+
+
+def _facts(readings: Mapping[str, Reading], digest: object, height: object, width: object) -> ImageFacts:
+    if not (isinstance(digest, str) and type(height) is type(width) is int and min(height, width) > 0):
+        raise TypeError
+    return ImageFacts(digest, (height, width), readings.get(digest))
 
 
 def _digest(text: str) -> str:

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sd3tune.atomic import write_text
 from sd3tune.config import Config, load_config
-from sd3tune.config.run_folder import RUN_FILE
-from sd3tune.errors import UserError
-from sd3tune.jobs.preview import SHEET
+from sd3tune.config.run_folder import read_run_file
 from sd3tune.jobs.previews_of_run import Preview, previews_of
-from sd3tune.jobs.run_folder import SAMPLES
 from sd3tune.model.adapter_io import ADAPTER_FILE, read_adapter
 from sd3tune.model.contract import CONTRACT_FILE
-from sd3tune.publish.card import Drawing, Sample, Trained, card
+from sd3tune.publish.card import Drawing, Sample, Trained, card, is_unchanged
 from sd3tune.publish.files import ADAPTERS, CARD, MODELS
+from sd3tune.publish.previews import SAMPLES, SHEET
 
 
-def write_card(run: Path, config: Config, contract: Mapping[str, Any], described: Mapping[str, Any]) -> None:
-    """`run/README.md` of a run that has ended; `described` is what `run.json` is about to say."""
+def write_card(run: Path, config: Config, contract: Mapping[str, Any], described: Mapping[str, Any]) -> bool:
+    """Write `run/README.md` of a run that has ended; `described` is what `run.json` is about to say.
+
+    Return False, and write nothing, where somebody has changed the card, or a file of that name is no card.
+    """
+    if os.path.lexists(run / CARD) and not _is_unchanged_card(run / CARD):
+        return False
     write_text(run / CARD, card_of(run, config, contract, described, config.hub.repo_id))
+    return True
+
+
+def _is_unchanged_card(path: Path) -> bool:
+    try:
+        return not path.is_symlink() and is_unchanged(path.read_bytes().decode())
+    except (OSError, ValueError):
+        return False
 
 
 def card_of(
@@ -47,9 +59,9 @@ def card_to_upload(run: Path, repo_id: str) -> bytes:
     written = (run / CARD).read_bytes()
     try:
         config = load_config(run / "config.yaml").config
-        parts = (run, config, _contract_of(run), json.loads((run / RUN_FILE).read_text(encoding="utf-8")))
+        parts = (run, config, _contract_of(run), read_run_file(run))
         ours = card_of(*parts, config.hub.repo_id).encode()
-    except (UserError, LookupError, ValueError, OSError):  # of another version, or changed by hand
+    except Exception:  # of another version, or anything that somebody wrote into the files it is made of
         return written
     return card_of(*parts, repo_id).encode() if written == ours else written
 

@@ -15,11 +15,10 @@ from torch import Tensor
 from sd3tune.flow.objective import velocity_loss, velocity_target
 from sd3tune.invocation import command_line
 from sd3tune.jobs.preflight import Plan
-from sd3tune.jobs.preview import SHEET
-from sd3tune.jobs.run_folder import SAMPLES
 from sd3tune.methods import Method
 from sd3tune.publish.card import DIVERGED, has_diverged
 from sd3tune.publish.files import CARD
+from sd3tune.publish.previews import SAMPLES, SHEET
 from sd3tune.train.batches import Batch, Batches
 from sd3tune.train.step import predict_velocity
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.config import ModelConfig, load_config
+from sd3tune.config.run_folder import read_run_file
 from sd3tune.errors import AdapterError, ConfigError
 from sd3tune.jobs.request import Memory, Request
 from sd3tune.model.adapter_io import Adapter
@@ -160,7 +161,7 @@ def _model_of_run(adapter: Path) -> ModelConfig | None:
     """The `model` section in the `config.yaml` of the run that the adapter lies in."""
     for folder in list(adapter.absolute().parents)[:5]:
         config = folder / "config.yaml"
-        if config.is_file() and (folder / "run.json").is_file():
+        if config.is_file() and read_run_file(folder):
             return load_config(config).config.model
     return None
 

@@ -23,13 +23,23 @@ ERRORS = "SD3TUNE_ERRORS"
 """Folder where the processes of one command leave their problems, for the launching one to print, once, at the end."""
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 """What a launcher returns after it was told to stop."""
+_PROGRAM = Path(__file__).resolve().parents[1] / "__main__.py"
+"""Started by its path: with `-m sd3tune`, Python would look for every module in the working directory first."""
+_ACCELERATE = """\
+import sys
+if sys.path[0] == "":  # the working directory
+    del sys.path[0]
+from accelerate.commands.launch import main
+main()
+"""
 
 
 def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
     """Run `sd3tune ARGUMENTS` in `count` processes and exit when all have ended.
 
     On GPUs by accelerate; on the CPU by torch's own launcher, as accelerate starts one process there whatever the
-    number asked for. Raises RunError when the GPUs do not suffice, and UserError with the processes' problems.
+    number asked for. No process imports what lies in the working directory. Raises RunError when the GPUs do not
+    suffice, and UserError with the processes' problems.
     """
     world = os.environ.get("WORLD_SIZE", "")
     if world.isdecimal() and int(world) > 1:
@@ -43,10 +53,8 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
         raise RunError(*problems)
     if 0 < gpus < count:
         raise RunError(f"--num-processes {count}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
-    command = ["-m", "sd3tune", *without_option(arguments)]
-    # The package is found again even when this process ran from a folder that is not installed.
-    root = str(Path(__file__).parents[2])
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    command = [str(_PROGRAM), *without_option(arguments)]
+    os.environ["PYTHONSAFEPATH"] = "1"  # from Python 3.11 on, also for what the processes start
     with tempfile.TemporaryDirectory(prefix="sd3tune-") as folder:
         os.environ[ERRORS] = folder
         code = _on_gpus(count, command) if gpus else _on_the_cpu(count, command)
@@ -58,7 +66,10 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
     if code in _STOPPED:
         raise KeyboardInterrupt
     if code:
-        raise ProcessError(f"--num-processes {count}: a process ended with exit code {code}; see its output above")
+        raise ProcessError(
+            f"--num-processes {count}: a process ended with exit code {code}; see its output above; the same command "
+            "with --resume goes on from the last checkpoint"
+        )
     sys.exit(0)
 
 
@@ -96,7 +107,7 @@ def without_option(arguments: Sequence[str]) -> list[str]:
 
 
 def _on_gpus(count: int, command: Sequence[str]) -> int:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
+    launcher = [sys.executable, "-c", _ACCELERATE, "--multi_gpu", "--num_processes", str(count)]
     return subprocess.run([*launcher, *command], check=False).returncode
 
 

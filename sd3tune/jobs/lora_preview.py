@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from sd3tune.config.run_folder import RUN_FILE
+from sd3tune.config.run_folder import read_run_file
 from sd3tune.encode.resources import release
 from sd3tune.errors import AdapterError, RunError
 from sd3tune.jobs.fresh_pipeline import drawing_pipeline, load_into, text_pipeline
@@ -91,7 +90,7 @@ def _find_in(run: Path, adapter: Adapter) -> _Found | str:
     same = [preview for preview in drawn if preview.recipe["weights"] == adapter.contract.get("weights")]
     if not same:
         return f"the run drew none at step {step}" + " with these weights" * bool(drawn)
-    return _Found(same[0], json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["device"])
+    return _Found(same[0], read_run_file(run)["device"])
 
 
 def _dtype(asked: str, adapter: Adapter, device: torch.device) -> torch.dtype:

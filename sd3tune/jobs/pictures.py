@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from sd3tune.atomic import new_file, remove_stale
 from sd3tune.jobs.grid import Grid
-from sd3tune.jobs.recipes import RECIPE_KEY, Recipes, read_recipe, recipe_key
+from sd3tune.jobs.recipes import Recipes, read_recipe, recipe_key
 from sd3tune.jobs.shots import Shot
+from sd3tune.publish.previews import RECIPE_KEY
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import fault_of
 

@@ -17,16 +17,14 @@ from sd3tune.jobs.drawing import NEGATIVE_PROMPT, load_decoder, stored_condition
 from sd3tune.jobs.encoding import Encoded
 from sd3tune.jobs.memory import is_out_of_memory
 from sd3tune.jobs.preflight import Plan
-from sd3tune.jobs.recipes import RECIPE_KEY
-from sd3tune.jobs.run_folder import SAMPLES
 from sd3tune.model.components import load_scheduler
+from sd3tune.publish.previews import RECIPE_KEY, SAMPLES, SHEET
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
 from sd3tune.tracking.trackers import Trackers
 from sd3tune.train.loop import Processes, View
 
 BASE = "base"
-SHEET = "over_time.png"
 
 
 class Previews:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from sd3tune.config.run_folder import RUN_FILE
-from sd3tune.jobs.recipes import RECIPE_KEY
-from sd3tune.jobs.run_folder import BEST, SAMPLES, holds_report
+from sd3tune.config.run_folder import read_run_file
+from sd3tune.jobs.run_folder import BEST, BEST_FILE, holds_report
+from sd3tune.own_json import is_whole_number, read_object
 from sd3tune.publish.files import ADAPTERS
+from sd3tune.publish.previews import PREVIEW_NAME, SAMPLES, preview_recipe
 from sd3tune.train.checkpoint import list_checkpoints
-
-_SETTINGS = {"prompt", "steps", "guidance", "seed", "weights"}
-_NAME = re.compile(r"step-(\d+)-(\d+)\.png")
 
 
 @dataclass(frozen=True)
@@ -35,18 +29,18 @@ class Preview:
 
 def previews_of(run: Path) -> list[Preview]:
     """All of them by step and number. A file that says nothing of itself is none."""
-    named = ((path, _NAME.fullmatch(path.name)) for path in (run / SAMPLES).glob("step-*.png"))
+    named = ((path, PREVIEW_NAME.fullmatch(path.name)) for path in (run / SAMPLES).glob("step-*.png"))
     found = [
         Preview(path, int(name[1]), int(name[2]), recipe)
         for path, name in named
-        if name and (recipe := _recipe_in(path)) is not None
+        if name and (recipe := preview_recipe(path)) is not None
     ]
     return sorted(found, key=lambda preview: (preview.step, preview.number))
 
 
 def run_of(adapter: Path) -> Path | None:
     """Return the folder of the run that an adapter file lies in."""
-    return next((folder for folder in list(adapter.absolute().parents)[:4] if (folder / RUN_FILE).is_file()), None)
+    return next((folder for folder in list(adapter.absolute().parents)[:4] if read_run_file(folder)), None)
 
 
 def step_of(adapter: Path, run: Path) -> int | None:
@@ -58,17 +52,10 @@ def step_of(adapter: Path, run: Path) -> int | None:
     if file.parts[0] == "checkpoints":
         return int(file.parts[1].removeprefix("step-"))
     if file.parts[0] == BEST:
-        best: dict[str, Any] = json.loads((run / BEST / "validation.json").read_text(encoding="utf-8"))
-        return int(best["step"])
+        step = read_object(run / BEST / BEST_FILE)["step"]
+        if not is_whole_number(step):
+            raise ValueError(f"{BEST}/{BEST_FILE}: step is not a whole number")
+        return int(step)
     if file.parts[0] not in ADAPTERS or not holds_report(run):
         return None
     return int(list_checkpoints(run)[-1].name.removeprefix("step-"))
-
-
-def _recipe_in(path: Path) -> dict[str, Any] | None:
-    try:
-        with Image.open(path) as image:
-            recipe = json.loads(image.info.get(RECIPE_KEY, "null"))
-    except (OSError, ValueError):
-        return None
-    return recipe if isinstance(recipe, dict) and recipe.keys() >= _SETTINGS else None

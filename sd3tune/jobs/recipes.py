@@ -18,9 +18,8 @@ from sd3tune.jobs.shots import Shot
 from sd3tune.jobs.studio import Studio
 from sd3tune.model.adapter_io import ADAPTER_FILE
 from sd3tune.model.components import load_scheduler
-
-RECIPE_KEY = "sd3tune"
-"""The text chunk of a PNG that holds its recipe, as JSON."""
+from sd3tune.publish.previews import RECIPE_KEY
+from sd3tune.tensorfile import tensors_sha256
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,11 @@ class Recipes:
     @cached_property
     def _named(self) -> list[dict[str, str]]:
         return [
-            {"name": adapter.origin or _name_of(adapter.path), "sha256": file_sha256(adapter.path)}
+            {
+                "name": adapter.origin or _name_of(adapter.path),
+                "sha256": file_sha256(adapter.path),
+                "tensors_sha256": tensors_sha256(adapter.path),
+            }
             for adapter in self.studio.adapters
         ]
 
@@ -113,8 +116,17 @@ def read_recipe(path: Path) -> dict[str, Any] | None:
 
 
 def recipe_key(recipe: Mapping[str, Any]) -> str:
-    """The same for two recipes of one picture: the version, and what was drawn beside it, make no other one."""
-    return json.dumps({name: recipe[name] for name in sorted(recipe.keys() - {"sd3tune", "batch"})})
+    """The same for two recipes of one picture: the version, and what was drawn beside it, make no other one.
+
+    Nor does the digest of an adapter's tensors, which earlier versions did not write, as that of its file is there.
+    """
+    found = {name: recipe[name] for name in sorted(recipe.keys() - {"sd3tune", "batch"})}
+    if isinstance(loras := found.get("loras"), list):
+        found["loras"] = [
+            {key: one for key, one in lora.items() if key != "tensors_sha256"} if isinstance(lora, dict) else lora
+            for lora in loras
+        ]
+    return json.dumps(found)
 
 
 def file_sha256(path: Path) -> str:

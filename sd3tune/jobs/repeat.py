@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+
 from sd3tune import __version__
 from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.errors import AdapterError, ConfigError, ModelError
@@ -16,6 +18,7 @@ from sd3tune.model.adapter_io import ADAPTER_FILE, find_adapter
 from sd3tune.model.bases import Base
 from sd3tune.model.contract import Part, check_part
 from sd3tune.model.offline import offline_kind
+from sd3tune.tensorfile import tensors_sha256
 
 _OWN_TEXTS = ("prompt_clip_l", "prompt_clip_g", "prompt_t5")
 
@@ -24,6 +27,17 @@ class _Lora(Part):
     name: str
     sha256: str
     weight: float
+    tensors_sha256: str | None = None
+    """Known since another header made another file of equal tensors; None in earlier pictures."""
+
+    def is_in(self, path: Path) -> bool:
+        """Whether a file holds this adapter."""
+        if self.tensors_sha256 is None:
+            return file_sha256(path) == self.sha256
+        try:
+            return tensors_sha256(path) == self.tensors_sha256
+        except SafetensorError:
+            return False
 
 
 class _Image(Part):
@@ -162,15 +176,14 @@ def _base_of(repeat: Repeat, has_adapter: bool) -> dict[str, str | None]:
 
 def _chosen_adapters(request: Request, repeat: Repeat) -> list[str]:
     """Those of `--lora`; of one that the picture was drawn with, the weight is the picture's unless it is given."""
-    weights = {lora.sha256: lora.weight for lora in repeat.recipe.loras}
     chosen = []
     for value in request.loras:
         path, _ = parse_lora(value)
-        digest = file_sha256(find_adapter(path)) if path.exists() else None
-        known = digest in weights or str(path) in [lora.name for lora in repeat.recipe.loras]
-        if not known:
+        file = find_adapter(path) if path.exists() else None
+        used = next((lora for lora in repeat.recipe.loras if file and lora.is_in(file)), None)
+        if used is None and str(path) not in [lora.name for lora in repeat.recipe.loras]:
             print(f"warning: {repeat.picture} was drawn without {value}, or with another file of that name")
-        chosen.append(f"{path}@{weights[digest]}" if digest in weights and str(path) == value else value)
+        chosen.append(f"{path}@{used.weight}" if used and str(path) == value else value)
     return chosen
 
 
@@ -178,7 +191,7 @@ def _found_adapters(repeat: Repeat) -> list[str]:
     """Near the picture and below the working directory, by their content; those of the Hub by name and commit."""
     found, problems = [], []
     for lora in repeat.recipe.loras:
-        near = (path for path in _candidates(repeat.picture, lora.name) if file_sha256(path) == lora.sha256)
+        near = (path for path in _candidates(repeat.picture, lora.name) if lora.is_in(path))
         path = lora.name if ":" in lora.name else next(near, None)
         if path is None:
             problems.append(

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sd3tune.atomic import FULL, TEMPORARY, WriteError, remove_folder, remove_unfinished, write_json
-from sd3tune.config.run_folder import RUN_FILE
+from sd3tune.atomic import FULL, WriteError, is_temporary, remove_files, remove_unfinished, write_json
+from sd3tune.config.run_folder import LAYOUT_VERSION, MARKER, RUN_FILE, is_run_folder, read_run_file
 from sd3tune.encode.report import megabytes
 from sd3tune.errors import RunError
 from sd3tune.methods import PRODUCTS
 from sd3tune.methods.base import Product
+from sd3tune.own_json import read_lines
+from sd3tune.publish.files import is_product_name
+from sd3tune.publish.previews import SAMPLES, is_preview_name
+from sd3tune.tracking.base import is_log
 from sd3tune.train.checkpoint import list_checkpoints, read_state
+from sd3tune.train.loop import METRICS_FILE
+from sd3tune.train.metrics import Line, problem_of_measurement, read_metrics
 
 LOCK_FILE = ".lock"
-SAMPLES = "samples"
 LOGS = "logs"
 VALIDATION_FILE = "validation.jsonl"
 BEST = "best"
+BEST_FILE = "validation.json"
 
 
 def starting_checkpoint(run: Path, resume: bool) -> Path | None:
@@ -42,8 +47,16 @@ def starting_checkpoint(run: Path, resume: bool) -> Path | None:
 
 def _start_in(run: Path, resume: bool) -> Path | None:
     _check_writable(run)
+    if read_run_file(run).get(MARKER, 0) > LAYOUT_VERSION:
+        raise RunError(f"{run}: written by a newer sd3tune; upgrade this one: pip install --upgrade sd3tune")
     checkpoints = list_checkpoints(run)
     if checkpoints and resume:
+        if os.path.lexists(run / RUN_FILE) and not is_run_folder(run):
+            raise RunError(
+                f"{run / RUN_FILE}: damaged, or of another program; move it away to go on from the checkpoint"
+            )
+        read_metrics(run / METRICS_FILE)  # before anything is encoded: somebody may have edited them
+        read_validation(run)
         return checkpoints[-1]
     if checkpoints:
         step = read_state(checkpoints[-1])["step"]
@@ -52,10 +65,21 @@ def _start_in(run: Path, resume: bool) -> Path | None:
         if product.is_in(run):
             raise RunError(f"{run}: already holds {_named(product)} and no checkpoint; choose another output_dir")
     found = {path.name for path in run.iterdir()} if run.is_dir() else set()
-    inside = {name for name in found if not name.startswith(TEMPORARY)}
-    if inside - {LOCK_FILE} and RUN_FILE not in inside:
+    inside = {name for name in found if not is_temporary(name)}
+    if inside - {LOCK_FILE} and not is_run_folder(run):
         raise RunError(f"{run}: not empty and not a run folder; choose another output_dir")
+    _check_clearable(run)
     return None
+
+
+def _check_clearable(run: Path) -> None:
+    """Raise RunError when a fresh start would find something of an earlier attempt that it must not remove."""
+    for path in (run / name for name in (LOGS, SAMPLES, BEST, VALIDATION_FILE)):
+        if path.is_symlink():
+            raise RunError(f"{path}: a link, and nothing is removed through links; remove it to start afresh here")
+    for path in sorted((run / BEST).rglob("*")):
+        if not (path.is_dir() or path.name.startswith(".") or _is_of_an_attempt(path.relative_to(run))):
+            raise RunError(f"{path}: not written by the run, which replaces {BEST}/ as a whole; move it elsewhere")
 
 
 def _named(product: Product) -> str:
@@ -91,15 +115,39 @@ def check_start(run: Path, start: Path | None) -> None:
 def clear(run: Path, start: Path | None) -> None:
     """Remove what a killed attempt was writing and, when it saved nothing, all that it measured and drew.
 
-    The next one may have other settings.
+    The next one may have other settings. What else somebody put into these folders stays, as do links.
     """
     remove_unfinished(run)
     if start is None:
-        shutil.rmtree(run / LOGS, ignore_errors=True)
-        for path in [run / VALIDATION_FILE, *(run / SAMPLES).glob("*.png")]:
-            path.unlink(missing_ok=True)
-        if (run / BEST).exists():
-            remove_folder(run / BEST)
+        remove_files(run, _is_of_an_attempt)
+
+
+def _is_of_an_attempt(path: PurePath) -> bool:
+    """Whether a run gives this name, in its folder, to something that it measured or drew."""
+    folder, inside = path.parts[0], PurePath(*path.parts[1:])
+    if folder == LOGS:
+        return is_log(inside)
+    if folder == SAMPLES:
+        return len(inside.parts) == 1 and is_preview_name(inside.name)
+    if folder == BEST:
+        return inside == PurePath(BEST_FILE) or is_product_name(inside)
+    return path == PurePath(VALIDATION_FILE)
+
+
+def read_validation(run: Path) -> list[Line]:
+    """The held-out losses that a run has measured, oldest first. Raises RunError."""
+    return read_lines(run / VALIDATION_FILE, _problem_of_validation)
+
+
+def _problem_of_validation(line: Line) -> str | None:
+    problem = problem_of_measurement(line, numbers=("images",), losses=("loss", "base_loss"))
+    if problem is None and line["loss"] is not None and not line["base_loss"]:
+        problem = "base_loss: not a number above 0"
+    losses, of_base = line.get("loss_by_sigma"), line.get("base_loss_by_sigma")
+    same_sigmas = isinstance(losses, dict) and isinstance(of_base, dict) and losses.keys() == of_base.keys()
+    if problem is None and not same_sigmas:
+        problem = "loss_by_sigma: not the losses of a run and of its base at the same sigmas"
+    return problem
 
 
 def is_finished(run: Path, product: Product, steps: int) -> bool:
@@ -111,7 +159,7 @@ def is_finished(run: Path, product: Product, steps: int) -> bool:
 
 def holds_report(run: Path) -> bool:
     """Whether `run.json` says what came of the run, which is the last that a run writes."""
-    return "report" in _read_run_file(run)
+    return "report" in read_run_file(run)
 
 
 @contextlib.contextmanager
@@ -156,27 +204,31 @@ def naming_what_is_saved(run: Path) -> Iterator[None]:
 
 def describe_run(run: Path, start: Mapping[str, Any], from_step: int) -> dict[str, Any]:
     """What `run.json` holds from the start: `start`, the command, the commit; an earlier attempt's resumes are kept."""
-    earlier = _read_run_file(run) if from_step else {}
-    resumes = [*earlier.get("resumes", []), {"from_step": from_step}] if from_step else []
-    described = {**start, "argv": sys.argv, "git_commit": _git_commit(), "resumes": resumes, "timings": {}}
+    resumes = [*_resumes(run), {"from_step": from_step}] if from_step else []
+    marked = {MARKER: LAYOUT_VERSION, **start}
+    described = {**marked, "argv": sys.argv, "git_commit": _git_commit(), "resumes": resumes, "timings": {}}
     write_json(run / RUN_FILE, described)
     return described
 
 
-def _read_run_file(run: Path) -> dict[str, Any]:
-    """`run.json`; empty when there is none that can be read."""
-    try:
-        described = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return described if isinstance(described, dict) else {}
+def _resumes(run: Path) -> list[Any]:
+    """Those of the attempts before, as far as `run.json` can be read."""
+    resumes = read_run_file(run).get("resumes", [])
+    return resumes if isinstance(resumes, list) else []
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs, when it runs from a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of the code that runs, when git tracks it: a repository that it merely lies in is somebody else's."""
+    package = Path(__file__).parents[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    git = ["git", "-c", "core.fsmonitor=false", "-C", str(package)]
+
+    def said(*command: str) -> str:
+        done = subprocess.run([*git, *command], capture_output=True, text=True, timeout=5, check=True, env=environment)
+        return done.stdout.strip()
+
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        said("ls-files", "--error-unmatch", "__init__.py")
+        return said("rev-parse", "HEAD")
+    except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None

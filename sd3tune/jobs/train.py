@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel
 
-from sd3tune.atomic import write_json, write_text
+from sd3tune.atomic import kept_in_place, write_json, write_text
 from sd3tune.config import Config, dump_config
 from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.errors import Interrupted, RunError
@@ -51,6 +51,7 @@ from sd3tune.jobs.trainable import load_base, make_trainable
 from sd3tune.jobs.uploading import prepare_upload, push_command, upload_finished
 from sd3tune.jobs.watching import Watching
 from sd3tune.model.components import vae_config
+from sd3tune.publish.files import CARD
 from sd3tune.train.ahead import looking_ahead
 from sd3tune.train.batches import Batches, Dropout, LatentScaling
 from sd3tune.train.checkpoint import list_checkpoints, restore
@@ -199,6 +200,7 @@ def _begin(
     if processes.is_main:
         clear(plan.run, plan.start)
         stack.enter_context(naming_what_is_saved(plan.run))
+        stack.enter_context(kept_in_place(plan.run))
         described = describe_run(plan.run, start_facts(plan, processes.world), state.step)
         write_text(plan.run / "config.yaml", dump_config(plan.config))
     contract = make_contract(plan)
@@ -234,7 +236,8 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
         "warnings": [*attempt.encoded.warnings, *watching.warnings],
         "report": report,
     }
-    write_card(plan.run, plan.config, attempt.contract, described)
+    if not write_card(plan.run, plan.config, attempt.contract, described):
+        say(f"note: {plan.run / CARD} is kept, as somebody wrote or changed it; no model card was written")
     write_json(plan.run / RUN_FILE, described)
     steps = plan.config.train.total_steps - attempt.from_step
     _say_goodbye([*watching.summary(), *summary(plan, report)], metrics, steps, seconds["train_s"], say)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import secrets
@@ -16,9 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sd3tune.atomic import TEMPORARY
+from sd3tune.atomic import TEMPORARY, make_folder
 from sd3tune.config import load_config
-from sd3tune.config.run_folder import RUN_FILE
+from sd3tune.config.run_folder import RUN_FILE, read_run_file
 from sd3tune.config.sections.outputs import REPO_ID, REPO_ID_IN_WORDS
 from sd3tune.errors import RunError, UserError
 from sd3tune.invocation import command_line
@@ -37,6 +36,7 @@ from sd3tune.publish.files import (
     files_of_checkpoint,
     files_of_product,
     files_of_run,
+    pictures_left_out,
 )
 from sd3tune.publish.repository import Repository, repository_of
 from sd3tune.train.checkpoint import checkpoint_at
@@ -53,8 +53,8 @@ def run_push(run: Path, repo_id: str | None, picture: Path | None = None) -> Non
     """
     if repo_id is not None and not REPO_ID.fullmatch(repo_id):
         raise RunError(f"--repo-id: {repo_id!r} cannot name a repository; {REPO_ID_IN_WORDS}")
-    if not (run / RUN_FILE).is_file():
-        raise RunError(f"{run}: no run folder: there is no {RUN_FILE}; name the folder that a training wrote")
+    if not read_run_file(run):
+        raise RunError(f"{run}: not a run folder: no {RUN_FILE} of sd3tune is in it; name one that a training wrote")
     if not holds_report(run):
         resume = command_line("sd3tune", "train", "CONFIG", "--resume")
         raise RunError(f"{run}: this run has not finished; finish it with `{resume}`, then push it")
@@ -93,11 +93,18 @@ def _thumbnails(run: Path, picture: Path) -> Upload:
 
 
 def _named_before_upload(run: Path) -> list[str]:
-    """What of the captions the adapter holds."""
+    """What of the captions the adapter holds, and the pictures that are not uploaded."""
+    left_out = _left_out(run)
     if not (run / ADAPTERS[0] / ADAPTER_FILE).is_file():
-        return []
+        return left_out
     tags = read_adapter(run).contract.get("tag_frequency")
-    return [describe_tags(tags)] if tags else []
+    return [*([describe_tags(tags)] if tags else []), *left_out]
+
+
+def _left_out(run: Path) -> list[str]:
+    names = pictures_left_out(run)
+    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return [f"not uploaded: {shown}: no preview that this run drew"] if names else []
 
 
 def prepare_upload(plan: Plan) -> None:
@@ -116,6 +123,8 @@ def upload_finished(plan: Plan, uploads: Uploads | None, say: Callable[[str], No
     try:
         if uploads is not None:
             uploads.close(finished=True)
+        for line in _left_out(plan.run):
+            say(f"note: {line}")
         say(push_run(plan.run, repository))
     except (Exception, KeyboardInterrupt) as error:
         reason = " ".join(str(error).split()) or f"{repository.repo_id}: stopped"
@@ -147,7 +156,7 @@ class _Staged:
     def link(self) -> None:
         for name, path in self.linked.items():
             target = self.folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             _link(path, target)
 
     def remove(self) -> None:
@@ -184,7 +193,7 @@ class Uploads:
 
     def _stage(self, checkpoint: Path, step: int) -> _Staged:
         run, config = self.plan.run, self.plan.config
-        described = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+        described = read_run_file(run)
         card = card_of(run, config, self.contract, described, self.repository.repo_id, step)
         written = {CARD: card.encode(), CONFIG: config_of_run(run)}
         folder = run / f"{TEMPORARY}{secrets.token_hex(8)}-upload-{checkpoint.name}"

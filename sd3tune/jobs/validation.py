@@ -17,14 +17,14 @@ from sd3tune.data.sampler import generator
 from sd3tune.flow.objective import offset_noise, velocity_loss, velocity_target
 from sd3tune.jobs.encoding import Encoded
 from sd3tune.jobs.preflight import Plan
-from sd3tune.jobs.run_folder import BEST, VALIDATION_FILE
+from sd3tune.jobs.run_folder import BEST, BEST_FILE, VALIDATION_FILE, read_validation
 from sd3tune.model.components import vae_config
 from sd3tune.model.latents import sample_latents
 from sd3tune.tracking.trackers import Trackers
 from sd3tune.train.batches import Batch
 from sd3tune.train.examples import Example
 from sd3tune.train.loop import Processes, View
-from sd3tune.train.metrics import SIGMA_BINS, by_sigma, read_metrics
+from sd3tune.train.metrics import SIGMA_BINS, by_sigma
 from sd3tune.train.step import predict_velocity
 
 SIGMAS = tuple((bin + 0.5) / SIGMA_BINS for bin in range(SIGMA_BINS))
@@ -55,7 +55,7 @@ class Validation:
         self.images = len(encoded.holdout)
         self.path = plan.run / VALIDATION_FILE
         self.seconds = 0.0
-        self.lines = [line for line in read_metrics(self.path) if line["step"] <= from_step]
+        self.lines = [line for line in read_validation(plan.run) if line["step"] <= from_step]
         measured = self.lines[0] if self.lines else {"noise_offset": plan.config.flow.noise_offset}
         self.noise_offset: float = measured.get("noise_offset", 0.0)
         """One for the whole run; a run that an earlier version began goes on without any."""
@@ -156,7 +156,7 @@ class Validation:
     def _keep(self, view: View, line: Mapping[str, Any]) -> None:
         with new_folder(self.plan.run / BEST) as folder:
             view.method.export(folder / view.method.product.name, view.weights, self.contract)
-            write_json(folder / "validation.json", line)
+            write_json(folder / BEST_FILE, line)
 
 
 def describe(line: Mapping[str, Any]) -> str:

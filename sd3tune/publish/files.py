@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from sd3tune.config import load_config
 from sd3tune.config.dump import dump_values
 from sd3tune.config.public import public_config, without_paths
+from sd3tune.config.run_folder import MARKER, RUN_FILE, read_run_file
 from sd3tune.model.adapter_io import ADAPTER_FILE
+from sd3tune.publish.previews import SAMPLES, is_preview
 
 Upload = Mapping[str, Path | bytes]
 """Name in the repository -> the file on this machine, or what to write there instead of it."""
@@ -20,7 +22,7 @@ ADAPTERS = ("adapter", "adapter_raw")
 MODELS = ("model", "model_raw")
 _OF_A_MODEL = (".safetensors", ".json", ".txt", ".model")
 _FACTS = (
-    "versions", "seed", "world_size", "device", "gpu", "dtype", "threads", "base", "images", "images_per_epoch",
+    MARKER, "versions", "seed", "world_size", "device", "gpu", "dtype", "threads", "base", "images", "images_per_epoch",
     "captions", "held_out_images", "class_images", "modules", "git_commit", "resumes", "timings", "skipped_steps",
     "report",
 )  # fmt: skip
@@ -28,11 +30,10 @@ _FACTS = (
 
 def files_of_run(run: Path) -> Upload:
     """All that a finished run uploads. Raises UserError for a configuration that cannot be read."""
-    described = json.loads((run / "run.json").read_text(encoding="utf-8"))
     return {
         **({CARD: run / CARD} if _is_ours(run / CARD) else {}),
         CONFIG: config_of_run(run),
-        "run.json": (json.dumps(public_facts(described), indent=2) + "\n").encode(),
+        RUN_FILE: (json.dumps(public_facts(read_run_file(run)), indent=2) + "\n").encode(),
         **pictures_of_run(run),
         **files_of_product(run),
     }
@@ -49,13 +50,24 @@ def config_of_run(run: Path) -> bytes:
 
 
 def pictures_of_run(run: Path) -> Mapping[str, Path]:
-    """The previews drawn so far."""
-    return {f"samples/{path.name}": path for path in sorted((run / "samples").glob("*.png")) if _is_ours(path)}
+    """The previews drawn so far, each known by the recipe inside it."""
+    return {_in_samples(path): path for path in sorted((run / SAMPLES).glob("*.png")) if _is_ours_to_show(path)}
+
+
+def pictures_left_out(run: Path) -> list[str]:
+    """The pictures beside the previews, which the run did not draw."""
+    return [_in_samples(path) for path in sorted((run / SAMPLES).glob("*.png")) if not _is_ours_to_show(path)]
 
 
 def files_of_product(folder: Path) -> Mapping[str, Path]:
     """The trained weights that lie in a run folder or a checkpoint."""
     return {path.relative_to(folder).as_posix(): path for path in _product(folder)}
+
+
+def is_product_name(path: PurePath) -> bool:
+    """Whether a run gives this name to a file of what it trained; `path` is that in the run folder or a checkpoint."""
+    folder, inside = path.parts[0], path.parts[1:]
+    return inside == (ADAPTER_FILE,) if folder in ADAPTERS else folder in MODELS and path.suffix in _OF_A_MODEL
 
 
 def public_facts(described: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,6 +84,14 @@ def _product(folder: Path) -> Iterator[Path]:
         for path in sorted((folder / name).rglob("*")):
             if path.suffix in _OF_A_MODEL and _is_ours(path):
                 yield path
+
+
+def _in_samples(path: Path) -> str:
+    return f"{SAMPLES}/{path.name}"
+
+
+def _is_ours_to_show(path: Path) -> bool:
+    return _is_ours(path) and is_preview(path)
 
 
 def _is_ours(path: Path) -> bool:

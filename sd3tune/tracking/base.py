@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
+
+from sd3tune.atomic import remove_files
+
+_LOGS = re.compile(
+    r"tensorboard/events\.out\.tfevents\.\d+|wandb_id|wandb/(offline-)?run-\d{8}_\d{6}-\w+(/.+)?|wandb/debug[\w-]*\.log",
+    re.DOTALL,
+)
+"""What trackers write, by the path in the run's `logs/`."""
+
+
+def is_log(path: PurePath) -> bool:
+    """Whether a tracker gives this name to one of its files; `path` is that in `logs/`."""
+    return _LOGS.fullmatch(path.as_posix()) is not None
 
 
 @dataclass(frozen=True)
@@ -17,6 +31,15 @@ class Start:
     """The run's `logs/`. A resumed run finds there what an earlier attempt left."""
     config: Mapping[str, Any]
     """The whole configuration, without this machine's paths."""
+
+    def remove_earlier(self, tracker: str) -> None:
+        """Remove what an earlier attempt wrote into the folder of a tracker."""
+
+        def wanted(path: PurePath) -> bool:
+            inside = path.parts[1:]
+            return path.parts[0] == self.folder.name and inside[:1] == (tracker,) and is_log(PurePath(*inside))
+
+        remove_files(self.folder.parent, wanted)
 
 
 class Tracker(Protocol):

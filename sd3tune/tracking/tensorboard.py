@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,10 +26,10 @@ class TensorBoard:
 
     def __init__(self, start: Start) -> None:
         folder = start.folder / FOLDER
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        start.remove_earlier(FOLDER)
+        folder.mkdir(parents=True, exist_ok=True)
         self.where = command_line("tensorboard", "--logdir", as_typed(folder))
-        self._records = RecordWriter((folder / f"events.out.tfevents.{time.time():.0f}").open("wb"))
+        self._records = RecordWriter((folder / f"events.out.tfevents.{time.time():.0f}").open("xb"))
         self._write(Event(file_version="brain.Event:2"))
         self._add(0, [_text("config", f"```yaml\n{yaml.safe_dump(dict(start.config), sort_keys=False)}```")])
 

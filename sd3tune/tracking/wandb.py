@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -82,7 +81,8 @@ class Wandb:
         return new
 
     def _open(self, mode: Literal["online", "offline"]) -> wandb.Run:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_links()  # one that failed has left them
+        self._start.remove_earlier(FOLDER)
         run = wandb.init(
             settings=wandb.Settings(
                 **_PRIVATE,
@@ -105,9 +105,14 @@ class Wandb:
             ),
             config=dict(self._start.config),
         )
-        for link in self._folder.rglob("debug-core.log"):
-            link.unlink()  # into the home directory
+        self._remove_links()
         return run
+
+    def _remove_links(self) -> None:
+        """Remove the links into the home directory that wandb makes."""
+        for path in self._folder.rglob("debug-core.log"):
+            if path.is_symlink():
+                path.unlink()
 
     def _sync_command(self) -> str:
         return command_line("wandb", "sync", as_typed(Path(self._run.dir).parent))

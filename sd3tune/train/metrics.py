@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sd3tune.atomic import sync, write_text, writing_in
+from sd3tune.own_json import is_number, is_whole_number, read_lines
 from sd3tune.train.step import StepResult
 
 SIGMA_BINS = 5
@@ -136,16 +137,34 @@ def _existing(path: str, flags: int) -> int:
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """The lines of a metrics file; a last line that was cut off in the middle is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+    """The lines of a metrics file; a last line that was cut off in the middle is left out. Raises RunError."""
+    return read_lines(path, _problem)
+
+
+def _problem(line: Line) -> str | None:
+    return problem_of_measurement(line, numbers=("lr",), losses=("loss", "grad_norm"))
+
+
+def problem_of_measurement(line: Line, numbers: Sequence[str], losses: Sequence[str]) -> str | None:
+    """What is wrong with a step's line, which somebody may have edited: it needs its step, these `numbers`, and these
+    `losses`, which are null where they were not finite. Other values are numbers, text, or lists and objects of them.
+    """
+    if not is_whole_number(line.get("step")):
+        return "step: not a whole number"
+    wrong = [name for name in numbers if not is_number(line.get(name))]
+    wrong += [name for name in losses if name not in line or not _is_loss(line[name])]
+    wrong += [name for name, value in line.items() if not _is_known(value)]
+    return f"{wrong[0]}: not a number that a run measures" if wrong else None
+
+
+def _is_loss(value: object) -> bool:
+    return value is None or is_number(value)
+
+
+def _is_known(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_loss, value.values()))
+    return all(isinstance(one, str) or _is_loss(one) for one in (value if isinstance(value, list) else [value]))
 
 
 def by_sigma(sigmas: Sequence[float], losses: Sequence[float]) -> dict[str, float | None]:

@@ -10,6 +10,8 @@ import pytest
 
 from sd3tune.config import dump_config, load_config, parse_config
 
+COPY = {"versions": {}, "resumes": [], "timings": {}, "report": {}}
+"""On the Hub, which is told no command line."""
 OURS = {"argv": [], "versions": {}, "resumes": [], "timings": {}}
 DATA = {"sources": [{"path": "photos", "caption": "a dog"}]}
 
@@ -68,6 +70,9 @@ def test_what_extends_it_is_another_run(run: Path, tmp_path: Path) -> None:
         ("config.yaml", "{"),
         ("config.yaml", "[]"),
         ("config.yaml", '{"name": "of another tool"}'),
+        ("config.yaml", json.dumps(COPY)),
+        ("config.yaml", '{"sd3tune_run": "yes", "argv": []}'),
+        ("config.yaml", "[" * 100_000),
         ("other.yaml", json.dumps(OURS)),
     ],
 )

@@ -25,7 +25,7 @@ CONSOLE_SCRIPT = str(Path(sys.executable).with_name("sd3tune"))
 
 
 def contents(file: Path) -> tuple[Tensors, dict[str, Any]]:
-    """A safetensors file's tensors and its parsed metadata (its bytes differ: the header's order is random)."""
+    """A safetensors file's tensors and its parsed metadata."""
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
     return load_file(file), {key: json.loads(text) if text[0] in "{[" else text for key, text in metadata.items()}
@@ -47,6 +47,7 @@ def assert_equal_runs() -> Callable[[Path, Path], None]:
                 assert found[key].dtype == tensor.dtype
                 assert found[key].shape == tensor.shape
                 assert found[key].numpy().tobytes() == tensor.numpy().tobytes(), f"{name}: {key}"
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
         assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
 
     return check
@@ -114,6 +115,6 @@ def start_cli() -> Iterator[StartCli]:
 
 
 @pytest.fixture(scope="session")
-def lines_of() -> Callable[[Path], list[dict[str, Any]]]:
+def lines_of() -> Callable[..., list[dict[str, Any]]]:
     """`lines_of(run)`: its metrics."""
-    return lambda run: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return lambda run, name="metrics.jsonl": [json.loads(line) for line in (run / name).read_text().splitlines()]

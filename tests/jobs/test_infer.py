@@ -25,6 +25,7 @@ from sd3tune.model.adapter_io import ADAPTER_FILE, read_adapter, write_adapter
 from sd3tune.model.bases import resolve_base
 from sd3tune.model.components import load_pipeline
 from sd3tune.sampling.contact_sheet import contact_sheet
+from sd3tune.tensorfile import tensors_sha256
 from tests.pictures import distance, opened
 
 PROMPT = "a photo of sks dog"
@@ -219,8 +220,8 @@ def test_each_image_holds_its_recipe(run: Path, draw: Draw, tmp_path: Path) -> N
             "base_fingerprint": resolve_base("tiny").fingerprint("transformer"), "max_sequence_length": 77,
             "encoders": ["clip_l", "clip_g", "t5"], "dtype": "fp32",
             "loras": [
-                {"name": "dog", "weight": 1.0, "sha256": digest(run / "adapter" / ADAPTER_FILE)},
-                {"name": "other", "weight": 0.5, "sha256": digest(other / ADAPTER_FILE)},
+                {"name": "dog", "weight": 1.0, **digests(run / "adapter" / ADAPTER_FILE)},
+                {"name": "other", "weight": 0.5, **digests(other / ADAPTER_FILE)},
             ],
         }  # fmt: skip
         assert "/" not in json.dumps(recipe)
@@ -229,6 +230,10 @@ def test_each_image_holds_its_recipe(run: Path, draw: Draw, tmp_path: Path) -> N
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digests(path: Path) -> dict[str, str]:
+    return {"sha256": digest(path), "tensors_sha256": tensors_sha256(path)}
 
 
 def test_earlier_images_are_never_overwritten(run: Path, draw: Draw) -> None:

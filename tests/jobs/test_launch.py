@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sd3tune import __version__
 from sd3tune.config import dump_config
 from sd3tune.errors import RunError
-from sd3tune.jobs.launch import relaunch, without_option
+from sd3tune.jobs.launch import _PROGRAM, _on_gpus, relaunch, without_option
 from sd3tune.jobs.run_folder import locked
 from sd3tune.jobs.train import run_training
-from sd3tune.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ACCELERATE = (str(Path(sys.executable).with_name("accelerate")), "launch")
@@ -33,6 +33,16 @@ def write_config(quick_config, tmp_path: Path):
         return file
 
     return write
+
+
+@pytest.fixture
+def hostile_folder(tmp_path: Path) -> Path:
+    """A folder of modules with the names of others, which leave a trace when they are imported."""
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    for name in ("typer", "torch", "json", "yaml", "accelerate", "sd3tune", "sitecustomize"):
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'imported')!r}, 'a').write(__name__)\n")
+    return folder
 
 
 def finish(process) -> tuple[str, str]:
@@ -106,7 +116,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
 
 
 def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
-    quick_config, scratch_config, write_config, tmp_path: Path, assert_equal_runs, start_cli, monkeypatch
+    quick_config, scratch_config, write_config, tmp_path: Path, assert_equal_runs, lines_of, start_cli, monkeypatch
 ) -> None:
     settings = (
         "train.steps=7", "train.gradient_accumulation=2", "data.crop_variants=2", "data.flip=true",
@@ -145,7 +155,7 @@ def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
     last = Path("checkpoints", "step-000006", "state.safetensors")
     run_training(scratch_config(tmp_path / "new", *LOOKING, "train.batch_size=2"))
     for name in ("metrics.jsonl", "validation.jsonl"):
-        new, two = (read_metrics(tmp_path / run / name) for run in ("new", "scratch"))
+        new, two = (lines_of(tmp_path / run, name) for run in ("new", "scratch"))
         assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in new], rel=1e-4)
     alone, both = load_file(tmp_path / "alone" / last), load_file(tmp_path / "prodigy" / last)
     assert alone["optimizer.d"].item() > 1e-4
@@ -167,12 +177,15 @@ def test_the_console_script_exits_with_2_and_one_line(write_config, tmp_path: Pa
 
 
 def test_one_ranks_problem_is_told_once_and_without_a_traceback(
-    write_config, tmp_path: Path, start_cli, monkeypatch
+    write_config, tmp_path: Path, hostile_folder: Path, start_cli, monkeypatch
 ) -> None:
-    """Rank 0 alone learns that the folder is in use, while the other waits for it. Both need the base first."""
+    """Rank 0 alone learns that the folder is in use, while the other waits for it. Both need the base first.
+
+    Neither imports what lies in the working directory.
+    """
     monkeypatch.setenv("SD3TUNE_CACHE", str(tmp_path / "cache"))
     with locked(tmp_path / "run"):
-        process = start_cli("train", write_config("run"), "--num-processes", "2")
+        process = start_cli("train", write_config("run"), "--num-processes", "2", cwd=hostile_folder)
         _, errors = process.communicate()
     assert process.returncode == 2
     problems = [line for line in errors.splitlines() if line.startswith("error: ")]
@@ -183,6 +196,25 @@ def test_one_ranks_problem_is_told_once_and_without_a_traceback(
     assert not (tmp_path / "run" / "run.json").exists()
     (base,) = (tmp_path / "cache" / "bases").glob("tiny*/")
     assert (base / "text_encoder" / "model.safetensors").is_file()  # transformers writes in rank 0 alone
+    assert not (hostile_folder / "imported").exists()
+
+
+@pytest.mark.parametrize("safe_path", [False, True])
+def test_the_program_imports_nothing_from_the_working_directory(hostile_folder: Path, start_cli, safe_path) -> None:
+    """Started by its path, with Python's safe-path mode and, as before Python 3.11, without."""
+    prefix = (sys.executable, *["-P"] * (safe_path and sys.version_info >= (3, 11)), str(_PROGRAM))
+    printed, _ = finish(start_cli("--version", prefix=prefix, cwd=hostile_folder))
+    assert printed == f"sd3tune {__version__}\n"
+    assert not (hostile_folder / "imported").exists()
+
+
+def test_neither_does_the_launcher_for_gpus(hostile_folder: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # no accelerate configuration of this machine's user
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.chdir(hostile_folder)
+    assert _on_gpus(2, [str(_PROGRAM), "--version"]) == 0
+    assert capfd.readouterr().out == f"sd3tune {__version__}\n" * 2
+    assert not (hostile_folder / "imported").exists()
 
 
 def test_a_launched_process_does_not_launch_again(monkeypatch) -> None:

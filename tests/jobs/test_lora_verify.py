@@ -144,7 +144,7 @@ def test_without_a_preview_of_these_weights_it_says_why(run: Path, tmp_path: Pat
     for picture in inside.glob("samples/step-000003-*.png"):
         picture.unlink()
     assert compared(inside).endswith("the run drew none at step 3")
-    (inside / "run.json").write_text('{"report": 1}')
+    (inside / "run.json").write_text('{"sd3tune_run": 1, "report": 1}')
     assert "is damaged" in compared(inside / "checkpoints" / "step-000002")
 
 

@@ -11,9 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sd3tune.errors import AdapterError, ConfigError, ModelError, UserError
 from sd3tune.jobs.infer import run_infer
+from sd3tune.jobs.recipes import recipe_key
 from sd3tune.jobs.request import Request
 from sd3tune.model.adapter_io import read_adapter, write_adapter
 from sd3tune.model.bases import resolve_base
@@ -132,6 +135,26 @@ def test_an_adapter_of_another_content_is_not_taken_for_it(
     assert "warning" not in capsys.readouterr().out
     assert distance(same, picture) == 0, "with the weight of the recipe"
     assert recipe_of(draw(f"{adapter}@0.2", from_picture=alone)[0])["loras"][0]["weight"] == 0.2
+
+
+def test_an_adapter_is_known_by_its_tensors_and_to_earlier_pictures_by_its_file(
+    picture: Path, adapter: Path, draw: Draw, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    alone = Path(shutil.copy(picture, tmp_path / "a.png"))
+    loras = [{key: of for key, of in lora.items() if key != "tensors_sha256"} for lora in recipe_of(picture)["loras"]]
+    earlier = edited(picture, tmp_path / "earlier.png", loras=loras)
+    near = tmp_path / "adapter" / adapter.name
+    near.parent.mkdir()
+    with safe_open(adapter, framework="pt") as file:
+        save_file(load_file(adapter), near, {**file.metadata(), "modelspec.title": "another header"})
+    (tmp_path / "dog.safetensors").write_text("no tensors")
+    assert distance(draw(from_picture=alone)[0], picture) == 0
+    with pytest.raises(AdapterError, match="drawn with the adapter 'dog'"):
+        draw(from_picture=earlier)
+    shutil.copy(adapter, near)
+    assert distance(draw(from_picture=earlier)[0], picture) == 0
+    assert recipe_key(recipe_of(earlier)) == recipe_key(recipe_of(picture))
 
 
 def test_another_base_is_an_error_unless_it_was_asked_for(picture: Path, draw: Draw, tmp_path: Path, capsys) -> None:

@@ -137,6 +137,19 @@ def test_a_thumbnail_goes_into_the_uploaded_adapters_alone_and_tags_are_named_fi
     assert (run / ADAPTER).read_bytes() == ours
 
 
+def test_pictures_that_the_run_did_not_draw_stay_here_and_are_named(
+    finished: Path, hub: UploadHub, tmp_path: Path, capsys
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "dog")
+    shutil.copy(run / "samples" / "base-0.png", run / "samples" / "private.png")
+    (run / "samples" / "notes.png").write_text("root:x:0:0")
+    run_push(run, "user/dog")
+    note, uploaded = capsys.readouterr().out.splitlines()
+    assert note == ("note: not uploaded: samples/notes.png, samples/private.png: no preview that this run drew")
+    assert uploaded.startswith("uploaded  ")
+    assert hub.repositories["user/dog"].files.keys() - {".gitattributes"} == UPLOADED
+
+
 def test_a_second_push_uploads_only_what_changed(finished: Path, hub: UploadHub, tmp_path: Path, capsys) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "dog"))
     run_push(run, "user/dog")
@@ -298,8 +311,8 @@ def test_a_run_waits_for_no_upload_when_it_is_stopped_and_goes_on_as_ever(
 @pytest.mark.parametrize(
     ("prepare", "repo_id", "says"),
     [
-        (lambda run: (run / "run.json").unlink(), "user/dog", "no run folder: there is no run.json"),
-        (lambda run: (run / "run.json").write_text("{}"), "user/dog", "this run has not finished"),
+        (lambda run: (run / "run.json").unlink(), "user/dog", "not a run folder: no run.json of sd3tune is in it"),
+        (lambda run: (run / "run.json").write_text('{"sd3tune_run": 1}'), "user/dog", "this run has not finished"),
         (bool, None, "its configuration names no repository (hub.repo_id); give --repo-id user/name"),
         (bool, "dog", "--repo-id: 'dog' cannot name a repository; write user/name"),
     ],

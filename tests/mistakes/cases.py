@@ -71,7 +71,7 @@ def steps(*all_of_them: Callable[[], object]) -> Callable[[], object]:
 
 def finished_run() -> None:
     Path("done").mkdir()
-    Path("done/run.json").write_text('{"report": {}}')
+    Path("done/run.json").write_text('{"sd3tune_run": 1, "report": {}}')
     Path("done/config.yaml").write_text(YAML)
 
 
@@ -642,11 +642,25 @@ CASES = [
     Case("hub", "an upload to nowhere", CHECK, "repo_id is null", written(YAML + "hub: {push: end}\n")),
     Case("hub", "a repository without its owner", CHECK, "hub.repo_id", written(YAML + "hub: {repo_id: dog}\n")),
     Case("hub", "a push of what is no run", ("hub", "push", "photos"), "run.json"),
-    Case("hub", "a push of half a run", ("hub", "push", "half"), "has not finished", written("{}", "half/run.json")),
+    Case("hub", "a push of another program's folder", ("hub", "push", "x"), "of sd3tune", written("{}", "x/run.json")),
+    Case(
+        "hub",
+        "a push of half a run",
+        ("hub", "push", "half"),
+        "has not finished",
+        written('{"sd3tune_run": 1}', "half/run.json"),
+    ),
     Case("hub", "a push to nowhere", ("hub", "push", "done"), "--repo-id", finished_run),
     Case("hub", "a push to no repository", ("hub", "push", "done", "--repo-id", "dog"), "'dog'", finished_run),
     Case("flags", "a run folder that is a file", (*TRAIN, "output_dir=photos/0.png"), "is a file"),
     Case("flags", "a run folder full of other things", (*TRAIN, "output_dir=photos"), "not empty"),
+    Case(
+        "flags",
+        "a folder with the run.json of another program",
+        (*TRAIN, "output_dir=other"),
+        "not a run folder",
+        written('{"tool": "other"}', "other/run.json"),
+    ),
     Case("flags", "a run folder that cannot be made", (*TRAIN, "output_dir=/proc/run"), "/proc/run"),
     Case("flags", "a store that cannot be made", (*TRAIN, "data.cache_dir=/proc/store"), "/proc/store"),
     Case("flags", "a card that is not known", (*PLAN, "--card", "4091"), "did you mean 4090?"),

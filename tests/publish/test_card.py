@@ -20,11 +20,11 @@ from PIL import Image, ImageChops
 from sd3tune.cli.main import app
 from sd3tune.config import Config, load_config
 from sd3tune.config.yaml12 import parse
-from sd3tune.jobs.card import card_of, card_to_upload
+from sd3tune.jobs.card import card_of, card_to_upload, write_card
 from sd3tune.jobs.train import run_training
 from sd3tune.model.adapter_io import ADAPTER_FILE, read_adapter
 from sd3tune.model.bases import resolve_base
-from sd3tune.publish.card import Drawing, Sample, Trained, card
+from sd3tune.publish.card import Drawing, Sample, Trained, card, is_unchanged
 from sd3tune.publish.files import config_of_run
 
 PROMPT = "a photo of sks dog on a beach"
@@ -374,6 +374,14 @@ NASTY = [
 ]  # fmt: skip
 
 
+def test_a_card_knows_whether_somebody_changed_it(trained) -> None:
+    text = card(trained)
+    assert is_unchanged(text)
+    assert text.startswith("---\n# sd3tune card ")
+    for changed in (text + "\n", text.replace("LoRA", "Lora", 1), text[:-1], "", "# My project\n", text[4:]):
+        assert not is_unchanged(changed)
+
+
 @pytest.mark.parametrize("text", NASTY)
 def test_any_text_survives_yaml_markdown_shell_and_python(text: str, trained: Trained, quick_config, tmp_path) -> None:
     prior = f"data.sources.0.prior={json.dumps({'prompt': text})}"
@@ -421,3 +429,22 @@ def test_it_is_uploaded_as_it_is_for_that_repository_unless_somebody_changed_it(
     assert "With `config.yaml` of this repository and, beside it, `my-sd3`:" in uploaded
     (copy / "README.md").write_text(written(run) + "\nA good dog.\n")
     assert card_to_upload(copy, "user/dog").decode() == written(run) + "\nA good dog.\n"
+
+
+def test_a_page_that_is_no_card_as_it_was_made_is_kept(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
+    config, described = load_config(run / "config.yaml").config, json.loads((run / "run.json").read_text())
+    contract, page = read_adapter(run).contract, copy / "README.md"
+    assert write_card(copy, config, contract, {**described, "seed": 8})  # of an attempt before
+    for text in ("# My project", written(run) + "more", ""):
+        page.write_text(text)
+        assert not write_card(copy, config, contract, described)
+        assert page.read_text() == text
+    page.unlink()
+    page.symlink_to(run / "README.md")
+    assert not write_card(copy, config, contract, described)
+    page.unlink()
+    page.write_bytes(b"\xff")
+    assert not write_card(copy, config, contract, described)
+    page.unlink()
+    assert write_card(copy, config, contract, described)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from sd3tune.errors import RunError
 from sd3tune.train.metrics import Metrics, read_metrics
 from sd3tune.train.step import StepResult
+
+LINE = {"step": 1, "loss": 0.5, "lr": 1e-3, "grad_norm": None, "loss_by_sigma": {"0.0-0.2": None}, "suspects": ["a"]}
 
 
 def result(losses=(1.0, 3.0), sigmas=(0.1, 0.9), norm=0.5, weight=1.0, device="cpu") -> StepResult:
@@ -93,7 +97,7 @@ def test_a_skipped_step_is_null_and_remembered(tmp_path: Path) -> None:
 
 def test_lines_after_the_step_resumed_from_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    path.write_text("".join(json.dumps({"step": step, "grad_norm": 1.0}) + "\n" for step in range(1, 7)))
+    path.write_text("".join(json.dumps(LINE | {"step": step}) + "\n" for step in range(1, 7)))
     metrics = alone(path, last_step=4)
     metrics.add(5, result())
     metrics.flush(wait=True)
@@ -113,8 +117,42 @@ def test_steps_skipped_before_a_resume_are_still_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tail", ['{"step": 3, "lo', '{"step": 3', "\0\0\0"])
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path, tail: str) -> None:
     path = tmp_path / "m.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n' + tail)
+    path.write_text("".join(json.dumps(LINE | {"step": step}) + "\n" for step in (1, 2)) + tail)
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"[1]", "not an object"),
+        (b"\xff", "no JSON"),
+        (b"", "no JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"step": ' + b"1" * 5000 + b"}", "no JSON"),
+        ({"step": "3"}, "step: not a whole number"),
+        ({"step": True}, "step: not a whole number"),
+        ({"step": -1}, "step: not a whole number"),
+        ({"lr": None}, "lr: not a number"),
+        ({"loss": "low"}, "loss: not a number"),
+        ({"loss": float("nan")}, "loss: not a number"),
+        ({"grad_norm": 10**400}, "grad_norm: not a number"),
+        ({"loss_by_sigma": {"0.2-0.4": []}}, "loss_by_sigma: not a number"),
+        ({"suspects": [{}]}, "suspects: not a number"),
+        ({"more": {"of": {"it": 1}}}, "more: not a number"),
+    ],
+)
+def test_an_edited_line_is_named(tmp_path: Path, line, reason: str) -> None:
+    path = tmp_path / "m.jsonl"
+    edited = line if isinstance(line, bytes) else json.dumps(LINE | line).encode()
+    path.write_bytes(b"\n".join([json.dumps(LINE).encode(), edited, json.dumps(LINE).encode()]))
+    with pytest.raises(RunError, match=rf"m\.jsonl:2: {reason}.*; delete this line, which only the curves need"):
+        read_metrics(path)
+
+
+def test_a_pipe_in_the_place_of_the_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.jsonl")
+    with pytest.raises(RunError, match=r"m\.jsonl: cannot be read: not a regular file"):
+        read_metrics(tmp_path / "m.jsonl")
 
 
 def test_no_file_is_no_lines(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ limits and licence.
 """
 
 from sd3tune.publish.card.measured import DIVERGED, has_diverged
-from sd3tune.publish.card.page import card
+from sd3tune.publish.card.page import card, is_unchanged
 from sd3tune.publish.card.trained import Drawing, Sample, Trained
 
-__all__ = ["DIVERGED", "Drawing", "Sample", "Trained", "card", "has_diverged"]
+__all__ = ["DIVERGED", "Drawing", "Sample", "Trained", "card", "has_diverged", "is_unchanged"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterator
 
 from sd3tune.publish.card.header import header
@@ -13,10 +15,27 @@ from sd3tune.publish.card.trained import Trained
 from sd3tune.publish.card.training import training_section
 from sd3tune.publish.card.usage import usage_section
 
+_MARKED = re.compile(r"---\n# sd3tune card ([0-9a-f]{16})\n(.*)", re.DOTALL)
+
 
 def card(trained: Trained) -> str:
-    """Markdown below a YAML header. No path, host name or token is in it, as there is none in what it is made of."""
-    return "\n\n".join([header(trained), *_sections(trained)]) + "\n"
+    """Markdown below a YAML header. No path, host name or token is in it, as there is none in what it is made of.
+
+    A comment in the header holds a digest of the rest, by which `is_unchanged` knows the card.
+    """
+    page = "\n\n".join([header(trained), *_sections(trained)]) + "\n"
+    rest = page.removeprefix("---\n")
+    return f"---\n# sd3tune card {_digest(rest)}\n{rest}"
+
+
+def is_unchanged(text: str) -> bool:
+    """Whether a page is a card as it was made. Cards of versions that left no digest count as changed."""
+    found = _MARKED.fullmatch(text)
+    return found is not None and found[1] == _digest(found[2])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _sections(trained: Trained) -> Iterator[str]:

@@ -115,7 +115,8 @@ def _files(folder: Path) -> dict[str, Any]:
             facts = json.loads(path.read_text())
             found["run.json"] = {key: facts[key] for key in facts.keys() - {"argv", "git_commit", "timings", "resumes"}}
         elif path.name == "README.md":
-            found["run/README.md"] = [line for line in path.read_text().splitlines() if not line.startswith("| time |")]
+            changing = ("| time |", "# sd3tune card ")
+            found["run/README.md"] = [line for line in path.read_text().splitlines() if not line.startswith(changing)]
         else:
             found[str(path.relative_to(work))] = path.read_bytes().replace(str(folder).encode(), b"...")
     return found

@@ -1,0 +1,58 @@
+"""The previews of a run as pictures for others: known by their names and by the recipe inside them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+RECIPE_KEY = "sd3tune"
+"""The text chunk of a PNG that holds its recipe, as JSON."""
+SAMPLES = "samples"
+SHEET = "over_time.png"
+PREVIEW_NAME = re.compile(r"step-(\d+)-(\d+)\.png")
+_BASE_NAME = re.compile(r"base-\d+\.png")
+_WEIGHTS = ("raw", "ema")
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "prompt": (str,), "steps": (int,), "guidance": (int, float), "seed": (int,),
+}  # fmt: skip
+
+
+def is_preview_name(name: str) -> bool:
+    """Whether a run gives this name to one of its pictures."""
+    return name == SHEET or any(pattern.fullmatch(name) for pattern in (PREVIEW_NAME, _BASE_NAME))
+
+
+def preview_recipe(path: Path) -> dict[str, Any] | None:
+    """Return the recipe in a preview; None for any other file.
+
+    It has `prompt`, `steps`, `guidance`, `seed`, `weights` and, where the run has one, `noise_offset`.
+    """
+    recipe = _said(path)
+    if not isinstance(recipe, dict) or recipe.get("weights") not in _WEIGHTS:
+        return None
+    typed = all(type(recipe.get(name)) in types for name, types in _TYPES.items())
+    return recipe if typed and type(recipe.get("noise_offset", 0.0)) in (int, float) else None
+
+
+def is_preview(path: Path) -> bool:
+    """Whether a run drew this picture, by its name and by what it says of itself."""
+    if path.name != SHEET:
+        return is_preview_name(path.name) and preview_recipe(path) is not None
+    rows = _said(path)  # of the names of pictures, and the prompts
+    return isinstance(rows, list) and all(isinstance(row, list | str) for row in rows)
+
+
+def _said(path: Path) -> Any:
+    """What a picture says of itself; None for one that says nothing, and for what is no picture."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
+    try:
+        with Image.open(path) as image:
+            return json.loads(image.info.get(RECIPE_KEY, "null"))
+    except (OSError, ValueError, SyntaxError, TypeError, RecursionError, Image.DecompressionBombError):
+        return None
