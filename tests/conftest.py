@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffusers import SD3Transformer2DModel
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
+from sd3tune.cli.main import run
 from sd3tune.config import Config, parse_config
 from sd3tune.data.sampler import generator
 from sd3tune.model.bases import ENCODER_PARTS, resolve_base
@@ -258,3 +260,36 @@ def _original_vae(state: Tensors) -> dict[str, torch.Tensor]:
         kept = tensor[:, :, None, None] if was_convolution else tensor
         found[f"first_stage_model.{_renamed(name, names)}"] = kept.clone()
     return found
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended: its exit code, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Finished]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`command("infer", "--lora", ...)`: the command line in this process."""
+
+    def command(*arguments: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["sd3tune", *map(str, arguments)])
+        monkeypatch.setenv("TQDM_MININTERVAL", "10")
+        monkeypatch.setenv("COLUMNS", "200")
+        capfd.readouterr()
+        try:
+            run()
+            code: object = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capfd.readouterr()
+        assert isinstance(code, int)
+        return Finished(code, printed.out, printed.err)
+
+    return command

@@ -25,7 +25,7 @@ import sd3tune
 from sd3tune.cli.imports import quick_imports
 from sd3tune.cli.main import run
 
-with quick_imports():
+with quick_imports("train"):
     for module in pkgutil.walk_packages(sd3tune.__path__, "sd3tune."):
         if module.name not in ("sd3tune.__main__", "sd3tune.model.tokenizers.make"):
             importlib.import_module(module.name)

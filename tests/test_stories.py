@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sd3tune.cli.main import app
 from sd3tune.config import load_config
@@ -53,6 +55,10 @@ def as_typed(words: list[str]) -> list[str]:
     return [f"output_dir={load_config(words[1], settings).config.output_dir}"]
 
 
+TEXT_ENCODER = {
+    f"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_{side}.weight": torch.ones(1, 1) for side in "AB"
+}
+"""What a downloaded file may hold besides."""
 STORIES = [page for page in PAGES if story(page)]
 
 
@@ -66,7 +72,7 @@ def trained(quick_config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch) -> Iterator[Path]:
-    """Photos, a run, two adapters and a file of prompts under the names that the pages use."""
+    """Photos, a run, adapters and a file of prompts under the names that the pages use."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for folder in ("configs", "sd3tune"):
@@ -78,6 +84,7 @@ def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch
     shutil.copy(next(tiny_images.glob("*.png")), "rex.jpg")
     for adapter in ("dog", "style"):
         shutil.copy(trained / "adapter" / ADAPTER_FILE, f"{adapter}.safetensors")
+    save_file(load_file("dog.safetensors") | TEXT_ENCODER, "found.safetensors")
     (tmp_path / "prompts.csv").write_text("prompt,seed\na photo of sks dog,1\na dog,2\n")
     return tmp_path
 

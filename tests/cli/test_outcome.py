@@ -16,7 +16,7 @@ from sd3tune.cli import main, outcome
 from sd3tune.config import dump_config
 from sd3tune.errors import Interrupted, ProcessError, UserError
 from sd3tune.jobs import encoding, launch, plan, studio
-from tests.cli.conftest import Command
+from tests.conftest import Command
 
 
 @pytest.fixture

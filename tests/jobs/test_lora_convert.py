@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd3tune.cli.main import run
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError, RunError
 from sd3tune.jobs.lora_convert import convert_lora
@@ -145,11 +143,9 @@ def test_what_cannot_be_done_is_said_and_nothing_written(source: Path, tmp_path:
     assert not out.exists()
 
 
-def test_the_command_line_converts(source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_command_line_converts(source: Path, tmp_path: Path, command) -> None:
     out = tmp_path / "out.safetensors"
-    monkeypatch.setattr(sys, "argv", ["sd3tune", "lora", "convert", str(source), "--to", "comfyui", "--out", str(out)])
-    with pytest.raises(SystemExit) as stopped:
-        run()
-    assert not stopped.value.code
-    assert f"{out}: " in capsys.readouterr().out
+    done = command("lora", "convert", source, "--to", "comfyui", "--out", out)
+    assert done.code == 0, done
+    assert f"{out}: " in done.out
     assert read_adapter(out).layout == "ComfyUI"

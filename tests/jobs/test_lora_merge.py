@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sd3tune.cli.main import run
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError, ConfigError, ModelError, RunError
 from sd3tune.jobs.lora_merge import merge_into_base, merge_loras
@@ -150,13 +148,11 @@ def test_adapters_that_disagree_about_their_conditions_are_named(two: list[str],
     assert read_adapter(tmp_path / "out.safetensors").contract["max_sequence_length"] == 16
 
 
-def test_the_command_line_merges(two: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_command_line_merges(two: list[str], tmp_path: Path, command) -> None:
     out = tmp_path / "out.safetensors"
     for more, code in ((["--out", out, "--to", "kohya"], 0), (["--out", out, "--into-base", "--rank", "2"], 2),
                        (["--out", tmp_path / "x.safetensors", "--base", "tiny"], 2)):  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["sd3tune", "lora", "merge", *two, *map(str, more)])
-        with pytest.raises(SystemExit) as stopped:
-            run()
-        assert (stopped.value.code or 0) == code, capsys.readouterr()
+        done = command("lora", "merge", *two, *more)
+        assert done.code == code, done
     with safe_open(out, framework="pt") as opened:
         assert json.loads(opened.metadata()["sd3tune"])["method"] == "merge"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd3tune.cli.main import run as command_line
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError
 from sd3tune.jobs.lora_convert import convert_lora
@@ -83,16 +81,13 @@ def test_zero_b_another_base_and_what_diffusers_does_not_take_are_refused(tmp_pa
         verify_lora(changed(tmp_path, **{f"{QUERY}.lora_B.weight": torch.full((64, 3), 3e38)}), "tiny", "auto")
 
 
-def test_the_command_line_says_so_by_its_exit_code(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_command_line_says_so_by_its_exit_code(tmp_path: Path, command) -> None:
     file = write_adapter(tmp_path, factors(), {"base": "tiny", "base_kind": "tiny"})
     for arguments, code in (([], 0), (["--no-preview"], 0), (["--base", "tiny-sd3"], 2), (["--dtype", "int8"], 2)):
-        monkeypatch.setattr(sys, "argv", ["sd3tune", "lora", "verify", str(file), *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            command_line()
-        assert (stopped.value.code or 0) == code
-        printed = capsys.readouterr()
-        assert len([line for line in printed.err.splitlines() if line.startswith("error: ")]) == (code == 2)
-        assert ("no preview to compare with" in printed.out) == (arguments == [])
+        done = command("lora", "verify", file, *arguments)
+        assert done.code == code
+        assert len([line for line in done.err.splitlines() if line.startswith("error: ")]) == (code == 2)
+        assert ("no preview to compare with" in done.out) == (arguments == [])
 
 
 # What the training drew
