@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ def read_contract(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def parse_object(where: str, text: str) -> dict[str, Any]:
     """The keys and values of a JSON object. Raises AdapterError, a line that begins with `where`."""
     try:
-        return json_files.parse_object(text, MOST_BYTES)
+        value = json_files.parse(text, MOST_BYTES)
     except json_files.NotJson as error:
         raise AdapterError(f"{where} is not valid JSON: {error}{WAY_OUT}") from None
+    if not isinstance(value, dict):
+        raise AdapterError(f"{where} is {json.dumps(value)[:60]}, not keys and values{WAY_OUT}")
+    return value

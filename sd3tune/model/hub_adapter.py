@@ -6,10 +6,8 @@ import glob
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from sd3tune.config.yaml12 import YamlError, parse
 from sd3tune.errors import AdapterError, ModelError
 from sd3tune.model.adapter_io import ADAPTER_FILE, Adapter, is_safetensors, read_adapter
 from sd3tune.model.adapter_peft import CONFIG_FILE, WEIGHTS_FILE
@@ -20,6 +18,8 @@ _ON_THE_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w./-]+))?", re.ASCII)
 _WEIGHTS = (ADAPTER_FILE, f"adapter/{ADAPTER_FILE}", WEIGHTS_FILE)
 _WANTED = [*_WEIGHTS, CONFIG_FILE, CARD]
 _OTHERWISE = "give --lora a folder"
+_MOST_OF_CARD = 2**20
+"""Bytes that are read of a card, which begins with its YAML."""
 
 
 def load_adapter(location: Path, *, transformer_only: bool = False) -> Adapter:
@@ -65,11 +65,14 @@ def _only_file(repo: str, folder: Path) -> Path:
 
 def _base_in_card(card: Path) -> str | None:
     """`base_model` in the YAML header of a card; of several, the first."""
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if not card.is_file():
+        return None
+    with card.open("rb") as file:
+        text = file.read(_MOST_OF_CARD).decode(errors="replace")
     header = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
-        values: Any = yaml.safe_load(header[1]) if header else None
-    except yaml.YAMLError:
+        values = parse(header[1]).value if header else None
+    except YamlError:
         return None
     base = values.get("base_model") if isinstance(values, dict) else None
     base = base[0] if isinstance(base, list) and base else base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,14 @@ def weights_changed(change: Callable[[dict[str, torch.Tensor]], object]) -> Call
 def cut_in_half(base: Path) -> None:
     file = base / "vae/diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def config_changed(**values: object) -> Callable[[Path], object]:
+    def of(base: Path) -> None:
+        file = base / "transformer/config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return of
 
 
 def pickled(base: Path) -> None:
@@ -419,6 +428,16 @@ CASES = [
     Case("models", "a folder that is no model", TRAIN, "model_index.json", edited("base: tiny,", "base: ./photos,")),
     Case("models", "a component that is missing", TRAIN, "vae", base_copy(lambda base: shutil.rmtree(base / "vae"))),
     Case("models", "pickled weights", TRAIN, "pickled", base_copy(pickled)),
+    Case("models", "more blocks than any SD3 has", TRAIN, "num_layers", base_copy(config_changed(num_layers=10**9))),
+    Case("models", "a list for a number", TRAIN, "num_layers", base_copy(config_changed(num_layers=[1]))),
+    Case("models", "a width that is broken", TRAIN, "out_channels", base_copy(config_changed(out_channels=1.5))),
+    Case(
+        "models",
+        "an adapter inside the base",
+        TRAIN,
+        "adapter_config.json",
+        base_copy(lambda base: (base / "text_encoder/adapter_config.json").write_text("{}")),
+    ),
     Case("models", "a file cut short", TRAIN, "truncated", base_copy(cut_in_half)),
     Case(
         "models",
@@ -565,6 +584,18 @@ CASES = [
     Case("adapters", "a contract that is a list", (*INFER, *LORA), "'sd3tune'", contract("[1]")),
     Case("adapters", "a word for a number inside", (*INFER, *LORA), "resolution", contract('{"resolution": "big"}')),
     Case("adapters", "a size off the grid inside", (*INFER, *LORA), "resolution", contract('{"resolution": 100}')),
+    Case(
+        "adapters", "a way to hold a base that none is", (*INFER, *LORA), "quantize", contract('{"quantize": "evil"}')
+    ),
+    Case(
+        "adapters",
+        "an alpha beyond all numbers",
+        (*INFER, *LORA),
+        "infinite",
+        adapter(
+            pair("transformer_blocks.0.attn.to_q"), lora_adapter_metadata=json.dumps({"transformer.lora_alpha": 1e300})
+        ),
+    ),
     Case(
         "adapters",
         "an encoder that does not exist",
