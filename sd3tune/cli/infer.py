@@ -9,6 +9,7 @@ import typer
 
 from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
+from sd3tune.terminal import say
 
 _MODEL, _SAMPLING, _TEXT = "Adapters and model", "Sampling", "Text"
 _IMAGE, _MEMORY = "From a picture", "Memory"
@@ -229,7 +230,7 @@ def infer(
         before=before,
     )
     for path in run_infer(request):
-        print(path)
+        say(path)
 
 
 def parse_size(size: str | None) -> tuple[int, int] | None:

@@ -34,6 +34,7 @@ class _PassedOver:
 
     unreadable: list[Path] = field(default_factory=list)
     dangling: list[Path] = field(default_factory=list)
+    special: list[Path] = field(default_factory=list)
     subfolders: list[Path] = field(default_factory=list)
 
     def reasons(self) -> list[str]:
@@ -45,6 +46,9 @@ class _PassedOver:
         if self.dangling:
             leads = counted(self.dangling, "link leads", "links lead")
             found.append(f"{leads} nowhere: {some(path.name for path in self.dangling)}; link or copy again")
+        if self.special:
+            are = counted(self.special, "is no file but a pipe, socket or device", "are pipes, sockets or devices")
+            found.append(f"{are}: {some(path.name for path in self.special)}; remove or replace")
         if self.subfolders:
             named = some(path.name for path in self.subfolders)
             are = counted(self.subfolders, "subfolder with pictures is", "subfolders with pictures are")
@@ -116,6 +120,8 @@ def _passed_over(folder: Path, listed: set[Path]) -> _PassedOver:
                 found.dangling.append(path)
             elif path.suffix.lower() not in EXTENSIONS:
                 found.unreadable.append(path)
+            elif not path.is_file():
+                found.special.append(path)
     return found
 
 

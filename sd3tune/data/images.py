@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,7 @@ from sd3tune.data.colour import Reading, to_rgb
 from sd3tune.data.formats import FORMATS, HEAD_BYTES, describe
 from sd3tune.data.sampler import derive
 from sd3tune.errors import DataError
+from sd3tune.regular_files import complaint, open_regular, read_regular
 
 PREPROCESSING_VERSION = 1
 """Part of every image key: raise it when most files give other pixels; of a few, `Reading.mark` tells."""
@@ -65,7 +67,7 @@ def read_picture(image: ImageRef) -> Picture:
 
     Raises DataError, naming the image, for whatever cannot be decoded completely.
     """
-    data = _read(image)
+    data = image_bytes(image)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             opened.load()
@@ -108,7 +110,7 @@ def open_image(image: ImageRef) -> Image.Image:
 
 def file_digest(image: ImageRef) -> str:
     """The SHA-256 of the image's bytes, as `read_image` gives it, without decoding. Raises DataError."""
-    return hashlib.sha256(_read(image)).hexdigest()
+    return hashlib.sha256(image_bytes(image)).hexdigest()
 
 
 def check_header(image: ImageRef) -> None:
@@ -116,12 +118,8 @@ def check_header(image: ImageRef) -> None:
 
     Of a file only the first bytes are read. What breaks off later passes.
     """
-    content = None if isinstance(image, Path) else _read(image)
-    try:
-        with Image.open(io.BytesIO(content) if content is not None else str(image), formats=FORMATS) as opened:
-            width, height = opened.size
-    except Exception as error:  # as above
-        raise DataError(f"{image}: {_complaint(error, _head(str(image)) if content is None else content)}") from None
+    with _opened(image) as opened:
+        width, height = opened.size
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise DataError(f"{image}: is {width} x {height} px, too narrow to crop; cut it yourself or remove it")
 
@@ -131,15 +129,11 @@ def upright_size(image: ImageRef) -> tuple[int, int]:
 
     A PNG whose EXIF data stands behind its pixels, which nothing common writes, counts as upright. Raises DataError.
     """
-    content = None if isinstance(image, Path) else _read(image)
-    try:
-        with Image.open(io.BytesIO(content) if content is not None else str(image), formats=FORMATS) as opened:
-            width, height = opened.size
-            # A TIFF's size is the upright one already; a PNG without a sign of EXIF would be decoded to look for it.
-            readable = opened.format != "TIFF" and (opened.format != "PNG" or bool(_EXIF_IN_PNG & opened.info.keys()))
-            sideways = readable and _orientation(opened) >= 5
-    except Exception as error:  # as above
-        raise DataError(f"{image}: {_complaint(error, _head(str(image)) if content is None else content)}") from None
+    with _opened(image) as opened:
+        width, height = opened.size
+        # A TIFF's size is the upright one already; a PNG without a sign of EXIF would be decoded to look for it.
+        readable = opened.format != "TIFF" and (opened.format != "PNG" or bool(_EXIF_IN_PNG & opened.info.keys()))
+        sideways = readable and _orientation(opened) >= 5
     return (width, height) if sideways else (height, width)
 
 
@@ -152,32 +146,38 @@ def _orientation(image: Image.Image) -> int:
     return int(orientation) if orientation in range(1, 9) else 1
 
 
-def _head(path: str) -> bytes | None:
-    """The beginning of a file; None where it cannot be read."""
+@contextmanager
+def _opened(image: ImageRef) -> Iterator[Image.Image]:
+    """The image with nothing decoded; of a file only the first bytes are read. Raises DataError."""
     try:
-        with open(path, "rb") as file:
-            return file.read(HEAD_BYTES)
-    except OSError:
-        return None
-
-
-def _read(image: ImageRef) -> bytes:
-    try:
-        return image.read_bytes()
+        file = open_regular(image) if isinstance(image, Path) else io.BytesIO(image.read_bytes())
     except OSError as error:
-        raise DataError(f"{image}: cannot be read ({error.strerror or error})") from None
+        raise DataError(f"{image}: {complaint(error)}") from None
+    with file:
+        head = file.read(HEAD_BYTES)
+        try:
+            with Image.open(file, formats=FORMATS) as opened:
+                yield opened
+        except Exception as error:  # as of pixels
+            raise DataError(f"{image}: {_complaint(error, head)}") from None
 
 
-def _complaint(error: Exception, data: bytes | None) -> str:
+def image_bytes(image: ImageRef) -> bytes:
+    """Return the image's bytes as they are stored. Raises DataError, also for what is no regular file, or too large."""
+    try:
+        return read_regular(image) if isinstance(image, Path) else image.read_bytes()
+    except OSError as error:
+        raise DataError(f"{image}: {complaint(error)}") from None
+
+
+def _complaint(error: Exception, data: bytes) -> str:
     """What is wrong, given the bytes, of which the beginning is enough."""
-    if data == b"":
+    if not data:
         return "is empty (0 bytes); replace or remove it"
     if isinstance(error, UnidentifiedImageError):
-        return f"is {describe((data or b'')[:HEAD_BYTES])}"
+        return f"is {describe(data[:HEAD_BYTES])}"
     if isinstance(error, Image.DecompressionBombError):
         return f"has more pixels than is safe to decode, {2 * (Image.MAX_IMAGE_PIXELS or 0):,}; scale it down"
-    if isinstance(error, PermissionError):
-        return f"cannot be read ({error.strerror}); check its permissions"
     return f"cannot be decoded ({error or type(error).__name__}); replace or remove it"
 
 

@@ -18,6 +18,7 @@ from sd3tune.data.images import ImageRef, check_header
 from sd3tune.data.rows import list_rows
 from sd3tune.data.sampler import derive
 from sd3tune.errors import DataError
+from sd3tune.terminal import escaped
 
 _Item = TypeVar("_Item")
 
@@ -76,7 +77,8 @@ def scan_records(data: DataConfig, progress: bool = False) -> Scan:
             continue
         scan.warnings += listing.warnings
         chosen, of_lines = _chosen(listing.images, source.max_samples), list[Path]()
-        for image, text in tqdm(chosen, desc=f"reading {source.path}", unit="image", delay=2, disable=not progress):
+        what = escaped(f"reading {source.path}")
+        for image, text in tqdm(chosen, desc=what, unit="image", delay=2, disable=not progress):
             try:
                 check_header(image)
             except DataError as error:

@@ -32,6 +32,7 @@ from sd3tune.atomic import FULL, TEMPORARY, remove_stale, write_bytes
 from sd3tune.data.store_lock import LOCK_FILES, alone, use
 from sd3tune.errors import RunError
 from sd3tune.tensorfile import digest
+from sd3tune.terminal import escaped
 
 SHARD_BYTES = 64 * 2**20
 FLUSH_SECONDS = 30.0
@@ -167,7 +168,8 @@ class Store:
         except (OSError, ValueError) as error:
             self._unreadable.add(path)
             logger.warning(
-                "%s: passed over (%s); what it held is encoded again, the file can be deleted", path, str(error)
+                "%s",
+                escaped(f"{path}: passed over ({error}); what it held is encoded again, the file can be deleted"),
             )
             return
         for key, entry in entries.items():

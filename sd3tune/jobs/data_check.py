@@ -28,6 +28,7 @@ from sd3tune.model.bases import local_base
 from sd3tune.model.components import load_tokenizer
 from sd3tune.model.text import count_tokens
 from sd3tune.sampling.contact_sheet import contact_sheet
+from sd3tune.terminal import say
 
 _SHOWN = 10
 """Lines of a list that is cut short."""
@@ -64,17 +65,17 @@ def run_data_check(config: Config, sheet: Path) -> None:
         else:
             seen.append(result)
     for line in _report(config, buckets, seen):
-        print(line)
+        say(line)
     for warning in [*scan.warnings, *reading_warnings([(one.record.image, one.reading) for one in seen])]:
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
     if seen:
         _write_sheet(sheet, seen)
-        print(f"sheet     {sheet}")
+        say(f"sheet     {sheet}")
     if problems:
-        print(f"not trainable: {len(problems)} problem{'s' * (len(problems) != 1)}", flush=True)
+        say(f"not trainable: {len(problems)} problem{'s' * (len(problems) != 1)}", flush=True)
         raise DataError(*problems)
     samples = sum(one.record.repeats for one in seen)
-    print(f"trainable: {len(seen)} image{'s' * (len(seen) != 1)}, {samples} per epoch")
+    say(f"trainable: {len(seen)} image{'s' * (len(seen) != 1)}, {samples} per epoch")
 
 
 def _look(records: Sequence[Record], buckets: Sequence[Size]) -> Iterator[_Seen | DataError]:

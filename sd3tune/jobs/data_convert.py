@@ -11,7 +11,7 @@ from PIL import Image
 from sd3tune.atomic import new_file, new_folder
 from sd3tune.config.sections.data import DataConfig
 from sd3tune.data.formats import EXTENSIONS
-from sd3tune.data.images import ImageRef
+from sd3tune.data.images import ImageRef, image_bytes
 from sd3tune.data.metadata import CSV, JSONL, write_csv, write_jsonl
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.rows import Row, write_parquet
@@ -62,7 +62,7 @@ def _csv(folder: Path, named: _Named) -> None:
 
 
 def _parquet(file: Path, named: _Named) -> None:
-    write_parquet(file, ((name, record.image.read_bytes(), record.caption) for name, record in named))
+    write_parquet(file, ((name, image_bytes(record.image), record.caption) for name, record in named))
 
 
 _FORMS: dict[str, _Write] = {"sidecar": _sidecars, "jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
@@ -71,7 +71,7 @@ _FORMS: dict[str, _Write] = {"sidecar": _sidecars, "jsonl": _jsonl, "csv": _csv,
 def _copy(folder: Path, named: _Named) -> None:
     for name, record in named:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(record.image.read_bytes())
+        (folder / name).write_bytes(image_bytes(record.image))
 
 
 def _names(records: Iterable[Record], root: Path, flat: bool) -> Iterator[str]:
@@ -109,5 +109,5 @@ def _own_name(image: ImageRef, root: Path) -> str | None:
 
 
 def _suffix(image: ImageRef) -> str:
-    with Image.open(io.BytesIO(image.read_bytes())) as opened:
+    with Image.open(io.BytesIO(image_bytes(image))) as opened:
         return _SUFFIXES.get(opened.format or "", ".jpg")

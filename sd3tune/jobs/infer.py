@@ -27,6 +27,7 @@ from sd3tune.model.adapter_io import Adapter, match
 from sd3tune.model.components import empty_transformer, load_scheduler
 from sd3tune.model.hub_adapter import load_adapter
 from sd3tune.sampling.samplers import SAMPLERS
+from sd3tune.terminal import say
 
 Asked = tuple[Shot, Callable[[str], str]]
 """A shot, and what its parts are called where they were given."""
@@ -45,7 +46,7 @@ def run_infer(request: Request) -> list[Path]:
     given = [parse_lora(lora) for lora in [*wanted.loras, *(grid.loras if grid else ())]]
     adapters = [load_adapter(path, transformer_only=wanted.transformer_only) for path, _ in given]
     for line in (line for adapter in adapters for line in notes_of(adapter)):
-        print(line)
+        say(line)
     studio = _studio(wanted, adapters)
     if repeat is not None:
         repeat.check_base(studio.conditions.base, chosen=request.base is not None or request.config is not None)
@@ -125,7 +126,7 @@ def _check_against_base(asked: Sequence[Asked], conditions: Conditions, adapters
     for image in {shot.image for shot, _ in asked if shot.image is not None}:
         check_header(image)
         for warning in reading_warnings([(image, read_picture(image).reading)]):
-            print(f"warning: {warning}")
+            say(f"warning: {warning}")
     for adapter in adapters:
         match(skeleton, adapter)
 

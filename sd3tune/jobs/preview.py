@@ -22,6 +22,7 @@ from sd3tune.jobs.run_folder import SAMPLES
 from sd3tune.model.components import load_scheduler
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, sample_latents, to_image
+from sd3tune.terminal import say_above_bars
 from sd3tune.tracking.trackers import Trackers
 from sd3tune.train.loop import Processes, View
 
@@ -62,7 +63,7 @@ class Previews:
                 raise
             release(self.plan.device)
             self.skipped.append(view.step)
-            tqdm.write(f"warning: step {view.step}: no preview, out of memory; training goes on")
+            say_above_bars(f"warning: step {view.step}: no preview, out of memory; training goes on")
         self.seconds += time.monotonic() - started
         self._send(name)
 

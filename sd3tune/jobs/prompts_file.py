@@ -13,6 +13,7 @@ from typing import Any
 
 from sd3tune.errors import ConfigError
 from sd3tune.jobs.shots import Shot, problems_of
+from sd3tune.regular_files import complaint, read_regular
 from sd3tune.text_files import NotText, decode
 
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?", re.ASCII)
@@ -102,9 +103,9 @@ def read_prompts(path: Path) -> list[Row]:
     if path.suffix.lower() not in kinds:
         raise ConfigError(f"--prompts {path}: neither a .txt, a .jsonl nor a .csv file")
     try:
-        text = re.sub(r"\r\n?", "\n", decode(path.read_bytes(), f"--prompts {path}"))
+        text = re.sub(r"\r\n?", "\n", decode(read_regular(path), f"--prompts {path}"))
     except OSError as error:
-        raise ConfigError(f"--prompts {path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"--prompts {path}: {complaint(error)}") from None
     except NotText as error:
         raise ConfigError(str(error)) from None
     rows, problems = [], []

@@ -16,6 +16,7 @@ from sd3tune.model.adapter_io import ADAPTER_FILE, find_adapter
 from sd3tune.model.bases import Base
 from sd3tune.model.contract import Part, check_part
 from sd3tune.model.offline import offline_kind
+from sd3tune.terminal import say
 
 _OWN_TEXTS = ("prompt_clip_l", "prompt_clip_g", "prompt_t5")
 
@@ -80,7 +81,7 @@ class Repeat:
         Raises ModelError.
         """
         if base.ignores_projection and self.recipe.clip_l_pooled is None:
-            print(
+            say(
                 f"warning: {self.picture} was drawn with CLIP-L's text_projection, by an earlier sd3tune; Stable "
                 "Diffusion 3 does not use it, and neither does this picture"
             )
@@ -89,7 +90,7 @@ class Repeat:
         said = f"{self.picture} was drawn with {self.recipe.base}, whose weights differ from this {base.label}"
         if not chosen:
             raise ModelError(f"{said}; give the right one, or another, with --base")
-        print(f"warning: {said}")
+        say(f"warning: {said}")
 
 
 def read_repeat(picture: Path) -> Repeat:
@@ -103,9 +104,9 @@ def read_repeat(picture: Path) -> Repeat:
         raise ConfigError(f"--from {picture}: shows several pictures; name one of those beside it")
     check_part(f"--from {picture}", _as_python(found), _Recipe, ConfigError)
     if found.get("sd3tune") != __version__:
-        print(f"note: {picture} was drawn by sd3tune {found.get('sd3tune')}; this is {__version__}")
+        say(f"note: {picture} was drawn by sd3tune {found.get('sd3tune')}; this is {__version__}")
     if "batch" in found:
-        print(f"note: {picture} was drawn in a batch of {found['batch']}; alone, its last bits may differ")
+        say(f"note: {picture} was drawn in a batch of {found['batch']}; alone, its last bits may differ")
     return Repeat(picture, _Recipe.model_validate(_as_python(found)))
 
 
@@ -169,7 +170,7 @@ def _chosen_adapters(request: Request, repeat: Repeat) -> list[str]:
         digest = file_sha256(find_adapter(path)) if path.exists() else None
         known = digest in weights or str(path) in [lora.name for lora in repeat.recipe.loras]
         if not known:
-            print(f"warning: {repeat.picture} was drawn without {value}, or with another file of that name")
+            say(f"warning: {repeat.picture} was drawn without {value}, or with another file of that name")
         chosen.append(f"{path}@{weights[digest]}" if digest in weights and str(path) == value else value)
     return chosen
 

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
 import zipfile
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sd3tune.config.sections.data import DataConfig, DatasetSource
-from sd3tune.data.images import read_image, upright_size
+from sd3tune.data.images import check_header, image_bytes, read_image, upright_size
 from sd3tune.data.records import load_records
 from sd3tune.data.rows import is_dataset, list_rows, write_parquet
 from sd3tune.errors import DataError
@@ -197,7 +198,7 @@ def test_an_empty_cell_and_broken_bytes_are_named_with_their_row(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    cells = [{"bytes": b"hello", "path": None}, None, {"bytes": None, "path": "/nowhere/a.png"}]
+    cells = [{"bytes": b"hello", "path": None}, None, {"bytes": None, "path": "nowhere/a.png"}]
     pyarrow.parquet.write_table(pyarrow.table({"image": cells, "text": ["a", "b", "c"]}), tmp_path / "x.parquet")
     with pytest.raises(DataError) as caught:
         load_records(DataConfig(sources=[{"kind": "dataset", "path": str(tmp_path / "x.parquet")}], resolution=64))
@@ -205,6 +206,69 @@ def test_an_empty_cell_and_broken_bytes_are_named_with_their_row(tmp_path):
     assert "x.parquet[0]: is not an image" in first
     assert "x.parquet[1]: column 'image' is empty; remove the row" in second
     assert "x.parquet[2]: cannot be read (No such file or directory)" in third
+
+
+@pytest.fixture
+def naming(tmp_path, files):
+    """`naming(path)` -> the row of a dataset in `tmp_path/own` that names this file and embeds nothing."""
+    import pyarrow
+    import pyarrow.parquet
+
+    own = tmp_path / "own"
+    (own / "sub").mkdir(parents=True)
+    (tmp_path / "private").mkdir()
+    shutil.copy(files[0], own / "a.png")
+    shutil.copy(files[1], own / "sub" / "b.jpg")
+    shutil.copy(files[0], tmp_path / "private" / "passport.png")
+    (own / "link.png").symlink_to(tmp_path / "private" / "passport.png")
+    (own / "out").symlink_to(tmp_path / "private")
+    (own / "circle").symlink_to(own / "circle")
+    os.mkfifo(own / "fifo.png")
+
+    def naming(path):
+        cells = pyarrow.array([{"bytes": None, "path": path}], type=pyarrow.struct(
+            [("bytes", pyarrow.binary()), ("path", pyarrow.string())]
+        ))  # fmt: skip
+        pyarrow.parquet.write_table(pyarrow.table({"image": cells, "text": ["a"]}), own / "x.parquet")
+        return rows(own / "x.parquet")[0][0]
+
+    return naming
+
+
+@pytest.mark.parametrize("path", ["a.png", "sub/b.jpg", "sub/../a.png", "{own}/a.png"])
+def test_a_row_may_name_a_file_in_the_folder_of_its_dataset(naming, tmp_path, path, monkeypatch):
+    monkeypatch.chdir("/")  # it is not relative to the working directory
+    assert read_image(naming(path.format(own=tmp_path / "own")))[0].size in ((40, 32), (41, 32))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "{private}/passport.png", "../private/passport.png", "sub/../../private/passport.png", "link.png",
+        "out/passport.png", "/dev/zero", "/proc/kmsg", "/proc/self/mem", "~/passport.png/../../../x", "a\0.png",
+        "zip://a.png::{private}/photos.zip", "zip://a.png::file://{private}/photos.zip", "http://x.invalid/a.png::/b",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("read", [read_image, check_header, upright_size, image_bytes])
+def test_a_row_that_names_a_file_elsewhere_is_refused(naming, tmp_path, path, read):
+    with pytest.raises(
+        DataError, match=r"x\.parquet\[0\]: (column 'image' names the file .*the dataset's folder|cannot)"
+    ):
+        read(naming(path.format(private=tmp_path / "private")))
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("fifo.png", "is a named pipe, not a file; replace or remove it"),
+        ("sub", "is a folder, not a file"),
+        ("circle", "names the file circle|cannot be read"),
+        ("none.png", "No such file"),
+    ],
+)
+def test_a_row_names_no_pipe_and_no_folder(naming, path, why):
+    with pytest.raises(DataError, match=rf"x\.parquet\[0\]: .*({why})"):
+        read_image(naming(path))
 
 
 def test_rows_hold_no_images(parquet):
@@ -234,20 +298,21 @@ def test_a_real_parquet_file():
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """A folder that `datasets` saved of the pictures in `photos.zip`, which lie in there still."""
+    """An archive alone in a folder; and one beside what `datasets` saved of its pictures, which lie in there still."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    (tmp_path / "zipped").mkdir()
-    with zipfile.ZipFile(tmp_path / "zipped" / "photos.zip", "w") as file:
+    (tmp_path / "saved").mkdir()
+    with zipfile.ZipFile(tmp_path / "saved" / "photos.zip", "w") as file:
         for number, name in enumerate(("a.png", "sub/b.png")):
             buffer = io.BytesIO()
             Image.new("RGB", (32, 32), (number, 0, 0)).save(buffer, "PNG")
             file.writestr(name, buffer.getvalue())
         rows = [{"file_name": name, "text": f"caption of {name}"} for name in ("a.png", "sub/b.png")]
         file.writestr("metadata.jsonl", "\n".join(map(json.dumps, rows)))
-    datasets.load_dataset(str(tmp_path / "zipped"), split="train").save_to_disk(str(tmp_path / "saved"))
-    return tmp_path / "zipped" / "photos.zip"
+    shutil.copytree(tmp_path / "saved", tmp_path / "zipped")
+    datasets.load_dataset(str(tmp_path / "saved"), split="train").save_to_disk(str(tmp_path / "saved"))
+    return tmp_path / "saved" / "photos.zip"
 
 
 @pytest.mark.parametrize("folder", ["saved", "zipped"])
@@ -256,6 +321,17 @@ def test_a_dataset_made_from_a_zip_is_read(archive, tmp_path, folder):
     assert [text for _, text in found] == ["caption of a.png", "caption of sub/b.png"]
     assert [read_image(row)[0].getpixel((0, 0)) for row, _ in found] == [(0, 0, 0), (1, 0, 0)]
     assert [row.file_name for row, _ in found] == ["a.png", "sub/b.png"]
+
+
+def test_an_archive_outside_the_datasets_folder_is_refused(archive, tmp_path):
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    (tmp_path / "saved").mkdir()
+    shutil.copy(tmp_path / "zipped" / "photos.zip", archive)
+    row, _ = rows(tmp_path / "moved")[0]
+    with pytest.raises(
+        DataError, match=r"moved:train\[0\]: column 'image' names the file .*photos.zip, which is not in"
+    ):
+        read_image(row)
 
 
 def test_an_archive_that_is_gone_is_named(archive, tmp_path):
