@@ -19,6 +19,7 @@ from sd3tune.data.rows import list_rows
 from sd3tune.data.sampler import derive
 from sd3tune.errors import DataError
 from sd3tune.terminal import escaped
+from sd3tune.text_files import flaw
 
 _Item = TypeVar("_Item")
 
@@ -103,6 +104,9 @@ def sample_indices(records: Sequence[Record]) -> list[int]:
     return [index for index, record in enumerate(records) for _ in range(record.repeats)]
 
 
+_LONGEST = 100_000
+"""Characters of a caption, of which encoders read some hundred words."""
+
 _SPACELESS = r"[\p{Line_Break=Ideographic}\p{Line_Break=Conditional_Japanese_Starter}\p{Line_Break=Complex_Context}]"
 """Characters of scripts that put no spaces between words, by Unicode's rules for line breaks (UAX 14): Chinese and
 Japanese; Thai, Lao, Khmer, Burmese."""
@@ -160,6 +164,10 @@ def _caption(image: ImageRef, listed: str | None, sidecar: Path | None, source: 
     else:
         write = f"write one to {image.with_suffix('.txt').name}" if isinstance(image, Path) else "fill its column"
         raise DataError(f"{image}: has no caption; {write} or set the source's caption")
-    if "\0" in caption:
-        raise DataError(f"{image}: its caption holds NUL characters: it looks like UTF-16; save it as UTF-8")
+    if len(caption) > _LONGEST:
+        raise DataError(f"{image}: its caption has {len(caption):,} characters, and at most {_LONGEST:,} are read")
+    wrong = flaw(caption)
+    if wrong:
+        hint = "" if "UTF-8" in wrong else ": it looks like UTF-16; save it as UTF-8"
+        raise DataError(f"{image}: its caption {wrong}{hint}")
     return caption

@@ -43,6 +43,8 @@ class Row:
     index: int
     folders: tuple[Path, ...] = field(default=(), repr=False, compare=False)
     """Where pictures may lie that are not in the dataset itself."""
+    loaded: bool = field(default=False, repr=False, compare=False)
+    """Whether `datasets` listed files, whose paths it writes in full; else a path is the dataset's own word."""
 
     @property
     def name(self) -> str:
@@ -75,14 +77,14 @@ class Row:
 
     def _inside(self, path: str) -> Path:
         """The file that a path means, if it lies in one of `folders`. Raises DataError."""
-        for folder in self.folders:
+        for folder in self.folders if self.loaded or not os.path.isabs(path) else ():
             with contextlib.suppress(OSError, ValueError, RuntimeError):  # a NUL, a circle of links
                 file = (folder / path).resolve()
                 if file.is_relative_to(folder.resolve()):
                     return file
         raise DataError(
-            f"{self}: column {self.column!r} names the file {path}, which is not in the dataset's folder; put the "
-            "picture itself into the dataset, or the file into that folder"
+            f"{self}: column {self.column!r} names the file {path}, which is no path below the dataset's folder; "
+            "put the picture itself into the dataset, or its file into that folder"
         )
 
 
@@ -106,8 +108,10 @@ def list_rows(source: DatasetSource) -> list[tuple[Row, str | None]]:
     captions = _caption_column(dataset, source.caption_column, place)
     if not len(dataset):
         raise DataError(f"{place}: has no rows")
-    folders = _folders(source)
-    return [(Row(images, source.image_column, place, index, folders), text) for index, text in enumerate(captions)]
+    folders, loaded = _folders(source), not (source.path.endswith(".parquet") or is_dataset(Path(source.path)))
+    return [
+        (Row(images, source.image_column, place, index, folders, loaded), text) for index, text in enumerate(captions)
+    ]
 
 
 def _folders(source: DatasetSource) -> tuple[Path, ...]:

@@ -14,9 +14,9 @@ from typing import Any
 from sd3tune.errors import ConfigError
 from sd3tune.jobs.shots import Shot, problems_of
 from sd3tune.regular_files import complaint, read_regular
-from sd3tune.text_files import NotText, decode
+from sd3tune.text_files import NotText, decode, parse_json
 
-_SIZE = re.compile(r"(\d+)(?:x(\d+))?", re.ASCII)
+_SIZE = re.compile(r"(\d{1,9})(?:x(\d{1,9}))?", re.ASCII)
 
 
 def _text(value: Any) -> str:
@@ -136,9 +136,11 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: not JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f'{path}:{number}: each line is an object such as {{"prompt": "a dog"}}')
         yield number, values

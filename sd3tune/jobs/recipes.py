@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,9 +17,13 @@ from sd3tune.jobs.shots import Shot
 from sd3tune.jobs.studio import Studio
 from sd3tune.model.adapter_io import ADAPTER_FILE
 from sd3tune.model.components import load_scheduler
+from sd3tune.regular_files import open_regular, sha256_of
+from sd3tune.text_files import parse_json
 
 RECIPE_KEY = "sd3tune"
 """The text chunk of a PNG that holds its recipe, as JSON."""
+_LONGEST = 2**20
+"""Characters of a recipe; its texts are cut off at some hundred words anyway."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Recipes:
 
     def _image_sha256(self, path: Path) -> str:
         if path not in self._known_images:
-            self._known_images[path] = file_sha256(path)
+            self._known_images[path] = sha256_of(path)
         return self._known_images[path]
 
     @cached_property
@@ -97,17 +100,18 @@ class Recipes:
     @cached_property
     def _named(self) -> list[dict[str, str]]:
         return [
-            {"name": adapter.origin or _name_of(adapter.path), "sha256": file_sha256(adapter.path)}
+            {"name": adapter.origin or _name_of(adapter.path), "sha256": sha256_of(adapter.path)}
             for adapter in self.studio.adapters
         ]
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
-    """The recipe in a picture; None for a file without one."""
+    """The recipe in a picture; None for a file without one, or with one that no picture needs to be so long or deep."""
     try:
-        with Image.open(path) as image:
-            recipe = json.loads(image.info.get(RECIPE_KEY, "null"))
-    except (OSError, ValueError, SyntaxError):  # PIL raises each of them for what is no whole PNG
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
+            text = image.info.get(RECIPE_KEY, "null")
+        recipe = parse_json(text) if len(text) <= _LONGEST else None
+    except Exception:  # decoders of arbitrary bytes raise nearly anything
         return None
     return recipe if isinstance(recipe, dict) else None
 
@@ -115,10 +119,6 @@ def read_recipe(path: Path) -> dict[str, Any] | None:
 def recipe_key(recipe: Mapping[str, Any]) -> str:
     """The same for two recipes of one picture: the version, and what was drawn beside it, make no other one."""
     return json.dumps({name: recipe[name] for name in sorted(recipe.keys() - {"sd3tune", "batch"})})
-
-
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _name_of(adapter: Path) -> str:

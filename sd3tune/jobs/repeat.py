@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,14 +11,17 @@ from typing import Any, Literal
 from sd3tune import __version__
 from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.errors import AdapterError, ConfigError, ModelError
-from sd3tune.jobs.recipes import file_sha256, read_recipe
+from sd3tune.jobs.recipes import read_recipe
 from sd3tune.jobs.request import Request, parse_lora
-from sd3tune.model.adapter_io import ADAPTER_FILE, find_adapter
+from sd3tune.model.adapter_io import ADAPTER_FILE, Adapter, find_adapter
 from sd3tune.model.bases import Base
 from sd3tune.model.contract import Part, check_part
 from sd3tune.model.offline import offline_kind
+from sd3tune.regular_files import sha256_of
 from sd3tune.terminal import say
 
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_HUB_COMMIT = re.compile(_HUB_ID.pattern + r":[\w.-]+", re.ASCII)
 _OWN_TEXTS = ("prompt_clip_l", "prompt_clip_g", "prompt_t5")
 
 
@@ -25,6 +29,10 @@ class _Lora(Part):
     name: str
     sha256: str
     weight: float
+
+    def is_in(self, file: Path) -> bool:
+        """Whether the file is the one that the picture was drawn with."""
+        return _has_content(file, self.sha256)
 
 
 class _Image(Part):
@@ -92,6 +100,15 @@ class Repeat:
             raise ModelError(f"{said}; give the right one, or another, with --base")
         say(f"warning: {said}")
 
+    def check_adapters(self, adapters: Sequence[Adapter]) -> None:
+        """Raise AdapterError where an adapter that the recipe names, as one of the Hub, has another content by now."""
+        for lora, adapter in zip(self.recipe.loras, adapters, strict=True):
+            if not lora.is_in(adapter.path):
+                raise AdapterError(
+                    f"--from {self.picture}: the adapter {lora.name} is another file than the picture was drawn with "
+                    f"(sha256 {lora.sha256[:12]}...); to draw with it nevertheless, give it with --lora"
+                )
+
 
 def read_repeat(picture: Path) -> Repeat:
     """The recipe in a picture that `infer` drew. Raises ConfigError."""
@@ -132,11 +149,14 @@ def repeated(request: Request, repeat: Repeat) -> Request:
         layers = tuple(skip.layers)
         of_the_recipe |= {"slg": skip.scale, "slg_layers": layers, "slg_start": skip.start, "slg_stop": skip.stop}
     if recipe.image is not None:
-        of_the_recipe |= {"image": request.image or _found_image(repeat, recipe.image), "strength": recipe.strength}
+        of_the_recipe |= {
+            "image": request.image or _found_image(request, repeat, recipe.image),
+            "strength": recipe.strength,
+        }
     missing = {name: value for name, value in of_the_recipe.items() if getattr(request, name) is None}
-    loras = _chosen_adapters(request, repeat) if request.loras else _found_adapters(repeat)
+    loras = _chosen_adapters(request, repeat) if request.loras else _found_adapters(request, repeat)
     if request.base is None and request.config is None:
-        missing |= _base_of(repeat, bool(loras))
+        missing |= _base_of(request, repeat, bool(loras))
     if request.dtype == "auto":
         missing["dtype"] = recipe.dtype
     asked = request.memory
@@ -151,11 +171,15 @@ def repeated(request: Request, repeat: Repeat) -> Request:
     return replace(request, loras=loras, memory=memory, before=False, transformer_only=chosen, **missing)
 
 
-def _base_of(repeat: Repeat, has_adapter: bool) -> dict[str, str | None]:
+def _base_of(request: Request, repeat: Repeat, has_adapter: bool) -> dict[str, str | None]:
     """Only the last part of a local base's path is in a recipe: an adapter may say where it is."""
     name = repeat.recipe.base
-    if offline_kind(name) is not None or "/" in name or Path(name).exists():
+    if offline_kind(name) is not None or _HUB_ID.fullmatch(name):
         return {"base": name, "revision": repeat.recipe.base_revision}
+    here = (folder / name for folder in (Path(), *request.look_in) if _is_plain(name) and (folder / name).exists())
+    found = next(here, None)
+    if found is not None:
+        return {"base": str(found), "revision": None}
     if not has_adapter:
         raise ModelError(f"--from {repeat.picture}: drawn with a local base named {name!r}; give it with --base")
     return {}
@@ -163,28 +187,27 @@ def _base_of(repeat: Repeat, has_adapter: bool) -> dict[str, str | None]:
 
 def _chosen_adapters(request: Request, repeat: Repeat) -> list[str]:
     """Those of `--lora`; of one that the picture was drawn with, the weight is the picture's unless it is given."""
-    weights = {lora.sha256: lora.weight for lora in repeat.recipe.loras}
     chosen = []
     for value in request.loras:
         path, _ = parse_lora(value)
-        digest = file_sha256(find_adapter(path)) if path.exists() else None
-        known = digest in weights or str(path) in [lora.name for lora in repeat.recipe.loras]
-        if not known:
+        file = find_adapter(path) if path.exists() else None
+        drawn_with = next((lora for lora in repeat.recipe.loras if file is not None and lora.is_in(file)), None)
+        if drawn_with is None and str(path) not in [lora.name for lora in repeat.recipe.loras]:
             say(f"warning: {repeat.picture} was drawn without {value}, or with another file of that name")
-        chosen.append(f"{path}@{weights[digest]}" if digest in weights and str(path) == value else value)
+        chosen.append(f"{path}@{drawn_with.weight}" if drawn_with and str(path) == value else value)
     return chosen
 
 
-def _found_adapters(repeat: Repeat) -> list[str]:
-    """Near the picture and below the working directory, by their content; those of the Hub by name and commit."""
+def _found_adapters(request: Request, repeat: Repeat) -> list[str]:
+    """By their content, in the places where pictures and adapters lie; those of the Hub by name and commit."""
     found, problems = [], []
     for lora in repeat.recipe.loras:
-        near = (path for path in _candidates(repeat.picture, lora.name) if file_sha256(path) == lora.sha256)
-        path = lora.name if ":" in lora.name else next(near, None)
+        near = (path for path in _candidates(request, repeat.picture, lora.name) if lora.is_in(path))
+        path = lora.name if _HUB_COMMIT.fullmatch(lora.name) else next(near, None)
         if path is None:
             problems.append(
                 f"--from {repeat.picture}: drawn with the adapter {lora.name!r} (sha256 {lora.sha256[:12]}...), "
-                "which is not found near it or in runs/; give it with --lora"
+                "which is not found near it or in runs/; name its folder with --look-in, or give it with --lora"
             )
         found.append(f"{path}@{lora.weight}")
     if problems:
@@ -192,26 +215,44 @@ def _found_adapters(repeat: Repeat) -> list[str]:
     return found
 
 
-def _found_image(repeat: Repeat, image: _Image) -> Path:
-    """Near the picture or in the working directory, by its content."""
-    for folder in (*repeat.picture.absolute().parents[:3], Path.cwd()):
+def _found_image(request: Request, repeat: Repeat, image: _Image) -> Path:
+    """Near the picture, in the working directory or in a folder of `--look-in`, by its content."""
+    for folder in (*_near(repeat.picture), Path.cwd(), *request.look_in):
         path = folder / image.name
-        if path.is_file() and file_sha256(path) == image.sha256:
+        if _is_plain(image.name) and _has_content(path, image.sha256):
             return path
     raise ConfigError(
         f"--from {repeat.picture}: drawn from the picture {image.name!r} (sha256 {image.sha256[:12]}...), which is not "
-        "found near it; give it with --image"
+        "found near it; name its folder with --look-in, or give it with --image"
     )
 
 
-def _candidates(picture: Path, name: str) -> Iterator[Path]:
-    """Files that may be the adapter called `name`, the nearest first."""
+def _near(picture: Path) -> list[Path]:
+    """The picture's folder and the three above it."""
+    return list(picture.absolute().parents[:4])
+
+
+def _candidates(request: Request, picture: Path, name: str) -> Iterator[Path]:
+    """Files that may be the adapter called `name`, the nearest first. A name is neither a path nor a pattern."""
     deeper = (file.parent for file in sorted(Path("runs").glob(f"*/*/{RUN_FILE}")))  # as those of the demo
-    roots = [*picture.absolute().parents[:3], Path.cwd(), *sorted(Path("runs").glob("*")), *deeper]
+    roots = [*_near(picture), Path.cwd(), *request.look_in, *sorted(Path("runs").glob("*")), *deeper]
+    names = [ADAPTER_FILE, *([f"{name}.safetensors"] if _is_plain(name) else [])]
     for root in roots:
-        for folder in (".", "adapter", "adapter_raw", "best/adapter", "checkpoints/*"):
-            for file in (ADAPTER_FILE, f"{name}.safetensors"):
-                yield from sorted(root.glob(f"{folder}/{file}"))
+        checkpoints = sorted((root / "checkpoints").glob("*"))
+        for folder in (root, root / "adapter", root / "adapter_raw", root / "best" / "adapter", *checkpoints):
+            yield from (folder / file for file in names)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a recipe's name is that of a file in a folder, and leads nowhere else."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
+
+def _has_content(path: Path, sha256: str) -> bool:
+    try:
+        return sha256_of(path) == sha256
+    except OSError:
+        return False
 
 
 def _as_python(recipe: Mapping[str, Any]) -> dict[str, Any]:
