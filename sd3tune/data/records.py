@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,12 @@ import regex
 from tqdm import tqdm
 
 from sd3tune.config.sections.data import DataConfig, SourceConfig
+from sd3tune.data.ahead import ahead
 from sd3tune.data.captions import counted, read_sidecar, some
 from sd3tune.data.folders import Listing, list_folder
 from sd3tune.data.images import ImageRef, check_header
 from sd3tune.data.rows import list_rows
-from sd3tune.data.sampler import derive
+from sd3tune.data.seeds import derive
 from sd3tune.errors import DataError
 from sd3tune.terminal import escaped
 from sd3tune.text_files import flaw
@@ -42,6 +44,8 @@ class Scan:
     """What was found in the sources."""
 
     records: list[Record] = field(default_factory=list)
+    looked: list[Any] = field(default_factory=list)
+    """What looking at the image of each record gave."""
     problems: list[str] = field(default_factory=list)
     """A line for each thing that is wrong."""
     warnings: list[str] = field(default_factory=list)
@@ -63,11 +67,13 @@ def load_records(
     return scan.records
 
 
-def scan_records(data: DataConfig, progress: bool = False) -> Scan:
+def scan_records(data: DataConfig, progress: bool = False, look: Callable[[ImageRef], Any] = check_header) -> Scan:
     """The images that can be used, what is wrong, and what is passed over.
 
     Wrong are sources that are missing, empty or not readable, what does not begin like an image (of a file only the
     first bytes are read), and images without a caption, which are among the records nevertheless.
+
+    `look` is called for each image on threads, a few at a time; what it raises DataError for is no record.
     """
     scan = Scan()
     for number, source in enumerate(data.sources):
@@ -78,25 +84,47 @@ def scan_records(data: DataConfig, progress: bool = False) -> Scan:
             continue
         scan.warnings += listing.warnings
         chosen, of_lines = _chosen(listing.images, source.max_samples), list[Path]()
-        what = escaped(f"reading {source.path}")
-        for image, text in tqdm(chosen, desc=what, unit="image", delay=2, disable=not progress):
-            try:
-                check_header(image)
-            except DataError as error:
-                scan.problems += error.problems
-                continue
-            try:
-                sidecar = None if text is not None else listing.sidecars.get(image)
-                own = _caption(image, text, sidecar, source)
-                of_lines += [sidecar] if sidecar and "\n" in own else []
-                caption = written_out(own, source.template, data.trigger)
-            except DataError as error:
-                scan.problems += error.problems
-                caption = ""
-            scan.records.append(Record(image, caption, source.repeats, number, source.weight))
+        examine = functools.partial(_examined, data, number, listing, look)
+        results = ahead(examine, chosen)
+        bar = tqdm(results, escaped(f"reading {source.path}"), len(chosen), unit="image", delay=2, disable=not progress)
+        for found in bar:
+            scan.problems += found.problems
+            if found.record is not None:
+                scan.records.append(found.record)
+                scan.looked.append(found.looked)
+            of_lines += [found.joined] if found.joined else []
         scan.warnings += _joined(source.path, of_lines)
     scan.warnings = list(dict.fromkeys(scan.warnings))  # a folder may be two sources
     return scan
+
+
+@dataclass(frozen=True)
+class _Examined:
+    record: Record | None
+    looked: Any = None
+    problems: Sequence[str] = ()
+    joined: Path | None = None
+    """The caption file, where it has several lines."""
+
+
+def _examined(
+    data: DataConfig, number: int, listing: Listing, look: Callable[[ImageRef], Any], item: tuple[ImageRef, str | None]
+) -> _Examined:
+    """One image of source `number`, and the caption that its listing gives."""
+    source, (image, text) = data.sources[number], item
+    try:
+        looked = look(image)
+    except DataError as error:
+        return _Examined(None, problems=error.problems)
+    sidecar = None if text is not None else listing.sidecars.get(image)
+    caption, joined, problems = "", None, tuple[str, ...]()
+    try:
+        own = _caption(image, text, sidecar, source)
+        joined = sidecar if "\n" in own else None
+        caption = written_out(own, source.template, data.trigger)
+    except DataError as error:
+        problems = error.problems
+    return _Examined(Record(image, caption, source.repeats, number, source.weight), looked, problems, joined)
 
 
 def sample_indices(records: Sequence[Record]) -> list[int]:
