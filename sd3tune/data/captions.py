@@ -49,10 +49,10 @@ def unread(folder: Path, read: Iterable[Path], beside: Mapping[Path, Path]) -> l
     """
     used = set(read)
     second, others = list[Path](), list[Path]()
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.suffix.lower() not in _OF_TEXTS or path in used or not path.is_file():
-            continue
-        (second if path in beside else others).append(path)
+    looks_like_text = (path for path in folder.iterdir() if path.suffix.lower() in _OF_TEXTS and path not in used)
+    for path in sorted(looks_like_text):
+        if not path.name.startswith(".") and path.is_file():
+            (second if path in beside else others).append(path)
     lines = []
     if second:
         named = some(f"{path.name} ({beside[path].name} is)" for path in second)

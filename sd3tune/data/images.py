@@ -106,6 +106,12 @@ def check_header(image: ImageRef) -> None:
     """
     with _opened(image) as opened:
         width, height = opened.size
+    check_shape(image, (height, width))
+
+
+def check_shape(image: ImageRef, size: tuple[int, int]) -> None:
+    """Raise DataError for a picture that is too narrow; `size` is (height, width)."""
+    height, width = size
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise DataError(f"{image}: is {width} x {height} px, too narrow to crop; cut it yourself or remove it")
 

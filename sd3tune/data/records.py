@@ -13,7 +13,7 @@ import regex
 from tqdm import tqdm
 
 from sd3tune.config.sections.data import DataConfig, SourceConfig
-from sd3tune.data.ahead import ahead
+from sd3tune.data.ahead import in_pieces
 from sd3tune.data.captions import counted, read_sidecar, some
 from sd3tune.data.folders import Listing, list_folder
 from sd3tune.data.images import ImageRef, check_header
@@ -85,8 +85,14 @@ def scan_records(data: DataConfig, progress: bool = False, look: Callable[[Image
         scan.warnings += listing.warnings
         chosen, of_lines = _chosen(listing.images, source.max_samples), list[Path]()
         examine = functools.partial(_examined, data, number, listing, look)
-        results = ahead(examine, chosen)
-        bar = tqdm(results, escaped(f"reading {source.path}"), len(chosen), unit="image", delay=2, disable=not progress)
+        bar = tqdm(
+            in_pieces(examine, chosen, _PIECE),
+            escaped(f"reading {source.path}"),
+            len(chosen),
+            unit="image",
+            delay=2,
+            disable=not progress,
+        )
         for found in bar:
             scan.problems += found.problems
             if found.record is not None:
@@ -132,6 +138,8 @@ def sample_indices(records: Sequence[Record]) -> list[int]:
     return [index for index, record in enumerate(records) for _ in range(record.repeats)]
 
 
+_PIECE = 32
+"""Images that a thread looks at before it hands over."""
 _LONGEST = 100_000
 """Characters of a caption, of which encoders read some hundred words."""
 

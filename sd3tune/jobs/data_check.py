@@ -18,7 +18,7 @@ from sd3tune.config import Config
 from sd3tune.data.buckets import Size, nearest_bucket
 from sd3tune.data.colour import Reading
 from sd3tune.data.duplicates import near_duplicates, thumbnail
-from sd3tune.data.images import ImageRef, check_header, is_smaller, read_picture, reading_warnings
+from sd3tune.data.images import ImageRef, check_header, check_shape, is_smaller, read_picture, reading_warnings
 from sd3tune.data.records import Record, scan_records
 from sd3tune.errors import DataError, ModelError, RunError
 from sd3tune.jobs.buckets import buckets_of, describe_buckets
@@ -85,12 +85,13 @@ def run_data_check(config: Config, sheet: Path) -> None:
 
 def _look(image: ImageRef) -> _Facts | DataError:
     """Decode a picture whole, and keep none of its pixels. Raises DataError for what does not begin like one."""
-    check_header(image)
     try:
         picture = read_picture(image)
     except DataError as error:
+        check_header(image)
         return error
     size = picture.image.height, picture.image.width
+    check_shape(image, size)
     return _Facts(picture.digest, size, thumbnail(picture.image), picture.reading)
 
 
@@ -158,11 +159,12 @@ def _counter(base: Base, part: str) -> Callable[[str], int]:
 
 def _sizes(buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
     """A table of the images' sizes, and what is scaled and cut away for training."""
-    yield from describe_buckets(nearest_bucket(one.size, buckets) for one in seen)
+    cut = {size: nearest_bucket(size, buckets) for size in {one.size for one in seen}}
+    yield from describe_buckets(cut[one.size] for one in seen)
     yield f"sizes     {'width x height':<16}{'images':>7}   {'trained at':<13}{'scaled':>7}{'cut away':>10}"
     counts = Counter(one.size for one in seen).most_common()
     for (high, wide), count in counts[:_SHOWN]:
-        to_high, to_wide = nearest_bucket((high, wide), buckets)
+        to_high, to_wide = cut[high, wide]
         scale = max(to_high / high, to_wide / wide)
         lost = 1 - to_high * to_wide / (high * scale * wide * scale)
         size, trained = f"{wide} x {high}", f"{to_wide} x {to_high}"
@@ -170,7 +172,7 @@ def _sizes(buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
     if len(counts) > _SHOWN:
         more, rest = len(counts) - _SHOWN, sum(count for _, count in counts[_SHOWN:])
         yield f"          and {more} more size{'s' * (more != 1)}, {rest} image{'s' * (rest != 1)}"
-    small = [one.record.image for one in seen if is_smaller(one.size, nearest_bucket(one.size, buckets))]
+    small = [one.record.image for one in seen if is_smaller(one.size, cut[one.size])]
     if small:
         yield f"warning: {len(small)} of {len(seen)} are enlarged, which blurs the result: {_named(small)}"
 
