@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +20,6 @@ from sd3tune.regular_files import complaint, open_regular, read_regular
 PREPROCESSING_VERSION = 1
 """Part of every image key: raise it when most files give other pixels; of a few, `Reading.mark` tells."""
 
-# PIL refuses twice the pixels at which it warns (179 million); what lies between is a large photograph.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # what matters is told in words of ours
 # A workflow or a large colour profile in a PNG may well be longer than 1 MiB, PIL's limit; all of them stay below 64.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 _MAX_ASPECT = 32  # beyond it a crop shows next to nothing, and covering it would take gigabytes
