@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +21,11 @@ from sd3tune.errors import DataError, RunError
 _Named = Sequence[tuple[str, Record]]
 _Write = Callable[[Path, _Named], None]
 _SUFFIXES = {"PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif", "AVIF": ".avif"}
+_NO_TEXT = re.compile(r"[\ud800-\udfff]")
+"""Bytes of a file name that are not UTF-8, as Python holds them; neither JSON, CSV nor parquet can."""
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
+_LONGEST_NAME = 200
+"""Bytes; most file systems take 255."""
 
 
 def run_data_convert(data: DataConfig, form: str, out: Path) -> str:
@@ -82,8 +88,7 @@ def _names(records: Iterable[Record], root: Path, flat: bool) -> Iterator[str]:
     taken: set[str] = set()
     for number, record in enumerate(records):
         wanted = PurePosixPath(_own_name(record.image, root) or f"{number:06}")
-        if flat:
-            wanted = PurePosixPath("-".join(wanted.parts))
+        wanted = PurePosixPath("-".join(wanted.parts) if flat else _NO_TEXT.sub("_", str(wanted)))
         if wanted.suffix.lower() not in EXTENSIONS:
             wanted = wanted.with_name(wanted.name + _suffix(record.image))
         name, copy = wanted, 1
@@ -105,7 +110,13 @@ def _own_name(image: ImageRef, root: Path) -> str | None:
     remembered = PurePosixPath((image.file_name if isinstance(image, Row) else None) or "")
     if remembered.is_absolute() or ".." in remembered.parts:
         remembered = PurePosixPath(remembered.name)
-    return "/".join(part.lstrip(".") or "_" for part in remembered.parts) or None
+    return "/".join(_part(part) for part in remembered.parts) or None
+
+
+def _part(name: str) -> str:
+    """A part of a remembered path as a file may be called: not hidden, without controls, and not too long."""
+    plain = _CONTROLS.sub("_", name.lstrip(".")) or "_"
+    return plain if len(plain.encode()) <= _LONGEST_NAME else plain[-_LONGEST_NAME // 4 :]
 
 
 def _suffix(image: ImageRef) -> str:
