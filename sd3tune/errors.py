@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from sd3tune.terminal import escaped
+
 
 class UserError(Exception):
-    """Something the user can fix. The command line prints each problem on its own line and ends with `exit_code`."""
+    """Something the user can fix. The command line prints each problem on its own line and ends with `exit_code`.
+
+    Control characters of the names in a problem are written out (see `terminal.escaped`), so that it is one line.
+    """
 
     exit_code = 2
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = tuple(map(escaped, problems))
+        super().__init__("\n".join(self.problems))
 
 
 class ConfigError(UserError):

@@ -1,8 +1,10 @@
-"""Text files that other programs wrote, as text: UTF-8, or UTF-16 with its byte-order mark."""
+"""Text and JSON that other programs wrote: UTF-8, or UTF-16 with its byte-order mark."""
 
 from __future__ import annotations
 
 import codecs
+import json
+from typing import Any
 
 
 class NotText(ValueError):
@@ -33,6 +35,25 @@ def decode(data: bytes, name: object) -> str:
     if "\0" in text:
         raise NotText(_with_nul(data, name))
     return text
+
+
+def parse_json(text: str) -> Any:
+    """Return the value. Raises ValueError, also for values that are too deep in one another."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("brackets too deep in one another") from None
+
+
+def flaw(text: str) -> str | None:
+    """Return what keeps a text from being read by a tokenizer: `holds NUL characters`; None if it can be."""
+    if "\0" in text:
+        return "holds NUL characters"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half a character ({ascii(text[error.start])[1:-1]}); write it as UTF-8"
+    return None
 
 
 def _with_nul(data: bytes, name: object) -> str:

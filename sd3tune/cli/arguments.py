@@ -8,6 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from sd3tune.terminal import say
+
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time
@@ -18,4 +20,4 @@ Overrides = Annotated[
 def print_notes(notes: tuple[str, ...]) -> None:
     """What the user should be told about how a configuration came about."""
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", to=sys.stderr)

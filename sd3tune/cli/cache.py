@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from sd3tune.cli.arguments import ConfigArgument, Overrides
 from sd3tune.cli.imports import quick_imports
 from sd3tune.config import load_config
+from sd3tune.terminal import say
 
 
 class _ConfigOrCommand(TyperGroup):
@@ -49,7 +50,7 @@ def ls(where: StoreArgument = None) -> None:
     """Print what a store holds: entries, bytes, and when they were last used."""
     from sd3tune.jobs.stores import list_store
 
-    print("\n".join(list_store(where)))
+    say(*list_store(where))
 
 
 @cache_app.command()
@@ -65,4 +66,4 @@ def prune(
     """Remove unfinished and unreadable files from a store, and what is older; never while a run uses it."""
     from sd3tune.jobs.stores import prune_store
 
-    print("\n".join(prune_store(where, older_than=older_than, everything=everything, yes=yes)))
+    say(*prune_store(where, older_than=older_than, everything=everything, yes=yes))

@@ -10,6 +10,7 @@ import typer
 from sd3tune.cli.arguments import Overrides, print_notes
 from sd3tune.config import load_config, parse_config
 from sd3tune.errors import ConfigError
+from sd3tune.terminal import say
 
 data_app = typer.Typer(help="Look at training data, and convert it.", no_args_is_help=True)
 
@@ -62,7 +63,7 @@ def convert(
 
     columns = {"split": split, "image_column": image_column, "caption_column": caption_column}
     source = source_of(what, **columns) | _captioned(caption)
-    print(run_data_convert(parse_config({"data": {"sources": [source]}}).config.data, to, out))
+    say(run_data_convert(parse_config({"data": {"sources": [source]}}).config.data, to, out))
 
 
 def _captioned(caption: str | None) -> dict[str, str]:

@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+from sd3tune.terminal import escaped, say
+
 SPINS = "10000"
 """A thirtieth of GNU OpenMP's own 300000, which takes milliseconds. Far fewer slow a small model on idle cores."""
 
@@ -60,14 +62,15 @@ def announced(doing: str) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":  # one of several processes, the first of which says it
         yield
     elif not sys.stderr.isatty():
-        print(f"{line} ...", file=sys.stderr, flush=True)
+        say(f"{line} ...", to=sys.stderr, flush=True)
         yield
     else:
         done, start = threading.Event(), time.monotonic()
 
         def tick() -> None:
             while not done.is_set():
-                print(f"\r{line} {time.monotonic() - start:.0f} s", end="", file=sys.stderr, flush=True)
+                sys.stderr.write(f"\r{escaped(line)} {time.monotonic() - start:.0f} s")
+                sys.stderr.flush()
                 done.wait(1)
 
         clock = threading.Thread(target=tick, daemon=True)
@@ -77,7 +80,7 @@ def announced(doing: str) -> Iterator[None]:
         finally:
             done.set()
             clock.join()
-            print(file=sys.stderr)
+            sys.stderr.write("\n")
 
 
 @contextmanager

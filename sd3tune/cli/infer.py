@@ -9,6 +9,7 @@ import typer
 
 from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
+from sd3tune.terminal import say
 
 _MODEL, _SAMPLING, _TEXT = "Adapters and model", "Sampling", "Text"
 _IMAGE, _MEMORY = "From a picture", "Memory"
@@ -66,6 +67,14 @@ def infer(
             "--from", metavar="PNG", help="A picture of infer: drawn again from its recipe; flags override it."
         ),
     ] = None,
+    look_in: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(metavar="DIR", help="With --from: a folder with the adapter or the start image. Repeatable."),
+    ] = None,
+    allow_download: Annotated[
+        bool,
+        typer.Option("--allow-download", help="With --from: fetch from the Hub what is not on this machine."),
+    ] = False,
     batch: Annotated[int, typer.Option(help="How many to draw at once.")] = 1,
     sampler: Annotated[
         Optional[str],  # noqa: UP045
@@ -205,6 +214,8 @@ def infer(
         prompts=prompts,
         grid=grid or [],
         from_picture=from_picture,
+        look_in=look_in or [],
+        allow_download=allow_download,
         batch=batch,
         sampler=sampler,
         shift=shift,
@@ -229,7 +240,7 @@ def infer(
         before=before,
     )
     for path in run_infer(request):
-        print(path)
+        say(path)
 
 
 def parse_size(size: str | None) -> tuple[int, int] | None:

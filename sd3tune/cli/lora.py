@@ -9,6 +9,7 @@ import typer
 
 from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
+from sd3tune.terminal import say
 
 lora_app = typer.Typer(help="Inspect, convert, verify, merge and resize adapters.", no_args_is_help=True)
 
@@ -35,7 +36,7 @@ def inspect(path: Adapter) -> None:
         from sd3tune.jobs.lora_inspect import inspect_lora
 
     for line in inspect_lora(path):
-        print(line)
+        say(line)
 
 
 @lora_app.command()
@@ -59,7 +60,7 @@ def convert(
         from sd3tune.jobs.lora_convert import convert_lora
 
     for line in convert_lora(path, to, out, thumbnail, not no_thumbnail, transformer_only=transformer_only):
-        print(line)
+        say(line)
 
 
 @lora_app.command()
@@ -79,7 +80,7 @@ def verify(
         from sd3tune.jobs.lora_verify import verify_lora
 
     for line in verify_lora(path, base, dtype, preview, transformer_only=transformer_only):
-        print(line)
+        say(line)
 
 
 @lora_app.command()
@@ -112,7 +113,7 @@ def merge(
     else:
         lines = merge_loras(paths, out, to, method, rank, transformer_only=transformer_only)
     for line in lines:
-        print(line)
+        say(line)
 
 
 @lora_app.command()
@@ -131,4 +132,4 @@ def resize(
         from sd3tune.jobs.lora_resize import resize_lora
 
     for line in resize_lora(path, out, rank, energy, transformer_only=transformer_only):
-        print(line)
+        say(line)

@@ -22,6 +22,7 @@ from sd3tune.cli.lora import lora_app
 from sd3tune.cli.outcome import EXIT_CODES, run_app
 from sd3tune.config import dump_config, json_schema, load_config
 from sd3tune.errors import ConfigError
+from sd3tune.terminal import say
 
 app = typer.Typer(
     help="Fine-tune Stable Diffusion 3 and 3.5 with LoRA.",
@@ -101,7 +102,7 @@ def plan(
         from sd3tune.jobs.plan import run_plan
 
     for line in run_plan(loaded.config, card, memory, utilisation):
-        print(line, flush=True)
+        say(line, flush=True)
 
 
 @config_app.command()
@@ -110,7 +111,7 @@ def show(config: ConfigArgument, overrides: Overrides = None) -> None:
     loaded = load_config(config, overrides or ())
     print_notes(loaded.notes)
     utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"  # as configurations are read
-    print(dump_config(loaded.config, ascii_only=not utf8), end="")
+    say(*dump_config(loaded.config, ascii_only=not utf8).rstrip("\n").split("\n"))
 
 
 @config_app.command()
@@ -120,13 +121,13 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
     print_notes(loaded.notes)
     train = loaded.config.train
     length = f"{train.steps} step" if train.epochs is None else f"{train.epochs:g} epoch"
-    print(f"{config}: valid, run {loaded.config.name!r}, {length}{'s' * (1 not in (train.steps, train.epochs))}")
+    say(f"{config}: valid, run {loaded.config.name!r}, {length}{'s' * (1 not in (train.steps, train.epochs))}")
 
 
 @config_app.command()
 def schema() -> None:
     """Print the JSON Schema, for editors."""
-    print(json.dumps(json_schema(), indent=2))
+    say(*json.dumps(json_schema(), indent=2).split("\n"))
 
 
 @config_app.command("list")
@@ -137,8 +138,8 @@ def list_presets() -> None:
     presets = all_presets()
     width = max(len(preset.name) for preset in presets)
     for preset in presets:
-        print(f"{preset.name:<{width}}  {preset.description}")
-    print(f"\n{presets_folder()}")
+        say(f"{preset.name:<{width}}  {preset.description}")
+    say("", presets_folder())
 
 
 @config_app.command()
@@ -181,12 +182,12 @@ def path(
     """Print the diffusers folder of an offline base, built on first use."""
     from sd3tune.jobs.bases import base_path
 
-    print(base_path(name))
+    say(base_path(name))
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"sd3tune {__version__}")
+        say(f"sd3tune {__version__}")
         raise typer.Exit
 
 

@@ -14,6 +14,7 @@ from sd3tune.cli.usage import UsageError, usage_problem
 from sd3tune.errors import Interrupted, UserError
 from sd3tune.invocation import command_line
 from sd3tune.jobs.stopping import StopSignals
+from sd3tune.terminal import say
 
 EXIT_CODES = (
     "Exit codes: 0 done; 2 a mistake, a full disk or out of memory, with an error line that says what to do; "
@@ -53,7 +54,7 @@ def run_app(app: typer.Typer) -> None:
 
 def _exit(code: int, *problems: str) -> NoReturn:
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        say(f"error: {problem}", to=sys.stderr)
     sys.exit(code)
 
 

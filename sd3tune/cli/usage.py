@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from sd3tune.config.shape import all_fields
+from sd3tune.terminal import say
 
 UsageError: Any = typer.BadParameter.__mro__[2]
 """Click's ClickException; typer brings a click of its own, or in older versions the installed one."""
@@ -18,7 +19,7 @@ def usage_problem(error: Any) -> str | None:
     """The line for a usage error of typer; None for a command without arguments, whose help is printed instead."""
     context = error.ctx
     if type(error).__name__ == "NoArgsIsHelpError":
-        print(error.message, end="")  # empty with rich, which has printed it already
+        say(*error.message.split("\n") if error.message else ())  # empty with rich, which has printed it already
         return None
     option = getattr(error, "option_name", None)
     takes_overrides = context is not None and any(parameter.name == "overrides" for parameter in context.command.params)

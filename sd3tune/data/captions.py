@@ -8,6 +8,7 @@ from pathlib import Path
 from sd3tune.data.metadata import clean
 from sd3tune.data.names import Names
 from sd3tune.errors import DataError
+from sd3tune.regular_files import complaint, read_regular
 from sd3tune.text_files import NotText, decode
 
 _ENDINGS = (".txt", ".caption")
@@ -25,16 +26,15 @@ def sidecars(image: Path, names: Names) -> list[Path]:
         for ending in _ENDINGS
         for stem in (image.stem, image.name)
         for found in names.like(image.with_name(stem + ending))
-        if found.is_file()
     ]
 
 
 def read_sidecar(sidecar: Path, image: Path) -> str:
     """The caption in the file. Raises DataError."""
     try:
-        text = clean(decode(sidecar.read_bytes(), sidecar))
+        text = clean(decode(read_regular(sidecar), sidecar))
     except OSError as error:
-        raise DataError(f"{sidecar}: cannot be read ({error.strerror}); check its permissions") from None
+        raise DataError(f"{sidecar}: {complaint(error)}") from None
     except NotText as error:
         raise DataError(str(error)) from None
     if not text:
@@ -49,10 +49,10 @@ def unread(folder: Path, read: Iterable[Path], beside: Mapping[Path, Path]) -> l
     """
     used = set(read)
     second, others = list[Path](), list[Path]()
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.suffix.lower() not in _OF_TEXTS or path in used or not path.is_file():
-            continue
-        (second if path in beside else others).append(path)
+    looks_like_text = (path for path in folder.iterdir() if path.suffix.lower() in _OF_TEXTS and path not in used)
+    for path in sorted(looks_like_text):
+        if not path.name.startswith(".") and path.is_file():
+            (second if path in beside else others).append(path)
     lines = []
     if second:
         named = some(f"{path.name} ({beside[path].name} is)" for path in second)

@@ -11,7 +11,9 @@ _SIDE = 8
 _NEAR = 3.0
 """Root mean square difference of thumbnails, of 255 levels. Rescaling and JPEG at quality 20 make at most 2; different
 photographs of one thing on one background are beyond 6."""
-_BLOCK = 1024
+_BLOCK = 256
+_ROUNDING = 0.01
+"""Levels; of means in fp32."""
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
@@ -20,35 +22,27 @@ def thumbnail(image: Image.Image) -> np.ndarray:
 
 
 def near_duplicates(thumbnails: Sequence[np.ndarray]) -> list[list[int]]:
-    """Groups, two or more each, of the indices of pictures that are nearly the same."""
-    group = list(range(len(thumbnails)))
+    """Groups, two or more each, of the indices of pictures that are nearly the same.
 
-    def root(index: int) -> int:
-        while group[index] != index:
-            group[index] = group[group[index]]
-            index = group[index]
-        return index
-
-    for one, other in _near_pairs(thumbnails):
-        first, second = sorted((root(one), root(other)))
-        group[second] = first
-    members: dict[int, list[int]] = {}
-    for index in range(len(thumbnails)):
-        members.setdefault(root(index), []).append(index)
-    return [found for found in members.values() if len(found) > 1]
-
-
-def _near_pairs(thumbnails: Sequence[np.ndarray]) -> list[tuple[int, int]]:
-    """By |a|^2 + |b|^2 - 2ab, a block of rows at a time: some seconds for 20,000 pictures."""
+    The means of two such pictures differ by no more than the pictures, so each is compared with those of about its
+    brightness alone, by |a|^2 + |b|^2 - 2ab, a block of rows at a time.
+    """
     if len(thumbnails) < 2:
         return []
     values = np.stack(thumbnails).astype(np.float32) - 128
-    squares = (values**2).sum(axis=1)
-    limit = _NEAR**2 * values.shape[1]
-    pairs = []
+    order = np.argsort(values.mean(axis=1), kind="stable")
+    values = values[order]
+    squares, means = (values**2).sum(axis=1), values.mean(axis=1)
+    group = np.arange(len(values))  # of each picture, the least index in its group
     for begin in range(0, len(values), _BLOCK):
         rows = slice(begin, begin + _BLOCK)
-        distances = squares[rows, None] + squares[None, begin:] - 2 * values[rows] @ values[begin:].T
-        ones, others = np.nonzero(np.triu(distances <= limit, k=1))
-        pairs += [(begin + int(one), begin + int(other)) for one, other in zip(ones, others, strict=True)]
-    return pairs
+        near = slice(begin, np.searchsorted(means, means[rows][-1] + _NEAR + _ROUNDING, "right"))
+        distances = squares[rows, None] + squares[None, near] - 2 * values[rows] @ values[near].T
+        close = np.triu(distances <= _NEAR**2 * values.shape[1], k=1)
+        for row in np.flatnonzero(close.any(axis=1)):
+            groups = np.unique(group[order[begin + np.flatnonzero(close[row])]])
+            groups = np.union1d(groups, group[order[begin + row]])
+            if len(groups) > 1:
+                group[np.isin(group, groups)] = groups[0]
+    _, first, counts = np.unique(group, return_index=True, return_counts=True)
+    return [np.flatnonzero(group == group[index]).tolist() for index in first[counts > 1]]

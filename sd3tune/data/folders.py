@@ -34,6 +34,7 @@ class _PassedOver:
 
     unreadable: list[Path] = field(default_factory=list)
     dangling: list[Path] = field(default_factory=list)
+    special: list[Path] = field(default_factory=list)
     subfolders: list[Path] = field(default_factory=list)
 
     def reasons(self) -> list[str]:
@@ -45,6 +46,9 @@ class _PassedOver:
         if self.dangling:
             leads = counted(self.dangling, "link leads", "links lead")
             found.append(f"{leads} nowhere: {some(path.name for path in self.dangling)}; link or copy again")
+        if self.special:
+            are = counted(self.special, "is no file but a pipe, socket or device", "are pipes, sockets or devices")
+            found.append(f"{are}: {some(path.name for path in self.special)}; remove or replace")
         if self.subfolders:
             named = some(path.name for path in self.subfolders)
             are = counted(self.subfolders, "subfolder with pictures is", "subfolders with pictures are")
@@ -66,7 +70,7 @@ def list_folder(source: FolderSource) -> Listing:
     names = Names()
     try:
         listed = read_metadata(folder, names)
-        found = sorted({*images_in(folder), *listed}, key=lambda path: path.relative_to(folder).parts)
+        found = sorted({*images_in(folder), *listed}, key=lambda path: path.parts)
         passed_over = _passed_over(folder, set(listed))
         if not found:
             why = "; ".join(passed_over.reasons()) or "put pictures into it, or name another folder"
@@ -81,9 +85,10 @@ def list_folder(source: FolderSource) -> Listing:
 
 def images_in(folder: Path) -> Iterator[Path]:
     """The files of a folder that are images by their names; hidden ones and subfolders are passed over."""
-    for path in folder.iterdir():
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file():
-            yield path
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and _is_file(entry):
+                yield folder / entry.name
 
 
 def _caption_files(
@@ -105,9 +110,12 @@ def _caption_files(
 def _passed_over(folder: Path, listed: set[Path]) -> _PassedOver:
     found = _PassedOver()
     read_in = {parent for path in listed for parent in path.parents}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+    with os.scandir(folder) as entries:
+        kept = [entry for entry in entries if not entry.name.startswith(".")]
+    for entry in sorted(kept, key=lambda entry: entry.name):
+        if _is_file(entry) and (entry.name.lower().endswith(EXTENSIONS) or not is_picture(entry.name)):
             continue
+        path = folder / entry.name
         if path.is_dir():
             if path not in read_in and _holds_pictures(path):
                 found.subfolders.append(path)
@@ -116,7 +124,14 @@ def _passed_over(folder: Path, listed: set[Path]) -> _PassedOver:
                 found.dangling.append(path)
             elif path.suffix.lower() not in EXTENSIONS:
                 found.unreadable.append(path)
+            else:
+                found.special.append(path)
     return found
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a regular file or a link to one; only a link costs a call to the system."""
+    return Path(entry.path).is_file() if entry.is_symlink() else entry.is_file()
 
 
 def _holds_pictures(folder: Path) -> bool:

@@ -1,32 +1,25 @@
-"""From an image's bytes to pixels: upright RGB, a crop, numbers in [-1, 1]. Sizes are (height, width)."""
+"""From an image's bytes to upright RGB. Sizes are (height, width). Needs no torch; see `crops` for what comes next."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
 from sd3tune.data.colour import Reading, to_rgb
 from sd3tune.data.formats import FORMATS, HEAD_BYTES, describe
-from sd3tune.data.sampler import derive
 from sd3tune.errors import DataError
+from sd3tune.regular_files import complaint, open_regular, read_regular
 
 PREPROCESSING_VERSION = 1
 """Part of every image key: raise it when most files give other pixels; of a few, `Reading.mark` tells."""
 
-# PIL refuses twice the pixels at which it warns (179 million); what lies between is a large photograph.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # what matters is told in words of ours
 # A workflow or a large colour profile in a PNG may well be longer than 1 MiB, PIL's limit; all of them stay below 64.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 _MAX_ASPECT = 32  # beyond it a crop shows next to nothing, and covering it would take gigabytes
@@ -43,15 +36,6 @@ class ImageRef(Protocol):
 
 
 @dataclass(frozen=True)
-class Crop:
-    """A cut of an image that was scaled to cover `size`; `box` is (left, top, right, bottom) in that."""
-
-    size: tuple[int, int]
-    box: tuple[int, int, int, int]
-    flip: bool
-
-
-@dataclass(frozen=True)
 class Picture:
     """A decoded image: upright RGB in 8 bits, the SHA-256 of the very bytes it came from, and how they were read."""
 
@@ -65,7 +49,7 @@ def read_picture(image: ImageRef) -> Picture:
 
     Raises DataError, naming the image, for whatever cannot be decoded completely.
     """
-    data = _read(image)
+    data = image_bytes(image)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             opened.load()
@@ -108,7 +92,7 @@ def open_image(image: ImageRef) -> Image.Image:
 
 def file_digest(image: ImageRef) -> str:
     """The SHA-256 of the image's bytes, as `read_image` gives it, without decoding. Raises DataError."""
-    return hashlib.sha256(_read(image)).hexdigest()
+    return hashlib.sha256(image_bytes(image)).hexdigest()
 
 
 def check_header(image: ImageRef) -> None:
@@ -116,12 +100,14 @@ def check_header(image: ImageRef) -> None:
 
     Of a file only the first bytes are read. What breaks off later passes.
     """
-    content = None if isinstance(image, Path) else _read(image)
-    try:
-        with Image.open(io.BytesIO(content) if content is not None else str(image), formats=FORMATS) as opened:
-            width, height = opened.size
-    except Exception as error:  # as above
-        raise DataError(f"{image}: {_complaint(error, _head(str(image)) if content is None else content)}") from None
+    with _opened(image) as opened:
+        width, height = opened.size
+    check_shape(image, (height, width))
+
+
+def check_shape(image: ImageRef, size: tuple[int, int]) -> None:
+    """Raise DataError for a picture that is too narrow; `size` is (height, width)."""
+    height, width = size
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise DataError(f"{image}: is {width} x {height} px, too narrow to crop; cut it yourself or remove it")
 
@@ -131,15 +117,11 @@ def upright_size(image: ImageRef) -> tuple[int, int]:
 
     A PNG whose EXIF data stands behind its pixels, which nothing common writes, counts as upright. Raises DataError.
     """
-    content = None if isinstance(image, Path) else _read(image)
-    try:
-        with Image.open(io.BytesIO(content) if content is not None else str(image), formats=FORMATS) as opened:
-            width, height = opened.size
-            # A TIFF's size is the upright one already; a PNG without a sign of EXIF would be decoded to look for it.
-            readable = opened.format != "TIFF" and (opened.format != "PNG" or bool(_EXIF_IN_PNG & opened.info.keys()))
-            sideways = readable and _orientation(opened) >= 5
-    except Exception as error:  # as above
-        raise DataError(f"{image}: {_complaint(error, _head(str(image)) if content is None else content)}") from None
+    with _opened(image) as opened:
+        width, height = opened.size
+        # A TIFF's size is the upright one already; a PNG without a sign of EXIF would be decoded to look for it.
+        readable = opened.format != "TIFF" and (opened.format != "PNG" or bool(_EXIF_IN_PNG & opened.info.keys()))
+        sideways = readable and _orientation(opened) >= 5
     return (width, height) if sideways else (height, width)
 
 
@@ -152,82 +134,41 @@ def _orientation(image: Image.Image) -> int:
     return int(orientation) if orientation in range(1, 9) else 1
 
 
-def _head(path: str) -> bytes | None:
-    """The beginning of a file; None where it cannot be read."""
+@contextmanager
+def _opened(image: ImageRef) -> Iterator[Image.Image]:
+    """The image with nothing decoded; of a file only the first bytes are read. Raises DataError."""
     try:
-        with open(path, "rb") as file:
-            return file.read(HEAD_BYTES)
-    except OSError:
-        return None
-
-
-def _read(image: ImageRef) -> bytes:
-    try:
-        return image.read_bytes()
+        file = open_regular(image) if isinstance(image, Path) else io.BytesIO(image.read_bytes())
     except OSError as error:
-        raise DataError(f"{image}: cannot be read ({error.strerror or error})") from None
+        raise DataError(f"{image}: {complaint(error)}") from None
+    with file:
+        head = file.read(HEAD_BYTES)
+        try:
+            with Image.open(file, formats=FORMATS) as opened:
+                yield opened
+        except Exception as error:  # as of pixels
+            raise DataError(f"{image}: {_complaint(error, head)}") from None
 
 
-def _complaint(error: Exception, data: bytes | None) -> str:
+def image_bytes(image: ImageRef) -> bytes:
+    """Return the image's bytes as they are stored. Raises DataError, also for what is no regular file, or too large."""
+    try:
+        return read_regular(image) if isinstance(image, Path) else image.read_bytes()
+    except OSError as error:
+        raise DataError(f"{image}: {complaint(error)}") from None
+
+
+def _complaint(error: Exception, data: bytes) -> str:
     """What is wrong, given the bytes, of which the beginning is enough."""
-    if data == b"":
+    if not data:
         return "is empty (0 bytes); replace or remove it"
     if isinstance(error, UnidentifiedImageError):
-        return f"is {describe((data or b'')[:HEAD_BYTES])}"
+        return f"is {describe(data[:HEAD_BYTES])}"
     if isinstance(error, Image.DecompressionBombError):
         return f"has more pixels than is safe to decode, {2 * (Image.MAX_IMAGE_PIXELS or 0):,}; scale it down"
-    if isinstance(error, PermissionError):
-        return f"cannot be read ({error.strerror}); check its permissions"
     return f"cannot be decoded ({error or type(error).__name__}); replace or remove it"
 
 
 def is_smaller(image_size: tuple[int, int], target: tuple[int, int]) -> bool:
     """Whether the image has to be enlarged to cover `target`."""
     return image_size[0] < target[0] or image_size[1] < target[1]
-
-
-def crops(image_size: tuple[int, int], target: tuple[int, int], variants: int, flip: bool, digest: str) -> list[Crop]:
-    """The cuts of one image: variant 0 is centred, the others lie at random; `flip` adds each mirrored.
-
-    A pure function of its arguments: `digest`, the SHA-256 of the file, seeds the positions. Always
-    `variants * (1 + flip)` long, though cuts of an image that has `target`'s shape coincide. A longer list
-    begins with the shorter one, so that raising `variants` encodes only what is new.
-    """
-    height, width = target
-    spare_y, spare_x = (a - b for a, b in zip(_cover_size(image_size, target), target, strict=True))
-    found = []
-    for variant in range(variants):
-        if variant == 0:
-            top, left = spare_y // 2, spare_x // 2
-        else:
-            top = derive(int(digest, 16), "crop top", variant) % (spare_y + 1)
-            left = derive(int(digest, 16), "crop left", variant) % (spare_x + 1)
-        box = (left, top, left + width, top + height)
-        found += [Crop(target, box, mirrored) for mirrored in ((False, True) if flip else (False,))]
-    return found
-
-
-def _cover_size(image_size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    (height, width), scale = image_size, max(target[0] / image_size[0], target[1] / image_size[1])
-    return max(target[0], round(height * scale)), max(target[1], round(width * scale))
-
-
-def cover(image: Image.Image, target: tuple[int, int]) -> Image.Image:
-    """The image scaled (Lanczos), its shape kept, until it just covers `target`."""
-    height, width = _cover_size((image.height, image.width), target)
-    scaled: Image.Image = transforms.resize(image, [height, width], InterpolationMode.LANCZOS)
-    return scaled
-
-
-def pixels(image: Image.Image, crop: Crop) -> torch.Tensor:
-    """The cut as fp32 [1, 3, h, w] in [-1, 1], bit-equal to diffusers' `VaeImageProcessor` on the cut image.
-
-    Its memory layout is the same too, channels last: in another, convolutions round otherwise. `image` may
-    already be scaled by `cover`, which saves doing so for every cut.
-    """
-    left, top, _, _ = crop.box
-    cut = transforms.crop(cover(image, crop.size), top, left, *crop.size)
-    if crop.flip:
-        cut = transforms.horizontal_flip(cut)
-    scaled = np.array(cut)[None].astype(np.float32) / 255.0
-    return 2.0 * torch.from_numpy(scaled.transpose(0, 3, 1, 2)) - 1.0

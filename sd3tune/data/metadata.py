@@ -12,7 +12,8 @@ from typing import Any
 
 from sd3tune.data.names import Names
 from sd3tune.errors import DataError
-from sd3tune.text_files import NotText, decode
+from sd3tune.regular_files import complaint, read_regular
+from sd3tune.text_files import NotText, decode, parse_json
 
 JSONL, CSV = "metadata.jsonl", "metadata.csv"
 FILE_COLUMN, TEXT_COLUMN = "file_name", "text"
@@ -24,7 +25,7 @@ _Row = tuple[int, dict[str, Any]]
 def metadata_files(folder: Path, names: Names) -> list[Path]:
     """The metadata of a folder: none, or one file; two of them are one too many."""
     found = (names.like(folder / name)[:1] for name in (JSONL, CSV))
-    return [path for of in found for path in of if path.is_file()]
+    return [path for of in found for path in of]
 
 
 def read_metadata(folder: Path, names: Names) -> dict[Path, str | None]:
@@ -39,11 +40,11 @@ def read_metadata(folder: Path, names: Names) -> dict[Path, str | None]:
         raise DataError(f"{folder}: holds both {JSONL} and {CSV}; keep the one that is meant")
     (path,) = present
     try:
-        lines = io.StringIO(decode(path.read_bytes(), path), newline="")
+        lines = io.StringIO(decode(read_regular(path), path), newline="")
     except NotText as error:
         raise DataError(str(error)) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: {complaint(error)}") from None
     rows = list(_csv_rows(path, lines) if path.suffix.lower() == ".csv" else _jsonl_rows(path, lines))
     _check_columns(path, rows)
     return _captions(path, rows, names)
@@ -74,7 +75,7 @@ def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise DataError(f"{path}:{number}: is not JSON ({error}); a line is one object in braces") from None
         if not isinstance(row, dict):
@@ -139,7 +140,7 @@ def _file(folder: Path, name: Any, names: Names) -> Path:
     if ".." in relative.parts:
         raise DataError(f"{name} leads out of the folder of the metadata; name files inside it")
     file = names.find(folder, relative)
-    if file is None or not file.is_file():
+    if file is None or file.is_dir() or not file.exists():
         raise DataError(f"{name} does not exist in {folder}")
     return file
 

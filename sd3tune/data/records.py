@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +13,15 @@ import regex
 from tqdm import tqdm
 
 from sd3tune.config.sections.data import DataConfig, SourceConfig
+from sd3tune.data.ahead import in_pieces
 from sd3tune.data.captions import counted, read_sidecar, some
 from sd3tune.data.folders import Listing, list_folder
 from sd3tune.data.images import ImageRef, check_header
 from sd3tune.data.rows import list_rows
-from sd3tune.data.sampler import derive
+from sd3tune.data.seeds import derive
 from sd3tune.errors import DataError
+from sd3tune.terminal import escaped
+from sd3tune.text_files import flaw
 
 _Item = TypeVar("_Item")
 
@@ -40,6 +44,8 @@ class Scan:
     """What was found in the sources."""
 
     records: list[Record] = field(default_factory=list)
+    looked: list[Any] = field(default_factory=list)
+    """What looking at the image of each record gave."""
     problems: list[str] = field(default_factory=list)
     """A line for each thing that is wrong."""
     warnings: list[str] = field(default_factory=list)
@@ -61,11 +67,13 @@ def load_records(
     return scan.records
 
 
-def scan_records(data: DataConfig, progress: bool = False) -> Scan:
+def scan_records(data: DataConfig, progress: bool = False, look: Callable[[ImageRef], Any] = check_header) -> Scan:
     """The images that can be used, what is wrong, and what is passed over.
 
     Wrong are sources that are missing, empty or not readable, what does not begin like an image (of a file only the
     first bytes are read), and images without a caption, which are among the records nevertheless.
+
+    `look` is called for each image on threads, a few at a time; what it raises DataError for is no record.
     """
     scan = Scan()
     for number, source in enumerate(data.sources):
@@ -76,30 +84,64 @@ def scan_records(data: DataConfig, progress: bool = False) -> Scan:
             continue
         scan.warnings += listing.warnings
         chosen, of_lines = _chosen(listing.images, source.max_samples), list[Path]()
-        for image, text in tqdm(chosen, desc=f"reading {source.path}", unit="image", delay=2, disable=not progress):
-            try:
-                check_header(image)
-            except DataError as error:
-                scan.problems += error.problems
-                continue
-            try:
-                sidecar = None if text is not None else listing.sidecars.get(image)
-                own = _caption(image, text, sidecar, source)
-                of_lines += [sidecar] if sidecar and "\n" in own else []
-                caption = written_out(own, source.template, data.trigger)
-            except DataError as error:
-                scan.problems += error.problems
-                caption = ""
-            scan.records.append(Record(image, caption, source.repeats, number, source.weight))
+        examine = functools.partial(_examined, data, number, listing, look)
+        bar = tqdm(
+            in_pieces(examine, chosen, _PIECE),
+            escaped(f"reading {source.path}"),
+            len(chosen),
+            unit="image",
+            delay=2,
+            disable=not progress,
+        )
+        for found in bar:
+            scan.problems += found.problems
+            if found.record is not None:
+                scan.records.append(found.record)
+                scan.looked.append(found.looked)
+            of_lines += [found.joined] if found.joined else []
         scan.warnings += _joined(source.path, of_lines)
     scan.warnings = list(dict.fromkeys(scan.warnings))  # a folder may be two sources
     return scan
+
+
+@dataclass(frozen=True)
+class _Examined:
+    record: Record | None
+    looked: Any = None
+    problems: Sequence[str] = ()
+    joined: Path | None = None
+    """The caption file, where it has several lines."""
+
+
+def _examined(
+    data: DataConfig, number: int, listing: Listing, look: Callable[[ImageRef], Any], item: tuple[ImageRef, str | None]
+) -> _Examined:
+    """One image of source `number`, and the caption that its listing gives."""
+    source, (image, text) = data.sources[number], item
+    try:
+        looked = look(image)
+    except DataError as error:
+        return _Examined(None, problems=error.problems)
+    sidecar = None if text is not None else listing.sidecars.get(image)
+    caption, joined, problems = "", None, tuple[str, ...]()
+    try:
+        own = _caption(image, text, sidecar, source)
+        joined = sidecar if "\n" in own else None
+        caption = written_out(own, source.template, data.trigger)
+    except DataError as error:
+        problems = error.problems
+    return _Examined(Record(image, caption, source.repeats, number, source.weight), looked, problems, joined)
 
 
 def sample_indices(records: Sequence[Record]) -> list[int]:
     """The record of every sample of an epoch: index i stands there `records[i].repeats` times."""
     return [index for index, record in enumerate(records) for _ in range(record.repeats)]
 
+
+_PIECE = 32
+"""Images that a thread looks at before it hands over."""
+_LONGEST = 100_000
+"""Characters of a caption, of which encoders read some hundred words."""
 
 _SPACELESS = r"[\p{Line_Break=Ideographic}\p{Line_Break=Conditional_Japanese_Starter}\p{Line_Break=Complex_Context}]"
 """Characters of scripts that put no spaces between words, by Unicode's rules for line breaks (UAX 14): Chinese and
@@ -158,6 +200,10 @@ def _caption(image: ImageRef, listed: str | None, sidecar: Path | None, source: 
     else:
         write = f"write one to {image.with_suffix('.txt').name}" if isinstance(image, Path) else "fill its column"
         raise DataError(f"{image}: has no caption; {write} or set the source's caption")
-    if "\0" in caption:
-        raise DataError(f"{image}: its caption holds NUL characters: it looks like UTF-16; save it as UTF-8")
+    if len(caption) > _LONGEST:
+        raise DataError(f"{image}: its caption has {len(caption):,} characters, and at most {_LONGEST:,} are read")
+    wrong = flaw(caption)
+    if wrong:
+        hint = "" if "UTF-8" in wrong else ": it looks like UTF-16; save it as UTF-8"
+        raise DataError(f"{image}: its caption {wrong}{hint}")
     return caption

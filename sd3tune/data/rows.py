@@ -6,11 +6,15 @@ file, in a parquet file and in a dataset.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import glob
+import itertools
 import logging
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +23,11 @@ from typing import Any
 from sd3tune.config.sections.data import DatasetSource
 from sd3tune.data.metadata import clean
 from sd3tune.errors import DataError
+from sd3tune.regular_files import LARGEST, Refused, open_regular, read_regular
 
 _BATCH_BYTES, _BATCH_ROWS = 64 * 2**20, 1000
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves
-_ARCHIVED = re.compile(r"\w+://(?P<member>.+)::(?:file://)?/[^:]+")  # `zip://a.png::/home/me/photos.zip`
+_ARCHIVED = re.compile(r"zip://(?P<member>.+)::(?:file://)?(?P<archive>/[^:]+)")  # `zip://a.png::/home/me/photos.zip`
 _WAYS = "a dataset is a .parquet file, a folder, or a Hub id"
 
 
@@ -36,6 +41,10 @@ class Row:
     place: str
     """What the dataset is called in messages."""
     index: int
+    folders: tuple[Path, ...] = field(default=(), repr=False, compare=False)
+    """Where pictures may lie that are not in the dataset itself."""
+    loaded: bool = field(default=False, repr=False, compare=False)
+    """Whether `datasets` listed files, whose paths it writes in full; else a path is the dataset's own word."""
 
     @property
     def name(self) -> str:
@@ -53,23 +62,42 @@ class Row:
         return archived["member"] if archived else path
 
     def read_bytes(self) -> bytes:
-        """The stored bytes. Raises DataError when there are none, OSError when they lie in a file that is gone."""
+        """The stored bytes, or those of a file in the dataset's own folder, links followed.
+
+        Raises DataError when there are none, or the file is elsewhere; OSError when it cannot be read.
+        """
         cell = self.dataset[self.index][self.column] or {}
         if cell.get("bytes") is not None:
             return bytes(cell["bytes"])
         if cell.get("path") is None:
             raise DataError(f"{self}: column {self.column!r} is empty; remove the row")
-        return _bytes_at(cell["path"])
+        archived = _ARCHIVED.fullmatch(cell["path"])
+        file = self._inside(archived["archive"] if archived else cell["path"])
+        return _member(file, archived["member"]) if archived else read_regular(file)
+
+    def _inside(self, path: str) -> Path:
+        """The file that a path means, if it lies in one of `folders`. Raises DataError."""
+        for folder in self.folders if self.loaded or not os.path.isabs(path) else ():
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # a NUL, a circle of links
+                file = (folder / path).resolve()
+                if file.is_relative_to(folder.resolve()):
+                    return file
+        raise DataError(
+            f"{self}: column {self.column!r} names the file {path}, which is no path below the dataset's folder; "
+            "put the picture itself into the dataset, or its file into that folder"
+        )
 
 
-def _bytes_at(path: str) -> bytes:
-    """The bytes of a file, or of one in an archive. Raises OSError."""
-    if not _ARCHIVED.fullmatch(path):
-        return Path(path).read_bytes()
-    import fsspec  # which wrote the path
-
-    with fsspec.open(path, "rb") as file:
-        return bytes(file.read())
+def _member(archive: Path, name: str) -> bytes:
+    """The bytes of a file in a ZIP archive. Raises OSError."""
+    with open_regular(archive, largest=None) as file:
+        try:
+            with zipfile.ZipFile(file) as opened:
+                if opened.getinfo(name).file_size > LARGEST:
+                    raise Refused(f"has {opened.getinfo(name).file_size:,} bytes, and at most {LARGEST:,} are read")
+                return opened.read(name)
+        except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, zlib.error) as error:
+            raise OSError(None, f"{archive.name}: {error}") from None
 
 
 def list_rows(source: DatasetSource) -> list[tuple[Row, str | None]]:
@@ -80,7 +108,26 @@ def list_rows(source: DatasetSource) -> list[tuple[Row, str | None]]:
     captions = _caption_column(dataset, source.caption_column, place)
     if not len(dataset):
         raise DataError(f"{place}: has no rows")
-    return [(Row(images, source.image_column, place, index), text) for index, text in enumerate(captions)]
+    folders, loaded = _folders(source), not (source.path.endswith(".parquet") or is_dataset(Path(source.path)))
+    return [
+        (Row(images, source.image_column, place, index, folders, loaded), text) for index, text in enumerate(captions)
+    ]
+
+
+def _folders(source: DatasetSource) -> tuple[Path, ...]:
+    """A dataset's own folder; of one from the Hub, where its files and what was unpacked of them are kept."""
+    path = Path(source.path)
+    if source.path.endswith(".parquet"):
+        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parent.parts)  # before a pattern
+        return (Path(*fixed),)
+    if path.is_dir():
+        return (path,)
+    from datasets import config
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    repository = repo_folder_name(repo_id=source.path, repo_type="dataset")
+    return Path(constants.HF_HUB_CACHE, repository), Path(config.EXTRACTED_DATASETS_PATH)
 
 
 def write_parquet(path: Path, rows: Iterable[tuple[str, bytes, str]]) -> None:

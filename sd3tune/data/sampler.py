@@ -13,17 +13,11 @@ from __future__ import annotations
 
 import bisect
 import functools
-import hashlib
-import json
 from collections.abc import Sequence
 
 import torch
 
-
-def derive(seed: int, *counters: int | str) -> int:
-    """A number in [0, 2^63) from all arguments and their order: one seed per purpose, step and slot."""
-    canonical = json.dumps([seed, *counters], separators=(",", ":")).encode()
-    return int.from_bytes(hashlib.blake2b(canonical, digest_size=8).digest(), "big") >> 1
+from sd3tune.data.seeds import derive
 
 
 def generator(seed: int, *counters: int | str, device: torch.device | str = "cpu") -> torch.Generator:

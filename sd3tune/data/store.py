@@ -34,6 +34,7 @@ from sd3tune.errors import RunError
 from sd3tune.json_files import parse_object
 from sd3tune.tensor_header import MOST_BYTES, read_header
 from sd3tune.tensorfile import digest
+from sd3tune.terminal import escaped
 
 SHARD_BYTES = 64 * 2**20
 FLUSH_SECONDS = 30.0
@@ -169,7 +170,8 @@ class Store:
         except (OSError, ValueError) as error:
             self._unreadable.add(path)
             logger.warning(
-                "%s: passed over (%s); what it held is encoded again, the file can be deleted", path, str(error)
+                "%s",
+                escaped(f"{path}: passed over ({error}); what it held is encoded again, the file can be deleted"),
             )
             return
         for key, entry in entries.items():

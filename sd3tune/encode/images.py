@@ -13,16 +13,8 @@ from tqdm import tqdm
 
 from sd3tune.data.ahead import ahead
 from sd3tune.data.buckets import Size, nearest_bucket, size_name
-from sd3tune.data.images import (
-    PREPROCESSING_VERSION,
-    Crop,
-    ImageRef,
-    cover,
-    crops,
-    is_smaller,
-    pixels,
-    read_image,
-)
+from sd3tune.data.crops import Crop, cover, crops, pixels
+from sd3tune.data.images import PREPROCESSING_VERSION, ImageRef, is_smaller, read_image
 from sd3tune.data.records import Record
 from sd3tune.data.store import Store, key
 from sd3tune.encode.inspect import inspect, warnings_about

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sd3tune import terminal
 from sd3tune.config import Config
 from sd3tune.jobs.encoding import encode
 from sd3tune.jobs.fitting import fitted_plan
@@ -20,7 +21,7 @@ def run_cache(config: Config, notes: Sequence[str] = ()) -> None:
 
         def say(line: str) -> None:
             if processes.is_main:
-                print(line, flush=True)
+                terminal.say(line, flush=True)
 
         for note in notes:
             say(f"note: {note}")

@@ -16,7 +16,7 @@ from sd3tune.data.buckets import Size, nearest_bucket, size_name
 from sd3tune.data.folders import images_in
 from sd3tune.data.images import upright_size
 from sd3tune.data.records import Record, load_records
-from sd3tune.data.sampler import derive
+from sd3tune.data.seeds import derive
 from sd3tune.data.store import key
 from sd3tune.errors import DataError
 from sd3tune.jobs.places import class_image_folder

@@ -17,6 +17,7 @@ from sd3tune.model.bases import ENCODER_PARTS, ENCODERS, Base, configured_base
 from sd3tune.model.checkpoint import LABELS
 from sd3tune.model.contract import sampling_of, starting_offset
 from sd3tune.model.quantized import missing_library
+from sd3tune.terminal import say
 
 DEFAULT_SIDE = 1024
 
@@ -43,7 +44,7 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
     contracts = [adapter.contract for adapter in adapters if adapter.contract]
     for key in ("max_sequence_length", "encoders", "sampler_noise_offset"):
         if len({json.dumps(contract.get(key)) for contract in contracts}) > 1:
-            print(f"warning: the adapters were trained with different {key}; the first one's is used")
+            say(f"warning: the adapters were trained with different {key}; the first one's is used")
     _compare_sampling(request, contracts)
     model = _find_model(request.base, request.config, adapters)
     if request.revision is not None:
@@ -58,7 +59,7 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
     sampling = sampling_of(first)
     guidance = sampling["guidance"] if request.guidance is None else request.guidance
     if base.distilled and guidance > 1:
-        print(f"warning: {base.label} is a Turbo model: it draws with --guidance 1 and --steps 4")
+        say(f"warning: {base.label} is a Turbo model: it draws with --guidance 1 and --steps 4")
     for adapter in adapters:
         _compare_transformers(adapter, base)
         _compare_encoders(adapter, base)
@@ -82,7 +83,7 @@ def _compare_sampling(request: Request, contracts: Sequence[Mapping[str, Any]]) 
         values = dict.fromkeys(sampling_of(contract)[key] for contract in contracts)
         if len(values) > 1 and getattr(request, key) is None:
             first, *others = (f"{value:g}" for value in values)
-            print(
+            say(
                 f"warning: the adapters' previews had different {key} ({first}; {', '.join(others)}); "
                 f"the first one's is used, --{key} sets another"
             )
@@ -114,7 +115,7 @@ def _announce(said: str, way_out: str) -> None:
     problems = missing_library(f"{said}, which")
     if problems:
         raise ConfigError(*(f"{line}; {way_out}" for line in problems))
-    print(f"note: {said}; using the same here; {way_out}")
+    say(f"note: {said}; using the same here; {way_out}")
 
 
 def find_base(name: str | None, adapters: Sequence[Adapter]) -> Base:
@@ -171,16 +172,16 @@ def _compare_transformers(adapter: Adapter, base: Base) -> None:
     contract = adapter.contract
     expected = contract.get("base_fingerprint")
     if expected and (contract.get("base_kind") == "file") != (base.kind == "file"):
-        print(f"note: {adapter.label} was trained on {contract['base']}; {base.name} is taken to hold the same weights")
+        say(f"note: {adapter.label} was trained on {contract['base']}; {base.name} is taken to hold the same weights")
     elif expected and expected != base.fingerprint("transformer"):
-        print(f"warning: {adapter.label} was trained on {contract['base']}, whose weights differ from {base.name}")
+        say(f"warning: {adapter.label} was trained on {contract['base']}, whose weights differ from {base.name}")
 
 
 def _compare_offsets(adapter: Adapter) -> None:
     """Earlier versions trained with a noise offset and drew without one: so do pictures of their adapters."""
     trained = adapter.contract.get("noise_offset", 0.0)
     if trained and not starting_offset(adapter.contract):
-        print(
+        say(
             f"warning: {adapter.label} was trained with noise offset {trained:g}, by an earlier sd3tune that drew "
             f"without it; --noise-offset {trained:g} draws as it was trained"
         )
@@ -192,12 +193,12 @@ def _compare_encoders(adapter: Adapter, base: Base) -> None:
         if trained["fingerprint"] == base.fingerprint(part):
             continue
         if trained["fingerprint"] == base.fingerprint(part, uses_all=True):
-            print(
+            say(
                 f"warning: {adapter.label} was trained with the text_projection of {trained['file']}, by an earlier "
                 "sd3tune; Stable Diffusion 3 does not use it, and neither do these pictures"
             )
         else:
-            print(
+            say(
                 f"warning: {adapter.label} was trained with {LABELS[encoder]} from {trained['file']}, and another is "
                 "used here; --config YAML takes the text encoders of its model section"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -11,7 +12,7 @@ from PIL import Image
 from sd3tune.atomic import new_file, new_folder
 from sd3tune.config.sections.data import DataConfig
 from sd3tune.data.formats import EXTENSIONS
-from sd3tune.data.images import ImageRef
+from sd3tune.data.images import ImageRef, image_bytes
 from sd3tune.data.metadata import CSV, JSONL, write_csv, write_jsonl
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.rows import Row, write_parquet
@@ -20,6 +21,11 @@ from sd3tune.errors import DataError, RunError
 _Named = Sequence[tuple[str, Record]]
 _Write = Callable[[Path, _Named], None]
 _SUFFIXES = {"PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif", "AVIF": ".avif"}
+_NO_TEXT = re.compile(r"[\ud800-\udfff]")
+"""Bytes of a file name that are not UTF-8, as Python holds them; neither JSON, CSV nor parquet can."""
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
+_LONGEST_NAME = 200
+"""Bytes; most file systems take 255."""
 
 
 def run_data_convert(data: DataConfig, form: str, out: Path) -> str:
@@ -62,7 +68,7 @@ def _csv(folder: Path, named: _Named) -> None:
 
 
 def _parquet(file: Path, named: _Named) -> None:
-    write_parquet(file, ((name, record.image.read_bytes(), record.caption) for name, record in named))
+    write_parquet(file, ((name, image_bytes(record.image), record.caption) for name, record in named))
 
 
 _FORMS: dict[str, _Write] = {"sidecar": _sidecars, "jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
@@ -71,7 +77,7 @@ _FORMS: dict[str, _Write] = {"sidecar": _sidecars, "jsonl": _jsonl, "csv": _csv,
 def _copy(folder: Path, named: _Named) -> None:
     for name, record in named:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(record.image.read_bytes())
+        (folder / name).write_bytes(image_bytes(record.image))
 
 
 def _names(records: Iterable[Record], root: Path, flat: bool) -> Iterator[str]:
@@ -82,8 +88,7 @@ def _names(records: Iterable[Record], root: Path, flat: bool) -> Iterator[str]:
     taken: set[str] = set()
     for number, record in enumerate(records):
         wanted = PurePosixPath(_own_name(record.image, root) or f"{number:06}")
-        if flat:
-            wanted = PurePosixPath("-".join(wanted.parts))
+        wanted = PurePosixPath("-".join(wanted.parts) if flat else _NO_TEXT.sub("_", str(wanted)))
         if wanted.suffix.lower() not in EXTENSIONS:
             wanted = wanted.with_name(wanted.name + _suffix(record.image))
         name, copy = wanted, 1
@@ -105,9 +110,15 @@ def _own_name(image: ImageRef, root: Path) -> str | None:
     remembered = PurePosixPath((image.file_name if isinstance(image, Row) else None) or "")
     if remembered.is_absolute() or ".." in remembered.parts:
         remembered = PurePosixPath(remembered.name)
-    return "/".join(part.lstrip(".") or "_" for part in remembered.parts) or None
+    return "/".join(_part(part) for part in remembered.parts) or None
+
+
+def _part(name: str) -> str:
+    """A part of a remembered path as a file may be called: not hidden, without controls, and not too long."""
+    plain = _CONTROLS.sub("_", name.lstrip(".")) or "_"
+    return plain if len(plain.encode()) <= _LONGEST_NAME else plain[-_LONGEST_NAME // 4 :]
 
 
 def _suffix(image: ImageRef) -> str:
-    with Image.open(io.BytesIO(image.read_bytes())) as opened:
+    with Image.open(io.BytesIO(image_bytes(image))) as opened:
         return _SUFFIXES.get(opened.format or "", ".jpg")

@@ -20,6 +20,7 @@ from sd3tune.jobs.train import run_training
 from sd3tune.nano.tasks import CLASS_PROMPTS, Task, class_tasks, plain_tasks, share_right, subject_tasks
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import SamplerSettings
+from sd3tune.terminal import say
 
 PICTURES = Path(sd3tune.__file__).parent / "assets" / "heart"
 SIDE, SHOWN_SIDE = 64, 128
@@ -44,34 +45,32 @@ COUNT = 16
 def run_demo(out: Path) -> Path:
     """Train twice into `out` and write `out/demo.png`. An earlier demo is replaced; anything else is left alone."""
     started = time.monotonic()
-    print("Six pictures of a shape that the base `nano` has never seen, a heart, teach it a new word, 'sks'.")
-    print("nano is a real Stable Diffusion 3.5 in small, trained on shapes that sd3tune draws; a reader that knows")
-    print("what was asked for looks at every picture. Two trainings, without and with prior preservation.\n")
+    say("Six pictures of a shape that the base `nano` has never seen, a heart, teach it a new word, 'sks'.")
+    say("nano is a real Stable Diffusion 3.5 in small, trained on shapes that sd3tune draws; a reader that knows")
+    say("what was asked for looks at every picture. Two trainings, without and with prior preservation.", "")
     _remove_earlier_demo(out)
     with locked(out):
         picture, figures = _train_and_show(out)
-    print(f"\n{picture}   {time.monotonic() - started:.0f} s in all\n")
-    for line in figures:
-        print(line)
-    print("\ndraw with it, or train on a folder of your own photos (with a GPU):")
+    say("", f"{picture}   {time.monotonic() - started:.0f} s in all", "", *figures, "")
+    say("draw with it, or train on a folder of your own photos (with a GPU):")
     lora, prompt = out / "with_prior", "an orange sks shape on a black background"
     for words in (
         ["infer", "--lora", str(lora), "--prompt", prompt, "--size", f"{SIDE}x{SIDE}"],
         ["config", "new", "my-dog", "--data", "./dog", "--caption", "a photo of sks dog"],
         ["train", "my-dog.yaml"],
     ):
-        print(f"  {command_line('sd3tune', *words)}")
+        say(f"  {command_line('sd3tune', *words)}")
     return picture
 
 
 def _train_and_show(out: Path) -> tuple[Path, list[str]]:
     """The picture's file, and what was read in the drawn pictures."""
     runs = {"alone": out / "alone", "kept": out / "with_prior"}
-    print("1 of 3: the pictures alone")
+    say("1 of 3: the pictures alone")
     run_training(demo_config(runs["alone"], None))
-    print("\n2 of 3: beside pictures of the class, 'a shape', 'a star' and so on, that the base draws first")
+    say("", "2 of 3: beside pictures of the class, 'a shape', 'a star' and so on, that the base draws first")
     run_training(demo_config(runs["kept"], PRIOR))
-    print("\n3 of 3: drawing with and without the adapters")
+    say("", "3 of 3: drawing with and without the adapters")
     picture, figures = _show(runs)
     picture.save(out / "demo.png")
     return out / "demo.png", figures

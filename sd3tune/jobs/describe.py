@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
@@ -14,10 +14,11 @@ from sd3tune.config.sections.outputs import PreviewConfig
 from sd3tune.data.buckets import Size, size_name
 from sd3tune.data.sampler import times_seen
 from sd3tune.encode.report import megabytes
+from sd3tune.jobs.buckets import bucket_of, describe_buckets
 from sd3tune.jobs.class_images import describe_prompts
 from sd3tune.jobs.contract import drops_kept_captions
 from sd3tune.jobs.machine import dtype_name
-from sd3tune.jobs.preflight import Plan, bucket_of
+from sd3tune.jobs.preflight import Plan
 from sd3tune.jobs.rehearsal import rehearse_training
 from sd3tune.jobs.sigmas import describe_sigmas
 from sd3tune.model.contract import spread_without_offset
@@ -174,13 +175,6 @@ def held(config: Config, dtype: torch.dtype) -> str:
     """How the base is held: `bf16`, or `bf16, its blocks in nf4`."""
     form = config.model.quantize
     return dtype_name(dtype) + ("" if form == "none" else f", its blocks in {form}")
-
-
-def describe_buckets(cut: Iterable[Size]) -> list[str]:
-    """How many images are cut to each size, the most frequent first; nothing when there is only one."""
-    counts = Counter(cut)
-    listed = ", ".join(f"{size_name(size)}: {count}" for size, count in counts.most_common())
-    return [f"buckets   {listed}"] if len(counts) > 1 else []
 
 
 def _images(count: int) -> str:

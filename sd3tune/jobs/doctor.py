@@ -17,6 +17,7 @@ from typing import Any
 import sd3tune
 from sd3tune.errors import RunError
 from sd3tune.jobs.environment import gpu_asked_for, launch_problems, no_gpu
+from sd3tune.terminal import say
 
 PACKAGE = "sd3tune"
 BASE_GB = 16
@@ -48,12 +49,12 @@ def run_doctor() -> None:
     found = Findings()
     for look in CHECKS:
         look(found)
-    print("\n".join(found.lines))
+    say(*found.lines)
     for problem in found.problems:
-        print(f"\nproblem   {problem}")
+        say("", f"problem   {problem}")
     if found.essential:
         raise RunError(*found.essential)
-    print("\nready" if not found.problems else "\neverything else is ready")
+    say("", "ready" if not found.problems else "everything else is ready")
 
 
 def check_versions(found: Findings) -> None:

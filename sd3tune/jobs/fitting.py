@@ -20,8 +20,9 @@ from sd3tune.config import Config
 from sd3tune.config.sections.method import LoraConfig
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ConfigError
+from sd3tune.jobs.buckets import bucket_of
 from sd3tune.jobs.forecast import CONTEXT, MARGIN, Forecast, Outlook, forecast
-from sd3tune.jobs.preflight import Plan, bucket_of
+from sd3tune.jobs.preflight import Plan
 from sd3tune.train.loop import Processes
 
 KEY = "train.memory"

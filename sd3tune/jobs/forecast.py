@@ -10,14 +10,16 @@ import torch
 
 from sd3tune.config import Config
 from sd3tune.data.buckets import Size
-from sd3tune.data.images import Crop, crops, file_digest, upright_size
+from sd3tune.data.crops import Crop, crops
+from sd3tune.data.images import file_digest, upright_size
 from sd3tune.data.records import Record, load_records
 from sd3tune.encode.captions import CLIP_LENGTH, entry_bytes
 from sd3tune.encode.images import bytes_per_pixel
 from sd3tune.errors import DataError
+from sd3tune.jobs.buckets import bucket_of, buckets_of
 from sd3tune.jobs.class_images import PlannedPrior, plan_priors
 from sd3tune.jobs.encoding import texts_to_encode
-from sd3tune.jobs.preflight import bucket_of, buckets_of, check_installed, check_size, split_records, with_steps
+from sd3tune.jobs.preflight import check_installed, check_size, split_records, with_steps
 from sd3tune.jobs.rehearsal import (
     Training,
     Use,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from sd3tune.jobs.shots import Shot, beyond_the_base, conflicts_of, problems_of,
 from sd3tune.jobs.studio import Studio, draw
 from sd3tune.model.adapter_io import Adapter, match
 from sd3tune.model.components import empty_transformer, load_scheduler
+from sd3tune.model.hub import nothing_fetched
 from sd3tune.model.hub_adapter import load_adapter
 from sd3tune.sampling.samplers import SAMPLERS
+from sd3tune.terminal import say
 
 Asked = tuple[Shot, Callable[[str], str]]
 """A shot, and what its parts are called where they were given."""
@@ -35,8 +38,15 @@ Asked = tuple[Shot, Callable[[str], str]]
 def run_infer(request: Request) -> list[Path]:
     """Draw what was asked for: some images with a picture of before and after, a file of prompts, or a grid.
 
-    Returns the files that show it, written now or, but for the first, earlier. Raises UserError.
+    Returns the files that show it, written now or, but for the first, earlier. Raises UserError. A recipe fetches
+    nothing from the Hub unless the request allows it.
     """
+    recipe_alone = request.from_picture is not None and not request.allow_download
+    with nothing_fetched() if recipe_alone else nullcontext():
+        return _run(request)
+
+
+def _run(request: Request) -> list[Path]:
     repeat = read_repeat(request.from_picture) if request.from_picture else None
     wanted = repeated(request, repeat) if repeat else request
     check_request(wanted)
@@ -45,9 +55,11 @@ def run_infer(request: Request) -> list[Path]:
     given = [parse_lora(lora) for lora in [*wanted.loras, *(grid.loras if grid else ())]]
     adapters = [load_adapter(path, transformer_only=wanted.transformer_only) for path, _ in given]
     for line in (line for adapter in adapters for line in notes_of(adapter)):
-        print(line)
+        say(line)
     studio = _studio(wanted, adapters)
     if repeat is not None:
+        if not request.loras:
+            repeat.check_adapters(adapters[: len(wanted.loras)])
         repeat.check_base(studio.conditions.base, chosen=request.base is not None or request.config is not None)
 
     fixed = tuple((number, weight) for number, (_, weight) in enumerate(given[: len(wanted.loras)]))
@@ -125,7 +137,7 @@ def _check_against_base(asked: Sequence[Asked], conditions: Conditions, adapters
     for image in {shot.image for shot, _ in asked if shot.image is not None}:
         check_header(image)
         for warning in reading_warnings([(image, read_picture(image).reading)]):
-            print(f"warning: {warning}")
+            say(f"warning: {warning}")
     for adapter in adapters:
         match(skeleton, adapter)
 

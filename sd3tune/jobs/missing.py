@@ -9,6 +9,7 @@ from pathlib import Path
 from sd3tune.jobs.pictures import Album
 from sd3tune.jobs.shots import Shot
 from sd3tune.jobs.studio import Studio, draw
+from sd3tune.terminal import say
 
 
 def draw_missing(studio: Studio, album: Album, shots: Sequence[Shot]) -> list[Path]:
@@ -24,7 +25,7 @@ def draw_missing(studio: Studio, album: Album, shots: Sequence[Shot]) -> list[Pa
             files[album.key(shot)] = album.add(shot, image)
     seconds = time.monotonic() - started
     each = f", {seconds / len(missing):.1f} s each" if missing else ""
-    print(f"{len(missing)} drawn in {seconds:.0f} s{each}; {wanted - len(missing)} were there; all in {album.folder}")
+    say(f"{len(missing)} drawn in {seconds:.0f} s{each}; {wanted - len(missing)} were there; all in {album.folder}")
     if wanted < len(shots):
-        print(f"note: {len(shots) - wanted} of the {len(shots)} ask for what another one asks for")
+        say(f"note: {len(shots) - wanted} of the {len(shots)} ask for what another one asks for")
     return [files[album.key(shot)] for shot in shots]

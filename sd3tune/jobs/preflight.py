@@ -16,11 +16,11 @@ import torch
 from sd3tune.config import Config
 from sd3tune.config.sections.data import DataConfig, FolderSource
 from sd3tune.config.sections.flow import FlowConfig
-from sd3tune.data.buckets import Size, bucket_table, nearest_bucket
-from sd3tune.data.images import upright_size
+from sd3tune.data.buckets import Size
 from sd3tune.data.records import Record, load_records
-from sd3tune.data.sampler import derive
+from sd3tune.data.seeds import derive
 from sd3tune.errors import ConfigError, DataError, RunError, UserError
+from sd3tune.jobs.buckets import buckets_of, largest_side
 from sd3tune.jobs.class_images import PlannedPrior, plan_priors
 from sd3tune.jobs.machine import choose_dtype, gpu_of
 from sd3tune.jobs.run_folder import check_room, starting_checkpoint
@@ -219,29 +219,12 @@ def with_steps(config: Config, images_per_epoch: int, world: int) -> Config:
     return config.model_copy(update={"train": train.model_copy(update={"steps": steps, "epochs": None})})
 
 
-def buckets_of(config: Config, transformer: Mapping[str, Any] | None) -> list[Size]:
-    """The sizes that images are cut to, given the transformer's configuration, if that is known."""
-    side = config.data.resolution
-    largest = None if transformer is None else _largest_side(transformer)
-    return bucket_table(side, largest) if config.data.buckets else [(side, side)]
-
-
-def bucket_of(record: Record, buckets: Sequence[Size]) -> Size:
-    """The size that a record's image is cut to; without a choice, its file is not opened."""
-    return nearest_bucket(upright_size(record.image), buckets) if len(buckets) > 1 else buckets[0]
-
-
-def _largest_side(transformer: Mapping[str, Any]) -> int:
-    """`pos_embed` is cut from the middle of a stored grid, and the model raises beyond it. In pixels."""
-    return int(transformer["pos_embed_max_size"] * transformer["patch_size"] * 8)
-
-
 def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
     """ConfigError where the base is too small: for the pictures, or for the blocks to checkpoint."""
     blocks, there = config.train.checkpointed_blocks, int(transformer["num_layers"])
     if blocks is not None and blocks > there:
         raise ConfigError(f"train.checkpointed_blocks: {blocks} of {there} blocks; at most {there}, or null for all")
-    largest = _largest_side(transformer)
+    largest = largest_side(transformer)
     if config.data.resolution > largest:
         raise ConfigError(f"data.resolution: {config.data.resolution} is too large for this base; at most {largest}")
 

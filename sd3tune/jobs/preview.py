@@ -21,6 +21,7 @@ from sd3tune.model.components import load_scheduler
 from sd3tune.publish.previews import RECIPE_KEY, SAMPLES, SHEET
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
+from sd3tune.terminal import say_above_bars
 from sd3tune.tracking.trackers import Trackers
 from sd3tune.train.loop import Processes, View
 
@@ -60,7 +61,7 @@ class Previews:
                 raise
             release(self.plan.device)
             self.skipped.append(view.step)
-            tqdm.write(f"warning: step {view.step}: no preview, out of memory; training goes on")
+            say_above_bars(f"warning: step {view.step}: no preview, out of memory; training goes on")
         self.seconds += time.monotonic() - started
         self._send(name)
 

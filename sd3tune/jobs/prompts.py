@@ -15,6 +15,7 @@ from sd3tune.model.components import empty_transformer
 from sd3tune.model.quantized import load_text_encoder_in
 from sd3tune.model.text import assemble
 from sd3tune.sampling.sampler import Conditioning
+from sd3tune.terminal import say
 
 
 def encode_prompts(
@@ -40,7 +41,7 @@ def encode_prompts(
             lost = encoder.truncated(text)
             if lost:
                 shown = textwrap.shorten(text, 60, placeholder=" ...")
-                print(f"warning: {name} reads {encoder.max_length} tokens; the last {lost} of {shown!r} are cut off")
+                say(f"warning: {name} reads {encoder.max_length} tokens; the last {lost} of {shown!r} are cut off")
         del encoder
         release(device)
     width = empty_transformer(base).config.joint_attention_dim

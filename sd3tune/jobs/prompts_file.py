@@ -13,9 +13,10 @@ from typing import Any
 
 from sd3tune.errors import ConfigError
 from sd3tune.jobs.shots import Shot, problems_of
-from sd3tune.text_files import NotText, decode
+from sd3tune.regular_files import complaint, read_regular
+from sd3tune.text_files import NotText, decode, parse_json
 
-_SIZE = re.compile(r"(\d+)(?:x(\d+))?", re.ASCII)
+_SIZE = re.compile(r"(\d{1,9})(?:x(\d{1,9}))?", re.ASCII)
 
 
 def _text(value: Any) -> str:
@@ -102,9 +103,9 @@ def read_prompts(path: Path) -> list[Row]:
     if path.suffix.lower() not in kinds:
         raise ConfigError(f"--prompts {path}: neither a .txt, a .jsonl nor a .csv file")
     try:
-        text = re.sub(r"\r\n?", "\n", decode(path.read_bytes(), f"--prompts {path}"))
+        text = re.sub(r"\r\n?", "\n", decode(read_regular(path), f"--prompts {path}"))
     except OSError as error:
-        raise ConfigError(f"--prompts {path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"--prompts {path}: {complaint(error)}") from None
     except NotText as error:
         raise ConfigError(str(error)) from None
     rows, problems = [], []
@@ -135,9 +136,11 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: not JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f'{path}:{number}: each line is an object such as {{"prompt": "a dog"}}')
         yield number, values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,12 @@ from sd3tune.jobs.studio import Studio
 from sd3tune.model.adapter_io import ADAPTER_FILE
 from sd3tune.model.components import load_scheduler
 from sd3tune.publish.previews import RECIPE_KEY
+from sd3tune.regular_files import open_regular, sha256_of
 from sd3tune.tensorfile import tensors_sha256
+from sd3tune.text_files import parse_json
+
+_LONGEST = 2**20
+"""Characters of a recipe; its texts are cut off at some hundred words anyway."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Recipes:
 
     def _image_sha256(self, path: Path) -> str:
         if path not in self._known_images:
-            self._known_images[path] = file_sha256(path)
+            self._known_images[path] = sha256_of(path)
         return self._known_images[path]
 
     @cached_property
@@ -98,7 +102,7 @@ class Recipes:
         return [
             {
                 "name": adapter.origin or _name_of(adapter.path),
-                "sha256": file_sha256(adapter.path),
+                "sha256": sha256_of(adapter.path),
                 "tensors_sha256": tensors_sha256(adapter.path),
             }
             for adapter in self.studio.adapters
@@ -106,11 +110,12 @@ class Recipes:
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
-    """The recipe in a picture; None for a file without one."""
+    """The recipe in a picture; None for a file without one, or with one that no picture needs to be so long or deep."""
     try:
-        with Image.open(path) as image:
-            recipe = json.loads(image.info.get(RECIPE_KEY, "null"))
-    except (OSError, ValueError, SyntaxError):  # PIL raises each of them for what is no whole PNG
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
+            text = image.info.get(RECIPE_KEY, "null")
+        recipe = parse_json(text) if len(text) <= _LONGEST else None
+    except Exception:  # decoders of arbitrary bytes raise nearly anything
         return None
     return recipe if isinstance(recipe, dict) else None
 
@@ -127,10 +132,6 @@ def recipe_key(recipe: Mapping[str, Any]) -> str:
             for lora in loras
         ]
     return json.dumps(found)
-
-
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _name_of(adapter: Path) -> str:

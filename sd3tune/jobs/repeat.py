@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +13,18 @@ from safetensors import SafetensorError
 from sd3tune import __version__
 from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.errors import AdapterError, ConfigError, ModelError
-from sd3tune.jobs.recipes import file_sha256, read_recipe
+from sd3tune.jobs.recipes import read_recipe
 from sd3tune.jobs.request import Request, parse_lora
-from sd3tune.model.adapter_io import ADAPTER_FILE, find_adapter
+from sd3tune.model.adapter_io import ADAPTER_FILE, Adapter, find_adapter
 from sd3tune.model.bases import Base
 from sd3tune.model.contract import Part, check_part
 from sd3tune.model.offline import offline_kind
+from sd3tune.regular_files import sha256_of
 from sd3tune.tensorfile import tensors_sha256
+from sd3tune.terminal import say
 
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_HUB_COMMIT = re.compile(_HUB_ID.pattern + r":[\w.-]+", re.ASCII)
 _OWN_TEXTS = ("prompt_clip_l", "prompt_clip_g", "prompt_t5")
 
 
@@ -33,10 +38,10 @@ class _Lora(Part):
     def is_in(self, path: Path) -> bool:
         """Whether a file holds this adapter."""
         if self.tensors_sha256 is None:
-            return file_sha256(path) == self.sha256
+            return _has_content(path, self.sha256)
         try:
             return tensors_sha256(path) == self.tensors_sha256
-        except SafetensorError:
+        except (OSError, SafetensorError):
             return False
 
 
@@ -94,7 +99,7 @@ class Repeat:
         Raises ModelError.
         """
         if base.ignores_projection and self.recipe.clip_l_pooled is None:
-            print(
+            say(
                 f"warning: {self.picture} was drawn with CLIP-L's text_projection, by an earlier sd3tune; Stable "
                 "Diffusion 3 does not use it, and neither does this picture"
             )
@@ -103,7 +108,16 @@ class Repeat:
         said = f"{self.picture} was drawn with {self.recipe.base}, whose weights differ from this {base.label}"
         if not chosen:
             raise ModelError(f"{said}; give the right one, or another, with --base")
-        print(f"warning: {said}")
+        say(f"warning: {said}")
+
+    def check_adapters(self, adapters: Sequence[Adapter]) -> None:
+        """Raise AdapterError where an adapter that the recipe names, as one of the Hub, has another content by now."""
+        for lora, adapter in zip(self.recipe.loras, adapters, strict=True):
+            if not lora.is_in(adapter.path):
+                raise AdapterError(
+                    f"--from {self.picture}: the adapter {lora.name} is another file than the picture was drawn with "
+                    f"(sha256 {lora.sha256[:12]}...); to draw with it nevertheless, give it with --lora"
+                )
 
 
 def read_repeat(picture: Path) -> Repeat:
@@ -117,9 +131,9 @@ def read_repeat(picture: Path) -> Repeat:
         raise ConfigError(f"--from {picture}: shows several pictures; name one of those beside it")
     check_part(f"--from {picture}", _as_python(found), _Recipe, ConfigError)
     if found.get("sd3tune") != __version__:
-        print(f"note: {picture} was drawn by sd3tune {found.get('sd3tune')}; this is {__version__}")
+        say(f"note: {picture} was drawn by sd3tune {found.get('sd3tune')}; this is {__version__}")
     if "batch" in found:
-        print(f"note: {picture} was drawn in a batch of {found['batch']}; alone, its last bits may differ")
+        say(f"note: {picture} was drawn in a batch of {found['batch']}; alone, its last bits may differ")
     return Repeat(picture, _Recipe.model_validate(_as_python(found)))
 
 
@@ -145,11 +159,14 @@ def repeated(request: Request, repeat: Repeat) -> Request:
         layers = tuple(skip.layers)
         of_the_recipe |= {"slg": skip.scale, "slg_layers": layers, "slg_start": skip.start, "slg_stop": skip.stop}
     if recipe.image is not None:
-        of_the_recipe |= {"image": request.image or _found_image(repeat, recipe.image), "strength": recipe.strength}
+        of_the_recipe |= {
+            "image": request.image or _found_image(request, repeat, recipe.image),
+            "strength": recipe.strength,
+        }
     missing = {name: value for name, value in of_the_recipe.items() if getattr(request, name) is None}
-    loras = _chosen_adapters(request, repeat) if request.loras else _found_adapters(repeat)
+    loras = _chosen_adapters(request, repeat) if request.loras else _found_adapters(request, repeat)
     if request.base is None and request.config is None:
-        missing |= _base_of(repeat, bool(loras))
+        missing |= _base_of(request, repeat, bool(loras))
     if request.dtype == "auto":
         missing["dtype"] = recipe.dtype
     asked = request.memory
@@ -164,11 +181,15 @@ def repeated(request: Request, repeat: Repeat) -> Request:
     return replace(request, loras=loras, memory=memory, before=False, transformer_only=chosen, **missing)
 
 
-def _base_of(repeat: Repeat, has_adapter: bool) -> dict[str, str | None]:
+def _base_of(request: Request, repeat: Repeat, has_adapter: bool) -> dict[str, str | None]:
     """Only the last part of a local base's path is in a recipe: an adapter may say where it is."""
     name = repeat.recipe.base
-    if offline_kind(name) is not None or "/" in name or Path(name).exists():
+    if offline_kind(name) is not None or _HUB_ID.fullmatch(name):
         return {"base": name, "revision": repeat.recipe.base_revision}
+    here = (folder / name for folder in (Path(), *request.look_in) if _is_plain(name) and (folder / name).exists())
+    found = next(here, None)
+    if found is not None:
+        return {"base": str(found), "revision": None}
     if not has_adapter:
         raise ModelError(f"--from {repeat.picture}: drawn with a local base named {name!r}; give it with --base")
     return {}
@@ -182,21 +203,21 @@ def _chosen_adapters(request: Request, repeat: Repeat) -> list[str]:
         file = find_adapter(path) if path.exists() else None
         used = next((lora for lora in repeat.recipe.loras if file and lora.is_in(file)), None)
         if used is None and str(path) not in [lora.name for lora in repeat.recipe.loras]:
-            print(f"warning: {repeat.picture} was drawn without {value}, or with another file of that name")
+            say(f"warning: {repeat.picture} was drawn without {value}, or with another file of that name")
         chosen.append(f"{path}@{used.weight}" if used and str(path) == value else value)
     return chosen
 
 
-def _found_adapters(repeat: Repeat) -> list[str]:
-    """Near the picture and below the working directory, by their content; those of the Hub by name and commit."""
+def _found_adapters(request: Request, repeat: Repeat) -> list[str]:
+    """By their content, in the places where pictures and adapters lie; those of the Hub by name and commit."""
     found, problems = [], []
     for lora in repeat.recipe.loras:
-        near = (path for path in _candidates(repeat.picture, lora.name) if lora.is_in(path))
-        path = lora.name if ":" in lora.name else next(near, None)
+        near = (path for path in _candidates(request, repeat.picture, lora.name) if lora.is_in(path))
+        path = lora.name if _HUB_COMMIT.fullmatch(lora.name) else next(near, None)
         if path is None:
             problems.append(
                 f"--from {repeat.picture}: drawn with the adapter {lora.name!r} (sha256 {lora.sha256[:12]}...), "
-                "which is not found near it or in runs/; give it with --lora"
+                "which is not found near it or in runs/; name its folder with --look-in, or give it with --lora"
             )
         found.append(f"{path}@{lora.weight}")
     if problems:
@@ -204,26 +225,44 @@ def _found_adapters(repeat: Repeat) -> list[str]:
     return found
 
 
-def _found_image(repeat: Repeat, image: _Image) -> Path:
-    """Near the picture or in the working directory, by its content."""
-    for folder in (*repeat.picture.absolute().parents[:3], Path.cwd()):
+def _found_image(request: Request, repeat: Repeat, image: _Image) -> Path:
+    """Near the picture, in the working directory or in a folder of `--look-in`, by its content."""
+    for folder in (*_near(repeat.picture), Path.cwd(), *request.look_in):
         path = folder / image.name
-        if path.is_file() and file_sha256(path) == image.sha256:
+        if _is_plain(image.name) and _has_content(path, image.sha256):
             return path
     raise ConfigError(
         f"--from {repeat.picture}: drawn from the picture {image.name!r} (sha256 {image.sha256[:12]}...), which is not "
-        "found near it; give it with --image"
+        "found near it; name its folder with --look-in, or give it with --image"
     )
 
 
-def _candidates(picture: Path, name: str) -> Iterator[Path]:
-    """Files that may be the adapter called `name`, the nearest first."""
+def _near(picture: Path) -> list[Path]:
+    """The picture's folder and the three above it."""
+    return list(picture.absolute().parents[:4])
+
+
+def _candidates(request: Request, picture: Path, name: str) -> Iterator[Path]:
+    """Files that may be the adapter called `name`, the nearest first. A name is neither a path nor a pattern."""
     deeper = (file.parent for file in sorted(Path("runs").glob(f"*/*/{RUN_FILE}")))  # as those of the demo
-    roots = [*picture.absolute().parents[:3], Path.cwd(), *sorted(Path("runs").glob("*")), *deeper]
+    roots = [*_near(picture), Path.cwd(), *request.look_in, *sorted(Path("runs").glob("*")), *deeper]
+    names = [ADAPTER_FILE, *([f"{name}.safetensors"] if _is_plain(name) else [])]
     for root in roots:
-        for folder in (".", "adapter", "adapter_raw", "best/adapter", "checkpoints/*"):
-            for file in (ADAPTER_FILE, f"{name}.safetensors"):
-                yield from sorted(root.glob(f"{folder}/{file}"))
+        checkpoints = sorted((root / "checkpoints").glob("*"))
+        for folder in (root, root / "adapter", root / "adapter_raw", root / "best" / "adapter", *checkpoints):
+            yield from (folder / file for file in names)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a recipe's name is that of a file in a folder, and leads nowhere else."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
+
+def _has_content(path: Path, sha256: str) -> bool:
+    try:
+        return sha256_of(path) == sha256
+    except OSError:
+        return False
 
 
 def _as_python(recipe: Mapping[str, Any]) -> dict[str, Any]:

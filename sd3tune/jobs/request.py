@@ -57,6 +57,10 @@ class Request:
     """Up to two of `NAME=VALUE,VALUE,...`; see `grid.AXES`."""
     from_picture: Path | None = None
     """Whose recipe says what nothing here says."""
+    look_in: Sequence[Path] = ()
+    """More folders for the adapters and pictures that the recipe names."""
+    allow_download: bool = False
+    """Whether to fetch what is not on this machine when a recipe may have named it."""
     sampler: str | None = None
     shift: float | None = None
     noise_offset: float | None = None

@@ -12,6 +12,11 @@ from typing import Any
 from sd3tune.model.contract import EARLIER_GUIDANCE, EARLIER_STEPS
 from sd3tune.sampling.sampler import SamplerSettings, SkipLayers
 from sd3tune.sampling.samplers import SAMPLERS
+from sd3tune.text_files import flaw
+
+MOST_STEPS = 10_000
+"""Ten times as many as SD3 was trained with noise levels."""
+_TEXTS = ("prompt", "negative", "prompt_clip_l", "prompt_clip_g", "prompt_t5", "name")
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,13 @@ def problems_of(shot: Shot, named: Callable[[str], str]) -> list[str]:
     `named` is what a field is called where it was given.
     """
     problems = []
-    if shot.steps < 1:
-        problems.append(f"{named('steps')} {shot.steps}: at least 1")
+    for field in _TEXTS:
+        wrong = flaw(getattr(shot, field) or "")
+        problems += [f"{named(field)}: {wrong}"] if wrong else []
+    if not 1 <= shot.steps <= MOST_STEPS:
+        problems.append(
+            f"{named('steps')} {shot.steps}: " + ("at least 1" if shot.steps < 1 else f"at most {MOST_STEPS}")
+        )
     if not 0 <= shot.seed < 2**63:
         problems.append(f"{named('seed')} {shot.seed}: at least 0, and below 2^63")
     if not math.isfinite(shot.guidance):

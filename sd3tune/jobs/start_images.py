@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from sd3tune.data.images import crops, pixels, read_image
+from sd3tune.data.crops import crops, pixels
+from sd3tune.data.images import read_image
 
 
 def fitted(path: Path, size: tuple[int, int]) -> torch.Tensor:

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from sd3tune.terminal import say
+
 
 class StopSignals:
     """A context in which SIGTERM counts like Ctrl-C. Inside `deferred`, the first of them only sets `asked`."""
@@ -41,4 +43,4 @@ class StopSignals:
         if not self._deferring or self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping after this step, and saving it; once more to stop at once", file=sys.stderr, flush=True)
+        say("", "stopping after this step, and saving it; once more to stop at once", to=sys.stderr, flush=True)

@@ -27,6 +27,7 @@ from sd3tune.model.hoist import is_modulation
 from sd3tune.model.latents import encode_moments
 from sd3tune.model.quantized import load_transformer_in
 from sd3tune.sampling.sampler import Conditioning, Start, sample_latents, to_image
+from sd3tune.terminal import say
 
 Result = TypeVar("Result")
 _SMALLER_T5 = "hold T5 in 8 bits with --t5-8bit, or do without it with --no-t5"
@@ -198,10 +199,10 @@ def _transformer(studio: Studio, shots: Sequence[Shot]) -> SD3Transformer2DModel
         counted = attach(transformer, adapter, _adapter_name(number))
         weights = dict.fromkeys(weight for shot in shots for index, weight in shot.loras if index == number)
         said = ", ".join(f"{weight:g}" for weight in weights)
-        print(f"{adapter.label}: {counted.matched} tensors loaded, weight {said}")
+        say(f"{adapter.label}: {counted.matched} tensors loaded, weight {said}")
         if counted.unmatched:
             some = ", ".join(counted.unmatched[:3])
-            print(f"warning: {len(counted.unmatched)} of its modules are not in this base: {some}")
+            say(f"warning: {len(counted.unmatched)} of its modules are not in this base: {some}")
     if studio.memory.compiled:
         for block in transformer.transformer_blocks:
             block.compile()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel
 
+from sd3tune import terminal
 from sd3tune.atomic import kept_in_place, write_json, write_text
 from sd3tune.config import Config, dump_config
 from sd3tune.config.run_folder import RUN_FILE
@@ -81,7 +82,7 @@ def run_training(
 
         def say(line: str) -> None:
             if processes.is_main:
-                print(line, flush=True)
+                terminal.say(line, flush=True)
 
         for note in (*notes, *sharding_ignored(os.environ)):
             say(f"note: {note}")

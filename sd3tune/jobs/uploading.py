@@ -13,8 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tqdm import tqdm
-
 from sd3tune.atomic import TEMPORARY, make_folder
 from sd3tune.config import load_config
 from sd3tune.config.run_folder import RUN_FILE, read_run_file
@@ -39,6 +37,7 @@ from sd3tune.publish.files import (
     pictures_left_out,
 )
 from sd3tune.publish.repository import Repository, repository_of
+from sd3tune.terminal import say, say_above_bars
 from sd3tune.train.checkpoint import checkpoint_at
 from sd3tune.train.loop import View
 
@@ -64,11 +63,11 @@ def run_push(run: Path, repo_id: str | None, picture: Path | None = None) -> Non
         raise RunError(f"{run}: its configuration names no repository (hub.repo_id); give --repo-id user/name")
     shown = _thumbnails(run, picture) if picture else {}
     for line in _named_before_upload(run):
-        print(f"note: {line}")
+        say(f"note: {line}")
     repository = Repository(target, settings.private)
     repository.check_token()
     repository.prepare()
-    print(push_run(run, repository, shown, progress=True))
+    say(push_run(run, repository, shown, progress=True))
 
 
 def push_run(run: Path, repository: Repository, instead: Upload = MappingProxyType({}), progress: bool = False) -> str:
@@ -232,7 +231,7 @@ class Uploads:
 
     def _warn(self, line: str) -> None:
         self.warnings.append(line)
-        tqdm.write(f"warning: {line}")
+        say_above_bars(f"warning: {line}")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ from sd3tune.jobs.preflight import Plan
 from sd3tune.jobs.run_folder import BEST, BEST_FILE, VALIDATION_FILE, read_validation
 from sd3tune.model.components import vae_config
 from sd3tune.model.latents import sample_latents
+from sd3tune.terminal import say_above_bars
 from sd3tune.tracking.trackers import Trackers
 from sd3tune.train.batches import Batch
 from sd3tune.train.examples import Example
@@ -93,7 +94,7 @@ class Validation:
             if self.best is line:
                 self._keep(view, line)
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-            tqdm.write(describe(line) + ", the lowest so far" * (self.best is line and view.step > 0))
+            say_above_bars(describe(line) + ", the lowest so far" * (self.best is line and view.step > 0))
         self.seconds += time.monotonic() - started
         self._track(line)
 

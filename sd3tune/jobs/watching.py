@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
 from sd3tune.config.public import public_config
 from sd3tune.config.sections.outputs import TrackingConfig
 from sd3tune.jobs.encoding import Encoded
@@ -17,6 +15,7 @@ from sd3tune.jobs.run_folder import LOGS
 from sd3tune.jobs.uploading import Uploads
 from sd3tune.jobs.validation import Validation
 from sd3tune.publish.repository import repository_of
+from sd3tune.terminal import say_above_bars
 from sd3tune.tracking.base import Start
 from sd3tune.tracking.trackers import Trackers
 from sd3tune.train.loop import Callback, Processes
@@ -30,7 +29,7 @@ class Watching:
     ) -> None:
         config = plan.config
         start = Start(config.name, plan.run / LOGS, public_config(config))
-        self.trackers = Trackers(config.tracking if processes.is_main else TrackingConfig(), start, tqdm.write)
+        self.trackers = Trackers(config.tracking if processes.is_main else TrackingConfig(), start, say_above_bars)
         self.previews = Previews(plan, encoded, processes, self.trackers) if config.preview.prompts else None
         self.validation = (
             Validation(plan, encoded, processes, contract, self.trackers, from_step) if encoded.holdout else None

@@ -11,10 +11,23 @@ from typing import Any
 from sd3tune.atomic import FULL
 from sd3tune.errors import ModelError
 
+_fetching = True
+"""Whether files that are not in the Hub's cache may be downloaded; see `nothing_fetched`."""
 _OF_THE_DISK = (*FULL, errno.EACCES, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 
 ANOTHER_BASE = "name a folder or `tiny` as the base"
+
+
+@contextlib.contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """A context in which `download` gives what is on this machine, and raises ModelError for all else."""
+    global _fetching
+    before, _fetching = _fetching, False
+    try:
+        yield
+    finally:
+        _fetching = before
 
 
 def download(
@@ -34,14 +47,20 @@ def download(
 
     bar = None if progress else Silent
     with _in_words(repo, revision, otherwise):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, tqdm_class=bar))
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=patterns, tqdm_class=bar, local_files_only=not _fetching
+            )
+        )
 
 
 def files_in_root(repo: str, revision: str, otherwise: str) -> list[str]:
     """Names of the files of a repository that are in no folder; the network is needed. Raises ModelError."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, errors
 
     with _in_words(repo, revision, otherwise):
+        if not _fetching:
+            raise errors.LocalEntryNotFoundError(repo)
         return [name for name in HfApi().list_repo_files(repo, revision=revision) if "/" not in name]
 
 
@@ -81,6 +100,9 @@ def cached(repo: str, revision: str | None) -> Path | None:
 
 def _problem(repo: str, error: BaseException | None, otherwise: str) -> str:
     from huggingface_hub import errors
+
+    if not _fetching:
+        return f"not on this machine; --allow-download fetches what a picture was drawn with, or {otherwise}"
 
     while error is not None and not isinstance(error, errors.HfHubHTTPError):
         error = error.__cause__

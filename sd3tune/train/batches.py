@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sd3tune.data.buckets import size_name
-from sd3tune.data.sampler import batch_samples, derive, generator, index_at, step_slots, uniform
+from sd3tune.data.sampler import batch_samples, generator, index_at, step_slots, uniform
+from sd3tune.data.seeds import derive
 from sd3tune.data.store import Store
 from sd3tune.flow.objective import offset_noise
 from sd3tune.model.hoist import Modulation

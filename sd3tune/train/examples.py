@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from sd3tune.data.buckets import Size, size_name
-from sd3tune.data.sampler import derive, index_at
+from sd3tune.data.sampler import index_at
+from sd3tune.data.seeds import derive
 
 
 @dataclass(frozen=True)

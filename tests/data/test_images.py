@@ -9,17 +9,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sd3tune.data.images import (
-    check_header,
-    cover,
-    crops,
-    file_digest,
-    is_smaller,
-    open_image,
-    pixels,
-    read_image,
-    upright_size,
-)
+from sd3tune.data.crops import cover, crops, pixels
+from sd3tune.data.images import check_header, file_digest, is_smaller, open_image, read_image, upright_size
 from sd3tune.errors import DataError
 
 DIGEST = "5f" * 32

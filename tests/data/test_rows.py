@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
 import zipfile
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sd3tune.config.sections.data import DataConfig, DatasetSource
-from sd3tune.data.images import read_image, upright_size
+from sd3tune.data.images import check_header, image_bytes, read_image, upright_size
 from sd3tune.data.records import load_records
 from sd3tune.data.rows import is_dataset, list_rows, write_parquet
 from sd3tune.errors import DataError
@@ -197,7 +198,7 @@ def test_an_empty_cell_and_broken_bytes_are_named_with_their_row(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    cells = [{"bytes": b"hello", "path": None}, None, {"bytes": None, "path": "/nowhere/a.png"}]
+    cells = [{"bytes": b"hello", "path": None}, None, {"bytes": None, "path": "nowhere/a.png"}]
     pyarrow.parquet.write_table(pyarrow.table({"image": cells, "text": ["a", "b", "c"]}), tmp_path / "x.parquet")
     with pytest.raises(DataError) as caught:
         load_records(DataConfig(sources=[{"kind": "dataset", "path": str(tmp_path / "x.parquet")}], resolution=64))
@@ -205,6 +206,71 @@ def test_an_empty_cell_and_broken_bytes_are_named_with_their_row(tmp_path):
     assert "x.parquet[0]: is not an image" in first
     assert "x.parquet[1]: column 'image' is empty; remove the row" in second
     assert "x.parquet[2]: cannot be read (No such file or directory)" in third
+
+
+@pytest.fixture
+def naming(tmp_path, files):
+    """`naming(path)` -> the row of a dataset in `tmp_path/own` that names this file and embeds nothing."""
+    import pyarrow
+    import pyarrow.parquet
+
+    own = tmp_path / "own"
+    (own / "sub").mkdir(parents=True)
+    (tmp_path / "private").mkdir()
+    shutil.copy(files[0], own / "a.png")
+    shutil.copy(files[1], own / "sub" / "b.jpg")
+    shutil.copy(files[0], tmp_path / "private" / "passport.png")
+    (own / "link.png").symlink_to(tmp_path / "private" / "passport.png")
+    (own / "out").symlink_to(tmp_path / "private")
+    (own / "circle").symlink_to(own / "circle")
+    os.mkfifo(own / "fifo.png")
+
+    def naming(path):
+        cells = pyarrow.array([{"bytes": None, "path": path}], type=pyarrow.struct(
+            [("bytes", pyarrow.binary()), ("path", pyarrow.string())]
+        ))  # fmt: skip
+        pyarrow.parquet.write_table(pyarrow.table({"image": cells, "text": ["a"]}), own / "x.parquet")
+        return rows(own / "x.parquet")[0][0]
+
+    return naming
+
+
+@pytest.mark.parametrize("path", ["a.png", "sub/b.jpg", "sub/../a.png"])
+def test_a_row_may_name_a_file_in_the_folder_of_its_dataset(naming, path, monkeypatch):
+    monkeypatch.chdir("/")  # it is not relative to the working directory
+    assert read_image(naming(path))[0].size in ((40, 32), (41, 32))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "{private}/passport.png", "{own}/a.png", "zip://a.png::{own}/photos.zip", "link.png",
+        "../private/passport.png", "sub/../../private/passport.png",
+        "out/passport.png", "/dev/zero", "/proc/kmsg", "/proc/self/mem", "~/passport.png/../../../x", "a\0.png",
+        "zip://a.png::{private}/photos.zip", "zip://a.png::file://{private}/photos.zip",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("read", [read_image, check_header, upright_size, image_bytes])
+def test_a_row_that_names_a_file_elsewhere_is_refused(naming, tmp_path, path, read):
+    with pytest.raises(
+        DataError, match=r"x\.parquet\[0\]: (column 'image' names the file .*the dataset's folder; put)"
+    ):
+        read(naming(path.format(private=tmp_path / "private", own=tmp_path / "own")))
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("fifo.png", "is a named pipe, not a file; replace or remove it"),
+        ("sub", "is a folder, not a file"),
+        ("circle", "names the file circle|cannot be read"),
+        ("none.png", "No such file"),
+        ("http://x.invalid/a.png::/b", "No such file"),
+    ],
+)
+def test_a_row_names_no_pipe_and_no_folder(naming, path, why):
+    with pytest.raises(DataError, match=rf"x\.parquet\[0\]: .*({why})"):
+        read_image(naming(path))
 
 
 def test_rows_hold_no_images(parquet):
@@ -250,19 +316,33 @@ def archive(tmp_path, monkeypatch):
     return tmp_path / "zipped" / "photos.zip"
 
 
-@pytest.mark.parametrize("folder", ["saved", "zipped"])
-def test_a_dataset_made_from_a_zip_is_read(archive, tmp_path, folder):
-    found = rows(tmp_path / folder)
+def test_a_folder_with_a_zip_is_read(archive):
+    found = rows(archive.parent)
     assert [text for _, text in found] == ["caption of a.png", "caption of sub/b.png"]
     assert [read_image(row)[0].getpixel((0, 0)) for row, _ in found] == [(0, 0, 0), (1, 0, 0)]
     assert [row.file_name for row, _ in found] == ["a.png", "sub/b.png"]
 
 
-def test_an_archive_that_is_gone_is_named(archive, tmp_path):
-    found = rows(tmp_path / "saved")
+@pytest.mark.usefixtures("archive")
+def test_an_archive_outside_the_datasets_folder_is_refused(tmp_path):
+    row, text = rows(tmp_path / "saved")[0]
+    assert (text, row.file_name) == ("caption of a.png", "a.png")
+    with pytest.raises(
+        DataError, match=r"saved:train\[0\]: column 'image' names the file .*photos.zip, which is no path"
+    ):
+        read_image(row)
+
+
+def test_an_archive_that_is_gone_or_damaged_is_named(archive):
+    row, _ = rows(archive.parent)[1]
+    content = archive.read_bytes()
+    for damaged, why in ((content[:-30], "not a zip file"), (content.replace(b"sub/b", b"sub/c"), "no item named")):
+        archive.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"zipped:train\[1\]: cannot be read \(photos.zip: .*{why}"):
+            read_image(row)
     archive.unlink()
-    with pytest.raises(DataError, match=r"saved:train\[1\]: cannot be read \(.*No such file"):
-        read_image(found[1][0])
+    with pytest.raises(DataError, match=r"zipped:train\[1\]: cannot be read \(No such file"):
+        read_image(row)
 
 
 def test_a_name_that_is_nearly_that_of_a_folder_here(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from sd3tune.data.sampler import (
     batch_samples,
-    derive,
     epoch_order,
     generator,
     index_at,
@@ -18,6 +17,7 @@ from sd3tune.data.sampler import (
     times_seen,
     uniform,
 )
+from sd3tune.data.seeds import derive
 
 
 def seen(seed: int, n: int, steps: int, accumulation: int, world: int, batch: int) -> list[list[int]]:

@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageCms
 
 from sd3tune.config.sections.data import DataConfig
-from sd3tune.data.images import crops, file_digest, upright_size
+from sd3tune.data.crops import crops
+from sd3tune.data.images import file_digest, upright_size
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.store import Store, key
 from sd3tune.encode import images

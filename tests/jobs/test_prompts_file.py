@@ -102,7 +102,7 @@ def test_a_mistake_names_file_and_line(name: str, content: str | bytes, said: st
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^--prompts .*none\.csv: cannot be read: No such file or directory$"):
+    with pytest.raises(ConfigError, match=r"^--prompts .*none\.csv: cannot be read \(No such file or directory\)$"):
         read_prompts(tmp_path / "none.csv")
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from sd3tune.jobs.recipes import recipe_key
 from sd3tune.jobs.request import Request
 from sd3tune.model.adapter_io import read_adapter, write_adapter
 from sd3tune.model.bases import resolve_base
+from tests.local_hub import COMMIT, hub
 from tests.pictures import distance
 
 Draw = Callable[..., list[Path]]
@@ -181,12 +186,128 @@ def test_a_local_base_is_asked_for(draw: Draw, tmp_path: Path) -> None:
         ({"sheet": "grid"}, "shows several pictures"),
         ({"loras": [{"name": "dog"}]}, "sha256"),
         ({"dtype": "fp8"}, "dtype"),
+        ({"steps": 10**12}, "--steps 1000000000000: at most 10000"),
+        ({"steps": 10**30}, "at most 10000"),
+        ({"size": [10**9, 10**9]}, "--size"),
+        ({"guidance": float("nan")}, "--guidance nan: a finite number"),
+        ({"seed": -1}, "--seed -1"),
+        ({"prompt": "a\0b"}, "--prompt: holds NUL characters"),
+        ({"negative": "a \ud800 cat"}, r"--negative: holds half a character (\ud800)"),
+        ({"prompt_t5": "\udce9"}, "--prompt-t5: holds half a character"),
+        ({"max_sequence_length": 10**9}, "--t5-tokens 1000000000: from 1 to 512"),
+        ({"loras": [{"name": "dog", "sha256": "0", "weight": float("inf")}]}, "--lora"),
+        ({"base": "/etc", "loras": []}, "drawn with a local base named '/etc'; give it with --base"),
+        ({"base": "..", "loras": []}, "drawn with a local base named '..'; give it with --base"),
     ],
 )
 def test_a_recipe_that_was_tampered_with_is_one_line(change: dict, said: str, picture: Path, draw: Draw) -> None:
     with pytest.raises(UserError) as caught:
         draw(from_picture=edited(picture, picture.with_name("bad.png"), **change))
     assert said in caught.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/proc/kmsg",
+        "/proc/self/mem",
+        "**/*",
+        "a**",
+        "../../../../../**/*",
+        "{here}/a.png",
+        "../b/a.png",
+        "[!x]*",
+        "..",
+        "",
+    ],
+)
+def test_a_name_in_a_recipe_is_no_path_and_no_pattern(
+    name: str, picture: Path, draw: Draw, tmp_path: Path, monkeypatch
+) -> None:
+    """Even of a file that has the digest: whoever writes recipes would learn whether it is there."""
+    for folder in ("a/b", "a/c"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "c")
+    secret = Path(shutil.copy(picture, tmp_path / "a" / "b" / "a.png"))
+    named = {"name": name.format(here=secret.parent), "sha256": hashlib.sha256(secret.read_bytes()).hexdigest()}
+    image = edited(picture, tmp_path / "a" / "c" / "image.png", image=named, strength=0.5)
+    with pytest.raises(
+        ConfigError, match="is not found near it; name its folder with --look-in, or give it with --image"
+    ):
+        draw(from_picture=image)
+    lora = edited(picture, tmp_path / "a" / "c" / "lora.png", loras=[{**named, "weight": 1.0}])
+    with pytest.raises(AdapterError, match="is not found near it or in runs/; name its folder with --look-in"):
+        draw(from_picture=lora)
+
+
+def test_adapter_and_start_image_are_found_in_a_folder_that_is_given(
+    picture: Path, adapter: Path, draw: Draw, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one/two/three/four", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(adapter, tmp_path / "elsewhere" / "dog.safetensors")
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "elsewhere" / "start.png")
+    digest = hashlib.sha256((tmp_path / "elsewhere" / "start.png").read_bytes()).hexdigest()
+    start = {"image": {"name": "start.png", "sha256": digest}, "strength": 0.5}
+    alone = edited(picture, tmp_path / "one" / "two" / "three" / "four" / "a.png", **start)
+    with pytest.raises(UserError, match="not found near it"):
+        draw(from_picture=alone)
+    assert recipe_of(draw(from_picture=alone, look_in=[tmp_path / "elsewhere"])[0])["image"] == start["image"]
+    for name in ("dog.safetensors", "start.png"):  # the third folder above the picture's
+        shutil.copy(tmp_path / "elsewhere" / name, tmp_path / "one" / name)
+    draw(from_picture=alone)
+
+
+def test_nothing_is_fetched_unless_it_is_allowed_and_what_comes_is_compared(
+    picture: Path, adapter: Path, draw: Draw, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "there" / "adapter").mkdir(parents=True)
+    shutil.copy(adapter, tmp_path / "there" / "adapter")
+    own = recipe_of(picture)["loras"][0]
+    mine = edited(picture, tmp_path / "mine.png", loras=[{**own, "name": f"me/dog:{COMMIT}"}])
+    base = edited(picture, tmp_path / "base.png", base="me/base", loras=[])
+    other = edited(picture, tmp_path / "other.png", loras=[{**own, "name": f"me/dog:{COMMIT}", "sha256": "0" * 64}])
+    with hub(tmp_path / "there") as (endpoint, requests):
+        here = {"ENDPOINT": endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False}
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for name, value in {**here, "HUGGINGFACE_CO_URL_TEMPLATE": template}.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        for asked in (mine, base):
+            with pytest.raises(UserError, match=r"me/\w+: not on this machine; --allow-download fetches what"):
+                draw(from_picture=asked)
+        assert requests == []
+        assert distance(draw(from_picture=mine, allow_download=True)[0], picture) == 0
+        requests.clear()
+        assert distance(draw(from_picture=mine)[0], picture) == 0, "it is on this machine now"
+        assert requests == []
+        with pytest.raises(AdapterError, match=rf"the adapter me/dog:{COMMIT} is another file than the picture was"):
+            draw(from_picture=other)
+
+
+def test_a_picture_that_is_made_to_harm_is_one_line(draw: Draw, tmp_path: Path) -> None:
+    def png(name: str, width: int, *texts: bytes) -> Path:
+        header = struct.pack(">IIBBBBB", width, width, 8, 2, 0, 0, 0)
+        parts = [(b"IHDR", header), *((b"tEXt", b"sd3tune\0" + text) for text in texts), (b"IDAT", b""), (b"IEND", b"")]
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in parts
+        ))  # fmt: skip
+        return tmp_path / name
+
+    bomb = zlib.compress(b"[" * 2**27)
+    made = [
+        png("pixels.png", 2**17, b"{}"), png("deep.png", 16, b"[" * 100_000), png("digits.png", 16, b"1" * 100_000),
+        png("long.png", 16, b'{"base": "' + b"x" * 2**21 + b'"}'),
+    ]  # fmt: skip
+    packed = made[1].read_bytes().replace(b"tEXt", b"zTXt")
+    (tmp_path / "packed.png").write_bytes(packed.replace(b"[" * 100_000, b"\0" + bomb))
+    os.mkfifo(tmp_path / "fifo.png")
+    for path in [*made, tmp_path / "packed.png"]:
+        with pytest.raises(ConfigError, match=rf"^--from .*{path.name}: holds no recipe"):
+            draw(from_picture=path)
+    with pytest.raises(ConfigError, match="no such file"):
+        draw(from_picture=tmp_path / "fifo.png")
 
 
 def test_what_holds_no_recipe_is_one_line(draw: Draw, tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""From an upright image to numbers: a crop, scaled to cover it, in [-1, 1]. Sizes are (height, width)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from sd3tune.data.seeds import derive
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A cut of an image that was scaled to cover `size`; `box` is (left, top, right, bottom) in that."""
+
+    size: tuple[int, int]
+    box: tuple[int, int, int, int]
+    flip: bool
+
+
+def crops(image_size: tuple[int, int], target: tuple[int, int], variants: int, flip: bool, digest: str) -> list[Crop]:
+    """The cuts of one image: variant 0 is centred, the others lie at random; `flip` adds each mirrored.
+
+    A pure function of its arguments: `digest`, the SHA-256 of the file, seeds the positions. Always
+    `variants * (1 + flip)` long, though cuts of an image that has `target`'s shape coincide. A longer list
+    begins with the shorter one, so that raising `variants` encodes only what is new.
+    """
+    height, width = target
+    spare_y, spare_x = (a - b for a, b in zip(_cover_size(image_size, target), target, strict=True))
+    found = []
+    for variant in range(variants):
+        if variant == 0:
+            top, left = spare_y // 2, spare_x // 2
+        else:
+            top = derive(int(digest, 16), "crop top", variant) % (spare_y + 1)
+            left = derive(int(digest, 16), "crop left", variant) % (spare_x + 1)
+        box = (left, top, left + width, top + height)
+        found += [Crop(target, box, mirrored) for mirrored in ((False, True) if flip else (False,))]
+    return found
+
+
+def _cover_size(image_size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    (height, width), scale = image_size, max(target[0] / image_size[0], target[1] / image_size[1])
+    return max(target[0], round(height * scale)), max(target[1], round(width * scale))
+
+
+def cover(image: Image.Image, target: tuple[int, int]) -> Image.Image:
+    """The image scaled (Lanczos), its shape kept, until it just covers `target`."""
+    height, width = _cover_size((image.height, image.width), target)
+    scaled: Image.Image = transforms.resize(image, [height, width], InterpolationMode.LANCZOS)
+    return scaled
+
+
+def pixels(image: Image.Image, crop: Crop) -> torch.Tensor:
+    """The cut as fp32 [1, 3, h, w] in [-1, 1], bit-equal to diffusers' `VaeImageProcessor` on the cut image.
+
+    Its memory layout is the same too, channels last: in another, convolutions round otherwise. `image` may
+    already be scaled by `cover`, which saves doing so for every cut.
+    """
+    left, top, _, _ = crop.box
+    cut = transforms.crop(cover(image, crop.size), top, left, *crop.size)
+    if crop.flip:
+        cut = transforms.horizontal_flip(cut)
+    scaled = np.array(cut)[None].astype(np.float32) / 255.0
+    return 2.0 * torch.from_numpy(scaled.transpose(0, 3, 1, 2)) - 1.0
