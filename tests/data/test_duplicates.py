@@ -60,3 +60,27 @@ def test_real_photos_of_one_thing_are_not_duplicates():
     assert groups(photos) == []
     copies = [compressed(photo.resize((photo.width // 2, photo.height // 2))) for photo in photos]
     assert groups([*photos, *copies]) == [[number, number + len(photos)] for number in range(len(photos))]
+
+
+def test_the_groups_are_those_of_comparing_each_with_each():
+    rng = np.random.default_rng(3)
+    centres = rng.integers(0, 256, (40, 192))
+    values = np.clip(
+        centres[rng.integers(0, 40, 300)] + rng.normal(0, rng.choice([0.5, 2, 6], (300, 1)), (300, 192)), 0, 255
+    )
+    thumbnails = list(values.astype(np.uint8))
+    distances = np.sqrt(
+        ((values.astype(np.uint8)[:, None].astype(float) - values.astype(np.uint8)[None]) ** 2).mean(-1)
+    )
+    group = list(range(300))
+    for one, other in np.argwhere(distances <= 3):
+        first, second = sorted((group[one], group[other]))
+        group = [first if of == second else of for of in group]
+    expected = [[index for index in range(300) if group[index] == of] for of in sorted(set(group))]
+    assert near_duplicates(thumbnails) == [found for found in expected if len(found) > 1]
+
+
+def test_many_pictures_of_one_kind_take_no_pairs():
+    """Frames of a film: every one is near every other."""
+    frames = list(np.full((4000, 192), 128, np.uint8))
+    assert near_duplicates(frames) == [list(range(4000))]

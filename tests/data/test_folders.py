@@ -224,3 +224,66 @@ def test_a_folder_that_cannot_be_read_is_named(folder: Path) -> None:
     folder.chmod(0)
     with pytest.raises(DataError, match=r"photos: cannot be listed \(Permission denied\)"):
         raise DataError(*scanned(folder, caption="c").problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "what"),
+    [
+        ("0.txt", None, "is a named pipe, not a file"),
+        ("0.jpg.caption", None, "is a named pipe, not a file"),
+        ("0.txt", "/dev/zero", "is a device, not a file"),
+        ("0.txt", ".", "is a folder, not a file"),
+        ("0.txt", "nowhere", "cannot be read (No such file or directory)"),
+        ("metadata.jsonl", None, "is a named pipe, not a file"),
+        ("metadata.csv", "/dev/zero", "is a device, not a file"),
+    ],
+)
+def test_captions_and_metadata_are_regular_files(folder: Path, name: str, target: str | None, what: str) -> None:
+    os.mkfifo(folder / name) if target is None else (folder / name).symlink_to(target)
+    assert scanned(folder, caption="a").problems[0].startswith(f"{folder / name}: {what}")
+
+
+def test_pictures_that_are_no_files_are_named(folder: Path) -> None:
+    os.mkfifo(folder / "2.jpg")
+    (folder / "3.png").symlink_to("/dev/zero")
+    (folder / "4.png").symlink_to("4.png")
+    (folder / "5.jpg").symlink_to("0.jpg")
+    scan = scanned(folder, caption="a")
+    assert [record.image.name for record in scan.records] == ["0.jpg", "1.jpg", "5.jpg"]
+    assert "2 are pipes, sockets or devices: 2.jpg, 3.png; remove or replace" in scan.warnings
+    assert "1 link leads nowhere: 4.png; link or copy again" in scan.warnings
+    write_jsonl(folder / "metadata.jsonl", [("2.jpg", "a")])
+    assert f"{folder}/2.jpg: is a named pipe, not a file; replace or remove it" in scanned(folder, caption="a").problems
+
+
+def test_names_that_are_not_utf8_are_read(folder: Path) -> None:
+    """As ZIP files of earlier days leave them."""
+    name = os.fsdecode(b"caf\xe9")
+    picture(folder / f"{name}.jpg")
+    (folder / f"{name}.txt").write_text("a café")
+    (folder / os.fsdecode(b"left\xff.txt")).write_text("nobody's")
+    scan = scanned(folder, caption="a")
+    assert {record.image.name: record.caption for record in scan.records}[f"{name}.jpg"] == "a café"
+    (folder / f"{name}.txt").write_bytes(b"\xe9")
+    with pytest.raises(DataError, match=r"/caf\\xe9\.txt:1: byte 0xe9 is not UTF-8"):
+        raise DataError(*scanned(folder, caption="a").problems)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"file_name": "0.jpg", "text": "a \\ud800 cat"}', r"0.jpg: its caption holds half a character (\ud800)"),
+        ('{"file_name": "0.jpg", "text": "a \\u0000 cat"}', "0.jpg: its caption holds NUL characters"),
+        (
+            '{"file_name": "0.jpg", "text": "' + "word " * 30_000 + '"}',
+            "0.jpg: its caption has 149,999 characters, and",
+        ),
+        ('{"file_name": "0.jpg", "text": ' + "[" * 100_000, "metadata.jsonl:1: is not JSON (brackets too deep"),
+        ('{"file_name": "0.jpg", "text": ' + "1" * 5000 + "}", "metadata.jsonl:1: is not JSON (Exceeds the limit"),
+        ('{"file_name": "0\\u0000.jpg", "text": "a"}', "does not exist in"),
+        ('{"file_name": "\\ud800.jpg", "text": "a"}', "does not exist in"),
+    ],
+)
+def test_text_that_no_tokenizer_takes_is_named(folder: Path, row: str, said: str) -> None:
+    (folder / "metadata.jsonl").write_text(row + "\n")
+    assert said in scanned(folder, caption="a").problems[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,14 @@ def test_avif_without_its_codec_is_named_too(tmp_path: Path, monkeypatch: pytest
     assert "is a picture in AVIF format, which this installation of Pillow cannot read" in complaint(
         read_image, tmp_path / "photo.jpg"
     )
+
+
+def test_pillow_says_nothing_by_itself(tmp_path, caplog):
+    """It would not name the file."""
+    content = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(content, "TIFF")
+    samples = struct.pack("<HHI", 277, 3, 1)
+    (tmp_path / "many.tif").write_bytes(content.getvalue().replace(samples + b"\3\0", samples + b"\xc8\0"))
+    with pytest.raises(DataError, match=r"many\.tif: is a picture in TIFF format, damaged"):
+        read_image(tmp_path / "many.tif")
+    assert caplog.records == []

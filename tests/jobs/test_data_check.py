@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from sd3tune.config import Config, parse_config
+from sd3tune.data import ahead
+from sd3tune.data.images import ImageRef, Picture, read_picture
 from sd3tune.errors import DataError, RunError
+from sd3tune.jobs import data_check
 from sd3tune.jobs.data_check import run_data_check
 from sd3tune.jobs.describe import describe
 from sd3tune.jobs.preflight import make_plan
@@ -193,3 +200,47 @@ def test_lines_of_a_caption_are_joined_by_every_tokenizer() -> None:
     for part in ("clip_l", "clip_g", "t5"):
         tokenizer = load_tokenizer(resolve_base("tiny"), part)
         assert tokenizer("sks dog\non grass").input_ids == tokenizer("sks dog on grass").input_ids
+
+
+def test_a_folder_is_checked_without_torch(photos: Path, tmp_path: Path) -> None:
+    """Which takes seconds to import, and half a gigabyte."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'torchvision', 'transformers', 'diffusers', 'datasets'))\n"
+        "from sd3tune.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", code, "data", "check", str(photos), "--caption", "a", "--sheet", "sheet.png"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "trainable: 4 images, 4 per epoch"), done.stderr
+    assert (tmp_path / "sheet.png").is_file()
+
+
+def test_pictures_are_not_kept(photos: Path, check, tmp_path: Path, monkeypatch) -> None:
+    decoded: list[weakref.ref[Image.Image]] = []
+    most = 0
+
+    def counted(image: ImageRef) -> Picture:
+        nonlocal most
+        picture = read_picture(image)
+        decoded.append(weakref.ref(picture.image))
+        most = max(most, sum(image() is not None for image in decoded))
+        return picture
+
+    for number in range(4, 40):
+        paint(photos / f"{number}.png", (64, 64), number % 4)
+    monkeypatch.setattr(data_check, "read_picture", counted)
+    check(configured(photos))
+    assert 0 < most <= ahead._THREADS + 1
+
+
+def test_names_that_are_not_utf8_reach_report_and_sheet(photos: Path, check, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9\x1b[2J.png")
+    shutil.copy(photos / "0.png", photos / name)
+    lines, problems = check(configured(photos))
+    assert not problems
+    assert r"warning: the same image, byte for byte: 0.png, caf\xe9\x1b[2J.png" in lines
+    (photos / name).write_bytes(b"x")
+    assert [line.removeprefix(f"{photos}/") for line in check(configured(photos))[1]] == [
+        r"caf\xe9\x1b[2J.png: is not an image, whatever its name says; replace or remove it"
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from sd3tune.config import parse_config
+from sd3tune.data.images import image_bytes
+from sd3tune.data.records import load_records
+from sd3tune.data.rows import write_parquet
 from sd3tune.data.store import Store
 from sd3tune.errors import RunError
 from sd3tune.jobs.data_convert import run_data_convert
@@ -193,7 +197,6 @@ def png(colour: int) -> bytes:
 
 
 def test_names_that_a_dataset_remembers_never_lead_elsewhere(tmp_path: Path) -> None:
-    from sd3tune.data.rows import write_parquet
 
     names = ["/etc/cron.d/a.png", "../../b.png", "noending", "A.png", "", ".hidden.png", "metadata.csv"]
     write_parquet(tmp_path / "x.parquet", [(name, png(n), f"c {n}") for n, name in enumerate(names)])
@@ -235,3 +238,24 @@ def test_a_failure_leaves_nothing_behind(twelve: Path, tmp_path: Path, monkeypat
     with pytest.raises(RunError, match="No space left"):
         convert(twelve, "jsonl", tmp_path / "out")
     assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_names_that_are_not_text_or_no_names_are_converted(form: str, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    names = ["nul\0.png", "line\nbreak.png", "../.." + "/etc" * 3 + "/x.png", "é" * 300 + ".png", "..", "/", ""]
+    write_parquet(tmp_path / "x.parquet", [(name, content, f"text {n}") for n, name in enumerate(names)])
+    (tmp_path / "photos").mkdir()
+    for name in (b"caf\xe9.png", b"caf\xe8.png"):
+        (tmp_path / "photos" / os.fsdecode(name)).write_bytes(content)
+        (tmp_path / "photos" / os.fsdecode(name)).with_suffix(".txt").write_text("a café")
+    for number, (what, count) in enumerate(((tmp_path / "x.parquet", len(names)), (tmp_path / "photos", 2))):
+        out = tmp_path / (f"{number}.parquet" if form == "parquet" else f"out{number}")
+        source = source_of(str(convert(what, form, out)))
+        records = load_records(parse_config({"data": {"sources": [source]}}).config.data)
+        assert len(records) == count
+        assert {image_bytes(record.image) for record in records} == {content}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["a.png", "x.parquet", "photos", *(["0.parquet", "1.parquet"] if form == "parquet" else ["out0", "out1"])]
+    )
