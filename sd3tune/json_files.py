@@ -19,11 +19,11 @@ class NotJson(ValueError):
     """Data that is not JSON, or that no program should be given; the message says why."""
 
 
-def read_object(path: Path, most_bytes: int = MOST_BYTES, finite: bool = True) -> dict[str, Any]:
+def read_object(path: Path, most_bytes: int = MOST_BYTES, foreign: bool = True) -> dict[str, Any]:
     """Return the keys and values in a file. Raises NotJson, and OSError for a file that cannot be read."""
     with open_regular(path) as file:
         data = file.read(most_bytes + 1)
-    return parse_object(data, most_bytes, finite)
+    return parse_object(data, most_bytes, foreign)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -33,19 +33,20 @@ def open_regular(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def parse_object(data: str | bytes, most_bytes: int = MOST_BYTES, finite: bool = True) -> dict[str, Any]:
+def parse_object(data: str | bytes, most_bytes: int = MOST_BYTES, foreign: bool = True) -> dict[str, Any]:
     """Return the keys and values of a JSON object, as `parse` does. Raises NotJson."""
-    value = parse(data, most_bytes, finite)
+    value = parse(data, most_bytes, foreign)
     if not isinstance(value, dict):
         raise NotJson(f"expected a JSON object, not {json.dumps(value)[:60]}")
     return value
 
 
-def parse(data: str | bytes, most_bytes: int = MOST_BYTES, finite: bool = True) -> Any:
+def parse(data: str | bytes, most_bytes: int = MOST_BYTES, foreign: bool = True) -> Any:
     """Return the value of a JSON text.
 
-    Raises NotJson for anything else, and for what other readers let through: NaN and infinity (unless not `finite`),
-    integers beyond 64 bits, a key that comes twice, half of a surrogate pair, NUL characters and deep nesting.
+    Raises NotJson for anything else, and for what other readers let through: integers beyond 64 bits, a key that comes
+    twice and deep nesting; and, in `foreign` text, NaN and infinity, half of a surrogate pair and NUL characters.
+    sd3tune itself writes such halves for file names that are not UTF-8, and NaN for figures it could not measure.
     """
     if len(data) > most_bytes:
         raise NotJson(f"it is longer than {most_bytes} bytes")
@@ -58,7 +59,7 @@ def parse(data: str | bytes, most_bytes: int = MOST_BYTES, finite: bool = True) 
         raise
     except ValueError as error:
         raise NotJson(str(error)) from None
-    _check(value, finite)
+    _check(value, foreign)
     return value
 
 
@@ -79,19 +80,19 @@ Place = tuple["str | int", ...]
 """The keys and numbers that lead to a value."""
 
 
-def _check(value: Any, finite: bool) -> None:
+def _check(value: Any, foreign: bool) -> None:
     """Raise NotJson, with the key, for text and numbers that are none and for deep nesting; without recursion."""
     waiting: list[tuple[Any, Place]] = [(value, ())]
     while waiting:
         one, place = waiting.pop()
-        if finite and isinstance(one, float) and not math.isfinite(one):
+        if foreign and isinstance(one, float) and not math.isfinite(one):
             raise NotJson(f"{_named(place)}not a finite number of 64 bits")
-        if isinstance(one, str):
+        if foreign and isinstance(one, str):
             _check_text(one, place)
         elif isinstance(one, dict | list):
             if len(place) >= _MOST_DEPTH:
                 raise NotJson("it is nested too deeply")
-            for key in one if isinstance(one, dict) else ():
+            for key in one if foreign and isinstance(one, dict) else ():
                 _check_text(key, place)
             inside = one.items() if isinstance(one, dict) else enumerate(one)
             waiting += [(inner, (*place, key)) for key, inner in inside]

@@ -19,7 +19,7 @@ Problem = Callable[[dict[str, Any]], str | None]
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a file, which may hold NaN. Raises NotJson, and OSError for a file that cannot be read."""
-    return json_files.read_object(path, MOST_BYTES, finite=False)
+    return json_files.read_object(path, MOST_BYTES, foreign=False)
 
 
 def read_lines(path: Path, problem: Problem) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ def read_lines(path: Path, problem: Problem) -> list[dict[str, Any]]:
         with open_regular(path) as file:
             for number, text in enumerate(file, 1):
                 try:
-                    line = parse_object(text, MOST_BYTES, finite=False)
+                    line = parse_object(text, MOST_BYTES, foreign=False)
                     wrong = problem(line)
                 except NotJson as error:
                     wrong = str(error)

@@ -26,6 +26,12 @@ def say(*lines: object, to: TextIO | None = None, flush: bool = False) -> None:
         print(escaped(str(line)), file=to or sys.stdout, flush=flush)
 
 
+def say_over(line: str) -> None:
+    """Print a line, escaped, to stderr, where the next one takes its place."""
+    to: TextIO = sys.stderr
+    print(f"\r{escaped(line)}", end="", file=to, flush=True)
+
+
 def say_above_bars(line: str) -> None:
     """Print a line, escaped, while progress bars are shown."""
     from tqdm import tqdm

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from sd3tune.terminal import escaped, say
+from sd3tune.terminal import say, say_over
 
 SPINS = "10000"
 """A thirtieth of GNU OpenMP's own 300000, which takes milliseconds. Far fewer slow a small model on idle cores."""
@@ -69,8 +69,7 @@ def announced(doing: str) -> Iterator[None]:
 
         def tick() -> None:
             while not done.is_set():
-                sys.stderr.write(f"\r{escaped(line)} {time.monotonic() - start:.0f} s")
-                sys.stderr.flush()
+                say_over(f"{line} {time.monotonic() - start:.0f} s")
                 done.wait(1)
 
         clock = threading.Thread(target=tick, daemon=True)
@@ -80,7 +79,7 @@ def announced(doing: str) -> Iterator[None]:
         finally:
             done.set()
             clock.join()
-            sys.stderr.write("\n")
+            say("", to=sys.stderr)
 
 
 @contextmanager

@@ -124,11 +124,11 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path, tail: str) -> None
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"[1]", "not an object"),
-        (b"\xff", "no JSON"),
-        (b"", "no JSON"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b'{"step": ' + b"1" * 5000 + b"}", "no JSON"),
+        (b"[1]", "expected a JSON object, not"),
+        (b"\xff", "'utf-8' codec"),
+        (b"", "Expecting value"),
+        (b"[" * 100_000, "it is nested too deeply"),
+        (b'{"step": ' + b"1" * 5000 + b"}", "step: not a whole number"),
         ({"step": "3"}, "step: not a whole number"),
         ({"step": True}, "step: not a whole number"),
         ({"step": -1}, "step: not a whole number"),
@@ -151,7 +151,7 @@ def test_an_edited_line_is_named(tmp_path: Path, line, reason: str) -> None:
 
 def test_a_pipe_in_the_place_of_the_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "m.jsonl")
-    with pytest.raises(RunError, match=r"m\.jsonl: cannot be read: not a regular file"):
+    with pytest.raises(RunError, match=r"m\.jsonl: cannot be read: it is not a regular file"):
         read_metrics(tmp_path / "m.jsonl")
 
 
