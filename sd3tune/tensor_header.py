@@ -48,7 +48,9 @@ def read_header(file: Path) -> Header:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if found.st_size < 8 or length > found.st_size - 8:
-            raise BadHeader(f"its header wants {length} bytes" if found.st_size >= 8 else "no valid header")
+            raise BadHeader(
+                f"its header wants {length} bytes" if found.st_size >= 8 else "no valid header: it is too short"
+            )
         if length > MOST_BYTES:
             raise BadHeader(f"its header has {length} bytes, more than the {MOST_BYTES} that are read")
         text = stream.read(length)

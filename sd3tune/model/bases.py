@@ -21,7 +21,7 @@ from sd3tune.model.hub import cached, download
 from sd3tune.model.offline import offline_folder, offline_kind
 from sd3tune.model.part_configs import check_config
 from sd3tune.model.shape import new_shape
-from sd3tune.model.weights import PICKLED, digest, read_json, weight_files
+from sd3tune.model.weights import PICKLED, digest, read_json, refuse_adapter, weight_files
 
 ENCODERS = ("clip_l", "clip_g", "t5")
 ENCODER_PARTS = {
@@ -131,7 +131,7 @@ class Base:
         if not (folder / _CONFIG_FILES[part]).is_file():
             way_out = "model.t5=false does without T5" if part.endswith("_3") else "get the whole model again"
             raise ModelError(f"{self.name}: no {part}/{_CONFIG_FILES[part]} in {self.path}: {way_out}")
-        _refuse_adapter(folder)
+        refuse_adapter(folder)
         if weights and _has_weights(part):
             weight_files(folder)
         return folder
@@ -309,17 +309,6 @@ def local_base(model: ModelConfig) -> Base | None:
         return base if has_tokenizers else None
     snapshot = cached(model.base, model.revision)
     return None if snapshot is None else Base(model.base, "folder", snapshot)
-
-
-def _refuse_adapter(folder: Path) -> None:
-    """Raise ModelError for a part with an adapter in its folder: transformers would load that with it, unasked."""
-    names = [path.name for path in sorted(folder.glob("adapter_*"))]
-    found = [name for name in names if name.startswith(("adapter_config.", "adapter_model."))]
-    if found:
-        raise ModelError(
-            f"{folder / found[0]}: an adapter inside a base, which would change this part unasked; move it elsewhere "
-            "(--lora and method.start_from take adapters)"
-        )
 
 
 def _has_weights(part: str) -> bool:

@@ -122,12 +122,12 @@ def check_part(where: str, value: Mapping[str, Any], model: type[Part], error: t
         raise error(
             *(
                 f"{where}: {dotted(problem['loc'])}: "
-                + ("missing" if problem["type"] == "missing" else f"{problem['msg']}, not {_shown(problem['input'])}")
+                + (
+                    "missing"
+                    if problem["type"] == "missing"
+                    else f"{problem['msg']}, not {json.dumps(problem['input'])[:60]}"
+                )
                 + WAY_OUT
                 for problem in found.errors()
             )
         ) from None
-
-
-def _shown(value: object) -> str:
-    return json.dumps(value)[:60]

@@ -55,6 +55,17 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"{folder}: no safetensors weights here{hint}")
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raise ModelError for a part with an adapter in its folder: transformers would load that with it, unasked."""
+    names = [path.name for path in sorted(folder.glob("adapter_*"))]
+    found = [name for name in names if name.startswith(("adapter_config.", "adapter_model."))]
+    if found:
+        raise ModelError(
+            f"{folder / found[0]}: an adapter inside a base, which would change this part unasked; move it elsewhere "
+            "(--lora and method.start_from take adapters)"
+        )
+
+
 def _shards(index: Path) -> list[str]:
     """The files that an index names; they are beside it."""
     found = read_json(index).get("weight_map", {})
