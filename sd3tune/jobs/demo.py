@@ -38,12 +38,14 @@ CONFIG: dict[str, Any] = {
     "preview": {"steps": SAMPLER.steps, "guidance": SAMPLER.guidance},  # none is drawn; `infer` follows them
 }
 PRIOR = {"prompt": list(CLASS_PROMPTS), "images": 52, "steps": 10, "guidance": 4.0}
+MADE = ("alone", "with_prior", "demo.png")
+"""What the demo writes into its folder: two runs and a picture."""
 COUNT = 16
 """Pictures of a kind that the oracle reads."""
 
 
 def run_demo(out: Path) -> Path:
-    """Train twice into `out` and write `out/demo.png`. An earlier demo is replaced; anything else is left alone."""
+    """Train twice into `out` and write `out/demo.png`. An earlier demo is replaced, and nothing else removed."""
     started = time.monotonic()
     say("Six pictures of a shape that the base `nano` has never seen, a heart, teach it a new word, 'sks'.")
     say("nano is a real Stable Diffusion 3.5 in small, trained on shapes that sd3tune draws; a reader that knows")
@@ -131,11 +133,11 @@ def _remove_earlier_demo(out: Path) -> None:
     if not _is_demo(out / "alone" / "config.yaml"):
         raise RunError(f"--out: {out} exists and is not an earlier demo; choose another folder")
     with locked(out):
-        for path in out.iterdir():
-            if path.is_dir():
+        for path in (out / name for name in MADE):
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != LOCK_FILE:
-                path.unlink()
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _is_demo(config: Path) -> bool:

@@ -125,13 +125,15 @@ def clear(run: Path, start: Path | None) -> None:
 def _is_of_an_attempt(path: PurePath) -> bool:
     """Whether a run gives this name, in its folder, to something that it measured or drew."""
     folder, inside = path.parts[0], PurePath(*path.parts[1:])
+    if not inside.parts:
+        return folder == VALIDATION_FILE
     if folder == LOGS:
         return is_log(inside)
     if folder == SAMPLES:
         return len(inside.parts) == 1 and is_preview_name(inside.name)
     if folder == BEST:
         return inside == PurePath(BEST_FILE) or is_product_name(inside)
-    return path == PurePath(VALIDATION_FILE)
+    return False
 
 
 def read_validation(run: Path) -> list[Line]:

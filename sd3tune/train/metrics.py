@@ -146,8 +146,10 @@ def _problem(line: Line) -> str | None:
 
 
 def problem_of_measurement(line: Line, numbers: Sequence[str], losses: Sequence[str]) -> str | None:
-    """What is wrong with a step's line, which somebody may have edited: it needs its step, these `numbers`, and these
-    `losses`, which are null where they were not finite. Other values are numbers, text, or lists and objects of them.
+    """Return what is wrong with a step's line, which somebody may have edited; None for a good one.
+
+    It needs its step, these `numbers`, and these `losses`, which are null where they were not finite. Other values are
+    numbers, text, lists of them, or objects of numbers.
     """
     if not is_whole_number(line.get("step")):
         return "step: not a whole number"

@@ -14,7 +14,7 @@ from sd3tune.cli.main import app
 from sd3tune.config import dump_config, load_config
 from sd3tune.errors import RunError
 from sd3tune.jobs import demo
-from sd3tune.jobs.demo import run_demo
+from sd3tune.jobs.demo import MADE, run_demo
 from sd3tune.jobs.run_folder import LOCK_FILE, locked
 from sd3tune.nano.oracle import read
 from sd3tune.nano.world import SUBJECT
@@ -72,9 +72,17 @@ def test_the_demo_learns_and_shows_it(tmp_path: Path, capsys, monkeypatch) -> No
 def test_a_second_demo_replaces_the_first(tmp_path: Path, quick: None) -> None:
     out = tmp_path / "demo"
     run_demo(out)
-    (out / "left over").touch()
+    (out / "alone" / "left over").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").touch()
+    (out / "mine").symlink_to(tmp_path / "elsewhere")
+    (out / "with_prior").rename(out / "kept")
+    (out / "with_prior").symlink_to(tmp_path / "elsewhere")
     run_demo(out)
-    assert not (out / "left over").exists()
+    assert not (out / "alone" / "left over").exists()
+    assert {path.name for path in out.iterdir()} == {*MADE, LOCK_FILE, "mine", "kept"}
+    assert not (out / "with_prior").is_symlink()
+    assert (tmp_path / "elsewhere" / "precious").exists()
     with pytest.raises(RunError, match="another process is training here"), locked(out):
         run_demo(out)
     assert (out / "demo.png").exists()

@@ -153,6 +153,18 @@ def test_only_names_of_a_run_are_removed_and_no_links_followed(tmp_path: Path) -
     assert len([path for path in elsewhere.rglob("*") if path.is_file()]) == 2
 
 
+@pytest.mark.parametrize("name", ["samples", "logs", "best"])
+def test_empty_folders_and_files_of_these_names_do_no_harm(tmp_path: Path, name: str) -> None:
+    describe_run(tmp_path, {}, 0)
+    (tmp_path / name).mkdir()
+    assert starting_checkpoint(tmp_path, resume=False) is None
+    clear(tmp_path, None)
+    (tmp_path / name).rmdir()
+    (tmp_path / name).touch()
+    clear(tmp_path, None)
+    assert (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize("name", ["samples", "logs", "best", "validation.jsonl"])
 def test_a_fresh_start_removes_nothing_through_a_link(tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
