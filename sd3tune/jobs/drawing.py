@@ -15,6 +15,7 @@ from sd3tune.jobs.preflight import Plan
 from sd3tune.jobs.trainable import load_base
 from sd3tune.model.components import load_scheduler, load_vae
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
+from sd3tune.terminal import say_above_bars
 from sd3tune.train.loop import Processes
 
 NEGATIVE_PROMPT = ""
@@ -65,6 +66,6 @@ def draw_class_images(
         with new_file(drawn.path) as temporary:
             image.save(temporary, format="PNG")
         if fault := fault_of(image):
-            tqdm.write(f"warning: {drawn.path}: {fault}")
+            say_above_bars(f"warning: {drawn.path}: {fault}")
     del transformer, vae
     release(plan.device)

@@ -11,7 +11,6 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from sd3tune.atomic import new_file, remove_stale
 from sd3tune.jobs.grid import Grid
@@ -20,6 +19,7 @@ from sd3tune.jobs.shots import Shot
 from sd3tune.publish.previews import RECIPE_KEY
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import fault_of
+from sd3tune.terminal import say_above_bars
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Album:
         """Write the picture, warn if it shows nothing, and return its file."""
         path = _save(image, self.folder / f"{shot.stem}.png", self.recipes.of(shot))
         if fault := fault_of(image):
-            tqdm.write(f"warning: {path}: {fault}")
+            say_above_bars(f"warning: {path}: {fault}")
         return path
 
     def add_sheet(self, first: Shot, sheet: Image.Image, kind: str) -> Path:

@@ -75,7 +75,7 @@ class Previews:
         for number, (path, image) in enumerate(zip(paths, images, strict=True)):
             _save(image, path, self._recipe(number))
             if fault := fault_of(image):
-                tqdm.write(f"warning: {path}: {fault}")
+                say_above_bars(f"warning: {path}: {fault}")
 
     def _draw(self, name: str, view: View) -> list[Image.Image]:
         """Denoise all prompts; then load the VAE, decode, and free it."""
