@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -215,3 +216,29 @@ def test_a_line_beyond_what_the_base_can_draw_is_named(draw: Draw, tmp_path: Pat
 def test_prompts_come_from_one_place(draw: Draw, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^--prompt: each line of --prompts has its own"):
         draw(prompts=tmp_path / "p.csv", prompt="a dog")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "a \\ud800 dog"}', r"p.jsonl:1: prompt: holds half a character (\ud800)"),
+        ('{"prompt": "a", "negative": "\\udce9"}', "p.jsonl:1: negative: holds half a character"),
+        ('{"prompt": "a", "steps": 1000000000000}', "p.jsonl:1: steps 1000000000000: at most 10000"),
+        ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", "p.jsonl:1: not JSON: Exceeds the limit"),
+        ('{"prompt": "a", "size": "' + "9" * 5000 + '"}', "p.jsonl:1: size: "),
+        ('{"prompt": ' + "[" * 100_000, "p.jsonl:1: not JSON: brackets too deep in one another"),
+    ],
+)
+def test_a_line_that_is_made_to_harm_is_one_line(line: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(line + "\n")
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(tmp_path / "p.jsonl")
+    assert said in caught.value.problems[0]
+
+
+def test_a_file_of_prompts_is_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.txt")
+    (tmp_path / "q.txt").symlink_to("/dev/zero")
+    for name, what in (("p.txt", "a named pipe"), ("q.txt", "a device")):
+        with pytest.raises(ConfigError, match=rf"^--prompts .*{name}: is {what}, not a file"):
+            read_prompts(tmp_path / name)

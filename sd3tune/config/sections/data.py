@@ -137,7 +137,7 @@ class FolderSource(_Source):
 
 
 class DatasetSource(_Source):
-    """A dataset as the `datasets` library reads it."""
+    """A dataset as the `datasets` library reads it. Its rows hold the pictures, or paths below the dataset's folder."""
 
     kind: Literal["dataset"] = Field("dataset", description="A dataset of the Hub or of this machine.")
     path: str = Field(
