@@ -73,6 +73,14 @@ def _consistent(values: dict[str, Any]) -> dict[str, Any]:
         values["data"]["sources"] = [{**source, "prior": None} for source in sources]
     else:
         model["transformer"] = None
+    if values["method"]["kind"] == "full":
+        model["quantize"], values["data"]["export_tags"] = "none", False
+    if values["train"]["gradient_checkpointing"] == "none":
+        values["train"]["checkpointed_blocks"] = None
+    if values["flow"]["timesteps"]["kind"] == "cosmap":
+        values["flow"]["weighting"] = {"kind": "none"}
+    if values["train"]["steps"] is values["train"]["epochs"] is None:
+        values["train"]["steps"] = 1000
     return values
 
 
@@ -102,6 +110,8 @@ def section(kind: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
         "repo_id": st.just("owner/name"),
         "min_sigma": st.floats(0, 0.4),
         "max_sigma": st.floats(0.5, 1),
+        "shift": st.one_of(st.sampled_from(["model", "resolution"]), st.floats(0.01, 100)),
+        "memory": st.one_of(st.sampled_from([None, "auto"]), st.floats(0.01, 1000)),
         "base": st.sampled_from(["tiny", "owner/name", "/abs: folder"]),
         "tokenizers": st.sampled_from([None, "owner/name", "/abs: folder"]),
     }

@@ -27,6 +27,7 @@ from sd3tune.model.bases import resolve_base
 from tests.local_hub import COMMIT, hub
 from tests.pictures import distance
 
+DIGESTS = ("sha256", "tensors_sha256")
 Draw = Callable[..., list[Path]]
 MODULE = "transformer_blocks.0.attn.to_q"
 
@@ -267,7 +268,9 @@ def test_nothing_is_fetched_unless_it_is_allowed_and_what_comes_is_compared(
     own = recipe_of(picture)["loras"][0]
     mine = edited(picture, tmp_path / "mine.png", loras=[{**own, "name": f"me/dog:{COMMIT}"}])
     base = edited(picture, tmp_path / "base.png", base="me/base", loras=[])
-    other = edited(picture, tmp_path / "other.png", loras=[{**own, "name": f"me/dog:{COMMIT}", "sha256": "0" * 64}])
+    other = edited(
+        picture, tmp_path / "other.png", loras=[{**own, "name": f"me/dog:{COMMIT}", **dict.fromkeys(DIGESTS, "0" * 64)}]
+    )
     with hub(tmp_path / "there") as (endpoint, requests):
         here = {"ENDPOINT": endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False}
         template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
