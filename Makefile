@@ -12,7 +12,7 @@ pip = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.tx
 	tail -n 15 $(LOG) >&2; echo "make: pip failed; all that it said is in $(LOG)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-install crash check format bench bench-gpu bench-quality nano docs clean
+.PHONY: help setup demo test test-install crash check check-long format bench bench-gpu bench-quality nano docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ check: $(STAMP) ## Lint, formatting, types and layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check-long: $(STAMP) ## Run the tests that `make test` leaves out for their length (a minute)
+	SD3TUNE_LONG=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/jobs/test_thinning.py
 
 format: $(STAMP) ## Fix lint and formatting where a tool can
 	$(BIN)/ruff check --fix .

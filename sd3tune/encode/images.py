@@ -85,8 +85,7 @@ def encode_images(
         for of, found in zip(facts, _crops(facts, targets, crop_variants, flip), strict=True)
     ]
 
-    damaged = set(store.check(key for of in cuts for key, _ in of))
-    names = [image.name for image, of in zip(refs, cuts, strict=True) if not damaged.isdisjoint(key for key, _ in of)]
+    damaged = _damaged(refs, cuts, store)
     jobs: dict[str, _Job] = {}  # by digest: copies of a file are encoded once
     reasons: Counter[str] = Counter()
     for image, of, target, all_cuts in zip(refs, facts, targets, cuts, strict=True):
@@ -108,9 +107,15 @@ def encode_images(
         Manifest.add(store.root, images={str(image): of for image, of in zip(refs, facts, strict=True)})
     variants = crop_variants * (1 + flip)
     extent = f"{len(records)} x {variants} variants" if variants > 1 else f"{len(records)}"
-    warnings = [*damage_warnings(names), *warnings_about(refs, facts), *_enlarged(refs, facts, targets)]
+    warnings = [*damage_warnings(damaged), *warnings_about(refs, facts), *_enlarged(refs, facts, targets)]
     report = EncodeReport(what, extent, len(records), reasons, nbytes, warnings)
     return [_encoded(vae, dtype, *one) for one in zip(facts, targets, cuts, strict=True)], report
+
+
+def _damaged(refs: Sequence[ImageRef], cuts: Sequence[Sequence[tuple[str, Crop]]], store: Store) -> list[str]:
+    """The names of the images with damaged entries."""
+    lost = set(store.check(key for of in cuts for key, _ in of))
+    return [image.name for image, of in zip(refs, cuts, strict=True) if not lost.isdisjoint(key for key, _ in of)]
 
 
 def _crops(facts: Sequence[ImageFacts], targets: Sequence[Size], variants: int, flip: bool) -> Iterator[list[Crop]]:

@@ -22,7 +22,7 @@ from tests.jobs.crash.conftest import begun_from, steps_of
 from tests.jobs.crash.points import DIED, Point, dying, listing, read_points
 
 ALL = bool(os.environ.get("SD3TUNE_EVERY_CRASH_POINT"))
-PARTS = {"lora": 16, "full": 16} if ALL else {"lora": 4, "full": 2}
+PARTS = {"lora": 16, "full": 16} if ALL else {"lora": 8, "full": 3}
 """Tests for each method, for processes of pytest to share."""
 
 Kind = tuple[str, str]
