@@ -44,7 +44,7 @@ test-install: ## Type the README's first page in a fresh clone, home and environ
 	$(PYTHON) tests/install/newcomer.py
 
 crash: $(STAMP) ## Let a run die at every point at which it writes, and resume each (some 20 minutes)
-	SD3TUNE_EVERY_CRASH_POINT=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/jobs/crash
+	SD3TUNE_EVERY_CRASH_POINT=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/run/crash
 
 check: $(STAMP) ## Lint, formatting, types and layers
 	$(BIN)/ruff check .
@@ -53,7 +53,7 @@ check: $(STAMP) ## Lint, formatting, types and layers
 	$(BIN)/lint-imports
 
 check-long: $(STAMP) ## Run the tests that `make test` leaves out for their length (a minute)
-	SD3TUNE_LONG=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/jobs/test_thinning.py
+	SD3TUNE_LONG=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/forecast/test_thinning.py
 
 format: $(STAMP) ## Fix lint and formatting where a tool can
 	$(BIN)/ruff check --fix .

@@ -9,8 +9,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
-from sd3tune.model.bases import resolve_base
-from sd3tune.model.components import load_transformer
+from sd3tune.model.base.resolve import resolve_base
+from sd3tune.model.load.components import load_transformer
 
 CLIP_TOKENS = T5_TOKENS = 77
 BATCH_SIZE = 2

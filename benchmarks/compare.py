@@ -16,10 +16,10 @@ from torch import Tensor
 from benchmarks.bare import BareLoop, Ready, ready
 from benchmarks.cells import BATCH_SIZE, CLIP_TOKENS, MODELS, RANK, T5_TOKENS, Cell
 from benchmarks.trainer import Trainer, make_config, make_trainer
-from sd3tune.jobs.machine import DTYPES
-from sd3tune.model.footprint import Footprint
-from sd3tune.train.loop import View
-from sd3tune.train.step import StepResult
+from sd3tune.forecast.footprint import Footprint
+from sd3tune.runtime.device import DTYPES
+from sd3tune.training.loop import View
+from sd3tune.training.step import StepResult
 
 READY_BATCHES = 4
 MIN_ROUNDS, MAX_ROUNDS = 12, 60

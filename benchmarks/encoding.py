@@ -18,10 +18,10 @@ from torchvision.transforms import v2
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from sd3tune.config import Config
-from sd3tune.jobs.encoding import Encoded, encode
-from sd3tune.jobs.machine import ALONE
-from sd3tune.jobs.preflight import make_plan
-from sd3tune.model.bases import resolve_base
+from sd3tune.model.base.resolve import resolve_base
+from sd3tune.run.encoding import Encoded, encode
+from sd3tune.run.preflight import make_plan
+from sd3tune.runtime.device import ALONE
 
 IMAGES, SIDE, T5_TOKENS = 16, 512, 77
 ROUNDS = 6

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from sd3tune.atomic import write_json, write_text
-from sd3tune.jobs.machine import versions
+from sd3tune.files.atomic import write_json, write_text
+from sd3tune.runtime.device import versions
 
 _ROOT = Path(__file__).parent.parent
 _HEADINGS = [

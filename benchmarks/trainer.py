@@ -10,21 +10,21 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from benchmarks.cells import BATCH_SIZE, CLIP_TOKENS, RANK, T5_TOKENS, Cell, Model
+from sd3tune.commands.train import make_state
 from sd3tune.config import Config
 from sd3tune.data.sampler import generator
 from sd3tune.data.store import Store, key
-from sd3tune.jobs.machine import ALONE, DTYPES, make_accelerator, processes_of
-from sd3tune.jobs.train import make_state
-from sd3tune.jobs.trainable import hoists, make_trainable
 from sd3tune.methods import LoraMethod, Method
-from sd3tune.model.hoist import hoist
-from sd3tune.train.ahead import looking_ahead
-from sd3tune.train.batches import Batches, LatentScaling
-from sd3tune.train.examples import Example
-from sd3tune.train.loop import Callback, Processes, train
-from sd3tune.train.objective import Objective, make_objective, sigma_of_u
-from sd3tune.train.optim import FlatMaster
-from sd3tune.train.step import StepResult, TrainState, train_step
+from sd3tune.model.compute.hoist import hoist
+from sd3tune.run.setup import hoists, make_trainable
+from sd3tune.runtime.device import ALONE, DTYPES, make_accelerator, processes_of
+from sd3tune.training.ahead import looking_ahead
+from sd3tune.training.batches import Batches, LatentScaling
+from sd3tune.training.examples import Example
+from sd3tune.training.loop import Callback, Processes, train
+from sd3tune.training.objective import Objective, make_objective, sigma_of_u
+from sd3tune.training.optim import FlatMaster
+from sd3tune.training.step import StepResult, TrainState, train_step
 
 IMAGES = 16
 SHIFT = 3.0
@@ -72,7 +72,7 @@ def fill_store(store: Store, model: Model, t5_shape: tuple[int, int], dtype: tor
 
 @dataclass
 class Trainer:
-    """What `sd3tune.train.loop.train` is given."""
+    """What `sd3tune.training.loop.train` is given."""
 
     config: Config
     run: Path

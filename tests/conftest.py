@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from sd3tune.cli.main import run
 from sd3tune.config import Config, parse_config
 from sd3tune.data.sampler import generator
-from sd3tune.model.bases import ENCODER_PARTS, resolve_base
+from sd3tune.model.base.resolve import ENCODER_PARTS, resolve_base
+
+pytest_plugins = ("tests.run_files", "tests.released_files")
 
 WriteImages = Callable[[Path, int], Path]
 MakeConfig = Callable[..., Config]

@@ -7,8 +7,8 @@ import gc
 from PIL import Image
 
 import sd3tune.cli.main
-import sd3tune.jobs.infer
-import sd3tune.jobs.train  # noqa: F401
+import sd3tune.commands.infer
+import sd3tune.commands.train  # noqa: F401
 
 Image.init()
 gc.collect()

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sd3tune import atomic
 from sd3tune.config import dump_config
+from sd3tune.files import atomic
 
 PACKAGE = Path(atomic.__file__).parent
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
@@ -27,7 +27,7 @@ from sd3tune.cli.main import run
 
 with quick_imports("train"):
     for module in pkgutil.walk_packages(sd3tune.__path__, "sd3tune."):
-        if module.name not in ("sd3tune.__main__", "sd3tune.model.tokenizers.make"):
+        if module.name not in ("sd3tune.__main__", "sd3tune.model.base.tokenizers.make"):
             importlib.import_module(module.name)
 sys.argv = ["sd3tune", "train", sys.argv[1]]
 run()

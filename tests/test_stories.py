@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sd3tune.adapter.file import ADAPTER_FILE
 from sd3tune.cli.main import app
+from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
-from sd3tune.jobs.train import run_training
-from sd3tune.model.adapter_io import ADAPTER_FILE
 from tests.test_docs import PAGES, ROOT, commands_to_type, name_of
 
 MODELS = {
@@ -34,11 +34,11 @@ SHORTER = {
     "plan": ["model.base=tiny", "data.resolution=64"],
 }  # fmt: skip
 NEEDS_THE_HUB = {"user/rex", "zalando-datasets/fashion_mnist"}
-"""Tested against a Hub on this machine, in tests/jobs/test_uploading.py and tests/data."""
+"""Tested against a Hub on this machine, in tests/run/test_upload.py and tests/data."""
 NEEDS_HOURS = {"configs/nano_base.yaml", "configs/nano_long.yaml", "examples/fashion_mnist/fashion_mnist.yaml"}
 """And pictures that are drawn or downloaded first."""
 TAKES_MINUTES = {"demo"}
-"""Tested at a third of its steps in tests/jobs/test_demo.py."""
+"""Tested at a third of its steps in tests/commands/test_demo.py."""
 
 
 def story(page: Path) -> list[list[str]]:

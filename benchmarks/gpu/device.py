@@ -13,7 +13,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sd3tune.model.footprint import Footprint
+from sd3tune.forecast.footprint import Footprint
 
 
 class Device(Protocol):

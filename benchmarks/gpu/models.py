@@ -13,11 +13,11 @@ from benchmarks.cells import RANK, Model
 from benchmarks.gpu.cells import T5_TOKENS, Cell, Shapes
 from benchmarks.peer.cells import LEARNING_RATE, TARGETS
 from sd3tune.config import Config
-from sd3tune.jobs.rehearsal import rehearse_training
+from sd3tune.forecast.rehearsal import rehearse_training
 from sd3tune.methods import LoraMethod
-from sd3tune.model.bases import Base, shape_of_base
-from sd3tune.model.components import empty_transformer
-from sd3tune.model.quantized import quantize
+from sd3tune.model.base.resolve import Base, shape_of_base
+from sd3tune.model.load.components import empty_transformer
+from sd3tune.model.load.quantized import quantize
 
 
 def config_of(cell: Cell, shapes: Shapes) -> Config:

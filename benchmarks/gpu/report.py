@@ -13,9 +13,9 @@ from benchmarks.gpu.cells import SIDES
 from benchmarks.gpu.device import Device
 from benchmarks.report import environment as common
 from benchmarks.report import provenance
-from sd3tune.atomic import write_json, write_text
 from sd3tune.errors import ConfigError
-from sd3tune.jobs.cards import find_card
+from sd3tune.files.atomic import write_json, write_text
+from sd3tune.forecast.gpus import find_card
 
 _HEADINGS = [
     "base, square, batch, precision",

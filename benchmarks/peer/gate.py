@@ -25,18 +25,18 @@ from torch import Tensor
 from benchmarks.peer.accommodations import with_casting_vae
 from benchmarks.peer.cells import BATCH_SIZE, LEARNING_RATE, RANK, T5_TOKENS, TARGETS
 from benchmarks.peer.materials import CAPTION
+from sd3tune.commands.train import make_state
 from sd3tune.config import Config
 from sd3tune.data.sampler import generator
-from sd3tune.jobs.machine import ALONE
-from sd3tune.jobs.train import make_state
 from sd3tune.methods import LoraMethod
-from sd3tune.model.bases import resolve_base
-from sd3tune.model.components import load_scheduler, load_text_encoder, load_transformer
-from sd3tune.model.fast import use_fast_path
-from sd3tune.train.batches import Batch, Batches
-from sd3tune.train.objective import make_objective
-from sd3tune.train.optim import FlatMaster
-from sd3tune.train.step import train_step
+from sd3tune.model.base.resolve import resolve_base
+from sd3tune.model.compute.fast import use_fast_path
+from sd3tune.model.load.components import load_scheduler, load_text_encoder, load_transformer
+from sd3tune.runtime.device import ALONE
+from sd3tune.training.batches import Batch, Batches
+from sd3tune.training.objective import make_objective
+from sd3tune.training.optim import FlatMaster
+from sd3tune.training.step import train_step
 
 LOSS_TOLERANCE = 1e-5
 LEAST_COSINE = 0.999

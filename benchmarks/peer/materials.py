@@ -16,10 +16,10 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from benchmarks.cells import small_transformer
-from sd3tune.data.metadata import JSONL, write_jsonl
-from sd3tune.model.bases import resolve_base
-from sd3tune.model.checkpoint import COMMON
-from sd3tune.model.components import no_progress_bars
+from sd3tune.data.sources.metadata import JSONL, write_jsonl
+from sd3tune.model.base.resolve import resolve_base
+from sd3tune.model.base.single_file_header import COMMON
+from sd3tune.model.load.components import no_progress_bars
 
 PHOTOS = 6
 PHOTO_SIZE = (1024, 768)

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.peer.cells import CAPTIONS, CELLS, METRICS
 from benchmarks.report import commit_of, environment, provenance, replace_between
-from sd3tune.atomic import write_json
+from sd3tune.files.atomic import write_json
 
 __all__ = ["environment", "table", "write"]
 

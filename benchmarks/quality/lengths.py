@@ -23,9 +23,9 @@ import torch
 from benchmarks.quality.measure import train_quietly
 from benchmarks.quality.variants import WITH_CLASS_IMAGES, Variant
 from benchmarks.report import environment, provenance, replace_between
-from sd3tune.atomic import write_json
-from sd3tune.jobs.demo import SAMPLER, T5_LENGTH
-from sd3tune.jobs.painter import Painter
+from sd3tune.commands.demo import SAMPLER, T5_LENGTH
+from sd3tune.files.atomic import write_json
+from sd3tune.inference.painter import Painter
 from sd3tune.nano.tasks import plain_tasks, share_right, subject_tasks
 
 ONE, TWO = f"{T5_LENGTH}", f"{T5_LENGTH} and 256"

@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.quality.variants import Variant
-from sd3tune.jobs.painter import Painter
-from sd3tune.jobs.train import run_training
+from sd3tune.commands.train import run_training
+from sd3tune.inference.painter import Painter
 from sd3tune.nano.oracle import read
 from sd3tune.nano.tasks import Task, class_tasks, plain_tasks, rich_tasks, share_right, subject_tasks
 from sd3tune.nano.world import SUBJECT

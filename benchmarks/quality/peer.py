@@ -10,10 +10,10 @@ from typing import Any
 from benchmarks.peer.processes import Stamps, run_alone
 from benchmarks.quality.measure import Panel, Shares, measure_panel
 from benchmarks.quality.variants import PRIOR_KEY, Variant
+from sd3tune.commands.demo import CONFIG, PICTURES, PRIOR, SIDE, T5_LENGTH
 from sd3tune.config import dump_config
-from sd3tune.data.metadata import JSONL, write_jsonl
-from sd3tune.jobs.demo import CONFIG, PICTURES, PRIOR, SIDE, T5_LENGTH
-from sd3tune.jobs.painter import Painter
+from sd3tune.data.sources.metadata import JSONL, write_jsonl
+from sd3tune.inference.painter import Painter
 from sd3tune.nano.tasks import CLASS_PROMPTS, NAME
 from sd3tune.nano.world import CLASS
 

@@ -12,10 +12,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from sd3tune.commands.demo import CONFIG, SAMPLER, T5_LENGTH
+from sd3tune.commands.train import run_training
 from sd3tune.config import parse_config
-from sd3tune.jobs.demo import CONFIG, SAMPLER, T5_LENGTH
-from sd3tune.jobs.painter import Painter
-from sd3tune.jobs.train import run_training
+from sd3tune.inference.painter import Painter
 from sd3tune.nano.tasks import plain_tasks, share_right, subject_tasks
 
 RATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 1e-2, 3e-2, 0.1, 1.0, 10.0)

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.quality.variants import BESIDE_THE_SCRIPT, VARIANTS
 from benchmarks.report import environment, provenance, replace_between
-from sd3tune.atomic import write_json
+from sd3tune.files.atomic import write_json
 
 Figures = Mapping[str, Mapping[str, float]]
 """`kind/group/name/seed` or `kind/name/seed` -> share by name."""

@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _settings(prompts: int) -> dict[str, Any]:
     """What figures must have in common to stand in one table."""
-    from sd3tune.jobs.demo import CONFIG, SAMPLER
-    from sd3tune.model.bases import resolve_base
+    from sd3tune.commands.demo import CONFIG, SAMPLER
+    from sd3tune.model.base.resolve import resolve_base
 
     return {
         "prompts": prompts,
@@ -59,8 +59,8 @@ def _measurements(options: argparse.Namespace, folder: Path) -> Iterator[tuple[s
     from benchmarks.quality.measure import Panel, measure_base, measure_lora, measure_panel
     from benchmarks.quality.peer import SideBySide
     from benchmarks.quality.variants import BESIDE_THE_SCRIPT, VARIANTS
-    from sd3tune.jobs.demo import SAMPLER, T5_LENGTH
-    from sd3tune.jobs.painter import Painter
+    from sd3tune.commands.demo import SAMPLER, T5_LENGTH
+    from sd3tune.inference.painter import Painter
 
     painter = Painter("nano", SAMPLER, t5_length=T5_LENGTH)
     for seed in options.seeds:

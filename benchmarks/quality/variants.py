@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from sd3tune.commands.demo import CONFIG, PRIOR
 from sd3tune.config import Config, parse_config
-from sd3tune.jobs.demo import CONFIG, PRIOR
 from sd3tune.nano.tasks import CLASS_PROMPTS
-from sd3tune.train.loop import Callback, View
+from sd3tune.training.loop import Callback, View
 
 PRIOR_KEY = "data.sources.0.prior"
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from examples.nano.pictures import pictures_in
 from examples.nano.train_vae import psnr, reconstruct, stack
 from sd3tune.config import load_config
-from sd3tune.jobs.painter import Painter
+from sd3tune.inference.painter import Painter
 from sd3tune.sampling.sampler import SamplerSettings
 
 SIDE = 28  # of Fashion-MNIST's pictures

@@ -13,10 +13,10 @@ from statistics import fmean, pstdev
 
 from PIL import Image, ImageStat
 
+from sd3tune.commands.train import run_training
 from sd3tune.config.loader import parse_config
-from sd3tune.jobs.painter import Painter
-from sd3tune.jobs.train import run_training
-from sd3tune.model.contract import spread_without_offset
+from sd3tune.inference.painter import Painter
+from sd3tune.model.base.contract import spread_without_offset
 from sd3tune.sampling.sampler import SamplerSettings
 
 SIDE, TOKENS, CAPTION = 64, 16, "a plain grey picture"

@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from sd3tune.atomic import new_file
-from sd3tune.data.rows import write_parquet
+from sd3tune.data.sources.rows import write_parquet
+from sd3tune.files.atomic import new_file
 from sd3tune.nano.world import Scene, plain_scenes, random_scene, render
 
 LEADS = ("a photo of ", "a picture of ")

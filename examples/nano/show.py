@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd3tune.jobs.demo import SAMPLER, T5_LENGTH
-from sd3tune.jobs.painter import Painter
+from sd3tune.commands.demo import SAMPLER, T5_LENGTH
+from sd3tune.inference.painter import Painter
 from sd3tune.nano.tasks import plain_tasks, rich_tasks
 from sd3tune.sampling.contact_sheet import contact_sheet
 

@@ -36,8 +36,8 @@ from examples.nano.text_encoders import (
     tokenize,
     write_tokenizer,
 )
-from sd3tune.atomic import new_folder
-from sd3tune.model.components import no_progress_bars
+from sd3tune.files.atomic import new_folder
+from sd3tune.model.load.components import no_progress_bars
 
 CAPTIONS = 60_000
 BATCH_SIZE = 128

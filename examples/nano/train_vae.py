@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from examples.nano.muon import MuonAndAdamW
 from examples.nano.pictures import SIDE, pictures_in, training_pictures
-from sd3tune.atomic import new_folder
+from sd3tune.files.atomic import new_folder
 
 LEARNING_RATE, WARMUP = 1e-2, 50
 EDGES_WEIGHT = 1.0

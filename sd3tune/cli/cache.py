@@ -40,7 +40,7 @@ def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Encode captions and images of a run, and nothing else; the word `encode` may be left out."""
     loaded = load_config(config, overrides or ())
     with quick_imports(f"cache {config}"):
-        from sd3tune.jobs.cache import run_cache
+        from sd3tune.commands.cache import run_cache
 
     run_cache(loaded.config, loaded.notes)
 
@@ -48,7 +48,7 @@ def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
 @cache_app.command()
 def ls(where: StoreArgument = None) -> None:
     """Print what a store holds: entries, bytes, and when they were last used."""
-    from sd3tune.jobs.stores import list_store
+    from sd3tune.commands.cache_store import list_store
 
     say(*list_store(where))
 
@@ -64,6 +64,6 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Remove them; the default is a dry run.")] = False,
 ) -> None:
     """Remove unfinished and unreadable files from a store, and what is older; never while a run uses it."""
-    from sd3tune.jobs.stores import prune_store
+    from sd3tune.commands.cache_store import prune_store
 
     say(*prune_store(where, older_than=older_than, everything=everything, yes=yes))

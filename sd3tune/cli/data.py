@@ -38,11 +38,11 @@ def check(
             raise ConfigError(f"--caption: {what} says what the captions are; leave it out")
         loaded = load_config(what, overrides or ())
     else:
-        from sd3tune.jobs.data_sources import source_of
+        from sd3tune.commands.data_sources import source_of
 
         loaded = parse_config({"data": {"sources": [source_of(what) | _captioned(caption)]}}, overrides or ())
     print_notes(loaded.notes)
-    from sd3tune.jobs.data_check import run_data_check
+    from sd3tune.commands.data_check import run_data_check
 
     run_data_check(loaded.config, sheet)
 
@@ -58,8 +58,8 @@ def convert(
     caption_column: CaptionColumn = "text",
 ) -> None:
     """Copy images and captions into another form; the bytes of the images stay as they are."""
-    from sd3tune.jobs.data_convert import run_data_convert
-    from sd3tune.jobs.data_sources import source_of
+    from sd3tune.commands.data_convert import run_data_convert
+    from sd3tune.commands.data_sources import source_of
 
     columns = {"split": split, "image_column": image_column, "caption_column": caption_column}
     source = source_of(what, **columns) | _captioned(caption)

@@ -199,8 +199,8 @@ def infer(
         raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
     wide_high = parse_size(size)
     with quick_imports("infer", compiles=compiled):
-        from sd3tune.jobs.infer import run_infer
-        from sd3tune.jobs.request import Memory, Request
+        from sd3tune.commands.infer import run_infer
+        from sd3tune.inference.request import Memory, Request
 
     request = Request(
         loras=lora or [],

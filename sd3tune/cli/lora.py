@@ -33,7 +33,7 @@ TransformerOnly = Annotated[
 def inspect(path: Adapter) -> None:
     """Show an adapter's layout, base, ranks, modules, norms and inference settings, and its problems."""
     with quick_imports(f"lora inspect {path}"):
-        from sd3tune.jobs.lora_inspect import inspect_lora
+        from sd3tune.commands.lora_inspect import inspect_lora
 
     for line in inspect_lora(path):
         say(line)
@@ -57,7 +57,7 @@ def convert(
     if thumbnail is not None and no_thumbnail:
         raise ConfigError(f"--thumbnail {thumbnail}: not with --no-thumbnail; leave one of the two out")
     with quick_imports(f"lora convert {path}"):
-        from sd3tune.jobs.lora_convert import convert_lora
+        from sd3tune.commands.lora_convert import convert_lora
 
     for line in convert_lora(path, to, out, thumbnail, not no_thumbnail, transformer_only=transformer_only):
         say(line)
@@ -77,7 +77,7 @@ def verify(
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
         raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
     with quick_imports(f"lora verify {path}"):
-        from sd3tune.jobs.lora_verify import verify_lora
+        from sd3tune.commands.lora_verify import verify_lora
 
     for line in verify_lora(path, base, dtype, preview, transformer_only=transformer_only):
         say(line)
@@ -106,7 +106,7 @@ def merge(
     if base is not None and not into_base:
         raise ConfigError(f"--base {base}: only with --into-base; an adapter is merged without its base")
     with quick_imports("lora merge"):
-        from sd3tune.jobs.lora_merge import merge_into_base, merge_loras
+        from sd3tune.commands.lora_merge import merge_into_base, merge_loras
 
     if into_base:
         lines = merge_into_base(paths, out, base, transformer_only=transformer_only)
@@ -129,7 +129,7 @@ def resize(
 ) -> None:
     """Write the nearest adapter of a lower rank, and print the loss."""
     with quick_imports(f"lora resize {path}"):
-        from sd3tune.jobs.lora_resize import resize_lora
+        from sd3tune.commands.lora_resize import resize_lora
 
     for line in resize_lora(path, out, rank, energy, transformer_only=transformer_only):
         say(line)

@@ -48,7 +48,7 @@ def demo(
 ) -> None:
     """Train a small LoRA on packaged pictures and draw before and after: offline, on the CPU."""
     with quick_imports("demo"):
-        from sd3tune.jobs.demo import run_demo
+        from sd3tune.commands.demo import run_demo
 
     run_demo(out)
 
@@ -64,11 +64,11 @@ def train(
     """Train a run."""
     loaded = load_config(config, overrides or ())
     if num_processes > 1:
-        from sd3tune.jobs.launch import relaunch
+        from sd3tune.runtime.launch import relaunch
 
         relaunch(num_processes, sys.argv[1:])
     with quick_imports(f"train {config}"):
-        from sd3tune.jobs.train import run_training
+        from sd3tune.commands.train import run_training
 
     run_training(loaded.config, loaded.notes, resume=resume, dry_run=dry_run)
 
@@ -99,7 +99,7 @@ def plan(
     loaded = load_config(config, overrides or ())
     print_notes(loaded.notes)
     with quick_imports(f"plan {config}"):
-        from sd3tune.jobs.plan import run_plan
+        from sd3tune.commands.plan import run_plan
 
     for line in run_plan(loaded.config, card, memory, utilisation):
         say(line, flush=True)
@@ -162,7 +162,7 @@ def new(
     ] = None,
 ) -> None:
     """Write a commented configuration, ready to run."""
-    from sd3tune.jobs.new_config import new_config
+    from sd3tune.commands.config_new import new_config
 
     new_config(name, preset, data, caption, out)
 
@@ -170,7 +170,7 @@ def new(
 @app.command()
 def doctor() -> None:
     """Check versions, devices, logins and disks, and print problems. Exit code 2: nothing can run."""
-    from sd3tune.jobs.doctor import run_doctor
+    from sd3tune.commands.doctor import run_doctor
 
     run_doctor()
 
@@ -180,7 +180,7 @@ def path(
     name: Annotated[str, typer.Argument(help="tiny, tiny-sd3, tiny-sd35-medium or tiny-sd35-large.")],
 ) -> None:
     """Print the diffusers folder of an offline base, built on first use."""
-    from sd3tune.jobs.bases import base_path
+    from sd3tune.commands.base_path import base_path
 
     say(base_path(name))
 

@@ -13,7 +13,7 @@ import typer
 from sd3tune.cli.usage import UsageError, usage_problem
 from sd3tune.errors import Interrupted, UserError
 from sd3tune.invocation import command_line
-from sd3tune.jobs.stopping import StopSignals
+from sd3tune.runtime.signals import StopSignals
 from sd3tune.terminal import say
 
 EXIT_CODES = (
@@ -87,7 +87,7 @@ def _full_disk(error: OSError) -> str | None:
 def _out_of_memory(error: Exception) -> str | None:
     """For what the jobs do not explain by themselves, whichever allocator refused."""
     if "torch" in sys.modules:
-        from sd3tune.jobs.memory import is_out_of_memory
+        from sd3tune.runtime.out_of_memory import is_out_of_memory
 
         if not is_out_of_memory(error):
             return None

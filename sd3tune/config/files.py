@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from sd3tune.errors import ConfigError
-from sd3tune.text_files import NotText, decode
+from sd3tune.files.text import NotText, decode
 
 _MAX_BYTES = 1 << 20
 

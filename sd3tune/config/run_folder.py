@@ -10,8 +10,8 @@ from sd3tune.config.schema import Config
 from sd3tune.config.sections.model import OFFLINE_BASES
 from sd3tune.config.shape import value_at
 from sd3tune.config.tree import Origin, Tree
-from sd3tune.json_files import NotJson
-from sd3tune.own_json import read_object
+from sd3tune.files.json import NotJson
+from sd3tune.files.own_json import read_object
 
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from sd3tune.data.metadata import clean
 from sd3tune.data.names import Names
+from sd3tune.data.sources.metadata import clean
 from sd3tune.errors import DataError
-from sd3tune.regular_files import complaint, read_regular
-from sd3tune.text_files import NotText, decode
+from sd3tune.files.regular import complaint, read_regular
+from sd3tune.files.text import NotText, decode
 
 _ENDINGS = (".txt", ".caption")
 _OF_TEXTS = {*_ENDINGS, ".captions", ".cap", ".tags", ".json", ".jsonl", ".json1", ".csv", ".tsv", ".parquet"}

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 from sd3tune.data.colour import Reading, to_rgb
 from sd3tune.data.formats import FORMATS, HEAD_BYTES, describe
 from sd3tune.errors import DataError
-from sd3tune.regular_files import complaint, open_regular, read_regular
+from sd3tune.files.regular import complaint, open_regular, read_regular
 
 PREPROCESSING_VERSION = 1
 """Part of every image key: raise it when most files give other pixels; of a few, `Reading.mark` tells."""

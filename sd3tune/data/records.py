@@ -15,13 +15,13 @@ from tqdm import tqdm
 from sd3tune.config.sections.data import DataConfig, SourceConfig
 from sd3tune.data.ahead import in_pieces
 from sd3tune.data.captions import counted, read_sidecar, some
-from sd3tune.data.folders import Listing, list_folder
 from sd3tune.data.images import ImageRef, check_header
-from sd3tune.data.rows import list_rows
 from sd3tune.data.seeds import derive
+from sd3tune.data.sources.folder import Listing, list_folder
+from sd3tune.data.sources.rows import list_rows
 from sd3tune.errors import DataError
+from sd3tune.files.text import flaw
 from sd3tune.terminal import escaped
-from sd3tune.text_files import flaw
 
 _Item = TypeVar("_Item")
 

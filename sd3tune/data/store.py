@@ -28,12 +28,12 @@ from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from sd3tune.atomic import FULL, TEMPORARY, remove_stale, write_bytes
 from sd3tune.data.store_lock import LOCK_FILES, alone, use
 from sd3tune.errors import RunError
-from sd3tune.json_files import parse_object
-from sd3tune.tensor_header import MOST_BYTES, read_header
-from sd3tune.tensorfile import digest
+from sd3tune.files.atomic import FULL, TEMPORARY, remove_stale, write_bytes
+from sd3tune.files.json import parse_object
+from sd3tune.files.tensor_header import MOST_BYTES, read_header
+from sd3tune.files.tensors import digest
 from sd3tune.terminal import escaped
 
 SHARD_BYTES = 64 * 2**20

@@ -22,9 +22,9 @@ from sd3tune.encode.report import (
     damage_warnings,
 )
 from sd3tune.encode.resources import check_room, is_mine, release
-from sd3tune.model.bases import ENCODER_PARTS, ENCODERS, Base
-from sd3tune.model.quantized import load_text_encoder_in
-from sd3tune.model.text import TextEncoder
+from sd3tune.model.base.resolve import ENCODER_PARTS, ENCODERS, Base
+from sd3tune.model.load.quantized import load_text_encoder_in
+from sd3tune.model.load.text import TextEncoder
 
 CLIP_LENGTH = 77
 

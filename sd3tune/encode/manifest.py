@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
-from sd3tune.atomic import write_json
 from sd3tune.data.colour import Reading
 from sd3tune.data.images import PREPROCESSING_VERSION
 from sd3tune.errors import RunError
-from sd3tune.own_json import read_object
+from sd3tune.files.atomic import write_json
+from sd3tune.files.own_json import read_object
 
 _NAME = "manifest.json"
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from sd3tune.model.targets import CoverageRow
+from sd3tune.model.lora.targets import CoverageRow
 
 Embeddings = Mapping[str, Mapping[str, Tensor]]
 """Per encoder (`clip_l`, `clip_g`, `t5`): `hidden` [B, tokens, width], and `pooled` [B, width] for the CLIPs."""

@@ -17,11 +17,11 @@ from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.config.sections.method import FullConfig
 from sd3tune.methods.base import Product, Weights
 from sd3tune.methods.stored_text import StoredText
-from sd3tune.model.bases import Base
-from sd3tune.model.components import load_scheduler, load_transformer
-from sd3tune.model.fast import plain_path
-from sd3tune.model.model_folder import INDEX_FILE, check_parts, write_model
-from sd3tune.model.targets import ELSEWHERE, CoverageRow, block_of
+from sd3tune.model.base.folder import INDEX_FILE, check_parts, write_model
+from sd3tune.model.base.resolve import Base
+from sd3tune.model.compute.fast import plain_path
+from sd3tune.model.load.components import load_scheduler, load_transformer
+from sd3tune.model.lora.targets import ELSEWHERE, CoverageRow, block_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

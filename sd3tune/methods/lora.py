@@ -13,18 +13,18 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
+from sd3tune.adapter import file as adapter_io
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.method import LoraConfig
 from sd3tune.errors import AdapterError
 from sd3tune.methods.base import Product, Weights
 from sd3tune.methods.start_from import check_start, starting_factors
 from sd3tune.methods.stored_text import StoredText
-from sd3tune.model import adapter_io
-from sd3tune.model.adapters import ADAPTER_NAME, Layer, block_norms, inject_lora, lora_layers
-from sd3tune.model.dropout import SeededDropout
-from sd3tune.model.eva import input_directions
-from sd3tune.model.fast import plain_path
-from sd3tune.model.targets import CoverageRow, coverage, select_modules, values_by_pattern
+from sd3tune.model.compute.fast import plain_path
+from sd3tune.model.lora.dropout import SeededDropout
+from sd3tune.model.lora.eva import input_directions
+from sd3tune.model.lora.layers import ADAPTER_NAME, Layer, block_norms, inject_lora, lora_layers
+from sd3tune.model.lora.targets import CoverageRow, coverage, select_modules, values_by_pattern
 
 
 class LoraMethod(StoredText):

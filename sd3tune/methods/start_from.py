@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from sd3tune.adapter.file import Adapter
+from sd3tune.adapter.names import PATCH_EMBEDDER
 from sd3tune.errors import AdapterError
-from sd3tune.model.adapter_io import Adapter
-from sd3tune.model.adapter_names import PATCH_EMBEDDER
-from sd3tune.model.adapters import Layer
-from sd3tune.model.targets import never_learning
+from sd3tune.model.lora.layers import Layer
+from sd3tune.model.lora.targets import never_learning
 
 
 def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, Layer]) -> None:

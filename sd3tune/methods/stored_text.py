@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.methods.base import Embeddings
-from sd3tune.model.text import assemble, pool
+from sd3tune.model.load.text import assemble, pool
 
 
 class StoredText:

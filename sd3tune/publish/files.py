@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from sd3tune.adapter.file import ADAPTER_FILE
 from sd3tune.config import load_config
 from sd3tune.config.dump import dump_values
 from sd3tune.config.public import public_config, without_paths
 from sd3tune.config.run_folder import MARKER, RUN_FILE, read_run_file
-from sd3tune.model.adapter_io import ADAPTER_FILE
 from sd3tune.publish.previews import SAMPLES, is_preview
 
 Upload = Mapping[str, Path | bytes]

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from sd3tune.flow.objective import offset_noise
-from sd3tune.model.hoist import Modulation, compute_ahead, hoisted, modulate
-from sd3tune.model.latents import decode
-from sd3tune.model.latents import sample_latents as from_posterior
+from sd3tune.model.compute.hoist import Modulation, compute_ahead, hoisted, modulate
+from sd3tune.model.load.latents import decode
+from sd3tune.model.load.latents import sample_latents as from_posterior
 from sd3tune.sampling.samplers import SAMPLERS
 
 LAST_SEED = 2**63 - 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
-from sd3tune.atomic import remove_files
+from sd3tune.files.atomic import remove_files
 
 _LOGS = re.compile(
     r"tensorboard/events\.out\.tfevents\.\d+|wandb_id|wandb/(offline-)?run-\d{8}_\d{6}-\w+(/.+)?|wandb/debug[\w-]*\.log",

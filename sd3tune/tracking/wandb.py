@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import wandb
 
-from sd3tune.atomic import write_text
 from sd3tune.config.files import as_typed
 from sd3tune.config.sections.outputs import WandbConfig
+from sd3tune.files.atomic import write_text
 from sd3tune.invocation import command_line
 from sd3tune.tracking.base import Start
 

@@ -15,7 +15,7 @@ from benchmarks.bare import Ready
 from benchmarks.cells import CELLS
 from benchmarks.compare import GateError, Turns, run_cell, summarise
 from benchmarks.run import main
-from sd3tune.train.loop import View
+from sd3tune.training.loop import View
 
 README = "before\n<!-- results -->\nan old table\n<!-- end of results -->\nafter\n"
 

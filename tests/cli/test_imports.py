@@ -18,7 +18,7 @@ from sd3tune.cli.imports import quick_imports
 
 before = [of["collections"] for of in gc.get_stats()]
 with quick_imports("train run.yaml"):
-    import sd3tune.jobs.train
+    import sd3tune.commands.train
 after = [of["collections"] for of in gc.get_stats()]
 print(after == before, gc.isenabled(), gc.get_freeze_count() > 100_000)
 
@@ -36,9 +36,9 @@ if find_spec("torch._native"):
 else:
     print(True)
 
-from sd3tune.model.adapters import Layer, inject_lora, lora_layers
-from sd3tune.model.quantized import quantize
-from sd3tune.model.tiny import _transformer
+from sd3tune.model.lora.layers import Layer, inject_lora, lora_layers
+from sd3tune.model.load.quantized import quantize
+from sd3tune.model.base.tiny import _transformer
 
 transformer = _transformer("sd3")
 quantize(transformer, transformer.transformer_blocks[0], "nf4", "cpu")
@@ -76,7 +76,7 @@ import sys
 from sd3tune.cli.imports import quick_imports
 
 with quick_imports("infer", compiles=True):
-    import sd3tune.jobs.infer
+    import sd3tune.commands.infer
 print("triton" in sys.modules)
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

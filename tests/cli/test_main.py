@@ -17,7 +17,7 @@ from sd3tune import __version__
 from sd3tune.cli.infer import parse_size
 from sd3tune.config import dump_config, load_config
 from sd3tune.errors import ConfigError
-from sd3tune.model.bases import resolve_base
+from sd3tune.model.base.resolve import resolve_base
 from tests.conftest import Command, Finished
 
 ROOT = Path(__file__).parents[2]

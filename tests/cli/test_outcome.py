@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from sd3tune.cli import main, outcome
+from sd3tune.commands import plan
 from sd3tune.config import dump_config
 from sd3tune.errors import Interrupted, ProcessError, UserError
-from sd3tune.jobs import encoding, launch, plan, studio
+from sd3tune.inference import session as studio
+from sd3tune.run import encoding
+from sd3tune.runtime import launch
 from tests.conftest import Command
 
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from sd3tune.adapter.file import read_adapter
+from sd3tune.commands.infer import run_infer
+from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
-from sd3tune.jobs.infer import run_infer
-from sd3tune.jobs.request import Request
-from sd3tune.jobs.train import run_training
-from sd3tune.model.adapter_io import read_adapter
+from sd3tune.inference.request import Request
 
 RUNS = {"lora": "step-000006", "prediction": "step-000004"}
 """Each run, and its last checkpoint."""

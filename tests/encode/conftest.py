@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sd3tune.model.bases import Base, resolve_base
+from sd3tune.model.base.resolve import Base, resolve_base
 
 
 @pytest.fixture(scope="session")

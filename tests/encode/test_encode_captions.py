@@ -11,9 +11,9 @@ from sd3tune.data.store import Store
 from sd3tune.encode import captions, resources
 from sd3tune.encode.captions import encode_captions
 from sd3tune.errors import RunError
-from sd3tune.model.bases import ENCODERS
-from sd3tune.model.components import load_pipeline, transformer_config
-from sd3tune.model.text import TextEncoder, assemble
+from sd3tune.model.base.resolve import ENCODERS
+from sd3tune.model.load.components import load_pipeline, transformer_config
+from sd3tune.model.load.text import TextEncoder, assemble
 
 TEXTS = ["a photo of sks dog", "", "two cats, on a  mat! (detailed)", "ein Hund, müde " * 30]
 

@@ -16,7 +16,7 @@ from sd3tune.data.store import Store, key
 from sd3tune.encode import images
 from sd3tune.encode.images import encode_images
 from sd3tune.errors import DataError
-from sd3tune.model.components import load_pipeline
+from sd3tune.model.load.components import load_pipeline
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "dreambooth"
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from examples.fashion_mnist import measure
 from examples.nano.render import png
+from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
-from sd3tune.data.rows import write_parquet
-from sd3tune.jobs.train import run_training
+from sd3tune.data.sources.rows import write_parquet
 
 CONFIG = Path(measure.__file__).with_name("fashion_mnist.yaml")
 NAMES = ("Bag", "Coat")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from sd3tune.adapter.file import read_adapter
+from sd3tune.commands.lora_inspect import inspect_lora
 from sd3tune.errors import UserError
-from sd3tune.jobs.lora_inspect import inspect_lora
-from sd3tune.model.adapter_io import read_adapter
 from tests.fuzz.door import ODD, changed, damaged, json_text, try_door
 
 MODULES = [f"transformer_blocks.{block}.attn.to_{letter}" for block in (0, 1) for letter in "qkv"]

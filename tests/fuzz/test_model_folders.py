@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from sd3tune.model.bases import Base, resolve_base
-from sd3tune.model.checkpoint import released_shape
-from sd3tune.model.components import empty_transformer, load_scheduler, load_vae, text_encoder_shape
-from sd3tune.model.weights import weight_files
+from sd3tune.model.base.resolve import Base, resolve_base
+from sd3tune.model.base.single_file_header import released_shape
+from sd3tune.model.base.weights import weight_files
+from sd3tune.model.load.components import empty_transformer, load_scheduler, load_vae, text_encoder_shape
 from tests.fuzz.door import json_text, try_door
 
 PARTS: dict[str, tuple[str, Callable[[Base], object]]] = {

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from sd3tune.model.bases import ENCODERS, resolve_base
-from sd3tune.model.checkpoint import read_encoder
-from sd3tune.model.components import empty_transformer, load_vae
+from sd3tune.model.base.resolve import ENCODERS, resolve_base
+from sd3tune.model.base.single_file_header import read_encoder
+from sd3tune.model.load.components import empty_transformer, load_vae
 from tests.fuzz.door import damaged, try_door
 
 DIMENSIONS = st.lists(st.sampled_from([0, 1, 2, 16, 64, 192, 10**6, 10**12]), max_size=5)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from sd3tune.data.store import Store
-from sd3tune.train.checkpoint import read_state
+from sd3tune.training.checkpoint import read_state
 from tests.fuzz.door import damaged, json_text, try_door
 
 

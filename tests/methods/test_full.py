@@ -12,10 +12,10 @@ from torch import Tensor
 from sd3tune.data.sampler import generator
 from sd3tune.errors import ModelError, RunError
 from sd3tune.methods import METHODS, FullMethod, full
-from sd3tune.model.bases import Base, configured_base, resolve_base
-from sd3tune.model.components import empty_transformer, load_transformer
-from sd3tune.model.fast import use_fast_path
-from sd3tune.train.optim import FlatMaster
+from sd3tune.model.base.resolve import Base, configured_base, resolve_base
+from sd3tune.model.compute.fast import use_fast_path
+from sd3tune.model.load.components import empty_transformer, load_transformer
+from sd3tune.training.optim import FlatMaster
 
 CONTRACT = {"base": "tiny", "max_sequence_length": 16, "encoders": ["clip_l", "clip_g", "t5"]}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

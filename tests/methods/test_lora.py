@@ -11,14 +11,14 @@ from diffusers import SD3Transformer2DModel
 from safetensors import safe_open
 from torch import Tensor
 
+from sd3tune.adapter import file as adapter_io
 from sd3tune.data.sampler import generator
 from sd3tune.errors import UserError
 from sd3tune.methods import METHODS, LoraMethod
-from sd3tune.model import adapter_io
-from sd3tune.model.adapters import ADAPTER_NAME, lora_layers
-from sd3tune.model.bases import resolve_base
-from sd3tune.model.components import load_transformer
-from sd3tune.train.optim import FlatMaster
+from sd3tune.model.base.resolve import resolve_base
+from sd3tune.model.load.components import load_transformer
+from sd3tune.model.lora.layers import ADAPTER_NAME, lora_layers
+from sd3tune.training.optim import FlatMaster
 
 CONTRACT = {"base": "tiny", "max_sequence_length": 16}
 

@@ -10,13 +10,13 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sd3tune.adapter.file import attach, read_adapter, write_adapter
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError
 from sd3tune.methods import LoraMethod
-from sd3tune.model.adapter_io import attach, read_adapter, write_adapter
-from sd3tune.model.bases import resolve_base
-from sd3tune.model.components import empty_transformer, load_transformer
-from sd3tune.model.targets import select_modules
+from sd3tune.model.base.resolve import resolve_base
+from sd3tune.model.load.components import empty_transformer, load_transformer
+from sd3tune.model.lora.targets import select_modules
 
 
 @pytest.fixture

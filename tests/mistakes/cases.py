@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sd3tune.model.bases import resolve_base
+from sd3tune.model.base.resolve import resolve_base
 
 YAML = """\
 name: mistake

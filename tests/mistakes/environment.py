@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sd3tune.model.bases import resolve_base
+from sd3tune.model.base.resolve import resolve_base
 from tests.local_hub import hub
 from tests.mistakes.cases import INFER, TRAIN, Case, edited, parquet, source, steps
 from tests.mistakes.process import obey_permissions, small_disk, without_library
@@ -36,7 +36,7 @@ def a_hub() -> Iterator[Mapping[str, str]]:
 def another_run() -> Iterator[Mapping[str, str]]:
     """Another process holds the lock of the run folder, as a training one does."""
     script = (
-        "import sys\nfrom pathlib import Path\nfrom sd3tune.jobs.run_folder import locked\n"
+        "import sys\nfrom pathlib import Path\nfrom sd3tune.run.folder import locked\n"
         "with locked(Path('runs/mistake')):\n    print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script]

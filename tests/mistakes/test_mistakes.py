@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sd3tune.cli.main import run
-from sd3tune.model.bases import resolve_base
+from sd3tune.model.base.resolve import resolve_base
 from tests.mistakes.cases import CASES, YAML, Case
 from tests.mistakes.environment import ENVIRONMENT, ProcessCase
 from tests.mistakes.process import ROOT, Finished, Unable, forked, fresh, small_files

@@ -11,16 +11,16 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from sd3tune.commands import train as train_job
+from sd3tune.commands.demo import PICTURES, SAMPLER, SIDE, T5_LENGTH
+from sd3tune.commands.train import run_training
 from sd3tune.config import parse_config
-from sd3tune.jobs import closing
-from sd3tune.jobs import train as train_job
-from sd3tune.jobs.demo import PICTURES, SAMPLER, SIDE, T5_LENGTH
-from sd3tune.jobs.painter import Painter
-from sd3tune.jobs.train import run_training
-from sd3tune.model.offline import NANO_FOLDER
+from sd3tune.inference.painter import Painter
+from sd3tune.model.base.offline import NANO_FOLDER
 from sd3tune.nano.tasks import Task, plain_tasks, share_right, subject_tasks
 from sd3tune.nano.world import plain_scenes, render
-from sd3tune.train import step
+from sd3tune.run import report as closing
+from sd3tune.training import step
 
 Mistake = Callable[[pytest.MonkeyPatch], None]
 

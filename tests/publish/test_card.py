@@ -17,15 +17,15 @@ import yaml
 from markdown_it import MarkdownIt
 from PIL import Image, ImageChops
 
+from sd3tune.adapter.file import ADAPTER_FILE, read_adapter
 from sd3tune.cli.main import app
+from sd3tune.commands.train import run_training
 from sd3tune.config import Config, load_config
 from sd3tune.config.yaml12 import parse
-from sd3tune.jobs.card import card_of, card_to_upload, write_card
-from sd3tune.jobs.train import run_training
-from sd3tune.model.adapter_io import ADAPTER_FILE, read_adapter
-from sd3tune.model.bases import resolve_base
+from sd3tune.model.base.resolve import resolve_base
 from sd3tune.publish.card import Drawing, Sample, Trained, card, is_unchanged
 from sd3tune.publish.files import config_of_run
+from sd3tune.run.card import card_of, card_to_upload, write_card
 
 PROMPT = "a photo of sks dog on a beach"
 LOOKED = f"preview={{every: 2, prompts: [{PROMPT}, a cat], steps: 2, guidance: 3.5, seed: 4}}"

@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from sd3tune.model.contract import spread_without_offset
+from sd3tune.model.base.contract import spread_without_offset
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, Start, add_offset, sample_latents
 
 SIDE = 8

@@ -9,8 +9,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image, ImageChops
 
-from sd3tune.model.bases import resolve_base
-from sd3tune.model.components import load_pipeline
+from sd3tune.model.base.resolve import resolve_base
+from sd3tune.model.load.components import load_pipeline
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
 
 T5_LENGTH = 16

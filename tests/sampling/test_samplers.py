@@ -16,8 +16,8 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from sd3tune.model.bases import resolve_base
-from sd3tune.model.components import load_pipeline, load_scheduler
+from sd3tune.model.base.resolve import resolve_base
+from sd3tune.model.load.components import load_pipeline, load_scheduler
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, sample_latents, to_image
 from sd3tune.sampling.samplers import SAMPLERS
 from tests.pictures import distance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sd3tune.model.contract import spread_without_offset
+from sd3tune.model.base.contract import spread_without_offset
 from sd3tune.publish.card.markdown import code
 from sd3tune.publish.card.trained import Trained
 

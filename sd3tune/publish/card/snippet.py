@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sd3tune.model.adapter_io import ADAPTER_FILE
+from sd3tune.adapter.file import ADAPTER_FILE
 from sd3tune.publish.card.markdown import code, fenced
 from sd3tune.publish.card.trained import Trained
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sd3tune.config import Config
-from sd3tune.model.contract import sampling_of
+from sd3tune.model.base.contract import sampling_of
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from sd3tune.model.adapter_io import ADAPTER_FILE
+from sd3tune.adapter.file import ADAPTER_FILE
 from sd3tune.publish.card.licences import licence_of
 from sd3tune.publish.card.markdown import code, fenced
 from sd3tune.publish.card.snippet import with_diffusers

@@ -1,0 +1,1 @@
+"""The adapter file: reading, writing, other tools' layouts, metadata, Hub lookup and low-rank arithmetic."""

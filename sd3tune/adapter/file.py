@@ -1,0 +1,338 @@
+"""The adapter file and its contract: what is written is what diffusers and ComfyUI load, and loading is counted.
+
+Keys are diffusers' (`transformer.<module>.lora_A.weight`); other tools' layouts are read, too (see `adapter_layouts`,
+and for PEFT's folders `adapter_peft`). The scale alpha / r is folded into B and alpha = r is written, so that a loader
+that ignores alpha computes the same. The file's metadata holds what PEFT needs to rebuild the layers
+(`lora_adapter_metadata`, as diffusers writes it) and the conditioning contract (`sd3tune`), which `infer` applies: the
+base, T5 length, sigma sampling, and so on; beside it stand the keys that other programs show (see `modelspec`). No
+time, host or path is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sd3tune.adapter.layouts import READABLE, Contents, Pair, as_stored, first_of, interpret, text_part
+from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract
+from sd3tune.adapter.modelspec import shown_metadata
+from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_peft
+from sd3tune.errors import AdapterError
+from sd3tune.files.atomic import new_file
+from sd3tune.files.tensor_header import BadHeader, read_header
+from sd3tune.files.tensors import save_sorted
+from sd3tune.model.base.contract import CONTRACT_VERSION, WAY_OUT
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A LoRA file as it lies on the disk, good or bad."""
+
+    path: Path
+    metadata: dict[str, str]
+    tensors: dict[str, Tensor]
+
+    @property
+    def bad(self) -> list[str]:
+        """Keys of the tensors that are NaN or infinite somewhere."""
+        readable = {key: value for key, value in self.tensors.items() if value.dtype in READABLE}
+        return [key for key, value in readable.items() if not value.float().isfinite().all()]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA file in memory: factors per module, fp32 as stored, and the metadata."""
+
+    path: Path
+    factors: dict[str, Pair]
+    """Module name -> (A [r, in], B [out, r])."""
+    alphas: dict[str, float]
+    """Module name -> alpha; the layer's output is scaled by alpha / r."""
+    contract: dict[str, Any]
+    """Empty when another tool wrote the file."""
+    layout: str = "diffusers"
+    """As the file had it; the names of the modules are diffusers' in any case."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """All that the file says, as text."""
+    origin: str | None = None
+    """Of one from the Hub: repository and commit, as `user/name:commit`."""
+    base_in_card: str | None = None
+    """Of one from the Hub: the base model that its card names."""
+    rslora: bool = False
+    """Whether the file states alphas for alpha / sqrt(r); `alphas` are sqrt(r) times as much."""
+    notes: tuple[str, ...] = ()
+    """To tell the user: an assumed alpha, tensors that were left out."""
+    for_diffusers: bool = True
+    """Whether diffusers' pipeline can be given the file itself."""
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return self.origin or str(self.path)
+
+    def folded(self) -> dict[str, Pair]:
+        """The factors in fp32 with the scale multiplied into B: their product is what is added to the weight."""
+        return {
+            module: (down.float(), up.float() * (self.alphas[module] / len(down)))
+            for module, (down, up) in self.factors.items()
+        }
+
+    @property
+    def too_large(self) -> list[str]:
+        """Modules whose weights are finite in the file and not with their scale, in fp32."""
+        return [module for module, (_, up) in self.folded().items() if not up.isfinite().all()]
+
+
+@dataclass(frozen=True)
+class Match:
+    """How an adapter met a model: tensors that found their module, and the keys that did not."""
+
+    matched: int
+    unmatched: tuple[str, ...]
+
+
+def fold_scale(factors: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
+    """`<module>.lora_A` and `.lora_B` tensors with the module's scale multiplied into every B."""
+    return {
+        name: tensor * scales[name.removesuffix(".lora_B")] if name.endswith(".lora_B") else tensor
+        for name, tensor in factors.items()
+    }
+
+
+def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping[str, Any]) -> Path:
+    """Write `folder/pytorch_lora_weights.safetensors` from folded `factors` (see `fold_scale`), in fp32.
+
+    Raises AdapterError when a tensor is not finite, and nothing is written then.
+    """
+    tensors = {f"{PREFIX}{name}.weight": value.detach().float().cpu().contiguous() for name, value in factors.items()}
+    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if bad:
+        raise AdapterError(f"{folder}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
+    ranks = {name.removesuffix(".lora_A"): len(value) for name, value in factors.items() if name.endswith(".lora_A")}
+    path = folder / ADAPTER_FILE
+    shown = shown_metadata("diffusers", contract.get("name"), contract)
+    save_tensors(path, tensors, {**shown, PEFT_KEY: peft_metadata(ranks), CONTRACT_KEY: contract_metadata(contract)})
+    return path
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    with new_file(path) as temporary:
+        save_sorted(temporary, tensors, {"format": "pt", **metadata})
+
+
+def contract_metadata(contract: Mapping[str, Any]) -> str:
+    return json.dumps({"contract_version": CONTRACT_VERSION, **contract}, sort_keys=True)
+
+
+def peft_metadata(ranks: Mapping[str, int]) -> str:
+    """What PEFT needs to rebuild layers of these ranks, of which alpha is the rank."""
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    # Only the fields that every PEFT version knows: an unknown one stops another version from loading the file.
+    peft: dict[str, Any] = {
+        "r": rank, "lora_alpha": rank, "target_modules": list(ranks), "lora_dropout": 0.0, "bias": "none",
+    }  # fmt: skip
+    special = {f"^{module}": own for module, own in ranks.items() if own != rank}
+    if special:
+        peft |= {"rank_pattern": special, "alpha_pattern": special}
+    return json.dumps({PREFIX + key: value for key, value in peft.items()}, sort_keys=True)
+
+
+def find_adapter(location: str | Path) -> Path:
+    """The adapter file of a file, an adapter folder, a checkpoint or a run folder. Raises AdapterError."""
+    path = Path(location).expanduser()
+    for candidate in (path, path / ADAPTER_FILE, path / "adapter" / ADAPTER_FILE, path / WEIGHTS_FILE):
+        if candidate.is_file():
+            return candidate
+    if (path / "model" / "model_index.json").is_file():
+        raise AdapterError(f"{path}: holds a whole model and no adapter; draw with --base {path / 'model'}")
+    if path.is_dir():
+        inside = sorted(file for file in path.iterdir() if is_safetensors(file.name) and file.is_file())
+        if len(inside) == 1:
+            return inside[0]
+        raise AdapterError(
+            f"{path}: no {ADAPTER_FILE} here or in its adapter/ folder"
+            + (f"; name one of {', '.join(file.name for file in inside)}" if inside else "; has the run finished?")
+        )
+    raise AdapterError(f"{path}: no such file or folder")
+
+
+def is_safetensors(name: str) -> bool:
+    """Whether a file's name, in any case of letters, ends as safetensors files do."""
+    return name.lower().endswith(".safetensors")
+
+
+def read_file(location: str | Path) -> AdapterFile:
+    """The tensors and metadata of a safetensors file. Raises AdapterError."""
+    path = find_adapter(location)
+    if not is_safetensors(path.name):
+        raise AdapterError(f"{path}: adapters are read as safetensors only; pickled files can run any code")
+    try:
+        metadata = read_header(path).metadata
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (BadHeader, SafetensorError, OSError) as error:
+        raise AdapterError(f"{path}: not a readable safetensors file: {error}") from error
+    return AdapterFile(path, metadata, tensors)
+
+
+def read_adapter(location: str | Path, *, transformer_only: bool = False) -> Adapter:
+    """Read and check a LoRA file in any of the known layouts.
+
+    With `transformer_only`, tensors for the text encoders are left out, and the adapter's notes say so. Raises
+    AdapterError for anything else that is not a plain LoRA of SD3's transformer, whole and finite.
+    """
+    file = read_file(location)
+    contents = interpret(file.tensors)
+    if transformer_only:
+        file = replace(file, tensors={key: value for key, value in file.tensors.items() if key not in contents.text})
+    _check(file, contents, transformer_only)
+    adapter = as_adapter(file, contents)
+    if adapter.too_large:
+        raise AdapterError(f"{file.path}: {too_large(adapter)}{WAY_OUT}")
+    return adapter
+
+
+def too_large(adapter: Adapter) -> str:
+    """Say which alphas are so large that the weights that they scale are not finite."""
+    module = adapter.too_large[0]
+    return f"alpha {adapter.alphas[module]:g} makes the weights of {first_of(adapter.too_large)} infinite"
+
+
+def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
+    """The modules of `contents` that are whole. Raises AdapterError for metadata that nobody could apply."""
+    ranks = {module: len(down) for module, (down, _) in contents.factors.items()}
+    contract = read_contract(file.path, file.metadata)
+    peft = read_peft(file.path, file.metadata, contents.layout)
+    stated = peft.alphas(ranks) | contents.alphas
+    unstated = [] if contract else [module for module in ranks if module not in stated]
+    notes = [_no_alpha(file.path, unstated, len(ranks))] if unstated else []
+    if contents.text:
+        notes.append(f"left out: {text_part(contents.text)}")
+    return Adapter(
+        file.path,
+        contents.factors,
+        {module: float(rank) for module, rank in ranks.items()} | stated,
+        contract,
+        contents.layout,
+        file.metadata,
+        rslora=bool(peft.stated.use_rslora) and not contents.alphas,
+        notes=tuple(notes),
+        for_diffusers=contents.for_diffusers and peft.file is None and not peft.has_expressions,
+    )
+
+
+def _no_alpha(path: Path, modules: list[str], of: int) -> str:
+    some = "" if len(modules) == of else f" for {first_of(modules)}"
+    lacking = f"; {CONFIG_FILE}, which would state it, is not beside the file" if path.name == WEIGHTS_FILE else ""
+    return f"no alpha stated{some}, taken as rank{lacking}"
+
+
+def match(transformer: nn.Module, adapter: Adapter) -> Match:
+    """Which of the adapter's tensors have a module of their shape in `transformer`, before anything is loaded.
+
+    Raises AdapterError when a shape disagrees or nothing matches: such a file would load with no effect.
+    """
+    sizes = {
+        name.removesuffix(".base_layer"): _size(module)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    unmatched = tuple(name for name in adapter.factors if name not in sizes)
+    for name, (down, up) in adapter.factors.items():
+        found, needed = (len(up), down.shape[1]), sizes.get(name)
+        if needed is not None and found != needed:
+            raise AdapterError(
+                f"{adapter.path}: made for another base: {name} is {found[0]}x{found[1]} in the adapter and "
+                f"{needed[0]}x{needed[1]} in the model; give the right one with --base"
+            )
+    if len(unmatched) == len(adapter.factors):
+        raise AdapterError(
+            f"{adapter.path}: none of its {len(unmatched)} modules exists in this model, so it would have no effect "
+            f"(first: {unmatched[0]})"
+        )
+    return Match(2 * (len(adapter.factors) - len(unmatched)), unmatched)
+
+
+def _size(module: nn.Linear | nn.Conv2d) -> tuple[int, int]:
+    """Outputs and inputs; of a convolution, the inputs of one place."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.out_channels, module.in_channels * math.prod(module.kernel_size)
+
+
+def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
+    """Load `adapter` into `transformer` under `name`, in the model's dtype, and count what was matched.
+
+    `transformer` is an SD3Transformer2DModel; its active adapters are set by the caller (`set_adapters`).
+    """
+    counted = match(transformer, adapter)
+    kept = {module: pair for module, pair in adapter.factors.items() if module not in counted.unmatched}
+    tensors = {
+        f"{PREFIX}{module}.lora_{letter}.weight": tensor.to(transformer.dtype)
+        for module, pair in kept.items()
+        for letter, tensor in zip("AB", as_stored(module, pair), strict=True)
+    }
+    first = next(iter(kept))
+    lost = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if lost:
+        dtype = str(transformer.dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"{adapter.path}: {first_of(lost)} is beyond what {dtype} holds; take a wider one, such as --dtype bf16"
+        )
+    ranks, alphas = (
+        {module: kept[module][0].shape[0] for module in kept},
+        {module: adapter.alphas[module] for module in kept},
+    )
+    config = {
+        "r": ranks[first],
+        "lora_alpha": alphas[first],
+        "target_modules": list(kept),
+        "rank_pattern": {f"^{module}": rank for module, rank in ranks.items() if rank != ranks[first]},
+        "alpha_pattern": {f"^{module}": alpha for module, alpha in alphas.items() if alpha != alphas[first]},
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
+        transformer.load_lora_adapter(
+            tensors, adapter_name=name, metadata={PREFIX + key: value for key, value in config.items()}
+        )
+    carried = sum(name in getattr(module, "lora_A", {}) for module in transformer.modules())
+    if carried != len(kept):
+        raise AdapterError(f"{adapter.path}: {carried} of {len(kept)} modules took their weights")
+    return counted
+
+
+def _check(file: AdapterFile, contents: Contents, transformer_only: bool) -> None:
+    if not file.tensors and not contents.text:
+        raise AdapterError(f"{file.path}: not a LoRA: it holds no tensors")
+    if contents.unknown:
+        what = next(iter(contents.unknown.values()))
+        raise AdapterError(
+            f"{file.path}: not a LoRA of SD3's transformer alone: {first_of(contents.unknown)} "
+            + (f"is {what}" if what else "belongs to no module of it in any layout that is known")
+        )
+    if contents.broken:
+        module, fault = next(iter(contents.broken.items()))
+        raise AdapterError(f"{file.path}: {module}: {fault}")
+    if not contents.factors:
+        raise AdapterError(f"{file.path}: has nothing for the transformer, only {text_part(contents.text)}")
+    if contents.text and not transformer_only:
+        raise AdapterError(
+            f"{file.path}: also has {text_part(contents.text)}, which sd3tune does not load; leave them out with "
+            f"--transformer-only (infer and the lora commands), or write a file without them: `sd3tune lora convert "
+            f"{shlex.quote(str(file.path))} --transformer-only --to diffusers --out NEW.safetensors`"
+        )
+    if file.bad:
+        raise AdapterError(f"{file.path}: {len(file.bad)} tensors are NaN or infinite, first {file.bad[0]}")

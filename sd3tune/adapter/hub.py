@@ -1,0 +1,79 @@
+"""Adapters by name: a file or folder of this machine, or a repository on the Hub."""
+
+from __future__ import annotations
+
+import glob
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from sd3tune.adapter.file import ADAPTER_FILE, Adapter, is_safetensors, read_adapter
+from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE
+from sd3tune.config.yaml12 import YamlError, parse
+from sd3tune.errors import AdapterError, ModelError
+from sd3tune.model.base.hub import download, files_in_root
+
+CARD = "README.md"
+_ON_THE_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w./-]+))?", re.ASCII)
+_WEIGHTS = (ADAPTER_FILE, f"adapter/{ADAPTER_FILE}", WEIGHTS_FILE)
+_WANTED = [*_WEIGHTS, CONFIG_FILE, CARD]
+_OTHERWISE = "give --lora a folder"
+_MOST_OF_CARD = 2**20
+"""Bytes that are read of a card, which begins with its YAML."""
+
+
+def load_adapter(location: Path, *, transformer_only: bool = False) -> Adapter:
+    """Read `location`; what is not there and looks like `user/name` or `user/name:revision` is a Hub repository.
+
+    A repository that was downloaded earlier needs no network. For `transformer_only` see `read_adapter`. Raises
+    UserError.
+    """
+    named = _ON_THE_HUB.fullmatch(str(location))
+    if named is None or is_safetensors(location.name) or location.exists():
+        return read_adapter(location, transformer_only=transformer_only)
+    repo, revision = named.groups()
+    try:
+        folder = download(repo, revision, _WANTED, otherwise=_OTHERWISE)
+        file = _adapter_in(folder) or _only_file(repo, folder)
+    except ModelError as error:
+        hint = f"; a weight is written {repo}@{revision}" if re.fullmatch(r"[\d.]+", revision or "") else ""
+        raise AdapterError(*(f"--lora {problem}{hint}" for problem in error.problems)) from None
+    adapter = read_adapter(file, transformer_only=transformer_only)
+    return replace(adapter, origin=f"{repo}:{folder.name}", base_in_card=_base_in_card(folder / CARD))
+
+
+def _adapter_in(folder: Path) -> Path | None:
+    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+
+
+def _only_file(repo: str, folder: Path) -> Path:
+    """What other tools upload: one file of any name, beside the card."""
+    try:
+        names = files_in_root(repo, folder.name, _OTHERWISE)
+    except ModelError:
+        names = [path.name for path in folder.iterdir()]  # what was downloaded earlier may be enough
+        if not any(map(is_safetensors, names)):
+            raise
+    files = list(filter(is_safetensors, names))
+    if len(files) != 1:
+        held = f"none of {', '.join(files)} is named so" if files else "it holds no .safetensors file"
+        raise AdapterError(
+            f"--lora {repo}: no {ADAPTER_FILE} in this repository, and {held}; download the one you want"
+        )
+    return download(repo, folder.name, [glob.escape(files[0])], otherwise=_OTHERWISE) / files[0]
+
+
+def _base_in_card(card: Path) -> str | None:
+    """`base_model` in the YAML header of a card; of several, the first."""
+    if not card.is_file():
+        return None
+    with card.open("rb") as file:
+        text = file.read(_MOST_OF_CARD).decode(errors="replace")
+    header = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    try:
+        values = parse(header[1]).value if header else None
+    except YamlError:
+        return None
+    base = values.get("base_model") if isinstance(values, dict) else None
+    base = base[0] if isinstance(base, list) and base else base
+    return base if isinstance(base, str) else None

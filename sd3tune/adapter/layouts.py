@@ -1,0 +1,304 @@
+"""The layouts of LoRA files for SD3: what other tools fuse and exchange. Their names are in `adapter_names`.
+
+diffusers' names are ours. The original layout (kohya's and ComfyUI's) holds q, k and v in one module, and the halves of
+two modulations in the other order (shift before scale). There a fused LoRA is block-diagonal: A stacks those of q, k
+and v, 3r rows, and B has theirs along its diagonal. Ranks that differ are padded with zeros to the largest, so that
+tools which cut the file in three find equal parts; reading takes the zeros away again. A LoRA that was trained on the
+fused module has one A for all three, and becomes three that share it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sd3tune.adapter.names import (
+    FUSED,
+    IN_BLOCK,
+    OUTSIDE,
+    PARTS_OF_FUSED,
+    PATCH_EMBEDDER,
+    Layout,
+    foreign,
+    locate,
+    stands_alone,
+    text_encoder_of,
+)
+from sd3tune.errors import AdapterError
+
+Pair = tuple[Tensor, Tensor]
+"""A [r, in] and B [out, r] of a module."""
+
+_ORIGINAL_OF = {theirs: original for original, theirs in (*IN_BLOCK.items(), *OUTSIDE.items())}
+_DIFFUSERS_OF = {**IN_BLOCK, **OUTSIDE, **PARTS_OF_FUSED}
+_FUSED_OF = {part: (fused, parts.index(part)) for fused, parts in FUSED.items() for part in parts}
+_PATCH_EMBEDDERS = (PATCH_EMBEDDER, "x_embedder.proj")
+_PATCH = 2
+"""Side of a patch of latents, in every SD3."""
+
+READABLE = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+)
+"""What the factors of a LoRA may be stored in."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the tensors of a file come to, good or bad."""
+
+    layout: str
+    """A name of `adapter_names.LAYOUTS`; empty when no key is of any."""
+    factors: dict[str, Pair]
+    """diffusers' module name -> factors."""
+    alphas: dict[str, float]
+    """Of the modules for which a tensor says it; the output is scaled by alpha / r."""
+    unknown: dict[str, str]
+    """Key -> what it seems to be for, of those that belong to no module of SD3."""
+    broken: dict[str, str]
+    """Module as the file names it -> what is wrong with it."""
+    text: dict[str, str]
+    """Key -> text encoder, of those that are for the text encoders."""
+    for_diffusers: bool
+    """Whether all keys are such as diffusers' pipeline has for the transformer."""
+
+
+def interpret(tensors: Mapping[str, Tensor]) -> Contents:
+    """Sort a file's tensors into modules with diffusers' names; nothing is raised, all that is odd is told."""
+    stored: dict[tuple[Layout, str], dict[str, Tensor]] = {}
+    unknown: dict[str, str] = {}
+    text: dict[str, str] = {}
+    twice: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        found, encoder = locate(key), text_encoder_of(key)
+        if found is not None:
+            layout, module, part = found
+            parts = stored.setdefault((layout, module), {})
+            if part in parts:
+                twice[module] = "is in the file twice: it holds several adapters"
+            parts[part] = tensor
+        elif encoder is not None:
+            text[key] = encoder
+        else:
+            unknown[key] = foreign(key)
+    name = next((layout.name for layout, _ in stored), "")
+    for_diffusers = name == "diffusers" and all(key.startswith("transformer.") for key in tensors)
+    contents = Contents(name, {}, {}, unknown, {}, text, for_diffusers)
+    for (layout, module), parts in stored.items():
+        plain = _as_matrices(module, parts)
+        fault = twice.get(module) or _fault(plain) or _add(contents, layout, module, plain)
+        if fault:
+            contents.broken[module] = fault
+    return contents
+
+
+def arrange(factors: Mapping[str, Pair], layout: str) -> dict[str, Tensor]:
+    """Tensors by key of the layout (diffusers, kohya or comfyui) of factors whose scale is folded into B, fp32.
+
+    Raises AdapterError for a module that the layout has no place for.
+    """
+    if layout == "diffusers":
+        return {
+            f"transformer.{module}.lora_{letter}.weight": _plain(factor)
+            for module, pair in factors.items()
+            for letter, factor in zip("AB", as_stored(module, pair), strict=True)
+        }
+    tensors: dict[str, Tensor] = {}
+    for module, pair in _to_original(factors).items():
+        down, up = as_stored(module, pair)
+        if layout == "kohya":
+            name = "lora_unet_" + module.replace(".", "_")
+            tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = _plain(down), _plain(up)
+            tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
+        else:
+            name = f"diffusion_model.{module}"
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = _plain(down), _plain(up)
+    return tensors
+
+
+def as_stored(module: str, pair: Pair) -> Pair:
+    """The factors in the shapes that files and PEFT have for the module, named in diffusers' or the original layout.
+
+    They are matrices but for the patch embedder, a convolution whose stride is its kernel. So it is a linear layer of
+    patches, and A [r, channels * 2 * 2], B [out, r] stand for [r, channels, 2, 2] and [out, r, 1, 1].
+    """
+    down, up = pair
+    if module not in _PATCH_EMBEDDERS:
+        return pair
+    return down.unflatten(1, (-1, _PATCH, _PATCH)), up[:, :, None, None]
+
+
+def text_part(text: Mapping[str, str]) -> str:
+    """`4 tensors for the text encoders (CLIP-L 2, CLIP-G 2; first: KEY)`, of `Contents.text`."""
+    counts = ", ".join(f"{encoder} {count}" for encoder, count in Counter(text.values()).items())
+    return (
+        f"{len(text)} tensor{'s' * (len(text) != 1)} for the text encoders ({counts}; first: {shown(next(iter(text)))})"
+    )
+
+
+def fused_ranks(factors: Mapping[str, Pair]) -> dict[str, list[int]]:
+    """Fused module of the original layout -> ranks of its q, k and v; 0 for one that is not adapted."""
+    ranks: dict[str, list[int]] = {}
+    for module, (down, _) in factors.items():
+        container, inside = _cut(module, "transformer_blocks")
+        if container and inside in _FUSED_OF:
+            name, number = _FUSED_OF[inside]
+            ranks.setdefault(f"{container}{name}", [0, 0, 0])[number] = len(down)
+    return ranks
+
+
+def _as_matrices(module: str, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The parts of a module with those of a convolution over patches as matrices (see `as_stored`)."""
+    if module not in _PATCH_EMBEDDERS:
+        return parts
+    kernels = {"A": (_PATCH, _PATCH), "B": (1, 1)}
+    return {
+        part: tensor.flatten(1) if tensor.shape[2:] == kernels.get(part) else tensor for part, tensor in parts.items()
+    }
+
+
+def _fault(parts: Mapping[str, Tensor]) -> str | None:
+    if [parts[letter].ndim for letter in "AB" if letter in parts] != [2, 2] or len(parts["A"]) != parts["B"].shape[1]:
+        return "lora_A and lora_B are not a pair of matrices of one rank"
+    if not min(*parts["A"].shape, *parts["B"].shape):
+        return "lora_A or lora_B is empty"
+    odd = next((parts[letter] for letter in "AB" if parts[letter].dtype not in READABLE), None)
+    if odd is not None:
+        return f"{str(odd.dtype).removeprefix('torch.')} is no type for the weights of a LoRA"
+    if "alpha" in parts and not _is_number(parts["alpha"]):
+        return "its alpha is not a finite number"
+    return None
+
+
+def _is_number(alpha: Tensor) -> bool:
+    kind = alpha.dtype
+    whole = not (kind.is_floating_point or kind.is_complex or kind is torch.bool)
+    return alpha.numel() == 1 and (whole or kind in READABLE) and math.isfinite(alpha.item())
+
+
+def _add(contents: Contents, layout: Layout, module: str, parts: Mapping[str, Tensor]) -> str | None:
+    """Add a module to the contents under diffusers' names; returns what is wrong with it, if anything."""
+    down, up = (_widened(parts[letter]) for letter in "AB")
+    scale = parts["alpha"].item() / len(down) if "alpha" in parts else None
+    if module in _PATCH_EMBEDDERS and down.shape[1] % _PATCH**2:
+        return f"{down.shape[1]} columns are no patches of {_PATCH}x{_PATCH}"
+    if layout.original and module.endswith(".qkv") and len(up) % 3:
+        return f"{len(up)} rows cannot be cut into q, k and v"
+    pieces = _from_original(module, down, up) if layout.original else {module: (down, up)}
+    twice = next((name for name in pieces if name in contents.factors), None)
+    if twice:
+        return f"{twice} is in the file twice"
+    contents.factors.update(pieces)
+    if scale is not None:
+        contents.alphas.update({name: scale * len(piece[0]) for name, piece in pieces.items()})
+    return None
+
+
+def _from_original(module: str, down: Tensor, up: Tensor) -> dict[str, Pair]:
+    container, inside = _cut(module, "joint_blocks")
+    if inside not in FUSED:
+        name = _DIFFUSERS_OF[inside]
+        return {f"{_renamed(container)}{name}": (down, _swapped(inside, down, up))}
+    names = [f"{_renamed(container)}{name}" for name in FUSED[inside]]
+    ups = up.chunk(3)
+    if len(down) % 3 or not _is_block_diagonal(up):
+        return {name: (down, own) for name, own in zip(names, ups, strict=True)}
+    pieces = {
+        name: _without_zeros(a, own.chunk(3, dim=1)[place])
+        for place, (name, a, own) in enumerate(zip(names, down.chunk(3), ups, strict=True))
+    }
+    return {name: piece for name, piece in pieces.items() if len(piece[0])}
+
+
+def _to_original(factors: Mapping[str, Pair]) -> dict[str, Pair]:
+    modules: dict[str, Pair] = {}
+    fused: dict[str, dict[int, Pair]] = {}
+    for module, (down, up) in factors.items():
+        container, inside = _cut(module, "transformer_blocks")
+        place = container.replace("transformer_blocks", "joint_blocks")
+        if container and inside in _FUSED_OF:
+            name, number = _FUSED_OF[inside]
+            fused.setdefault(f"{place}{name}", {})[number] = (down, up)
+            modules.setdefault(f"{place}{name}", (down, up))  # keeps its place in the order
+        elif inside in _ORIGINAL_OF and bool(container) != stands_alone(inside):
+            name = _ORIGINAL_OF[inside]
+            modules[f"{place}{name}"] = (down, _swapped(name, down, up))
+        else:
+            raise AdapterError(f"{module}: the original layout has no such linear layer, so neither kohya's nor "
+                               "ComfyUI's files can hold it")  # fmt: skip
+    return modules | {name: _joined(name, parts) for name, parts in fused.items()}
+
+
+def _joined(name: str, parts: Mapping[int, Pair]) -> Pair:
+    """q, k and v (0, 1, 2) as one module, block-diagonal unless they share their A; one that is missing is zero."""
+    if len({(down.shape[1], len(up)) for down, up in parts.values()}) > 1:
+        raise AdapterError(f"{name}: q, k and v are of different sizes, which one fused module cannot be")
+    first_down, first_up = next(iter(parts.values()))
+    if len(parts) == 3 and all(torch.equal(down, first_down) for down, _ in parts.values()):
+        return first_down, torch.cat([parts[number][1] for number in range(3)])
+    rank, width = max(len(down) for down, _ in parts.values()), len(first_up)
+    joined_down = first_down.new_zeros(3 * rank, first_down.shape[1])
+    joined_up = first_up.new_zeros(3 * width, 3 * rank)
+    for number, (down, up) in parts.items():
+        joined_down[number * rank : number * rank + len(down)] = down
+        joined_up[number * width : (number + 1) * width, number * rank : number * rank + len(down)] = up
+    return joined_down, joined_up
+
+
+def _is_block_diagonal(up: Tensor) -> bool:
+    blocks = [rows.chunk(3, dim=1) for rows in up.chunk(3)]
+    return not any(blocks[row][column].any() for row in range(3) for column in range(3) if row != column)
+
+
+def _without_zeros(down: Tensor, up: Tensor) -> Pair:
+    """Without the ranks of which both sides are zero: what padding adds."""
+    kept = down.any(dim=1) | up.any(dim=0)
+    return down[kept], up[:, kept]
+
+
+def _swapped(original: str, down: Tensor, up: Tensor) -> Tensor:
+    """B with shift and scale exchanged where diffusers has them in the other order.
+
+    That is at the end, and in the last block's text stream, which is told by having these two only.
+    """
+    two = original == "final_layer.adaLN_modulation.1" or (
+        original == "context_block.adaLN_modulation.1" and len(up) == 2 * down.shape[1]
+    )
+    return torch.cat(up.chunk(2)[::-1]) if two and len(up) % 2 == 0 else up
+
+
+def _cut(module: str, container: str) -> tuple[str, str]:
+    """`joint_blocks.3.x_block.mlp.fc1` -> `joint_blocks.3.`, `x_block.mlp.fc1`; outside of blocks the first is ''."""
+    found = re.fullmatch(rf"({container}\.\d+\.)(.+)", module)
+    return (found[1], found[2]) if found else ("", module)
+
+
+def _renamed(container: str) -> str:
+    return container.replace("joint_blocks", "transformer_blocks")
+
+
+def _widened(factor: Tensor) -> Tensor:
+    """Eight-bit floats can be stored, but not computed with."""
+    return factor.float() if factor.element_size() == 1 else factor
+
+
+def _plain(factor: Tensor) -> Tensor:
+    return factor.detach().float().cpu().contiguous().clone()
+
+
+def first_of(names: Iterable[str]) -> str:
+    """`a and 2 more`."""
+    known = list(names)
+    return shown(known[0]) + (f" and {len(known) - 1} more" if len(known) > 1 else "")
+
+
+def shown(text: str) -> str:
+    """What a stranger's file says, on one line of a terminal."""
+    plain = text if text.isprintable() else ascii(text)
+    return plain if len(plain) <= 200 else plain[:200] + "..."

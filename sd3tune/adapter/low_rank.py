@@ -1,0 +1,61 @@
+"""Sums of adapters, and adapters of lower rank, without ever forming a product as large as the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sd3tune.adapter.layouts import Pair
+from sd3tune.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """The best approximation of a product BA by one of lower rank."""
+
+    pair: Pair
+    lost: float
+    """|BA - B'A'|^2 (Frobenius)."""
+    total: float
+    """|BA|^2."""
+
+
+def weighted_sum(adapters: Sequence[tuple[Mapping[str, Pair], float]]) -> dict[str, Pair]:
+    """The sum of weight * BA over adapters, exactly: ranks are laid beside each other.
+
+    The factors' scale is folded into B. Raises AdapterError for modules that are of different sizes.
+    """
+    downs: dict[str, list[Tensor]] = {}
+    ups: dict[str, list[Tensor]] = {}
+    for factors, weight in adapters:
+        for module, (down, up) in factors.items():
+            downs.setdefault(module, []).append(down)
+            ups.setdefault(module, []).append(weight * up)
+    for module in downs:
+        sizes = {(len(up), down.shape[1]) for down, up in zip(downs[module], ups[module], strict=True)}
+        if len(sizes) > 1:
+            several = " and ".join(f"{rows}x{columns}" for rows, columns in sorted(sizes))
+            raise AdapterError(f"{module} is {several} in the adapters: they were made for different bases")
+    return {module: (torch.cat(downs[module]), torch.cat(ups[module], dim=1)) for module in downs}
+
+
+def truncate(pair: Pair, rank: int | None = None, energy: float | None = None) -> Truncated:
+    """The nearest pair of `rank`, or of the smallest rank (at least 1) that keeps the share `energy` of |BA|^2.
+
+    Singular values are those of an r x r matrix, between the Q of both factors; they are halved between A and B.
+    """
+    down, up = (factor.double() for factor in pair)
+    columns, right = torch.linalg.qr(down.T)
+    rows, left = torch.linalg.qr(up)
+    u, values, vh = torch.linalg.svd(left @ right.T)
+    squares = values.square()
+    total = squares.sum().item()
+    if energy is not None:
+        rank = 1 + int((squares.cumsum(0) < energy * total).sum())
+    kept = min(rank or len(values), len(values))
+    root = values[:kept].sqrt()
+    shorter_up, shorter_down = rows @ u[:, :kept] * root, root[:, None] * (vh[:kept] @ columns.T)
+    return Truncated((shorter_down.float(), shorter_up.float()), squares[kept:].sum().item(), total)

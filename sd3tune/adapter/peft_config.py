@@ -1,0 +1,164 @@
+"""PEFT's configuration of a LoRA: each module's alpha, from a file's metadata or from `adapter_config.json`.
+
+PEFT's `save_pretrained` writes a folder of two files and keeps alpha, rsLoRA and patterns in the configuration alone;
+diffusers writes the same keys into the metadata of its one file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from sd3tune.adapter.metadata import PEFT_KEY, PREFIX, parse_object
+from sd3tune.errors import AdapterError
+from sd3tune.files.json import NotJson, dotted, read_object
+from sd3tune.model.base.contract import WAY_OUT, Part, check_part
+
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+"""Of a folder that PEFT wrote."""
+
+_APPLIED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_OF_TRAINING = (
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
+    *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+)
+"""Keys that do not change what a saved LoRA computes; its modules follow from its tensors."""
+_PLAIN: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),  # the others change the base's own weights
+}
+"""Values of a plain LoRA. For every key, an empty, false or missing value is one, too."""
+
+
+_LITERAL = re.compile(r"(\^?)(\.\*)?((?:\\?\.|[\w-])+)\$?", re.ASCII)
+_MOST_PATTERNS, _LONGEST_PATTERN = 1024, 256  # more than SD3 has modules, and longer than any of their names
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Peft(Part):
+    r: int | None = Field(None, ge=1)
+    lora_alpha: _Number | None = None
+    rank_pattern: dict[str, int] | None = Field(None, max_length=_MOST_PATTERNS)
+    alpha_pattern: dict[str, _Number] | None = Field(None, max_length=_MOST_PATTERNS)
+    use_rslora: bool | None = None
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """PEFT's settings of a saved LoRA; all None for a file without any."""
+
+    stated: _Peft
+    file: Path | None = None
+    """The `adapter_config.json` that it was read from."""
+    has_expressions: bool = False
+    """Whether it names modules by regular expressions, which PEFT would run; nothing here does."""
+
+    def alphas(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """Alpha of each module of `ranks` for which it is stated, such that alpha / rank is PEFT's scale.
+
+        rsLoRA scales by alpha / sqrt(r), so its alpha counts sqrt(r) times. Raises AdapterError when
+        `adapter_config.json` states another rank than the tensors have.
+        """
+        rank_of, alpha_of = _Patterns(self.stated.rank_pattern), _Patterns(self.stated.alpha_pattern)
+        alphas = {}
+        for module, rank in ranks.items():
+            expected = rank_of.first_fit(module, self.stated.r)
+            if self.file is not None and expected not in (None, rank):
+                raise AdapterError(
+                    f"{self.file}: states rank {expected} for {module}, whose tensors have rank {rank}; "
+                    "configuration and weights do not belong together"
+                )
+            alpha = alpha_of.first_fit(module, self.stated.lora_alpha)
+            if alpha is not None:
+                alphas[module] = alpha * (rank**0.5 if self.stated.use_rslora else 1)
+        return alphas
+
+
+class _Patterns:
+    """PEFT's `rank_pattern` or `alpha_pattern`; the first pattern that fits a module has its value.
+
+    A pattern is an ending of dotted names; after `^` it is the whole name, after `.*` any ending. PEFT takes any
+    regular expression. A stranger's could run for hours, so others are refused when the configuration is read.
+    """
+
+    def __init__(self, values: Mapping[str, Any] | None) -> None:
+        self._parsed = []
+        for pattern, value in (values or {}).items():
+            found = _LITERAL.fullmatch(pattern)
+            assert found is not None
+            start, anything, literal = found.groups()
+            # A dot is any character, as in PEFT. So each part of the expression takes one character.
+            length = len(literal.replace("\\", ""))
+            self._parsed.append((start, anything, re.compile(literal), length, value))
+
+    def first_fit(self, module: str, default: Any) -> Any:
+        for start, anything, literal, length, value in self._parsed:
+            before = module[:-length]
+            at_a_name = not before or (not start and before.endswith("."))
+            if (anything or at_a_name) and literal.fullmatch(module[-length:]):
+                return value
+        return default
+
+
+def read_peft(path: Path, metadata: Mapping[str, str], layout: str) -> PeftConfig:
+    """PEFT's configuration of the file `path`: in its metadata, else in `adapter_config.json` beside it.
+
+    The latter is taken for a file that has PEFT's own name or layout. Raises AdapterError, with the key, for what is
+    no plain LoRA.
+    """
+    where = f"{path}: its metadata {PEFT_KEY!r}"
+    stored = parse_object(where, metadata.get(PEFT_KEY, "{}"))
+    # A pipeline's metadata has a part for each model; that of a transformer alone has no prefix.
+    found = {key.removeprefix(PREFIX): value for key, value in stored.items()
+             if key.startswith(PREFIX) or "." not in key}  # fmt: skip
+    config = path.with_name(CONFIG_FILE)
+    if found or not (path.name == WEIGHTS_FILE or layout == "PEFT") or not config.is_file():
+        return PeftConfig(_checked(where, found), has_expressions=_has_expressions(found))
+    try:
+        stated = read_object(config)
+    except NotJson as error:
+        raise AdapterError(f"{config} is not valid JSON: {error}{WAY_OUT}") from None
+    except OSError as error:
+        raise AdapterError(f"{config}: cannot be read: {error.strerror}") from error
+    return PeftConfig(_checked(f"{config}", stated), config)
+
+
+def _has_expressions(values: Mapping[str, Any]) -> bool:
+    """PEFT takes names from a list, and runs a single text as an expression; `layers_pattern` is one in any case."""
+    names = (values.get(key) for key in ("target_modules", "exclude_modules"))
+    return any(isinstance(value, str) for value in names) or bool(values.get("layers_pattern"))
+
+
+def _checked(where: str, values: Mapping[str, Any]) -> _Peft:
+    odd = [key for key, value in values.items() if value and not _is_plain(key, value)]
+    if odd:
+        raise AdapterError(
+            *(
+                f"{where}: {dotted((key,))}: {json.dumps(values[key])[:60]} is not supported, as sd3tune reads plain "
+                "LoRA only; train or export the adapter without it"
+                for key in odd
+            )
+        )
+    check_part(where, values, _Peft, AdapterError)
+    stated = _Peft.model_validate(values)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(stated, key) or ():
+            if len(pattern) > _LONGEST_PATTERN or not _LITERAL.fullmatch(pattern):
+                raise AdapterError(
+                    f"{where}: {key}: {pattern[:_LONGEST_PATTERN]!r} is a regular expression, and only names of "
+                    "modules and their endings are read, such as attn.to_q or ^context_embedder; name each module"
+                )
+    return stated
+
+
+def _is_plain(key: str, value: object) -> bool:
+    return key in _APPLIED or key in _OF_TRAINING or value in _PLAIN.get(key, ())

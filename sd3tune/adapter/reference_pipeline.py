@@ -1,0 +1,56 @@
+"""diffusers' own pipeline with nothing of ours in it but the reading of files: what an adapter is verified in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+
+from sd3tune.adapter.file import Adapter
+from sd3tune.adapter.layouts import arrange
+from sd3tune.errors import AdapterError
+from sd3tune.model.base.resolve import ENCODER_PARTS, Base
+from sd3tune.model.load.components import empty_transformer, load_scheduler, load_text_encoder, load_transformer
+
+NAME = "verified"
+"""What the pipeline calls the adapter."""
+_NO_TEXT = dict.fromkeys((part for parts in ENCODER_PARTS.values() for part in parts), None)
+
+
+def drawing_pipeline(
+    base: Base, dtype: torch.dtype, device: torch.device, vae: AutoencoderKL | None = None
+) -> StableDiffusion3Pipeline:
+    """Without text encoders: it is given embeddings."""
+    pipeline = StableDiffusion3Pipeline(
+        transformer=load_transformer(base, dtype, device), scheduler=load_scheduler(base), vae=vae, **_NO_TEXT
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def text_pipeline(
+    base: Base, encoders: list[str], dtype: torch.dtype, device: torch.device
+) -> StableDiffusion3Pipeline:
+    """For its `encode_prompt` alone; the transformer, which tells the width of a missing T5, has no weights."""
+    loaded = {name: load_text_encoder(base, name, dtype, device) for name in encoders}
+    parts: dict[str, Any] = dict(_NO_TEXT)
+    for name, encoder in loaded.items():
+        tokenizer, model = ENCODER_PARTS[name]
+        parts |= {tokenizer: encoder.tokenizer, model: encoder.model}
+    return StableDiffusion3Pipeline(
+        transformer=empty_transformer(base), scheduler=load_scheduler(base), vae=None, **parts
+    )
+
+
+def load_into(pipeline: StableDiffusion3Pipeline, adapter: Adapter) -> None:
+    """By the file's name, or, for one in another layout, as `lora convert` would write it. Raises AdapterError."""
+    weights = str(adapter.path) if adapter.for_diffusers else arrange(adapter.folded(), "diffusers")
+    try:
+        pipeline.load_lora_weights(weights, adapter_name=NAME)
+    except Exception as error:  # anything may come out of two libraries that a file was not written for
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise AdapterError(
+            f"{adapter.path}: diffusers does not load it: {reason}; `sd3tune lora convert --to diffusers` writes what "
+            "it takes"
+        ) from error

@@ -1,0 +1,33 @@
+"""Which released base an adapter is for, as far as its modules and their sizes tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from sd3tune.adapter.layouts import Pair
+from sd3tune.model.base.single_file_header import CONFIGS, VARIANTS
+from sd3tune.model.base.weights import read_json
+
+_IN_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
+
+
+def fitting_variants(factors: Mapping[str, Pair]) -> list[str]:
+    """Names of `VARIANTS` with the width of the factors, as many blocks, and `attn2` where they have it."""
+    blocks, widths, dual = set(), set(), set()
+    for name, (down, _) in factors.items():
+        found = _IN_BLOCK.fullmatch(name)
+        if found:
+            blocks.add(int(found[1]))
+            if not found[2].endswith("net.2"):  # the only layers that do not see the stream itself
+                widths.add(down.shape[1])
+            if found[2].startswith("attn2."):
+                dual.add(int(found[1]))
+    fitting = []
+    for variant in VARIANTS:
+        config = read_json(CONFIGS / variant / "transformer" / "config.json")
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        has_dual = dual <= set(config.get("dual_attention_layers") or ())
+        if widths == {width} and max(blocks) < config["num_layers"] and has_dual:
+            fitting.append(variant)
+    return fitting

@@ -1,0 +1,34 @@
+"""`sd3tune cache`: encode captions and images, and nothing else; training then starts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sd3tune import terminal
+from sd3tune.config import Config
+from sd3tune.forecast.fitting import fitted_plan
+from sd3tune.run.encoding import encode
+from sd3tune.run.places import store_folder
+from sd3tune.run.preflight import make_plan
+from sd3tune.runtime.device import closing_process_group, make_accelerator, processes_of
+
+
+def run_cache(config: Config, notes: Sequence[str] = ()) -> None:
+    """Fill the store for `config`. Raises UserError."""
+    with closing_process_group():
+        accelerator = make_accelerator()
+        processes = processes_of(accelerator)
+
+        def say(line: str) -> None:
+            if processes.is_main:
+                terminal.say(line, flush=True)
+
+        for note in notes:
+            say(f"note: {note}")
+        with accelerator.main_process_first():
+            plan = make_plan(config, accelerator.device, resume=None, world=processes.world)
+        plan, chosen = fitted_plan(plan, processes)
+        for line in chosen:
+            say(line)
+        encode(plan, processes, say)
+        say(f"store     {store_folder(config)}")

@@ -1,0 +1,107 @@
+"""`sd3tune cache ls` and `sd3tune cache prune`: how large the stores of encodings are, and making them smaller."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from sd3tune.config import load_config
+from sd3tune.data.store import is_store
+from sd3tune.data.survey import Names, StoreFile, remove, survey
+from sd3tune.encode.manifest import Manifest
+from sd3tune.encode.report import megabytes
+from sd3tune.errors import RunError
+from sd3tune.run.places import store_folder
+
+_KINDS: dict[Names, str] = {
+    ("mean", "std"): "images",
+    ("hidden", "pooled"): "captions, CLIP",
+    ("hidden",): "captions, T5",
+}
+
+
+def list_store(where: Path | None) -> list[str]:
+    """What is in the store of a folder or configuration, or of this place: lines for people."""
+    root = find_store(where)
+    files = survey(root)
+    count, nbytes = Counter[str](), Counter[str]()
+    for file in files:
+        for names, number in file.entries.items():
+            kind = _KINDS.get(names, "other")
+            count[kind] += number
+            nbytes[kind] += file.entry_bytes[names]
+    lines = [f"store     {root}"]
+    lines += [
+        f"{kind:<15} {count[kind]:>8} {'entry ' if count[kind] == 1 else 'entries'} {megabytes(nbytes[kind]):>10}"
+        for kind in (*_KINDS.values(), "other")
+        if count[kind]
+    ]
+    for kind in ("temporary", "unreadable"):
+        of = [file for file in files if file.kind == kind]
+        if of:
+            lines.append(f"{kind:<15} {_files(of):>16} {megabytes(_bytes(of)):>10}")
+    shards = [file.idle_days for file in files if file.kind == "shard"]
+    if shards:
+        lines.append(f"last used       {_ago(min(shards))}, the least used part {_ago(max(shards))}")
+    total = f"{'in all':<15} {_files(files):>16} {megabytes(_bytes(files)):>10}"
+    return [*lines, total] if files else [*lines, "empty"]
+
+
+def prune_store(
+    where: Path | None, *, older_than: float | None = None, everything: bool = False, yes: bool = False
+) -> list[str]:
+    """Remove unfinished and unreadable files, and what was not used for `older_than` days, or `everything`.
+
+    Without `yes` it only says what would go. Raises RunError while a run uses the store.
+    """
+    if everything and older_than is not None:
+        raise RunError("--all removes everything, so --older-than has no effect: give one of them")
+    root = find_store(where)
+
+    def unwanted(file: StoreFile) -> bool:
+        return everything or file.kind != "shard" or (older_than is not None and file.idle_days > older_than)
+
+    files = remove(root, unwanted) if yes else [file for file in survey(root) if unwanted(file)]
+    if yes and everything:
+        Manifest.forget(root)
+    lines = [f"store     {root}"]
+    for kind in ("shard", "temporary", "unreadable"):
+        of = [file for file in files if file.kind == kind]
+        if of:
+            holding = f", {sum(sum(file.entries.values()) for file in of)} entries" if kind == "shard" else f", {kind}"
+            lines.append(f"{'removed' if yes else 'to remove'}: {_files(of)}{holding}, {megabytes(_bytes(of))}")
+    if not files:
+        return [*lines, "nothing to remove"]
+    return lines if yes else [*lines, "nothing was removed yet: add --yes to do it"]
+
+
+def find_store(where: Path | None) -> Path:
+    """The store of a folder, of a configuration, or that of runs started here. Raises RunError when there is none."""
+    if where is None:
+        cache = os.environ.get("SD3TUNE_CACHE")
+        root = Path(cache).expanduser().absolute() / "store" if cache else Path.cwd() / ".cache" / "sd3tune"
+    elif where.is_dir():
+        root = where.absolute()
+    else:
+        root = store_folder(load_config(where).config)
+    if not root.is_dir():
+        raise RunError(f"{root}: no store there; name its folder, or the configuration of a run that uses it")
+    if not is_store(root):
+        raise RunError(f"{root}: is not a store of encodings; name the folder that `sd3tune cache CONFIG` prints")
+    return root
+
+
+def _files(files: Sequence[StoreFile]) -> str:
+    return f"{len(files)} file{'s' * (len(files) != 1)}"
+
+
+def _bytes(files: Sequence[StoreFile]) -> int:
+    return sum(file.nbytes for file in files)
+
+
+def _ago(days: float) -> str:
+    if days >= 1:
+        return f"{days:.0f} day{'s' * (round(days) != 1)} ago"
+    return f"{days * 24:.0f} h ago" if days * 24 >= 1 else "within the hour"

@@ -1,0 +1,240 @@
+"""`sd3tune data check`: what would be trained on, and what is wrong with it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from sd3tune.config import Config
+from sd3tune.data.buckets import Size, nearest_bucket
+from sd3tune.data.colour import Reading
+from sd3tune.data.duplicates import near_duplicates, thumbnail
+from sd3tune.data.images import ImageRef, check_header, check_shape, is_smaller, read_picture, reading_warnings
+from sd3tune.data.records import Record, scan_records
+from sd3tune.errors import DataError, ModelError, RunError
+from sd3tune.files.atomic import new_file
+from sd3tune.model.base.resolve import Base, local_base
+from sd3tune.run.buckets import buckets_of, describe_buckets
+from sd3tune.sampling.contact_sheet import contact_sheet
+from sd3tune.terminal import say
+
+_SHOWN = 10
+"""Lines of a list that is cut short."""
+_SHEET_IMAGES, _SHEET_COLUMNS, _SHEET_SIDE = 48, 6, 176
+_MARK = ("sd3tune", "data check")
+"""A text in the contact sheet, so that a later one may replace it."""
+_CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is remembered of a picture that was decoded."""
+
+    digest: str
+    size: Size
+    """(height, width)."""
+    thumbnail: np.ndarray
+    reading: Reading
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A record with the facts of its picture."""
+
+    record: Record
+    facts: _Facts
+
+    @property
+    def size(self) -> Size:
+        return self.facts.size
+
+
+def run_data_check(config: Config, sheet: Path) -> None:
+    """Print the report and write the contact sheet. Raises DataError with every reason not to train on this."""
+    _check_sheet(sheet)
+    scan = scan_records(config.data, progress=True, look=_look)
+    problems = scan.problems
+    buckets = _buckets(config)
+    seen: list[_Seen] = []
+    for record, found in zip(scan.records, scan.looked, strict=True):
+        if isinstance(found, DataError):
+            problems += found.problems
+        else:
+            seen.append(_Seen(record, found))
+    for line in _report(config, buckets, seen):
+        say(line)
+    for warning in [*scan.warnings, *reading_warnings([(one.record.image, one.facts.reading) for one in seen])]:
+        say(f"warning: {warning}")
+    if seen:
+        _write_sheet(sheet, seen, buckets)
+        say(f"sheet     {sheet}")
+    if problems:
+        say(f"not trainable: {len(problems)} problem{'s' * (len(problems) != 1)}", flush=True)
+        raise DataError(*problems)
+    samples = sum(one.record.repeats for one in seen)
+    say(f"trainable: {len(seen)} image{'s' * (len(seen) != 1)}, {samples} per epoch")
+
+
+def _look(image: ImageRef) -> _Facts | DataError:
+    """Decode a picture whole, and keep none of its pixels. Raises DataError for what does not begin like one."""
+    try:
+        picture = read_picture(image)
+    except DataError as error:
+        check_header(image)
+        return error
+    size = picture.image.height, picture.image.width
+    check_shape(image, size)
+    return _Facts(picture.digest, size, thumbnail(picture.image), picture.reading)
+
+
+def _buckets(config: Config) -> list[Size]:
+    """As in training, but for a base that is not on this machine, or is none: its largest side is not known."""
+    try:
+        base = local_base(config.model)
+        return buckets_of(config, None if base is None else base.config("transformer"))
+    except ModelError:
+        return buckets_of(config, None)
+
+
+def _report(config: Config, buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
+    for number, source in enumerate(config.data.sources):
+        count = sum(one.record.source == number for one in seen)
+        extras = [
+            f"{count} image{'s' * (count != 1)}",
+            *([f"x {source.repeats}"] if source.repeats > 1 else []),
+            *([f"weight {source.weight:g}"] if source.weight != 1 else []),
+            *([f"at most {source.max_samples}"] if source.max_samples else []),
+        ]
+        yield f"source {number}  {source.path}: {', '.join(extras)}"
+    if not seen:
+        return
+    captions = list(dict.fromkeys(one.record.caption for one in seen if one.record.caption))
+    if captions:
+        yield from _captions(config, captions)
+    yield from _sizes(buckets, seen)
+    yield from _duplicates(seen)
+
+
+def _captions(config: Config, captions: Sequence[str]) -> Iterator[str]:
+    yield f"captions  {len(captions)} different; the first: {captions[0][:80]!r}"
+    try:
+        base = local_base(config.model)
+        limits = {"CLIP": ("clip_l", _CLIP_TOKENS)}
+        if config.model.t5:
+            limits["T5"] = ("t5", min(config.model.t5_lengths))
+        counters = {} if base is None else {name: _counter(base, part) for name, (part, _) in limits.items()}
+    except ModelError as error:
+        yield from (f"warning: tokens were not counted: {problem}" for problem in error.problems)
+        return
+    if not counters:
+        yield f"tokens    not counted: the tokenizers of {config.model.base} are not on this machine yet"
+    for name, count_tokens in counters.items():
+        limit = limits[name][1]
+        counts = {caption: count_tokens(caption) for caption in captions}
+        longest = max(counts, key=lambda caption: counts[caption])
+        yield f"tokens    {name}: at most {counts[longest]} of {limit}"
+        beyond = sum(count > limit for count in counts.values())
+        if beyond:
+            yield (
+                f"warning: {beyond} caption{'s' * (beyond != 1)} beyond {limit} {name} tokens: "
+                f"of {longest[:60]!r} the last {counts[longest] - limit} are cut off"
+            )
+
+
+def _counter(base: Base, part: str) -> Callable[[str], int]:
+    """What counts an encoder's tokens. Imports torch, which a folder of photos alone does not need."""
+    from sd3tune.model.load.components import load_tokenizer
+    from sd3tune.model.load.text import count_tokens
+
+    return functools.partial(count_tokens, load_tokenizer(base, part))
+
+
+def _sizes(buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
+    """A table of the images' sizes, and what is scaled and cut away for training."""
+    cut = {size: nearest_bucket(size, buckets) for size in {one.size for one in seen}}
+    yield from describe_buckets(cut[one.size] for one in seen)
+    yield f"sizes     {'width x height':<16}{'images':>7}   {'trained at':<13}{'scaled':>7}{'cut away':>10}"
+    counts = Counter(one.size for one in seen).most_common()
+    for (high, wide), count in counts[:_SHOWN]:
+        to_high, to_wide = cut[high, wide]
+        scale = max(to_high / high, to_wide / wide)
+        lost = 1 - to_high * to_wide / (high * scale * wide * scale)
+        size, trained = f"{wide} x {high}", f"{to_wide} x {to_high}"
+        yield f"          {size:<16}{count:>7}   {trained:<13}{scale:>6.2f}x{lost:>9.0%}"
+    if len(counts) > _SHOWN:
+        more, rest = len(counts) - _SHOWN, sum(count for _, count in counts[_SHOWN:])
+        yield f"          and {more} more size{'s' * (more != 1)}, {rest} image{'s' * (rest != 1)}"
+    small = [one.record.image for one in seen if is_smaller(one.size, cut[one.size])]
+    if small:
+        yield f"warning: {len(small)} of {len(seen)} are enlarged, which blurs the result: {_named(small)}"
+
+
+def _duplicates(seen: Sequence[_Seen]) -> Iterator[str]:
+    by_digest: dict[str, list[_Seen]] = {}
+    for one in seen:
+        by_digest.setdefault(one.facts.digest, []).append(one)
+    exact = [_named([one.record.image for one in found]) for found in by_digest.values() if len(found) > 1]
+    yield from _shortened("warning: the same image, byte for byte: ", exact)
+    first = [found[0] for found in by_digest.values()]
+    near = near_duplicates([one.facts.thumbnail for one in first])
+    yield from _shortened(
+        "warning: nearly the same picture: ", [_named([first[index].record.image for index in of]) for of in near]
+    )
+
+
+def _shortened(prefix: str, found: Sequence[str]) -> Iterator[str]:
+    for line in found[:_SHOWN]:
+        yield prefix + line
+    if len(found) > _SHOWN:
+        yield f"{prefix}{len(found) - _SHOWN} more groups"
+
+
+def _named(images: Sequence[ImageRef]) -> str:
+    return ", ".join(image.name for image in images[:5]) + (", ..." if len(images) > 5 else "")
+
+
+def _check_sheet(path: Path) -> None:
+    """RunError when the contact sheet would replace something that is not one."""
+    if not path.exists():
+        return
+    try:
+        with Image.open(path) as image:
+            ours = image.info.get(_MARK[0]) == _MARK[1]
+    except Exception:  # whatever it is, it is not ours
+        ours = False
+    if not ours:
+        raise RunError(f"--sheet {path}: exists and is no contact sheet; name another file")
+
+
+def _write_sheet(path: Path, seen: Sequence[_Seen], buckets: Sequence[Size]) -> None:
+    shown = seen[:: math.ceil(len(seen) / _SHEET_IMAGES)]
+    tiles = [(_tile(one, buckets), f"{one.record.image.name}  {one.record.caption}") for one in shown]
+    rows = [tiles[start : start + _SHEET_COLUMNS] for start in range(0, len(tiles), _SHEET_COLUMNS)]
+    picture = contact_sheet(
+        [[tile for tile, _ in row] for row in rows],
+        side=_SHEET_SIDE,
+        cells=[[label for _, label in row] for row in rows],
+    )
+    info = PngInfo()
+    info.add_text(*_MARK)
+    with new_file(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=info)
+
+
+def _tile(one: _Seen, buckets: Sequence[Size]) -> Image.Image | None:
+    """What the contact sheet shows of a picture, as it is cut for training; None where it is gone by now."""
+    high, wide = nearest_bucket(one.size, buckets)
+    scale = _SHEET_SIDE / max(high, wide)
+    try:
+        image = read_picture(one.record.image).image
+    except DataError:
+        return None
+    return ImageOps.fit(image, (round(wide * scale), round(high * scale)), Image.Resampling.LANCZOS)

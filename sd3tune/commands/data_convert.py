@@ -1,0 +1,124 @@
+"""`sd3tune data convert`: the same images and captions in another form, byte for byte."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from sd3tune.config.sections.data import DataConfig
+from sd3tune.data.formats import EXTENSIONS
+from sd3tune.data.images import ImageRef, image_bytes
+from sd3tune.data.records import Record, load_records
+from sd3tune.data.sources.metadata import CSV, JSONL, write_csv, write_jsonl
+from sd3tune.data.sources.rows import Row, write_parquet
+from sd3tune.errors import DataError, RunError
+from sd3tune.files.atomic import new_file, new_folder
+
+_Named = Sequence[tuple[str, Record]]
+_Write = Callable[[Path, _Named], None]
+_SUFFIXES = {"PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif", "AVIF": ".avif"}
+_NO_TEXT = re.compile(r"[\ud800-\udfff]")
+"""Bytes of a file name that are not UTF-8, as Python holds them; neither JSON, CSV nor parquet can."""
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
+_LONGEST_NAME = 200
+"""Bytes; most file systems take 255."""
+
+
+def run_data_convert(data: DataConfig, form: str, out: Path) -> str:
+    """Write the images and captions of the one source of `data` to `out`; returns a line that says so.
+
+    `form` is sidecar, jsonl, csv (folders) or parquet (a file). Raises DataError for what cannot be read or written
+    in that form, RunError when `out` exists: nothing is overwritten.
+    """
+    if form not in _FORMS:
+        raise RunError(f"--to {form}: one of {', '.join(_FORMS)}")
+    is_file = form == "parquet"
+    if is_file != (out.suffix == ".parquet"):
+        raise RunError(f"--out {out}: --to {form} writes a {'file: name it *.parquet' if is_file else 'folder'}")
+    if out.is_file() or (out.is_dir() and (is_file or any(out.iterdir()))):
+        raise RunError(f"--out {out}: exists already, and nothing is overwritten; name another place")
+    records = load_records(data, progress=True)
+    empty = [f"{record.image}: its caption is empty; give it one" for record in records if not record.caption]
+    if empty:
+        raise DataError(*empty)
+    named = list(zip(_names(records, Path(data.sources[0].path), flat=form == "sidecar"), records, strict=True))
+    with new_file(out) if is_file else new_folder(out) as temporary:
+        _FORMS[form](temporary, named)
+    return f"{len(records)} image{'s' * (len(records) != 1)} with captions: {out} ({form})"
+
+
+def _sidecars(folder: Path, named: _Named) -> None:
+    _copy(folder, named)
+    for name, record in named:
+        (folder / name).with_suffix(".txt").write_text(record.caption + "\n", encoding="utf-8", newline="\n")
+
+
+def _jsonl(folder: Path, named: _Named) -> None:
+    _copy(folder, named)
+    write_jsonl(folder / JSONL, ((name, record.caption) for name, record in named))
+
+
+def _csv(folder: Path, named: _Named) -> None:
+    _copy(folder, named)
+    write_csv(folder / CSV, ((name, record.caption) for name, record in named))
+
+
+def _parquet(file: Path, named: _Named) -> None:
+    write_parquet(file, ((name, image_bytes(record.image), record.caption) for name, record in named))
+
+
+_FORMS: dict[str, _Write] = {"sidecar": _sidecars, "jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
+
+
+def _copy(folder: Path, named: _Named) -> None:
+    for name, record in named:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(image_bytes(record.image))
+
+
+def _names(records: Iterable[Record], root: Path, flat: bool) -> Iterator[str]:
+    """A file name for each record: its own where it has one, and no two alike, also where case does not count.
+
+    With `flat`, names are without folders and differ in more than their ending, as each gets a `.txt` of its own.
+    """
+    taken: set[str] = set()
+    for number, record in enumerate(records):
+        wanted = PurePosixPath(_own_name(record.image, root) or f"{number:06}")
+        wanted = PurePosixPath("-".join(wanted.parts) if flat else _NO_TEXT.sub("_", str(wanted)))
+        if wanted.suffix.lower() not in EXTENSIONS:
+            wanted = wanted.with_name(wanted.name + _suffix(record.image))
+        name, copy = wanted, 1
+        while _identity(name, flat) in taken:
+            copy += 1
+            name = wanted.with_stem(f"{wanted.stem}-{copy}")
+        taken.add(_identity(name, flat))
+        yield name.as_posix()
+
+
+def _identity(name: PurePosixPath, flat: bool) -> str:
+    return str(name.with_suffix("") if flat else name).casefold()
+
+
+def _own_name(image: ImageRef, root: Path) -> str | None:
+    """The file's name inside its folder, or the one that a dataset remembers; never one that leads elsewhere."""
+    if isinstance(image, Path):
+        return image.relative_to(root).as_posix()
+    remembered = PurePosixPath((image.file_name if isinstance(image, Row) else None) or "")
+    if remembered.is_absolute() or ".." in remembered.parts:
+        remembered = PurePosixPath(remembered.name)
+    return "/".join(_part(part) for part in remembered.parts) or None
+
+
+def _part(name: str) -> str:
+    """A part of a remembered path as a file may be called: not hidden, without controls, and not too long."""
+    plain = _CONTROLS.sub("_", name.lstrip(".")) or "_"
+    return plain if len(plain.encode()) <= _LONGEST_NAME else plain[-_LONGEST_NAME // 4 :]
+
+
+def _suffix(image: ImageRef) -> str:
+    with Image.open(io.BytesIO(image_bytes(image))) as opened:
+        return _SUFFIXES.get(opened.format or "", ".jpg")

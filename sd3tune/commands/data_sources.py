@@ -1,0 +1,18 @@
+"""A path on the command line as an entry of `data.sources`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sd3tune.data.sources.rows import is_dataset
+
+
+def source_of(path: str, **columns: str) -> dict[str, Any]:
+    """A folder of images, or a dataset with those columns: a `.parquet` file, a saved dataset, or a Hub id."""
+    found = Path(path).expanduser()
+    on_the_hub = not found.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None
+    if is_dataset(found) or on_the_hub:
+        return {"kind": "dataset", "path": path, **columns}
+    return {"kind": "folder", "path": path}

@@ -1,0 +1,59 @@
+"""`sd3tune lora convert`: the same adapter as another tool names, scales and fuses it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from sd3tune.adapter.derived import FORMS, check_out, notes_of, write_form
+from sd3tune.adapter.file import read_adapter
+from sd3tune.adapter.layouts import Pair, fused_ranks
+from sd3tune.adapter.modelspec import THUMBNAIL_KEY
+from sd3tune.errors import RunError
+from sd3tune.run.thumbnail import preview_of, thumbnail
+
+
+def convert_lora(
+    source: Path,
+    form: str,
+    out: Path,
+    picture: Path | None = None,
+    with_picture: bool = True,
+    *,
+    transformer_only: bool = False,
+) -> list[str]:
+    """Write the adapter to `out` in `form`, one of FORMS; returns lines that say what was done.
+
+    `picture` is what UIs show of it: by default what the file has, or the preview that its weights drew in their run.
+    Raises AdapterError for what cannot be read or what the form cannot hold, DataError for a picture that cannot be
+    read, RunError when `out` exists.
+    """
+    if form not in FORMS:
+        raise RunError(f"--to {form}: one of {', '.join(FORMS)}")
+    check_out(out)
+    adapter = read_adapter(source, transformer_only=transformer_only)
+    factors = adapter.folded()
+    metadata = {key: text for key, text in adapter.metadata.items() if with_picture or key != THUMBNAIL_KEY}
+    if with_picture and (picture or THUMBNAIL_KEY not in metadata):
+        picture = picture or preview_of(adapter.path)
+    lines = []
+    if picture is not None:
+        metadata |= thumbnail(picture)
+        lines.append(f"thumbnail: {picture}; --no-thumbnail leaves it out")
+    write_form(out, form, factors, adapter.contract, metadata)
+    fusing = _fusing(factors) if form != "diffusers" else []
+    return [f"{out}: {len(factors)} modules as {form} has them", *fusing, *lines, *notes_of(adapter)]
+
+
+def _fusing(factors: Mapping[str, Pair]) -> list[str]:
+    """What became of q, k and v, which are one module there."""
+    fused = fused_ranks(factors)
+    padded = [ranks for ranks in fused.values() if len(set(ranks)) > 1]
+    lines = [f"q, k and v are one module there, {len(fused)} times"] if fused else []
+    if padded:
+        some = ", ".join(map(str, padded[0]))
+        lines.append(
+            f"their ranks differ in {len(padded)} (first: {some}) and are padded with zeros to the largest; "
+            "0 is one that was not trained. Nothing that is computed changes"
+        )
+    return lines

@@ -1,0 +1,158 @@
+"""`sd3tune lora merge`: several adapters as one, or inside their base."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd3tune import __version__
+from sd3tune.adapter.derived import FORMS, check_out, losses, notes_of, write_form
+from sd3tune.adapter.file import Adapter, match, read_adapter
+from sd3tune.adapter.layouts import first_of
+from sd3tune.adapter.low_rank import truncate, weighted_sum
+from sd3tune.errors import AdapterError, ConfigError, RunError
+from sd3tune.inference.conditions import find_base
+from sd3tune.inference.request import parse_lora
+from sd3tune.model.base.contract import sampling_of
+from sd3tune.model.base.folder import check_parts, write_model
+from sd3tune.model.base.resolve import ENCODERS
+from sd3tune.model.load.components import empty_transformer, load_transformer, stored_dtype
+from sd3tune.runtime.device import dtype_name
+
+METHODS = ("concat", "svd")
+_CONDITIONS = (
+    *("base", "base_kind", "base_revision", "base_fingerprint", "base_released_as"),
+    *("max_sequence_length", "encoders", "encoder_files", "shift", "resolution", "buckets"),
+    *("sampling_steps", "guidance"),
+)
+"""Of a contract: how the result wants its prompts. The rest tells of one training."""
+
+Weighted = Sequence[tuple[Adapter, float]]
+
+
+def merge_loras(
+    wanted: Sequence[str], out: Path, form: str, method: str, rank: int | None, *, transformer_only: bool = False
+) -> list[str]:
+    """Write one adapter that adds up those of `wanted` (`PATH@weight`) to `out`, in `form`; returns lines about it.
+
+    `concat` is exact, its rank the sum of theirs; `svd` is the nearest of `rank`. Raises ConfigError, AdapterError for
+    adapters of different bases, RunError when `out` exists.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"--method {method}: one of {', '.join(METHODS)}")
+    if (method == "svd") != (rank is not None):
+        raise ConfigError("--method svd wants --rank R" if rank is None else f"--rank {rank}: only with --method svd")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank {rank}: at least 1")
+    if form not in FORMS:
+        raise RunError(f"--to {form}: one of {', '.join(FORMS)}")
+    check_out(out)
+    adapters = _read(wanted, transformer_only)
+    factors = weighted_sum([(adapter.folded(), weight) for adapter, weight in adapters])
+    lines = [*_disagreements(adapters), *_all_notes(adapters)]
+    if rank is not None:
+        found = {module: truncate(pair, rank) for module, pair in factors.items()}
+        factors = {module: truncated.pair for module, truncated in found.items()}
+        lines += losses(found)
+    highest = max(len(down) for down, _ in factors.values())
+    write_form(out, form, factors, _contract(adapters, {"rank": highest, "alpha": highest}), {})
+    return [f"{out}: {len(factors)} modules of rank {highest} at most, from {len(adapters)} adapters", *lines]
+
+
+def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, transformer_only: bool = False) -> list[str]:
+    """Write the base with the adapters added to its weights, as precise as it is stored, to the folder `out`.
+
+    Raises AdapterError for adapters that are not of the base, ModelError for a base that is no folder or Hub id,
+    RunError when `out` exists.
+    """
+    if out.exists():
+        raise RunError(f"--out {out}: exists already, and nothing is overwritten; name another folder")
+    adapters = _read(wanted, transformer_only)
+    found = find_base(base, [adapter for adapter, _ in adapters])
+    check_parts(found, "--into-base")
+    skeleton = empty_transformer(found)
+    for adapter, _ in adapters:
+        unmatched = match(skeleton, adapter).unmatched
+        if unmatched:
+            raise AdapterError(f"{adapter.path}: {found.name} has no {first_of(unmatched)}, so it cannot be merged")
+    dtype = stored_dtype(found)
+    tensors = load_transformer(found, torch.float32).state_dict()
+    modules = {module for adapter, _ in adapters for module in adapter.factors}
+    for module in modules:
+        tensors[f"{module}.weight"] = _added(tensors[f"{module}.weight"], module, adapters)
+    usual = {"encoders": list(ENCODERS), **found.contract}
+    origin = {"base": found.label, "base_kind": found.kind, "base_revision": found.revision}
+    contract = {**usual, **_contract(adapters, {}), **origin}
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    bad = [name for name in modules if not tensors[f"{name}.weight"].isfinite().all()]
+    if bad:
+        raise AdapterError(f"{out}: not written: with the adapters {first_of(bad)} is beyond what "
+                           f"{dtype_name(dtype)} holds; give them smaller weights")  # fmt: skip
+    write_model(out, found, tensors, contract, None)
+    return [
+        f"{out}: {found.name} with {len(adapters)} adapters in {len(modules)} of its weights",
+        *_all_notes(adapters),
+    ]
+
+
+def _added(weight: Tensor, module: str, adapters: Weighted) -> Tensor:
+    """In fp32 from a sum in float64, so that it is rounded once."""
+    total = weight.double()
+    for adapter, share in adapters:
+        if module in adapter.factors:
+            down, up = (factor.double() for factor in adapter.factors[module])
+            change = share * adapter.alphas[module] / len(down) * up @ down
+            total = total + change.reshape(total.shape)
+    return total.float()
+
+
+def _read(wanted: Sequence[str], transformer_only: bool) -> Weighted:
+    parsed = [parse_lora(one, "") for one in wanted]
+    return [(read_adapter(path, transformer_only=transformer_only), weight) for path, weight in parsed]
+
+
+def _all_notes(adapters: Weighted) -> list[str]:
+    return [line for adapter, _ in adapters for line in notes_of(adapter)]
+
+
+def _disagreements(adapters: Weighted) -> list[str]:
+    first = next((adapter for adapter, _ in adapters if adapter.contract), None)
+    lines = []
+    for adapter, _ in adapters:
+        if first is None or not adapter.contract:
+            continue
+        for key, what in (("base_fingerprint", "another base"), ("max_sequence_length", "another T5 length"),
+                          ("encoders", "other text encoders")):  # fmt: skip
+            if adapter.contract.get(key) != first.contract.get(key):
+                lines.append(f"warning: {adapter.path} was trained with {what}; the result says what {first.path} says")
+        if sampling_of(adapter.contract) != sampling_of(first.contract):
+            lines.append(
+                f"warning: the previews of {adapter.path} had other steps or guidance; the result says what "
+                f"{first.path} says"
+            )
+    return lines
+
+
+def _contract(adapters: Weighted, more: Mapping[str, Any]) -> dict[str, Any]:
+    """The first one's conditions, all triggers, and what was merged; empty when none has a contract."""
+    contracts = [adapter.contract for adapter, _ in adapters if adapter.contract]
+    if not contracts:
+        return {}
+    triggers = dict.fromkeys(str(contract["trigger"]) for contract in contracts if contract.get("trigger"))
+    return {
+        **{key: contracts[0][key] for key in _CONDITIONS if key in contracts[0]},
+        "sd3tune_version": __version__,
+        "method": "merge",
+        "merged": [{"sha256": _sha256(adapter.path), "weight": weight} for adapter, weight in adapters],
+        "trigger": ", ".join(triggers) or None,
+        **more,
+    }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

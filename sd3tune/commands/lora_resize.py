@@ -1,0 +1,55 @@
+"""`sd3tune lora resize`: an adapter of lower rank, and what that loses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sd3tune.adapter.derived import check_out, form_of, losses, notes_of, write_form
+from sd3tune.adapter.file import read_adapter
+from sd3tune.adapter.low_rank import Truncated, truncate
+from sd3tune.errors import ConfigError
+
+_OF_OTHER_RANKS = ("rank_pattern", "alpha_pattern", "rslora")
+
+
+def resize_lora(
+    source: Path, out: Path, rank: int | None, energy: float | None, *, transformer_only: bool = False
+) -> list[str]:
+    """Write the nearest adapter of `rank`, or with the share `energy` of each module's |BA|^2, in the source's layout.
+
+    Returns lines that say what it loses. Raises ConfigError, AdapterError, RunError when `out` exists.
+    """
+    if (rank is None) == (energy is None):
+        raise ConfigError("give either --rank R or --energy E, such as --energy 0.99")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank {rank}: at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"--energy {energy:g}: a share above 0 and up to 1, such as 0.99")
+    check_out(out)
+    adapter = read_adapter(source, transformer_only=transformer_only)
+    found = {module: truncate(pair, rank, energy) for module, pair in adapter.folded().items()}
+    factors = {module: truncated.pair for module, truncated in found.items()}
+    write_form(out, form_of(adapter), factors, _contract(adapter.contract, found), adapter.metadata)
+    before = Counter(len(down) for down, _ in adapter.factors.values())
+    after = Counter(len(down) for down, _ in factors.values())
+    return [
+        f"{out}: {len(found)} modules, rank {_ranks(before)} -> {_ranks(after)}",
+        *losses(found),
+        *notes_of(adapter),
+    ]
+
+
+def _contract(contract: Mapping[str, Any], found: Mapping[str, Truncated]) -> dict[str, Any]:
+    if not contract:
+        return {}
+    rank = max(len(one.pair[0]) for one in found.values())
+    kept = {key: value for key, value in contract.items() if key not in _OF_OTHER_RANKS}
+    return {**kept, "rank": rank, "alpha": rank}
+
+
+def _ranks(counts: Counter[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"

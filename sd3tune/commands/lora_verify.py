@@ -1,0 +1,103 @@
+"""`sd3tune lora verify`: whether a fresh diffusers pipeline takes all of an adapter, and draws otherwise with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from sd3tune.adapter.derived import notes_of
+from sd3tune.adapter.file import Adapter, match, read_adapter
+from sd3tune.adapter.layouts import first_of
+from sd3tune.adapter.reference_pipeline import NAME, drawing_pipeline, load_into
+from sd3tune.encode.resources import release
+from sd3tune.errors import AdapterError
+from sd3tune.inference.conditions import find_base
+from sd3tune.model.load.components import empty_transformer
+from sd3tune.run.verify_preview import compare_with_preview
+from sd3tune.runtime.device import choose_dtype, dtype_name, gpu_of, make_accelerator
+
+_SIDE, _TOKENS = 64, 32
+
+
+def verify_lora(
+    location: Path, base: str | None, dtype: str, preview: bool = True, *, transformer_only: bool = False
+) -> list[str]:
+    """Lines that say what was checked. Raises AdapterError with the first thing that an adapter must not be.
+
+    The pipeline is diffusers' own, with the transformer of `base` (None: the one that the adapter names) and random
+    text; a file in diffusers' layout is loaded by name, one in another layout as `lora convert` would write it. With
+    `preview`, what the training drew is drawn again.
+    """
+    adapter = read_adapter(location, transformer_only=transformer_only)
+    device = make_accelerator().device
+    torch_dtype = choose_dtype(dtype, gpu_of(device), "--dtype")
+    found = find_base(base, [adapter])
+    counted = match(empty_transformer(found), adapter)
+    if counted.unmatched:
+        raise AdapterError(
+            f"{adapter.path}: {len(counted.unmatched)} of {len(adapter.factors)} modules are not in {found.name}: "
+            f"{first_of(counted.unmatched)}; it was made for another base"
+        )
+    pipeline = drawing_pipeline(found, torch_dtype, device)
+    before = _one_step(pipeline)
+    load_into(pipeline, adapter)
+    _check_layers(adapter, pipeline.transformer)
+    after = _one_step(pipeline)
+    if not after.isfinite().all():
+        raise AdapterError(
+            f"{adapter.path}: with it the prediction of {found.name} is NaN or infinite, without it is not"
+        )
+    change = ((after - before).norm() / before.norm()).item()
+    if change == 0:
+        raise AdapterError(f"{adapter.path}: it changes nothing of what {found.name} predicts: its B are zero, or too "
+                           f"small for {dtype_name(torch_dtype)}")  # fmt: skip
+    lines = [
+        f"{adapter.path}: {counted.matched} tensors of {len(adapter.factors)} modules loaded by diffusers into "
+        f"{found.name}, none left over",
+        f"one step in {dtype_name(torch_dtype)}: finite, and {change:.2%} away from the base's",
+        *notes_of(adapter),
+    ]
+    del pipeline
+    release(device)
+    return [*lines, compare_with_preview(adapter, found, dtype, device)] if preview else lines
+
+
+def _check_layers(adapter: Adapter, transformer: Any) -> None:
+    """Every module adds what the file says."""
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    folded = adapter.folded()
+    missed = [name for name in folded if name not in layers or NAME not in layers[name].lora_A]
+    more = [name for name in layers if name not in folded]
+    if missed or more:
+        what = f"passed over {first_of(missed)}" if missed else f"adapted {first_of(more)}, too"
+        raise AdapterError(f"{adapter.path}: diffusers {what}")
+    for name, (down, up) in folded.items():
+        layer = layers[name]
+        held = layer.lora_B[NAME].weight.float().cpu() * layer.scaling[NAME]
+        if not (_close(held.flatten(1), up) and _close(layer.lora_A[NAME].weight.float().cpu().flatten(1), down)):
+            raise AdapterError(f"{adapter.path}: {name}: diffusers made something else of its weights or its alpha")
+
+
+def _close(held: Tensor, meant: Tensor) -> bool:
+    """But for the rounding of the model's dtype."""
+    return held.shape == meant.shape and torch.allclose(held, meant, rtol=1e-2, atol=1e-6)
+
+
+def _one_step(pipeline: StableDiffusion3Pipeline) -> Tensor:
+    """Latents, fp32 on the CPU, after one step from noise that is always the same, with random text."""
+    transformer = pipeline.transformer
+    source = torch.Generator().manual_seed(0)
+    place: dict[str, Any] = {"device": transformer.device, "dtype": transformer.dtype}
+    text = torch.randn(1, _TOKENS, transformer.config.joint_attention_dim, generator=source)
+    pooled = torch.randn(1, transformer.config.pooled_projection_dim, generator=source)
+    latents = torch.randn(1, transformer.config.in_channels, _SIDE // 8, _SIDE // 8, generator=source)
+    drawn = pipeline(
+        prompt_embeds=text.to(**place), pooled_prompt_embeds=pooled.to(**place), latents=latents.to(**place),
+        height=_SIDE, width=_SIDE, num_inference_steps=1, guidance_scale=1.0, output_type="latent",
+    )  # fmt: skip
+    return drawn.images.float().cpu()

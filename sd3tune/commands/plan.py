@@ -1,0 +1,251 @@
+"""`sd3tune plan`: what a run takes in memory, room and time, and what each change of the configuration would buy."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from sd3tune.config import Config
+from sd3tune.config.sections.method import LoraConfig
+from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig
+from sd3tune.errors import ConfigError
+from sd3tune.forecast.fitting import changes, describe, fit, room_of
+from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, Outlook, forecast, look_ahead
+from sd3tune.forecast.gpus import Card, find_card
+from sd3tune.forecast.rehearsal import Training
+from sd3tune.run.describe import held
+from sd3tune.runtime.device import DTYPES, choose_dtype, dtype_name, gpu_of
+
+RESOLUTIONS = (1024, 768, 512)
+UTILISATION = 40
+"""Per cent of a card's peak that a training is taken to reach: an assumption."""
+
+
+def run_plan(
+    config: Config, card: str | None = None, memory: float | None = None, utilisation: float = UTILISATION
+) -> Iterator[str]:
+    """The lines of the plan, as they are known. Raises UserError.
+
+    `memory` is in GB (10^9 bytes), `utilisation` in per cent of the card's peak.
+    """
+    found = None if card is None else find_card(card)
+    outlook = look_ahead(config, planned_dtype(config, found, memory))
+    if found is None and memory is None and not torch.cuda.is_available():
+        precision = dtype_name(outlook.dtype)
+        yield f"note: there is no GPU here, so this is the plan for the CPU, in {precision}; for a card: --card 4090"
+    yield from (
+        f"note: no images yet ({problem}): the largest bucket is planned for" for problem in outlook.missing[:1]
+    )
+    room = memory if memory is not None or found is None else found.memory
+    wanted = config.train.memory
+    if wanted is None:
+        yield from _about(outlook)
+        plan = forecast(outlook)
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        plan = fit(outlook, round(room * 1e9) if room is not None and wanted == "auto" else room_of(wanted, device))
+        yield describe(config, plan)
+        yield from _about(plan.outlook)
+    yield from _about_memory(plan)
+    if room is not None:
+        yield _verdict(plan, room, found.name if found and memory is None else "--memory")
+    yield from _about_length(plan, found, utilisation)
+    yield ""
+    yield from _about_knobs(plan, found, room)
+    if room is not None and plan.needed > room * 1e9 and wanted is None:
+        yield ""
+        yield _what_fits(plan, room)
+
+
+def planned_dtype(config: Config, card: Card | None, memory: float | None) -> torch.dtype:
+    """What `model.dtype` comes to on the card; with `memory` alone, on a GPU that has bf16; else on this machine."""
+    wanted = config.model.dtype
+    if card is not None and not card.bf16:
+        if wanted == "bf16":
+            raise ConfigError(f"model.dtype: bf16: a {card.name} has no bf16; use fp16 or auto")
+        return DTYPES["fp16" if wanted == "auto" else wanted]
+    if card is not None or memory is not None:
+        return DTYPES["bf16" if wanted == "auto" else wanted]
+    return choose_dtype(wanted, gpu_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def _about(outlook: Outlook) -> list[str]:
+    height, width = outlook.largest
+    train = outlook.config.train
+    checkpointing: str = train.gradient_checkpointing
+    if train.checkpointed_blocks is not None:
+        checkpointing += f" of {train.checkpointed_blocks} blocks"
+    batch = f"batch {train.batch_size}" + f" x {train.gradient_accumulation}" * (train.gradient_accumulation > 1)
+    return [
+        f"base      {outlook.base.name}, {held(outlook.config, outlook.dtype)}",
+        f"largest   {width}x{height} px, {batch}, gradient checkpointing {checkpointing}",
+    ]
+
+
+def gigabytes(nbytes: float) -> str:
+    """`4.94 GB`, in powers of ten; small numbers as MB."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+
+
+def _about_memory(plan: Forecast) -> list[str]:
+    training, phases = plan.training, plan.phases
+    worst = max(phases, key=lambda name: phases[name].peak)
+    lines = ["", f"{'memory':<20}{'resident':>12}{'working':>12}{'together':>12}"]
+    for name, use in phases.items():
+        lines.append(f"{name:<20}" + "".join(f"{gigabytes(n):>12}" for n in (use.resident, use.working, use.peak)))
+    lines += ["", "while training"]
+    lines += [f"  {name:<46}{gigabytes(nbytes):>12}" for name, nbytes in components(training) if nbytes]
+    return [
+        *lines,
+        "",
+        f"peak      {gigabytes(plan.peak)}: {worst}; with allowances {gigabytes(plan.needed)} "
+        f"({MARGIN:.0%} for fragments and work spaces, {CONTEXT / 1e9:g} GB for CUDA itself)",
+    ]
+
+
+def components(training: Training) -> list[tuple[str, int]]:
+    """What lies in memory while training, in words, and its bytes; they add up to the peak."""
+    millions = f"{training.trained / 1e6:.1f} M"
+    return [
+        (f"base, frozen (of {training.parameters / 1e9:.3f} B parameters)", training.frozen),
+        (f"trainable parameters, {millions}, for computing", training.compute),
+        ("their fp32 master", training.master),
+        ("their gradients' fp32 sum", training.gradient),
+        ("the optimizer's state", training.optimizer),
+        ("their average (EMA)", training.average),
+        ("adaLN modulations, computed ahead", training.ahead),
+        ("activations saved for the backward pass", min(training.saved, training.working)),
+        ("everything else at the peak", max(0, training.working - training.saved)),
+    ]
+
+
+def _verdict(plan: Forecast, room: float, name: str) -> str:
+    left = room * 1e9 - plan.needed
+    which = f"{room:g} GB" + f" ({name})" * (name != "--memory")
+    if left >= 0:
+        return f"fits      into {which}: yes, {gigabytes(left)} to spare"
+    return f"fits      into {which}: no, {gigabytes(-left)} too much"
+
+
+def _what_fits(plan: Forecast, room: float) -> str:
+    """Return the settings that fit together, as `train.memory` would choose them, or why there are none."""
+    try:
+        found = fit(plan.outlook, round(room * 1e9))
+    except ConfigError as error:
+        return f"to fit    no settings do; {error.problems[0]}"
+    return (
+        f"to fit    train.memory={room:g}, or {changes(plan.outlook.config, found)}: {gigabytes(found.needed)} in all"
+    )
+
+
+def _about_length(plan: Forecast, card: Card | None, utilisation: float) -> list[str]:
+    train, store = plan.outlook.config.train, plan.store
+    batch = train.batch_size * train.gradient_accumulation
+    lines = []
+    if store is not None:
+        lines.append(
+            f"store     {gigabytes(store.nbytes)}: {store.texts} texts and {store.images} images, encoded once"
+        )
+    if train.steps is None:
+        lines.append("steps     train.epochs of images that are not there yet")
+    else:
+        lines.append(f"steps     {train.steps} x {batch} image{'s' * (batch > 1)}, {train.steps * batch} images seen")
+    lines.append(f"compute   {plan.training.flops / 1e12:.3g} TFLOP a step")
+    seconds = step_seconds(plan, card, utilisation)
+    if seconds is not None and card is not None:
+        whole = (
+            "" if train.steps is None else f", {duration(seconds * train.steps)} in all, encoding and previews aside"
+        )
+        lines.append(
+            f"time      {duration(seconds)} a step{whole}: at {utilisation:g} % of the {card.tflops:g} TFLOP/s of "
+            f"{card.name}, which is an assumption"
+        )
+    return lines
+
+
+def step_seconds(plan: Forecast, card: Card | None, utilisation: float) -> float | None:
+    """Seconds of a step at that share of the card's peak; None without a card, and in fp32, of which none is known."""
+    if card is None or plan.outlook.dtype is torch.float32:
+        return None
+    return plan.training.flops / (card.tflops * 1e12 * utilisation / 100)
+
+
+def duration(seconds: float) -> str:
+    """`0.42 s`, `7 min`, `1.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+Knob = tuple[str, Callable[[Config], Config]]
+
+
+def _changed(section: str, **values: object) -> Callable[[Config], Config]:
+    return lambda config: config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def knobs(outlook: Outlook) -> list[Knob]:
+    """Changes that the configuration has not made yet, as they are typed, cheapest first."""
+    config, dtype, blocks = outlook.config, outlook.dtype, outlook.base.config("transformer")["num_layers"]
+    train, method, side = config.train, config.method, config.data.resolution
+    eight_bit = importlib.util.find_spec("bitsandbytes") is not None
+    found: list[Knob] = []
+    partly = train.checkpointed_blocks is not None
+    for kind in ("none", "selective", "block"):
+        if kind != train.gradient_checkpointing:
+            typed = f"train.gradient_checkpointing={kind}" + " train.checkpointed_blocks=null" * partly
+            found.append((typed, _changed("train", gradient_checkpointing=kind, checkpointed_blocks=None)))
+    if train.gradient_checkpointing != "none" and not partly:
+        found.append((f"train.checkpointed_blocks={blocks // 2}", _changed("train", checkpointed_blocks=blocks // 2)))
+    if train.batch_size > 1:
+        more = train.gradient_accumulation * train.batch_size
+        typed = f"train.batch_size=1 train.gradient_accumulation={more}"
+        found.append((typed, _changed("train", batch_size=1, gradient_accumulation=more)))
+    lower = next((of for of in RESOLUTIONS if of < side), None)
+    if lower is not None:
+        found.append((f"data.resolution={lower}", _changed("data", resolution=lower)))
+    if config.model.t5:
+        if config.model.t5_device == "auto":
+            found.append(("model.t5_device=cpu", _changed("model", t5_device="cpu")))
+        if config.model.t5_quantize == "none" and eight_bit:
+            found.append(("model.t5_quantize=int8", _changed("model", t5_quantize="int8")))
+        found.append(("model.t5=false", _changed("model", t5=False)))
+    if isinstance(method, LoraConfig) and eight_bit:
+        for form in ("nf4", "int8"):
+            if form != config.model.quantize:
+                found.append((f"model.quantize={form}", _changed("model", quantize=form)))
+    if dtype is torch.float32:
+        found.append(("model.dtype=bf16", _changed("model", dtype="bf16")))
+    if isinstance(config.optimizer, AdamWConfig) and eight_bit:
+        settings = config.optimizer.model_dump(exclude={"kind"})
+        eight = AdamW8bitConfig(**settings)
+        found.append(("optimizer.kind=adamw8bit", lambda config: config.model_copy(update={"optimizer": eight})))
+    if isinstance(method, LoraConfig) and method.targets in ("attention", "attention+mlp"):
+        found.append(("method.targets=attention-image", _changed("method", targets="attention-image")))
+    return found
+
+
+def _about_knobs(plan: Forecast, card: Card | None, room: float | None) -> Iterator[str]:
+    """One line a change: peak memory of the run and of training, and a step's operations, in TFLOP and per cent."""
+    yield f"{'after one change':<50}{'peak':>10}{'training':>12}{'TFLOP':>9}{'change':>8}"
+    today = plan.training.flops
+    for typed, changed in [("as it is", None), *knobs(plan.outlook)]:
+        other = plan if changed is None else forecast(after(plan.outlook, changed), plan)
+        fits = "" if room is None else ("  fits" if other.needed <= room * 1e9 else "  too much")
+        yield (
+            f"{typed:<50}{gigabytes(other.peak):>10}{gigabytes(other.training.peak):>12}"
+            f"{other.training.flops / 1e12:>9.3g}{f'{other.training.flops / today - 1:+.0%}':>8}{fits}"
+        )
+
+
+def after(outlook: Outlook, changed: Callable[[Config], Config]) -> Outlook:
+    """The outlook of a changed configuration; images and their shapes stay those that they are."""
+    config = changed(outlook.config)
+    scale = config.data.resolution / outlook.config.data.resolution
+    dtype = DTYPES.get(config.model.dtype, outlook.dtype) if config.model != outlook.config.model else outlook.dtype
+    if scale == 1:
+        return replace(outlook, config=config, dtype=dtype)
+    return look_ahead(config, dtype)

@@ -1,0 +1,151 @@
+"""`metadata.jsonl` and `metadata.csv`: which caption belongs to which file of a folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sd3tune.data.names import Names
+from sd3tune.errors import DataError
+from sd3tune.files.regular import complaint, read_regular
+from sd3tune.files.text import NotText, decode, parse_json
+
+JSONL, CSV = "metadata.jsonl", "metadata.csv"
+FILE_COLUMN, TEXT_COLUMN = "file_name", "text"
+
+_Row = tuple[int, dict[str, Any]]
+"""A row with the line of the file that it begins on."""
+
+
+def metadata_files(folder: Path, names: Names) -> list[Path]:
+    """The metadata of a folder: none, or one file; two of them are one too many."""
+    found = (names.like(folder / name)[:1] for name in (JSONL, CSV))
+    return [path for of in found for path in of]
+
+
+def read_metadata(folder: Path, names: Names) -> dict[Path, str | None]:
+    """The files that the folder's metadata names, with their captions (None where a row has none); empty without one.
+
+    Further columns are ignored. Raises DataError, with a line of the metadata for each problem.
+    """
+    present = metadata_files(folder, names)
+    if not present:
+        return {}
+    if len(present) > 1:
+        raise DataError(f"{folder}: holds both {JSONL} and {CSV}; keep the one that is meant")
+    (path,) = present
+    try:
+        lines = io.StringIO(decode(read_regular(path), path), newline="")
+    except NotText as error:
+        raise DataError(str(error)) from None
+    except OSError as error:
+        raise DataError(f"{path}: {complaint(error)}") from None
+    rows = list(_csv_rows(path, lines) if path.suffix.lower() == ".csv" else _jsonl_rows(path, lines))
+    _check_columns(path, rows)
+    return _captions(path, rows, names)
+
+
+def write_jsonl(path: Path, captions: Iterable[tuple[str, str]]) -> None:
+    """Write (file name, caption) pairs."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for name, text in captions:
+            file.write(json.dumps({FILE_COLUMN: name, TEXT_COLUMN: text}, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, captions: Iterable[tuple[str, str]]) -> None:
+    """Write (file name, caption) pairs."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([FILE_COLUMN, TEXT_COLUMN])
+        writer.writerows(captions)
+
+
+def clean(text: str) -> str:
+    """A caption as every form of data gives it: no space around it, line breaks as `\\n`."""
+    return re.sub(r"\r\n?", "\n", text).strip()
+
+
+def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: is not JSON ({error}); a line is one object in braces") from None
+        if not isinstance(row, dict):
+            raise DataError(f'{path}:{number}: is no object; write {{"{FILE_COLUMN}": ..., "{TEXT_COLUMN}": ...}}')
+        yield number, row
+
+
+def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:
+    reader = csv.reader(lines, strict=True)
+    begin = 1
+    header: list[str] = []
+    try:
+        for cells in reader:
+            number, begin = begin, reader.line_num + 1
+            if not cells:
+                continue
+            if not header:
+                header = [cell.strip() for cell in cells]
+            elif len(cells) != len(header):
+                found = f"{len(cells)} column{'s' * (len(cells) != 1)} where the header has {len(header)}"
+                raise DataError(f"{path}:{number}: {found}; put a text with commas in double quotes")
+            else:
+                yield number, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}:{begin}: is not CSV ({error})") from None
+
+
+def _check_columns(path: Path, rows: list[_Row]) -> None:
+    if not rows:
+        raise DataError(f"{path}: has no rows; fill it or delete it")
+    columns = dict.fromkeys(column for _, row in rows for column in row)
+    for wanted in (FILE_COLUMN, TEXT_COLUMN):
+        if wanted not in columns:
+            raise DataError(f"{path}: has no column {wanted!r}; its columns are {', '.join(columns)}")
+
+
+def _captions(path: Path, rows: list[_Row], names: Names) -> dict[Path, str | None]:
+    captions: dict[Path, str | None] = {}
+    line_of: dict[Path, int] = {}
+    problems = []
+    for number, row in rows:
+        try:
+            file = _file(path.parent, row.get(FILE_COLUMN), names)
+            if file in line_of:
+                raise DataError(f"{row[FILE_COLUMN]} was named on line {line_of[file]} already; keep one of them")
+            line_of[file] = number
+            captions[file] = _text(row.get(TEXT_COLUMN))
+        except DataError as error:
+            problems += [f"{path}:{number}: {problem}" for problem in error.problems]
+    if problems:
+        raise DataError(*problems)
+    return captions
+
+
+def _file(folder: Path, name: Any, names: Names) -> Path:
+    """The file that a row names. Raises DataError for one that is not there, or not inside the folder."""
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"has no {FILE_COLUMN}")
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or re.match(r"[A-Za-z]:[\\/]", name):
+        raise DataError(f"{name} is an absolute path; name files relative to the folder of the metadata")
+    if ".." in relative.parts:
+        raise DataError(f"{name} leads out of the folder of the metadata; name files inside it")
+    file = names.find(folder, relative)
+    if file is None or file.is_dir() or not file.exists():
+        raise DataError(f"{name} does not exist in {folder}")
+    return file
+
+
+def _text(text: Any) -> str | None:
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{TEXT_COLUMN} is {json.dumps(text)[:60]}, not text; put it in quotes")
+    return clean(text or "") or None

@@ -1,0 +1,258 @@
+"""Datasets: their rows as images and captions. The one module that knows the `datasets` library, imported when used.
+
+Images are read as the bytes that were stored, never decoded and encoded anew, so an image has the same digest in a
+file, in a parquet file and in a dataset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import glob
+import itertools
+import logging
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sd3tune.config.sections.data import DatasetSource
+from sd3tune.data.sources.metadata import clean
+from sd3tune.errors import DataError
+from sd3tune.files.regular import LARGEST, Refused, open_regular, read_regular
+
+_BATCH_BYTES, _BATCH_ROWS = 64 * 2**20, 1000
+_SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves
+_ARCHIVED = re.compile(r"zip://(?P<member>.+)::(?:file://)?(?P<archive>/[^:]+)")  # `zip://a.png::/home/me/photos.zip`
+_WAYS = "a dataset is a .parquet file, a folder, or a Hub id"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The image of one row; the dataset is mapped from the disk, and a row is read when asked for."""
+
+    dataset: Any = field(repr=False, compare=False)
+    """The image column alone."""
+    column: str
+    place: str
+    """What the dataset is called in messages."""
+    index: int
+    folders: tuple[Path, ...] = field(default=(), repr=False, compare=False)
+    """Where pictures may lie that are not in the dataset itself."""
+    loaded: bool = field(default=False, repr=False, compare=False)
+    """Whether `datasets` listed files, whose paths it writes in full; else a path is the dataset's own word."""
+
+    @property
+    def name(self) -> str:
+        return f"{os.path.basename(self.place)}[{self.index}]"
+
+    def __str__(self) -> str:
+        return f"{self.place}[{self.index}]"
+
+    @property
+    def file_name(self) -> str | None:
+        """The name of the file that the image was, where the dataset remembers it."""
+        cell = self.dataset[self.index][self.column]
+        path: str | None = None if cell is None else cell["path"]
+        archived = _ARCHIVED.fullmatch(path or "")
+        return archived["member"] if archived else path
+
+    def read_bytes(self) -> bytes:
+        """The stored bytes, or those of a file in the dataset's own folder, links followed.
+
+        Raises DataError when there are none, or the file is elsewhere; OSError when it cannot be read.
+        """
+        cell = self.dataset[self.index][self.column] or {}
+        if cell.get("bytes") is not None:
+            return bytes(cell["bytes"])
+        if cell.get("path") is None:
+            raise DataError(f"{self}: column {self.column!r} is empty; remove the row")
+        archived = _ARCHIVED.fullmatch(cell["path"])
+        file = self._inside(archived["archive"] if archived else cell["path"])
+        return _member(file, archived["member"]) if archived else read_regular(file)
+
+    def _inside(self, path: str) -> Path:
+        """The file that a path means, if it lies in one of `folders`. Raises DataError."""
+        for folder in self.folders if self.loaded or not os.path.isabs(path) else ():
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # a NUL, a circle of links
+                file = (folder / path).resolve()
+                if file.is_relative_to(folder.resolve()):
+                    return file
+        raise DataError(
+            f"{self}: column {self.column!r} names the file {path}, which is no path below the dataset's folder; "
+            "put the picture itself into the dataset, or its file into that folder"
+        )
+
+
+def _member(archive: Path, name: str) -> bytes:
+    """The bytes of a file in a ZIP archive. Raises OSError."""
+    with open_regular(archive, largest=None) as file:
+        try:
+            with zipfile.ZipFile(file) as opened:
+                if opened.getinfo(name).file_size > LARGEST:
+                    raise Refused(f"has {opened.getinfo(name).file_size:,} bytes, and at most {LARGEST:,} are read")
+                return opened.read(name)
+        except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, zlib.error) as error:
+            raise OSError(None, f"{archive.name}: {error}") from None
+
+
+def list_rows(source: DatasetSource) -> list[tuple[Row, str | None]]:
+    """Every row of the dataset with its caption, None where it has none. Raises DataError."""
+    place = source.path if source.path.endswith(".parquet") else f"{source.path}:{source.split}"
+    dataset = _load(source).with_format(None)
+    images = _image_column(dataset, source.image_column, place)
+    captions = _caption_column(dataset, source.caption_column, place)
+    if not len(dataset):
+        raise DataError(f"{place}: has no rows")
+    folders, loaded = _folders(source), not (source.path.endswith(".parquet") or is_dataset(Path(source.path)))
+    return [
+        (Row(images, source.image_column, place, index, folders, loaded), text) for index, text in enumerate(captions)
+    ]
+
+
+def _folders(source: DatasetSource) -> tuple[Path, ...]:
+    """A dataset's own folder; of one from the Hub, where its files and what was unpacked of them are kept."""
+    path = Path(source.path)
+    if source.path.endswith(".parquet"):
+        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parent.parts)  # before a pattern
+        return (Path(*fixed),)
+    if path.is_dir():
+        return (path,)
+    from datasets import config
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    repository = repo_folder_name(repo_id=source.path, repo_type="dataset")
+    return Path(constants.HF_HUB_CACHE, repository), Path(config.EXTRACTED_DATASETS_PATH)
+
+
+def write_parquet(path: Path, rows: Iterable[tuple[str, bytes, str]]) -> None:
+    """Write (file name, image bytes, caption) rows as a file that `datasets` reads as images, a part at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    datasets = _library()
+    schema = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")}).arrow_schema
+    batch: list[dict[str, Any]] = []
+    nbytes = 0
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+
+        def flush() -> None:
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
+            batch.clear()
+
+        for name, data, text in rows:
+            batch.append({"image": {"bytes": data, "path": name}, "text": text})
+            nbytes += len(data)
+            if nbytes >= _BATCH_BYTES or len(batch) >= _BATCH_ROWS:
+                flush()
+                nbytes = 0
+        if batch:
+            flush()
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether a file or folder of this machine is a dataset rather than a folder of images."""
+    return path.suffix == ".parquet" or any((path / name).is_file() for name in _SAVED)
+
+
+def _library() -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # every failure is reported here, in one line
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each attempt to reach the Hub
+    return datasets
+
+
+def _load(source: DatasetSource) -> Any:
+    datasets = _library()
+    path = source.path
+    try:
+        if path.endswith(".parquet"):
+            if not glob.glob(path) and not os.path.exists(path):
+                raise DataError(f"{path}: no such file; check data.sources")
+            return datasets.load_dataset("parquet", data_files={"train": path}, split="train")
+        if is_dataset(Path(path)):
+            saved = datasets.load_from_disk(path)
+            if isinstance(saved, datasets.DatasetDict) and source.split not in saved:
+                raise DataError(f"{path}: has no split {source.split!r}; set split: it has {', '.join(saved)}")
+            return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+        if os.path.isabs(path) and not os.path.isdir(path):
+            trouble = "is a file of another kind" if os.path.exists(path) else "no such folder"
+            raise DataError(f"{path}: {trouble}; {_WAYS}")
+        return datasets.load_dataset(path, split=source.split, revision=source.revision)
+    except DataError:
+        raise
+    except Exception as error:  # each loader raises what its libraries raise
+        raise DataError(f"{path}: {_complaint(error, source, datasets)}") from None
+
+
+def _complaint(error: Exception, source: DatasetSource, datasets: Any) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    unknown_split = re.match(r"Unknown split .*one of \[(.*)\]", reason)
+    if unknown_split:
+        return f"has no split {source.split!r}; set split: it has {unknown_split[1].replace(chr(39), '')}"
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return (
+            f"{_nothing_here(source.path)}, and no such dataset on the Hub, or it is gated or private: see the "
+            f"spelling, accept the terms at https://huggingface.co/datasets/{source.path}, and log in: `hf auth login`"
+        )
+    if isinstance(error, ConnectionError):
+        hub = "the Hub cannot be reached: check the network (and HF_HUB_OFFLINE)"
+        return f"{_nothing_here(source.path)}; if it is a dataset, {hub}"
+    return f"cannot be read as a dataset ({reason}); {_WAYS}"
+
+
+def _nothing_here(path: str) -> str:
+    """`no such folder here`, and a folder with a name like that, if there is one."""
+    parent = Path(path).parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(Path(path).name, names, n=1)
+    return "no such folder here" + (f" (did you mean {parent / near[0]}?)" if near else "")
+
+
+def _image_column(dataset: Any, column: str, place: str) -> Any:
+    """The dataset with this column alone, as the stored bytes."""
+    datasets = _library()
+    feature = _feature(dataset, column, place, "image_column")
+    stored = isinstance(feature, dict) and "bytes" in feature
+    binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+    if not (stored or binary or isinstance(feature, datasets.Image)):
+        raise DataError(f"{place}: column {column!r} holds {_kind(feature)}, not images; {_columns(dataset)}")
+    return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+
+def _caption_column(dataset: Any, column: str | None, place: str) -> list[str | None]:
+    if column is None:
+        return [None] * len(dataset)
+    feature = _feature(dataset, column, place, "caption_column")
+    is_label = isinstance(feature, _library().ClassLabel)
+    if not is_label and getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise DataError(f"{place}: column {column!r} holds {_kind(feature)}, not text; {_columns(dataset)}")
+    cells = dataset.select_columns([column])[:][column]
+    return [_class_name(feature, cell) if is_label else clean(cell or "") or None for cell in cells]
+
+
+def _class_name(feature: Any, label: int | None) -> str | None:
+    """-1 is how `datasets` says that a row has no label."""
+    return None if label is None or label < 0 else clean(feature.int2str(label)) or None
+
+
+def _feature(dataset: Any, column: str, place: str, key: str) -> Any:
+    if column not in dataset.features:
+        raise DataError(f"{place}: has no column {column!r}; set {key}: {_columns(dataset)}")
+    return dataset.features[column]
+
+
+def _columns(dataset: Any) -> str:
+    return f"the columns are {', '.join(dataset.column_names)}"
+
+
+def _kind(feature: Any) -> str:
+    dtype = getattr(feature, "dtype", None)
+    return dtype if isinstance(dtype, str) and type(feature).__name__ == "Value" else type(feature).__name__

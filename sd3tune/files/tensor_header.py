@@ -1,0 +1,94 @@
+"""The header of a safetensors file, checked before anything else in the file is used; without torch."""
+
+from __future__ import annotations
+
+import math
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3tune.files.json import NotJson, parse_object
+
+MOST_BYTES = 32 * 2**20
+"""Of a header; a whole SD3.5 checkpoint's has half a megabyte, an adapter's with a picture a few."""
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+_MOST_DIMENSIONS = 8
+
+
+class BadHeader(ValueError):
+    """A file that is truncated, or not a safetensors file; the message says why."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, dict[str, Any]]
+    """Name -> {"dtype", "shape", "data_offsets"}; offsets count from the file's start."""
+
+
+def read_header(file: Path) -> Header:
+    """Read the header of a safetensors file whose tensors lie one behind the other up to its end.
+
+    Raises BadHeader, and OSError for a file that cannot be read.
+    """
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise BadHeader("it is not a regular file")
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if found.st_size < 8 or length > found.st_size - 8:
+            raise BadHeader(
+                f"its header wants {length} bytes" if found.st_size >= 8 else "no valid header: it is too short"
+            )
+        if length > MOST_BYTES:
+            raise BadHeader(f"its header has {length} bytes, more than the {MOST_BYTES} that are read")
+        text = stream.read(length)
+    try:
+        header = parse_object(text, MOST_BYTES)
+    except NotJson as error:
+        raise BadHeader(f"no valid header: {error}") from None
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadHeader("no valid header: its metadata are not keys and texts")
+    tensors = {name: _tensor(name, tensor, 8 + length) for name, tensor in header.items()}
+    _check_places(tensors, 8 + length, found.st_size)
+    return Header(metadata, tensors)
+
+
+def _tensor(name: str, tensor: Any, start: int) -> dict[str, Any]:
+    fields = tensor if isinstance(tensor, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), _sizes(fields.get("shape")), _sizes(fields.get("data_offsets"))
+    if shape is None or offsets is None or len(shape) > _MOST_DIMENSIONS or len(offsets) != 2:
+        raise BadHeader(f"no valid header: {ascii(name)[:200]} has no shape or no place")
+    bits = _BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is None:
+        raise BadHeader(f"no valid header: {ascii(name)[:200]} has the unknown dtype {ascii(dtype)[:40]}")
+    if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * bits:
+        raise BadHeader(f"no valid header: {ascii(name)[:200]} has other bytes than its shape wants")
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start + offset for offset in offsets]}
+
+
+def _sizes(values: Any) -> list[int] | None:
+    """Return a list of numbers that count something; None for anything else."""
+    return values if isinstance(values, list) and all(type(value) is int and value >= 0 for value in values) else None
+
+
+def _check_places(tensors: dict[str, dict[str, Any]], start: int, size: int) -> None:
+    end = start
+    for begin, following in sorted(tensor["data_offsets"] for tensor in tensors.values()):
+        if begin != end:
+            raise BadHeader(f"no valid header: its tensors {'overlap' if begin < end else 'leave a gap'}")
+        end = following
+    if end != size:
+        raise BadHeader(f"its header describes {end} bytes")

@@ -1,0 +1,163 @@
+"""One picture of many: what changes from column to column, and from row to row."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sd3tune.errors import ConfigError
+from sd3tune.inference.image_request import Shot, problems_of
+from sd3tune.inference.prompts_file import COLUMNS
+from sd3tune.inference.request import parse_lora
+from sd3tune.sampling.contact_sheet import contact_sheet
+
+_OF_A_SHOT = ("seed", "prompt", "steps", "guidance", "sampler", "shift", "slg", "strength")
+AXES = ("weight", "lora", *_OF_A_SHOT)
+MOST_AXES = 2
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A name of `AXES`, and its values: for `lora` the numbers of its adapters, otherwise what `Shot` has."""
+
+    name: str
+    values: Sequence[Any]
+    labels: Sequence[str]
+
+    def apply(self, shot: Shot, place: int) -> Shot:
+        value = self.values[place]
+        return _CHANGES.get(self.name, _field)(shot, self.name, value)
+
+    def label(self, place: int) -> str:
+        return self.labels[place] if self.name in ("prompt", "lora") else f"{self.name} {self.labels[place]}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Columns, and rows if there is a second axis."""
+
+    axes: Sequence[Axis]
+    loras: Sequence[str] = ()
+    """What a `lora` axis names, in its order: they follow those of `--lora`."""
+
+    def shots(self, first: Shot) -> list[list[Shot]]:
+        """The shots by row and column, each with a name that says where it stands."""
+        ordered = sorted(enumerate(self.axes), key=lambda axis: axis[1].name == "weight")  # after its adapter
+        columns, rows = (range(len(axis.values)) for axis in (*self.axes, _SINGLE)[:2])
+
+        def shot(*places: int) -> Shot:
+            changed = first
+            for number, axis in ordered:
+                changed = axis.apply(changed, places[number])
+            named = [
+                f"-{axis.name}-{_in_a_name(axis.labels[place])}"
+                for axis, place in zip(self.axes, places, strict=False)
+                if axis.name not in ("prompt", "seed")  # which are in every name
+            ]
+            return replace(changed, name=changed.stem + "".join(named))
+
+        return [[shot(column, row) for column in columns] for row in rows]
+
+    def sheet(self, images: Sequence[Sequence[Image.Image]]) -> Image.Image:
+        """The labelled picture of them all, as `shots` has them."""
+        columns, *rows = ([axis.label(place) for place in range(len(axis.values))] for axis in self.axes)
+        side = min(512, max(128, *images[0][0].size))
+        return contact_sheet(images, columns, rows[0] if rows else (), side)
+
+
+def read_grid(axes: Sequence[str], fixed: Sequence[str]) -> Grid | None:
+    """The grid of `NAME=VALUE,VALUE,...` texts, beside the adapters `fixed`; None where there are none.
+
+    Raises ConfigError with a line for each problem.
+    """
+    if not axes:
+        return None
+    if len(axes) > MOST_AXES:
+        raise ConfigError(f"--grid: {len(axes)} axes; a picture has {MOST_AXES}")
+    split = [_split(text) for text in axes]
+    names = [name for name, _ in split]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--grid {names[0]}: given twice; put all its values into one, separated by commas")
+    if "weight" in names and "lora" not in names and not fixed:
+        raise ConfigError("--grid weight: there is no adapter; give --lora")
+    named = [value for name, values in split if name == "lora" for value in values]
+    loras = [one for value in named for one in _expanded(value)]
+    return Grid([_axis(name, values, loras, len(fixed)) for name, values in split], loras)
+
+
+def _split(text: str) -> tuple[str, list[str]]:
+    """A text with `|` in it is split there, so that a prompt may have commas."""
+    name, equals, values = text.partition("=")
+    if name not in AXES:
+        close = difflib.get_close_matches(name, AXES, n=1)
+        way_out = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(AXES)}"
+        raise ConfigError(f"--grid {name}: no such axis; {way_out}")
+    found = [value.strip() for value in values.split("|" if "|" in values else ",")]
+    if not equals or not all(found):
+        raise ConfigError(f"--grid {text}: write NAME=VALUE,VALUE such as weight=0,0.5,1")
+    return name, list(dict.fromkeys(found))
+
+
+def _axis(name: str, values: Sequence[str], loras: Sequence[str], fixed: int) -> Axis:
+    if name == "lora":
+        weighed = [parse_lora(lora, "--grid lora=") for lora in loras]
+        numbered = [(fixed + number, weight) for number, (_, weight) in enumerate(weighed)]
+        return Axis(name, numbered, [_short(path) for path, _ in weighed])
+    try:
+        read = [COLUMNS.get(name, float)(value) for value in values]
+    except ValueError as error:
+        expected = "a number" if name == "weight" else error
+        raise ConfigError(f"--grid {name}={','.join(values)}: each value is {expected}") from None
+    if name == "weight":
+        problems = [f"--grid weight={value}: a finite number" for value in read if not math.isfinite(value)]
+    else:
+        shots = [Shot(**{name: value}) for value in read]
+        problems = [line for shot in shots for line in problems_of(shot, lambda name: f"--grid {name}")]
+    if problems:
+        raise ConfigError(*problems)
+    return Axis(name, read, values)
+
+
+def _expanded(value: str) -> list[str]:
+    """A pattern such as `runs/x/checkpoints/*` as what it finds; a run's folder of checkpoints as all of them."""
+    pattern = f"{value}/step-*" if Path(value).name == "checkpoints" else value
+    if not glob.has_magic(pattern):
+        return [value]
+    found = sorted(glob.glob(pattern))
+    if not found:
+        raise ConfigError(f"--grid lora={value}: finds nothing")
+    return found
+
+
+def _short(path: Path) -> str:
+    parts = [part for part in path.parts if part not in ("adapter", "/", "..", ".")]
+    return parts[-1].removesuffix(".safetensors") if parts else str(path)
+
+
+def _in_a_name(label: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", label)
+
+
+def _field(shot: Shot, name: str, value: Any) -> Shot:
+    return replace(shot, **{name: value})
+
+
+def _with_lora(shot: Shot, _: str, value: tuple[int, float]) -> Shot:
+    return replace(shot, loras=(value, *shot.loras))
+
+
+def _with_weight(shot: Shot, _: str, value: float) -> Shot:
+    """Of the lora axis' adapter, where there is one; otherwise of the first `--lora`."""
+    return replace(shot, loras=((shot.loras[0][0], value), *shot.loras[1:]))
+
+
+_CHANGES: dict[str, Callable[[Shot, str, Any], Shot]] = {"lora": _with_lora, "weight": _with_weight}
+_SINGLE = Axis("", [None], [""])

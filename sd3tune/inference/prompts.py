@@ -1,0 +1,55 @@
+"""Prompts to conditioning, through one text encoder at a time."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Collection, Sequence
+
+import torch
+from tqdm import tqdm
+
+from sd3tune.encode.resources import release
+from sd3tune.inference.image_request import Texts
+from sd3tune.model.base.resolve import Base
+from sd3tune.model.load.components import empty_transformer
+from sd3tune.model.load.quantized import load_text_encoder_in
+from sd3tune.model.load.text import assemble
+from sd3tune.sampling.sampler import Conditioning
+from sd3tune.terminal import say
+
+
+def encode_prompts(
+    base: Base,
+    encoders: Sequence[str],
+    prompts: Sequence[Texts],
+    t5_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    eight_bit: Collection[str] = (),
+) -> list[Conditioning]:
+    """One for each of the prompts, as `StableDiffusion3Pipeline` has them: an encoder reads each text alone, and once.
+
+    Encoders named in `eight_bit` are held in 8 bits. Warns of what is cut off.
+    """
+    entries: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+    for name in tqdm(encoders, desc="encoding prompts", unit="encoder", leave=False, delay=2):
+        form = "int8" if name in eight_bit else "none"
+        encoder = load_text_encoder_in(form, base, name, dtype, device, t5_length)
+        texts = list(dict.fromkeys(prompt.read_by(name) for prompt in prompts))
+        entries[name] = dict(zip(texts, encoder.encode(texts), strict=True))
+        for text in texts:
+            lost = encoder.truncated(text)
+            if lost:
+                shown = textwrap.shorten(text, 60, placeholder=" ...")
+                say(f"warning: {name} reads {encoder.max_length} tokens; the last {lost} of {shown!r} are cut off")
+        del encoder
+        release(device)
+    width = empty_transformer(base).config.joint_attention_dim
+
+    def conditioning(prompt: Texts) -> Conditioning:
+        found = {name: entry[prompt.read_by(name)] for name, entry in entries.items()}
+        batch = {name: {key: value[None] for key, value in entry.items()} for name, entry in found.items()}
+        t5 = batch["t5"]["hidden"] if "t5" in batch else None
+        return Conditioning(*assemble(batch["clip_l"], batch["clip_g"], t5, t5_length, width))
+
+    return [conditioning(prompt) for prompt in prompts]

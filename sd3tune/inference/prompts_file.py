@@ -1,0 +1,179 @@
+"""A file of prompts, one picture a line: plain text, or JSON lines or CSV with a column for each flag of its name."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3tune.errors import ConfigError
+from sd3tune.files.regular import complaint, read_regular
+from sd3tune.files.text import NotText, decode, parse_json
+from sd3tune.inference.image_request import Shot, problems_of
+
+_SIZE = re.compile(r"(\d{1,9})(?:x(\d{1,9}))?", re.ASCII)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text")
+    if "\0" in value:
+        raise ValueError("a text: it holds NUL characters")
+    return value
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError("a whole number")
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise ValueError("a whole number") from None
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError("a number") from None
+
+
+def _size(value: Any) -> tuple[int, int]:
+    found = _SIZE.fullmatch(str(value).strip().lower())
+    if found is None:
+        raise ValueError("a side such as 1024, or WIDTHxHEIGHT such as 1152x896")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _path(value: Any) -> Path:
+    return Path(_text(value))
+
+
+def _name(value: Any) -> str:
+    text = _text(value)
+    if not text or text.startswith(".") or re.search(r"[/\\]", text):
+        raise ValueError("a file's name, without a folder and without .png")
+    return text
+
+
+COLUMNS: dict[str, Callable[[Any], Any]] = {
+    "prompt": _text,
+    "negative": _text,
+    "seed": _integer,
+    "steps": _integer,
+    "guidance": _number,
+    "size": _size,
+    "sampler": _text,
+    "shift": _number,
+    "noise_offset": _number,
+    "prompt_clip_l": _text,
+    "prompt_clip_g": _text,
+    "prompt_t5": _text,
+    "slg": _number,
+    "image": _path,
+    "strength": _number,
+    "name": _name,
+}
+"""Column -> what its values are read as; each is a field of `Shot`. An empty value is one that is not given."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line's part of a shot."""
+
+    place: str
+    """`file:line`, for messages."""
+    values: Mapping[str, Any]
+
+    def named(self, column: str) -> str:
+        """What a part of the shot is called: the column, where the line gives it."""
+        return f"{self.place}: {column}" if column in self.values else f"{self.place}: --{column.replace('_', '-')}"
+
+
+def read_prompts(path: Path) -> list[Row]:
+    """Read a .txt, .jsonl or .csv file. Raises ConfigError with every problem, each naming file and line."""
+    kinds = {".txt": _text_lines, ".jsonl": _json_lines, ".csv": _csv_lines}
+    if path.suffix.lower() not in kinds:
+        raise ConfigError(f"--prompts {path}: neither a .txt, a .jsonl nor a .csv file")
+    try:
+        text = re.sub(r"\r\n?", "\n", decode(read_regular(path), f"--prompts {path}"))
+    except OSError as error:
+        raise ConfigError(f"--prompts {path}: {complaint(error)}") from None
+    except NotText as error:
+        raise ConfigError(str(error)) from None
+    rows, problems = [], []
+    for number, values in kinds[path.suffix.lower()](path, text):
+        place = f"{path}:{number}"
+        found, wrong = _checked(place, values)
+        if "image" in found:
+            found["image"] = path.parent / found["image"]
+        rows.append(Row(place, found))
+        problems += wrong
+    if not rows and not problems:
+        problems.append(f"--prompts {path}: holds no prompts")
+    if problems:
+        raise ConfigError(*problems)
+    return rows
+
+
+def _text_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """A prompt a line; blank lines and those that begin with `#` are left out."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        prompt = line.strip()
+        if prompt and not prompt.startswith("#"):
+            yield number, {"prompt": prompt}
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = parse_json(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f'{path}:{number}: each line is an object such as {{"prompt": "a dog"}}')
+        yield number, values
+
+
+def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    last = 1
+    try:
+        for values in reader:
+            number, last = last + 1, reader.line_num  # a quoted value may go on over several lines
+            if None in values:
+                raise ConfigError(f"{path}:{number}: more values than columns; put a text with commas in quotes")
+            yield number, values
+    except csv.Error as error:
+        raise ConfigError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+
+
+def _checked(place: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What a line gives, and a message for each of its problems."""
+    found, problems = {}, []
+    for column, value in values.items():
+        if column not in COLUMNS:
+            close = difflib.get_close_matches(str(column), COLUMNS, n=1)
+            way_out = f"did you mean {close[0]!r}?" if close else f"the columns are {', '.join(COLUMNS)}"
+            problems.append(f"{place}: {column}: unknown column; {way_out}")
+        elif value is not None and value != "":
+            try:
+                found[column] = COLUMNS[column](value)
+            except ValueError as expected:
+                problems.append(f"{place}: {column}: {value!r} is not {expected}")
+    if not problems:
+        if "prompt" not in found:
+            problems.append(f"{place}: prompt: missing")
+        problems += problems_of(Shot(**found), lambda name: f"{place}: {name}")
+    return found, problems

@@ -1,0 +1,111 @@
+"""A whole trained model as a folder in diffusers' layout, which any program that knows diffusers loads unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import __version__ as diffusers_version
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sd3tune.errors import ModelError, RunError
+from sd3tune.files.atomic import new_folder
+from sd3tune.model.base.contract import CONTRACT_FILE, CONTRACT_VERSION
+from sd3tune.model.base.resolve import Base
+from sd3tune.model.base.weights import read_json
+
+INDEX_FILE = "model_index.json"
+MODEL_INDEX = {
+    "_class_name": "StableDiffusion3Pipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_3": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "tokenizer_3": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+_T5 = ("text_encoder_3", "tokenizer_3")
+
+
+def check_parts(base: Base, asked_by: str = "method.kind=full") -> None:
+    """Raise ModelError for a base whose other parts are not files that a model folder could have."""
+    if base.kind == "file" or base.encoder_files:
+        what = "a single file" if base.kind == "file" else "text encoders from files of their own (model.text_encoders)"
+        raise ModelError(
+            f"{base.name}: {asked_by} writes a whole model in diffusers' layout, and {what} cannot be copied "
+            "into one; give a base that is such a folder or a Hub id"
+        )
+
+
+def write_model(
+    folder: Path, base: Base, tensors: Mapping[str, Tensor], contract: Mapping[str, Any], shift: float | None
+) -> Path:
+    """Write `folder`: a transformer of these `tensors`, the base's other parts, and the contract.
+
+    Parts are hard links to the base's files where the file system has them, else copies. T5 is left out where the
+    contract does without, and has to be left out in loading, too (`text_encoder_3=None, tokenizer_3=None`). `shift` is
+    the scheduler's, None for the base's own. Returns `model_index.json`. Raises RunError when a tensor is not finite,
+    and nothing is written then.
+    """
+    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if bad:
+        dtype = str(tensors[bad[0]].dtype).removeprefix("torch.")
+        raise RunError(
+            f"{folder}: not written: {len(bad)} tensors are NaN or infinite as {dtype}, first {bad[0]}; "
+            "method.export_dtype=bf16 has a wider range"
+        )
+    left_out = () if "t5" in contract["encoders"] else _T5
+    with new_folder(folder) as temporary:
+        for part in MODEL_INDEX:
+            if part not in ("_class_name", "transformer", "scheduler", *left_out):
+                _link_files(base.folder(part), temporary / part)
+        _write_scheduler(base.folder("scheduler"), temporary / "scheduler", shift)
+        _write_transformer(temporary / "transformer", base.config("transformer"), tensors)
+        _write_json(temporary / CONTRACT_FILE, dict(sorted({"contract_version": CONTRACT_VERSION, **contract}.items())))
+        _write_json(temporary / INDEX_FILE, {**MODEL_INDEX, **{part: [None, None] for part in left_out}})
+    return folder / INDEX_FILE
+
+
+def _link_files(source: Path, target: Path) -> None:
+    """The files of a part; those of the Hub's cache are links themselves."""
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        if file.is_file():
+            _link(file.resolve(), target / file.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def _write_scheduler(source: Path, target: Path, shift: float | None) -> None:
+    if shift is None:
+        _link_files(source, target)
+        return
+    target.mkdir()
+    config = read_json(source / "scheduler_config.json")
+    _write_json(target / "scheduler_config.json", {**config, "shift": shift})
+
+
+def _write_transformer(target: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    target.mkdir()
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    head = {"_class_name": "SD3Transformer2DModel", "_diffusers_version": diffusers_version}
+    _write_json(target / "config.json", {**head, **own})
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(on_cpu, target / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

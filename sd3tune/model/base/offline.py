@@ -1,0 +1,60 @@
+"""The bases that need no download: the tiny ones are built on first use, nano comes with the package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+
+import sd3tune
+from sd3tune.errors import ModelError
+from sd3tune.files.atomic import system_error
+
+TINY_SHAPES: dict[str, Literal["sd3", "sd35-medium", "sd35-large"]] = {
+    "tiny": "sd35-medium",
+    "tiny-sd3": "sd3",
+    "tiny-sd35-medium": "sd35-medium",
+    "tiny-sd35-large": "sd35-large",
+}
+TINY_RECIPE = 1  # part of the folder's name: raise it whenever `tiny.py` would write other files
+NANO: Literal["nano"] = "nano"
+NANO_FOLDER = Path(sd3tune.__file__).parent / "assets" / NANO
+OFFLINE = (*TINY_SHAPES, NANO)
+
+
+def offline_kind(name: str) -> Literal["tiny", "nano"] | None:
+    """What kind of offline base a name is, if it is one."""
+    if name == NANO:
+        return NANO
+    return "tiny" if name in TINY_SHAPES else None
+
+
+def offline_folder(name: str) -> Path:
+    """The folder of an offline base, in diffusers' layout. Raises ModelError where it cannot be built."""
+    return NANO_FOLDER if name == NANO else _tiny_folder(TINY_SHAPES[name])
+
+
+def bases_dir() -> Path:
+    """Where the tiny bases are kept: `$SD3TUNE_CACHE/bases`, else `~/.cache/sd3tune/bases`."""
+    cache = os.environ.get("SD3TUNE_CACHE")
+    return (Path(cache).expanduser() if cache else Path.home() / ".cache" / "sd3tune") / "bases"
+
+
+def _tiny_folder(shape: Literal["sd3", "sd35-medium", "sd35-large"]) -> Path:
+    folder = bases_dir() / f"tiny-{shape}-v{TINY_RECIPE}"
+    try:
+        if not (folder / "model_index.json").is_file():
+            from sd3tune.model.base.tiny import build_tiny
+
+            build_tiny(shape, folder)
+    except (OSError, SafetensorError) as error:
+        cause = system_error(error)
+        if cause is None:
+            raise
+        raise ModelError(
+            f"{folder.parent}: the offline base cannot be built here ({cause.strerror}); "
+            "free some space, or let SD3TUNE_CACHE name another folder"
+        ) from error
+    return folder

@@ -1,0 +1,115 @@
+"""Linear layers that share an input, with their LoRA: q, k and v in one operation of autograd.
+
+PEFT computes W x + b, B (A x), its multiple, and the sum, each a tensor of the output's size, and autograd as many on
+the way back. Here the low-rank product is added into the output by the product itself, and gradients meet in one
+tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sd3tune.model.load.quantized import dtype_of, is_quantized, weights_of
+from sd3tune.model.lora.dropout import SeededDropout
+
+
+class Adapted(NamedTuple):
+    """y = base(x) + scale up (down x)."""
+
+    base: Any
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+def linear_together(layers: Sequence[nn.Module], inputs: Tensor) -> tuple[Tensor, ...]:
+    """What each of the layers makes of the same `inputs` [..., in]: [..., out], equal to calling them up to rounding.
+
+    Takes the fast way for frozen linear layers, quantised or not, under one plain LoRA; anything else is called.
+    """
+    known = [adapted(layer) for layer in layers]
+    if any(of is None for of in known):
+        return tuple(layer(inputs) for layer in layers)
+    factors = [tensor for of in known if of for tensor in (of.down, of.up)]
+    return _LoraLinears.apply(inputs, [of.base for of in known if of], [of.scale for of in known if of], *factors)
+
+
+def linear(layer: nn.Module, inputs: Tensor) -> Tensor:
+    return linear_together([layer], inputs)[0]
+
+
+def adapted(layer: nn.Module) -> Adapted | None:
+    """The layer's tensors where it computes just that at the moment, else None."""
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    name, base = layer.active_adapters[0], layer.base_layer
+    if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias.get(name):
+        return None
+    if not (type(base) is nn.Linear or is_quantized(base)):
+        return None
+    if base.weight.requires_grad or not _is_off(layer.lora_dropout[name]):
+        return None
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if not down.dtype == up.dtype == dtype_of(base):
+        return None
+    return Adapted(base, down, up, layer.scaling[name])
+
+
+def _is_off(dropout: nn.Module) -> bool:
+    return isinstance(dropout, nn.Identity) or (isinstance(dropout, SeededDropout) and not dropout.is_drawn)
+
+
+def _layers(bases: Sequence[Any], tensors: Sequence[Tensor], scales: Sequence[float]) -> list[Adapted]:
+    """From the factors of all of them in a row, two of each."""
+    return [Adapted(*of) for of in zip(bases, tensors[::2], tensors[1::2], scales, strict=True)]
+
+
+class _LoraLinears(torch.autograd.Function):
+    """Exact gradients for inputs and factors; none for the frozen weights and biases."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, bases: Sequence[Any], scales: Sequence[float], *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        layers = _layers(bases, factors, scales)
+        narrow = rows @ torch.cat([layer.down for layer in layers]).T
+        outputs = []
+        for layer, part in zip(layers, narrow.split([len(layer.down) for layer in layers], dim=1), strict=True):
+            wide = layer.base(rows)
+            outputs.append(wide.addmm_(part, layer.up.T, alpha=layer.scale).view(*inputs.shape[:-1], -1))
+        ctx.bases, ctx.scales = bases, scales
+        ctx.save_for_backward(inputs, narrow, *factors)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, narrow, *factors = ctx.saved_tensors
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        layers = _layers(ctx.bases, factors, ctx.scales)
+        ranks = [len(layer.down) for layer in layers]
+        wides = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+
+        narrow_gradient = torch.empty_like(narrow)
+        for layer, wide, part in zip(layers, wides, narrow_gradient.split(ranks, dim=1), strict=True):
+            torch.mm(wide, layer.up, out=part).mul_(layer.scale)
+        downs = (narrow_gradient.T @ rows).split(ranks)
+        ups = [
+            (wide.T @ part).mul_(layer.scale)
+            for layer, wide, part in zip(layers, wides, narrow.split(ranks, dim=1), strict=True)
+        ]
+        towards_inputs = None
+        if ctx.needs_input_grad[0]:
+            towards_inputs = narrow_gradient @ torch.cat([layer.down for layer in layers])
+            for layer, wide in zip(layers, wides, strict=True):
+                towards_inputs.addmm_(wide, weights_of(layer.base, wide.dtype))
+            towards_inputs = towards_inputs.view(inputs.shape)
+        per_factor = [gradient for down, up in zip(downs, ups, strict=True) for gradient in (down, up)]
+        return towards_inputs, None, None, *per_factor

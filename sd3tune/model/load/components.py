@@ -1,0 +1,241 @@
+"""Loads the parts of a base model, each one alone: frozen, in eval mode, from safetensors only.
+
+Weights are read directly in the dtype asked for (T5 gives other numbers when it is cast afterwards). A part
+that is truncated, incomplete, not finite or of other shapes than its config is a ModelError naming the file.
+On the meta device nothing is read but a config: what is loaded has names, shapes and dtypes only.
+Text encoders and pipelines are imported on use: a run whose captions are encoded already needs none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ModelMixin, SD3Transformer2DModel
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from sd3tune.errors import ModelError
+from sd3tune.model.base.resolve import ENCODER_PARTS, Base
+from sd3tune.model.base.weights import tensor_headers, weight_files
+from sd3tune.model.compute.hoist import hoist
+from sd3tune.model.load.random_weights import random_transformer
+from sd3tune.model.load.single_file import from_file
+from sd3tune.model.load.text import TextEncoder
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+
+Device = str | torch.device
+Model = TypeVar("Model", bound=nn.Module)
+Loaded = TypeVar("Loaded")
+
+
+def load_transformer(
+    base: Base, dtype: torch.dtype, device: Device = "cpu", hoisted: bool = False
+) -> SD3Transformer2DModel:
+    """The MMDiT. Besides missing weights, weights that its config has no place for are an error.
+
+    With `hoisted`, what `hoist` takes out of it stays on the CPU.
+    """
+    if hoisted:
+        transformer = load_transformer(base, dtype, device if _is_meta(device) else "cpu")
+        hoist(transformer)
+        return transformer.to(device)
+    if _is_meta(device):
+        return _cast(empty_transformer(base), dtype)
+    if base.random:
+        return random_transformer(base.random, dtype).to(device).eval().requires_grad_(False)
+    return _load_model(SD3Transformer2DModel, base, "transformer", dtype, device)
+
+
+def stored_dtype(base: Base) -> torch.dtype:
+    """The precision that the transformer is stored in; bf16 for one that is in several, or in fewer bits."""
+    found = base.in_file("transformer")
+    if found is not None:
+        headers = [tensor for name, tensor in tensor_headers(found.file).items() if name.startswith(found.prefix)]
+    else:
+        headers = [one for file in weight_files(base.folder("transformer")) for one in tensor_headers(file).values()]
+    names = {tensor["dtype"] for tensor in headers}
+    return {"F32": torch.float32, "F16": torch.float16}.get(names.pop() if len(names) == 1 else "", torch.bfloat16)
+
+
+def load_vae(base: Base, dtype: torch.dtype, device: Device = "cpu") -> AutoencoderKL:
+    """The VAE. Give it fp32 or bf16: in fp16 it makes black images."""
+    if _is_meta(device):
+        vae: AutoencoderKL = _empty(base, "vae", AutoencoderKL.from_config)
+        return _cast(vae, dtype)
+    return _load_model(AutoencoderKL, base, "vae", dtype, device)
+
+
+def text_encoder_shape(base: Base, encoder: str, dtype: torch.dtype) -> nn.Module:
+    """A text encoder's model without weights, on the meta device, in the dtypes that it would be loaded in."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    model_class, config_class = (
+        (T5EncoderModel, T5Config) if encoder == "t5" else (CLIPTextModelWithProjection, CLIPTextConfig)
+    )
+    part = ENCODER_PARTS[encoder][1]
+    model: nn.Module = _empty(base, part, lambda config: model_class(config_class.from_dict(config)).to(dtype))
+    if dtype is torch.float16:  # transformers keeps these in fp32 then: T5's would overflow
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in (model_class._keep_in_fp32_modules or ()):
+                module.float()
+    return model
+
+
+def load_scheduler(base: Base, shift: float | None = None) -> FlowMatchEulerDiscreteScheduler:
+    """The sampling schedule, with the base's own shift unless one is given."""
+    folder = base.folder("scheduler")
+    base.config("scheduler")
+    other = {} if shift is None else {"shift": shift}
+    return _reading(
+        folder, lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(folder, local_files_only=True, **other)
+    )
+
+
+def load_text_encoder(
+    base: Base, encoder: str, dtype: torch.dtype, device: Device = "cpu", max_sequence_length: int = 256
+) -> TextEncoder:
+    """One text encoder (`clip_l`, `clip_g` or `t5`) with its own tokenizer.
+
+    `max_sequence_length` is T5's length in tokens; CLIP's is its tokenizer's own, 77.
+    """
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+    tokenizer = load_tokenizer(base, encoder)
+    model_class = T5EncoderModel if encoder == "t5" else CLIPTextModelWithProjection
+    model = _load_model(model_class, base, ENCODER_PARTS[encoder][1], dtype, device)
+    length = max_sequence_length if encoder == "t5" else tokenizer.model_max_length
+    return TextEncoder(encoder, tokenizer, model, length)
+
+
+def load_tokenizer(base: Base, encoder: str) -> Any:
+    """The tokenizer of `clip_l`, `clip_g` or `t5`."""
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    tokenizer_class = T5TokenizerFast if encoder == "t5" else CLIPTokenizer
+    folder = base.folder(ENCODER_PARTS[encoder][0])
+    return _reading(folder, lambda: tokenizer_class.from_pretrained(folder, local_files_only=True))
+
+
+def load_pipeline(base: Base, dtype: torch.dtype, device: Device = "cpu", t5: bool = True) -> StableDiffusion3Pipeline:
+    """The whole base as diffusers' pipeline, everything in one dtype; without T5 its embeddings are zeros."""
+    from diffusers import StableDiffusion3Pipeline
+
+    encoders = {name: load_text_encoder(base, name, dtype, device) for name in ENCODER_PARTS if t5 or name != "t5"}
+    parts = {
+        part: getattr(encoders[name], attribute) if name in encoders else None
+        for name, names in ENCODER_PARTS.items()
+        for part, attribute in zip(names, ("tokenizer", "model"), strict=True)
+    }
+    return StableDiffusion3Pipeline(
+        transformer=load_transformer(base, dtype, device),
+        vae=load_vae(base, dtype, device),
+        scheduler=load_scheduler(base),
+        **parts,
+    )
+
+
+def _is_meta(device: Device) -> bool:
+    return torch.device(device).type == "meta"
+
+
+def _cast(model: Model, dtype: torch.dtype) -> Model:
+    """`model.to(dtype)` without diffusers' warning about layers that were better loaded so."""
+    nn.Module.to(model, dtype)
+    return model
+
+
+def transformer_config(base: Base) -> dict[str, Any]:
+    """The transformer's `config.json`; no weights are read or downloaded."""
+    return base.config("transformer")
+
+
+def vae_config(base: Base) -> dict[str, Any]:
+    """The VAE's `config.json`; no weights are read or downloaded."""
+    return base.config("vae")
+
+
+def empty_transformer(base: Base) -> SD3Transformer2DModel:
+    """The transformer without weights, on the meta device: names, shapes and modules only."""
+    return _empty(base, "transformer", SD3Transformer2DModel.from_config)
+
+
+def _empty(base: Base, part: str, build: Callable[[dict[str, Any]], Model]) -> Model:
+    """A part without weights, on the meta device, from its configuration."""
+    config = base.config(part)
+    with torch.device("meta"):
+        model = _reading(base.path, lambda: build(config))
+    return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Silences the libraries' bars for single files, which would cut through the bars of a run."""
+    loggers = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in loggers:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in loggers:
+            log.enable_progress_bar()
+
+
+def _load_model(model_class: type[Model], base: Base, part: str, dtype: torch.dtype, device: Device) -> Model:
+    in_file = base.in_file(part)
+    base.config(part)  # is within the limits: nothing is built from another
+    with no_progress_bars():
+        if in_file is not None:
+            files, where = {}, str(in_file.file)
+            model, problems = _reading(in_file.file, lambda: from_file(model_class, in_file, dtype))
+        else:
+            folder = base.folder(part)
+            files = {name: file for file in weight_files(folder) for name in tensor_headers(file)}
+            where = f"{folder} ({', '.join(sorted({file.name for file in files.values()}))})"
+            model, problems = _reading(folder, lambda: _from_folder(model_class, folder, dtype))
+    for kind, keys in problems.items():
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ModelError(f"{where}: weights that its config makes {kind}: {', '.join(sorted(keys)[:3])}{more}")
+    frozen: Model = model.to(device).eval().requires_grad_(False)
+    _check_finite(frozen, files, where)
+    return frozen
+
+
+def _from_folder(model_class: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
+    """The model, and by kind the weights that do not fit its `config.json`."""
+    diffusers_model = issubclass(model_class, ModelMixin)
+    options = {"torch_dtype": dtype} if diffusers_model else {"dtype": dtype, "ignore_mismatched_sizes": True}
+    model, info = model_class.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+    )
+    kinds = ["missing", "mismatched"] + (["unexpected"] if model_class is SD3Transformer2DModel else [])
+    return model, {kind: [str(key) for key in info[f"{kind}_keys"]] for kind in kinds}
+
+
+def _check_finite(model: nn.Module, files: dict[str, Path], where: str) -> None:
+    """The extremes of each tensor tell of NaN and infinity in one pass, without a temporary of its size."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    extremes = torch.stack([torch.stack(torch.aminmax(tensor)).float() for tensor in tensors.values()])
+    finite = extremes.isfinite().all(dim=1).tolist()
+    for name, good in zip(tensors, finite, strict=True):
+        if not good:
+            dtype = str(tensors[name].dtype).removeprefix("torch.")
+            raise ModelError(f"{files.get(name, where)}: NaN or infinity in {name} (loaded as {dtype})")
+
+
+def _reading(path: Path, load: Callable[[], Loaded]) -> Loaded:
+    """Runs a library's loader; whatever it says of a broken file becomes one line that names the path."""
+    try:
+        return load()
+    except ModelError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare ones
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{path}: cannot be loaded: {reason}") from error

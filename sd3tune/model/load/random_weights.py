@@ -1,0 +1,57 @@
+"""The weights that a transformer trained from scratch begins with.
+
+As DiT begins (Peebles & Xie 2023, `initialize_weights` of its code), which SD3's MMDiT descends from: linear layers
+Xavier-uniform with biases of zero, the patches' projection like a linear layer, N(0, 0.02) for the MLPs of timestep and
+pooled text, and zeros for all that makes scales, shifts and gates and for the last projection. So every block is the
+identity at first, and the predicted velocity zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+
+from sd3tune.model.base.resolve import RandomTransformer
+
+_STANDARD_DEVIATION = 0.02
+
+
+def random_transformer(random: RandomTransformer, dtype: torch.dtype) -> SD3Transformer2DModel:
+    """Each weight follows from the seed and the parameter's name; the global random state is left alone."""
+    with init_empty_weights(include_buffers=False):
+        transformer = SD3Transformer2DModel.from_config(random.config)
+    drawn = {
+        name: _draw(name, parameter.shape, _generator(random.seed, name)).to(dtype)
+        for name, parameter in transformer.named_parameters()
+    }
+    transformer.load_state_dict(drawn, strict=False, assign=True)
+    for buffer in transformer.buffers():
+        buffer.data = buffer.to(dtype)
+    return transformer
+
+
+def _draw(name: str, shape: torch.Size, source: torch.Generator) -> Tensor:
+    """One parameter, fp32."""
+    if name.endswith("bias") or _is_modulation(name) or name.startswith("proj_out"):
+        return torch.zeros(shape)
+    if len(shape) == 1:  # RMS norms
+        return torch.ones(shape)
+    if name.startswith("time_text_embed"):
+        return torch.randn(shape, generator=source) * _STANDARD_DEVIATION
+    bound = math.sqrt(6 / (shape[0] + shape[1:].numel()))
+    return torch.empty(shape).uniform_(-bound, bound, generator=source)
+
+
+def _is_modulation(name: str) -> bool:
+    """`norm_out.linear`, and in blocks `norm1.linear` and `norm1_context.linear`."""
+    return "norm" in name and ".linear." in name
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -1,0 +1,121 @@
+"""LoRA on the transformer: layers with their rank and scale, and how they start. PEFT makes the layers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from diffusers import SD3Transformer2DModel
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from sd3tune.model.lora.dropout import SeededDropout
+from sd3tune.model.lora.targets import block_of
+
+ADAPTER_NAME = "default"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module's adapter: it adds `scale` B A to the module's weight."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank) when rank-stabilised (Kalajdzievski 2023)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+Init = Callable[[int, int, int, torch.Generator], "tuple[Tensor, Tensor]"]
+"""(rank, in_features, out_features, generator) -> A [rank, in], B [out, rank], fp32 on the CPU, with B A = 0."""
+
+
+def kaiming(rank: int, features: int, outputs: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """PEFT's default: A from U(-b, b), b = 1 / sqrt(features), and B zero."""
+    down = torch.empty(rank, features)
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=source)
+    return down, torch.zeros(outputs, rank)
+
+
+def gaussian(rank: int, features: int, outputs: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """PEFT's `gaussian`: A normal with standard deviation 1 / rank, and B zero."""
+    return torch.randn(rank, features, generator=source) / rank, torch.zeros(outputs, rank)
+
+
+def orthogonal(rank: int, features: int, outputs: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """PEFT's `orthogonal`: neither factor is zero, but A's columns and B's rows lie in orthogonal halves of R^rank.
+
+    So B A is zero up to the rounding of what holds the factors: about 1e-8 in fp32, 1e-3 of |B| |A| in bf16.
+    """
+    basis, _ = torch.linalg.qr(torch.randn(rank, rank, generator=source).double())
+    down = torch.randn(features, rank // 2, generator=source).double() @ basis[0::2] / 10
+    up = torch.randn(outputs, rank // 2, generator=source).double() @ basis[1::2] / 10
+    return down.T.float().contiguous(), up.float()
+
+
+INITS: dict[bool | str, Init] = {True: kaiming, "gaussian": gaussian, "orthogonal": orthogonal, "eva": kaiming}
+"""`eva` replaces A afterwards, when there is data to look at (see `eva.input_directions`)."""
+
+
+def inject_lora(
+    transformer: SD3Transformer2DModel,
+    layers: Mapping[str, Layer],
+    generator: Callable[[str], torch.Generator],
+    *,
+    init: bool | str = True,
+    dropout: float = 0.0,
+) -> dict[str, nn.Parameter]:
+    """Add LoRA layers to the modules of `layers`; returns their parameters, fp32, `<module>.lora_A` and `.lora_B`.
+
+    Factors are drawn in fp32 whatever the base's dtype, and from `generator(module)`, so the start depends on neither
+    dtype nor global state.
+    """
+    common = most_common(layers)
+    config = LoraConfig(
+        r=common.rank,
+        lora_alpha=common.alpha,
+        target_modules=list(layers),
+        rank_pattern={f"^{name}": layer.rank for name, layer in layers.items() if layer.rank != common.rank},
+        alpha_pattern={f"^{name}": layer.alpha for name, layer in layers.items() if layer.alpha != common.alpha},
+        use_rslora=common.rslora,
+        init_lora_weights=False,
+    )
+    transformer.requires_grad_(False)
+    transformer.add_adapter(config, adapter_name=ADAPTER_NAME)
+    parameters: dict[str, nn.Parameter] = {}
+    for name, layer in lora_layers(transformer).items():
+        down, up = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
+        factors = INITS[init](down.shape[0], down.shape[1], up.shape[0], generator(name))
+        down.data, up.data = (factor.to(up.device) for factor in factors)
+        if dropout:
+            layer.lora_dropout[ADAPTER_NAME] = SeededDropout(dropout, name)
+        parameters[f"{name}.lora_A"], parameters[f"{name}.lora_B"] = down, up
+    return parameters
+
+
+def most_common(layers: Mapping[str, Layer]) -> Layer:
+    """The layer that most modules have: patterns then name the others only."""
+    return Counter(layers.values()).most_common(1)[0][0]
+
+
+def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
+    """The modules that carry adapters, by full name."""
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+
+
+def block_norms(factors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Frobenius norm of BA over all modules of each block, without forming BA: |BA|^2 = sum((B^T B) * (A A^T))."""
+    squares: dict[str, float] = {}
+    for name, down in factors.items():
+        if name.endswith(".lora_A"):
+            a, b = down.double(), factors[name.removesuffix("A") + "B"].double()
+            block = block_of(name)
+            squares[block] = squares.get(block, 0.0) + ((b.T @ b) * (a @ a.T)).sum().item()
+    return {block: max(square, 0.0) ** 0.5 for block, square in squares.items()}

@@ -1,0 +1,174 @@
+"""Previews: what `infer` would draw from the weights as they would be exported now. They change nothing of the run."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from sd3tune.encode.resources import release
+from sd3tune.files.atomic import new_file
+from sd3tune.model.load.components import load_scheduler
+from sd3tune.publish.previews import RECIPE_KEY, SAMPLES, SHEET
+from sd3tune.run.drawing import NEGATIVE_PROMPT, load_decoder, stored_conditioning
+from sd3tune.run.encoding import Encoded
+from sd3tune.run.preflight import Plan
+from sd3tune.runtime.out_of_memory import is_out_of_memory
+from sd3tune.sampling.contact_sheet import contact_sheet
+from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
+from sd3tune.terminal import say_above_bars
+from sd3tune.tracking.trackers import Trackers
+from sd3tune.training.loop import Processes, View
+
+BASE = "base"
+
+
+class Previews:
+    """A training callback: every `preview.every` steps, and before the first and after the last, one image a prompt.
+
+    Beside them, drawn once, stand the images of the base alone.
+    """
+
+    def __init__(self, plan: Plan, encoded: Encoded, processes: Processes, trackers: Trackers) -> None:
+        self.plan, self.encoded, self.processes, self.trackers = plan, encoded, processes, trackers
+        self.settings = plan.config.preview
+        self.folder = plan.run / SAMPLES
+        self.seconds = 0.0
+        self.skipped: list[int] = []
+        """Steps whose previews did not fit into memory."""
+        self._drawn: set[int] = set()
+        self._sent: set[Path] = set()
+        for name in self._names():
+            self._send(name)
+
+    def __call__(self, view: View) -> None:
+        due = view.step % self.settings.every == 0 or view.last
+        if not due or not self.processes.is_main or view.step in self._drawn:
+            return
+        self._drawn.add(view.step)
+        started, name = time.monotonic(), f"step-{view.step:06d}"
+        try:
+            self._draw_missing(BASE, view, view.method.disabled(view.transformer))
+            self._draw_missing(name, view, view.method.as_exported(view.transformer, view.weights))
+            self._write_sheet()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            release(self.plan.device)
+            self.skipped.append(view.step)
+            say_above_bars(f"warning: step {view.step}: no preview, out of memory; training goes on")
+        self.seconds += time.monotonic() - started
+        self._send(name)
+
+    def _draw_missing(self, name: str, view: View, weights: AbstractContextManager[None]) -> None:
+        """Draw and save one image a prompt, unless an earlier attempt did."""
+        paths = [self._path(name, number) for number in range(len(self.settings.prompts))]
+        if all(_shows(path, self._recipe(number)) for number, path in enumerate(paths)):
+            return
+        with weights:
+            images = self._draw(name, view)
+        for number, (path, image) in enumerate(zip(paths, images, strict=True)):
+            _save(image, path, self._recipe(number))
+            if fault := fault_of(image):
+                say_above_bars(f"warning: {path}: {fault}")
+
+    def _draw(self, name: str, view: View) -> list[Image.Image]:
+        """Denoise all prompts; then load the VAE, decode, and free it."""
+        side, settings = self.plan.config.data.resolution, self.settings
+        offset = self.plan.base.noise_offset if name == BASE else self.plan.config.flow.noise_offset
+        sampler = SamplerSettings(settings.steps, settings.guidance, side, side, noise_offset=offset)
+        scheduler = load_scheduler(self.plan.base, None if name == BASE else self.plan.method.sampling_shift())
+        negative = self._conditioning(NEGATIVE_PROMPT, view)
+        total = settings.steps * len(settings.prompts)
+        with tqdm(total=total, desc=f"preview, {name}", unit="step", leave=False, delay=2) as bar:
+            latents = [
+                sample_latents(
+                    view.transformer,
+                    scheduler,
+                    self._conditioning(prompt, view),
+                    negative,
+                    sampler,
+                    [settings.seed + number],
+                    on_step=bar.update,
+                )
+                for number, prompt in enumerate(settings.prompts)
+            ]
+        vae = load_decoder(self.plan)
+        images = [to_image(vae, latent) for latent in latents]
+        del vae
+        release(self.plan.device)
+        return images
+
+    def _conditioning(self, prompt: str, view: View) -> Conditioning:
+        return stored_conditioning(self.plan, self.encoded.store, self.encoded.captions, prompt, view.transformer)
+
+    def _path(self, name: str, number: int) -> Path:
+        return self.folder / f"{name}-{number}.png"
+
+    def _names(self) -> list[str]:
+        """`step-000100` for each step that has pictures."""
+        return sorted({path.name.rpartition("-")[0] for path in self.folder.glob("step-*.png")})
+
+    def _send(self, name: str) -> None:
+        """To the trackers, what they have not got of a step."""
+        for number, prompt in enumerate(self.settings.prompts):
+            path = self._path(name, number)
+            if path not in self._sent and _shows(path, self._recipe(number)):
+                self._sent.add(path)
+                self.trackers.image(_step(name), f"preview/{number}", path, prompt)
+
+    def _write_sheet(self) -> None:
+        """One row a prompt; a column for the base and one a step. A prompt that was added later has no early ones.
+
+        Written anew when it shows anything else: an earlier attempt may have ended between a picture and it.
+        """
+        columns = {BASE: BASE} | {name: f"step {_step(name)}" for name in self._names()}
+        paths = [
+            [path if _shows(path := self._path(name, number), self._recipe(number)) else None for name in columns]
+            for number in range(len(self.settings.prompts))
+        ]
+        recipe = json.dumps([[path and path.name for path in row] for row in paths] + self.settings.prompts)
+        if _shows(self.folder / SHEET, recipe):
+            return
+        images = [[Image.open(path) if path else None for path in row] for row in paths]
+        sheet = contact_sheet(images, columns=list(columns.values()), rows=self.settings.prompts)
+        _save(sheet, self.folder / SHEET, recipe)
+
+    def _recipe(self, number: int) -> str:
+        """What a picture shows; it stands in the file, so that one of other settings is not taken for it."""
+        settings, offset = self.settings, self.plan.config.flow.noise_offset
+        return json.dumps(
+            {
+                "prompt": settings.prompts[number],
+                "steps": settings.steps,
+                "guidance": settings.guidance,
+                "seed": settings.seed + number,
+                "weights": "raw" if self.plan.config.ema is None else "ema",
+                **({"noise_offset": offset} if offset else {}),
+            }
+        )
+
+
+def _shows(path: Path, recipe: str) -> bool:
+    """Whether the picture is there and of that recipe."""
+    try:
+        with Image.open(path) as image:
+            return bool(image.info.get(RECIPE_KEY) == recipe)
+    except OSError:
+        return False
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def _save(image: Image.Image, path: Path, recipe: str) -> None:
+    info = PngInfo()
+    info.add_itxt(RECIPE_KEY, recipe)
+    with new_file(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)

@@ -1,0 +1,169 @@
+"""Held-out loss: what the weights, as they would be exported, do on images that it is not trained on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sd3tune.data.sampler import generator
+from sd3tune.files.atomic import new_folder, write_json, write_text
+from sd3tune.flow.objective import offset_noise, velocity_loss, velocity_target
+from sd3tune.model.load.components import vae_config
+from sd3tune.model.load.latents import sample_latents
+from sd3tune.run.encoding import Encoded
+from sd3tune.run.folder import BEST, BEST_FILE, VALIDATION_FILE, read_validation
+from sd3tune.run.preflight import Plan
+from sd3tune.terminal import say_above_bars
+from sd3tune.tracking.trackers import Trackers
+from sd3tune.training.batches import Batch
+from sd3tune.training.examples import Example
+from sd3tune.training.loop import Processes, View
+from sd3tune.training.metrics import SIGMA_BINS, by_sigma
+from sd3tune.training.step import predict_velocity
+
+SIGMAS = tuple((bin + 0.5) / SIGMA_BINS for bin in range(SIGMA_BINS))
+"""The middle of each bin."""
+LOWEST_IS_NOT_BEST = "a lower loss does not mean better pictures: compare previews before taking one"
+
+
+class Validation:
+    """A training callback: every `validation.every` steps, and before the first and after the last.
+
+    The squared error of the velocity (whatever is minimised, so that runs compare) of every held-out image at each of
+    `SIGMAS`, with noise that depends on the image's number alone; the processes divide the images. A line goes into
+    `validation.jsonl`, and the weights with the lowest mean loss into `best/`, which need not be those that draw best.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        encoded: Encoded,
+        processes: Processes,
+        contract: Mapping[str, Any],
+        trackers: Trackers,
+        from_step: int,
+    ) -> None:
+        self.plan, self.store, self.processes, self.contract = plan, encoded.store, processes, contract
+        self.trackers = trackers
+        self.mine = list(enumerate(encoded.holdout))[processes.rank :: processes.world]
+        self.images = len(encoded.holdout)
+        self.path = plan.run / VALIDATION_FILE
+        self.seconds = 0.0
+        self.lines = [line for line in read_validation(plan.run) if line["step"] <= from_step]
+        measured = self.lines[0] if self.lines else {"noise_offset": plan.config.flow.noise_offset}
+        self.noise_offset: float = measured.get("noise_offset", 0.0)
+        """One for the whole run; a run that an earlier version began goes on without any."""
+        self._base: Tensor | None = None
+        for line in self.lines:
+            self._track(line)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The line with the lowest loss; of equal ones the first."""
+        finite = [line for line in self.lines if line["loss"] is not None]
+        return min(finite, key=lambda line: line["loss"], default=None)
+
+    def report(self) -> dict[str, Any]:
+        """`held_out`: the last measurement, and as `best` the one with the lowest loss."""
+        return {"held_out": {"last": self.lines[-1], "best": self.best}} if self.lines else {}
+
+    def summary(self) -> list[str]:
+        """The last measurement and the lowest, for the end of a run."""
+        if not self.lines or self.best is None:
+            return []
+        last, best = self.lines[-1], self.best
+        lowest = f"the lowest held-out loss was {best['loss']:.4f} at step {best['step']}, kept in {BEST}/"
+        kept = f"the lowest held-out loss, also in {BEST}/" if best is last else lowest
+        return [f"held out  {describe(last)}; {kept}", f"          {LOWEST_IS_NOT_BEST}"]
+
+    def __call__(self, view: View) -> None:
+        due = view.step % self.plan.config.validation.every == 0 or view.last
+        if not due or view.step in (line["step"] for line in self.lines):
+            return
+        started = time.monotonic()
+        line = self._measure(view)
+        self.lines.append(line)
+        if self.processes.is_main:
+            if self.best is line:
+                self._keep(view, line)
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+            say_above_bars(describe(line) + ", the lowest so far" * (self.best is line and view.step > 0))
+        self.seconds += time.monotonic() - started
+        self._track(line)
+
+    def _track(self, line: Mapping[str, Any]) -> None:
+        self.trackers.log(line["step"], {"validation": {name: line[name] for name in line if "loss" in name}})
+
+    def _measure(self, view: View) -> dict[str, Any]:
+        if self._base is None:
+            self._base = self._losses(view, view.method.disabled(view.transformer), "the base")
+        trained = self._losses(view, view.method.as_exported(view.transformer, view.weights), f"step {view.step}")
+        line = {"step": view.step, "images": self.images, "weights": self.contract["weights"]}
+        line |= {"noise_offset": self.noise_offset} if self.noise_offset else {}
+        for prefix, losses in (("", trained), ("base_", self._base)):
+            bins = by_sigma(SIGMAS, losses.mean(0).tolist())
+            values = list(bins.values())
+            mean = None if None in values else sum(values) / len(values)  # type: ignore[arg-type]
+            line |= {f"{prefix}loss": mean, f"{prefix}loss_by_sigma": bins}
+        return line
+
+    @torch.no_grad()
+    def _losses(self, view: View, weights: AbstractContextManager[None], what: str) -> Tensor:
+        """[images, sigmas], of all processes."""
+        rows = -(-self.images // self.processes.world)
+        losses = torch.full((rows, len(SIGMAS)), torch.nan, device=self.plan.device)
+        bar = tqdm(
+            total=len(self.mine) * len(SIGMAS),
+            desc=f"held-out loss, {what}",
+            leave=False,
+            delay=2,
+            disable=not self.processes.is_main,
+        )
+        with weights, bar:
+            for row, (number, example) in enumerate(self.mine):
+                for column, batch in enumerate(self._batches(number, example)):
+                    velocity = predict_velocity(view.transformer, view.method, batch)
+                    losses[row, column] = velocity_loss(velocity, velocity_target(batch.latents, batch.noise))[0]
+                    bar.update()
+        gathered = self.processes.gather(losses).transpose(0, 1).flatten(0, 1)  # row r of rank k is image r * world + k
+        return gathered[: self.images].cpu()
+
+    def _batches(self, number: int, example: Example) -> Sequence[Batch]:
+        """The image at every sigma."""
+        device, vae = self.plan.device, vae_config(self.plan.base)
+        entry = {name: tensor[None].to(device) for name, tensor in self.store.get(example.images[0]).items()}
+        source = generator(0, "validation", number)
+        eps, plain = torch.randn((2, *entry["mean"].shape), generator=source)
+        offset = torch.randn(plain.shape[:2], generator=generator(0, "validation", number, "noise_offset"))
+        eps, noise = (drawn.to(device) for drawn in (eps, offset_noise(plain, offset, self.noise_offset)))
+        latents = sample_latents(entry["mean"], entry["std"], eps, vae["scaling_factor"], vae["shift_factor"])
+        embeddings = {
+            encoder: {name: tensor[None].to(device) for name, tensor in self.store.get(key).items()}
+            for encoder, key in example.captions.items()
+        }
+        one = torch.ones(1, device=device)
+        return [
+            Batch(latents, noise, sigma * one, embeddings, one, [example.name], instances=1, kept=slice(0, 0))
+            for sigma in SIGMAS
+        ]
+
+    def _keep(self, view: View, line: Mapping[str, Any]) -> None:
+        with new_folder(self.plan.run / BEST) as folder:
+            view.method.export(folder / view.method.product.name, view.weights, self.contract)
+            write_json(folder / BEST_FILE, line)
+
+
+def describe(line: Mapping[str, Any]) -> str:
+    """A measurement in words."""
+    if line["loss"] is None:
+        return f"step {line['step']}: the loss on held-out images is not finite"
+    change = 100 * (line["loss"] / line["base_loss"] - 1)
+    images = "1 held-out image" if line["images"] == 1 else f"{line['images']} held-out images"
+    return f"step {line['step']}: loss {line['loss']:.4f} on {images}, {change:+.1f} % against the base"

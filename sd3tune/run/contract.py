@@ -1,0 +1,261 @@
+"""What a run states about itself: the result's conditioning contract, its identity for resuming, and `run.json`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sd3tune import __version__
+from sd3tune.adapter.modelspec import tag_frequency
+from sd3tune.config import Config, load_config
+from sd3tune.config.sections.data import OwnPredictionConfig
+from sd3tune.config.sections.model import ModelConfig
+from sd3tune.data.store import key
+from sd3tune.errors import ConfigError, RunError
+from sd3tune.model.base.resolve import ENCODER_PARTS
+from sd3tune.model.base.single_file_header import VARIANTS, released_shape
+from sd3tune.run.encoding import Encoded
+from sd3tune.run.preflight import Plan
+from sd3tune.runtime.device import dtype_name, gpu_of, versions
+from sd3tune.training.checkpoint import differences, read_state
+
+_SEEN_IN_DATA = {"crop_variants", "flip", "buckets", "trigger"}
+"""Keys that an identity compares through the encoded content."""
+
+
+def make_contract(plan: Plan) -> dict[str, Any]:
+    """What `infer` and other people need to use the result as it was trained. No time, host or path in it."""
+    config = plan.config
+    captions = sorted({record.caption for record in plan.records})
+    return {
+        **plan.method.contract(),
+        "name": config.name,
+        "sd3tune_version": __version__,
+        "base": plan.base.label,
+        "base_kind": plan.base.kind,
+        "base_revision": plan.base.revision,
+        "base_fingerprint": plan.base.fingerprint("transformer"),
+        "max_sequence_length": config.model.max_sequence_length,
+        **_t5_lengths(config.model),
+        "encoders": list(plan.method.cached_encoders),
+        "trigger": config.data.trigger,
+        "base_released_as": VARIANTS.get(str(released_shape(plan.base.config("transformer")))),
+        **_encoder_files(plan),
+        **_tags(plan),
+        **config.model.fewer_bits,
+        "instance_prompt": captions[0] if len(captions) == 1 else None,
+        "timesteps": config.flow.timesteps.model_dump(),
+        "shift": plan.shift,
+        "sigma_range": [config.flow.min_sigma, config.flow.max_sigma],
+        "weighting": config.flow.weighting.model_dump(),
+        "loss": config.flow.loss.model_dump(),
+        "noise_offset": config.flow.noise_offset,
+        **({"sampler_noise_offset": config.flow.noise_offset} if config.flow.noise_offset else {}),
+        "resolution": config.data.resolution,
+        "buckets": config.data.buckets,
+        "sampling_steps": config.preview.steps,
+        "guidance": config.preview.guidance,
+        "caption_dropout": config.data.caption_dropout,
+        "encoder_dropout": config.data.encoder_dropout,
+        "dtype": dtype_name(plan.dtype),
+        "seed": config.seed,
+        "weights": "raw" if config.ema is None else "ema",
+    }
+
+
+def _t5_lengths(model: ModelConfig) -> dict[str, Any]:
+    """All T5 lengths that were trained at, where there are several; runs with one have no such key."""
+    return {"t5_lengths": model.t5_lengths} if len(model.t5_lengths) > 1 else {}
+
+
+def _encoder_files(plan: Plan) -> dict[str, Any]:
+    """Text encoders from files of their own."""
+    base = plan.base
+    encoders = {
+        name: {"file": base.encoder_files[name].name, "fingerprint": base.fingerprint(ENCODER_PARTS[name][1])}
+        for name in plan.method.cached_encoders
+        if name in base.encoder_files
+    }
+    return {"encoder_files": encoders} if encoders else {}
+
+
+def _tags(plan: Plan) -> dict[str, Any]:
+    """How often the captions have each tag, if that is to be public."""
+    if not plan.config.data.export_tags:
+        return {}
+    return {"tag_frequency": tag_frequency(record.caption for record in plan.records)}
+
+
+_HARMLESS = (
+    "log_every",
+    "max_skipped",
+    "gradient_checkpointing",
+    "checkpointed_blocks",
+    "fast_path",
+    "hoist",
+    "memory",
+)
+"""Keys of `train` that change nothing of what is learned but its rounding; what `memory` chose has keys of its own."""
+
+
+def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the run it resumes; without `encoded`, all but the data itself."""
+    config = plan.config
+    sections = config.model_dump(include={"seed", "flow", "optimizer", "schedule", "train", "ema"})
+    for harmless in _HARMLESS:
+        sections["train"].pop(harmless)
+    if config.schedule.kind == "constant":
+        sections["train"].pop("steps")  # the learning rate does not depend on the length, so a run may be extended
+    return {
+        **sections,
+        "method": plan.method.identity(),
+        "model": {
+            "base": plan.base.fingerprint("transformer"),
+            "dtype": dtype_name(plan.dtype),
+            "max_sequence_length": config.model.max_sequence_length,
+            **_t5_lengths(config.model),
+            "t5": config.model.t5,
+            **config.model.fewer_bits,
+            **({"clip_l_pooled": "unprojected"} if plan.base.ignores_projection else {}),
+        },
+        "data": {
+            "resolution": config.data.resolution,
+            **(_content(encoded) if encoded else {}),
+            "caption_dropout": config.data.caption_dropout,
+            "encoder_dropout": config.data.encoder_dropout,
+            **({"kept_captions": "whole"} if _may_drop_kept(config) and not drops_kept_captions(plan) else {}),
+        },
+        "flow": {**sections["flow"], "shift": _shift(plan)},
+        "processes": world,
+    }
+
+
+def drops_kept_captions(plan: Plan) -> bool:
+    """Return whether caption and encoder dropout also act on samples that keep the base's own prediction.
+
+    Only in a run that an earlier version began, which is resumed with the maths that it began with.
+    """
+    if plan.start is None or not _may_drop_kept(plan.config):
+        return False
+    return "kept_captions" not in read_state(plan.start)["identity"]["data"]
+
+
+def _may_drop_kept(config: Config) -> bool:
+    """Whether samples that keep the base's own prediction meet a dropout of captions or encoders."""
+    data = config.data
+    keeps = any(isinstance(source.prior, OwnPredictionConfig) and source.prior.weight > 0 for source in data.sources)
+    return keeps and (data.caption_dropout > 0 or data.encoder_dropout > 0)
+
+
+def _content(encoded: Encoded) -> dict[str, str]:
+    captions = [dict(example.captions) for example in encoded.examples]
+    priors = [example.prior.facts() for example in encoded.examples if example.prior]
+    return {
+        "images": _digest_of_images(encoded, {}),
+        "captions": key("captions", captions=captions)[:16],
+        "weights": key("weights", weights=[example.weight for example in encoded.examples])[:16],
+        **({"prior": key("prior", priors=priors)[:16]} if priors else {}),
+    }
+
+
+def _digest_of_images(encoded: Encoded, renamed: Mapping[str, str]) -> str:
+    images = [tuple(renamed.get(one, one) for one in example.images) for example in encoded.examples]
+    return key("images", images=images)[:16]
+
+
+def _shift(plan: Plan) -> float | str:
+    if plan.config.flow.shift == "resolution":
+        return f"by resolution, {plan.model_shift:g} at 1024 px"
+    return plan.shift
+
+
+_EXPLAINED = {
+    "model.clip_l_pooled": "an earlier sd3tune encoded the run's captions with CLIP-L's text_projection, which Stable "
+    "Diffusion 3 does not use; they are encoded without it now",
+}
+"""Why a run of an earlier version differs in a key that it did not have."""
+
+_DIGESTS = {
+    "model.base": "weights of the base",
+    "method.start_from": "adapter to start from",
+    "data.images": "images, sizes, crops, flips and repeats",
+    "data.captions": "captions",
+    "data.weights": "weights of the sources",
+}
+"""What the keys stand for whose values say nothing to a reader."""
+
+
+def check_identity(plan: Plan, identity: Mapping[str, Any], encoded: Encoded) -> None:
+    assert plan.start is not None
+    saved = read_state(plan.start)["identity"]
+    lines = [_in_words(line) for line in differences(saved, identity)]
+    earlier = encoded.earlier_keys
+    if earlier and saved["data"].get("images") == _digest_of_images(encoded, earlier):
+        names = dict.fromkeys(example.name for example in encoded.examples if earlier.keys() & set(example.images))
+        lines = [line for line in lines if not line.startswith("data.images:")]
+        lines.append(
+            "data.images: colour profiles (and the range of 32-bit greys) were ignored in the run and are followed "
+            f"now, which changes {', '.join(list(names)[:3])}{', ...' * (len(names) > 3)}"
+        )
+    _refuse(plan, lines)
+
+
+def check_finished(plan: Plan, world: int) -> None:
+    """`check_identity` for a run that needs nothing encoded any more: by its keys, as the data may be gone."""
+    assert plan.start is not None
+    now = run_identity(plan, None, world)
+    saved = read_state(plan.start)["identity"]
+    saved = {**saved, "data": {name: value for name, value in saved["data"].items() if name in now["data"]}}
+    lines = differences(saved, now)
+    with contextlib.suppress(ConfigError):  # a run folder whose configuration was taken away
+        before = load_config(plan.run / "config.yaml").config
+        then, now = (of.model_dump(include={"data": _SEEN_IN_DATA}) for of in (before, plan.config))
+        lines += differences(then, now)
+    _refuse(plan, [_in_words(line) for line in lines])
+
+
+def _refuse(plan: Plan, lines: Sequence[str]) -> None:
+    if lines:
+        raise RunError(
+            *(f"--resume: {line}" for line in lines),
+            f"{plan.run}: a resumed run keeps what changes its maths; undo this, or start a new run with another name",
+        )
+
+
+def _in_words(line: str) -> str:
+    key = line.partition(":")[0]
+    if key in _EXPLAINED:
+        return f"{key}: {_EXPLAINED[key]}"
+    return f"{key}: not the same {_DIGESTS[key]} as in the run" if key in _DIGESTS else line
+
+
+def start_facts(plan: Plan, world: int) -> dict[str, Any]:
+    used, gpu = plan.config.optimizer.kind, gpu_of(plan.device)
+    return {
+        "versions": versions(),
+        "seed": plan.config.seed,
+        "world_size": world,
+        "device": plan.device.type,
+        "gpu": gpu.name if gpu else None,
+        "dtype": dtype_name(plan.dtype),
+        "threads": torch.get_num_threads(),
+        "base": {
+            "name": plan.base.name,
+            "revision": plan.base.revision,
+            "fingerprint": plan.base.fingerprint("transformer"),
+        },
+        "images": len(plan.records),
+        "images_per_epoch": plan.images_per_epoch,
+        "captions": len({record.caption for record in plan.records}),
+        "held_out_images": len(plan.holdout),
+        "class_images": sum(len(prior.records) for prior in plan.priors),
+        "modules": len(plan.modules),
+        "optimizer": {
+            "asked": "adamw8bit" if plan.optimizer_fallback else used,
+            "used": used,
+            "reason": plan.optimizer_fallback,
+        },
+    }

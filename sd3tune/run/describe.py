@@ -1,0 +1,181 @@
+"""The plan of a run in a few lines, for its start and for `--dry-run`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+
+from sd3tune.adapter.modelspec import describe_tags, tag_frequency
+from sd3tune.config import Config
+from sd3tune.config.sections.data import OwnPredictionConfig
+from sd3tune.config.sections.outputs import PreviewConfig
+from sd3tune.data.buckets import Size, size_name
+from sd3tune.data.sampler import times_seen
+from sd3tune.encode.report import megabytes
+from sd3tune.forecast.rehearsal import rehearse_training
+from sd3tune.model.base.contract import spread_without_offset
+from sd3tune.model.lora.targets import CoverageRow
+from sd3tune.run.buckets import bucket_of, describe_buckets
+from sd3tune.run.contract import drops_kept_captions
+from sd3tune.run.preflight import Plan
+from sd3tune.run.priors import describe_prompts
+from sd3tune.run.sigmas import describe_sigmas
+from sd3tune.runtime.device import dtype_name
+
+
+def describe(plan: Plan, world: int) -> list[str]:
+    """The plan in a few lines, for the start of a run and for `--dry-run`."""
+    config, method = plan.config, plan.method
+    cut = [bucket_of(record, plan.buckets) for record in plan.records]
+    parameters, modules = sum(row.parameters for row in plan.coverage), len(plan.modules)
+    variant = f" ({plan.base.variant})" if plan.base.variant else ""
+    every = config.validation.every
+    return [
+        f"base      {plan.base.name}{variant}, {held(plan.config, plan.dtype)} on {plan.device.type}"
+        + (f", {world} processes" if world > 1 else ""),
+        *_about_base(plan),
+        f"data      {_images(len(plan.records))}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
+        *(f"warning: {warning}" for warning in plan.warnings),
+        *describe_buckets(cut),
+        *_describe_tags(plan),
+        *_describe_priors(plan),
+        *([f"held out  {_images(len(plan.holdout))}, measured every {every} steps"] if plan.holdout else []),
+        *_describe_length(plan, cut, world),
+        f"sigma     {describe_sigmas(config.flow, plan.shift)}",
+        f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"
+        + f", noise offset {config.flow.noise_offset:g}" * (config.flow.noise_offset > 0),
+        *_about_objective(plan),
+        f"{method.product.name:<9} {method.title()}: {parameters:,} parameters, "
+        f"{method.exported_bytes * parameters / 1e6:.1f} MB, in {modules} module{'s' * (modules != 1)}",
+        *(f"          {_covered(row)}" for row in plan.coverage),
+        f"run       {plan.run}",
+    ]
+
+
+def describe_memory(plan: Plan) -> str:
+    """What training is expected to take, in a line; previews and encoding are left to `sd3tune plan`."""
+    silent = plan.config.model_copy(update={"preview": PreviewConfig()})
+    largest = max((bucket_of(record, plan.buckets) for record in plan.records), key=lambda size: size[0] * size[1])
+    training = rehearse_training(silent, plan.base, plan.method, largest, plan.dtype)
+    return f"memory    about {megabytes(training.peak)} while training (`sd3tune plan` shows the rest)"
+
+
+def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:
+    """`steps     9 x 4 images, 3 epochs: each image is seen 2 to 4 times`; `cut` is each record's size."""
+    train = plan.config.train
+    together = train.batch_size * world
+    batch = train.gradient_accumulation * together
+    epochs = round(train.total_steps * batch / plan.images_per_epoch, 2)
+    counts: Counter[Size] = Counter()
+    for record, size in zip(plan.records, cut, strict=True):
+        counts[size] += record.repeats
+    buckets = [(size_name(size), counts[size]) for size in sorted(counts)]  # as the batches have them
+    batches = train.total_steps * train.gradient_accumulation
+    of_samples = map(iter, times_seen(plan.config.seed, batches, buckets, together))
+    times = dict(zip(sorted(counts), of_samples, strict=True))
+    of_images = [sum(islice(times[size], record.repeats)) for record, size in zip(plan.records, cut, strict=True)]
+    fewest, most = min(of_images), max(of_images)
+    seen = ("once" if most == 1 else f"{most} times") if fewest == most else f"{fewest} to {most} times"
+    lines = [
+        f"steps     {train.total_steps} x {batch} image{'s' * (batch > 1)}, {epochs:.10g} epoch{'s' * (epochs != 1)}: "
+        f"each image is seen {seen}"
+    ]
+    if fewest == 0 and epochs >= 1:
+        lines.append(
+            f"warning: some images are never seen: their bucket does not fill a batch of {together} in so few steps; "
+            "train longer, lower train.batch_size or set data.buckets=false"
+        )
+    return lines
+
+
+def _describe_tags(plan: Plan) -> list[str]:
+    if not plan.config.data.export_tags:
+        return []
+    return [f"note: {describe_tags(tag_frequency(record.caption for record in plan.records))}"]
+
+
+def _describe_priors(plan: Plan) -> list[str]:
+    kept = [source.prior for source in plan.config.data.sources if isinstance(source.prior, OwnPredictionConfig)]
+    predicted = [
+        f"prior     the base's own prediction, {describe_prompts(prior.prompts)}" for prior in kept if prior.weight > 0
+    ]
+    return [*(prior.describe() for prior in plan.priors), *predicted]
+
+
+def _covered(row: CoverageRow) -> str:
+    return f"{row.module:<21} {row.trained:>3} of {row.present} blocks" if row.in_blocks else row.module
+
+
+def _about_base(plan: Plan) -> list[str]:
+    """Text encoders from files of their own, and a warning about a base that is no base for training."""
+    files = plan.base.encoder_files
+    used = [f"{name} from {files[name].name}" for name in plan.method.cached_encoders if name in files]
+    lines = [f"encoders  {', '.join(used)}"] if used else []
+    if plan.base.ignores_projection:
+        lines.append("          CLIP-L's text_projection is not used: Stable Diffusion 3 takes the unprojected vector")
+    if plan.base.random:
+        shape = plan.base.random.config
+        width = shape["num_attention_heads"] * shape["attention_head_dim"]
+        lines.append(f"weights   random, seed {plan.base.random.seed}: {shape['num_layers']} blocks, {width} wide")
+    model = plan.config.model
+    if len(model.t5_lengths) > 1:
+        lines.append(f"T5        {', '.join(map(str, model.t5_lengths))} tokens, one length a step")
+    elif model.extra_t5_lengths and not model.t5:
+        lines.append("note: model.extra_t5_lengths has no effect with model.t5=false")
+    length, contract = model.max_sequence_length, plan.base.contract
+    known = contract.get("t5_lengths") or [contract.get("max_sequence_length", length)]
+    if length not in known and not plan.base.random:
+        lines.append(
+            f"warning: {plan.base.label} was trained on {', '.join(map(str, known))} T5 tokens and "
+            f"model.max_sequence_length is {length}; set it to {known[0]}"
+        )
+    if plan.base.distilled:
+        unfit = plan.config.preview.guidance > 1
+        lines.append(
+            f"warning: {plan.base.label} is a Turbo model: it is distilled (for guidance 1 and 4 steps) and trains "
+            "badly; train on the model without Turbo, the adapter then works on both"
+            + "; to train this one, set preview.guidance=1 and preview.steps=4, which `infer` follows"
+            * unfit
+        )
+    return lines
+
+
+def _about_objective(plan: Plan) -> list[str]:
+    """What to know of the settings whose result differs from what their names promise."""
+    flow, side, base = plan.config.flow, plan.config.data.resolution, plan.base
+    lines = []
+    if flow.noise_offset:
+        share = 100 * spread_without_offset(flow.noise_offset, side)
+        lines.append(
+            f"warning: flow.noise_offset: sd3tune's pictures start from the same offset; other tools start without it "
+            f"and then draw {share:.2g} % of the spread of brightness at {side} px; 0 turns it off"
+        )
+    if base.noise_offset not in (0, flow.noise_offset):
+        lines.append(
+            f"warning: {base.label} was trained with noise offset {base.noise_offset:g} and flow.noise_offset is "
+            f"{flow.noise_offset:g}; set it to {base.noise_offset:g}"
+        )
+    if drops_kept_captions(plan):
+        lines.append(
+            "warning: an earlier sd3tune began this run; as then, dropout of captions and encoders also acts on the "
+            "samples that keep the base's prediction, so one input has two targets; a new run is better"
+        )
+    if flow.loss.kind == "huber":
+        lines.append(
+            f"note: Huber's loss (delta {flow.loss.delta:g}) does not estimate a mean, so rare kinds of picture are "
+            "drawn less often than they occur; flow.loss.kind=mse draws each as often"
+        )
+    return lines
+
+
+def held(config: Config, dtype: torch.dtype) -> str:
+    """How the base is held: `bf16`, or `bf16, its blocks in nf4`."""
+    form = config.model.quantize
+    return dtype_name(dtype) + ("" if form == "none" else f", its blocks in {form}")
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"

@@ -1,0 +1,71 @@
+"""Pictures from what a run has at hand: embeddings in its store, its transformer, and the VAE for a visit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from tqdm import tqdm
+
+from sd3tune.data.store import Store
+from sd3tune.encode.resources import release
+from sd3tune.files.atomic import new_file, remove_stale
+from sd3tune.model.load.components import load_scheduler, load_vae
+from sd3tune.run.preflight import Plan
+from sd3tune.run.setup import load_base
+from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
+from sd3tune.terminal import say_above_bars
+from sd3tune.training.loop import Processes
+
+NEGATIVE_PROMPT = ""
+"""The unconditional prompt, and a dropped caption: the empty string's encoding, never zeros."""
+
+
+def stored_conditioning(
+    plan: Plan,
+    store: Store,
+    captions: Mapping[str, Mapping[str, str]],
+    prompt: str,
+    transformer: SD3Transformer2DModel,
+) -> Conditioning:
+    """A prompt's embeddings from the store; `captions` is encoder -> text -> key."""
+    embeddings = {
+        encoder: {name: tensor[None].to(plan.device) for name, tensor in store.get(keys[prompt]).items()}
+        for encoder, keys in captions.items()
+    }
+    return Conditioning(*plan.method.conditioning(embeddings, transformer))
+
+
+def load_decoder(plan: Plan) -> AutoencoderKL:
+    """The VAE on the device, in the run's dtype or, instead of fp16, in which it overflows, in fp32."""
+    return load_vae(plan.base, torch.float32 if plan.dtype is torch.float16 else plan.dtype, plan.device)
+
+
+def draw_class_images(
+    plan: Plan, store: Store, captions: Mapping[str, Mapping[str, str]], processes: Processes
+) -> None:
+    """Draw with the base what the folders of class images lack, each process its share, one file after the other.
+
+    So what was drawn before a stop is not drawn again. Raises RunError where a folder cannot be written to.
+    """
+    wanted = {drawn.path: (prior.settings, drawn) for prior in plan.priors for drawn in prior.drawn}
+    mine = [of for path, of in list(wanted.items())[processes.rank :: processes.world] if not path.exists()]
+    if not mine:
+        return
+    for folder in {drawn.path.parent for _, drawn in mine}:
+        remove_stale(folder)
+    transformer = load_base(plan)
+    vae, scheduler = load_decoder(plan), load_scheduler(plan.base)
+    negative = stored_conditioning(plan, store, captions, NEGATIVE_PROMPT, transformer)
+    bar = tqdm(mine, desc="drawing class images", unit="image", disable=not processes.is_main)
+    for settings, drawn in bar:
+        positive = stored_conditioning(plan, store, captions, drawn.prompt, transformer)
+        sampler = SamplerSettings(settings.steps, settings.guidance, *drawn.size, noise_offset=plan.base.noise_offset)
+        image = to_image(vae, sample_latents(transformer, scheduler, positive, negative, sampler, [drawn.seed]))
+        with new_file(drawn.path) as temporary:
+            image.save(temporary, format="PNG")
+        if fault := fault_of(image):
+            say_above_bars(f"warning: {drawn.path}: {fault}")
+    del transformer, vae
+    release(plan.device)

@@ -1,0 +1,203 @@
+"""From records to examples in the store: what `train` does first and `cache` does alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sd3tune.config import Config
+from sd3tune.config.sections.data import OwnPredictionConfig
+from sd3tune.data.buckets import Size
+from sd3tune.data.records import Record, sample_indices
+from sd3tune.data.store import Store
+from sd3tune.encode.captions import caption_keys, encode_captions
+from sd3tune.encode.images import EncodedImage, encode_images
+from sd3tune.encode.inspect import inspect, warnings_about
+from sd3tune.encode.manifest import Manifest
+from sd3tune.encode.report import EncodeReport
+from sd3tune.run.drawing import NEGATIVE_PROMPT, draw_class_images
+from sd3tune.run.places import store_folder
+from sd3tune.run.preflight import Plan
+from sd3tune.training.batches import T5Lengths
+from sd3tune.training.examples import ClassImages, Example, OwnPrediction, Prior
+from sd3tune.training.loop import Processes
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The store, and what of it this run uses."""
+
+    store: Store
+    examples: list[Example]
+    """One per record, repeated as often as an epoch sees it."""
+    captions: Mapping[str, Mapping[str, str]]
+    """Encoder -> text -> key, preview prompts and the negative prompt included."""
+    holdout: list[Example]
+    """Measured on, not trained on."""
+    warnings: list[str]
+    earlier_keys: Mapping[str, str]
+    """Image's key -> the one of versions that ignored colour profiles, where it is another."""
+    t5_lengths: T5Lengths = ()
+    """Where several T5 lengths are trained at: the captions' keys at each, ascending, by their keys in `captions`."""
+
+
+def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Encoded:
+    """Encode what is missing, each process its share, one component in memory at a time; draw class images between."""
+    store = Store(store_folder(plan.config))
+    captions, t5_lengths, report = _encode_captions(plan, store, processes, say)
+    reports = [report]
+    earlier: dict[str, str] = {}
+    draw_class_images(plan, store, captions, processes)
+    processes.wait()
+
+    def examples_of(what: str, records: Sequence[Record], buckets: Sequence[Size]) -> list[Example]:
+        images, report = _encode_images(plan, what, records, buckets, store, processes, say)
+        reports.append(report)
+        for image in images:
+            earlier.update((now, then) for now, then in zip(image.keys, image.earlier_keys, strict=True) if now != then)
+        return [_example(record, image, captions) for record, image in zip(records, images, strict=True)]
+
+    once = examples_of("images", plan.records, plan.buckets)
+    pictures = [examples_of("class images", prior.records, prior.sizes) for prior in plan.priors]
+    holdout = examples_of("held-out images", plan.holdout, plan.buckets) if plan.holdout else []
+    processes.wait()
+    store.refresh()
+    for report in reports:
+        for line in report.lines():
+            say(line)
+
+    priors = _priors(plan, pictures, captions)
+    once = [
+        replace(example, weight=record.weight, prior=priors.get(record.source))
+        for record, example in zip(plan.records, once, strict=True)
+    ]
+    examples = [once[index] for index in sample_indices(plan.records)]
+    known = _also_trained_on(holdout, examples)
+    for warning in known:
+        say(f"warning: {warning}")
+    warnings = [warning for report in reports for warning in report.warnings]
+    return Encoded(store, examples, captions, holdout, [*plan.warnings, *warnings, *known], earlier, t5_lengths)
+
+
+def check_pictures(plan: Plan, progress: bool) -> list[str]:
+    """Decode every picture that the run would decode; a line for each thing that may surprise. Raises DataError."""
+    priors = [record for prior in plan.priors for record in prior.records]
+    refs = [record.image for record in [*plan.records, *plan.holdout, *priors]]
+    there = [ref for ref in refs if not isinstance(ref, Path) or ref.exists()]  # class images may have to be drawn
+    return warnings_about(there, inspect(there, Manifest.load(store_folder(plan.config)), progress))
+
+
+def texts_to_encode(config: Config, records: Sequence[Record], drawing: bool) -> list[str]:
+    """Captions of the images and of their classes, prompts of previews and, where it is needed, the empty one.
+
+    `records` are those of class images and held-out images, too; `drawing` says that there are class images.
+    """
+    priors = [prior for source in config.data.sources if (prior := source.prior) and prior.weight > 0]
+    needs_empty = bool(config.preview.prompts) or config.data.caption_dropout > 0 or drawing
+    return [
+        *(record.caption for record in records),
+        *(prompt for prior in priors for prompt in prior.prompts),
+        *config.preview.prompts,
+        *([NEGATIVE_PROMPT] if needs_empty else []),
+    ]
+
+
+def _encode_captions(
+    plan: Plan, store: Store, processes: Processes, say: Callable[[str], None]
+) -> tuple[Mapping[str, Mapping[str, str]], T5Lengths, EncodeReport]:
+    config, model = plan.config, plan.config.model
+    records = [*plan.records, *plan.holdout, *(record for prior in plan.priors for record in prior.records)]
+    texts = texts_to_encode(config, records, drawing=bool(plan.priors))
+    captions, report = encode_captions(
+        plan.base,
+        texts,
+        store,
+        encoders=plan.method.cached_encoders,
+        dtype=plan.dtype,
+        device=plan.device,
+        max_sequence_length=model.max_sequence_length,
+        extra_t5_lengths=model.extra_t5_lengths,
+        t5_form=model.t5_quantize,
+        t5_device="cpu" if config.model.t5_device == "cpu" else None,
+        progress=processes.is_main,
+        records=records,
+        rank=processes.rank,
+        world=processes.world,
+        say=say,
+    )
+    processes.wait()
+    store.refresh()
+    return captions, _t5_lengths(plan, captions), report
+
+
+def _t5_lengths(plan: Plan, captions: Mapping[str, Mapping[str, str]]) -> T5Lengths:
+    model = plan.config.model
+    if len(model.t5_lengths) == 1:
+        return ()
+    own = captions["t5"]
+    keys_at = functools.partial(caption_keys, plan.base, own, dtype=plan.dtype, t5_form=model.t5_quantize)
+    found = [keys_at(encoders=["t5"], max_sequence_length=length)["t5"] for length in model.t5_lengths]
+    return [{own[text]: key for text, key in of.items()} for of in found]
+
+
+def _encode_images(
+    plan: Plan,
+    what: str,
+    records: Sequence[Record],
+    buckets: Sequence[Size],
+    store: Store,
+    processes: Processes,
+    say: Callable[[str], None],
+) -> tuple[list[EncodedImage], EncodeReport]:
+    """Only what is trained as the subject is cut and mirrored in several ways."""
+    data, varied = plan.config.data, records is plan.records
+    return encode_images(
+        plan.base,
+        records,
+        store,
+        what=what,
+        buckets=buckets,
+        crop_variants=data.crop_variants if varied else 1,
+        flip=data.flip and varied,
+        dtype=plan.dtype,
+        device=plan.device,
+        progress=processes.is_main,
+        rank=processes.rank,
+        world=processes.world,
+        say=say,
+    )
+
+
+def _example(record: Record, image: EncodedImage, captions: Mapping[str, Mapping[str, str]]) -> Example:
+    return Example(record.image.name, image.keys, _keys_of(record.caption, captions), image.size)
+
+
+def _keys_of(text: str, captions: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    return {encoder: of[text] for encoder, of in captions.items()}
+
+
+def _also_trained_on(holdout: Sequence[Example], examples: Sequence[Example]) -> list[str]:
+    trained = {key for example in examples for key in example.images}
+    names = [example.name for example in holdout if trained & set(example.images)]
+    if not names:
+        return []
+    some = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    return [f"{len(names)} of the held-out images are also trained on, so their loss says little: {some}"]
+
+
+def _priors(
+    plan: Plan, pictures: Sequence[Sequence[Example]], captions: Mapping[str, Mapping[str, str]]
+) -> dict[int, Prior]:
+    """By source; `pictures` are the class images of each of the plan's priors."""
+    priors: dict[int, Prior] = {}
+    for number, source in enumerate(plan.config.data.sources):
+        if isinstance(source.prior, OwnPredictionConfig) and source.prior.weight > 0:
+            prompts = [_keys_of(prompt, captions) for prompt in source.prior.prompts]
+            priors[number] = OwnPrediction(prompts, source.prior.weight)
+    for prior, examples in zip(plan.priors, pictures, strict=True):
+        weighted = [replace(example, weight=prior.settings.weight) for example in examples]
+        pools = {size: [example for example in weighted if example.size == size] for size in prior.sizes}
+        priors[prior.source] = ClassImages(prior.source, pools)
+    return priors

@@ -1,0 +1,236 @@
+"""The run folder: who may write to it, what it starts with, and what `run.json` says."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sd3tune.config.run_folder import LAYOUT_VERSION, MARKER, RUN_FILE, is_run_folder, read_run_file
+from sd3tune.encode.report import megabytes
+from sd3tune.errors import RunError
+from sd3tune.files.atomic import FULL, WriteError, is_temporary, remove_files, remove_unfinished, write_json
+from sd3tune.files.own_json import read_lines
+from sd3tune.methods import PRODUCTS
+from sd3tune.methods.base import Product
+from sd3tune.publish.files import is_product_name
+from sd3tune.publish.previews import SAMPLES, is_preview_name
+from sd3tune.tracking.base import is_log
+from sd3tune.training.checkpoint import list_checkpoints, read_state
+from sd3tune.training.loop import METRICS_FILE
+from sd3tune.training.metrics import Line, problem_of_measurement, read_metrics
+
+LOCK_FILE = ".lock"
+LOGS = "logs"
+VALIDATION_FILE = "validation.jsonl"
+BEST = "best"
+BEST_FILE = "validation.json"
+
+
+def starting_checkpoint(run: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start.
+
+    Raises RunError when the folder already holds a run and `resume` is off, or holds what would be written over.
+    """
+    try:
+        return _start_in(run, resume)
+    except OSError as error:
+        raise RunError(f"output_dir: {run} cannot be read: {error.strerror}; choose another output_dir") from None
+
+
+def _start_in(run: Path, resume: bool) -> Path | None:
+    _check_writable(run)
+    if read_run_file(run).get(MARKER, 0) > LAYOUT_VERSION:
+        raise RunError(f"{run}: written by a newer sd3tune; upgrade this one: pip install --upgrade sd3tune")
+    checkpoints = list_checkpoints(run)
+    if checkpoints and resume:
+        if os.path.lexists(run / RUN_FILE) and not is_run_folder(run):
+            raise RunError(
+                f"{run / RUN_FILE}: damaged, or of another program; move it away to go on from the checkpoint"
+            )
+        read_metrics(run / METRICS_FILE)  # before anything is encoded: somebody may have edited them
+        read_validation(run)
+        return checkpoints[-1]
+    if checkpoints:
+        step = read_state(checkpoints[-1])["step"]
+        raise RunError(f"{run}: already holds a run (step {step}); add --resume to go on, or choose another output_dir")
+    for product in PRODUCTS:
+        if product.is_in(run):
+            raise RunError(f"{run}: already holds {_named(product)} and no checkpoint; choose another output_dir")
+    found = {path.name for path in run.iterdir()} if run.is_dir() else set()
+    inside = {name for name in found if not is_temporary(name)}
+    if inside - {LOCK_FILE} and not is_run_folder(run):
+        raise RunError(f"{run}: not empty and not a run folder; choose another output_dir")
+    _check_clearable(run)
+    return None
+
+
+def _check_clearable(run: Path) -> None:
+    """Raise RunError when a fresh start would find something of an earlier attempt that it must not remove."""
+    for path in (run / name for name in (LOGS, SAMPLES, BEST, VALIDATION_FILE)):
+        if path.is_symlink():
+            raise RunError(f"{path}: a link, and nothing is removed through links; remove it to start afresh here")
+    for path in sorted((run / BEST).rglob("*")):
+        if not (path.is_dir() or path.name.startswith(".") or _is_of_an_attempt(path.relative_to(run))):
+            raise RunError(f"{path}: not written by the run, which replaces {BEST}/ as a whole; move it elsewhere")
+
+
+def _named(product: Product) -> str:
+    return f"{'an' if product.name[0] in 'aeiou' else 'a'} {product.name}"
+
+
+def _check_writable(run: Path) -> None:
+    """Raise RunError when the folder could not be made or written to."""
+    existing = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise RunError(f"output_dir: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(f"output_dir: {existing} cannot be written to; choose another output_dir")
+
+
+def check_room(run: Path, nbytes: int) -> None:
+    """Raise RunError when the disk has no room for so much."""
+    existing = next(path for path in (run, *run.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        raise RunError(
+            f"{run}: checkpoints and results need {megabytes(nbytes)} and {megabytes(free)} are free; "
+            "free some space or set output_dir to another disk"
+        )
+
+
+def check_start(run: Path, start: Path | None) -> None:
+    """With the folder locked: RunError when another process has trained here since `starting_checkpoint` looked."""
+    if list_checkpoints(run)[-1:] != ([start] if start else []):
+        raise RunError(f"{run}: another process trained here a moment ago; run the command again")
+
+
+def clear(run: Path, start: Path | None) -> None:
+    """Remove what a killed attempt was writing and, when it saved nothing, all that it measured and drew.
+
+    The next one may have other settings. What else somebody put into these folders stays, as do links.
+    """
+    remove_unfinished(run)
+    if start is None:
+        remove_files(run, _is_of_an_attempt)
+
+
+def _is_of_an_attempt(path: PurePath) -> bool:
+    """Whether a run gives this name, in its folder, to something that it measured or drew."""
+    folder, inside = path.parts[0], PurePath(*path.parts[1:])
+    if not inside.parts:
+        return folder == VALIDATION_FILE
+    if folder == LOGS:
+        return is_log(inside)
+    if folder == SAMPLES:
+        return len(inside.parts) == 1 and is_preview_name(inside.name)
+    if folder == BEST:
+        return inside == PurePath(BEST_FILE) or is_product_name(inside)
+    return False
+
+
+def read_validation(run: Path) -> list[Line]:
+    """The held-out losses that a run has measured, oldest first. Raises RunError."""
+    return read_lines(run / VALIDATION_FILE, _problem_of_validation)
+
+
+def _problem_of_validation(line: Line) -> str | None:
+    problem = problem_of_measurement(line, numbers=("images",), losses=("loss", "base_loss"))
+    if problem is None and line["loss"] is not None and not line["base_loss"]:
+        problem = "base_loss: not a number above 0"
+    losses, of_base = line.get("loss_by_sigma"), line.get("base_loss_by_sigma")
+    same_sigmas = isinstance(losses, dict) and isinstance(of_base, dict) and losses.keys() == of_base.keys()
+    if problem is None and not same_sigmas:
+        problem = "loss_by_sigma: not the losses of a run and of its base at the same sigmas"
+    return problem
+
+
+def is_finished(run: Path, product: Product, steps: int) -> bool:
+    """Whether the run has reached `steps` and was closed: a product alone may be from before it was extended."""
+    checkpoints = list_checkpoints(run)
+    reached = bool(checkpoints) and int(read_state(checkpoints[-1])["step"]) >= steps
+    return reached and product.is_in(run) and holds_report(run)
+
+
+def holds_report(run: Path) -> bool:
+    """Whether `run.json` says what came of the run, which is the last that a run writes."""
+    return "report" in read_run_file(run)
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process (made if need be). Raises RunError when another process holds it."""
+    lock = FileLock(run / LOCK_FILE, blocking=False)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise RunError(f"{run}: another process is training here; wait for it or choose another output_dir") from None
+    except OSError as error:
+        raise RunError(f"output_dir: {run} cannot be written to: {error.strerror}; choose another") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def naming_what_is_saved(run: Path) -> Iterator[None]:
+    """Say of a failure to write into the run folder what is saved, and how to go on."""
+    try:
+        yield
+    except WriteError as error:
+        if not error.folder.is_relative_to(run):
+            raise
+        if not (run / RUN_FILE).exists():
+            raise RunError(
+                f"{run}: gone while training: moved, or its disk was unmounted; bring it back, and the same command "
+                "with --resume goes on from its last checkpoint"
+            ) from error
+        saved = list_checkpoints(run)
+        if not saved:
+            raise
+        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
+        way_out = "free some space" if full else "make it writable"
+        raise RunError(
+            f"{error.refusal}; {way_out}, and the same command with --resume goes on from {saved[-1].name}"
+        ) from error
+
+
+def describe_run(run: Path, start: Mapping[str, Any], from_step: int) -> dict[str, Any]:
+    """What `run.json` holds from the start: `start`, the command, the commit; an earlier attempt's resumes are kept."""
+    resumes = [*_resumes(run), {"from_step": from_step}] if from_step else []
+    marked = {MARKER: LAYOUT_VERSION, **start}
+    described = {**marked, "argv": sys.argv, "git_commit": _git_commit(), "resumes": resumes, "timings": {}}
+    write_json(run / RUN_FILE, described)
+    return described
+
+
+def _resumes(run: Path) -> list[Any]:
+    """Those of the attempts before, as far as `run.json` can be read."""
+    resumes = read_run_file(run).get("resumes", [])
+    return resumes if isinstance(resumes, list) else []
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, when git tracks it: a repository that it merely lies in is somebody else's."""
+    package = Path(__file__).parents[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    git = ["git", "-c", "core.fsmonitor=false", "-C", str(package)]
+
+    def said(*command: str) -> str:
+        done = subprocess.run([*git, *command], capture_output=True, text=True, timeout=5, check=True, env=environment)
+        return done.stdout.strip()
+
+    try:
+        said("ls-files", "--error-unmatch", "__init__.py")
+        return said("rev-parse", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return None

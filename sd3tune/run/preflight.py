@@ -1,0 +1,239 @@
+"""Everything that can be known to be wrong before anything is loaded, encoded or written."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sd3tune.config import Config
+from sd3tune.config.sections.data import DataConfig, FolderSource
+from sd3tune.config.sections.flow import FlowConfig
+from sd3tune.data.buckets import Size
+from sd3tune.data.records import Record, load_records
+from sd3tune.data.seeds import derive
+from sd3tune.errors import ConfigError, DataError, RunError, UserError
+from sd3tune.methods import METHODS, Method
+from sd3tune.model.base.resolve import Base, configured_base
+from sd3tune.model.load.components import empty_transformer, load_scheduler
+from sd3tune.model.load.quantized import missing_library
+from sd3tune.model.lora.targets import CoverageRow
+from sd3tune.publish.repository import repository_of
+from sd3tune.run.buckets import buckets_of, largest_side
+from sd3tune.run.folder import check_room, starting_checkpoint
+from sd3tune.run.priors import PlannedPrior, plan_priors
+from sd3tune.runtime.device import choose_dtype, gpu_of
+from sd3tune.tracking.trackers import missing_packages
+from sd3tune.training.objective import share_inside, shift_at
+
+_LEAST_SHARE = 1e-6
+
+OPTIMIZER_EXTRAS = {"adamw8bit": "bitsandbytes"}
+"""What an optimizer needs beyond the base installation: the package, and the extra of its name."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is possible as far as can be told without weights."""
+
+    config: Config
+    """With `train.epochs`, if that was given, resolved into `train.steps`."""
+    run: Path
+    base: Base
+    records: Sequence[Record]
+    holdout: Sequence[Record]
+    """Measured on, not trained on."""
+    method: Method
+    modules: Sequence[str]
+    coverage: Sequence[CoverageRow]
+    device: torch.device
+    dtype: torch.dtype
+    model_shift: float
+    """The base scheduler's own sigma shift."""
+    shift: float
+    """The shift in force at `data.resolution`: the configured number, or what follows from the base's own."""
+    start: Path | None
+    """The checkpoint to resume from."""
+    buckets: Sequence[Size]
+    """The sizes that images may be cut to, (height, width) in pixels."""
+    priors: Sequence[PlannedPrior]
+    """Class images, for each source that asks for them."""
+    optimizer_fallback: str | None = None
+    """Why `config.optimizer` is fused AdamW where an 8-bit one was asked for."""
+    warnings: Sequence[str] = ()
+    """What of the data is passed over, or read in a way that may surprise."""
+
+    @property
+    def images_per_epoch(self) -> int:
+        return sum(record.repeats for record in self.records)
+
+
+def make_plan(config: Config, device: torch.device, resume: bool | None, world: int = 1) -> Plan:
+    """Check data, base, targets, sizes and, unless `resume` is None, the run folder; `world` processes will train.
+
+    Raises UserError with every problem found.
+    """
+    problems = missing_packages(config.tracking)
+    warnings: list[str] = []
+    if resume is not None:
+        problems += _upload_problems(config)
+    records, holdout = list[Record](), list[Record]()
+    start: Path | None = None
+    run = Path(str(config.output_dir))
+    try:
+        records, holdout = split_records(config, load_records(config.data, warn=warnings.append), warnings.append)
+        config = with_steps(config, sum(record.repeats for record in records), world)
+    except UserError as error:
+        problems += error.problems
+    try:
+        check_installed(config)
+        start = None if resume is None else starting_checkpoint(run, resume)
+    except UserError as error:
+        problems += error.problems
+    try:
+        base = configured_base(config.model, config.seed)
+        transformer = empty_transformer(base)
+        method = METHODS[config.method.kind](config, base)
+        base.check_encoders(method.cached_encoders)
+        modules = method.select(transformer)
+        check_size(config, transformer.config)
+        dtype = choose_dtype(config.model.dtype, gpu_of(device))
+        buckets = buckets_of(config, transformer.config)
+        priors = plan_priors(config, records, buckets, base, warnings.append)
+    except UserError as error:
+        raise UserError(*problems, *error.problems) from error
+    if problems:
+        raise UserError(*problems)
+    coverage = method.coverage(transformer)
+    if resume is not None:
+        check_room(run, _bytes_to_save(config, method, sum(row.parameters for row in coverage), start))
+    scheduler_shift = float(load_scheduler(base).config.shift)
+    shift = shift_at(config.flow, scheduler_shift, config.data.resolution**2)
+    _check_sigmas(config.flow, shift)
+    return Plan(
+        config=config,
+        run=run,
+        base=base,
+        records=records,
+        holdout=holdout,
+        method=method,
+        modules=modules,
+        coverage=coverage,
+        device=device,
+        dtype=dtype,
+        model_shift=scheduler_shift,
+        shift=shift,
+        start=start,
+        buckets=buckets,
+        priors=priors,
+        warnings=list(dict.fromkeys(warnings)),
+    )
+
+
+def _upload_problems(config: Config) -> Sequence[str]:
+    repository = repository_of(config.hub)
+    try:
+        with naming_hub_push():
+            if repository is not None:
+                repository.check_token()
+    except RunError as error:
+        return error.problems
+    return ()
+
+
+@contextlib.contextmanager
+def naming_hub_push() -> Iterator[None]:
+    """Say of what is in the way of a later upload that the run can do without."""
+    try:
+        yield
+    except RunError as error:
+        lines = (f"hub.push: {line}; or set hub.push=never, and `sd3tune hub push` it later" for line in error.problems)
+        raise RunError(*lines) from None
+
+
+def _bytes_to_save(config: Config, method: Method, parameters: int, start: Path | None) -> int:
+    """What a run writes at least: its checkpoints (when it goes on, the next one) and what it exports."""
+    average = config.ema is not None
+    in_checkpoint = 4 * (1 + 2 + average) + method.exported_bytes  # master, Adam's moments and the average are fp32
+    saved = 1 if start else min(config.checkpoint.keep, math.ceil(config.train.total_steps / config.checkpoint.every))
+    return parameters * (in_checkpoint * saved + method.exported_bytes * (1 + average))
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
+
+
+def split_records(
+    config: Config, records: list[Record], warn: Callable[[str], None] = lambda line: None
+) -> tuple[list[Record], list[Record]]:
+    """What is trained on, and what is held out. Raises DataError when one of them would lack images."""
+    holdout = config.validation.holdout
+    if isinstance(holdout, str):
+        first = config.data.sources[0]
+        folder = FolderSource(path=holdout, caption=first.caption, template=first.template)
+        try:
+            return records, load_records(DataConfig(sources=[folder], trigger=config.data.trigger), warn=warn)
+        except DataError as error:
+            raise DataError(*(f"validation.holdout: {problem}" for problem in error.problems)) from None
+    if holdout >= len(records):
+        raise DataError(f"validation.holdout: {holdout} of {_images(len(records))} would leave none to train on")
+    lots = sorted(range(len(records)), key=lambda index: derive(0, "holdout", index))
+    held = set(lots[:holdout])
+    return (
+        [record for index, record in enumerate(records) if index not in held],
+        [record for index, record in enumerate(records) if index in held],
+    )
+
+
+def check_installed(config: Config) -> None:
+    missing = [
+        line for name, form in config.model.fewer_bits.items() for line in missing_library(f"model.{name}: {form}")
+    ]
+    if missing:
+        raise RunError(*missing)
+    kind = config.optimizer.kind
+    extra = OPTIMIZER_EXTRAS.get(kind)
+    if extra is not None and importlib.util.find_spec(extra) is None:
+        raise RunError(f"optimizer.kind: {kind} needs {extra}: pip install 'sd3tune[{extra}]'")
+
+
+def with_steps(config: Config, images_per_epoch: int, world: int) -> Config:
+    """The configuration with its epochs as steps, rounded up. Raises ConfigError when the warm-up is as long."""
+    train = config.train
+    if train.epochs is None:
+        return config
+    batch = train.batch_size * train.gradient_accumulation * world
+    steps = math.ceil(Fraction(repr(train.epochs)) * images_per_epoch / batch)  # exact: 0.1 means a tenth
+    if not config.warmup_fits(steps):
+        raise ConfigError(
+            f"schedule.warmup_steps is {config.schedule.warmup_steps} but train.epochs {train.epochs:g} is {steps} "
+            f"step{'s' * (steps > 1)}: the learning rate would never reach its peak; warm up for fewer steps"
+        )
+    return config.model_copy(update={"train": train.model_copy(update={"steps": steps, "epochs": None})})
+
+
+def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
+    """ConfigError where the base is too small: for the pictures, or for the blocks to checkpoint."""
+    blocks, there = config.train.checkpointed_blocks, int(transformer["num_layers"])
+    if blocks is not None and blocks > there:
+        raise ConfigError(f"train.checkpointed_blocks: {blocks} of {there} blocks; at most {there}, or null for all")
+    largest = largest_side(transformer)
+    if config.data.resolution > largest:
+        raise ConfigError(f"data.resolution: {config.data.resolution} is too large for this base; at most {largest}")
+
+
+def _check_sigmas(flow: FlowConfig, shift: float) -> None:
+    """ConfigError for bounds between which hardly a sigma is drawn: rounding would put them all on one value."""
+    share = share_inside(flow, shift)
+    if share < _LEAST_SHARE:
+        raise ConfigError(
+            f"flow.min_sigma {flow.min_sigma:g} and flow.max_sigma {flow.max_sigma:g}: {flow.timesteps.kind} with "
+            f"shift {shift:.3g} draws next to nothing between them ({share:.1g} of all sigmas); widen them"
+        )

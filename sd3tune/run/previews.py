@@ -1,0 +1,61 @@
+"""The previews that a run holds, read back from its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3tune.config.run_folder import read_run_file
+from sd3tune.files.own_json import is_whole_number, read_object
+from sd3tune.publish.files import ADAPTERS
+from sd3tune.publish.previews import PREVIEW_NAME, SAMPLES, preview_recipe
+from sd3tune.run.folder import BEST, BEST_FILE, holds_report
+from sd3tune.training.checkpoint import list_checkpoints
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A picture that the weights of a step drew."""
+
+    path: Path
+    step: int
+    number: int
+    """Of its prompt in `preview.prompts`."""
+    recipe: Mapping[str, Any]
+    """`prompt`, `steps`, `guidance`, `seed`, `weights` (`raw` or `ema`) and `noise_offset`, where there is one."""
+
+
+def previews_of(run: Path) -> list[Preview]:
+    """All of them by step and number. A file that says nothing of itself is none."""
+    named = ((path, PREVIEW_NAME.fullmatch(path.name)) for path in (run / SAMPLES).glob("step-*.png"))
+    found = [
+        Preview(path, int(name[1]), int(name[2]), recipe)
+        for path, name in named
+        if name and (recipe := preview_recipe(path)) is not None
+    ]
+    return sorted(found, key=lambda preview: (preview.step, preview.number))
+
+
+def run_of(adapter: Path) -> Path | None:
+    """Return the folder of the run that an adapter file lies in."""
+    return next((folder for folder in list(adapter.absolute().parents)[:4] if read_run_file(folder)), None)
+
+
+def step_of(adapter: Path, run: Path) -> int | None:
+    """Return the step whose weights an adapter file of the run holds; None for a file that the run did not export.
+
+    Raises OSError, ValueError or LookupError where the run's folder is damaged.
+    """
+    file = adapter.absolute().relative_to(run)
+    if file.parts[0] == "checkpoints":
+        return int(file.parts[1].removeprefix("step-"))
+    if file.parts[0] == BEST:
+        step = read_object(run / BEST / BEST_FILE)["step"]
+        if not is_whole_number(step):
+            raise ValueError(f"{BEST}/{BEST_FILE}: step is not a whole number")
+        return int(step)
+    if file.parts[0] not in ADAPTERS or not holds_report(run):
+        return None
+    return int(list_checkpoints(run)[-1].name.removeprefix("step-"))

@@ -1,0 +1,168 @@
+"""Prior preservation with class images: which a source has, which its folder lacks, and drawing those."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from sd3tune.config import Config
+from sd3tune.config.sections.data import ClassImagesConfig, DataConfig, FolderSource
+from sd3tune.data.buckets import Size, nearest_bucket, size_name
+from sd3tune.data.images import upright_size
+from sd3tune.data.records import Record, load_records
+from sd3tune.data.seeds import derive
+from sd3tune.data.sources.folder import images_in
+from sd3tune.data.store import key
+from sd3tune.errors import DataError
+from sd3tune.model.base.resolve import Base
+from sd3tune.run.places import class_image_folder
+
+_DRAWN = re.compile(r"class-[0-9a-f]{8}-\d+x\d+-\d{4,}\.png")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A class image that the base draws, or has drawn."""
+
+    path: Path
+    prompt: str
+    size: Size
+    seed: int
+
+
+@dataclass(frozen=True)
+class PlannedPrior:
+    """The class images of a source."""
+
+    source: int
+    settings: ClassImagesConfig
+    sizes: Sequence[Size]
+    """The buckets in which the source has images."""
+    own: Sequence[Record]
+    """Found in the folder, and not drawn by a run."""
+    drawn: Sequence[Drawn]
+
+    @property
+    def records(self) -> list[Record]:
+        return [*self.own, *(Record(drawn.path, drawn.prompt, 1, self.source) for drawn in self.drawn)]
+
+    @property
+    def missing(self) -> list[Drawn]:
+        return [drawn for drawn in self.drawn if not drawn.path.exists()]
+
+    def describe(self) -> str:
+        found, missing = len(self.own) + len(self.drawn) - len(self.missing), len(self.missing)
+        to_draw = f", {missing} of them to be drawn first" if missing else ""
+        return f"prior     {found + missing} class images, {describe_prompts(self.settings.prompts)}{to_draw}"
+
+
+def describe_prompts(prompts: Sequence[str]) -> str:
+    """`'a dog'`, or `'a dog', 'a puppy', 'a dog at sea' and 9 more prompts`."""
+    shown = ", ".join(repr(prompt) for prompt in prompts[:3])
+    more = len(prompts) - 3
+    return shown if more < 1 else f"{shown} and {more} more prompt{'s' * (more > 1)}"
+
+
+def plan_priors(
+    config: Config,
+    records: Sequence[Record],
+    buckets: Sequence[Size],
+    base: Base,
+    warn: Callable[[str], None] = lambda line: None,
+) -> list[PlannedPrior]:
+    """The class images of every source that asks for them. Raises DataError with every problem."""
+    planned, problems = [], list[str]()
+    for number, source in enumerate(config.data.sources):
+        if isinstance(source.prior, ClassImagesConfig) and source.prior.weight > 0:
+            shapes = Counter(
+                nearest_bucket(upright_size(record.image), buckets) for record in records if record.source == number
+            )
+            try:
+                planned.append(_plan(config, number, source.prior, shapes, base, warn))
+            except DataError as error:
+                problems += error.problems
+    if problems:
+        raise DataError(*problems)
+    return planned
+
+
+def _plan(
+    config: Config,
+    number: int,
+    settings: ClassImagesConfig,
+    shapes: Mapping[Size, int],
+    base: Base,
+    warn: Callable[[str], None],
+) -> PlannedPrior:
+    folder = Path(settings.path) if settings.path else class_image_folder(config)
+    own = _own_images(folder, settings.prompts[0], number, warn) if settings.path else []
+    found = Counter(nearest_bucket(upright_size(record.image), list(shapes)) for record in own)
+    wanted = {size: wanted - found[size] for size, wanted in shares(shapes, settings.images).items()}
+    drawn = _in_turns(config, settings, base, folder, wanted)
+    lacking = [size for size in shapes if not found[size] and not any(of.size == size for of in drawn)]
+    if lacking:
+        raise DataError(
+            f"data.sources.{number}.prior: {folder} has no class image for the shape {size_name(lacking[0])}, in which "
+            "the source has images; add one, or set prior.images so that the base draws some"
+        )
+    return PlannedPrior(number, settings, list(shapes), own, drawn)
+
+
+def shares(shapes: Mapping[Size, int], total: int) -> dict[Size, int]:
+    """`total` divided in proportion to the counts, by largest remainders, with at least one each unless it is 0."""
+    if not total:
+        return dict.fromkeys(shapes, 0)
+    exact = {size: Fraction(total * count, sum(shapes.values())) for size, count in shapes.items()}
+    found = {size: int(share) for size, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda size: exact[size] - found[size], reverse=True)
+    for size in by_remainder[: total - sum(found.values())]:
+        found[size] += 1
+    return {size: max(1, share) for size, share in found.items()}
+
+
+def _own_images(folder: Path, prompt: str, number: int, warn: Callable[[str], None]) -> list[Record]:
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"data.sources.{number}.prior.path: {folder} is a file; name a folder")
+    if not folder.is_dir() or not any(images_in(folder)):
+        return []
+    records = load_records(DataConfig(sources=[FolderSource(path=str(folder), caption=prompt)]), warn=warn)
+    return [record for record in records if not _DRAWN.fullmatch(record.image.name)]
+
+
+def _in_turns(
+    config: Config, settings: ClassImagesConfig, base: Base, folder: Path, wanted: Mapping[Size, int]
+) -> list[Drawn]:
+    """As many of each size as wanted, the prompts in turns; images of a prompt and size are numbered by themselves."""
+    turns, drawn = itertools.cycle(settings.prompts), list[Drawn]()
+    recipes = {prompt: _recipe(config, settings, prompt, base) for prompt in settings.prompts}
+    for size, count in wanted.items():
+        numbers: Counter[str] = Counter()
+        for prompt in itertools.islice(turns, max(0, count)):
+            index = numbers[prompt]
+            numbers[prompt] += 1
+            path = folder / f"class-{recipes[prompt]}-{size_name(size)}-{index:04d}.png"
+            drawn.append(Drawn(path, prompt, size, derive(0, "class image", prompt, size_name(size), index)))
+    return drawn
+
+
+def _recipe(config: Config, settings: ClassImagesConfig, prompt: str, base: Base) -> str:
+    """Part of the names of drawn images: those of another prompt or base are not taken for them."""
+    model = config.model
+    return key(
+        "class image",
+        prompt=prompt,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        base=str(base.path) if base.kind in ("folder", "file") else base.name,
+        revision=base.revision,
+        dtype=model.dtype,
+        t5=model.max_sequence_length if model.t5 else 0,
+        **({"quantize": model.quantize} if model.quantize != "none" else {}),
+        **({"clip_l_pooled": "unprojected"} if base.ignores_projection else {}),
+        **({"noise_offset": base.noise_offset} if base.noise_offset else {}),
+    )[:8]

@@ -1,0 +1,128 @@
+"""The closing report: did it learn anything? Measured on what was exported."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd3tune.flow.objective import velocity_loss, velocity_target
+from sd3tune.invocation import command_line
+from sd3tune.methods import Method
+from sd3tune.publish.card import DIVERGED, has_diverged
+from sd3tune.publish.files import CARD
+from sd3tune.publish.previews import SAMPLES, SHEET
+from sd3tune.run.preflight import Plan
+from sd3tune.training.batches import Batch, Batches
+from sd3tune.training.step import predict_velocity
+
+FIXED_SIGMAS = (0.2, 0.4, 0.6, 0.8)
+SEARCHED_STEPS = 64
+"""How far to look for images that are not broken."""
+NO_CHANGE = 1e-7
+"""Relative change of the velocity below which training did nothing; fp32 rounding alone makes about this much."""
+
+
+@torch.no_grad()
+def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], batches: Batches) -> dict[str, Any]:
+    """Change of each block and of one denoising step, and the training loss at fixed noise, of the base and trained."""
+    probes = _probes(batches)
+    with plan.method.as_exported(transformer, weights):
+        trained = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
+    with plan.method.disabled(transformer):
+        base = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
+    size = _size(base) or _size(trained)  # new weights predict nothing at all
+    change = sum((a - b).norm().item() for a, b in zip(trained, base, strict=True)) / size if size else math.nan
+    block_changes = plan.method.block_changes(transformer, weights)
+    return {
+        "weights": "raw" if plan.config.ema is None else "ema",
+        "block_changes": block_changes,
+        "velocity_change": change,
+        # False for NaN, too. Equal weights elsewhere in memory can differ by more, so they are asked as well.
+        "changes_output": change > NO_CHANGE and any(block_changes.values()),
+        "fixed_noise_loss": {
+            "sigma": list(FIXED_SIGMAS[: len(probes)]),
+            "base": _losses(base, probes),
+            "trained": _losses(trained, probes),
+        },
+    }
+
+
+def _size(velocities: Sequence[Tensor]) -> float:
+    return sum(velocity.norm().item() for velocity in velocities)
+
+
+def _losses(velocities: Sequence[Tensor], probes: Sequence[Batch]) -> list[float]:
+    """The squared error, whatever was minimised, so that runs compare."""
+    return [
+        velocity_loss(velocity, velocity_target(probe.latents, probe.noise)).mean().item()
+        for velocity, probe in zip(velocities, probes, strict=True)
+    ]
+
+
+def next_command(plan: Plan) -> str:
+    """Return the command that draws the last preview of the first prompt again, or without prompts a caption."""
+    settings = plan.config.preview
+    if settings.prompts:
+        return infer_command(plan.method, plan.run, settings.prompts[0], settings.seed)
+    return infer_command(plan.method, plan.run, plan.records[0].caption or "a photo")
+
+
+def infer_command(method: Method, run: Path, prompt: str, seed: int = 0) -> str:
+    """Return what to type to draw with a run; `infer` takes steps, guidance, size and T5 length from its contract."""
+    relative = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    what = method.infer_arguments(relative)
+    seeded = ["--seed", str(seed)] if seed else []
+    words = [*what, "--prompt", prompt, *seeded, "--out", str(relative / "images")]
+    return command_line("sd3tune", "infer", *words)
+
+
+def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
+    """The report in words, and the command to type next."""
+    changes, loss, product = report["block_changes"], report["fixed_noise_loss"], plan.method.product
+    largest = max(changes.values()) or 1.0
+    bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * change / largest)] for change in changes.values())
+    by_sigma = ", ".join(
+        f"{sigma:g}: {base:.3f} -> {trained:.3f} ({100 * (trained / base - 1):+.1f} %)"
+        for sigma, base, trained in zip(loss["sigma"], loss["base"], loss["trained"], strict=True)
+    )
+    sheet, card = plan.run / SAMPLES / SHEET, plan.run / CARD
+    return [
+        f"learned   one denoising step changes by {100 * report['velocity_change']:.3g} %; "
+        f"{plan.method.block_measure} |{bars}|, at most {max(changes.values()):.3g}",
+        *_divergence(plan, report),
+        f"loss      on training images at fixed noise, by sigma: {by_sigma}",
+        f"{product.name:<9} {plan.run / product.name}"
+        + (f" (the average, EMA; as trained: {product.raw})" if report["weights"] == "ema" else ""),
+        *([f"pictures  {sheet}"] if sheet.is_file() else []),
+        f"card      {card}",
+        "",
+        "next:",
+        f"  {next_command(plan)}",
+    ]
+
+
+def _divergence(plan: Plan, report: Mapping[str, Any]) -> list[str]:
+    if not has_diverged(report, from_scratch=plan.base.random is not None):
+        return []
+    return [
+        f"warning: one denoising step changes by more than {100 * DIVERGED:.0f} %: the training has probably diverged; "
+        "look at what it draws, and train again with a lower optimizer.lr"
+    ]
+
+
+def _probes(batches: Batches) -> list[Batch]:
+    """An image of the training data for each of the sigmas: one, whatever the batch size, for the user is waiting."""
+    fetched = (batches.fetch(step, 0) for step in range(SEARCHED_STEPS))
+    first = (batch.rows(slice(1)) for batch in fetched)
+    usable = itertools.islice((image for image in first if image.latents.isfinite().all()), len(FIXED_SIGMAS))
+    return [
+        replace(image, sigma=torch.full_like(image.sigma, sigma), modulation=None)
+        for image, sigma in zip(usable, FIXED_SIGMAS, strict=False)
+    ]

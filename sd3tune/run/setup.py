@@ -1,0 +1,40 @@
+"""From a frozen transformer to one that is trained, as the configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffusers import SD3Transformer2DModel
+from torch import nn
+
+from sd3tune.config import Config
+from sd3tune.data.sampler import generator
+from sd3tune.methods import Method
+from sd3tune.model.compute.checkpointing import checkpoint_blocks
+from sd3tune.model.compute.fast import use_fast_path
+from sd3tune.model.compute.hoist import is_modulation
+from sd3tune.model.load.quantized import load_transformer_in
+from sd3tune.run.preflight import Plan
+
+
+def load_base(plan: Plan) -> SD3Transformer2DModel:
+    """The frozen transformer on its device, held as the configuration says."""
+    hoisted = hoists(plan.config, plan.modules)
+    return load_transformer_in(plan.config.model.quantize, plan.base, plan.dtype, plan.device, hoisted)
+
+
+def hoists(config: Config, modules: Sequence[str]) -> bool:
+    """Whether the adaLN modulations are computed ahead: where they are asked for, and none of `modules` makes them."""
+    return config.train.hoist and not any(is_modulation(name) for name in modules)
+
+
+def make_trainable(config: Config, method: Method, transformer: SD3Transformer2DModel) -> dict[str, nn.Parameter]:
+    """What is trained, fp32, now part of the model, which checkpoints its blocks and takes the fast path if asked to.
+
+    Works on the meta device, too.
+    """
+    checkpoint_blocks(transformer, config.train.gradient_checkpointing, config.train.checkpointed_blocks)
+    parameters = method.inject(transformer, lambda name: generator(config.seed, "init", name))
+    if config.train.fast_path:
+        use_fast_path(transformer)
+    return parameters

@@ -1,0 +1,52 @@
+"""A small picture inside an adapter's header (`modelspec.thumbnail`), which UIs show; training never writes one."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+
+from sd3tune.adapter.modelspec import THUMBNAIL_KEY
+from sd3tune.data.images import open_image
+from sd3tune.run.previews import previews_of, run_of, step_of
+
+SIDE, QUALITY = 256, 85
+
+
+def thumbnail(picture: Path) -> dict[str, str]:
+    """Return the metadata entry: a JPEG of at most 256 pixels a side as a data URI, 5 to 30 kB.
+
+    Raises DataError for what is no picture.
+    """
+    image = open_image(picture)
+    image.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    image.save(file, format="JPEG", quality=QUALITY)
+    return {THUMBNAIL_KEY: f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"}
+
+
+def preview_of(adapter: Path) -> Path | None:
+    """Return the first preview that the weights of an adapter file drew in its run; None where there is none."""
+    run = run_of(adapter)
+    try:
+        step = None if run is None else step_of(adapter, run)
+    except (OSError, ValueError, LookupError):  # the run's folder is damaged
+        return None
+    if run is None or step is None:
+        return None
+    return next((preview.path for preview in previews_of(run) if preview.step == step), None)
+
+
+def with_metadata(adapter: Path, more: dict[str, str]) -> bytes:
+    """Return the bytes of a safetensors file with further metadata; the tensors' bytes stay as they are.
+
+    The header's order is kept, so that the same file and metadata give the same bytes.
+    """
+    content = adapter.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = header.get("__metadata__", {}) | more
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the tensors
+    return len(text).to_bytes(8, "little") + text + content[end:]

@@ -1,0 +1,134 @@
+"""Whether diffusers draws with an adapter what the run drew with it while it was trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from sd3tune.adapter.file import Adapter
+from sd3tune.adapter.reference_pipeline import drawing_pipeline, load_into, text_pipeline
+from sd3tune.config.run_folder import read_run_file
+from sd3tune.encode.resources import release
+from sd3tune.errors import AdapterError, RunError
+from sd3tune.model.base.resolve import Base
+from sd3tune.model.load.components import load_vae
+from sd3tune.run.previews import Preview, previews_of, run_of, step_of
+from sd3tune.runtime.device import choose_dtype, dtype_name, gpu_of
+from sd3tune.sampling.sampler import add_offset
+
+LEAST_PSNR = 40.0
+"""Decibels between two drawings of the same weights in one precision; what rounds otherwise stays well above."""
+
+
+def compare_with_preview(adapter: Adapter, base: Base, dtype: str, device: torch.device) -> str:
+    """A line with the figure, or on why there is none.
+
+    The first prompt of the step that was exported is drawn again, with its seed and settings, by a fresh pipeline with
+    the file; in the run's precision, unless `dtype` names another. Raises AdapterError when, in the run's precision and
+    on its kind of device, another picture comes out.
+    """
+    found = _find(adapter, base)
+    if isinstance(found, str):
+        return f"no preview to compare with: {found}"
+    wanted = _dtype(dtype, adapter, device)
+    figure = psnr(Image.open(found.preview.path), _draw(adapter, base, found.preview, wanted, device))
+    what = f"{found.preview.path.name}, a preview of step {found.preview.step}, drawn again by diffusers"
+    if math.isinf(figure):
+        return f"{what}: equal to the pixel"
+    then, now = (adapter.contract["dtype"], found.device), (dtype_name(wanted), device.type)
+    if then != now:
+        return f"{what}: PSNR {figure:.1f} dB, in {now[0]} on {now[1]}, and {then[0]} on {then[1]} in training"
+    if figure < LEAST_PSNR:
+        raise AdapterError(
+            f"{adapter.path}: with it, diffusers draws another picture than the training did: {what}, PSNR "
+            f"{figure:.1f} dB; the file is not the one that drew it"
+        )
+    return f"{what}: PSNR {figure:.1f} dB"
+
+
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two pictures of 8 bits, in dB; infinite for equal ones, of other sizes -inf."""
+    if one.size != other.size:
+        return -math.inf
+    first, second = (pil_to_tensor(image.convert("RGB")).double() for image in (one, other))
+    error = (first - second).square().mean().item()
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+@dataclass(frozen=True)
+class _Found:
+    preview: Preview
+    device: str
+    """The kind that it was drawn on."""
+
+
+def _find(adapter: Adapter, base: Base) -> _Found | str:
+    """The preview that these weights drew, or why there is none."""
+    run = run_of(adapter.path)
+    if run is None:
+        return "the file does not lie in the folder of a run"
+    if adapter.contract.get("base_fingerprint") != base.fingerprint("transformer"):
+        return f"it was trained on {adapter.contract.get('base', 'something else')}, and this is {base.name}"
+    try:
+        return _find_in(run, adapter)
+    except (OSError, ValueError, LookupError) as error:
+        return f"the folder of its run is damaged: {error}"
+
+
+def _find_in(run: Path, adapter: Adapter) -> _Found | str:
+    step = step_of(adapter.path, run)
+    if step is None:
+        return "it is none of the files that a finished run has exported"
+    drawn = [preview for preview in previews_of(run) if preview.step == step]
+    same = [preview for preview in drawn if preview.recipe["weights"] == adapter.contract.get("weights")]
+    if not same:
+        return f"the run drew none at step {step}" + " with these weights" * bool(drawn)
+    return _Found(same[0], read_run_file(run)["device"])
+
+
+def _dtype(asked: str, adapter: Adapter, device: torch.device) -> torch.dtype:
+    gpu = gpu_of(device)
+    try:
+        return choose_dtype(adapter.contract["dtype"] if asked == "auto" else asked, gpu, "--dtype")
+    except RunError:  # this GPU has no bf16
+        return choose_dtype("auto", gpu)
+
+
+@torch.no_grad()
+def _draw(adapter: Adapter, base: Base, preview: Preview, dtype: torch.dtype, device: torch.device) -> Image.Image:
+    """As the run drew it, by diffusers; text encoders and transformer are not in memory together."""
+    contract, recipe = adapter.contract, preview.recipe
+    texts = text_pipeline(base, contract["encoders"], dtype, device)
+    embeds = texts.encode_prompt(
+        recipe["prompt"], None, None, device=device, negative_prompt="",
+        do_classifier_free_guidance=recipe["guidance"] > 1, max_sequence_length=contract["max_sequence_length"],
+    )  # fmt: skip
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    del texts
+    release(device)
+    vae = load_vae(base, torch.float32 if dtype is torch.float16 else dtype, device)
+    pipeline = drawing_pipeline(base, dtype, device, vae)
+    load_into(pipeline, adapter)
+    start, offset = torch.Generator().manual_seed(recipe["seed"]), recipe.get("noise_offset", 0.0)
+    shape = (1, pipeline.transformer.config.in_channels, *[contract["resolution"] // pipeline.vae_scale_factor] * 2)
+    noise = torch.randn(shape, generator=start, dtype=dtype)
+    latents = pipeline(
+        **dict(zip(names, embeds, strict=True)), height=contract["resolution"], width=contract["resolution"],
+        num_inference_steps=recipe["steps"], guidance_scale=recipe["guidance"],
+        latents=add_offset(noise, [recipe["seed"]], offset), output_type="latent",
+    ).images  # fmt: skip
+    return _decode(vae, latents, pipeline.image_processor)
+
+
+def _decode(vae: AutoencoderKL, latents: torch.Tensor, processor: Any) -> Image.Image:
+    """As the pipeline ends, but for a VAE in another precision."""
+    scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    image: Image.Image = processor.postprocess(vae.decode(scaled, return_dict=False)[0], output_type="pil")[0]
+    return image

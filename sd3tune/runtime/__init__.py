@@ -1,0 +1,1 @@
+"""The process: device, environment, launcher, signals and out-of-memory errors."""

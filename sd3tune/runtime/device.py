@@ -1,0 +1,112 @@
+"""The device, the precision and the processes of a run, from accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+
+from sd3tune import __version__
+from sd3tune.errors import RunError
+from sd3tune.runtime.environment import gpu_asked_for, launch_problems, no_gpu, sharding_problems
+from sd3tune.training.loop import Processes
+
+ALONE = Processes(0, 1, lambda tensor: tensor, lambda tensor: tensor[None], lambda: None)
+"""A single process: none of the collective operations does anything."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
+
+
+def make_accelerator(accumulation: int = 1) -> Accelerator:
+    """Device and process group. Precision and accumulation are ours, whatever the environment or a config file says.
+
+    Raises RunError when the environment asks for a GPU that is not there or for a split model, or is not that of a
+    whole launch.
+    """
+    problems = launch_problems(os.environ) + sharding_problems(os.environ)
+    asked = gpu_asked_for(os.environ)
+    if asked and not torch.cuda.is_available():
+        problems.append(no_gpu(asked))
+    if problems:
+        raise RunError(*problems)
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation),
+        )
+    except (ValueError, RuntimeError, ImportError) as error:
+        ours = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("ACCELERATE_")]
+        where = f"; the environment says {', '.join(ours)}" if ours else ""
+        raise RunError(f"the processes could not be set up: {' '.join(str(error).split())[:300]}{where}") from error
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if world > 1 and accelerator.num_processes == 1:  # each of them would train alone, in one folder
+        raise RunError(
+            f"WORLD_SIZE={world}: accelerate sets up one process where torch finds no GPU; "
+            "on the CPU start them with --num-processes"
+        )
+    return accelerator
+
+
+def processes_of(accelerator: Accelerator) -> Processes:
+    """The collective operations that training needs."""
+    if accelerator.num_processes == 1:
+        return ALONE
+    return Processes(
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        reduce_mean=lambda tensor: accelerator.reduce(tensor, reduction="mean"),
+        gather=lambda tensor: accelerator.gather(tensor[None]),
+        wait=accelerator.wait_for_everyone,
+    )
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    has_bf16: bool
+    """In hardware: emulated, it is slower than fp32."""
+
+
+def gpu_of(device: torch.device) -> Gpu | None:
+    """What there is to know about a CUDA device; None for any other."""
+    if device.type != "cuda":
+        return None
+    with torch.cuda.device(device):
+        return Gpu(torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def choose_dtype(wanted: str, gpu: Gpu | None, asked_by: str = "model.dtype") -> torch.dtype:
+    """`auto`: fp32 without a GPU, bf16 on one that has it, else fp16. Raises RunError for bf16 on a GPU without it."""
+    if wanted == "auto":
+        if gpu is None:
+            return torch.float32
+        return torch.bfloat16 if gpu.has_bf16 else torch.float16
+    if wanted == "bf16" and gpu is not None and not gpu.has_bf16:
+        raise RunError(f"{asked_by}: bf16: {gpu.name} has no bf16; use fp16 or auto")
+    return DTYPES[wanted]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value is dtype)
+
+
+def versions() -> dict[str, str]:
+    found = {"sd3tune": __version__, "python": platform.python_version()}
+    return found | {name: metadata.version(name) for name in LIBRARIES}
+
+
+@contextlib.contextmanager
+def closing_process_group() -> Iterator[None]:
+    """Leave the process group at the end, which torch warns about otherwise."""
+    try:
+        yield
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

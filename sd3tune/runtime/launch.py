@@ -1,0 +1,128 @@
+"""`--num-processes N`: the same command again, under the launcher that works for the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from sd3tune.errors import Interrupted, ProcessError, RunError, UserError
+from sd3tune.runtime.environment import gpu_asked_for, launch_problems, no_gpu, sharding_problems
+
+ERRORS = "SD3TUNE_ERRORS"
+"""Folder where the processes of one command leave their problems, for the launching one to print, once, at the end."""
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""What a launcher returns after it was told to stop."""
+_PROGRAM = Path(__file__).resolve().parents[1] / "__main__.py"
+"""Started by its path: with `-m sd3tune`, Python would look for every module in the working directory first."""
+_ACCELERATE = """\
+import sys
+if sys.path[0] == "":  # the working directory
+    del sys.path[0]
+from accelerate.commands.launch import main
+main()
+"""
+
+
+def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
+    """Run `sd3tune ARGUMENTS` in `count` processes and exit when all have ended.
+
+    On GPUs by accelerate; on the CPU by torch's own launcher, as accelerate starts one process there whatever the
+    number asked for. No process imports what lies in the working directory. Raises RunError when the GPUs do not
+    suffice, and UserError with the processes' problems.
+    """
+    world = os.environ.get("WORLD_SIZE", "")
+    if world.isdecimal() and int(world) > 1:
+        raise RunError("--num-processes: this process was started by a launcher already; give the number to it alone")
+    problems = launch_problems(os.environ) + sharding_problems(os.environ)
+    gpus = torch.cuda.device_count()
+    asked = gpu_asked_for(os.environ)
+    if asked and not gpus:
+        problems.append(no_gpu(asked))
+    if problems:
+        raise RunError(*problems)
+    if 0 < gpus < count:
+        raise RunError(f"--num-processes {count}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
+    command = [str(_PROGRAM), *without_option(arguments)]
+    os.environ["PYTHONSAFEPATH"] = "1"  # from Python 3.11 on, also for what the processes start
+    with tempfile.TemporaryDirectory(prefix="sd3tune-") as folder:
+        os.environ[ERRORS] = folder
+        code = _on_gpus(count, command) if gpus else _on_the_cpu(count, command)
+        left = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).iterdir())]
+    if left:
+        interrupted = all(error["exit_code"] == Interrupted.exit_code for error in left)
+        lines = dict.fromkeys(line for error in left for line in error["problems"])
+        raise (Interrupted if interrupted else UserError)(*lines)
+    if code in _STOPPED:
+        raise KeyboardInterrupt
+    if code:
+        raise ProcessError(
+            f"--num-processes {count}: a process ended with exit code {code}; see its output above; the same command "
+            "with --resume goes on from the last checkpoint"
+        )
+    sys.exit(0)
+
+
+@contextlib.contextmanager
+def errors_to_the_launcher() -> Iterator[None]:
+    """Around a whole job: under `relaunch`, leave its problems to the launching process and end with their code."""
+    folder = os.environ.get(ERRORS)
+    if folder is None:
+        yield
+        return
+    try:
+        yield
+    except UserError as error:
+        left = json.dumps({"exit_code": error.exit_code, "problems": error.problems})
+        Path(folder, f"{os.environ['RANK']}.json").write_text(left, encoding="utf-8")
+        raise SystemExit(error.exit_code) from None
+    except RuntimeError:
+        # When one process has ended, the others' next collective operation fails: the first one's problem counts.
+        if any(Path(folder).iterdir()):
+            raise SystemExit(2) from None
+        raise
+
+
+def without_option(arguments: Sequence[str]) -> list[str]:
+    """The arguments without `--num-processes N` or `--num-processes=N`."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--num-processes":
+            skip = True
+        elif not argument.startswith("--num-processes="):
+            kept.append(argument)
+    return kept
+
+
+def _on_gpus(count: int, command: Sequence[str]) -> int:
+    launcher = [sys.executable, "-c", _ACCELERATE, "--multi_gpu", "--num_processes", str(count)]
+    return subprocess.run([*launcher, *command], check=False).returncode
+
+
+def _on_the_cpu(count: int, command: Sequence[str]) -> int:
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    logging.disable(logging.ERROR)  # it would tell of the processes' end in its own many words
+    try:
+        run.run(run.parse_args(["--standalone", "--nproc_per_node", str(count), *command]))
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0

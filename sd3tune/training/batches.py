@@ -1,0 +1,272 @@
+"""Batches as a function of (step, micro-step): which samples, which crop, which sigma, which noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from sd3tune.data.buckets import size_name
+from sd3tune.data.sampler import batch_samples, generator, index_at, step_slots, uniform
+from sd3tune.data.seeds import derive
+from sd3tune.data.store import Store
+from sd3tune.flow.objective import offset_noise
+from sd3tune.model.compute.hoist import Modulation
+from sd3tune.model.load.latents import sample_latents
+from sd3tune.training.examples import Example, Sample
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Chances, per sample, of training without its caption; what is drawn depends on (seed, step, slot) alone."""
+
+    caption: float = 0.0
+    """Of the empty caption in place of the sample's."""
+    encoder: float = 0.0
+    """Of zeros in place of a text encoder's output, for each encoder by itself."""
+    empty: Mapping[str, str] = field(default_factory=dict)
+    """Encoder -> key of the empty caption; needed where `caption` is above 0."""
+    kept: bool = False
+    """Whether samples that keep the base's prediction lose theirs, too: only in runs that an earlier version began, as
+    the same input then has two targets."""
+
+
+T5Lengths = Sequence[Mapping[str, str]]
+"""For each T5 length that is trained at, the entries' keys at that length by their keys in the examples."""
+
+
+@dataclass(frozen=True)
+class LatentScaling:
+    """The VAE's normalisation: z0 = (z - shift_factor) * scaling_factor."""
+
+    scaling_factor: float
+    shift_factor: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one micro-step needs, on the device. Everything but the embeddings is fp32.
+
+    The instances come first, then, for those whose source has a prior, the samples that preserve it: B in all.
+    """
+
+    latents: Tensor
+    """z0 [B, C, H/8, W/8]: drawn from the stored posterior, normalised."""
+    noise: Tensor
+    """Standard normal, like `latents`."""
+    sigma: Tensor
+    """[B], not yet shaped by a density: the shifted, distributed sigma itself."""
+    embeddings: Mapping[str, Mapping[str, Tensor]]
+    """Per encoder, batched; in the encoders' dtype."""
+    weights: Tensor
+    """[B]: factors on the samples' losses."""
+    names: Sequence[str]
+    instances: int
+    kept: slice
+    """Samples whose target is the base's own prediction: the last ones, if any."""
+    modulation: Modulation | None = None
+    """What the adaLN linears make of `sigma` and the pooled text, where that was computed ahead."""
+
+    def rows(self, rows: slice) -> Batch:
+        """The batch of some of the samples, all of them instances."""
+        return Batch(
+            latents=self.latents[rows],
+            noise=self.noise[rows],
+            sigma=self.sigma[rows],
+            embeddings={e: {name: of[rows] for name, of in entry.items()} for e, entry in self.embeddings.items()},
+            weights=self.weights[rows],
+            names=self.names[rows],
+            instances=len(self.names[rows]),
+            kept=slice(0, 0),
+            modulation=self.modulation and [of[rows] for of in self.modulation],
+        )
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    mean: Tensor
+    std: Tensor
+    sigma: Tensor
+    embeddings: dict[str, dict[str, Tensor]]
+    weights: Tensor
+    samples: list[Sample]
+    instances: int
+
+
+class Batches:
+    """Reads batches from the store, one ahead in a thread. Holds no state that a resumed run would need.
+
+    `sigma_of_u(u, pixels)` maps float64 uniforms to sigma for images of that size; `examples` lists each image as often
+    as an epoch sees it. A batch, of all ranks together, holds images of one size.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        examples: Sequence[Example],
+        *,
+        seed: int,
+        batch_size: int,
+        accumulation: int,
+        rank: int,
+        world: int,
+        device: torch.device,
+        scaling: LatentScaling,
+        sigma_of_u: Callable[[Tensor, int], Tensor],
+        noise_offset: float = 0.0,
+        dropout: Dropout = Dropout(),
+        t5_lengths: T5Lengths = (),
+    ) -> None:
+        self.store, self.seed, self.dropout, self.t5_lengths = store, seed, dropout, t5_lengths
+        self.buckets: dict[str, list[Example]] = {}
+        for example in sorted(examples, key=lambda example: example.size):
+            self.buckets.setdefault(size_name(example.size), []).append(example)
+        self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
+        self.device, self.scaling, self.sigma_of_u, self.noise_offset = device, scaling, sigma_of_u, noise_offset
+        self.with_prior = any(example.prior for example in examples)
+        self._ahead: tuple[tuple[int, int], Future[_Loaded]] | None = None
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+
+    def fetch(self, step: int, micro: int) -> Batch:
+        """The batch of micro-step `micro` of optimizer step `step` (both 0-based) of this rank."""
+        at = (step, micro)
+        loaded = self._ahead[1].result() if self._ahead and self._ahead[0] == at else self._load(*at)
+        following = (step, micro + 1) if micro + 1 < self.accumulation else (step + 1, 0)
+        self._ahead = (following, self._reader.submit(self._load, *following))
+        return self._to_device(step, loaded)
+
+    def conditions(self, step: int, micro: int) -> tuple[Tensor, Mapping[str, Mapping[str, Tensor]]]:
+        """Of a batch, however far ahead: `sigma` [B], and of the embeddings what is pooled, on the device."""
+        samples = self._samples(step, micro, self.rank)
+        pooled = {
+            encoder: torch.stack([self._embedding(encoder, sample, step)["pooled"] for sample in samples])
+            for encoder in samples[0].example.captions
+            if encoder != "t5"
+        }
+        on_device = {encoder: {"pooled": rows.to(self.device)} for encoder, rows in pooled.items()}
+        return self._sigma(step, samples).to(self.device), on_device
+
+    def use_one_length(self) -> None:
+        """From now on, take every T5 entry at `max_sequence_length`, as previews and held-out loss do."""
+        self.t5_lengths, self._ahead = (), None
+
+    def seed_for(self, purpose: str, step: int, micro: int) -> int:
+        """A seed for what else is random in this micro-step on this rank."""
+        return derive(self.seed, step, micro, self.rank, purpose)
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def names(self, step: int) -> list[str]:
+        """The images of a step of all ranks, rank by rank and in their order; what preserves their class comes last."""
+        places = [(rank, micro) for rank in range(self.world) for micro in range(self.accumulation)]
+        batches = [[of.example.name for of in self._samples(step, micro, rank)] for rank, micro in places]
+        return [*chain(*(of[: self.batch_size] for of in batches)), *chain(*(of[self.batch_size :] for of in batches))]
+
+    def _load(self, step: int, micro: int) -> _Loaded:
+        samples = self._samples(step, micro, self.rank)
+        moments = [
+            self.store.get(of.example.images[derive(self.seed, step, of.slot, "variant") % len(of.example.images)])
+            for of in samples
+        ]
+        loaded = _Loaded(
+            mean=torch.stack([entry["mean"] for entry in moments]),
+            std=torch.stack([entry["std"] for entry in moments]),
+            sigma=self._sigma(step, samples),
+            embeddings={
+                encoder: _stack([self._embedding(encoder, sample, step) for sample in samples])
+                for encoder in samples[0].example.captions
+            },
+            weights=torch.tensor([of.example.weight for of in samples], dtype=torch.float32),
+            samples=samples,
+            instances=self.batch_size,
+        )
+        return _pinned(loaded) if self.device.type == "cuda" else loaded
+
+    def _samples(self, step: int, micro: int, rank: int) -> list[Sample]:
+        """The rows of one rank's batch: its part of the run's micro-batch, then what its priors put beside it."""
+        counts = [(name, len(examples)) for name, examples in self.buckets.items()]
+        batch = self.world * self.batch_size
+        bucket, piece, indices = batch_samples(self.seed, step * self.accumulation + micro, counts, batch)
+        mine = range(rank * self.batch_size, (rank + 1) * self.batch_size)
+        slots = step_slots(micro, rank, self.world, self.batch_size)
+        instances = [
+            Sample(self.buckets[bucket][indices[place]], slot) for place, slot in zip(mine, slots, strict=True)
+        ]
+        beside = [
+            instance.example.prior.companion_sample(instance, self.seed, piece * batch + place)
+            for instance, place in zip(instances, mine, strict=True)
+            if instance.example.prior
+        ]
+        return [*instances, *sorted(beside, key=lambda sample: sample.is_kept)]
+
+    def _sigma(self, step: int, samples: Sequence[Sample]) -> Tensor:
+        height, width = samples[0].example.size
+        uniforms = [(derive(self.seed, step, of.slot, "sigma") >> 11) + 0.5 for of in samples]
+        return self.sigma_of_u(torch.tensor(uniforms, dtype=torch.float64) / 2**52, height * width).float()
+
+    def _embedding(self, encoder: str, sample: Sample, step: int) -> dict[str, Tensor]:
+        chance, captions, slot = self.dropout, sample.example.captions, sample.slot
+        spared = sample.is_kept and not chance.kept
+        if not spared and chance.caption > uniform(self.seed, step, slot, "caption dropout"):
+            captions = chance.empty
+        entry = self.store.get(self._at_length(captions[encoder], step) if encoder == "t5" else captions[encoder])
+        if not spared and chance.encoder > uniform(self.seed, step, slot, "encoder dropout", encoder):
+            return {name: torch.zeros_like(tensor) for name, tensor in entry.items()}
+        return entry
+
+    def _at_length(self, key: str, step: int) -> str:
+        """The key of a T5 entry at the length of this step: one length for all its samples, on every rank."""
+        if not self.t5_lengths:
+            return key
+        return self.t5_lengths[index_at(derive(self.seed, "t5 length"), step, len(self.t5_lengths))][key]
+
+    def _to_device(self, step: int, loaded: _Loaded) -> Batch:
+        mean, std, sigma = (t.to(self.device, non_blocking=True) for t in (loaded.mean, loaded.std, loaded.sigma))
+        slots = [sample.slot for sample in loaded.samples]
+        draws = torch.stack([self._draw(step, slot, mean.shape[1:]) for slot in slots])
+        eps, noise = draws[:, 0], draws[:, 1]
+        if self.noise_offset:
+            offsets = torch.stack([self._draw_offset(step, slot, mean.shape[1]) for slot in slots])
+            noise = offset_noise(noise, offsets, self.noise_offset)
+        return Batch(
+            latents=sample_latents(mean, std, eps, self.scaling.scaling_factor, self.scaling.shift_factor),
+            noise=noise,
+            sigma=sigma,
+            embeddings={
+                encoder: {key: value.to(self.device, non_blocking=True) for key, value in entry.items()}
+                for encoder, entry in loaded.embeddings.items()
+            },
+            weights=loaded.weights.to(self.device, non_blocking=True),
+            names=[sample.example.name for sample in loaded.samples],
+            instances=loaded.instances,
+            kept=slice(sum(not sample.is_kept for sample in loaded.samples), len(loaded.samples)),
+        )
+
+    def _draw(self, step: int, slot: int | str, shape: torch.Size) -> Tensor:
+        """Two standard normals of `shape`: the posterior's and the flow's, from this sample's own generator."""
+        source = generator(self.seed, step, slot, "noise", device=self.device)
+        return torch.randn((2, *shape), generator=source, device=self.device)
+
+    def _draw_offset(self, step: int, slot: int | str, channels: int) -> Tensor:
+        source = generator(self.seed, step, slot, "noise_offset", device=self.device)
+        return torch.randn(channels, generator=source, device=self.device)
+
+
+def _stack(entries: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([entry[key] for entry in entries]) for key in entries[0]}
+
+
+def _pinned(loaded: _Loaded) -> _Loaded:
+    return replace(
+        loaded,
+        mean=loaded.mean.pin_memory(),
+        std=loaded.std.pin_memory(),
+        sigma=loaded.sigma.pin_memory(),
+        embeddings={e: {k: v.pin_memory() for k, v in entry.items()} for e, entry in loaded.embeddings.items()},
+        weights=loaded.weights.pin_memory(),
+    )

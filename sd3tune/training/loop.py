@@ -1,0 +1,158 @@
+"""The loop: step, log, save, call back. It knows the Method and the callbacks only by their protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+from tqdm import tqdm
+
+from sd3tune.config.schema import Config
+from sd3tune.errors import RunError
+from sd3tune.methods import Method
+from sd3tune.training.batches import Batches
+from sd3tune.training.checkpoint import prune, save_checkpoint
+from sd3tune.training.metrics import Line, Metrics
+from sd3tune.training.objective import Objective
+from sd3tune.training.step import TrainState, train_step
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class View:
+    """What a callback may look at."""
+
+    step: int
+    last: bool
+    transformer: SD3Transformer2DModel
+    method: Method
+    weights: Mapping[str, Tensor]
+    """Those that would be exported now: the EMA when there is one, else the master; fp32."""
+
+
+class Callback(Protocol):
+    """Called on every rank before the first step of an attempt and after each step; it changes nothing of the run."""
+
+    def __call__(self, view: View) -> None: ...
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together; with one of them, both functions return what they are given."""
+
+    rank: int
+    world: int
+    reduce_mean: Callable[[Tensor], Tensor]
+    gather: Callable[[Tensor], Tensor]
+    """[...] of each rank -> [world, ...]."""
+    wait: Callable[[], None]
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def train(
+    config: Config,
+    run: Path,
+    state: TrainState,
+    transformer: SD3Transformer2DModel,
+    method: Method,
+    batches: Batches,
+    objective: Objective,
+    processes: Processes,
+    identity: Mapping[str, Any],
+    contract: Mapping[str, Any],
+    callbacks: Sequence[Callback] = (),
+    stop_requested: Callable[[], bool] = lambda: False,
+    sink: Callable[[Line], object] = lambda line: None,
+) -> Metrics:
+    """Train from `state.step` to `config.train.total_steps`; the last step is always checkpointed.
+
+    Raises KeyboardInterrupt, after a checkpoint, when any rank's `stop_requested` says so, and RunError when the
+    gradient was not finite for `train.max_skipped` steps in a row.
+    """
+    metrics = Metrics(run / METRICS_FILE, state.step, processes.gather, processes.is_main, batches.names, sink)
+    known_skips = len(metrics.skipped)
+
+    def view() -> View:
+        return View(state.step, state.step == config.train.total_steps, transformer, method, exported_weights(state))
+
+    def checkpoint(keep: int | None = config.checkpoint.keep) -> None:
+        metrics.flush(wait=True)
+        if processes.is_main:
+            save_checkpoint(
+                run,
+                state,
+                identity,
+                keep,
+                lambda folder: method.export(folder / method.product.name, exported_weights(state), contract),
+            )
+        processes.wait()
+
+    bar = tqdm(
+        total=config.train.total_steps,
+        initial=state.step,
+        desc=config.name,
+        unit="step",
+        disable=not processes.is_main,
+        dynamic_ncols=True,
+    )
+    with bar:
+        for callback in callbacks:
+            callback(view())
+        while state.step < config.train.total_steps:
+            result = train_step(state, transformer, method, batches, objective, config, processes.reduce_mean)
+            metrics.add(state.step, result, stop_requested())
+            last = state.step == config.train.total_steps
+            alone = processes.world == 1 and stop_requested()  # several processes agree on it when they log
+            if state.step % config.train.log_every == 0 or last or alone:
+                metrics.flush(wait=last or alone)
+                _show(bar, metrics, known_skips)
+                known_skips = len(metrics.skipped)
+            bar.update()
+            if metrics.skipped_in_a_row >= config.train.max_skipped:
+                checkpoint(keep=None)  # the weights are those of the last good step; older ones may be better still
+                raise RunError(_not_finite(run, metrics))
+            if state.step % config.checkpoint.every == 0 or last or metrics.stop_requested:
+                checkpoint()
+            metrics.check_place()
+            for callback in callbacks:
+                callback(view())
+            if metrics.stop_requested and not last:
+                raise KeyboardInterrupt
+    if processes.is_main:
+        prune(run, config.checkpoint.keep)  # an attempt may have ended between its last checkpoint and this
+    return metrics
+
+
+def exported_weights(state: TrainState) -> dict[str, Tensor]:
+    """The weights that are written and previewed: the EMA when there is one, else the master."""
+    return state.master.named(state.master.master if state.ema is None else state.ema)
+
+
+def _show(bar: tqdm, metrics: Metrics, known_skips: int) -> None:
+    for step, suspects in list(metrics.skipped.items())[known_skips:]:
+        bar.write(f"warning: step {step} was skipped, its gradient is not finite: {_enumerated(suspects)}")
+    last = metrics.last
+    if last:
+        loss = "skipped" if last["loss"] is None else f"{last['loss']:.4f}"
+        bar.set_postfix(loss=loss, lr=f"{last['lr']:.1e}", refresh=False)
+
+
+def _not_finite(run: Path, metrics: Metrics) -> str:
+    step, suspects = list(metrics.skipped.items())[-1]
+    return (
+        f"{run}: stopped at step {step}: no finite gradient {metrics.skipped_in_a_row} times in a row, last "
+        f"for {_enumerated(suspects)}; the last good weights are saved: check those images or lower optimizer.lr, then "
+        "start again or, having deleted the newest checkpoints, go on with --resume"
+    )
+
+
+def _enumerated(samples: Sequence[str]) -> str:
+    return ", ".join(samples[:4]) + (f" and {len(samples) - 4} more" if len(samples) > 4 else "")

@@ -1,0 +1,212 @@
+"""`metrics.jsonl`: one line a step, whole and in order, without making the device wait for the host."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd3tune.files.atomic import sync, write_text, writing_in
+from sd3tune.files.own_json import is_number, is_whole_number, read_lines
+from sd3tune.training.step import StepResult
+
+SIGMA_BINS = 5
+
+
+Line = dict[str, Any]
+Names = Callable[[int], Sequence[str]]
+"""The images of a step (0-based), of all ranks: see `Batches.names`."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    step: int
+    learning_rate: float
+    instances: int
+    values: Tensor
+    """Losses, weighted losses and sigmas of the rank's instances, the same of what preserves their class, the norm of
+    the gradient, and whether this rank was asked to stop: one flat device tensor."""
+
+
+class Metrics:
+    """Collects steps as device tensors; a window's copy to the host is started at one flush and read at the next.
+
+    `gather` stacks a tensor of every rank along a new first dimension; only `writes` ranks touch the file. `names`
+    tells the images of a step that had to be skipped. `last_step` is the step that training resumes from: later lines
+    of an earlier attempt are dropped. `sink` is given each line of the file once, on the ranks that write it: those of
+    an earlier attempt at once, others when they are written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        last_step: int,
+        gather: Callable[[Tensor], Tensor],
+        writes: bool,
+        names: Names = lambda step: [],
+        sink: Callable[[Line], object] = lambda line: None,
+    ) -> None:
+        self.path, self.gather, self.writes, self.names, self.sink = path, gather, writes, names, sink
+        self.skipped: dict[int, list[str]] = {}
+        """Steps that the optimizer passed over, their gradient being not finite, with the samples that were to blame;
+        an earlier attempt's included."""
+        self.skipped_in_a_row = 0
+        """How many steps were skipped, up to the last one that is known."""
+        self.stop_requested = False
+        """Whether any rank was asked to stop; all ranks learn it at the same flush."""
+        self.last: Line = {}
+        self._rows: list[_Row] = []
+        self._copying: tuple[list[_Row], Tensor, torch.cuda.Event | None] | None = None
+        kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+        for line in kept:
+            self._take_in(line)
+        if writes:
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            for line in kept:
+                sink(line)
+
+    def add(self, step: int, result: StepResult, stop: bool = False) -> None:
+        """Note the result of optimizer step `step` (1-based), and whether this rank was asked to stop."""
+        norm = result.grad_norm.reshape(1)
+        parts = [result.losses, result.weighted, result.sigmas, *result.prior, norm, torch.full_like(norm, stop)]
+        self._rows.append(_Row(step, result.learning_rate, len(result.losses), torch.cat(parts)))
+
+    def flush(self, wait: bool = False) -> None:
+        """Start copying what was added since, and write what was being copied; with `wait`, write everything, durably.
+
+        So a checkpoint that is saved after that counts on no line that a power cut could take back.
+        """
+        self._finish_copy()
+        if self._rows:
+            stacked = self.gather(torch.stack([row.values for row in self._rows]))
+            if stacked.device.type == "cuda":
+                host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+                host.copy_(stacked, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+            else:
+                host, event = stacked, None
+            self._copying, self._rows = (self._rows, host, event), []
+        if wait or (self._copying is not None and self._copying[2] is None):
+            self._finish_copy()
+        if wait and self.writes:
+            with writing_in(self.path.parent):
+                sync(self.path)
+
+    def check_place(self) -> None:
+        """Raise WriteError when the run folder has gone, before anything would make it anew in the same place."""
+        if self.writes:
+            with writing_in(self.path.parent):
+                self.path.stat()
+
+    def _finish_copy(self) -> None:
+        if self._copying is None:
+            return
+        rows, host, event = self._copying
+        self._copying = None
+        if event is not None:
+            event.synchronize()
+        lines = [_line(row, host[:, index], self.names) for index, row in enumerate(rows)]
+        for line in lines:
+            self._take_in(line)
+        self.stop_requested |= bool(host[..., -1].any())
+        if self.writes:
+            with writing_in(self.path.parent), open(self.path, "a", encoding="utf-8", opener=_existing) as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+            for line in lines:
+                self.sink(line)
+
+    def _take_in(self, line: Line) -> None:
+        self.last = line
+        if line["grad_norm"] is None:
+            self.skipped[line["step"]] = line.get("suspects", [])
+            self.skipped_in_a_row += 1
+        else:
+            self.skipped_in_a_row = 0
+
+
+def _existing(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_CREAT)
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """The lines of a metrics file; a last line that was cut off in the middle is left out. Raises RunError."""
+    return read_lines(path, _problem)
+
+
+def _problem(line: Line) -> str | None:
+    return problem_of_measurement(line, numbers=("lr",), losses=("loss", "grad_norm"))
+
+
+def problem_of_measurement(line: Line, numbers: Sequence[str], losses: Sequence[str]) -> str | None:
+    """Return what is wrong with a step's line, which somebody may have edited; None for a good one.
+
+    It needs its step, these `numbers`, and these `losses`, which are null where they were not finite. Other values are
+    numbers, text, lists of them, or objects of numbers.
+    """
+    if not is_whole_number(line.get("step")):
+        return "step: not a whole number"
+    wrong = [name for name in numbers if not is_number(line.get(name))]
+    wrong += [name for name in losses if name not in line or not _is_loss(line[name])]
+    wrong += [name for name, value in line.items() if not _is_known(value)]
+    return f"{wrong[0]}: not a number that a run measures" if wrong else None
+
+
+def _is_loss(value: object) -> bool:
+    return value is None or is_number(value)
+
+
+def _is_known(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_loss, value.values()))
+    return all(isinstance(one, str) or _is_loss(one) for one in (value if isinstance(value, list) else [value]))
+
+
+def by_sigma(sigmas: Sequence[float], losses: Sequence[float]) -> dict[str, float | None]:
+    """The mean loss in each fifth of the sigmas that has any, as `{"0.2-0.4": 0.31}`."""
+    bins: dict[str, list[float]] = {}
+    for sigma, loss in sorted(zip(sigmas, losses, strict=True)):
+        number = min(int(sigma * SIGMA_BINS), SIGMA_BINS - 1)
+        bins.setdefault(f"{number / SIGMA_BINS:.1f}-{(number + 1) / SIGMA_BINS:.1f}", []).append(loss)
+    return {name: _finite(sum(of) / len(of)) for name, of in bins.items()}
+
+
+def _line(row: _Row, values: Tensor, names: Names) -> Line:
+    """`values` [ranks, ...] of one step as a line of the file."""
+    instances, prior = _samples(values[:, : 3 * row.instances]), _samples(values[:, 3 * row.instances : -2])
+    prior = prior[:, ~prior[2].isnan()]  # without the padding
+    (losses, weighted, sigmas), (prior_losses, prior_weighted, prior_sigmas) = instances.tolist(), prior.tolist()
+    line: Line = {
+        "step": row.step,
+        "loss": _finite((sum(weighted) + sum(prior_weighted)) / len(weighted)),
+        "lr": row.learning_rate,
+        "grad_norm": _finite(values[0, -2].item()),
+        "loss_by_sigma": by_sigma(sigmas, losses),
+    }
+    if prior_losses:
+        line["prior_loss"] = _finite(sum(prior_losses) / len(prior_losses))
+    if line["grad_norm"] is None:
+        line["suspects"] = _suspects(names(row.step - 1), [*losses, *prior_losses], [*sigmas, *prior_sigmas])
+    return line
+
+
+def _samples(values: Tensor) -> Tensor:
+    """[ranks, 3 * n] -> [3, ranks * n]."""
+    return values.unflatten(1, (3, values.shape[1] // 3)).movedim(1, 0).flatten(1)
+
+
+def _suspects(names: Sequence[str], losses: Sequence[float], sigmas: Sequence[float]) -> list[str]:
+    """The samples of a skipped step whose loss is not finite; all of them when it was the gradient alone."""
+    samples = [(f"{name} at sigma {sigma:.3f}", loss) for name, sigma, loss in zip(names, sigmas, losses, strict=False)]
+    return [sample for sample, loss in samples if not math.isfinite(loss)] or [sample for sample, _ in samples]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

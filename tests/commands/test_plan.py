@@ -1,0 +1,378 @@
+"""What `sd3tune plan` predicts is what real runs of the tiny base are seen to take."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from sd3tune.commands.cache import run_cache
+from sd3tune.commands.plan import after, components, gigabytes, knobs, planned_dtype, run_plan
+from sd3tune.commands.train import make_state
+from sd3tune.config import Config, load_config, parse_config
+from sd3tune.errors import ConfigError
+from sd3tune.forecast.forecast import forecast, look_ahead
+from sd3tune.forecast.gpus import CARDS
+from sd3tune.forecast.rehearsal import Training, rehearse_training
+from sd3tune.methods import METHODS, Method
+from sd3tune.model.base.resolve import resolve_base, shape_of_base
+from sd3tune.model.compute.hoist import hoist, hoisted
+from sd3tune.model.load.components import empty_transformer, load_text_encoder, load_transformer, load_vae
+from sd3tune.model.load.quantized import load_text_encoder_in, load_transformer_in, quantize, statistics
+from sd3tune.run.places import store_folder
+from sd3tune.run.setup import hoists, make_trainable
+from sd3tune.training.batches import Batch
+from sd3tune.training.optim import FlatMaster
+from sd3tune.training.step import TrainState, predict_velocity, update
+
+ROOT = Path(__file__).parents[2]
+FULL = "method={kind: full}"
+BLOCK = "train.gradient_checkpointing=block"
+TEXT = {"clip_l": (77, 16, 16), "clip_g": (77, 32, 32)}
+"""Tokens, width and pooled width of the tiny encoders; its T5 is 64 wide."""
+
+
+def real_batch(rows: int, side: int, dtype: torch.dtype = torch.float32) -> Batch:
+    embeddings = {
+        name: {"hidden": torch.randn(rows, tokens, width).to(dtype), "pooled": torch.randn(rows, pooled).to(dtype)}
+        for name, (tokens, width, pooled) in TEXT.items()
+    }
+    embeddings["t5"] = {"hidden": torch.randn(rows, 16, 64).to(dtype)}
+    latents = torch.randn(rows, 16, side // 8, side // 8)
+    return Batch(
+        latents, torch.randn_like(latents), torch.rand(rows), embeddings, torch.ones(rows), [""] * rows, rows,
+        slice(rows, rows),
+    )  # fmt: skip
+
+
+def real_model(config: Config, dtype: torch.dtype) -> tuple[SD3Transformer2DModel, Method, TrainState]:
+    base = resolve_base("tiny")
+    method = METHODS[config.method.kind](config, base)
+    hoisted = hoists(config, method.select(empty_transformer(base)))
+    transformer = load_transformer_in(config.model.quantize, base, dtype, torch.device("cpu"), hoisted)
+    return (
+        transformer,
+        method,
+        make_state(config, FlatMaster(make_trainable(config, method, transformer), dtype), dtype),
+    )
+
+
+def predicted(config: Config, dtype: torch.dtype = torch.float32) -> Training:
+    base = shape_of_base(config.model)
+    size = (config.data.resolution, config.data.resolution)
+    return rehearse_training(config, base, METHODS[config.method.kind](config, base), size, dtype)
+
+
+STEPS = [("none", 64), ("none", 160), ("block", 64), ("block", 160), ("selective", 160)]
+QUANTISED = [("nf4", "none", 160), ("nf4", "block", 64), ("int8", "selective", 160)]
+
+
+@pytest.mark.parametrize(
+    ("method", "checkpointing", "side"),
+    [(method, *step) for method in (FULL, "method.rank=4") for step in STEPS]
+    + [(f"model.quantize={form}", *step) for form, *step in QUANTISED],
+)
+def test_saved_bytes_and_the_worst_moment_are_those_of_a_real_step(
+    quick_config, tmp_path: Path, method: str, checkpointing: str, side: int
+) -> None:
+    config = quick_config(
+        tmp_path,
+        method,
+        "train.batch_size=2",
+        f"train.gradient_checkpointing={checkpointing}",
+        f"data.resolution={side}",
+    )
+    training = predicted(config)
+
+    transformer, of, state = real_model(config, torch.float32)
+    known = {t.untyped_storage().data_ptr() for t in [*transformer.parameters(), *transformer.buffers()]}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        batch = real_batch(2, side)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = (predict_velocity(transformer, of, batch).float() - batch.noise).square().mean()
+        loss.backward()
+        state.master.collect_gradients()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():  # the allocator's own account
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    assert training.saved == pytest.approx(sum(saved.values()), rel=0.02)
+    on_the_cpu = 0.1 if "int8" in method else 0.05  # there, bitsandbytes multiplies 8-bit codes as fp32
+    assert training.working == pytest.approx(peak, rel=on_the_cpu)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "overrides"),
+    [
+        (torch.float32, []),
+        (torch.bfloat16, ["ema={decay: 0.9}"]),
+        (torch.bfloat16, ["method.rank=64", "optimizer={kind: adamw8bit}"]),
+        (torch.float32, ["method.rank=8", "optimizer={kind: prodigy}"]),
+        (torch.bfloat16, [FULL, "ema={decay: 0.9}"]),
+    ],
+    ids=["lora", "ema in bf16", "adamw8bit", "prodigy", "full in bf16"],
+)
+def test_what_stays_in_memory_is_the_sum_of_a_real_runs_tensors(
+    quick_config, tmp_path: Path, dtype: torch.dtype, overrides: list[str]
+) -> None:
+    config = quick_config(tmp_path, *overrides)
+    training = predicted(config, dtype)
+    transformer, _, state = real_model(config, dtype)
+    master = state.master
+    update(state, config, 1e-3, lambda gradient: gradient)
+    kept = [value for value in state.optimizer.state[master.master].values() if isinstance(value, Tensor)]
+
+    def nbytes(tensors: list[Tensor]) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    everything = [*transformer.parameters(), *transformer.buffers()]
+    assert training.trained == master.master.numel()
+    assert training.frozen == nbytes([tensor for tensor in everything if not tensor.requires_grad])
+    assert training.compute == (0 if dtype is torch.float32 else nbytes([master.compute]))
+    assert (training.master, training.gradient) == (nbytes([master.master]), nbytes([master.gradient]))
+    assert training.average == (nbytes([state.ema]) if state.ema is not None else 0)
+    assert training.optimizer == pytest.approx(nbytes(kept), rel=0.02, abs=2100)  # code books and counters aside
+    assert sum(nbytes for _, nbytes in components(training)) == training.peak
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+@pytest.mark.parametrize("name", ["tiny", "nano"])
+def test_a_quantised_base_takes_what_its_layers_take_when_loaded(
+    quick_config, tmp_path: Path, name: str, form: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = quick_config(tmp_path, f"model.base={name}", f"model.quantize={form}")
+    base = resolve_base(name)
+    training = rehearse_training(config, base, METHODS["lora"](config, base), (64, 64), torch.bfloat16)
+    real = load_transformer(base, torch.bfloat16)
+    assert training.parameters == sum(parameter.numel() for parameter in real.parameters())
+    hoist(real)
+    linears = [layer for layer in real.transformer_blocks.modules() if isinstance(layer, nn.Linear)]
+    rest = sum(tensor.nbytes for tensor in [*real.parameters(), *real.buffers()])
+    rest -= sum(layer.weight.nbytes for layer in linears)
+    quantize(real, real.transformer_blocks, form, "cpu")
+    held = [layer.weight for layer in real.transformer_blocks.modules() if isinstance(layer, nn.Linear)]
+    codes = sum(weight.nbytes for weight in held)
+    if form == "nf4":  # half a byte a weight, an fp32 scale for each 64, and a table of 16 values a layer
+        assert codes == sum(layer.weight.numel() for layer in linears) // 2
+        scales = codes * 2 // 64 * 4 + 64 * len(linears)
+        assert scales == sum(weight.quant_state.absmax.nbytes + weight.quant_state.code.nbytes for weight in held)
+    else:  # a byte a weight, and an fp32 scale a row
+        assert codes == sum(layer.weight.numel() for layer in linears)
+        scales = 4 * sum(layer.out_features for layer in linears)
+    assert training.frozen == rest + codes + scales
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_encoders_and_vae_take_what_they_take_when_loaded(quick_config, tmp_path: Path, dtype: torch.dtype) -> None:
+    plan = forecast(look_ahead(quick_config(tmp_path), dtype))
+    base = resolve_base("tiny")
+    models = {name: load_text_encoder(base, name, dtype).model for name in ("clip_l", "clip_g", "t5")}
+    models["vae"] = load_vae(base, torch.float32 if dtype is torch.float16 else dtype)
+    for name, model in models.items():
+        real = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+        assert plan.encoding[name].resident == sum(real.values()), name
+        assert plan.encoding[name].working > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_t5_takes_less_in_8_bits_and_nothing_on_the_cpu(quick_config, tmp_path: Path, dtype: torch.dtype) -> None:
+    pytest.importorskip("bitsandbytes")
+    plan = forecast(look_ahead(quick_config(tmp_path, "model.t5_quantize=int8"), dtype))
+    model = load_text_encoder_in("int8", resolve_base("tiny"), "t5", dtype, "cpu", 16).model
+    held = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers(), *statistics(model)]}
+    assert plan.encoding["t5"].resident == sum(held.values())
+    plan = forecast(look_ahead(quick_config(tmp_path, "model.t5_device=cpu"), dtype))
+    assert "encode CLIP-L" in plan.phases
+    assert "encode T5" not in plan.phases
+
+
+def test_the_store_is_as_large_as_predicted(quick_config, tmp_path: Path) -> None:
+    config = quick_config(
+        tmp_path / "run", f"data.cache_dir={tmp_path / 'store'}", "data.resolution=128", "data.crop_variants=2",
+        "data.flip=true", "preview.prompts=[a, b]", "validation.holdout=1", "model.extra_t5_lengths=[300, 77]",
+    )  # fmt: skip
+    plan = forecast(look_ahead(config, torch.float32))
+    run_cache(config)
+    real = sum(file.stat().st_size for file in store_folder(config).glob("*.safetensors"))
+    assert plan.store is not None
+    assert (plan.store.texts, plan.store.images) == (
+        5 + 3,
+        12 + 1,
+    )  # images of the bucket's shape have one crop and its mirror image
+    assert plan.store.nbytes == pytest.approx(real, rel=0.05)
+
+
+def test_the_longest_t5_length_is_planned_for(quick_config, tmp_path: Path) -> None:
+    several, longest = (
+        forecast(look_ahead(quick_config(tmp_path, *settings), torch.float32))
+        for settings in (
+            ("model.extra_t5_lengths=[300, 77]",),
+            ("model.max_sequence_length=300",),
+        )
+    )
+    assert (several.training, several.encoding) == (longest.training, longest.encoding)
+
+
+def products(config: Config, side: int) -> int:
+    """Operations of a step's matrix products, from the shapes that each layer sees in a real forward pass.
+
+    A layer multiplies once forward, once for its weights' gradient if they are trained, and once for its input's
+    if that has one. Attention forms two products forward and five backward (Dao et al. 2022).
+    """
+    transformer, method, _ = real_model(config, torch.float32)
+    total = 0
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        times = 1 + layer.weight.requires_grad + inputs[0].requires_grad  # type: ignore[operator, union-attr]
+        total += 2 * times * output.numel() * (layer.weight.numel() // len(layer.weight))  # type: ignore[arg-type, union-attr]
+
+    for layer in transformer.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.register_forward_hook(count)
+    predict_velocity(transformer, method, real_batch(1, side))
+    image, text, width = (side // 16) ** 2, 77 + 16, 64
+    for block in transformer.transformer_blocks:
+        total += 14 * width * ((image + text) ** 2 + image**2 * block.use_dual_attention)
+    return total
+
+
+def hoisted_products(config: Config) -> int:
+    """Of a sample: the adaLN linears', and the embedding's of timestep and pooled text that they are given."""
+    transformer, _, _ = real_model(config, torch.float32)
+    embedding = [layer for layer in transformer.time_text_embed.modules() if isinstance(layer, nn.Linear)]
+    return sum(2 * layer.weight.numel() for layer in [*embedding, *(of.linear for of in hoisted(transformer))])
+
+
+@pytest.mark.parametrize("method", [FULL, "method.rank=4", "method.targets=attention-image"])
+def test_operations_are_those_of_the_products(quick_config, tmp_path: Path, method: str) -> None:
+    plain = quick_config(tmp_path, method, "train.fast_path=false", "data.resolution=96")
+    fast = quick_config(tmp_path, method, "data.resolution=96", "train.gradient_accumulation=3")
+    assert predicted(plain).flops == products(plain, 96) + (0 if method == FULL else hoisted_products(plain))
+    assert predicted(fast).flops == pytest.approx(3 * products(plain, 96), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "adapter"),
+    [
+        ("stabilityai/stable-diffusion-3-medium-diffusers", 2.028, 9.339),
+        ("stabilityai/stable-diffusion-3.5-medium", 2.243, 11.895),
+        ("stabilityai/stable-diffusion-3.5-large", 8.057, 23.503),
+    ],
+)
+def test_released_models_are_known_without_a_network(
+    monkeypatch: pytest.MonkeyPatch, name: str, parameters: float, adapter: float
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    config = parse_config({"model": {"base": name}, "data": {"sources": [{"path": "/gone", "caption": "a"}]}}).config
+    outlook = look_ahead(config, torch.bfloat16)
+    transformer = empty_transformer(outlook.base)
+    rows = METHODS["lora"](config, outlook.base).coverage(transformer)
+    assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(parameters, abs=5e-4)
+    assert sum(row.parameters for row in rows) / 1e6 == pytest.approx(adapter, abs=5e-4)
+    assert (outlook.records, outlook.largest) == (None, (1024, 1024))
+    assert "no such folder" in outlook.missing[0]
+
+
+def test_the_plan_says_whether_it_fits_and_what_changes_buy(quick_config, tmp_path: Path) -> None:
+    config = quick_config(tmp_path, "model.t5=false", "method.targets=attention-image", "optimizer={kind: prodigy}")
+    text = "\n".join(run_plan(config, "4090"))
+    assert "fits      into 24 GB (4090): yes" in text
+    assert "at 40 % of the 165 TFLOP/s of 4090, which is an assumption" in text
+    assert f"\n{BLOCK} " in text
+    assert "no, " in next(line for line in run_plan(config, memory=0.1) if line.startswith("fits"))
+    assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_what_does_not_fit_ends_with_the_settings_that_do(quick_config, tmp_path: Path) -> None:
+    config = quick_config(tmp_path, "model.t5=false", "model.max_sequence_length=512")
+    peak = forecast(look_ahead(config, torch.bfloat16)).needed / 1e9
+    last = list(run_plan(config, memory=peak - 0.001))[-1]
+    said = re.fullmatch(r"to fit    train.memory=\S+, or (.+): (\d\S+ [GM]B) in all", last)
+    assert said is not None
+    typed = ("model.t5=false", "model.max_sequence_length=512", "model.dtype=bf16", *said[1].split())
+    found = forecast(look_ahead(quick_config(tmp_path, *typed), torch.bfloat16))
+    assert (gigabytes(found.needed), found.needed / 1e9 < peak) == (said[2], True)
+    assert list(run_plan(config, memory=0.3))[-1].startswith("to fit    no settings do; train.memory: 0.3 GB cannot")
+    assert "to fit" not in list(run_plan(config, memory=peak + 0.1))[-1]
+
+
+def test_without_a_gpu_the_precision_is_said(quick_config, tmp_path: Path) -> None:
+    note = "note: there is no GPU here, so this is the plan for the CPU, in fp32; for a card: --card 4090"
+    config = quick_config(tmp_path)
+    assert next(run_plan(config)) == note
+    assert next(run_plan(config, "3060 12gb")) != note
+    assert next(run_plan(config, memory=8)) != note
+
+
+@pytest.mark.parametrize(
+    "checkpointing",
+    [(), (BLOCK,), ("train.gradient_checkpointing=selective", "train.checkpointed_blocks=3")],
+    ids=["none", "block", "a part"],
+)
+def test_a_knob_is_the_plan_of_the_configuration_that_it_names(
+    quick_config, tmp_path: Path, checkpointing: tuple[str, ...]
+) -> None:
+    given = ("train.batch_size=2", "data.resolution=768", *checkpointing)
+    outlook = look_ahead(quick_config(tmp_path, *given), torch.float32)
+    found = knobs(outlook)
+    assert len(found) >= 6
+    for typed, changed in found:
+        other = quick_config(tmp_path, *given, *typed.split())
+        assert after(outlook, changed).config == other, typed
+    sides = [after(outlook, changed).largest for typed, changed in found if typed.startswith("data.resolution")]
+    assert sides
+    assert all(height * width <= 512**2 for height, width in sides)
+
+
+@pytest.mark.parametrize("change", ["train.batch_size=1", "model.t5_quantize=int8", "model.quantize=nf4"])
+def test_what_is_taken_from_another_forecast_is_what_a_rehearsal_gives(
+    quick_config, tmp_path: Path, change: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    given = ("train.batch_size=2", "preview.prompts=[a dog]", "data.sources.0.prior={prompt: a dog, images: 2}")
+    outlook = look_ahead(quick_config(tmp_path, *given), torch.float32)
+    (changed,) = [changed for typed, changed in knobs(outlook) if typed.startswith(change)]
+    other = after(outlook, changed)
+    found = forecast(other, forecast(outlook))
+    assert found == forecast(other)
+    assert found.drawing is not None
+
+
+def test_cards_have_their_precision(quick_config, tmp_path: Path) -> None:
+    config = quick_config(tmp_path)
+    assert planned_dtype(config, CARDS["t4"], None) is torch.float16
+    assert planned_dtype(config, CARDS["4090"], None) is torch.bfloat16
+    assert planned_dtype(config, None, 24.0) is torch.bfloat16
+    assert planned_dtype(config, None, None) is torch.float32
+    with pytest.raises(ConfigError, match="has no bf16"):
+        planned_dtype(quick_config(tmp_path, "model.dtype=bf16"), CARDS["t4"], None)
+
+
+def test_a_full_size_base_takes_what_the_page_says() -> None:
+    """And what was counted elsewhere: SD3.5 medium has 2.243 billion parameters, a step with 154 tokens 27.7 TFLOP."""
+    config = load_config(ROOT / "configs" / "dreambooth_sd35_medium.yaml").config
+    outlook = look_ahead(config, torch.bfloat16)
+    method = METHODS["lora"](outlook.config, outlook.base)
+    training = rehearse_training(outlook.config, outlook.base, method, outlook.largest, torch.bfloat16)
+    assert training.parameters == pytest.approx(2.243e9, rel=1e-3)
+    assert training.flops == pytest.approx(27.7e12, rel=0.01)
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    rows = {row[0]: row[2] for row in re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| [^|]+ \|$", page, re.MULTILINE)}
+    assert rows["training, at the worst moment"] == gigabytes(training.peak)
+    assert rows["of it activations saved for the backward pass"] == gigabytes(training.saved)
+    assert rows["operations of a step, TFLOP"] == f"{training.flops / 1e12:.1f}"

@@ -1,0 +1,185 @@
+"""Layers in 4 and 8 bits: what bitsandbytes makes of the weights is what its papers say, also below an adapter."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from sd3tune.adapter.file import attach, read_adapter, write_adapter
+from sd3tune.model.base.resolve import resolve_base
+from sd3tune.model.load.components import load_text_encoder, load_transformer
+from sd3tune.model.load.quantized import FORMS, load_transformer_in, missing_library, quantize
+from sd3tune.model.lora.layers import lora_layers
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+# The 16 values of NF4, from appendix E of Dettmers et al. 2023.
+NF4 = torch.tensor(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+)  # fmt: skip
+MODULES = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.2")
+
+
+def in_nf4(weight: Tensor) -> Tensor:
+    """Each block of 64 by the nearest of the values, scaled by its largest."""
+    blocks = weight.reshape(-1, 64)
+    largest = blocks.abs().amax(dim=1, keepdim=True)
+    nearest = (blocks / largest)[..., None].sub(NF4).abs().argmin(dim=-1)
+    return (NF4[nearest] * largest).reshape(weight.shape)
+
+
+def in_int8(weight: Tensor) -> Tensor:
+    """Each row in steps of a 127th of its largest; bitsandbytes reads it in 16 bits."""
+    halved = weight.half().float()
+    scale = halved.abs().amax(dim=1, keepdim=True) / 127
+    return (halved / scale).round() * scale
+
+
+@pytest.fixture(scope="module")
+def plain() -> SD3Transformer2DModel:
+    return load_transformer(resolve_base("nano"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = torch.Generator().manual_seed(0)
+    factors = {}
+    for module, width in zip(MODULES, (192, 768), strict=True):
+        factors[f"{module}.lora_A"] = torch.randn(4, width, generator=source) / 8
+        factors[f"{module}.lora_B"] = torch.randn(192, 4, generator=source) / 8
+    return write_adapter(tmp_path_factory.mktemp("adapter"), factors, {})
+
+
+def rounded(plain: SD3Transformer2DModel, form: str) -> SD3Transformer2DModel:
+    """The transformer whose blocks hold, in fp32, what is left of their weights."""
+    model = copy.deepcopy(plain)
+    for layer in quantisable(model):
+        layer.weight.data = {"nf4": in_nf4, "int8": in_int8}[form](layer.weight.data)
+    return model
+
+
+def quantisable(model: SD3Transformer2DModel) -> list[nn.Linear]:
+    """The blocks' linear layers but adaLN's, which keep the model's precision."""
+    named = model.transformer_blocks.named_modules()
+    return [layer for name, layer in named if isinstance(layer, nn.Linear) and ".norm" not in name]
+
+
+def quantized(plain: SD3Transformer2DModel, form: str) -> SD3Transformer2DModel:
+    model = copy.deepcopy(plain)
+    quantize(model, model.transformer_blocks, form, "cpu")
+    return model
+
+
+@torch.no_grad()
+def velocity(model: SD3Transformer2DModel) -> Tensor:
+    source = torch.Generator().manual_seed(1)
+    inputs: Mapping[str, Tensor] = {
+        "hidden_states": torch.randn(1, 16, 8, 8, generator=source),
+        "timestep": torch.tensor([400.0]),
+        "encoder_hidden_states": torch.randn(1, 93, 128, generator=source),
+        "pooled_projections": torch.randn(1, 112, generator=source),
+    }
+    found: Tensor = model(**inputs).sample
+    return found
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+def test_weights_in_nf4_are_the_nearest_of_its_values(plain) -> None:
+    layer = quantized(plain, "nf4").transformer_blocks[0].attn.to_q
+    held = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    torch.testing.assert_close(held, in_nf4(plain.transformer_blocks[0].attn.to_q.weight.data), rtol=0, atol=1e-6)
+
+
+# Processors with bf16 compute with nf4 in bf16, and int8 rounds activations: below the 0.08 of nf4's own rounding.
+@pytest.mark.parametrize(("form", "most"), [("nf4", 0.02), ("int8", 0.02)])
+def test_a_model_computes_with_the_rounded_weights(form: str, most: float, plain, adapter: Path) -> None:
+    ours, theirs = quantized(plain, form), rounded(plain, form)
+    for model in (ours, theirs):
+        attach(model, read_adapter(adapter), "lora")
+    assert relative(velocity(ours), velocity(theirs)) < most
+    assert relative(velocity(ours), velocity(plain)) > 0.05, "the adapter acts"
+    for model in (ours, theirs):
+        model.disable_adapters()
+    assert relative(velocity(ours), velocity(theirs)) < most
+    assert relative(velocity(ours), velocity(plain)) > 1e-3, "not in full precision"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_has_the_precision_that_is_computed_in(form: str, adapter: Path) -> None:
+    model = load_transformer_in(form, resolve_base("nano"), torch.bfloat16, torch.device("cpu"))
+    attach(model, read_adapter(adapter), "lora")
+    weights = [layer.lora_A["lora"].weight for layer in lora_layers(model).values()]
+    assert [weight.dtype for weight in weights] == [torch.bfloat16] * len(MODULES)
+
+
+@pytest.mark.parametrize(("form", "share"), [("nf4", 0.16), ("int8", 0.27)])
+def test_the_blocks_take_a_quarter_or_an_eighth_of_the_memory(form: str, share: float, plain) -> None:
+    def nbytes(model: SD3Transformer2DModel) -> int:
+        layers = quantisable(model)
+        states = [getattr(layer.weight, "quant_state", None) for layer in layers]
+        return sum(layer.weight.nbytes for layer in layers) + sum(state.absmax.nbytes for state in states if state)
+
+    assert nbytes(quantized(plain, form)) < share * nbytes(plain)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_pass_the_weights_as_they_are_held(form: str, plain) -> None:
+    """As bitsandbytes itself has them; also after a use without gradients, at which some CPUs repack 4-bit weights."""
+    ours = quantized(plain, form).transformer_blocks[0].ff.net[2]
+    held = {"nf4": in_nf4, "int8": in_int8}[form](plain.transformer_blocks[0].ff.net[2].weight.data)
+    states = torch.randn(3, 7, held.shape[1], requires_grad=True)
+    with torch.no_grad():
+        before = ours(states.detach())
+    outputs = ours(states)
+    towards = torch.randn_like(outputs)
+    (gradient,) = torch.autograd.grad(outputs, states, towards, retain_graph=True)
+    assert torch.equal(outputs, before)
+    assert relative(gradient, towards @ held) < 1e-2
+    theirs = next(kind for kind in type(ours).__mro__ if kind.__module__.startswith("bitsandbytes"))
+    assert torch.equal(torch.autograd.grad(theirs.forward(ours, states), states, towards)[0], gradient)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_activation_is_kept_for_the_backward_pass(form: str, plain) -> None:
+    """bitsandbytes would hold on to the inputs of 8-bit layers."""
+    layer = quantized(plain, form).transformer_blocks[0].ff.net[2]
+    states = torch.randn(2, layer.in_features, requires_grad=True) * 1
+    known, outputs = weakref.ref(states), layer(states)
+    del states
+    assert outputs.requires_grad
+    assert known() is None
+
+
+def test_t5_in_8_bits_says_nearly_the_same() -> None:
+    encoder = load_text_encoder(resolve_base("nano"), "t5", torch.float32, "cpu", 16)
+    plain = encoder.encode(["a red circle on a blue background"])[0]["hidden"]
+    quantize(encoder.model, encoder.model, "int8", "cpu")
+    assert not [layer for layer in encoder.model.modules() if type(layer) is nn.Linear]
+    found = encoder.encode(["a red circle on a blue background"])[0]["hidden"]
+    assert found.dtype is torch.float32
+    assert 0 < relative(found, plain) < 0.05
+
+
+def test_a_missing_library_is_one_line_with_the_way_to_get_it(monkeypatch) -> None:
+    assert missing_library("--quantize") == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert missing_library("--quantize") == ["--quantize needs bitsandbytes: pip install 'sd3tune[bitsandbytes]'"]
+
+
+def test_peft_knows_each_form() -> None:
+    assert {name: form.flag for name, form in FORMS.items()} == {
+        "nf4": "is_loaded_in_4bit",
+        "int8": "is_loaded_in_8bit",
+    }

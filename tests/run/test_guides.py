@@ -1,0 +1,272 @@
+"""A picture to start from, skip-layer guidance and a text per encoder: each as diffusers' pipelines have it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+from PIL import Image, ImageChops, ImageDraw
+
+from sd3tune.commands.infer import run_infer
+from sd3tune.errors import ConfigError, DataError, RunError, UserError
+from sd3tune.inference import session as studio
+from sd3tune.inference.request import Memory, Request
+from sd3tune.model.base.resolve import resolve_base
+from sd3tune.model.load.components import load_pipeline
+from sd3tune.nano.oracle import judge
+from sd3tune.nano.world import parse
+from tests.pictures import distance, opened
+
+PROMPT, T5_LENGTH, SEED = "a red circle on a blue background", 16, 3
+Draw = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusion3Pipeline:
+    pipeline = load_pipeline(resolve_base("nano"), torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def draw(tmp_path: Path) -> Draw:
+    def draw(**options: object) -> Path:
+        given = {"prompt": PROMPT, "base": "nano", "seed": SEED, "steps": 4, "guidance": 4.0, "size": (64, 48)}
+        out = {"out": tmp_path / "images", "t5_tokens": T5_LENGTH}
+        return run_infer(Request(loras=[], **{**given, **out, **options}))[0]
+
+    return draw
+
+
+def theirs(pipeline: StableDiffusion3Pipeline, prompt: str = PROMPT, **options: object) -> Image.Image:
+    given = {"height": 48, "width": 64, "num_inference_steps": 4, "guidance_scale": 4.0}
+    given |= {"max_sequence_length": T5_LENGTH, "generator": torch.Generator().manual_seed(SEED)}
+    return pipeline(prompt, **{**given, **options}).images[0]
+
+
+def recipe_of(path: Path) -> dict:
+    return json.loads(opened(path).text["sd3tune"])
+
+
+# A picture to start from.
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """Lying on its side by its EXIF data, and of another shape than what is drawn."""
+    image = Image.new("RGB", (96, 120), "teal")
+    ImageDraw.Draw(image).polygon([(10, 10), (90, 30), (40, 100)], fill="orange")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "photo.jpg", quality=95, exif=exif)
+    return tmp_path / "photo.jpg"
+
+
+def cut(photo: Path) -> Image.Image:
+    """The photo upright, just covering 64 x 48, its middle."""
+    upright = opened(photo).transpose(Image.Transpose.ROTATE_270)
+    assert upright.size == (120, 96)
+    return upright.resize((64, 51), Image.Resampling.LANCZOS).crop((0, 1, 64, 49))
+
+
+@pytest.mark.parametrize(("sampler", "strength"), [("euler", 0.6), ("euler", 1.0), ("heun", 0.45)])
+def test_from_a_picture_is_the_image_to_image_pipeline(
+    sampler: str, strength: float, pipeline, photo: Path, draw: Draw
+) -> None:
+    other = StableDiffusion3Img2ImgPipeline(**pipeline.components)
+    other.set_progress_bar_config(disable=True)
+    if sampler == "heun":
+        other.scheduler = FlowMatchHeunDiscreteScheduler(shift=pipeline.scheduler.config.shift)
+    path = draw(image=photo, strength=strength, sampler=sampler)
+    assert distance(opened(path), theirs(other, image=cut(photo), strength=strength)) == 0
+    assert recipe_of(path)["image"]["name"] == "photo.jpg"
+    assert recipe_of(path)["strength"] == strength
+
+
+def test_the_less_strength_the_nearer_to_the_picture(photo: Path, draw: Draw) -> None:
+    def mean_difference(strength: float) -> float:
+        path = draw(image=photo, strength=strength, steps=20, sampler="dpmpp")
+        return sum(ImageChops.difference(opened(path), cut(photo)).convert("L").getdata()) / (64 * 48)
+
+    assert mean_difference(0.05) < 20 < 40 < mean_difference(0.5)
+
+
+def test_a_picture_from_a_picture_is_repeated_where_that_is_found(photo: Path, draw: Draw) -> None:
+    path = draw(image=photo, strength=0.5)
+    fresh = {"prompt": None, "base": None, "seed": None, "steps": None, "guidance": None, "size": None}
+    again = draw(**fresh, t5_tokens=None, from_picture=path)
+    assert distance(opened(again), opened(path)) == 0
+    assert recipe_of(again) == recipe_of(path)
+    Image.new("RGB", (64, 64)).save(photo)
+    with pytest.raises(ConfigError, match=r"drawn from the picture 'photo.jpg' .* give it with --image$"):
+        draw(**fresh, t5_tokens=None, from_picture=path)
+
+
+def test_each_line_of_a_file_may_start_from_its_own_picture(photo: Path, draw: Draw, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.csv"
+    prompts.write_text(f"prompt,image,strength\n{PROMPT},photo.jpg,0.5\n")
+    path = draw(prompt=None, prompts=prompts)
+    assert distance(opened(path), opened(draw(image=photo, strength=0.5, out=tmp_path / "alone"))) == 0
+
+
+# Skip-layer guidance.
+
+
+def test_skip_layer_guidance_is_the_pipelines(pipeline, draw: Draw) -> None:
+    path = draw(slg=2.8, slg_layers=(2, 3), slg_start=0.01, slg_stop=0.5)
+    skip = {"skip_guidance_layers": [2, 3], "skip_layer_guidance_scale": 2.8}
+    other = theirs(pipeline, **skip, skip_layer_guidance_start=0.01, skip_layer_guidance_stop=0.5)
+    assert distance(opened(path), other) == 0
+    assert distance(opened(path), theirs(pipeline)) > 4
+    assert recipe_of(path)["slg"] == {"scale": 2.8, "layers": [2, 3], "start": 0.01, "stop": 0.5}
+
+
+# What the encoders read.
+
+
+def test_each_encoder_may_read_its_own_text(pipeline, draw: Draw) -> None:
+    path = draw(prompt_clip_g="a green star", prompt_t5="a yellow square", negative="a cross")
+    both = {"prompt_2": "a green star", "prompt_3": "a yellow square"}
+    assert distance(opened(path), theirs(pipeline, **both, negative_prompt="a cross")) == 0
+    first = draw(prompt="a green star", prompt_clip_l=PROMPT, prompt_t5="a yellow square", negative="a cross")
+    assert distance(opened(first), opened(path)) == 0
+    assert recipe_of(path)["prompt"] == PROMPT
+    assert recipe_of(path)["prompt_t5"] == "a yellow square"
+    assert "prompt_clip_l" not in recipe_of(path)
+
+
+def test_the_length_of_t5_can_be_chosen_and_t5_left_out(pipeline, draw: Draw) -> None:
+    assert distance(opened(draw(t5_tokens=40)), theirs(pipeline, max_sequence_length=40)) == 0
+    without = StableDiffusion3Pipeline(**{**pipeline.components, "text_encoder_3": None, "tokenizer_3": None})
+    without.set_progress_bar_config(disable=True)
+    assert distance(opened(draw(t5=False)), theirs(without)) == 0
+
+
+# Memory.
+
+
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(class, where to) of every model that a studio sends to its device, or to where it waits."""
+    seen: list[tuple[str, str]] = []
+    genuine = studio.Part._move
+
+    def recording(part: studio.Part, device: torch.device) -> None:
+        seen.append((type(part._model).__name__, "rest" if device is part._studio.rest else "work"))
+        genuine(part, device)
+
+    monkeypatch.setattr(studio.Part, "_move", recording)
+    monkeypatch.setattr(studio.Studio, "rest", torch.device("cpu"))
+    return seen
+
+
+def test_what_is_not_at_work_leaves_and_nothing_of_the_picture_changes(draw: Draw, moves: list, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.csv"
+    prompts.write_text("prompt,seed\na star,1\na star,2\n")
+    plain = draw(prompt=None, prompts=prompts, steps=2)
+    assert moves == []
+    offloaded = draw(prompt=None, prompts=prompts, steps=2, memory=Memory(offload=True), out=tmp_path / "offloaded")
+    assert distance(opened(offloaded), opened(plain)) == 0
+    transformer, vae = "SD3Transformer2DModel", "AutoencoderKL"
+    expected = [(transformer, "work"), (transformer, "rest"), (vae, "work"), (vae, "rest")]
+    assert moves == expected * 2
+
+
+def test_tiles_are_those_of_diffusers(pipeline, draw: Draw) -> None:
+    path = draw(steps=1, size=(128, 96), memory=Memory(vae_tiling=True))
+    whole = theirs(pipeline, num_inference_steps=1, height=96, width=128)
+    pipeline.vae.enable_tiling()
+    try:
+        tiled = theirs(pipeline, num_inference_steps=1, height=96, width=128)
+    finally:
+        pipeline.vae.disable_tiling()
+    assert distance(opened(path), tiled) == 0
+    assert distance(tiled, whole) > 0
+    assert recipe_of(path)["vae_tiling"] is True
+
+
+def test_compiled_blocks_draw_the_same_picture(draw: Draw, monkeypatch) -> None:
+    """The graphs are those of `torch.compile`; a real back end would take a minute to turn them into code."""
+    graphs, compile_it = [], torch.nn.Module.compile
+
+    def noted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile_it(block, backend=noted))
+    plain, compiled = draw(steps=2), draw(steps=2, memory=Memory(compiled=True))
+    assert len(graphs) >= 3  # nano has three sorts of blocks
+    assert distance(opened(plain), opened(compiled)) <= 1
+
+
+def test_in_fewer_bits_the_picture_still_shows_what_was_asked_for(draw: Draw) -> None:
+    pytest.importorskip("bitsandbytes")
+    path = draw(steps=8, size=(64, 64), memory=Memory(quantize="nf4", t5_8bit=True))
+    assert judge(opened(path), parse(PROMPT)).right
+    assert (recipe_of(path)["quantize"], recipe_of(path)["t5_8bit"]) == ("nf4", True)
+    fresh = {"prompt": None, "base": None, "seed": None, "steps": 1, "guidance": None, "size": None}
+    again = draw(**fresh, t5_tokens=None, from_picture=path)
+    assert recipe_of(again) == recipe_of(path) | {"steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("encode_prompts", "out of memory while encoding the prompts: hold T5 in 8 bits with --t5-8bit"),
+        ("sample_latents", "out of memory while drawing: hold the transformer in 4 bits with --quantize nf4"),
+        ("to_image", "out of memory while decoding: decode in tiles with --vae-tiling"),
+    ],
+)
+def test_running_out_of_memory_is_one_line_with_what_to_try(where: str, said: str, draw: Draw, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(studio, where, full)
+    with pytest.raises(RunError) as caught:
+        draw(steps=1)
+    (line,) = caught.value.problems
+    assert line.startswith(said)
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"strength": 0.5}, "--strength 0.5: how much of --image is drawn anew; give --image, too"),
+        ({"image": "photo.jpg", "strength": 0.0}, "--strength 0: above 0, and at most 1"),
+        ({"image": "photo.jpg", "strength": 0.1}, "--strength 0.1: no step of 4 is left; at least 0.25"),
+        ({"slg": 2.8}, "--slg-layers 7,8,9: this base has the blocks 0 to 5"),
+        ({"slg": 2.8, "guidance": 1.0}, "--slg 2.8: works beside guidance; it is 1, give it above 1"),
+        ({"slg": 2.8, "slg_layers": (2,), "slg_start": 0.5}, "--slg-start 0.5, --slg-stop 0.2: shares of the steps"),
+        ({"memory": Memory(quantize="fp4")}, "--quantize fp4: one of nf4, int8"),
+        (
+            {"memory": Memory(quantize="int8", offload=True)},
+            "--offload: layers of --quantize int8 stay",
+        ),
+        ({"t5_tokens": 0}, "--t5-tokens 0: from 1 to 512"),
+        ({"t5_tokens": 513}, "--t5-tokens 513: from 1 to 512"),
+    ],
+)
+def test_a_wrong_option_is_one_line(options: dict, said: str, photo: Path, draw: Draw, tmp_path: Path) -> None:
+    if "image" in options:
+        options = {**options, "image": photo}
+    with pytest.raises(UserError) as caught:
+        draw(**options)
+    (line,) = caught.value.problems
+    assert line.startswith(said)
+    assert not (tmp_path / "images").exists()
+
+
+def test_what_is_no_picture_is_one_line(draw: Draw, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"text\.png: is not an image"):
+        draw(image=tmp_path / "text.png")
+    with pytest.raises(DataError, match=r"none\.png"):
+        draw(image=tmp_path / "none.png")
+    assert not (tmp_path / "images").exists()
