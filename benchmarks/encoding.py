@@ -21,7 +21,7 @@ from sd3tune.config import Config
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.run.encoding import Encoded, encode
 from sd3tune.run.preflight import make_plan
-from sd3tune.runtime.device import ALONE
+from sd3tune.runtime.processes import ALONE
 
 IMAGES, SIDE, T5_TOKENS = 16, 512, 77
 ROUNDS = 6

@@ -17,11 +17,12 @@ from sd3tune.data.store import Store, key
 from sd3tune.methods import LoraMethod, Method
 from sd3tune.model.compute.hoist import hoist
 from sd3tune.run.setup import hoists, make_trainable
-from sd3tune.runtime.device import ALONE, DTYPES, make_accelerator, processes_of
+from sd3tune.runtime.device import DTYPES, make_accelerator
+from sd3tune.runtime.processes import ALONE, Processes, processes_of
 from sd3tune.training.ahead import looking_ahead
 from sd3tune.training.batches import Batches, LatentScaling
 from sd3tune.training.examples import Example
-from sd3tune.training.loop import Callback, Processes, train
+from sd3tune.training.loop import Callback, train
 from sd3tune.training.objective import Objective, make_objective, sigma_of_u
 from sd3tune.training.optim import FlatMaster
 from sd3tune.training.step import StepResult, TrainState, train_step

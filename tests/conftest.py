@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from sd3tune.cli.main import run
 from sd3tune.config import Config, parse_config
 from sd3tune.data.sampler import generator
-from sd3tune.model.base.resolve import ENCODER_PARTS, resolve_base
+from sd3tune.model.base.parts import ENCODER_PARTS
+from sd3tune.model.base.resolve import resolve_base
 
 pytest_plugins = ("tests.run_files", "tests.released_files")
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import nn
 
-from sd3tune.model.base.single_file_header import COMMON, CONFIGS
+from sd3tune.model.base.parts import COMMON, CONFIGS
 
 Tensors = Mapping[str, torch.Tensor]
 # Billions of parameters of the published models.

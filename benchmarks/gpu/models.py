@@ -15,7 +15,8 @@ from benchmarks.peer.cells import LEARNING_RATE, TARGETS
 from sd3tune.config import Config
 from sd3tune.forecast.rehearsal import rehearse_training
 from sd3tune.methods import LoraMethod
-from sd3tune.model.base.resolve import Base, shape_of_base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.resolve import shape_of_base
 from sd3tune.model.load.components import empty_transformer
 from sd3tune.model.load.quantized import quantize
 

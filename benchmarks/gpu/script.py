@@ -19,8 +19,8 @@ from benchmarks.peer.commands import our_arguments, peer_arguments
 from benchmarks.peer.materials import make_materials, text_encoders
 from benchmarks.peer.processes import RunFailed, Stamps, run_alone
 from sd3tune.config.sections.model import ModelConfig
+from sd3tune.model.base.progress_bars import no_progress_bars
 from sd3tune.model.base.resolve import resolve_base, shape_of_base
-from sd3tune.model.load.components import no_progress_bars
 
 BASE = "sd3-medium"
 CELL = PeerCell("small", "one-cached", "bf16")  # 512 px, batch 2; for the base in the folder of that name

@@ -32,7 +32,7 @@ from sd3tune.methods import LoraMethod
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.compute.fast import use_fast_path
 from sd3tune.model.load.components import load_scheduler, load_text_encoder, load_transformer
-from sd3tune.runtime.device import ALONE
+from sd3tune.runtime.processes import ALONE
 from sd3tune.training.batches import Batch, Batches
 from sd3tune.training.objective import make_objective
 from sd3tune.training.optim import FlatMaster

@@ -17,9 +17,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 from benchmarks.cells import small_transformer
 from sd3tune.data.sources.metadata import JSONL, write_jsonl
+from sd3tune.model.base.parts import COMMON
+from sd3tune.model.base.progress_bars import no_progress_bars
 from sd3tune.model.base.resolve import resolve_base
-from sd3tune.model.base.single_file_header import COMMON
-from sd3tune.model.load.components import no_progress_bars
 
 PHOTOS = 6
 PHOTO_SIZE = (1024, 768)

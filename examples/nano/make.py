@@ -21,7 +21,7 @@ from examples.nano.assemble import assemble
 from sd3tune.config import load_config
 from sd3tune.files.atomic import write_text
 from sd3tune.model.base.contract import CONTRACT_FILE
-from sd3tune.model.base.folder import MODEL_INDEX
+from sd3tune.model.base.parts import MODEL_INDEX
 
 ROOT = Path(__file__).parents[2]
 CONFIG, LONG_CONFIG = ROOT / "configs" / "nano_base.yaml", ROOT / "configs" / "nano_long.yaml"

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from examples.nano.captions import OWNERS, SLOTS, Caption
+from sd3tune.model.base.progress_bars import no_progress_bars
 from sd3tune.model.base.tokenizers import make
-from sd3tune.model.load.components import no_progress_bars
 
 ENCODERS = {  # name: (folder of its tokenizer, folder of its weights)
     "clip_l": ("tokenizer", "text_encoder"),

@@ -37,7 +37,7 @@ from examples.nano.text_encoders import (
     write_tokenizer,
 )
 from sd3tune.files.atomic import new_folder
-from sd3tune.model.load.components import no_progress_bars
+from sd3tune.model.base.progress_bars import no_progress_bars
 
 CAPTIONS = 60_000
 BATCH_SIZE = 128

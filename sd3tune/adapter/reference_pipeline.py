@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from sd3tune.adapter.file import Adapter
 from sd3tune.adapter.layouts import arrange
 from sd3tune.errors import AdapterError
-from sd3tune.model.base.resolve import ENCODER_PARTS, Base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.parts import ENCODER_PARTS
 from sd3tune.model.load.components import empty_transformer, load_scheduler, load_text_encoder, load_transformer
 
 NAME = "verified"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from sd3tune.adapter.layouts import Pair
-from sd3tune.model.base.single_file_header import CONFIGS, VARIANTS
+from sd3tune.model.base.parts import CONFIGS, VARIANTS
 from sd3tune.model.base.weights import read_json
 
 _IN_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")

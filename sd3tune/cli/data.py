@@ -8,8 +8,6 @@ from typing import Annotated, Optional
 import typer
 
 from sd3tune.cli.arguments import Overrides, print_notes
-from sd3tune.config import load_config, parse_config
-from sd3tune.errors import ConfigError
 from sd3tune.terminal import say
 
 data_app = typer.Typer(help="Look at training data, and convert it.", no_args_is_help=True)
@@ -33,17 +31,10 @@ def check(
     caption: Caption = None,
 ) -> None:
     """Show what would be trained on, and what is wrong with it; exit code 2 when it cannot be trained on."""
-    if what.endswith((".yaml", ".yml")):
-        if caption is not None:
-            raise ConfigError(f"--caption: {what} says what the captions are; leave it out")
-        loaded = load_config(what, overrides or ())
-    else:
-        from sd3tune.commands.data_sources import source_of
+    from sd3tune.commands.data_check import load_data, run_data_check
 
-        loaded = parse_config({"data": {"sources": [source_of(what) | _captioned(caption)]}}, overrides or ())
+    loaded = load_data(what, overrides or (), caption)
     print_notes(loaded.notes)
-    from sd3tune.commands.data_check import run_data_check
-
     run_data_check(loaded.config, sheet)
 
 
@@ -59,12 +50,6 @@ def convert(
 ) -> None:
     """Copy images and captions into another form; the bytes of the images stay as they are."""
     from sd3tune.commands.data_convert import run_data_convert
-    from sd3tune.commands.data_sources import source_of
 
     columns = {"split": split, "image_column": image_column, "caption_column": caption_column}
-    source = source_of(what, **columns) | _captioned(caption)
-    say(run_data_convert(parse_config({"data": {"sources": [source]}}).config.data, to, out))
-
-
-def _captioned(caption: str | None) -> dict[str, str]:
-    return {} if caption is None else {"caption": caption}
+    say(run_data_convert(what, to, out, caption, **columns))

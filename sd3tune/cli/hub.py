@@ -31,6 +31,6 @@ def push(
 ) -> None:
     """Upload a run's adapter, card, pictures and configuration; again, only what is missing or differs."""
     with quick_imports(f"hub push {run}"):
-        from sd3tune.run.upload import run_push
+        from sd3tune.commands.hub_push import run_push
 
     run_push(run, repo_id, thumbnail)

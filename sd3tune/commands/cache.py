@@ -10,7 +10,8 @@ from sd3tune.forecast.fitting import fitted_plan
 from sd3tune.run.encoding import encode
 from sd3tune.run.places import store_folder
 from sd3tune.run.preflight import make_plan
-from sd3tune.runtime.device import closing_process_group, make_accelerator, processes_of
+from sd3tune.runtime.device import make_accelerator
+from sd3tune.runtime.processes import closing_process_group, processes_of
 
 
 def run_cache(config: Config, notes: Sequence[str] = ()) -> None:

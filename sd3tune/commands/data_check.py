@@ -13,15 +13,18 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from sd3tune.config import Config
+from sd3tune.config import Config, load_config, parse_config
+from sd3tune.config.loader import LoadedConfig
 from sd3tune.data.buckets import Size, nearest_bucket
 from sd3tune.data.colour import Reading
 from sd3tune.data.duplicates import near_duplicates, thumbnail
 from sd3tune.data.images import ImageRef, check_header, check_shape, is_smaller, read_picture, reading_warnings
 from sd3tune.data.records import Record, scan_records
-from sd3tune.errors import DataError, ModelError, RunError
+from sd3tune.data.sources.from_path import source_of
+from sd3tune.errors import ConfigError, DataError, ModelError, RunError
 from sd3tune.files.atomic import new_file
-from sd3tune.model.base.resolve import Base, local_base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.resolve import local_base
 from sd3tune.run.buckets import buckets_of, describe_buckets
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.terminal import say
@@ -55,6 +58,18 @@ class _Seen:
     @property
     def size(self) -> Size:
         return self.facts.size
+
+
+def load_data(what: str, overrides: Sequence[str] = (), caption: str | None = None) -> LoadedConfig:
+    """Return the configuration to check: that of a run's YAML file, or of one source, a folder or a dataset.
+
+    `caption` is that of the source's images that have none. Raises ConfigError.
+    """
+    if not what.endswith((".yaml", ".yml")):
+        return parse_config({"data": {"sources": [source_of(what, caption)]}}, overrides)
+    if caption is not None:
+        raise ConfigError(f"--caption: {what} says what the captions are; leave it out")
+    return load_config(what, overrides)
 
 
 def run_data_check(config: Config, sheet: Path) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from sd3tune.config import parse_config
 from sd3tune.config.sections.data import DataConfig
 from sd3tune.data.formats import EXTENSIONS
 from sd3tune.data.images import ImageRef, image_bytes
 from sd3tune.data.records import Record, load_records
+from sd3tune.data.sources.from_path import source_of
 from sd3tune.data.sources.metadata import CSV, JSONL, write_csv, write_jsonl
 from sd3tune.data.sources.rows import Row, write_parquet
 from sd3tune.errors import DataError, RunError
@@ -28,7 +30,13 @@ _LONGEST_NAME = 200
 """Bytes; most file systems take 255."""
 
 
-def run_data_convert(data: DataConfig, form: str, out: Path) -> str:
+def run_data_convert(what: str, form: str, out: Path, caption: str | None = None, **columns: str) -> str:
+    """`convert` one source: a folder of images, a .parquet file, or a dataset with these columns."""
+    config = parse_config({"data": {"sources": [source_of(what, caption, **columns)]}}).config
+    return convert(config.data, form, out)
+
+
+def convert(data: DataConfig, form: str, out: Path) -> str:
     """Write the images and captions of the one source of `data` to `out`; returns a line that says so.
 
     `form` is sidecar, jsonl, csv (folders) or parquet (a file). Raises DataError for what cannot be read or written

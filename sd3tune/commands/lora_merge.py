@@ -20,7 +20,7 @@ from sd3tune.inference.conditions import find_base
 from sd3tune.inference.request import parse_lora
 from sd3tune.model.base.contract import sampling_of
 from sd3tune.model.base.folder import check_parts, write_model
-from sd3tune.model.base.resolve import ENCODERS
+from sd3tune.model.base.parts import ENCODERS
 from sd3tune.model.load.components import empty_transformer, load_transformer, stored_dtype
 from sd3tune.runtime.device import dtype_name
 

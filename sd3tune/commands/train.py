@@ -20,8 +20,10 @@ from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.errors import Interrupted, RunError
 from sd3tune.files.atomic import kept_in_place, write_json, write_text
 from sd3tune.forecast.fitting import fitted_plan
+from sd3tune.forecast.memory import describe_memory
 from sd3tune.model.load.components import vae_config
 from sd3tune.publish.files import CARD
+from sd3tune.run.callbacks.uploads import upload_finished
 from sd3tune.run.callbacks.wiring import Watching
 from sd3tune.run.card import write_card
 from sd3tune.run.contract import (
@@ -32,7 +34,7 @@ from sd3tune.run.contract import (
     run_identity,
     start_facts,
 )
-from sd3tune.run.describe import describe, describe_memory
+from sd3tune.run.describe import describe
 from sd3tune.run.drawing import NEGATIVE_PROMPT
 from sd3tune.run.encoding import Encoded, check_pictures, encode
 from sd3tune.run.folder import (
@@ -43,20 +45,22 @@ from sd3tune.run.folder import (
     locked,
     naming_what_is_saved,
 )
+from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 from sd3tune.run.optimizer import with_working_optimizer
 from sd3tune.run.preflight import Plan, make_plan
 from sd3tune.run.report import closing_report, summary
 from sd3tune.run.setup import load_base, make_trainable
-from sd3tune.run.upload import prepare_upload, push_command, upload_finished
-from sd3tune.runtime.device import ALONE, closing_process_group, make_accelerator, processes_of
+from sd3tune.run.upload import prepare_upload, push_command
+from sd3tune.runtime.device import make_accelerator
 from sd3tune.runtime.environment import sharding_ignored
 from sd3tune.runtime.launch import errors_to_the_launcher
-from sd3tune.runtime.out_of_memory import encoding_knob, explain_oom, loading_knob, training_knob
+from sd3tune.runtime.out_of_memory import explain_oom
+from sd3tune.runtime.processes import ALONE, Processes, closing_process_group, processes_of
 from sd3tune.runtime.signals import StopSignals
 from sd3tune.training.ahead import looking_ahead
 from sd3tune.training.batches import Batches, Dropout, LatentScaling
 from sd3tune.training.checkpoint import list_checkpoints, restore
-from sd3tune.training.loop import Callback, Processes, exported_weights, train
+from sd3tune.training.loop import Callback, exported_weights, train
 from sd3tune.training.metrics import Metrics
 from sd3tune.training.objective import make_objective, shift_at, sigma_of_u
 from sd3tune.training.optim import FlatMaster, LossScale

@@ -22,7 +22,8 @@ from sd3tune.encode.report import (
     damage_warnings,
 )
 from sd3tune.encode.resources import check_room, is_mine, release
-from sd3tune.model.base.resolve import ENCODER_PARTS, ENCODERS, Base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.parts import ENCODER_PARTS, ENCODERS
 from sd3tune.model.load.quantized import load_text_encoder_in
 from sd3tune.model.load.text import TextEncoder
 

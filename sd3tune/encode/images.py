@@ -22,7 +22,7 @@ from sd3tune.encode.manifest import ImageFacts, Manifest
 from sd3tune.encode.report import IMAGE_CHANGED, IMAGE_SETTING_CHANGED, LOST, NEW, EncodeReport, damage_warnings
 from sd3tune.encode.resources import check_room, is_mine, release
 from sd3tune.errors import DataError
-from sd3tune.model.base.resolve import Base
+from sd3tune.model.base.base import Base
 from sd3tune.model.load.components import load_vae
 from sd3tune.model.load.latents import encode_moments
 

@@ -23,7 +23,7 @@ from sd3tune.errors import ConfigError
 from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, Outlook, forecast
 from sd3tune.run.buckets import bucket_of
 from sd3tune.run.preflight import Plan
-from sd3tune.training.loop import Processes
+from sd3tune.runtime.processes import Processes
 
 KEY = "train.memory"
 

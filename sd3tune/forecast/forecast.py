@@ -25,7 +25,8 @@ from sd3tune.forecast.rehearsal import (
     rehearse_vae,
 )
 from sd3tune.methods import METHODS, Method
-from sd3tune.model.base.resolve import Base, shape_of_base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.resolve import shape_of_base
 from sd3tune.model.load.components import empty_transformer
 from sd3tune.run.buckets import bucket_of, buckets_of
 from sd3tune.run.encoding import texts_to_encode

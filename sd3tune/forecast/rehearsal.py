@@ -20,8 +20,9 @@ from sd3tune.encode.captions import CLIP_LENGTH
 from sd3tune.forecast.footprint import Footprint, Saved, bytes_of, peak_of, tensors_of
 from sd3tune.forecast.thinning import Parts, Thinned, thin_out
 from sd3tune.methods import Method
-from sd3tune.model.base.resolve import ENCODER_PARTS, Base
-from sd3tune.model.compute.hoist import Modulation, row_bytes
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.parts import ENCODER_PARTS
+from sd3tune.model.compute.hoist import Modulation, hoist, row_bytes
 from sd3tune.model.load.components import empty_transformer, load_vae, text_encoder_shape
 from sd3tune.model.load.latents import decode
 from sd3tune.model.load.quantized import load_transformer_in, quantize, statistics
@@ -213,8 +214,8 @@ def rehearse_training(
 def _load(
     config: Config, base: Base, method: Method, dtype: torch.dtype, whole: SD3Transformer2DModel
 ) -> SD3Transformer2DModel:
-    hoisted = hoists(config, method.select(whole))
-    return load_transformer_in(config.model.quantize, base, dtype, META, hoisted)
+    prepare = hoist if hoists(config, method.select(whole)) else None
+    return load_transformer_in(config.model.quantize, base, dtype, META, prepare)
 
 
 def _frozen(model: nn.Module) -> list[Tensor]:

@@ -13,9 +13,10 @@ from sd3tune.config import ModelConfig, load_config
 from sd3tune.config.run_folder import read_run_file
 from sd3tune.errors import AdapterError, ConfigError
 from sd3tune.inference.request import Memory, Request
+from sd3tune.model.base.base import Base
 from sd3tune.model.base.contract import sampling_of, starting_offset
-from sd3tune.model.base.resolve import ENCODER_PARTS, ENCODERS, Base, configured_base
-from sd3tune.model.base.single_file_header import LABELS
+from sd3tune.model.base.parts import ENCODER_PARTS, ENCODERS, LABELS
+from sd3tune.model.base.resolve import configured_base
 from sd3tune.model.load.quantized import missing_library
 from sd3tune.terminal import say
 

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from sd3tune.adapter.file import attach, read_adapter
 from sd3tune.inference.image_request import Texts
 from sd3tune.inference.prompts import encode_prompts
-from sd3tune.model.base.resolve import ENCODERS, resolve_base
+from sd3tune.model.base.parts import ENCODERS
+from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_scheduler, load_transformer, load_vae
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, sample_latents, to_image
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sd3tune.encode.resources import release
 from sd3tune.inference.image_request import Texts
-from sd3tune.model.base.resolve import Base
+from sd3tune.model.base.base import Base
 from sd3tune.model.load.components import empty_transformer
 from sd3tune.model.load.quantized import load_text_encoder_in
 from sd3tune.model.load.text import assemble

@@ -18,9 +18,9 @@ from sd3tune.files.regular import sha256_of
 from sd3tune.files.tensors import tensors_sha256
 from sd3tune.inference.recipes import read_recipe
 from sd3tune.inference.request import Request, parse_lora
+from sd3tune.model.base.base import Base
 from sd3tune.model.base.contract import Part, check_part
 from sd3tune.model.base.offline import offline_kind
-from sd3tune.model.base.resolve import Base
 from sd3tune.terminal import say
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)

@@ -21,7 +21,8 @@ from sd3tune.inference.image_request import Shot, Texts, batched, texts_of
 from sd3tune.inference.prompts import encode_prompts
 from sd3tune.inference.request import IN_FULL, Memory
 from sd3tune.inference.start_images import fitted
-from sd3tune.model.compute.hoist import is_modulation
+from sd3tune.model.base.parts import is_modulation
+from sd3tune.model.compute.hoist import hoist
 from sd3tune.model.load.components import load_scheduler, load_vae
 from sd3tune.model.load.latents import encode_moments
 from sd3tune.model.load.quantized import load_transformer_in
@@ -193,7 +194,8 @@ def _transformer(studio: Studio, shots: Sequence[Shot]) -> SD3Transformer2DModel
     where = studio.rest if form == "none" else studio.device  # on which layers are rounded
     trained = [module for adapter in studio.adapters for module in adapter.factors]
     hoisted = form != "none" and not studio.memory.compiled and not any(map(is_modulation, trained))
-    transformer = load_transformer_in(form, studio.conditions.base, studio.dtype, where, hoisted)
+    prepare = hoist if hoisted else None
+    transformer = load_transformer_in(form, studio.conditions.base, studio.dtype, where, prepare)
     nn.Module.to(transformer, studio.rest)
     for number, adapter in enumerate(studio.adapters):
         counted = attach(transformer, adapter, _adapter_name(number))

@@ -8,7 +8,7 @@ from sd3tune.config.schema import Config
 from sd3tune.methods.base import Method
 from sd3tune.methods.full import FullMethod
 from sd3tune.methods.lora import LoraMethod
-from sd3tune.model.base.resolve import Base
+from sd3tune.model.base.base import Base
 
 METHODS: dict[str, Callable[[Config, Base], Method]] = {
     "lora": lambda config, base: LoraMethod(config),

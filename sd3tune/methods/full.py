@@ -17,8 +17,9 @@ from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.config.sections.method import FullConfig
 from sd3tune.methods.base import Product, Weights
 from sd3tune.methods.stored_text import StoredText
-from sd3tune.model.base.folder import INDEX_FILE, check_parts, write_model
-from sd3tune.model.base.resolve import Base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.folder import check_parts, write_model
+from sd3tune.model.base.parts import INDEX_FILE
 from sd3tune.model.compute.fast import plain_path
 from sd3tune.model.load.components import load_scheduler, load_transformer
 from sd3tune.model.lora.targets import ELSEWHERE, CoverageRow, block_of

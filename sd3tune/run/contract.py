@@ -15,8 +15,8 @@ from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.data.store import key
 from sd3tune.errors import ConfigError, RunError
-from sd3tune.model.base.resolve import ENCODER_PARTS
-from sd3tune.model.base.single_file_header import VARIANTS, released_shape
+from sd3tune.model.base.parts import ENCODER_PARTS, VARIANTS
+from sd3tune.model.base.single_file_header import released_shape
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.device import dtype_name, gpu_of, versions

@@ -11,11 +11,8 @@ import torch
 from sd3tune.adapter.modelspec import describe_tags, tag_frequency
 from sd3tune.config import Config
 from sd3tune.config.sections.data import OwnPredictionConfig
-from sd3tune.config.sections.outputs import PreviewConfig
 from sd3tune.data.buckets import Size, size_name
 from sd3tune.data.sampler import times_seen
-from sd3tune.encode.report import megabytes
-from sd3tune.forecast.rehearsal import rehearse_training
 from sd3tune.model.base.contract import spread_without_offset
 from sd3tune.model.lora.targets import CoverageRow
 from sd3tune.run.buckets import bucket_of, describe_buckets
@@ -53,14 +50,6 @@ def describe(plan: Plan, world: int) -> list[str]:
         *(f"          {_covered(row)}" for row in plan.coverage),
         f"run       {plan.run}",
     ]
-
-
-def describe_memory(plan: Plan) -> str:
-    """What training is expected to take, in a line; previews and encoding are left to `sd3tune plan`."""
-    silent = plan.config.model_copy(update={"preview": PreviewConfig()})
-    largest = max((bucket_of(record, plan.buckets) for record in plan.records), key=lambda size: size[0] * size[1])
-    training = rehearse_training(silent, plan.base, plan.method, largest, plan.dtype)
-    return f"memory    about {megabytes(training.peak)} while training (`sd3tune plan` shows the rest)"
 
 
 def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:

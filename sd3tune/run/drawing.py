@@ -14,9 +14,9 @@ from sd3tune.files.atomic import new_file, remove_stale
 from sd3tune.model.load.components import load_scheduler, load_vae
 from sd3tune.run.preflight import Plan
 from sd3tune.run.setup import load_base
+from sd3tune.runtime.processes import Processes
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
 from sd3tune.terminal import say_above_bars
-from sd3tune.training.loop import Processes
 
 NEGATIVE_PROMPT = ""
 """The unconditional prompt, and a dropped caption: the empty string's encoding, never zeros."""

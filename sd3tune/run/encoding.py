@@ -20,9 +20,9 @@ from sd3tune.encode.report import EncodeReport
 from sd3tune.run.drawing import NEGATIVE_PROMPT, draw_class_images
 from sd3tune.run.places import store_folder
 from sd3tune.run.preflight import Plan
+from sd3tune.runtime.processes import Processes
 from sd3tune.training.batches import T5Lengths
 from sd3tune.training.examples import ClassImages, Example, OwnPrediction, Prior
-from sd3tune.training.loop import Processes
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig
 from sd3tune.run.preflight import Plan
-from sd3tune.training.loop import Processes
+from sd3tune.runtime.processes import Processes
 from sd3tune.training.optimizers import OPTIMIZERS
 
 PROBED = 1000

@@ -21,7 +21,8 @@ from sd3tune.data.records import Record, load_records
 from sd3tune.data.seeds import derive
 from sd3tune.errors import ConfigError, DataError, RunError, UserError
 from sd3tune.methods import METHODS, Method
-from sd3tune.model.base.resolve import Base, configured_base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.resolve import configured_base
 from sd3tune.model.load.components import empty_transformer, load_scheduler
 from sd3tune.model.load.quantized import missing_library
 from sd3tune.model.lora.targets import CoverageRow

@@ -19,7 +19,7 @@ from sd3tune.data.seeds import derive
 from sd3tune.data.sources.folder import images_in
 from sd3tune.data.store import key
 from sd3tune.errors import DataError
-from sd3tune.model.base.resolve import Base
+from sd3tune.model.base.base import Base
 from sd3tune.run.places import class_image_folder
 
 _DRAWN = re.compile(r"class-[0-9a-f]{8}-\d+x\d+-\d{4,}\.png")

@@ -10,17 +10,18 @@ from torch import nn
 from sd3tune.config import Config
 from sd3tune.data.sampler import generator
 from sd3tune.methods import Method
+from sd3tune.model.base.parts import is_modulation
 from sd3tune.model.compute.checkpointing import checkpoint_blocks
 from sd3tune.model.compute.fast import use_fast_path
-from sd3tune.model.compute.hoist import is_modulation
+from sd3tune.model.compute.hoist import hoist
 from sd3tune.model.load.quantized import load_transformer_in
 from sd3tune.run.preflight import Plan
 
 
 def load_base(plan: Plan) -> SD3Transformer2DModel:
     """The frozen transformer on its device, held as the configuration says."""
-    hoisted = hoists(plan.config, plan.modules)
-    return load_transformer_in(plan.config.model.quantize, plan.base, plan.dtype, plan.device, hoisted)
+    prepare = hoist if hoists(plan.config, plan.modules) else None
+    return load_transformer_in(plan.config.model.quantize, plan.base, plan.dtype, plan.device, prepare)
 
 
 def hoists(config: Config, modules: Sequence[str]) -> bool:

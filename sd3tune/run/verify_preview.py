@@ -17,7 +17,7 @@ from sd3tune.adapter.reference_pipeline import drawing_pipeline, load_into, text
 from sd3tune.config.run_folder import read_run_file
 from sd3tune.encode.resources import release
 from sd3tune.errors import AdapterError, RunError
-from sd3tune.model.base.resolve import Base
+from sd3tune.model.base.base import Base
 from sd3tune.model.load.components import load_vae
 from sd3tune.run.previews import Preview, previews_of, run_of, step_of
 from sd3tune.runtime.device import choose_dtype, dtype_name, gpu_of

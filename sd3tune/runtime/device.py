@@ -1,11 +1,9 @@
-"""The device, the precision and the processes of a run, from accelerate."""
+"""The device and the precision of a run, from accelerate."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -16,10 +14,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from sd3tune import __version__
 from sd3tune.errors import RunError
 from sd3tune.runtime.environment import gpu_asked_for, launch_problems, no_gpu, sharding_problems
-from sd3tune.training.loop import Processes
 
-ALONE = Processes(0, 1, lambda tensor: tensor, lambda tensor: tensor[None], lambda: None)
-"""A single process: none of the collective operations does anything."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
@@ -52,19 +47,6 @@ def make_accelerator(accumulation: int = 1) -> Accelerator:
             "on the CPU start them with --num-processes"
         )
     return accelerator
-
-
-def processes_of(accelerator: Accelerator) -> Processes:
-    """The collective operations that training needs."""
-    if accelerator.num_processes == 1:
-        return ALONE
-    return Processes(
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        reduce_mean=lambda tensor: accelerator.reduce(tensor, reduction="mean"),
-        gather=lambda tensor: accelerator.gather(tensor[None]),
-        wait=accelerator.wait_for_everyone,
-    )
 
 
 @dataclass(frozen=True)
@@ -100,13 +82,3 @@ def dtype_name(dtype: torch.dtype) -> str:
 def versions() -> dict[str, str]:
     found = {"sd3tune": __version__, "python": platform.python_version()}
     return found | {name: metadata.version(name) for name in LIBRARIES}
-
-
-@contextlib.contextmanager
-def closing_process_group() -> Iterator[None]:
-    """Leave the process group at the end, which torch warns about otherwise."""
-    try:
-        yield
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from sd3tune.config.schema import Config
 from sd3tune.errors import RunError
 from sd3tune.methods import Method
+from sd3tune.runtime.processes import Processes
 from sd3tune.training.batches import Batches
 from sd3tune.training.checkpoint import prune, save_checkpoint
 from sd3tune.training.metrics import Line, Metrics
@@ -39,22 +40,6 @@ class Callback(Protocol):
     """Called on every rank before the first step of an attempt and after each step; it changes nothing of the run."""
 
     def __call__(self, view: View) -> None: ...
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that train together; with one of them, both functions return what they are given."""
-
-    rank: int
-    world: int
-    reduce_mean: Callable[[Tensor], Tensor]
-    gather: Callable[[Tensor], Tensor]
-    """[...] of each rank -> [world, ...]."""
-    wait: Callable[[], None]
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def train(

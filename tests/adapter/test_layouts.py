@@ -21,8 +21,8 @@ from sd3tune.commands.lora_verify import verify_lora
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError
 from sd3tune.methods.start_from import check_start
+from sd3tune.model.base.parts import CONFIGS
 from sd3tune.model.base.resolve import resolve_base
-from sd3tune.model.base.single_file_header import CONFIGS
 from sd3tune.model.base.weights import read_json
 from sd3tune.model.load.components import empty_transformer, load_transformer
 

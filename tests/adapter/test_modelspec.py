@@ -17,8 +17,9 @@ from sd3tune.adapter.modelspec import ARCHITECTURES, describe_tags, shown_metada
 from sd3tune.commands.lora_convert import convert_lora
 from sd3tune.commands.lora_inspect import inspect_lora
 from sd3tune.commands.train import run_training
+from sd3tune.model.base.parts import CONFIGS, VARIANTS
 from sd3tune.model.base.resolve import resolve_base
-from sd3tune.model.base.single_file_header import CONFIGS, VARIANTS, released_shape
+from sd3tune.model.base.single_file_header import released_shape
 from sd3tune.model.base.weights import read_json
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"

@@ -23,7 +23,8 @@ from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
 from sd3tune.errors import AdapterError, ModelError, UserError
 from sd3tune.inference.conditions import Request, settle_conditions
-from sd3tune.model.base.resolve import ENCODERS, resolve_base
+from sd3tune.model.base.parts import ENCODERS
+from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.base.weights import tensor_headers
 
 SIZE = {"steps": 2, "guidance": 3.0, "size": (64, 64), "before": False}

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sd3tune.model.base.resolve import Base, resolve_base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.resolve import resolve_base
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from sd3tune.data.store import Store
 from sd3tune.encode import captions, resources
 from sd3tune.encode.captions import encode_captions
 from sd3tune.errors import RunError
-from sd3tune.model.base.resolve import ENCODERS
+from sd3tune.model.base.parts import ENCODERS
 from sd3tune.model.load.components import load_pipeline, transformer_config
 from sd3tune.model.load.text import TextEncoder, assemble
 

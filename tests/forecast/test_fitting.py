@@ -14,7 +14,7 @@ from sd3tune.errors import ConfigError
 from sd3tune.forecast.fitting import fit, fitted_plan, room_of, ways
 from sd3tune.forecast.forecast import CONTEXT, MARGIN, forecast, look_ahead
 from sd3tune.run.preflight import make_plan
-from sd3tune.runtime.device import ALONE
+from sd3tune.runtime.processes import ALONE
 
 
 def room_for(peak: int) -> int:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from sd3tune.model.base.resolve import Base, resolve_base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.base.single_file_header import released_shape
 from sd3tune.model.base.weights import weight_files
 from sd3tune.model.load.components import empty_transformer, load_scheduler, load_vae, text_encoder_shape

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from sd3tune.model.base.resolve import ENCODERS, resolve_base
+from sd3tune.model.base.parts import ENCODERS
+from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.base.single_file_header import read_encoder
 from sd3tune.model.load.components import empty_transformer, load_vae
 from tests.fuzz.door import damaged, try_door

@@ -12,7 +12,8 @@ from torch import Tensor
 from sd3tune.data.sampler import generator
 from sd3tune.errors import ModelError, RunError
 from sd3tune.methods import METHODS, FullMethod, full
-from sd3tune.model.base.resolve import Base, configured_base, resolve_base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.resolve import configured_base, resolve_base
 from sd3tune.model.compute.fast import use_fast_path
 from sd3tune.model.load.components import empty_transformer, load_transformer
 from sd3tune.training.optim import FlatMaster

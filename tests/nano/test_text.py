@@ -15,7 +15,7 @@ from examples.nano.captions import OWNERS, SLOTS, Caption, freely, plainly, rand
 from examples.nano.probe_text_encoders import exams_of, probe, table
 from examples.nano.text_encoders import CLIP_LENGTH, ENCODERS, OWN, T5_LENGTH, load_tokenizer, tokenize, write_tokenizer
 from examples.nano.train_text_encoders import make_encoder
-from sd3tune.model.base.resolve import Base
+from sd3tune.model.base.base import Base
 from sd3tune.model.load.components import load_text_encoder
 from sd3tune.model.load.text import assemble
 from sd3tune.nano.world import Scene, Thing, held_out, parse, random_scene

@@ -17,7 +17,7 @@ from sd3tune.errors import RunError, UserError
 from sd3tune.run.describe import describe
 from sd3tune.run.encoding import encode
 from sd3tune.run.preflight import make_plan
-from sd3tune.runtime.device import ALONE
+from sd3tune.runtime.processes import ALONE
 from sd3tune.training.loop import View
 
 CPU = torch.device("cpu")

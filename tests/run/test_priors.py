@@ -19,8 +19,7 @@ from sd3tune.run.describe import describe
 from sd3tune.run.encoding import encode
 from sd3tune.run.preflight import make_plan
 from sd3tune.run.priors import shares
-from sd3tune.runtime.device import ALONE
-from sd3tune.training.loop import Processes
+from sd3tune.runtime.processes import ALONE, Processes
 
 PRIOR = "{{prompt: a toy, images: {images}, steps: 2, guidance: 3, weight: {weight}, path: {path}}}"
 

@@ -23,7 +23,7 @@ from sd3tune.model.lora.layers import block_norms
 from sd3tune.run.encoding import encode
 from sd3tune.run.preflight import Plan, make_plan
 from sd3tune.run.report import FIXED_SIGMAS, closing_report, infer_command, summary
-from sd3tune.runtime.device import ALONE
+from sd3tune.runtime.processes import ALONE
 from sd3tune.training.batches import Batch, Batches
 
 RANK, ALPHA = 2, 3.0

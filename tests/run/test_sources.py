@@ -15,12 +15,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from sd3tune.adapter.file import read_adapter
-from sd3tune.commands.data_convert import run_data_convert
-from sd3tune.commands.data_sources import source_of
+from sd3tune.commands.data_convert import convert as convert_data
 from sd3tune.commands.train import run_training
 from sd3tune.config import parse_config
 from sd3tune.data.images import image_bytes
 from sd3tune.data.records import load_records
+from sd3tune.data.sources.from_path import source_of
 from sd3tune.data.sources.rows import write_parquet
 from sd3tune.data.store import Store
 from sd3tune.errors import RunError
@@ -31,7 +31,7 @@ FASHION = Path(__file__).resolve().parents[3] / "shared" / "data" / "fashion_mni
 
 def convert(what: Path, form: str, out: Path) -> Path:
     data = parse_config({"data": {"sources": [source_of(str(what))]}}).config.data
-    run_data_convert(data, form, out)
+    convert_data(data, form, out)
     return out
 
 

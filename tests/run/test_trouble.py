@@ -15,9 +15,10 @@ from sd3tune.commands.train import run_training
 from sd3tune.config import dump_config
 from sd3tune.errors import RunError
 from sd3tune.run.encoding import encode
+from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 from sd3tune.run.preflight import make_plan
-from sd3tune.runtime.device import ALONE
-from sd3tune.runtime.out_of_memory import encoding_knob, is_out_of_memory, loading_knob, training_knob
+from sd3tune.runtime.out_of_memory import is_out_of_memory
+from sd3tune.runtime.processes import ALONE
 
 
 @pytest.fixture

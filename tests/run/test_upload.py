@@ -22,6 +22,7 @@ from safetensors.torch import load, load_file, save, save_file
 
 from sd3tune.adapter.hub import load_adapter
 from sd3tune.cli.main import app
+from sd3tune.commands.hub_push import run_push
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
@@ -31,7 +32,6 @@ from sd3tune.inference.conditions import Request
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.publish import repository
 from sd3tune.run import upload as uploading
-from sd3tune.run.upload import run_push
 from sd3tune.training.loop import View
 from tests.upload_hub import CUT, CUT_AFTER, READER, WRITER, UploadHub, upload_hub
 

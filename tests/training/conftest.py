@@ -16,7 +16,7 @@ from sd3tune.methods import Method
 from sd3tune.model.load.components import load_transformer
 from sd3tune.run.encoding import Encoded, encode
 from sd3tune.run.preflight import Plan, make_plan
-from sd3tune.runtime.device import ALONE
+from sd3tune.runtime.processes import ALONE
 from sd3tune.training.batches import Batches
 from sd3tune.training.objective import Objective, make_objective
 from sd3tune.training.optim import FlatMaster

@@ -15,23 +15,11 @@ from torch import Tensor
 
 from sd3tune.errors import ModelError, RunError
 from sd3tune.files.atomic import new_folder
+from sd3tune.model.base.base import Base
 from sd3tune.model.base.contract import CONTRACT_FILE, CONTRACT_VERSION
-from sd3tune.model.base.resolve import Base
+from sd3tune.model.base.parts import INDEX_FILE, MODEL_INDEX
 from sd3tune.model.base.weights import read_json
 
-INDEX_FILE = "model_index.json"
-MODEL_INDEX = {
-    "_class_name": "StableDiffusion3Pipeline",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "text_encoder_3": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "tokenizer_3": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", "SD3Transformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
 _T5 = ("text_encoder_3", "tokenizer_3")
 
 

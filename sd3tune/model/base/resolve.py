@@ -5,243 +5,22 @@ Nothing here imports torch, so that a misspelt or gated base is reported at once
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ModelError
-from sd3tune.model.base.contract import CONTRACT_FILE, check_contract, starting_offset
+from sd3tune.model.base.base import Base, RandomTransformer
+from sd3tune.model.base.contract import CONTRACT_FILE
 from sd3tune.model.base.hub import cached, download
 from sd3tune.model.base.offline import offline_folder, offline_kind
-from sd3tune.model.base.part_configs import check_config
+from sd3tune.model.base.parts import COMMON, CONFIGS, VARIANTS
 from sd3tune.model.base.shape import new_shape
-from sd3tune.model.base.single_file_header import (
-    COMMON,
-    CONFIGS,
-    LABELS,
-    VARIANTS,
-    FilePart,
-    misfits,
-    read_checkpoint,
-    read_encoder,
-)
+from sd3tune.model.base.single_file_header import read_checkpoint
 from sd3tune.model.base.suggestions import suggesting_released, suggestion
-from sd3tune.model.base.weights import PICKLED, digest, read_json, refuse_adapter, weight_files
-
-ENCODERS = ("clip_l", "clip_g", "t5")
-ENCODER_PARTS = {
-    "clip_l": ("tokenizer", "text_encoder"),
-    "clip_g": ("tokenizer_2", "text_encoder_2"),
-    "t5": ("tokenizer_3", "text_encoder_3"),
-}
-_CONFIG_FILES = {
-    "transformer": "config.json",
-    "vae": "config.json",
-    "text_encoder": "config.json",
-    "text_encoder_2": "config.json",
-    "text_encoder_3": "config.json",
-    "tokenizer": "tokenizer_config.json",
-    "tokenizer_2": "tokenizer_config.json",
-    "tokenizer_3": "tokenizer_config.json",
-    "scheduler": "scheduler_config.json",
-}
-_TEXT_FILES = ("*.json", "*.txt", "*.model")
-_ENCODER_OF = {encoder_part: encoder for encoder, (_, encoder_part) in ENCODER_PARTS.items()}
-
-_RANDOM_RECIPE = 1  # raise it whenever `random_weights.py` would draw others
-
-
-@dataclass(frozen=True)
-class RandomTransformer:
-    """New weights in place of a base's own."""
-
-    config: Mapping[str, Any]
-    """As diffusers' `config.json` would say it."""
-    seed: int
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base model whose root is known; the parts of a Hub base are downloaded when asked for."""
-
-    name: str
-    """What the user wrote."""
-    kind: Literal["tiny", "nano", "folder", "hub", "file"]
-    path: Path
-    """The root of the diffusers folder (for a Hub base, the snapshot in the Hub's own cache), or the single file."""
-    revision: str | None = None
-    """The resolved commit of a Hub base."""
-    encoder_files: Mapping[str, Path] = field(default_factory=dict)
-    """Encoder (`clip_l`, `clip_g`, `t5`) -> the file to take instead of the base's own."""
-    tokenizers: str | None = None
-    """A folder or Hub id to take the tokenizers from instead."""
-    random: RandomTransformer | None = None
-    """The transformer to be trained from scratch; the base gives all else."""
-
-    @property
-    def label(self) -> str:
-        """The base's name for other people: of a path on this machine only the last part."""
-        return self.path.name if self.kind in ("folder", "file") else self.name
-
-    @property
-    def variant(self) -> str | None:
-        """Of a single file: which released model (see `checkpoint.VARIANTS`) it has the shape of."""
-        return read_checkpoint(self.path).variant if self.kind == "file" else None
-
-    @property
-    def distilled(self) -> bool:
-        """Whether a name in or of the base says that it is a Turbo model; weights do not tell."""
-        if self.random:
-            return False
-        names = [self.label]
-        for file in ("model_index.json", "transformer/config.json") if self.kind != "file" else ():
-            if (self.path / file).is_file():
-                names.append(str(read_json(self.path / file).get("_name_or_path", "")))
-        return any(re.search(r"turbo", name, re.IGNORECASE) for name in names)
-
-    def in_file(self, part: str) -> FilePart | None:
-        """Where in a single file the weights of a part are; None when `folder` has them."""
-        encoder = _ENCODER_OF.get(part)
-        if encoder is not None and encoder in self.encoder_files:
-            return read_encoder(self.encoder_files[encoder], encoder)
-        if self.kind != "file" or not _has_weights(part):
-            return None
-        parts = read_checkpoint(self.path).parts
-        found = parts.get(encoder or part)
-        if found is None:
-            without = ", or do without T5 (model.t5=false)" if encoder == "t5" else ""
-            raise ModelError(
-                f"{self.name}: {LABELS[str(encoder)]} is not in this file: "
-                f"name the file that holds it in model.text_encoders.{encoder} (for infer: in a --config YAML){without}"
-            )
-        return found
-
-    def folder(self, part: str, weights: bool = True) -> Path:
-        """The folder of one part (`transformer`, `vae`, `tokenizer_3`, ...), complete on the disk.
-
-        `weights=False` asks for the small text files only. Raises ModelError when the part is missing, or has
-        pickled weights only (loading a pickle can run any code, so it is never done).
-        """
-        if part not in _CONFIG_FILES:
-            raise ValueError(f"unknown part {part!r}; one of {', '.join(_CONFIG_FILES)}")
-        if part.startswith("tokenizer") and (self.tokenizers or self.kind == "file"):
-            return self._tokenizer(part)
-        if self.kind == "file":
-            return COMMON / part
-        if self.kind == "hub":
-            # Called even when the files seem to be there: an interrupted download may lack some of them.
-            heavy = weights and _has_weights(part) and not _are_weights_there(self.path / part)
-            download(self.name, self.revision, _hub_patterns(part, weights), progress=heavy)
-        folder = self.path / part
-        if not (folder / _CONFIG_FILES[part]).is_file():
-            way_out = "model.t5=false does without T5" if part.endswith("_3") else "get the whole model again"
-            raise ModelError(f"{self.name}: no {part}/{_CONFIG_FILES[part]} in {self.path}: {way_out}")
-        refuse_adapter(folder)
-        if weights and _has_weights(part):
-            weight_files(folder)
-        return folder
-
-    def config(self, part: str) -> dict[str, Any]:
-        """The checked configuration of a part that has one; no weights are read or downloaded. Raises ModelError."""
-        if part == "transformer" and self.random:
-            return dict(self.random.config)
-        found = self.in_file(part)
-        if found:
-            check_config(f"{found.file}: the shapes of its tensors", part, found.config)
-            return dict(found.config)
-        file = self.folder(part, weights=False) / _CONFIG_FILES[part]
-        config = read_json(file)
-        check_config(str(file), part, config)
-        return config
-
-    @property
-    def ignores_projection(self) -> bool:
-        """Whether CLIP-L comes from a file with a `text_projection` that Stable Diffusion 3 does not use."""
-        found = self.in_file(ENCODER_PARTS["clip_l"][1])
-        return bool(found and found.unused)
-
-    def fingerprint(self, part: str, uses_all: bool = False) -> str:
-        """A hex digest of the content of the part that is used (see `weights.digest`), wherever it lies.
-
-        It covers the config and the tensors, or the text files of a part that has no weights. `uses_all` gives the
-        digest of versions that knew nothing of `FilePart.unused`.
-        """
-        if part == "transformer" and self.random:
-            drawn = {"recipe": _RANDOM_RECIPE, "seed": self.random.seed, "config": dict(self.random.config)}
-            return digest([("random", json.dumps(drawn, sort_keys=True).encode())])
-        found = self.in_file(part)
-        if found is not None:
-            described = [("config.json", json.dumps(found.config, sort_keys=True).encode())]
-            if found.unused and not uses_all:
-                described.append(("unused", json.dumps(sorted(found.unused)).encode()))
-            return digest(described, [(found.file, found.prefix)])
-        folder = self.folder(part)
-        if not _has_weights(part):
-            texts = sorted(path for pattern in _TEXT_FILES for path in folder.glob(pattern))
-            return digest((path.name, path.read_bytes()) for path in texts)
-        config_file = folder / _CONFIG_FILES[part]
-        return digest([(config_file.name, config_file.read_bytes())], [(file, "") for file in weight_files(folder)])
-
-    @property
-    def contract(self) -> dict[str, Any]:
-        """How a model that sd3tune wrote wants its prompts (see `model.contract`); empty for any other."""
-        file = self.path / CONTRACT_FILE
-        if self.kind == "file" or not file.is_file():
-            return {}
-        contract = read_json(file)
-        check_contract(str(file), contract, ModelError)
-        return contract
-
-    @property
-    def noise_offset(self) -> float:
-        """The offset that the starting noise of its own pictures has; see `sampler.add_offset`."""
-        return 0.0 if self.random else starting_offset(self.contract)
-
-    def check_encoders(self, encoders: Iterable[str]) -> None:
-        """Look into every file that was named for them and compare it with the base; no tensor is read.
-
-        Raises ModelError with every problem. A folder's or Hub base's own encoders are left for loading to check.
-        """
-        if self.kind != "file" and not self.encoder_files and not self.tokenizers:
-            return
-        problems: list[str] = []
-        found: dict[str, FilePart] = {}
-        for encoder in encoders:
-            part = ENCODER_PARTS[encoder][1]
-            try:
-                found[encoder] = self.in_file(part) or FilePart(self.path / part, "", self.config(part))
-            except ModelError as error:
-                problems += error.problems
-        problems += misfits(found, self.config("transformer"))
-        try:
-            for encoder in encoders:
-                self.folder(ENCODER_PARTS[encoder][0])
-        except ModelError as error:
-            problems += error.problems
-        if problems:
-            raise ModelError(*problems)
-
-    def _tokenizer(self, part: str) -> Path:
-        source = self.tokenizers or VARIANTS.get(str(self.variant))
-        wanted = "model.tokenizers: a folder that holds tokenizer, tokenizer_2 and tokenizer_3, or such a Hub id"
-        if source is None:
-            raise ModelError(f"{self.name}: a single file holds no tokenizers, and its shape is unknown; give {wanted}")
-        try:
-            if offline_kind(source) is not None:
-                root = offline_folder(source)
-            elif Path(source).expanduser().is_dir():
-                root = Path(source).expanduser()
-            else:
-                root = download(source, None, _hub_patterns(part, weights=False))
-        except ModelError as error:
-            raise ModelError(f"tokenizers: {error.problems[0]}; or give {wanted}") from None
-        if not (root / part / _CONFIG_FILES[part]).is_file():
-            raise ModelError(f"tokenizers: {source}: no {part}/{_CONFIG_FILES[part]}; give {wanted}")
-        return root / part
+from sd3tune.model.base.weights import PICKLED, read_json
 
 
 @dataclass(frozen=True)
@@ -320,17 +99,6 @@ def local_base(model: ModelConfig) -> Base | None:
     return None if snapshot is None else Base(model.base, "folder", snapshot)
 
 
-def _has_weights(part: str) -> bool:
-    return _CONFIG_FILES[part] == "config.json"
-
-
-def _are_weights_there(folder: Path) -> bool:
-    try:
-        return bool(weight_files(folder))
-    except (ModelError, OSError):
-        return False
-
-
 def _check_model_index(folder: Path, name: str) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
@@ -340,12 +108,3 @@ def _check_model_index(folder: Path, name: str) -> None:
     pipeline = str(read_json(index).get("_class_name"))
     if not pipeline.startswith("StableDiffusion3"):
         raise ModelError(f"{name}: a {pipeline}, not a Stable Diffusion 3 or 3.5 model")
-
-
-def _hub_patterns(part: str, weights: bool) -> list[str]:
-    if not _has_weights(part):
-        return [f"{part}/{pattern}" for pattern in _TEXT_FILES]
-    config = [f"{part}/{_CONFIG_FILES[part]}"]
-    stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-    plain = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")  # no variants such as fp16's
-    return config + [f"{part}/{stem}{ending}" for ending in plain] if weights else config

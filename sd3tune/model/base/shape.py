@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sd3tune.config.sections.model import TransformerConfig
 from sd3tune.errors import ConfigError, ModelError
-
-if TYPE_CHECKING:
-    from sd3tune.model.base.resolve import Base
+from sd3tune.model.base.base import Base
 
 _USUAL: dict[str, Any] = {"patch_size": 2, "qk_norm": None, "dual_attention_layers": []}
 _NEEDED = (

@@ -15,25 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.errors import ModelError
+from sd3tune.model.base.parts import COMMON, CONFIGS, ENCODER_PARTS, LABELS, VARIANTS
 from sd3tune.model.base.weights import PICKLED, is_identity, read_json, tensor_headers
 
-CONFIGS = Path(__file__).parent / "configs"
-COMMON = CONFIGS / "common"
-VARIANTS = {
-    "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
-    "sd35-large": "stabilityai/stable-diffusion-3.5-large",
-}
-"""The released models by the name of their folder in `configs/`, and the Hub repositories they are in."""
 _NO_SHAPE = ("_class_name", "sample_size")
-LABELS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 
 Headers = Mapping[str, dict[str, Any]]
 """See `weights.tensor_headers`."""
 Shapes = Mapping[str, list[int]]
 """Tensor name, without the part's prefix -> shape."""
 
-_CONFIG_FOLDERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
 _INSIDE = {"clip_l": "text_encoders.clip_l.", "clip_g": "text_encoders.clip_g.", "t5": "text_encoders.t5xxl."}
 _QUANTISATION = re.compile(r"(.+\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant)")
 _KINDS = (  # in this order: a LoRA's keys name modules of its base
@@ -141,13 +132,13 @@ def _encoder(file: Path, names: Headers, encoder: str, prefix: str) -> FilePart:
     if not any(name.startswith(mark) for name in names):
         raise ModelError(f"{file}: {_kind(names)}, and model.text_encoders.{encoder} wants {LABELS[encoder]}")
     derive = {"clip_l": clip_l_config, "clip_g": clip_g_config, "t5": t5_config}[encoder]
-    config = _bundled(COMMON / _CONFIG_FOLDERS[encoder]) | _derive(file, names, prefix, derive)
+    config = _bundled(COMMON / ENCODER_PARTS[encoder][1]) | _derive(file, names, prefix, derive)
     return FilePart(file, prefix, config, _unused(file, names, prefix) if encoder == "clip_l" else frozenset())
 
 
 def misfits(encoders: Mapping[str, FilePart], transformer: Mapping[str, Any]) -> list[str]:
     """Encoders that the transformer, given by its config, was not made for: one line each, from their widths."""
-    released = {name: _width(_bundled(COMMON / folder)) for name, folder in _CONFIG_FOLDERS.items()}
+    released = {name: _width(_bundled(COMMON / folder)) for name, (_, folder) in ENCODER_PARTS.items()}
     pooled = transformer["pooled_projection_dim"]
     wanted = dict(released) if pooled == released["clip_l"] + released["clip_g"] else {}
     wanted["t5"] = transformer["joint_attention_dim"]

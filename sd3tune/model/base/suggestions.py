@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sd3tune.errors import ModelError
 from sd3tune.model.base.offline import OFFLINE
-from sd3tune.model.base.single_file_header import VARIANTS
+from sd3tune.model.base.parts import VARIANTS
 
 _SPELLINGS = re.compile(
     r"(?:sd|stable-?diffusion)?-?v?3(\.?5)?-?(?:m(?:edium)?|(l)(?:arge)?)?-?(turbo)?(?:-?diffusers)?", re.IGNORECASE

@@ -20,8 +20,8 @@ from filelock import FileLock
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from sd3tune.model.base.folder import MODEL_INDEX
-from sd3tune.model.load.components import no_progress_bars
+from sd3tune.model.base.parts import MODEL_INDEX
+from sd3tune.model.base.progress_bars import no_progress_bars
 
 Shape = Literal["sd3", "sd35-medium", "sd35-large"]
 

@@ -51,11 +51,6 @@ class AheadLinear(nn.Module):
         return self.apply_to([F.silu(temb)])[0] if self.rows is None else self.rows
 
 
-def is_modulation(name: str) -> bool:
-    """Whether a module of that name is one of the adaLN linears, or a part of it."""
-    return any(part.startswith("norm") for part in name.split(".")) and "linear" in name.split(".")
-
-
 def hoist(transformer: SD3Transformer2DModel) -> None:
     """Take the adaLN linears and the grid of positions out of the model, which computes the same, to the bit.
 

@@ -8,21 +8,19 @@ Text encoders and pipelines are imported on use: a run whose captions are encode
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ModelMixin, SD3Transformer2DModel
-from diffusers.utils import logging as diffusers_logging
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from sd3tune.errors import ModelError
-from sd3tune.model.base.resolve import ENCODER_PARTS, Base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.parts import ENCODER_PARTS
+from sd3tune.model.base.progress_bars import no_progress_bars
 from sd3tune.model.base.weights import tensor_headers, weight_files
-from sd3tune.model.compute.hoist import hoist
 from sd3tune.model.load.random_weights import random_transformer
 from sd3tune.model.load.single_file import from_file
 from sd3tune.model.load.text import TextEncoder
@@ -33,18 +31,19 @@ if TYPE_CHECKING:
 Device = str | torch.device
 Model = TypeVar("Model", bound=nn.Module)
 Loaded = TypeVar("Loaded")
+Prepare = Callable[[SD3Transformer2DModel], None]
 
 
 def load_transformer(
-    base: Base, dtype: torch.dtype, device: Device = "cpu", hoisted: bool = False
+    base: Base, dtype: torch.dtype, device: Device = "cpu", prepare: Prepare | None = None
 ) -> SD3Transformer2DModel:
-    """The MMDiT. Besides missing weights, weights that its config has no place for are an error.
+    """Load the MMDiT. Weights that are missing, or that its config has no place for, raise ModelError.
 
-    With `hoisted`, what `hoist` takes out of it stays on the CPU.
+    `prepare` changes the model on the CPU, before it moves to its device; parts that it takes out stay on the CPU.
     """
-    if hoisted:
+    if prepare is not None:
         transformer = load_transformer(base, dtype, device if _is_meta(device) else "cpu")
-        hoist(transformer)
+        prepare(transformer)
         return transformer.to(device)
     if _is_meta(device):
         return _cast(empty_transformer(base), dtype)
@@ -172,19 +171,6 @@ def _empty(base: Base, part: str, build: Callable[[dict[str, Any]], Model]) -> M
     with torch.device("meta"):
         model = _reading(base.path, lambda: build(config))
     return model.eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Silences the libraries' bars for single files, which would cut through the bars of a run."""
-    loggers = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    for log in loggers:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in loggers:
-            log.enable_progress_bar()
 
 
 def _load_model(model_class: type[Model], base: Base, part: str, dtype: torch.dtype, device: Device) -> Model:

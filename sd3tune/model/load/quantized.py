@@ -16,9 +16,9 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sd3tune.model.base.resolve import Base
-from sd3tune.model.compute.hoist import is_modulation
-from sd3tune.model.load.components import load_text_encoder, load_transformer
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.parts import is_modulation
+from sd3tune.model.load.components import Prepare, load_text_encoder, load_transformer
 from sd3tune.model.load.text import TextEncoder
 
 
@@ -30,16 +30,16 @@ def missing_library(flag: str) -> list[str]:
 
 
 def load_transformer_in(
-    form: str, base: Base, dtype: torch.dtype, device: torch.device, hoisted: bool = False
+    form: str, base: Base, dtype: torch.dtype, device: torch.device, prepare: Prepare | None = None
 ) -> SD3Transformer2DModel:
     """The transformer on `device`, its blocks in `form`: a key of `FORMS`, or `none`.
 
     Layer by layer, so that the device never holds more than the result and one layer; the CPU holds all of it.
-    With `hoisted`, what `hoist` takes out of it stays there. The adaLN linears keep the model's precision.
+    `prepare` is as in `load_transformer`. The adaLN linears keep the model's precision.
     """
     if form == "none":
-        return load_transformer(base, dtype, device, hoisted)
-    transformer = load_transformer(base, dtype, device if device.type == "meta" else "cpu", hoisted)
+        return load_transformer(base, dtype, device, prepare)
+    transformer = load_transformer(base, dtype, device if device.type == "meta" else "cpu", prepare)
     quantize(transformer, transformer.transformer_blocks, form, device)
     nn.Module.to(transformer, device)
     return transformer

@@ -16,7 +16,8 @@ from accelerate import init_empty_weights
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from sd3tune.model.base.resolve import RandomTransformer
+from sd3tune.model.base.base import RandomTransformer
+from sd3tune.model.base.parts import is_modulation
 
 _STANDARD_DEVIATION = 0.02
 
@@ -37,7 +38,7 @@ def random_transformer(random: RandomTransformer, dtype: torch.dtype) -> SD3Tran
 
 def _draw(name: str, shape: torch.Size, source: torch.Generator) -> Tensor:
     """One parameter, fp32."""
-    if name.endswith("bias") or _is_modulation(name) or name.startswith("proj_out"):
+    if name.endswith("bias") or is_modulation(name) or name.startswith("proj_out"):
         return torch.zeros(shape)
     if len(shape) == 1:  # RMS norms
         return torch.ones(shape)
@@ -45,11 +46,6 @@ def _draw(name: str, shape: torch.Size, source: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=source) * _STANDARD_DEVIATION
     bound = math.sqrt(6 / (shape[0] + shape[1:].numel()))
     return torch.empty(shape).uniform_(-bound, bound, generator=source)
-
-
-def _is_modulation(name: str) -> bool:
-    """`norm_out.linear`, and in blocks `norm1.linear` and `norm1_context.linear`."""
-    return "norm" in name and ".linear." in name
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sd3tune.errors import ModelError
-from sd3tune.model.base.single_file_header import COMMON, CONFIGS, FilePart, is_quantisation
+from sd3tune.model.base.parts import COMMON, CONFIGS
+from sd3tune.model.base.single_file_header import FilePart, is_quantisation
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _BUNDLED = {SD3Transformer2DModel: CONFIGS / "sd3-medium" / "transformer", AutoencoderKL: COMMON / "vae"}

@@ -19,11 +19,12 @@ from sd3tune.run.drawing import NEGATIVE_PROMPT, load_decoder, stored_conditioni
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.out_of_memory import is_out_of_memory
+from sd3tune.runtime.processes import Processes
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
 from sd3tune.terminal import say_above_bars
 from sd3tune.tracking.trackers import Trackers
-from sd3tune.training.loop import Processes, View
+from sd3tune.training.loop import View
 
 BASE = "base"
 

@@ -20,11 +20,12 @@ from sd3tune.model.load.latents import sample_latents
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.folder import BEST, BEST_FILE, VALIDATION_FILE, read_validation
 from sd3tune.run.preflight import Plan
+from sd3tune.runtime.processes import Processes
 from sd3tune.terminal import say_above_bars
 from sd3tune.tracking.trackers import Trackers
 from sd3tune.training.batches import Batch
 from sd3tune.training.examples import Example
-from sd3tune.training.loop import Processes, View
+from sd3tune.training.loop import View
 from sd3tune.training.metrics import SIGMA_BINS, by_sigma
 from sd3tune.training.step import predict_velocity
 

@@ -10,15 +10,16 @@ from sd3tune.config.public import public_config
 from sd3tune.config.sections.outputs import TrackingConfig
 from sd3tune.publish.repository import repository_of
 from sd3tune.run.callbacks.previews import Previews
+from sd3tune.run.callbacks.uploads import Uploads
 from sd3tune.run.callbacks.validation import Validation
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.folder import LOGS
 from sd3tune.run.preflight import Plan
-from sd3tune.run.upload import Uploads
+from sd3tune.runtime.processes import Processes
 from sd3tune.terminal import say_above_bars
 from sd3tune.tracking.base import Start
 from sd3tune.tracking.trackers import Trackers
-from sd3tune.training.loop import Callback, Processes
+from sd3tune.training.loop import Callback
 
 
 class Watching:

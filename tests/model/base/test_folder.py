@@ -16,8 +16,10 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from sd3tune.errors import ModelError
-from sd3tune.model.base.folder import MODEL_INDEX, write_model
-from sd3tune.model.base.resolve import Base, resolve_base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.folder import write_model
+from sd3tune.model.base.parts import MODEL_INDEX
+from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_scheduler, load_transformer
 
 CONTRACT: dict[str, Any] = {

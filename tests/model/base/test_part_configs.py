@@ -9,7 +9,7 @@ import pytest
 from sd3tune.errors import ModelError
 from sd3tune.model.base.offline import offline_folder
 from sd3tune.model.base.part_configs import PARTS, check_config
-from sd3tune.model.base.single_file_header import COMMON, CONFIGS, VARIANTS
+from sd3tune.model.base.parts import COMMON, CONFIGS, VARIANTS
 
 FOLDERS = {part: COMMON / part for part in PARTS} | {"transformer": CONFIGS / "sd35-medium" / "transformer"}
 ODD: tuple[Any, ...] = (None, [1], {}, "1", -1, 0, 1.5, True, 10**9, 1e9)

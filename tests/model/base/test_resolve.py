@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ModelError
+from sd3tune.model.base.base import Base
 from sd3tune.model.base.offline import TINY_SHAPES, bases_dir
-from sd3tune.model.base.resolve import ENCODER_PARTS, Base, local_base, resolve_base
+from sd3tune.model.base.parts import ENCODER_PARTS
+from sd3tune.model.base.resolve import local_base, resolve_base
 from sd3tune.model.base.weights import tensor_headers
 from sd3tune.model.load.components import load_transformer
 from tests.local_hub import COMMIT, hub

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from sd3tune.errors import ModelError
-from sd3tune.model.base.resolve import ENCODERS, resolve_base
-from sd3tune.model.base.single_file_header import COMMON, CONFIGS, VARIANTS, misfits, read_checkpoint, read_encoder
+from sd3tune.model.base.parts import COMMON, CONFIGS, ENCODERS, VARIANTS
+from sd3tune.model.base.resolve import resolve_base
+from sd3tune.model.base.single_file_header import misfits, read_checkpoint, read_encoder
 
 Tensors = dict[str, torch.Tensor]
 ENCODER_FOLDERS = dict(zip(ENCODERS, ("text_encoder", "text_encoder_2", "text_encoder_3"), strict=True))

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from sd3tune.model.base import tiny as tiny_module
-from sd3tune.model.base.resolve import ENCODERS, resolve_base
+from sd3tune.model.base.parts import ENCODERS
+from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.base.tiny import build_tiny
 from sd3tune.model.base.tokenizers import make
 

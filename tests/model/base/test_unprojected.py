@@ -11,7 +11,8 @@ from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sd3tune.model.base.resolve import ENCODERS, resolve_base
+from sd3tune.model.base.parts import ENCODERS
+from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_text_encoder
 
 TEXTS = ["a photo of sks dog", "", "two cats, on a  mat! (detailed)"]

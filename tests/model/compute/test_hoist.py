@@ -8,10 +8,11 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from sd3tune.data.sampler import generator
+from sd3tune.model.base.parts import is_modulation
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.compute.checkpointing import checkpoint_blocks
 from sd3tune.model.compute.fast import use_fast_path
-from sd3tune.model.compute.hoist import compute_ahead, hoisted, is_modulation, modulate, row_bytes
+from sd3tune.model.compute.hoist import compute_ahead, hoist, hoisted, modulate, row_bytes
 from sd3tune.model.load.components import load_transformer
 from sd3tune.model.lora.layers import Layer, inject_lora
 from sd3tune.model.lora.targets import select_modules
@@ -23,7 +24,7 @@ TIMESTEP = torch.tensor([250.0, 900.0])
 def transformers(base: str, dtype: torch.dtype = torch.float32) -> tuple[SD3Transformer2DModel, SD3Transformer2DModel]:
     """The plain one, and the hoisted one."""
     found = resolve_base(base)
-    return load_transformer(found, dtype), load_transformer(found, dtype, hoisted=True)
+    return load_transformer(found, dtype), load_transformer(found, dtype, prepare=hoist)
 
 
 def pooled_of(transformer: SD3Transformer2DModel, rows: int = 2) -> Tensor:

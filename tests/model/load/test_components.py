@@ -13,7 +13,8 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
 from sd3tune.errors import ModelError
-from sd3tune.model.base.resolve import Base, resolve_base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import (
     empty_transformer,
     load_pipeline,

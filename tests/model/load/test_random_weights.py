@@ -9,7 +9,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
-from sd3tune.model.base.resolve import RandomTransformer
+from sd3tune.model.base.base import RandomTransformer
 from sd3tune.model.load.random_weights import random_transformer
 
 SHAPE: dict[str, Any] = {

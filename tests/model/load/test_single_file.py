@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sd3tune.errors import ModelError
-from sd3tune.model.base.resolve import ENCODERS, Base, resolve_base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.parts import ENCODERS
+from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_pipeline, load_text_encoder, load_transformer, load_vae
 from sd3tune.model.load.latents import decode, encode_moments
 

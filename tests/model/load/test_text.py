@@ -7,7 +7,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from sd3tune.model.base.resolve import ENCODERS, Base, resolve_base
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.parts import ENCODERS
+from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_text_encoder
 from sd3tune.model.load.text import assemble
 

@@ -19,10 +19,9 @@ from sd3tune.run.callbacks.validation import SIGMAS, Validation
 from sd3tune.run.describe import describe
 from sd3tune.run.encoding import encode
 from sd3tune.run.preflight import make_plan
-from sd3tune.runtime.device import ALONE
+from sd3tune.runtime.processes import ALONE, Processes
 from sd3tune.tracking.base import Start
 from sd3tune.tracking.trackers import Trackers
-from sd3tune.training.loop import Processes
 
 SETTINGS = ("validation={holdout: 2, every: 2}", "train.steps=5", "checkpoint.every=1", "checkpoint.keep=9")
 

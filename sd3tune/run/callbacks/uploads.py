@@ -1,0 +1,157 @@
+"""Uploads beside the training: a thread uploads each checkpoint's adapter; the end uploads all of the run."""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3tune.config.run_folder import read_run_file
+from sd3tune.errors import UserError
+from sd3tune.files.atomic import TEMPORARY, make_folder
+from sd3tune.publish.files import (
+    CARD,
+    CONFIG,
+    Upload,
+    config_of_run,
+    files_of_checkpoint,
+)
+from sd3tune.publish.repository import Repository, repository_of
+from sd3tune.run.card import card_of
+from sd3tune.run.preflight import Plan
+from sd3tune.run.upload import left_out, push_command, push_run
+from sd3tune.terminal import say_above_bars
+from sd3tune.training.checkpoint import checkpoint_at
+from sd3tune.training.loop import View
+
+_PATIENCE = 10.0
+"""Seconds that a run which was stopped waits for the upload in hand."""
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A checkpoint's adapter on its way, with the pictures so far and a card of its own.
+
+    They are links of its own, as the checkpoint may be pruned while it waits.
+    """
+
+    name: str
+    folder: Path
+    """Beside the checkpoints, under a name that the next attempt removes."""
+    linked: Mapping[str, Path]
+    """Name in the repository -> the file that is linked into `folder`."""
+    written: Mapping[str, bytes]
+
+    @property
+    def files(self) -> Upload:
+        return {**self.written, **{name: self.folder / name for name in self.linked}}
+
+    def link(self) -> None:
+        for name, path in self.linked.items():
+            target = self.folder / name
+            make_folder(target.parent)
+            _link(path, target)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Uploads:
+    """A training callback, called after a checkpoint is saved: a thread uploads it, in the order of the steps.
+
+    It takes nothing from the run and gives nothing to it: whatever fails is a warning.
+    """
+
+    def __init__(self, plan: Plan, repository: Repository, contract: Mapping[str, Any]) -> None:
+        self.plan, self.repository, self.contract = plan, repository, contract
+        self.warnings: list[str] = []
+        self._waiting: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closing, self._giving_up = threading.Event(), threading.Event()
+
+    def __call__(self, view: View) -> None:
+        checkpoint = checkpoint_at(self.plan.run, view.step)
+        if view.last or not checkpoint.is_dir():  # what the last step left is uploaded at the end
+            return
+        try:
+            staged = self._stage(checkpoint, view.step)
+        except (OSError, ValueError, UserError) as error:
+            reason = getattr(error, "strerror", None) or error
+            self._warn(f"hub: {checkpoint.name} was not uploaded: {reason}; training goes on")
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._upload_all, name="uploads", daemon=True)
+            self._thread.start()
+        self._waiting.put(staged)
+
+    def _stage(self, checkpoint: Path, step: int) -> _Staged:
+        run, config = self.plan.run, self.plan.config
+        described = read_run_file(run)
+        card = card_of(run, config, self.contract, described, self.repository.repo_id, step)
+        written = {CARD: card.encode(), CONFIG: config_of_run(run)}
+        folder = run / f"{TEMPORARY}{secrets.token_hex(8)}-upload-{checkpoint.name}"
+        staged = _Staged(checkpoint.name, folder, files_of_checkpoint(run, checkpoint), written)
+        try:
+            staged.link()
+        except OSError:
+            staged.remove()
+            raise
+        return staged
+
+    def _upload_all(self) -> None:
+        while (staged := self._waiting.get()) is not None:
+            if not self._giving_up.is_set():
+                self._upload(staged)
+            staged.remove()
+
+    def _upload(self, staged: _Staged) -> None:
+        try:
+            self.repository.commit(staged.files, f"{self.plan.config.name}, {staged.name}")
+        except Exception as error:  # whatever it is, it must not end the thread
+            self._warn(f"hub: {staged.name} was not uploaded: {error}; training goes on")
+            if self._closing.is_set():  # nobody waits for each of many that will fail likewise
+                self._giving_up.set()
+
+    def close(self, finished: bool) -> None:
+        """Wait for what is on its way; after a run that was stopped or failed, for a moment only."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._closing.set()
+        if not finished:
+            self._giving_up.set()
+        self._waiting.put(None)
+        thread.join(None if finished else _PATIENCE)
+
+    def _warn(self, line: str) -> None:
+        self.warnings.append(line)
+        say_above_bars(f"warning: {line}")
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def upload_finished(plan: Plan, uploads: Uploads | None, say: Callable[[str], None]) -> None:
+    """Upload what a run left, if it is to be. It lies on the disk, so a failure is a warning and the way to go on."""
+    repository = repository_of(plan.config.hub)
+    if repository is None:
+        return
+    try:
+        if uploads is not None:
+            uploads.close(finished=True)
+        for line in left_out(plan.run):
+            say(f"note: {line}")
+        say(push_run(plan.run, repository))
+    except (Exception, KeyboardInterrupt) as error:
+        reason = " ".join(str(error).split()) or f"{repository.repo_id}: stopped"
+        say(f"warning: hub: not all was uploaded: {reason}; it is kept in the run, later: {push_command(plan.run)}")

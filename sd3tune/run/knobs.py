@@ -1,0 +1,56 @@
+"""The next setting to change when a phase of a run does not fit in memory."""
+
+from __future__ import annotations
+
+from sd3tune.config import Config
+from sd3tune.config.sections.method import FullConfig, LoraConfig
+
+
+def encoding_knob(config: Config) -> str:
+    """For text encoders and VAE: they are loaded one at a time, T5 being by far the largest."""
+    model = config.model
+    if model.t5 and model.t5_device == "auto":
+        if model.t5_quantize == "none":
+            return (
+                "set model.t5_quantize=int8, which halves T5's memory, or model.t5_device=cpu, which takes none of it"
+            )
+        return "set model.t5_device=cpu to encode captions with T5 there"
+    if model.t5:
+        return "set model.t5=false to do without T5's 5 billion parameters, or run `sd3tune cache` on a larger machine"
+    return "run `sd3tune cache` on a larger machine and use its store (data.cache_dir)"
+
+
+def loading_knob(config: Config) -> str:
+    if config.model.dtype == "fp32":
+        return "set model.dtype=auto, which takes half the memory on a GPU"
+    if config.model.quantize == "none" and isinstance(config.method, LoraConfig):
+        return "set model.quantize=nf4, which holds the base in a third of its memory"
+    return f"{config.model.base} does not fit; take a smaller base, such as stabilityai/stable-diffusion-3.5-medium"
+
+
+def training_knob(config: Config) -> str:
+    """What costs least first: a smaller batch for the same result, then time, then resolution, then capacity."""
+    train, side = config.train, config.data.resolution
+    if train.batch_size > 1:
+        factor = next(n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0)
+        smaller, more = train.batch_size // factor, train.gradient_accumulation * factor
+        return (
+            f"set train.batch_size={smaller} and train.gradient_accumulation={more}: "
+            f"the same batch for 1/{factor} of the activations"
+        )
+    if train.gradient_checkpointing == "none":
+        return "set train.gradient_checkpointing=selective: a sixth of the activations for a quarter more time"
+    if train.checkpointed_blocks is not None:
+        return "set train.checkpointed_blocks=null: all blocks are recomputed"
+    if train.gradient_checkpointing == "selective":
+        return "set train.gradient_checkpointing=block: half of those activations, for a tenth more time"
+    if config.model.quantize == "none" and isinstance(config.method, LoraConfig):
+        return "set model.quantize=nf4: a third of the base's memory, for a little exactness"
+    lower = next((of for of in (1024, 768, 512) if of < side), None)
+    if lower is not None:
+        return f"set data.resolution={lower}: {(lower / side) ** 2:.0%} of the activations"
+    if isinstance(config.method, LoraConfig) and config.method.targets == "attention+mlp":
+        return "set method.targets=attention: half the trained parameters"
+    if isinstance(config.method, FullConfig) and config.optimizer.kind != "adamw8bit":
+        return "set optimizer.kind=adamw8bit: 6 bytes less for each parameter"
+    return "take a smaller base, or a device with more memory"
