@@ -1,9 +1,9 @@
 """Show that a change alters no result: `python -m benchmarks.same BEFORE AFTER`, each a checkout of the project.
 
 Runs a fixed list of commands in each checkout, offline and on the CPU, and compares what they leave: every tensor and
-all metadata of every safetensors file, the pixels of every picture, JSON and YAML files, and what was printed. Durations,
-sizes of this machine's memory and paths are masked. Exits with 1 and the list of differences when there are any.
-Printed lines that differ are listed but are no difference in results, as wording may change.
+all metadata of every safetensors file, the pixels of every picture, JSON and YAML files, and exit codes. Exits with 1
+and the list of differences when there are any. Printed lines that differ are listed, with durations and rates masked,
+but do not count, as wording may change.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def printed_differently(before: Path, after: Path) -> list[str]:
         for mask, word in MASKS:
             text = mask.sub(word, text)
         texts.append([" ".join(line.split()) for line in text.splitlines() if "%|" not in line])
-    lines = difflib.unified_diff(*texts, lineterm="", n=0)
+    lines = difflib.unified_diff(texts[0], texts[1], lineterm="", n=0)
     return [f"    {line}" for line in lines if not line.startswith(("---", "+++", "@@"))]
 
 
