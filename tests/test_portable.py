@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import sd3tune
 from sd3tune.config import dump_config
 from sd3tune.files import atomic
 
-PACKAGE = Path(atomic.__file__).parent
+PACKAGE = Path(sd3tune.__file__).parent
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 POSIX_NAMES = {
     "O_DIRECTORY", "O_NOFOLLOW", "SIGALRM", "SIGHUP", "SIGKILL", "SIGUSR1", "chown", "fork", "geteuid", "getuid",

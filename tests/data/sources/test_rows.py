@@ -16,7 +16,7 @@ from sd3tune.data.records import load_records
 from sd3tune.data.sources.rows import is_dataset, list_rows, write_parquet
 from sd3tune.errors import DataError
 
-FASHION = Path(__file__).resolve().parents[3] / "shared" / "data" / "fashion_mnist" / "test.parquet"
+FASHION = Path(__file__).resolve().parents[4] / "shared" / "data" / "fashion_mnist" / "test.parquet"
 
 
 @pytest.fixture(scope="module")
