@@ -12,7 +12,7 @@ pip = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.tx
 	tail -n 15 $(LOG) >&2; echo "make: pip failed; all that it said is in $(LOG)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-install crash check check-long format bench bench-gpu bench-quality nano docs clean
+.PHONY: help setup demo test test-install crash check check-long build format bench bench-gpu bench-quality nano docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,11 @@ check: $(STAMP) ## Lint, formatting, types and layers
 
 check-long: $(STAMP) ## Run the tests that `make test` leaves out for their length (a minute)
 	SD3TUNE_LONG=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/forecast/test_thinning.py
+
+build: $(STAMP) ## Write the wheel and the source archive to dist/, and run the demo from the wheel alone
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) tests/install/wheel.py dist/*.whl constraints.txt
 
 format: $(STAMP) ## Fix lint and formatting where a tool can
 	$(BIN)/ruff check --fix .
