@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image, ImageChops
 
@@ -77,11 +78,12 @@ def about(trained: Trained, **contract: Any) -> Trained:
 
 
 def header(text: str) -> dict[str, Any]:
-    """The same for a parser of YAML 1.1 and for one of 1.2."""
+    """The same for a parser of YAML 1.1, for one of 1.2 and for the Hub's own."""
     start, raw, _ = text.split("---\n", 2)
     assert start == ""
     found = yaml.safe_load(raw)
     assert parse(raw).value == found
+    assert ModelCard(text).data.to_dict() == found
     return found
 
 
