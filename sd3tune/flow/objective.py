@@ -21,7 +21,7 @@ def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """d z_t / d sigma = noise - z_0: what the model predicts."""
+    """Return d z_t / d sigma = noise - z_0, which the model predicts."""
     return noise - latents
 
 
@@ -36,10 +36,10 @@ def huber_loss(prediction: Tensor, target: Tensor, delta: float) -> Tensor:
 
 
 def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
-    """`noise` [..., C, H, W] plus `strength` times `offset` [..., C]: one more constant for each channel."""
+    """Return `noise` [..., C, H, W] plus `strength` times `offset` [..., C], a constant per channel."""
     return noise + strength * offset[..., None, None]
 
 
 def model_timestep(sigma: Tensor) -> Tensor:
-    """The timestep that the transformer is given for `sigma` [B]."""
+    """Return the transformer's timestep input for `sigma` [B]."""
     return TRAIN_TIMESTEPS * sigma

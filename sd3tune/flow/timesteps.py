@@ -1,7 +1,7 @@
-"""How sigma is drawn: every density is written as its inverse CDF, a function of u ~ Uniform(0, 1).
+"""Timestep densities, each written as its inverse CDF, a function of u ~ Uniform(0, 1).
 
-So a draw needs one uniform number, the shift is one more function behind it, leaving out the ends means drawing u from
-less than (0, 1), and the mean of any function of sigma is an integral over u (see `weighting.mean_over_sigma`).
+A draw then needs one uniform number, and the shift is applied to its result. Bounds on sigma are bounds on u. The mean
+of any function of sigma is an integral over u (see `weighting.mean_over_sigma`).
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ def min_snr(sigma: Tensor, gamma: float) -> Tensor:
 
 
 def sigma_sqrt(sigma: Tensor, smallest: float = 1e-3) -> Tensor:
-    """sigma^-2 (diffusers' name, from SD3's example scripts), sigma clamped: its mean may be infinite.
+    """Return sigma^-2, with sigma clamped (the name is from diffusers' SD3 example scripts).
 
-    It is where the density reaches sigma 0, as the uniform one does. Under a logit-normal of mean m and deviation s,
-    after the shift, it is 1 + 2 exp(-m + s^2 / 2) + exp(-2 m + 2 s^2).
+    Its mean is infinite if the density reaches sigma 0, as the uniform density does. For a logit-normal density with,
+    after the shift, mean m and deviation s it is 1 + 2 exp(-m + s^2 / 2) + exp(-2 m + 2 s^2).
     """
     return sigma.clamp(min=smallest).pow(-2)
 

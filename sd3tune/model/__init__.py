@@ -1,4 +1,4 @@
-"""The base model and its parts: where they are, how each one is loaded, what they make of text and images."""
+"""The base model: its files, loading its parts, LoRA layers, and how a step is computed."""
 
 import logging
 import os

@@ -20,11 +20,10 @@ LONGEST = 64
 
 
 class AheadBatches:
-    """What `Batches` gives, each with what the hoisted layers of `transformer` make of it.
+    """The batches of `Batches`, each with the modulations that the hoisted layers of `transformer` compute for it.
 
-    Windows begin at multiples of their length, wherever a run was resumed, and have one shape: so the same micro-step
-    gets the same numbers to the bit. Against a batch by itself they are off by the rounding of a product of another
-    shape (about 1e-7 in fp32).
+    Windows begin at multiples of their length and have one shape, so a resumed run gets bit-equal modulations. Computed
+    one batch at a time they differ by the rounding of a product of another shape (about 1e-7 in fp32).
     """
 
     def __init__(self, batches: Batches, transformer: SD3Transformer2DModel, method: Method) -> None:

@@ -22,12 +22,12 @@ from sd3tune.training.examples import Example, Sample
 
 @dataclass(frozen=True)
 class Dropout:
-    """Chances, per sample, of training without its caption; what is drawn depends on (seed, step, slot) alone."""
+    """Probabilities, per sample, of training without its caption, drawn from (seed, step, slot)."""
 
     caption: float = 0.0
-    """Of the empty caption in place of the sample's."""
+    """Probability of the empty caption."""
     encoder: float = 0.0
-    """Of zeros in place of a text encoder's output, for each encoder by itself."""
+    """Probability of zeros in place of an encoder's output, drawn for each encoder separately."""
     empty: Mapping[str, str] = field(default_factory=dict)
     """Encoder -> key of the empty caption; needed where `caption` is above 0."""
     kept: bool = False
@@ -36,7 +36,7 @@ class Dropout:
 
 
 T5Lengths = Sequence[Mapping[str, str]]
-"""For each T5 length that is trained at, the entries' keys at that length by their keys in the examples."""
+"""One mapping per trained T5 length: the key in an example -> the key of the same entry at that length."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Batch:
     kept: slice
     """Samples whose target is the base's own prediction: the last ones, if any."""
     modulation: Modulation | None = None
-    """What the adaLN linears make of `sigma` and the pooled text, where that was computed ahead."""
+    """The adaLN modulations for `sigma` and the pooled text; None where the transformer computes them."""
 
     def rows(self, rows: slice) -> Batch:
         """The batch of some of the samples, all of them instances."""
@@ -140,7 +140,7 @@ class Batches:
         return self._to_device(step, loaded)
 
     def conditions(self, step: int, micro: int) -> tuple[Tensor, Mapping[str, Mapping[str, Tensor]]]:
-        """Of a batch, however far ahead: `sigma` [B], and of the embeddings what is pooled, on the device."""
+        """Return `sigma` [B] and the pooled embeddings of any later batch, on the device."""
         samples = self._samples(step, micro, self.rank)
         pooled = {
             encoder: torch.stack([self._embedding(encoder, sample, step)["pooled"] for sample in samples])
@@ -151,7 +151,7 @@ class Batches:
         return self._sigma(step, samples).to(self.device), on_device
 
     def use_one_length(self) -> None:
-        """From now on, take every T5 entry at `max_sequence_length`, as previews and held-out loss do."""
+        """Use `max_sequence_length` for every T5 entry from now on, as previews and held-out loss do."""
         self.t5_lengths, self._ahead = (), None
 
     def seed_for(self, purpose: str, step: int, micro: int) -> int:

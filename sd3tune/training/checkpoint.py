@@ -22,7 +22,7 @@ from sd3tune.training.step import TrainState
 _TENSORS, _STATE = "state.safetensors", "state.json"
 _OPTIMIZER = "optimizer."
 _MOST_BYTES = 64 * 2**20
-"""Of the JSON half, which names every trained tensor several times."""
+"""Limit of the JSON file, which names every trained tensor several times."""
 
 
 def save_checkpoint(
@@ -30,7 +30,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `run/checkpoints/step-000500`, then remove all but the newest `keep`, if that is a number.
 
-    `identity` is what a resumed run must agree with (see `differences`); `export(folder)` adds what `infer` can use.
+    A resumed run must match `identity` (see `differences`). `export(folder)` adds the files that `infer` reads.
     """
     folder = checkpoint_at(run, state.step)
     with new_folder(folder) as temporary:
@@ -45,7 +45,7 @@ def save_checkpoint(
 
 
 def checkpoint_at(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
+    """Return the folder of a step's checkpoint, whether it exists or not."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 

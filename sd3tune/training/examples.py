@@ -32,17 +32,17 @@ class Sample:
     example: Example
     slot: int | str
     is_kept: bool = False
-    """Whether its target is the base's own prediction instead of the true velocity."""
+    """True: the target is the base's own prediction instead of the true velocity."""
 
 
 class Prior(Protocol):
-    """Prior preservation: what is trained beside a source's images."""
+    """Prior preservation: the samples that are trained beside a source's images."""
 
     def companion_sample(self, instance: Sample, seed: int, position: int) -> Sample:
         """The sample that goes with `instance`, which is at `position` of its bucket's endless stream."""
 
     def facts(self) -> dict[str, Any]:
-        """What training with it depends on, for JSON."""
+        """Return the settings that change the training, for JSON."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ClassImages:
 
 @dataclass(frozen=True)
 class OwnPrediction:
-    """The same noisy latents under a class caption, whose target is what the base alone predicts there."""
+    """A sample of the same noisy latents under a class caption; its target is the base's own prediction."""
 
     captions: Sequence[Mapping[str, str]]
     """Encoder -> key, of each class caption; at least one, and each used equally often."""

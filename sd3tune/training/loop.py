@@ -26,14 +26,14 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class View:
-    """What a callback may look at."""
+    """A read-only view of the run for callbacks."""
 
     step: int
     last: bool
     transformer: SD3Transformer2DModel
     method: Method
     weights: Mapping[str, Tensor]
-    """Those that would be exported now: the EMA when there is one, else the master; fp32."""
+    """The weights that an export would write now: the EMA if there is one, else the master; fp32."""
 
 
 class Callback(Protocol):
@@ -59,8 +59,8 @@ def train(
 ) -> Metrics:
     """Train from `state.step` to `config.train.total_steps`; the last step is always checkpointed.
 
-    Raises KeyboardInterrupt, after a checkpoint, when any rank's `stop_requested` says so, and RunError when the
-    gradient was not finite for `train.max_skipped` steps in a row.
+    Raises KeyboardInterrupt, after a checkpoint, when `stop_requested` returns true on any rank. Raises RunError when
+    the gradient was not finite for `train.max_skipped` steps in a row.
     """
     metrics = Metrics(run / METRICS_FILE, state.step, processes.gather, processes.is_main, batches.names, sink)
     known_skips = len(metrics.skipped)

@@ -31,17 +31,17 @@ class _Row:
     learning_rate: float
     instances: int
     values: Tensor
-    """Losses, weighted losses and sigmas of the rank's instances, the same of what preserves their class, the norm of
-    the gradient, and whether this rank was asked to stop: one flat device tensor."""
+    """A flat device tensor: losses, weighted losses and sigmas of the rank's instances, the same of its prior samples, the
+    gradient's norm, and 1 if this rank was asked to stop."""
 
 
 class Metrics:
     """Collects steps as device tensors; a window's copy to the host is started at one flush and read at the next.
 
     `gather` stacks a tensor of every rank along a new first dimension; only `writes` ranks touch the file. `names`
-    tells the images of a step that had to be skipped. `last_step` is the step that training resumes from: later lines
-    of an earlier attempt are dropped. `sink` is given each line of the file once, on the ranks that write it: those of
-    an earlier attempt at once, others when they are written.
+    returns the images of a skipped step. Training resumes from `last_step`: later lines of an earlier attempt are
+    dropped. `sink` receives each line of the file once, on the ranks that write it: earlier lines at once, new lines
+    when they are written.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Metrics:
         """Steps that the optimizer passed over, their gradient being not finite, with the samples that were to blame;
         an earlier attempt's included."""
         self.skipped_in_a_row = 0
-        """How many steps were skipped, up to the last one that is known."""
+        """Consecutive skipped steps, up to the last step that was read."""
         self.stop_requested = False
         """Whether any rank was asked to stop; all ranks learn it at the same flush."""
         self.last: Line = {}
@@ -79,9 +79,9 @@ class Metrics:
         self._rows.append(_Row(step, result.learning_rate, len(result.losses), torch.cat(parts)))
 
     def flush(self, wait: bool = False) -> None:
-        """Start copying what was added since, and write what was being copied; with `wait`, write everything, durably.
+        """Start copying the new steps to the host, and write the previous copy. With `wait`, write all of it and sync.
 
-        So a checkpoint that is saved after that counts on no line that a power cut could take back.
+        A checkpoint saved after that relies on no line that a power cut could undo.
         """
         self._finish_copy()
         if self._rows:
@@ -101,7 +101,7 @@ class Metrics:
                 sync(self.path)
 
     def check_place(self) -> None:
-        """Raise WriteError when the run folder has gone, before anything would make it anew in the same place."""
+        """Raise WriteError when the run folder was deleted or moved, before anything could create it again."""
         if self.writes:
             with writing_in(self.path.parent):
                 self.path.stat()
@@ -146,7 +146,7 @@ def _problem(line: Line) -> str | None:
 
 
 def problem_of_measurement(line: Line, numbers: Sequence[str], losses: Sequence[str]) -> str | None:
-    """Return what is wrong with a step's line, which somebody may have edited; None for a good one.
+    """Return the fault of a step's line, which somebody may have edited; None for a valid one.
 
     It needs its step, these `numbers`, and these `losses`, which are null where they were not finite. Other values are
     numbers, text, lists of them, or objects of numbers.

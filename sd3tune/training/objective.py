@@ -24,7 +24,7 @@ WEIGHTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "cosmap": lambda settings, sigma: weighting.cosmap(sigma),
 }
 NOT_NORMALISED = ("none", "sigma_sqrt")
-"""Weights whose mean is 1, or set by where they are clamped: dividing by that would say nothing."""
+"""Weightings that are not divided by their mean: it is 1, or depends only on where they are clamped."""
 LOSSES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "mse": lambda settings, prediction, target: objective.velocity_loss(prediction, target),
     "huber": lambda settings, prediction, target: objective.huber_loss(prediction, target, settings.delta),
@@ -65,7 +65,7 @@ def sigma_of_u(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:
 
 
 def share_inside(flow: FlowConfig, shift: float) -> float:
-    """How much of the configured density, shifted, lies within its bounds."""
+    """Return the share of the configured density, shifted, that lies within its bounds."""
     low, high = (timesteps.share_below(_unbounded(flow, shift), bound) for bound in (flow.min_sigma, flow.max_sigma))
     return high - low
 

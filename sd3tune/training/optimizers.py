@@ -1,8 +1,8 @@
-"""The optimizers. Each works on the one flat master, and keeps all that it remembers as tensors, in `state[master]`.
+"""The optimizers. Each updates the flat master and keeps its whole state as tensors, in `state[master]`.
 
-A gradient that is not finite is passed over on the device: where the scalar `found_inf` is not 0, master and state keep
-their values to the bit, and the host waits for nothing. torch's fused AdamW does that by itself; the others are a rule,
-a pure function of tensors, whose result `RuleOptimizer` takes or leaves.
+A non-finite gradient is skipped on the device: where the scalar `found_inf` is not 0, master and state keep their
+values, and the host does not wait. torch's fused AdamW has this built in. The others are rules, pure functions of
+tensors; `RuleOptimizer` selects the old or the new values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK = 256
 
 State = dict[str, Tensor]
 Rule = Callable[[Tensor, Tensor, State, float], tuple[Tensor, State]]
-"""(master, gradient, state, learning rate) -> the next master, and what is new in the state; changes neither."""
+"""(master, gradient, state, learning rate) -> the next master and the changed state; its arguments stay as they are."""
 
 
 class RuleOptimizer(torch.optim.Optimizer):

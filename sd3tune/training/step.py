@@ -4,7 +4,7 @@ z_t = (1 - sigma) z_0 + sigma noise            the noisy latents
 v   = transformer(z_t, 1000 sigma, caption)    the predicted velocity
 L   = w(sigma) |v - (noise - z_0)|^2           per sample, in fp32 (or Huber's loss)
 
-The loss is mean(L of instances) + weight * mean(L of what preserves their class), where that is asked for.
+The loss is mean(L of instances) + weight * mean(L of prior samples), if there are prior samples.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sd3tune.training.optim import FlatMaster, LossScale, clip_, ema_decay, lear
 
 @dataclass
 class TrainState:
-    """All that changes while training, and all that a checkpoint holds."""
+    """Everything that changes during training, which is what a checkpoint holds."""
 
     step: int
     """Optimizer steps done."""
@@ -45,7 +45,7 @@ class StepResult:
     losses: Tensor
     """Unweighted velocity loss of each of this rank's instances [accumulation * batch]."""
     weighted: Tensor
-    """The same times w(sigma) and the source's weight: what was minimised."""
+    """The same times w(sigma) and the source's weight: the minimised loss."""
     sigmas: Tensor
     prior: Tensor
     """Loss, weighted loss and sigma of the prior samples [3, accumulation * batch]; NaN where there is none."""
@@ -70,7 +70,7 @@ def predict_velocity(transformer: SD3Transformer2DModel, method: Method, batch: 
 
 
 def velocity_targets(transformer: SD3Transformer2DModel, method: Method, batch: Batch) -> Tensor:
-    """What to predict, [B, C, H, W] fp32: the true velocity or, for kept samples, what the base itself predicts."""
+    """Return the targets, [B, C, H, W] fp32: the true velocity or, for kept samples, the base's own prediction."""
     targets = velocity_target(batch.latents, batch.noise)
     if batch.kept.start < batch.kept.stop:
         with torch.no_grad(), method.disabled(transformer):
@@ -87,7 +87,7 @@ def train_step(
     config: Config,
     reduce_mean: Callable[[Tensor], Tensor],
 ) -> StepResult:
-    """Gradients of all micro-steps, then one update. `reduce_mean` averages a tensor over the processes."""
+    """Accumulate the gradients of all micro-steps, then update once. `reduce_mean` averages over the processes."""
     accumulation = config.train.gradient_accumulation
     samples = []
     for micro in range(accumulation):
@@ -108,12 +108,12 @@ def train_step(
 
 
 def _padded(values: Tensor, columns: int) -> Tensor:
-    """With columns of NaN behind: results of all steps and ranks have one shape."""
+    """Append columns of NaN, so that the results of all steps and ranks have one shape."""
     return nn.functional.pad(values, (0, columns - values.shape[1]), value=math.nan)
 
 
 def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:
-    """Clip and apply the summed gradient; skipped on the device when it is not finite. Returns the norm."""
+    """Clip and apply the summed gradient; skip it, on the device, if it is not finite. Return the norm before clipping."""
     master, optimizer = state.master, state.optimizer
     gradient = reduce_mean(master.gradient).div_(state.loss_scale.scale)
     grad_norm = clip_(gradient, config.train.max_grad_norm)

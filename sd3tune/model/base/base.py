@@ -35,7 +35,7 @@ class RandomTransformer:
     """New weights in place of a base's own."""
 
     config: Mapping[str, Any]
-    """As diffusers' `config.json` would say it."""
+    """In the form of diffusers' `config.json`."""
     seed: int
 
 
@@ -44,7 +44,7 @@ class Base:
     """A base model whose root is known; the parts of a Hub base are downloaded when asked for."""
 
     name: str
-    """What the user wrote."""
+    """The name as the user wrote it."""
     kind: Literal["tiny", "nano", "folder", "hub", "file"]
     path: Path
     """The root of the diffusers folder (for a Hub base, the snapshot in the Hub's own cache), or the single file."""
@@ -69,7 +69,7 @@ class Base:
 
     @property
     def distilled(self) -> bool:
-        """Whether a name in or of the base says that it is a Turbo model; weights do not tell."""
+        """True if a name of or in the base contains "turbo"; weights do not show it."""
         if self.random:
             return False
         names = [self.label]
@@ -135,7 +135,7 @@ class Base:
 
     @property
     def ignores_projection(self) -> bool:
-        """Whether CLIP-L comes from a file with a `text_projection` that Stable Diffusion 3 does not use."""
+        """True if CLIP-L comes from a file with a `text_projection`, which Stable Diffusion 3 does not use."""
         found = self.in_file(ENCODER_PARTS["clip_l"][1])
         return bool(found and found.unused)
 
@@ -163,7 +163,7 @@ class Base:
 
     @property
     def contract(self) -> dict[str, Any]:
-        """How a model that sd3tune wrote wants its prompts (see `model.contract`); empty for any other."""
+        """The conditioning contract of a model that sd3tune wrote (see `contract`); empty for any other."""
         file = self.path / CONTRACT_FILE
         if self.kind == "file" or not file.is_file():
             return {}

@@ -1,4 +1,4 @@
-"""The conditioning contract: what a trained model or adapter states of how it wants to be prompted, for `infer`.
+"""The conditioning contract: the inference settings of a trained model or adapter, which `infer` applies.
 
 An adapter has it in its metadata, a whole model as `sd3tune.json` beside `model_index.json`. No time, host or path is
 in it.
@@ -18,7 +18,7 @@ from sd3tune.files.json import dotted
 CONTRACT_VERSION = 1
 CONTRACT_FILE = "sd3tune.json"
 EARLIER_STEPS, EARLIER_GUIDANCE = 28, 7.0
-"""How `infer` draws with a file that states neither, as those of earlier versions do."""
+"""Settings for a file that states neither, as files of earlier versions do."""
 WAY_OUT = "; the file was changed or damaged, get it again"
 
 

@@ -63,7 +63,7 @@ def write_model(
 
 
 def _link_files(source: Path, target: Path) -> None:
-    """The files of a part; those of the Hub's cache are links themselves."""
+    """Link or copy the files of a part; files in the Hub's cache are links themselves."""
     target.mkdir()
     for file in sorted(source.iterdir()):
         if file.is_file():

@@ -21,7 +21,7 @@ ANOTHER_BASE = "name a folder or `tiny` as the base"
 
 @contextlib.contextmanager
 def nothing_fetched() -> Iterator[None]:
-    """A context in which `download` gives what is on this machine, and raises ModelError for all else."""
+    """Let `download` return only files that are on this machine, and raise ModelError for others."""
     global _fetching
     before, _fetching = _fetching, False
     try:
@@ -33,10 +33,10 @@ def nothing_fetched() -> Iterator[None]:
 def download(
     repo: str, revision: str | None, patterns: list[str], progress: bool = False, otherwise: str = ANOTHER_BASE
 ) -> Path:
-    """The snapshot folder, in the Hub's own cache, of a repository, with the matching files in it.
+    """Return a repository's snapshot folder in the Hub's own cache, with the matching files in it.
 
     A commit whose files are cached needs no network. Raises ModelError, one line for each way the Hub fails;
-    `otherwise` is what a user without a network can do.
+    `otherwise` tells a user without a network what to do.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm

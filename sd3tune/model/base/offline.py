@@ -25,7 +25,7 @@ OFFLINE = (*TINY_SHAPES, NANO)
 
 
 def offline_kind(name: str) -> Literal["tiny", "nano"] | None:
-    """What kind of offline base a name is, if it is one."""
+    """Return the kind of an offline base; None for any other name."""
     if name == NANO:
         return NANO
     return "tiny" if name in TINY_SHAPES else None

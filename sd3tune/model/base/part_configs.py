@@ -1,7 +1,7 @@
 """The configurations of a base's parts, within the limits of what Stable Diffusion 3 can be.
 
-They come from folders and files that others made, and libraries build whatever they say. So each is checked before
-any model is built: types, ranges wide enough for models several times as large, and what must agree within it.
+They come from files that others made, and libraries build any size that a configuration names. So each is checked
+before a model is built: types, ranges wide enough for models several times as large, and values that must agree.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sd3tune.errors import ModelError
 from sd3tune.model.base.contract import WAY_OUT, Part, check_part
 
 _Count = Annotated[int, Field(ge=1, le=256)]
-"""Of blocks, heads or channels of latents."""
+"""A number of blocks, heads or latent channels."""
 _Width = Annotated[int, Field(ge=1, le=65_536)]
 _Side = Annotated[int, Field(ge=1, le=16_384)]
 _Tokens = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -146,7 +146,7 @@ def check_config(where: str, part: str, config: Mapping[str, Any]) -> None:
 
 
 def _disagreements(part: str, config: Mapping[str, Any]) -> Iterator[str]:
-    """What is within its limits by itself and does not agree with another key."""
+    """Yield the values that are within their limits but contradict another key."""
     if part == "transformer":
         width = config["num_attention_heads"] * config["attention_head_dim"]
         if width > _MOST_WIDTH or width % 4:

@@ -48,7 +48,7 @@ def shape_of_base(model: ModelConfig, seed: int = 0) -> Base:
 
 
 def configured_base(model: ModelConfig, seed: int = 0) -> Base:
-    """`resolve_base` with all that the `model` section says; `seed` is that of random weights."""
+    """Resolve the base of the `model` section with all of its keys; `seed` is for random weights."""
     files = model.text_encoders.model_dump(exclude_none=True) if model.text_encoders else {}
     base = resolve_base(model.base, model.revision, files, model.tokenizers)
     if model.init == "pretrained":
@@ -87,9 +87,9 @@ def resolve_base(
 
 
 def local_base(model: ModelConfig) -> Base | None:
-    """The configured base as far as it is on this machine, or None; of a Hub base, what was downloaded earlier.
+    """Return the configured base if it is on this machine, else None; a Hub base counts if it was downloaded earlier.
 
-    A single file counts only when its tokenizers are here, too. Raises ModelError for a folder or file that is no base.
+    A single file counts only when its tokenizers are here, too. Raises ModelError for any other folder or file.
     """
     if offline_kind(model.base) is not None or Path(model.base).expanduser().exists():
         base = configured_base(model)

@@ -1,4 +1,4 @@
-"""The shape of a transformer that is to be trained from scratch: the base's, what was asked for, and what must fit."""
+"""The shape of a transformer to train from scratch: the base's shape, changed by the configuration, and checked."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a single safetensors file holds, told from its header: an SD3 checkpoint in the original layout, or an encoder.
+"""The contents of a single safetensors file, from its header: an SD3 checkpoint in the original layout, or an encoder.
 
-Configs come from the shapes. Where they are those of a released model the bundled `configs/` complete them; what
-shapes cannot tell (activations, scaling factors) is alike in all of them.
+Configurations follow from the shapes. If the shape is a released model's, the bundled `configs/` complete it. Values
+that shapes cannot show (activations, scaling factors) are the same in all released models.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FilePart:
     file: Path
     prefix: str
     config: Mapping[str, Any]
-    """As diffusers' or transformers' `config.json` would say it."""
+    """In the form of diffusers' or transformers' `config.json`."""
     unused: frozenset[str] = frozenset()
     """Tensors in the file, by name without the prefix, that Stable Diffusion 3 does not use."""
 
@@ -59,7 +59,7 @@ class Checkpoint:
     variant: str | None
     """One of VARIANTS when the transformer has exactly its shape."""
     parts: Mapping[str, FilePart]
-    """`transformer`, `vae`, and those of `clip_l`, `clip_g` and `t5` that are inside."""
+    """`transformer`, `vae`, and any of `clip_l`, `clip_g` and `t5` that the file contains."""
 
 
 def check_format(file: Path) -> None:
@@ -73,7 +73,7 @@ def check_format(file: Path) -> None:
 
 
 def read_checkpoint(file: Path) -> Checkpoint:
-    """What an SD3 or SD3.5 checkpoint holds. No tensor is read.
+    """Return the parts of an SD3 or SD3.5 checkpoint. No tensor is read.
 
     Raises ModelError for another architecture, an incomplete or a truncated file.
     """
@@ -105,7 +105,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
 def released_shape(config: Mapping[str, Any]) -> str | None:
     """Return the key of VARIANTS whose transformer has the shape that `config` describes; None for any other shape.
 
-    Keys are those of SD3Transformer2DModel's `config.json`, where older files lack what is none or empty.
+    Keys are the ones of SD3Transformer2DModel's `config.json`; older files omit keys that are none or empty.
     """
 
     def shape(of: Mapping[str, Any]) -> str:
@@ -119,7 +119,7 @@ def released_shape(config: Mapping[str, Any]) -> str | None:
 
 
 def read_encoder(file: Path, encoder: str) -> FilePart:
-    """A text encoder's file, of which only the kind (CLIP or T5) is checked here. No tensor is read.
+    """Return a text encoder's file after checking its kind (CLIP or T5). No tensor is read.
 
     Raises ModelError for anything else, and for an incomplete or a truncated file.
     """
@@ -167,7 +167,7 @@ def misfits(encoders: Mapping[str, FilePart], transformer: Mapping[str, Any]) ->
 
 
 def is_quantisation(name: str) -> bool:
-    """Whether a tensor says how others are stored (a scale of fp8 weights, for one) and is no weight itself."""
+    """Return whether a tensor describes how others are stored, such as a scale of fp8 weights."""
     return _QUANTISATION.fullmatch(name) is not None
 
 

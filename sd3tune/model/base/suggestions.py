@@ -1,4 +1,4 @@
-"""Which base a name that is none was meant to be."""
+"""Suggestions for a base that was not found."""
 
 from __future__ import annotations
 

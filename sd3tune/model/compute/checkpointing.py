@@ -1,4 +1,4 @@
-"""Gradient checkpointing of transformer blocks: what is not kept for the backward pass is computed a second time."""
+"""Gradient checkpointing of transformer blocks: activations that are not kept are computed again."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What of the transformer depends on timestep and pooled text alone, or on a picture's size, kept out of the step.
+"""Layers that depend only on timestep and pooled text, or on the image size, computed outside the step.
 
-The adaLN linears (Peebles and Xie 2023) make scales, shifts and gates of the timestep and the pooled text, both of
-which are known many steps ahead. They hold a third of a base's weights. Here they leave the model's tree, stay on the
-CPU while the model moves to its device, and are applied for many steps at once. So does the grid of position
-embeddings, of which a picture needs the middle.
+The adaLN linears (Peebles and Xie 2023) compute scales, shifts and gates from timestep and pooled text. Both are known
+many steps ahead. The linears hold a third of a base's weights. Here they leave the model's tree, stay on the CPU
+while the model moves to its device, and are applied for many steps at once. The grid of position embeddings stays on
+the CPU too; an image needs its centre only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Modulation = Sequence[Tensor]
-"""What each adaLN linear makes of one batch, [B, 2 to 9 widths], in the model's order."""
+"""The output of each adaLN linear for one batch, [B, 2 to 9 widths], in the model's order."""
 
 _LAYERS = "adaln_ahead"
 CROPS = 4
@@ -41,7 +41,7 @@ class AheadLinear(nn.Module):
         return self._kept[0]
 
     def apply_to(self, activated: Sequence[Tensor]) -> list[Tensor]:
-        """What the linear makes of each; its weights visit their device once."""
+        """Return the linear's output for each input; its weights are copied to their device once."""
         device = activated[0].device
         weight = self.linear.weight.to(device, non_blocking=True)
         bias = None if self.linear.bias is None else self.linear.bias.to(device, non_blocking=True)
@@ -52,9 +52,9 @@ class AheadLinear(nn.Module):
 
 
 def hoist(transformer: SD3Transformer2DModel) -> None:
-    """Take the adaLN linears and the grid of positions out of the model, which computes the same, to the bit.
+    """Take the adaLN linears and the grid of positions out of the model; its outputs stay bit-equal.
 
-    What is moved to a device afterwards is the rest. Nothing of it may be trained.
+    They do not move to a device with the model, and must not be trained.
     """
     layers = []
     for norm in _adaptive_norms(transformer):
@@ -83,7 +83,7 @@ def _crop_ahead(patches: PatchEmbed) -> None:
 
 
 def hoisted(transformer: nn.Module) -> tuple[AheadLinear, ...]:
-    """The model's adaLN linears, in its order; empty where they are in their places."""
+    """Return the hoisted adaLN linears in the model's order; empty for a model that is not hoisted."""
     found: tuple[AheadLinear, ...] = getattr(transformer, _LAYERS, ())
     return found
 
@@ -105,9 +105,9 @@ def row_bytes(transformer: SD3Transformer2DModel) -> int:
 
 @torch.no_grad()
 def compute_ahead(transformer: SD3Transformer2DModel, conditions: Sequence[tuple[Tensor, Tensor]]) -> list[Modulation]:
-    """The modulations for each pair of timestep, [B] fp32, and pooled_prompt_embeds [B, width], on their device.
+    """Return the modulations for each pair of timestep [B] fp32 and pooled_prompt_embeds [B, width], on their device.
 
-    Each is computed in its own shape, so it is bit-equal to what the model itself would have made of it.
+    Each is computed in its own shape, so it is bit-equal to the model's own computation.
     """
     activated = [F.silu(transformer.time_text_embed(timestep, pooled)) for timestep, pooled in conditions]
     per_linear = [linear.apply_to(activated) for linear in hoisted(transformer)]
@@ -115,9 +115,9 @@ def compute_ahead(transformer: SD3Transformer2DModel, conditions: Sequence[tuple
 
 
 def modulate(transformer: SD3Transformer2DModel, modulation: Modulation | None) -> None:
-    """From now on the model uses this, or computes its own again; not to be changed before a backward pass is done.
+    """Let the model use this modulation, or with None compute its own. Call it again only after the backward pass.
 
-    A model whose linears are in their places takes None only.
+    A model that is not hoisted accepts None only.
     """
     layers = hoisted(transformer)
     for layer, rows in zip(layers, [None] * len(layers) if modulation is None else modulation, strict=True):

@@ -1,8 +1,8 @@
-"""Loads the parts of a base model, each one alone: frozen, in eval mode, from safetensors only.
+"""Load the parts of a base model one at a time: frozen, in eval mode, from safetensors only.
 
-Weights are read directly in the dtype asked for (T5 gives other numbers when it is cast afterwards). A part
-that is truncated, incomplete, not finite or of other shapes than its config is a ModelError naming the file.
-On the meta device nothing is read but a config: what is loaded has names, shapes and dtypes only.
+Weights are read directly in the requested dtype (T5 computes other values when it is cast afterwards). A part that is
+truncated, incomplete, not finite or of other shapes than its config raises ModelError with the file. On the meta device
+only the config is read, and the model has names, shapes and dtypes but no values.
 Text encoders and pipelines are imported on use: a run whose captions are encoded already needs none.
 """
 
@@ -217,7 +217,7 @@ def _check_finite(model: nn.Module, files: dict[str, Path], where: str) -> None:
 
 
 def _reading(path: Path, load: Callable[[], Loaded]) -> Loaded:
-    """Runs a library's loader; whatever it says of a broken file becomes one line that names the path."""
+    """Run a library's loader and turn any error about a broken file into one line that names the path."""
     try:
         return load()
     except ModelError:

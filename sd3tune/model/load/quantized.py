@@ -78,7 +78,7 @@ def quantize(model: nn.Module, part: nn.Module, form: str, device: torch.device 
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether `quantize` made the layer."""
+    """Return whether `quantize` made the layer."""
     return hasattr(layer, "read_back")
 
 
@@ -89,7 +89,7 @@ def weights_of(layer: Any, dtype: torch.dtype) -> Tensor:
 
 
 def dtype_of(layer: Any) -> torch.dtype:
-    """What a linear layer computes in."""
+    """Return the dtype in which a linear layer computes."""
     found: torch.dtype = layer.compute_dtype if is_quantized(layer) else layer.weight.dtype
     return found
 

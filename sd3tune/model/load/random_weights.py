@@ -1,9 +1,8 @@
-"""The weights that a transformer trained from scratch begins with.
+"""Initial weights of a transformer that is trained from scratch.
 
-As DiT begins (Peebles & Xie 2023, `initialize_weights` of its code), which SD3's MMDiT descends from: linear layers
-Xavier-uniform with biases of zero, the patches' projection like a linear layer, N(0, 0.02) for the MLPs of timestep and
-pooled text, and zeros for all that makes scales, shifts and gates and for the last projection. So every block is the
-identity at first, and the predicted velocity zero.
+They follow DiT (Peebles & Xie 2023, `initialize_weights` in its code), from which the MMDiT descends. Linear layers and
+the patch projection are Xavier-uniform with zero biases; the MLPs of timestep and pooled text are N(0, 0.02). The adaLN
+linears and the last projection are zero, so every block starts as the identity and the velocity as zero.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def from_file(model_class: Any, part: FilePart, dtype: torch.dtype) -> tuple[Any
 
 
 def _missing_in_vae(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
-    """What `from_single_file` would leave without a value, and then fail on without saying which."""
+    """Return the tensors that `from_single_file` would leave without a value; its own error does not name them."""
     with torch.device("meta"):
         expected = AutoencoderKL(**config).state_dict()
     return sorted(set(expected) - set(convert_ldm_vae_checkpoint(dict(tensors), config)))

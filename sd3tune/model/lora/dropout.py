@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class SeededDropout(nn.Module):
-    """Zeroes a share of its input and scales the rest up by 1 / (1 - share), while `draw(seed)` is in force.
+    """Dropout that is active from `draw(seed)` to `draw(None)`, whatever `train()` and `eval()` set.
 
-    Off until then, and again after `draw(None)`, whatever `train()` and `eval()` say. The mask depends on the seed,
-    `name` and the input's shape and device alone: gradient checkpointing draws it twice and gets the same one.
+    It scales the kept values by 1 / (1 - share). The mask depends on the seed, `name`, and the input's shape and device
+    only, so gradient checkpointing draws the same mask again.
     """
 
     def __init__(self, share: float, name: str) -> None:
@@ -27,7 +27,7 @@ class SeededDropout(nn.Module):
 
     @property
     def is_drawn(self) -> bool:
-        """Whether anything is dropped now."""
+        """True while values are dropped."""
         return self._seed is not None
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class _Inputs:
         return see
 
     def _components(self, leader: str, rows: Tensor) -> IncrementalPCA:
-        """As many as the largest rank needs, for whoever shares this input."""
+        """Return the components of an input, as many as the largest rank of the modules that share it."""
         if leader not in self.components:
             count = min(max(self.ranks.values()), *rows.shape)
             self.components[leader] = IncrementalPCA(

@@ -43,7 +43,7 @@ class CoverageRow:
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Whether a module's full name is `pattern`, ends with it, or is matched by `re:...` as a whole."""
+    """Return whether a module's full name equals `pattern`, ends with it, or fully matches `re:...`."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern.removeprefix("re:"), name) is not None
     return name == pattern or name.endswith(f".{pattern}")
@@ -122,7 +122,7 @@ def coverage(transformer: nn.Module, ranks: Mapping[str, int]) -> list[CoverageR
 
 
 class _Inside:
-    """Whether a module lies in one of the wanted blocks."""
+    """A predicate: is a module in one of the selected blocks?"""
 
     def __init__(self, numbers: set[int] | None) -> None:
         self.numbers = numbers

@@ -27,7 +27,7 @@ def use_fast_path(transformer: SD3Transformer2DModel) -> None:
 
 @contextmanager
 def plain_path(transformer: SD3Transformer2DModel) -> Iterator[None]:
-    """While the context lasts, the model computes as diffusers has it, to the bit."""
+    """Compute with diffusers' own modules while the context lasts, bit for bit."""
     fast = [block for block in transformer.transformer_blocks if "forward" in vars(block)]
     for block in fast:
         del block.forward

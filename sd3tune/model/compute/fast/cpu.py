@@ -61,7 +61,7 @@ class Attention(torch.autograd.Function):
 
 @torch.library.custom_op("sd3tune::attention_in_bf16", mutates_args=(), device_types="cpu")
 def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The mixed values, and `_centre`. An operation of torch's: selective checkpointing keeps what it made."""
+    """Return attention's output and `_centre`. A registered operator: selective checkpointing keeps it."""
     scale, centre = query.shape[-1] ** -0.5, _centre(query, key)
     output = torch.empty_like(query)
 
@@ -127,10 +127,10 @@ def _centred(query: Tensor, key: Tensor, centre: Tensor) -> tuple[Tensor, Tensor
 
 
 def _centre(query: Tensor, key: Tensor) -> Tensor:
-    """[B, heads, tokens, 1]: about where the weights of a row lie, before its scores are divided by sqrt(width).
+    """Return the approximate weighted mean of each row's scores before division by sqrt(width), [B, heads, tokens, 1].
 
-    Gaussian scores of mean m and variance s lie around m + s under their own weights, but hardly above the largest of
-    n of them, m + sqrt(s) e(n). Where that is wrong, a row's rounding is coarser; its weights do not move.
+    Gaussian scores of mean m and variance s have the weighted mean m + s, which is rarely above the largest of n of
+    them, m + sqrt(s) e(n). Where the estimate is wrong, a row's rounding is coarser; its weights stay correct.
     """
     scale, tokens = query.shape[-1] ** -0.5, key.shape[2]
     mean = key.mean(dim=2, keepdim=True)
@@ -142,6 +142,6 @@ def _centre(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _largest(count: int) -> float:
-    """About what the largest of so many standard Gaussian numbers, three or more, is (Cramér 1946, 28.6)."""
+    """Return the approximate largest of `count` (at least 3) standard Gaussian numbers (Cramér 1946, 28.6)."""
     root = math.sqrt(2 * math.log(count))
     return root - (math.log(math.log(count)) + math.log(4 * math.pi)) / (2 * root)

@@ -1,8 +1,7 @@
-"""Linear layers that share an input, with their LoRA: q, k and v in one operation of autograd.
+"""Linear layers that share an input, with their LoRA: q, k and v in one autograd function.
 
-PEFT computes W x + b, B (A x), its multiple, and the sum, each a tensor of the output's size, and autograd as many on
-the way back. Here the low-rank product is added into the output by the product itself, and gradients meet in one
-tensor.
+PEFT computes W x + b, B (A x), its multiple and the sum, each of the output's size, and as many tensors in the backward
+pass. Here the low-rank product accumulates into the output, and gradients accumulate into one tensor.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def _is_off(dropout: nn.Module) -> bool:
 
 
 def _layers(bases: Sequence[Any], tensors: Sequence[Tensor], scales: Sequence[float]) -> list[Adapted]:
-    """From the factors of all of them in a row, two of each."""
+    """Pair each layer with its factors from the flat list, two per layer."""
     return [Adapted(*of) for of in zip(bases, tensors[::2], tensors[1::2], scales, strict=True)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LEAST_WEIGHT = 2**-10
-"""Below, what a norm made in fp16 would lose digits of what it was given."""
+"""Smallest weight at which an fp16 norm's output still determines its input."""
 
 
 def is_invertible(norm: nn.Module | None) -> bool:
