@@ -31,8 +31,8 @@ class _Row:
     learning_rate: float
     instances: int
     values: Tensor
-    """A flat device tensor: losses, weighted losses and sigmas of the rank's instances, the same of its prior samples, the
-    gradient's norm, and 1 if this rank was asked to stop."""
+    """A flat device tensor: losses, weighted losses and sigmas of this rank's instances, then of its prior samples; the
+    gradient's norm; 1 if this rank was asked to stop."""
 
 
 class Metrics:

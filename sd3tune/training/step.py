@@ -113,7 +113,7 @@ def _padded(values: Tensor, columns: int) -> Tensor:
 
 
 def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:
-    """Clip and apply the summed gradient; skip it, on the device, if it is not finite. Return the norm before clipping."""
+    """Clip and apply the summed gradient, or skip it on the device if it is not finite. Return its unclipped norm."""
     master, optimizer = state.master, state.optimizer
     gradient = reduce_mean(master.gradient).div_(state.loss_scale.scale)
     grad_norm = clip_(gradient, config.train.max_grad_norm)
