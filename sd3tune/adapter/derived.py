@@ -1,4 +1,4 @@
-"""Adapter files that a command makes of others: where they may go, and what of the metadata stays true in them."""
+"""Adapter files derived from others: where they may be written, and which metadata stays true."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sd3tune.errors import AdapterError, RunError
 
 FORMS = ("diffusers", "kohya", "comfyui")
 _STALE = re.compile(r"format|ss_network_.*|ss_output_name|sshs_.*|modelspec\.(hash|implementation).*")
-"""What other tools say of the tensors themselves, which are others now."""
+"""Metadata about the original tensors, which no longer holds."""
 
 
 def check_out(out: Path) -> None:
@@ -35,14 +35,14 @@ def notes_of(adapter: Adapter) -> list[str]:
 
 
 def form_of(adapter: Adapter) -> str:
-    """The form to write that is nearest to what the adapter had."""
+    """Return the writable form that is nearest to the adapter's own."""
     return {"kohya": "kohya", "ComfyUI": "comfyui"}.get(adapter.layout, "diffusers")
 
 
 def write_form(
     out: Path, form: str, factors: Mapping[str, Pair], contract: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> None:
-    """Write `out` from factors whose scale is folded into B; `metadata` is what an earlier file said.
+    """Write `out` from factors whose scale is folded into B; `metadata` comes from an earlier file.
 
     Raises AdapterError when the form has no place for a module, or a value is not finite.
     """
@@ -67,7 +67,7 @@ def write_form(
 
 
 def losses(found: Mapping[str, Truncated]) -> list[str]:
-    """What was lost, of all modules together and of the worst, as |difference| / |BA|."""
+    """Return the loss, |difference| / |BA|, over all modules and in the worst module."""
     lost, total = (sum(getattr(one, what) for one in found.values()) for what in ("lost", "total"))
     shares = {module: one.lost / one.total if one.total else 0.0 for module, one in found.items()}
     worst = max(shares, key=lambda module: shares[module])

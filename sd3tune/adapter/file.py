@@ -1,11 +1,10 @@
-"""The adapter file and its contract: what is written is what diffusers and ComfyUI load, and loading is counted.
+"""The adapter file, which diffusers and ComfyUI load unchanged, and its conditioning contract.
 
-Keys are diffusers' (`transformer.<module>.lora_A.weight`); other tools' layouts are read, too (see `adapter_layouts`,
-and for PEFT's folders `adapter_peft`). The scale alpha / r is folded into B and alpha = r is written, so that a loader
-that ignores alpha computes the same. The file's metadata holds what PEFT needs to rebuild the layers
-(`lora_adapter_metadata`, as diffusers writes it) and the conditioning contract (`sd3tune`), which `infer` applies: the
-base, T5 length, sigma sampling, and so on; beside it stand the keys that other programs show (see `modelspec`). No
-time, host or path is in it.
+Keys are diffusers' (`transformer.<module>.lora_A.weight`). Other tools' layouts are read too (see `layouts`, and
+`peft_config` for PEFT's folders). The scale alpha / r is folded into B and alpha = r is written, so a loader that
+ignores alpha computes the same. The metadata holds PEFT's configuration (`lora_adapter_metadata`, as diffusers writes
+it), the contract (`sd3tune`), which `infer` applies, and the keys that other programs show (see `modelspec`). It
+contains no time, host or path.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Adapter:
     layout: str = "diffusers"
     """As the file had it; the names of the modules are diffusers' in any case."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """All that the file says, as text."""
+    """The file's metadata, as text."""
     origin: str | None = None
     """Of one from the Hub: repository and commit, as `user/name:commit`."""
     base_in_card: str | None = None
@@ -75,15 +74,15 @@ class Adapter:
     notes: tuple[str, ...] = ()
     """To tell the user: an assumed alpha, tensors that were left out."""
     for_diffusers: bool = True
-    """Whether diffusers' pipeline can be given the file itself."""
+    """True if diffusers' pipeline loads the file itself."""
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """The adapter's name in messages."""
         return self.origin or str(self.path)
 
     def folded(self) -> dict[str, Pair]:
-        """The factors in fp32 with the scale multiplied into B: their product is what is added to the weight."""
+        """The factors in fp32 with the scale multiplied into B: BA is added to the weight."""
         return {
             module: (down.float(), up.float() * (self.alphas[module] / len(down)))
             for module, (down, up) in self.factors.items()
@@ -138,7 +137,7 @@ def contract_metadata(contract: Mapping[str, Any]) -> str:
 
 
 def peft_metadata(ranks: Mapping[str, int]) -> str:
-    """What PEFT needs to rebuild layers of these ranks, of which alpha is the rank."""
+    """Return PEFT's configuration of layers with these ranks and alpha = rank."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
     # Only the fields that every PEFT version knows: an unknown one stops another version from loading the file.
     peft: dict[str, Any] = {
@@ -170,7 +169,7 @@ def find_adapter(location: str | Path) -> Path:
 
 
 def is_safetensors(name: str) -> bool:
-    """Whether a file's name, in any case of letters, ends as safetensors files do."""
+    """Return whether a file's name ends with `.safetensors`, in any case."""
     return name.lower().endswith(".safetensors")
 
 
@@ -191,8 +190,8 @@ def read_file(location: str | Path) -> AdapterFile:
 def read_adapter(location: str | Path, *, transformer_only: bool = False) -> Adapter:
     """Read and check a LoRA file in any of the known layouts.
 
-    With `transformer_only`, tensors for the text encoders are left out, and the adapter's notes say so. Raises
-    AdapterError for anything else that is not a plain LoRA of SD3's transformer, whole and finite.
+    With `transformer_only`, tensors for the text encoders are left out and named in the adapter's notes. Raises
+    AdapterError for any other file that is not a complete, finite, plain LoRA of SD3's transformer.
     """
     file = read_file(location)
     contents = interpret(file.tensors)
@@ -274,7 +273,7 @@ def _size(module: nn.Linear | nn.Conv2d) -> tuple[int, int]:
 
 
 def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
-    """Load `adapter` into `transformer` under `name`, in the model's dtype, and count what was matched.
+    """Load `adapter` into `transformer` under `name`, in the model's dtype, and count the matched tensors.
 
     `transformer` is an SD3Transformer2DModel; its active adapters are set by the caller (`set_adapters`).
     """

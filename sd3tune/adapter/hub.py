@@ -23,7 +23,7 @@ _MOST_OF_CARD = 2**20
 
 
 def load_adapter(location: Path, *, transformer_only: bool = False) -> Adapter:
-    """Read `location`; what is not there and looks like `user/name` or `user/name:revision` is a Hub repository.
+    """Read `location`: a local path, else the Hub repository `user/name` or `user/name:revision`.
 
     A repository that was downloaded earlier needs no network. For `transformer_only` see `read_adapter`. Raises
     UserError.

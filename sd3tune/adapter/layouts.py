@@ -1,10 +1,10 @@
-"""The layouts of LoRA files for SD3: what other tools fuse and exchange. Their names are in `adapter_names`.
+"""The layouts of LoRA files for SD3: which modules other tools fuse, and which halves they exchange; see also `names`.
 
-diffusers' names are ours. The original layout (kohya's and ComfyUI's) holds q, k and v in one module, and the halves of
-two modulations in the other order (shift before scale). There a fused LoRA is block-diagonal: A stacks those of q, k
-and v, 3r rows, and B has theirs along its diagonal. Ranks that differ are padded with zeros to the largest, so that
-tools which cut the file in three find equal parts; reading takes the zeros away again. A LoRA that was trained on the
-fused module has one A for all three, and becomes three that share it.
+In memory, names are diffusers'. The original layout (kohya's and ComfyUI's) fuses q, k and v into one module, and has
+the halves of two modulations in the other order (shift before scale). A fused LoRA is block-diagonal: A stacks the
+three A, 3r rows, and B has the three B along its diagonal. Different ranks are padded with zeros to the largest,
+because some tools cut the file into three equal parts; reading removes the padding. A LoRA trained on the fused module
+has one A, which its three parts share.
 """
 
 from __future__ import annotations
@@ -46,27 +46,27 @@ READABLE = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.float8_e4m3fn, torch.float8_e5m2),
 )
-"""What the factors of a LoRA may be stored in."""
+"""Dtypes in which a LoRA's factors may be stored."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What the tensors of a file come to, good or bad."""
+    """The interpreted tensors of a file, and its faults."""
 
     layout: str
     """A name of `adapter_names.LAYOUTS`; empty when no key is of any."""
     factors: dict[str, Pair]
     """diffusers' module name -> factors."""
     alphas: dict[str, float]
-    """Of the modules for which a tensor says it; the output is scaled by alpha / r."""
+    """Alphas that are stored as tensors, by module; the output is scaled by alpha / r."""
     unknown: dict[str, str]
-    """Key -> what it seems to be for, of those that belong to no module of SD3."""
+    """Key that belongs to no module of SD3 -> its probable purpose."""
     broken: dict[str, str]
-    """Module as the file names it -> what is wrong with it."""
+    """Module as the file names it -> its fault."""
     text: dict[str, str]
     """Key -> text encoder, of those that are for the text encoders."""
     for_diffusers: bool
-    """Whether all keys are such as diffusers' pipeline has for the transformer."""
+    """True if all keys are diffusers' own for the transformer."""
 
 
 def interpret(tensors: Mapping[str, Tensor]) -> Contents:
@@ -123,10 +123,10 @@ def arrange(factors: Mapping[str, Pair], layout: str) -> dict[str, Tensor]:
 
 
 def as_stored(module: str, pair: Pair) -> Pair:
-    """The factors in the shapes that files and PEFT have for the module, named in diffusers' or the original layout.
+    """Return the factors in the shapes that files and PEFT use, for a module named in either layout.
 
-    They are matrices but for the patch embedder, a convolution whose stride is its kernel. So it is a linear layer of
-    patches, and A [r, channels * 2 * 2], B [out, r] stand for [r, channels, 2, 2] and [out, r, 1, 1].
+    They are matrices, except for the patch embedder: a convolution whose stride is its kernel, thus a linear layer of
+    patches. Its A [r, channels * 2 * 2] and B [out, r] become [r, channels, 2, 2] and [out, r, 1, 1].
     """
     down, up = pair
     if module not in _PATCH_EMBEDDERS:
@@ -154,7 +154,7 @@ def fused_ranks(factors: Mapping[str, Pair]) -> dict[str, list[int]]:
 
 
 def _as_matrices(module: str, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The parts of a module with those of a convolution over patches as matrices (see `as_stored`)."""
+    """Return a module's factors as matrices, also for a convolution over patches (see `as_stored`)."""
     if module not in _PATCH_EMBEDDERS:
         return parts
     kernels = {"A": (_PATCH, _PATCH), "B": (1, 1)}
@@ -183,7 +183,7 @@ def _is_number(alpha: Tensor) -> bool:
 
 
 def _add(contents: Contents, layout: Layout, module: str, parts: Mapping[str, Tensor]) -> str | None:
-    """Add a module to the contents under diffusers' names; returns what is wrong with it, if anything."""
+    """Add a module to the contents under diffusers' names; return its fault, if any."""
     down, up = (_widened(parts[letter]) for letter in "AB")
     scale = parts["alpha"].item() / len(down) if "alpha" in parts else None
     if module in _PATCH_EMBEDDERS and down.shape[1] % _PATCH**2:
@@ -257,7 +257,7 @@ def _is_block_diagonal(up: Tensor) -> bool:
 
 
 def _without_zeros(down: Tensor, up: Tensor) -> Pair:
-    """Without the ranks of which both sides are zero: what padding adds."""
+    """Remove padding: the ranks whose two factors are both zero."""
     kept = down.any(dim=1) | up.any(dim=0)
     return down[kept], up[:, kept]
 
@@ -299,6 +299,6 @@ def first_of(names: Iterable[str]) -> str:
 
 
 def shown(text: str) -> str:
-    """What a stranger's file says, on one line of a terminal."""
+    """Return text from a stranger's file, escaped and shortened to one line."""
     plain = text if text.isprintable() else ascii(text)
     return plain if len(plain) <= 200 else plain[:200] + "..."

@@ -43,9 +43,9 @@ def weighted_sum(adapters: Sequence[tuple[Mapping[str, Pair], float]]) -> dict[s
 
 
 def truncate(pair: Pair, rank: int | None = None, energy: float | None = None) -> Truncated:
-    """The nearest pair of `rank`, or of the smallest rank (at least 1) that keeps the share `energy` of |BA|^2.
+    """Return the nearest pair of `rank`, or of the smallest rank (at least 1) that keeps the share `energy` of |BA|^2.
 
-    Singular values are those of an r x r matrix, between the Q of both factors; they are halved between A and B.
+    The SVD is of the r x r matrix between both factors' Q; A and B each get the square root of the singular values.
     """
     down, up = (factor.double() for factor in pair)
     columns, right = torch.linalg.qr(down.T)

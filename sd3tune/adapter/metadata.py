@@ -1,4 +1,4 @@
-"""What an adapter's metadata may say, as far as it is read; checked, as others write it, too."""
+"""Reading an adapter's metadata, which is checked because other tools write it too."""
 
 from __future__ import annotations
 

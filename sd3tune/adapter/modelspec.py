@@ -1,4 +1,4 @@
-"""Metadata of an adapter that other programs show: ModelSpec's keys, and those of sd-scripts.
+"""Metadata of an adapter that other programs show: ModelSpec's and sd-scripts' keys.
 
 SwarmUI shows `modelspec.*` (https://github.com/Stability-AI/ModelSpec, version 1.0.1) and, without a trigger phrase
 there, `trained_words`. A1111 and Forge name an adapter by `ss_output_name` and suggest prompts from `ss_tag_frequency`;
@@ -23,10 +23,10 @@ ARCHITECTURES = {
 }
 """Key of `VARIANTS` -> the architecture, as sd-scripts names it."""
 OF_THE_TENSORS = ("modelspec.architecture", "modelspec.implementation", "ss_base_model_version")
-"""Keys that follow from the tensors and their layout; of the others, what an earlier file said stays."""
+"""Keys that follow from the tensors and their layout; other keys are kept from an earlier file."""
 _COMFYUI = "https://github.com/comfyanonymous/ComfyUI"
 _IMPLEMENTATIONS = {"diffusers": "diffusers", "kohya": "diffusers", "comfyui": _COMFYUI}
-"""Form -> whose names the modules have; sd-scripts says `diffusers` of its own for SD3."""
+"""Form -> the tool whose names the modules have; sd-scripts writes `diffusers` for its own SD3 files."""
 
 
 def shown_metadata(
@@ -34,9 +34,8 @@ def shown_metadata(
 ) -> dict[str, str]:
     """Return the keys for an adapter in `form` (`diffusers`, `kohya` or `comfyui`); none has an empty value.
 
-    `name` is the file's; the title is the run's name, where the contract has it. `fitting` lists the keys of `VARIANTS`
-    that the sizes of the modules allow. It decides only for contracts that do not say which released model the base has
-    the shape of, and only if it leaves one.
+    `name` is the file's; the title is the run's name if the contract has it. `fitting` lists the keys of `VARIANTS` that
+    the modules' sizes allow. It counts if the contract names no released model, and only with one entry.
     """
     variant, title = _variant(contract, fitting), contract.get("name") or name
     trigger = contract.get("trigger") or contract.get("instance_prompt")
@@ -88,7 +87,7 @@ def _family(contract: Mapping[str, Any], fitting: Sequence[str]) -> str | None:
 
 
 def _hint(contract: Mapping[str, Any]) -> str:
-    """How the adapter's previews were drawn, in a few words."""
+    """Return the settings of the adapter's previews in a few words."""
     hints = []
     if "sampling_steps" in contract:
         steps = contract["sampling_steps"]

@@ -45,14 +45,14 @@ _DIFFUSERS_NAMES = (*IN_BLOCK.values(), *(part for parts in FUSED.values() for p
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tool writes the name of a module."""
+    """A tool's way of writing module names."""
 
     name: str
     prefix: str
     original: bool = False
-    """Whether modules are those of the original layout rather than diffusers'."""
+    """True for modules of the original layout, not diffusers'."""
     flat: bool = False
-    """Whether dots are underscores."""
+    """True if dots are written as underscores."""
     any_module: bool = False
     """Whether names that SD3 lacks are taken too; they are counted when the adapter meets a model."""
 
@@ -116,7 +116,7 @@ def foreign(key: str) -> str:
 
 
 def stands_alone(dotted: str) -> bool:
-    """Whether a module of that name, in either layout, is outside the blocks."""
+    """Return whether a module of that name, in either layout, is outside the blocks."""
     return dotted in OUTSIDE or dotted in OUTSIDE.values()
 
 

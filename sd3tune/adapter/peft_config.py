@@ -21,7 +21,7 @@ from sd3tune.files.json import NotJson, dotted, read_object
 from sd3tune.model.base.contract import WAY_OUT, Part, check_part
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-"""Of a folder that PEFT wrote."""
+"""File names in a folder that PEFT wrote."""
 
 _APPLIED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 _OF_TRAINING = (
@@ -30,7 +30,7 @@ _OF_TRAINING = (
     *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 )
-"""Keys that do not change what a saved LoRA computes; its modules follow from its tensors."""
+"""Keys that do not change the result of a saved LoRA; its modules follow from its tensors."""
 _PLAIN: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -110,10 +110,10 @@ class _Patterns:
 
 
 def read_peft(path: Path, metadata: Mapping[str, str], layout: str) -> PeftConfig:
-    """PEFT's configuration of the file `path`: in its metadata, else in `adapter_config.json` beside it.
+    """Return PEFT's configuration of the file `path`: from its metadata, else from `adapter_config.json` beside it.
 
-    The latter is taken for a file that has PEFT's own name or layout. Raises AdapterError, with the key, for what is
-    no plain LoRA.
+    The latter is used for a file with PEFT's own name or layout. Raises AdapterError, with the key, for anything but a
+    plain LoRA.
     """
     where = f"{path}: its metadata {PEFT_KEY!r}"
     stored = parse_object(where, metadata.get(PEFT_KEY, "{}"))

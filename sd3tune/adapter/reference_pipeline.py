@@ -1,4 +1,4 @@
-"""diffusers' own pipeline with nothing of ours in it but the reading of files: what an adapter is verified in."""
+"""diffusers' own pipeline, for verifying an adapter; only reading the base's files is ours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sd3tune.model.base.parts import ENCODER_PARTS
 from sd3tune.model.load.components import empty_transformer, load_scheduler, load_text_encoder, load_transformer
 
 NAME = "verified"
-"""What the pipeline calls the adapter."""
+"""The adapter's name in the pipeline."""
 _NO_TEXT = dict.fromkeys((part for parts in ENCODER_PARTS.values() for part in parts), None)
 
 

@@ -1,4 +1,4 @@
-"""Which released base an adapter is for, as far as its modules and their sizes tell."""
+"""The released base that an adapter fits, by its modules and their sizes."""
 
 from __future__ import annotations
 

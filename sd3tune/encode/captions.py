@@ -55,15 +55,15 @@ def encode_captions(
     world: int = 1,
     say: Callable[[str], None] = logger.info,
 ) -> tuple[Keys, EncodeReport]:
-    """Encode what the store lacks of `texts`; returns encoder -> text -> key, and the report.
+    """Encode the `texts` that the store lacks; return encoder -> text -> key, and the report.
 
     T5 also encodes each text at `extra_t5_lengths`, in tokens; `caption_keys` gives the keys of those entries.
     Entries are {"hidden": [T, D]} and, for CLIP, {"pooled": [P]}, in `dtype`. An encoder is loaded only when
     something is missing, and freed before the next. T5 is held in `t5_form` (see `quantized.FORMS`), and
-    on `t5_device` where that is not `device`. `records` lets the report tell a changed caption from a
-    new one; `say` is told the size of what is about to be written. With `world` > 1 each rank encodes its share:
-    put a barrier behind this call, then `store.refresh()`. The keys are complete on every rank. Raises ModelError,
-    and RunError when the disk lacks the room.
+    on `t5_device` where that is not `device`. With `records`, the report distinguishes changed captions
+    from new ones. `say` receives the size of the entries to write. With `world` > 1 each rank encodes its share: put a
+    barrier behind this call, then `store.refresh()`. The keys are complete on every rank. Raises ModelError, and
+    RunError when the disk lacks the room.
     """
     unique = list(dict.fromkeys(texts))
     lengths = list(dict.fromkeys([max_sequence_length, *(extra_t5_lengths if "t5" in encoders else ())]))

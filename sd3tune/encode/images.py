@@ -41,7 +41,7 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class _Job:
-    """One image with those of its variants that the store lacks."""
+    """An image and the variants of it that the store lacks."""
 
     image: ImageRef
     digest: str
@@ -65,13 +65,13 @@ def encode_images(
     world: int = 1,
     say: Callable[[str], None] = logger.info,
 ) -> tuple[list[EncodedImage], EncodeReport]:
-    """Encode what the store lacks of the records' images; returns them in the records' order, and the report.
+    """Encode the images that the store lacks; return all in the records' order, and the report.
 
-    Each image is cut to that of the `buckets`, (height, width) in pixels, whose shape is nearest to its own. Entries
+    Each image is cut to the nearest shape of `buckets`, (height, width) in pixels. Entries
     are {"mean", "std"}, fp32 [16, height/8, width/8]. The VAE is loaded only when something is missing, runs in
     `dtype` (fp16, in which it overflows, becomes fp32) on one image at a time, and is freed. With `world` > 1 each
-    rank encodes its share: put a barrier behind this call, then `store.refresh()`. `say` is told the size of what is
-    about to be written; `what` is the word for the records there. Raises DataError for all unreadable images at once
+    rank encodes its share: put a barrier behind this call, then `store.refresh()`. `say` receives the size of the
+    entries to write; `what` is the word for the records there. Raises DataError for all unreadable images at once
     before the VAE is loaded, ModelError, and RunError when the disk lacks the room.
     """
     dtype = torch.float32 if dtype == torch.float16 else dtype

@@ -1,4 +1,4 @@
-"""What the store's folder remembers of the files that were encoded into it, so that a report can say why."""
+"""A record of the files that were encoded into a store, from which a report explains what is encoded again."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class ImageFacts:
 
 @dataclass
 class Manifest:
-    """Per image (a file by its absolute path, a row by its dataset and number), what was last encoded.
+    """The last encoding of each image: a file by its absolute path, a row by its dataset and number.
 
-    Nothing here is trusted for the content of a file: digests are taken anew on every pass, and a size is
-    believed only of bytes with the digest that it was noted for.
+    It never replaces reading a file: every pass computes digests again, and a recorded size counts only for bytes with
+    the recorded digest.
     """
 
     images: dict[str, ImageFacts] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Manifest:
         return cls(images if same_sizes else {}, captions, texts) if typed else cls()
 
     def knows_text(self, text: str) -> bool:
-        """Whether this text was ever encoded, under whatever settings."""
+        """Return whether this text was ever encoded, with any settings."""
         return _digest(text) in self.texts
 
     @classmethod
@@ -91,7 +91,7 @@ class Manifest:
 
     @staticmethod
     def forget(folder: Path) -> None:
-        """Remove the file: what is encoded next is new."""
+        """Delete the file, so that the next encodings count as new."""
         with contextlib.suppress(OSError):
             (folder / _NAME).unlink()
 

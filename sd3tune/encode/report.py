@@ -1,4 +1,4 @@
-"""What an encoding pass did, as a user wants to read it."""
+"""The result of an encoding pass, as lines for the user."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LOST = "lost from the store"
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """Counts of texts or images, as they stood when the pass began; `reasons` says why each was encoded."""
+    """Counts of texts or images at the start of the pass; `reasons` has the reason for each encoding."""
 
     what: str
     """`captions`, `images`, `class images`, ..."""
     extent: str
-    """How much there is, such as `2 texts x 3 encoders`."""
+    """The amount, such as `2 texts x 3 encoders`."""
     total: int
     reasons: Mapping[str, int]
     nbytes: int

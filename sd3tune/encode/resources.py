@@ -13,7 +13,7 @@ from sd3tune.errors import RunError
 
 
 def check_room(folder: Path, what: str, entries: int, nbytes: int) -> str:
-    """A line on what is about to be written; RunError, with the numbers, when the disk has no room for it."""
+    """Return a line about the entries to write. Raises RunError, with the numbers, when the disk lacks the room."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if nbytes > free:
@@ -26,16 +26,15 @@ def check_room(folder: Path, what: str, entries: int, nbytes: int) -> str:
 
 
 def release(device: torch.device | str) -> None:
-    """Give back the memory of a component whose last reference is gone."""
+    """Return the memory of a component without references to the system."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
 
 
 def is_mine(key: str, rank: int, world: int) -> bool:
-    """Whether this process encodes the entry.
+    """Return whether this process encodes the entry.
 
-    It depends on the key alone and not on what else is missing, which another process, looking a moment later
-    at a store that is being filled, would see otherwise.
+    It depends on the key only, not on the missing entries, which another process may see differently a moment later.
     """
     return int(key[:16], 16) % world == rank

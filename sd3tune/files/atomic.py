@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from sd3tune.errors import RunError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says when a disk, a quota or a file may hold no more."""
+"""Error numbers of a full disk, quota or file."""
 TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]+-(?:old-(?P<replaced>.+)|.+)", re.DOTALL)
 _ON_WINDOWS = os.name == "nt"
@@ -57,7 +57,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a new, empty folder beside `path`; on leaving, it is renamed to `path` and replaces what was there."""
+    """Yield a new, empty folder beside `path`; on leaving, rename it to `path`, replacing an earlier one."""
     temporary = _temporary_name(path)
     with writing_in(path.parent):
         make_folder(path.parent)
@@ -103,7 +103,7 @@ def kept_in_place(folder: Path) -> Iterator[None]:
 
 
 def _check_kept(path: Path) -> Path | None:
-    """Return the folder around `path` that is `kept_in_place`, if any; raise FileNotFoundError when it is gone."""
+    """Return the `kept_in_place` folder around `path`, if any; raise FileNotFoundError if it was moved or deleted."""
     kept = next((folder for folder in _KEPT if path.is_relative_to(folder)), None)
     if kept is not None:
         found = kept.stat()
@@ -156,7 +156,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file or folder of this name is one that a writer has not finished."""
+    """Return whether a name is a writer's temporary name."""
     return _TEMPORARY_NAME.fullmatch(name) is not None
 
 

@@ -16,7 +16,7 @@ _LARGEST = 2**64
 
 
 class NotJson(ValueError):
-    """Data that is not JSON, or that no program should be given; the message says why."""
+    """Data that is not JSON, or exceeds a limit; the message has the reason."""
 
 
 def read_object(path: Path, most_bytes: int = MOST_BYTES, foreign: bool = True) -> dict[str, Any]:

@@ -51,10 +51,10 @@ def read_lines(path: Path, problem: Problem) -> list[dict[str, Any]]:
 
 
 def is_whole_number(value: Any) -> bool:
-    """Whether a value is an integer from 0 to 2**63."""
+    """Return whether a value is an integer from 0 to 2**63."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number that a float can hold."""
+    """Return whether a value is a finite number that a float can hold."""
     return type(value) in (int, float) and -1e300 < value < 1e300

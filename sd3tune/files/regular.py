@@ -23,7 +23,7 @@ _KINDS = {
 
 
 class Refused(OSError):
-    """What is no regular file, or is too large; `strerror` says which, after `photo.jpg: `."""
+    """A path that is not a regular file, or a file that is too large; `strerror` is the reason."""
 
     def __init__(self, why: str) -> None:
         super().__init__(None, why)
@@ -61,7 +61,7 @@ def sha256_of(path: Path) -> str:
 
 
 def complaint(error: OSError) -> str:
-    """What to say of a file that cannot be read, after its name: the reason and the way out."""
+    """Return the reason and the way out for a file that cannot be read, to follow its name."""
     if isinstance(error, Refused):
         return f"{error.strerror}; replace or remove it"
     permissions = "; check its permissions" if isinstance(error, PermissionError) else ""

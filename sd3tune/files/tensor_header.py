@@ -25,12 +25,12 @@ _MOST_DIMENSIONS = 8
 
 
 class BadHeader(ValueError):
-    """A file that is truncated, or not a safetensors file; the message says why."""
+    """A truncated file, or not a safetensors file; the message has the reason."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself."""
+    """A parsed safetensors header."""
 
     metadata: dict[str, str]
     tensors: dict[str, dict[str, Any]]

@@ -1,4 +1,4 @@
-"""What a tracker is, and what it is told at the start."""
+"""The protocol of a tracker, and its start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LOGS = re.compile(
     r"tensorboard/events\.out\.tfevents\.\d+|wandb_id|wandb/(offline-)?run-\d{8}_\d{6}-\w+(/.+)?|wandb/debug[\w-]*\.log",
     re.DOTALL,
 )
-"""What trackers write, by the path in the run's `logs/`."""
+"""Files that trackers write, by their path in the run's `logs/`."""
 
 
 def is_log(path: PurePath) -> bool:
@@ -28,12 +28,12 @@ class Start:
 
     name: str
     folder: Path
-    """The run's `logs/`. A resumed run finds there what an earlier attempt left."""
+    """The run's `logs/`, with the files of earlier attempts."""
     config: Mapping[str, Any]
     """The whole configuration, without this machine's paths."""
 
     def remove_earlier(self, tracker: str) -> None:
-        """Remove what an earlier attempt wrote into the folder of a tracker."""
+        """Delete an earlier attempt's files in the folder of a tracker."""
 
         def wanted(path: PurePath) -> bool:
             inside = path.parts[1:]

@@ -22,7 +22,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoard:
-    """A `Tracker`. Each record is handed to the system at once, so a killed run keeps what it logged."""
+    """A `Tracker`. Each record is flushed at once, so a killed run keeps its log."""
 
     def __init__(self, start: Start) -> None:
         folder = start.folder / FOLDER

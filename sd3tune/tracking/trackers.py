@@ -1,4 +1,4 @@
-"""All trackers of a run as one: what it reports reaches each of them in the order of the steps."""
+"""All trackers of a run as one, which report in the order of the steps."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def _is_installed(name: str) -> bool:
 
 
 class Trackers:
-    """Trackers that cannot harm a run: the first error of one is a warning, and the run goes on without it.
+    """Trackers that cannot harm a run: a tracker's first error is a warning, and the run continues without it.
 
-    The lines of the metrics may come late, whole windows of them at once, and decide the order: whatever else
-    belongs to a step waits for that step's line. An attempt that resumes tells everything since step 0 again, what
-    is not in the metrics first; so the curves are those of `metrics.jsonl`, whatever became of earlier attempts.
+    Lines of the metrics arrive late, in windows, and decide the order: pictures and held-out losses of a step wait for
+    its line. A resumed attempt reports everything since step 0 again, so the curves equal `metrics.jsonl`, whatever
+    earlier attempts sent.
     """
 
     def __init__(self, config: TrackingConfig, start: Start, say: Callable[[str], object]) -> None:
@@ -89,7 +89,7 @@ class Trackers:
         self._when_its_turn(step, lambda tracker: tracker.image(step, name, path, caption))
 
     def where(self) -> list[str]:
-        """How to see the curves, for each tracker that is still there."""
+        """Return a line for each working tracker: where its curves are."""
         return [tracker.where for tracker in self._trackers.values()]
 
     def __enter__(self) -> Trackers:
@@ -129,7 +129,7 @@ class Trackers:
 
 
 def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers in nested `values`, under names joined by `/`; what is none, or is not known, is left out."""
+    """Return the numbers in nested `values`, with names joined by `/`; other values are left out."""
     found: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -39,7 +39,7 @@ _PRIVATE: dict[str, Any] = {
 
 
 class Wandb:
-    """A `Tracker`. The training step is wandb's own, which has to ascend; what the server has is not sent again."""
+    """A `Tracker`. Steps are wandb's own, which must ascend; steps on the server are not sent again."""
 
     def __init__(self, settings: WandbConfig, start: Start, warn: Callable[[str], None]) -> None:
         self._settings, self._start, self._folder = settings, start, start.folder / FOLDER
