@@ -34,8 +34,8 @@ def shown_metadata(
 ) -> dict[str, str]:
     """Return the keys for an adapter in `form` (`diffusers`, `kohya` or `comfyui`); none has an empty value.
 
-    `name` is the file's; the title is the run's name if the contract has it. `fitting` lists the keys of `VARIANTS` that
-    the modules' sizes allow. It counts if the contract names no released model, and only with one entry.
+    `name` is the file's; the title is the run's name if the contract has it. `fitting` lists the keys of `VARIANTS`
+    that the modules' sizes allow. It counts if the contract names no released model, and only with one entry.
     """
     variant, title = _variant(contract, fitting), contract.get("name") or name
     trigger = contract.get("trigger") or contract.get("instance_prompt")
