@@ -1,6 +1,6 @@
-"""Aspect buckets: the few shapes that images are cut to, so that a batch can hold images of one shape.
+"""Aspect buckets: the few shapes that images are cut to, so that all images of a batch have one shape.
 
-Sizes are (height, width) in pixels; their names are `width x height`, as people say it.
+Sizes are (height, width) in pixels; their names are `width x height`, as people write it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The caption files of a folder: which of them belongs to a picture, what is in it, and which are left over."""
+"""The caption files of a folder: finding the one of a picture, reading it, and naming the others."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def read_sidecar(sidecar: Path, image: Path) -> str:
 
 
 def unread(folder: Path, read: Iterable[Path], beside: Mapping[Path, Path]) -> list[str]:
-    """A line on the files of a folder that look like captions and are not `read`.
+    """Return a line about the files of a folder that look like captions and are not in `read`.
 
-    `beside` says of a caption file which other file has the caption of its picture.
+    `beside` maps a caption file to the file that has the caption of its picture instead.
     """
     used = set(read)
     second, others = list[Path](), list[Path]()

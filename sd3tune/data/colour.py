@@ -18,22 +18,22 @@ _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 @dataclass(frozen=True)
 class Reading:
-    """How pixels were read, besides what every version did."""
+    """How pixels were read, beyond the reading of earlier versions."""
 
     mark: str = ""
     """Part of the store key: what version 1 of the preprocessing did otherwise; empty where the pixels are its own."""
     transparent: bool = False
-    """Whether transparency was laid on white."""
+    """True if transparency was replaced by white."""
     trouble: str = ""
-    """What is wrong with the colour profile, which then was not applied."""
+    """The fault of a colour profile that was not applied."""
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, Reading]:
     """Return the picture as RGB, and how it was read.
 
     An embedded ICC profile that is not sRGB is converted to it, relative colorimetric with black point compensation.
-    Transparency is laid on white. Greys of 16 bits are divided by 257. Whole numbers of 32 bits are taken as 16 bits,
-    or as 8 where none is above 255; floating-point pixels are 0 to 1, or such whole numbers. Raises ValueError.
+    Transparency becomes white. 16-bit greys are divided by 257. 32-bit integers count as 16 bits, or as 8 bits if none
+    is above 255; floating-point pixels are 0 to 1, or such integers. Raises ValueError.
     """
     profile, marks, trouble = image.info.get("icc_profile"), list[str](), ""
     if image.mode == "F" or image.mode.startswith("I"):

@@ -23,11 +23,11 @@ class Crop:
 
 
 def crops(image_size: tuple[int, int], target: tuple[int, int], variants: int, flip: bool, digest: str) -> list[Crop]:
-    """The cuts of one image: variant 0 is centred, the others lie at random; `flip` adds each mirrored.
+    """Return the crops of one image: variant 0 is centred, the others are random; `flip` adds each mirrored.
 
-    A pure function of its arguments: `digest`, the SHA-256 of the file, seeds the positions. Always
-    `variants * (1 + flip)` long, though cuts of an image that has `target`'s shape coincide. A longer list
-    begins with the shorter one, so that raising `variants` encodes only what is new.
+    A pure function of its arguments: `digest`, the SHA-256 of the file, seeds the positions. The list has
+    `variants * (1 + flip)` entries; crops of an image of `target`'s shape coincide. A longer list begins with the
+    shorter one, so raising `variants` encodes only the new crops.
     """
     height, width = target
     spare_y, spare_x = (a - b for a, b in zip(_cover_size(image_size, target), target, strict=True))

@@ -22,10 +22,10 @@ def thumbnail(image: Image.Image) -> np.ndarray:
 
 
 def near_duplicates(thumbnails: Sequence[np.ndarray]) -> list[list[int]]:
-    """Groups, two or more each, of the indices of pictures that are nearly the same.
+    """Return groups, of two or more indices, of pictures that are nearly the same.
 
-    The means of two such pictures differ by no more than the pictures, so each is compared with those of about its
-    brightness alone, by |a|^2 + |b|^2 - 2ab, a block of rows at a time.
+    The means of two pictures differ by no more than the pictures do. So each is compared only with pictures of similar
+    brightness, by |a|^2 + |b|^2 - 2ab, a block of rows at a time.
     """
     if len(thumbnails) < 2:
         return []

@@ -1,4 +1,4 @@
-"""Which picture formats are read, which file names are pictures, and what a file is that is none."""
+"""The picture formats that are read, their file names, and a description of any other file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 Image.init()  # imports the plugins, which register what this build of Pillow can decode
 _TRUSTED = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # nothing that runs a program, as EPS does
 _SUFFIXES: Mapping[str, str] = Image.registered_extensions()
-"""File name extension -> format. Pillow registers those of WebP and AVIF where it has their codecs alone."""
+"""File name extension -> format. Pillow registers WebP and AVIF only if it has their codecs."""
 
 FORMATS = tuple(name for name in _TRUSTED if name in _SUFFIXES.values())
 """The formats that are read, whatever a file is called."""
@@ -46,14 +46,14 @@ _SIGNATURES = [
     (rb"....ftyp(?!avi[fs]|mif1|msf1)", "a video and not a picture; replace or remove it"),
     (rb"PK\x03\x04", "a ZIP archive and not a picture; unpack it"),
 ]  # fmt: skip
-"""How a file begins -> what it is, and the way out. The first that fits counts. AVIF is left to Pillow."""
+"""The first bytes of a file -> its kind, and the way out. The first match counts. AVIF is left to Pillow."""
 
 HEAD_BYTES = 512
-"""As much of a file's beginning as `describe` needs."""
+"""The number of first bytes that `describe` needs."""
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file is a picture by its name, one that can be read or one that cannot."""
+    """Return whether a name is a picture's, readable or not."""
     suffix = PurePath(name).suffix.lower()
     return suffix in EXTENSIONS or suffix in _UNREAD
 

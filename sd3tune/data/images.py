@@ -1,4 +1,4 @@
-"""From an image's bytes to upright RGB. Sizes are (height, width). Needs no torch; see `crops` for what comes next."""
+"""From an image's bytes to upright RGB. Sizes are (height, width). Needs no torch; `crops` continues from here."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _opened(image: ImageRef) -> Iterator[Image.Image]:
 
 
 def image_bytes(image: ImageRef) -> bytes:
-    """Return the image's bytes as they are stored. Raises DataError, also for what is no regular file, or too large."""
+    """Return the image's bytes as they are stored. Raises DataError, also for an irregular or too large file."""
     try:
         return read_regular(image) if isinstance(image, Path) else image.read_bytes()
     except OSError as error:
@@ -159,7 +159,7 @@ def image_bytes(image: ImageRef) -> bytes:
 
 
 def _complaint(error: Exception, data: bytes) -> str:
-    """What is wrong, given the bytes, of which the beginning is enough."""
+    """Return the fault of an image, given at least its first bytes."""
     if not data:
         return "is empty (0 bytes); replace or remove it"
     if isinstance(error, UnidentifiedImageError):
@@ -170,5 +170,5 @@ def _complaint(error: Exception, data: bytes) -> str:
 
 
 def is_smaller(image_size: tuple[int, int], target: tuple[int, int]) -> bool:
-    """Whether the image has to be enlarged to cover `target`."""
+    """Return whether the image must be enlarged to cover `target`."""
     return image_size[0] < target[0] or image_size[1] < target[1]

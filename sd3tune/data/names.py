@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 
 
 class Names:
-    """Finds files whose names differ in case or Unicode form from what is asked for; lists each folder once.
+    """Finds files whose names differ from the given name in case or Unicode form; lists each folder once.
 
-    Windows and macOS do not tell `a.TXT` from `a.txt`, and macOS may write `é` as two characters (NFD).
+    On Windows and macOS `a.TXT` and `a.txt` are the same file, and macOS may write `é` as two characters (NFD).
     """
 
     def __init__(self) -> None:

@@ -41,11 +41,11 @@ class Record:
 
 @dataclass
 class Scan:
-    """What was found in the sources."""
+    """The result of scanning the sources."""
 
     records: list[Record] = field(default_factory=list)
     looked: list[Any] = field(default_factory=list)
-    """What looking at the image of each record gave."""
+    """The result of `look` for each record's image."""
     problems: list[str] = field(default_factory=list)
     """A line for each thing that is wrong."""
     warnings: list[str] = field(default_factory=list)
@@ -55,9 +55,9 @@ class Scan:
 def load_records(
     data: DataConfig, progress: bool = False, warn: Callable[[str], None] = lambda line: None
 ) -> list[Record]:
-    """All images of all sources, in the order of the sources; of a folder by name, of a dataset by row.
+    """Return all images in the order of the sources; in a folder by name, in a dataset by row.
 
-    `warn` is told what is passed over. Raises DataError with every problem at once: see `scan_records`.
+    `warn` receives a line for everything that is passed over. Raises DataError with all problems (see `scan_records`).
     """
     scan = scan_records(data, progress)
     if scan.problems:
@@ -68,12 +68,12 @@ def load_records(
 
 
 def scan_records(data: DataConfig, progress: bool = False, look: Callable[[ImageRef], Any] = check_header) -> Scan:
-    """The images that can be used, what is wrong, and what is passed over.
+    """Return the usable images, the problems, and the files that are passed over.
 
-    Wrong are sources that are missing, empty or not readable, what does not begin like an image (of a file only the
-    first bytes are read), and images without a caption, which are among the records nevertheless.
+    Problems are sources that are missing, empty or not readable, files that do not begin like an image (only their
+    first bytes are read), and images without a caption, which stay among the records.
 
-    `look` is called for each image on threads, a few at a time; what it raises DataError for is no record.
+    `look` is called for each image on threads, a few at a time; an image for which it raises DataError is no record.
     """
     scan = Scan()
     for number, source in enumerate(data.sources):
@@ -141,7 +141,7 @@ def sample_indices(records: Sequence[Record]) -> list[int]:
 _PIECE = 32
 """Images that a thread looks at before it hands over."""
 _LONGEST = 100_000
-"""Characters of a caption, of which encoders read some hundred words."""
+"""Limit of a caption in characters; encoders read some hundred words."""
 
 _SPACELESS = r"[\p{Line_Break=Ideographic}\p{Line_Break=Conditional_Japanese_Starter}\p{Line_Break=Complex_Context}]"
 """Characters of scripts that put no spaces between words, by Unicode's rules for line breaks (UAX 14): Chinese and
@@ -159,7 +159,7 @@ def written_out(caption: str, template: str | None, trigger: str | None) -> str:
 
 
 def _has(caption: str, trigger: str) -> bool:
-    """Whether the trigger is in the caption, in any case, and not as a part of a longer word."""
+    """Return whether the caption contains the trigger as a whole word, in any case."""
     composed, wanted = (unicodedata.normalize("NFC", text) for text in (caption, trigger))  # as CLIP's tokenizer does
     before = rf"(?<!{_WORD})" if regex.match(_WORD, wanted[0], regex.V1) else ""
     behind = rf"(?!{_WORD})" if regex.match(_WORD, wanted[-1], regex.V1) else ""
@@ -190,7 +190,7 @@ def _joined(place: str, of_lines: list[Path]) -> list[str]:
 
 
 def _caption(image: ImageRef, listed: str | None, sidecar: Path | None, source: SourceConfig) -> str:
-    """The caption that the listing gives, else that of the file beside the image, else the source's."""
+    """Return the caption from the listing, else from the file beside the image, else from the source."""
     if listed is not None:
         caption = listed
     elif sidecar is not None:

@@ -1,12 +1,12 @@
-"""Randomness as a function: which samples a step sees, and every random number, from integers alone.
+"""Randomness as a function: the samples of a step, and every random number, from integers only.
 
-Nothing here keeps a state, so a run resumes from its step number, two processes see what one would, and
-nothing that happens between two steps can disturb the next.
+There is no state. So a run resumes from its step number, two processes see the samples that one would, and nothing
+between two steps can disturb the next.
 
-A global micro-batch is what all ranks see in one forward pass: `world * batch_size` samples of one bucket. Each bucket
-has an endless stream of its samples, shuffled anew every time through, and batch j of a bucket is the stream's j-th
-piece. Epoch e holds of a bucket with n samples the batches from floor(e n / batch) up to floor((e + 1) n / batch), all
-buckets' batches shuffled together: nothing is padded, and what does not fill a batch comes first in the next epoch.
+A global micro-batch is one forward pass of all ranks: `world * batch_size` samples of one bucket. Each bucket has an
+endless stream of its samples, reshuffled each time through; batch j of a bucket is the stream's j-th piece. Epoch e has
+the batches floor(e n / batch) to floor((e + 1) n / batch) of a bucket with n samples, shuffled with the other buckets'.
+Nothing is padded, and samples that do not fill a batch come first in the next epoch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """An on-disk store of tensors under content-based keys; it knows no model.
 
-Entries lie in immutable shards, safetensors files that appear under their names only when complete. Any
-number of processes may read and write at once, and a writer killed at any moment costs what it had not
-flushed, no more. Each entry has a digest, which is compared when the entry is first read; earlier versions wrote none.
+Entries are in immutable shards: safetensors files that get their names only when complete. Any number of processes may
+read and write at once; a killed writer loses only unflushed entries. Each entry has a digest, which is compared at the
+first read; earlier versions wrote none.
 A shard with a damaged entry is renamed to `*.damaged` and all of its entries count as missing.
 """
 
@@ -87,7 +87,7 @@ class Store:
 
     @property
     def damaged(self) -> bool:
-        """Whether a shard was found that cannot be read."""
+        """True if a shard was found that cannot be read."""
         return bool(self._unreadable)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
@@ -269,7 +269,7 @@ def exclusive(root: Path) -> Iterator[None]:
 
 
 def is_store(root: Path) -> bool:
-    """Whether the folder was ever used as a store."""
+    """Return whether the folder was ever used as a store."""
     return any((root / name).exists() for name in LOCK_FILES) or bool(shards_in(root))
 
 
@@ -284,7 +284,7 @@ def damaged_in(root: Path) -> list[Path]:
 
 
 def temporaries_in(root: Path) -> list[Path]:
-    """What writers have not finished, and never will once no store is open."""
+    """Return the files of unfinished writers; once no store is open, nobody will finish them."""
     return sorted(root.glob(f"{TEMPORARY}*"))
 
 

@@ -1,4 +1,4 @@
-"""What lies in a store's folder, and the removal of what is not wanted any more."""
+"""The files in a store's folder, and deleting those that are no longer needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sd3tune.data.store import damaged_in, exclusive, read_index, shards_in, tem
 from sd3tune.errors import RunError
 
 Names = tuple[str, ...]
-"""The sorted names of an entry's tensors, such as `("mean", "std")`, which tell what it is."""
+"""The sorted names of an entry's tensors, such as `("mean", "std")`, which identify its kind."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class StoreFile:
 
 
 def survey(root: Path) -> list[StoreFile]:
-    """The files of the store, the manifest and what is not a store's left aside."""
+    """Return the store's files, without the manifest and foreign files."""
     found = [_shard(path) for path in shards_in(root)]
     damaged = [_file(path, "unreadable") for path in damaged_in(root)]
     return [*found, *damaged, *(_file(path, "temporary") for path in temporaries_in(root))]
 
 
 def remove(root: Path, unwanted: Callable[[StoreFile], bool]) -> list[StoreFile]:
-    """Remove and return the files that `unwanted` says. Raises RunError while a store is open here."""
+    """Delete and return the files for which `unwanted` is true. Raises RunError while a store is open here."""
     with exclusive(root):
         files = [file for file in survey(root) if unwanted(file)]
         try:

@@ -25,7 +25,7 @@ def nearest_colour(colour: Pixels) -> str:
 
 
 def nearest(colours: Pixels) -> NDArray[np.intp]:
-    """The same for (..., 3), as numbers (...) of the names."""
+    """Return the indices (...) of the nearest named colours of `colours` (..., 3)."""
     apart = oklab(colours)[..., None, :] - _palette()
     return np.linalg.norm(apart, axis=-1).argmin(axis=-1)
 

@@ -1,4 +1,4 @@
-"""A rule-based reader of pictures: what is in one, and whether that is what a caption asks for."""
+"""A rule-based reader of pictures: it finds the things in one, and compares them with a caption."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Seen:
     y: float
     radius: float
     fit: float
-    """How well the best shape fits, 0 to 1."""
+    """The fit of the best shape, 0 to 1."""
 
     @property
     def place(self) -> str:
@@ -49,21 +49,21 @@ _NOTHING = Seen("", None, "", "", x=0.5, y=0.5, radius=0, fit=0)
 
 @dataclass(frozen=True)
 class Reading:
-    """What is in a picture."""
+    """The things in a picture."""
 
     background: str
     things: tuple[Seen, ...]
     """The two largest at most, the larger first."""
     count: int
-    """Of all things, specks left out."""
+    """The number of things, without specks."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What of a scene a picture shows; None where the scene does not ask.
+    """Which parts of a scene a picture shows; None for parts that the scene does not ask for.
 
-    No word about size or texture asks for nothing. `colour`, `shape`, `size` and `texture` are those of the first
-    thing; `other` is whether the second is all that is asked of it.
+    A scene without a word about size or texture does not ask for them. `colour`, `shape`, `size` and `texture` are for
+    the first thing; `other` is true if the second matches in all of them.
     """
 
     count: bool
@@ -78,12 +78,12 @@ class Verdict:
 
     @property
     def right(self) -> bool:
-        """Whether the picture shows all that is asked for, and no further thing."""
+        """True if the picture shows everything that the scene asks for, and nothing else."""
         return self.score == 1
 
     @property
     def score(self) -> float:
-        """The share of what is asked for that the picture shows."""
+        """The share of the scene's parts that the picture shows."""
         asked = [answer for field in fields(self) if (answer := getattr(self, field.name)) is not None]
         return sum(asked) / len(asked)
 
@@ -97,12 +97,12 @@ def read(image: Image.Image) -> Reading:
 
 
 def judge(image: Image.Image, scene: Scene) -> Verdict:
-    """Whether a picture shows a scene."""
+    """Return whether a picture shows a scene."""
     return judge_reading(read(image), scene)
 
 
 def judge_reading(reading: Reading, scene: Scene) -> Verdict:
-    """Whether what was read is the scene; of two things, each may be the one that is asked for first."""
+    """Compare a reading with a scene; either of two things may be the first of the scene."""
     seen = [*reading.things, _NOTHING, _NOTHING][: len(scene.things)]
     verdicts = (_verdict(reading, scene, order) for order in itertools.permutations(seen))
     return max(verdicts, key=lambda verdict: verdict.score)
@@ -158,14 +158,14 @@ def _is_clear(form: Outlined) -> bool:
 
 
 def _relation(first: Seen, second: Seen) -> str:
-    """Where the first is, seen from the second."""
+    """Return the position of the first relative to the second."""
     if _NOTHING in (first, second):
         return ""
     return _direction(first.x - second.x, first.y - second.y, RELATIONS)
 
 
 def _direction(right: float, down: float, names: Sequence[str]) -> str:
-    """The name of the direction among those of left, right, up and down."""
+    """Return the direction's name; `names` are for left, right, up and down."""
     if abs(right) > abs(down):
         return names[1] if right > 0 else names[0]
     return names[3] if down > 0 else names[2]

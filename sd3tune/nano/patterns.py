@@ -1,4 +1,4 @@
-"""Whether a thing is striped or dotted, and which colour it has between the stripes or dots."""
+"""Recognising stripes and dots, and the colour between them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TONES_APART = 18.0  # of 442; second tones are drawn 90 apart and more, of whic
 
 @dataclass(frozen=True)
 class Look:
-    """What a thing's surface is like."""
+    """A thing's surface."""
 
     colour: str
     texture: str
@@ -61,7 +61,7 @@ def _dark_first(tones: Pixels) -> Pixels:
 
 
 def _patterns(across: Pixels, down: Pixels) -> tuple[Pixels, Pixels]:
-    """How much of each pixel (n), given from the thing's middle, stripes (3, n) and dots (9, n) would cover."""
+    """Return the coverage of each pixel (n), relative to the thing's centre, by stripes (3, n) and dots (9, n)."""
     stripes = _STRIPE / 2 - _from_nearest(down + _SHIFTS - _STRIPE, 2 * _STRIPE)
     right, below = _from_nearest(across + _SHIFTS, _DOTS_APART), _from_nearest(down + _SHIFTS, _DOTS_APART)
     dots = _DOT_RADIUS - np.hypot(right[:, None], below).reshape(-1, len(across))

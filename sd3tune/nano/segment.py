@@ -1,4 +1,4 @@
-"""From a picture to the parts of it that are not background."""
+"""Separating the things in a picture from its background."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ground(pixels: Pixels) -> Pixels:
 
 
 def patches(pixels: Pixels, ground: Pixels) -> list[Patch]:
-    """What stands before the background, the largest first."""
+    """Return the foreground patches, the largest first."""
     away = np.linalg.norm(pixels - ground, axis=-1)
     found = [patch for part in components(away > _NOTICEABLE) for patch in _parted(away, part)]
     return sorted(found, key=lambda patch: -float(patch.cover.sum()))
@@ -78,7 +78,7 @@ def components(mask: Mask, smallest: int = _SPECK) -> Iterator[Mask]:
 
 
 def sharpened(cover: Pixels) -> Pixels:
-    """Coverage with steeper edges: what blur widened, and noise about 0 and 1, is gone."""
+    """Return coverage with steeper edges, without blur and without noise near 0 and 1."""
     return np.clip(2 * cover - 0.5, 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Which shape a patch has: its silhouette beside those of all shapes in many directions."""
+"""Recognising a patch's shape, by comparing its silhouette with all shapes in many directions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Outlined:
     fit: float
     """Overlap with that shape (Tanimoto's): 1 is equal, 0 disjoint."""
     next_fit: float
-    """That of the next best shape."""
+    """The fit of the second-best shape."""
     x: float
     y: float
     radius: float

@@ -53,7 +53,7 @@ class Task:
 
 
 def share_right(tasks: Sequence[Task], images: Sequence[Image.Image]) -> float:
-    """The share of the pictures that show what was asked for."""
+    """Return the share of pictures that show their task's scene."""
     return sum(task.is_shown_by(image) for task, image in zip(tasks, images, strict=True)) / len(tasks)
 
 

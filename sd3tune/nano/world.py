@@ -31,7 +31,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 SUBJECT = "heart"
-"""A shape that can be drawn and is in no training picture: what a LoRA is to learn."""
+"""A shape that is in no training picture, which a LoRA is to learn."""
 CLASS = "shape"
 """The noun that stands for any of SHAPES."""
 SIZES = ("", "small", "large")
@@ -101,7 +101,7 @@ def held_out(thing: Thing, background: str) -> bool:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether anything in the scene is a held-out combination."""
+    """Return whether anything in the scene is a held-out combination."""
     return any(held_out(thing, scene.background) for thing in scene.things)
 
 

@@ -40,7 +40,7 @@ def files_of_run(run: Path) -> Upload:
 
 
 def files_of_checkpoint(run: Path, checkpoint: Path) -> Mapping[str, Path]:
-    """What a checkpoint of a run that goes on uploads beside its card and configuration."""
+    """Return the files that a checkpoint of a running training uploads, besides card and configuration."""
     return {**pictures_of_run(run), **files_of_product(checkpoint)}
 
 
@@ -65,7 +65,7 @@ def files_of_product(folder: Path) -> Mapping[str, Path]:
 
 
 def is_product_name(path: PurePath) -> bool:
-    """Whether a run gives this name to a file of what it trained; `path` is that in the run folder or a checkpoint."""
+    """Return whether a run gives this name to a trained file; `path` is relative to the run folder or checkpoint."""
     folder, inside = path.parts[0], path.parts[1:]
     return inside == (ADAPTER_FILE,) if folder in ADAPTERS else folder in MODELS and path.suffix in _OF_A_MODEL
 
@@ -95,5 +95,5 @@ def _is_ours_to_show(path: Path) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """A plain file; a link may lead anywhere, and what is hidden is being written."""
+    """Return whether a path is a visible, regular file: links lead anywhere, hidden files are being written."""
     return path.is_file() and not path.is_symlink() and not path.name.startswith(".")

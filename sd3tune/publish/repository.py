@@ -1,4 +1,4 @@
-"""A model repository on the Hub that files are uploaded to, and what the Hub's refusals mean to a user."""
+"""A model repository on the Hub for uploads, and the Hub's refusals in a user's words."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Repository:
 
     repo_id: str
     private: bool
-    """Whether it is made as a private one, if there is none."""
+    """True to create it as private, if it does not exist."""
 
     def check_token(self) -> None:
         """Raise RunError when there is no token, or one that may not write. Nothing is changed."""
@@ -58,9 +58,9 @@ class Repository:
             _patiently(lambda: api.preupload_lfs_files(self.repo_id, additions=[question]))
 
     def commit(self, files: Upload, message: str, progress: bool = False) -> str | None:
-        """Upload what differs from what is there, in one commit. Returns its address, or None when nothing differs.
+        """Upload the files that differ, in one commit. Return its address, or None if nothing differs.
 
-        What was uploaded before a failure is not sent again by the next attempt. Raises RunError.
+        Files that were uploaded before a failure are not sent again. Raises RunError.
         """
         from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -113,7 +113,7 @@ class Repository:
 
 
 def repository_of(config: HubConfig) -> Repository | None:
-    """Where a run uploads to by itself; None when it does not."""
+    """Return the repository for a run's own uploads; None if it makes none."""
     if config.push == "never" or config.repo_id is None:
         return None
     return Repository(config.repo_id, config.private)

@@ -1,4 +1,4 @@
-"""A folder as a source: its pictures with their captions' places, and what is passed over in it."""
+"""A folder as a source: its pictures, where their captions are, and the files that are passed over."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Listing:
 
 @dataclass
 class _PassedOver:
-    """What is like a picture and is not read."""
+    """Files that resemble pictures and are not read."""
 
     unreadable: list[Path] = field(default_factory=list)
     dangling: list[Path] = field(default_factory=list)

@@ -10,9 +10,9 @@ from sd3tune.data.sources.rows import is_dataset
 
 
 def source_of(path: str, caption: str | None = None, **columns: str) -> dict[str, Any]:
-    """A folder of images, or a dataset with those columns: a `.parquet` file, a saved dataset, or a Hub id.
+    """Return the source for a folder of images, or for a dataset: a `.parquet` file, a saved dataset, or a Hub id.
 
-    `caption` is that of the images that have none.
+    `columns` are the dataset's keys; `caption` is for images without their own.
     """
     found = Path(path).expanduser()
     on_the_hub = not found.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None

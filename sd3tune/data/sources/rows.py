@@ -1,7 +1,7 @@
 """Datasets: their rows as images and captions. The one module that knows the `datasets` library, imported when used.
 
-Images are read as the bytes that were stored, never decoded and encoded anew, so an image has the same digest in a
-file, in a parquet file and in a dataset.
+Images are read as the stored bytes, never decoded and encoded again. So an image has the same digest in a file, in a
+parquet file and in a dataset.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Row:
     """The image column alone."""
     column: str
     place: str
-    """What the dataset is called in messages."""
+    """The dataset's name in messages."""
     index: int
     folders: tuple[Path, ...] = field(default=(), repr=False, compare=False)
-    """Where pictures may lie that are not in the dataset itself."""
+    """Folders for pictures that are not in the dataset itself."""
     loaded: bool = field(default=False, repr=False, compare=False)
     """Whether `datasets` listed files, whose paths it writes in full; else a path is the dataset's own word."""
 
@@ -62,9 +62,9 @@ class Row:
         return archived["member"] if archived else path
 
     def read_bytes(self) -> bytes:
-        """The stored bytes, or those of a file in the dataset's own folder, links followed.
+        """Return the stored bytes, or the bytes of a file in the dataset's own folder, following links.
 
-        Raises DataError when there are none, or the file is elsewhere; OSError when it cannot be read.
+        Raises DataError if there are none or the file is elsewhere, and OSError if it cannot be read.
         """
         cell = self.dataset[self.index][self.column] or {}
         if cell.get("bytes") is not None:
@@ -115,7 +115,7 @@ def list_rows(source: DatasetSource) -> list[tuple[Row, str | None]]:
 
 
 def _folders(source: DatasetSource) -> tuple[Path, ...]:
-    """A dataset's own folder; of one from the Hub, where its files and what was unpacked of them are kept."""
+    """Return a dataset's own folder; for a Hub dataset, the folders of its downloaded and unpacked files."""
     path = Path(source.path)
     if source.path.endswith(".parquet"):
         fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parent.parts)  # before a pattern
@@ -156,7 +156,7 @@ def write_parquet(path: Path, rows: Iterable[tuple[str, bytes, str]]) -> None:
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether a file or folder of this machine is a dataset rather than a folder of images."""
+    """Return whether a local file or folder is a dataset, not a folder of images."""
     return path.suffix == ".parquet" or any((path / name).is_file() for name in _SAVED)
 
 
@@ -239,7 +239,7 @@ def _caption_column(dataset: Any, column: str | None, place: str) -> list[str | 
 
 
 def _class_name(feature: Any, label: int | None) -> str | None:
-    """-1 is how `datasets` says that a row has no label."""
+    """Return the class name of a label; `datasets` uses -1 for a row without one."""
     return None if label is None or label < 0 else clean(feature.int2str(label)) or None
 
 

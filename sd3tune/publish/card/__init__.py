@@ -1,4 +1,4 @@
-"""The model card: what was trained, how to use it, how it was made, what was measured, and what is not known.
+"""The model card: the trained model, its use, its training, its measurements, and its limits.
 
 `page` puts it together. Each section is a module: the header that the Hub reads, usage, training, measurements,
 limits and licence.

@@ -19,7 +19,7 @@ def header(trained: Trained) -> str:
 
 
 def metadata(trained: Trained) -> dict[str, Any]:
-    """What the Hub is told; of base and licence only what is known."""
+    """Return the metadata for the Hub, with base and licence only if they are known."""
     licence, prompt = licence_of(trained.contract), trained.contract["instance_prompt"]
     return {
         **_base(trained),

@@ -58,7 +58,7 @@ NANO = Licence("Apache License 2.0", "apache-2.0")
 
 
 def licence_of(contract: Mapping[str, Any]) -> Licence | None:
-    """That of the base, where it is known."""
+    """Return the base's licence; None if it is not known."""
     if contract["base_kind"] == "nano":
         return NANO
     return LICENCES.get(contract["base"]) if contract["base_kind"] == "hub" else None

@@ -1,4 +1,4 @@
-"""What it is not, what trips people up, and what nobody looked at."""
+"""The section on limits: what the model is not, common mistakes, and what was not examined."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def _held_out(measured: Mapping[str, Any] | None, trained: Trained) -> list[str]
 
 
 def _changes(report: Mapping[str, Any], trained: Trained) -> str:
-    """Of a step and, as the training measured it, of each block."""
+    """Return the measured change of one step and of each block."""
     step = f"One denoising step changes by {100 * report['velocity_change']:.3g} %."
     if has_diverged(report, trained.from_scratch):
         step += f" **Above {100 * DIVERGED:.0f} % a training has usually diverged: look at its pictures first.**"

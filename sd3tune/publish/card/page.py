@@ -19,9 +19,9 @@ _MARKED = re.compile(r"---\n# sd3tune card ([0-9a-f]{16})\n(.*)", re.DOTALL)
 
 
 def card(trained: Trained) -> str:
-    """Markdown below a YAML header. No path, host name or token is in it, as there is none in what it is made of.
+    """Return Markdown below a YAML header. It has no path, host name or token, as its sources have none.
 
-    A comment in the header holds a digest of the rest, by which `is_unchanged` knows the card.
+    A comment in the header holds a digest of the rest, by which `is_unchanged` recognises the card.
     """
     page = "\n\n".join([header(trained), *_sections(trained)]) + "\n"
     rest = page.removeprefix("---\n")

@@ -1,4 +1,4 @@
-"""Code for diffusers: it runs as it stands where its files are, and draws what the command draws."""
+"""Code for diffusers, which runs unchanged in the repository's folder and draws the command's picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sd3tune.publish.card.trained import Trained
 
 
 def with_diffusers(trained: Trained) -> list[str]:
-    """The paragraphs; one that says why not, where diffusers cannot be told to load the base."""
+    """Return the paragraphs; if diffusers cannot load the base, one with the reason."""
     base = _loading_base(trained)
     if base is None:
         return [
@@ -93,7 +93,7 @@ def _loading_adapter(trained: Trained) -> list[str]:
 
 
 def _drawing(trained: Trained) -> list[str]:
-    """The same picture as the command's."""
+    """Return the code that draws the command's picture."""
     drawing = trained.drawing
     side, length = trained.contract["resolution"], trained.contract["max_sequence_length"]
     noise, arguments = _starting_noise(trained)
@@ -113,7 +113,7 @@ def _drawing(trained: Trained) -> list[str]:
 
 
 def _starting_noise(trained: Trained) -> tuple[list[str], list[str]]:
-    """Lines before the call, and arguments of it; the numbers are those of `sampling.sampler.add_offset`."""
+    """Return lines before the call and its arguments; the numbers equal `sampling.sampler.add_offset`."""
     seed, strength = trained.drawing.seed, trained.contract.get("sampler_noise_offset", 0.0)
     if not strength:
         return [], [f"    generator=torch.Generator().manual_seed({seed}),"]

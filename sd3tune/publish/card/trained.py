@@ -12,7 +12,7 @@ from sd3tune.model.base.contract import sampling_of
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a picture depends on besides the weights."""
+    """The settings of a picture, besides the weights."""
 
     prompt: str
     steps: int
@@ -37,7 +37,7 @@ class Trained:
 
     config: Config
     contract: Mapping[str, Any]
-    """Of the adapter or model."""
+    """The contract of the adapter or model."""
     described: Mapping[str, Any]
     """As in `run.json`; of a run that goes on, without timings and report."""
     samples: Sequence[Sample] = ()

@@ -1,4 +1,4 @@
-"""How to draw with what was trained: the command, and with diffusers."""
+"""The section on usage: the command, and the code for diffusers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def usage_section(trained: Trained) -> str:
 
 
 def _gate(trained: Trained) -> list[str]:
-    """Of the bases whose licence is known, those on the Hub are given to who has accepted it."""
+    """Return the step of accepting the licence, for gated bases on the Hub."""
     base, licence = trained.contract["base"], licence_of(trained.contract)
     if not trained.adapts or licence is None or licence.link is None:
         return []
