@@ -15,13 +15,13 @@ HEADER = """\
 
 <!-- Written by make licences. -->
 
-sd3tune itself is under Apache-2.0. `make setup` installs the packages below, at the versions of `requirements.lock`. The
-licence is the one that a package states in its own metadata. CUDA libraries (`nvidia-*`) have NVIDIA's own terms.
+sd3tune itself is under Apache-2.0. `make setup` installs the packages below, at the versions of `requirements.lock`.
+The licence is the one that a package states in its own metadata. CUDA libraries (`nvidia-*`) have NVIDIA's own terms.
 
 | package | version | licence |
 |---|---|---|
 """
-NOT_INSTALLED = "not installed on Linux with Python 3.11"
+NOT_INSTALLED = "not installed where this page was written"
 
 
 def page() -> str:

@@ -88,6 +88,8 @@ def test_constraints_are_the_pins_of_the_lock() -> None:
 
 def test_the_licences_are_those_of_the_pinned_packages() -> None:
     """`make licences` writes the page."""
-    rows = re.findall(r"^\| (\S+) \| (.+) \| (.+) \|$", (ROOT / "docs" / "licences.md").read_text("utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\S+) \| (.+) \| (.+) \|$", (ROOT / "docs" / "licences.md").read_text("utf-8"), re.MULTILINE
+    )
     listed = [(name, version) for name, versions, _ in rows[1:] for version in versions.split(" or ")]
     assert listed == [(pin.name, pin.version) for pin in pins()]
