@@ -5,14 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.sd3tune-installed
 LOG := $(VENV)/setup.log
+AUDIT := $(VENV)/audit.log
 WORKERS ?= 2
 
-# pip at the tested versions; what it says goes into a log, whose end is shown when it fails.
-pip = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(1) >> $(LOG) 2>&1 || { \
+# What pip says goes into a log, whose end is shown when it fails.
+pip = $(BIN)/python -m pip install --disable-pip-version-check $(1) >> $(LOG) 2>&1 || { \
 	tail -n 15 $(LOG) >&2; echo "make: pip failed; all that it said is in $(LOG)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-install crash check check-long build format bench bench-gpu bench-quality nano docs clean
+.PHONY: help setup demo test test-install crash check check-long build lock audit licences format bench bench-gpu bench-quality nano docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,7 +21,7 @@ help: ## List the targets
 setup: $(STAMP) ## Make .venv with sd3tune and its tools, at the tested versions (once; PYTHON=python3.12 picks another)
 	@echo "$(VENV) is ready. In this shell: source $(BIN)/activate"
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 		echo "make: sd3tune needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1 | head -n 1); try: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
@@ -28,10 +29,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "set-up 1 of 3: a Python environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@: > $(LOG)
-	@echo "set-up 2 of 3: PyTorch (the first time a download of some minutes)"
-	@$(call pip,torch)
-	@echo "set-up 3 of 3: diffusers, the other libraries and sd3tune"
-	@$(call pip,-e ".[dev]")
+	@echo "set-up 2 of 3: PyTorch, diffusers and the other libraries (the first time a download of some minutes)"
+	@$(call pip,--require-hashes -r requirements.lock)
+	@echo "set-up 3 of 3: sd3tune"
+	@$(call pip,--no-deps --no-build-isolation -e .)
 	@touch $@
 
 demo: $(STAMP) ## Train a LoRA from packaged images, offline, and draw before and after
@@ -59,6 +60,20 @@ build: $(STAMP) ## Write the wheel and the source archive to dist/, and run the 
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(PYTHON) tests/install/wheel.py dist/*.whl constraints.txt
+lock: $(STAMP) ## Pin the dependencies of pyproject.toml with their hashes (UPGRADE=NAME, UPGRADE=all: to newer versions)
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-python-downloads --all-extras \
+		--generate-hashes --only-binary :all: --emit-build-options --no-annotate --custom-compile-command "make lock" \
+		$(if $(filter all,$(UPGRADE)),--upgrade,$(UPGRADE:%=--upgrade-package %)) pyproject.toml -o requirements.lock
+	{ echo "# Made by make lock from requirements.lock: the same versions, without hashes, for pip's -c."; \
+		sed -n 's/ \\$$//p' requirements.lock | grep ==; } > constraints.txt
+
+audit: $(STAMP) ## Look the pinned versions up in the advisory database (needs the network)
+	@$(BIN)/pip-audit --progress-spinner off --strict --disable-pip --require-hashes -r requirements.lock > $(AUDIT) 2>&1 \
+		&& tail -n 1 $(AUDIT) || { grep -q '^Found ' $(AUDIT) && cat $(AUDIT) >&2 || \
+		echo "make: nothing was audited: the advisory service did not answer for every package; see $(AUDIT)" >&2; exit 1; }
+
+licences: $(STAMP) ## Regenerate docs/licences.md from the installed packages
+	$(BIN)/python -m tests.install.licences > docs/licences.md
 
 format: $(STAMP) ## Fix lint and formatting where a tool can
 	$(BIN)/ruff check --fix .

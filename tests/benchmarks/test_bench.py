@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from benchmarks import compare, encoding, report
+from benchmarks import compare, digests, encoding, report
 from benchmarks.bare import Ready
 from benchmarks.cells import CELLS
 from benchmarks.compare import GateError, Turns, run_cell, summarise
@@ -87,6 +87,14 @@ def test_the_lines_below_the_table() -> None:
     text = report.table({**results, "starts": {"cold": side, "warm": {**side, "first_step_s": 4.0}}})
     assert "1 by sd3tune, ratio 0.500 (0.400 to 0.600); target 0.95 missed." in text
     assert "4.0 s, 0.50 s of it not imports, 900 MB with all of it." in text
+
+
+def test_digests_are_timed_in_every_other_pass(tmp_path: Path) -> None:
+    """A pass reads 7 tensors of each of 16 examples, perhaps 2 of them a turn ahead, and a checkpoint saves 4."""
+    row = digests.measure("tiny-fp32", tmp_path, rounds=2)
+    assert 14 * 7 + 4 <= row["calls_per_turn"] <= 16 * 7 + 4
+    assert row["share"] > 0
+    assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
 
 
 class _At:
