@@ -61,7 +61,7 @@ def measure(cell: str, folder: Path, rounds: int = ROUNDS) -> dict[str, Any]:
     saving = trainer.config.checkpoint.model_copy(update={"every": steps})
     trainer.config = trainer.config.model_copy(update={"checkpoint": saving})
     turns = Turns(trainer.batches.store, steps)
-    with closing(trainer.batches), turns.patched_digest("data.store"), turns.patched_digest("train.checkpoint"):
+    with closing(trainer.batches), turns.patched_digest("data.store"), turns.patched_digest("training.checkpoint"):
         trainer.train(until=(1 + rounds * len(ORDER)) * steps, callback=turns)
     spent = [turns.spent[start : start + len(ORDER)] for start in range(1, len(turns.spent), len(ORDER))]
     low, median, high = statistics.quantiles([(b + c) / (a + d) for a, b, c, d in spent], n=4, method="inclusive")
