@@ -14,7 +14,7 @@ from sd3tune.forecast import footprint, thinning
 from sd3tune.forecast.rehearsal import Training, rehearse_drawing, rehearse_training
 from sd3tune.methods import METHODS
 from sd3tune.model.base.resolve import shape_of_base
-from sd3tune.model.compute.hoist import hoisted
+from sd3tune.model.compute.hoist import hoist, hoisted
 from sd3tune.model.load.components import load_transformer
 
 SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
@@ -86,7 +86,7 @@ def test_blocks_are_left_out_where_the_method_trains_them_equally(method: dict, 
     sections = {"model": {"base": SD35_MEDIUM}, "method": method}
     config = parse_config({**sections, "data": {"sources": [{"path": "/none", "caption": "x"}]}}).config
     base = shape_of_base(config.model)
-    transformer = load_transformer(base, torch.bfloat16, "meta", hoisted=True)
+    transformer = load_transformer(base, torch.bfloat16, "meta", prepare=hoist)
     thin = thinning.thin_out(transformer, METHODS[config.method.kind](config, base), None)
     assert list(thin.counts) == [int(name) for name in transformer.transformer_blocks._modules] == list(left)
     assert sum(thin.counts.values()) == 24
