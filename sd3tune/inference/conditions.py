@@ -91,9 +91,9 @@ def _compare_sampling(job: InferenceJob, contracts: Sequence[Mapping[str, Any]])
 
 
 def settle_memory(memory: Memory, adapters: Sequence[Adapter]) -> Memory:
-    """With base and T5 held as the first adapter was trained on them, unless it is said otherwise.
+    """Return the memory options, by default those that the first adapter was trained with.
 
-    Raises ConfigError where that cannot be here.
+    Raises ConfigError where a library for them is missing.
     """
     trained = next((adapter for adapter in adapters if adapter.contract), None)
     contract: Mapping[str, Any] = trained.contract if trained else {}
@@ -120,7 +120,7 @@ def _announce(said: str, way_out: str) -> None:
 
 
 def find_base(name: str | None, adapters: Sequence[Adapter]) -> Base:
-    """The base called `name`, or the one that an adapter names, for work that needs no text encoders."""
+    """Find the base `name`, or the one that an adapter names, for work that needs no text encoders."""
     base = configured_base(_find_model(name, None, adapters))
     for adapter in adapters:
         _compare_transformers(adapter, base)
@@ -128,10 +128,9 @@ def find_base(name: str | None, adapters: Sequence[Adapter]) -> Base:
 
 
 def _find_model(base: str | None, config: Path | None, adapters: Sequence[Adapter]) -> ModelConfig:
-    """Where the base is: `base`, else the one that an adapter names (the first that says anything), with text
-    encoders and tokenizers.
+    """Return where base, text encoders and tokenizers are: `base`, else what the first adapter with a contract names.
 
-    Paths are not in an adapter, so what needs them is read from `config`, else from the run's own configuration.
+    An adapter holds no paths, so local ones are read from `config`, else from the configuration of its run.
     """
     named = next((adapter for adapter in adapters if adapter.contract), adapters[0] if adapters else None)
     contract = named.contract if named else {}
@@ -155,12 +154,12 @@ def _find_model(base: str | None, config: Path | None, adapters: Sequence[Adapte
                 f"{named.label}: trained on a local {contract['base_kind']} named {contract['base']!r}; "
                 "give it with --base"
             )
-    trained = {"init": "pretrained", "transformer": None}  # whatever a run began with
+    trained = {"init": "pretrained", "transformer": None}  # a run's starting weights do not matter here
     return (model or ModelConfig()).model_copy(update={**where, **trained})
 
 
 def _model_of_run(adapter: Path) -> ModelConfig | None:
-    """The `model` section in the `config.yaml` of the run that the adapter lies in."""
+    """Return the `model` section of the run that the adapter lies in."""
     for folder in list(adapter.absolute().parents)[:5]:
         config = folder / "config.yaml"
         if config.is_file() and read_run_file(folder):
@@ -179,7 +178,7 @@ def _compare_transformers(adapter: Adapter, base: Base) -> None:
 
 
 def _compare_offsets(adapter: Adapter) -> None:
-    """Earlier versions trained with a noise offset and drew without one: so do pictures of their adapters."""
+    """Warn of an adapter by an earlier version, which trained with a noise offset and drew without one."""
     trained = adapter.contract.get("noise_offset", 0.0)
     if trained and not starting_offset(adapter.contract):
         say(

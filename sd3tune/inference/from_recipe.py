@@ -36,7 +36,7 @@ class _Lora(Part):
     sha256: str
     weight: float
     tensors_sha256: str | None = None
-    """Known since another header made another file of equal tensors; None in earlier pictures."""
+    """Stays equal when only the file's header changes; None in earlier pictures."""
 
     def is_in(self, path: Path) -> bool:
         """Whether a file holds this adapter."""
@@ -80,19 +80,20 @@ def _entries() -> dict[str, Any]:
         elif parameter.requires is not None:
             entries[key] = (kind | None, None)
         else:
-            entries[key] = (kind, parameter.default if parameter.optional else ...)
+            nullable = parameter.can_be_none and parameter.name != "size"  # which is settled when it is written
+            entries[key] = (kind | None if nullable else kind, parameter.default if parameter.optional else ...)
     made = {group: create_model(group, __base__=Part, **inside) for group, inside in groups.items()}
     return entries | {group: (model | None, None) for group, model in made.items()}
 
 
 def _json_type(parameter: Parameter) -> Any:
     if parameter.type is Path:
-        return _File | None
+        return _File
     if parameter.type == tuple[int, int]:
         return Annotated[list[int], Field(min_length=2, max_length=2)]
     if parameter.type == tuple[int, ...]:
         return list[int]
-    return parameter.type | None if parameter.can_be_none else parameter.type
+    return parameter.type
 
 
 Recipe: type[_ModelPart] = create_model("Recipe", __base__=_ModelPart, **_entries())
@@ -106,7 +107,7 @@ class SourcePicture:
     recipe: _ModelPart
 
     def check_base(self, base: Base, chosen: bool) -> None:
-        """Compare the base with the one of the picture: another one is a warning where it was `chosen`, else an error.
+        """Compare the base with the picture's. Another one is a warning where it was `chosen`, else an error.
 
         Raises ModelError.
         """
@@ -123,7 +124,7 @@ class SourcePicture:
         say(f"warning: {said}")
 
     def check_adapters(self, adapters: Sequence[Adapter]) -> None:
-        """Raise AdapterError where an adapter that the recipe names, as one of the Hub, has another content by now."""
+        """Raise AdapterError for an adapter of the Hub whose content is not the recipe's any more."""
         for lora, adapter in zip(self.recipe.loras, adapters, strict=True):
             if not lora.is_in(adapter.path):
                 raise AdapterError(
@@ -207,7 +208,7 @@ def _memory(asked: Memory, recipe: _ModelPart) -> Memory:
 
 
 def _base_fields(job: InferenceJob, source: SourcePicture, has_adapter: bool) -> dict[str, str | None]:
-    """Only the last part of a local base's path is in a recipe: an adapter may say where it is."""
+    """Return the fields that name the base. A recipe has only the last part of a local path."""
     name = source.recipe.base
     if offline_kind(name) is not None or _HUB_ID.fullmatch(name):
         return {"base": name, "revision": source.recipe.base_revision}
@@ -234,7 +235,7 @@ def _chosen_adapters(job: InferenceJob, source: SourcePicture) -> list[str]:
 
 
 def _found_adapters(job: InferenceJob, source: SourcePicture) -> list[str]:
-    """By their content, in the places where pictures and adapters lie; those of the Hub by name and commit."""
+    """Find adapters by content near the picture and in `runs/`, and adapters of the Hub by name and commit."""
     found, problems = [], []
     for lora in source.recipe.loras:
         near = (path for path in _candidates(job, source.picture, lora.name) if lora.is_in(path))
@@ -251,7 +252,7 @@ def _found_adapters(job: InferenceJob, source: SourcePicture) -> list[str]:
 
 
 def _found_image(job: InferenceJob, source: SourcePicture, image: _File) -> Path:
-    """Near the picture, in the working directory or in a folder of `--look-in`, by its content."""
+    """Find the start image by content: near the picture, in the working directory or in a folder of `--look-in`."""
     for folder in (*_near(source.picture), Path.cwd(), *job.look_in):
         path = folder / image.name
         if _is_plain(image.name) and _has_content(path, image.sha256):
@@ -263,12 +264,12 @@ def _found_image(job: InferenceJob, source: SourcePicture, image: _File) -> Path
 
 
 def _near(picture: Path) -> list[Path]:
-    """The picture's folder and the three above it."""
+    """Return the picture's folder and the three above it."""
     return list(picture.absolute().parents[:4])
 
 
 def _candidates(job: InferenceJob, picture: Path, name: str) -> Iterator[Path]:
-    """Files that may be the adapter called `name`, the nearest first. A name is neither a path nor a pattern."""
+    """Yield files that may be the adapter `name`, the nearest first. A name is neither a path nor a pattern."""
     deeper = (file.parent for file in sorted(Path("runs").glob(f"*/*/{RUN_FILE}")))  # as those of the demo
     roots = [*_near(picture), Path.cwd(), *job.look_in, *sorted(Path("runs").glob("*")), *deeper]
     names = [ADAPTER_FILE, *([f"{name}.safetensors"] if _is_plain(name) else [])]

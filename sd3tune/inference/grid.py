@@ -1,4 +1,4 @@
-"""One picture of many: what changes from column to column, and from row to row."""
+"""Grids: one contact sheet of many images, with one parameter per axis."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Grid:
 
 
 def read_grid(axes: Sequence[str], fixed: Sequence[str]) -> Grid | None:
-    """The grid of `NAME=VALUE,VALUE,...` texts, beside the adapters `fixed`; None where there are none.
+    """Return the grid of `NAME=VALUE,VALUE,...` texts, with the adapters `fixed` in all cells; None without texts.
 
     Raises ConfigError with a line for each problem.
     """
@@ -95,7 +95,7 @@ def read_grid(axes: Sequence[str], fixed: Sequence[str]) -> Grid | None:
 
 
 def _split(text: str) -> tuple[str, list[str]]:
-    """A text with `|` in it is split there, so that a prompt may have commas."""
+    """Split at `|` where there is one, so that a prompt may have commas."""
     name, equals, values = text.partition("=")
     if name not in AXES:
         close = difflib.get_close_matches(name, AXES, n=1)
@@ -128,7 +128,7 @@ def _axis(name: str, values: Sequence[str], loras: Sequence[str], fixed: int) ->
 
 
 def _expanded(value: str) -> list[str]:
-    """A pattern such as `runs/x/checkpoints/*` as what it finds; a run's folder of checkpoints as all of them."""
+    """Expand a pattern such as `runs/x/checkpoints/*`, or a run's folder of checkpoints, into the paths that match."""
     pattern = f"{value}/step-*" if Path(value).name == "checkpoints" else value
     if not glob.has_magic(pattern):
         return [value]

@@ -1,4 +1,4 @@
-"""A file of prompts, one picture a line: plain text, or JSON lines or CSV with a column for each flag of its name."""
+"""Prompt files, an image a line: plain text, or JSON lines or CSV with fields of an image request as columns."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def read_prompts(path: Path) -> list[PromptLine]:
 
 
 def _text_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """A prompt a line; blank lines and those that begin with `#` are left out."""
+    """Yield a prompt a line, without blank lines and those that begin with `#`."""
     for number, line in enumerate(text.split("\n"), start=1):
         prompt = line.strip()
         if prompt and not prompt.startswith("#"):

@@ -55,11 +55,11 @@ class InferenceSession:
     dtype: torch.dtype
     device: torch.device
     batch: int = 1
-    """Pictures that are denoised at once; with neighbours, the last bits of a picture differ."""
+    """Pictures that are denoised at once; within a batch, the last bits of a picture differ."""
     memory: Memory = IN_FULL
 
     @property
-    def rest(self) -> torch.device:
+    def idle_device(self) -> torch.device:
         """The device that holds the transformer and the VAE while they are idle."""
         return torch.device("cpu") if self.memory.offload else self.device
 
@@ -72,16 +72,15 @@ def draw(
     One text encoder at a time is in memory, then the transformer, then the VAE. `one_by_one` yields an image as soon as
     it is drawn; for that, the VAE is loaded beside the transformer, which is freed before the last image is decoded.
     """
-    texts, images = _encoded(session, requests), _encoded_images(session, requests)
-    transformer = Part(lambda: _transformer(session, requests), session, "drawing", _SMALLER_TRANSFORMER)
-    vae = Part(lambda: _vae(session), session, "decoding", _SMALLER_VAE)
+    texts, images = _encode_texts(session, requests), _encode_images(session, requests)
+    transformer = Component(lambda: _load_transformer(session, requests), session, "drawing", _SMALLER_TRANSFORMER)
+    vae = Component(lambda: _load_vae(session), session, "decoding", _SMALLER_VAE)
     scheduler = load_scheduler(session.conditions.base)
     batches, done = batched(requests, session.batch), 0
-    with tqdm(
-        total=sum(sampler_settings(request).evaluations for request in requests), desc="drawing", unit="step"
-    ) as bar:
+    evaluations = sum(sampler_settings(request).evaluations for request in requests)
+    with tqdm(total=evaluations, desc="drawing", unit="step") as bar:
 
-        def denoised(
+        def denoise(
             model: SD3Transformer2DModel, together: Sequence[ImageRequest], warm_up: bool = False
         ) -> torch.Tensor:
             _use_adapters(model, together[0])
@@ -89,21 +88,21 @@ def draw(
             return sample_latents(
                 model,
                 scheduler,
-                _joined([texts[request.texts] for request in together]),
-                _joined([texts[Texts(request.negative)] for request in together]),
+                _concatenate([texts[request.texts] for request in together]),
+                _concatenate([texts[Texts(request.negative)] for request in together]),
                 replace(settings, steps=1, strength=None) if warm_up else settings,
                 [request.seed for request in together],
                 on_step=(lambda: None) if warm_up else partial(bar.update, len(together)),
-                start=None if warm_up else _starts(together, images),
+                start=None if warm_up else _start_images(together, images),
             )
 
         if session.memory.compiled:
             bar.set_postfix_str("compiling, which can take minutes")
-            transformer.at_work(partial(denoised, warm_up=True), batches[0])
+            transformer.run(partial(denoise, warm_up=True), batches[0])
             bar.unpause()
         waiting: list[tuple[list[ImageRequest], torch.Tensor]] = []
         for number, together in enumerate(batches, start=1):
-            waiting.append((together, transformer.at_work(denoised, together)))
+            waiting.append((together, transformer.run(denoise, together)))
             done += len(together)
             bar.set_postfix_str(f"picture {done} of {len(requests)}")
             is_last = number == len(batches)
@@ -111,7 +110,7 @@ def draw(
                 transformer.free()
             while waiting and (one_by_one or is_last):
                 drawn, latents = waiting.pop(0)
-                yield from zip(drawn, vae.at_work(_decoded, latents), strict=True)
+                yield from zip(drawn, vae.run(_decode, latents), strict=True)
 
 
 def sampler_settings(request: ImageRequest) -> SamplerSettings:
@@ -148,30 +147,30 @@ def texts_of(requests: Sequence[ImageRequest]) -> list[Texts]:
     return list(dict.fromkeys(texts for request in requests for texts in (request.texts, Texts(request.negative))))
 
 
-def _decoded(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
+def _decode(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
     return [to_image(vae, one[None]) for one in latents]
 
 
-class Part:
+class Component:
     """The transformer or the VAE: loaded when it is first needed; with `--offload`, on the device only while in use."""
 
-    def __init__(self, load: Callable[[], nn.Module], session: InferenceSession, doing: str, way_out: str) -> None:
-        self._load, self._session, self._doing, self._way_out = load, session, doing, way_out
+    def __init__(self, load: Callable[[], nn.Module], session: InferenceSession, activity: str, hint: str) -> None:
+        self._load, self._session, self._activity, self._hint = load, session, activity, hint
         self._model: nn.Module | None = None
 
-    def at_work(self, use: Callable[[Any, Any], Result], what: Any) -> Result:
-        """Return `use(model, what)`; nothing else may hold the model, so that it can be freed.
+    def run(self, function: Callable[[Any, Any], Result], argument: Any) -> Result:
+        """Return `function(model, argument)`; nothing else may hold the model, so that it can be freed.
 
         Raises RunError, with the next option to try, when memory runs out.
         """
-        with explain_oom(self._doing, lambda: self._way_out):
+        with explain_oom(self._activity, lambda: self._hint):
             if self._model is None:
                 self._model = self._load()
             if not self._session.memory.offload:
-                return use(self._model, what)
+                return function(self._model, argument)
             self._move(self._session.device)
-            result = use(self._model, what)
-            self._move(self._session.rest)
+            result = function(self._model, argument)
+            self._move(self._session.idle_device)
             return result
 
     def free(self) -> None:
@@ -185,7 +184,7 @@ class Part:
             release(self._session.device)
 
 
-def _encoded(session: InferenceSession, requests: Sequence[ImageRequest]) -> dict[Texts, Conditioning]:
+def _encode_texts(session: InferenceSession, requests: Sequence[ImageRequest]) -> dict[Texts, Conditioning]:
     wanted, conditions = texts_of(requests), session.conditions
     length = conditions.t5_length
     eight_bit = ["t5"] if session.memory.t5_8bit else []
@@ -196,7 +195,7 @@ def _encoded(session: InferenceSession, requests: Sequence[ImageRequest]) -> dic
     return dict(zip(wanted, found, strict=True))
 
 
-def _encoded_images(session: InferenceSession, requests: Sequence[ImageRequest]) -> Images:
+def _encode_images(session: InferenceSession, requests: Sequence[ImageRequest]) -> Images:
     """Return the start images as the VAE encodes them; the VAE is freed afterwards."""
     wanted = dict.fromkeys((request.image, request.size) for request in requests)
     images: Images = {}
@@ -204,7 +203,7 @@ def _encoded_images(session: InferenceSession, requests: Sequence[ImageRequest])
     for path, size in wanted:
         if path is None or size is None:
             continue
-        vae = vae or _vae(session)
+        vae = vae or _load_vae(session)
         mean, std = encode_moments(vae, fitted(path, size))
         images[path, size] = Start(mean, std, vae.config.scaling_factor, vae.config.shift_factor)
     del vae
@@ -212,7 +211,7 @@ def _encoded_images(session: InferenceSession, requests: Sequence[ImageRequest])
     return images
 
 
-def _starts(together: Sequence[ImageRequest], images: Images) -> Start | None:
+def _start_images(together: Sequence[ImageRequest], images: Images) -> Start | None:
     found = [
         images[request.image, request.size]
         for request in together
@@ -224,7 +223,7 @@ def _starts(together: Sequence[ImageRequest], images: Images) -> Start | None:
     return replace(found[0], mean=means, std=stds)
 
 
-def _vae(session: InferenceSession) -> AutoencoderKL:
+def _load_vae(session: InferenceSession) -> AutoencoderKL:
     """Load the VAE, in fp32 instead of fp16, in which it decodes to black images."""
     dtype = torch.float32 if session.dtype is torch.float16 else session.dtype
     vae = load_vae(session.conditions.base, dtype, session.device)
@@ -233,26 +232,26 @@ def _vae(session: InferenceSession) -> AutoencoderKL:
     return vae
 
 
-def _joined(several: Sequence[Conditioning]) -> Conditioning:
+def _concatenate(several: Sequence[Conditioning]) -> Conditioning:
     return Conditioning(
         torch.cat([one.prompt_embeds for one in several]), torch.cat([one.pooled_prompt_embeds for one in several])
     )
 
 
-def _transformer(session: InferenceSession, requests: Sequence[ImageRequest]) -> SD3Transformer2DModel:
+def _load_transformer(session: InferenceSession, requests: Sequence[ImageRequest]) -> SD3Transformer2DModel:
     """Load the transformer with every adapter attached."""
     form = session.memory.quantize or "none"
-    where = session.rest if form == "none" else session.device  # on which layers are rounded
+    where = session.idle_device if form == "none" else session.device  # on which layers are rounded
     trained = [module for adapter in session.adapters for module in adapter.factors]
     hoisted = form != "none" and not session.memory.compiled and not any(map(is_modulation, trained))
     prepare = hoist if hoisted else None
     transformer = load_transformer_in(form, session.conditions.base, session.dtype, where, prepare)
-    nn.Module.to(transformer, session.rest)
+    nn.Module.to(transformer, session.idle_device)
     for number, adapter in enumerate(session.adapters):
         counted = attach(transformer, adapter, _adapter_name(number))
         weights = dict.fromkeys(weight for request in requests for index, weight in request.loras if index == number)
-        said = ", ".join(f"{weight:g}" for weight in weights)
-        say(f"{adapter.label}: {counted.matched} tensors loaded, weight {said}")
+        shown = ", ".join(f"{weight:g}" for weight in weights)
+        say(f"{adapter.label}: {counted.matched} tensors loaded, weight {shown}")
         if counted.unmatched:
             some = ", ".join(counted.unmatched[:3])
             say(f"warning: {len(counted.unmatched)} of its modules are not in this base: {some}")

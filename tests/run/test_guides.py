@@ -153,14 +153,14 @@ def test_the_length_of_t5_can_be_chosen_and_t5_left_out(pipeline, draw: Draw) ->
 def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """(class, where to) of every model that a session sends to its device, or to where it waits."""
     seen: list[tuple[str, str]] = []
-    genuine = session.Part._move
+    genuine = session.Component._move
 
-    def recording(part: session.Part, device: torch.device) -> None:
-        seen.append((type(part._model).__name__, "rest" if device is part._session.rest else "work"))
+    def recording(part: session.Component, device: torch.device) -> None:
+        seen.append((type(part._model).__name__, "rest" if device is part._session.idle_device else "work"))
         genuine(part, device)
 
-    monkeypatch.setattr(session.Part, "_move", recording)
-    monkeypatch.setattr(session.InferenceSession, "rest", torch.device("cpu"))
+    monkeypatch.setattr(session.Component, "_move", recording)
+    monkeypatch.setattr(session.InferenceSession, "idle_device", torch.device("cpu"))
     return seen
 
 
