@@ -25,7 +25,7 @@ from benchmarks.quality.variants import WITH_CLASS_IMAGES, Variant
 from benchmarks.report import environment, provenance, replace_between
 from sd3tune.commands.demo import SAMPLER, T5_LENGTH
 from sd3tune.files.atomic import write_json
-from sd3tune.inference.painter import Painter
+from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.nano.tasks import plain_tasks, share_right, subject_tasks
 
 ONE, TWO = f"{T5_LENGTH}", f"{T5_LENGTH} and 256"
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     file = options.out / "results" / "t5_lengths.json"
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"figures": {}}
-    painters = {length: Painter("nano", SAMPLER, t5_length=length, dtype=torch.bfloat16) for length in PROMPTS}
+    pipelines = {length: ImagePipeline("nano", SAMPLER, t5_length=length, dtype=torch.bfloat16) for length in PROMPTS}
     with tempfile.TemporaryDirectory(prefix="sd3tune-lengths-") as folder:
         for seed in options.seeds:
             for arm, changes in ARMS.items():
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     continue
                 run = Path(folder) / name.replace("/", "-").replace(" ", "-")
                 recipe = replace(WITH_CLASS_IMAGES, changes={**WITH_CLASS_IMAGES.changes, **BF16, **changes})
-                results["figures"][name] = _measure(recipe, run, Path(folder) / "store", seed, painters)
+                results["figures"][name] = _measure(recipe, run, Path(folder) / "store", seed, pipelines)
                 results["environment"] = environment()
                 write_json(file, results)
                 if pairs(results["figures"]):
@@ -64,13 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure(recipe: Variant, run: Path, store: Path, seed: int, painters: Mapping[int, Painter]) -> dict[str, float]:
+def _measure(
+    recipe: Variant, run: Path, store: Path, seed: int, pipelines: Mapping[int, ImagePipeline]
+) -> dict[str, float]:
     """Train, and draw with the adapter at every length; `train_s` is the training's seconds."""
     shares = {"train_s": train_quietly(recipe, run, store, seed)}
-    for length, painter in painters.items():
+    for length, pipeline in pipelines.items():
         subject = subject_tasks(PROMPTS[length], seed)
         others = plain_tasks(PROMPTS[length], held_out=False, seed=seed)
-        images = painter.draw([(task.prompt, task.seed) for task in [*subject, *others]], run)
+        images = pipeline.draw([(task.prompt, task.seed) for task in [*subject, *others]], run)
         shares[f"subject at {length}"] = share_right(subject, images[: len(subject)])
         shares[f"others at {length}"] = share_right(others, images[len(subject) :])
     return shares

@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks.quality.variants import Variant
 from sd3tune.commands.train import run_training
-from sd3tune.inference.painter import Painter
+from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.nano.oracle import read
 from sd3tune.nano.tasks import Task, class_tasks, plain_tasks, rich_tasks, share_right, subject_tasks
 from sd3tune.nano.world import SUBJECT
@@ -39,9 +39,9 @@ class Panel:
         return [*self.subject, *self.named, *self.of_class]
 
 
-def measure_panel(painter: Painter, panel: Panel, adapter: Path | None) -> Shares:
+def measure_panel(pipeline: ImagePipeline, panel: Panel, adapter: Path | None) -> Shares:
     """`subject`: drawn as asked; `named`: other shapes as asked; `class_lost`: class prompts that show the subject."""
-    images = iter(painter.draw([(task.prompt, task.seed) for task in panel.tasks], adapter))
+    images = iter(pipeline.draw([(task.prompt, task.seed) for task in panel.tasks], adapter))
     subject, named, of_class = ([next(images) for _ in of] for of in (panel.subject, panel.named, panel.of_class))
     return {
         "subject": share_right(panel.subject, subject),
@@ -50,7 +50,7 @@ def measure_panel(painter: Painter, panel: Panel, adapter: Path | None) -> Share
     }
 
 
-def measure_base(painter: Painter, count: int, seed: int) -> Shares:
+def measure_base(pipeline: ImagePipeline, count: int, seed: int) -> Shares:
     """How often the base draws what it is asked for, by kind of prompt."""
     kinds = {
         "plain, seen": plain_tasks(count, False, seed),
@@ -60,17 +60,17 @@ def measure_base(painter: Painter, count: int, seed: int) -> Shares:
     }
     shares: Shares = {}
     for kind, tasks in kinds.items():
-        images = painter.draw([(task.prompt, task.seed) for task in tasks], what=kind)
+        images = pipeline.draw([(task.prompt, task.seed) for task in tasks], what=kind)
         shares[kind] = share_right(tasks, images)
         if kind == "rich, seen":
             shares |= _by_question(tasks, images)
     return shares
 
 
-def measure_lora(painter: Painter, panel: Panel, variant: Variant, run: Path, store: Path, seed: int) -> Shares:
+def measure_lora(pipeline: ImagePipeline, panel: Panel, variant: Variant, run: Path, store: Path, seed: int) -> Shares:
     """Train and measure; `train_s` is the seconds of the whole command, encodings in the store apart."""
     seconds = train_quietly(variant, run, store, seed)
-    return measure_panel(painter, panel, run) | {"train_s": seconds}
+    return measure_panel(pipeline, panel, run) | {"train_s": seconds}
 
 
 def train_quietly(variant: Variant, run: Path, store: Path, seed: int) -> float:

@@ -13,7 +13,7 @@ from benchmarks.quality.variants import PRIOR_KEY, Variant
 from sd3tune.commands.demo import CONFIG, PICTURES, PRIOR, SIDE, T5_LENGTH
 from sd3tune.config import dump_config
 from sd3tune.data.sources.metadata import JSONL, write_jsonl
-from sd3tune.inference.painter import Painter
+from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.nano.tasks import CLASS_PROMPTS, NAME
 from sd3tune.nano.world import CLASS
 
@@ -28,7 +28,7 @@ class SideBySide:
     base: Path
     folder: Path
 
-    def compare(self, painter: Painter, panel: Panel, seed: int, recipe: Variant) -> Shares:
+    def compare(self, pipeline: ImagePipeline, panel: Panel, seed: int, recipe: Variant) -> Shares:
         """Both for the recipe's steps, and the script for as many as its whole command makes in our CPU seconds.
 
         The shares of `measure_panel`, `cpu_s` and `steps`, each behind `ours: `, `peer: ` or `peer, as long: `.
@@ -39,12 +39,12 @@ class SideBySide:
         if PRIOR_KEY in recipe.changes:
             self._draw_class_images(seed, recipe)
         run, ours = self._train_ours(seed, recipe)
-        shares = _behind("ours", measure_panel(painter, panel, run), ours)
+        shares = _behind("ours", measure_panel(pipeline, panel, run), ours)
         peer = self._train_peer(steps, seed, recipe)
-        shares |= _behind("peer", measure_panel(painter, panel, self._peer_adapter), peer)
+        shares |= _behind("peer", measure_panel(pipeline, panel, self._peer_adapter), peer)
         fitting = (ours.cpu - peer.cpu + _stepping_seconds(peer)) / _stepping_seconds(peer)
         longer = self._train_peer(max(1, round(steps * fitting)), seed, recipe)
-        return shares | _behind("peer, as long", measure_panel(painter, panel, self._peer_adapter), longer)
+        return shares | _behind("peer, as long", measure_panel(pipeline, panel, self._peer_adapter), longer)
 
     @property
     def _peer_adapter(self) -> Path:

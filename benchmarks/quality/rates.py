@@ -15,7 +15,7 @@ from pathlib import Path
 from sd3tune.commands.demo import CONFIG, SAMPLER, T5_LENGTH
 from sd3tune.commands.train import run_training
 from sd3tune.config import parse_config
-from sd3tune.inference.painter import Painter
+from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.nano.tasks import plain_tasks, share_right, subject_tasks
 
 RATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 1e-2, 3e-2, 0.1, 1.0, 10.0)
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--pictures", type=int, default=16, help="Of the subject, and as many of other shapes.")
     options = parser.parse_args(arguments)
-    painter = Painter("nano", SAMPLER, t5_length=T5_LENGTH)
+    pipeline = ImagePipeline("nano", SAMPLER, t5_length=T5_LENGTH)
     subject = subject_tasks(options.pictures, seed=1)
     others = plain_tasks(options.pictures, held_out=False, seed=3)
     for rate in options.rates:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = Path(folder) / "run"
             run_training(parse_config({**CONFIG, "output_dir": str(run)}, [f"optimizer.lr={rate}"]).config)
             report = json.loads((run / "run.json").read_text(encoding="utf-8"))["report"]
-            images = painter.draw([(task.prompt, task.seed) for task in [*subject, *others]], run)
+            images = pipeline.draw([(task.prompt, task.seed) for task in [*subject, *others]], run)
         losses = report["fixed_noise_loss"]["trained"]
         print(
             f"lr {rate:g}: a step changes by {report['velocity_change']:.0%}, loss {sum(losses) / len(losses):.3f}, "

@@ -60,21 +60,21 @@ def _measurements(options: argparse.Namespace, folder: Path) -> Iterator[tuple[s
     from benchmarks.quality.peer import SideBySide
     from benchmarks.quality.variants import BESIDE_THE_SCRIPT, VARIANTS
     from sd3tune.commands.demo import SAMPLER, T5_LENGTH
-    from sd3tune.inference.painter import Painter
+    from sd3tune.inference.pipeline import ImagePipeline
 
-    painter = Painter("nano", SAMPLER, t5_length=T5_LENGTH)
+    pipeline = ImagePipeline("nano", SAMPLER, t5_length=T5_LENGTH)
     for seed in options.seeds:
         panel = Panel.of(options.prompts, seed)
-        yield f"base/all/{seed}", functools.partial(measure_base, painter, options.prompts, seed)
-        yield f"lora/none/the base/{seed}", functools.partial(measure_panel, painter, panel, None)
+        yield f"base/all/{seed}", functools.partial(measure_base, pipeline, options.prompts, seed)
+        yield f"lora/none/the base/{seed}", functools.partial(measure_panel, pipeline, panel, None)
         for variant in VARIANTS:
             name = f"lora/{variant.group}/{variant.name}/{seed}"
             run = folder / name.replace("/", "-").replace(" ", "-")
-            yield name, functools.partial(measure_lora, painter, panel, variant, run, folder / "store", seed)
+            yield name, functools.partial(measure_lora, pipeline, panel, variant, run, folder / "store", seed)
         if options.peer is not None:
-            both = SideBySide(options.peer, painter.base.path, folder)
+            both = SideBySide(options.peer, pipeline.base.path, folder)
             for kind, recipe in BESIDE_THE_SCRIPT.items():
-                yield f"peer/{kind}/{seed}", functools.partial(both.compare, painter, panel, seed, recipe)
+                yield f"peer/{kind}/{seed}", functools.partial(both.compare, pipeline, panel, seed, recipe)
 
 
 def _parser() -> argparse.ArgumentParser:

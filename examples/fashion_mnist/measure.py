@@ -22,7 +22,7 @@ from torch import Tensor
 from examples.nano.pictures import pictures_in
 from examples.nano.train_vae import psnr, reconstruct, stack
 from sd3tune.config import load_config
-from sd3tune.inference.painter import Painter
+from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.sampling.sampler import SamplerSettings
 
 SIDE = 28  # of Fashion-MNIST's pictures
@@ -75,18 +75,18 @@ def as_pictures(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
 
 
-def drawn_by(painter: Painter, each: int, names: Sequence[str]) -> tuple[list[Image.Image], list[str]]:
+def drawn_by(pipeline: ImagePipeline, each: int, names: Sequence[str]) -> tuple[list[Image.Image], list[str]]:
     """`each` pictures of each name, and the names."""
     asked = [name for name in names for _ in range(each)]
-    return painter.draw([(name, _SEED + number) for number, name in enumerate(asked)]), asked
+    return pipeline.draw([(name, _SEED + number) for number, name in enumerate(asked)]), asked
 
 
-def painter_of(run: Path) -> Painter:
+def pipeline_of(run: Path) -> ImagePipeline:
     """The run's result, drawing as its previews were drawn."""
     config = load_config(run / "config.yaml").config
     side = config.data.resolution
     settings = SamplerSettings(config.preview.steps, config.preview.guidance, side, side)
-    return Painter(str(run / "model"), settings, t5_length=config.model.max_sequence_length)
+    return ImagePipeline(str(run / "model"), settings, t5_length=config.model.max_sequence_length)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,10 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known, captions = labelled(options.data / "train.parquet")
     real, truth = labelled(options.data / "test.parquet")
     names = sorted(set(captions))
-    painter = painter_of(options.run)
+    pipeline = pipeline_of(options.run)
     original = stack(pictures_in(options.data / "test.parquet", DECODED))
-    decoded = reconstruct(painter.vae, original)
-    drawn, asked = drawn_by(painter, options.each, names)
+    decoded = reconstruct(pipeline.vae, original)
+    drawn, asked = drawn_by(pipeline, options.each, names)
 
     def right(pictures: Tensor, shown: Sequence[str]) -> float:
         return share_right(read(pictures, known, captions), shown)

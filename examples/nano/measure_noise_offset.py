@@ -15,7 +15,7 @@ from PIL import Image, ImageStat
 
 from sd3tune.commands.train import run_training
 from sd3tune.config.loader import parse_config
-from sd3tune.inference.painter import Painter
+from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.model.base.contract import spread_without_offset
 from sd3tune.sampling.sampler import SamplerSettings
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=96)
     options = parser.parse_args()
     wanted = pstdev(write_pictures(options.out / "pictures"))
-    plain = Painter("nano", SamplerSettings(20, 1.0, SIDE, SIDE), t5_length=TOKENS)
+    plain = ImagePipeline("nano", SamplerSettings(20, 1.0, SIDE, SIDE), t5_length=TOKENS)
     wishes = [(CAPTION, seed) for seed in range(options.pictures)]
     for strength in options.strengths:
         run = train(options.out, options.out / "pictures", strength, options.steps)

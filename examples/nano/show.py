@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sd3tune.commands.demo import SAMPLER, T5_LENGTH
-from sd3tune.inference.painter import Painter
+from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.nano.tasks import plain_tasks, rich_tasks
 from sd3tune.sampling.contact_sheet import contact_sheet
 
@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     tasks = plain_tasks(COLUMNS, True, options.seed) + rich_tasks(2 * COLUMNS, True, options.seed)
-    painter = Painter(options.base, SAMPLER, t5_length=T5_LENGTH)
-    images = painter.draw([(task.prompt, task.seed) for task in tasks])
+    pipeline = ImagePipeline(options.base, SAMPLER, t5_length=T5_LENGTH)
+    images = pipeline.draw([(task.prompt, task.seed) for task in tasks])
     rows = range(0, len(tasks), COLUMNS)
     contact_sheet(
         [images[row : row + COLUMNS] for row in rows],

@@ -14,7 +14,7 @@ import sd3tune
 from sd3tune.commands.train import run_training
 from sd3tune.config import Config, load_config, parse_config
 from sd3tune.errors import RunError, UserError
-from sd3tune.inference.painter import Painter
+from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.invocation import command_line
 from sd3tune.nano.tasks import CLASS_PROMPTS, Task, class_tasks, plain_tasks, share_right, subject_tasks
 from sd3tune.run.folder import LOCK_FILE, locked
@@ -86,7 +86,7 @@ def demo_config(run: Path, prior: dict[str, Any] | None) -> Config:
 
 def _show(runs: dict[str, Path]) -> tuple[Image.Image, list[str]]:
     """The picture, and the lines of what was read in the drawn ones."""
-    painter = Painter("nano", SAMPLER, t5_length=T5_LENGTH)
+    pipeline = ImagePipeline("nano", SAMPLER, t5_length=T5_LENGTH)
     asked = {
         "the subject": subject_tasks(COUNT, seed=1),
         "the class": class_tasks(COUNT, seed=2),
@@ -95,7 +95,7 @@ def _show(runs: dict[str, Path]) -> tuple[Image.Image, list[str]]:
     wishes = [(task.prompt, task.seed) for tasks in asked.values() for task in tasks]
     drawn: dict[str, dict[str, list[Image.Image]]] = {}
     for name, adapter in (("before", None), *runs.items()):
-        images = iter(painter.draw(wishes, adapter, what=f"drawing {name}"))
+        images = iter(pipeline.draw(wishes, adapter, what=f"drawing {name}"))
         drawn[name] = {kind: [next(images) for _ in tasks] for kind, tasks in asked.items()}
     return _picture(asked, drawn), _figures(asked, drawn)
 

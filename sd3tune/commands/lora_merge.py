@@ -17,7 +17,7 @@ from sd3tune.adapter.layouts import first_of
 from sd3tune.adapter.low_rank import truncate, weighted_sum
 from sd3tune.errors import AdapterError, ConfigError, RunError
 from sd3tune.inference.conditions import find_base
-from sd3tune.inference.request import parse_lora
+from sd3tune.inference.lora_argument import parse_lora
 from sd3tune.model.base.contract import sampling_of
 from sd3tune.model.base.folder import check_parts, write_model
 from sd3tune.model.base.parts import ENCODERS

@@ -1,4 +1,4 @@
-"""What all images of a call depend on: asked for, or taken from a contract."""
+"""What all images of a job depend on: asked for, or taken from a contract."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sd3tune.adapter.file import Adapter
 from sd3tune.config import ModelConfig, load_config
 from sd3tune.config.run_folder import read_run_file
 from sd3tune.errors import AdapterError, ConfigError
-from sd3tune.inference.request import Memory, Request
+from sd3tune.inference.job import InferenceJob, Memory
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.contract import sampling_of, starting_offset
 from sd3tune.model.base.parts import ENCODER_PARTS, ENCODERS, LABELS
@@ -25,7 +25,7 @@ DEFAULT_SIDE = 1024
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all images of a call depend on: from the request, else from the first contract."""
+    """What all images of a job depend on: from the job, else from the first contract."""
 
     base: Base
     t5_length: int
@@ -41,35 +41,35 @@ class Conditions:
     """The same for an image of the base alone."""
 
 
-def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditions:
+def settle_conditions(job: InferenceJob, adapters: Sequence[Adapter]) -> Conditions:
     contracts = [adapter.contract for adapter in adapters if adapter.contract]
     for key in ("max_sequence_length", "encoders", "sampler_noise_offset"):
         if len({json.dumps(contract.get(key)) for contract in contracts}) > 1:
             say(f"warning: the adapters were trained with different {key}; the first one's is used")
-    _compare_sampling(request, contracts)
-    model = _find_model(request.base, request.config, adapters)
-    if request.revision is not None:
-        model = model.model_copy(update={"revision": request.revision})
+    _compare_sampling(job, contracts)
+    model = _find_model(job.base, job.config, adapters)
+    if job.revision is not None:
+        model = model.model_copy(update={"revision": job.revision})
     base = configured_base(model)
     first: Mapping[str, Any] = contracts[0] if contracts else base.contract
     side = first.get("resolution", DEFAULT_SIDE)
     trained = first.get("encoders", ENCODERS if model.t5 else [name for name in ENCODERS if name != "t5"])
-    t5 = "t5" in trained if request.t5 is None else request.t5
+    t5 = "t5" in trained if job.t5 is None else job.t5
     encoders = tuple(name for name in ENCODERS if t5 or name != "t5")
     base.check_encoders(encoders)
     sampling = sampling_of(first)
-    guidance = sampling["guidance"] if request.guidance is None else request.guidance
+    guidance = job.given.get("guidance", sampling["guidance"])
     if base.distilled and guidance > 1:
         say(f"warning: {base.label} is a Turbo model: it draws with --guidance 1 and --steps 4")
     for adapter in adapters:
         _compare_transformers(adapter, base)
         _compare_encoders(adapter, base)
-        if request.noise_offset is None:
+        if "noise_offset" not in job.given:
             _compare_offsets(adapter)
-    asked = request.noise_offset
+    asked = job.given.get("noise_offset")
     return Conditions(
         base=base,
-        t5_length=request.t5_tokens or first.get("max_sequence_length", model.max_sequence_length),
+        t5_length=job.t5_tokens or first.get("max_sequence_length", model.max_sequence_length),
         encoders=encoders,
         size=(side, side),
         **sampling,
@@ -78,11 +78,11 @@ def settle_conditions(request: Request, adapters: Sequence[Adapter]) -> Conditio
     )
 
 
-def _compare_sampling(request: Request, contracts: Sequence[Mapping[str, Any]]) -> None:
-    """Warn of previews with other settings, where the request leaves them to the adapters."""
+def _compare_sampling(job: InferenceJob, contracts: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of previews with other settings, where the job leaves them to the adapters."""
     for key in ("steps", "guidance"):
         values = dict.fromkeys(sampling_of(contract)[key] for contract in contracts)
-        if len(values) > 1 and getattr(request, key) is None:
+        if len(values) > 1 and key not in job.given:
             first, *others = (f"{value:g}" for value in values)
             say(
                 f"warning: the adapters' previews had different {key} ({first}; {', '.join(others)}); "
@@ -91,9 +91,9 @@ def _compare_sampling(request: Request, contracts: Sequence[Mapping[str, Any]]) 
 
 
 def settle_memory(memory: Memory, adapters: Sequence[Adapter]) -> Memory:
-    """With base and T5 held as the first adapter was trained on them, unless it is said otherwise.
+    """Return the memory options, by default those that the first adapter was trained with.
 
-    Raises ConfigError where that cannot be here.
+    Raises ConfigError where a library for them is missing.
     """
     trained = next((adapter for adapter in adapters if adapter.contract), None)
     contract: Mapping[str, Any] = trained.contract if trained else {}
@@ -120,7 +120,7 @@ def _announce(said: str, way_out: str) -> None:
 
 
 def find_base(name: str | None, adapters: Sequence[Adapter]) -> Base:
-    """The base called `name`, or the one that an adapter names, for work that needs no text encoders."""
+    """Find the base `name`, or the one that an adapter names, for work that needs no text encoders."""
     base = configured_base(_find_model(name, None, adapters))
     for adapter in adapters:
         _compare_transformers(adapter, base)
@@ -128,10 +128,9 @@ def find_base(name: str | None, adapters: Sequence[Adapter]) -> Base:
 
 
 def _find_model(base: str | None, config: Path | None, adapters: Sequence[Adapter]) -> ModelConfig:
-    """Where the base is: `base`, else the one that an adapter names (the first that says anything), with text
-    encoders and tokenizers.
+    """Return where base, text encoders and tokenizers are: `base`, else what the first adapter with a contract names.
 
-    Paths are not in an adapter, so what needs them is read from `config`, else from the run's own configuration.
+    An adapter holds no paths, so local ones are read from `config`, else from the configuration of its run.
     """
     named = next((adapter for adapter in adapters if adapter.contract), adapters[0] if adapters else None)
     contract = named.contract if named else {}
@@ -155,12 +154,12 @@ def _find_model(base: str | None, config: Path | None, adapters: Sequence[Adapte
                 f"{named.label}: trained on a local {contract['base_kind']} named {contract['base']!r}; "
                 "give it with --base"
             )
-    trained = {"init": "pretrained", "transformer": None}  # whatever a run began with
+    trained = {"init": "pretrained", "transformer": None}  # a run's starting weights do not matter here
     return (model or ModelConfig()).model_copy(update={**where, **trained})
 
 
 def _model_of_run(adapter: Path) -> ModelConfig | None:
-    """The `model` section in the `config.yaml` of the run that the adapter lies in."""
+    """Return the `model` section of the run that the adapter lies in."""
     for folder in list(adapter.absolute().parents)[:5]:
         config = folder / "config.yaml"
         if config.is_file() and read_run_file(folder):
@@ -179,7 +178,7 @@ def _compare_transformers(adapter: Adapter, base: Base) -> None:
 
 
 def _compare_offsets(adapter: Adapter) -> None:
-    """Earlier versions trained with a noise offset and drew without one: so do pictures of their adapters."""
+    """Warn of an adapter by an earlier version, which trained with a noise offset and drew without one."""
     trained = adapter.contract.get("noise_offset", 0.0)
     if trained and not starting_offset(adapter.contract):
         say(

@@ -1,4 +1,4 @@
-"""One picture of many: what changes from column to column, and from row to row."""
+"""Grids: one contact sheet of many images, with one parameter per axis."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from typing import Any
 from PIL import Image
 
 from sd3tune.errors import ConfigError
-from sd3tune.inference.image_request import Shot, problems_of
-from sd3tune.inference.prompts_file import COLUMNS
-from sd3tune.inference.request import parse_lora
+from sd3tune.inference.checks import problems_of
+from sd3tune.inference.image_request import PARAMETERS, ImageRequest
+from sd3tune.inference.lora_argument import parse_lora
 from sd3tune.sampling.contact_sheet import contact_sheet
 
-_OF_A_SHOT = ("seed", "prompt", "steps", "guidance", "sampler", "shift", "slg", "strength")
-AXES = ("weight", "lora", *_OF_A_SHOT)
+_FIELDS = {name: parameter for name, parameter in PARAMETERS.items() if parameter.axis}
+AXES = ("weight", "lora", *_FIELDS)
+"""`weight` and `lora` change the adapters of a request, the others the field of their name."""
 MOST_AXES = 2
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A name of `AXES`, and its values: for `lora` the numbers of its adapters, otherwise what `Shot` has."""
+    """A name of `AXES` and its values: for `lora` pairs of an adapter's index and weight, else those of its field."""
 
     name: str
     values: Sequence[Any]
     labels: Sequence[str]
 
-    def apply(self, shot: Shot, place: int) -> Shot:
+    def apply(self, request: ImageRequest, place: int) -> ImageRequest:
         value = self.values[place]
-        return _CHANGES.get(self.name, _field)(shot, self.name, value)
+        return _CHANGES.get(self.name, _with_field)(request, self.name, value)
 
     def label(self, place: int) -> str:
         return self.labels[place] if self.name in ("prompt", "lora") else f"{self.name} {self.labels[place]}"
@@ -46,14 +47,14 @@ class Grid:
 
     axes: Sequence[Axis]
     loras: Sequence[str] = ()
-    """What a `lora` axis names, in its order: they follow those of `--lora`."""
+    """The adapters of a `lora` axis, in its order; in a session they follow the ones of `--lora`."""
 
-    def shots(self, first: Shot) -> list[list[Shot]]:
-        """The shots by row and column, each with a name that says where it stands."""
+    def requests(self, first: ImageRequest) -> list[list[ImageRequest]]:
+        """Return the requests by row and column, each with a name that says where it stands."""
         ordered = sorted(enumerate(self.axes), key=lambda axis: axis[1].name == "weight")  # after its adapter
         columns, rows = (range(len(axis.values)) for axis in (*self.axes, _SINGLE)[:2])
 
-        def shot(*places: int) -> Shot:
+        def cell(*places: int) -> ImageRequest:
             changed = first
             for number, axis in ordered:
                 changed = axis.apply(changed, places[number])
@@ -64,17 +65,17 @@ class Grid:
             ]
             return replace(changed, name=changed.stem + "".join(named))
 
-        return [[shot(column, row) for column in columns] for row in rows]
+        return [[cell(column, row) for column in columns] for row in rows]
 
     def sheet(self, images: Sequence[Sequence[Image.Image]]) -> Image.Image:
-        """The labelled picture of them all, as `shots` has them."""
+        """Return the labelled picture of all images, which are by row and column."""
         columns, *rows = ([axis.label(place) for place in range(len(axis.values))] for axis in self.axes)
         side = min(512, max(128, *images[0][0].size))
         return contact_sheet(images, columns, rows[0] if rows else (), side)
 
 
 def read_grid(axes: Sequence[str], fixed: Sequence[str]) -> Grid | None:
-    """The grid of `NAME=VALUE,VALUE,...` texts, beside the adapters `fixed`; None where there are none.
+    """Return the grid of `NAME=VALUE,VALUE,...` texts, with the adapters `fixed` in all cells; None without texts.
 
     Raises ConfigError with a line for each problem.
     """
@@ -94,7 +95,7 @@ def read_grid(axes: Sequence[str], fixed: Sequence[str]) -> Grid | None:
 
 
 def _split(text: str) -> tuple[str, list[str]]:
-    """A text with `|` in it is split there, so that a prompt may have commas."""
+    """Split at `|` where there is one, so that a prompt may have commas."""
     name, equals, values = text.partition("=")
     if name not in AXES:
         close = difflib.get_close_matches(name, AXES, n=1)
@@ -112,22 +113,22 @@ def _axis(name: str, values: Sequence[str], loras: Sequence[str], fixed: int) ->
         numbered = [(fixed + number, weight) for number, (_, weight) in enumerate(weighed)]
         return Axis(name, numbered, [_short(path) for path, _ in weighed])
     try:
-        read = [COLUMNS.get(name, float)(value) for value in values]
+        read: list[Any] = [_FIELDS[name].reader(value) if name in _FIELDS else float(value) for value in values]
     except ValueError as error:
         expected = "a number" if name == "weight" else error
         raise ConfigError(f"--grid {name}={','.join(values)}: each value is {expected}") from None
     if name == "weight":
         problems = [f"--grid weight={value}: a finite number" for value in read if not math.isfinite(value)]
     else:
-        shots = [Shot(**{name: value}) for value in read]
-        problems = [line for shot in shots for line in problems_of(shot, lambda name: f"--grid {name}")]
+        requests = [ImageRequest(**{name: value}) for value in read]
+        problems = [line for request in requests for line in problems_of(request, lambda name: f"--grid {name}")]
     if problems:
         raise ConfigError(*problems)
     return Axis(name, read, values)
 
 
 def _expanded(value: str) -> list[str]:
-    """A pattern such as `runs/x/checkpoints/*` as what it finds; a run's folder of checkpoints as all of them."""
+    """Expand a pattern such as `runs/x/checkpoints/*`, or a run's folder of checkpoints, into the paths that match."""
     pattern = f"{value}/step-*" if Path(value).name == "checkpoints" else value
     if not glob.has_magic(pattern):
         return [value]
@@ -146,18 +147,18 @@ def _in_a_name(label: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", label)
 
 
-def _field(shot: Shot, name: str, value: Any) -> Shot:
-    return replace(shot, **{name: value})
+def _with_field(request: ImageRequest, name: str, value: Any) -> ImageRequest:
+    return replace(request, **{name: value})
 
 
-def _with_lora(shot: Shot, _: str, value: tuple[int, float]) -> Shot:
-    return replace(shot, loras=(value, *shot.loras))
+def _with_lora(request: ImageRequest, _: str, value: tuple[int, float]) -> ImageRequest:
+    return replace(request, loras=(value, *request.loras))
 
 
-def _with_weight(shot: Shot, _: str, value: float) -> Shot:
-    """Of the lora axis' adapter, where there is one; otherwise of the first `--lora`."""
-    return replace(shot, loras=((shot.loras[0][0], value), *shot.loras[1:]))
+def _with_weight(request: ImageRequest, _: str, value: float) -> ImageRequest:
+    """Set the weight of the lora axis' adapter, where there is one; otherwise of the first `--lora`."""
+    return replace(request, loras=((request.loras[0][0], value), *request.loras[1:]))
 
 
-_CHANGES: dict[str, Callable[[Shot, str, Any], Shot]] = {"lora": _with_lora, "weight": _with_weight}
+_CHANGES: dict[str, Callable[[ImageRequest, str, Any], ImageRequest]] = {"lora": _with_lora, "weight": _with_weight}
 _SINGLE = Axis("", [None], [""])

@@ -1,4 +1,4 @@
-"""Prompts to conditioning, through one text encoder at a time."""
+"""Encode prompts, with one text encoder in memory at a time."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def encode_prompts(
     device: torch.device,
     eight_bit: Collection[str] = (),
 ) -> list[Conditioning]:
-    """One for each of the prompts, as `StableDiffusion3Pipeline` has them: an encoder reads each text alone, and once.
+    """Return the conditioning of each prompt, as in `StableDiffusion3Pipeline`; each text is encoded alone, and once.
 
-    Encoders named in `eight_bit` are held in 8 bits. Warns of what is cut off.
+    Encoders named in `eight_bit` are held in 8 bits. Warns of texts that are cut off.
     """
     entries: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for name in tqdm(encoders, desc="encoding prompts", unit="encoder", leave=False, delay=2):

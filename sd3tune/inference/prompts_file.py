@@ -1,4 +1,4 @@
-"""A file of prompts, one picture a line: plain text, or JSON lines or CSV with a column for each flag of its name."""
+"""Prompt files, an image a line: plain text, or JSON lines or CSV with fields of an image request as columns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,90 +14,27 @@ from typing import Any
 from sd3tune.errors import ConfigError
 from sd3tune.files.regular import complaint, read_regular
 from sd3tune.files.text import NotText, decode, parse_json
-from sd3tune.inference.image_request import Shot, problems_of
+from sd3tune.inference.checks import flag_of, problems_of
+from sd3tune.inference.image_request import PARAMETERS, ImageRequest
 
-_SIZE = re.compile(r"(\d{1,9})(?:x(\d{1,9}))?", re.ASCII)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("a text")
-    if "\0" in value:
-        raise ValueError("a text: it holds NUL characters")
-    return value
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError("a whole number")
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise ValueError("a whole number") from None
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError("a number")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError("a number") from None
-
-
-def _size(value: Any) -> tuple[int, int]:
-    found = _SIZE.fullmatch(str(value).strip().lower())
-    if found is None:
-        raise ValueError("a side such as 1024, or WIDTHxHEIGHT such as 1152x896")
-    return int(found[1]), int(found[2] or found[1])
-
-
-def _path(value: Any) -> Path:
-    return Path(_text(value))
-
-
-def _name(value: Any) -> str:
-    text = _text(value)
-    if not text or text.startswith(".") or re.search(r"[/\\]", text):
-        raise ValueError("a file's name, without a folder and without .png")
-    return text
-
-
-COLUMNS: dict[str, Callable[[Any], Any]] = {
-    "prompt": _text,
-    "negative": _text,
-    "seed": _integer,
-    "steps": _integer,
-    "guidance": _number,
-    "size": _size,
-    "sampler": _text,
-    "shift": _number,
-    "noise_offset": _number,
-    "prompt_clip_l": _text,
-    "prompt_clip_g": _text,
-    "prompt_t5": _text,
-    "slg": _number,
-    "image": _path,
-    "strength": _number,
-    "name": _name,
-}
-"""Column -> what its values are read as; each is a field of `Shot`. An empty value is one that is not given."""
+COLUMNS = {name: parameter for name, parameter in PARAMETERS.items() if parameter.column}
+"""The fields of `ImageRequest` that a line may give, by name. An empty value is one that is not given."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line's part of a shot."""
+class PromptLine:
+    """The fields of an image request that a line gives."""
 
     place: str
     """`file:line`, for messages."""
     values: Mapping[str, Any]
 
     def named(self, column: str) -> str:
-        """What a part of the shot is called: the column, where the line gives it."""
-        return f"{self.place}: {column}" if column in self.values else f"{self.place}: --{column.replace('_', '-')}"
+        """Return the name of a field for messages: the column, where the line gives it, else the option."""
+        return f"{self.place}: {column if column in self.values else flag_of(column)}"
 
 
-def read_prompts(path: Path) -> list[Row]:
+def read_prompts(path: Path) -> list[PromptLine]:
     """Read a .txt, .jsonl or .csv file. Raises ConfigError with every problem, each naming file and line."""
     kinds = {".txt": _text_lines, ".jsonl": _json_lines, ".csv": _csv_lines}
     if path.suffix.lower() not in kinds:
@@ -114,7 +51,7 @@ def read_prompts(path: Path) -> list[Row]:
         found, wrong = _checked(place, values)
         if "image" in found:
             found["image"] = path.parent / found["image"]
-        rows.append(Row(place, found))
+        rows.append(PromptLine(place, found))
         problems += wrong
     if not rows and not problems:
         problems.append(f"--prompts {path}: holds no prompts")
@@ -124,7 +61,7 @@ def read_prompts(path: Path) -> list[Row]:
 
 
 def _text_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """A prompt a line; blank lines and those that begin with `#` are left out."""
+    """Yield a prompt a line, without blank lines and those that begin with `#`."""
     for number, line in enumerate(text.split("\n"), start=1):
         prompt = line.strip()
         if prompt and not prompt.startswith("#"):
@@ -160,7 +97,7 @@ def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]
 
 
 def _checked(place: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What a line gives, and a message for each of its problems."""
+    """Return the fields that a line gives, and a message for each of its problems."""
     found, problems = {}, []
     for column, value in values.items():
         if column not in COLUMNS:
@@ -169,11 +106,11 @@ def _checked(place: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], lis
             problems.append(f"{place}: {column}: unknown column; {way_out}")
         elif value is not None and value != "":
             try:
-                found[column] = COLUMNS[column](value)
+                found[column] = COLUMNS[column].reader(value)
             except ValueError as expected:
                 problems.append(f"{place}: {column}: {value!r} is not {expected}")
     if not problems:
         if "prompt" not in found:
             problems.append(f"{place}: prompt: missing")
-        problems += problems_of(Shot(**found), lambda name: f"{place}: {name}")
+        problems += problems_of(ImageRequest(**found), lambda name: f"{place}: {name}")
     return found, problems

@@ -1,4 +1,4 @@
-"""The recipe in each picture: what is needed to draw it again, and nothing that only this machine knows."""
+"""The recipe of an image: everything needed to draw it again, and nothing that only this machine knows."""
 
 from __future__ import annotations
 
@@ -9,74 +9,78 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from sd3tune import __version__
 from sd3tune.adapter.file import ADAPTER_FILE
-from sd3tune.files.regular import open_regular, sha256_of
+from sd3tune.files import png_recipe
+from sd3tune.files.regular import sha256_of
 from sd3tune.files.tensors import tensors_sha256
-from sd3tune.files.text import parse_json
-from sd3tune.inference.image_request import Shot
-from sd3tune.inference.session import Studio
+from sd3tune.inference import image_request
+from sd3tune.inference.image_request import ImageRequest
+from sd3tune.inference.job import MEMORY_PARAMETERS
+from sd3tune.inference.parameters import Parameter
+from sd3tune.inference.session import InferenceSession
 from sd3tune.model.load.components import load_scheduler
-from sd3tune.publish.previews import RECIPE_KEY
 from sd3tune.runtime.device import dtype_name
-
-_LONGEST = 2**20
-"""Characters of a recipe; its texts are cut off at some hundred words anyway."""
 
 
 @dataclass(frozen=True)
 class Recipes:
-    """Writes the recipes of a call's shots."""
+    """Makes the recipes of a session's images."""
 
-    studio: Studio
+    session: InferenceSession
     _known_images: dict[Path, str] = field(default_factory=dict)
 
-    def of(self, shot: Shot) -> dict[str, Any]:
-        """Adapters by name and hash, never by path."""
-        conditions = self.studio.conditions
-        recipe = {
-            "sd3tune": __version__,
-            "prompt": shot.prompt,
-            "negative": shot.negative,
-            "seed": shot.seed,
-            "steps": shot.steps,
-            "guidance": float(shot.guidance),
-            "size": list(shot.size or ()),
-            "sampler": shot.sampler,
-            "shift": self._own_shift if shot.shift is None else shot.shift,
+    def recipe(self, request: ImageRequest) -> dict[str, Any]:
+        """Return the recipe. Adapters are in it by name and hash, never by path."""
+        conditions = self.session.conditions
+        model = {
             "base": conditions.base.label,
             "base_revision": conditions.base.revision,
             "base_fingerprint": self._fingerprint,
             "max_sequence_length": conditions.t5_length,
             "encoders": list(conditions.encoders),
-            "dtype": dtype_name(self.studio.dtype),
-            "loras": [{**self._named[number], "weight": weight} for number, weight in shot.loras],
+            "dtype": dtype_name(self.session.dtype),
+            "loras": [{**self._named[number], "weight": weight} for number, weight in request.loras],
         }
-        batch = {"batch": self.studio.batch} if self.studio.batch > 1 else {}
+        always, optional = self._image_entries(request)
+        batch = {"batch": self.session.batch} if self.session.batch > 1 else {}
         pooled = {"clip_l_pooled": "unprojected"} if self._ignores_projection else {}
-        return recipe | self._optional_fields(shot) | self._held() | pooled | batch
+        return {"sd3tune": __version__, **always, **model, **optional, **self._memory_entries(), **pooled, **batch}
 
-    def _optional_fields(self, shot: Shot) -> dict[str, Any]:
-        """Return the fields that most pictures do not have."""
-        texts = {name: getattr(shot, name) for name in ("prompt_clip_l", "prompt_clip_g", "prompt_t5")}
-        found: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
-        if shot.noise_offset:
-            found["noise_offset"] = float(shot.noise_offset)
-        if shot.slg is not None:
-            found["slg"] = {
-                "scale": shot.slg, "layers": list(shot.slg_layers), "start": shot.slg_start, "stop": shot.slg_stop,
-            }  # fmt: skip
-        if shot.image is not None:
-            found["image"] = {"name": shot.image.name, "sha256": self._image_sha256(shot.image)}
-            found["strength"] = float(shot.strength)
-        return found
+    def text(self, request: ImageRequest) -> str:
+        """Return the recipe as it is written into a PNG."""
+        return as_text(self.recipe(request))
 
-    def _held(self) -> dict[str, Any]:
-        """Of how the base is held, what changes the picture."""
-        held = {name: getattr(self.studio.memory, name) for name in ("quantize", "t5_8bit", "vae_tiling")}
-        return {name: value for name, value in held.items() if value and value != "none"}
+    def _image_entries(self, request: ImageRequest) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the entries that every recipe has, and those that most lack."""
+        always: dict[str, Any] = {}
+        optional: dict[str, Any] = {}
+        for name, parameter in image_request.PARAMETERS.items():
+            value = getattr(request, name)
+            if parameter.recipe is None or not _is_written(request, parameter):
+                continue
+            entries = optional if parameter.optional else always
+            *outer, key = parameter.recipe.split(".")
+            for part in outer:
+                entries = entries.setdefault(part, {})
+            entries[key] = self._own_shift if name == "shift" and value is None else self._as_json(value, parameter)
+        return always, optional
+
+    def _as_json(self, value: Any, parameter: Parameter) -> Any:
+        if isinstance(value, Path):
+            return {"name": value.name, "sha256": self._image_sha256(value)}
+        if isinstance(value, tuple):
+            return list(value)
+        return float(value) if parameter.type is float else value
+
+    def _memory_entries(self) -> dict[str, Any]:
+        """Return how the base is held, where that changes the image."""
+        held = {
+            parameter.recipe: getattr(self.session.memory, name)
+            for name, parameter in MEMORY_PARAMETERS.items()
+            if parameter.recipe is not None
+        }
+        return {key: value for key, value in held.items() if value and value != "none"}
 
     def _image_sha256(self, path: Path) -> str:
         if path not in self._known_images:
@@ -85,16 +89,16 @@ class Recipes:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return self.studio.conditions.base.fingerprint("transformer")
+        return self.session.conditions.base.fingerprint("transformer")
 
     @cached_property
     def _ignores_projection(self) -> bool:
-        return self.studio.conditions.base.ignores_projection
+        return self.session.conditions.base.ignores_projection
 
     @cached_property
     def _own_shift(self) -> float | None:
-        """The base's; None where it depends on the size."""
-        settings = load_scheduler(self.studio.conditions.base).config
+        """The base's shift; None where it depends on the size."""
+        settings = load_scheduler(self.session.conditions.base).config
         return None if settings.get("use_dynamic_shifting") else float(settings.shift)
 
     @cached_property
@@ -105,25 +109,25 @@ class Recipes:
                 "sha256": sha256_of(adapter.path),
                 "tensors_sha256": tensors_sha256(adapter.path),
             }
-            for adapter in self.studio.adapters
+            for adapter in self.session.adapters
         ]
 
 
+def as_text(recipe: Mapping[str, Any]) -> str:
+    return json.dumps(recipe, ensure_ascii=False)
+
+
 def read_recipe(path: Path) -> dict[str, Any] | None:
-    """The recipe in a picture; None for a file without one, or with one that no picture needs to be so long or deep."""
-    try:
-        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
-            text = image.info.get(RECIPE_KEY, "null")
-        recipe = parse_json(text) if len(text) <= _LONGEST else None
-    except Exception:  # decoders of arbitrary bytes raise nearly anything
-        return None
+    """Return the recipe in a picture; None for a file without one."""
+    recipe = png_recipe.read_recipe(path)
     return recipe if isinstance(recipe, dict) else None
 
 
 def recipe_key(recipe: Mapping[str, Any]) -> str:
-    """The same for two recipes of one picture: the version, and what was drawn beside it, make no other one.
+    """Return a text that is equal for two recipes of one picture.
 
-    Nor does the digest of an adapter's tensors, which earlier versions did not write, as that of its file is there.
+    The version and the size of the batch make no other picture. Nor does the digest of an adapter's tensors, which
+    earlier versions did not write, as the digest of its file is there.
     """
     found = {name: recipe[name] for name in sorted(recipe.keys() - {"sd3tune", "batch"})}
     if isinstance(loras := found.get("loras"), list):
@@ -134,8 +138,14 @@ def recipe_key(recipe: Mapping[str, Any]) -> str:
     return json.dumps(found)
 
 
+def _is_written(request: ImageRequest, parameter: Parameter) -> bool:
+    if parameter.requires is not None:
+        return getattr(request, parameter.requires) is not None
+    return not parameter.optional or getattr(request, parameter.name) != parameter.default
+
+
 def _name_of(adapter: Path) -> str:
-    """A name for people: the file's own, or else that of its run; never the path."""
+    """Return a name for people: the file's own, or else that of its run; never the path."""
     if adapter.name != ADAPTER_FILE:
         return adapter.stem
     folders = [part for part in adapter.resolve().parts[:-1] if part not in ("adapter", "adapter_raw", "checkpoints")]

@@ -1,8 +1,8 @@
-"""Draws shots from one base: texts first, each once; then the transformer, with its adapters; then the VAE."""
+"""Draw images from one base: encode each text once, denoise with transformer and adapters, decode with the VAE."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,9 @@ from tqdm import tqdm
 from sd3tune.adapter.file import Adapter, attach
 from sd3tune.encode.resources import release
 from sd3tune.inference.conditions import Conditions
-from sd3tune.inference.image_request import Shot, Texts, batched, texts_of
+from sd3tune.inference.image_request import ImageRequest, Texts
+from sd3tune.inference.job import IN_FULL, Memory
 from sd3tune.inference.prompts import encode_prompts
-from sd3tune.inference.request import IN_FULL, Memory
 from sd3tune.inference.start_images import fitted
 from sd3tune.model.base.parts import is_modulation
 from sd3tune.model.compute.hoist import hoist
@@ -27,7 +27,14 @@ from sd3tune.model.load.components import load_scheduler, load_vae
 from sd3tune.model.load.latents import encode_moments
 from sd3tune.model.load.quantized import load_transformer_in
 from sd3tune.runtime.out_of_memory import explain_oom
-from sd3tune.sampling.sampler import Conditioning, Start, sample_latents, to_image
+from sd3tune.sampling.sampler import (
+    Conditioning,
+    SamplerSettings,
+    SkipLayers,
+    Start,
+    sample_latents,
+    to_image,
+)
 from sd3tune.terminal import say
 
 Result = TypeVar("Result")
@@ -35,190 +42,234 @@ _SMALLER_T5 = "hold T5 in 8 bits with --t5-8bit, or do without it with --no-t5"
 _SMALLER_TRANSFORMER = "hold the transformer in 4 bits with --quantize nf4, or draw with a smaller --size or --batch"
 _SMALLER_VAE = "decode in tiles with --vae-tiling, or send the transformer away meanwhile with --offload"
 Images = dict[tuple[Path, tuple[int, int]], Start]
-"""(file, size) -> the picture, cut to that size."""
+"""(file, size) -> the encoded picture, cut to that size."""
 
 
 @dataclass(frozen=True)
-class Studio:
-    """What all shots of a call have in common."""
+class InferenceSession:
+    """What all images of a job have in common."""
 
     conditions: Conditions
     adapters: Sequence[Adapter]
-    """The `loras` of a shot are numbers in this."""
+    """The `loras` of a request are indices of this."""
     dtype: torch.dtype
     device: torch.device
     batch: int = 1
-    """Pictures that are denoised at once; with neighbours, the last bits of a picture differ."""
+    """Pictures that are denoised at once; within a batch, the last bits of a picture differ."""
     memory: Memory = IN_FULL
 
     @property
-    def rest(self) -> torch.device:
-        """Where the transformer and the VAE wait."""
+    def idle_device(self) -> torch.device:
+        """The device that holds the transformer and the VAE while they are idle."""
         return torch.device("cpu") if self.memory.offload else self.device
 
 
-def draw(studio: Studio, shots: Sequence[Shot], one_by_one: bool = True) -> Iterator[tuple[Shot, Image.Image]]:
-    """Each shot with its picture, in the order of `batched`.
+def draw(
+    session: InferenceSession, requests: Sequence[ImageRequest], one_by_one: bool = True
+) -> Iterator[tuple[ImageRequest, Image.Image]]:
+    """Yield each request with its image, in the order of `batched`.
 
-    One text encoder at a time is in memory, then the transformer, then the VAE. `one_by_one` gives a picture as soon as
-    it is drawn; for that, the VAE comes beside the transformer, which leaves before the last one is decoded.
+    One text encoder at a time is in memory, then the transformer, then the VAE. `one_by_one` yields an image as soon as
+    it is drawn; for that, the VAE is loaded beside the transformer, which is freed before the last image is decoded.
     """
-    texts, images = _encoded(studio, shots), _encoded_images(studio, shots)
-    transformer = Part(lambda: _transformer(studio, shots), studio, "drawing", _SMALLER_TRANSFORMER)
-    vae = Part(lambda: _vae(studio), studio, "decoding", _SMALLER_VAE)
-    scheduler = load_scheduler(studio.conditions.base)
-    batches, done = batched(shots, studio.batch), 0
-    with tqdm(total=sum(shot.sampler_settings.evaluations for shot in shots), desc="drawing", unit="step") as bar:
+    texts, images = _encode_texts(session, requests), _encode_images(session, requests)
+    transformer = Component(lambda: _load_transformer(session, requests), session, "drawing", _SMALLER_TRANSFORMER)
+    vae = Component(lambda: _load_vae(session), session, "decoding", _SMALLER_VAE)
+    scheduler = load_scheduler(session.conditions.base)
+    batches, done = batched(requests, session.batch), 0
+    evaluations = sum(sampler_settings(request).evaluations for request in requests)
+    with tqdm(total=evaluations, desc="drawing", unit="step") as bar:
 
-        def denoised(model: SD3Transformer2DModel, together: Sequence[Shot], warm_up: bool = False) -> torch.Tensor:
+        def denoise(
+            model: SD3Transformer2DModel, together: Sequence[ImageRequest], warm_up: bool = False
+        ) -> torch.Tensor:
             _use_adapters(model, together[0])
-            settings = together[0].sampler_settings
+            settings = sampler_settings(together[0])
             return sample_latents(
                 model,
                 scheduler,
-                _joined([texts[shot.texts] for shot in together]),
-                _joined([texts[Texts(shot.negative)] for shot in together]),
+                _concatenate([texts[request.texts] for request in together]),
+                _concatenate([texts[Texts(request.negative)] for request in together]),
                 replace(settings, steps=1, strength=None) if warm_up else settings,
-                [shot.seed for shot in together],
+                [request.seed for request in together],
                 on_step=(lambda: None) if warm_up else partial(bar.update, len(together)),
-                start=None if warm_up else _starts(together, images),
+                start=None if warm_up else _start_images(together, images),
             )
 
-        if studio.memory.compiled:
+        if session.memory.compiled:
             bar.set_postfix_str("compiling, which can take minutes")
-            transformer.at_work(partial(denoised, warm_up=True), batches[0])
+            transformer.run(partial(denoise, warm_up=True), batches[0])
             bar.unpause()
-        waiting: list[tuple[list[Shot], torch.Tensor]] = []
+        waiting: list[tuple[list[ImageRequest], torch.Tensor]] = []
         for number, together in enumerate(batches, start=1):
-            waiting.append((together, transformer.at_work(denoised, together)))
+            waiting.append((together, transformer.run(denoise, together)))
             done += len(together)
-            bar.set_postfix_str(f"picture {done} of {len(shots)}")
+            bar.set_postfix_str(f"picture {done} of {len(requests)}")
             is_last = number == len(batches)
             if is_last:
-                transformer.leave()
+                transformer.free()
             while waiting and (one_by_one or is_last):
                 drawn, latents = waiting.pop(0)
-                yield from zip(drawn, vae.at_work(_decoded, latents), strict=True)
+                yield from zip(drawn, vae.run(_decode, latents), strict=True)
 
 
-def _decoded(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
+def sampler_settings(request: ImageRequest) -> SamplerSettings:
+    """Return the sampler's settings for a request whose size is known."""
+    if request.size is None:
+        raise ValueError("the size is not settled")
+    width, height = request.size
+    skip = None
+    if request.slg is not None:
+        skip = SkipLayers(request.slg, request.slg_layers, request.slg_start, request.slg_stop)
+    return SamplerSettings(
+        steps=request.steps,
+        guidance=request.guidance,
+        height=height,
+        width=width,
+        sampler=request.sampler,
+        shift=request.shift,
+        strength=None if request.image is None else request.strength,
+        skip_layers=skip,
+        noise_offset=request.noise_offset,
+    )
+
+
+def batched(requests: Iterable[ImageRequest], most: int) -> list[list[ImageRequest]]:
+    """Group requests that can be drawn at once: equal adapters and settings, at most `most` in a group."""
+    alike: dict[tuple[object, ...], list[ImageRequest]] = {}
+    for request in requests:
+        alike.setdefault((request.loras, sampler_settings(request)), []).append(request)
+    return [group[start : start + most] for group in alike.values() for start in range(0, len(group), most)]
+
+
+def texts_of(requests: Sequence[ImageRequest]) -> list[Texts]:
+    """Return every prompt and negative prompt, each once."""
+    return list(dict.fromkeys(texts for request in requests for texts in (request.texts, Texts(request.negative))))
+
+
+def _decode(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
     return [to_image(vae, one[None]) for one in latents]
 
 
-class Part:
-    """The transformer or the VAE: loaded when it is first needed, and with `--offload` on the device while it works."""
+class Component:
+    """The transformer or the VAE: loaded when it is first needed; with `--offload`, on the device only while in use."""
 
-    def __init__(self, load: Callable[[], nn.Module], studio: Studio, doing: str, way_out: str) -> None:
-        self._load, self._studio, self._doing, self._way_out = load, studio, doing, way_out
+    def __init__(self, load: Callable[[], nn.Module], session: InferenceSession, activity: str, hint: str) -> None:
+        self._load, self._session, self._activity, self._hint = load, session, activity, hint
         self._model: nn.Module | None = None
 
-    def at_work(self, use: Callable[[Any, Any], Result], what: Any) -> Result:
-        """`use` of the model and `what`; nothing else may hold the model, so that it can leave.
+    def run(self, function: Callable[[Any, Any], Result], argument: Any) -> Result:
+        """Return `function(model, argument)`; nothing else may hold the model, so that it can be freed.
 
         Raises RunError, with the next option to try, when memory runs out.
         """
-        with explain_oom(self._doing, lambda: self._way_out):
+        with explain_oom(self._activity, lambda: self._hint):
             if self._model is None:
                 self._model = self._load()
-            if not self._studio.memory.offload:
-                return use(self._model, what)
-            self._move(self._studio.device)
-            result = use(self._model, what)
-            self._move(self._studio.rest)
+            if not self._session.memory.offload:
+                return function(self._model, argument)
+            self._move(self._session.device)
+            result = function(self._model, argument)
+            self._move(self._session.idle_device)
             return result
 
-    def leave(self) -> None:
-        """Give back its memory."""
+    def free(self) -> None:
+        """Free its memory."""
         self._model = None
-        release(self._studio.device)
+        release(self._session.device)
 
     def _move(self, device: torch.device) -> None:
         if self._model is not None:
             self._model.to(device)
-            release(self._studio.device)
+            release(self._session.device)
 
 
-def _encoded(studio: Studio, shots: Sequence[Shot]) -> dict[Texts, Conditioning]:
-    wanted, conditions = texts_of(shots), studio.conditions
+def _encode_texts(session: InferenceSession, requests: Sequence[ImageRequest]) -> dict[Texts, Conditioning]:
+    wanted, conditions = texts_of(requests), session.conditions
     length = conditions.t5_length
-    eight_bit = ["t5"] if studio.memory.t5_8bit else []
+    eight_bit = ["t5"] if session.memory.t5_8bit else []
     with explain_oom("encoding the prompts", lambda: _SMALLER_T5):
         found = encode_prompts(
-            conditions.base, conditions.encoders, wanted, length, studio.dtype, studio.device, eight_bit
+            conditions.base, conditions.encoders, wanted, length, session.dtype, session.device, eight_bit
         )
     return dict(zip(wanted, found, strict=True))
 
 
-def _encoded_images(studio: Studio, shots: Sequence[Shot]) -> Images:
-    """The pictures that shots start from, through the VAE, which leaves again."""
-    wanted = dict.fromkeys((shot.image, shot.size) for shot in shots)
+def _encode_images(session: InferenceSession, requests: Sequence[ImageRequest]) -> Images:
+    """Return the start images as the VAE encodes them; the VAE is freed afterwards."""
+    wanted = dict.fromkeys((request.image, request.size) for request in requests)
     images: Images = {}
     vae = None
     for path, size in wanted:
         if path is None or size is None:
             continue
-        vae = vae or _vae(studio)
+        vae = vae or _load_vae(session)
         mean, std = encode_moments(vae, fitted(path, size))
         images[path, size] = Start(mean, std, vae.config.scaling_factor, vae.config.shift_factor)
     del vae
-    release(studio.device)
+    release(session.device)
     return images
 
 
-def _starts(together: Sequence[Shot], images: Images) -> Start | None:
-    found = [images[shot.image, shot.size] for shot in together if shot.image is not None and shot.size is not None]
+def _start_images(together: Sequence[ImageRequest], images: Images) -> Start | None:
+    found = [
+        images[request.image, request.size]
+        for request in together
+        if request.image is not None and request.size is not None
+    ]
     if not found:
         return None
     means, stds = torch.cat([one.mean for one in found]), torch.cat([one.std for one in found])
     return replace(found[0], mean=means, std=stds)
 
 
-def _vae(studio: Studio) -> AutoencoderKL:
-    """In fp32 instead of fp16, in which it makes black images."""
-    dtype = torch.float32 if studio.dtype is torch.float16 else studio.dtype
-    vae = load_vae(studio.conditions.base, dtype, studio.device)
-    if studio.memory.vae_tiling:
+def _load_vae(session: InferenceSession) -> AutoencoderKL:
+    """Load the VAE, in fp32 instead of fp16, in which it decodes to black images."""
+    dtype = torch.float32 if session.dtype is torch.float16 else session.dtype
+    vae = load_vae(session.conditions.base, dtype, session.device)
+    if session.memory.vae_tiling:
         vae.enable_tiling()
     return vae
 
 
-def _joined(several: Sequence[Conditioning]) -> Conditioning:
+def _concatenate(several: Sequence[Conditioning]) -> Conditioning:
     return Conditioning(
         torch.cat([one.prompt_embeds for one in several]), torch.cat([one.pooled_prompt_embeds for one in several])
     )
 
 
-def _transformer(studio: Studio, shots: Sequence[Shot]) -> SD3Transformer2DModel:
-    """With every adapter in it, and none in use."""
-    form = studio.memory.quantize or "none"
-    where = studio.rest if form == "none" else studio.device  # on which layers are rounded
-    trained = [module for adapter in studio.adapters for module in adapter.factors]
-    hoisted = form != "none" and not studio.memory.compiled and not any(map(is_modulation, trained))
+def _load_transformer(session: InferenceSession, requests: Sequence[ImageRequest]) -> SD3Transformer2DModel:
+    """Load the transformer with every adapter attached."""
+    form = session.memory.quantize or "none"
+    where = session.idle_device if form == "none" else session.device  # on which layers are rounded
+    trained = [module for adapter in session.adapters for module in adapter.factors]
+    hoisted = form != "none" and not session.memory.compiled and not any(map(is_modulation, trained))
     prepare = hoist if hoisted else None
-    transformer = load_transformer_in(form, studio.conditions.base, studio.dtype, where, prepare)
-    nn.Module.to(transformer, studio.rest)
-    for number, adapter in enumerate(studio.adapters):
+    transformer = load_transformer_in(form, session.conditions.base, session.dtype, where, prepare)
+    nn.Module.to(transformer, session.idle_device)
+    for number, adapter in enumerate(session.adapters):
         counted = attach(transformer, adapter, _adapter_name(number))
-        weights = dict.fromkeys(weight for shot in shots for index, weight in shot.loras if index == number)
-        said = ", ".join(f"{weight:g}" for weight in weights)
-        say(f"{adapter.label}: {counted.matched} tensors loaded, weight {said}")
+        weights = dict.fromkeys(weight for request in requests for index, weight in request.loras if index == number)
+        shown = ", ".join(f"{weight:g}" for weight in weights)
+        say(f"{adapter.label}: {counted.matched} tensors loaded, weight {shown}")
         if counted.unmatched:
             some = ", ".join(counted.unmatched[:3])
             say(f"warning: {len(counted.unmatched)} of its modules are not in this base: {some}")
-    if studio.memory.compiled:
+    if session.memory.compiled:
         for block in transformer.transformer_blocks:
             block.compile()
     return transformer
 
 
-def _use_adapters(transformer: SD3Transformer2DModel, shot: Shot) -> None:
+def _use_adapters(transformer: SD3Transformer2DModel, request: ImageRequest) -> None:
     if not getattr(transformer, "peft_config", None):
         return
-    if not shot.loras:
+    if not request.loras:
         transformer.disable_adapters()
         return
     transformer.enable_adapters()
-    transformer.set_adapters([_adapter_name(number) for number, _ in shot.loras], [weight for _, weight in shot.loras])
+    names, weights = [_adapter_name(number) for number, _ in request.loras], [weight for _, weight in request.loras]
+    transformer.set_adapters(names, weights)
 
 
 def _adapter_name(number: int) -> str:

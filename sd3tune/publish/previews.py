@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from sd3tune.files.png_recipe import read_recipe
 
-RECIPE_KEY = "sd3tune"
-"""The text chunk of a PNG that holds its recipe, as JSON."""
 SAMPLES = "samples"
 SHEET = "over_time.png"
 PREVIEW_NAME = re.compile(r"step-(\d+)-(\d+)\.png")
@@ -32,7 +29,7 @@ def preview_recipe(path: Path) -> dict[str, Any] | None:
 
     It has `prompt`, `steps`, `guidance`, `seed`, `weights` and, where the run has one, `noise_offset`.
     """
-    recipe = _said(path)
+    recipe = read_recipe(path)
     if not isinstance(recipe, dict) or recipe.get("weights") not in _WEIGHTS:
         return None
     typed = all(type(recipe.get(name)) in types for name, types in _TYPES.items())
@@ -43,16 +40,5 @@ def is_preview(path: Path) -> bool:
     """Whether a run drew this picture, by its name and by what it says of itself."""
     if path.name != SHEET:
         return is_preview_name(path.name) and preview_recipe(path) is not None
-    rows = _said(path)  # of the names of pictures, and the prompts
+    rows = read_recipe(path)  # names of pictures by row, then the prompts
     return isinstance(rows, list) and all(isinstance(row, list | str) for row in rows)
-
-
-def _said(path: Path) -> Any:
-    """What a picture says of itself; None for one that says nothing, and for what is no picture."""
-    if not path.is_file():  # a pipe would be waited for
-        return None
-    try:
-        with Image.open(path) as image:
-            return json.loads(image.info.get(RECIPE_KEY, "null"))
-    except (OSError, ValueError, SyntaxError, TypeError, RecursionError, Image.DecompressionBombError):
-        return None

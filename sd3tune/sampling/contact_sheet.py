@@ -17,9 +17,9 @@ def contact_sheet(
     side: int = 256,
     cells: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """`images[row][column]`, each fitted into a square of `side` pixels.
+    """Return a picture of `images[row][column]`, each fitted into a square of `side` pixels.
 
-    A label above each column and row, and `cells[row][column]`, up to three lines, below each image.
+    Each column and row has a label above it, and each image `cells[row][column]`, up to three lines, below it.
     """
     wide = max(len(row) for row in images)
     row_height = side + _MARGIN + (_LABEL if rows else 0) + (_CELL if cells else 0)

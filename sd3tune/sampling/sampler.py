@@ -1,4 +1,4 @@
-"""Noise to image, as `StableDiffusion3Pipeline` does it number for number, but over one component at a time."""
+"""From noise to images, bit for bit as `StableDiffusion3Pipeline`, but with one component in memory at a time."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class SkipLayers:
-    """Skip-layer guidance: away from what the transformer says without some of its blocks.
+    """Skip-layer guidance: away from the velocity that the transformer predicts without some of its blocks.
 
-    It acts from `start` to `stop`, as shares of all steps, and beside classifier-free guidance only.
+    It acts from `start` to `stop`, as shares of all steps, and only together with classifier-free guidance.
     """
 
     scale: float
@@ -57,25 +57,25 @@ class SamplerSettings:
     shift: float | None = None
     """Instead of the base's own: sigma becomes shift * sigma / (1 + (shift - 1) * sigma)."""
     strength: float | None = None
-    """For a picture to start from: the share of the steps that is taken. None starts from noise."""
+    """With a start image: the share of the steps that is taken. None starts from noise."""
     skip_layers: SkipLayers | None = None
     noise_offset: float = 0.0
     """Strength of the constant in the starting noise of each image and channel; see `add_offset`."""
 
     @property
     def first_step(self) -> int:
-        """The first that is taken, rounded as in `StableDiffusion3Img2ImgPipeline`."""
+        """The first step that is taken, rounded as in `StableDiffusion3Img2ImgPipeline`."""
         return 0 if self.strength is None else int(self.steps - min(self.steps * self.strength, self.steps))
 
     @property
     def evaluations(self) -> int:
-        """How often the transformer is asked for a velocity (of both prompts, with guidance)."""
+        """The number of transformer evaluations; with guidance, each one has both prompts in its batch."""
         return SAMPLERS[self.sampler].evaluations(self.steps - self.first_step)
 
 
 @dataclass(frozen=True)
 class Start:
-    """Pictures to start from, as the VAE's posteriors: mean and std [n or 1, C, h, w], fp32, not normalised."""
+    """Start images, as the VAE's posteriors: mean and std [n or 1, C, h, w], fp32, not normalised."""
 
     mean: Tensor
     std: Tensor
@@ -95,13 +95,12 @@ def sample_latents(
     on_step: Callable[[], object] = lambda: None,
     start: Start | None = None,
 ) -> Tensor:
-    """Latents [n, C, height / 8, width / 8] of n images, in the transformer's dtype, on its device.
+    """Return latents [n, C, height / 8, width / 8] of n images, in the transformer's dtype, on its device.
 
-    There are n prompts and seeds, and as many negative prompts or one for all. An image's noise comes from a CPU
-    generator with its seed, so it is the same on every device and beside any neighbours; with neighbours, though, the
-    last bits of a picture differ from those of one drawn alone. `scheduler` is the base's; `on_step` is called after
-    each of `settings.evaluations`. `start` goes with `settings.strength`: what of the way is left begins at these
-    pictures, noised to its first sigma.
+    There are n prompts and seeds, and n negative prompts or one for all. An image's noise comes from a CPU generator
+    with its seed, so it is the same on every device and in every batch; the size of the batch changes the last bits of
+    an image, though. `scheduler` is the base's; `on_step` is called after each of `settings.evaluations`. `start` goes
+    with `settings.strength`: the remaining steps begin at these images, noised to their first sigma.
     """
     device, dtype = transformer.device, transformer.dtype
     shape = (transformer.config.in_channels, settings.height // latent_side, settings.width // latent_side)
@@ -125,7 +124,7 @@ def sample_latents(
 
 
 class _Guided:
-    """The velocity under a prompt, steered away from the negative one, and from the transformer without some blocks."""
+    """The velocity with classifier-free and skip-layer guidance."""
 
     def __init__(
         self,
@@ -146,7 +145,7 @@ class _Guided:
 
     @contextlib.contextmanager
     def ahead(self, timesteps: Mapping[int, Tensor]) -> Iterator[None]:
-        """While the context lasts, hoisted layers give what they made, at its start, of each evaluation's timestep."""
+        """Compute the hoisted layers' outputs for all timesteps now, and use them inside the context."""
         if not hoisted(self.transformer):
             yield
             return
@@ -160,7 +159,7 @@ class _Guided:
             modulate(self.transformer, None)
 
     def __call__(self, latents: Tensor, timestep: Tensor, number: int, count: int) -> Tensor:
-        """Of the evaluation `number`, from 0, of `count` on the whole way."""
+        """Return the guided velocity of evaluation `number`, from 0, of `count` on the whole way."""
         if self.modulations:
             modulate(self.transformer, self.modulations[number])
         if not self.is_guided:
@@ -173,8 +172,8 @@ class _Guided:
             return velocity
         if self.modulations:
             modulate(self.transformer, [rows.chunk(2)[1] for rows in self.modulations[number]])
-        weaker = self._velocity(latents, timestep, self.embeds, self.pooled, skip_layers=list(skip.layers))
-        return velocity + (conditional - weaker) * skip.scale
+        skipped = self._velocity(latents, timestep, self.embeds, self.pooled, skip_layers=list(skip.layers))
+        return velocity + (conditional - skipped) * skip.scale
 
     def _velocity(self, latents: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor, **options: Any) -> Tensor:
         velocity: Tensor = self.transformer(
@@ -216,7 +215,7 @@ def _noised(start: Start, drawn: Tensor, noise: Tensor, sigma: Tensor) -> Tensor
 def to_image(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
     """Decode latents [1, C, h, w] into a picture, rounding as diffusers' image processor does.
 
-    One with NaN or infinity in it is black; `fault_of` tells it from others.
+    An image with NaN or infinity in it is black, and `fault_of` reports it.
     """
     decoded = decode(vae, latents)[0]
     pixels = (decoded * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)

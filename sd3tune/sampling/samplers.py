@@ -1,4 +1,4 @@
-"""Ways to follow the flow dx/dsigma = v(x, sigma) from noise at sigma 1 to a picture at sigma 0.
+"""Solvers of the flow dx/dsigma = v(x, sigma) from noise at sigma 1 to an image at sigma 0.
 
 Each is a scheduler of diffusers.
 """
@@ -20,34 +20,34 @@ from diffusers import (
 
 @dataclass(frozen=True)
 class Sampler:
-    """One way: its scheduler, and what a step costs."""
+    """A solver: its scheduler, and the cost of a step."""
 
     scheduler: Callable[[FlowMatchEulerDiscreteScheduler, float | None], Any]
     """(the base's scheduler, a shift instead of its own) -> a new scheduler."""
     order: int
     """Evaluations of the model in a step; the last step, down to sigma 0, needs one."""
     follows_size: bool = False
-    """Whether it knows a base whose shift depends on the size of the image."""
+    """Whether it supports a base whose shift depends on the size of the image."""
 
     def evaluations(self, steps: int) -> int:
         return self.order * (steps - 1) + 1
 
 
 def _euler(base: FlowMatchEulerDiscreteScheduler, shift: float | None) -> FlowMatchEulerDiscreteScheduler:
-    """As `StableDiffusion3Pipeline` draws."""
+    """The solver of `StableDiffusion3Pipeline`."""
     if shift is None:
         return copy.deepcopy(base)
     return FlowMatchEulerDiscreteScheduler.from_config(base.config, shift=shift, use_dynamic_shifting=False)
 
 
 def _heun(base: FlowMatchEulerDiscreteScheduler, shift: float | None) -> FlowMatchHeunDiscreteScheduler:
-    """Euler's noise levels, each step with the mean of the velocities at its two ends."""
+    """Heun's method: each step takes the mean of the velocities at its two ends, on Euler's noise levels."""
     shift = base.config.shift if shift is None else shift
     return FlowMatchHeunDiscreteScheduler(base.config.num_train_timesteps, shift)
 
 
 def _dpmpp(base: FlowMatchEulerDiscreteScheduler, shift: float | None) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++(2M) of Lu et al. 2022: second order from the step before, at the price of Euler."""
+    """DPM-Solver++(2M) of Lu et al. 2022: second order from the step before, at the cost of Euler."""
     return _FlowDpmSolver(
         num_train_timesteps=base.config.num_train_timesteps,
         prediction_type="flow_prediction",
@@ -57,7 +57,7 @@ def _dpmpp(base: FlowMatchEulerDiscreteScheduler, shift: float | None) -> DPMSol
 
 
 class _FlowDpmSolver(DPMSolverMultistepScheduler):
-    """Tells the model its noise level as it is; diffusers' own cuts 1000 sigma down to a whole number."""
+    """Pass exact timesteps to the model; diffusers' own class truncates 1000 sigma to a whole number."""
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         super().set_timesteps(num_inference_steps, device)

@@ -14,9 +14,7 @@ import pytest
 from PIL import Image
 
 from sd3tune import __version__
-from sd3tune.cli.infer import parse_size
 from sd3tune.config import dump_config, load_config
-from sd3tune.errors import ConfigError
 from sd3tune.model.base.resolve import resolve_base
 from tests.conftest import Command, Finished
 
@@ -288,15 +286,3 @@ def test_train_then_the_command_that_it_prints_then_infer_with_every_option(
         "base_fingerprint": resolve_base("tiny-sd3").fingerprint("transformer"),
         "max_sequence_length": 16, "encoders": ["clip_l", "clip_g", "t5"], "dtype": "bf16",
     }  # fmt: skip
-
-
-@pytest.mark.parametrize(("text", "size"), [("512", (512, 512)), ("1152x896", (1152, 896)), ("64X32", (64, 32))])
-def test_a_size_is_a_side_or_width_by_height(text: str, size: tuple[int, int]) -> None:
-    assert parse_size(text) == size
-    assert parse_size(None) is None
-
-
-@pytest.mark.parametrize("text", ["", "x", "512x", "1x2x3", "-512", "5.5", "²", "512 x 512"])
-def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="write a side such as 1024, or WIDTHxHEIGHT"):
-        parse_size(text)

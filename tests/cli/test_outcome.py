@@ -16,7 +16,7 @@ from sd3tune.cli import main, outcome
 from sd3tune.commands import plan
 from sd3tune.config import dump_config
 from sd3tune.errors import Interrupted, ProcessError, UserError
-from sd3tune.inference import session as studio
+from sd3tune.inference import session
 from sd3tune.run import encoding
 from sd3tune.runtime import launch
 from tests.conftest import Command
@@ -93,7 +93,7 @@ def _unlaunched(monkeypatch) -> None:
         (encoding, "Store", "train dog.yaml"),
         (encoding, "Store", "cache dog.yaml"),
         (plan, "run_plan", "plan dog.yaml --memory 8"),
-        (studio, "encode_prompts", "infer --base tiny --prompt dog --size 64 --steps 1 --out out"),
+        (session, "encode_prompts", "infer --base tiny --prompt dog --size 64 --steps 1 --out out"),
     ],
     ids=lambda value: str(value).split()[0],
 )

@@ -22,7 +22,8 @@ from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
 from sd3tune.errors import AdapterError, ModelError, UserError
-from sd3tune.inference.conditions import Request, settle_conditions
+from sd3tune.inference.conditions import settle_conditions
+from sd3tune.inference.job import InferenceJob
 from sd3tune.model.base.parts import ENCODERS
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.base.weights import tensor_headers
@@ -84,7 +85,7 @@ def test_infer_finds_the_file_and_its_encoders_through_the_run(
     run_on_file: Path, run_on_folder: Path, tmp_path: Path, capsys
 ) -> None:
     pictures = [
-        run_infer(Request(loras=[str(run)], prompt="sks dog", out=tmp_path / run.name, **SIZE))[0]
+        run_infer(InferenceJob.from_fields(loras=[str(run)], prompt="sks dog", out=tmp_path / run.name, **SIZE))[0]
         for run in (run_on_file, run_on_folder)
     ]
     assert Image.open(pictures[0]).tobytes() == Image.open(pictures[1]).tobytes()
@@ -99,18 +100,18 @@ def test_infer_with_a_bare_adapter_is_told_where_the_files_are(
     file = single_file(tiny_in_bf16)
     request = {"loras": [str(bare)], "prompt": "sks dog", **SIZE}
     with pytest.raises(AdapterError, match=r"trained on a local file named 'model\.safetensors'; give it with --base"):
-        run_infer(Request(out=tmp_path / "a", **request))
+        run_infer(InferenceJob.from_fields(out=tmp_path / "a", **request))
     with pytest.raises(ModelError, match=r"CLIP-L is not in this file: .*for infer: in a --config YAML") as caught:
-        run_infer(Request(out=tmp_path / "a", base=str(file), **request))
+        run_infer(InferenceJob.from_fields(out=tmp_path / "a", base=str(file), **request))
     assert len(caught.value.problems) == 4  # the encoders, and the tokenizers of an unknown shape
     capsys.readouterr()
-    expected = run_infer(Request(out=tmp_path / "run", **{**request, "loras": [str(run_on_file)]}))[0]
+    expected = run_infer(InferenceJob.from_fields(out=tmp_path / "run", **{**request, "loras": [str(run_on_file)]}))[0]
     config = run_on_file / "config.yaml"
     for number, more in enumerate(({"config": config}, {"config": config, "base": str(file)})):
-        (found,) = run_infer(Request(out=tmp_path / str(number), **more, **request))
+        (found,) = run_infer(InferenceJob.from_fields(out=tmp_path / str(number), **more, **request))
         assert Image.open(found).tobytes() == Image.open(expected).tobytes()
     assert "warning" not in capsys.readouterr().out
-    run_infer(Request(out=tmp_path / "tiny", base="tiny", **request))
+    run_infer(InferenceJob.from_fields(out=tmp_path / "tiny", base="tiny", **request))
     printed = capsys.readouterr().out
     assert "was trained on model.safetensors; tiny is taken to hold the same weights" in printed
     assert "was trained with CLIP-L from clip_l.safetensors, and another is used" in printed
@@ -128,7 +129,9 @@ def test_an_encoder_of_ones_own_stands_in_for_the_folders(
     assert read_adapter(tmp_path / "run").contract["encoder_files"].keys() == {"clip_g"}
     ours, theirs = adapter_of(tmp_path / "run"), adapter_of(run_on_folder)
     assert any(not torch.equal(ours[key], theirs[key]) for key in theirs)
-    run_infer(Request(loras=[str(tmp_path / "run")], prompt="sks dog", out=tmp_path / "images", **SIZE))
+    run_infer(
+        InferenceJob.from_fields(loras=[str(tmp_path / "run")], prompt="sks dog", out=tmp_path / "images", **SIZE)
+    )
     assert "warning" not in capsys.readouterr().out  # with its own clip_g again
 
 
@@ -151,7 +154,9 @@ def test_a_folder_without_t5_goes_all_the_way(quick_config, tmp_path: Path, caps
     compile(snippet, "card", "exec")
     assert "text_encoder_3=None, tokenizer_3=None" in snippet
 
-    request = Request(loras=[str(tmp_path / "run")], prompt="sks dog", out=tmp_path / "images", seed=7, **SIZE)
+    request = InferenceJob.from_fields(
+        loras=[str(tmp_path / "run")], prompt="sks dog", out=tmp_path / "images", seed=7, **SIZE
+    )
     (found,) = run_infer(request)
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         resolve_base("tiny").path, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
@@ -170,7 +175,7 @@ def test_a_config_without_t5_draws_with_a_base_alone(run_on_file: Path, single_f
     saved["model"] |= {"t5": False, "text_encoders": {**saved["model"]["text_encoders"], "t5": None}}
     (tmp_path / "no-t5.yaml").write_text(yaml.safe_dump(saved))
     request = {"loras": [], "prompt": "a dog", "config": tmp_path / "no-t5.yaml", **SIZE}
-    assert len(run_infer(Request(out=tmp_path / "images", **request))) == 1
+    assert len(run_infer(InferenceJob.from_fields(out=tmp_path / "images", **request))) == 1
 
 
 def test_the_t5_file_is_not_looked_at_without_t5(quick_config, single_file, tmp_path: Path) -> None:
@@ -206,7 +211,12 @@ def test_drawing_with_a_turbo_model_as_if_it_were_none_is_warned_about(single_fi
     model = {"base": "./sd3.5_turbo.safetensors", "text_encoders": encoders, "tokenizers": "tiny"}
     (tmp_path / "c.yaml").write_text(json.dumps({"model": model, "data": {"sources": [{"path": "."}]}}))
     for guidance in (7.0, 1.0):
-        settle_conditions(Request([], "a dog", tmp_path, config=tmp_path / "c.yaml", guidance=guidance), [])
+        settle_conditions(
+            InferenceJob.from_fields(
+                loras=[], prompt="a dog", out=tmp_path, config=tmp_path / "c.yaml", guidance=guidance
+            ),
+            [],
+        )
         assert ("warning: sd3.5_turbo.safetensors is a Turbo model" in capsys.readouterr().out) == (guidance > 1)
 
 

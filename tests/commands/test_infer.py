@@ -22,7 +22,8 @@ from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
 from sd3tune.errors import AdapterError, ConfigError, ModelError, RunError, UserError
 from sd3tune.files.tensors import tensors_sha256
-from sd3tune.inference.request import Request, parse_lora
+from sd3tune.inference.job import InferenceJob
+from sd3tune.inference.lora_argument import parse_lora
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_pipeline
 from sd3tune.sampling.contact_sheet import contact_sheet
@@ -46,7 +47,7 @@ def draw(tmp_path: Path) -> Draw:
 
     def draw(*loras: object, **options) -> list[Path]:
         given = {"prompt": PROMPT, "out": tmp_path / "images", "steps": 2, "guidance": 4.0, "before": False, **options}
-        return run_infer(Request(loras=[str(lora) for lora in loras], **given))
+        return run_infer(InferenceJob.from_fields(loras=[str(lora) for lora in loras], **given))
 
     return draw
 

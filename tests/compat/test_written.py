@@ -19,7 +19,7 @@ from sd3tune.adapter.file import read_adapter
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
-from sd3tune.inference.request import Request
+from sd3tune.inference.job import InferenceJob
 
 RUNS = {"lora": "step-000006", "prediction": "step-000004"}
 """Each run, and its last checkpoint."""
@@ -68,6 +68,8 @@ def test_a_finished_run_is_finished(written: Path, name: str, capsys: pytest.Cap
 @pytest.mark.parametrize("name", RUNS)
 def test_a_picture_is_drawn_again_from_its_recipe(written: Path, name: str) -> None:
     picture = written / name / "images" / f"{name}.png"
-    again = run_infer(Request([], None, from_picture=picture, out=written / "again", before=False))[0]
+    again = run_infer(
+        InferenceJob.from_fields(loras=[], prompt=None, from_picture=picture, out=written / "again", before=False)
+    )[0]
     before, after = (np.asarray(Image.open(path), dtype=float) for path in (picture, again))
     assert np.abs(before - after).mean() < 0.5  # of 255: another CPU rounds differently

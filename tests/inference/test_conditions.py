@@ -16,8 +16,8 @@ from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
 from sd3tune.errors import AdapterError
 from sd3tune.inference.conditions import Conditions, settle_conditions
+from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.recipes import read_recipe
-from sd3tune.inference.request import Request
 from sd3tune.run.thumbnail import with_metadata
 
 PROMPT = "a photo of sks dog, it's wet"
@@ -45,7 +45,7 @@ def stating(run: Path, folder: Path, **contract: object) -> Adapter:
 
 
 def settled(*adapters: Adapter, **asked: object) -> Conditions:
-    return settle_conditions(Request([], PROMPT, Path("images"), **asked), adapters)  # type: ignore[arg-type]
+    return settle_conditions(InferenceJob.from_fields(loras=[], prompt=PROMPT, out=Path("images"), **asked), adapters)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_flags_files_axes_and_recipes_win(run: Path, tmp_path: Path) -> None:
     common = {"loras": [str(run)], "before": False, "size": (16, 16)}
 
     def drawn(name: str, **asked: object) -> list[tuple[int, float]]:
-        files = run_infer(Request(out=tmp_path / name, **{"prompt": "a", **common, **asked}))  # type: ignore[arg-type]
+        files = run_infer(InferenceJob.from_fields(out=tmp_path / name, **{"prompt": "a", **common, **asked}))  # type: ignore[arg-type]
         recipes = [recipe for file in files if (recipe := read_recipe(file)) and "sheet" not in recipe]
         return [(recipe["steps"], recipe["guidance"]) for recipe in recipes]
 
@@ -122,11 +122,22 @@ def test_values_that_only_the_adapters_steps_or_guidance_allow(run: Path, tmp_pa
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     asked = {"image": tmp_path / "a.png", "strength": 0.04, "before": False}
     with pytest.raises(Exception, match=r"--strength 0\.04: no step of 3 is left; at least 0\.334"):
-        run_infer(Request([str(run)], "a", tmp_path / "out", **asked))  # type: ignore[arg-type]
+        run_infer(InferenceJob.from_fields(loras=[str(run)], prompt="a", out=tmp_path / "out", **asked))  # type: ignore[arg-type]
     many = stating(run, tmp_path / "many", sampling_steps=60, guidance=1)
-    assert len(run_infer(Request([str(many.path)], "a", tmp_path / "out", **{**asked, "strength": 0.02}))) == 1  # type: ignore[arg-type]
+    assert (
+        len(
+            run_infer(
+                InferenceJob.from_fields(
+                    loras=[str(many.path)], prompt="a", out=tmp_path / "out", **{**asked, "strength": 0.02}
+                )
+            )
+        )
+        == 1
+    )  # type: ignore[arg-type]
     with pytest.raises(Exception, match=r"--slg 1: works beside guidance; it is 1, give it above 1"):
-        run_infer(Request([str(many.path)], "a", tmp_path / "out", slg=1.0, slg_layers=(1,)))
+        run_infer(
+            InferenceJob.from_fields(loras=[str(many.path)], prompt="a", out=tmp_path / "out", slg=1.0, slg_layers=(1,))
+        )
 
 
 @pytest.mark.parametrize(

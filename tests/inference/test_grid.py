@@ -12,8 +12,8 @@ from sd3tune.adapter.file import write_adapter
 from sd3tune.commands.infer import run_infer
 from sd3tune.errors import ConfigError
 from sd3tune.inference.grid import AXES, read_grid
-from sd3tune.inference.image_request import Shot
-from sd3tune.inference.request import Request
+from sd3tune.inference.image_request import ImageRequest
+from sd3tune.inference.job import InferenceJob
 from sd3tune.sampling.contact_sheet import contact_sheet
 from tests.pictures import distance, opened
 
@@ -47,7 +47,7 @@ def draw(tmp_path: Path) -> Draw:
             "before": False,
             **options,
         }
-        return run_infer(Request(loras=[str(lora) for lora in loras], **given))
+        return run_infer(InferenceJob.from_fields(loras=[str(lora) for lora in loras], **given))
 
     return draw
 
@@ -101,26 +101,26 @@ def test_an_axis_stands_beside_an_adapter_that_stays(draw: Draw, checkpoints: Pa
 @pytest.mark.parametrize(
     ("axis", "expected"),
     [
-        ("seed=3,4", [Shot(seed=3), Shot(seed=4)]),
-        ("prompt=a dog, sitting|a cat", [Shot(prompt="a dog, sitting"), Shot(prompt="a cat")]),
-        ("prompt=a,b", [Shot(prompt="a"), Shot(prompt="b")]),
-        ("steps=4,8", [Shot(steps=4), Shot(steps=8)]),
-        ("guidance=1,4.5", [Shot(guidance=1.0), Shot(guidance=4.5)]),
-        ("sampler=euler,heun", [Shot(sampler="euler"), Shot(sampler="heun")]),
-        ("shift=1,3", [Shot(shift=1.0), Shot(shift=3.0)]),
-        ("slg=1,3", [Shot(slg=1.0), Shot(slg=3.0)]),
-        ("strength=0.5,1", [Shot(strength=0.5), Shot(strength=1.0)]),
-        ("weight=0,-1", [Shot(loras=((0, 0.0),)), Shot(loras=((0, -1.0),))]),
+        ("seed=3,4", [ImageRequest(seed=3), ImageRequest(seed=4)]),
+        ("prompt=a dog, sitting|a cat", [ImageRequest(prompt="a dog, sitting"), ImageRequest(prompt="a cat")]),
+        ("prompt=a,b", [ImageRequest(prompt="a"), ImageRequest(prompt="b")]),
+        ("steps=4,8", [ImageRequest(steps=4), ImageRequest(steps=8)]),
+        ("guidance=1,4.5", [ImageRequest(guidance=1.0), ImageRequest(guidance=4.5)]),
+        ("sampler=euler,heun", [ImageRequest(sampler="euler"), ImageRequest(sampler="heun")]),
+        ("shift=1,3", [ImageRequest(shift=1.0), ImageRequest(shift=3.0)]),
+        ("slg=1,3", [ImageRequest(slg=1.0), ImageRequest(slg=3.0)]),
+        ("strength=0.5,1", [ImageRequest(strength=0.5), ImageRequest(strength=1.0)]),
+        ("weight=0,-1", [ImageRequest(loras=((0, 0.0),)), ImageRequest(loras=((0, -1.0),))]),
     ],
 )
-def test_an_axis_changes_its_part_of_the_shot(axis: str, expected: list[Shot]) -> None:
-    first = Shot(loras=((0, 1.0),)) if axis.startswith("weight") else Shot()
+def test_an_axis_changes_its_field_of_the_request(axis: str, expected: list[ImageRequest]) -> None:
+    first = ImageRequest(loras=((0, 1.0),)) if axis.startswith("weight") else ImageRequest()
     grid = read_grid([axis], ["x"])
     assert grid is not None
-    ((*shots,),) = grid.shots(first)
-    unnamed = [Shot(**{**vars(shot), "name": None}) for shot in shots]
+    ((*requests,),) = grid.requests(first)
+    unnamed = [ImageRequest(**{**vars(request), "name": None}) for request in requests]
     assert unnamed == expected
-    assert len({shot.name for shot in shots}) == len(shots)
+    assert len({request.name for request in requests}) == len(requests)
 
 
 def test_every_axis_is_tested_above() -> None:
@@ -132,7 +132,7 @@ def test_every_axis_is_tested_above() -> None:
     ("axes", "said"),
     [
         (["wieght=1"], "--grid wieght: no such axis; did you mean 'weight'?"),
-        (["x=1"], "--grid x: no such axis; one of weight, lora, seed"),
+        (["x=1"], "--grid x: no such axis; one of weight, lora, prompt, seed"),
         (["seed"], "--grid seed: write NAME=VALUE,VALUE such as weight=0,0.5,1"),
         (["seed=1,,2"], "--grid seed=1,,2: write NAME=VALUE,VALUE"),
         (["seed=1,x"], "--grid seed=1,x: each value is a whole number"),

@@ -16,10 +16,10 @@ from sd3tune.commands.infer import run_infer
 from sd3tune.commands.lora_verify import verify_lora
 from sd3tune.commands.train import run_training
 from sd3tune.errors import ConfigError
-from sd3tune.inference.album import before_and_after
-from sd3tune.inference.image_request import Shot
+from sd3tune.inference.image_folder import before_and_after
+from sd3tune.inference.image_request import ImageRequest
+from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.recipes import read_recipe
-from sd3tune.inference.request import Request
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.run.preflight import make_plan
 from sd3tune.run.priors import plan_priors
@@ -61,13 +61,19 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def test_infer_starts_as_the_previews_did_and_the_base_as_the_base_does(finished: Path, tmp_path: Path) -> None:
     contract = read_adapter(finished).contract
     assert (contract["noise_offset"], contract["sampler_noise_offset"]) == (0.5, 0.5)
-    drawn, sheet = run_infer(Request(loras=[str(finished)], out=tmp_path / "with", **DRAWING))
+    drawn, sheet = run_infer(InferenceJob.from_fields(loras=[str(finished)], out=tmp_path / "with", **DRAWING))
     assert same(drawn, finished / "samples" / "step-000004-0.png")
-    (plain,) = run_infer(Request([str(finished)], out=tmp_path / "plain", noise_offset=0.0, before=False, **DRAWING))
+    (plain,) = run_infer(
+        InferenceJob.from_fields(
+            loras=[str(finished)], out=tmp_path / "plain", noise_offset=0.0, before=False, **DRAWING
+        )
+    )
     assert not same(plain, drawn)
-    (base,) = run_infer(Request([], base="tiny", out=tmp_path / "base", size=(64, 64), t5_tokens=16, **DRAWING))
+    (base,) = run_infer(
+        InferenceJob.from_fields(loras=[], base="tiny", out=tmp_path / "base", size=(64, 64), t5_tokens=16, **DRAWING)
+    )
     assert same(base, finished / "samples" / "base-0.png")
-    expected = before_and_after([Image.open(base)], [Image.open(drawn)], [Shot(**DRAWING)])
+    expected = before_and_after([Image.open(base)], [Image.open(drawn)], [ImageRequest(**DRAWING)])
     assert Image.open(sheet).tobytes() == expected.tobytes()
 
 
@@ -90,16 +96,18 @@ def test_a_run_says_what_an_offset_means_and_one_without_says_nothing(quick_conf
 
 
 def test_a_recipe_carries_the_offset_and_one_of_before_has_none(run: Path, tmp_path: Path, edit_json) -> None:
-    (drawn,) = run_infer(Request([str(run)], out=run / "images", before=False, **DRAWING))
+    (drawn,) = run_infer(InferenceJob.from_fields(loras=[str(run)], out=run / "images", before=False, **DRAWING))
     recipe = read_recipe(drawn)
     assert recipe is not None
     assert recipe["noise_offset"] == 0.5
-    again = Request(loras=[str(run)], prompt=None, from_picture=drawn, out=tmp_path / "again")
+    again = InferenceJob.from_fields(loras=[str(run)], prompt=None, from_picture=drawn, out=tmp_path / "again")
     assert same(run_infer(again)[0], drawn)
 
-    (plain,) = run_infer(Request([str(run)], out=tmp_path / "plain", noise_offset=0.0, before=False, **DRAWING))
+    (plain,) = run_infer(
+        InferenceJob.from_fields(loras=[str(run)], out=tmp_path / "plain", noise_offset=0.0, before=False, **DRAWING)
+    )
     assert "noise_offset" not in (read_recipe(plain) or {})
-    again = Request(loras=[str(run)], prompt=None, from_picture=plain, out=tmp_path / "plain-again")
+    again = InferenceJob.from_fields(loras=[str(run)], prompt=None, from_picture=plain, out=tmp_path / "plain-again")
     assert same(run_infer(again)[0], plain)
     edit_json(plain, lambda recipe: recipe.update(noise_offset="much"))
     with pytest.raises(ConfigError, match=r"noise_offset: Input should be a valid number, not \"much\""):
@@ -109,17 +117,21 @@ def test_a_recipe_carries_the_offset_and_one_of_before_has_none(run: Path, tmp_p
 def test_an_adapter_of_before_is_drawn_as_then_and_says_how_it_would_be_right(
     run: Path, tmp_path: Path, capsys, edit_json
 ) -> None:
-    (right,) = run_infer(Request([str(run)], out=tmp_path / "right", before=False, **DRAWING))
-    (plain,) = run_infer(Request([str(run)], out=tmp_path / "plain", noise_offset=0.0, before=False, **DRAWING))
+    (right,) = run_infer(InferenceJob.from_fields(loras=[str(run)], out=tmp_path / "right", before=False, **DRAWING))
+    (plain,) = run_infer(
+        InferenceJob.from_fields(loras=[str(run)], out=tmp_path / "plain", noise_offset=0.0, before=False, **DRAWING)
+    )
     assert "warning" not in capsys.readouterr().out
     edit_json(adapter_file(run), as_of_before)
-    (found,) = run_infer(Request([str(run)], out=tmp_path / "found", before=False, **DRAWING))
+    (found,) = run_infer(InferenceJob.from_fields(loras=[str(run)], out=tmp_path / "found", before=False, **DRAWING))
     assert same(found, plain)
     assert (
         "was trained with noise offset 0.5, by an earlier sd3tune that drew without it; --noise-offset 0.5 draws"
         in (capsys.readouterr().out)
     )
-    (found,) = run_infer(Request([str(run)], out=tmp_path / "told", noise_offset=0.5, before=False, **DRAWING))
+    (found,) = run_infer(
+        InferenceJob.from_fields(loras=[str(run)], out=tmp_path / "told", noise_offset=0.5, before=False, **DRAWING)
+    )
     assert same(found, right)
     assert "warning" not in capsys.readouterr().out
 
@@ -128,7 +140,9 @@ def test_a_file_of_prompts_has_a_column_for_it(finished: Path, tmp_path: Path) -
     lines = ({"prompt": "a dog"}, {"prompt": "a dog", "noise_offset": 0, "name": "plain"})
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
     told = {name: value for name, value in DRAWING.items() if name != "prompt"}
-    request = Request([str(finished)], None, tmp_path / "out", prompts=tmp_path / "x.jsonl", **told)
+    request = InferenceJob.from_fields(
+        loras=[str(finished)], prompt=None, out=tmp_path / "out", prompts=tmp_path / "x.jsonl", **told
+    )
     first, second = run_infer(request)
     assert same(first, finished / "samples" / "step-000004-0.png")
     assert not same(first, second)
@@ -136,7 +150,7 @@ def test_a_file_of_prompts_has_a_column_for_it(finished: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"x\.jsonl:1: noise_offset 2: from 0 to 1; 0 is none"):
         run_infer(request)
     with pytest.raises(ConfigError, match=r"--noise-offset -0\.1: from 0 to 1; 0 is none"):
-        run_infer(Request([str(finished)], out=tmp_path / "out", noise_offset=-0.1, **DRAWING))
+        run_infer(InferenceJob.from_fields(loras=[str(finished)], out=tmp_path / "out", noise_offset=-0.1, **DRAWING))
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
@@ -183,7 +197,9 @@ def test_class_images_start_as_the_base_was_trained(quick_config, tmp_path: Path
         (planned,) = plan_priors(plan.config, plan.records, plan.buckets, plan.base)
         names.append({drawn.path.name for drawn in planned.drawn})
         first = planned.drawn[0]
-        request = Request([], base=str(base), out=tmp_path / f"out-{number}", **{**DRAWING, "seed": first.seed})
+        request = InferenceJob.from_fields(
+            loras=[], base=str(base), out=tmp_path / f"out-{number}", **{**DRAWING, "seed": first.seed}
+        )
         pictures.append(run_infer(request)[0])
         assert same(first.path, pictures[-1])
     assert not names[0] & names[1]

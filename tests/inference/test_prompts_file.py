@@ -12,10 +12,10 @@ import pytest
 
 from sd3tune.commands.infer import run_infer
 from sd3tune.errors import ConfigError
-from sd3tune.inference import session as studio
-from sd3tune.inference.image_request import Shot
+from sd3tune.inference import session
+from sd3tune.inference.image_request import ImageRequest
+from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.prompts_file import COLUMNS, read_prompts
-from sd3tune.inference.request import Request
 from tests.pictures import distance
 
 Draw = Callable[..., list[Path]]
@@ -57,8 +57,8 @@ def test_plain_text_is_a_prompt_a_line(tmp_path: Path, encoding: str) -> None:
     assert [row.place for row in rows] == [f"{path}:{number}" for number in (1, 4, 5)]
 
 
-def test_every_column_is_a_part_of_a_shot() -> None:
-    assert set(COLUMNS) <= set(Shot.__dataclass_fields__)
+def test_every_column_is_a_field_of_an_image_request() -> None:
+    assert set(COLUMNS) <= set(ImageRequest.__dataclass_fields__)
 
 
 def test_a_text_may_go_on_over_several_lines_of_csv(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 def draw(tmp_path: Path) -> Draw:
     def draw(**options: object) -> list[Path]:
         given = {"prompt": None, "out": tmp_path / "images", "base": "tiny", "steps": 1, "size": (32, 32), **options}
-        return run_infer(Request(loras=[], **given))
+        return run_infer(InferenceJob.from_fields(loras=[], **given))
 
     return draw
 
@@ -122,13 +122,13 @@ def draw(tmp_path: Path) -> Draw:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The seeds of every batch that is denoised."""
-    genuine, seen = studio.sample_latents, []
+    genuine, seen = session.sample_latents, []
 
     def recording(*args, **options):
         seen.append(args[5])
         return genuine(*args, **options)
 
-    monkeypatch.setattr(studio, "sample_latents", recording)
+    monkeypatch.setattr(session, "sample_latents", recording)
     return seen
 
 
@@ -169,18 +169,18 @@ def test_what_is_there_is_not_drawn_again_and_a_name_proves_nothing(
 
 def test_a_stop_costs_the_picture_in_hand(draw: Draw, calls: list, tmp_path: Path, monkeypatch) -> None:
     prompts = written(tmp_path / "p.jsonl", [{"prompt": "a dog", "seed": seed} for seed in range(3)])
-    genuine = studio.to_image
+    genuine = session.to_image
 
     def stopped(*args):
         if len(calls) == 2:
             raise KeyboardInterrupt
         return genuine(*args)
 
-    monkeypatch.setattr(studio, "to_image", stopped)
+    monkeypatch.setattr(session, "to_image", stopped)
     with pytest.raises(KeyboardInterrupt):
         draw(prompts=prompts)
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["a-dog-seed0.png"]
-    monkeypatch.setattr(studio, "to_image", genuine)
+    monkeypatch.setattr(session, "to_image", genuine)
     calls.clear()
     assert len(draw(prompts=prompts)) == 3
     assert calls == [[1], [2]]

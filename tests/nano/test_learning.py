@@ -15,7 +15,7 @@ from sd3tune.commands import train as train_job
 from sd3tune.commands.demo import PICTURES, SAMPLER, SIDE, T5_LENGTH
 from sd3tune.commands.train import run_training
 from sd3tune.config import parse_config
-from sd3tune.inference.painter import Painter
+from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.model.base.offline import NANO_FOLDER
 from sd3tune.nano.tasks import Task, plain_tasks, share_right, subject_tasks
 from sd3tune.nano.world import plain_scenes, render
@@ -133,8 +133,8 @@ def subject() -> list[Task]:
 
 
 def drawn_right(tasks: list[Task], adapter: Path | None) -> float:
-    painter = Painter("nano", SAMPLER, t5_length=T5_LENGTH)
-    return share_right(tasks, painter.draw([(task.prompt, task.seed) for task in tasks], adapter))
+    pipeline = ImagePipeline("nano", SAMPLER, t5_length=T5_LENGTH)
+    return share_right(tasks, pipeline.draw([(task.prompt, task.seed) for task in tasks], adapter))
 
 
 def test_a_lora_teaches_a_new_shape(subject: list[Task], tmp_path: Path) -> None:

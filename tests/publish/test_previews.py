@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sd3tune.files.png_recipe import RECIPE_KEY
 from sd3tune.publish.files import pictures_left_out, pictures_of_run
-from sd3tune.publish.previews import RECIPE_KEY, preview_recipe
+from sd3tune.publish.previews import preview_recipe
 
 PREVIEW = {"prompt": "a dog", "steps": 2, "guidance": 4.5, "seed": 0, "weights": "ema"}
 SHEET = [["base-0.png", None], "a dog"]

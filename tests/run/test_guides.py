@@ -13,8 +13,8 @@ from PIL import Image, ImageChops, ImageDraw
 
 from sd3tune.commands.infer import run_infer
 from sd3tune.errors import ConfigError, DataError, RunError, UserError
-from sd3tune.inference import session as studio
-from sd3tune.inference.request import Memory, Request
+from sd3tune.inference import session
+from sd3tune.inference.job import InferenceJob
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_pipeline
 from sd3tune.nano.oracle import judge
@@ -37,7 +37,7 @@ def draw(tmp_path: Path) -> Draw:
     def draw(**options: object) -> Path:
         given = {"prompt": PROMPT, "base": "nano", "seed": SEED, "steps": 4, "guidance": 4.0, "size": (64, 48)}
         out = {"out": tmp_path / "images", "t5_tokens": T5_LENGTH}
-        return run_infer(Request(loras=[], **{**given, **out, **options}))[0]
+        return run_infer(InferenceJob.from_fields(loras=[], **{**given, **out, **options}))[0]
 
     return draw
 
@@ -151,16 +151,16 @@ def test_the_length_of_t5_can_be_chosen_and_t5_left_out(pipeline, draw: Draw) ->
 
 @pytest.fixture
 def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """(class, where to) of every model that a studio sends to its device, or to where it waits."""
+    """(class, where to) of every model that a session sends to its device, or to where it waits."""
     seen: list[tuple[str, str]] = []
-    genuine = studio.Part._move
+    genuine = session.Component._move
 
-    def recording(part: studio.Part, device: torch.device) -> None:
-        seen.append((type(part._model).__name__, "rest" if device is part._studio.rest else "work"))
+    def recording(part: session.Component, device: torch.device) -> None:
+        seen.append((type(part._model).__name__, "rest" if device is part._session.idle_device else "work"))
         genuine(part, device)
 
-    monkeypatch.setattr(studio.Part, "_move", recording)
-    monkeypatch.setattr(studio.Studio, "rest", torch.device("cpu"))
+    monkeypatch.setattr(session.Component, "_move", recording)
+    monkeypatch.setattr(session.InferenceSession, "idle_device", torch.device("cpu"))
     return seen
 
 
@@ -169,7 +169,7 @@ def test_what_is_not_at_work_leaves_and_nothing_of_the_picture_changes(draw: Dra
     prompts.write_text("prompt,seed\na star,1\na star,2\n")
     plain = draw(prompt=None, prompts=prompts, steps=2)
     assert moves == []
-    offloaded = draw(prompt=None, prompts=prompts, steps=2, memory=Memory(offload=True), out=tmp_path / "offloaded")
+    offloaded = draw(prompt=None, prompts=prompts, steps=2, offload=True, out=tmp_path / "offloaded")
     assert distance(opened(offloaded), opened(plain)) == 0
     transformer, vae = "SD3Transformer2DModel", "AutoencoderKL"
     expected = [(transformer, "work"), (transformer, "rest"), (vae, "work"), (vae, "rest")]
@@ -177,7 +177,7 @@ def test_what_is_not_at_work_leaves_and_nothing_of_the_picture_changes(draw: Dra
 
 
 def test_tiles_are_those_of_diffusers(pipeline, draw: Draw) -> None:
-    path = draw(steps=1, size=(128, 96), memory=Memory(vae_tiling=True))
+    path = draw(steps=1, size=(128, 96), vae_tiling=True)
     whole = theirs(pipeline, num_inference_steps=1, height=96, width=128)
     pipeline.vae.enable_tiling()
     try:
@@ -198,14 +198,14 @@ def test_compiled_blocks_draw_the_same_picture(draw: Draw, monkeypatch) -> None:
         return graph.forward
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile_it(block, backend=noted))
-    plain, compiled = draw(steps=2), draw(steps=2, memory=Memory(compiled=True))
+    plain, compiled = draw(steps=2), draw(steps=2, compiled=True)
     assert len(graphs) >= 3  # nano has three sorts of blocks
     assert distance(opened(plain), opened(compiled)) <= 1
 
 
 def test_in_fewer_bits_the_picture_still_shows_what_was_asked_for(draw: Draw) -> None:
     pytest.importorskip("bitsandbytes")
-    path = draw(steps=8, size=(64, 64), memory=Memory(quantize="nf4", t5_8bit=True))
+    path = draw(steps=8, size=(64, 64), quantize="nf4", t5_8bit=True)
     assert judge(opened(path), parse(PROMPT)).right
     assert (recipe_of(path)["quantize"], recipe_of(path)["t5_8bit"]) == ("nf4", True)
     fresh = {"prompt": None, "base": None, "seed": None, "steps": 1, "guidance": None, "size": None}
@@ -225,7 +225,7 @@ def test_running_out_of_memory_is_one_line_with_what_to_try(where: str, said: st
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(studio, where, full)
+    monkeypatch.setattr(session, where, full)
     with pytest.raises(RunError) as caught:
         draw(steps=1)
     (line,) = caught.value.problems
@@ -244,9 +244,9 @@ def test_running_out_of_memory_is_one_line_with_what_to_try(where: str, said: st
         ({"slg": 2.8}, "--slg-layers 7,8,9: this base has the blocks 0 to 5"),
         ({"slg": 2.8, "guidance": 1.0}, "--slg 2.8: works beside guidance; it is 1, give it above 1"),
         ({"slg": 2.8, "slg_layers": (2,), "slg_start": 0.5}, "--slg-start 0.5, --slg-stop 0.2: shares of the steps"),
-        ({"memory": Memory(quantize="fp4")}, "--quantize fp4: one of nf4, int8"),
+        ({"quantize": "fp4"}, "--quantize fp4: one of nf4, int8"),
         (
-            {"memory": Memory(quantize="int8", offload=True)},
+            {"quantize": "int8", "offload": True},
             "--offload: layers of --quantize int8 stay",
         ),
         ({"t5_tokens": 0}, "--t5-tokens 0: from 1 to 512"),

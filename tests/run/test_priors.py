@@ -13,7 +13,7 @@ from PIL import Image
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
 from sd3tune.errors import UserError
-from sd3tune.inference.conditions import Request
+from sd3tune.inference.job import InferenceJob
 from sd3tune.run import drawing
 from sd3tune.run.describe import describe
 from sd3tune.run.encoding import encode
@@ -83,7 +83,9 @@ def test_a_class_image_is_what_infer_draws(config, tmp_path: Path) -> None:
     model = tmp_path / "model.yaml"
     model.write_text(f"{{data: {{sources: [{{path: {tmp_path}}}]}}, model: {{base: tiny, max_sequence_length: 16}}}}")
     settings = {"seed": drawn.seed, "steps": 2, "guidance": 3.0, "size": (80, 48)}
-    (written,) = run_infer(Request(loras=[], prompt="a toy", out=tmp_path / "out", config=model, **settings))
+    (written,) = run_infer(
+        InferenceJob.from_fields(loras=[], prompt="a toy", out=tmp_path / "out", config=model, **settings)
+    )
     assert np.array_equal(np.asarray(Image.open(written)), np.asarray(Image.open(drawn.path)))
 
 

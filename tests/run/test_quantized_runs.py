@@ -13,7 +13,7 @@ from sd3tune.adapter.file import read_adapter
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
 from sd3tune.errors import ConfigError, RunError, UserError
-from sd3tune.inference.request import IN_FULL, Memory, Request
+from sd3tune.inference.job import IN_FULL, InferenceJob, Memory
 from sd3tune.training.loop import View
 
 pytest.importorskip("bitsandbytes")
@@ -36,8 +36,10 @@ def run(quick_config, tmp_path_factory, form: str) -> Path:
 
 
 def drawn(run: Path, out: Path, memory: Memory = IN_FULL) -> Image.Image:
-    asked = {"seed": 11, "steps": 2, "guidance": 4.0, "before": False, "memory": memory}
-    return Image.open(run_infer(Request([str(run)], "a photo of sks dog", out, **asked))[0])
+    asked = {"seed": 11, "steps": 2, "guidance": 4.0, "before": False, **vars(memory)}
+    return Image.open(
+        run_infer(InferenceJob.from_fields(loras=[str(run)], prompt="a photo of sks dog", out=out, **asked))[0]
+    )
 
 
 def same(one: Image.Image, other: Image.Image) -> bool:

@@ -19,7 +19,7 @@ from sd3tune.cli.main import app
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
 from sd3tune.errors import RunError, UserError
-from sd3tune.inference.conditions import Request
+from sd3tune.inference.job import InferenceJob
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_transformer
 from sd3tune.run.card import card_to_upload
@@ -53,7 +53,11 @@ def same(one: Image.Image, other: Image.Image) -> bool:
 
 
 def drawn(base: Path, out: Path, **more) -> Image.Image:
-    (path,) = run_infer(Request([], PROMPT, out, seed=11, steps=2, guidance=4.0, base=str(base), **more))
+    (path,) = run_infer(
+        InferenceJob.from_fields(
+            loras=[], prompt=PROMPT, out=out, seed=11, steps=2, guidance=4.0, base=str(base), **more
+        )
+    )
     return Image.open(path)
 
 
@@ -242,7 +246,7 @@ def test_what_was_trained_is_a_base_to_fine_tune_and_to_adapt(
     assert 0 < float((velocity(new) - velocity(old)).norm() / velocity(old).norm()) < 1
     run_training(quick_config(tmp_path / "adapted", *settings, "model.max_sequence_length=17"))
     assert "was trained on 16 T5 tokens and model.max_sequence_length is 17" in capsys.readouterr().out
-    run_infer(Request([str(tmp_path / "adapted")], PROMPT, tmp_path / "out", steps=1))
+    run_infer(InferenceJob.from_fields(loras=[str(tmp_path / "adapted")], prompt=PROMPT, out=tmp_path / "out", steps=1))
     assert len(read_adapter(tmp_path / "adapted").factors) > 0
     assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
 
@@ -291,7 +295,7 @@ def test_a_folder_with_a_model_is_not_written_over(scratch_config, quick_config,
 
 def test_an_adapter_is_looked_for_in_vain_and_the_model_is_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds a whole model and no adapter; draw with --base .*/scratch/model"):
-        run_infer(Request([str(run)], PROMPT, tmp_path))
+        run_infer(InferenceJob.from_fields(loras=[str(run)], prompt=PROMPT, out=tmp_path))
 
 
 def test_training_that_changes_nothing_says_so(quick_config, tmp_path: Path) -> None:

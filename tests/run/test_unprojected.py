@@ -11,8 +11,8 @@ import torch
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
 from sd3tune.errors import RunError
+from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.recipes import read_recipe
-from sd3tune.inference.request import Request
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.run.preflight import make_plan
 
@@ -54,22 +54,22 @@ def test_an_adapter_and_a_picture_of_before_say_why_they_come_out_differently(
     finished: Path, clip_l: Path, tmp_path: Path, capsys, edit_json
 ) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    (picture,) = run_infer(Request(loras=[str(run)], out=tmp_path / "images", **DRAWING))
-    run_infer(Request(loras=[str(run)], prompt=None, from_picture=picture, out=tmp_path / "again"))
+    (picture,) = run_infer(InferenceJob.from_fields(loras=[str(run)], out=tmp_path / "images", **DRAWING))
+    run_infer(InferenceJob.from_fields(loras=[str(run)], prompt=None, from_picture=picture, out=tmp_path / "again"))
     recipe = read_recipe(picture)
     assert recipe is not None
     assert recipe["clip_l_pooled"] == "unprojected"
     assert "warning" not in capsys.readouterr().out
 
     edit_json(picture, lambda found: found.pop("clip_l_pooled"))
-    run_infer(Request(loras=[str(run)], prompt=None, from_picture=picture, out=tmp_path / "warned"))
+    run_infer(InferenceJob.from_fields(loras=[str(run)], prompt=None, from_picture=picture, out=tmp_path / "warned"))
     assert (
         f"warning: {picture} was drawn with CLIP-L's text_projection, by an earlier sd3tune" in capsys.readouterr().out
     )
     before = resolve_base("tiny", encoder_files={"clip_l": str(clip_l)}).fingerprint("text_encoder", uses_all=True)
     adapter = run / "adapter" / "pytorch_lora_weights.safetensors"
     edit_json(adapter, lambda contract: contract["encoder_files"]["clip_l"].update(fingerprint=before))
-    run_infer(Request(loras=[str(run)], out=tmp_path / "warned-as-well", **DRAWING))
+    run_infer(InferenceJob.from_fields(loras=[str(run)], out=tmp_path / "warned-as-well", **DRAWING))
     warned = "was trained with the text_projection of clip_l.safetensors, by an earlier sd3tune"
     assert warned in capsys.readouterr().out
 

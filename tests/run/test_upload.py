@@ -28,7 +28,7 @@ from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
 from sd3tune.config.sections.outputs import HubConfig
 from sd3tune.errors import UserError
-from sd3tune.inference.conditions import Request
+from sd3tune.inference.job import InferenceJob
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.publish import repository
 from sd3tune.run import upload as uploading
@@ -331,7 +331,9 @@ def test_a_push_that_cannot_be_is_one_line(prepare, repo_id, says: str, finished
 
 
 def drawn(lora: str, out: Path, **options: object) -> Image.Image:
-    (path,) = run_infer(Request([lora], PROMPT, out, steps=1, guidance=1.0, before=False, **options))  # type: ignore[arg-type]
+    (path,) = run_infer(
+        InferenceJob.from_fields(loras=[lora], prompt=PROMPT, out=out, steps=1, guidance=1.0, before=False, **options)
+    )  # type: ignore[arg-type]
     with Image.open(path) as image:
         image.load()
     return image

@@ -8,13 +8,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from sd3tune.encode.resources import release
-from sd3tune.files.atomic import new_file
+from sd3tune.files.png_recipe import RECIPE_KEY, save_png
 from sd3tune.model.load.components import load_scheduler
-from sd3tune.publish.previews import RECIPE_KEY, SAMPLES, SHEET
+from sd3tune.publish.previews import SAMPLES, SHEET
 from sd3tune.run.drawing import NEGATIVE_PROMPT, load_decoder, stored_conditioning
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
@@ -74,7 +73,7 @@ class Previews:
         with weights:
             images = self._draw(name, view)
         for number, (path, image) in enumerate(zip(paths, images, strict=True)):
-            _save(image, path, self._recipe(number))
+            save_png(image, path, self._recipe(number))
             if fault := fault_of(image):
                 say_above_bars(f"warning: {path}: {fault}")
 
@@ -138,7 +137,7 @@ class Previews:
             return
         images = [[Image.open(path) if path else None for path in row] for row in paths]
         sheet = contact_sheet(images, columns=list(columns.values()), rows=self.settings.prompts)
-        _save(sheet, self.folder / SHEET, recipe)
+        save_png(sheet, self.folder / SHEET, recipe)
 
     def _recipe(self, number: int) -> str:
         """What a picture shows; it stands in the file, so that one of other settings is not taken for it."""
@@ -166,10 +165,3 @@ def _shows(path: Path, recipe: str) -> bool:
 
 def _step(name: str) -> int:
     return int(name.removeprefix("step-"))
-
-
-def _save(image: Image.Image, path: Path, recipe: str) -> None:
-    info = PngInfo()
-    info.add_itxt(RECIPE_KEY, recipe)
-    with new_file(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)

@@ -13,7 +13,7 @@ from sd3tune.adapter.file import read_adapter
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
 from sd3tune.errors import RunError
-from sd3tune.inference.conditions import Request
+from sd3tune.inference.job import InferenceJob
 from sd3tune.training.loop import View
 
 PROMPTS = ["a photo of sks dog", "a cat on a boat"]
@@ -45,13 +45,23 @@ def test_a_preview_is_what_infer_draws_from_the_checkpoint(run: Path, step: int,
     checkpoint = run / "checkpoints" / f"step-{step:06d}"
     assert read_adapter(checkpoint).contract["weights"] == "ema"
     (path,) = run_infer(
-        Request([str(checkpoint)], PROMPTS[number], tmp_path, seed=11 + number, steps=2, guidance=4.0, before=False)
+        InferenceJob.from_fields(
+            loras=[str(checkpoint)],
+            prompt=PROMPTS[number],
+            out=tmp_path,
+            seed=11 + number,
+            steps=2,
+            guidance=4.0,
+            before=False,
+        )
     )
     assert same(preview(run, step, number), Image.open(path))
 
 
 def test_the_base_is_drawn_beside_and_is_the_preview_before_the_first_step(run: Path, tmp_path: Path) -> None:
-    request = Request([f"{run}@0"], PROMPTS[0], tmp_path, seed=11, steps=2, guidance=4.0, before=False)
+    request = InferenceJob.from_fields(
+        loras=[f"{run}@0"], prompt=PROMPTS[0], out=tmp_path, seed=11, steps=2, guidance=4.0, before=False
+    )
     base = Image.open(run / "samples" / "base-0.png")
     assert same(base, Image.open(run_infer(request)[0]))
     assert same(base, preview(run, 0, 0))

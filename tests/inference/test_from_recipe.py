@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from sd3tune.adapter.file import read_adapter, write_adapter
 from sd3tune.commands.infer import run_infer
 from sd3tune.errors import AdapterError, ConfigError, ModelError, UserError
+from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.recipes import recipe_key
-from sd3tune.inference.request import Request
 from sd3tune.model.base.resolve import resolve_base
 from tests.local_hub import COMMIT, hub
 from tests.pictures import distance
@@ -48,7 +48,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def draw(tmp_path: Path) -> Draw:
     def draw(*loras: object, **options: object) -> list[Path]:
         given = {"prompt": None, "out": tmp_path / "images", "before": False, **options}
-        return run_infer(Request(loras=[str(lora) for lora in loras], **given))
+        return run_infer(InferenceJob.from_fields(loras=[str(lora) for lora in loras], **given))
 
     return draw
 
@@ -58,7 +58,9 @@ def picture(adapter: Path) -> Path:
     """Drawn with no setting as it is by default. Read only."""
     options = {"negative": "a cat", "seed": 5, "steps": 2, "guidance": 3.0, "size": (48, 32)}
     more = {"sampler": "heun", "shift": 2.0, "t5_tokens": 20, "out": adapter.parents[1] / "images"}
-    return run_infer(Request([f"{adapter}@0.7"], "a dog", **options, **more, before=False))[0]
+    return run_infer(
+        InferenceJob.from_fields(loras=[f"{adapter}@0.7"], prompt="a dog", **options, **more, before=False)
+    )[0]
 
 
 def recipe_of(path: Path) -> dict:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
-from sd3tune.inference.conditions import Request
-from sd3tune.inference.painter import Painter
+from sd3tune.inference.job import InferenceJob
+from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.sampling.sampler import SamplerSettings
 
 PROMPTS = ("a photo of sks dog", "a dog on a beach", "")
@@ -25,13 +25,23 @@ def run(quick_config, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def painter() -> Painter:
-    return Painter("tiny", SamplerSettings(3, 4.0, 32, 32), t5_length=77, together=2)
+def pipeline() -> ImagePipeline:
+    return ImagePipeline("tiny", SamplerSettings(3, 4.0, 32, 32), t5_length=77, batch_size=2)
 
 
 def inferred(prompt: str, seed: int, out: Path, lora: Path | None = None) -> Image.Image:
     loras, config = ([str(lora)], None) if lora else ([], _base_at_77_tokens(out))
-    request = Request(loras, prompt, out, seed=seed, steps=3, guidance=4.0, size=(32, 32), config=config, before=False)
+    request = InferenceJob.from_fields(
+        loras=loras,
+        prompt=prompt,
+        out=out,
+        seed=seed,
+        steps=3,
+        guidance=4.0,
+        size=(32, 32),
+        config=config,
+        before=False,
+    )
     return Image.open(run_infer(request)[0])
 
 
@@ -47,17 +57,19 @@ def apart(one: Image.Image, other: Image.Image) -> int:
     return int(np.abs(np.asarray(one.convert("RGB"), int) - np.asarray(other.convert("RGB"), int)).max())
 
 
-def test_pictures_are_those_of_infer_whatever_is_drawn_beside(painter: Painter, run: Path, tmp_path: Path) -> None:
-    wishes = [(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
-    before, after = painter.draw(wishes), painter.draw(wishes, run)
-    for number, (prompt, seed) in enumerate(wishes):
+def test_pictures_are_those_of_infer_whatever_is_drawn_beside(
+    pipeline: ImagePipeline, run: Path, tmp_path: Path
+) -> None:
+    wanted = [(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+    before, after = pipeline.draw(wanted), pipeline.draw(wanted, run)
+    for number, (prompt, seed) in enumerate(wanted):
         assert apart(before[number], inferred(prompt, seed, tmp_path / f"before-{number}")) <= 1
         assert apart(after[number], inferred(prompt, seed, tmp_path / f"after-{number}", run)) <= 1
         assert apart(before[number], after[number]) > 8
 
 
-def test_an_adapter_leaves_no_trace(painter: Painter, run: Path) -> None:
-    wishes = [(PROMPTS[0], 5)]
-    first = painter.draw(wishes)[0]
-    painter.draw(wishes, run)
-    assert apart(first, painter.draw(wishes)[0]) == 0
+def test_an_adapter_leaves_no_trace(pipeline: ImagePipeline, run: Path) -> None:
+    wanted = [(PROMPTS[0], 5)]
+    first = pipeline.draw(wanted)[0]
+    pipeline.draw(wanted, run)
+    assert apart(first, pipeline.draw(wanted)[0]) == 0

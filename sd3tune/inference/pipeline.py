@@ -1,4 +1,4 @@
-"""Many pictures from a base that stays in memory, with one adapter after another: to show, and to measure."""
+"""A base that stays in memory and draws many images, with one adapter after another: to show, and to measure."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_scheduler, load_transformer, load_vae
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, sample_latents, to_image
 
-Wish = tuple[str, int]
-"""A prompt and a seed."""
+PromptAndSeed = tuple[str, int]
 
 _ADAPTER = "adapter"
 
 
-class Painter:
-    """A base in memory. A picture follows from prompt, seed and adapter, but for rounding, whatever is drawn beside."""
+class ImagePipeline:
+    """A base in memory. An image depends on prompt, seed and adapter alone, but for rounding within a batch."""
 
     def __init__(
         self,
@@ -34,53 +33,56 @@ class Painter:
         t5_length: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
-        together: int = 32,
+        batch_size: int = 32,
     ) -> None:
-        """`together` is the number of pictures that are denoised at once."""
+        """Load the base. `batch_size` images are denoised at once. Raises ModelError."""
         self.device, self.dtype = device or torch.device("cpu"), dtype
-        self.settings, self.t5_length, self.together = settings, t5_length, together
+        self.settings, self.t5_length, self.batch_size = settings, t5_length, batch_size
         self.base = resolve_base(base)
         self.transformer = load_transformer(self.base, dtype, self.device)
         self.vae = load_vae(self.base, dtype, self.device)
         self.scheduler = load_scheduler(self.base)
-        self._known: dict[str, Conditioning] = {}
+        self._encoded: dict[str, Conditioning] = {}
 
-    def draw(self, wishes: Sequence[Wish], adapter: Path | None = None, what: str = "drawing") -> list[Image.Image]:
-        """A picture per wish, with the adapter of that file or folder, or with the base alone."""
-        self._learn(["", *(prompt for prompt, _ in wishes)])
+    def draw(
+        self, wanted: Sequence[PromptAndSeed], adapter: Path | None = None, what: str = "drawing"
+    ) -> list[Image.Image]:
+        """Draw an image for each prompt and seed, with the adapter of a file or folder, or with the base alone."""
+        self._encode(["", *(prompt for prompt, _ in wanted)])
         if adapter is not None:
             attach(self.transformer, read_adapter(adapter), _ADAPTER)
         images: list[Image.Image] = []
         try:
-            with tqdm(total=len(wishes), desc=what, unit="picture", leave=False, delay=2) as bar:
-                for start in range(0, len(wishes), self.together):
-                    images += self._drawn(wishes[start : start + self.together])
+            with tqdm(total=len(wanted), desc=what, unit="picture", leave=False, delay=2) as bar:
+                for start in range(0, len(wanted), self.batch_size):
+                    images += self._draw_batch(wanted[start : start + self.batch_size])
                     bar.update(len(images) - bar.n)
         finally:
             if adapter is not None:
                 self.transformer.delete_adapters(_ADAPTER)
         return images
 
-    def _drawn(self, wishes: Sequence[Wish]) -> list[Image.Image]:
+    def _draw_batch(self, wanted: Sequence[PromptAndSeed]) -> list[Image.Image]:
         latents = sample_latents(
             self.transformer,
             self.scheduler,
-            self._conditioning([prompt for prompt, _ in wishes]),
+            self._conditioning([prompt for prompt, _ in wanted]),
             self._conditioning([""]),
             self.settings,
-            [seed for _, seed in wishes],
+            [seed for _, seed in wanted],
         )
         return [to_image(self.vae, one[None]) for one in latents]
 
     def _conditioning(self, prompts: Sequence[str]) -> Conditioning:
-        known = [self._known[prompt] for prompt in prompts]
+        encoded = [self._encoded[prompt] for prompt in prompts]
         return Conditioning(
-            torch.cat([one.prompt_embeds for one in known]), torch.cat([one.pooled_prompt_embeds for one in known])
+            torch.cat([one.prompt_embeds for one in encoded]), torch.cat([one.pooled_prompt_embeds for one in encoded])
         )
 
-    def _learn(self, prompts: Sequence[str]) -> None:
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+    def _encode(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts that no earlier call has encoded."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
         if new:
             texts = [Texts(prompt) for prompt in new]
             found = encode_prompts(self.base, ENCODERS, texts, self.t5_length, self.dtype, self.device)
-            self._known |= dict(zip(new, found, strict=True))
+            self._encoded |= dict(zip(new, found, strict=True))

@@ -1,0 +1,291 @@
+"""Drawing a picture again from the recipe inside it: fields that are not given are as they were."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, create_model
+from safetensors import SafetensorError
+
+from sd3tune import __version__
+from sd3tune.adapter.file import ADAPTER_FILE, Adapter, find_adapter
+from sd3tune.config.run_folder import RUN_FILE
+from sd3tune.errors import AdapterError, ConfigError, ModelError
+from sd3tune.files.regular import sha256_of
+from sd3tune.files.tensors import tensors_sha256
+from sd3tune.inference.image_request import PARAMETERS, PROMPT_OF
+from sd3tune.inference.job import MEMORY_PARAMETERS, InferenceJob, Memory
+from sd3tune.inference.lora_argument import parse_lora
+from sd3tune.inference.parameters import Parameter
+from sd3tune.inference.recipes import read_recipe
+from sd3tune.model.base.base import Base
+from sd3tune.model.base.contract import Part, check_part
+from sd3tune.model.base.offline import offline_kind
+from sd3tune.terminal import say
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_HUB_COMMIT = re.compile(_HUB_ID.pattern + r":[\w.-]+", re.ASCII)
+
+
+class _Lora(Part):
+    name: str
+    sha256: str
+    weight: float
+    tensors_sha256: str | None = None
+    """Stays equal when only the file's header changes; None in earlier pictures."""
+
+    def is_in(self, path: Path) -> bool:
+        """Whether a file holds this adapter."""
+        if self.tensors_sha256 is None:
+            return _has_content(path, self.sha256)
+        try:
+            return tensors_sha256(path) == self.tensors_sha256
+        except (OSError, SafetensorError):
+            return False
+
+
+class _File(Part):
+    name: str
+    sha256: str
+
+
+class _ModelPart(Part):
+    """The entries about base, adapters and precision; `Recipe` adds a field's entry for each parameter that has one."""
+
+    base: str
+    base_revision: str | None
+    base_fingerprint: str
+    max_sequence_length: int
+    encoders: list[Literal["clip_l", "clip_g", "t5"]]
+    dtype: Literal["fp32", "bf16", "fp16"]
+    loras: list[_Lora]
+    clip_l_pooled: Literal["unprojected"] | None = None
+
+
+def _entries() -> dict[str, Any]:
+    """Return the other entries by key, as `create_model` takes them: a type and a default."""
+    entries: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    for parameter in (*PARAMETERS.values(), *MEMORY_PARAMETERS.values()):
+        if parameter.recipe is None:
+            continue
+        group, _, key = parameter.recipe.rpartition(".")
+        kind = _json_type(parameter)
+        if group:
+            groups.setdefault(group, {})[key] = (kind, ...)
+        elif parameter.requires is not None:
+            entries[key] = (kind | None, None)
+        else:
+            nullable = parameter.can_be_none and parameter.name != "size"  # which is settled when it is written
+            entries[key] = (kind | None if nullable else kind, parameter.default if parameter.optional else ...)
+    made = {group: create_model(group, __base__=Part, **inside) for group, inside in groups.items()}
+    return entries | {group: (model | None, None) for group, model in made.items()}
+
+
+def _json_type(parameter: Parameter) -> Any:
+    if parameter.type is Path:
+        return _File
+    if parameter.type == tuple[int, int]:
+        return Annotated[list[int], Field(min_length=2, max_length=2)]
+    if parameter.type == tuple[int, ...]:
+        return list[int]
+    return parameter.type
+
+
+Recipe: type[_ModelPart] = create_model("Recipe", __base__=_ModelPart, **_entries())
+
+
+@dataclass(frozen=True)
+class SourcePicture:
+    """A picture that is drawn again, and its recipe."""
+
+    picture: Path
+    recipe: _ModelPart
+
+    def check_base(self, base: Base, chosen: bool) -> None:
+        """Compare the base with the picture's. Another one is a warning where it was `chosen`, else an error.
+
+        Raises ModelError.
+        """
+        if base.ignores_projection and self.recipe.clip_l_pooled is None:
+            say(
+                f"warning: {self.picture} was drawn with CLIP-L's text_projection, by an earlier sd3tune; Stable "
+                "Diffusion 3 does not use it, and neither does this picture"
+            )
+        if base.fingerprint("transformer") == self.recipe.base_fingerprint:
+            return
+        said = f"{self.picture} was drawn with {self.recipe.base}, whose weights differ from this {base.label}"
+        if not chosen:
+            raise ModelError(f"{said}; give the right one, or another, with --base")
+        say(f"warning: {said}")
+
+    def check_adapters(self, adapters: Sequence[Adapter]) -> None:
+        """Raise AdapterError for an adapter of the Hub whose content is not the recipe's any more."""
+        for lora, adapter in zip(self.recipe.loras, adapters, strict=True):
+            if not lora.is_in(adapter.path):
+                raise AdapterError(
+                    f"--from {self.picture}: the adapter {lora.name} is another file than the picture was drawn with "
+                    f"(sha256 {lora.sha256[:12]}...); to draw with it nevertheless, give it with --lora"
+                )
+
+
+def read_source(picture: Path) -> SourcePicture:
+    """Return a picture that `infer` drew, with its recipe. Raises ConfigError."""
+    if not picture.is_file():
+        raise ConfigError(f"--from {picture}: no such file")
+    found = read_recipe(picture)
+    if found is None or "base" not in found:
+        raise ConfigError(f"--from {picture}: holds no recipe; only pictures drawn by sd3tune infer can be repeated")
+    if "sheet" in found:
+        raise ConfigError(f"--from {picture}: shows several pictures; name one of those beside it")
+    check_part(f"--from {picture}", found, Recipe, ConfigError)
+    if found.get("sd3tune") != __version__:
+        say(f"note: {picture} was drawn by sd3tune {found.get('sd3tune')}; this is {__version__}")
+    if "batch" in found:
+        say(f"note: {picture} was drawn in a batch of {found['batch']}; alone, its last bits may differ")
+    return SourcePicture(picture, Recipe.model_validate(found))
+
+
+def fill_from_recipe(job: InferenceJob, source: SourcePicture) -> InferenceJob:
+    """Return the job with every field that was not given as the recipe has it. Raises UserError."""
+    recipe = source.recipe
+    given = {**_image_fields(job, source), **job.given}
+    loras = _chosen_adapters(job, source) if job.loras else _found_adapters(job, source)
+    missing: dict[str, Any] = {}
+    if job.base is None and job.config is None:
+        missing |= _base_fields(job, source, bool(loras))
+    if job.t5_tokens is None:
+        missing["t5_tokens"] = recipe.max_sequence_length
+    if job.t5 is None:
+        missing["t5"] = "t5" in recipe.encoders
+    if job.dtype == "auto":
+        missing["dtype"] = recipe.dtype
+    # The picture was drawn with these files, so its author has already chosen to leave out their text encoder tensors.
+    missing["transformer_only"] = job.transformer_only or not job.loras
+    return replace(job, given=given, loras=loras, memory=_memory(job.memory, recipe), before=False, **missing)
+
+
+def _image_fields(job: InferenceJob, source: SourcePicture) -> dict[str, Any]:
+    """Return the fields of `ImageRequest` in the recipe, but for texts that a text of the job replaces."""
+    found: dict[str, Any] = {}
+    for name, parameter in PARAMETERS.items():
+        needed = PARAMETERS[parameter.requires] if parameter.requires else parameter
+        if name in job.given or _entry(source.recipe, needed) is None:
+            continue
+        value = _entry(source.recipe, parameter)
+        if isinstance(value, _File):
+            value = _found_image(job, source, value)
+        if value is not None:
+            found[name] = tuple(value) if isinstance(value, list) else value
+    replaced = {"prompt"} if job.prompts is not None else set()
+    if "prompt" in job.given:
+        replaced |= set(PROMPT_OF.values())
+    return {name: value for name, value in found.items() if name not in replaced}
+
+
+def _entry(recipe: _ModelPart, parameter: Parameter) -> Any:
+    """Return the value of a parameter in the recipe; None where there is none."""
+    if parameter.recipe is None:
+        return None
+    value: Any = recipe
+    for key in parameter.recipe.split("."):
+        value = getattr(value, key, None)
+    return value
+
+
+def _memory(asked: Memory, recipe: _ModelPart) -> Memory:
+    """Return the memory options as asked for, else as in the recipe, which leaves out all that is off."""
+    changes: dict[str, Any] = {
+        name: getattr(recipe, parameter.recipe) or ("none" if parameter.type is str else False)
+        for name, parameter in MEMORY_PARAMETERS.items()
+        if parameter.recipe is not None and getattr(asked, name) in (None, parameter.default)
+    }
+    return replace(asked, **changes)
+
+
+def _base_fields(job: InferenceJob, source: SourcePicture, has_adapter: bool) -> dict[str, str | None]:
+    """Return the fields that name the base. A recipe has only the last part of a local path."""
+    name = source.recipe.base
+    if offline_kind(name) is not None or _HUB_ID.fullmatch(name):
+        return {"base": name, "revision": source.recipe.base_revision}
+    here = (folder / name for folder in (Path(), *job.look_in) if _is_plain(name) and (folder / name).exists())
+    found = next(here, None)
+    if found is not None:
+        return {"base": str(found), "revision": None}
+    if not has_adapter:
+        raise ModelError(f"--from {source.picture}: drawn with a local base named {name!r}; give it with --base")
+    return {}
+
+
+def _chosen_adapters(job: InferenceJob, source: SourcePicture) -> list[str]:
+    """Return the adapters of `--lora`. One that the picture was drawn with has its weight, unless one is given."""
+    chosen = []
+    for value in job.loras:
+        path, _ = parse_lora(value)
+        file = find_adapter(path) if path.exists() else None
+        used = next((lora for lora in source.recipe.loras if file and lora.is_in(file)), None)
+        if used is None and str(path) not in [lora.name for lora in source.recipe.loras]:
+            say(f"warning: {source.picture} was drawn without {value}, or with another file of that name")
+        chosen.append(f"{path}@{used.weight}" if used and str(path) == value else value)
+    return chosen
+
+
+def _found_adapters(job: InferenceJob, source: SourcePicture) -> list[str]:
+    """Find adapters by content near the picture and in `runs/`, and adapters of the Hub by name and commit."""
+    found, problems = [], []
+    for lora in source.recipe.loras:
+        near = (path for path in _candidates(job, source.picture, lora.name) if lora.is_in(path))
+        path = lora.name if _HUB_COMMIT.fullmatch(lora.name) else next(near, None)
+        if path is None:
+            problems.append(
+                f"--from {source.picture}: drawn with the adapter {lora.name!r} (sha256 {lora.sha256[:12]}...), "
+                "which is not found near it or in runs/; name its folder with --look-in, or give it with --lora"
+            )
+        found.append(f"{path}@{lora.weight}")
+    if problems:
+        raise AdapterError(*problems)
+    return found
+
+
+def _found_image(job: InferenceJob, source: SourcePicture, image: _File) -> Path:
+    """Find the start image by content: near the picture, in the working directory or in a folder of `--look-in`."""
+    for folder in (*_near(source.picture), Path.cwd(), *job.look_in):
+        path = folder / image.name
+        if _is_plain(image.name) and _has_content(path, image.sha256):
+            return path
+    raise ConfigError(
+        f"--from {source.picture}: drawn from the picture {image.name!r} (sha256 {image.sha256[:12]}...), which is not "
+        "found near it; name its folder with --look-in, or give it with --image"
+    )
+
+
+def _near(picture: Path) -> list[Path]:
+    """Return the picture's folder and the three above it."""
+    return list(picture.absolute().parents[:4])
+
+
+def _candidates(job: InferenceJob, picture: Path, name: str) -> Iterator[Path]:
+    """Yield files that may be the adapter `name`, the nearest first. A name is neither a path nor a pattern."""
+    deeper = (file.parent for file in sorted(Path("runs").glob(f"*/*/{RUN_FILE}")))  # as those of the demo
+    roots = [*_near(picture), Path.cwd(), *job.look_in, *sorted(Path("runs").glob("*")), *deeper]
+    names = [ADAPTER_FILE, *([f"{name}.safetensors"] if _is_plain(name) else [])]
+    for root in roots:
+        checkpoints = sorted((root / "checkpoints").glob("*"))
+        for folder in (root, root / "adapter", root / "adapter_raw", root / "best" / "adapter", *checkpoints):
+            yield from (folder / file for file in names)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a recipe's name is that of a file in a folder, and leads nowhere else."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
+
+def _has_content(path: Path, sha256: str) -> bool:
+    try:
+        return sha256_of(path) == sha256
+    except OSError:
+        return False

@@ -1,0 +1,177 @@
+"""One call of `infer` or `generate`: the images' common fields, how many there are, and the model that draws them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sd3tune.errors import ConfigError
+from sd3tune.inference import image_request
+from sd3tune.inference.parameters import MEMORY, MODEL, TEXT, Parameter, parameter, parameters_of
+
+MOST_T5_TOKENS = 512
+"""As in diffusers; SD3 was trained with fewer."""
+_DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+def _count(value: int) -> str | None:
+    return None if value >= 1 else "at least 1"
+
+
+def _t5_tokens(value: int | None) -> str | None:
+    return None if value is None or 1 <= value <= MOST_T5_TOKENS else f"from 1 to {MOST_T5_TOKENS}"
+
+
+def read_dtype(value: Any) -> str:
+    if value not in _DTYPES:
+        raise ConfigError(f"--dtype {value}: one of {', '.join(_DTYPES)}")
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How the base is held: what saves memory or time, at a price in the other or in exactness."""
+
+    quantize: str | None = parameter(
+        None,
+        "Hold the transformer's blocks as nf4, int8 or none; by default as in training.",
+        metavar="FORM",
+        panel=MEMORY,
+        recipe="quantize",
+        optional=True,
+    )
+    """A key of `quantized.FORMS`, or `none`; None leaves it to the adapter's contract."""
+    t5_8bit: bool | None = parameter(
+        None,
+        "Hold T5 in 8 bits; by default as in training.",
+        flags="--t5-8bit/--no-t5-8bit",
+        panel=MEMORY,
+        recipe="t5_8bit",
+        optional=True,
+    )
+    """None leaves it to the adapter's contract."""
+    offload: bool = parameter(False, "Offload idle components to the CPU.", flags="--offload", panel=MEMORY)
+    vae_tiling: bool = parameter(
+        False,
+        "Decode large pictures in tiles.",
+        flags="--vae-tiling",
+        panel=MEMORY,
+        recipe="vae_tiling",
+        optional=True,
+    )
+    compiled: bool = parameter(
+        False, "Compile the transformer first, for many pictures.", flags="--compile", panel=MODEL
+    )
+
+
+IN_FULL = Memory()
+
+
+@dataclass(frozen=True)
+class InferenceJob:
+    """What to draw and with what; `from_fields` makes one.
+
+    None leaves a field to the recipe that is repeated, to the adapter's contract, or to the model.
+    """
+
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """The fields of `ImageRequest` that were given, for all images."""
+    out: Path = parameter(Path("images"), "Folder for the images.")
+    prompts: Path | None = parameter(
+        None,
+        "A .txt file, a prompt a line; or .jsonl or .csv. What is already in --out is not drawn again.",
+        metavar="FILE",
+    )
+    """The values in the file win over `given`."""
+    grid: Sequence[str] = parameter(
+        (),
+        "One picture of all values, such as weight=0,0.5,1; a second --grid is for the rows. "
+        "Also seed, prompt (a|b), lora, steps, guidance, sampler and shift.",
+        metavar="NAME=V,V,...",
+    )
+    """Up to two of `NAME=VALUE,VALUE,...`; see `grid.AXES`."""
+    from_picture: Path | None = parameter(
+        None,
+        "A picture of infer: drawn again from its recipe; flags override it.",
+        flags="--from",
+        metavar="PNG",
+    )
+    look_in: Sequence[Path] = parameter(
+        (), "With --from: a folder with the adapter or the start image. Repeatable.", metavar="DIR"
+    )
+    allow_download: bool = parameter(
+        False, "With --from: fetch from the Hub what is not on this machine.", flags="--allow-download"
+    )
+    batch: int = parameter(1, "How many to draw at once.", recipe="batch", check=_count)
+    num: int = parameter(1, "How many images.", check=_count)
+    before: bool = parameter(
+        True, "Also draw without the adapter, for a before/after picture.", flags="--before/--no-before"
+    )
+    loras: Sequence[str] = parameter(
+        (),
+        "An adapter: file, adapter folder, checkpoint, run, or a repository on the Hub. Repeatable.",
+        flags="--lora",
+        metavar="PATH|USER/NAME[:REVISION][@WEIGHT]",
+        panel=MODEL,
+        recipe="loras",
+    )
+    transformer_only: bool = parameter(
+        False, "Ignore a file's tensors for the text encoders.", flags="--transformer-only", panel=MODEL
+    )
+    base: str | None = parameter(
+        None, "Base model; by default the one that the adapter names.", panel=MODEL, recipe="base"
+    )
+    revision: str | None = parameter(None, recipe="base_revision")
+    """Of a base on the Hub."""
+    config: Path | None = parameter(
+        None,
+        "Its model section says where base, text encoders and tokenizers are.",
+        metavar="YAML",
+        panel=MODEL,
+    )
+    """`base` wins over the base in it."""
+    t5_tokens: int | None = parameter(
+        None,
+        "T5's length; by default what adapter or model was trained with.",
+        metavar="N",
+        panel=TEXT,
+        recipe="max_sequence_length",
+        check=_t5_tokens,
+    )
+    t5: bool | None = parameter(
+        None,
+        "Whether T5 reads the prompt; by default as in training.",
+        flags="--t5/--no-t5",
+        panel=TEXT,
+        recipe="encoders",
+    )
+    """Without T5, its part of the conditioning is zeros."""
+    memory: Memory = IN_FULL
+    dtype: str = parameter("auto", "auto, fp32, bf16 or fp16.", panel=MODEL, recipe="dtype", read=read_dtype)
+
+    @classmethod
+    def from_fields(cls, **values: Any) -> InferenceJob:
+        """Make a job of any fields of `ImageRequest`, `Memory` and this class. None is one that is not given.
+
+        Raises ConfigError for values of another type, and TypeError for a name that is no field, as a call does.
+        """
+        read = {}
+        for name, value in values.items():
+            if name not in ALL_PARAMETERS:
+                close = difflib.get_close_matches(name, ALL_PARAMETERS, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise TypeError(f"{name!r} is no field of an image request{hint}")
+            if value is not None:
+                read[name] = ALL_PARAMETERS[name].read(value)
+        given = {name: read.pop(name) for name in image_request.PARAMETERS if name in read}
+        memory = Memory(**{one.name: read.pop(one.name) for one in fields(Memory) if one.name in read})
+        return cls(given=given, memory=memory, **read)
+
+
+PARAMETERS = parameters_of(InferenceJob)
+MEMORY_PARAMETERS = parameters_of(Memory)
+ALL_PARAMETERS: Mapping[str, Parameter] = {**image_request.PARAMETERS, **PARAMETERS, **MEMORY_PARAMETERS}
+"""All that can be asked for, by name."""

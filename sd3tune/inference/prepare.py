@@ -1,0 +1,119 @@
+"""From a job to a session and the images that it draws: every check, before anything large is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from sd3tune.adapter.derived import notes_of
+from sd3tune.adapter.file import Adapter, match
+from sd3tune.adapter.hub import load_adapter
+from sd3tune.data.images import check_header, read_picture, reading_warnings
+from sd3tune.errors import ConfigError
+from sd3tune.inference.checks import Named, beyond_the_base, check_job, conflicts_of, flag_of, problems_of
+from sd3tune.inference.conditions import Conditions, settle_conditions, settle_memory
+from sd3tune.inference.from_recipe import fill_from_recipe, read_source
+from sd3tune.inference.grid import Grid, read_grid
+from sd3tune.inference.image_request import ImageRequest, seeded
+from sd3tune.inference.job import InferenceJob
+from sd3tune.inference.lora_argument import parse_lora
+from sd3tune.inference.prompts_file import PromptLine, read_prompts
+from sd3tune.inference.session import InferenceSession
+from sd3tune.model.base.hub import nothing_fetched
+from sd3tune.model.load.components import empty_transformer, load_scheduler
+from sd3tune.runtime.device import choose_dtype, gpu_of, make_accelerator
+from sd3tune.sampling.samplers import SAMPLERS
+from sd3tune.terminal import say
+
+NamedRequest = tuple[ImageRequest, Named]
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A job whose images can be drawn."""
+
+    job: InferenceJob
+    """With the fields of the recipe that it repeats."""
+    session: InferenceSession
+    rows: Sequence[Sequence[ImageRequest]]
+    """The images to draw: by row and column of a grid, else in one row."""
+    grid: Grid | None
+
+    @property
+    def requests(self) -> list[ImageRequest]:
+        return [request for row in self.rows for request in row]
+
+
+def fetching_as_allowed(job: InferenceJob) -> AbstractContextManager[None]:
+    """Return the context to prepare and draw a job in: a recipe fetches nothing from the Hub unless that is allowed."""
+    recipe_alone = job.from_picture is not None and not job.allow_download
+    return nothing_fetched() if recipe_alone else nullcontext()
+
+
+def prepare(asked: InferenceJob) -> PreparedJob:
+    """Read recipe, prompts, grid and adapters, and check all of it against the base. Raises UserError."""
+    source = read_source(asked.from_picture) if asked.from_picture else None
+    job = fill_from_recipe(asked, source) if source else asked
+    check_job(job)
+    lines = read_prompts(job.prompts) if job.prompts else []
+    grid = read_grid(job.grid, job.loras)
+    given = [parse_lora(lora) for lora in [*job.loras, *(grid.loras if grid else ())]]
+    adapters = [load_adapter(path, transformer_only=job.transformer_only) for path, _ in given]
+    for line in (line for adapter in adapters for line in notes_of(adapter)):
+        say(line)
+    session = _open_session(job, adapters)
+    if source is not None:
+        if not asked.loras:
+            source.check_adapters(adapters[: len(job.loras)])
+        source.check_base(session.conditions.base, chosen=asked.base is not None or asked.config is not None)
+
+    fixed = tuple((number, weight) for number, (_, weight) in enumerate(given[: len(job.loras)]))
+    usual = {name: getattr(session.conditions, name) for name in ("size", "steps", "guidance", "noise_offset")}
+    common = {**usual, **job.given, "loras": fixed}
+    named = _named_requests(lines, common, job.num)
+    rows = [[request for request, _ in named]]
+    if grid is not None:
+        rows = grid.requests(named[0][0])
+        named = [(request, flag_of) for row in rows for request in row]
+    _check_against_base(named, session.conditions, adapters)
+    return PreparedJob(job, session, rows, grid)
+
+
+def _open_session(job: InferenceJob, adapters: Sequence[Adapter]) -> InferenceSession:
+    device = make_accelerator().device
+    dtype = choose_dtype(job.dtype, gpu_of(device), "--dtype")
+    memory = settle_memory(job.memory, adapters)
+    return InferenceSession(settle_conditions(job, adapters), adapters, dtype, device, job.batch, memory)
+
+
+def _named_requests(lines: Sequence[PromptLine], common: Mapping[str, Any], num: int) -> list[NamedRequest]:
+    """Return `num` requests for each line, or for the common fields alone."""
+    if not lines:
+        return [(request, flag_of) for request in seeded(ImageRequest(**common), num)]
+    return [
+        (request, line.named) for line in lines for request in seeded(ImageRequest(**{**common, **line.values}), num)
+    ]
+
+
+def _check_against_base(named: Sequence[NamedRequest], conditions: Conditions, adapters: Sequence[Adapter]) -> None:
+    """Raise UserError for values that cannot be, or that this base or its adapters cannot do."""
+    skeleton, schedule = empty_transformer(conditions.base), load_scheduler(conditions.base).config
+    problems = [line for request, name in named for line in problems_of(request, name)]
+    for request, name in named:
+        problems += conflicts_of(request, name) or beyond_the_base(request, name, skeleton.config)
+        sampler = request.sampler
+        if request.shift is None and schedule.get("use_dynamic_shifting") and not SAMPLERS[sampler].follows_size:
+            problems.append(
+                f"{name('sampler')} {sampler}: the shift of {conditions.base.label} depends on the size of the "
+                "image, which only euler follows; give --shift, such as 3"
+            )
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    for image in {request.image for request, _ in named if request.image is not None}:
+        check_header(image)
+        for warning in reading_warnings([(image, read_picture(image).reading)]):
+            say(f"warning: {warning}")
+    for adapter in adapters:
+        match(skeleton, adapter)
