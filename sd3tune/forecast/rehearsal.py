@@ -14,7 +14,6 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from sd3tune.config import Config
-from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.data.buckets import Size
 from sd3tune.encode.captions import CLIP_LENGTH
 from sd3tune.forecast.footprint import Footprint, Saved, bytes_of, peak_of, tensors_of
@@ -101,7 +100,7 @@ class EmptyBatches:
 
     def __init__(self, config: Config, base: Base, encoders: tuple[str, ...], size: Size, dtype: torch.dtype) -> None:
         priors = [prior for source in config.data.sources if (prior := source.prior) and prior.weight > 0]
-        kept = any(isinstance(prior, OwnPredictionConfig) for prior in priors)
+        kept = bool(config.data.own_predictions)
         self.with_prior, self.instances = bool(priors), config.train.batch_size
         self.rows = self.instances * (2 if priors else 1)
         self.kept = slice(self.instances if kept else self.rows, self.rows)
@@ -227,7 +226,6 @@ def _rehearse_step(
 ) -> Parts:
     """One micro-step and the update: further ones take the same memory."""
     once = config.model_copy(update={"train": config.train.model_copy(update={"gradient_accumulation": 1, "steps": 1})})
-    once = once.model_copy(update={"schedule": type(once.schedule)()})  # whose warm-up may be longer than one step
     objective = make_objective(config.flow, _SHIFT)
     master = state.master
     collect, left_out = master.collect_gradients, master.parameters[-1] if _LEFT_OUT in master.shapes else None
