@@ -155,7 +155,7 @@ def _train(
         attempt = _begin(plan, processes, encoded, transformer, say, stack)
         clock.append(time.monotonic())
         watched_before = sum(attempt.watching.seconds.values())  # trackers have been opened
-        with signals.deferred(), explain_oom("training", lambda: training_knob(config)):
+        with signals.deferred(), explain_oom("training", lambda: training_knob(config, plan.method)):
             metrics = train(
                 config,
                 plan.run,

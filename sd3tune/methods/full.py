@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sd3tune.config.meaning import contract_of, identity_of
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.method import FullConfig
-from sd3tune.methods.base import Product, Weights
+from sd3tune.methods.base import Product, Saving, Weights
 from sd3tune.methods.stored_text import StoredText
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.folder import check_parts, write_model
@@ -129,6 +129,11 @@ class FullMethod(StoredText):
 
     def identity(self) -> dict[str, Any]:
         return identity_of(self.settings, {})
+
+    def savings(self, config: Config) -> Sequence[Saving]:
+        kind = "adamw8bit"
+        eight = Saving("optimizer", "kind", kind, "6 bytes less for each parameter", planned=False)
+        return () if config.optimizer.kind == kind else (eight,)
 
     def _untrained(self, transformer: SD3Transformer2DModel) -> dict[str, Tensor]:
         if self._kept is not None:

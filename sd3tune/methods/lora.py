@@ -18,7 +18,7 @@ from sd3tune.config.meaning import contract_of, identity_of
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.method import LoraConfig
 from sd3tune.errors import AdapterError
-from sd3tune.methods.base import Product, Weights
+from sd3tune.methods.base import Product, Saving, Weights
 from sd3tune.methods.start_from import check_start, starting_factors
 from sd3tune.methods.stored_text import StoredText
 from sd3tune.model.base.base import Base
@@ -154,6 +154,11 @@ class LoraMethod(StoredText):
     def identity(self) -> dict[str, Any]:
         start = _sha256(self._start.path) if self._start else None  # its content, wherever it lies
         return identity_of(self.settings, {"start_from": {"start_from": start}})
+
+    def savings(self, config: Config) -> Sequence[Saving]:
+        fewer = Saving("method", "targets", "attention", "half the trained parameters", planned=False)
+        image = Saving("method", "targets", "attention-image")
+        return {"attention+mlp": (fewer, image), "attention": (image,)}.get(str(self.settings.targets), ())
 
     def _layers(self, modules: Sequence[str]) -> dict[str, Layer]:
         """Each module's rank and scale. Raises AdapterError for a pattern that fits none of them."""
