@@ -30,7 +30,7 @@ from sd3tune.training.ahead import looking_ahead, window_length
 from sd3tune.training.batches import Batch, Batches
 from sd3tune.training.objective import make_objective
 from sd3tune.training.optim import FlatMaster, LossScale
-from sd3tune.training.optimizers import OPTIMIZERS
+from sd3tune.training.optimizers import make_optimizer
 from sd3tune.training.step import TrainState, predict_velocity, train_step, update
 
 META = torch.device("meta")
@@ -248,7 +248,7 @@ def _alone(gradient: Tensor) -> Tensor:
 def try_optimizer(config: Config) -> Use:
     """What the optimizer keeps, and takes on top while it updates, for each `_PROBED` values; tried on the CPU."""
     master = FlatMaster({"probed": nn.Parameter(torch.zeros(_PROBED))}, torch.float32)
-    optimizer = OPTIMIZERS[config.optimizer.kind](config.optimizer, master.master)
+    optimizer = make_optimizer(config.optimizer, master.master)
     state = TrainState(0, master, optimizer, None, LossScale(master.master.device, enabled=False))
     for _ in range(2):  # the first step makes the state
         master.gradient.fill_(1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,7 +12,21 @@ from sd3tune.config.sections.section import Section
 _STATED = Key(Identity.WRITTEN, contract=True)
 
 
-class LogitNormalConfig(Section):
+class TimestepsSection(Section):
+    """What all densities of sigma have."""
+
+    kind: str
+
+
+class WeightingSection(Section):
+    """What all weightings have."""
+
+    kind: str
+    normalised: ClassVar[bool] = True
+    """Whether the weight is divided by its mean over the sigmas in training."""
+
+
+class LogitNormalConfig(TimestepsSection):
     """sigma = sigmoid(n), n ~ Normal(mean, std) (Esser et al. 2024, section 3.1)."""
 
     kind: Annotated[Literal["logit_normal"], WRITTEN] = Field(
@@ -22,7 +36,7 @@ class LogitNormalConfig(Section):
     std: Annotated[float, WRITTEN] = Field(1.0, gt=0, description="Standard deviation of logit(sigma).")
 
 
-class UniformConfig(Section):
+class UniformConfig(TimestepsSection):
     """sigma ~ Uniform(0, 1)."""
 
     kind: Annotated[Literal["uniform"], WRITTEN] = Field(
@@ -30,7 +44,7 @@ class UniformConfig(Section):
     )
 
 
-class ModeConfig(Section):
+class ModeConfig(TimestepsSection):
     """sigma = u + scale (u - sin^2(pi u / 2)), u uniform (Esser et al. 2024, eq. 20, with u for its 1 - u)."""
 
     kind: Annotated[Literal["mode"], WRITTEN] = Field(
@@ -44,7 +58,7 @@ class ModeConfig(Section):
     )
 
 
-class CosmapConfig(Section):
+class CosmapConfig(TimestepsSection):
     """sigma of density 2 / (pi (1 - 2 s + 2 s^2)) (Esser et al. 2024, eq. 21)."""
 
     kind: Annotated[Literal["cosmap"], WRITTEN] = Field("cosmap", description="The noise levels of a cosine schedule.")
@@ -53,13 +67,15 @@ class CosmapConfig(Section):
 TimestepsConfig = Annotated[LogitNormalConfig | UniformConfig | ModeConfig | CosmapConfig, Field(discriminator="kind")]
 
 
-class NoWeightingConfig(Section):
+class NoWeightingConfig(WeightingSection):
     """Every sigma counts the same."""
+
+    normalised: ClassVar[bool] = False
 
     kind: Annotated[Literal["none"], WRITTEN] = Field("none", description="The plain velocity loss of rectified flow.")
 
 
-class MinSnrConfig(Section):
+class MinSnrConfig(WeightingSection):
     """min-SNR-gamma in velocity units, min((1 - sigma)^2, gamma sigma^2), of mean 1 (Hang et al. 2023)."""
 
     kind: Annotated[Literal["min_snr"], WRITTEN] = Field(
@@ -70,15 +86,17 @@ class MinSnrConfig(Section):
     )
 
 
-class SigmaSqrtConfig(Section):
+class SigmaSqrtConfig(WeightingSection):
     """sigma^-2, with sigma at least 1e-3. Its mean is not made 1: where sigma's density reaches 0, as with uniform
     timesteps, the clamp alone keeps it finite. With logit-normal timesteps it is finite: 2.92 at shift 3.
     """
 
+    normalised: ClassVar[bool] = False
+
     kind: Annotated[Literal["sigma_sqrt"], WRITTEN] = Field("sigma_sqrt", description="Favours little noise, steeply.")
 
 
-class CosmapWeightingConfig(Section):
+class CosmapWeightingConfig(WeightingSection):
     """2 / (pi (1 - 2 s + 2 s^2)), of mean 1: with uniform timesteps, what cosmap timesteps do without weighting."""
 
     kind: Annotated[Literal["cosmap"], WRITTEN] = Field(
