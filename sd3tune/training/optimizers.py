@@ -152,7 +152,9 @@ class HostStepped(torch.optim.Optimizer):
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         super().__init__(inner.param_groups, inner.defaults)
         self.inner, self.state = inner, inner.state
-        ((self.group,), ((self.master,),)) = inner.param_groups, (group["params"] for group in inner.param_groups)
+        (self.group,) = inner.param_groups
+        (self.master,) = self.group["params"]
+        self.given = dict(self.group)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         if not self.found_inf.item():
@@ -162,15 +164,19 @@ class HostStepped(torch.optim.Optimizer):
         """All but the tensors of what the optimizer remembers, for JSON. Raises RunError for what JSON cannot hold."""
         remembered = self.state[self.master]
         plain = {name: value for name, value in remembered.items() if not isinstance(value, Tensor)}
-        odd = next((name for name, value in plain.items() if type(value) not in _PLAIN), None)
+        changed = {
+            name: value
+            for name, value in self.group.items()
+            if name != "params" and value is not self.given.get(name)  # else it follows from the configuration
+        }
+        odd = next((name for name, value in {**plain, **changed}.items() if not _fits_json(value)), None)
         if odd is not None:
             raise RunError(
-                f"optimizer: {type(self.inner).__name__} remembers {odd!r}, a {type(plain[odd]).__name__}, and a "
-                "checkpoint holds tensors and numbers only; choose another optimizer"
+                f"optimizer: {type(self.inner).__name__} remembers {odd!r}, and a checkpoint holds tensors, texts and "
+                "finite numbers only; choose another optimizer"
             )
         on_the_host = [name for name, value in remembered.items() if name not in plain and value.device.type == "cpu"]
-        group = {name: value for name, value in self.group.items() if type(value) in _PLAIN}
-        return {"state": plain, "group": group, "on_the_host": on_the_host}
+        return {"state": plain, "group": changed, "on_the_host": on_the_host}
 
     def remember(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Take back what `numbers` gave, and the tensors, of which copies are kept on their devices."""
@@ -182,7 +188,8 @@ class HostStepped(torch.optim.Optimizer):
         self.group.update(numbers["group"])
 
 
-_PLAIN = (bool, int, float, str, type(None))
+def _fits_json(value: object) -> bool:
+    return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
 
 
 @dataclass(frozen=True)
