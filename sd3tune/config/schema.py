@@ -1,7 +1,8 @@
 """The whole configuration as strict, frozen models. One sentence a field: effect, unit, cost.
 
 Its sections, in `sections/`, are the single source of the defaults, of the JSON Schema and of the config reference. A
-variant (method, timesteps, weighting, optimizer, schedule) is one model in a union that `kind` discriminates.
+variant (method, timesteps, weighting, optimizer, schedule, source) is one model in a union that `kind` discriminates;
+`variants` adds those from outside. Each key declares what it means for a run: see `sections.key`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from sd3tune.training.objective import SIGMAS, WEIGHTS, register_timesteps, regi
 from sd3tune.training.optim import SCHEDULES, register_schedule
 from sd3tune.training.optimizers import OPTIMIZERS, register_optimizer
 
+ROOT = Path(__file__).parents[2]
 REGISTRIES = (METHODS, OPTIMIZERS, SCHEDULES, SIGMAS, WEIGHTS, SOURCES)
 
 
@@ -249,3 +251,43 @@ def test_the_json_schema_has_them() -> None:
     jsonschema.validate(VALUES, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**VALUES, "schedule": {"kind": "stairs", "drop": "far"}}, schema)
+
+
+def test_what_cannot_be_registered_is_refused() -> None:
+    class Alien(ScheduleSection):
+        kind: str = "alien"
+
+    class Torn(ScheduleSection):
+        kind: Literal["torn", "whole"] = "torn"
+
+    schedules, flat = [ForeignConfig, Alien, Torn, StairsConfig], Layout("x", "x_", form="kohya")
+    for section, problem in zip(schedules, ("not a Schedule", "has no kind", "not the one", "already"), strict=True):
+        with pytest.raises(ValueError, match=problem):
+            register_schedule(section, lambda settings, progress: 1.0)  # type: ignore[arg-type]
+    for layout, problem in ((flat, "already"), (Layout("x", "x_", form="x", halves=("down", "up")), "not read as one")):
+        with pytest.raises(ValueError, match=problem):
+            register_layout(layout)
+    assert list(SCHEDULES) == ["constant", "cosine", "stairs"]
+    assert LAYOUTS[0] == BACKWARDS
+
+
+BLOCKS = re.findall(r"```python\n(.+?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1].partition("(")[0])
+def test_the_page_on_how_to_add_works(block: str) -> None:
+    """Each block registers one variant."""
+    before, layouts = [set(registry) for registry in REGISTRIES], list(LAYOUTS)
+    namespace: dict[str, Any] = {"__name__": "contributed"}
+    exec(compile(block, "CONTRIBUTING.md", "exec", dont_inherit=True), namespace)
+    found = [(of, kind) for of, known in zip(REGISTRIES, before, strict=True) for kind in set(of) - known]
+    made = [layout for layout in LAYOUTS if layout not in layouts]
+    for registry, kind in found:
+        registry.unregister(kind)
+    for layout in made:
+        unregister_layout(layout)
+    assert len(found) + len(made) == 1
+
+
+def test_the_page_has_each_kind() -> None:
+    assert len(BLOCKS) == len(REGISTRIES) + 1
