@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import sd3tune
 from sd3tune.commands.plan import knobs
 from sd3tune.config.meaning import compared_when_finished, knobs_of
+from sd3tune.config.sections.key import Knob
 from sd3tune.config.sections.section import Section
 from sd3tune.config.shape import all_fields, alternatives, item_of, key_of, sections_of
 from sd3tune.forecast.forecast import look_ahead
@@ -37,7 +39,8 @@ def test_a_finished_run_compares_by_their_values_what_others_compare_by_their_da
 
 
 def test_the_keys_that_are_advised_when_memory_is_short_are_those_that_say_so(quick_config, tmp_path: Path) -> None:
-    advised, known = set(), set()
+    advised: set[str] = set()
+    known: dict[str, Knob] = {}
     variants = (
         "model.t5_quantize=int8", "model.t5_device=cpu", "model.dtype=fp32", "train.batch_size=2", "data.flip=false",
         "train.gradient_checkpointing=selective", "train.gradient_checkpointing=block model.quantize=nf4",
@@ -45,13 +48,23 @@ def test_the_keys_that_are_advised_when_memory_is_short_are_those_that_say_so(qu
     )  # fmt: skip
     for settings in variants:
         config = quick_config(tmp_path, "data.resolution=1024", *settings.split())
-        texts = [encoding_knob(config), loading_knob(config), training_knob(config, LoraMethod(config))]
-        texts += [typed for typed, _ in knobs(look_ahead(config, torch.float32))]
-        words = " ".join(texts).replace(":", " ").replace(",", " ").split()
-        advised |= {word.partition("=")[0] for word in words if "=" in word}
-        known |= {name for name, _ in knobs_of(config)}
+        known |= dict(knobs_of(config))
+        out_of_memory = {
+            "encode": encoding_knob(config),
+            "load": loading_knob(config),
+            "train": training_knob(config, LoraMethod(config)),
+        }
+        for phase, text in out_of_memory.items():
+            assert all(phase in known[name].eases for name in _named(text))
+            advised |= _named(text)
+        advised |= _named(" ".join(typed for typed, _ in knobs(look_ahead(config, torch.float32))))
     advised.discard("method.targets")  # the method's own saving
-    assert advised == known
+    assert advised == known.keys()
+
+
+def _named(text: str) -> set[str]:
+    """The keys that a text says to set."""
+    return set(re.findall(r"([a-z0-9_.]+)=", text))
 
 
 def test_no_class_of_a_method_or_a_section_is_asked_for_outside_the_configuration() -> None:
