@@ -13,10 +13,10 @@ from sd3tune.adapter.layouts import Pair, arrange
 from sd3tune.adapter.low_rank import Truncated
 from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY
 from sd3tune.adapter.modelspec import OF_THE_TENSORS, shown_metadata
+from sd3tune.adapter.names import forms
 from sd3tune.adapter.released import fitting_variants
 from sd3tune.errors import AdapterError, RunError
 
-FORMS = ("diffusers", "kohya", "comfyui")
 _STALE = re.compile(r"format|ss_network_.*|ss_output_name|sshs_.*|modelspec\.(hash|implementation).*")
 """Metadata about the original tensors, which no longer holds."""
 
@@ -36,7 +36,7 @@ def notes_of(adapter: Adapter) -> list[str]:
 
 def form_of(adapter: Adapter) -> str:
     """Return the writable form that is nearest to the adapter's own."""
-    return {"kohya": "kohya", "ComfyUI": "comfyui"}.get(adapter.layout, "diffusers")
+    return next((form for form, layout in forms().items() if layout.name == adapter.layout), "diffusers")
 
 
 def write_form(
@@ -59,10 +59,10 @@ def write_form(
     shown = shown_metadata(form, out.stem, contract, fitting_variants(factors))
     kept = {**shown, **kept, **{key: shown[key] for key in OF_THE_TENSORS if key in shown}}
     ranks = {module: len(down) for module, (down, _) in factors.items()}
-    if form == "diffusers":
+    layout, rank = forms()[form], Counter(ranks.values()).most_common(1)[0][0]
+    if layout.has_peft_metadata:
         kept[PEFT_KEY] = peft_metadata(ranks)
-    elif form == "kohya":
-        kept |= _kohya_metadata(factors)
+    kept |= {key: text.format(rank=rank) for key, text in layout.metadata.items()}
     save_tensors(out, tensors, kept)
 
 
@@ -78,8 +78,3 @@ def losses(found: Mapping[str, Truncated]) -> list[str]:
 
 def _is_stale(key: str) -> bool:
     return _STALE.fullmatch(key) is not None
-
-
-def _kohya_metadata(factors: Mapping[str, Pair]) -> dict[str, str]:
-    rank = str(Counter(len(down) for down, _ in factors.values()).most_common(1)[0][0])
-    return {"ss_network_module": "networks.lora_sd3", "ss_network_dim": rank, "ss_network_alpha": rank}

@@ -26,6 +26,7 @@ from sd3tune.adapter.names import (
     PATCH_EMBEDDER,
     Layout,
     foreign,
+    forms,
     locate,
     stands_alone,
     text_encoder_of,
@@ -99,26 +100,18 @@ def interpret(tensors: Mapping[str, Tensor]) -> Contents:
 
 
 def arrange(factors: Mapping[str, Pair], layout: str) -> dict[str, Tensor]:
-    """Tensors by key of the layout (diffusers, kohya or comfyui) of factors whose scale is folded into B, fp32.
+    """Tensors by key of the layout, a name of `adapter.names.forms`, of factors whose scale is folded into B, fp32.
 
     Raises AdapterError for a module that the layout has no place for.
     """
-    if layout == "diffusers":
-        return {
-            f"transformer.{module}.lora_{letter}.weight": _plain(factor)
-            for module, pair in factors.items()
-            for letter, factor in zip("AB", as_stored(module, pair), strict=True)
-        }
+    target = forms()[layout]
     tensors: dict[str, Tensor] = {}
-    for module, pair in _to_original(factors).items():
-        down, up = as_stored(module, pair)
-        if layout == "kohya":
-            name = "lora_unet_" + module.replace(".", "_")
-            tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = _plain(down), _plain(up)
-            tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
-        else:
-            name = f"diffusion_model.{module}"
-            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = _plain(down), _plain(up)
+    for module, pair in (_to_original(factors) if target.original else factors).items():
+        name = target.written(module)
+        for half, factor in zip(target.halves, as_stored(module, pair), strict=True):
+            tensors[f"{name}.{half}.weight"] = _plain(factor)
+        if target.writes_alpha:
+            tensors[f"{name}.alpha"] = torch.tensor(float(len(pair[0])))
     return tensors
 
 

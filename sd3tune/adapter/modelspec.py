@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sd3tune.adapter.names import forms
 from sd3tune.model.base.parts import VARIANTS
 
 THUMBNAIL_KEY = "modelspec.thumbnail"
@@ -24,9 +25,6 @@ ARCHITECTURES = {
 """Key of `VARIANTS` -> the architecture, as sd-scripts names it."""
 OF_THE_TENSORS = ("modelspec.architecture", "modelspec.implementation", "ss_base_model_version")
 """Keys that follow from the tensors and their layout; other keys are kept from an earlier file."""
-_COMFYUI = "https://github.com/comfyanonymous/ComfyUI"
-_IMPLEMENTATIONS = {"diffusers": "diffusers", "kohya": "diffusers", "comfyui": _COMFYUI}
-"""Form -> the tool whose names the modules have; sd-scripts writes `diffusers` for its own SD3 files."""
 
 
 def shown_metadata(
@@ -43,7 +41,7 @@ def shown_metadata(
     found = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": ARCHITECTURES[variant] if variant else None,
-        "modelspec.implementation": _IMPLEMENTATIONS[form],
+        "modelspec.implementation": forms()[form].implementation,
         "modelspec.title": title,
         "modelspec.resolution": f"{side}x{side}" if side else None,
         "modelspec.trigger_phrase": trigger,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 IN_BLOCK = {
     "x_block.attn.proj": "attn.to_out.0",
@@ -49,26 +49,54 @@ class Layout:
 
     name: str
     prefix: str
+    """In front of a module's name."""
     original: bool = False
     """True for modules of the original layout, not diffusers'."""
     flat: bool = False
     """True if dots are written as underscores."""
     any_module: bool = False
     """Whether names that SD3 lacks are taken too; they are counted when the adapter meets a model."""
+    form: str | None = None
+    """What `sd3tune lora convert --to` calls it; None for a layout that is only read."""
+    halves: tuple[str, str] = ("lora_A", "lora_B")
+    """How A and B are written."""
+    writes_alpha: bool = False
+    """Whether a written file has a tensor of alpha, which is the rank, for each module."""
+    has_peft_metadata: bool = False
+    """Whether a written file's metadata holds what PEFT needs."""
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """What else the metadata of a written file says; `{rank}` stands for the commonest rank."""
+    implementation: str = "diffusers"
+    """`modelspec.implementation` of a written file: whose names the modules have. sd-scripts says `diffusers`, too."""
+
+    def written(self, module: str) -> str:
+        """A module's name as a file has it."""
+        return self.prefix + (module.replace(".", "_") if self.flat else module)
 
 
-LAYOUTS = (
+_COMFYUI = "https://github.com/comfyanonymous/ComfyUI"
+_SD_SCRIPTS = {"ss_network_module": "networks.lora_sd3", "ss_network_dim": "{rank}", "ss_network_alpha": "{rank}"}
+LAYOUTS = [
     Layout("PEFT", "transformer.base_model.model.", any_module=True),  # SimpleTuner's first files
     Layout("OneTrainer", "transformer.", original=True),
-    Layout("diffusers", "transformer.", any_module=True),
+    Layout("diffusers", "transformer.", any_module=True, form="diffusers", has_peft_metadata=True),
     Layout("PEFT", "base_model.model.", any_module=True),
-    Layout("ComfyUI", "diffusion_model.", original=True),
-    Layout("kohya", "lora_unet_", original=True, flat=True),
+    Layout(
+        "kohya",
+        "lora_unet_",
+        original=True,
+        flat=True,
+        form="kohya",
+        halves=("lora_down", "lora_up"),
+        writes_alpha=True,
+        metadata=_SD_SCRIPTS,
+    ),
+    Layout("ComfyUI", "diffusion_model.", original=True, form="comfyui", implementation=_COMFYUI),
     Layout("OneTrainer", "lora_transformer_", flat=True),
     Layout("LyCORIS", "lycoris_", flat=True),
     Layout("diffusers", ""),  # `transformer.save_lora_adapter()`
     Layout("OneTrainer", "", original=True),
-)
+]
 """All that are read, the first that knows a key's module wins: ComfyUI's list for SD3, and names without a prefix."""
 
 _KEY = re.compile(r"(.+?)(?:\.(alpha)|[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.[^.]+)?\.weight)", re.DOTALL)
@@ -87,6 +115,31 @@ _FOREIGN = (  # in this order: what a key of no known layout tells
     (r"double_blocks|single_blocks|single_transformer_blocks", "for another architecture (Flux or the like)"),
     (r"down_blocks|up_blocks|mid_block|(in|out)put_blocks|middle_block", "for a Stable Diffusion 1, 2 or XL model"),
 )
+
+
+def register_layout(layout: Layout) -> None:
+    """Add a layout, to be read before all others and, with a `form`, to be written.
+
+    Raises ValueError for a form that is there already, and for one whose own keys would be read as something else.
+    """
+    if layout.form is not None and layout.form in forms():
+        raise ValueError(f"{layout.name}: there is a form {layout.form!r} already; choose another")
+    LAYOUTS.insert(0, layout)
+    module = "joint_blocks.0.x_block.mlp.fc1" if layout.original else "transformer_blocks.0.ff.net.2"
+    key = f"{layout.written(module)}.{layout.halves[1]}.weight"
+    if locate(key) != (layout, module, "B"):
+        LAYOUTS.remove(layout)
+        raise ValueError(f"{layout.name}: its key {key} is not read as one of it; B is lora_B or lora_up in every file")
+
+
+def unregister_layout(layout: Layout) -> None:
+    """Take away a layout that was registered. Raises ValueError where it is not there."""
+    LAYOUTS.remove(layout)
+
+
+def forms() -> dict[str, Layout]:
+    """The layouts that are written, by the name of the form."""
+    return {layout.form: layout for layout in LAYOUTS if layout.form is not None}
 
 
 def locate(key: str) -> tuple[Layout, str, str] | None:

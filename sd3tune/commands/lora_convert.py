@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from sd3tune.adapter.derived import FORMS, check_out, notes_of, write_form
+from sd3tune.adapter.derived import check_out, notes_of, write_form
 from sd3tune.adapter.file import read_adapter
 from sd3tune.adapter.layouts import Pair, fused_ranks
 from sd3tune.adapter.modelspec import THUMBNAIL_KEY
+from sd3tune.adapter.names import forms
 from sd3tune.errors import RunError
 from sd3tune.run.thumbnail import preview_of, thumbnail
 
@@ -22,14 +23,14 @@ def convert_lora(
     *,
     transformer_only: bool = False,
 ) -> list[str]:
-    """Write the adapter to `out` in `form`, one of FORMS; returns lines that say what was done.
+    """Write the adapter to `out` in `form`, a name of `adapter.names.forms`; returns lines that say what was done.
 
     `picture` is what UIs show of it: by default what the file has, or the preview that its weights drew in their run.
     Raises AdapterError for what cannot be read or what the form cannot hold, DataError for a picture that cannot be
     read, RunError when `out` exists.
     """
-    if form not in FORMS:
-        raise RunError(f"--to {form}: one of {', '.join(FORMS)}")
+    if form not in forms():
+        raise RunError(f"--to {form}: one of {', '.join(forms())}")
     check_out(out)
     adapter = read_adapter(source, transformer_only=transformer_only)
     factors = adapter.folded()
@@ -41,7 +42,7 @@ def convert_lora(
         metadata |= thumbnail(picture)
         lines.append(f"thumbnail: {picture}; --no-thumbnail leaves it out")
     write_form(out, form, factors, adapter.contract, metadata)
-    fusing = _fusing(factors) if form != "diffusers" else []
+    fusing = _fusing(factors) if forms()[form].original else []
     return [f"{out}: {len(factors)} modules as {form} has them", *fusing, *lines, *notes_of(adapter)]
 
 

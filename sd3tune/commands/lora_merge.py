@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from sd3tune import __version__
-from sd3tune.adapter.derived import FORMS, check_out, losses, notes_of, write_form
+from sd3tune.adapter.derived import check_out, losses, notes_of, write_form
 from sd3tune.adapter.file import Adapter, match, read_adapter
 from sd3tune.adapter.layouts import first_of
 from sd3tune.adapter.low_rank import truncate, weighted_sum
+from sd3tune.adapter.names import forms
 from sd3tune.errors import AdapterError, ConfigError, RunError
 from sd3tune.inference.conditions import find_base
 from sd3tune.inference.lora_argument import parse_lora
@@ -49,8 +50,8 @@ def merge_loras(
         raise ConfigError("--method svd wants --rank R" if rank is None else f"--rank {rank}: only with --method svd")
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank}: at least 1")
-    if form not in FORMS:
-        raise RunError(f"--to {form}: one of {', '.join(FORMS)}")
+    if form not in forms():
+        raise RunError(f"--to {form}: one of {', '.join(forms())}")
     check_out(out)
     adapters = _read(wanted, transformer_only)
     factors = weighted_sum([(adapter.folded(), weight) for adapter, weight in adapters])

@@ -9,17 +9,17 @@ from dataclasses import replace
 import torch
 
 from sd3tune.config import Config
-from sd3tune.config.sections.method import LoraConfig
-from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig
+from sd3tune.config.meaning import leaner_values
+from sd3tune.config.shape import section_at
 from sd3tune.errors import ConfigError
 from sd3tune.forecast.fitting import changes, describe, fit, room_of
 from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, Outlook, forecast, look_ahead
 from sd3tune.forecast.gpus import Card, find_card
 from sd3tune.forecast.rehearsal import Training
+from sd3tune.methods import METHODS
 from sd3tune.run.describe import held
 from sd3tune.runtime.device import DTYPES, choose_dtype, dtype_name, gpu_of
 
-RESOLUTIONS = (1024, 768, 512)
 UTILISATION = 40
 """Per cent of a card's peak that a training is taken to reach: an assumption."""
 
@@ -190,11 +190,11 @@ def _changed(section: str, **values: object) -> Callable[[Config], Config]:
 def knobs(outlook: Outlook) -> list[Knob]:
     """Changes that the configuration has not made yet, as they are typed, cheapest first."""
     config, dtype, blocks = outlook.config, outlook.dtype, outlook.base.config("transformer")["num_layers"]
-    train, method, side = config.train, config.method, config.data.resolution
+    train, side = config.train, config.data.resolution
     eight_bit = importlib.util.find_spec("bitsandbytes") is not None
     found: list[Knob] = []
     partly = train.checkpointed_blocks is not None
-    for kind in ("none", "selective", "block"):
+    for kind in ("none", *leaner_values(config, "train.gradient_checkpointing")):
         if kind != train.gradient_checkpointing:
             typed = f"train.gradient_checkpointing={kind}" + " train.checkpointed_blocks=null" * partly
             found.append((typed, _changed("train", gradient_checkpointing=kind, checkpointed_blocks=None)))
@@ -204,7 +204,7 @@ def knobs(outlook: Outlook) -> list[Knob]:
         more = train.gradient_accumulation * train.batch_size
         typed = f"train.batch_size=1 train.gradient_accumulation={more}"
         found.append((typed, _changed("train", batch_size=1, gradient_accumulation=more)))
-    lower = next((of for of in RESOLUTIONS if of < side), None)
+    lower = next((of for of in leaner_values(config, "data.resolution") if of < side), None)
     if lower is not None:
         found.append((f"data.resolution={lower}", _changed("data", resolution=lower)))
     if config.model.t5:
@@ -213,19 +213,30 @@ def knobs(outlook: Outlook) -> list[Knob]:
         if config.model.t5_quantize == "none" and eight_bit:
             found.append(("model.t5_quantize=int8", _changed("model", t5_quantize="int8")))
         found.append(("model.t5=false", _changed("model", t5=False)))
-    if isinstance(method, LoraConfig) and eight_bit:
-        for form in ("nf4", "int8"):
+    if config.method.freezes_base and eight_bit:
+        for form in leaner_values(config, "model.quantize"):
             if form != config.model.quantize:
                 found.append((f"model.quantize={form}", _changed("model", quantize=form)))
     if dtype is torch.float32:
         found.append(("model.dtype=bf16", _changed("model", dtype="bf16")))
-    if isinstance(config.optimizer, AdamWConfig) and eight_bit:
-        settings = config.optimizer.model_dump(exclude={"kind"})
-        eight = AdamW8bitConfig(**settings)
-        found.append(("optimizer.kind=adamw8bit", lambda config: config.model_copy(update={"optimizer": eight})))
-    if isinstance(method, LoraConfig) and method.targets in ("attention", "attention+mlp"):
-        found.append(("method.targets=attention-image", _changed("method", targets="attention-image")))
+    for kind in leaner_values(config, "optimizer.kind") if eight_bit else ():
+        found.append((f"optimizer.kind={kind}", _with_optimizer(kind)))
+    own = METHODS[config.method.kind](config, outlook.base).savings(config)
+    found += [(one.typed, _changed(one.section, **{one.key: one.value})) for one in own if one.planned]
     return found
+
+
+def _with_optimizer(kind: str) -> Callable[[Config], Config]:
+    """Exchange the optimizer for another kind with the same settings, of those that both have."""
+
+    def changed(config: Config) -> Config:
+        settings = {**config.optimizer.model_dump(), "kind": kind}
+        section = section_at({"optimizer": settings}, ("optimizer",))
+        assert section is not None
+        shared = {name: value for name, value in settings.items() if name in section.model_fields}
+        return config.model_copy(update={"optimizer": section(**shared)})
+
+    return changed
 
 
 def _about_knobs(plan: Forecast, card: Card | None, room: float | None) -> Iterator[str]:

@@ -64,7 +64,7 @@ from sd3tune.training.loop import Callback, exported_weights, train
 from sd3tune.training.metrics import Metrics
 from sd3tune.training.objective import make_objective, shift_at, sigma_of_u
 from sd3tune.training.optim import FlatMaster, LossScale
-from sd3tune.training.optimizers import OPTIMIZERS
+from sd3tune.training.optimizers import make_optimizer
 from sd3tune.training.step import TrainState, predict_velocity
 
 OBSERVED_STEPS = 8
@@ -155,7 +155,7 @@ def _train(
         attempt = _begin(plan, processes, encoded, transformer, say, stack)
         clock.append(time.monotonic())
         watched_before = sum(attempt.watching.seconds.values())  # trackers have been opened
-        with signals.deferred(), explain_oom("training", lambda: training_knob(config)):
+        with signals.deferred(), explain_oom("training", lambda: training_knob(config, plan.method)):
             metrics = train(
                 config,
                 plan.run,
@@ -278,7 +278,7 @@ def _export(plan: Plan, state: TrainState, contract: Mapping[str, Any]) -> None:
 
 def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainState:
     """The state before the first step."""
-    optimizer = OPTIMIZERS[config.optimizer.kind](config.optimizer, master.master)
+    optimizer = make_optimizer(config.optimizer, master.master)
     return TrainState(
         step=0,
         master=master,

@@ -19,13 +19,11 @@ from sd3tune.config.overrides import apply_overrides
 from sd3tune.config.problems import dotted, explain
 from sd3tune.config.run_folder import leave_folder_to_the_run, use_own_folder
 from sd3tune.config.schema import Config
-from sd3tune.config.sections.model import OFFLINE_BASES
-from sd3tune.config.shape import fill_kinds, value_at
+from sd3tune.config.shape import fill_kinds, paths_in, value_at
 from sd3tune.config.tree import Origin, Tree
 from sd3tune.config.yaml12 import KeyPath
 from sd3tune.errors import ConfigError
 
-_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # a file's name, though there may be no such file
 _MOST_PROBLEMS = 100
 """That are explained at once; a file with more of them is no configuration."""
 
@@ -116,55 +114,14 @@ def _first_key(message: str) -> KeyPath:
 
 def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path]) -> None:
     """Make every path absolute, in place; values of a wrong type are left for the check to report."""
-
-    def resolve(section: Any, key: str, path: KeyPath) -> None:
-        value = section.get(key) if isinstance(section, dict) else None
-        if isinstance(value, str) and value:
-            section[key] = _absolute(value, folder_of(path))
-
-    data, model = values.get("data"), values.get("model")
-    sources = data.get("sources") if isinstance(data, dict) else None
-    for index, source in enumerate(sources if isinstance(sources, list) else []):
-        place = ("data", "sources", index, "path")
-        if not _is_hub_dataset(source, folder_of(place)):
-            resolve(source, "path", place)
-        if isinstance(source, dict):
-            resolve(source.get("prior"), "path", ("data", "sources", index, "prior", "path"))
-    resolve(data, "cache_dir", ("data", "cache_dir"))
-    resolve(values, "output_dir", ("output_dir",))
+    for path, is_path in paths_in(Config, values):
+        section, text, folder = value_at(values, path[:-1]), value_at(values, path), folder_of(path)
+        if text and is_path(text, folder):
+            section[path[-1]] = _absolute(text, folder)
     if values.get("output_dir") is None:
         name = values.get("name", Config.model_fields["name"].default)
         values["output_dir"] = _absolute(os.path.join("runs", str(name)), Path.cwd())
-    resolve(values.get("method"), "start_from", ("method", "start_from"))
-    resolve(values.get("validation"), "holdout", ("validation", "holdout"))
-    encoders = model.get("text_encoders") if isinstance(model, dict) else None
-    for encoder in encoders if isinstance(encoders, dict) else ():
-        resolve(encoders, encoder, ("model", "text_encoders", encoder))
-    for key in ("base", "tokenizers"):
-        value = model.get(key) if isinstance(model, dict) else None
-        if isinstance(value, str) and _is_path(value, folder_of(("model", key))):
-            resolve(model, key, ("model", key))
 
 
 def _absolute(path: str, folder: Path) -> str:
     return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
-
-
-def _is_path(base: str, folder: Path) -> bool:
-    """Whether a base means a folder or a file rather than an offline base or a Hub id."""
-    if base in OFFLINE_BASES:
-        return False
-    return _looks_like_a_path(base) or base.lower().endswith(_WEIGHTS) or (bool(base) and os.path.exists(folder / base))
-
-
-def _is_hub_dataset(source: Any, folder: Path) -> bool:
-    """Whether a source means a dataset of the Hub rather than a file or folder."""
-    path = source.get("path") if isinstance(source, dict) and source.get("kind") == "dataset" else None
-    if not isinstance(path, str) or path.endswith(".parquet"):
-        return False
-    return not _looks_like_a_path(path) and not os.path.exists(folder / path)
-
-
-def _looks_like_a_path(text: str) -> bool:
-    starts = tuple(f"{start}{separator}" for start in (".", "..", "~") for separator in {"/", os.sep})
-    return text in (".", "..", "~") or text.startswith(starts) or os.path.isabs(text)

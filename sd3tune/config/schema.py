@@ -1,17 +1,20 @@
 """The whole configuration as strict, frozen models. One sentence a field: effect, unit, cost.
 
 Its sections, in `sections/`, are the single source of the defaults, of the JSON Schema and of the config reference. A
-variant (method, timesteps, weighting, optimizer, schedule) is one model in a union that `kind` discriminates.
+variant (method, timesteps, weighting, optimizer, schedule, source) is one model in a union that `kind` discriminates;
+`variants` adds those from outside. Each key declares what it means for a run: see `sections.key`.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
 from sd3tune.config.sections.data import DataConfig
 from sd3tune.config.sections.flow import FlowConfig
+from sd3tune.config.sections.key import FREE, TRAINING, Identity, Key, is_any_path
 from sd3tune.config.sections.method import LoraConfig, MethodConfig
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.config.sections.optimizer import AdamWConfig, ConstantConfig, OptimizerConfig, ScheduleConfig
@@ -27,17 +30,19 @@ _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 class Config(Section):
     """A run of sd3tune."""
 
-    config_version: int = Field(
+    config_version: Annotated[int, FREE] = Field(
         CONFIG_VERSION, ge=1, le=CONFIG_VERSION, description="Version of this format; a newer one is refused."
     )
-    name: str = Field(
+    name: Annotated[str, Key(Identity.FREE, contract=True)] = Field(
         "my-lora",
         max_length=100,
         description="Name of the run and of its folder: letters, digits, `.`, `_` and `-`.",
         json_schema_extra={"pattern": _NAME.pattern},
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Order, crops, sigmas, noise and initial weights follow from it.")
-    output_dir: str | None = Field(
+    seed: Annotated[int, Key(Identity.WRITTEN, contract=True)] = Field(
+        0, ge=0, lt=2**63, description="Order, crops, sigmas, noise and initial weights follow from it."
+    )
+    output_dir: Annotated[str | None, Key(Identity.FREE, path=is_any_path)] = Field(
         None,
         description="The run folder, relative to the YAML file; null: `runs/{name}` where sd3tune starts.",
     )
@@ -51,7 +56,9 @@ class Config(Section):
     optimizer: OptimizerConfig = Field(default_factory=AdamWConfig, description="How weights are updated.")
     schedule: ScheduleConfig = Field(default_factory=ConstantConfig, description="Learning rate over time.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="Length, batch and memory.")
-    ema: EmaConfig | None = Field(None, description="Average the trained weights; null turns it off.")
+    ema: Annotated[EmaConfig | None, Key(Identity.WRITTEN, phases=TRAINING)] = Field(
+        None, description="Average the trained weights; null turns it off."
+    )
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="What a run resumes from.")
     preview: PreviewConfig = Field(default_factory=PreviewConfig, description="Images while training.")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="Held-out loss.")
@@ -81,10 +88,10 @@ class Config(Section):
     def _new_weights_are_trained_whole(self) -> Config:
         if self.model.init == "pretrained":
             return self
-        if self.method.kind == "lora":
+        if self.method.freezes_base:
             raise ValueError(
-                "model.init is random and method.kind is lora: there is nothing to adapt yet; set method.kind=full to "
-                "train from scratch, or model.init=pretrained"
+                f"model.init is random and method.kind is {self.method.kind}: there is nothing to adapt yet; set "
+                "method.kind=full to train from scratch, or model.init=pretrained"
             )
         for number, source in enumerate(self.data.sources):
             if source.prior is not None:
@@ -96,19 +103,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _what_is_trained_is_held_in_full(self) -> Config:
-        if self.model.quantize != "none" and self.method.kind == "full":
+        if self.model.quantize != "none" and not self.method.freezes_base:
             raise ValueError(
-                f"model.quantize is {self.model.quantize} and method.kind is full: only a frozen base can be "
-                "quantised; set model.quantize=none, or method.kind=lora"
+                f"model.quantize is {self.model.quantize} and method.kind is {self.method.kind}: only a frozen base "
+                "can be quantised; set model.quantize=none, or method.kind=lora"
             )
         return self
 
     @model_validator(mode="after")
     def _tags_go_into_an_adapter(self) -> Config:
-        if self.data.export_tags and self.method.kind == "full":
+        if self.data.export_tags and not self.method.makes_adapter:
             raise ValueError(
-                "data.export_tags is true and method.kind is full: only an adapter's file has a place for tags; leave "
-                "data.export_tags out"
+                f"data.export_tags is true and method.kind is {self.method.kind}: only an adapter's file has a place "
+                "for tags; leave data.export_tags out"
             )
         return self
 

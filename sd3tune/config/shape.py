@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from sd3tune.config.schema import Config
+from sd3tune.config.sections.key import Key
 from sd3tune.config.sections.section import Section
 from sd3tune.config.yaml12 import KeyPath
 
@@ -113,6 +115,27 @@ def all_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tu
         item = item_of(field.annotation)
         for inner in sections_of(item if item is not None else field.annotation):
             yield from all_fields(inner, f"{prefix}{name}." if item is None else f"{prefix}{name}[].")
+
+
+def paths_in(
+    section: type[Section], value: Any, prefix: KeyPath = ()
+) -> Iterator[tuple[KeyPath, Callable[[str, Path], bool]]]:
+    """Where unchecked values hold a text that may be a path, and the test that tells whether it is one."""
+    for name, field in section.model_fields.items() if isinstance(value, dict) else ():
+        key, inner, path = key_of(field), value.get(name), (*prefix, name)
+        if key is not None and key.path is not None and isinstance(inner, str):
+            yield path, key.path
+        item = item_of(field.annotation)
+        entries = enumerate(inner) if item is not None and isinstance(inner, list) else [(None, inner)]
+        for number, entry in entries:
+            chosen = variant(field if number is None else entry_field(item), entry)
+            if chosen is not None:
+                yield from paths_in(chosen, entry, path if number is None else (*path, number))
+
+
+def key_of(field: FieldInfo) -> Key | None:
+    """Return what a field declares of itself; None for one that declares nothing."""
+    return next((item for item in field.metadata if isinstance(item, Key)), None)
 
 
 def fill_kinds(section: type[Section], value: dict[str, Any]) -> None:

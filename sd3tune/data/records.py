@@ -17,8 +17,8 @@ from sd3tune.data.ahead import in_pieces
 from sd3tune.data.captions import counted, read_sidecar, some
 from sd3tune.data.images import ImageRef, check_header
 from sd3tune.data.seeds import derive
-from sd3tune.data.sources.folder import Listing, list_folder
-from sd3tune.data.sources.rows import list_rows
+from sd3tune.data.sources.folder import Listing
+from sd3tune.data.sources.registry import SOURCES
 from sd3tune.errors import DataError
 from sd3tune.files.text import flaw
 from sd3tune.terminal import escaped
@@ -78,7 +78,7 @@ def scan_records(data: DataConfig, progress: bool = False, look: Callable[[Image
     scan = Scan()
     for number, source in enumerate(data.sources):
         try:
-            listing = _FINDERS[source.kind](source)
+            listing = SOURCES[source.kind](source)
         except DataError as error:
             scan.problems += error.problems
             continue
@@ -165,12 +165,6 @@ def _has(caption: str, trigger: str) -> bool:
     behind = rf"(?!{_WORD})" if regex.match(_WORD, wanted[-1], regex.V1) else ""
     pattern = before + regex.escape(wanted, literal_spaces=True) + behind
     return regex.search(pattern, composed, regex.V1 | regex.IGNORECASE) is not None
-
-
-_FINDERS: dict[str, Callable[[Any], Listing]] = {
-    "folder": list_folder,
-    "dataset": lambda source: Listing(list_rows(source)),
-}
 
 
 def _chosen(found: Sequence[_Item], count: int | None) -> Sequence[_Item]:

@@ -17,7 +17,6 @@ import torch
 from tqdm import tqdm
 
 from sd3tune.config import Config
-from sd3tune.config.sections.method import LoraConfig
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ConfigError
 from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, Outlook, forecast
@@ -110,11 +109,14 @@ def describe(config: Config, found: Forecast) -> str:
 
 def changes(config: Config, found: Forecast) -> str:
     """Return the settings in which the forecast's configuration differs from `config`, as they are typed."""
-    typed = []
-    for section in ("model", "train"):
-        before, after = getattr(config, section).model_dump(), getattr(found.outlook.config, section).model_dump()
-        typed += [f"{section}.{key}={value}" for key, value in after.items() if value != before[key]]
-    return " ".join(typed)
+    before, after = config.model_dump(), found.outlook.config.model_dump()
+    return " ".join(
+        f"{section}.{key}={value}"
+        for section, values in after.items()
+        if values != before[section]
+        for key, value in values.items()
+        if value != before[section][key]
+    )
 
 
 def _changed(outlook: Outlook, section: str, **values: Any) -> Outlook:
@@ -133,7 +135,7 @@ def ways(outlook: Outlook) -> Iterator[Outlook]:
     for kind, count in steps:
         yield _changed(outlook, "train", gradient_checkpointing=kind, checkpointed_blocks=count)
     eight_bit = importlib.util.find_spec("bitsandbytes") is not None
-    if isinstance(outlook.config.method, LoraConfig) and outlook.config.model.quantize == "none" and eight_bit:
+    if outlook.config.method.freezes_base and outlook.config.model.quantize == "none" and eight_bit:
         yield from ways(_changed(outlook, "model", quantize="nf4"))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from sd3tune.config import Config
+from sd3tune.config.meaning import settings_of
+from sd3tune.config.sections.key import Phase
 from sd3tune.data.buckets import Size
 from sd3tune.data.crops import Crop, crops
 from sd3tune.data.images import file_digest, upright_size
@@ -35,6 +37,7 @@ from sd3tune.run.priors import PlannedPrior, plan_priors
 
 CONTEXT = 600_000_000
 """Bytes that CUDA and its libraries take of a card before anything else: an allowance, not a measurement."""
+PHASES: tuple[Phase, Phase, Phase] = ("encode", "train", "draw")
 MARGIN = 0.05
 """Share of the peak that fragments of the allocator and work spaces of cuDNN may take: an allowance, too."""
 
@@ -129,28 +132,12 @@ def look_ahead(config: Config, dtype: torch.dtype) -> Outlook:
     return Outlook(config, base, dtype, buckets, largest, records, holdout, priors, missing)
 
 
-Ignored = Mapping[str, set[str] | Literal[True]]
-_NOT_OF_ENCODING: Ignored = {
-    **{section: True for section in Config.model_fields if section != "model"},
-    "model": {"quantize", "t5_device"},
-}
-_NOT_OF_TRAINING: Ignored = {"model": {"t5_device", "t5_quantize"}}
-_NOT_OF_DRAWING: Ignored = {
-    **_NOT_OF_TRAINING,
-    "train": {"gradient_checkpointing", "checkpointed_blocks", "batch_size", "gradient_accumulation"},
-    "optimizer": True,
-    "ema": True,
-}
-"""Settings, by section, that nothing depends on: in encoding, in training and its previews, in drawing alone."""
-
-
 def forecast(outlook: Outlook, like: Forecast | None = None) -> Forecast:
     """Everything, by rehearsing each phase; what is known from `like` is not rehearsed again."""
     config, base, dtype, largest = outlook.config, outlook.base, outlook.dtype, outlook.largest
     method = METHODS[config.method.kind](config, base)
     encoded, trained, drawn = (
-        like if like and _settings(outlook, ignored) == _settings(like.outlook, ignored) else None
-        for ignored in (_NOT_OF_ENCODING, _NOT_OF_TRAINING, _NOT_OF_DRAWING)
+        like if like and _settings(outlook, phase) == _settings(like.outlook, phase) else None for phase in PHASES
     )
     drawing = drawn.drawing if drawn else None
     if drawing is None and any(prior.missing for prior in outlook.priors):
@@ -168,8 +155,8 @@ def forecast(outlook: Outlook, like: Forecast | None = None) -> Forecast:
     )
 
 
-def _settings(outlook: Outlook, ignored: Ignored) -> tuple[dict[str, Any], torch.dtype, Size]:
-    return outlook.config.model_dump(exclude=dict(ignored)), outlook.dtype, outlook.largest
+def _settings(outlook: Outlook, phase: Phase) -> tuple[dict[str, Any], torch.dtype, Size]:
+    return settings_of(outlook.config, phase), outlook.dtype, outlook.largest
 
 
 def _encoding(outlook: Outlook, method: Method) -> dict[str, Use]:

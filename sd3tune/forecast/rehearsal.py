@@ -14,7 +14,6 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from sd3tune.config import Config
-from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.data.buckets import Size
 from sd3tune.encode.captions import CLIP_LENGTH
 from sd3tune.forecast.footprint import Footprint, Saved, bytes_of, peak_of, tensors_of
@@ -31,7 +30,7 @@ from sd3tune.training.ahead import looking_ahead, window_length
 from sd3tune.training.batches import Batch, Batches
 from sd3tune.training.objective import make_objective
 from sd3tune.training.optim import FlatMaster, LossScale
-from sd3tune.training.optimizers import OPTIMIZERS
+from sd3tune.training.optimizers import make_optimizer
 from sd3tune.training.step import TrainState, predict_velocity, train_step, update
 
 META = torch.device("meta")
@@ -101,7 +100,7 @@ class EmptyBatches:
 
     def __init__(self, config: Config, base: Base, encoders: tuple[str, ...], size: Size, dtype: torch.dtype) -> None:
         priors = [prior for source in config.data.sources if (prior := source.prior) and prior.weight > 0]
-        kept = any(isinstance(prior, OwnPredictionConfig) for prior in priors)
+        kept = bool(config.data.own_predictions)
         self.with_prior, self.instances = bool(priors), config.train.batch_size
         self.rows = self.instances * (2 if priors else 1)
         self.kept = slice(self.instances if kept else self.rows, self.rows)
@@ -227,7 +226,6 @@ def _rehearse_step(
 ) -> Parts:
     """One micro-step and the update: further ones take the same memory."""
     once = config.model_copy(update={"train": config.train.model_copy(update={"gradient_accumulation": 1, "steps": 1})})
-    once = once.model_copy(update={"schedule": type(once.schedule)()})  # whose warm-up may be longer than one step
     objective = make_objective(config.flow, _SHIFT)
     master = state.master
     collect, left_out = master.collect_gradients, master.parameters[-1] if _LEFT_OUT in master.shapes else None
@@ -250,7 +248,7 @@ def _alone(gradient: Tensor) -> Tensor:
 def try_optimizer(config: Config) -> Use:
     """What the optimizer keeps, and takes on top while it updates, for each `_PROBED` values; tried on the CPU."""
     master = FlatMaster({"probed": nn.Parameter(torch.zeros(_PROBED))}, torch.float32)
-    optimizer = OPTIMIZERS[config.optimizer.kind](config.optimizer, master.master)
+    optimizer = make_optimizer(config.optimizer, master.master)
     state = TrainState(0, master, optimizer, None, LossScale(master.master.device, enabled=False))
     for _ in range(2):  # the first step makes the state
         master.gradient.fill_(1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
+from sd3tune.config.schema import Config
 from sd3tune.model.lora.targets import CoverageRow
 
 Embeddings = Mapping[str, Mapping[str, Tensor]]
@@ -37,8 +38,28 @@ class Product:
         return (folder / self.name / self.file).exists()
 
 
+@dataclass(frozen=True)
+class Saving:
+    """A change of a setting that takes less memory, which only makes sense with this method."""
+
+    section: str
+    key: str
+    value: Any
+    words: str = ""
+    """What it saves, in words, to advise it when the memory is used up; empty where it is not advised then."""
+    planned: bool = True
+    """Whether `sd3tune plan` shows it."""
+
+    @property
+    def typed(self) -> str:
+        return f"{self.section}.{self.key}={self.value}"
+
+
 class Method(Protocol):
-    """A way to train: what is resident, what is trained, how a batch becomes conditioning, what is written."""
+    """A way to train: what is resident, what is trained, how a batch becomes conditioning, what is written.
+
+    Whether it freezes the base and whether its product is an adapter stand in its section, `config.sections.method`.
+    """
 
     resident: tuple[str, ...]
     """Components that stay in memory while training."""
@@ -80,6 +101,9 @@ class Method(Protocol):
     def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> AbstractContextManager[None]:
         """While the context lasts (forward and backward), what acts in training only, drawn from `seed`, is on."""
 
+    def extra_loss(self, transformer: SD3Transformer2DModel, batch: Any) -> Tensor | None:
+        """A scalar that a micro-step adds to the loss of its `training.batches.Batch`; None adds nothing."""
+
     def exported(self, weights: Weights) -> dict[str, Tensor]:
         """The tensors of the file that `export` writes for these trained weights."""
 
@@ -109,3 +133,6 @@ class Method(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """What must be the same of it for a resumed run to be the run it resumes."""
+
+    def savings(self, config: Config) -> Sequence[Saving]:
+        """Its own ways to take less memory, the cheapest first."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
+from sd3tune.config.meaning import contract_of, identity_of
 from sd3tune.config.schema import Config
-from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.config.sections.method import FullConfig
-from sd3tune.methods.base import Product, Weights
+from sd3tune.methods.base import Product, Saving, Weights
 from sd3tune.methods.stored_text import StoredText
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.folder import check_parts, write_model
@@ -40,12 +40,11 @@ class FullMethod(StoredText):
 
     def __init__(self, config: Config, base: Base) -> None:
         super().__init__(config.model)
-        assert isinstance(config.method, FullConfig)
-        self.settings, self.base, self.flow_shift = config.method, base, config.flow.shift
+        self.settings = cast(FullConfig, config.method)
+        self.base, self.flow_shift = base, config.flow.shift
         self.export_dtype = _DTYPES[self.settings.export_dtype]
         self.exported_bytes = self.export_dtype.itemsize
-        priors = [source.prior for source in config.data.sources]
-        self._keeps_base = any(isinstance(prior, OwnPredictionConfig) and prior.weight > 0 for prior in priors)
+        self._keeps_base = bool(config.data.own_predictions)
         self._kept: dict[str, Tensor] | None = None
         self._buffers: dict[str, Tensor] = {}
 
@@ -126,10 +125,15 @@ class FullMethod(StoredText):
 
     def contract(self) -> dict[str, Any]:
         start = "random" if self.base.random else "pretrained"
-        return {"method": "full", "init": start, "export_dtype": self.settings.export_dtype}
+        return {"method": self.settings.kind, "init": start, **contract_of(self.settings)}
 
     def identity(self) -> dict[str, Any]:
-        return self.settings.model_dump()
+        return identity_of(self.settings, {})
+
+    def savings(self, config: Config) -> Sequence[Saving]:
+        kind = "adamw8bit"
+        eight = Saving("optimizer", "kind", kind, "6 bytes less for each parameter", planned=False)
+        return () if config.optimizer.kind == kind else (eight,)
 
     def _untrained(self, transformer: SD3Transformer2DModel) -> dict[str, Tensor]:
         if self._kept is not None:

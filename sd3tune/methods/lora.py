@@ -7,19 +7,21 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from sd3tune.adapter import file as adapter_io
+from sd3tune.config.meaning import contract_of, identity_of
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.method import LoraConfig
 from sd3tune.errors import AdapterError
-from sd3tune.methods.base import Product, Weights
+from sd3tune.methods.base import Product, Saving, Weights
 from sd3tune.methods.start_from import check_start, starting_factors
 from sd3tune.methods.stored_text import StoredText
+from sd3tune.model.base.base import Base
 from sd3tune.model.compute.fast import plain_path
 from sd3tune.model.lora.dropout import SeededDropout
 from sd3tune.model.lora.eva import input_directions
@@ -35,10 +37,9 @@ class LoraMethod(StoredText):
     block_measure = "norm of the weight update per block"
     remedy = "method.targets"
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, base: Base | None = None) -> None:
         super().__init__(config.model)
-        assert isinstance(config.method, LoraConfig)
-        self.settings = config.method
+        self.settings = cast(LoraConfig, config.method)
 
     def select(self, transformer: nn.Module) -> list[str]:
         modules = select_modules(transformer, self.settings.targets, self.settings.blocks)
@@ -144,15 +145,20 @@ class LoraMethod(StoredText):
         return ["--lora", str(run)]
 
     def contract(self) -> dict[str, Any]:
-        special = self.settings.model_dump(exclude_defaults=True, exclude={"kind", "rank", "alpha", "start_from"})
+        given = self.settings.model_dump(exclude_defaults=True)
+        special = {name: value for name, value in contract_of(self.settings).items() if name in given}
         started = {"start_from": _sha256(self._start.path)} if self._start else {}
-        return {"method": "lora", "rank": self.settings.rank, "alpha": self.settings.alpha, **special, **started}
+        ranks = {"rank": self.settings.rank, "alpha": self.settings.alpha}
+        return {"method": self.settings.kind, **ranks, **special, **started}
 
     def identity(self) -> dict[str, Any]:
-        settings = self.settings.model_dump()
-        if self._start:
-            settings["start_from"] = _sha256(self._start.path)  # its content, wherever it lies
-        return settings
+        start = _sha256(self._start.path) if self._start else None  # its content, wherever it lies
+        return identity_of(self.settings, {"start_from": {"start_from": start}})
+
+    def savings(self, config: Config) -> Sequence[Saving]:
+        fewer = Saving("method", "targets", "attention", "half the trained parameters", planned=False)
+        image = Saving("method", "targets", "attention-image")
+        return {"attention+mlp": (fewer, image), "attention": (image,)}.get(str(self.settings.targets), ())
 
     def _layers(self, modules: Sequence[str]) -> dict[str, Layer]:
         """Each module's rank and scale. Raises AdapterError for a pattern that fits none of them."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
+from sd3tune.config.schema import Config
 from sd3tune.config.sections.model import ModelConfig
-from sd3tune.methods.base import Embeddings
+from sd3tune.methods.base import Embeddings, Saving
 from sd3tune.model.load.text import assemble, pool
 
 
@@ -30,6 +34,12 @@ class StoredText:
         )
         dtype = next(transformer.parameters()).dtype  # `transformer.dtype` walks the whole model to find out
         return prompt_embeds.to(dtype), pooled.to(dtype)
+
+    def extra_loss(self, transformer: SD3Transformer2DModel, batch: Any) -> Tensor | None:
+        return None
+
+    def savings(self, config: Config) -> Sequence[Saving]:
+        return ()
 
     def pooled(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> Tensor:
         dtype = next(transformer.parameters()).dtype

@@ -11,7 +11,7 @@ import torch
 from sd3tune import __version__
 from sd3tune.adapter.modelspec import tag_frequency
 from sd3tune.config import Config, load_config
-from sd3tune.config.sections.data import OwnPredictionConfig
+from sd3tune.config.meaning import compared_when_finished, contract_of, identity_of
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.data.store import key
 from sd3tune.errors import ConfigError, RunError
@@ -22,9 +22,6 @@ from sd3tune.run.preflight import Plan
 from sd3tune.runtime.device import dtype_name, gpu_of, versions
 from sd3tune.training.checkpoint import differences, read_state
 
-_SEEN_IN_DATA = {"crop_variants", "flip", "buckets", "trigger"}
-"""Keys that an identity compares through the encoded content."""
-
 
 def make_contract(plan: Plan) -> dict[str, Any]:
     """What `infer` and other people need to use the result as it was trained. No time, host or path in it."""
@@ -32,36 +29,23 @@ def make_contract(plan: Plan) -> dict[str, Any]:
     captions = sorted({record.caption for record in plan.records})
     return {
         **plan.method.contract(),
-        "name": config.name,
+        **contract_of(config),
         "sd3tune_version": __version__,
         "base": plan.base.label,
         "base_kind": plan.base.kind,
         "base_revision": plan.base.revision,
         "base_fingerprint": plan.base.fingerprint("transformer"),
-        "max_sequence_length": config.model.max_sequence_length,
         **_t5_lengths(config.model),
         "encoders": list(plan.method.cached_encoders),
-        "trigger": config.data.trigger,
         "base_released_as": VARIANTS.get(str(released_shape(plan.base.config("transformer")))),
         **_encoder_files(plan),
         **_tags(plan),
         **config.model.fewer_bits,
         "instance_prompt": captions[0] if len(captions) == 1 else None,
-        "timesteps": config.flow.timesteps.model_dump(),
         "shift": plan.shift,
         "sigma_range": [config.flow.min_sigma, config.flow.max_sigma],
-        "weighting": config.flow.weighting.model_dump(),
-        "loss": config.flow.loss.model_dump(),
-        "noise_offset": config.flow.noise_offset,
         **({"sampler_noise_offset": config.flow.noise_offset} if config.flow.noise_offset else {}),
-        "resolution": config.data.resolution,
-        "buckets": config.data.buckets,
-        "sampling_steps": config.preview.steps,
-        "guidance": config.preview.guidance,
-        "caption_dropout": config.data.caption_dropout,
-        "encoder_dropout": config.data.encoder_dropout,
         "dtype": dtype_name(plan.dtype),
-        "seed": config.seed,
         "weights": "raw" if config.ema is None else "ema",
     }
 
@@ -89,47 +73,37 @@ def _tags(plan: Plan) -> dict[str, Any]:
     return {"tag_frequency": tag_frequency(record.caption for record in plan.records)}
 
 
-_HARMLESS = (
-    "log_every",
-    "max_skipped",
-    "gradient_checkpointing",
-    "checkpointed_blocks",
-    "fast_path",
-    "hoist",
-    "memory",
-)
-"""Keys of `train` that change nothing of what is learned but its rounding; what `memory` chose has keys of its own."""
-
-
 def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, Any]:
     """What must be the same for a resumed run to be the run it resumes; without `encoded`, all but the data itself."""
     config = plan.config
-    sections = config.model_dump(include={"seed", "flow", "optimizer", "schedule", "train", "ema"})
-    for harmless in _HARMLESS:
-        sections["train"].pop(harmless)
-    if config.schedule.kind == "constant":
-        sections["train"].pop("steps")  # the learning rate does not depend on the length, so a run may be extended
+    written = identity_of(config, _resolved(plan))
+    model, data = written.pop("model"), written.pop("data")
     return {
-        **sections,
+        **written,
         "method": plan.method.identity(),
-        "model": {
-            "base": plan.base.fingerprint("transformer"),
-            "dtype": dtype_name(plan.dtype),
-            "max_sequence_length": config.model.max_sequence_length,
-            **_t5_lengths(config.model),
-            "t5": config.model.t5,
-            **config.model.fewer_bits,
-            **({"clip_l_pooled": "unprojected"} if plan.base.ignores_projection else {}),
-        },
+        "model": {**model, **({"clip_l_pooled": "unprojected"} if plan.base.ignores_projection else {})},
         "data": {
-            "resolution": config.data.resolution,
+            "resolution": data["resolution"],
             **(_content(encoded) if encoded else {}),
-            "caption_dropout": config.data.caption_dropout,
-            "encoder_dropout": config.data.encoder_dropout,
+            **data,
             **({"kept_captions": "whole"} if _may_drop_kept(config) and not drops_kept_captions(plan) else {}),
         },
-        "flow": {**sections["flow"], "shift": _shift(plan)},
         "processes": world,
+    }
+
+
+def _resolved(plan: Plan) -> dict[str, dict[str, Any]]:
+    """By key, what an identity says in place of the value that is written."""
+    config = plan.config
+    extendable = not config.schedule.depends_on_length
+    return {
+        "method": {},  # states its own
+        "model.base": {"base": plan.base.fingerprint("transformer")},
+        "model.dtype": {"dtype": dtype_name(plan.dtype)},
+        "model.extra_t5_lengths": _t5_lengths(config.model),
+        "model.t5_quantize": config.model.fewer_bits,
+        "flow.shift": {"shift": _shift(plan)},
+        "train.steps": {} if extendable else {"steps": config.train.steps},
     }
 
 
@@ -146,8 +120,7 @@ def drops_kept_captions(plan: Plan) -> bool:
 def _may_drop_kept(config: Config) -> bool:
     """Whether samples that keep the base's own prediction meet a dropout of captions or encoders."""
     data = config.data
-    keeps = any(isinstance(source.prior, OwnPredictionConfig) and source.prior.weight > 0 for source in data.sources)
-    return keeps and (data.caption_dropout > 0 or data.encoder_dropout > 0)
+    return bool(data.own_predictions) and (data.caption_dropout > 0 or data.encoder_dropout > 0)
 
 
 def _content(encoded: Encoded) -> dict[str, str]:
@@ -212,8 +185,7 @@ def check_finished(plan: Plan, world: int) -> None:
     lines = differences(saved, now)
     with contextlib.suppress(ConfigError):  # a run folder whose configuration was taken away
         before = load_config(plan.run / "config.yaml").config
-        then, now = (of.model_dump(include={"data": _SEEN_IN_DATA}) for of in (before, plan.config))
-        lines += differences(then, now)
+        lines += differences(compared_when_finished(before), compared_when_finished(plan.config))
     _refuse(plan, [_in_words(line) for line in lines])
 
 

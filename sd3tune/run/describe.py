@@ -10,7 +10,6 @@ import torch
 
 from sd3tune.adapter.modelspec import describe_tags, tag_frequency
 from sd3tune.config import Config
-from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.data.buckets import Size, size_name
 from sd3tune.data.sampler import times_seen
 from sd3tune.model.base.contract import spread_without_offset
@@ -87,9 +86,9 @@ def _describe_tags(plan: Plan) -> list[str]:
 
 
 def _describe_priors(plan: Plan) -> list[str]:
-    kept = [source.prior for source in plan.config.data.sources if isinstance(source.prior, OwnPredictionConfig)]
     predicted = [
-        f"prior     the base's own prediction, {describe_prompts(prior.prompts)}" for prior in kept if prior.weight > 0
+        f"prior     the base's own prediction, {describe_prompts(prior.prompts)}"
+        for prior in plan.config.data.own_predictions.values()
     ]
     return [*(prior.describe() for prior in plan.priors), *predicted]
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sd3tune.config import Config
-from sd3tune.config.sections.data import OwnPredictionConfig
 from sd3tune.data.buckets import Size
 from sd3tune.data.records import Record, sample_indices
 from sd3tune.data.store import Store
@@ -191,11 +190,10 @@ def _priors(
     plan: Plan, pictures: Sequence[Sequence[Example]], captions: Mapping[str, Mapping[str, str]]
 ) -> dict[int, Prior]:
     """By source; `pictures` are the class images of each of the plan's priors."""
-    priors: dict[int, Prior] = {}
-    for number, source in enumerate(plan.config.data.sources):
-        if isinstance(source.prior, OwnPredictionConfig) and source.prior.weight > 0:
-            prompts = [_keys_of(prompt, captions) for prompt in source.prior.prompts]
-            priors[number] = OwnPrediction(prompts, source.prior.weight)
+    priors: dict[int, Prior] = {
+        number: OwnPrediction([_keys_of(prompt, captions) for prompt in own.prompts], own.weight)
+        for number, own in plan.config.data.own_predictions.items()
+    }
     for prior, examples in zip(plan.priors, pictures, strict=True):
         weighted = [replace(example, weight=prior.settings.weight) for example in examples]
         pools = {size: [example for example in weighted if example.size == size] for size in prior.sizes}

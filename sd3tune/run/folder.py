@@ -18,7 +18,7 @@ from sd3tune.encode.report import megabytes
 from sd3tune.errors import RunError
 from sd3tune.files.atomic import FULL, WriteError, is_temporary, remove_files, remove_unfinished, write_json
 from sd3tune.files.own_json import read_lines
-from sd3tune.methods import PRODUCTS
+from sd3tune.methods import products
 from sd3tune.methods.base import Product
 from sd3tune.publish.files import is_product_name
 from sd3tune.publish.previews import SAMPLES, is_preview_name
@@ -61,7 +61,7 @@ def _start_in(run: Path, resume: bool) -> Path | None:
     if checkpoints:
         step = read_state(checkpoints[-1])["step"]
         raise RunError(f"{run}: already holds a run (step {step}); add --resume to go on, or choose another output_dir")
-    for product in PRODUCTS:
+    for product in products():
         if product.is_in(run):
             raise RunError(f"{run}: already holds {_named(product)} and no checkpoint; choose another output_dir")
     found = {path.name for path in run.iterdir()} if run.is_dir() else set()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sd3tune.config import Config
-from sd3tune.config.sections.method import FullConfig, LoraConfig
+from sd3tune.config.meaning import leaner_values
+from sd3tune.methods import Method
 
 
 def encoding_knob(config: Config) -> str:
@@ -23,12 +24,12 @@ def encoding_knob(config: Config) -> str:
 def loading_knob(config: Config) -> str:
     if config.model.dtype == "fp32":
         return "set model.dtype=auto, which takes half the memory on a GPU"
-    if config.model.quantize == "none" and isinstance(config.method, LoraConfig):
+    if _can_be_quantised(config):
         return "set model.quantize=nf4, which holds the base in a third of its memory"
     return f"{config.model.base} does not fit; take a smaller base, such as stabilityai/stable-diffusion-3.5-medium"
 
 
-def training_knob(config: Config) -> str:
+def training_knob(config: Config, method: Method) -> str:
     """What costs least first: a smaller batch for the same result, then time, then resolution, then capacity."""
     train, side = config.train, config.data.resolution
     if train.batch_size > 1:
@@ -44,13 +45,16 @@ def training_knob(config: Config) -> str:
         return "set train.checkpointed_blocks=null: all blocks are recomputed"
     if train.gradient_checkpointing == "selective":
         return "set train.gradient_checkpointing=block: half of those activations, for a tenth more time"
-    if config.model.quantize == "none" and isinstance(config.method, LoraConfig):
+    if _can_be_quantised(config):
         return "set model.quantize=nf4: a third of the base's memory, for a little exactness"
-    lower = next((of for of in (1024, 768, 512) if of < side), None)
+    lower = next((of for of in leaner_values(config, "data.resolution") if of < side), None)
     if lower is not None:
         return f"set data.resolution={lower}: {(lower / side) ** 2:.0%} of the activations"
-    if isinstance(config.method, LoraConfig) and config.method.targets == "attention+mlp":
-        return "set method.targets=attention: half the trained parameters"
-    if isinstance(config.method, FullConfig) and config.optimizer.kind != "adamw8bit":
-        return "set optimizer.kind=adamw8bit: 6 bytes less for each parameter"
+    advised = next((saving for saving in method.savings(config) if saving.words), None)
+    if advised is not None:
+        return f"set {advised.typed}: {advised.words}"
     return "take a smaller base, or a device with more memory"
+
+
+def _can_be_quantised(config: Config) -> bool:
+    return config.model.quantize == "none" and config.method.freezes_base

@@ -8,41 +8,43 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig
+from sd3tune.config.sections.optimizer import OptimizerSection
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes
-from sd3tune.training.optimizers import OPTIMIZERS
+from sd3tune.training.optimizers import OPTIMIZERS, make_optimizer
 
 PROBED = 1000
 """Values that the probe trains: a few blocks of 8-bit moments, the last one not full."""
-PROBE = AdamW8bitConfig()
 
 
 def with_working_optimizer(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Plan:
     """The plan, with fused AdamW in place of an 8-bit one that fails on a process's device; all use the same."""
     asked = plan.config.optimizer
-    if not isinstance(asked, AdamW8bitConfig):
+    fallback = OPTIMIZERS[asked.kind].fallback
+    if fallback is None:
         return plan
-    reason = _probe(plan.device)
+    reason = _probe(type(asked)(), plan.device)
     failed = processes.gather(torch.tensor(float(reason is not None), device=plan.device)).reshape(-1).tolist()
     if not any(failed):
         return plan
     reason = reason or f"it failed in process {failed.index(1.0)}"
-    say(f"warning: optimizer.kind: adamw8bit does not work here ({reason}); using adamw with the same settings")
-    used = AdamWConfig(**asked.model_dump(exclude={"kind"}))
+    used = fallback(**asked.model_dump(exclude={"kind"}))
+    say(
+        f"warning: optimizer.kind: {asked.kind} does not work here ({reason}); using {used.kind} with the same settings"
+    )
     return replace(plan, config=plan.config.model_copy(update={"optimizer": used}), optimizer_fallback=reason)
 
 
-def _probe(device: torch.device) -> str | None:
+def _probe(settings: OptimizerSection, device: torch.device) -> str | None:
     """Take a step on the device, and another, which reads what the first one wrote; what went wrong, if anything."""
     try:
         master = nn.Parameter(torch.zeros(PROBED, device=device))
-        optimizer = OPTIMIZERS[PROBE.kind](PROBE, master)
+        optimizer = make_optimizer(settings, master)
         optimizer.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined]
         master.grad = torch.linspace(0.5, 1.0, PROBED, device=device)
         for _ in range(2):
             optimizer.step()
-        if not torch.allclose(master.detach(), torch.full_like(master, -2 * PROBE.lr), rtol=0.05, atol=0):
+        if not torch.allclose(master.detach(), torch.full_like(master, -2 * settings.lr), rtol=0.05, atol=0):
             return "its steps are not those of AdamW"
     except Exception as error:  # a library for another device or driver: anything can come out
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -33,11 +33,9 @@ from sd3tune.run.priors import PlannedPrior, plan_priors
 from sd3tune.runtime.device import choose_dtype, gpu_of
 from sd3tune.tracking.trackers import missing_packages
 from sd3tune.training.objective import share_inside, shift_at
+from sd3tune.training.optimizers import OPTIMIZERS
 
 _LEAST_SHARE = 1e-6
-
-OPTIMIZER_EXTRAS = {"adamw8bit": "bitsandbytes"}
-"""What an optimizer needs beyond the base installation: the package, and the extra of its name."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ def check_installed(config: Config) -> None:
     if missing:
         raise RunError(*missing)
     kind = config.optimizer.kind
-    extra = OPTIMIZER_EXTRAS.get(kind)
+    extra = OPTIMIZERS[kind].package
     if extra is not None and importlib.util.find_spec(extra) is None:
         raise RunError(f"optimizer.kind: {kind} needs {extra}: pip install 'sd3tune[{extra}]'")
 

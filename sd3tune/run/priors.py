@@ -78,12 +78,13 @@ def plan_priors(
     """The class images of every source that asks for them. Raises DataError with every problem."""
     planned, problems = [], list[str]()
     for number, source in enumerate(config.data.sources):
-        if isinstance(source.prior, ClassImagesConfig) and source.prior.weight > 0:
+        settings = source.prior.class_images if source.prior else None
+        if settings is not None:
             shapes = Counter(
                 nearest_bucket(upright_size(record.image), buckets) for record in records if record.source == number
             )
             try:
-                planned.append(_plan(config, number, source.prior, shapes, base, warn))
+                planned.append(_plan(config, number, settings, shapes, base, warn))
             except DataError as error:
                 problems += error.problems
     if problems:

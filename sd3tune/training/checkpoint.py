@@ -17,6 +17,7 @@ from sd3tune.errors import RunError
 from sd3tune.files.atomic import new_folder, remove_folder, write_json
 from sd3tune.files.json import NotJson, read_object
 from sd3tune.files.tensors import digest, save_sorted
+from sd3tune.training.optimizers import HostStepped
 from sd3tune.training.step import TrainState
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
@@ -38,6 +39,8 @@ def save_checkpoint(
         save_sorted(temporary / _TENSORS, tensors)
         digests = {name: digest(tensor) for name, tensor in tensors.items()}
         described = {"step": state.step, "identity": identity, "layout": _layout(state), "digests": digests}
+        if isinstance(state.optimizer, HostStepped):
+            described["optimizer"] = state.optimizer.numbers()
         write_json(temporary / _STATE, described)
         export(temporary)
     prune(run, keep)
@@ -89,7 +92,11 @@ def restore(checkpoint: Path, state: TrainState) -> None:
         tensors = load_file(checkpoint / _TENSORS, device="cpu")
     except (OSError, SafetensorError) as error:
         raise _damaged(checkpoint, str(error)) from error
-    expected = _tensors(state)
+    expected, optimizer = _tensors(state), state.optimizer
+    if isinstance(optimizer, HostStepped):  # what it remembers is known once it has stepped, and so from the file
+        expected = {name: tensor for name, tensor in expected.items() if not name.startswith(_OPTIMIZER)}
+        expected |= {name: tensor for name, tensor in tensors.items() if name.startswith(_OPTIMIZER)}
+        _check_numbers(checkpoint, saved.get("optimizer"))
     for name in sorted({*expected, *tensors}):
         found, live = tensors.get(name), expected.get(name)
         if found is None or live is None:
@@ -103,8 +110,18 @@ def restore(checkpoint: Path, state: TrainState) -> None:
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])
+    if isinstance(optimizer, HostStepped):
+        own = {name.removeprefix(_OPTIMIZER): of for name, of in expected.items() if name.startswith(_OPTIMIZER)}
+        optimizer.remember(own, saved["optimizer"])
     state.step = saved["step"]
     state.master.publish()
+
+
+def _check_numbers(checkpoint: Path, numbers: Any) -> None:
+    """RunError unless it is what `HostStepped.numbers` gives."""
+    forms = {"state": dict, "group": dict, "on_the_host": list}
+    if not isinstance(numbers, dict) or any(type(numbers.get(name)) is not form for name, form in forms.items()):
+        raise _damaged(checkpoint, f"{_STATE} has no numbers of the optimizer")
 
 
 def _damaged(checkpoint: Path, reason: str) -> RunError:
@@ -139,4 +156,5 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     if state.loss_scale.enabled:
         tensors |= {"loss_scale": state.loss_scale.scale, "good_steps": state.loss_scale.good_steps}
     optimizer = state.optimizer.state[state.master.master]
-    return tensors | {f"{_OPTIMIZER}{name}": tensor for name, tensor in optimizer.items()}
+    remembered = {name: value for name, value in optimizer.items() if isinstance(value, Tensor)}
+    return tensors | {f"{_OPTIMIZER}{name}": tensor for name, tensor in remembered.items()}

@@ -8,29 +8,53 @@ from typing import Any
 
 from torch import Tensor
 
-from sd3tune.config.sections.flow import FlowConfig
+from sd3tune.config.sections.flow import FlowConfig, TimestepsSection, WeightingSection
+from sd3tune.config.variants import TIMESTEPS, WEIGHTING, Registry
 from sd3tune.flow import objective, timesteps, weighting
 
-SIGMAS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "logit_normal": lambda settings, u: timesteps.logit_normal(u, settings.mean, settings.std),
-    "uniform": lambda settings, u: timesteps.uniform(u),
-    "mode": lambda settings, u: timesteps.mode(u, settings.scale),
-    "cosmap": lambda settings, u: timesteps.cosmap(u),
-}
-WEIGHTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "none": lambda settings, sigma: weighting.none(sigma),
-    "min_snr": lambda settings, sigma: weighting.min_snr(sigma, settings.gamma),
-    "sigma_sqrt": lambda settings, sigma: weighting.sigma_sqrt(sigma),
-    "cosmap": lambda settings, sigma: weighting.cosmap(sigma),
-}
-NOT_NORMALISED = ("none", "sigma_sqrt")
-"""Weightings that are not divided by their mean: it is 1, or depends only on where they are clamped."""
+OfSigma = Callable[[Any, Tensor], Tensor]
+"""(settings of the kind, float64 values of any shape) -> values of that shape."""
+
+SIGMAS: Registry[OfSigma] = Registry(
+    TIMESTEPS,
+    {
+        "logit_normal": lambda settings, u: timesteps.logit_normal(u, settings.mean, settings.std),
+        "uniform": lambda settings, u: timesteps.uniform(u),
+        "mode": lambda settings, u: timesteps.mode(u, settings.scale),
+        "cosmap": lambda settings, u: timesteps.cosmap(u),
+    },
+)
+WEIGHTS: Registry[OfSigma] = Registry(
+    WEIGHTING,
+    {
+        "none": lambda settings, sigma: weighting.none(sigma),
+        "min_snr": lambda settings, sigma: weighting.min_snr(sigma, settings.gamma),
+        "sigma_sqrt": lambda settings, sigma: weighting.sigma_sqrt(sigma),
+        "cosmap": lambda settings, sigma: weighting.cosmap(sigma),
+    },
+)
 LOSSES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "mse": lambda settings, prediction, target: objective.velocity_loss(prediction, target),
     "huber": lambda settings, prediction, target: objective.huber_loss(prediction, target, settings.delta),
 }
 BASE_PIXELS = 1024**2
 """The size of image at which the base scheduler's own shift holds."""
+
+
+def register_timesteps(section: type[TimestepsSection], sigma_of_u: OfSigma) -> None:
+    """Add a density of sigma, given by its inverse CDF: u in (0, 1) -> sigma in [0, 1], rising, before the shift.
+
+    Raises ValueError for a kind that is there already.
+    """
+    SIGMAS.register(section, sigma_of_u)
+
+
+def register_weighting(section: type[WeightingSection], weight: OfSigma) -> None:
+    """Add a weight of the loss: shifted sigma -> factor, divided by its mean unless `section.normalised` is off.
+
+    Raises ValueError for a kind that is there already.
+    """
+    WEIGHTS.register(section, weight)
 
 
 @dataclass(frozen=True)
@@ -79,7 +103,7 @@ def make_weight(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:
     """w(sigma), normalised to mean 1 under the sigmas in training."""
     settings = flow.weighting
     weight = WEIGHTS[settings.kind]
-    if settings.kind in NOT_NORMALISED:
+    if not settings.normalised:
         return lambda sigma: weight(settings, sigma)
     mean = weighting.mean_over_sigma(lambda sigma: weight(settings, sigma), sigma_of_u(flow, shift))
     return lambda sigma: weight(settings, sigma) / mean

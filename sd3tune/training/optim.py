@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sd3tune.config.sections.optimizer import ConstantConfig, CosineConfig
+from sd3tune.config.sections.optimizer import ScheduleSection
 from sd3tune.config.sections.train import EmaConfig
+from sd3tune.config.variants import SCHEDULE, Registry
 
 MIN_LOSS_SCALE_STEPS = 2000
 MIN_LOSS_SCALE = 1.0
@@ -93,17 +95,33 @@ def clip_(gradient: Tensor, max_norm: float | None) -> Tensor:
     return norm
 
 
-def learning_rate(schedule: ConstantConfig | CosineConfig, peak: float, step: int, steps: int) -> float:
+def learning_rate(schedule: ScheduleSection, peak: float, step: int, steps: int) -> float:
     """The learning rate of step `step` (0-based) of `steps`: a closed form, so that resuming needs no state."""
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
-    return peak * SCHEDULES[schedule.kind]((step - schedule.warmup_steps) / (steps - schedule.warmup_steps))
+    progress = (step - schedule.warmup_steps) / (steps - schedule.warmup_steps)
+    return peak * SCHEDULES[schedule.kind](schedule, progress)
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
-}
+Schedule = Callable[[Any, float], float]
+"""(settings of the kind, share of the steps after the warm-up, in [0, 1)) -> factor on the peak learning rate."""
+
+SCHEDULES: Registry[Schedule] = Registry(
+    SCHEDULE,
+    {
+        "constant": lambda settings, progress: 1.0,
+        "cosine": lambda settings, progress: (1 + math.cos(math.pi * progress)) / 2,
+    },
+)
+
+
+def register_schedule(section: type[ScheduleSection], factor: Schedule) -> None:
+    """Add a schedule. Raises ValueError for a kind that is there already.
+
+    A section with `depends_on_length` off promises a factor that is the same for every `progress`, so that a run can
+    be extended.
+    """
+    SCHEDULES.register(section, factor)
 
 
 def ema_decay(config: EmaConfig, step: int) -> float:

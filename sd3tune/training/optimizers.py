@@ -2,19 +2,23 @@
 
 A non-finite gradient is skipped on the device: where the scalar `found_inf` is not 0, master and state keep their
 values, and the host does not wait. torch's fused AdamW has this built in. The others are rules, pure functions of
-tensors; `RuleOptimizer` selects the old or the new values.
+tensors; `RuleOptimizer` selects the old or the new values. Any other torch optimizer can be registered (see
+`HostStepped`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig, ProdigyConfig
+from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig, OptimizerSection, ProdigyConfig
+from sd3tune.config.variants import OPTIMIZER, Registry
+from sd3tune.errors import RunError
 
 BLOCK = 256
 """Values that share a scale in 8-bit moments, as in bitsandbytes' own optimizers."""
@@ -135,8 +139,101 @@ def _scalar(value: float, master: Tensor) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64, device=master.device)
 
 
-OPTIMIZERS: dict[str, Callable[[Any, nn.Parameter], torch.optim.Optimizer]] = {
-    "adamw": make_adamw,
-    "adamw8bit": make_adamw8bit,
-    "prodigy": make_prodigy,
-}
+class HostStepped(torch.optim.Optimizer):
+    """Any optimizer of torch's interface, which may know nothing of `found_inf` and make its state when it likes.
+
+    So each step waits for the device to say whether the gradient is finite, and a resumed run gets its state from the
+    checkpoint as it lies there: tensors, and Python's numbers.
+    """
+
+    found_inf: Tensor
+    """As `RuleOptimizer` has it."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner, self.state = inner, inner.state
+        (self.group,) = inner.param_groups
+        (self.master,) = self.group["params"]
+        self.given = dict(self.group)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if not self.found_inf.item():
+            self.inner.step()
+
+    def numbers(self) -> dict[str, Any]:
+        """All but the tensors of what the optimizer remembers, for JSON. Raises RunError for what JSON cannot hold."""
+        remembered = self.state[self.master]
+        plain = {name: value for name, value in remembered.items() if not isinstance(value, Tensor)}
+        changed = {
+            name: value
+            for name, value in self.group.items()
+            if name != "params" and value is not self.given.get(name)  # else it follows from the configuration
+        }
+        odd = next((name for name, value in {**plain, **changed}.items() if not _fits_json(value)), None)
+        if odd is not None:
+            raise RunError(
+                f"optimizer: {type(self.inner).__name__} remembers {odd!r}, and a checkpoint holds tensors, texts and "
+                "finite numbers only; choose another optimizer"
+            )
+        on_the_host = [name for name, value in remembered.items() if name not in plain and value.device.type == "cpu"]
+        return {"state": plain, "group": changed, "on_the_host": on_the_host}
+
+    def remember(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take back what `numbers` gave, and the tensors, of which copies are kept on their devices."""
+        placed = {
+            name: tensor.clone() if name in numbers["on_the_host"] else tensor.to(self.master.device, copy=True)
+            for name, tensor in tensors.items()
+        }
+        self.state[self.master] = {**placed, **numbers["state"]}
+        self.group.update(numbers["group"])
+
+
+def _fits_json(value: object) -> bool:
+    return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """An optimizer that a configuration can name."""
+
+    make: Callable[[Any, nn.Parameter], torch.optim.Optimizer]
+    """(settings, the flat fp32 master) -> an optimizer of that one parameter."""
+    skips_on_device: bool = True
+    """Whether it passes over a gradient that is not finite by `found_inf`, with no wait for the device, and has all of
+    its state from the start, as tensors. Any other one is stepped through `HostStepped`."""
+    package: str | None = None
+    """What it needs beyond the base installation: the package, and the extra of its name."""
+    fallback: type[OptimizerSection] | None = None
+    """What takes its place, with the same settings, on a device where it does not work."""
+
+
+OPTIMIZERS: Registry[OptimizerKind] = Registry(
+    OPTIMIZER,
+    {
+        "adamw": OptimizerKind(make_adamw),
+        "adamw8bit": OptimizerKind(make_adamw8bit, package="bitsandbytes", fallback=AdamWConfig),
+        "prodigy": OptimizerKind(make_prodigy),
+    },
+)
+
+
+def make_optimizer(settings: OptimizerSection, master: nn.Parameter) -> torch.optim.Optimizer:
+    """The configured optimizer of the flat fp32 master."""
+    kind = OPTIMIZERS[settings.kind]
+    made = kind.make(settings, master)
+    return made if kind.skips_on_device else HostStepped(made)
+
+
+def register_optimizer(
+    section: type[OptimizerSection],
+    make: Callable[[Any, nn.Parameter], torch.optim.Optimizer],
+    *,
+    skips_on_device: bool = False,
+) -> None:
+    """Add an optimizer: `make(settings, master)` returns any `torch.optim.Optimizer` of the one flat fp32 master.
+
+    As it stands, it costs a wait for the device in each step; `skips_on_device` says that it promises what
+    `OptimizerKind` asks for. It gets no closure, and may remember tensors, numbers and texts for the parameter.
+    Raises ValueError for a kind that is there already.
+    """
+    OPTIMIZERS.register(section, OptimizerKind(make, skips_on_device))

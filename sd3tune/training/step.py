@@ -96,7 +96,11 @@ def train_step(
             targets = velocity_targets(transformer, method, batch)
             losses = objective.loss(predict_velocity(transformer, method, batch), targets)
             weighted = objective.weight(batch.sigma) * batch.weights * losses
-            (weighted.sum() / batch.instances / accumulation * state.loss_scale.scale).backward()
+            loss = weighted.sum() / batch.instances
+            extra = method.extra_loss(transformer, batch)
+            if extra is not None:
+                loss = loss + extra
+            (loss / accumulation * state.loss_scale.scale).backward()
         state.master.collect_gradients()
         samples.append((torch.stack([losses.detach(), weighted.detach(), batch.sigma]), batch.instances))
 

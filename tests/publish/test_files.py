@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sd3tune.methods import PRODUCTS
+from sd3tune.methods import products
 from sd3tune.publish.files import ADAPTERS, MODELS, files_of_product, public_facts
 
 
 def test_every_product_is_on_the_list() -> None:
-    names = {name for product in PRODUCTS for name in (product.name, product.raw)}
+    names = {name for product in products() for name in (product.name, product.raw)}
     assert names == {*ADAPTERS, *MODELS}
 
 

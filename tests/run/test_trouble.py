@@ -14,6 +14,7 @@ from sd3tune.commands.cache import run_cache
 from sd3tune.commands.train import run_training
 from sd3tune.config import dump_config
 from sd3tune.errors import RunError
+from sd3tune.methods import LoraMethod
 from sd3tune.run.encoding import encode
 from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 from sd3tune.run.preflight import make_plan
@@ -122,18 +123,17 @@ def test_the_knobs_come_in_the_order_of_their_cost(quick_config, tmp_path: Path)
     seen, overrides = [], ["data.resolution=1024", "train.batch_size=6"]
     while not seen or "smaller base" not in seen[-1]:
         config = quick_config(tmp_path, *overrides)
-        seen.append(training_knob(config))
+        seen.append(training_knob(config, LoraMethod(config)))
         overrides += [part.strip(":") for part in seen[-1].split() if "=" in part]
     assert [knob.split()[1].split("=")[0] for knob in seen[:-1]] == [
         "train.batch_size", "train.batch_size", "train.gradient_checkpointing", "train.gradient_checkpointing",
         "model.quantize", "data.resolution", "data.resolution",
     ]  # fmt: skip
     assert (config.train.batch_size, config.train.gradient_accumulation) == (1, 6)
-    assert "method.targets=attention" in training_knob(
-        quick_config(
-            tmp_path, "method.targets=attention+mlp", "train.gradient_checkpointing=block", "model.quantize=int8"
-        )
+    last = quick_config(
+        tmp_path, "method.targets=attention+mlp", "train.gradient_checkpointing=block", "model.quantize=int8"
     )
+    assert "method.targets=attention" in training_knob(last, LoraMethod(last))
     assert "model.t5_quantize=int8" in encoding_knob(config)
     assert "model.t5_device=cpu" in encoding_knob(quick_config(tmp_path, "model.t5_quantize=int8"))
     assert "model.t5=false" in encoding_knob(quick_config(tmp_path, "model.t5_device=cpu"))

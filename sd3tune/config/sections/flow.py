@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from sd3tune.config.sections.key import RESOLVED, WRITTEN, Identity, Key
 from sd3tune.config.sections.section import Section
 
+_STATED = Key(Identity.WRITTEN, contract=True)
 
-class LogitNormalConfig(Section):
+
+class TimestepsSection(Section):
+    """What all densities of sigma have."""
+
+    kind: str
+
+
+class WeightingSection(Section):
+    """What all weightings have."""
+
+    kind: str
+    normalised: ClassVar[bool] = True
+    """Whether the weight is divided by its mean over the sigmas in training."""
+
+
+class LogitNormalConfig(TimestepsSection):
     """sigma = sigmoid(n), n ~ Normal(mean, std) (Esser et al. 2024, section 3.1)."""
 
-    kind: Literal["logit_normal"] = Field("logit_normal", description="Logit-normal sigmas: the middle is favoured.")
-    mean: float = Field(0.0, description="Mean of logit(sigma); positive means more noise.")
-    std: float = Field(1.0, gt=0, description="Standard deviation of logit(sigma).")
+    kind: Annotated[Literal["logit_normal"], WRITTEN] = Field(
+        "logit_normal", description="Logit-normal sigmas: the middle is favoured."
+    )
+    mean: Annotated[float, WRITTEN] = Field(0.0, description="Mean of logit(sigma); positive means more noise.")
+    std: Annotated[float, WRITTEN] = Field(1.0, gt=0, description="Standard deviation of logit(sigma).")
 
 
-class UniformConfig(Section):
+class UniformConfig(TimestepsSection):
     """sigma ~ Uniform(0, 1)."""
 
-    kind: Literal["uniform"] = Field("uniform", description="All sigmas equally likely, before the shift.")
+    kind: Annotated[Literal["uniform"], WRITTEN] = Field(
+        "uniform", description="All sigmas equally likely, before the shift."
+    )
 
 
-class ModeConfig(Section):
+class ModeConfig(TimestepsSection):
     """sigma = u + scale (u - sin^2(pi u / 2)), u uniform (Esser et al. 2024, eq. 20, with u for its 1 - u)."""
 
-    kind: Literal["mode"] = Field("mode", description="Uniform with a heavier middle, and no sigma left out.")
-    scale: float = Field(
+    kind: Annotated[Literal["mode"], WRITTEN] = Field(
+        "mode", description="Uniform with a heavier middle, and no sigma left out."
+    )
+    scale: Annotated[float, WRITTEN] = Field(
         1.29,
         ge=-1,
         le=1.75,
@@ -35,40 +58,50 @@ class ModeConfig(Section):
     )
 
 
-class CosmapConfig(Section):
+class CosmapConfig(TimestepsSection):
     """sigma of density 2 / (pi (1 - 2 s + 2 s^2)) (Esser et al. 2024, eq. 21)."""
 
-    kind: Literal["cosmap"] = Field("cosmap", description="The noise levels of a cosine schedule.")
+    kind: Annotated[Literal["cosmap"], WRITTEN] = Field("cosmap", description="The noise levels of a cosine schedule.")
 
 
 TimestepsConfig = Annotated[LogitNormalConfig | UniformConfig | ModeConfig | CosmapConfig, Field(discriminator="kind")]
 
 
-class NoWeightingConfig(Section):
+class NoWeightingConfig(WeightingSection):
     """Every sigma counts the same."""
 
-    kind: Literal["none"] = Field("none", description="The plain velocity loss of rectified flow.")
+    normalised: ClassVar[bool] = False
+
+    kind: Annotated[Literal["none"], WRITTEN] = Field("none", description="The plain velocity loss of rectified flow.")
 
 
-class MinSnrConfig(Section):
+class MinSnrConfig(WeightingSection):
     """min-SNR-gamma in velocity units, min((1 - sigma)^2, gamma sigma^2), of mean 1 (Hang et al. 2023)."""
 
-    kind: Literal["min_snr"] = Field("min_snr", description="Min-SNR weighting, in its rectified-flow form.")
-    gamma: float = Field(5.0, gt=0, description="The signal-to-noise ratio at which the weight is clamped.")
+    kind: Annotated[Literal["min_snr"], WRITTEN] = Field(
+        "min_snr", description="Min-SNR weighting, in its rectified-flow form."
+    )
+    gamma: Annotated[float, WRITTEN] = Field(
+        5.0, gt=0, description="The signal-to-noise ratio at which the weight is clamped."
+    )
 
 
-class SigmaSqrtConfig(Section):
+class SigmaSqrtConfig(WeightingSection):
     """sigma^-2, with sigma at least 1e-3. Its mean is not made 1: where sigma's density reaches 0, as with uniform
     timesteps, the clamp alone keeps it finite. With logit-normal timesteps it is finite: 2.92 at shift 3.
     """
 
-    kind: Literal["sigma_sqrt"] = Field("sigma_sqrt", description="Favours little noise, steeply.")
+    normalised: ClassVar[bool] = False
+
+    kind: Annotated[Literal["sigma_sqrt"], WRITTEN] = Field("sigma_sqrt", description="Favours little noise, steeply.")
 
 
-class CosmapWeightingConfig(Section):
+class CosmapWeightingConfig(WeightingSection):
     """2 / (pi (1 - 2 s + 2 s^2)), of mean 1: with uniform timesteps, what cosmap timesteps do without weighting."""
 
-    kind: Literal["cosmap"] = Field("cosmap", description="Weights as a cosine schedule would draw.")
+    kind: Annotated[Literal["cosmap"], WRITTEN] = Field(
+        "cosmap", description="Weights as a cosine schedule would draw."
+    )
 
 
 WeightingConfig = Annotated[
@@ -79,7 +112,7 @@ WeightingConfig = Annotated[
 class MseConfig(Section):
     """The mean of (v - target)^2."""
 
-    kind: Literal["mse"] = Field("mse", description="Squared error.")
+    kind: Annotated[Literal["mse"], WRITTEN] = Field("mse", description="Squared error.")
 
 
 class HuberConfig(Section):
@@ -87,12 +120,12 @@ class HuberConfig(Section):
     is not the mean velocity that the flow needs: at delta 1, a kind of 20 % of the pictures is drawn 9 % of the time.
     """
 
-    kind: Literal["huber"] = Field(
+    kind: Annotated[Literal["huber"], WRITTEN] = Field(
         "huber",
         description="Squared error near the target, absolute error far from it: rare kinds of picture are drawn less "
         "often than they occur.",
     )
-    delta: float = Field(
+    delta: Annotated[float, WRITTEN] = Field(
         1.0, gt=0, description="Error at which the loss turns linear; the data and the noise have a spread of about 1."
     )
 
@@ -103,23 +136,29 @@ LossConfig = Annotated[MseConfig | HuberConfig, Field(discriminator="kind")]
 class FlowConfig(Section):
     """The rectified-flow objective. sigma 1 is noise."""
 
-    timesteps: TimestepsConfig = Field(default_factory=LogitNormalConfig, description="How sigma is drawn.")
-    shift: Literal["model", "resolution"] | Annotated[float, Field(gt=0)] = Field(
+    timesteps: Annotated[TimestepsConfig, _STATED] = Field(
+        default_factory=LogitNormalConfig, description="How sigma is drawn."
+    )
+    shift: Annotated[Literal["model", "resolution"] | Annotated[float, Field(gt=0)], RESOLVED] = Field(
         "model",
         description="Maps sigma to shift*s / (1 + (shift-1)*s) after drawing; `model` is the base "
         "scheduler's own (3.0 for SD3), 1.0 leaves sigma as drawn; `resolution` is the base's own times "
         "sqrt(pixels / 1024^2), so that smaller images get less noise.",
     )
-    min_sigma: float = Field(0.0, ge=0, lt=1, description="Smallest sigma in training, after the shift.")
-    max_sigma: float = Field(
+    min_sigma: Annotated[float, WRITTEN] = Field(
+        0.0, ge=0, lt=1, description="Smallest sigma in training, after the shift."
+    )
+    max_sigma: Annotated[float, WRITTEN] = Field(
         1.0,
         gt=0,
         le=1,
         description="Largest sigma in training. The density between the two is kept and scaled up, nothing piles up.",
     )
-    weighting: WeightingConfig = Field(default_factory=NoWeightingConfig, description="Weight of the loss by sigma.")
-    loss: LossConfig = Field(default_factory=MseConfig, description="Distance between velocities.")
-    noise_offset: float = Field(
+    weighting: Annotated[WeightingConfig, _STATED] = Field(
+        default_factory=NoWeightingConfig, description="Weight of the loss by sigma."
+    )
+    loss: Annotated[LossConfig, _STATED] = Field(default_factory=MseConfig, description="Distance between velocities.")
+    noise_offset: Annotated[float, _STATED] = Field(
         0.0,
         ge=0,
         le=1,

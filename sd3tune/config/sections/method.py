@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from sd3tune.config.sections.key import WRITTEN, Identity, Key, is_any_path
 from sd3tune.config.sections.section import Section
 
 
@@ -27,6 +28,8 @@ def _valid_range(blocks: str) -> str:
     return blocks
 
 
+_STATED = Key(Identity.WRITTEN, contract=True)
+
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Alpha = Annotated[float, Field(gt=0)]
 ModuleName = Annotated[str, Field(min_length=1), AfterValidator(_valid_pattern)]
@@ -34,13 +37,25 @@ Pattern = Annotated[str, Field(pattern="^re:."), AfterValidator(_valid_pattern)]
 BlockRange = Annotated[str, AfterValidator(_valid_range)]
 
 
-class LoraConfig(Section):
+class MethodSection(Section):
+    """What all methods have, and what the other sections have to know of a method."""
+
+    kind: str
+    freezes_base: ClassVar[bool] = True
+    """Whether no weight of the base changes, so that it can be held in fewer bits."""
+    makes_adapter: ClassVar[bool] = True
+    """Whether the result is an adapter of the base rather than a whole model."""
+
+
+class LoraConfig(MethodSection):
     """Low-rank adapters on the transformer's linear layers (LoRA, Hu et al. 2021)."""
 
-    kind: Literal["lora"] = Field("lora", description="Train a LoRA adapter.")
-    rank: Rank = Field(16, description="Rank of each adapter pair; file size grows in proportion.")
-    alpha: Alpha = Field(16.0, description="The adapter's output is scaled by alpha / rank.")
-    targets: Literal["attention", "attention-image", "attention+mlp"] | Pattern | list[ModuleName] = Field(
+    kind: Annotated[Literal["lora"], WRITTEN] = Field("lora", description="Train a LoRA adapter.")
+    rank: Annotated[Rank, _STATED] = Field(16, description="Rank of each adapter pair; file size grows in proportion.")
+    alpha: Annotated[Alpha, _STATED] = Field(16.0, description="The adapter's output is scaled by alpha / rank.")
+    targets: Annotated[
+        Literal["attention", "attention-image", "attention+mlp"] | Pattern | list[ModuleName], _STATED
+    ] = Field(
         "attention",
         description="`attention`: every q, k, v and output projection of both streams, `attn2` included; "
         "`attention-image`: those of the image stream alone; `attention+mlp`: also the feed-forward layers, at about "
@@ -48,37 +63,37 @@ class LoraConfig(Section):
         "expression for full names, `re:transformer_blocks\\.\\d+\\.attn\\..*`. Modules that can never learn are "
         "left out.",
     )
-    blocks: list[Annotated[int, Field(ge=0)] | BlockRange] | None = Field(
+    blocks: Annotated[list[Annotated[int, Field(ge=0)] | BlockRange] | None, _STATED] = Field(
         None,
         min_length=1,
         description="Transformer blocks to train, counted from 0, such as `[0, 3, 12-23]`; null trains all of them.",
     )
-    rank_pattern: dict[ModuleName, Rank] = Field(
+    rank_pattern: Annotated[dict[ModuleName, Rank], _STATED] = Field(
         default={},
         description="Other ranks for some modules, such as `{attn2.to_q: 4}`: name, ending or `re:` expression; the "
         "first that fits a module counts.",
     )
-    alpha_pattern: dict[ModuleName, Alpha] = Field(
+    alpha_pattern: Annotated[dict[ModuleName, Alpha], _STATED] = Field(
         default={}, description="Other alphas for some modules, written like `rank_pattern`."
     )
-    rslora: bool = Field(
+    rslora: Annotated[bool, _STATED] = Field(
         False,
         description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA, Kalajdzievski 2023), so that high "
         "ranks learn as fast as low ones.",
     )
-    dropout: float = Field(
+    dropout: Annotated[float, _STATED] = Field(
         0.0,
         ge=0,
         lt=1,
         description="Share of an adapter's inputs that is zeroed while training; previews and the file have none.",
     )
-    init: Literal[True, "gaussian", "orthogonal", "eva"] = Field(
+    init: Annotated[Literal[True, "gaussian", "orthogonal", "eva"], _STATED] = Field(
         True,
         description="How A starts, while B A = 0 leaves the base as it is: true is PEFT's Kaiming-uniform A; "
         "`gaussian` has standard deviation 1 / rank; `orthogonal` (even ranks) also starts B, in directions that A "
         "does not reach; `eva` takes the main directions of each layer's input over some batches of the data.",
     )
-    start_from: str | None = Field(
+    start_from: Annotated[str | None, Key(Identity.RESOLVED, path=is_any_path)] = Field(
         None,
         min_length=1,
         description="An adapter to go on from: a file, an adapter folder or a run folder. Its ranks must be those of "
@@ -121,11 +136,16 @@ class LoraConfig(Section):
         return self
 
 
-class FullConfig(Section):
+class FullConfig(MethodSection):
     """Every parameter of the transformer: a full fine-tune or, with `model.init: random`, training from scratch."""
 
-    kind: Literal["full"] = Field("full", description="Train the whole transformer, and write a whole model.")
-    export_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+    freezes_base: ClassVar[bool] = False
+    makes_adapter: ClassVar[bool] = False
+
+    kind: Annotated[Literal["full"], WRITTEN] = Field(
+        "full", description="Train the whole transformer, and write a whole model."
+    )
+    export_dtype: Annotated[Literal["fp32", "bf16", "fp16"], _STATED] = Field(
         "fp16",
         description="Precision of the transformer in `model/`; previews and reports compute with what is written. fp16 "
         "is half of fp32's size and eight times as fine as bf16; checkpoints hold fp32 whatever it is.",

@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from sd3tune.config.sections.key import TRAINING, WRITTEN, Identity, Key, Knob
 from sd3tune.config.sections.section import Section
 
+_TRAINING = Key(Identity.WRITTEN, phases=TRAINING)
 
-class _Adam(Section):
-    """What all of Adam's kin have."""
+
+class OptimizerSection(Section):
+    """What all optimizers have."""
 
     kind: str
-    lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+    lr: Annotated[float, _TRAINING] = Field(1e-4, gt=0, description="Peak learning rate.")
+
+
+class _Adam(OptimizerSection):
+    """What all of Adam's kin have."""
+
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], _TRAINING] = Field(
         default=[0.9, 0.999], min_length=2, max_length=2, description="Decay rates of the two moments."
     )
-    eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
-    weight_decay: float = Field(1e-4, ge=0, description="Decoupled weight decay, multiplied by the learning rate.")
+    eps: Annotated[float, _TRAINING] = Field(1e-8, gt=0, description="Added to the denominator.")
+    weight_decay: Annotated[float, _TRAINING] = Field(
+        1e-4, ge=0, description="Decoupled weight decay, multiplied by the learning rate."
+    )
 
 
 class AdamWConfig(_Adam):
     """AdamW (Loshchilov & Hutter 2019), fused."""
 
-    kind: Literal["adamw"] = Field("adamw", description="Fused AdamW on one flat fp32 master.")
+    kind: Annotated[Literal["adamw"], Key(Identity.WRITTEN, phases=TRAINING, knob=Knob(("train",), ("adamw8bit",)))] = (
+        Field("adamw", description="Fused AdamW on one flat fp32 master.")
+    )
 
 
 class AdamW8bitConfig(_Adam):
     """AdamW with moments of 8 bits in blocks of 256 (Dettmers et al. 2022). Needs `sd3tune[bitsandbytes]`."""
 
-    kind: Literal["adamw8bit"] = Field(
+    kind: Annotated[Literal["adamw8bit"], _TRAINING] = Field(
         "adamw8bit", description="6 bytes less for each trained parameter: 60 to 140 MB for a LoRA of rank 16."
     )
 
@@ -38,14 +50,22 @@ class AdamW8bitConfig(_Adam):
 class ProdigyConfig(_Adam):
     """Prodigy (Mishchenko & Defazio 2024): AdamW that estimates its learning rate, d, while it trains."""
 
-    kind: Literal["prodigy"] = Field("prodigy", description="No learning rate to choose; twice AdamW's memory.")
-    lr: float = Field(1.0, gt=0, description="Multiplies the estimated rate, as the schedule does; leave it at 1.")
-    d0: float = Field(
+    kind: Annotated[Literal["prodigy"], _TRAINING] = Field(
+        "prodigy", description="No learning rate to choose; twice AdamW's memory."
+    )
+    lr: Annotated[float, _TRAINING] = Field(
+        1.0, gt=0, description="Multiplies the estimated rate, as the schedule does; leave it at 1."
+    )
+    d0: Annotated[float, _TRAINING] = Field(
         1e-6, gt=0, description="The first estimate; it only grows, so below any rate that could be right."
     )
-    d_coef: float = Field(1.0, gt=0, description="Multiplies each new estimate: 0.5 trains more calmly, 2 faster.")
-    safeguard_warmup: bool = Field(True, description="Keep a schedule's warm-up from inflating the estimate.")
-    use_bias_correction: bool = Field(
+    d_coef: Annotated[float, _TRAINING] = Field(
+        1.0, gt=0, description="Multiplies each new estimate: 0.5 trains more calmly, 2 faster."
+    )
+    safeguard_warmup: Annotated[bool, _TRAINING] = Field(
+        True, description="Keep a schedule's warm-up from inflating the estimate."
+    )
+    use_bias_correction: Annotated[bool, _TRAINING] = Field(
         True, description="Adam's correction of the first steps; makes Prodigy start slower."
     )
 
@@ -53,18 +73,28 @@ class ProdigyConfig(_Adam):
 OptimizerConfig = Annotated[AdamWConfig | AdamW8bitConfig | ProdigyConfig, Field(discriminator="kind")]
 
 
-class ConstantConfig(Section):
+class ScheduleSection(Section):
+    """What all schedules have."""
+
+    kind: str
+    warmup_steps: Annotated[int, WRITTEN] = Field(
+        0, ge=0, description="Steps over which the learning rate rises linearly to its peak."
+    )
+    depends_on_length: ClassVar[bool] = True
+    """Whether a step's learning rate depends on the length of the run, which then cannot be extended."""
+
+
+class ConstantConfig(ScheduleSection):
     """The same learning rate throughout, after the warm-up."""
 
-    kind: Literal["constant"] = Field("constant", description="Constant learning rate.")
-    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly to its peak.")
+    kind: Annotated[Literal["constant"], WRITTEN] = Field("constant", description="Constant learning rate.")
+    depends_on_length: ClassVar[bool] = False
 
 
-class CosineConfig(Section):
+class CosineConfig(ScheduleSection):
     """Half a cosine from the peak to zero, after the warm-up."""
 
-    kind: Literal["cosine"] = Field("cosine", description="Cosine decay to zero at the last step.")
-    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly to its peak.")
+    kind: Annotated[Literal["cosine"], WRITTEN] = Field("cosine", description="Cosine decay to zero at the last step.")
 
 
 ScheduleConfig = Annotated[ConstantConfig | CosineConfig, Field(discriminator="kind")]

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sd3tune.config.sections.key import FREE, Identity, Key, is_any_path
 from sd3tune.config.sections.section import Section
 
 REPO_ID = re.compile(r"^(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?$", re.ASCII)
@@ -16,27 +17,33 @@ REPO_ID_IN_WORDS = "write user/name, of letters, digits, '.', '_' and '-', no tw
 class CheckpointConfig(Section):
     """What a stopped run resumes from."""
 
-    every: int = Field(500, ge=1, description="Steps between checkpoints; the last step is always saved.")
-    keep: int = Field(3, ge=1, description="How many of the newest checkpoints are kept.")
+    every: Annotated[int, FREE] = Field(
+        500, ge=1, description="Steps between checkpoints; the last step is always saved."
+    )
+    keep: Annotated[int, FREE] = Field(3, ge=1, description="How many of the newest checkpoints are kept.")
 
 
 class PreviewConfig(Section):
     """Images drawn while training, by the sampler that `infer` uses."""
 
-    every: int = Field(100, ge=1, description="Steps between previews; also before the first and after the last step.")
-    prompts: list[Annotated[str, Field(min_length=1)]] = Field(
+    every: Annotated[int, FREE] = Field(
+        100, ge=1, description="Steps between previews; also before the first and after the last step."
+    )
+    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], FREE] = Field(
         default=[], description="One image a prompt; an empty list draws nothing."
     )
-    steps: int = Field(
+    steps: Annotated[int, Key(Identity.FREE, contract="sampling_steps")] = Field(
         28, ge=1, le=1000, description="Denoising steps per image; stored with the result, as `infer` draws with them."
     )
-    guidance: float = Field(
+    guidance: Annotated[float, Key(Identity.FREE, contract=True)] = Field(
         4.5,
         ge=0,
         description="Classifier-free guidance scale; 1 or less turns it off. Stored with the result, as `infer` draws "
         "with it.",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the first prompt's noise; the next has seed + 1.")
+    seed: Annotated[int, FREE] = Field(
+        0, ge=0, lt=2**63, description="Seed of the first prompt's noise; the next has seed + 1."
+    )
 
 
 class ValidationConfig(Section):
@@ -45,12 +52,14 @@ class ValidationConfig(Section):
     `best/` in the run folder keeps the weights with the lowest held-out loss, which need not be those that draw best.
     """
 
-    holdout: Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)] = Field(
+    holdout: Annotated[
+        Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)], Key(Identity.CONTENT, path=is_any_path)
+    ] = Field(
         0,
         description="How many of the images to keep from training (always the same ones), or a folder of others, "
         "captioned like the first source; 0 measures nothing.",
     )
-    every: int = Field(
+    every: Annotated[int, FREE] = Field(
         100, ge=1, description="Steps between measurements; also before the first and after the last step."
     )
 
@@ -58,38 +67,40 @@ class ValidationConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases; needs `pip install 'sd3tune[wandb]'`."""
 
-    project: str = Field("sd3tune", min_length=1, description="The project that the run appears in.")
-    entity: str | None = Field(None, description="User or team; null takes your default one.")
-    mode: Literal["online", "offline"] = Field(
+    project: Annotated[str, FREE] = Field("sd3tune", min_length=1, description="The project that the run appears in.")
+    entity: Annotated[str | None, FREE] = Field(None, description="User or team; null takes your default one.")
+    mode: Annotated[Literal["online", "offline"], FREE] = Field(
         "online",
         description="`online` needs `wandb login` once, and goes on offline where that or the network is lacking; "
         "`offline` keeps everything in `logs/wandb`, to be uploaded by `wandb sync`.",
     )
-    tags: list[Annotated[str, Field(min_length=1)]] = Field(default=[], description="Tags of the run.")
+    tags: Annotated[list[Annotated[str, Field(min_length=1)]], FREE] = Field(default=[], description="Tags of the run.")
 
 
 class TrackingConfig(Section):
     """Where curves, previews and the configuration go besides the run folder."""
 
-    tensorboard: bool = Field(
+    tensorboard: Annotated[bool, FREE] = Field(
         False, description="Event files in the run's `logs/tensorboard`; needs `pip install 'sd3tune[tensorboard]'`."
     )
-    wandb: WandbConfig | None = Field(None, description="Weights & Biases; null is off, `{}` is on.")
+    wandb: Annotated[WandbConfig | None, FREE] = Field(None, description="Weights & Biases; null is off, `{}` is on.")
 
 
 class HubConfig(Section):
     """Upload of what was trained to the Hub, with its card, pictures and configuration; without any path."""
 
-    repo_id: str | None = Field(
+    repo_id: Annotated[str | None, FREE] = Field(
         None,
         description="The repository, as `user/name`; made when there is none.",
         json_schema_extra={"pattern": REPO_ID.pattern},
     )
-    private: bool = Field(True, description="Whether a repository that is made is private; one that is there stays so.")
-    description: str | None = Field(
+    private: Annotated[bool, FREE] = Field(
+        True, description="Whether a repository that is made is private; one that is there stays so."
+    )
+    description: Annotated[str | None, FREE] = Field(
         None, description="Your own words, as Markdown, at the top of the model card: what it is and what it is for."
     )
-    push: Literal["end", "checkpoint", "never"] = Field(
+    push: Annotated[Literal["end", "checkpoint", "never"], FREE] = Field(
         "never",
         description="`end` uploads when the run has ended, `checkpoint` also each checkpoint's adapter, as a commit of "
         "its own, beside the training; with `never`, `sd3tune hub push RUN` does it later.",

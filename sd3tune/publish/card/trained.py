@@ -52,7 +52,7 @@ class Trained:
     @property
     def adapts(self) -> bool:
         """Whether it is an adapter, rather than a whole model."""
-        return bool(self.contract["method"] == "lora")
+        return "rank" in self.contract
 
     @property
     def from_scratch(self) -> bool:

@@ -68,7 +68,9 @@ def _priors(trained: Trained) -> Iterator[Row]:
 def _mathematics(trained: Trained) -> Iterator[Row]:
     config, contract = trained.config, trained.contract
     sigma, optimizer = contract["timesteps"], config.optimizer
-    drawn = ", ".join(f"{key} {value:g}" for key, value in sigma.items() if key != "kind")
+    shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in sigma.items() if key != "kind"}
+    shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in sigma.items() if key != "kind"}
+    drawn = ", ".join(f"{key} {value}" for key, value in shown.items())
     yield "optimizer", f"{optimizer.kind}, learning rate {optimizer.lr:g}, {config.schedule.kind}"
     yield (
         "sigma",

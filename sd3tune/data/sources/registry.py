@@ -1,0 +1,28 @@
+"""The kinds of data source: each lists its images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sd3tune.config.sections.data import Source
+from sd3tune.config.variants import SOURCE, Registry
+from sd3tune.data.sources.folder import Listing, list_folder
+from sd3tune.data.sources.rows import list_rows
+
+SOURCES: Registry[Callable[[Any], Listing]] = Registry(
+    SOURCE,
+    {
+        "folder": list_folder,
+        "dataset": lambda source: Listing(list_rows(source)),
+    },
+)
+
+
+def register_source(section: type[Source], list_images: Callable[[Any], Listing]) -> None:
+    """Add a kind of source: `list_images(settings)` returns its images in an order that stays, each with its caption
+    or None, and raises DataError for what is wrong. An image is a `Path` or any other `data.images.ImageRef`.
+
+    Raises ValueError for a kind that is there already.
+    """
+    SOURCES.register(section, list_images)
