@@ -11,12 +11,10 @@ import gc
 import logging
 import os
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from sd3tune.terminal import say, say_over
+from sd3tune.reporting import loading
 
 SPINS = "10000"
 """A thirtieth of GNU OpenMP's own 300000, which takes milliseconds. Far fewer slow a small model on idle cores."""
@@ -47,39 +45,16 @@ def quick_imports(doing: str, compiles: bool = False) -> Iterator[None]:
         return
     gc.disable()
     try:
-        with announced(doing), _without_bitsandbytes(), nullcontext() if compiles else _without_triton():
+        with (
+            loading(f"{doing}: loading PyTorch and diffusers"),
+            _without_bitsandbytes(),
+            nullcontext() if compiles else _without_triton(),
+        ):
             yield
     finally:
         gc.freeze()
         gc.enable()
         atexit.register(gc.unfreeze)  # or extension modules complain of leaks at the end
-
-
-@contextmanager
-def announced(doing: str) -> Iterator[None]:
-    """Say what is about to be done and, on a terminal, for how many seconds the libraries have been loading."""
-    line = f"{doing}: loading PyTorch and diffusers"
-    if os.environ.get("RANK", "0") != "0":  # one of several processes, the first of which says it
-        yield
-    elif not sys.stderr.isatty():
-        say(f"{line} ...", to=sys.stderr, flush=True)
-        yield
-    else:
-        done, start = threading.Event(), time.monotonic()
-
-        def tick() -> None:
-            while not done.is_set():
-                say_over(f"{line} {time.monotonic() - start:.0f} s")
-                done.wait(1)
-
-        clock = threading.Thread(target=tick, daemon=True)
-        clock.start()
-        try:
-            yield
-        finally:
-            done.set()
-            clock.join()
-            say("", to=sys.stderr)
 
 
 @contextmanager

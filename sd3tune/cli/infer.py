@@ -9,7 +9,7 @@ import typer
 
 from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
-from sd3tune.terminal import say
+from sd3tune.reporting import result
 
 _MODEL, _SAMPLING, _TEXT = "Adapters and model", "Sampling", "Text"
 _IMAGE, _MEMORY = "From a picture", "Memory"
@@ -240,7 +240,7 @@ def infer(
         before=before,
     )
     for path in run_infer(request):
-        say(path)
+        result(path)
 
 
 def parse_size(size: str | None) -> tuple[int, int] | None:

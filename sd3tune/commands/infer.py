@@ -27,9 +27,9 @@ from sd3tune.inference.request import Request, check_request, flag_of, parse_lor
 from sd3tune.inference.session import Studio, draw
 from sd3tune.model.base.hub import nothing_fetched
 from sd3tune.model.load.components import empty_transformer, load_scheduler
+from sd3tune.reporting import say
 from sd3tune.runtime.device import choose_dtype, gpu_of, make_accelerator
 from sd3tune.sampling.samplers import SAMPLERS
-from sd3tune.terminal import say
 
 Asked = tuple[Shot, Callable[[str], str]]
 """A shot, and what its parts are called where they were given."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel
 
-from sd3tune import terminal
+from sd3tune import reporting
 from sd3tune.config import Config, dump_config
 from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.errors import Interrupted, RunError
@@ -48,7 +48,7 @@ from sd3tune.run.folder import (
 from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 from sd3tune.run.optimizer import with_working_optimizer
 from sd3tune.run.preflight import Plan, make_plan
-from sd3tune.run.report import closing_report, summary
+from sd3tune.run.report import closing_report, describe_learning, describe_next, describe_product
 from sd3tune.run.setup import load_base, make_trainable
 from sd3tune.run.upload import prepare_upload, push_command
 from sd3tune.runtime.device import make_accelerator
@@ -86,7 +86,7 @@ def run_training(
 
         def say(line: str) -> None:
             if processes.is_main:
-                terminal.say(line, flush=True)
+                reporting.say(line)
 
         for note in (*notes, *sharding_ignored(os.environ)):
             say(f"note: {note}")
@@ -97,7 +97,8 @@ def run_training(
             say(f"nothing to resume in {plan.run}: starting afresh")
         if plan.start is not None and is_finished(plan.run, plan.method.product, plan.config.train.total_steps):
             check_finished(plan, processes.world)
-            say(f"{plan.run}: already finished; nothing to do")
+            if processes.is_main:
+                reporting.result(f"{plan.run}: already finished; nothing to do", **result_values(plan))
             if plan.config.hub.push != "never":
                 say(f"to upload it: {push_command(plan.run)}")
             return
@@ -245,10 +246,18 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
         say(f"note: {plan.run / CARD} is kept, as somebody wrote or changed it; no model card was written")
     write_json(plan.run / RUN_FILE, described)
     steps = plan.config.train.total_steps - attempt.from_step
-    _say_goodbye([*watching.summary(), *summary(plan, report)], metrics, steps, seconds["train_s"], say)
+    _say_goodbye([*watching.summary(), *describe_learning(plan, report)], metrics, steps, seconds["train_s"])
+    reporting.result(describe_product(plan, report), **result_values(plan))
+    reporting.say(*describe_next(plan))
     if not report["changes_output"]:
         way_out = f"raise optimizer.lr or train.steps, or check {plan.method.remedy}"
         raise RunError(f"{plan.run}: the {plan.method.product.name} changes nothing: {way_out}")
+
+
+def result_values(plan: Plan) -> dict[str, Any]:
+    """Return what a program would want to know of a finished run."""
+    product = plan.run / plan.method.product.name
+    return {"product": product, "run": plan.run, "steps": plan.config.train.total_steps}
 
 
 def _starting_state(
@@ -328,9 +337,8 @@ def _interrupted(plan: Plan) -> str:
     return f"{plan.run}: stopped, saved at {saved[-1].name}; the same command with --resume goes on from there"
 
 
-def _say_goodbye(
-    summary: Sequence[str], metrics: Metrics, steps: int, seconds: float, say: Callable[[str], None]
-) -> None:
+def _say_goodbye(summary: Sequence[str], metrics: Metrics, steps: int, seconds: float) -> None:
+    say = reporting.say
     say("")
     say(f"{steps} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)")
     if metrics.skipped:

@@ -17,9 +17,9 @@ from sd3tune.inference.grid import Grid
 from sd3tune.inference.image_request import Shot
 from sd3tune.inference.recipes import Recipes, read_recipe, recipe_key
 from sd3tune.publish.previews import RECIPE_KEY
+from sd3tune.reporting import say
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import fault_of
-from sd3tune.terminal import say_above_bars
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Album:
         """Write the picture, warn if it shows nothing, and return its file."""
         path = _save(image, self.folder / f"{shot.stem}.png", self.recipes.of(shot))
         if fault := fault_of(image):
-            say_above_bars(f"warning: {path}: {fault}")
+            say(f"warning: {path}: {fault}")
         return path
 
     def add_sheet(self, first: Shot, sheet: Image.Image, kind: str) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sd3tune.inference.album import Album
 from sd3tune.inference.image_request import Shot
 from sd3tune.inference.session import Studio, draw
-from sd3tune.terminal import say
+from sd3tune.reporting import say
 
 
 def draw_missing(studio: Studio, album: Album, shots: Sequence[Shot]) -> list[Path]:

@@ -12,7 +12,6 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from sd3tune.adapter.file import Adapter, attach
 from sd3tune.encode.resources import release
@@ -26,9 +25,9 @@ from sd3tune.model.compute.hoist import hoist
 from sd3tune.model.load.components import load_scheduler, load_vae
 from sd3tune.model.load.latents import encode_moments
 from sd3tune.model.load.quantized import load_transformer_in
+from sd3tune.reporting import progress_bar, say
 from sd3tune.runtime.out_of_memory import explain_oom
 from sd3tune.sampling.sampler import Conditioning, Start, sample_latents, to_image
-from sd3tune.terminal import say
 
 Result = TypeVar("Result")
 _SMALLER_T5 = "hold T5 in 8 bits with --t5-8bit, or do without it with --no-t5"
@@ -68,7 +67,9 @@ def draw(studio: Studio, shots: Sequence[Shot], one_by_one: bool = True) -> Iter
     vae = Part(lambda: _vae(studio), studio, "decoding", _SMALLER_VAE)
     scheduler = load_scheduler(studio.conditions.base)
     batches, done = batched(shots, studio.batch), 0
-    with tqdm(total=sum(shot.sampler_settings.evaluations for shot in shots), desc="drawing", unit="step") as bar:
+    with progress_bar(
+        total=sum(shot.sampler_settings.evaluations for shot in shots), desc="drawing", unit="step"
+    ) as bar:
 
         def denoised(model: SD3Transformer2DModel, together: Sequence[Shot], warm_up: bool = False) -> torch.Tensor:
             _use_adapters(model, together[0])

@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
-from tqdm import tqdm
 
 from sd3tune.config.schema import Config
 from sd3tune.errors import RunError
 from sd3tune.methods import Method
+from sd3tune.reporting import progress_bar, say
 from sd3tune.runtime.processes import Processes
 from sd3tune.training.batches import Batches
 from sd3tune.training.checkpoint import prune, save_checkpoint
 from sd3tune.training.metrics import Line, Metrics
 from sd3tune.training.objective import Objective
 from sd3tune.training.step import TrainState, train_step
+
+if TYPE_CHECKING:
+    from sd3tune.reporting import Bar
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -80,7 +83,7 @@ def train(
             )
         processes.wait()
 
-    bar = tqdm(
+    bar = progress_bar(
         total=config.train.total_steps,
         initial=state.step,
         desc=config.name,
@@ -121,9 +124,9 @@ def exported_weights(state: TrainState) -> dict[str, Tensor]:
     return state.master.named(state.master.master if state.ema is None else state.ema)
 
 
-def _show(bar: tqdm, metrics: Metrics, known_skips: int) -> None:
+def _show(bar: Bar, metrics: Metrics, known_skips: int) -> None:
     for step, suspects in list(metrics.skipped.items())[known_skips:]:
-        bar.write(f"warning: step {step} was skipped, its gradient is not finite: {_enumerated(suspects)}")
+        say(f"warning: step {step} was skipped, its gradient is not finite: {_enumerated(suspects)}")
     last = metrics.last
     if last:
         loss = "skipped" if last["loss"] is None else f"{last['loss']:.4f}"

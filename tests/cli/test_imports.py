@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from sd3tune.cli.imports import announced, quick_imports, spin_briefly
+from sd3tune.cli.imports import quick_imports, spin_briefly
 
 FIRST_IMPORT = """
 import gc
@@ -110,19 +110,3 @@ def test_waiting_threads_sleep_soon_unless_the_environment_says_otherwise(monkey
     monkeypatch.setattr(os, "environ", environment)
     spin_briefly()
     assert environment.get("GOMP_SPINCOUNT") == spins
-
-
-def test_on_a_terminal_the_seconds_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with announced("plan run.yaml"):
-        pass
-    assert capsys.readouterr().err == "\rplan run.yaml: loading PyTorch and diffusers 0 s\n"
-
-
-def test_of_several_processes_the_first_one_says_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setenv("RANK", "1")
-    with announced("train run.yaml"):
-        pass
-    assert capsys.readouterr().err == ""
