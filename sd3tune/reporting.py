@@ -5,6 +5,7 @@ A line that begins with `note: `, `warning: ` or `error: ` is of that kind, also
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -46,6 +47,18 @@ def _written_out(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # how `surrogateescape` holds a byte
         code -= 0xDC00
     return _SHORT.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+
+
+class Lines(tuple[str, ...]):
+    """The lines of a report; `print` and a notebook show them as the command line does."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "\n".join(map(escaped, self))
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 class Reporter:

@@ -7,7 +7,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,46 +79,63 @@ def run_training(
     dry_run: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Train as `config` says. Raises UserError; what was saved before an error stays."""
+    """Train as the command line does: Ctrl-C and SIGTERM finish the step in hand, and a launcher learns of problems.
+
+    Raises UserError; what was saved before an error stays.
+    """
     with closing_process_group(), errors_to_the_launcher(), StopSignals() as signals:
-        accelerator = make_accelerator(config.train.gradient_accumulation)
-        processes = processes_of(accelerator)
+        carry_out_run(config, notes, resume=resume, dry_run=dry_run, callbacks=callbacks, signals=signals)
 
-        def say(line: str) -> None:
-            if processes.is_main:
-                reporting.say(line)
 
-        for note in (*notes, *sharding_ignored(os.environ)):
-            say(f"note: {note}")
-        with accelerator.main_process_first():  # a tiny base is built then: transformers writes on rank 0 alone
-            plan = make_plan(config, accelerator.device, resume, processes.world)
-        plan, chosen = fitted_plan(plan, processes)
-        if resume and plan.start is None:
-            say(f"nothing to resume in {plan.run}: starting afresh")
-        if plan.start is not None and is_finished(plan.run, plan.method.product, plan.config.train.total_steps):
-            check_finished(plan, processes.world)
-            if processes.is_main:
-                reporting.result(f"{plan.run}: already finished; nothing to do", **result_values(plan))
-            if plan.config.hub.push != "never":
-                say(f"to upload it: {push_command(plan.run)}")
-            return
-        plan = with_working_optimizer(plan, processes, say)
-        for line in chosen:
-            say(line)
-        for line in describe(plan, processes.world):
-            say(line)
-        if dry_run:
-            for warning in check_pictures(plan, progress=processes.is_main):
-                say(f"warning: {warning}")
-            say(describe_memory(plan))
-            say("dry run: nothing was encoded, trained or written")
-            return
+def carry_out_run(
+    config: Config,
+    notes: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    callbacks: Sequence[Callback] = (),
+    signals: StopSignals | None = None,
+) -> None:
+    """Train as `config` says, and install no signal handler: `signals` has those that there are.
+
+    Without `signals`, a KeyboardInterrupt saves the last whole step. Raises UserError.
+    """
+    accelerator = make_accelerator(config.train.gradient_accumulation)
+    processes = processes_of(accelerator)
+
+    def say(line: str) -> None:
         if processes.is_main:
-            prepare_upload(plan)
-        try:
-            _train(plan, processes, say, callbacks, signals)
-        except KeyboardInterrupt:
-            raise Interrupted(_interrupted(plan)) from None
+            reporting.say(line)
+
+    for note in (*notes, *sharding_ignored(os.environ)):
+        say(f"note: {note}")
+    with accelerator.main_process_first():  # a tiny base is built then: transformers writes on rank 0 alone
+        plan = make_plan(config, accelerator.device, resume, processes.world)
+    plan, chosen = fitted_plan(plan, processes)
+    if resume and plan.start is None:
+        say(f"nothing to resume in {plan.run}: starting afresh")
+    if plan.start is not None and is_finished(plan.run, plan.method.product, plan.config.train.total_steps):
+        check_finished(plan, processes.world)
+        if processes.is_main:
+            reporting.result(f"{plan.run}: already finished; nothing to do", **result_values(plan))
+        if plan.config.hub.push != "never":
+            say(f"to upload it: {push_command(plan.run)}")
+        return
+    plan = with_working_optimizer(plan, processes, say)
+    for line in [*chosen, *describe(plan, processes.world)]:
+        say(line)
+    if dry_run:
+        for warning in check_pictures(plan, progress=processes.is_main):
+            say(f"warning: {warning}")
+        say(describe_memory(plan))
+        say("dry run: nothing was encoded, trained or written")
+        return
+    if processes.is_main:
+        prepare_upload(plan)
+    try:
+        _train(plan, processes, say, callbacks, signals)
+    except KeyboardInterrupt:
+        raise Interrupted(_interrupted(plan)) from None
 
 
 @dataclass(frozen=True)
@@ -144,7 +161,7 @@ def _train(
     processes: Processes,
     say: Callable[[str], None],
     callbacks: Sequence[Callback],
-    signals: StopSignals,
+    signals: StopSignals | None,
 ) -> None:
     config, clock = plan.config, [time.monotonic()]
     with explain_oom("encoding", lambda: encoding_knob(config)):
@@ -156,7 +173,8 @@ def _train(
         attempt = _begin(plan, processes, encoded, transformer, say, stack)
         clock.append(time.monotonic())
         watched_before = sum(attempt.watching.seconds.values())  # trackers have been opened
-        with signals.deferred(), explain_oom("training", lambda: training_knob(config)):
+        deferred = signals.deferred() if signals else nullcontext()
+        with deferred, explain_oom("training", lambda: training_knob(config)):
             metrics = train(
                 config,
                 plan.run,
@@ -169,8 +187,9 @@ def _train(
                 attempt.identity,
                 attempt.contract,
                 [*attempt.watching.callbacks, *callbacks],
-                lambda: signals.asked,
+                lambda: signals is not None and signals.asked,
                 attempt.watching.trackers.line,
+                save_when_interrupted=signals is None,
             )
         clock.append(time.monotonic())
         encode_s, load_s, train_s = (end - start for start, end in itertools.pairwise(clock))

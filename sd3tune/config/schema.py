@@ -6,9 +6,12 @@ variant (method, timesteps, weighting, optimizer, schedule) is one model in a un
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from sd3tune.config.sections.data import DataConfig
 from sd3tune.config.sections.flow import FlowConfig
@@ -24,8 +27,51 @@ CONFIG_VERSION = 1
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
-class Config(Section):
-    """A run of sd3tune."""
+Values = Section | Mapping[str, Any]
+"""A section as code gives it: its keys and values, or that of another configuration."""
+
+
+class _CheckedLikeAFile(type(BaseModel)):  # type: ignore[misc]
+    """Makes `Config(...)` check what it is given like a file. The loader makes pydantic build one without this call."""
+
+    if not TYPE_CHECKING:
+
+        def __call__(cls, **sections: Any) -> Any:
+            from sd3tune.config.loader import config_in_code
+
+            return config_in_code(sections)
+
+
+class Config(Section, metaclass=_CheckedLikeAFile):
+    """A run of sd3tune, checked and unchangeable.
+
+    Built in code, it takes the keys and values of a YAML file; paths are relative to the working directory. Raises
+    ConfigError, one line per problem.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            data: Values,
+            config_version: int = ...,
+            name: str = ...,
+            seed: int = ...,
+            output_dir: str | os.PathLike[str] | None = ...,
+            model: Values = ...,
+            method: Values = ...,
+            flow: Values = ...,
+            optimizer: Values = ...,
+            schedule: Values = ...,
+            train: Values = ...,
+            ema: Values | None = ...,
+            checkpoint: Values = ...,
+            preview: Values = ...,
+            validation: Values = ...,
+            tracking: Values = ...,
+            hub: Values = ...,
+        ) -> None: ...
 
     config_version: int = Field(
         CONFIG_VERSION, ge=1, le=CONFIG_VERSION, description="Version of this format; a newer one is refused."

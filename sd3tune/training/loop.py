@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,6 +38,8 @@ class View:
     method: Method
     weights: Mapping[str, Tensor]
     """Those that would be exported now: the EMA when there is one, else the master; fp32."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """The newest line of the metrics that has been read from the device, maybe of an earlier step; empty at first."""
 
 
 class Callback(Protocol):
@@ -59,19 +62,24 @@ def train(
     callbacks: Sequence[Callback] = (),
     stop_requested: Callable[[], bool] = lambda: False,
     sink: Callable[[Line], object] = lambda line: None,
+    save_when_interrupted: bool = False,
 ) -> Metrics:
     """Train from `state.step` to `config.train.total_steps`; the last step is always checkpointed.
 
     Raises KeyboardInterrupt, after a checkpoint, when any rank's `stop_requested` says so, and RunError when the
-    gradient was not finite for `train.max_skipped` steps in a row.
+    gradient was not finite for `train.max_skipped` steps in a row. With `save_when_interrupted`, a KeyboardInterrupt
+    from outside is raised again after a checkpoint of the last whole step, if a single process trains.
     """
     metrics = Metrics(run / METRICS_FILE, state.step, processes.gather, processes.is_main, batches.names, sink)
     known_skips = len(metrics.skipped)
+    measured = saved = state.step
 
     def view() -> View:
-        return View(state.step, state.step == config.train.total_steps, transformer, method, exported_weights(state))
+        last, weights = state.step == config.train.total_steps, exported_weights(state)
+        return View(state.step, last, transformer, method, weights, metrics.last)
 
     def checkpoint(keep: int | None = config.checkpoint.keep) -> None:
+        nonlocal saved
         metrics.flush(wait=True)
         if processes.is_main:
             save_checkpoint(
@@ -81,7 +89,18 @@ def train(
                 keep,
                 lambda folder: method.export(folder / method.product.name, exported_weights(state), contract),
             )
+        saved = state.step
         processes.wait()
+
+    @contextlib.contextmanager
+    def saving_when_interrupted() -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            whole = not state.updating and measured == state.step
+            if save_when_interrupted and processes.world == 1 and whole and saved < state.step:
+                checkpoint()
+            raise
 
     bar = progress_bar(
         total=config.train.total_steps,
@@ -91,12 +110,13 @@ def train(
         disable=not processes.is_main,
         dynamic_ncols=True,
     )
-    with bar:
+    with bar, saving_when_interrupted():
         for callback in callbacks:
             callback(view())
         while state.step < config.train.total_steps:
             result = train_step(state, transformer, method, batches, objective, config, processes.reduce_mean)
             metrics.add(state.step, result, stop_requested())
+            measured = state.step
             last = state.step == config.train.total_steps
             alone = processes.world == 1 and stop_requested()  # several processes agree on it when they log
             if state.step % config.train.log_every == 0 or last or alone:
