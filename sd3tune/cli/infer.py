@@ -198,7 +198,7 @@ def infer(
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
         raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
     wide_high = parse_size(size)
-    with quick_imports("infer", compiles=compiled):
+    with quick_imports("infer"):
         from sd3tune.commands.infer import run_infer
         from sd3tune.inference.request import Memory, Request
 
