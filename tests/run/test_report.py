@@ -22,11 +22,23 @@ from sd3tune.model.load.components import load_transformer
 from sd3tune.model.lora.layers import block_norms
 from sd3tune.run.encoding import encode
 from sd3tune.run.preflight import Plan, make_plan
-from sd3tune.run.report import FIXED_SIGMAS, closing_report, describe_learning, infer_command
+from sd3tune.run.report import (
+    FIXED_SIGMAS,
+    closing_report,
+    describe_learning,
+    describe_next,
+    describe_product,
+    infer_command,
+)
 from sd3tune.runtime.processes import ALONE
 from sd3tune.training.batches import Batch, Batches
 
 RANK, ALPHA = 2, 3.0
+
+
+def summary(plan: Plan, report: dict) -> list[str]:
+    """What a run prints at its end."""
+    return [*describe_learning(plan, report), describe_product(plan, report), *describe_next(plan)]
 
 
 @pytest.fixture
@@ -130,7 +142,7 @@ def test_a_dead_adapter_changes_nothing(b: float, plan: Plan, batches: Batches) 
         assert report["velocity_change"] == 0
         assert report["fixed_noise_loss"]["trained"] == report["fixed_noise_loss"]["base"]
         assert set(report["block_changes"].values()) == {0.0}
-        assert describe_learning(plan, report)[0].startswith("learned   one denoising step changes by 0 %")
+        assert summary(plan, report)[0].startswith("learned   one denoising step changes by 0 %")
 
 
 def test_a_run_that_learned_nothing_says_so_and_keeps_its_adapter(quick_config, tmp_path: Path, capsys) -> None:
@@ -153,14 +165,14 @@ def test_the_summary_names_changes_losses_and_the_next_command(plan: Plan) -> No
         "changes_output": True,
         "fixed_noise_loss": {"sigma": [0.2, 0.8], "base": [2.0, 1.0], "trained": [1.5, 1.01]},
     }
-    lines = describe_learning(plan, report)
+    lines = summary(plan, report)
     assert (
         lines[0]
         == "learned   one denoising step changes by 1.73 %; norm of the weight update per block |▄█ |, at most 1"
     )
     assert lines[1].endswith("by sigma: 0.2: 2.000 -> 1.500 (-25.0 %), 0.8: 1.000 -> 1.010 (+1.0 %)")
     assert lines[2] == f"adapter   {plan.run / 'adapter'} (the average, EMA; as trained: adapter_raw)"
-    assert describe_learning(plan, {**report, "weights": "raw"})[2] == f"adapter   {plan.run / 'adapter'}"
+    assert summary(plan, {**report, "weights": "raw"})[2] == f"adapter   {plan.run / 'adapter'}"
     assert lines[-1].strip() == infer_command(plan.method, plan.run, plan.records[0].caption)
 
 
@@ -181,7 +193,7 @@ def test_the_summary_warns_of_a_change_that_only_a_diverged_training_makes(
         "fixed_noise_loss": {"sigma": [0.5], "base": [1.0], "trained": [1.0]},
     }  # fmt: skip
     said = "warning: one denoising step changes by more than 75 %: the training has probably diverged; look at what"
-    assert sum(line.startswith(said) for line in describe_learning(plan, report)) == warned
+    assert sum(line.startswith(said) for line in summary(plan, report)) == warned
 
 
 def test_a_learning_rate_far_too_high_ends_with_a_warning_and_exit_code_0(quick_config, tmp_path: Path, capsys) -> None:
@@ -207,4 +219,4 @@ def test_an_empty_caption_is_replaced_in_the_next_command(plan: Plan) -> None:
         "weights": "raw", "block_changes": {"block 0": 1.0}, "velocity_change": 0.1, "changes_output": True,
         "fixed_noise_loss": {"sigma": [0.5], "base": [1.0], "trained": [1.0]},
     }  # fmt: skip
-    assert "--prompt 'a photo'" in describe_learning(wordless, report)[-1]
+    assert "--prompt 'a photo'" in summary(wordless, report)[-1]
