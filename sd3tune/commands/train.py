@@ -44,11 +44,12 @@ from sd3tune.run.folder import (
     is_finished,
     locked,
     naming_what_is_saved,
+    what_is_saved,
 )
 from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 from sd3tune.run.optimizer import with_working_optimizer
 from sd3tune.run.preflight import Plan, make_plan
-from sd3tune.run.report import closing_report, describe_learning, describe_next, describe_product
+from sd3tune.run.report import closing_report, describe_learning, describe_next, describe_product, describe_speed
 from sd3tune.run.setup import load_base, make_trainable
 from sd3tune.run.upload import prepare_upload, push_command
 from sd3tune.runtime.device import make_accelerator
@@ -59,7 +60,7 @@ from sd3tune.runtime.processes import ALONE, Processes, closing_process_group, p
 from sd3tune.runtime.signals import StopSignals
 from sd3tune.training.ahead import looking_ahead
 from sd3tune.training.batches import Batches, Dropout, LatentScaling
-from sd3tune.training.checkpoint import list_checkpoints, restore
+from sd3tune.training.checkpoint import restore
 from sd3tune.training.loop import Callback, exported_weights, train
 from sd3tune.training.metrics import Metrics
 from sd3tune.training.objective import make_objective, shift_at, sigma_of_u
@@ -100,8 +101,7 @@ def carry_out_run(
 
     Without `signals`, a KeyboardInterrupt saves the last whole step. Raises UserError.
     """
-    accelerator = make_accelerator(config.train.gradient_accumulation)
-    processes = processes_of(accelerator)
+    processes = processes_of(accelerator := make_accelerator(config.train.gradient_accumulation))
 
     def say(line: str) -> None:
         if processes.is_main:
@@ -135,7 +135,7 @@ def carry_out_run(
     try:
         _train(plan, processes, say, callbacks, signals)
     except KeyboardInterrupt:
-        raise Interrupted(_interrupted(plan)) from None
+        raise Interrupted(what_is_saved(plan.run)) from None
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,8 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
         say(f"note: {plan.run / CARD} is kept, as somebody wrote or changed it; no model card was written")
     write_json(plan.run / RUN_FILE, described)
     steps = plan.config.train.total_steps - attempt.from_step
-    _say_goodbye([*watching.summary(), *describe_learning(plan, report)], metrics, steps, seconds["train_s"])
+    reporting.say("", *describe_speed(metrics.skipped, steps, seconds["train_s"]))
+    reporting.say(*watching.summary(), *describe_learning(plan, report))
     reporting.result(describe_product(plan, report), **result_values(plan))
     reporting.say(*describe_next(plan))
     if not report["changes_output"]:
@@ -347,22 +348,3 @@ def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
         ),
         t5_lengths=encoded.t5_lengths,
     )
-
-
-def _interrupted(plan: Plan) -> str:
-    saved = list_checkpoints(plan.run)
-    if not saved:
-        return f"{plan.run}: stopped before the first checkpoint; encodings are kept: run the same command again"
-    return f"{plan.run}: stopped, saved at {saved[-1].name}; the same command with --resume goes on from there"
-
-
-def _say_goodbye(summary: Sequence[str], metrics: Metrics, steps: int, seconds: float) -> None:
-    say = reporting.say
-    say("")
-    say(f"{steps} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)")
-    if metrics.skipped:
-        count, first = len(metrics.skipped), ", ".join(map(str, list(metrics.skipped)[:10]))
-        were = "steps were" if count > 1 else "step was"
-        say(f"warning: {count} {were} skipped, the gradient was not finite: step {first}{', ...' * (count > 10)}")
-    for line in summary:
-        say(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,18 @@ def infer_command(method: Method, run: Path, prompt: str, seed: int = 0) -> str:
     seeded = ["--seed", str(seed)] if seed else []
     words = [*what, "--prompt", prompt, *seeded, "--out", str(relative / "images")]
     return command_line("sd3tune", "infer", *words)
+
+
+def describe_speed(skipped: Collection[int], steps: int, seconds: float) -> list[str]:
+    """Return how fast the steps were, and a warning of those that the optimizer skipped."""
+    lines = [f"{steps} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)"]
+    if skipped:
+        count, first = len(skipped), ", ".join(map(str, list(skipped)[:10]))
+        were = "steps were" if count > 1 else "step was"
+        lines.append(
+            f"warning: {count} {were} skipped, the gradient was not finite: step {first}{', ...' * (count > 10)}"
+        )
+    return lines
 
 
 def describe_learning(plan: Plan, report: Mapping[str, Any]) -> list[str]:

@@ -72,35 +72,11 @@ def train(
     """
     metrics = Metrics(run / METRICS_FILE, state.step, processes.gather, processes.is_main, batches.names, sink)
     known_skips = len(metrics.skipped)
-    measured = saved = state.step
+    saver = _Saver(run, state, method, metrics, processes, identity, contract)
 
     def view() -> View:
         last, weights = state.step == config.train.total_steps, exported_weights(state)
         return View(state.step, last, transformer, method, weights, metrics.last)
-
-    def checkpoint(keep: int | None = config.checkpoint.keep) -> None:
-        nonlocal saved
-        metrics.flush(wait=True)
-        if processes.is_main:
-            save_checkpoint(
-                run,
-                state,
-                identity,
-                keep,
-                lambda folder: method.export(folder / method.product.name, exported_weights(state), contract),
-            )
-        saved = state.step
-        processes.wait()
-
-    @contextlib.contextmanager
-    def saving_when_interrupted() -> Iterator[None]:
-        try:
-            yield
-        except KeyboardInterrupt:
-            whole = not state.updating and measured == state.step
-            if save_when_interrupted and processes.world == 1 and whole and saved < state.step:
-                checkpoint()
-            raise
 
     bar = progress_bar(
         total=config.train.total_steps,
@@ -110,13 +86,13 @@ def train(
         disable=not processes.is_main,
         dynamic_ncols=True,
     )
-    with bar, saving_when_interrupted():
+    with bar, saver.saving_when_interrupted() if save_when_interrupted else contextlib.nullcontext():
         for callback in callbacks:
             callback(view())
         while state.step < config.train.total_steps:
             result = train_step(state, transformer, method, batches, objective, config, processes.reduce_mean)
             metrics.add(state.step, result, stop_requested())
-            measured = state.step
+            saver.measured = state.step
             last = state.step == config.train.total_steps
             alone = processes.world == 1 and stop_requested()  # several processes agree on it when they log
             if state.step % config.train.log_every == 0 or last or alone:
@@ -125,10 +101,10 @@ def train(
                 known_skips = len(metrics.skipped)
             bar.update()
             if metrics.skipped_in_a_row >= config.train.max_skipped:
-                checkpoint(keep=None)  # the weights are those of the last good step; older ones may be better still
+                saver.save(keep=None)  # the weights are those of the last good step; older ones may be better still
                 raise RunError(_not_finite(run, metrics))
             if state.step % config.checkpoint.every == 0 or last or metrics.stop_requested:
-                checkpoint()
+                saver.save(config.checkpoint.keep)
             metrics.check_place()
             for callback in callbacks:
                 callback(view())
@@ -137,6 +113,53 @@ def train(
     if processes.is_main:
         prune(run, config.checkpoint.keep)  # an attempt may have ended between its last checkpoint and this
     return metrics
+
+
+class _Saver:
+    """Writes the checkpoints of a run, and knows which step it can save."""
+
+    def __init__(
+        self,
+        run: Path,
+        state: TrainState,
+        method: Method,
+        metrics: Metrics,
+        processes: Processes,
+        identity: Mapping[str, Any],
+        contract: Mapping[str, Any],
+    ) -> None:
+        self.run, self.state, self.method, self.metrics = run, state, method, metrics
+        self.processes, self.identity, self.contract = processes, identity, contract
+        self.saved = self.measured = state.step
+        """The last steps that are in a checkpoint, and in the metrics."""
+
+    def save(self, keep: int | None) -> None:
+        """Write a checkpoint of the state's step, and remove all but the newest `keep`, if that is a number."""
+        self.metrics.flush(wait=True)
+        if self.processes.is_main:
+            save_checkpoint(
+                self.run,
+                self.state,
+                self.identity,
+                keep,
+                lambda folder: self.method.export(
+                    folder / self.method.product.name, exported_weights(self.state), self.contract
+                ),
+            )
+        self.saved = self.state.step
+        self.processes.wait()
+
+    @contextlib.contextmanager
+    def saving_when_interrupted(self) -> Iterator[None]:
+        """Save the last whole step when the body is interrupted, unless an update was cut off or others train, too."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            step = self.state.step
+            whole = not self.state.updating and self.measured == step
+            if whole and self.saved < step and self.processes.world == 1:
+                self.save(keep=None)
+            raise
 
 
 def exported_weights(state: TrainState) -> dict[str, Tensor]:
