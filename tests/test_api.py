@@ -275,10 +275,13 @@ def test_signals_are_handled_where_that_is_asked_for(quick_config, tmp_path: Pat
 
 def test_a_process_of_a_launcher_raises_too(quick_config, tmp_path: Path, monkeypatch) -> None:
     """The command would end the process, and leave its problem to the one that launched it."""
-    monkeypatch.setenv("SD3TUNE_ERRORS", str(tmp_path))
-    with pytest.raises(sd3tune.UserError):
-        sd3tune.train(quick_config(tmp_path / "run", "data.resolution=65536"))
-    assert list(tmp_path.iterdir()) == []
+    left, config = tmp_path / "left", quick_config(tmp_path / "file")
+    left.mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SD3TUNE_ERRORS", str(left))
+    with pytest.raises(sd3tune.UserError, match="file is a file; name a folder"):
+        sd3tune.train(config)
+    assert list(left.iterdir()) == []
 
 
 # Adapters.
