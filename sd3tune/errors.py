@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from sd3tune.terminal import escaped
+from sd3tune.reporting import escaped
 
 
 class UserError(Exception):
     """Something the user can fix. The command line prints each problem on its own line and ends with `exit_code`.
 
-    Control characters of the names in a problem are written out (see `terminal.escaped`), so that it is one line.
+    Control characters of the names in a problem are written out (see `reporting.escaped`), so that it is one line.
     """
 
     exit_code = 2

@@ -1,14 +1,14 @@
-"""Arguments that several commands have."""
+"""Arguments that several commands have, and options that all have."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from sd3tune.terminal import say
+from sd3tune.reporting import JsonReporter, Reporter, say
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")]
 Overrides = Annotated[
@@ -16,8 +16,20 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=50 or model.base=tiny."),
 ]
 
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only warnings, errors and results.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for other programs.")]
+
+
+def take_reporter(arguments: Sequence[str]) -> tuple[Reporter, list[str]]:
+    """Return the reporter that `--quiet` and `--json` ask for, before or after the command, and the other arguments."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = {"--quiet", "--json"} & set(arguments[:end])
+    rest = [argument for argument in arguments[:end] if argument not in options]
+    kind = JsonReporter if "--json" in options else Reporter
+    return kind(quiet="--quiet" in options), [*rest, *arguments[end:]]
+
 
 def print_notes(notes: tuple[str, ...]) -> None:
     """What the user should be told about how a configuration came about."""
     for note in notes:
-        say(f"note: {note}", to=sys.stderr)
+        say(f"note: {note}", aside=True)

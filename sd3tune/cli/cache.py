@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from sd3tune.cli.arguments import ConfigArgument, Overrides
 from sd3tune.cli.imports import quick_imports
 from sd3tune.config import load_config
-from sd3tune.terminal import say
+from sd3tune.reporting import result
 
 
 class _ConfigOrCommand(TyperGroup):
@@ -50,7 +50,7 @@ def ls(where: StoreArgument = None) -> None:
     """Print what a store holds: entries, bytes, and when they were last used."""
     from sd3tune.commands.cache_store import list_store
 
-    say(*list_store(where))
+    result(*list_store(where))
 
 
 @cache_app.command()
@@ -66,4 +66,4 @@ def prune(
     """Remove unfinished and unreadable files from a store, and what is older; never while a run uses it."""
     from sd3tune.commands.cache_store import prune_store
 
-    say(*prune_store(where, older_than=older_than, everything=everything, yes=yes))
+    result(*prune_store(where, older_than=older_than, everything=everything, yes=yes))

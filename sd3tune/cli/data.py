@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from sd3tune.cli.arguments import Overrides, print_notes
-from sd3tune.terminal import say
+from sd3tune.reporting import result
 
 data_app = typer.Typer(help="Look at training data, and convert it.", no_args_is_help=True)
 
@@ -52,4 +52,4 @@ def convert(
     from sd3tune.commands.data_convert import run_data_convert
 
     columns = {"split": split, "image_column": image_column, "caption_column": caption_column}
-    say(run_data_convert(what, to, out, caption, **columns))
+    result(run_data_convert(what, to, out, caption, **columns))

@@ -14,17 +14,17 @@ from sd3tune.cli.imports import quick_imports
 from sd3tune.inference import image_request
 from sd3tune.inference.job import ALL_PARAMETERS, InferenceJob
 from sd3tune.inference.parameters import PANELS, Parameter
-from sd3tune.terminal import say
+from sd3tune.reporting import result
 
 
 def infer(**options: Any) -> None:
     """Draw images with one or several adapters, with the settings they were trained with."""
     job = InferenceJob.from_fields(**options)
-    with quick_imports("infer", compiles=job.memory.compiled):
+    with quick_imports("infer"):
         from sd3tune.commands.infer import run_infer
 
     for path in run_infer(job):
-        say(path)
+        result(path)
 
 
 def _argument(parameter: Parameter, has_default: bool) -> Argument:

@@ -9,7 +9,7 @@ import typer
 
 from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
-from sd3tune.terminal import say
+from sd3tune.reporting import result
 
 lora_app = typer.Typer(help="Inspect, convert, verify, merge and resize adapters.", no_args_is_help=True)
 
@@ -36,7 +36,7 @@ def inspect(path: Adapter) -> None:
         from sd3tune.commands.lora_inspect import inspect_lora
 
     for line in inspect_lora(path):
-        say(line)
+        result(line)
 
 
 @lora_app.command()
@@ -60,7 +60,7 @@ def convert(
         from sd3tune.commands.lora_convert import convert_lora
 
     for line in convert_lora(path, to, out, thumbnail, not no_thumbnail, transformer_only=transformer_only):
-        say(line)
+        result(line)
 
 
 @lora_app.command()
@@ -80,7 +80,7 @@ def verify(
         from sd3tune.commands.lora_verify import verify_lora
 
     for line in verify_lora(path, base, dtype, preview, transformer_only=transformer_only):
-        say(line)
+        result(line)
 
 
 @lora_app.command()
@@ -113,7 +113,7 @@ def merge(
     else:
         lines = merge_loras(paths, out, to, method, rank, transformer_only=transformer_only)
     for line in lines:
-        say(line)
+        result(line)
 
 
 @lora_app.command()
@@ -132,4 +132,4 @@ def resize(
         from sd3tune.commands.lora_resize import resize_lora
 
     for line in resize_lora(path, out, rank, energy, transformer_only=transformer_only):
-        say(line)
+        result(line)

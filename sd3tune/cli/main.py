@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from sd3tune import __version__
-from sd3tune.cli.arguments import ConfigArgument, Overrides, print_notes
+from sd3tune.cli.arguments import ConfigArgument, Json, Overrides, Quiet, print_notes, take_reporter
 from sd3tune.cli.cache import cache_app
 from sd3tune.cli.data import data_app
 from sd3tune.cli.hub import hub_app
@@ -22,7 +22,7 @@ from sd3tune.cli.lora import lora_app
 from sd3tune.cli.outcome import EXIT_CODES, run_app
 from sd3tune.config import dump_config, json_schema, load_config
 from sd3tune.errors import ConfigError
-from sd3tune.terminal import say
+from sd3tune.reporting import result, using
 
 app = typer.Typer(
     help="Fine-tune Stable Diffusion 3 and 3.5 with LoRA.",
@@ -102,7 +102,7 @@ def plan(
         from sd3tune.commands.plan import run_plan
 
     for line in run_plan(loaded.config, card, memory, utilisation):
-        say(line, flush=True)
+        result(line)
 
 
 @config_app.command()
@@ -111,7 +111,7 @@ def show(config: ConfigArgument, overrides: Overrides = None) -> None:
     loaded = load_config(config, overrides or ())
     print_notes(loaded.notes)
     utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"  # as configurations are read
-    say(*dump_config(loaded.config, ascii_only=not utf8).rstrip("\n").split("\n"))
+    result(*dump_config(loaded.config, ascii_only=not utf8).rstrip("\n").split("\n"))
 
 
 @config_app.command()
@@ -121,13 +121,13 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
     print_notes(loaded.notes)
     train = loaded.config.train
     length = f"{train.steps} step" if train.epochs is None else f"{train.epochs:g} epoch"
-    say(f"{config}: valid, run {loaded.config.name!r}, {length}{'s' * (1 not in (train.steps, train.epochs))}")
+    result(f"{config}: valid, run {loaded.config.name!r}, {length}{'s' * (1 not in (train.steps, train.epochs))}")
 
 
 @config_app.command()
 def schema() -> None:
     """Print the JSON Schema, for editors."""
-    say(*json.dumps(json_schema(), indent=2).split("\n"))
+    result(*json.dumps(json_schema(), indent=2).split("\n"))
 
 
 @config_app.command("list")
@@ -138,8 +138,8 @@ def list_presets() -> None:
     presets = all_presets()
     width = max(len(preset.name) for preset in presets)
     for preset in presets:
-        say(f"{preset.name:<{width}}  {preset.description}")
-    say("", presets_folder())
+        result(f"{preset.name:<{width}}  {preset.description}")
+    result("", presets_folder())
 
 
 @config_app.command()
@@ -182,12 +182,12 @@ def path(
     """Print the diffusers folder of an offline base, built on first use."""
     from sd3tune.commands.base_path import base_path
 
-    say(base_path(name))
+    result(base_path(name))
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        say(f"sd3tune {__version__}")
+        result(f"sd3tune {__version__}")
         raise typer.Exit
 
 
@@ -196,6 +196,8 @@ def common(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Fine-tune Stable Diffusion 3 and 3.5 with LoRA."""
 
@@ -208,4 +210,6 @@ def main() -> None:
 
 def run() -> None:
     """Run the command that was typed; ends with SystemExit and the exit code, or returns for 0."""
-    run_app(app)
+    reporter, arguments = take_reporter(sys.argv[1:])
+    with using(reporter):
+        run_app(app, arguments)

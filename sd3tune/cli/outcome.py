@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
@@ -13,8 +14,8 @@ import typer
 from sd3tune.cli.usage import UsageError, usage_problem
 from sd3tune.errors import Interrupted, UserError
 from sd3tune.invocation import command_line
+from sd3tune.reporting import say
 from sd3tune.runtime.signals import StopSignals
-from sd3tune.terminal import say
 
 EXIT_CODES = (
     "Exit codes: 0 done; 2 a mistake, a full disk or out of memory, with an error line that says what to do; "
@@ -23,7 +24,7 @@ EXIT_CODES = (
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def run_app(app: typer.Typer) -> None:
+def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
     """Run the command line, print its problems to stderr and exit as `EXIT_CODES` says.
 
     A bug keeps its traceback, and Python exits with 1; typer does, in silence, when nobody reads the output any more.
@@ -33,7 +34,7 @@ def run_app(app: typer.Typer) -> None:
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log wants a line now and then
     try:
         with StopSignals():
-            code = app(prog_name="sd3tune", standalone_mode=False)
+            code = app(arguments, prog_name="sd3tune", standalone_mode=False)
     except UsageError as error:
         problem = usage_problem(error)
         _exit(2, *([] if problem is None else [problem]))
@@ -54,7 +55,7 @@ def run_app(app: typer.Typer) -> None:
 
 def _exit(code: int, *problems: str) -> NoReturn:
     for problem in problems:
-        say(f"error: {problem}", to=sys.stderr)
+        say(f"error: {problem}")
     sys.exit(code)
 
 

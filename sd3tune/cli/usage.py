@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from sd3tune.config.shape import all_fields
-from sd3tune.terminal import say
+from sd3tune.reporting import say
 
 UsageError: Any = typer.BadParameter.__mro__[2]
 """Click's ClickException; typer brings a click of its own, or in older versions the installed one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sd3tune import terminal
+from sd3tune import reporting
 from sd3tune.config import Config
 from sd3tune.forecast.fitting import fitted_plan
 from sd3tune.run.encoding import encode
@@ -22,7 +22,7 @@ def run_cache(config: Config, notes: Sequence[str] = ()) -> None:
 
         def say(line: str) -> None:
             if processes.is_main:
-                terminal.say(line, flush=True)
+                reporting.say(line)
 
         for note in notes:
             say(f"note: {note}")
@@ -32,4 +32,5 @@ def run_cache(config: Config, notes: Sequence[str] = ()) -> None:
         for line in chosen:
             say(line)
         encode(plan, processes, say)
-        say(f"store     {store_folder(config)}")
+        if processes.is_main:
+            reporting.result(f"store     {store_folder(config)}", store=store_folder(config))

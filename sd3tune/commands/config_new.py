@@ -13,7 +13,7 @@ from sd3tune.config.schema import Config
 from sd3tune.config.sections.model import OFFLINE_BASES
 from sd3tune.errors import ConfigError
 from sd3tune.invocation import command_line
-from sd3tune.terminal import say
+from sd3tune.reporting import result, say
 
 
 def new_config(
@@ -37,7 +37,8 @@ def new_config(
             file.write(text)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error.strerror}") from None
-    say(f"{out}: from the preset {source.name}", "", *_next_steps(config, out))
+    result(f"{out}: from the preset {source.name}", file=out)
+    say("", *_next_steps(config, out))
     return out
 
 

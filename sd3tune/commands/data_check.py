@@ -25,9 +25,9 @@ from sd3tune.errors import ConfigError, DataError, ModelError, RunError
 from sd3tune.files.atomic import new_file
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.resolve import local_base
+from sd3tune.reporting import result, say
 from sd3tune.run.buckets import buckets_of, describe_buckets
 from sd3tune.sampling.contact_sheet import contact_sheet
-from sd3tune.terminal import say
 
 _SHOWN = 10
 """Lines of a list that is cut short."""
@@ -92,10 +92,10 @@ def run_data_check(config: Config, sheet: Path) -> None:
         _write_sheet(sheet, seen, buckets)
         say(f"sheet     {sheet}")
     if problems:
-        say(f"not trainable: {len(problems)} problem{'s' * (len(problems) != 1)}", flush=True)
+        result(f"not trainable: {len(problems)} problem{'s' * (len(problems) != 1)}")
         raise DataError(*problems)
     samples = sum(one.record.repeats for one in seen)
-    say(f"trainable: {len(seen)} image{'s' * (len(seen) != 1)}, {samples} per epoch")
+    result(f"trainable: {len(seen)} image{'s' * (len(seen) != 1)}, {samples} per epoch")
 
 
 def _look(image: ImageRef) -> _Facts | DataError:

@@ -17,10 +17,10 @@ from sd3tune.errors import RunError, UserError
 from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.invocation import command_line
 from sd3tune.nano.tasks import CLASS_PROMPTS, Task, class_tasks, plain_tasks, share_right, subject_tasks
+from sd3tune.reporting import result, say
 from sd3tune.run.folder import LOCK_FILE, locked
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import SamplerSettings
-from sd3tune.terminal import say
 
 PICTURES = Path(sd3tune.__file__).parent / "assets" / "heart"
 SIDE, SHOWN_SIDE = 64, 128
@@ -53,7 +53,9 @@ def run_demo(out: Path) -> Path:
     _remove_earlier_demo(out)
     with locked(out):
         picture, figures = _train_and_show(out)
-    say("", f"{picture}   {time.monotonic() - started:.0f} s in all", "", *figures, "")
+    say("")
+    result(f"{picture}   {time.monotonic() - started:.0f} s in all", picture=picture)
+    say("", *figures, "")
     say("draw with it, or train on a folder of your own photos (with a GPU):")
     lora, prompt = out / "with_prior", "an orange sks shape on a black background"
     for words in (

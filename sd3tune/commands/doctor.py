@@ -16,8 +16,8 @@ from typing import Any
 
 import sd3tune
 from sd3tune.errors import RunError
+from sd3tune.reporting import result
 from sd3tune.runtime.environment import gpu_asked_for, launch_problems, no_gpu
-from sd3tune.terminal import say
 
 PACKAGE = "sd3tune"
 BASE_GB = 16
@@ -49,12 +49,12 @@ def run_doctor() -> None:
     found = Findings()
     for look in CHECKS:
         look(found)
-    say(*found.lines)
+    result(*found.lines)
     for problem in found.problems:
-        say("", f"problem   {problem}")
+        result("", f"problem   {problem}")
     if found.essential:
         raise RunError(*found.essential)
-    say("", "ready" if not found.problems else "everything else is ready")
+    result("", "ready" if not found.problems else "everything else is ready")
 
 
 def check_versions(found: Findings) -> None:

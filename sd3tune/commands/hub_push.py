@@ -17,10 +17,10 @@ from sd3tune.publish.files import (
     files_of_product,
 )
 from sd3tune.publish.repository import Repository
+from sd3tune.reporting import result, say
 from sd3tune.run.folder import holds_report
 from sd3tune.run.thumbnail import thumbnail, with_metadata
 from sd3tune.run.upload import left_out, push_run
-from sd3tune.terminal import say
 
 
 def run_push(run: Path, repo_id: str | None, picture: Path | None = None) -> None:
@@ -45,7 +45,7 @@ def run_push(run: Path, repo_id: str | None, picture: Path | None = None) -> Non
     repository = Repository(target, settings.private)
     repository.check_token()
     repository.prepare()
-    say(push_run(run, repository, shown, progress=True))
+    result(push_run(run, repository, shown, progress=True))
 
 
 def _thumbnails(run: Path, picture: Path) -> Upload:

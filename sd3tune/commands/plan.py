@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import math
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +18,7 @@ from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, Outlook, foreca
 from sd3tune.forecast.gpus import Card, find_card
 from sd3tune.forecast.rehearsal import Training
 from sd3tune.methods import METHODS
+from sd3tune.reporting import Lines
 from sd3tune.run.describe import held
 from sd3tune.runtime.device import DTYPES, choose_dtype, dtype_name, gpu_of
 
@@ -24,12 +26,82 @@ UTILISATION = 40
 """Per cent of a card's peak that a training is taken to reach: an assumption."""
 
 
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run takes: figures, and the text that `sd3tune plan` prints. Memory and disk space are in bytes."""
+
+    lines: Lines
+    forecast: Forecast
+    room: int | None
+    """The memory that was asked about: a card's, or a number."""
+    step_seconds: float | None
+    """Where a card was named."""
+
+    @property
+    def config(self) -> Config:
+        """The configuration that was planned: with `train.memory`, what was chosen to fit."""
+        return self.forecast.outlook.config
+
+    @property
+    def needed(self) -> int:
+        """The peak with its allowances."""
+        return self.forecast.needed
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.room is None else self.needed <= self.room
+
+    @property
+    def steps(self) -> int | None:
+        """None where the images that `train.epochs` counts are not there yet."""
+        return self.config.train.steps
+
+    @property
+    def store(self) -> int | None:
+        """What the encoded data will take on disk; None where the images are not there yet."""
+        return None if self.forecast.store is None else self.forecast.store.nbytes
+
+    @property
+    def phases(self) -> list[dict[str, str | int]]:
+        """Memory of each phase, in order, as a table: `phase`, `resident`, `working` and `peak`."""
+        return [
+            {"phase": name, "resident": use.resident, "working": use.working, "peak": use.peak}
+            for name, use in self.forecast.phases.items()
+        ]
+
+    def __str__(self) -> str:
+        return str(self.lines)
+
+    def _repr_html_(self) -> str:
+        return self.lines._repr_html_()
+
+
+def plan_run(
+    config: Config, card: str | None = None, memory: float | None = None, utilisation: float = UTILISATION
+) -> RunPlan:
+    """Return the whole plan of `run_plan`, figures and text. Raises UserError."""
+    if memory is not None and not 0 < memory < math.inf:
+        raise ConfigError(f"memory={memory:g}: give the card's memory in GB, such as 24")
+    if not 0 < utilisation <= 100:
+        raise ConfigError(f"utilisation={utilisation:g}: give per cent of the card's peak, above 0 and at most 100")
+    lines: list[str] = []
+    about = run_plan(config, card, memory, utilisation)
+    while True:
+        try:
+            lines.append(next(about))
+        except StopIteration as end:
+            plan, found, room = end.value
+            seconds = step_seconds(plan, found, utilisation)
+            return RunPlan(Lines(lines), plan, None if room is None else round(room * 1e9), seconds)
+
+
 def run_plan(
     config: Config, card: str | None = None, memory: float | None = None, utilisation: float = UTILISATION
-) -> Iterator[str]:
-    """The lines of the plan, as they are known. Raises UserError.
+) -> Generator[str, None, tuple[Forecast, Card | None, float | None]]:
+    """Yield the lines of the plan, as they are known; return the forecast, its card and the memory to fit into.
 
-    `memory` is in GB (10^9 bytes), `utilisation` in per cent of the card's peak.
+    `memory` is in GB (10^9 bytes), as is what is returned, `utilisation` in per cent of the card's peak. Raises
+    UserError.
     """
     found = None if card is None else find_card(card)
     outlook = look_ahead(config, planned_dtype(config, found, memory))
@@ -58,6 +130,7 @@ def run_plan(
     if room is not None and plan.needed > room * 1e9 and wanted is None:
         yield ""
         yield _what_fits(plan, room)
+    return plan, found, room
 
 
 def planned_dtype(config: Config, card: Card | None, memory: float | None) -> torch.dtype:

@@ -7,14 +7,14 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
 
-from sd3tune import terminal
+from sd3tune import reporting
 from sd3tune.config import Config, dump_config
 from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.errors import Interrupted, RunError
@@ -44,11 +44,12 @@ from sd3tune.run.folder import (
     is_finished,
     locked,
     naming_what_is_saved,
+    what_is_saved,
 )
 from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 from sd3tune.run.optimizer import with_working_optimizer
 from sd3tune.run.preflight import Plan, make_plan
-from sd3tune.run.report import closing_report, summary
+from sd3tune.run.report import closing_report, describe_learning, describe_next, describe_product, describe_speed
 from sd3tune.run.setup import load_base, make_trainable
 from sd3tune.run.upload import prepare_upload, push_command
 from sd3tune.runtime.device import make_accelerator
@@ -59,7 +60,7 @@ from sd3tune.runtime.processes import ALONE, Processes, closing_process_group, p
 from sd3tune.runtime.signals import StopSignals
 from sd3tune.training.ahead import looking_ahead
 from sd3tune.training.batches import Batches, Dropout, LatentScaling
-from sd3tune.training.checkpoint import list_checkpoints, restore
+from sd3tune.training.checkpoint import restore
 from sd3tune.training.loop import Callback, exported_weights, train
 from sd3tune.training.metrics import Metrics
 from sd3tune.training.objective import make_objective, shift_at, sigma_of_u
@@ -79,45 +80,62 @@ def run_training(
     dry_run: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Train as `config` says. Raises UserError; what was saved before an error stays."""
+    """Train as the command line does: Ctrl-C and SIGTERM finish the step in hand, and a launcher learns of problems.
+
+    Raises UserError; what was saved before an error stays.
+    """
     with closing_process_group(), errors_to_the_launcher(), StopSignals() as signals:
-        accelerator = make_accelerator(config.train.gradient_accumulation)
-        processes = processes_of(accelerator)
+        carry_out_run(config, notes, resume=resume, dry_run=dry_run, callbacks=callbacks, signals=signals)
 
-        def say(line: str) -> None:
-            if processes.is_main:
-                terminal.say(line, flush=True)
 
-        for note in (*notes, *sharding_ignored(os.environ)):
-            say(f"note: {note}")
-        with accelerator.main_process_first():  # a tiny base is built then: transformers writes on rank 0 alone
-            plan = make_plan(config, accelerator.device, resume, processes.world)
-        plan, chosen = fitted_plan(plan, processes)
-        if resume and plan.start is None:
-            say(f"nothing to resume in {plan.run}: starting afresh")
-        if plan.start is not None and is_finished(plan.run, plan.method.product, plan.config.train.total_steps):
-            check_finished(plan, processes.world)
-            say(f"{plan.run}: already finished; nothing to do")
-            if plan.config.hub.push != "never":
-                say(f"to upload it: {push_command(plan.run)}")
-            return
-        plan = with_working_optimizer(plan, processes, say)
-        for line in chosen:
-            say(line)
-        for line in describe(plan, processes.world):
-            say(line)
-        if dry_run:
-            for warning in check_pictures(plan, progress=processes.is_main):
-                say(f"warning: {warning}")
-            say(describe_memory(plan))
-            say("dry run: nothing was encoded, trained or written")
-            return
+def carry_out_run(
+    config: Config,
+    notes: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    callbacks: Sequence[Callback] = (),
+    signals: StopSignals | None = None,
+) -> None:
+    """Train as `config` says, and install no signal handler: `signals` has those that there are.
+
+    Without `signals`, a KeyboardInterrupt saves the last whole step. Raises UserError.
+    """
+    processes = processes_of(accelerator := make_accelerator(config.train.gradient_accumulation))
+
+    def say(line: str) -> None:
         if processes.is_main:
-            prepare_upload(plan)
-        try:
-            _train(plan, processes, say, callbacks, signals)
-        except KeyboardInterrupt:
-            raise Interrupted(_interrupted(plan)) from None
+            reporting.say(line)
+
+    for note in (*notes, *sharding_ignored(os.environ)):
+        say(f"note: {note}")
+    with accelerator.main_process_first():  # a tiny base is built then: transformers writes on rank 0 alone
+        plan = make_plan(config, accelerator.device, resume, processes.world)
+    plan, chosen = fitted_plan(plan, processes)
+    if resume and plan.start is None:
+        say(f"nothing to resume in {plan.run}: starting afresh")
+    if plan.start is not None and is_finished(plan.run, plan.method.product, plan.config.train.total_steps):
+        check_finished(plan, processes.world)
+        if processes.is_main:
+            reporting.result(f"{plan.run}: already finished; nothing to do", **result_values(plan))
+        if plan.config.hub.push != "never":
+            say(f"to upload it: {push_command(plan.run)}")
+        return
+    plan = with_working_optimizer(plan, processes, say)
+    for line in [*chosen, *describe(plan, processes.world)]:
+        say(line)
+    if dry_run:
+        for warning in check_pictures(plan, progress=processes.is_main):
+            say(f"warning: {warning}")
+        say(describe_memory(plan))
+        say("dry run: nothing was encoded, trained or written")
+        return
+    if processes.is_main:
+        prepare_upload(plan)
+    try:
+        _train(plan, processes, say, callbacks, signals)
+    except KeyboardInterrupt:
+        raise Interrupted(what_is_saved(plan.run)) from None
 
 
 @dataclass(frozen=True)
@@ -143,7 +161,7 @@ def _train(
     processes: Processes,
     say: Callable[[str], None],
     callbacks: Sequence[Callback],
-    signals: StopSignals,
+    signals: StopSignals | None,
 ) -> None:
     config, clock = plan.config, [time.monotonic()]
     with explain_oom("encoding", lambda: encoding_knob(config)):
@@ -155,7 +173,8 @@ def _train(
         attempt = _begin(plan, processes, encoded, transformer, say, stack)
         clock.append(time.monotonic())
         watched_before = sum(attempt.watching.seconds.values())  # trackers have been opened
-        with signals.deferred(), explain_oom("training", lambda: training_knob(config, plan.method)):
+        deferred = signals.deferred() if signals else nullcontext()
+        with deferred, explain_oom("training", lambda: training_knob(config, plan.method)):
             metrics = train(
                 config,
                 plan.run,
@@ -168,8 +187,9 @@ def _train(
                 attempt.identity,
                 attempt.contract,
                 [*attempt.watching.callbacks, *callbacks],
-                lambda: signals.asked,
+                lambda: signals is not None and signals.asked,
                 attempt.watching.trackers.line,
+                save_when_interrupted=signals is None,
             )
         clock.append(time.monotonic())
         encode_s, load_s, train_s = (end - start for start, end in itertools.pairwise(clock))
@@ -245,10 +265,19 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
         say(f"note: {plan.run / CARD} is kept, as somebody wrote or changed it; no model card was written")
     write_json(plan.run / RUN_FILE, described)
     steps = plan.config.train.total_steps - attempt.from_step
-    _say_goodbye([*watching.summary(), *summary(plan, report)], metrics, steps, seconds["train_s"], say)
+    reporting.say("", *describe_speed(metrics.skipped, steps, seconds["train_s"]))
+    reporting.say(*watching.summary(), *describe_learning(plan, report))
+    reporting.result(describe_product(plan, report), **result_values(plan))
+    reporting.say(*describe_next(plan))
     if not report["changes_output"]:
         way_out = f"raise optimizer.lr or train.steps, or check {plan.method.remedy}"
         raise RunError(f"{plan.run}: the {plan.method.product.name} changes nothing: {way_out}")
+
+
+def result_values(plan: Plan) -> dict[str, Any]:
+    """Return what a program would want to know of a finished run."""
+    product = plan.run / plan.method.product.name
+    return {"product": product, "run": plan.run, "steps": plan.config.train.total_steps}
 
 
 def _starting_state(
@@ -319,23 +348,3 @@ def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
         ),
         t5_lengths=encoded.t5_lengths,
     )
-
-
-def _interrupted(plan: Plan) -> str:
-    saved = list_checkpoints(plan.run)
-    if not saved:
-        return f"{plan.run}: stopped before the first checkpoint; encodings are kept: run the same command again"
-    return f"{plan.run}: stopped, saved at {saved[-1].name}; the same command with --resume goes on from there"
-
-
-def _say_goodbye(
-    summary: Sequence[str], metrics: Metrics, steps: int, seconds: float, say: Callable[[str], None]
-) -> None:
-    say("")
-    say(f"{steps} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)")
-    if metrics.skipped:
-        count, first = len(metrics.skipped), ", ".join(map(str, list(metrics.skipped)[:10]))
-        were = "steps were" if count > 1 else "step was"
-        say(f"warning: {count} {were} skipped, the gradient was not finite: step {first}{', ...' * (count > 10)}")
-    for line in summary:
-        say(line)

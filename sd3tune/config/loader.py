@@ -18,7 +18,8 @@ from sd3tune.config.files import read_text
 from sd3tune.config.overrides import apply_overrides
 from sd3tune.config.problems import dotted, explain
 from sd3tune.config.run_folder import leave_folder_to_the_run, use_own_folder
-from sd3tune.config.schema import Config
+from sd3tune.config.schema import CheckedLikeAFile, Config
+from sd3tune.config.sections.section import Section
 from sd3tune.config.shape import fill_kinds, paths_in, value_at
 from sd3tune.config.tree import Origin, Tree
 from sd3tune.config.yaml12 import KeyPath
@@ -74,6 +75,27 @@ def parse_config(
     tree = tree_of_values(copy.deepcopy(dict(values)), Path(folder or ".").absolute())
     apply_overrides(tree, overrides)
     return _checked(tree)
+
+
+def config_in_code(sections: Mapping[str, Any]) -> Config:
+    """Check what `Config(...)` was given: plain values, `os.PathLike` for paths, and sections of other configurations.
+
+    Raises ConfigError, as `parse_config` does.
+    """
+    return parse_config({name: _plain(value) for name, value in sections.items()}).config
+
+
+CheckedLikeAFile.check = staticmethod(config_in_code)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.model_dump()
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _checked(tree: Tree) -> LoadedConfig:

@@ -7,10 +7,12 @@ variant (method, timesteps, weighting, optimizer, schedule, source) is one model
 
 from __future__ import annotations
 
+import os
 import re
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from sd3tune.config.sections.data import DataConfig
 from sd3tune.config.sections.flow import FlowConfig
@@ -27,8 +29,52 @@ CONFIG_VERSION = 1
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
-class Config(Section):
-    """A run of sd3tune."""
+Values = Section | Mapping[str, Any]
+"""A section as code gives it: its keys and values, or that of another configuration."""
+
+
+class CheckedLikeAFile(type(BaseModel)):  # type: ignore[misc]
+    """The class of `Config`: a call checks its arguments like a file. pydantic builds a Config without this call."""
+
+    check: Callable[[Mapping[str, Any]], Any]
+    """The check, which `loader` sets, as it stands above the schema."""
+
+    if not TYPE_CHECKING:
+
+        def __call__(cls, **sections: Any) -> Any:
+            return CheckedLikeAFile.check(sections)
+
+
+class Config(Section, metaclass=CheckedLikeAFile):
+    """A run of sd3tune, checked and unchangeable.
+
+    Built in code, it takes the keys and values of a YAML file; paths are relative to the working directory. Raises
+    ConfigError, one line per problem.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            data: Values,
+            config_version: int = ...,
+            name: str = ...,
+            seed: int = ...,
+            output_dir: str | os.PathLike[str] | None = ...,
+            model: Values = ...,
+            method: Values = ...,
+            flow: Values = ...,
+            optimizer: Values = ...,
+            schedule: Values = ...,
+            train: Values = ...,
+            ema: Values | None = ...,
+            checkpoint: Values = ...,
+            preview: Values = ...,
+            validation: Values = ...,
+            tracking: Values = ...,
+            hub: Values = ...,
+        ) -> None: ...
 
     config_version: Annotated[int, FREE] = Field(
         CONFIG_VERSION, ge=1, le=CONFIG_VERSION, description="Version of this format; a newer one is refused."

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import regex
-from tqdm import tqdm
 
 from sd3tune.config.sections.data import DataConfig, SourceConfig
 from sd3tune.data.ahead import in_pieces
@@ -21,7 +20,7 @@ from sd3tune.data.sources.folder import Listing
 from sd3tune.data.sources.registry import SOURCES
 from sd3tune.errors import DataError
 from sd3tune.files.text import flaw
-from sd3tune.terminal import escaped
+from sd3tune.reporting import progress_bar
 
 _Item = TypeVar("_Item")
 
@@ -85,10 +84,10 @@ def scan_records(data: DataConfig, progress: bool = False, look: Callable[[Image
         scan.warnings += listing.warnings
         chosen, of_lines = _chosen(listing.images, source.max_samples), list[Path]()
         examine = functools.partial(_examined, data, number, listing, look)
-        bar = tqdm(
+        bar = progress_bar(
             in_pieces(examine, chosen, _PIECE),
-            escaped(f"reading {source.path}"),
-            len(chosen),
+            desc=f"reading {source.path}",
+            total=len(chosen),
             unit="image",
             delay=2,
             disable=not progress,

@@ -34,7 +34,7 @@ from sd3tune.files.atomic import FULL, TEMPORARY, remove_stale, write_bytes
 from sd3tune.files.json import parse_object
 from sd3tune.files.tensor_header import MOST_BYTES, read_header
 from sd3tune.files.tensors import digest
-from sd3tune.terminal import escaped
+from sd3tune.reporting import escaped
 
 SHARD_BYTES = 64 * 2**20
 FLUSH_SECONDS = 30.0

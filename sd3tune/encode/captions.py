@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from tqdm import tqdm
 
 from sd3tune.data.records import Record
 from sd3tune.data.store import Store, key
@@ -26,6 +25,7 @@ from sd3tune.model.base.base import Base
 from sd3tune.model.base.parts import ENCODER_PARTS, ENCODERS
 from sd3tune.model.load.quantized import load_text_encoder_in
 from sd3tune.model.load.text import TextEncoder
+from sd3tune.reporting import progress_bar
 
 CLIP_LENGTH = 77
 
@@ -148,7 +148,7 @@ def _encode(
 ) -> dict[int, dict[str, int]]:
     """Encode texts under their keys, by length in tokens; returns by length how many tokens each long text lost."""
     total = sum(map(len, keys.values()))
-    bar = tqdm(total=total, desc=f"encoding captions, {encoder}", unit="text", disable=not progress)
+    bar = progress_bar(total=total, desc=f"encoding captions, {encoder}", unit="text", disable=not progress)
     lost: dict[int, dict[str, int]] = {tokens: {} for tokens in keys}
     with bar, store.writer() as writer:
         text_encoder = load()

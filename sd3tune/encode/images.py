@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from sd3tune.data.ahead import ahead
 from sd3tune.data.buckets import Size, nearest_bucket, size_name
@@ -25,6 +24,7 @@ from sd3tune.errors import DataError
 from sd3tune.model.base.base import Base
 from sd3tune.model.load.components import load_vae
 from sd3tune.model.load.latents import encode_moments
+from sd3tune.reporting import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def _encode(
         return job, cover(image, job.target)
 
     total = sum(len(job.cuts) for job in jobs)
-    bar = tqdm(total=total, desc="encoding images", unit="image", disable=not progress)
+    bar = progress_bar(total=total, desc="encoding images", unit="image", disable=not progress)
     with bar, store.writer() as writer:
         vae = load_vae(base, dtype, device)
         for job, image in ahead(decode, jobs):

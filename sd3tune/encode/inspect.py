@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from sd3tune.data.ahead import ahead
 from sd3tune.data.images import ImageRef, file_digest, read_picture, reading_warnings
 from sd3tune.encode.manifest import ImageFacts, Manifest
 from sd3tune.errors import DataError
+from sd3tune.reporting import progress_bar
 
 
 def inspect(refs: Sequence[ImageRef], manifest: Manifest, progress: bool) -> list[ImageFacts]:
@@ -29,7 +28,7 @@ def inspect(refs: Sequence[ImageRef], manifest: Manifest, progress: bool) -> lis
         except DataError as error:
             return error
 
-    bar = tqdm(total=len(refs), desc="checking images", unit="image", delay=1, disable=not progress)
+    bar = progress_bar(total=len(refs), desc="checking images", unit="image", delay=1, disable=not progress)
     found = []
     with bar:
         for result in ahead(look, refs):

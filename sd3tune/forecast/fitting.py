@@ -14,12 +14,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from sd3tune.config import Config
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ConfigError
 from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, Outlook, forecast
+from sd3tune.reporting import progress_bar
 from sd3tune.run.buckets import bucket_of
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes
@@ -74,7 +74,7 @@ def fit(outlook: Outlook, room: int, quiet: bool = False) -> Forecast:
         outlook = _changed(outlook, "model", t5_device="cpu")
         plan = forecast(outlook, plan)
     given_up: ModelConfig | None = None
-    bar = tqdm(list(ways(outlook)), desc="fitting into memory", unit="way", leave=False, delay=2, disable=quiet)
+    bar = progress_bar(list(ways(outlook)), desc="fitting into memory", unit="way", leave=False, delay=2, disable=quiet)
     for leaner in bar:
         if leaner.config.model == given_up:
             continue

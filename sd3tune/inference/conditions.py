@@ -18,7 +18,7 @@ from sd3tune.model.base.contract import sampling_of, starting_offset
 from sd3tune.model.base.parts import ENCODER_PARTS, ENCODERS, LABELS
 from sd3tune.model.base.resolve import configured_base
 from sd3tune.model.load.quantized import missing_library
-from sd3tune.terminal import say
+from sd3tune.reporting import say
 
 DEFAULT_SIDE = 1024
 

@@ -25,7 +25,7 @@ from sd3tune.inference.recipes import read_recipe
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.contract import Part, check_part
 from sd3tune.model.base.offline import offline_kind
-from sd3tune.terminal import say
+from sd3tune.reporting import say
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _HUB_COMMIT = re.compile(_HUB_ID.pattern + r":[\w.-]+", re.ASCII)

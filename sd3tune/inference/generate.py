@@ -14,8 +14,8 @@ from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.prepare import fetching_as_allowed, prepare
 from sd3tune.inference.recipes import Recipes
 from sd3tune.inference.session import draw
+from sd3tune.reporting import say
 from sd3tune.sampling.sampler import fault_of
-from sd3tune.terminal import say_above_bars
 
 Source = str | os.PathLike[str]
 """A file, a folder, a run, or a repository on the Hub."""
@@ -56,7 +56,7 @@ def generate(
         images: dict[Any, Image.Image] = {}
         for request, image in draw(prepared.session, list(dict.fromkeys(prepared.requests)), one_by_one=False):
             if fault := fault_of(image):
-                say_above_bars(f"warning: {request.stem}: {fault}")
+                say(f"warning: {request.stem}: {fault}")
             image.info[RECIPE_KEY] = recipes.text(request)
             images[request] = image
         return [images[request] for request in prepared.requests]

@@ -18,9 +18,9 @@ from sd3tune.inference.grid import Grid
 from sd3tune.inference.image_request import ImageRequest
 from sd3tune.inference.recipes import Recipes, as_text, read_recipe, recipe_key
 from sd3tune.inference.session import InferenceSession, draw
+from sd3tune.reporting import say
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import fault_of
-from sd3tune.terminal import say, say_above_bars
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ImageFolder:
         """Write the image, warn if it shows nothing, and return its file."""
         path = _save(image, self.path / f"{request.stem}.png", self.recipes.recipe(request))
         if fault := fault_of(image):
-            say_above_bars(f"warning: {path}: {fault}")
+            say(f"warning: {path}: {fault}")
         return path
 
     def add_sheet(self, first: ImageRequest, sheet: Image.Image, kind: str) -> Path:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from sd3tune.adapter.file import attach, read_adapter
 from sd3tune.inference.image_request import Texts
@@ -15,6 +14,7 @@ from sd3tune.inference.prompts import encode_prompts
 from sd3tune.model.base.parts import ENCODERS
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_scheduler, load_transformer, load_vae
+from sd3tune.reporting import progress_bar
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, sample_latents, to_image
 
 PromptAndSeed = tuple[str, int]
@@ -53,7 +53,7 @@ class ImagePipeline:
             attach(self.transformer, read_adapter(adapter), _ADAPTER)
         images: list[Image.Image] = []
         try:
-            with tqdm(total=len(wanted), desc=what, unit="picture", leave=False, delay=2) as bar:
+            with progress_bar(total=len(wanted), desc=what, unit="picture", leave=False, delay=2) as bar:
                 for start in range(0, len(wanted), self.batch_size):
                     images += self._draw_batch(wanted[start : start + self.batch_size])
                     bar.update(len(images) - bar.n)

@@ -23,9 +23,9 @@ from sd3tune.inference.prompts_file import PromptLine, read_prompts
 from sd3tune.inference.session import InferenceSession
 from sd3tune.model.base.hub import nothing_fetched
 from sd3tune.model.load.components import empty_transformer, load_scheduler
+from sd3tune.reporting import say
 from sd3tune.runtime.device import choose_dtype, gpu_of, make_accelerator
 from sd3tune.sampling.samplers import SAMPLERS
-from sd3tune.terminal import say
 
 NamedRequest = tuple[ImageRequest, Named]
 

@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Collection, Sequence
 
 import torch
-from tqdm import tqdm
 
 from sd3tune.encode.resources import release
 from sd3tune.inference.image_request import Texts
@@ -14,8 +13,8 @@ from sd3tune.model.base.base import Base
 from sd3tune.model.load.components import empty_transformer
 from sd3tune.model.load.quantized import load_text_encoder_in
 from sd3tune.model.load.text import assemble
+from sd3tune.reporting import progress_bar, say
 from sd3tune.sampling.sampler import Conditioning
-from sd3tune.terminal import say
 
 
 def encode_prompts(
@@ -32,7 +31,7 @@ def encode_prompts(
     Encoders named in `eight_bit` are held in 8 bits. Warns of texts that are cut off.
     """
     entries: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
-    for name in tqdm(encoders, desc="encoding prompts", unit="encoder", leave=False, delay=2):
+    for name in progress_bar(encoders, desc="encoding prompts", unit="encoder", leave=False, delay=2):
         form = "int8" if name in eight_bit else "none"
         encoder = load_text_encoder_in(form, base, name, dtype, device, t5_length)
         texts = list(dict.fromkeys(prompt.read_by(name) for prompt in prompts))

@@ -12,7 +12,6 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from sd3tune.adapter.file import Adapter, attach
 from sd3tune.encode.resources import release
@@ -26,6 +25,7 @@ from sd3tune.model.compute.hoist import hoist
 from sd3tune.model.load.components import load_scheduler, load_vae
 from sd3tune.model.load.latents import encode_moments
 from sd3tune.model.load.quantized import load_transformer_in
+from sd3tune.reporting import progress_bar, say
 from sd3tune.runtime.out_of_memory import explain_oom
 from sd3tune.sampling.sampler import (
     Conditioning,
@@ -35,7 +35,6 @@ from sd3tune.sampling.sampler import (
     sample_latents,
     to_image,
 )
-from sd3tune.terminal import say
 
 Result = TypeVar("Result")
 _SMALLER_T5 = "hold T5 in 8 bits with --t5-8bit, or do without it with --no-t5"
@@ -78,7 +77,7 @@ def draw(
     scheduler = load_scheduler(session.conditions.base)
     batches, done = batched(requests, session.batch), 0
     evaluations = sum(sampler_settings(request).evaluations for request in requests)
-    with tqdm(total=evaluations, desc="drawing", unit="step") as bar:
+    with progress_bar(total=evaluations, desc="drawing", unit="step") as bar:
 
         def denoise(
             model: SD3Transformer2DModel, together: Sequence[ImageRequest], warm_up: bool = False

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from sd3tune.config.sections.outputs import HubConfig
 from sd3tune.errors import RunError
 from sd3tune.publish.files import Upload
+from sd3tune.reporting import current
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -157,6 +158,7 @@ def _quiet(progress: bool = False) -> Iterator[None]:
     logger, disabled = logging.getLogger("huggingface_hub"), are_progress_bars_disabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
+    progress = progress and current().library_bars
     if not progress and not disabled:
         disable_progress_bars()
     try:

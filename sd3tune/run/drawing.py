@@ -6,17 +6,16 @@ from collections.abc import Mapping
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
-from tqdm import tqdm
 
 from sd3tune.data.store import Store
 from sd3tune.encode.resources import release
 from sd3tune.files.atomic import new_file, remove_stale
 from sd3tune.model.load.components import load_scheduler, load_vae
+from sd3tune.reporting import progress_bar, say
 from sd3tune.run.preflight import Plan
 from sd3tune.run.setup import load_base
 from sd3tune.runtime.processes import Processes
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
-from sd3tune.terminal import say_above_bars
 
 NEGATIVE_PROMPT = ""
 """The unconditional prompt, and a dropped caption: the empty string's encoding, never zeros."""
@@ -58,7 +57,7 @@ def draw_class_images(
     transformer = load_base(plan)
     vae, scheduler = load_decoder(plan), load_scheduler(plan.base)
     negative = stored_conditioning(plan, store, captions, NEGATIVE_PROMPT, transformer)
-    bar = tqdm(mine, desc="drawing class images", unit="image", disable=not processes.is_main)
+    bar = progress_bar(mine, desc="drawing class images", unit="image", disable=not processes.is_main)
     for settings, drawn in bar:
         positive = stored_conditioning(plan, store, captions, drawn.prompt, transformer)
         sampler = SamplerSettings(settings.steps, settings.guidance, *drawn.size, noise_offset=plan.base.noise_offset)
@@ -66,6 +65,6 @@ def draw_class_images(
         with new_file(drawn.path) as temporary:
             image.save(temporary, format="PNG")
         if fault := fault_of(image):
-            say_above_bars(f"warning: {drawn.path}: {fault}")
+            say(f"warning: {drawn.path}: {fault}")
     del transformer, vae
     release(plan.device)

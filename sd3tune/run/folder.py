@@ -204,6 +204,14 @@ def naming_what_is_saved(run: Path) -> Iterator[None]:
         ) from error
 
 
+def what_is_saved(run: Path) -> str:
+    """Return the line for a run that was stopped."""
+    saved = list_checkpoints(run)
+    if not saved:
+        return f"{run}: stopped before the first checkpoint; encodings are kept: run the same command again"
+    return f"{run}: stopped, saved at {saved[-1].name}; the same command with --resume goes on from there"
+
+
 def describe_run(run: Path, start: Mapping[str, Any], from_step: int) -> dict[str, Any]:
     """What `run.json` holds from the start: `start`, the command, the commit; an earlier attempt's resumes are kept."""
     resumes = [*_resumes(run), {"from_step": from_step}] if from_step else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,23 +83,46 @@ def infer_command(method: Method, run: Path, prompt: str, seed: int = 0) -> str:
     return command_line("sd3tune", "infer", *words)
 
 
-def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
-    """The report in words, and the command to type next."""
-    changes, loss, product = report["block_changes"], report["fixed_noise_loss"], plan.method.product
+def describe_speed(skipped: Collection[int], steps: int, seconds: float) -> list[str]:
+    """Return how fast the steps were, and a warning of those that the optimizer skipped."""
+    lines = [f"{steps} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)"]
+    if skipped:
+        count, first = len(skipped), ", ".join(map(str, list(skipped)[:10]))
+        were = "steps were" if count > 1 else "step was"
+        lines.append(
+            f"warning: {count} {were} skipped, the gradient was not finite: step {first}{', ...' * (count > 10)}"
+        )
+    return lines
+
+
+def describe_learning(plan: Plan, report: Mapping[str, Any]) -> list[str]:
+    """Return the report in words."""
+    changes, loss = report["block_changes"], report["fixed_noise_loss"]
     largest = max(changes.values()) or 1.0
     bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * change / largest)] for change in changes.values())
     by_sigma = ", ".join(
         f"{sigma:g}: {base:.3f} -> {trained:.3f} ({100 * (trained / base - 1):+.1f} %)"
         for sigma, base, trained in zip(loss["sigma"], loss["base"], loss["trained"], strict=True)
     )
-    sheet, card = plan.run / SAMPLES / SHEET, plan.run / CARD
     return [
         f"learned   one denoising step changes by {100 * report['velocity_change']:.3g} %; "
         f"{plan.method.block_measure} |{bars}|, at most {max(changes.values()):.3g}",
         *_divergence(plan, report),
         f"loss      on training images at fixed noise, by sigma: {by_sigma}",
-        f"{product.name:<9} {plan.run / product.name}"
-        + (f" (the average, EMA; as trained: {product.raw})" if report["weights"] == "ema" else ""),
+    ]
+
+
+def describe_product(plan: Plan, report: Mapping[str, Any]) -> str:
+    """Return the line that says where the trained weights are."""
+    product = plan.method.product
+    average = f" (the average, EMA; as trained: {product.raw})" if report["weights"] == "ema" else ""
+    return f"{product.name:<9} {plan.run / product.name}{average}"
+
+
+def describe_next(plan: Plan) -> list[str]:
+    """Return where to look, and the command to type next."""
+    sheet, card = plan.run / SAMPLES / SHEET, plan.run / CARD
+    return [
         *([f"pictures  {sheet}"] if sheet.is_file() else []),
         f"card      {card}",
         "",

@@ -46,9 +46,10 @@ def processes_of(accelerator: Accelerator) -> Processes:
 
 @contextlib.contextmanager
 def closing_process_group() -> Iterator[None]:
-    """Leave the process group at the end, which torch warns about otherwise."""
+    """Leave a process group that the body joined, which torch warns about otherwise."""
+    joined_before = torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
         yield
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if not joined_before and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

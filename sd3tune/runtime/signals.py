@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from sd3tune.terminal import say
+from sd3tune.reporting import say
 
 
 class StopSignals:
@@ -43,4 +42,4 @@ class StopSignals:
         if not self._deferring or self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        say("", "stopping after this step, and saving it; once more to stop at once", to=sys.stderr, flush=True)
+        say("", "stopping after this step, and saving it; once more to stop at once", aside=True)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
-from tqdm import tqdm
 
 from sd3tune.config.schema import Config
 from sd3tune.errors import RunError
 from sd3tune.methods import Method
+from sd3tune.reporting import progress_bar, say
 from sd3tune.runtime.processes import Processes
 from sd3tune.training.batches import Batches
 from sd3tune.training.checkpoint import prune, save_checkpoint
 from sd3tune.training.metrics import Line, Metrics
 from sd3tune.training.objective import Objective
 from sd3tune.training.step import TrainState, train_step
+
+if TYPE_CHECKING:
+    from sd3tune.reporting import Bar
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -34,6 +38,8 @@ class View:
     method: Method
     weights: Mapping[str, Tensor]
     """The weights that an export would write now: the EMA if there is one, else the master; fp32."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """The newest line of the metrics that was read from the device, perhaps of an earlier step; empty at first."""
 
 
 class Callback(Protocol):
@@ -56,31 +62,25 @@ def train(
     callbacks: Sequence[Callback] = (),
     stop_requested: Callable[[], bool] = lambda: False,
     sink: Callable[[Line], object] = lambda line: None,
+    save_when_interrupted: bool = False,
 ) -> Metrics:
     """Train from `state.step` to `config.train.total_steps`; the last step is always checkpointed.
 
     Raises KeyboardInterrupt, after a checkpoint, when `stop_requested` returns true on any rank. Raises RunError when
     the gradient was not finite for `train.max_skipped` steps in a row.
+
+    With `save_when_interrupted`, a KeyboardInterrupt from outside is raised again after a checkpoint of the last whole
+    step, if a single process trains.
     """
     metrics = Metrics(run / METRICS_FILE, state.step, processes.gather, processes.is_main, batches.names, sink)
     known_skips = len(metrics.skipped)
+    saver = _Saver(run, state, method, metrics, processes, identity, contract)
 
     def view() -> View:
-        return View(state.step, state.step == config.train.total_steps, transformer, method, exported_weights(state))
+        last, weights = state.step == config.train.total_steps, exported_weights(state)
+        return View(state.step, last, transformer, method, weights, metrics.last)
 
-    def checkpoint(keep: int | None = config.checkpoint.keep) -> None:
-        metrics.flush(wait=True)
-        if processes.is_main:
-            save_checkpoint(
-                run,
-                state,
-                identity,
-                keep,
-                lambda folder: method.export(folder / method.product.name, exported_weights(state), contract),
-            )
-        processes.wait()
-
-    bar = tqdm(
+    bar = progress_bar(
         total=config.train.total_steps,
         initial=state.step,
         desc=config.name,
@@ -88,12 +88,13 @@ def train(
         disable=not processes.is_main,
         dynamic_ncols=True,
     )
-    with bar:
+    with bar, saver.saving_when_interrupted() if save_when_interrupted else contextlib.nullcontext():
         for callback in callbacks:
             callback(view())
         while state.step < config.train.total_steps:
             result = train_step(state, transformer, method, batches, objective, config, processes.reduce_mean)
             metrics.add(state.step, result, stop_requested())
+            saver.measured = state.step
             last = state.step == config.train.total_steps
             alone = processes.world == 1 and stop_requested()  # several processes agree on it when they log
             if state.step % config.train.log_every == 0 or last or alone:
@@ -102,10 +103,10 @@ def train(
                 known_skips = len(metrics.skipped)
             bar.update()
             if metrics.skipped_in_a_row >= config.train.max_skipped:
-                checkpoint(keep=None)  # the weights are those of the last good step; older ones may be better still
+                saver.save(keep=None)  # the weights are those of the last good step; older ones may be better still
                 raise RunError(_not_finite(run, metrics))
             if state.step % config.checkpoint.every == 0 or last or metrics.stop_requested:
-                checkpoint()
+                saver.save(config.checkpoint.keep)
             metrics.check_place()
             for callback in callbacks:
                 callback(view())
@@ -116,14 +117,61 @@ def train(
     return metrics
 
 
+class _Saver:
+    """Writes the checkpoints of a run, and knows which step it can save."""
+
+    def __init__(
+        self,
+        run: Path,
+        state: TrainState,
+        method: Method,
+        metrics: Metrics,
+        processes: Processes,
+        identity: Mapping[str, Any],
+        contract: Mapping[str, Any],
+    ) -> None:
+        self.run, self.state, self.method, self.metrics = run, state, method, metrics
+        self.processes, self.identity, self.contract = processes, identity, contract
+        self.saved = self.measured = state.step
+        """The last steps that are in a checkpoint, and in the metrics."""
+
+    def save(self, keep: int | None) -> None:
+        """Write a checkpoint of the state's step, and remove all but the newest `keep`, if that is a number."""
+        self.metrics.flush(wait=True)
+        if self.processes.is_main:
+            save_checkpoint(
+                self.run,
+                self.state,
+                self.identity,
+                keep,
+                lambda folder: self.method.export(
+                    folder / self.method.product.name, exported_weights(self.state), self.contract
+                ),
+            )
+        self.saved = self.state.step
+        self.processes.wait()
+
+    @contextlib.contextmanager
+    def saving_when_interrupted(self) -> Iterator[None]:
+        """Save the last whole step when the body is interrupted, unless an update was cut off or others train, too."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            step = self.state.step
+            whole = not self.state.updating and self.measured == step
+            if whole and self.saved < step and self.processes.world == 1:
+                self.save(keep=None)
+            raise
+
+
 def exported_weights(state: TrainState) -> dict[str, Tensor]:
     """The weights that are written and previewed: the EMA when there is one, else the master."""
     return state.master.named(state.master.master if state.ema is None else state.ema)
 
 
-def _show(bar: tqdm, metrics: Metrics, known_skips: int) -> None:
+def _show(bar: Bar, metrics: Metrics, known_skips: int) -> None:
     for step, suspects in list(metrics.skipped.items())[known_skips:]:
-        bar.write(f"warning: step {step} was skipped, its gradient is not finite: {_enumerated(suspects)}")
+        say(f"warning: step {step} was skipped, its gradient is not finite: {_enumerated(suspects)}")
     last = metrics.last
     if last:
         loss = "skipped" if last["loss"] is None else f"{last['loss']:.4f}"

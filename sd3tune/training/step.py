@@ -36,6 +36,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: Tensor | None
     loss_scale: LossScale
+    updating: bool = False
+    """Whether an update has begun and not ended, so that the tensors are of no one step."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[
     grad_norm = clip_(gradient, config.train.max_grad_norm)
     overflow = ~grad_norm.isfinite()
 
+    state.updating = True
     optimizer.param_groups[0]["lr"] = lr
     optimizer.found_inf = overflow.float()  # type: ignore[attr-defined]  # where it is not 0, a step changes nothing
     master.master.grad = gradient
@@ -135,4 +138,5 @@ def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[
     state.step += 1
     if config.ema is not None and state.ema is not None:
         state.ema.lerp_(master.master.detach(), 1 - ema_decay(config.ema, state.step))
+    state.updating = False
     return grad_norm

@@ -6,11 +6,10 @@ import gc
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 
-from sd3tune.cli.imports import announced, quick_imports, spin_briefly
+from sd3tune.cli.imports import quick_imports, spin_briefly
 
 FIRST_IMPORT = """
 import gc
@@ -26,16 +25,6 @@ import sys
 print(*sorted(UNUSED & set(sys.modules)))
 
 import torch
-from importlib.util import find_spec
-from torch.utils._triton import has_triton_package
-triton = find_spec("triton") is not None
-print(has_triton_package() == triton)
-if find_spec("torch._native"):
-    from torch._native.triton_utils import runtime_available
-    print(runtime_available() == (triton and torch.version.cuda is not None))
-else:
-    print(True)
-
 from sd3tune.model.lora.layers import Layer, inject_lora, lora_layers
 from sd3tune.model.load.quantized import quantize
 from sd3tune.model.base.tiny import _transformer
@@ -53,7 +42,6 @@ UNUSED = {
     "tensorboard",
     "transformers.models.clip.modeling_clip",
     "transformers.models.t5.modeling_t5",
-    "triton",
     "wandb",
 }
 
@@ -61,26 +49,11 @@ UNUSED = {
 def test_the_first_import_collects_no_garbage_and_takes_only_what_every_run_needs() -> None:
     script = f"UNUSED = {UNUSED!r}\n{FIRST_IMPORT}"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    collector, imported, *triton, layers = ran.stdout.splitlines()
+    collector, imported, layers = ran.stdout.splitlines()
     assert collector.split() == ["True", "True", "True"]
     assert imported.split() == []
-    assert triton == ["True", "True"]
     assert ran.stderr == "train run.yaml: loading PyTorch and diffusers ...\n"
     assert layers.split() == ["Linear4bit", "Linear"]  # they are found when they are asked for
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed here")
-def test_where_something_is_compiled_triton_is_there() -> None:
-    script = """
-import sys
-from sd3tune.cli.imports import quick_imports
-
-with quick_imports("infer", compiles=True):
-    import sd3tune.commands.infer
-print("triton" in sys.modules)
-"""
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ran.stdout == "True\n"
 
 
 def test_where_all_is_imported_garbage_of_others_stays_collectable() -> None:
@@ -110,19 +83,3 @@ def test_waiting_threads_sleep_soon_unless_the_environment_says_otherwise(monkey
     monkeypatch.setattr(os, "environ", environment)
     spin_briefly()
     assert environment.get("GOMP_SPINCOUNT") == spins
-
-
-def test_on_a_terminal_the_seconds_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with announced("plan run.yaml"):
-        pass
-    assert capsys.readouterr().err == "\rplan run.yaml: loading PyTorch and diffusers 0 s\n"
-
-
-def test_of_several_processes_the_first_one_says_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setenv("RANK", "1")
-    with announced("train run.yaml"):
-        pass
-    assert capsys.readouterr().err == ""

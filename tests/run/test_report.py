@@ -22,11 +22,23 @@ from sd3tune.model.load.components import load_transformer
 from sd3tune.model.lora.layers import block_norms
 from sd3tune.run.encoding import encode
 from sd3tune.run.preflight import Plan, make_plan
-from sd3tune.run.report import FIXED_SIGMAS, closing_report, infer_command, summary
+from sd3tune.run.report import (
+    FIXED_SIGMAS,
+    closing_report,
+    describe_learning,
+    describe_next,
+    describe_product,
+    infer_command,
+)
 from sd3tune.runtime.processes import ALONE
 from sd3tune.training.batches import Batch, Batches
 
 RANK, ALPHA = 2, 3.0
+
+
+def summary(plan: Plan, report: dict) -> list[str]:
+    """What a run prints at its end."""
+    return [*describe_learning(plan, report), describe_product(plan, report), *describe_next(plan)]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 
 from sd3tune.errors import ModelError
 from sd3tune.files.atomic import FULL
+from sd3tune.reporting import Reporter, current
 
 _fetching = True
 """Whether files that are not in the Hub's cache may be downloaded; see `nothing_fetched`."""
@@ -41,11 +42,7 @@ def download(
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
-    class Silent(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-    bar = None if progress else Silent
+    bar: Any = (current() if progress else Reporter(quiet=True)).bar_of(tqdm)
     with _in_words(repo, revision, otherwise):
         return Path(
             snapshot_download(

@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from sd3tune.encode.resources import release
 from sd3tune.files.png_recipe import RECIPE_KEY, save_png
 from sd3tune.model.load.components import load_scheduler
 from sd3tune.publish.previews import SAMPLES, SHEET
+from sd3tune.reporting import progress_bar, say
 from sd3tune.run.drawing import NEGATIVE_PROMPT, load_decoder, stored_conditioning
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
@@ -21,7 +21,6 @@ from sd3tune.runtime.out_of_memory import is_out_of_memory
 from sd3tune.runtime.processes import Processes
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
-from sd3tune.terminal import say_above_bars
 from sd3tune.tracking.trackers import Trackers
 from sd3tune.training.loop import View
 
@@ -61,7 +60,7 @@ class Previews:
                 raise
             release(self.plan.device)
             self.skipped.append(view.step)
-            say_above_bars(f"warning: step {view.step}: no preview, out of memory; training goes on")
+            say(f"warning: step {view.step}: no preview, out of memory; training goes on")
         self.seconds += time.monotonic() - started
         self._send(name)
 
@@ -75,7 +74,7 @@ class Previews:
         for number, (path, image) in enumerate(zip(paths, images, strict=True)):
             save_png(image, path, self._recipe(number))
             if fault := fault_of(image):
-                say_above_bars(f"warning: {path}: {fault}")
+                say(f"warning: {path}: {fault}")
 
     def _draw(self, name: str, view: View) -> list[Image.Image]:
         """Denoise all prompts; then load the VAE, decode, and free it."""
@@ -85,7 +84,7 @@ class Previews:
         scheduler = load_scheduler(self.plan.base, None if name == BASE else self.plan.method.sampling_shift())
         negative = self._conditioning(NEGATIVE_PROMPT, view)
         total = settings.steps * len(settings.prompts)
-        with tqdm(total=total, desc=f"preview, {name}", unit="step", leave=False, delay=2) as bar:
+        with progress_bar(total=total, desc=f"preview, {name}", unit="step", leave=False, delay=2) as bar:
             latents = [
                 sample_latents(
                     view.transformer,

@@ -23,10 +23,10 @@ from sd3tune.publish.files import (
     files_of_checkpoint,
 )
 from sd3tune.publish.repository import Repository, repository_of
+from sd3tune.reporting import say
 from sd3tune.run.card import card_of
 from sd3tune.run.preflight import Plan
 from sd3tune.run.upload import left_out, push_command, push_run
-from sd3tune.terminal import say_above_bars
 from sd3tune.training.checkpoint import checkpoint_at
 from sd3tune.training.loop import View
 
@@ -131,7 +131,7 @@ class Uploads:
 
     def _warn(self, line: str) -> None:
         self.warnings.append(line)
-        say_above_bars(f"warning: {line}")
+        say(f"warning: {line}")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -10,18 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sd3tune.data.sampler import generator
 from sd3tune.files.atomic import new_folder, write_json, write_text
 from sd3tune.flow.objective import offset_noise, velocity_loss, velocity_target
 from sd3tune.model.load.components import vae_config
 from sd3tune.model.load.latents import sample_latents
+from sd3tune.reporting import progress_bar, say
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.folder import BEST, BEST_FILE, VALIDATION_FILE, read_validation
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes
-from sd3tune.terminal import say_above_bars
 from sd3tune.tracking.trackers import Trackers
 from sd3tune.training.batches import Batch
 from sd3tune.training.examples import Example
@@ -95,7 +94,7 @@ class Validation:
             if self.best is line:
                 self._keep(view, line)
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-            say_above_bars(describe(line) + ", the lowest so far" * (self.best is line and view.step > 0))
+            say(describe(line) + ", the lowest so far" * (self.best is line and view.step > 0))
         self.seconds += time.monotonic() - started
         self._track(line)
 
@@ -120,7 +119,7 @@ class Validation:
         """[images, sigmas], of all processes."""
         rows = -(-self.images // self.processes.world)
         losses = torch.full((rows, len(SIGMAS)), torch.nan, device=self.plan.device)
-        bar = tqdm(
+        bar = progress_bar(
             total=len(self.mine) * len(SIGMAS),
             desc=f"held-out loss, {what}",
             leave=False,

@@ -9,6 +9,7 @@ from typing import Any
 from sd3tune.config.public import public_config
 from sd3tune.config.sections.outputs import TrackingConfig
 from sd3tune.publish.repository import repository_of
+from sd3tune.reporting import say
 from sd3tune.run.callbacks.previews import Previews
 from sd3tune.run.callbacks.uploads import Uploads
 from sd3tune.run.callbacks.validation import Validation
@@ -16,7 +17,6 @@ from sd3tune.run.encoding import Encoded
 from sd3tune.run.folder import LOGS
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes
-from sd3tune.terminal import say_above_bars
 from sd3tune.tracking.base import Start
 from sd3tune.tracking.trackers import Trackers
 from sd3tune.training.loop import Callback
@@ -30,7 +30,7 @@ class Watching:
     ) -> None:
         config = plan.config
         start = Start(config.name, plan.run / LOGS, public_config(config))
-        self.trackers = Trackers(config.tracking if processes.is_main else TrackingConfig(), start, say_above_bars)
+        self.trackers = Trackers(config.tracking if processes.is_main else TrackingConfig(), start, say)
         self.previews = Previews(plan, encoded, processes, self.trackers) if config.preview.prompts else None
         self.validation = (
             Validation(plan, encoded, processes, contract, self.trackers, from_step) if encoded.holdout else None

@@ -1,0 +1,67 @@
+"""The functions of `import sd3tune`. Each does what the command of its name does, and raises where that exits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sd3tune.config import Config
+from sd3tune.config import load_config as load
+from sd3tune.errors import Interrupted
+from sd3tune.reporting import say
+
+if TYPE_CHECKING:
+    from sd3tune.commands.plan import RunPlan
+    from sd3tune.run.finished import Run
+    from sd3tune.training.loop import Callback
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply overrides such as `"train.steps=500"`, and return the checked configuration.
+
+    Paths in the file are relative to it, those in overrides to the working directory. Raises ConfigError.
+    """
+    loaded = load(path, overrides)
+    say(*(f"note: {note}" for note in loaded.notes), aside=True)
+    return loaded.config
+
+
+def plan(config: Config, *, card: str | None = None, memory: float | None = None, utilisation: float = 40) -> RunPlan:
+    """Return what a run takes in memory, disk space and time, and what each change would save. Needs no weights.
+
+    `card` is a GPU such as `"4090"`; `memory` replaces its memory, in GB (10^9 bytes); `utilisation` is the share of
+    its peak throughput, in per cent, that the time assumes. Raises UserError.
+    """
+    from sd3tune.commands.plan import plan_run
+
+    return plan_run(config, card, memory, utilisation)
+
+
+def train(
+    config: Config, *, resume: bool = False, callbacks: Sequence[Callback] = (), handle_signals: bool = False
+) -> Run:
+    """Train, and return the run.
+
+    `resume` continues from the last checkpoint, if there is one. Each of `callbacks` is called with a `View` before the
+    first step and after each step; what it raises ends the run. With `handle_signals`, the first Ctrl-C or SIGTERM
+    lets the step in hand end; without, Python's KeyboardInterrupt ends the step. Either way the last whole step is
+    saved, and Interrupted is raised. Raises UserError.
+    """
+    from sd3tune.commands.train import carry_out_run
+    from sd3tune.run.finished import Run
+    from sd3tune.runtime.processes import closing_process_group
+    from sd3tune.runtime.signals import StopSignals
+
+    run = Run(Path(str(config.output_dir)))
+    try:
+        with closing_process_group():
+            if handle_signals:
+                with StopSignals() as signals:
+                    carry_out_run(config, resume=resume, callbacks=callbacks, signals=signals)
+            else:
+                carry_out_run(config, resume=resume, callbacks=callbacks)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{run}: stopped; every file that was written is complete; train again") from None
+    return run

@@ -1,0 +1,60 @@
+"""A run that has ended, as code sees it: its folder, and what is in it."""
+
+from __future__ import annotations
+
+import html
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3tune.config.run_folder import read_run_file
+from sd3tune.errors import RunError
+from sd3tune.methods import products
+from sd3tune.training.loop import METRICS_FILE
+from sd3tune.training.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class Run(os.PathLike[str]):
+    """A run folder; it can be given wherever a path or an adapter can."""
+
+    folder: Path
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def product(self) -> Path:
+        """The folder of the trained weights: `adapter`, or `model` of a full fine-tune. Raises RunError."""
+        for product in products():
+            if product.is_in(self.folder):
+                return self.folder / product.name
+        raise RunError(f"{self.folder}: holds no trained weights; train it to its end, with resume=True")
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the adapter, which diffusers loads, too. Raises RunError for a full fine-tune."""
+        product = self.product
+        if product.name != "adapter":
+            raise RunError(f"{self.folder}: trained a whole model, not an adapter; it is in {product}")
+        return product
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, a row for each step that was logged: `pandas.DataFrame(run.metrics)`."""
+        return read_metrics(self.folder / METRICS_FILE)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What came of the training, as in `run.json`: losses at fixed noise, the change of a step, held-out loss."""
+        report = read_run_file(self.folder).get("report", {})
+        return report if isinstance(report, dict) else {}
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def _repr_html_(self) -> str:
+        rows = [("run", self.folder), ("weights", self.product), ("steps logged", len(self.metrics))]
+        cells = "".join(f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows)
+        return f"<table>{cells}</table>"
