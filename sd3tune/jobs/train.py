@@ -52,7 +52,6 @@ from sd3tune.jobs.trainable import load_base, make_trainable
 from sd3tune.jobs.uploading import prepare_upload, push_command, upload_finished
 from sd3tune.jobs.watching import Watching
 from sd3tune.model.components import vae_config
-from sd3tune.publish.files import CARD
 from sd3tune.train.ahead import looking_ahead
 from sd3tune.train.batches import Batches, Dropout, LatentScaling
 from sd3tune.train.checkpoint import list_checkpoints, restore
@@ -237,8 +236,8 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
         "warnings": [*attempt.encoded.warnings, *watching.warnings],
         "report": report,
     }
-    if not write_card(plan.run, plan.config, attempt.contract, described):
-        say(f"note: {plan.run / CARD} is kept, as somebody wrote or changed it; no model card was written")
+    if without_card := write_card(plan.run, plan.config, attempt.contract, described):
+        say(without_card)
     write_json(plan.run / RUN_FILE, described)
     steps = plan.config.train.total_steps - attempt.from_step
     _say_goodbye([*watching.summary(), *summary(plan, report)], metrics, steps, seconds["train_s"], say)

@@ -314,8 +314,10 @@ def test_loading_imports_neither_torch_nor_numpy() -> None:
 
 
 def test_a_run_in_a_folder_whose_name_is_not_utf_8_has_a_configuration_that_loads(tmp_path: Path) -> None:
-    folder = tmp_path / "caf\udce9"
-    config = parse_config({"data": {"sources": [{"path": "photos"}]}, "output_dir": "run"}, folder=folder).config
+    values = {"data": {"sources": [{"path": str(tmp_path)}]}, "output_dir": "run"}
+    config = parse_config(values, folder=tmp_path / "caf\udce9").config
     Path("config.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config("config.yaml").config == config
-    assert config.data.sources[0].path == str(folder / "photos")
+    assert config.output_dir == str(tmp_path / "caf\udce9" / "run")
+    with pytest.raises(ConfigError, match=r"data.sources.0.path: .* is not UTF-8; rename the folder"):
+        parse_config({"data": {"sources": [{"path": "photos"}]}}, folder="caf\udce9")
