@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from sd3tune.model.components import empty_transformer, load_transformer, stored
 from sd3tune.model.contract import sampling_of
 from sd3tune.model.low_rank import truncate, weighted_sum
 from sd3tune.model.model_folder import check_parts, write_model
+from sd3tune.regular_files import sha256_of
 
 METHODS = ("concat", "svd")
 _CONDITIONS = (
@@ -148,11 +148,7 @@ def _contract(adapters: Weighted, more: Mapping[str, Any]) -> dict[str, Any]:
         **{key: contracts[0][key] for key in _CONDITIONS if key in contracts[0]},
         "sd3tune_version": __version__,
         "method": "merge",
-        "merged": [{"sha256": _sha256(adapter.path), "weight": weight} for adapter, weight in adapters],
+        "merged": [{"sha256": sha256_of(adapter.path), "weight": weight} for adapter, weight in adapters],
         "trigger": ", ".join(triggers) or None,
         **more,
     }
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

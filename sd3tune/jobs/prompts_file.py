@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from typing import Any
 
 from sd3tune.errors import ConfigError
 from sd3tune.jobs.shots import Shot, problems_of
+from sd3tune.json_files import NotJson, parse
 from sd3tune.regular_files import complaint, read_regular
-from sd3tune.text_files import NotText, decode, parse_json
+from sd3tune.text_files import NotText, decode
 
 _SIZE = re.compile(r"(\d{1,9})(?:x(\d{1,9}))?", re.ASCII)
 
@@ -136,10 +136,8 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]
         if not line.strip():
             continue
         try:
-            values = parse_json(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-        except ValueError as error:
+            values = parse(line, plain=False)
+        except NotJson as error:
             raise ConfigError(f"{path}:{number}: not JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f'{path}:{number}: each line is an object such as {{"prompt": "a dog"}}')

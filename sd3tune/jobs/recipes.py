@@ -9,21 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from sd3tune import __version__
 from sd3tune.jobs.machine import dtype_name
 from sd3tune.jobs.shots import Shot
 from sd3tune.jobs.studio import Studio
 from sd3tune.model.adapter_io import ADAPTER_FILE
 from sd3tune.model.components import load_scheduler
-from sd3tune.publish.previews import RECIPE_KEY
-from sd3tune.regular_files import open_regular, sha256_of
+from sd3tune.publish.previews import written_in
+from sd3tune.regular_files import sha256_of
 from sd3tune.tensorfile import tensors_sha256
-from sd3tune.text_files import parse_json
-
-_LONGEST = 2**20
-"""Characters of a recipe; its texts are cut off at some hundred words anyway."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +105,7 @@ class Recipes:
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
     """The recipe in a picture; None for a file without one, or with one that no picture needs to be so long or deep."""
-    try:
-        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
-            text = image.info.get(RECIPE_KEY, "null")
-        recipe = parse_json(text) if len(text) <= _LONGEST else None
-    except Exception:  # decoders of arbitrary bytes raise nearly anything
-        return None
+    recipe = written_in(path)
     return recipe if isinstance(recipe, dict) else None
 
 

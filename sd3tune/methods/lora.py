@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from sd3tune.model.dropout import SeededDropout
 from sd3tune.model.eva import input_directions
 from sd3tune.model.fast import plain_path
 from sd3tune.model.targets import CoverageRow, coverage, select_modules, values_by_pattern
+from sd3tune.regular_files import sha256_of
 
 
 class LoraMethod(StoredText):
@@ -145,13 +145,13 @@ class LoraMethod(StoredText):
 
     def contract(self) -> dict[str, Any]:
         special = self.settings.model_dump(exclude_defaults=True, exclude={"kind", "rank", "alpha", "start_from"})
-        started = {"start_from": _sha256(self._start.path)} if self._start else {}
+        started = {"start_from": sha256_of(self._start.path)} if self._start else {}
         return {"method": "lora", "rank": self.settings.rank, "alpha": self.settings.alpha, **special, **started}
 
     def identity(self) -> dict[str, Any]:
         settings = self.settings.model_dump()
         if self._start:
-            settings["start_from"] = _sha256(self._start.path)  # its content, wherever it lies
+            settings["start_from"] = sha256_of(self._start.path)  # its content, wherever it lies
         return settings
 
     def _layers(self, modules: Sequence[str]) -> dict[str, Layer]:
@@ -169,7 +169,3 @@ class LoraMethod(StoredText):
             return adapter_io.read_adapter(self.settings.start_from)
         except AdapterError as error:
             raise AdapterError(*(f"method.start_from: {problem}" for problem in error.problems)) from error
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

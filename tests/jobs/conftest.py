@@ -15,8 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sd3tune.jobs.recipes import RECIPE_KEY
 from sd3tune.model.adapter_metadata import CONTRACT_KEY
+from sd3tune.publish.previews import RECIPE_KEY
 
 Tensors = dict[str, torch.Tensor]
 StartCli = Callable[..., "subprocess.Popen[str]"]

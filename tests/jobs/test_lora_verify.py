@@ -19,12 +19,12 @@ from sd3tune.errors import AdapterError
 from sd3tune.jobs.lora_convert import convert_lora
 from sd3tune.jobs.lora_preview import psnr
 from sd3tune.jobs.lora_verify import verify_lora
-from sd3tune.jobs.recipes import RECIPE_KEY
 from sd3tune.jobs.train import run_training
 from sd3tune.model.adapter_io import write_adapter
 from sd3tune.model.bases import resolve_base
 from sd3tune.model.components import empty_transformer
 from sd3tune.model.targets import select_modules
+from sd3tune.publish.previews import RECIPE_KEY
 
 BASES = ["tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large"]
 QUERY = "transformer_blocks.0.attn.to_q"
