@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image
 
 _SIDE = 8
-LEAST_SIDE = 8 * _SIDE
-"""Pixels of a picture that is decoded for its thumbnail alone."""
+LEAST_SIDE = 32 * _SIDE
+"""Pixels of a picture that is decoded for its thumbnail alone: so that a cut block at its edge shifts it by a 32nd of
+a thumbnail's pixel at most."""
 _NEAR = 3.0
 """Root mean square difference of thumbnails, of 255 levels. Rescaling and JPEG at quality 20 make at most 2; different
 photographs of one thing on one background are beyond 6."""
