@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sd3tune.adapter.metadata import CONTRACT_KEY
-from sd3tune.inference.recipes import RECIPE_KEY
+from sd3tune.publish.previews import RECIPE_KEY
 
 Tensors = dict[str, torch.Tensor]
 StartCli = Callable[..., "subprocess.Popen[str]"]

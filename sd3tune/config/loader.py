@@ -6,7 +6,7 @@ import copy
 import itertools
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from sd3tune.config.shape import fill_kinds, value_at
 from sd3tune.config.tree import Origin, Tree
 from sd3tune.config.yaml12 import KeyPath
 from sd3tune.errors import ConfigError
+from sd3tune.files.text import flaw
 
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # a file's name, though there may be no such file
 _MOST_PROBLEMS = 100
@@ -81,7 +82,11 @@ def parse_config(
 def _checked(tree: Tree) -> LoadedConfig:
     refuse_newer_version(tree)
     fill_kinds(Config, tree.values)
-    _resolve_paths(tree.values, lambda path: tree.origin(path).folder)
+    flawed = dict(_flawed_texts(tree.values))
+    for path in _resolve_paths(tree.values, lambda path: tree.origin(path).folder):
+        if "\0" not in value_at(tree.values, path):
+            flawed.pop(path, None)  # half a character there is a byte of a file name that is not UTF-8
+    tree.problems += [(path, tree.origin(path), message) for path, message in flawed.items()]
     config = None
     try:
         config = Config.model_validate(tree.values)
@@ -89,7 +94,7 @@ def _checked(tree: Tree) -> LoadedConfig:
         unreadable = {path for path, _, _ in tree.problems if path and value_at(tree.values, path) is None}
         found = explain(error.errors(include_url=False), tree.values)
         for path, message in itertools.islice(found, _MOST_PROBLEMS + 1):
-            if path not in unreadable:
+            if path not in unreadable and path not in flawed:
                 tree.problems.append((path, tree.origin(path or _first_key(message)), message))
     if config is None or tree.problems:
         ordered = sorted(tree.problems, key=lambda problem: problem[1].order)
@@ -114,13 +119,28 @@ def _first_key(message: str) -> KeyPath:
     return tuple(key[0].split(".")) if key else ()
 
 
-def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path]) -> None:
-    """Make every path absolute, in place; values of a wrong type are left for the check to report."""
+def _flawed_texts(values: Any) -> Iterator[tuple[KeyPath, str]]:
+    """Each text that no tokenizer, model card or tracker takes, a key or a value: its key path, and what is wrong."""
+    waiting: list[tuple[KeyPath, Any]] = [((), values)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, dict | list):
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [((*path, step), one) for step, one in inner]
+        texts = [text for text in (value, *path[-1:]) if isinstance(text, str)]
+        if wrong := next(filter(None, map(flaw, texts)), None):
+            yield path, wrong
+
+
+def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path]) -> set[KeyPath]:
+    """Make every path absolute, in place, and return their keys; values of a wrong type are left for the check."""
+    resolved = set()
 
     def resolve(section: Any, key: str, path: KeyPath) -> None:
         value = section.get(key) if isinstance(section, dict) else None
         if isinstance(value, str) and value:
             section[key] = _absolute(value, folder_of(path))
+            resolved.add(path)
 
     data, model = values.get("data"), values.get("model")
     sources = data.get("sources") if isinstance(data, dict) else None
@@ -131,10 +151,10 @@ def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path])
         if isinstance(source, dict):
             resolve(source.get("prior"), "path", ("data", "sources", index, "prior", "path"))
     resolve(data, "cache_dir", ("data", "cache_dir"))
-    resolve(values, "output_dir", ("output_dir",))
     if values.get("output_dir") is None:
         name = values.get("name", Config.model_fields["name"].default)
         values["output_dir"] = _absolute(os.path.join("runs", str(name)), Path.cwd())
+    resolve(values, "output_dir", ("output_dir",))
     resolve(values.get("method"), "start_from", ("method", "start_from"))
     resolve(values.get("validation"), "holdout", ("validation", "holdout"))
     encoders = model.get("text_encoders") if isinstance(model, dict) else None
@@ -144,6 +164,7 @@ def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path])
         value = model.get(key) if isinstance(model, dict) else None
         if isinstance(value, str) and _is_path(value, folder_of(("model", key))):
             resolve(model, key, ("model", key))
+    return resolved
 
 
 def _absolute(path: str, folder: Path) -> str:

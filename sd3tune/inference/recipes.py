@@ -9,21 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from sd3tune import __version__
 from sd3tune.adapter.file import ADAPTER_FILE
-from sd3tune.files.regular import open_regular, sha256_of
+from sd3tune.files.regular import sha256_of
 from sd3tune.files.tensors import tensors_sha256
-from sd3tune.files.text import parse_json
 from sd3tune.inference.image_request import Shot
 from sd3tune.inference.session import Studio
 from sd3tune.model.load.components import load_scheduler
-from sd3tune.publish.previews import RECIPE_KEY
+from sd3tune.publish.previews import written_in
 from sd3tune.runtime.device import dtype_name
-
-_LONGEST = 2**20
-"""Characters of a recipe; its texts are cut off at some hundred words anyway."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +105,7 @@ class Recipes:
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
     """The recipe in a picture; None for a file without one, or with one that no picture needs to be so long or deep."""
-    try:
-        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
-            text = image.info.get(RECIPE_KEY, "null")
-        recipe = parse_json(text) if len(text) <= _LONGEST else None
-    except Exception:  # decoders of arbitrary bytes raise nearly anything
-        return None
+    recipe = written_in(path)
     return recipe if isinstance(recipe, dict) else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from sd3tune.adapter import file as adapter_io
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.method import LoraConfig
 from sd3tune.errors import AdapterError
+from sd3tune.files.regular import sha256_of
 from sd3tune.methods.base import Product, Weights
 from sd3tune.methods.start_from import check_start, starting_factors
 from sd3tune.methods.stored_text import StoredText
@@ -145,13 +145,13 @@ class LoraMethod(StoredText):
 
     def contract(self) -> dict[str, Any]:
         special = self.settings.model_dump(exclude_defaults=True, exclude={"kind", "rank", "alpha", "start_from"})
-        started = {"start_from": _sha256(self._start.path)} if self._start else {}
+        started = {"start_from": sha256_of(self._start.path)} if self._start else {}
         return {"method": "lora", "rank": self.settings.rank, "alpha": self.settings.alpha, **special, **started}
 
     def identity(self) -> dict[str, Any]:
         settings = self.settings.model_dump()
         if self._start:
-            settings["start_from"] = _sha256(self._start.path)  # its content, wherever it lies
+            settings["start_from"] = sha256_of(self._start.path)  # its content, wherever it lies
         return settings
 
     def _layers(self, modules: Sequence[str]) -> dict[str, Layer]:
@@ -169,7 +169,3 @@ class LoraMethod(StoredText):
             return adapter_io.read_adapter(self.settings.start_from)
         except AdapterError as error:
             raise AdapterError(*(f"method.start_from: {problem}" for problem in error.problems)) from error
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

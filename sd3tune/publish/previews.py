@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from sd3tune.files.json import parse
+from sd3tune.files.regular import open_regular
 
 RECIPE_KEY = "sd3tune"
 """The text chunk of a PNG that holds its recipe, as JSON."""
@@ -17,6 +19,8 @@ SHEET = "over_time.png"
 PREVIEW_NAME = re.compile(r"step-(\d+)-(\d+)\.png")
 _BASE_NAME = re.compile(r"base-\d+\.png")
 _WEIGHTS = ("raw", "ema")
+_LONGEST = 2**20
+"""Characters of a recipe; its texts are cut off at some hundred words anyway."""
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "prompt": (str,), "steps": (int,), "guidance": (int, float), "seed": (int,),
 }  # fmt: skip
@@ -32,7 +36,7 @@ def preview_recipe(path: Path) -> dict[str, Any] | None:
 
     It has `prompt`, `steps`, `guidance`, `seed`, `weights` and, where the run has one, `noise_offset`.
     """
-    recipe = _said(path)
+    recipe = written_in(path)
     if not isinstance(recipe, dict) or recipe.get("weights") not in _WEIGHTS:
         return None
     typed = all(type(recipe.get(name)) in types for name, types in _TYPES.items())
@@ -43,16 +47,17 @@ def is_preview(path: Path) -> bool:
     """Whether a run drew this picture, by its name and by what it says of itself."""
     if path.name != SHEET:
         return is_preview_name(path.name) and preview_recipe(path) is not None
-    rows = _said(path)  # of the names of pictures, and the prompts
+    rows = written_in(path)  # of the names of pictures, and the prompts
     return isinstance(rows, list) and all(isinstance(row, list | str) for row in rows)
 
 
-def _said(path: Path) -> Any:
-    """What a picture says of itself; None for one that says nothing, and for what is no picture."""
-    if not path.is_file():  # a pipe would be waited for
-        return None
+def written_in(path: Path) -> Any:
+    """Return what sd3tune wrote into a picture: a recipe, or the rows of a sheet; None for any other file.
+
+    Also None for one that is longer or deeper than any picture needs.
+    """
     try:
-        with Image.open(path) as image:
-            return json.loads(image.info.get(RECIPE_KEY, "null"))
-    except (OSError, ValueError, SyntaxError, TypeError, RecursionError, Image.DecompressionBombError):
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
+            return parse(image.info.get(RECIPE_KEY, "null"), _LONGEST, plain=False)
+    except Exception:  # decoders of arbitrary bytes raise nearly anything
         return None

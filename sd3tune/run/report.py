@@ -101,7 +101,7 @@ def summary(plan: Plan, report: Mapping[str, Any]) -> list[str]:
         f"{product.name:<9} {plan.run / product.name}"
         + (f" (the average, EMA; as trained: {product.raw})" if report["weights"] == "ema" else ""),
         *([f"pictures  {sheet}"] if sheet.is_file() else []),
-        f"card      {card}",
+        *([f"card      {card}"] if card.is_file() else []),
         "",
         "next:",
         f"  {next_command(plan)}",

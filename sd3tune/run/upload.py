@@ -18,7 +18,7 @@ from sd3tune.adapter.modelspec import describe_tags
 from sd3tune.config import load_config
 from sd3tune.config.run_folder import RUN_FILE, read_run_file
 from sd3tune.config.sections.outputs import REPO_ID, REPO_ID_IN_WORDS
-from sd3tune.errors import RunError, UserError
+from sd3tune.errors import RunError
 from sd3tune.files.atomic import TEMPORARY, make_folder
 from sd3tune.invocation import command_line
 from sd3tune.publish.files import (
@@ -181,7 +181,7 @@ class Uploads:
             return
         try:
             staged = self._stage(checkpoint, view.step)
-        except (OSError, ValueError, UserError) as error:
+        except Exception as error:  # whatever it is, it must not end the training
             reason = getattr(error, "strerror", None) or error
             self._warn(f"hub: {checkpoint.name} was not uploaded: {reason}; training goes on")
             return

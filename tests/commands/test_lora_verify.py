@@ -20,10 +20,10 @@ from sd3tune.commands.lora_verify import verify_lora
 from sd3tune.commands.train import run_training
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError
-from sd3tune.inference.recipes import RECIPE_KEY
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import empty_transformer
 from sd3tune.model.lora.targets import select_modules
+from sd3tune.publish.previews import RECIPE_KEY
 from sd3tune.run.verify_preview import psnr
 
 BASES = ["tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large"]
