@@ -17,7 +17,7 @@ from sd3tune.config import Config, load_config, parse_config
 from sd3tune.config.loader import LoadedConfig
 from sd3tune.data.buckets import Size, nearest_bucket
 from sd3tune.data.colour import Reading
-from sd3tune.data.duplicates import near_duplicates, thumbnail
+from sd3tune.data.duplicates import LEAST_SIDE, near_duplicates, thumbnail
 from sd3tune.data.images import ImageRef, check_header, check_shape, is_smaller, read_picture, reading_warnings
 from sd3tune.data.records import Record, scan_records
 from sd3tune.data.sources.from_path import source_of
@@ -101,13 +101,12 @@ def run_data_check(config: Config, sheet: Path) -> None:
 def _look(image: ImageRef) -> _Facts | DataError:
     """Decode a picture whole, and keep none of its pixels. Raises DataError for what does not begin like one."""
     try:
-        picture = read_picture(image)
+        picture = read_picture(image, at_least=LEAST_SIDE)
     except DataError as error:
         check_header(image)
         return error
-    size = picture.image.height, picture.image.width
-    check_shape(image, size)
-    return _Facts(picture.digest, size, thumbnail(picture.image), picture.reading)
+    check_shape(image, picture.size)
+    return _Facts(picture.digest, picture.size, thumbnail(picture.image), picture.reading)
 
 
 def _buckets(config: Config) -> list[Size]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from sd3tune.adapter.layouts import first_of
 from sd3tune.adapter.low_rank import truncate, weighted_sum
 from sd3tune.adapter.names import forms
 from sd3tune.errors import AdapterError, ConfigError, RunError
+from sd3tune.files.regular import sha256_of
 from sd3tune.inference.conditions import find_base
 from sd3tune.inference.lora_argument import parse_lora
 from sd3tune.model.base.contract import sampling_of
@@ -149,11 +149,7 @@ def _contract(adapters: Weighted, more: Mapping[str, Any]) -> dict[str, Any]:
         **{key: contracts[0][key] for key in _CONDITIONS if key in contracts[0]},
         "sd3tune_version": __version__,
         "method": "merge",
-        "merged": [{"sha256": _sha256(adapter.path), "weight": weight} for adapter, weight in adapters],
+        "merged": [{"sha256": sha256_of(adapter.path), "weight": weight} for adapter, weight in adapters],
         "trigger": ", ".join(triggers) or None,
         **more,
     }
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

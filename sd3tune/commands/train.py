@@ -22,7 +22,6 @@ from sd3tune.files.atomic import kept_in_place, write_json, write_text
 from sd3tune.forecast.fitting import fitted_plan
 from sd3tune.forecast.memory import describe_memory
 from sd3tune.model.load.components import vae_config
-from sd3tune.publish.files import CARD
 from sd3tune.run.callbacks.uploads import upload_finished
 from sd3tune.run.callbacks.wiring import Watching
 from sd3tune.run.card import write_card
@@ -261,8 +260,8 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
         "warnings": [*attempt.encoded.warnings, *watching.warnings],
         "report": report,
     }
-    if not write_card(plan.run, plan.config, attempt.contract, described):
-        say(f"note: {plan.run / CARD} is kept, as somebody wrote or changed it; no model card was written")
+    if without_card := write_card(plan.run, plan.config, attempt.contract, described):
+        say(without_card)
     write_json(plan.run / RUN_FILE, described)
     steps = plan.config.train.total_steps - attempt.from_step
     reporting.say("", *describe_speed(metrics.skipped, steps, seconds["train_s"]))

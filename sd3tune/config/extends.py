@@ -103,7 +103,7 @@ def _inherit(tree: Tree, chain: tuple[str, ...], files: _Files) -> Tree:
 
 def _read(source: str, origin: Origin, chain: tuple[str, ...], files: _Files) -> Tree:
     try:
-        text = read_text(source)
+        text = read_text(source, typed=False)
     except ConfigError as error:
         raise ConfigError(*(f"{origin.label}: {KEY}: {problem}" for problem in error.problems)) from None
     return _inherit(_tree(text, source, next(files.numbers)), (*chain, source), files)

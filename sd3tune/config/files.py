@@ -6,21 +6,24 @@ import difflib
 from pathlib import Path
 
 from sd3tune.errors import ConfigError
+from sd3tune.files.regular import Refused, open_regular
 from sd3tune.files.text import NotText, decode
 
 _MAX_BYTES = 1 << 20
 
 
-def read_text(source: str) -> str:
-    """The text of the file `source`. Raises ConfigError."""
+def read_text(source: str, typed: bool = True) -> str:
+    """The text of the file `source`; of a pipe or device only where the user `typed` its name. Raises ConfigError."""
     path = Path(source)
     try:
         if path.is_dir():
             raise ConfigError(f"{source} is a folder; name a YAML file{_yaml_files_in(path)}")
-        with path.open("rb") as file:
+        with path.open("rb") if typed else open_regular(path, largest=None) as file:
             data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{source} does not exist{_similar(path)}") from None
+    except Refused as error:
+        raise ConfigError(f"{source} {error.strerror}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{source} cannot be read: {reason}") from None

@@ -6,7 +6,7 @@ import copy
 import itertools
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from sd3tune.config.shape import fill_kinds, paths_in, value_at
 from sd3tune.config.tree import Origin, Tree
 from sd3tune.config.yaml12 import KeyPath
 from sd3tune.errors import ConfigError
+from sd3tune.files.text import flaw
 
 _MOST_PROBLEMS = 100
 """That are explained at once; a file with more of them is no configuration."""
@@ -101,7 +102,11 @@ def _plain(value: Any) -> Any:
 def _checked(tree: Tree) -> LoadedConfig:
     refuse_newer_version(tree)
     fill_kinds(Config, tree.values)
-    _resolve_paths(tree.values, lambda path: tree.origin(path).folder)
+    flawed = dict(_flawed_texts(tree.values))
+    for path in _resolve_paths(tree.values, lambda path: tree.origin(path).folder):
+        if "\0" not in value_at(tree.values, path):
+            flawed.pop(path, None)  # half a character there is a byte of a file name that is not UTF-8
+    tree.problems += [(path, tree.origin(path), message) for path, message in flawed.items()]
     config = None
     try:
         config = Config.model_validate(tree.values)
@@ -109,7 +114,7 @@ def _checked(tree: Tree) -> LoadedConfig:
         unreadable = {path for path, _, _ in tree.problems if path and value_at(tree.values, path) is None}
         found = explain(error.errors(include_url=False), tree.values)
         for path, message in itertools.islice(found, _MOST_PROBLEMS + 1):
-            if path not in unreadable:
+            if path not in unreadable and path not in flawed:
                 tree.problems.append((path, tree.origin(path or _first_key(message)), message))
     if config is None or tree.problems:
         ordered = sorted(tree.problems, key=lambda problem: problem[1].order)
@@ -134,15 +139,31 @@ def _first_key(message: str) -> KeyPath:
     return tuple(key[0].split(".")) if key else ()
 
 
-def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path]) -> None:
-    """Make every path absolute, in place; values of a wrong type are left for the check to report."""
+def _flawed_texts(values: Any) -> Iterator[tuple[KeyPath, str]]:
+    """Each text that no tokenizer, model card or tracker takes, a key or a value: its key path, and what is wrong."""
+    waiting: list[tuple[KeyPath, Any]] = [((), values)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, dict | list):
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [((*path, step), one) for step, one in inner]
+        texts = [text for text in (value, *path[-1:]) if isinstance(text, str)]
+        if wrong := next(filter(None, map(flaw, texts)), None):
+            yield path, wrong
+
+
+def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path]) -> set[KeyPath]:
+    """Make every path absolute, in place, and return their keys; values of a wrong type are left for the check."""
+    resolved = set()
     for path, is_path in paths_in(Config, values):
         section, text, folder = value_at(values, path[:-1]), value_at(values, path), folder_of(path)
         if text and is_path(text, folder):
             section[path[-1]] = _absolute(text, folder)
+            resolved.add(path)
     if values.get("output_dir") is None:
         name = values.get("name", Config.model_fields["name"].default)
         values["output_dir"] = _absolute(os.path.join("runs", str(name)), Path.cwd())
+    return resolved
 
 
 def _absolute(path: str, folder: Path) -> str:

@@ -123,6 +123,8 @@ def _single(path: KeyPath, error: ErrorDetails, tree: Any) -> str:
         return f"{shown(given)} has {entries}; {words} {context[bound]}{_example(path, tree)}"
     if kind == "string_too_short":
         return f"is empty{_example(path, tree)}"
+    if kind == "string_unicode":  # of pydantic, for text with a bound; such names come from folders alone
+        return f"{shown(given)} is not UTF-8; rename the folder"
     if kind == "finite_number":
         return f"{shown(given)} is not a finite number"
     if kind == "value_error":

@@ -212,12 +212,8 @@ class _Builder:
     def scalar(self, node: yaml.Node, path: KeyPath) -> Any:
         kind = node.tag.removeprefix(_TAG)
         line = node.start_mark.line + 1
-        if kind == "str":
-            try:  # JSON escapes a character beyond 16 bits as two
-                return node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
-            except UnicodeDecodeError:
-                self.problems.append((path, line, "holds half of a surrogate pair; write the character itself"))
-                return None
+        if kind == "str":  # JSON escapes a character beyond 16 bits as two; a lone half is a byte of a file name
+            return node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
         if kind not in _SCALARS or not isinstance(node, yaml.ScalarNode):
             tag = "!!" + kind if kind != node.tag else node.tag
             self.problems.append((path, line, f"the tag {tag} is not allowed; write a plain value"))

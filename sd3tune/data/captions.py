@@ -21,12 +21,8 @@ def sidecars(image: Path, names: Names) -> list[Path]:
 
     Of `dog.jpg` these are `dog.txt`, `dog.jpg.txt`, `dog.caption` and `dog.jpg.caption`, in any case.
     """
-    return [
-        found
-        for ending in _ENDINGS
-        for stem in (image.stem, image.name)
-        for found in names.like(image.with_name(stem + ending))
-    ]
+    folder, stems = image.parent, (image.stem, image.name)
+    return [found for ending in _ENDINGS for stem in stems for found in names.in_folder(folder, stem + ending)]
 
 
 def read_sidecar(sidecar: Path, image: Path) -> str:

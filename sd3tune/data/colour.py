@@ -40,7 +40,8 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, Reading]:
         image, rescaled = _levels(image)
         marks += ["range"] * rescaled
     transparent = image.has_transparency_data
-    rgb = image.convert("RGBA" if transparent else "RGB")
+    mode = "RGBA" if transparent else "RGB"
+    rgb = image if image.mode == mode else image.convert(mode)  # which would copy it
     if profile:
         try:
             converted = _converted(image, rgb, bytes(profile))

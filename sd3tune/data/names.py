@@ -18,15 +18,18 @@ class Names:
         self._listed: dict[Path, dict[str, list[str]]] = {}
 
     def like(self, path: Path) -> list[Path]:
-        """The entries of its folder that `path` may mean: the one of just this name first, then by name."""
-        folder = path.parent
+        """The entries of its folder that `path` may mean; see `in_folder`."""
+        return self.in_folder(path.parent, path.name)
+
+    def in_folder(self, folder: Path, name: str) -> list[Path]:
+        """The entries of a folder that `name` may mean: the one of just this name first, then by name."""
         if folder not in self._listed:
             listed = self._listed[folder] = {}
             with contextlib.suppress(OSError, ValueError):
-                for name in sorted(os.listdir(folder)):
-                    listed.setdefault(_folded(name), []).append(name)
-        found = self._listed[folder].get(_folded(path.name), [])
-        return [folder / name for name in sorted(found, key=lambda name: name != path.name)]
+                for entry in sorted(os.listdir(folder)):
+                    listed.setdefault(_folded(entry), []).append(entry)
+        found = self._listed[folder].get(_folded(name), [])
+        return [folder / entry for entry in sorted(found, key=lambda entry: entry != name)]
 
     def find(self, folder: Path, relative: PurePosixPath) -> Path | None:
         """The entry below `folder` that a path of several parts means, or None."""
@@ -40,4 +43,6 @@ class Names:
 
 
 def _folded(name: str) -> str:
+    if name.isascii():
+        return name.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

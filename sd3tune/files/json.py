@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 from collections import Counter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from sd3tune.files.regular import Refused, open_regular
 
 MOST_BYTES = 4 * 2**20
 """Of a file; a model's longest one, the index of its shards, has a twentieth."""
@@ -19,47 +20,44 @@ class NotJson(ValueError):
     """Data that is not JSON, or exceeds a limit; the message has the reason."""
 
 
-def read_object(path: Path, most_bytes: int = MOST_BYTES, foreign: bool = True) -> dict[str, Any]:
+def read_object(path: Path, most_bytes: int = MOST_BYTES, plain: bool = True) -> dict[str, Any]:
     """Return the keys and values in a file. Raises NotJson, and OSError for a file that cannot be read."""
-    with open_regular(path) as file:
-        data = file.read(most_bytes + 1)
-    return parse_object(data, most_bytes, foreign)
+    try:
+        with open_regular(path, most_bytes) as file:
+            data = file.read(most_bytes + 1)
+    except Refused as error:
+        raise NotJson(f"it {error.strerror}") from None
+    return parse_object(data, most_bytes, plain)
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read bytes. Raises NotJson for a pipe or device, which would be waited for, and OSError."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise NotJson("it is not a regular file")
-    return path.open("rb")
-
-
-def parse_object(data: str | bytes, most_bytes: int = MOST_BYTES, foreign: bool = True) -> dict[str, Any]:
+def parse_object(data: str | bytes, most_bytes: int = MOST_BYTES, plain: bool = True) -> dict[str, Any]:
     """Return the keys and values of a JSON object, as `parse` does. Raises NotJson."""
-    value = parse(data, most_bytes, foreign)
+    value = parse(data, most_bytes, plain)
     if not isinstance(value, dict):
         raise NotJson(f"expected a JSON object, not {json.dumps(value)[:60]}")
     return value
 
 
-def parse(data: str | bytes, most_bytes: int = MOST_BYTES, foreign: bool = True) -> Any:
+def parse(data: str | bytes, most_bytes: int = MOST_BYTES, plain: bool = True) -> Any:
     """Return the value of a JSON text.
 
-    Raises NotJson for anything else, and for what other readers let through: integers beyond 64 bits, a key that comes
-    twice and deep nesting; and, in `foreign` text, NaN and infinity, half of a surrogate pair and NUL characters.
-    sd3tune itself writes such halves for file names that are not UTF-8, and NaN for figures it could not measure.
+    Raises NotJson for anything else, and for what other readers let through: a key that comes twice and deep nesting;
+    and, unless `plain` is false, integers beyond 64 bits, NaN and infinity, half of a surrogate pair and NUL
+    characters. sd3tune itself writes such halves for file names that are not UTF-8, and NaN for figures that it could
+    not measure; other programs have them in columns that nobody reads here.
     """
     if len(data) > most_bytes:
         raise NotJson(f"it is longer than {most_bytes} bytes")
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
+        value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer if plain else _long_integer)
     except RecursionError:
         raise NotJson("it is nested too deeply") from None
     except NotJson:
         raise
     except ValueError as error:
         raise NotJson(str(error)) from None
-    _check(value, foreign)
+    _check(value, plain)
     return value
 
 
@@ -72,27 +70,32 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> float:
-    """Infinity, which `_check` finds, stands for an integer beyond 64 bits."""
+    """Return the number; infinity, which `_check` finds, for one beyond 64 bits."""
     return int(text) if len(text) <= 20 and abs(int(text)) < _LARGEST else math.inf
+
+
+def _long_integer(text: str) -> float:
+    """Return the number; infinity for one that no float holds, and that Python would not print."""
+    return int(text) if len(text) <= 300 else math.inf
 
 
 Place = tuple["str | int", ...]
 """The keys and numbers that lead to a value."""
 
 
-def _check(value: Any, foreign: bool) -> None:
+def _check(value: Any, plain: bool) -> None:
     """Raise NotJson, with the key, for text and numbers that are none and for deep nesting; without recursion."""
     waiting: list[tuple[Any, Place]] = [(value, ())]
     while waiting:
         one, place = waiting.pop()
-        if foreign and isinstance(one, float) and not math.isfinite(one):
+        if plain and isinstance(one, float) and not math.isfinite(one):
             raise NotJson(f"{_named(place)}not a finite number of 64 bits")
-        if foreign and isinstance(one, str):
+        if plain and isinstance(one, str):
             _check_text(one, place)
         elif isinstance(one, dict | list):
             if len(place) >= _MOST_DEPTH:
                 raise NotJson("it is nested too deeply")
-            for key in one if foreign and isinstance(one, dict) else ():
+            for key in one if plain and isinstance(one, dict) else ():
                 _check_text(key, place)
             inside = one.items() if isinstance(one, dict) else enumerate(one)
             waiting += [(inner, (*place, key)) for key, inner in inside]

@@ -8,7 +8,8 @@ from typing import Any
 
 from sd3tune.errors import RunError
 from sd3tune.files import json as json_files
-from sd3tune.files.json import NotJson, open_regular, parse_object
+from sd3tune.files.json import NotJson, parse_object
+from sd3tune.files.regular import Refused, open_regular
 
 MOST_BYTES = 256 * 2**20
 """Of a file; a manifest of a million images is about this long."""
@@ -19,7 +20,7 @@ Problem = Callable[[dict[str, Any]], str | None]
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a file, which may hold NaN. Raises NotJson, and OSError for a file that cannot be read."""
-    return json_files.read_object(path, MOST_BYTES, foreign=False)
+    return json_files.read_object(path, MOST_BYTES, plain=False)
 
 
 def read_lines(path: Path, problem: Problem) -> list[dict[str, Any]]:
@@ -32,10 +33,10 @@ def read_lines(path: Path, problem: Problem) -> list[dict[str, Any]]:
         return []
     found = []
     try:
-        with open_regular(path) as file:
+        with open_regular(path, largest=None) as file:
             for number, text in enumerate(file, 1):
                 try:
-                    line = parse_object(text, MOST_BYTES, foreign=False)
+                    line = parse_object(text, MOST_BYTES, plain=False)
                     wrong = problem(line)
                 except NotJson as error:
                     wrong = str(error)
@@ -44,9 +45,9 @@ def read_lines(path: Path, problem: Problem) -> list[dict[str, Any]]:
                 elif text.endswith(b"\n"):
                     way_out = "delete this line, which only the curves need, and run again"
                     raise RunError(f"{path}:{number}: {wrong}; {way_out}")
-    except (OSError, NotJson) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"{path}: cannot be read: {reason}; remove it and run again") from None
+    except OSError as error:
+        reason = error.strerror if isinstance(error, Refused) else f"cannot be read: {error.strerror or error}"
+        raise RunError(f"{path}: {reason}; remove it and run again") from None
     return found
 
 

@@ -9,8 +9,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sd3tune.files.atomic import new_file
+from sd3tune.files.json import parse
 from sd3tune.files.regular import open_regular
-from sd3tune.files.text import parse_json
 
 RECIPE_KEY = "sd3tune"
 """The keyword of the text chunk; also the key in the `info` of an image."""
@@ -34,7 +34,6 @@ def read_recipe(path: Path) -> Any:
     """
     try:
         with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
-            text = image.info.get(RECIPE_KEY, "null")
-        return parse_json(text) if len(text) <= _LONGEST else None
+            return parse(image.info.get(RECIPE_KEY, "null"), _LONGEST, plain=False)
     except Exception:  # decoders of arbitrary bytes raise nearly anything
         return None

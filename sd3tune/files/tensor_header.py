@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sd3tune.files.json import NotJson, parse_object
+from sd3tune.files.regular import Refused, open_regular
 
 MOST_BYTES = 32 * 2**20
 """Of a header; a whole SD3.5 checkpoint's has half a megabyte, an adapter's with a picture a few."""
@@ -34,36 +35,48 @@ class Header:
 
     metadata: dict[str, str]
     tensors: dict[str, dict[str, Any]]
-    """Name -> {"dtype", "shape", "data_offsets"}; offsets count from the file's start."""
+    """Name -> {"dtype", "shape", "data_offsets"}, in the file's order; offsets count from the file's start."""
+    length: int
+    """Bytes of the file before the tensors."""
+
+    def encode(self) -> bytes:
+        """Return the bytes before the tensors, as safetensors writes them; other metadata can change their number."""
+        tensors = {
+            name: {**tensor, "data_offsets": [offset - self.length for offset in tensor["data_offsets"]]}
+            for name, tensor in self.tensors.items()
+        }
+        header = {"__metadata__": self.metadata, **tensors} if self.metadata else tensors
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format aligns the tensors
+        return len(text).to_bytes(8, "little") + text
 
 
-def read_header(file: Path) -> Header:
+def read_header(file: Path, plain: bool = True) -> Header:
     """Read the header of a safetensors file whose tensors lie one behind the other up to its end.
 
-    Raises BadHeader, and OSError for a file that cannot be read.
+    `plain` is as in `json_files.parse`. Raises BadHeader, and OSError for a file that cannot be read.
     """
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise BadHeader("it is not a regular file")
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if found.st_size < 8 or length > found.st_size - 8:
-            raise BadHeader(
-                f"its header wants {length} bytes" if found.st_size >= 8 else "no valid header: it is too short"
-            )
-        if length > MOST_BYTES:
-            raise BadHeader(f"its header has {length} bytes, more than the {MOST_BYTES} that are read")
-        text = stream.read(length)
     try:
-        header = parse_object(text, MOST_BYTES)
+        with open_regular(file, largest=None) as stream:
+            size = file.stat().st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise BadHeader(f"its header wants {length} bytes" if size >= 8 else "no valid header: it is too short")
+            if length > MOST_BYTES:
+                raise BadHeader(f"its header has {length} bytes, more than the {MOST_BYTES} that are read")
+            text = stream.read(length)
+    except Refused as error:
+        raise BadHeader(f"it {error.strerror}") from None
+    try:
+        header = parse_object(text, MOST_BYTES, plain)
     except NotJson as error:
         raise BadHeader(f"no valid header: {error}") from None
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadHeader("no valid header: its metadata are not keys and texts")
     tensors = {name: _tensor(name, tensor, 8 + length) for name, tensor in header.items()}
-    _check_places(tensors, 8 + length, found.st_size)
-    return Header(metadata, tensors)
+    _check_places(tensors, 8 + length, size)
+    return Header(metadata, tensors, 8 + length)
 
 
 def _tensor(name: str, tensor: Any, start: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from sd3tune.files.tensor_header import read_header
 
 
 def save_sorted(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -51,12 +54,9 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _sort_metadata(path: Path) -> None:
     """Sort the metadata of a complete file in place: the header keeps its length, the tensors their offsets."""
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) > length:
-            raise RuntimeError(f"{path}: the sorted header is longer than the one that safetensors wrote")
-        file.seek(8)
-        file.write(text.ljust(length))  # the format pads headers with spaces
+    header = read_header(path, plain=False)
+    encoded = replace(header, metadata=dict(sorted(header.metadata.items()))).encode()
+    if len(encoded) != header.length:
+        raise RuntimeError(f"{path}: the sorted header is not as long as the one that safetensors wrote")
+    with path.open("r+b") as file:
+        file.write(encoded)

@@ -1,10 +1,8 @@
-"""Text and JSON that other programs wrote: UTF-8, or UTF-16 with its byte-order mark."""
+"""Text that other programs wrote: UTF-8, or UTF-16 with its byte-order mark."""
 
 from __future__ import annotations
 
 import codecs
-import json
-from typing import Any
 
 
 class NotText(ValueError):
@@ -35,14 +33,6 @@ def decode(data: bytes, name: object) -> str:
     if "\0" in text:
         raise NotText(_with_nul(data, name))
     return text
-
-
-def parse_json(text: str) -> Any:
-    """Return the value. Raises ValueError, also for values that are too deep in one another."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("brackets too deep in one another") from None
 
 
 def flaw(text: str) -> str | None:

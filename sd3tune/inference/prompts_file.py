@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.errors import ConfigError
+from sd3tune.files.json import NotJson, parse
 from sd3tune.files.regular import complaint, read_regular
-from sd3tune.files.text import NotText, decode, parse_json
+from sd3tune.files.text import NotText, decode
 from sd3tune.inference.checks import flag_of, problems_of
 from sd3tune.inference.image_request import PARAMETERS, ImageRequest
 
@@ -73,10 +73,8 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]
         if not line.strip():
             continue
         try:
-            values = parse_json(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-        except ValueError as error:
+            values = parse(line, plain=False)
+        except NotJson as error:
             raise ConfigError(f"{path}:{number}: not JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f'{path}:{number}: each line is an object such as {{"prompt": "a dog"}}')

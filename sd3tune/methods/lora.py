@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from sd3tune.config.meaning import contract_of, identity_of
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.method import LoraConfig
 from sd3tune.errors import AdapterError
+from sd3tune.files.regular import sha256_of
 from sd3tune.methods.base import Product, Saving, Weights
 from sd3tune.methods.start_from import check_start, starting_factors
 from sd3tune.methods.stored_text import StoredText
@@ -147,12 +147,12 @@ class LoraMethod(StoredText):
     def contract(self) -> dict[str, Any]:
         given = self.settings.model_dump(exclude_defaults=True)
         special = {name: value for name, value in contract_of(self.settings).items() if name in given}
-        started = {"start_from": _sha256(self._start.path)} if self._start else {}
+        started = {"start_from": sha256_of(self._start.path)} if self._start else {}
         ranks = {"rank": self.settings.rank, "alpha": self.settings.alpha}
         return {"method": self.settings.kind, **ranks, **special, **started}
 
     def identity(self) -> dict[str, Any]:
-        start = _sha256(self._start.path) if self._start else None  # its content, wherever it lies
+        start = sha256_of(self._start.path) if self._start else None  # its content, wherever it lies
         return identity_of(self.settings, {"start_from": {"start_from": start}})
 
     def savings(self, config: Config) -> Sequence[Saving]:
@@ -175,7 +175,3 @@ class LoraMethod(StoredText):
             return adapter_io.read_adapter(self.settings.start_from)
         except AdapterError as error:
             raise AdapterError(*(f"method.start_from: {problem}" for problem in error.problems)) from error
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,6 +14,8 @@ SHEET = "over_time.png"
 PREVIEW_NAME = re.compile(r"step-(\d+)-(\d+)\.png")
 _BASE_NAME = re.compile(r"base-\d+\.png")
 _WEIGHTS = ("raw", "ema")
+_LONGEST = 2**20
+"""Characters of a recipe; its texts are cut off at some hundred words anyway."""
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "prompt": (str,), "steps": (int,), "guidance": (int, float), "seed": (int,),
 }  # fmt: skip

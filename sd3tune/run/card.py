@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 from sd3tune.adapter.file import ADAPTER_FILE, read_adapter
 from sd3tune.config import Config, load_config
 from sd3tune.config.run_folder import read_run_file
-from sd3tune.files.atomic import write_text
+from sd3tune.files.atomic import write_bytes
+from sd3tune.files.own_json import read_object
 from sd3tune.model.base.contract import CONTRACT_FILE
 from sd3tune.publish.card import Drawing, Sample, Trained, card, is_unchanged
 from sd3tune.publish.files import ADAPTERS, CARD, MODELS
@@ -19,15 +19,24 @@ from sd3tune.publish.previews import SAMPLES, SHEET
 from sd3tune.run.previews import Preview, previews_of
 
 
-def write_card(run: Path, config: Config, contract: Mapping[str, Any], described: Mapping[str, Any]) -> bool:
+def write_card(run: Path, config: Config, contract: Mapping[str, Any], described: Mapping[str, Any]) -> str | None:
     """Write `run/README.md` of a run that has ended; `described` is what `run.json` is about to say.
 
-    Return False, and write nothing, where somebody has changed the card, or a file of that name is no card.
+    Return None, or a line that says why none was written: somebody has changed the card, a file of that name is no
+    card, or the card cannot be made. The run is complete without one. Raises OSError where it cannot be saved.
     """
     if os.path.lexists(run / CARD) and not _is_unchanged_card(run / CARD):
-        return False
-    write_text(run / CARD, card_of(run, config, contract, described, config.hub.repo_id))
-    return True
+        return f"note: {run / CARD} is kept, as somebody wrote or changed it; no model card was written"
+    try:
+        page = card_of(run, config, contract, described, config.hub.repo_id).encode()
+    except Exception as error:  # of any kind: what was trained must not be lost for a page about it
+        reason = " ".join(str(error).split())
+        return (
+            f"warning: no model card was written: {type(error).__name__}: {reason}; the run is complete without one: "
+            f"write {run / CARD} by hand, and report this"
+        )
+    write_bytes(run / CARD, page)
+    return None
 
 
 def _is_unchanged_card(path: Path) -> bool:
@@ -84,5 +93,4 @@ def _sample(preview: Preview) -> Sample:
 def _contract_of(run: Path) -> dict[str, Any]:
     if (run / ADAPTERS[0] / ADAPTER_FILE).is_file():
         return read_adapter(run).contract
-    contract: dict[str, Any] = json.loads((run / MODELS[0] / CONTRACT_FILE).read_text(encoding="utf-8"))
-    return contract
+    return read_object(run / MODELS[0] / CONTRACT_FILE)

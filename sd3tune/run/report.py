@@ -124,7 +124,7 @@ def describe_next(plan: Plan) -> list[str]:
     sheet, card = plan.run / SAMPLES / SHEET, plan.run / CARD
     return [
         *([f"pictures  {sheet}"] if sheet.is_file() else []),
-        f"card      {card}",
+        *([f"card      {card}"] if card.is_file() else []),
         "",
         "next:",
         f"  {next_command(plan)}",

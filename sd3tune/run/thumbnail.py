@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-import json
+from dataclasses import replace
 from pathlib import Path
 
 from sd3tune.adapter.modelspec import THUMBNAIL_KEY
 from sd3tune.data.images import open_image
+from sd3tune.errors import AdapterError
+from sd3tune.files.regular import read_regular
+from sd3tune.files.tensor_header import BadHeader, read_header
 from sd3tune.run.previews import previews_of, run_of, step_of
 
 SIDE, QUALITY = 256, 85
@@ -41,12 +44,11 @@ def preview_of(adapter: Path) -> Path | None:
 def with_metadata(adapter: Path, more: dict[str, str]) -> bytes:
     """Return the bytes of a safetensors file with further metadata; the tensors' bytes stay as they are.
 
-    The header's order is kept, so that the same file and metadata give the same bytes.
+    The header's order is kept, so that the same file and metadata give the same bytes. Raises AdapterError.
     """
-    content = adapter.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = header.get("__metadata__", {}) | more
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns the tensors
-    return len(text).to_bytes(8, "little") + text + content[end:]
+    try:
+        header = read_header(adapter)
+        content = read_regular(adapter)
+    except (BadHeader, OSError) as error:
+        raise AdapterError(f"{adapter}: not a readable safetensors file: {error}") from None
+    return replace(header, metadata=header.metadata | more).encode() + content[header.length :]

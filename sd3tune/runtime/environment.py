@@ -63,7 +63,7 @@ def sharding_ignored(environment: Mapping[str, str]) -> list[str]:
     for file in (folder / "default_config.yaml", folder / "default_config.json"):
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
             continue
         way = str(values.get("distributed_type") if isinstance(values, dict) else None).upper()
         if way in _SHARDING:

@@ -220,9 +220,9 @@ def test_pictures_are_not_kept(photos: Path, check, tmp_path: Path, monkeypatch)
     decoded: list[weakref.ref[Image.Image]] = []
     most = 0
 
-    def counted(image: ImageRef) -> Picture:
+    def counted(image: ImageRef, **more: int) -> Picture:
         nonlocal most
-        picture = read_picture(image)
+        picture = read_picture(image, **more)
         decoded.append(weakref.ref(picture.image))
         most = max(most, sum(image() is not None for image in decoded))
         return picture

@@ -20,7 +20,7 @@ from sd3tune.config.shape import alternatives, item_of, sections_of
 from sd3tune.config.yaml12 import parse
 
 TEXT = st.one_of(
-    st.text(st.characters(codec="utf-8"), min_size=1, max_size=30),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30),
     st.sampled_from(
         [
             "no",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -234,3 +235,9 @@ def test_of_very_many_problems_the_first_are_explained() -> None:
     assert len(found) == 101
     assert found[0].startswith("run.yaml:2: k0: unknown key")
     assert found[-1] == "run.yaml: has more than 100 problems; these are the first"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_that_a_file_extends_is_not_waited_for() -> None:
+    os.mkfifo("pipe.yaml")
+    assert problems("extends: pipe.yaml\n") == ("run.yaml:1: extends: pipe.yaml is a named pipe, not a file",)

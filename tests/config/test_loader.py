@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sd3tune.config import Config, load_config, parse_config
+from sd3tune.config import Config, dump_config, load_config, parse_config
 from sd3tune.errors import ConfigError
 
 MINIMAL = "data: {sources: [{path: ./dog, caption: a dog}]}\n"
@@ -80,7 +80,15 @@ def problems(text: str, *overrides: str) -> tuple[str, ...]:
         ("name: 5", "name: 5 is not text; put it in quotes"),
         ("name: my lora", "name: 'my lora' cannot name a folder"),
         ("name: '../up'", "name: '../up' cannot name a folder"),
-        ('name: "\\ud800"', "name: holds half of a surrogate pair; write the character itself"),
+        ('name: "\\ud800"', "name: holds half a character (\\ud800); write it as UTF-8"),
+        ('name: "a\\0"', "name: holds NUL characters"),
+        ('hub: {description: "a\\0"}', "hub.description: holds NUL characters"),
+        ('hub: {description: "\\udce9"}', "hub.description: holds half a character (\\udce9); write it as UTF-8"),
+        ('preview: {prompts: [a, "\\ud83d"]}', "preview.prompts.1: holds half a character (\\ud83d); write it as"),
+        ('validation: {holdout: "a\\0"}', "validation.holdout: holds NUL characters"),
+        ('model: {base: "/a\\0"}', "model.base: holds NUL characters"),
+        ('method: {rank_pattern: {"a\\0": 4}}', "method.rank_pattern.a\\x00: holds NUL characters"),
+        ('tracking: {wandb: {tags: ["\\ud83d"]}}', "tracking.wandb.tags.0: holds half a character (\\ud83d)"),
         ("ema: 0.99", "ema: 0.99 is not a section; its keys are decay"),
         ("hub: {repo_id: x}", "hub.repo_id: 'x' cannot name a repository; write user/name, of letters, digits, '.'"),
         ("hub: {repo_id: me/a--b}", "hub.repo_id: 'me/a--b' cannot name a repository; write user/name"),
@@ -303,3 +311,13 @@ def test_loading_imports_neither_torch_nor_numpy() -> None:
     code = "import sys, sd3tune.config; print(sorted({'torch', 'numpy', 'diffusers'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+def test_a_run_in_a_folder_whose_name_is_not_utf_8_has_a_configuration_that_loads(tmp_path: Path) -> None:
+    values = {"data": {"sources": [{"path": str(tmp_path)}]}, "output_dir": "run"}
+    config = parse_config(values, folder=tmp_path / "caf\udce9").config
+    Path("config.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config("config.yaml").config == config
+    assert config.output_dir == str(tmp_path / "caf\udce9" / "run")
+    with pytest.raises(ConfigError, match=r"data.sources.0.path: .* is not UTF-8; rename the folder"):
+        parse_config({"data": {"sources": [{"path": "photos"}]}}, folder="caf\udce9")

@@ -179,5 +179,5 @@ def test_a_tab_does_not_indent_what_follows_a_dash(text: str) -> None:
         parse(text)
 
 
-def test_half_a_surrogate_pair_is_no_character() -> None:
-    assert parse('a: "\\ud83d"').problems == [(("a",), 1, "holds half of a surrogate pair; write the character itself")]
+def test_halves_of_surrogate_pairs_are_joined_and_a_lone_one_is_kept_for_file_names() -> None:
+    assert parse('a: "\\ud83d\\ude00 \\udce9"').value == {"a": "\U0001f600 \udce9"}

@@ -10,7 +10,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sd3tune.data.crops import cover, crops, pixels
-from sd3tune.data.images import check_header, file_digest, is_smaller, open_image, read_image, upright_size
+from sd3tune.data.duplicates import LEAST_SIDE, thumbnail
+from sd3tune.data.images import (
+    check_header,
+    file_digest,
+    is_smaller,
+    open_image,
+    read_image,
+    read_picture,
+    upright_size,
+)
 from sd3tune.errors import DataError
 
 DIGEST = "5f" * 32
@@ -62,6 +71,27 @@ def test_the_upright_size_is_known_without_decoding(tmp_path, suffix, orientatio
     if suffix not in ("tif", "webp"):  # theirs may stand at the end
         path.write_bytes(path.read_bytes()[: -len(path.read_bytes()) // 3])
         assert upright_size(path) == (image.height, image.width)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_reduced_jpeg_is_the_same_picture_and_says_its_whole_size(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    smooth = Image.fromarray(noise(6, 8)).resize((2406, 1803), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    smooth.save(tmp_path / "a.png", exif=exif)
+    for name, reduction in {"a.jpg": 4, "a.png": 1}.items():
+        whole, reduced = read_picture(tmp_path / name), read_picture(tmp_path / name, at_least=LEAST_SIDE)
+        assert whole.size == reduced.size == (whole.image.height, whole.image.width)
+        assert reduced.image.width == -(-whole.image.width // reduction)
+        assert (reduced.digest, reduced.reading) == (whole.digest, whole.reading)
+        difference = thumbnail(whole.image).astype(float) - thumbnail(reduced.image)
+        assert np.sqrt((difference**2).mean()) < 1  # of the 3 at which pictures count as nearly the same
+    assert read_picture(tmp_path / "a.jpg", at_least=1804).image.size == read_picture(tmp_path / "a.jpg").image.size
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) * 3 // 4])
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read_picture(tmp_path / "a.jpg", at_least=LEAST_SIDE)
 
 
 def test_exif_rotation_of_a_16_bit_grey(tmp_path):

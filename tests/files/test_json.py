@@ -1,6 +1,7 @@
 """One reader for JSON that other programs wrote: what it gives is plain, finite and small."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,16 @@ def test_what_other_readers_let_through_is_refused(text: str | bytes, says: str)
     assert len(str(caught.value)) < 300
 
 
+def test_what_is_not_read_here_may_hold_what_other_programs_write() -> None:
+    text = r'{"a": "\udce9", "b": "\u0000", "c": NaN, "d": 100000000000000000000, "e": %s}'
+    found = parse(text % ("1" * 5000), plain=False)
+    assert (found["a"], found["b"], found["d"], found["e"]) == ("\udce9", "\0", 10**20, math.inf)
+    assert math.isnan(found["c"])
+    for refused in ('{"a": 1, "a": 2}', "[" * 70 + "]" * 70):
+        with pytest.raises(NotJson):
+            parse(refused, plain=False)
+
+
 def test_both_halves_of_a_surrogate_pair_are_a_character() -> None:
     assert parse(r'"\ud83d\ude00"') == "\N{GRINNING FACE}"
 
@@ -70,13 +81,15 @@ def test_a_file_has_a_limit_and_is_a_regular_one(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"a": "x" * 100}))
     assert read_object(file) == {"a": "x" * 100}
-    with pytest.raises(NotJson, match="longer than 50 bytes"):
+    with pytest.raises(NotJson, match="it has 109 bytes, and at most 50 are read"):
         read_object(file, most_bytes=50)
-    with pytest.raises(NotJson, match="not a regular file"):
+    with pytest.raises(NotJson, match="longer than 50 bytes"):
+        parse_object(file.read_bytes(), most_bytes=50)
+    with pytest.raises(NotJson, match="it is a folder, not a file"):
         read_object(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_object(tmp_path / "none.json")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(NotJson, match="not a regular file"):
+        with pytest.raises(NotJson, match="it is a named pipe, not a file"):
             read_object(tmp_path / "pipe")

@@ -1,12 +1,13 @@
 """The header of a safetensors file: what safetensors writes is read, and anything else is refused by its reason."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sd3tune.files.tensor_header import MOST_BYTES, BadHeader, read_header
 
@@ -33,6 +34,18 @@ def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
     first, last = (pick(tensor["data_offsets"] for tensor in header.tensors.values()) for pick in (min, max))
     assert last[1] == (tmp_path / "a").stat().st_size
     assert first[0] == 8 + int.from_bytes((tmp_path / "a").read_bytes()[:8], "little")
+
+
+def test_a_header_is_written_as_safetensors_writes_it(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(5.0), "a": torch.ones(2, 3, dtype=torch.bfloat16), "é\n\x1f\x7f": torch.zeros(0)}
+    for metadata in (None, {"k": '犬\t"\\\b'}):
+        save_file(tensors, tmp_path / "a", metadata)
+        header, content = read_header(tmp_path / "a"), (tmp_path / "a").read_bytes()
+        assert header.encode() == content[: header.length]
+        longer = replace(header, metadata={**header.metadata, "more": "x" * 13}).encode()
+        (tmp_path / "b").write_bytes(longer + content[header.length :])
+        assert read_header(tmp_path / "b").metadata == {**(metadata or {}), "more": "x" * 13}
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / "b").items())
 
 
 def changed(**fields: Any) -> dict[str, Any]:
@@ -85,5 +98,5 @@ def test_a_long_header_is_not_read(tmp_path: Path) -> None:
         file.truncate(MOST_BYTES + 100)  # a hole takes no room
     with pytest.raises(BadHeader, match="more than the"):
         read_header(tmp_path / "a")
-    with pytest.raises(BadHeader, match="regular file"):
+    with pytest.raises(BadHeader, match="it is a folder, not a file"):
         read_header(tmp_path)

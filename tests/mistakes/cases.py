@@ -324,6 +324,7 @@ CASES = [
     Case("config", "an override below a number", (*CHECK, "train.steps.x=3"), "train.steps"),
     Case("config", "an override of a wrong type", (*CHECK, "train.steps=abc"), "train.steps=abc"),
     Case("config", "an override that does not parse", (*CHECK, "data={"), "data={"),
+    Case("config", "a NUL for the model card", CHECK, "NUL", edited("train:", 'hub: {description: "a\\0"}\ntrain:')),
     Case("data", "all photos held out", TRAIN, "none to train on", written(YAML + "validation: {holdout: 99}\n")),
     Case(
         "data",

@@ -27,6 +27,7 @@ from sd3tune.model.base.resolve import resolve_base
 from sd3tune.publish.card import Drawing, Sample, Trained, card, is_unchanged
 from sd3tune.publish.files import config_of_run
 from sd3tune.run.card import card_of, card_to_upload, write_card
+from sd3tune.run.folder import holds_report
 
 PROMPT = "a photo of sks dog on a beach"
 LOOKED = f"preview={{every: 2, prompts: [{PROMPT}, a cat], steps: 2, guidance: 3.5, seed: 4}}"
@@ -437,16 +438,37 @@ def test_a_page_that_is_no_card_as_it_was_made_is_kept(run: Path, tmp_path: Path
     copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
     config, described = load_config(run / "config.yaml").config, json.loads((run / "run.json").read_text())
     contract, page = read_adapter(run).contract, copy / "README.md"
-    assert write_card(copy, config, contract, {**described, "seed": 8})  # of an attempt before
+    assert write_card(copy, config, contract, {**described, "seed": 8}) is None  # of an attempt before
     for text in ("# My project", written(run) + "more", ""):
         page.write_text(text)
-        assert not write_card(copy, config, contract, described)
+        assert "is kept" in (write_card(copy, config, contract, described) or "")
         assert page.read_text() == text
     page.unlink()
     page.symlink_to(run / "README.md")
-    assert not write_card(copy, config, contract, described)
+    assert "is kept" in (write_card(copy, config, contract, described) or "")
     page.unlink()
     page.write_bytes(b"\xff")
-    assert not write_card(copy, config, contract, described)
+    assert "is kept" in (write_card(copy, config, contract, described) or "")
     page.unlink()
-    assert write_card(copy, config, contract, described)
+    assert write_card(copy, config, contract, described) is None
+
+
+@pytest.mark.parametrize("odd", [{"report": {"velocity_change": "much"}}, {"timings": 3}, {"images": "\ud800"}])
+def test_a_card_that_cannot_be_made_is_a_warning(odd: dict[str, Any], run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
+    config, described = load_config(run / "config.yaml").config, json.loads((run / "run.json").read_text())
+    (copy / "README.md").unlink()
+    line = write_card(copy, config, read_adapter(run).contract, {**described, **odd}) or ""
+    assert re.match(r"warning: no model card was written: \w+Error: ", line)
+    assert not (copy / "README.md").exists()
+
+
+def test_a_run_whose_card_cannot_be_made_is_finished(quick_config, tmp_path: Path, capsys) -> None:
+    config = quick_config(tmp_path, "train.steps=1")
+    hub = config.hub.model_copy(update={"description": "\ud800"})  # which no file of a configuration can say
+    run_training(config.model_copy(update={"hub": hub}))
+    said = capsys.readouterr().out
+    assert "warning: no model card was written: UnicodeEncodeError" in said
+    assert "card      " not in said
+    assert holds_report(tmp_path)
+    assert (tmp_path / "adapter" / ADAPTER_FILE).is_file()

@@ -151,7 +151,7 @@ def test_an_edited_line_is_named(tmp_path: Path, line, reason: str) -> None:
 
 def test_a_pipe_in_the_place_of_the_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "m.jsonl")
-    with pytest.raises(RunError, match=r"m\.jsonl: cannot be read: it is not a regular file"):
+    with pytest.raises(RunError, match=r"m\.jsonl: is a named pipe, not a file; remove it"):
         read_metrics(tmp_path / "m.jsonl")
 
 

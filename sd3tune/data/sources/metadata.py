@@ -12,8 +12,9 @@ from typing import Any
 
 from sd3tune.data.names import Names
 from sd3tune.errors import DataError
+from sd3tune.files.json import NotJson, parse
 from sd3tune.files.regular import complaint, read_regular
-from sd3tune.files.text import NotText, decode, parse_json
+from sd3tune.files.text import NotText, decode
 
 JSONL, CSV = "metadata.jsonl", "metadata.csv"
 FILE_COLUMN, TEXT_COLUMN = "file_name", "text"
@@ -75,8 +76,8 @@ def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line)
-        except ValueError as error:
+            row = parse(line, plain=False)
+        except NotJson as error:
             raise DataError(f"{path}:{number}: is not JSON ({error}); a line is one object in braces") from None
         if not isinstance(row, dict):
             raise DataError(f'{path}:{number}: is no object; write {{"{FILE_COLUMN}": ..., "{TEXT_COLUMN}": ...}}')

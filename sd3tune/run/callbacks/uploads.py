@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.config.run_folder import read_run_file
-from sd3tune.errors import UserError
 from sd3tune.files.atomic import TEMPORARY, make_folder
 from sd3tune.publish.files import (
     CARD,
@@ -81,7 +80,7 @@ class Uploads:
             return
         try:
             staged = self._stage(checkpoint, view.step)
-        except (OSError, ValueError, UserError) as error:
+        except Exception as error:  # whatever it is, it must not end the training
             reason = getattr(error, "strerror", None) or error
             self._warn(f"hub: {checkpoint.name} was not uploaded: {reason}; training goes on")
             return
