@@ -7,7 +7,8 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from sd3tune.config import dump_config, load_config
-from tests.fuzz.door import damaged, try_door
+from tests.fuzz.door import try_door
+from tests.fuzz.pieces import damaged
 
 LINES = [
     "name: a\n",
@@ -57,4 +58,4 @@ def test_files_and_overrides(tmp_path: Path) -> None:
 
     contents = TEXTS.map(str.encode)
     contents = contents | contents.flatmap(damaged)
-    try_door("configuration", st.tuples(contents, contents, OVERRIDES), call)
+    try_door("configuration", st.tuples(contents, contents, OVERRIDES), call, tmp_path)
