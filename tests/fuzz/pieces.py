@@ -20,17 +20,63 @@ ODD: st.SearchStrategy[Any] = st.one_of(
 )
 """A value that somebody might put in the place of another."""
 
+TEXTS = st.one_of(
+    st.sampled_from(
+        ["a dog", "a dog\nin the sun", "ein Hund, groß", "犬の写真", "a {dog}", "{", "{0.__class__}", "{caption!r}"]
+    ),
+    st.sampled_from(
+        ["", " ", "\0", "a\0b", "\ud800", "\udce9", "\x1b[2J\x1b]0;x\x07", "a\r\nerror: forged", "\u202edog"]
+    ),
+    st.sampled_from(["x" * 5000, "a " * 60_000, "\u0301" * 3000, "\U0001f600" * 500, "\ufeffa", "\x85", "\u2028"]),
+    st.text(max_size=12),
+)
+"""What somebody might write in the place of a caption, a prompt or a name."""
+
+NAMES = st.one_of(
+    st.sampled_from(
+        ["a.png", "", ".", "..", "/", "a/../../x", "C:\\x", "\\\\host\\x", "a\0b", "\udcff.png", "a" * 300]
+    ),
+    st.sampled_from(
+        ["/dev/zero", "/etc/passwd", "/proc/self/environ", "~", "*", "**/*", "[a]", "a\nb", "\x1b[2J", "CON"]
+    ),
+    st.text(max_size=6),
+)
+"""What somebody might write in the place of a file's name."""
+
+
+@st.composite
+def in_encodings(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> bytes:
+    """The bytes of a text file, in one of the encodings that people have; now and then damaged."""
+    encoding = draw(
+        st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-16-le", "latin-1", "cp932", "utf-32"])
+    )
+    data = draw(texts).encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
+    return draw(damaged(data)) if not draw(st.integers(0, 3)) else data
+
+
+def like(value: Any) -> st.SearchStrategy[Any]:
+    """Other values of the same kind, near the given one; for a list, some of its elements, now and then twice."""
+    if isinstance(value, bool):
+        return st.booleans()
+    if isinstance(value, int | float):
+        return st.sampled_from([value, value + 1, value * 2, value / 2, -value, 0, 1, float(value)])
+    if isinstance(value, str):
+        return TEXTS | st.sampled_from([value.upper(), f" {value}", value[:-1], value * 2])
+    if isinstance(value, list) and value:
+        return st.lists(st.sampled_from(value), max_size=len(value) + 1)
+    return st.just(value)
+
 
 @st.composite
 def changed(draw: st.DrawFn, values: Mapping[str, Any], keys: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The mapping with some of its values, or of `keys`, changed, taken away or hidden one level deeper."""
+    """The mapping with up to three of its values, or of `keys`, changed, taken away or hidden one level deeper."""
     found = dict(values)
-    for key in draw(st.lists(st.sampled_from([*values, *keys]), min_size=1, max_size=3)):
+    for key in draw(st.lists(st.sampled_from([*values, *keys]), max_size=3)):
         inner = found.get(key)
         if isinstance(inner, dict) and inner and draw(st.booleans()):
             found[key] = draw(changed(inner))
         elif draw(st.integers(0, 4)):
-            found[key] = draw(ODD)
+            found[key] = draw(ODD if draw(st.booleans()) else like(found.get(key)))
         else:
             found.pop(key, None)
     return found
