@@ -25,10 +25,12 @@ from tests.fuzz.bounds import SECONDS as HANGING
 from tests.fuzz.progress import OUTCOMES
 
 ROOT = Path(__file__).parents[2]
-_START = 8.0
-"""Seconds that a process takes to import what it needs."""
+_START = 12.0
+"""Seconds that the first process is expected to take for more than trying; later ones take what the last one took."""
 _SILENT = 3 * HANGING + 60
 """Seconds without a call that ends, after which a process is taken to hang where Python cannot interrupt it."""
+_PYTEST = (sys.executable, "-m", "pytest", "-p", "no:logging")
+"""Without pytest's logging, so that what is logged is printed as it is for users, and looked at."""
 _POLL = 0.5
 _EVERY = 30.0
 """Seconds between two lines, where output is a log."""
@@ -68,11 +70,12 @@ def main(minutes: float, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     doors = [Door(test, folder / f"{number:02}.log") for number, test in enumerate(_tests(), 1)]
     end = time.monotonic() + 60 * minutes
-    stopped = False
+    stopped, start = False, _START
     try:
         for number, door in enumerate(doors):
-            share = (end - time.monotonic()) / (len(doors) - number) - _START
-            _try(door, max(share, 1.0), folder, f"[{number + 1}/{len(doors)}]", end)
+            share = max((end - time.monotonic()) / (len(doors) - number) - start, 1.0)
+            _try(door, share, folder, f"[{number + 1}/{len(doors)}]", end)
+            start = max(door.seconds - share, 0.0)
     except KeyboardInterrupt:
         stopped = True
     tried = [door for door in doors if door.said or door.ending]
@@ -81,9 +84,7 @@ def main(minutes: float, folder: Path) -> int:
 
 
 def _tests() -> list[str]:
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "tests/fuzz"], cwd=ROOT, capture_output=True, text=True
-    )
+    found = subprocess.run([*_PYTEST, "--collect-only", "tests/fuzz"], cwd=ROOT, capture_output=True, text=True)
     tests = re.findall(r"^tests/fuzz/\S+::.+$", found.stdout, re.MULTILINE)
     if not tests:
         raise SystemExit(f"make fuzz: pytest finds no doors\n{found.stdout}{found.stderr}")
@@ -100,14 +101,14 @@ def _try(door: Door, seconds: float, folder: Path, place: str, end: float) -> No
         "SD3TUNE_FUZZ_PROGRESS": str(progress),
         "OMP_NUM_THREADS": "1",
     }
-    words = [sys.executable, "-m", "pytest", door.test, f"--basetemp={folder.absolute() / 'tmp'}"]
+    words = [*_PYTEST, door.test, f"--basetemp={folder.absolute() / 'tmp'}"]
     begun = time.monotonic()
     with door.log.open("wb") as log:
         process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             for said in _watched(process, progress, begun):
                 door.said = said or door.said
-                _say(door, place, begun + _START + seconds, end)
+                _say(door, place, begun + seconds, end)
         finally:
             if process.poll() is None:
                 process.kill()

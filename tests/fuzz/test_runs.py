@@ -29,7 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, quick_config) -> Path:
     """A run of two steps with everything that a run leaves. Read only."""
     run = tmp_path_factory.mktemp("runs") / "dog"
     run_training(quick_config(
-        run, "train.steps=2", "checkpoint.every=1", "hub.repo_id=user/dog", "validation={every: 1, holdout: 0.4}",
+        run, "train.steps=2", "checkpoint.every=1", "hub.repo_id=user/dog", "validation={every: 1, holdout: 2}",
         "preview={every: 2, prompts: [a photo of sks dog], steps: 1, guidance: 1.0}",
     ))  # fmt: skip
     return run
