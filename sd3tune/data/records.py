@@ -128,6 +128,7 @@ def _examined(
         own = _caption(image, text, sidecar, source)
         joined = sidecar if "\n" in own else None
         caption = written_out(own, source.template, data.trigger)
+        _check_text(image, caption)
     except DataError as error:
         problems = error.problems
     return _Examined(Record(image, caption, source.repeats, number, source.weight), looked, problems, joined)
@@ -200,10 +201,14 @@ def _caption(image: ImageRef, listed: str | None, sidecar: Path | None, source: 
     else:
         write = f"write one to {image.with_suffix('.txt').name}" if isinstance(image, Path) else "fill its column"
         raise DataError(f"{image}: has no caption; {write} or set the source's caption")
+    return caption
+
+
+def _check_text(image: ImageRef, caption: str) -> None:
+    """Raise DataError for a caption, with its template and trigger, that no tokenizer reads."""
     if len(caption) > _LONGEST:
         raise DataError(f"{image}: its caption has {len(caption):,} characters, and at most {_LONGEST:,} are read")
     wrong = flaw(caption)
     if wrong:
         hint = "" if "UTF-8" in wrong else ": it looks like UTF-16; save it as UTF-8"
         raise DataError(f"{image}: its caption {wrong}{hint}")
-    return caption

@@ -17,9 +17,9 @@ from typing import TypeVar
 from hypothesis import HealthCheck, Phase, example, given, seed, settings
 from hypothesis import strategies as st
 
-from sd3tune.errors import UserError
+from sd3tune.errors import LONGEST, UserError
 from sd3tune.terminal import escaped
-from tests.fuzz.bounds import guarded
+from tests.fuzz.bounds import Hang, guarded
 from tests.fuzz.progress import Progress
 
 Example = TypeVar("Example")
@@ -29,7 +29,6 @@ SEED = os.environ.get("SD3TUNE_FUZZ_SEED")
 """Of one round that is to be repeated, instead of all else."""
 TRIED: dict[str, Progress] = {}
 _FEW, _ROUND = 25, 200
-_LONGEST_LINE = 2000
 _COMMON = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False)
 
 
@@ -56,6 +55,9 @@ def try_door(
             except UserError as error:
                 _check_lines(error)
                 outcome.is_refused()
+            except Hang:
+                print(f"{name} hangs: {example!r}")
+                raise
 
     if SEED is not None:
         seed(int(SEED))(settings(_COMMON, max_examples=_ROUND)(given(examples)(once)))()
@@ -79,4 +81,4 @@ def _check_lines(error: UserError) -> None:
     for line in error.problems:
         assert line.strip()
         assert escaped(line) == line, ascii(line)
-        assert len(line) < _LONGEST_LINE, line
+        assert len(line) <= LONGEST, line
