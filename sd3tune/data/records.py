@@ -127,8 +127,7 @@ def _examined(
     try:
         own = _caption(image, text, sidecar, source)
         joined = sidecar if "\n" in own else None
-        caption = written_out(own, source.template, data.trigger)
-        _check_text(image, caption)
+        caption = _read_by_tokenizers(image, written_out(own, source.template, data.trigger))
     except DataError as error:
         problems = error.problems
     return _Examined(Record(image, caption, source.repeats, number, source.weight), looked, problems, joined)
@@ -204,11 +203,12 @@ def _caption(image: ImageRef, listed: str | None, sidecar: Path | None, source: 
     return caption
 
 
-def _check_text(image: ImageRef, caption: str) -> None:
-    """Raise DataError for a caption, with its template and trigger, that no tokenizer reads."""
+def _read_by_tokenizers(image: ImageRef, caption: str) -> str:
+    """Return the caption, with its template and trigger. Raises DataError for one that no tokenizer reads."""
     if len(caption) > _LONGEST:
         raise DataError(f"{image}: its caption has {len(caption):,} characters, and at most {_LONGEST:,} are read")
     wrong = flaw(caption)
     if wrong:
         hint = "" if "UTF-8" in wrong else ": it looks like UTF-16; save it as UTF-8"
         raise DataError(f"{image}: its caption {wrong}{hint}")
+    return caption

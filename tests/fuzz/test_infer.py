@@ -91,7 +91,7 @@ def test_a_file_of_prompts(infer: Infer, tmp_path: Path) -> None:
         st.tuples(st.just(".jsonl"), LINES.map(as_jsonl) | LINES.map(as_jsonl).flatmap(damaged)),
         st.tuples(st.just(".csv"), LINES.map(as_csv) | LINES.map(as_csv).flatmap(damaged)),
     )
-    try_door("prompts", files, call, tmp_path)
+    try_door("prompts", files, call, tmp_path, known=[(".csv", b"[" * 2000 + b"\na")])
 
 
 def written(file: Path, content: bytes) -> Path:
@@ -153,4 +153,6 @@ def test_the_recipe_in_a_picture(infer: Infer, recipe: dict[str, Any], tmp_path:
         st.integers(1, 20_000).map(lambda deep: pictures.png_saying({"sd3tune": "[" * deep})),
     )
     infer(from_picture=written(picture, pictures.png_saying({"sd3tune": json.dumps(recipe)})))  # as it is, it is good
-    try_door("recipes", recipes() | recipes() | others, call, tmp_path)
+    found = [{**recipe, "base": "a" * 300}, {**recipe, "base": "犬" * 200}, {**recipe, "sampler": "x" * 5000}]
+    known = [pictures.png_saying({"sd3tune": json.dumps(one)}) for one in found]
+    try_door("recipes", recipes() | recipes() | others, call, tmp_path, known)
