@@ -1,4 +1,4 @@
-"""What no call may do, whatever it is given: hang, take memory, print controls, or touch files that are not its own.
+"""What no call may do, whatever it is given: hang, fill the memory, print controls, or reach what is not its own.
 
 The bounds of time and memory are those of a machine that is busy with other things.
 """
@@ -20,7 +20,7 @@ from sd3tune.terminal import escaped
 
 SECONDS = 60
 """After which a call hangs."""
-_RESIDENT, _MAPPED = 4 * 2**30, 12 * 2**30
+RESIDENT, MAPPED = 4 * 2**30, 12 * 2**30
 """Bytes of memory that a call may take, and of address space, beyond which allocations fail."""
 OUTSIDE = "outside"
 """A folder beside a door's own, and part of the names of files in it; no call opens what is in there."""
@@ -39,6 +39,7 @@ _CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
     "os.utime": ((0, 3),),
 }
 """Audit event -> which of its arguments are paths that change, and which the folders they are relative to."""
+_NETWORK = ("socket.connect", "socket.getaddrinfo")
 _CHANGING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -49,7 +50,7 @@ def guarded(folder: Path) -> Iterator[None]:
     with _alarm(), _limited(), _printing_plainly(), _touching_only(folder):
         yield
     grown = _peak() - before
-    assert grown < _RESIDENT, f"a call takes {grown:,} bytes of memory"
+    assert grown < RESIDENT, f"a call takes {grown:,} bytes of memory"
 
 
 def _peak() -> int:
@@ -84,7 +85,7 @@ def _limited() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     now = int(mapped.read_text().split()[0]) * resource.getpagesize()
     limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min([now + _MAPPED, *limits]), hard))
+    resource.setrlimit(resource.RLIMIT_AS, (min([now + MAPPED, *limits]), hard))
     try:
         yield
     finally:
@@ -136,6 +137,8 @@ class _Watch:
             return
         if event == "open":
             self._see(event, arguments[0], bool(arguments[2] & _CHANGING))
+        if event in _NETWORK:
+            self.faults.append(f"{event} {arguments[1:]}")
         for path, start in _CHANGES.get(event, ()):
             self._see(event, arguments[path], True, -1 if start is None else arguments[start])
 
