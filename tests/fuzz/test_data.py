@@ -119,7 +119,9 @@ def test_metadata(tmp_path: Path) -> None:
     as_text = rows().map(as_csv) | rows().map(as_csv).flatmap(damaged)
     files = st.tuples(st.just("metadata.jsonl"), tables) | st.tuples(st.just("metadata.csv"), as_text)
     forms = st.sampled_from(["sidecar", "jsonl", "csv"])
-    found = [("metadata.jsonl", b'{"' + b"[" * 2000 + b'": 1}', "jsonl")]
+    elsewhere = [f"../{OUTSIDE}/x.png", str(outside / "x.png"), "/etc/passwd"]
+    found = [("metadata.jsonl", as_jsonl([{**ROW, "file_name": name}]), "jsonl") for name in elsewhere]
+    found.append(("metadata.jsonl", b'{"' + b"[" * 2000 + b'": 1}', "jsonl"))
     try_door("metadata", st.tuples(files, forms).map(lambda both: (*both[0], both[1])), call, tmp_path, known=found)
 
 
@@ -160,4 +162,7 @@ def test_rows_of_a_dataset(tmp_path: Path) -> None:
         return True
 
     tables = st.lists(cells().filter(encodable), min_size=1, max_size=3)
-    try_door("dataset", st.tuples(tables, st.sampled_from(["sidecar", "jsonl", "csv"])), call, tmp_path, few=10)
+    elsewhere = [f"../{OUTSIDE}/x.png", str(outside / "x.png"), "/etc/passwd", f"zip://a.png::{outside}/x.png"]
+    found = [([{"image": {"bytes": None, "path": path}, "text": "a dog"}], "jsonl") for path in elsewhere]
+    forms = st.sampled_from(["sidecar", "jsonl", "csv"])
+    try_door("dataset", st.tuples(tables, forms), call, tmp_path, known=found, few=10)

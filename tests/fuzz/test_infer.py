@@ -154,5 +154,7 @@ def test_the_recipe_in_a_picture(infer: Infer, recipe: dict[str, Any], tmp_path:
     )
     infer(from_picture=written(picture, pictures.png_saying({"sd3tune": json.dumps(recipe)})))  # as it is, it is good
     found = [{**recipe, "base": "a" * 300}, {**recipe, "base": "犬" * 200}, {**recipe, "sampler": "x" * 5000}]
+    elsewhere = [f"{OUTSIDE}/start.png", str(tmp_path / OUTSIDE / "start.png"), "/etc/passwd"]
+    found += [{**recipe, "image": {**image, "name": name}, "strength": 0.5} for name in elsewhere]
     known = [pictures.png_saying({"sd3tune": json.dumps(one)}) for one in found]
     try_door("recipes", recipes() | recipes() | others, call, tmp_path, known)
