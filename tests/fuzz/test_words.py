@@ -32,6 +32,9 @@ VERBS = (
     ["config", "show", "FILE", "OVERRIDE"],
     ["config", "new", "TEXT", "--from", "TEXT", "--out", "new.yaml"],
     ["config", "new", "TEXT", "--data", "FILE", "--caption", "TEXT", "--out", "new.yaml"],
+    ["data", "check", "photos", "--sheet", "sheet.png", "--caption", "TEXT"],
+    ["config", "check", "run.yaml"],
+    ["config", "show", "run.yaml", "OVERRIDE"],
     ["data", "check", "FILE", "--sheet", "sheet.png", "--caption", "TEXT"],
     ["data", "check", "run.yaml", "OVERRIDE", "--sheet", "sheet.png"],
     ["data", "convert", "FILE", "--to", "FORM", "--out", "out"],
@@ -96,6 +99,7 @@ FOUND = (
     ["data", "check", "x" * 300, "--sheet", "sheet.png", "--caption", "a dog"],
     ["infer", "--lora", "x" * 300, "--prompt", "a", "--out", "file/x"],
     ["config", "new", "a dog", "--data", "", "--caption", "a dog", "--out", "new.yaml"],
+    ["data", "check", "run.yaml", "model.base=[]", "--sheet", "sheet.png"],
     ["infer", "--base", "tiny", "--prompt", "a", "--num", "9" * 30, "--out", "file/x"],
 )
 """What once ended otherwise than with 0 or 2."""
