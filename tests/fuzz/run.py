@@ -67,6 +67,8 @@ class Door:
 
 def main(minutes: float, folder: Path) -> int:
     """Try all doors. Returns the exit code."""
+    for stopping in (signal.SIGINT, signal.SIGTERM):  # in the background the first would be ignored
+        signal.signal(stopping, signal.default_int_handler)
     folder.mkdir(parents=True, exist_ok=True)
     doors = [Door(test, folder / f"{number:02}.log") for number, test in enumerate(_tests(), 1)]
     end = time.monotonic() + 60 * minutes
