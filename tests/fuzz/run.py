@@ -70,10 +70,10 @@ def main(minutes: float, folder: Path) -> int:
     for stopping in (signal.SIGINT, signal.SIGTERM):  # in the background the first would be ignored
         signal.signal(stopping, signal.default_int_handler)
     folder.mkdir(parents=True, exist_ok=True)
-    doors = [Door(test, folder / f"{number:02}.log") for number, test in enumerate(_tests(), 1)]
     end = time.monotonic() + 60 * minutes
-    stopped, start = False, _START
+    doors, stopped, start = list[Door](), False, _START
     try:
+        doors = [Door(test, folder / f"{number:02}.log") for number, test in enumerate(_tests(), 1)]
         for number, door in enumerate(doors):
             share = max((end - time.monotonic()) / (len(doors) - number) - start, 1.0)
             _try(door, share, folder, f"[{number + 1}/{len(doors)}]", end)
