@@ -86,7 +86,9 @@ def main(minutes: float, folder: Path) -> int:
 
 
 def _tests() -> list[str]:
-    found = subprocess.run([*_PYTEST, "--collect-only", "tests/fuzz"], cwd=ROOT, capture_output=True, text=True)
+    of_the_bounds = "--ignore=tests/fuzz/test_bounds.py"  # which tries no door
+    words = [*_PYTEST, "--collect-only", "tests/fuzz", of_the_bounds]
+    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     tests = re.findall(r"^tests/fuzz/\S+::.+$", found.stdout, re.MULTILINE)
     if not tests:
         raise SystemExit(f"make fuzz: pytest finds no doors\n{found.stdout}{found.stderr}")
