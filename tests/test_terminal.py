@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import sd3tune
-from sd3tune.errors import DataError
+from sd3tune.errors import LONGEST, DataError
 from sd3tune.terminal import escaped, say, say_above_bars
 
 
@@ -55,6 +55,16 @@ def test_an_error_is_one_line_for_python_too() -> None:
     error = DataError("p/a\nerror: forged: is empty", "b\x1b[2J")
     assert error.problems == (r"p/a\nerror: forged: is empty", r"b\x1b[2J")
     assert str(error) == "p/a\\nerror: forged: is empty\nb\\x1b[2J"
+
+
+@pytest.mark.parametrize("length", [LONGEST - 1, LONGEST, LONGEST + 1, 10**6])
+def test_an_error_keeps_its_beginning_and_its_end(length: int) -> None:
+    whole = "file:1: " + "x" * (length - 20) + "; do it here"
+    (line,) = DataError(whole).problems
+    assert len(line) == min(length, LONGEST)
+    assert (line == whole) == (length <= LONGEST)
+    assert line.startswith("file:1: x")
+    assert line.endswith("x; do it here")
 
 
 def test_nothing_in_the_package_prints_past_it() -> None:

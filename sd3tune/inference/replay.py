@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator
 from safetensors import SafetensorError
 
 from sd3tune import __version__
@@ -25,11 +26,22 @@ from sd3tune.terminal import say
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _HUB_COMMIT = re.compile(_HUB_ID.pattern + r":[\w.-]+", re.ASCII)
+_LONGEST_NAME = 255
+"""Bytes of a file's name."""
 _OWN_TEXTS = ("prompt_clip_l", "prompt_clip_g", "prompt_t5")
 
 
+def _no_longer_than_a_file_name(name: str) -> str:
+    if len(name.encode(errors="surrogatepass")) > _LONGEST_NAME:
+        raise ValueError(f"Names have at most {_LONGEST_NAME} bytes")
+    return name
+
+
+_Name = Annotated[str, AfterValidator(_no_longer_than_a_file_name)]
+
+
 class _Lora(Part):
-    name: str
+    name: _Name
     sha256: str
     weight: float
     tensors_sha256: str | None = None
@@ -46,7 +58,7 @@ class _Lora(Part):
 
 
 class _Image(Part):
-    name: str
+    name: _Name
     sha256: str
 
 
@@ -66,7 +78,7 @@ class _Recipe(Part):
     size: tuple[int, int]
     sampler: str
     shift: float | None
-    base: str
+    base: _Name
     base_revision: str | None
     base_fingerprint: str
     max_sequence_length: int

@@ -15,6 +15,8 @@ from sd3tune.model.load.quantized import FORMS, missing_library
 
 MOST_T5_TOKENS = 512
 """As in diffusers; SD3 was trained with fewer."""
+MOST_IMAGES = 100_000
+"""Of one call for each prompt."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,8 @@ def check_request(request: Request) -> None:
     if request.prompt is not None and request.prompts is not None:
         problems.append("--prompt: each line of --prompts has its own; leave one of the two out")
     for flag, value in (("--num", request.num), ("--batch", request.batch)):
-        if value < 1:
-            problems.append(f"{flag} {value}: at least 1")
+        if not 1 <= value <= MOST_IMAGES:
+            problems.append(f"{flag} {value}: " + ("at least 1" if value < 1 else f"at most {MOST_IMAGES}"))
     problems += _memory_problems(request.memory)
     if request.t5_tokens is not None and not 1 <= request.t5_tokens <= MOST_T5_TOKENS:
         problems.append(f"--t5-tokens {request.t5_tokens}: from 1 to {MOST_T5_TOKENS}")
