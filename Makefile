@@ -7,13 +7,14 @@ STAMP := $(VENV)/.sd3tune-installed
 LOG := $(VENV)/setup.log
 AUDIT := $(VENV)/audit.log
 WORKERS ?= 2
+MINUTES ?= 10
 
 # What pip says goes into a log, whose end is shown when it fails.
 pip = $(BIN)/python -m pip install --disable-pip-version-check $(1) >> $(LOG) 2>&1 || { \
 	tail -n 15 $(LOG) >&2; echo "make: pip failed; all that it said is in $(LOG)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-install crash check check-long build lock audit licences format bench bench-gpu bench-quality nano docs clean
+.PHONY: help setup demo test test-install crash fuzz check check-long build lock audit licences format bench bench-gpu bench-quality nano docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +47,9 @@ test-install: ## Type the README's first page in a fresh clone, home and environ
 
 crash: $(STAMP) ## Let a run die at every point at which it writes, and resume each (some 20 minutes)
 	SD3TUNE_EVERY_CRASH_POINT=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/run/crash
+
+fuzz: $(STAMP) ## Try everything that reads files with damaged and odd ones (MINUTES=60 in all; logs in build/fuzz)
+	$(BIN)/python -m tests.fuzz.run $(MINUTES)
 
 check: $(STAMP) ## Lint, formatting, types and layers
 	$(BIN)/ruff check .

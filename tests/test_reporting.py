@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import sd3tune
-from sd3tune.errors import DataError
+from sd3tune.errors import LONGEST, DataError
 from sd3tune.reporting import (
     JsonReporter,
     NotebookReporter,
@@ -201,3 +201,13 @@ def test_of_several_processes_the_first_one_says_it(monkeypatch: pytest.MonkeyPa
     with loading("train run.yaml: loading"):
         pass
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("length", [LONGEST - 1, LONGEST, LONGEST + 1, 10**6])
+def test_an_error_keeps_its_beginning_and_its_end(length: int) -> None:
+    whole = "file:1: " + "x" * (length - 20) + "; do it here"
+    (line,) = DataError(whole).problems
+    assert len(line) == min(length, LONGEST)
+    assert (line == whole) == (length <= LONGEST)
+    assert line.startswith("file:1: x")
+    assert line.endswith("x; do it here")

@@ -22,6 +22,9 @@ EXIT_CODES = (
     "130 stopped by Ctrl-C or SIGTERM; 1 anything unexpected."
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_NO_ACCESS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
+_LONGEST_NAME = 200
+"""Characters of a name that are shown."""
 
 
 def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
@@ -74,7 +77,7 @@ def _in_one_line(error: Exception) -> str | None:
     if isinstance(error, ImportError):
         return _missing_library(error)
     if isinstance(error, OSError):
-        return _full_disk(error)
+        return _full_disk(error) or _no_access(error)
     return _out_of_memory(error)
 
 
@@ -83,6 +86,16 @@ def _full_disk(error: OSError) -> str | None:
     if error.errno not in _NO_ROOM:
         return None
     return f"{error.filename or 'a file'}: cannot be written: {error.strerror}; free some space, or use another disk"
+
+
+def _no_access(error: OSError) -> str | None:
+    """For a name that no file can have, or a file that only others may use."""
+    if error.errno not in _NO_ACCESS or error.filename is None:
+        return None
+    name = os.fsdecode(error.filename)
+    shown = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
+    way_out = "check its permissions" if isinstance(error, PermissionError) else "give another name"
+    return f"{shown}: cannot be used: {error.strerror}; {way_out}"
 
 
 def _out_of_memory(error: Exception) -> str | None:

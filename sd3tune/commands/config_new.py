@@ -45,6 +45,8 @@ def new_config(
 def _check(out: Path, data: str | None) -> None:
     if out.is_dir():
         raise ConfigError(f"--out: {out} is a folder; name a file in it, such as {out / 'run.yaml'}")
+    if data == "":
+        raise ConfigError("--data: is empty; name the folder of the images")
     if data is not None and Path(data).expanduser().is_file():
         raise ConfigError(f"--data: {data} is a file; name the folder of the images")
 

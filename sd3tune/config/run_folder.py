@@ -47,13 +47,17 @@ def leave_folder_to_the_run(tree: Tree, own_base: object) -> None:
     name or an `output_dir` of its own keeps it. To be called after overrides are applied.
     """
     base, name = value_at(tree.values, _BASE), tree.values.get("name", Config.model_fields["name"].default)
-    if base not in _RANDOM_BASES or own_base in _RANDOM_BASES:
+    if not _is_random(base) or _is_random(own_base):
         return
     if value_at(tree.values, _KEY) is not None or tree.origin(("name",)).override is not None:
         return
     folder = os.path.join("runs", str(name))
     tree.values["output_dir"] = os.path.abspath(f"{folder}-tiny")
     tree.notes.append(f"{tree.origin(_BASE).label}: a rehearsal goes to {folder}-tiny and leaves {folder} to the run")
+
+
+def _is_random(base: object) -> bool:
+    return isinstance(base, str) and base in _RANDOM_BASES
 
 
 def is_run_folder(folder: Path) -> bool:

@@ -126,7 +126,7 @@ def _examined(
     try:
         own = _caption(image, text, sidecar, source)
         joined = sidecar if "\n" in own else None
-        caption = written_out(own, source.template, data.trigger)
+        caption = _read_by_tokenizers(image, written_out(own, source.template, data.trigger))
     except DataError as error:
         problems = error.problems
     return _Examined(Record(image, caption, source.repeats, number, source.weight), looked, problems, joined)
@@ -193,6 +193,11 @@ def _caption(image: ImageRef, listed: str | None, sidecar: Path | None, source: 
     else:
         write = f"write one to {image.with_suffix('.txt').name}" if isinstance(image, Path) else "fill its column"
         raise DataError(f"{image}: has no caption; {write} or set the source's caption")
+    return caption
+
+
+def _read_by_tokenizers(image: ImageRef, caption: str) -> str:
+    """Return the caption, with its template and trigger. Raises DataError for one that no tokenizer reads."""
     if len(caption) > _LONGEST:
         raise DataError(f"{image}: its caption has {len(caption):,} characters, and at most {_LONGEST:,} are read")
     wrong = flaw(caption)

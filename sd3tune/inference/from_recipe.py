@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, create_model
+from pydantic import AfterValidator, Field, create_model
 from safetensors import SafetensorError
 
 from sd3tune import __version__
@@ -31,8 +31,21 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _HUB_COMMIT = re.compile(_HUB_ID.pattern + r":[\w.-]+", re.ASCII)
 
 
+_LONGEST_NAME = 255
+"""Limit of a file's name in bytes."""
+
+
+def _no_longer_than_a_file_name(name: str) -> str:
+    if len(name.encode(errors="surrogatepass")) > _LONGEST_NAME:
+        raise ValueError(f"Names have at most {_LONGEST_NAME} bytes")
+    return name
+
+
+_Name = Annotated[str, AfterValidator(_no_longer_than_a_file_name)]
+
+
 class _Lora(Part):
-    name: str
+    name: _Name
     sha256: str
     weight: float
     tensors_sha256: str | None = None
@@ -49,14 +62,14 @@ class _Lora(Part):
 
 
 class _File(Part):
-    name: str
+    name: _Name
     sha256: str
 
 
 class _ModelPart(Part):
     """The entries about base, adapters and precision; `Recipe` adds a field's entry for each parameter that has one."""
 
-    base: str
+    base: _Name
     base_revision: str | None
     base_fingerprint: str
     max_sequence_length: int

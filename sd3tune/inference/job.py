@@ -14,11 +14,15 @@ from sd3tune.inference.parameters import MEMORY, MODEL, TEXT, Parameter, paramet
 
 MOST_T5_TOKENS = 512
 """As in diffusers; SD3 was trained with fewer."""
+MOST_IMAGES = 100_000
+"""Images of one call for each prompt."""
 _DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
 def _count(value: int) -> str | None:
-    return None if value >= 1 else "at least 1"
+    if value < 1:
+        return "at least 1"
+    return None if value <= MOST_IMAGES else f"at most {MOST_IMAGES}"
 
 
 def _t5_tokens(value: int | None) -> str | None:

@@ -156,6 +156,12 @@ def test_a_process_that_left_no_word_is_told_by_its_exit_code(
 @pytest.mark.parametrize(
     ("raised", "said"),
     [
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300),
+            f"{'x' * 200}...: cannot be used: File name",
+        ),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "x.png"), "x.png: cannot be used: Too many levels"),
+        (OSError(errno.EACCES, "Permission denied", b"x.png"), "x.png: cannot be used: Permission denied; check its"),
         (OSError(errno.ENOSPC, "No space left on device", "x.png"), "x.png: cannot be written: No space left"),
         (OSError(errno.EROFS, "Read-only file system"), "a file: cannot be written: Read-only file system"),
         (MemoryError(), "out of memory"),

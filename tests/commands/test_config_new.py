@@ -104,6 +104,7 @@ def test_it_says_what_to_do_next(capsys: pytest.CaptureFixture[str], tiny_images
         ({"name": "x", "preset": "dreambooth"}, "no preset is called 'dreambooth'"),
         ({"name": "x", "out": Path("folder")}, "--out: folder is a folder; name a file in it, such as folder/run.yaml"),
         ({"name": "x", "out": Path("rex.yaml/x.yaml")}, "rex.yaml/x.yaml cannot be written: "),
+        ({"name": "x", "data": ""}, "--data: is empty; name the folder of the images"),
         ({"name": "x", "data": "rex.yaml"}, "--data: rex.yaml is a file; name the folder of the images"),
     ],
 )

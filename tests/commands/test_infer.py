@@ -338,6 +338,8 @@ def test_adapters_trained_under_different_conditions_are_pointed_out(run: Path, 
     ("options", "said"),
     [
         ({"num": 0}, "--num 0: at least 1"),
+        ({"num": 10**30}, f"--num {10**30}: at most 100000"),
+        ({"batch": 100_001}, "--batch 100001: at most 100000"),
         ({"steps": -1}, "--steps -1: at least 1"),
         ({"seed": -1}, "--seed -1: at least 0"),
         ({"seed": 2**63}, "--seed 9223372036854775808: at least 0, and below"),

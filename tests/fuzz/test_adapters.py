@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sd3tune.adapter.file import read_adapter
 from sd3tune.commands.lora_inspect import inspect_lora
 from sd3tune.errors import UserError
-from tests.fuzz.door import ODD, changed, damaged, json_text, try_door
+from tests.fuzz.door import try_door
+from tests.fuzz.pieces import ODD, changed, damaged, json_text
 
 MODULES = [f"transformer_blocks.{block}.attn.to_{letter}" for block in (0, 1) for letter in "qkv"]
 PEFT = {
@@ -87,7 +88,7 @@ def test_the_file_and_its_metadata(tmp_path: Path) -> None:
         assert all(up.isfinite().all() for _, up in adapter.folded().values())
         inspect_lora(file)
 
-    try_door("adapter", headers(), call)
+    try_door("adapter", headers(), call, tmp_path)
 
 
 def test_the_configuration_beside_weights_of_peft(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_the_configuration_beside_weights_of_peft(tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_bytes(text)
         read_adapter(tmp_path)
 
-    try_door("adapter, PEFT's configuration", json_text(plain, ("use_dora", "layers_pattern")), call)
+    try_door("adapter, PEFT's configuration", json_text(plain, ("use_dora", "layers_pattern")), call, tmp_path)
 
 
 def test_patterns_of_any_text(tmp_path: Path) -> None:
@@ -117,4 +118,4 @@ def test_patterns_of_any_text(tmp_path: Path) -> None:
         (tmp_path / "a.safetensors").write_bytes(file_of(json.dumps(header).encode(), bytes(128)))
         read_adapter(tmp_path / "a.safetensors")
 
-    try_door("adapter, patterns", st.dictionaries(alphabet, st.just(2.0) | ODD, max_size=3), call)
+    try_door("adapter, patterns", st.dictionaries(alphabet, st.just(2.0) | ODD, max_size=3), call, tmp_path)

@@ -16,7 +16,8 @@ from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.base.single_file_header import released_shape
 from sd3tune.model.base.weights import weight_files
 from sd3tune.model.load.components import empty_transformer, load_scheduler, load_vae, text_encoder_shape
-from tests.fuzz.door import json_text, try_door
+from tests.fuzz.door import try_door
+from tests.fuzz.pieces import json_text
 
 PARTS: dict[str, tuple[str, Callable[[Base], object]]] = {
     "transformer": ("config.json", empty_transformer),
@@ -48,7 +49,7 @@ def test_the_configuration_of_a_part(part: str, folder: Path) -> None:
             released_shape(base.config(part))
 
     try:
-        try_door(f"model folder, {part}", json_text(json.loads(before), FURTHER), call)
+        try_door(f"model folder, {part}", json_text(json.loads(before), FURTHER), call, folder)
     finally:
         file.write_bytes(before)
 
@@ -65,7 +66,7 @@ def test_the_index_of_the_folder_and_its_contract(folder: Path) -> None:
         assert (base.distilled, base.noise_offset, base.contract) is not None
 
     try:
-        try_door("model folder, index", st.tuples(json_text(json.loads(before)), json_text(stated)), call)
+        try_door("model folder, index", st.tuples(json_text(json.loads(before)), json_text(stated)), call, folder)
     finally:
         index.write_bytes(before)
         contract.unlink(missing_ok=True)
@@ -80,4 +81,4 @@ def test_the_index_of_the_shards(tmp_path: Path) -> None:
         weight_files(tmp_path)
 
     stated = {"metadata": {"total_size": 1}, "weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}
-    try_door("model folder, shards", json_text(stated), call)
+    try_door("model folder, shards", json_text(stated), call, tmp_path)
