@@ -31,7 +31,7 @@ from sd3tune.errors import UserError
 from sd3tune.inference.job import InferenceJob
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.publish import repository
-from sd3tune.run import upload as uploading
+from sd3tune.run.callbacks import uploads as uploading
 from sd3tune.training.loop import View
 from tests.upload_hub import CUT, CUT_AFTER, READER, WRITER, UploadHub, upload_hub
 
