@@ -18,7 +18,7 @@ import torch
 from sd3tune.config import Config
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ConfigError
-from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, Outlook, forecast
+from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, ForecastInputs, forecast
 from sd3tune.reporting import progress_bar
 from sd3tune.run.buckets import bucket_of
 from sd3tune.run.preflight import Plan
@@ -27,7 +27,7 @@ from sd3tune.runtime.processes import Processes
 KEY = "train.memory"
 
 
-def room_of(memory: float | str, device: torch.device) -> int:
+def memory_budget(memory: float | str, device: torch.device) -> int:
     """Return the bytes that `train.memory` stands for; `auto` is what is free on the GPU or, on the CPU, all memory.
 
     What this process holds of the GPU counts as free, up to the allowance for CUDA itself.
@@ -50,7 +50,7 @@ def fitted_plan(plan: Plan, processes: Processes) -> tuple[Plan, list[str]]:
     if memory is None:
         return plan, []
     largest = max((bucket_of(record, plan.buckets) for record in plan.records), key=lambda size: size[0] * size[1])
-    outlook = Outlook(
+    inputs = ForecastInputs(
         config=plan.config,
         base=plan.base,
         dtype=plan.dtype,
@@ -61,44 +61,51 @@ def fitted_plan(plan: Plan, processes: Processes) -> tuple[Plan, list[str]]:
         priors=plan.priors,
         missing=(),
     )
-    room = torch.tensor(room_of(memory, plan.device), device=plan.device)
-    found = fit(outlook, int(processes.gather(room).min()), quiet=not processes.is_main)
-    return replace(plan, config=found.outlook.config), [describe(outlook.config, found)]
+    budget = torch.tensor(memory_budget(memory, plan.device), device=plan.device)
+    found = fit(inputs, int(processes.gather(budget).min()), quiet=not processes.is_main)
+    return replace(plan, config=found.inputs.config), [describe(inputs.config, found)]
 
 
-def fit(outlook: Outlook, room: int, quiet: bool = False) -> Forecast:
-    """The forecast of the first way to compute that needs at most `room` bytes. Raises ConfigError without one."""
-    plan = forecast(outlook)
-    t5 = plan.encoding.get("t5")
-    if t5 is not None and t5.peak * (1 + MARGIN) + CONTEXT > room:
-        outlook = _changed(outlook, "model", t5_device="cpu")
-        plan = forecast(outlook, plan)
+def fit(inputs: ForecastInputs, budget: int, quiet: bool = False) -> Forecast:
+    """The forecast of the first way to compute that needs at most `budget` bytes. Raises ConfigError without one."""
+    estimate = forecast(inputs)
+    t5 = estimate.encoding.get("t5")
+    if t5 is not None and t5.peak * (1 + MARGIN) + CONTEXT > budget:
+        inputs = _changed(inputs, "model", t5_device="cpu")
+        estimate = forecast(inputs, estimate)
     given_up: ModelConfig | None = None
-    bar = progress_bar(list(ways(outlook)), desc="fitting into memory", unit="way", leave=False, delay=2, disable=quiet)
+    bar = progress_bar(
+        list(leaner_configurations(inputs)),
+        desc="fitting into memory",
+        unit="way",
+        leave=False,
+        delay=2,
+        disable=quiet,
+    )
     for leaner in bar:
         if leaner.config.model == given_up:
             continue
         found = None
-        for split in _splits(leaner):
-            plan = forecast(split, plan)
-            if plan.needed > room:
+        for split in _batch_splits(leaner):
+            estimate = forecast(split, estimate)
+            if estimate.needed > budget:
                 break
-            found = plan
-        if _needs_another_base(plan, room):
-            given_up = plan.outlook.config.model
+            found = estimate
+        if _checkpointing_cannot_help(estimate, budget):
+            given_up = estimate.inputs.config.model
         if found is not None:
             return found
-    worst = max(plan.phases, key=lambda name: plan.phases[name].peak)
+    worst = max(estimate.phases, key=lambda name: estimate.phases[name].peak)
     raise ConfigError(
-        f"{KEY}: {room / 1e9:.3g} GB cannot hold this run: the minimum is {plan.needed / 1e9:.3g} GB (to {worst}); "
-        "lower data.resolution, or give it more"
+        f"{KEY}: {budget / 1e9:.3g} GB cannot hold this run: the minimum is {estimate.needed / 1e9:.3g} GB "
+        f"(to {worst}); lower data.resolution, or give it more"
     )
 
 
-def _needs_another_base(plan: Forecast, room: int) -> bool:
+def _checkpointing_cannot_help(estimate: Forecast, budget: int) -> bool:
     """Whether what checkpointing leaves alone is too much already."""
-    other = max(use.peak for name, use in plan.phases.items() if name != "train")
-    return max(other, plan.training.resident) * (1 + MARGIN) + CONTEXT > room
+    other = max(use.peak for name, use in estimate.phases.items() if name != "train")
+    return max(other, estimate.training.resident) * (1 + MARGIN) + CONTEXT > budget
 
 
 def describe(config: Config, found: Forecast) -> str:
@@ -109,7 +116,7 @@ def describe(config: Config, found: Forecast) -> str:
 
 def changes(config: Config, found: Forecast) -> str:
     """Return the settings in which the forecast's configuration differs from `config`, as they are typed."""
-    before, after = config.model_dump(), found.outlook.config.model_dump()
+    before, after = config.model_dump(), found.inputs.config.model_dump()
     return " ".join(
         f"{section}.{key}={value}"
         for section, values in after.items()
@@ -119,30 +126,30 @@ def changes(config: Config, found: Forecast) -> str:
     )
 
 
-def _changed(outlook: Outlook, section: str, **values: Any) -> Outlook:
-    changed = getattr(outlook.config, section).model_copy(update=values)
-    return replace(outlook, config=outlook.config.model_copy(update={section: changed}))
+def _changed(inputs: ForecastInputs, section: str, **values: Any) -> ForecastInputs:
+    changed = getattr(inputs.config, section).model_copy(update=values)
+    return replace(inputs, config=inputs.config.model_copy(update={section: changed}))
 
 
-def ways(outlook: Outlook) -> Iterator[Outlook]:
+def leaner_configurations(inputs: ForecastInputs) -> Iterator[ForecastInputs]:
     """The same training, computed with less and less memory."""
-    yield outlook
-    blocks = outlook.base.config("transformer")["num_layers"]
+    yield inputs
+    blocks = inputs.base.config("transformer")["num_layers"]
     some = dict.fromkeys(-(-blocks * quarters // 4) for quarters in (1, 2, 3))
     steps = [("selective", count) for count in some] + [("selective", None), ("block", None)]
-    if outlook.config.train.gradient_checkpointing != "none":
+    if inputs.config.train.gradient_checkpointing != "none":
         steps = [("block", None)]
     for kind, count in steps:
-        yield _changed(outlook, "train", gradient_checkpointing=kind, checkpointed_blocks=count)
+        yield _changed(inputs, "train", gradient_checkpointing=kind, checkpointed_blocks=count)
     eight_bit = importlib.util.find_spec("bitsandbytes") is not None
-    if outlook.config.method.freezes_base and outlook.config.model.quantize == "none" and eight_bit:
-        yield from ways(_changed(outlook, "model", quantize="nf4"))
+    if inputs.config.method.freezes_base and inputs.config.model.quantize == "none" and eight_bit:
+        yield from leaner_configurations(_changed(inputs, "model", quantize="nf4"))
 
 
-def _splits(outlook: Outlook) -> Iterator[Outlook]:
+def _batch_splits(inputs: ForecastInputs) -> Iterator[ForecastInputs]:
     """The images of a step, one at a time, then more at a time."""
-    train = outlook.config.train
+    train = inputs.config.train
     images = train.batch_size * train.gradient_accumulation
     for batch in range(1, images + 1):
         if images % batch == 0:
-            yield _changed(outlook, "train", batch_size=batch, gradient_accumulation=images // batch)
+            yield _changed(inputs, "train", batch_size=batch, gradient_accumulation=images // batch)

@@ -160,7 +160,7 @@ def _is_plain(attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal
     return attn_mask is None and not dropout_p and not is_causal
 
 
-class Saved:
+class SavedTensors:
     """Bytes that autograd keeps for the backward pass: distinct storages, those of `known` tensors left out.
 
     It holds on to none of them, so it is right for one forward pass, during which none of them goes.

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sd3tune.config import Config
 from sd3tune.data.buckets import Size
 from sd3tune.encode.captions import CLIP_LENGTH
-from sd3tune.forecast.footprint import Footprint, Saved, bytes_of, peak_of, tensors_of
-from sd3tune.forecast.thinning import Parts, Thinned, thin_out
+from sd3tune.forecast.footprint import Footprint, SavedTensors, bytes_of, peak_of, tensors_of
+from sd3tune.forecast.thinning import Account, Thinned, thin_out
 from sd3tune.methods import Method
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.parts import ENCODER_PARTS
@@ -35,14 +35,14 @@ from sd3tune.training.step import TrainState, predict_velocity, train_step, upda
 
 META = torch.device("meta")
 _SHIFT = 3.0  # any will do: it changes the sigmas, which are no numbers here
-_PROBED = 1 << 16
+_TRIAL_SIZE = 1 << 16
 """Values that an optimizer is tried on; what it takes is in proportion."""
-_LEFT_OUT = "left out"
+_OMITTED = "left out"
 """The trained parameters of the blocks that are not there, as one."""
 
 
 @dataclass(frozen=True)
-class Use:
+class MemoryUse:
     """Bytes of one phase: what lies in memory throughout, and what comes on top of it at the worst moment."""
 
     resident: int
@@ -91,7 +91,7 @@ class Training:
         return self.resident + self.working
 
 
-class EmptyBatches:
+class MetaBatches:
     """Stands in for `Batches`: the shapes of its batches, all of images of one size, on the meta device.
 
     Captions have the longest T5 length that is trained at.
@@ -160,7 +160,7 @@ def rehearse_training(
     whole = empty_transformer(base)
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     transformer = _load(config, base, method, dtype, whole)
-    empty = EmptyBatches(config, base, method.cached_encoders, size, dtype)
+    empty = MetaBatches(config, base, method.cached_encoders, size, dtype)
     batches = looking_ahead(cast(Batches, empty), transformer, method)
     with Footprint() as window:  # before the step, as it is of many
         ahead = list(batches.fetch(0, 0).modulation or ())
@@ -172,21 +172,21 @@ def rehearse_training(
     trained = make_trainable(thinned, method, transformer)
     left_out = thin.rest(lambda block: sum(of.numel() for of in block.parameters() if of.requires_grad))
     if left_out:
-        trained[_LEFT_OUT] = nn.Parameter(torch.empty(left_out, device=META))
+        trained[_OMITTED] = nn.Parameter(torch.empty(left_out, device=META))
     master = FlatMaster(trained, dtype)
     values = master.master.numel()
     state = TrainState(
         step=0,
         master=master,
-        optimizer=_NoOptimizer([master.master], {"lr": 0.0}),  # for the real one see `try_optimizer`
+        optimizer=_NoOptimizer([master.master], {"lr": 0.0}),  # for the real one see `rehearse_optimizer`
         ema=master.master.detach().clone() if config.ema is not None else None,
         loss_scale=LossScale(META, enabled=dtype is torch.float16),
     )
     frozen = _frozen(transformer)
-    saved = Saved([*tensors_of(transformer), *frozen, *ahead, master.master])
+    saved = SavedTensors([*tensors_of(transformer), *frozen, *ahead, master.master])
     with saved.watching():
         step = _rehearse_step(config, state, thin, method, empty, saved)
-    optimizer = try_optimizer(config)
+    optimizer = rehearse_optimizer(config)
     if like is not None:
         preview = like.preview
     elif config.preview.prompts:
@@ -200,11 +200,11 @@ def rehearse_training(
         compute=0 if dtype is torch.float32 else bytes_of([master.compute]),
         master=bytes_of([master.master]),
         gradient=bytes_of([master.gradient]),
-        optimizer=optimizer.resident * values // _PROBED,
+        optimizer=optimizer.resident * values // _TRIAL_SIZE,
         ahead=bytes_of(ahead),
         average=0 if state.ema is None else bytes_of([state.ema]),
         saved=step.saved,
-        working=max(step.peak, optimizer.working * values // _PROBED),
+        working=max(step.peak, optimizer.working * values // _TRIAL_SIZE),
         flops=(step.flops + window.flops // window_length(batches)) * config.train.gradient_accumulation,
         preview=preview,
     )
@@ -222,39 +222,39 @@ def _frozen(model: nn.Module) -> list[Tensor]:
 
 
 def _rehearse_step(
-    config: Config, state: TrainState, thin: Thinned, method: Method, batches: EmptyBatches, saved: Saved
-) -> Parts:
+    config: Config, state: TrainState, thin: Thinned, method: Method, batches: MetaBatches, saved: SavedTensors
+) -> Account:
     """One micro-step and the update: further ones take the same memory."""
     once = config.model_copy(update={"train": config.train.model_copy(update={"gradient_accumulation": 1, "steps": 1})})
     objective = make_objective(config.flow, _SHIFT)
     master = state.master
-    collect, left_out = master.collect_gradients, master.parameters[-1] if _LEFT_OUT in master.shapes else None
+    collect, left_out = master.collect_gradients, master.parameters[-1] if _OMITTED in master.shapes else None
 
-    def step(parts: Parts) -> None:
+    def step(parts: Account) -> None:
         def collecting() -> None:  # makes the gradients of what was left out, which were counted in its blocks' parts
             parts.mark(freed=0 if left_out is None else left_out.nbytes)
             collect()
 
         master.collect_gradients = collecting  # type: ignore[method-assign]
-        train_step(state, thin.transformer, method, cast(Batches, batches), objective, once, _alone)
+        train_step(state, thin.transformer, method, cast(Batches, batches), objective, once, _unreduced)
 
     return thin.measured(step, saved)
 
 
-def _alone(gradient: Tensor) -> Tensor:
+def _unreduced(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def try_optimizer(config: Config) -> Use:
-    """What the optimizer keeps, and takes on top while it updates, for each `_PROBED` values; tried on the CPU."""
-    master = FlatMaster({"probed": nn.Parameter(torch.zeros(_PROBED))}, torch.float32)
+def rehearse_optimizer(config: Config) -> MemoryUse:
+    """What the optimizer keeps, and takes on top while it updates, for each `_TRIAL_SIZE` values; tried on the CPU."""
+    master = FlatMaster({"probed": nn.Parameter(torch.zeros(_TRIAL_SIZE))}, torch.float32)
     optimizer = make_optimizer(config.optimizer, master.master)
     state = TrainState(0, master, optimizer, None, LossScale(master.master.device, enabled=False))
     for _ in range(2):  # the first step makes the state
         master.gradient.fill_(1.0)
-        footprint = peak_of(lambda: update(state, config, config.optimizer.lr, _alone))
+        footprint = peak_of(lambda: update(state, config, config.optimizer.lr, _unreduced))
     kept = [value for value in optimizer.state[master.master].values() if isinstance(value, Tensor) and value.ndim]
-    return Use(bytes_of(kept), footprint.peak)
+    return MemoryUse(bytes_of(kept), footprint.peak)
 
 
 def _rehearse_preview(
@@ -263,25 +263,25 @@ def _rehearse_preview(
     method: Method,
     thin: Thinned,
     state: TrainState,
-    batches: EmptyBatches,
+    batches: MetaBatches,
     row_bytes: int,
 ) -> int:
     """A denoising step, then decoding by the VAE: the most that either adds. `row_bytes` is of the whole model."""
     transformer = thin.transformer
     weights = state.master.named(state.master.master)
-    weights.pop(_LEFT_OUT, None)
+    weights.pop(_OMITTED, None)
 
     def exported_bytes(lacking: str) -> int:
         left = {name: value for name, value in weights.items() if not lacking or not name.startswith(lacking)}
         with torch.no_grad(), Footprint() as footprint, method.as_exported(transformer, left):
             return footprint.now
 
-    left_out = thin.rest_without(exported_bytes)
+    left_out = thin.omitted_contribution(exported_bytes)
     rows = 2 if config.preview.guidance > 1 else 1
     side = config.data.resolution
 
     def drawing(compute: Callable[[], object]) -> int:
-        def draw(parts: Parts) -> None:
+        def draw(parts: Account) -> None:
             with torch.no_grad(), method.as_exported(transformer, weights):
                 parts.mark(freed=-left_out)
                 compute()
@@ -295,7 +295,7 @@ def _rehearse_preview(
     return max(denoising, bytes_of(tensors_of(vae)) + drawing(lambda: decode(vae, latents)))
 
 
-def rehearse_text_encoder(base: Base, encoder: str, dtype: torch.dtype, tokens: int, form: str = "none") -> Use:
+def rehearse_text_encoder(base: Base, encoder: str, dtype: torch.dtype, tokens: int, form: str = "none") -> MemoryUse:
     """One text through one encoder (`clip_l`, `clip_g` or `t5`), held in that form."""
     model = text_encoder_shape(base, encoder, dtype)
     if form != "none":
@@ -303,28 +303,28 @@ def rehearse_text_encoder(base: Base, encoder: str, dtype: torch.dtype, tokens: 
     ids = torch.zeros(1, CLIP_LENGTH if encoder != "t5" else tokens, dtype=torch.long, device=META)
     with torch.no_grad():
         footprint = peak_of(lambda: model(ids, output_hidden_states=encoder != "t5"))
-    return Use(bytes_of([*tensors_of(model), *statistics(model)]), footprint.peak)
+    return MemoryUse(bytes_of([*tensors_of(model), *statistics(model)]), footprint.peak)
 
 
-def rehearse_vae(base: Base, size: Size, dtype: torch.dtype) -> Use:
+def rehearse_vae(base: Base, size: Size, dtype: torch.dtype) -> MemoryUse:
     """One image of that size into latents."""
     vae = load_vae(base, vae_dtype(dtype), META)
     with torch.no_grad():
         footprint = peak_of(lambda: vae.encode(torch.empty(1, 3, *size, dtype=vae.dtype, device=META)))
-    return Use(bytes_of(tensors_of(vae)), footprint.peak)
+    return MemoryUse(bytes_of(tensors_of(vae)), footprint.peak)
 
 
-def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> Use:
+def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> MemoryUse:
     """A class image drawn by the base, with guidance: transformer and VAE are in memory together."""
     transformer = _load(config, base, method, dtype, empty_transformer(base))
     vae = load_vae(base, vae_dtype(dtype), META)
-    batch = EmptyBatches(config, base, method.cached_encoders, size, dtype).of(2, size)
+    batch = MetaBatches(config, base, method.cached_encoders, size, dtype).of(2, size)
     resident = bytes_of([*tensors_of(transformer), *statistics(transformer), *tensors_of(vae)])
     thin = thin_out(transformer, method, None)
     with torch.no_grad():
         denoising = thin.measured(lambda _: predict_velocity(transformer, method, batch))
         decoding = peak_of(lambda: decode(vae, batch.latents[:1]))
-    return Use(resident, max(denoising.peak, decoding.peak))
+    return MemoryUse(resident, max(denoising.peak, decoding.peak))
 
 
 def vae_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -17,7 +17,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from sd3tune.errors import UserError
-from sd3tune.forecast.footprint import Footprint, Saved, fused_attention, tensors_of
+from sd3tune.forecast.footprint import Footprint, SavedTensors, fused_attention, tensors_of
 from sd3tune.methods import Method
 from sd3tune.model.compute.hoist import keep_blocks
 
@@ -49,7 +49,7 @@ class Thinned:
         *blocks, last = modulation
         return [one for number in self.counts for one in blocks[2 * number : 2 * number + 2]] + [last]
 
-    def rest_without(self, measure: Callable[[str], int]) -> int:
+    def omitted_contribution(self, measure: Callable[[str], int]) -> int:
         """Return as `rest` does what a block adds to `measure`, which gets the name of one that the model then lacks.
 
         With an empty name it lacks none.
@@ -65,10 +65,10 @@ class Thinned:
                 children.update(every)
         return total
 
-    def measured(self, compute: Callable[[Parts], object], saved: Saved | None = None) -> Parts:
+    def measured(self, compute: Callable[[Account], object], saved: SavedTensors | None = None) -> Account:
         """Return what one call takes of the whole model; `compute` gets the account, to mark parts of its own."""
         with fused_attention(), Footprint() as footprint:
-            parts = Parts(footprint, saved)
+            parts = Account(footprint, saved)
             hooks = [hook for block, count in self.blocks() for hook in parts.follow(block, count)]
             try:
                 compute(parts)
@@ -79,10 +79,10 @@ class Thinned:
         return parts
 
 
-class Parts:
+class Account:
     """An account of a computation, part by part, each of which may happen several times."""
 
-    def __init__(self, footprint: Footprint, saved: Saved | None) -> None:
+    def __init__(self, footprint: Footprint, saved: SavedTensors | None) -> None:
         self.peak = self.flops = self.saved = 0
         self._footprint, self._saved, self._backward = footprint, saved, False
         self._level, self._count, self._start = 0, 1, self._now()
@@ -144,7 +144,7 @@ def thin_out(transformer: SD3Transformer2DModel, method: Method, checkpointed: i
     thin = Thinned(transformer, dict(sorted(counts.items())))
     keep_blocks(transformer, counts)
     try:
-        added = thin.rest_without(lambda _: _trained(method, transformer))
+        added = thin.omitted_contribution(lambda _: _trained(method, transformer))
         equal = _trained(method, transformer) + added == trained
     except UserError:
         equal = False

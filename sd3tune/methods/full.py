@@ -44,8 +44,8 @@ class FullMethod(StoredText):
         self.base, self.flow_shift = base, config.flow.shift
         self.export_dtype = _DTYPES[self.settings.export_dtype]
         self.exported_bytes = self.export_dtype.itemsize
-        self._keeps_base = bool(config.data.own_predictions)
-        self._kept: dict[str, Tensor] | None = None
+        self._caches_base = bool(config.data.own_predictions)
+        self._cached_base: dict[str, Tensor] | None = None
         self._buffers: dict[str, Tensor] = {}
 
     def select(self, transformer: nn.Module) -> list[str]:
@@ -98,10 +98,12 @@ class FullMethod(StoredText):
         return {name: value.to(self.export_dtype) for name, value in weights.items()} | self._buffers
 
     def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None]:
-        return _pointed_at(transformer, lambda name: weights[name].to(self.export_dtype) if name in weights else None)
+        return _swapped_weights(
+            transformer, lambda name: weights[name].to(self.export_dtype) if name in weights else None
+        )
 
     def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
-        return _pointed_at(transformer, self._untrained(transformer).get)
+        return _swapped_weights(transformer, self._untrained(transformer).get)
 
     def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
         changes: dict[str, float] = {}
@@ -136,16 +138,16 @@ class FullMethod(StoredText):
         return () if config.optimizer.kind == kind else (eight,)
 
     def _untrained(self, transformer: SD3Transformer2DModel) -> dict[str, Tensor]:
-        if self._kept is not None:
-            return self._kept
+        if self._cached_base is not None:
+            return self._cached_base
         base = load_transformer(self.base, transformer.dtype, transformer.device).state_dict()
-        if self._keeps_base:
-            self._kept = base
+        if self._caches_base:
+            self._cached_base = base
         return base
 
 
 @contextmanager
-def _pointed_at(transformer: SD3Transformer2DModel, values: Callable[[str], Tensor | None]) -> Iterator[None]:
+def _swapped_weights(transformer: SD3Transformer2DModel, values: Callable[[str], Tensor | None]) -> Iterator[None]:
     """Parameters and buffers look at other values and then at the live ones again, which are never written to."""
     live: list[tuple[Tensor, Tensor]] = []
     try:

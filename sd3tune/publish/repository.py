@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 TOKENS = "https://huggingface.co/settings/tokens"
-WAITS = (1.0, 4.0, 16.0)
+RETRY_DELAYS = (1.0, 4.0, 16.0)
 """Seconds before another attempt; the client itself repeats single requests, but neither commits nor all refusals."""
-_PASSING = (408, 409, 412, 425, 429)  # 409 and 412: somebody else's commit came in between
+_TRANSIENT_STATUSES = (408, 409, 412, 425, 429)  # 409 and 412: somebody else's commit came in between
 _NEW_TOKEN = f"make one with write access at {TOKENS} and give it to `hf auth login`"
 
 Answer = TypeVar("Answer")
@@ -42,8 +42,8 @@ class Repository:
             raise RunError(f"{self.repo_id}: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it")
         if get_token() is None:
             raise RunError(f"{self.repo_id}: there is no Hub token to upload with: {_NEW_TOKEN}")
-        with self._in_words():
-            account = _patiently(HfApi().whoami)
+        with self._explained():
+            account = _with_retries(HfApi().whoami)
         if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
             raise RunError(f"{self.repo_id}: the Hub token may only read: {_NEW_TOKEN}")
 
@@ -52,11 +52,11 @@ class Repository:
         from huggingface_hub import CommitOperationAdd, HfApi
 
         api = HfApi()
-        with self._in_words(), _quiet():
-            _patiently(lambda: api.create_repo(self.repo_id, private=self.private, exist_ok=True))
+        with self._explained(), _quiet():
+            _with_retries(lambda: api.create_repo(self.repo_id, private=self.private, exist_ok=True))
             # The question that every upload begins with. The answer for a small text needs nothing to be uploaded.
             question = CommitOperationAdd("README.md", b"-")
-            _patiently(lambda: api.preupload_lfs_files(self.repo_id, additions=[question]))
+            _with_retries(lambda: api.preupload_lfs_files(self.repo_id, additions=[question]))
 
     def commit(self, files: Upload, message: str, progress: bool = False) -> str | None:
         """Upload the files that differ, in one commit. Return its address, or None if nothing differs.
@@ -71,9 +71,9 @@ class Repository:
             operations = [CommitOperationAdd(name, content) for name, content in files.items()]
             return api.create_commit(self.repo_id, operations, commit_message=message)
 
-        with self._in_words(), _quiet(progress):
-            before = _patiently(lambda: api.model_info(self.repo_id).sha)
-            made = _patiently(attempt)
+        with self._explained(), _quiet(progress):
+            before = _with_retries(lambda: api.model_info(self.repo_id).sha)
+            made = _with_retries(attempt)
         return None if made.oid == before else str(made.commit_url)
 
     @property
@@ -83,7 +83,7 @@ class Repository:
         return f"{constants.ENDPOINT}/{self.repo_id}"
 
     @contextlib.contextmanager
-    def _in_words(self) -> Iterator[None]:
+    def _explained(self) -> Iterator[None]:
         """Turn whatever the client raises into a RunError of one line, in which no token is."""
         from huggingface_hub import get_token
 
@@ -101,7 +101,7 @@ class Repository:
             return f"the token may not write to {owner}'s models: {_NEW_TOKEN}, or name a repository of your own"
         if status == 404:
             return f"the Hub has no user or organisation {owner!r} that this token may write for; check the spelling"
-        if status is not None and is_passing(error):
+        if status is not None and is_transient(error):
             return f"the Hub answered with HTTP status {status}; try again later"
         root = _root(error)
         reason = " ".join(str(getattr(error, "server_message", None) or root).split())[:200]
@@ -130,21 +130,21 @@ def status_of(error: BaseException | None) -> int | None:
     return None
 
 
-def is_passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether another attempt may do better: the Hub is busy or down, or the connection was cut."""
     status = status_of(error)
     if status is not None:
-        return status >= 500 or status in _PASSING
+        return status >= 500 or status in _TRANSIENT_STATUSES
     return not isinstance(error, ValueError) and _local_cause(error) is None
 
 
-def _patiently(attempt: Callable[[], Answer]) -> Answer:
-    """What `attempt` returns, at the latest try after `WAITS`; refusals that last are raised at once."""
-    for seconds in WAITS:
+def _with_retries(attempt: Callable[[], Answer]) -> Answer:
+    """What `attempt` returns, at the latest try after `RETRY_DELAYS`; refusals that last are raised at once."""
+    for seconds in RETRY_DELAYS:
         try:
             return attempt()
         except Exception as error:
-            if not is_passing(error):
+            if not is_transient(error):
                 raise
         time.sleep(seconds)
     return attempt()

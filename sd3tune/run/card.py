@@ -19,14 +19,14 @@ from sd3tune.publish.previews import SAMPLES, SHEET
 from sd3tune.run.previews import Preview, previews_of
 
 
-def write_card(run: Path, config: Config, contract: Mapping[str, Any], described: Mapping[str, Any]) -> bool:
-    """Write `run/README.md` of a run that has ended; `described` is what `run.json` is about to say.
+def write_card(run: Path, config: Config, contract: Mapping[str, Any], run_facts: Mapping[str, Any]) -> bool:
+    """Write `run/README.md` of a run that has ended; `run_facts` is what `run.json` is about to say.
 
     Return False, and write nothing, where somebody has changed the card, or a file of that name is no card.
     """
     if os.path.lexists(run / CARD) and not _is_unchanged_card(run / CARD):
         return False
-    write_text(run / CARD, card_of(run, config, contract, described, config.hub.repo_id))
+    write_text(run / CARD, card_of(run, config, contract, run_facts, config.hub.repo_id))
     return True
 
 
@@ -41,14 +41,14 @@ def card_of(
     run: Path,
     config: Config,
     contract: Mapping[str, Any],
-    described: Mapping[str, Any],
+    run_facts: Mapping[str, Any],
     repo_id: str | None,
     step: int | None = None,
 ) -> str:
     """The card in `repo_id`; None is the run's own folder. `step` is that of a checkpoint of a run that goes on."""
     samples = last_previews(run, config.preview.prompts)
     sheet = f"{SAMPLES}/{SHEET}" if samples and (run / SAMPLES / SHEET).is_file() else None
-    return card(Trained(config, contract, described, samples, sheet, repo_id, step))
+    return card(Trained(config, contract, run_facts, samples, sheet, repo_id, step))
 
 
 def card_to_upload(run: Path, repo_id: str) -> bytes:

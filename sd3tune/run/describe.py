@@ -32,7 +32,7 @@ def describe(plan: Plan, world: int) -> list[str]:
     return [
         f"base      {plan.base.name}{variant}, {held(plan.config, plan.dtype)} on {plan.device.type}"
         + (f", {world} processes" if world > 1 else ""),
-        *_about_base(plan),
+        *_describe_base(plan),
         f"data      {_images(len(plan.records))}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
         *(f"warning: {warning}" for warning in plan.warnings),
         *describe_buckets(cut),
@@ -43,10 +43,10 @@ def describe(plan: Plan, world: int) -> list[str]:
         f"sigma     {describe_sigmas(config.flow, plan.shift)}",
         f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"
         + f", noise offset {config.flow.noise_offset:g}" * (config.flow.noise_offset > 0),
-        *_about_objective(plan),
+        *_describe_objective(plan),
         f"{method.product.name:<9} {method.title()}: {parameters:,} parameters, "
         f"{method.exported_bytes * parameters / 1e6:.1f} MB, in {modules} module{'s' * (modules != 1)}",
-        *(f"          {_covered(row)}" for row in plan.coverage),
+        *(f"          {_describe_coverage(row)}" for row in plan.coverage),
         f"run       {plan.run}",
     ]
 
@@ -93,11 +93,11 @@ def _describe_priors(plan: Plan) -> list[str]:
     return [*(prior.describe() for prior in plan.priors), *predicted]
 
 
-def _covered(row: CoverageRow) -> str:
+def _describe_coverage(row: CoverageRow) -> str:
     return f"{row.module:<21} {row.trained:>3} of {row.present} blocks" if row.in_blocks else row.module
 
 
-def _about_base(plan: Plan) -> list[str]:
+def _describe_base(plan: Plan) -> list[str]:
     """Text encoders from files of their own, and a warning about a base that is no base for training."""
     files = plan.base.encoder_files
     used = [f"{name} from {files[name].name}" for name in plan.method.cached_encoders if name in files]
@@ -131,7 +131,7 @@ def _about_base(plan: Plan) -> list[str]:
     return lines
 
 
-def _about_objective(plan: Plan) -> list[str]:
+def _describe_objective(plan: Plan) -> list[str]:
     """What to know of the settings whose result differs from what their names promise."""
     flow, side, base = plan.config.flow, plan.config.data.resolution, plan.base
     lines = []

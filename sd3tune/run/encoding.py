@@ -73,7 +73,7 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
         for record, example in zip(plan.records, once, strict=True)
     ]
     examples = [once[index] for index in sample_indices(plan.records)]
-    known = _also_trained_on(holdout, examples)
+    known = _holdout_overlap(holdout, examples)
     for warning in known:
         say(f"warning: {warning}")
     warnings = [warning for report in reports for warning in report.warnings]
@@ -177,7 +177,7 @@ def _keys_of(text: str, captions: Mapping[str, Mapping[str, str]]) -> dict[str, 
     return {encoder: of[text] for encoder, of in captions.items()}
 
 
-def _also_trained_on(holdout: Sequence[Example], examples: Sequence[Example]) -> list[str]:
+def _holdout_overlap(holdout: Sequence[Example], examples: Sequence[Example]) -> list[str]:
     trained = {key for example in examples for key in example.images}
     names = [example.name for example in holdout if trained & set(example.images)]
     if not names:

@@ -63,7 +63,9 @@ def _start_in(run: Path, resume: bool) -> Path | None:
         raise RunError(f"{run}: already holds a run (step {step}); add --resume to go on, or choose another output_dir")
     for product in products():
         if product.is_in(run):
-            raise RunError(f"{run}: already holds {_named(product)} and no checkpoint; choose another output_dir")
+            raise RunError(
+                f"{run}: already holds {_with_article(product)} and no checkpoint; choose another output_dir"
+            )
     found = {path.name for path in run.iterdir()} if run.is_dir() else set()
     inside = {name for name in found if not is_temporary(name)}
     if inside - {LOCK_FILE} and not is_run_folder(run):
@@ -78,11 +80,11 @@ def _check_clearable(run: Path) -> None:
         if path.is_symlink():
             raise RunError(f"{path}: a link, and nothing is removed through links; remove it to start afresh here")
     for path in sorted((run / BEST).rglob("*")):
-        if not (path.is_dir() or path.name.startswith(".") or _is_of_an_attempt(path.relative_to(run))):
+        if not (path.is_dir() or path.name.startswith(".") or _is_attempt_output(path.relative_to(run))):
             raise RunError(f"{path}: not written by the run, which replaces {BEST}/ as a whole; move it elsewhere")
 
 
-def _named(product: Product) -> str:
+def _with_article(product: Product) -> str:
     return f"{'an' if product.name[0] in 'aeiou' else 'a'} {product.name}"
 
 
@@ -119,10 +121,10 @@ def clear(run: Path, start: Path | None) -> None:
     """
     remove_unfinished(run)
     if start is None:
-        remove_files(run, _is_of_an_attempt)
+        remove_files(run, _is_attempt_output)
 
 
-def _is_of_an_attempt(path: PurePath) -> bool:
+def _is_attempt_output(path: PurePath) -> bool:
     """Whether a run gives this name, in its folder, to something that it measured or drew."""
     folder, inside = path.parts[0], PurePath(*path.parts[1:])
     if not inside.parts:
@@ -138,10 +140,10 @@ def _is_of_an_attempt(path: PurePath) -> bool:
 
 def read_validation(run: Path) -> list[Line]:
     """The held-out losses that a run has measured, oldest first. Raises RunError."""
-    return read_lines(run / VALIDATION_FILE, _problem_of_validation)
+    return read_lines(run / VALIDATION_FILE, _validation_problem)
 
 
-def _problem_of_validation(line: Line) -> str | None:
+def _validation_problem(line: Line) -> str | None:
     problem = problem_of_measurement(line, numbers=("images",), losses=("loss", "base_loss"))
     if problem is None and line["loss"] is not None and not line["base_loss"]:
         problem = "base_loss: not a number above 0"
@@ -182,7 +184,7 @@ def locked(run: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def naming_what_is_saved(run: Path) -> Iterator[None]:
+def explain_write_errors(run: Path) -> Iterator[None]:
     """Say of a failure to write into the run folder what is saved, and how to go on."""
     try:
         yield
@@ -204,7 +206,7 @@ def naming_what_is_saved(run: Path) -> Iterator[None]:
         ) from error
 
 
-def what_is_saved(run: Path) -> str:
+def describe_stopped(run: Path) -> str:
     """Return the line for a run that was stopped."""
     saved = list_checkpoints(run)
     if not saved:

@@ -35,7 +35,7 @@ from sd3tune.tracking.trackers import missing_packages
 from sd3tune.training.objective import share_inside, shift_at
 from sd3tune.training.optimizers import OPTIMIZERS
 
-_LEAST_SHARE = 1e-6
+_MIN_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     run = Path(str(config.output_dir))
     try:
         records, holdout = split_records(config, load_records(config.data, warn=warnings.append), warnings.append)
-        config = with_steps(config, sum(record.repeats for record in records), world)
+        config = resolve_epochs(config, sum(record.repeats for record in records), world)
     except UserError as error:
         problems += error.problems
     try:
@@ -139,7 +139,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
 def _upload_problems(config: Config) -> Sequence[str]:
     repository = repository_of(config.hub)
     try:
-        with naming_hub_push():
+        with explain_hub_push():
             if repository is not None:
                 repository.check_token()
     except RunError as error:
@@ -148,7 +148,7 @@ def _upload_problems(config: Config) -> Sequence[str]:
 
 
 @contextlib.contextmanager
-def naming_hub_push() -> Iterator[None]:
+def explain_hub_push() -> Iterator[None]:
     """Say of what is in the way of a later upload that the run can do without."""
     try:
         yield
@@ -203,7 +203,7 @@ def check_installed(config: Config) -> None:
         raise RunError(f"optimizer.kind: {kind} needs {extra}: pip install 'sd3tune[{extra}]'")
 
 
-def with_steps(config: Config, images_per_epoch: int, world: int) -> Config:
+def resolve_epochs(config: Config, images_per_epoch: int, world: int) -> Config:
     """The configuration with its epochs as steps, rounded up. Raises ConfigError when the warm-up is as long."""
     train = config.train
     if train.epochs is None:
@@ -231,7 +231,7 @@ def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
 def _check_sigmas(flow: FlowConfig, shift: float) -> None:
     """ConfigError for bounds between which hardly a sigma is drawn: rounding would put them all on one value."""
     share = share_inside(flow, shift)
-    if share < _LEAST_SHARE:
+    if share < _MIN_SHARE:
         raise ConfigError(
             f"flow.min_sigma {flow.min_sigma:g} and flow.max_sigma {flow.max_sigma:g}: {flow.timesteps.kind} with "
             f"shift {shift:.3g} draws next to nothing between them ({share:.1g} of all sigmas); widen them"

@@ -101,10 +101,10 @@ def _plan(
     warn: Callable[[str], None],
 ) -> PlannedPrior:
     folder = Path(settings.path) if settings.path else class_image_folder(config)
-    own = _own_images(folder, settings.prompts[0], number, warn) if settings.path else []
+    own = _images_not_drawn(folder, settings.prompts[0], number, warn) if settings.path else []
     found = Counter(nearest_bucket(upright_size(record.image), list(shapes)) for record in own)
     wanted = {size: wanted - found[size] for size, wanted in shares(shapes, settings.images).items()}
-    drawn = _in_turns(config, settings, base, folder, wanted)
+    drawn = _images_to_draw(config, settings, base, folder, wanted)
     lacking = [size for size in shapes if not found[size] and not any(of.size == size for of in drawn)]
     if lacking:
         raise DataError(
@@ -126,7 +126,7 @@ def shares(shapes: Mapping[Size, int], total: int) -> dict[Size, int]:
     return {size: max(1, share) for size, share in found.items()}
 
 
-def _own_images(folder: Path, prompt: str, number: int, warn: Callable[[str], None]) -> list[Record]:
+def _images_not_drawn(folder: Path, prompt: str, number: int, warn: Callable[[str], None]) -> list[Record]:
     if folder.exists() and not folder.is_dir():
         raise DataError(f"data.sources.{number}.prior.path: {folder} is a file; name a folder")
     if not folder.is_dir() or not any(images_in(folder)):
@@ -135,7 +135,7 @@ def _own_images(folder: Path, prompt: str, number: int, warn: Callable[[str], No
     return [record for record in records if not _DRAWN.fullmatch(record.image.name)]
 
 
-def _in_turns(
+def _images_to_draw(
     config: Config, settings: ClassImagesConfig, base: Base, folder: Path, wanted: Mapping[Size, int]
 ) -> list[Drawn]:
     """As many of each size as wanted, the prompts in turns; images of a prompt and size are numbered by themselves."""

@@ -23,7 +23,7 @@ from sd3tune.training.batches import Batch, Batches
 from sd3tune.training.step import predict_velocity
 
 FIXED_SIGMAS = (0.2, 0.4, 0.6, 0.8)
-SEARCHED_STEPS = 64
+PROBE_SEARCH_STEPS = 64
 """How far to look for images that are not broken."""
 NO_CHANGE = 1e-7
 """Relative change of the velocity below which training did nothing; fp32 rounding alone makes about this much."""
@@ -37,7 +37,7 @@ def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], 
         trained = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
     with plan.method.disabled(transformer):
         base = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
-    size = _size(base) or _size(trained)  # new weights predict nothing at all
+    size = _total_norm(base) or _total_norm(trained)  # new weights predict nothing at all
     change = sum((a - b).norm().item() for a, b in zip(trained, base, strict=True)) / size if size else math.nan
     block_changes = plan.method.block_changes(transformer, weights)
     return {
@@ -54,7 +54,7 @@ def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], 
     }
 
 
-def _size(velocities: Sequence[Tensor]) -> float:
+def _total_norm(velocities: Sequence[Tensor]) -> float:
     return sum(velocity.norm().item() for velocity in velocities)
 
 
@@ -142,7 +142,7 @@ def _divergence(plan: Plan, report: Mapping[str, Any]) -> list[str]:
 
 def _probes(batches: Batches) -> list[Batch]:
     """An image of the training data for each of the sigmas: one, whatever the batch size, for the user is waiting."""
-    fetched = (batches.fetch(step, 0) for step in range(SEARCHED_STEPS))
+    fetched = (batches.fetch(step, 0) for step in range(PROBE_SEARCH_STEPS))
     first = (batch.rows(slice(1)) for batch in fetched)
     usable = itertools.islice((image for image in first if image.latents.isfinite().all()), len(FIXED_SIGMAS))
     return [

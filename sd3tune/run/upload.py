@@ -14,15 +14,17 @@ from sd3tune.publish.files import (
 )
 from sd3tune.publish.repository import Repository, repository_of
 from sd3tune.run.card import card_to_upload
-from sd3tune.run.preflight import Plan, naming_hub_push
+from sd3tune.run.preflight import Plan, explain_hub_push
 
 
-def push_run(run: Path, repository: Repository, instead: Upload = MappingProxyType({}), progress: bool = False) -> str:
+def push_run(
+    run: Path, repository: Repository, overrides: Upload = MappingProxyType({}), progress: bool = False
+) -> str:
     """Upload all of a finished run that is for others. Returns a line that says where it is. Raises UserError.
 
-    `instead` has other contents for some of the files.
+    `overrides` has other contents for some of the files.
     """
-    files = {**files_of_run(run), **instead}
+    files = {**files_of_run(run), **overrides}
     if CARD in files:
         files[CARD] = card_to_upload(run, repository.repo_id)
     commit = repository.commit(files, f"{run.name}, trained with sd3tune", progress)
@@ -33,7 +35,7 @@ def prepare_upload(plan: Plan) -> None:
     """Before anything is encoded: make the repository, and see that it may be written to. Raises RunError."""
     repository = repository_of(plan.config.hub)
     if repository is not None:
-        with naming_hub_push():
+        with explain_hub_push():
             repository.prepare()
 
 

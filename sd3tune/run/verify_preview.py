@@ -23,7 +23,7 @@ from sd3tune.run.previews import Preview, previews_of, run_of, step_of
 from sd3tune.runtime.device import choose_dtype, dtype_name, gpu_of
 from sd3tune.sampling.sampler import add_offset
 
-LEAST_PSNR = 40.0
+MIN_PSNR = 40.0
 """Decibels between two drawings of the same weights in one precision; what rounds otherwise stays well above."""
 
 
@@ -45,7 +45,7 @@ def compare_with_preview(adapter: Adapter, base: Base, dtype: str, device: torch
     then, now = (adapter.contract["dtype"], found.device), (dtype_name(wanted), device.type)
     if then != now:
         return f"{what}: PSNR {figure:.1f} dB, in {now[0]} on {now[1]}, and {then[0]} on {then[1]} in training"
-    if figure < LEAST_PSNR:
+    if figure < MIN_PSNR:
         raise AdapterError(
             f"{adapter.path}: with it, diffusers draws another picture than the training did: {what}, PSNR "
             f"{figure:.1f} dB; the file is not the one that drew it"

@@ -11,7 +11,7 @@ import yaml
 from sd3tune.invocation import command_line
 
 _PLACE = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-_MEETING = ("MASTER_ADDR", "MASTER_PORT")
+_RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 _WAY_OUT = "a launcher sets it, or left it behind: unset it, and start several processes with --num-processes"
 
 
@@ -21,7 +21,9 @@ def launch_problems(environment: Mapping[str, str]) -> list[str]:
     Half of them would otherwise be passed over, and a process that is one of two would train as if it were alone,
     or wait for the other forever.
     """
-    given = {name: environment[name] for name in (*_PLACE, *_MEETING) if environment.get(name, "-1") not in ("", "-1")}
+    given = {
+        name: environment[name] for name in (*_PLACE, *_RENDEZVOUS) if environment.get(name, "-1") not in ("", "-1")
+    }
     odd = [name for name, value in given.items() if name != "MASTER_ADDR" and not value.isdecimal()]
     if odd:
         return [f"{name}={given[name]}: not a whole number; {_WAY_OUT}" for name in odd]
@@ -31,7 +33,7 @@ def launch_problems(environment: Mapping[str, str]) -> list[str]:
     world = int(given["WORLD_SIZE"])
     if world == 0:
         return [f"WORLD_SIZE=0: at least 1; {_WAY_OUT}"]
-    missing = [name for name in (*_PLACE, *_MEETING) if name not in given]
+    missing = [name for name in (*_PLACE, *_RENDEZVOUS) if name not in given]
     if world > 1 and missing:
         return [f"WORLD_SIZE={world}: set without {', '.join(missing)}; {_WAY_OUT}"]
     return [

@@ -21,7 +21,7 @@ from sd3tune.runtime.environment import gpu_asked_for, launch_problems, no_gpu, 
 
 ERRORS = "SD3TUNE_ERRORS"
 """Folder where the processes of one command leave their problems, for the launching one to print, once, at the end."""
-_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_STOPPED_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 """What a launcher returns after it was told to stop."""
 _PROGRAM = Path(__file__).resolve().parents[1] / "__main__.py"
 """Started by its path: with `-m sd3tune`, Python would look for every module in the working directory first."""
@@ -63,7 +63,7 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
         interrupted = all(error["exit_code"] == Interrupted.exit_code for error in left)
         lines = dict.fromkeys(line for error in left for line in error["problems"])
         raise (Interrupted if interrupted else UserError)(*lines)
-    if code in _STOPPED:
+    if code in _STOPPED_CODES:
         raise KeyboardInterrupt
     if code:
         raise ProcessError(
@@ -74,7 +74,7 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
 
 
 @contextlib.contextmanager
-def errors_to_the_launcher() -> Iterator[None]:
+def report_errors_to_launcher() -> Iterator[None]:
     """Around a whole job: under `relaunch`, leave its problems to the launching process and end with their code."""
     folder = os.environ.get(ERRORS)
     if folder is None:

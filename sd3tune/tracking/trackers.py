@@ -67,7 +67,7 @@ class Trackers:
         self._waiting: dict[int, list[Callable[[Tracker], None]]] = {}
         for name, make in TRACKERS.items():
             if settings := getattr(config, name):
-                with self._harmless(name):
+                with self._isolated(name):
                     self._trackers[name] = make(settings, start, self._warn)
 
     def line(self, line: Mapping[str, Any]) -> None:
@@ -82,11 +82,11 @@ class Trackers:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Other numbers of a step; `{"a": {"b": 1.0}}` is the curve `a/b`."""
         found = scalars(values)
-        self._when_its_turn(step, lambda tracker: tracker.log(step, found))
+        self._in_order(step, lambda tracker: tracker.log(step, found))
 
     def image(self, step: int, name: str, path: Path, caption: str) -> None:
         """A picture that lies in a file; `name` is the same at every step."""
-        self._when_its_turn(step, lambda tracker: tracker.image(step, name, path, caption))
+        self._in_order(step, lambda tracker: tracker.image(step, name, path, caption))
 
     def where(self) -> list[str]:
         """Return a line for each working tracker: where its curves are."""
@@ -100,20 +100,20 @@ class Trackers:
     ) -> None:
         self._send([lambda tracker: tracker.close(finished=kind is None)])
 
-    def _when_its_turn(self, step: int, send: Callable[[Tracker], None]) -> None:
+    def _in_order(self, step: int, send: Callable[[Tracker], None]) -> None:
         if step <= self._step:
             self._send([send])
         else:
             self._waiting.setdefault(step, []).append(send)
 
-    def _send(self, all_of: list[Callable[[Tracker], None]]) -> None:
+    def _send(self, calls: list[Callable[[Tracker], None]]) -> None:
         for name, tracker in list(self._trackers.items()):
-            with self._harmless(name):
-                for send in all_of:
+            with self._isolated(name):
+                for send in calls:
                     send(tracker)
 
     @contextlib.contextmanager
-    def _harmless(self, name: str) -> Iterator[None]:
+    def _isolated(self, name: str) -> Iterator[None]:
         started = time.monotonic()
         try:
             yield

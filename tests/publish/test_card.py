@@ -327,7 +327,7 @@ def test_it_states_what_was_measured_and_what_was_not(trained: Trained) -> None:
         "loss_by_sigma": {"0.0-0.2": 0.5, "0.2-0.4": None}, "base_loss_by_sigma": {"0.0-0.2": 0.625, "0.2-0.4": 0.25},
     }  # fmt: skip
     held_out = {"last": last, "best": {**last, "step": 600, "loss": 0.7}}
-    text = card(replace(trained, described={**DESCRIBED, "report": {**DESCRIBED["report"], "held_out": held_out}}))
+    text = card(replace(trained, run_facts={**DESCRIBED, "report": {**DESCRIBED["report"], "held_out": held_out}}))
     for line in (
         "On the 4 images that were not trained on:",
         "| 0.0-0.2 | 0.6250 | 0.5000 |",
@@ -353,14 +353,14 @@ def test_a_change_that_only_a_diverged_training_makes_is_warned_of(
     trained: Trained, change: float, start: str | None, warned: bool
 ) -> None:
     diverged = {**DESCRIBED, "report": {**DESCRIBED["report"], "velocity_change": change}}
-    text = card(replace(about(trained, init=start), described=diverged))
+    text = card(replace(about(trained, init=start), run_facts=diverged))
     assert ("**Above 75 % a training has usually diverged: " in text) == warned
 
 
 def test_a_checkpoint_of_a_run_that_goes_on_claims_no_end(trained: Trained) -> None:
     described = {name: value for name, value in DESCRIBED.items() if name != "report"} | {"timings": {}}
     samples = [Sample("samples/step-000002-0.png", 2, Drawing(PROMPT, 28, 4.5))]
-    goes_on = replace(trained, described=described, step=2, samples=samples)
+    goes_on = replace(trained, run_facts=described, step=2, samples=samples)
     text = card(goes_on)
     assert "It is not finished: this is step 2 of 3." in text
     assert "Nothing yet: this is step 2 of 3 of a run that goes on." in text

@@ -290,7 +290,7 @@ def test_a_run_waits_for_no_upload_when_it_is_stopped_and_goes_on_as_ever(
         if view.step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(uploading, "_PATIENCE", 0.1)
+    monkeypatch.setattr(uploading, "_STOP_TIMEOUT", 0.1)
     hub.open.clear()
     config = load_config(finished / "config.yaml").config
     push = HubConfig(repo_id="user/dog", push="checkpoint")

@@ -36,13 +36,13 @@ def _base(trained: Trained) -> dict[str, str]:
     """Of a model on the Hub alone: a file's shape is no proof of its weights, and from scratch there is none."""
     if trained.contract["base_kind"] != "hub" or trained.from_scratch:
         return {}
-    relation = "adapter" if trained.adapts else "finetune"
+    relation = "adapter" if trained.is_adapter else "finetune"
     return {"base_model": trained.contract["base"], "base_model_relation": relation}
 
 
 def _tags(trained: Trained) -> list[str]:
     method = trained.contract["method"]
-    return ["text-to-image", "diffusers", "sd3tune", method, *(["template:sd-lora"] if trained.adapts else [])]
+    return ["text-to-image", "diffusers", "sd3tune", method, *(["template:sd-lora"] if trained.is_adapter else [])]
 
 
 def _widget(trained: Trained) -> list[dict[str, Any]]:

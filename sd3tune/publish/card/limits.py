@@ -19,7 +19,7 @@ def _limits(trained: Trained) -> Iterator[str]:
     yield _data(trained)
     yield _text_length(trained)
     yield from _noise_offset(trained)
-    if trained.adapts:
+    if trained.is_adapter:
         yield (
             f"It fits models of the shape of {code(contract['base'])} only: other sizes of Stable Diffusion 3 do not "
             "load it. On other weights of that shape, such as fine-tunes, it was not tried."
@@ -34,7 +34,7 @@ def _noise(trained: Trained) -> Iterator[str]:
 
 
 def _data(trained: Trained) -> str:
-    images, side = trained.described.get("images"), trained.contract["resolution"]
+    images, side = trained.run_facts.get("images"), trained.contract["resolution"]
     learned = "what it was trained on" if images is None else f"{images} image{'s' * (images != 1)}"
     return f"It has learned from {learned} at {side} px, and draws best what resembles them, at about that size."
 

@@ -41,7 +41,7 @@ def _measured(trained: Trained) -> list[str]:
 
 def _titles(trained: Trained) -> list[str]:
     """Of the columns: untrained, trained."""
-    return ["base", "with the adapter"] if trained.adapts else ["untrained", "trained"]
+    return ["base", "with the adapter"] if trained.is_adapter else ["untrained", "trained"]
 
 
 def _fixed_noise(loss: Mapping[str, Any], trained: Trained) -> str:
@@ -76,7 +76,7 @@ def _changes(report: Mapping[str, Any], trained: Trained) -> str:
     blocks = report.get("block_changes")
     if not blocks:
         return step
-    measure = "The norm of the weight update" if trained.adapts else "The relative change of the weights"
+    measure = "The norm of the weight update" if trained.is_adapter else "The relative change of the weights"
     listed = ", ".join(f"{name.removeprefix('block ')}: {change:.3g}" for name, change in blocks.items())
     return f"{step} {measure} by block: {listed}."
 

@@ -62,7 +62,7 @@ def _product(trained: Trained) -> str:
     contract, base = trained.contract, code(trained.contract["base"])
     if contract["base_kind"] == "hub":
         base = f"[{contract['base']}](https://huggingface.co/{contract['base']})"
-    if trained.adapts:
+    if trained.is_adapter:
         return f"A LoRA adapter for {base}"
     if trained.from_scratch:
         return f"A model of Stable Diffusion 3's kind, from scratch, with the text encoders and the VAE of {base}"

@@ -25,7 +25,7 @@ def with_diffusers(trained: Trained) -> list[str]:
 
 def _introduction(trained: Trained) -> str:
     base, kind = code(trained.contract["base"]), trained.contract["base_kind"]
-    if not trained.adapts:
+    if not trained.is_adapter:
         return "Or with diffusers alone:"
     if kind in ("tiny", "nano"):
         return f"Or with diffusers; {base} comes with sd3tune:"
@@ -36,7 +36,7 @@ def _introduction(trained: Trained) -> str:
 
 def _loading_base(trained: Trained) -> list[str] | None:
     """Lines up to a `pipe` without an adapter; None where diffusers cannot be told to load the base."""
-    if not trained.adapts:
+    if not trained.is_adapter:
         return _loading_model(trained)
     contract, name = trained.contract, trained.contract["base"]
     if contract["base_kind"] in ("tiny", "nano"):
@@ -86,7 +86,7 @@ def _pipe(base: str, trained: Trained, more: Sequence[str] = ()) -> str:
 
 
 def _loading_adapter(trained: Trained) -> list[str]:
-    if not trained.adapts:
+    if not trained.is_adapter:
         return []
     where = f'{_python(trained.repo_id)}, subfolder="adapter"' if trained.repo_id else '"adapter"'
     return [f'pipe.load_lora_weights({where}, weight_name="{ADAPTER_FILE}")']

@@ -38,7 +38,7 @@ class Trained:
     config: Config
     contract: Mapping[str, Any]
     """The contract of the adapter or model."""
-    described: Mapping[str, Any]
+    run_facts: Mapping[str, Any]
     """As in `run.json`; of a run that goes on, without timings and report."""
     samples: Sequence[Sample] = ()
     """The last of each prompt."""
@@ -50,7 +50,7 @@ class Trained:
     """Of a checkpoint of a run that goes on; None when it has ended."""
 
     @property
-    def adapts(self) -> bool:
+    def is_adapter(self) -> bool:
         """Whether it is an adapter, rather than a whole model."""
         return "rank" in self.contract
 
@@ -73,13 +73,13 @@ class Trained:
         return [used["file"] for used in self.contract.get("encoder_files", {}).values()]
 
     @property
-    def base_is_here(self) -> bool:
+    def base_is_local(self) -> bool:
         """Whether the base, or a part of it, is a file or folder of the machine that it was trained on."""
         return self.contract["base_kind"] in ("folder", "file") or bool(self.encoder_files)
 
     @property
     def report(self) -> Mapping[str, Any] | None:
-        found: Mapping[str, Any] | None = self.described.get("report")
+        found: Mapping[str, Any] | None = self.run_facts.get("report")
         return found
 
     @property
@@ -87,7 +87,7 @@ class Trained:
         return self.config.train.total_steps if self.step is None else self.step
 
     @property
-    def shows_itself(self) -> bool:
+    def drew_first_sample(self) -> bool:
         """Whether the first sample was drawn by these very weights."""
         return bool(self.samples) and self.samples[0].step == self.steps
 
@@ -96,8 +96,8 @@ class Trained:
         """One to begin with: the first sample, else of the one caption, the trigger, or whatever there is."""
         if self.samples:
             return self.samples[0].drawing
-        return self.usual(self.contract["instance_prompt"] or self.contract["trigger"] or "a photo")
+        return self.default_drawing(self.contract["instance_prompt"] or self.contract["trigger"] or "a photo")
 
-    def usual(self, prompt: str) -> Drawing:
+    def default_drawing(self, prompt: str) -> Drawing:
         """Return what `sd3tune infer` draws when it is told the prompt alone."""
         return Drawing(prompt, **sampling_of(self.contract))

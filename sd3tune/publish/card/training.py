@@ -20,16 +20,16 @@ def _what(trained: Trained) -> Iterator[Row]:
     contract, ema = trained.contract, trained.config.ema
     revision = f" at {code(contract['base_revision'])}" if contract["base_revision"] else ""
     yield "base model", f"{code(contract['base'])}{revision}"
-    if trained.adapts:
+    if trained.is_adapter:
         yield "rank, alpha", f"{contract['rank']}, {contract['alpha']:g} (folded into the file: alpha = rank there)"
     else:
         yield "trained", f"the whole transformer, in the file as {contract['export_dtype']}"
-    raw = "" if trained.step else f"; as trained in `{'adapter' if trained.adapts else 'model'}_raw`"
+    raw = "" if trained.step else f"; as trained in `{'adapter' if trained.is_adapter else 'model'}_raw`"
     yield "weights", "as trained" if ema is None else f"exponential moving average, decay {ema.decay:g}{raw}"
 
 
 def _data(trained: Trained) -> Iterator[Row]:
-    contract, facts, train = trained.contract, trained.described, trained.config.train
+    contract, facts, train = trained.contract, trained.run_facts, trained.config.train
     if "captions" in facts:  # unknown of runs of earlier versions
         captions = _count(facts["captions"], "caption") if facts["captions"] == 1 else f"{facts['captions']} captions"
         yield "data", f"{_count(facts['images'], 'image')} with {captions}{_repeated(trained)}"
@@ -48,7 +48,7 @@ def _data(trained: Trained) -> Iterator[Row]:
 
 
 def _repeated(trained: Trained) -> str:
-    images, per_epoch = trained.described["images"], trained.described["images_per_epoch"]
+    images, per_epoch = trained.run_facts["images"], trained.run_facts["images_per_epoch"]
     return "" if images == per_epoch else f", {per_epoch} in an epoch with their repeats"
 
 
@@ -89,7 +89,7 @@ def _text(trained: Trained) -> Iterator[Row]:
 
 
 def _machine(trained: Trained) -> Iterator[Row]:
-    contract, facts = trained.contract, trained.described
+    contract, facts = trained.contract, trained.run_facts
     others = "" if contract["dtype"] == "fp32" else "; what is trained, and the optimizer, in fp32"
     rounded = f", the base's blocks in {contract['quantize']}" if "quantize" in contract else ""
     yield "precision", f"{contract['dtype']}{rounded}{others}"

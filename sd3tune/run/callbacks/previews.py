@@ -67,7 +67,7 @@ class Previews:
     def _draw_missing(self, name: str, view: View, weights: AbstractContextManager[None]) -> None:
         """Draw and save one image a prompt, unless an earlier attempt did."""
         paths = [self._path(name, number) for number in range(len(self.settings.prompts))]
-        if all(_shows(path, self._recipe(number)) for number, path in enumerate(paths)):
+        if all(_has_recipe(path, self._recipe(number)) for number, path in enumerate(paths)):
             return
         with weights:
             images = self._draw(name, view)
@@ -117,7 +117,7 @@ class Previews:
         """To the trackers, what they have not got of a step."""
         for number, prompt in enumerate(self.settings.prompts):
             path = self._path(name, number)
-            if path not in self._sent and _shows(path, self._recipe(number)):
+            if path not in self._sent and _has_recipe(path, self._recipe(number)):
                 self._sent.add(path)
                 self.trackers.image(_step(name), f"preview/{number}", path, prompt)
 
@@ -128,11 +128,11 @@ class Previews:
         """
         columns = {BASE: BASE} | {name: f"step {_step(name)}" for name in self._names()}
         paths = [
-            [path if _shows(path := self._path(name, number), self._recipe(number)) else None for name in columns]
+            [path if _has_recipe(path := self._path(name, number), self._recipe(number)) else None for name in columns]
             for number in range(len(self.settings.prompts))
         ]
         recipe = json.dumps([[path and path.name for path in row] for row in paths] + self.settings.prompts)
-        if _shows(self.folder / SHEET, recipe):
+        if _has_recipe(self.folder / SHEET, recipe):
             return
         images = [[Image.open(path) if path else None for path in row] for row in paths]
         sheet = contact_sheet(images, columns=list(columns.values()), rows=self.settings.prompts)
@@ -153,7 +153,7 @@ class Previews:
         )
 
 
-def _shows(path: Path, recipe: str) -> bool:
+def _has_recipe(path: Path, recipe: str) -> bool:
     """Whether the picture is there and of that recipe."""
     try:
         with Image.open(path) as image:

@@ -30,7 +30,7 @@ from sd3tune.run.upload import left_out, push_command, push_run
 from sd3tune.training.checkpoint import checkpoint_at
 from sd3tune.training.loop import View
 
-_PATIENCE = 10.0
+_STOP_TIMEOUT = 10.0
 """Seconds that a run which was stopped waits for the upload in hand."""
 
 
@@ -92,8 +92,8 @@ class Uploads:
 
     def _stage(self, checkpoint: Path, step: int) -> _Staged:
         run, config = self.plan.run, self.plan.config
-        described = read_run_file(run)
-        card = card_of(run, config, self.contract, described, self.repository.repo_id, step)
+        run_facts = read_run_file(run)
+        card = card_of(run, config, self.contract, run_facts, self.repository.repo_id, step)
         written = {CARD: card.encode(), CONFIG: config_of_run(run)}
         folder = run / f"{TEMPORARY}{secrets.token_hex(8)}-upload-{checkpoint.name}"
         staged = _Staged(checkpoint.name, folder, files_of_checkpoint(run, checkpoint), written)
@@ -127,7 +127,7 @@ class Uploads:
         if not finished:
             self._giving_up.set()
         self._waiting.put(None)
-        thread.join(None if finished else _PATIENCE)
+        thread.join(None if finished else _STOP_TIMEOUT)
 
     def _warn(self, line: str) -> None:
         self.warnings.append(line)

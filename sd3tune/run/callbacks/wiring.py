@@ -22,7 +22,7 @@ from sd3tune.tracking.trackers import Trackers
 from sd3tune.training.loop import Callback
 
 
-class Watching:
+class RunCallbacks:
     """A context: on leaving it, trackers and uploads are closed."""
 
     def __init__(
@@ -38,7 +38,7 @@ class Watching:
         repository = repository_of(config.hub) if config.hub.push == "checkpoint" and processes.is_main else None
         self.uploads = Uploads(plan, repository, contract) if repository else None
 
-    def __enter__(self) -> Watching:
+    def __enter__(self) -> RunCallbacks:
         return self
 
     def __exit__(
