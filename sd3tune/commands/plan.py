@@ -19,7 +19,7 @@ from sd3tune.forecast.gpus import GpuSpec, find_gpu
 from sd3tune.forecast.rehearsal import Training
 from sd3tune.methods import METHODS
 from sd3tune.reporting import Lines
-from sd3tune.run.describe import held
+from sd3tune.run.describe import describe_precision
 from sd3tune.runtime.device import DTYPES, choose_dtype, dtype_name, gpu_of
 
 UTILISATION = 40
@@ -153,7 +153,7 @@ def _about(inputs: ForecastInputs) -> list[str]:
         checkpointing += f" of {train.checkpointed_blocks} blocks"
     batch = f"batch {train.batch_size}" + f" x {train.gradient_accumulation}" * (train.gradient_accumulation > 1)
     return [
-        f"base      {inputs.base.name}, {held(inputs.config, inputs.dtype)}",
+        f"base      {inputs.base.name}, {describe_precision(inputs.config, inputs.dtype)}",
         f"largest   {width}x{height} px, {batch}, gradient checkpointing {checkpointing}",
     ]
 

@@ -38,7 +38,7 @@ from sd3tune.run.describe import describe
 from sd3tune.run.drawing import NEGATIVE_PROMPT
 from sd3tune.run.encoding import Encoded, check_pictures, encode
 from sd3tune.run.folder import (
-    check_start,
+    check_still_newest,
     clear,
     describe_run,
     describe_stopped,
@@ -213,7 +213,7 @@ def _begin(
     """Take hold of the run folder, and bring model and optimizer to the step to go on from."""
     if processes.is_main:
         stack.enter_context(locked(plan.run))
-        check_start(plan.run, plan.start)
+        check_still_newest(plan.run, plan.start)
     identity = run_identity(plan, encoded, processes.world)
     if plan.start is not None:
         check_identity(plan, identity, encoded)

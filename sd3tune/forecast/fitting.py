@@ -1,8 +1,8 @@
-"""`train.memory`: how a step is computed so that the run fits into it, at the least cost in time and in precision.
+"""Fitting a run into `train.memory`, at the least cost in time and precision.
 
-What is trained stays the same: the images of an optimizer step, the model and the objective. Tried in order: what the
-configuration says; recomputing a quarter of the blocks, half of them, and so on; all of every block; the same with the
-base in 4 bits. Of each, the largest batch that the gradient accumulation can be divided into.
+Model, objective and the images of an optimizer step stay the same. The order of trials is: the configuration itself;
+selective checkpointing of a quarter, half, three quarters and all of the blocks; full checkpointing of every block; all
+of these with the base in 4 bits. Each trial uses the largest micro-batch that fits and divides the step's images.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ KEY = "train.memory"
 
 
 def memory_budget(memory: float | str, device: torch.device) -> int:
-    """Return the bytes that `train.memory` stands for; `auto` is what is free on the GPU or, on the CPU, all memory.
+    """Return `train.memory` in bytes; `auto` is the free memory of the GPU or, on the CPU, all memory.
 
-    What this process holds of the GPU counts as free, up to the allowance for CUDA itself.
+    Memory that this process has reserved counts as free, and so does the allowance for CUDA itself.
     """
     if not isinstance(memory, str):
         return round(memory * 1e9)
     if device.type == "cuda":
         before = torch.cuda.memory_reserved(device)
-        free, total = torch.cuda.mem_get_info(device)  # makes CUDA's context, which the allowance counts as well
+        free, total = torch.cuda.mem_get_info(device)  # creates CUDA's context, which the allowance includes
         return min(free + before + CONTEXT, total)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def fitted_plan(plan: Plan, processes: Processes) -> tuple[Plan, list[str]]:
-    """Return the plan of a run that fits into its `train.memory`, if that is given, and what to say of it.
+    """Return the plan fitted into `train.memory` and a line about it; the plan itself and no line without a budget.
 
-    All processes choose the same: what fits into the GPU that has the least memory free.
+    All processes use the same settings, fitted to the GPU with the least free memory.
     """
     memory = plan.config.train.memory
     if memory is None:
@@ -67,7 +67,7 @@ def fitted_plan(plan: Plan, processes: Processes) -> tuple[Plan, list[str]]:
 
 
 def fit(inputs: ForecastInputs, budget: int, quiet: bool = False) -> Forecast:
-    """The forecast of the first way to compute that needs at most `budget` bytes. Raises ConfigError without one."""
+    """Return the forecast of the first configuration that needs at most `budget` bytes. Raises ConfigError."""
     estimate = forecast(inputs)
     t5 = estimate.encoding.get("t5")
     if t5 is not None and t5.peak * (1 + MARGIN) + CONTEXT > budget:
@@ -103,19 +103,19 @@ def fit(inputs: ForecastInputs, budget: int, quiet: bool = False) -> Forecast:
 
 
 def _checkpointing_cannot_help(estimate: Forecast, budget: int) -> bool:
-    """Whether what checkpointing leaves alone is too much already."""
+    """Return whether the memory that checkpointing cannot reduce already exceeds the budget."""
     other = max(use.peak for name, use in estimate.phases.items() if name != "train")
     return max(other, estimate.training.resident) * (1 + MARGIN) + CONTEXT > budget
 
 
 def describe(config: Config, found: Forecast) -> str:
-    """Return the line that says what was chosen."""
+    """Return a line with the needed memory and the changed settings."""
     chosen = changes(config, found) or "the configuration as it is"
     return f"memory    {found.needed / 1e9:.3g} GB will do, with {chosen}"
 
 
 def changes(config: Config, found: Forecast) -> str:
-    """Return the settings in which the forecast's configuration differs from `config`, as they are typed."""
+    """Return the settings in which the forecast's configuration differs from `config`, as `section.key=value`."""
     before, after = config.model_dump(), found.inputs.config.model_dump()
     return " ".join(
         f"{section}.{key}={value}"
@@ -132,7 +132,7 @@ def _changed(inputs: ForecastInputs, section: str, **values: Any) -> ForecastInp
 
 
 def leaner_configurations(inputs: ForecastInputs) -> Iterator[ForecastInputs]:
-    """The same training, computed with less and less memory."""
+    """Yield configurations of the same training that need less and less memory."""
     yield inputs
     blocks = inputs.base.config("transformer")["num_layers"]
     some = dict.fromkeys(-(-blocks * quarters // 4) for quarters in (1, 2, 3))
@@ -147,7 +147,7 @@ def leaner_configurations(inputs: ForecastInputs) -> Iterator[ForecastInputs]:
 
 
 def _batch_splits(inputs: ForecastInputs) -> Iterator[ForecastInputs]:
-    """The images of a step, one at a time, then more at a time."""
+    """Yield the splits of a step's images into micro-batches, the smallest first."""
     train = inputs.config.train
     images = train.batch_size * train.gradient_accumulation
     for batch in range(1, images + 1):

@@ -1,4 +1,4 @@
-"""What a run will take, from its configuration: memory phase by phase, room in the store, steps and operations."""
+"""The forecast of a run from its configuration: memory by phase, disk space of the store, steps and operations."""
 
 from __future__ import annotations
 
@@ -36,55 +36,55 @@ from sd3tune.run.preflight import check_installed, check_size, resolve_epochs, s
 from sd3tune.run.priors import PlannedPrior, plan_priors
 
 CONTEXT = 600_000_000
-"""Bytes that CUDA and its libraries take of a card before anything else: an allowance, not a measurement."""
+"""Bytes of GPU memory that CUDA and its libraries take by themselves: an allowance, not a measurement."""
 PHASES: tuple[Phase, Phase, Phase] = ("encode", "train", "draw")
 MARGIN = 0.05
-"""Share of the peak that fragments of the allocator and work spaces of cuDNN may take: an allowance, too."""
+"""Share of the peak for allocator fragmentation and cuDNN workspaces: also an allowance."""
 
 
 @dataclass(frozen=True)
 class ForecastInputs:
-    """A configuration and what is known without weights."""
+    """A configuration and the facts about it that need no weights."""
 
     config: Config
     base: Base
     dtype: torch.dtype
     buckets: Sequence[Size]
     largest: Size
-    """The bucket with the most pixels, (height, width): of those that the images are cut to, where there are images."""
+    """The bucket with the most pixels, (height, width): of the buckets in use or, without images, of all."""
     records: Sequence[Record] | None
-    """None where the images are not there."""
+    """None if the images are missing."""
     holdout: Sequence[Record]
     priors: Sequence[PlannedPrior]
     missing: Sequence[str]
-    """Why there are no images."""
+    """The problems found if the images are missing."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """What the store takes when all is encoded."""
+    """Size of the store after encoding."""
 
     texts: int
     images: int
-    """Variants counted."""
+    """Entries: each variant of an image counts."""
     nbytes: int
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take."""
+    """Memory of each phase of a run, cost of a step, and size of the store."""
 
     inputs: ForecastInputs
     encoding: dict[str, MemoryUse]
     """By component: `clip_l`, `clip_g`, `t5`, `vae`."""
     drawing: MemoryUse | None
-    """Drawing class images, where some are missing."""
+    """Memory for drawing class images; None if none is missing."""
     training: Training
     store: Store | None
 
     @property
     def phases(self) -> dict[str, MemoryUse]:
-        """In the order in which they come; what is computed on the CPU takes nothing of a card."""
+        """Memory by phase, in the order of the run, without the phases on the CPU."""
         training = self.training
         on_the_cpu = {"t5"} if self.inputs.config.model.t5_device == "cpu" else set()
         found = {f"encode {LABELS[name]}": use for name, use in self.encoding.items() if name not in on_the_cpu}
@@ -101,7 +101,7 @@ class Forecast:
 
     @property
     def needed(self) -> int:
-        """The peak with its allowances."""
+        """The peak plus allowances, in bytes."""
         return round(self.peak * (1 + MARGIN)) + CONTEXT
 
 
@@ -109,7 +109,7 @@ LABELS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5", "vae": "images"}
 
 
 def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
-    """What the configuration comes to. Raises UserError as preflight does, but not for images that are not there."""
+    """Return the inputs of a forecast. Raises UserError as preflight does, but not for missing images."""
     check_installed(config)
     base = shape_of_base(config.model, config.seed)
     transformer = empty_transformer(base)
@@ -133,7 +133,7 @@ def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
 
 
 def forecast(inputs: ForecastInputs, like: Forecast | None = None) -> Forecast:
-    """Everything, by rehearsing each phase; what is known from `like` is not rehearsed again."""
+    """Rehearse each phase of a run; phases with the same settings are taken from `like`."""
     config, base, dtype, largest = inputs.config, inputs.base, inputs.dtype, inputs.largest
     method = METHODS[config.method.kind](config, base)
     encoded, trained, drawn = (
@@ -170,9 +170,9 @@ def _encoding(inputs: ForecastInputs, method: Method) -> dict[str, MemoryUse]:
 
 
 def _store(inputs: ForecastInputs, records: Sequence[Record], encoders: Sequence[str]) -> Store:
-    """Counted as `encode_captions` and `encode_images` count what they are about to write; headers are not.
+    """Compute the size of the store as `encode_captions` and `encode_images` do, without file headers.
 
-    Copies of an image count twice here, as its bytes are not compared.
+    Copies of an image count twice, as their bytes are not compared.
     """
     config = inputs.config
     of_class = [record for prior in inputs.priors for record in prior.records]
@@ -190,7 +190,7 @@ def _store(inputs: ForecastInputs, records: Sequence[Record], encoders: Sequence
 
 
 def _cuts(inputs: ForecastInputs, record: Record) -> set[Crop]:
-    """The different variants of an image: where its shape is the bucket's, random crops are all the same one."""
+    """Return the distinct crops and flips of an image. If its shape is the bucket's, all random crops are equal."""
     data, target = inputs.config.data, bucket_of(record, inputs.buckets)
-    digest = file_digest(record.image) if data.crop_variants > 1 else ""  # it says where random crops lie
+    digest = file_digest(record.image) if data.crop_variants > 1 else ""  # seeds the random crops
     return set(crops(upright_size(record.image), target, data.crop_variants, data.flip, digest))

@@ -1,4 +1,4 @@
-"""GPUs by name: memory and peak, as their makers publish them."""
+"""GPUs by name, with the memory and peak throughput that their makers publish."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sd3tune.errors import ConfigError
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """A GPU."""
+    """A GPU's published specification."""
 
     name: str
     memory: float
-    """GB as it is sold; some drivers show 7 % more bytes than that, which is left as a margin."""
+    """Advertised GB. Some drivers report 7 % more bytes, which is left as a margin."""
     tflops: float
-    """Dense 16-bit matrix products with fp32 sums, TFLOP/s, from the data sheet: no sparsity."""
+    """TFLOP/s of dense 16-bit matrix products with fp32 accumulation, from the data sheet, without sparsity."""
     bf16: bool = True
 
 
@@ -44,7 +44,7 @@ v100            16  125   t4              16   65   titan rtx       24   65   20
 2080 super       8   45   2080             8   40   2070 super       8   36   2070             8   30
 2060 super       8   29   2060             6   26
 """
-"""Name, GB and TFLOP/s. Of a card that is sold with several memories, the commonest."""
+"""Name, GB and TFLOP/s; the most common memory size if there are several."""
 
 
 def _parse_table(table: str, bf16: bool) -> list[GpuSpec]:
@@ -60,9 +60,9 @@ _NOISE = r"nvidia|geforce|tesla|quadro|rtx|gtx|gpu|graphics|generation|sxm\d?|pc
 
 
 def find_gpu(name: str) -> GpuSpec:
-    """Return the card of that name, as people write it: `RTX 4090`, `3060 12gb`, `A100-SXM4-40GB`, `4070 laptop`.
+    """Return the GPU with a name as people write it: `RTX 4090`, `3060 12gb`, `A100-SXM4-40GB`, `4070 laptop`.
 
-    A memory in the name counts instead of the table's. Raises ConfigError.
+    A memory size in the name replaces the table's. Raises ConfigError for an unknown GPU.
     """
     words = re.sub(r"hbm\d?e?|sxm\d?", "", name.lower()).strip(" -_")
     memory = re.search(_MEMORY, words)

@@ -1,6 +1,6 @@
-"""What a run computes, without weights and without numbers, to see what it takes.
+"""Rehearsals of a run's phases on the meta device, to measure memory and operations.
 
-These are the run's own functions, called on the meta device: there is no formula that could fall behind them.
+They call the run's own functions, so there are no formulas to keep up to date.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from sd3tune.training.optimizers import make_optimizer
 from sd3tune.training.step import TrainState, predict_velocity, train_step, update
 
 META = torch.device("meta")
-_SHIFT = 3.0  # any will do: it changes the sigmas, which are no numbers here
+_SHIFT = 3.0  # arbitrary: it only changes the values of sigmas
 _TRIAL_SIZE = 1 << 16
-"""Values that an optimizer is tried on; what it takes is in proportion."""
+"""Number of parameters in the optimizer rehearsal; memory is proportional to it."""
 _OMITTED = "left out"
-"""The trained parameters of the blocks that are not there, as one."""
+"""Name of one parameter that stands for all trained parameters of the omitted blocks."""
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of one phase: what lies in memory throughout, and what comes on top of it at the worst moment."""
+    """Bytes of one phase: `resident` throughout, and `working` on top of it at the peak."""
 
     resident: int
     working: int
@@ -55,32 +55,32 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class Training:
-    """What a step takes: bytes, but for the counts."""
+    """Cost of training: bytes, except for the counts and `flops`."""
 
     parameters: int
-    """Count of the base's parameters."""
+    """Number of the base's parameters."""
     trained: int
-    """Count of what is trained: the adapter's, or with the method `full` the base's own."""
+    """Number of trained parameters."""
     frozen: int
-    """The base in the dtype that is computed in; with `full`, what of it nobody trains."""
+    """The base's frozen tensors, in the compute dtype or quantized."""
     compute: int
-    """What is trained, in the dtype that is computed in; 0 where that is fp32, as the master serves."""
+    """The trained parameters in the compute dtype; 0 for fp32, which computes with the master."""
     master: int
     gradient: int
-    """The fp32 sum of gradients."""
+    """The fp32 gradient accumulator."""
     optimizer: int
     average: int
     """The EMA."""
     ahead: int
-    """The adaLN modulations of a window of steps, where they are computed ahead."""
+    """The adaLN modulations of a window of steps; 0 unless computed ahead."""
     saved: int
-    """What the forward pass leaves for the backward pass; it is part of `working`."""
+    """Tensors saved for the backward pass; included in `working`."""
     working: int
-    """All else that is alive at the worst moment of a step."""
+    """All other memory at the peak of a step."""
     flops: int
-    """Of an optimizer step: all its forward and backward passes."""
+    """Operations of an optimizer step: all forward and backward passes."""
     preview: int | None
-    """What drawing a preview adds to what is resident; None without prompts."""
+    """Memory of drawing a preview, on top of `resident`; None without prompts."""
 
     @property
     def resident(self) -> int:
@@ -92,10 +92,10 @@ class Training:
 
 
 class MetaBatches:
-    """Stands in for `Batches`: the shapes of its batches, all of images of one size, on the meta device.
+    """A stand-in for `Batches` on the meta device, with images of a single size.
 
-    Captions have the longest T5 length that is trained at.
-    Where a source has a prior, every instance has one beside it, which is the most there can be.
+    Captions have the longest trained T5 length. If a source has a prior, every instance has a prior sample: the worst
+    case.
     """
 
     def __init__(self, config: Config, base: Base, encoders: tuple[str, ...], size: Size, dtype: torch.dtype) -> None:
@@ -111,7 +111,7 @@ class MetaBatches:
         self.shapes = {encoder: _entry_shapes(base, encoder, config) for encoder in encoders}
 
     def fetch(self, step: int, micro: int) -> Batch:
-        return replace(self.of(self.rows, self.size), modulation=self.modulation)
+        return replace(self.batch_of(self.rows, self.size), modulation=self.modulation)
 
     def seed_for(self, purpose: str, step: int, micro: int) -> int:
         return 0
@@ -120,8 +120,8 @@ class MetaBatches:
         batch = self.fetch(step, micro)
         return batch.sigma, batch.embeddings
 
-    def of(self, rows: int, size: Size) -> Batch:
-        """A batch of `rows` images of that size, (height, width) in pixels."""
+    def batch_of(self, rows: int, size: Size) -> Batch:
+        """Return a batch of `rows` images of `size`, (height, width) in pixels."""
         shape = (rows, self.channels, size[0] // 8, size[1] // 8)
         return Batch(
             latents=torch.empty(shape, device=META),
@@ -147,30 +147,30 @@ def _entry_shapes(base: Base, encoder: str, config: Config) -> dict[str, tuple[i
 
 class _NoOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """torch's fused ones refuse the meta device."""
+        """Do nothing: torch's fused optimizers refuse the meta device."""
 
 
 def rehearse_training(
     config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype, like: Training | None = None
 ) -> Training:
-    """One optimizer step and, where there are prompts, one preview; `size` is that of the images, (height, width).
+    """Rehearse an optimizer step and, if there are prompts, a preview. `size` is the images' (height, width).
 
-    The preview of `like`, if that is given, is the same and not rehearsed again.
+    With `like`, its preview is used instead of a new rehearsal.
     """
     whole = empty_transformer(base)
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     transformer = _load(config, base, method, dtype, whole)
     empty = MetaBatches(config, base, method.cached_encoders, size, dtype)
     batches = looking_ahead(cast(Batches, empty), transformer, method)
-    with Footprint() as window:  # before the step, as it is of many
+    with Footprint() as window:  # measured apart from the step, as it covers several steps
         ahead = list(batches.fetch(0, 0).modulation or ())
     modulation = row_bytes(transformer)
     thin = thin_out(transformer, method, config.train.checkpointed_blocks)
-    empty.modulation = thin.left(ahead) if ahead else None
-    checkpointing = {"checkpointed_blocks": thin.first(config.train.checkpointed_blocks)}
+    empty.modulation = thin.remaining_modulation(ahead) if ahead else None
+    checkpointing = {"checkpointed_blocks": thin.remaining_of_first(config.train.checkpointed_blocks)}
     thinned = config.model_copy(update={"train": config.train.model_copy(update=checkpointing)})
     trained = make_trainable(thinned, method, transformer)
-    left_out = thin.rest(lambda block: sum(of.numel() for of in block.parameters() if of.requires_grad))
+    left_out = thin.omitted_sum(lambda block: sum(of.numel() for of in block.parameters() if of.requires_grad))
     if left_out:
         trained[_OMITTED] = nn.Parameter(torch.empty(left_out, device=META))
     master = FlatMaster(trained, dtype)
@@ -178,7 +178,7 @@ def rehearse_training(
     state = TrainState(
         step=0,
         master=master,
-        optimizer=_NoOptimizer([master.master], {"lr": 0.0}),  # for the real one see `rehearse_optimizer`
+        optimizer=_NoOptimizer([master.master], {"lr": 0.0}),  # see `rehearse_optimizer` for the real one
         ema=master.master.detach().clone() if config.ema is not None else None,
         loss_scale=LossScale(META, enabled=dtype is torch.float16),
     )
@@ -196,7 +196,7 @@ def rehearse_training(
     return Training(
         parameters=parameters,
         trained=values,
-        frozen=bytes_of(frozen) + thin.rest(lambda block: bytes_of(_frozen(block))),
+        frozen=bytes_of(frozen) + thin.omitted_sum(lambda block: bytes_of(_frozen(block))),
         compute=0 if dtype is torch.float32 else bytes_of([master.compute]),
         master=bytes_of([master.master]),
         gradient=bytes_of([master.gradient]),
@@ -224,14 +224,14 @@ def _frozen(model: nn.Module) -> list[Tensor]:
 def _rehearse_step(
     config: Config, state: TrainState, thin: Thinned, method: Method, batches: MetaBatches, saved: SavedTensors
 ) -> Account:
-    """One micro-step and the update: further ones take the same memory."""
+    """Rehearse one micro-step and the update; more micro-steps take the same memory."""
     once = config.model_copy(update={"train": config.train.model_copy(update={"gradient_accumulation": 1, "steps": 1})})
     objective = make_objective(config.flow, _SHIFT)
     master = state.master
     collect, left_out = master.collect_gradients, master.parameters[-1] if _OMITTED in master.shapes else None
 
     def step(parts: Account) -> None:
-        def collecting() -> None:  # makes the gradients of what was left out, which were counted in its blocks' parts
+        def collecting() -> None:  # creates the omitted blocks' gradients, which are already counted
             parts.mark(freed=0 if left_out is None else left_out.nbytes)
             collect()
 
@@ -246,11 +246,11 @@ def _unreduced(gradient: Tensor) -> Tensor:
 
 
 def rehearse_optimizer(config: Config) -> MemoryUse:
-    """What the optimizer keeps, and takes on top while it updates, for each `_TRIAL_SIZE` values; tried on the CPU."""
+    """Measure the optimizer's state, and its working memory in an update, for `_TRIAL_SIZE` parameters on the CPU."""
     master = FlatMaster({"probed": nn.Parameter(torch.zeros(_TRIAL_SIZE))}, torch.float32)
     optimizer = make_optimizer(config.optimizer, master.master)
     state = TrainState(0, master, optimizer, None, LossScale(master.master.device, enabled=False))
-    for _ in range(2):  # the first step makes the state
+    for _ in range(2):  # the first step creates the state
         master.gradient.fill_(1.0)
         footprint = peak_of(lambda: update(state, config, config.optimizer.lr, _unreduced))
     kept = [value for value in optimizer.state[master.master].values() if isinstance(value, Tensor) and value.ndim]
@@ -266,7 +266,10 @@ def _rehearse_preview(
     batches: MetaBatches,
     row_bytes: int,
 ) -> int:
-    """A denoising step, then decoding by the VAE: the most that either adds. `row_bytes` is of the whole model."""
+    """Return the larger working memory of a denoising step and of decoding.
+
+    `row_bytes` is the size of a row of adaLN modulations of the whole model.
+    """
     transformer = thin.transformer
     weights = state.master.named(state.master.master)
     weights.pop(_OMITTED, None)
@@ -288,15 +291,15 @@ def _rehearse_preview(
 
         return thin.measured(draw).peak
 
-    denoising = drawing(lambda: predict_velocity(transformer, method, batches.of(rows, (side, side))))
+    denoising = drawing(lambda: predict_velocity(transformer, method, batches.batch_of(rows, (side, side))))
     denoising += rows * config.preview.steps * row_bytes
     vae = load_vae(base, vae_dtype(dtype_of(transformer)), META)
-    latents = batches.of(1, (side, side)).latents
+    latents = batches.batch_of(1, (side, side)).latents
     return max(denoising, bytes_of(tensors_of(vae)) + drawing(lambda: decode(vae, latents)))
 
 
 def rehearse_text_encoder(base: Base, encoder: str, dtype: torch.dtype, tokens: int, form: str = "none") -> MemoryUse:
-    """One text through one encoder (`clip_l`, `clip_g` or `t5`), held in that form."""
+    """Rehearse encoding a text with one encoder (`clip_l`, `clip_g` or `t5`), quantized to `form`."""
     model = text_encoder_shape(base, encoder, dtype)
     if form != "none":
         quantize(model, model, form, META)
@@ -307,7 +310,7 @@ def rehearse_text_encoder(base: Base, encoder: str, dtype: torch.dtype, tokens: 
 
 
 def rehearse_vae(base: Base, size: Size, dtype: torch.dtype) -> MemoryUse:
-    """One image of that size into latents."""
+    """Rehearse encoding an image of `size`, (height, width) in pixels."""
     vae = load_vae(base, vae_dtype(dtype), META)
     with torch.no_grad():
         footprint = peak_of(lambda: vae.encode(torch.empty(1, 3, *size, dtype=vae.dtype, device=META)))
@@ -315,10 +318,10 @@ def rehearse_vae(base: Base, size: Size, dtype: torch.dtype) -> MemoryUse:
 
 
 def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> MemoryUse:
-    """A class image drawn by the base, with guidance: transformer and VAE are in memory together."""
+    """Rehearse drawing a class image with guidance. Transformer and VAE are in memory together."""
     transformer = _load(config, base, method, dtype, empty_transformer(base))
     vae = load_vae(base, vae_dtype(dtype), META)
-    batch = MetaBatches(config, base, method.cached_encoders, size, dtype).of(2, size)
+    batch = MetaBatches(config, base, method.cached_encoders, size, dtype).batch_of(2, size)
     resident = bytes_of([*tensors_of(transformer), *statistics(transformer), *tensors_of(vae)])
     thin = thin_out(transformer, method, None)
     with torch.no_grad():
@@ -328,7 +331,7 @@ def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dty
 
 
 def vae_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The VAE overflows in fp16, so it computes in fp32 then."""
+    """Return the VAE's dtype: fp32 instead of fp16, in which it overflows."""
     return torch.float32 if dtype is torch.float16 else dtype
 
 

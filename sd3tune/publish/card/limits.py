@@ -1,4 +1,4 @@
-"""The section on limits: what the model is not, common mistakes, and what was not examined."""
+"""The section on limits: known limits, common mistakes, and untested properties."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _data(trained: Trained) -> str:
 
 
 def _text_length(trained: Trained) -> str:
-    """The transformer attends to padding, so the length is part of the conditioning."""
+    """Return the limit on T5 length, a part of the conditioning, as the transformer attends to padding."""
     length, lengths = trained.contract["max_sequence_length"], trained.t5_lengths
     argument = f"`max_sequence_length={length}`"
     if not trained.uses_t5:
@@ -59,7 +59,7 @@ def _text_length(trained: Trained) -> str:
 
 
 def _noise_offset(trained: Trained) -> Iterator[str]:
-    """Other tools know nothing of it; the snippet for diffusers gives it by hand."""
+    """Yield the limit on noise offset, which other tools ignore; the diffusers snippet adds it."""
     strength, side = trained.contract.get("sampler_noise_offset", 0.0), trained.contract["resolution"]
     if strength:
         share = 100 * spread_without_offset(strength, side)

@@ -1,4 +1,4 @@
-"""The card as a page."""
+"""The whole card: header and sections."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _MARKED = re.compile(r"---\n# sd3tune card ([0-9a-f]{16})\n(.*)", re.DOTALL)
 
 
 def card(trained: Trained) -> str:
-    """Return Markdown below a YAML header. It has no path, host name or token, as its sources have none.
+    """Return the card: a YAML header and Markdown, without local paths, host names or tokens.
 
-    A comment in the header holds a digest of the rest, by which `is_unchanged` recognises the card.
+    A comment in the header has a digest of the rest, for `is_unchanged`.
     """
     page = "\n\n".join([header(trained), *_sections(trained)]) + "\n"
     rest = page.removeprefix("---\n")
@@ -29,7 +29,7 @@ def card(trained: Trained) -> str:
 
 
 def is_unchanged(text: str) -> bool:
-    """Whether a page is a card as it was made. Cards of versions that left no digest count as changed."""
+    """Return whether a card is unedited. Cards of versions without a digest count as edited."""
     found = _MARKED.fullmatch(text)
     return found is not None and found[1] == _digest(found[2])
 

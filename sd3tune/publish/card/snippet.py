@@ -1,4 +1,4 @@
-"""Code for diffusers, which runs unchanged in the repository's folder and draws the command's picture."""
+"""Code for diffusers, which runs in the repository's folder and draws the same picture as the `infer` command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sd3tune.publish.card.trained import Trained
 
 
 def with_diffusers(trained: Trained) -> list[str]:
-    """Return the paragraphs; if diffusers cannot load the base, one with the reason."""
+    """Return the paragraphs, or one with the reason if diffusers cannot load the base."""
     base = _loading_base(trained)
     if base is None:
         return [
@@ -35,7 +35,7 @@ def _introduction(trained: Trained) -> str:
 
 
 def _loading_base(trained: Trained) -> list[str] | None:
-    """Lines up to a `pipe` without an adapter; None where diffusers cannot be told to load the base."""
+    """Return the lines up to a `pipe` without adapter; None if diffusers cannot load the base."""
     if not trained.is_adapter:
         return _loading_model(trained)
     contract, name = trained.contract, trained.contract["base"]
@@ -93,7 +93,7 @@ def _loading_adapter(trained: Trained) -> list[str]:
 
 
 def _drawing(trained: Trained) -> list[str]:
-    """Return the code that draws the command's picture."""
+    """Return the code that draws the same picture as the `infer` command."""
     drawing = trained.drawing
     side, length = trained.contract["resolution"], trained.contract["max_sequence_length"]
     noise, arguments = _starting_noise(trained)
@@ -126,6 +126,6 @@ def _starting_noise(trained: Trained) -> tuple[list[str], list[str]]:
 
 
 def _python(text: str) -> str:
-    """A literal, in double quotes where that needs no escapes."""
+    """Return a string literal, in double quotes if that needs no escapes."""
     literal = repr(text)
     return f'"{literal[1:-1]}"' if literal[0] == "'" and '"' not in literal else literal

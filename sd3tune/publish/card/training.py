@@ -1,4 +1,4 @@
-"""How it was trained: a table."""
+"""The section on training: a table of settings and data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _what(trained: Trained) -> Iterator[Row]:
 
 def _data(trained: Trained) -> Iterator[Row]:
     contract, facts, train = trained.contract, trained.run_facts, trained.config.train
-    if "captions" in facts:  # unknown of runs of earlier versions
+    if "captions" in facts:  # runs of earlier versions lack it
         captions = _count(facts["captions"], "caption") if facts["captions"] == 1 else f"{facts['captions']} captions"
         yield "data", f"{_count(facts['images'], 'image')} with {captions}{_repeated(trained)}"
         if facts["held_out_images"]:
@@ -69,7 +69,6 @@ def _mathematics(trained: Trained) -> Iterator[Row]:
     config, contract = trained.config, trained.contract
     sigma, optimizer = contract["timesteps"], config.optimizer
     shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in sigma.items() if key != "kind"}
-    shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in sigma.items() if key != "kind"}
     drawn = ", ".join(f"{key} {value}" for key, value in shown.items())
     yield "optimizer", f"{optimizer.kind}, learning rate {optimizer.lr:g}, {config.schedule.kind}"
     yield (
@@ -101,10 +100,10 @@ def _machine(trained: Trained) -> Iterator[Row]:
         last = ", since it was last resumed" if facts.get("resumes") else ""
         yield "time", f"{_duration(seconds)} of training{last}"
     known = {"sd3tune": contract["sd3tune_version"], **facts.get("versions", {})}
-    told = [
+    named = [
         f"{name} {known[name]}" for name in ("sd3tune", "torch", "diffusers", "transformers", "peft") if name in known
     ]
-    yield "versions", ", ".join(told)
+    yield "versions", ", ".join(named)
 
 
 def _duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ def usage_section(trained: Trained) -> str:
 
 
 def _gate(trained: Trained) -> list[str]:
-    """Return the step of accepting the licence, for gated bases on the Hub."""
+    """Return the note on accepting the licence, for gated bases on the Hub."""
     base, licence = trained.contract["base"], licence_of(trained.contract)
     if not trained.is_adapter or licence is None or licence.link is None:
         return []
@@ -53,7 +53,7 @@ def _files_of_base(trained: Trained) -> list[str]:
 
 
 def _download(trained: Trained) -> list[str]:
-    """A whole model lies in a folder of the repository, which the Hub's libraries do not load from by its id."""
+    """Return the download of a whole model: by its id, the Hub's libraries do not load from a subfolder."""
     if trained.is_adapter or trained.repo_id is None:
         return []
     return [shlex.join(["hf", "download", trained.repo_id, "--include", "model/*", "--local-dir", "."])]
@@ -62,8 +62,8 @@ def _download(trained: Trained) -> list[str]:
 def _infer_arguments(trained: Trained) -> list[str]:
     if not trained.is_adapter:
         return ["--base", "model"]
-    told = ["--config", "config.yaml"] if trained.repo_id and trained.base_is_local else []
-    return ["--lora", trained.repo_id or ".", *told]
+    config = ["--config", "config.yaml"] if trained.repo_id and trained.base_is_local else []
+    return ["--lora", trained.repo_id or ".", *config]
 
 
 def _drawing_arguments(trained: Trained) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What looks on while a run trains: held-out loss, previews, trackers and uploads. None of it changes the run."""
+"""The callbacks of a run: held-out loss, previews, trackers and uploads. They do not affect training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sd3tune.training.loop import Callback
 
 
 class RunCallbacks:
-    """A context: on leaving it, trackers and uploads are closed."""
+    """The callbacks of a run, as a context manager that closes trackers and uploads."""
 
     def __init__(
         self, plan: Plan, encoded: Encoded, processes: Processes, contract: Mapping[str, Any], from_step: int
@@ -54,7 +54,7 @@ class RunCallbacks:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Time that each took, which is not the training's; as in `run.json`."""
+        """Seconds spent in each callback, by its key in `run.json`; not part of the training time."""
         return {
             "validation_s": self.validation.seconds if self.validation else 0.0,
             "preview_s": self.previews.seconds if self.previews else 0.0,
@@ -68,10 +68,10 @@ class RunCallbacks:
         return [*(f"step {step}: no preview, out of memory" for step in skipped), *self.trackers.warnings, *uploads]
 
     def report(self) -> dict[str, Any]:
-        """What was measured, for the report in `run.json` and the card."""
+        """Return the held-out measurements for the report in `run.json` and the card."""
         return self.validation.report() if self.validation else {}
 
     def summary(self) -> list[str]:
-        """Lines for the end of a run."""
+        """Return lines for the end of a run."""
         curves = [f"curves    {where}" for where in self.trackers.where()]
         return [*curves, *(self.validation.summary() if self.validation else [])]
