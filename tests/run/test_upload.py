@@ -31,7 +31,7 @@ from sd3tune.errors import UserError
 from sd3tune.inference.job import InferenceJob
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.publish import repository
-from sd3tune.run import upload as uploading
+from sd3tune.run.callbacks import uploads as uploading
 from sd3tune.training.loop import View
 from tests.upload_hub import CUT, CUT_AFTER, READER, WRITER, UploadHub, upload_hub
 
@@ -62,7 +62,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
         }.items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         monkeypatch.setenv("HF_TOKEN", WRITER)
-        monkeypatch.setattr(repository, "WAITS", (0.01, 0.01, 0.01))
+        monkeypatch.setattr(repository, "RETRY_DELAYS", (0.01, 0.01, 0.01))
         yield server
 
 
