@@ -98,7 +98,7 @@ def fit(inputs: ForecastInputs, budget: int, quiet: bool = False) -> Forecast:
     worst = max(estimate.phases, key=lambda name: estimate.phases[name].peak)
     raise ConfigError(
         f"{KEY}: {budget / 1e9:.3g} GB cannot hold this run: the minimum is {estimate.needed / 1e9:.3g} GB "
-        f"(to {worst}); lower data.resolution, or give it more"
+        f"(to {worst}); lower data.resolution, or raise train.memory"
     )
 
 
@@ -111,7 +111,7 @@ def _checkpointing_cannot_help(estimate: Forecast, budget: int) -> bool:
 def describe(config: Config, found: Forecast) -> str:
     """Return a line with the needed memory and the changed settings."""
     chosen = changes(config, found) or "the configuration as it is"
-    return f"memory    {found.needed / 1e9:.3g} GB will do, with {chosen}"
+    return f"memory    {found.needed / 1e9:.3g} GB is enough, with {chosen}"
 
 
 def changes(config: Config, found: Forecast) -> str:

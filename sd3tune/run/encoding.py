@@ -186,7 +186,7 @@ def _holdout_overlap(holdout: Sequence[Example], examples: Sequence[Example]) ->
     if not names:
         return []
     some = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-    return [f"{len(names)} of the held-out images are also trained on, so their loss says little: {some}"]
+    return [f"{len(names)} of the held-out images are also trained on, so their loss is misleading: {some}"]
 
 
 def _priors(

@@ -193,8 +193,8 @@ def explain_write_errors(run: Path) -> Iterator[None]:
             raise
         if not (run / RUN_FILE).exists():
             raise RunError(
-                f"{run}: gone while training: moved, or its disk was unmounted; bring it back, and the same command "
-                "with --resume goes on from its last checkpoint"
+                f"{run}: missing during training: moved, or its disk was unmounted; restore it, and run the "
+                "same command with --resume to continue from its last checkpoint"
             ) from error
         saved = list_checkpoints(run)
         if not saved:
@@ -202,7 +202,7 @@ def explain_write_errors(run: Path) -> Iterator[None]:
         full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
         way_out = "free some space" if full else "make it writable"
         raise RunError(
-            f"{error.refusal}; {way_out}, and the same command with --resume goes on from {saved[-1].name}"
+            f"{error.refusal}; {way_out}, and run the same command with --resume to continue from {saved[-1].name}"
         ) from error
 
 
@@ -211,7 +211,7 @@ def describe_stopped(run: Path) -> str:
     saved = list_checkpoints(run)
     if not saved:
         return f"{run}: stopped before the first checkpoint; encodings are kept: run the same command again"
-    return f"{run}: stopped, saved at {saved[-1].name}; the same command with --resume goes on from there"
+    return f"{run}: stopped, saved at {saved[-1].name}; run the same command with --resume to continue"
 
 
 def describe_run(run: Path, start: Mapping[str, Any], from_step: int) -> dict[str, Any]:

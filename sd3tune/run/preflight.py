@@ -235,5 +235,5 @@ def _check_sigmas(flow: FlowConfig, shift: float) -> None:
     if share < _MIN_SHARE:
         raise ConfigError(
             f"flow.min_sigma {flow.min_sigma:g} and flow.max_sigma {flow.max_sigma:g}: {flow.timesteps.kind} with "
-            f"shift {shift:.3g} draws next to nothing between them ({share:.1g} of all sigmas); widen them"
+            f"shift {shift:.3g} draws almost nothing between them ({share:.1g} of all sigmas); widen them"
         )

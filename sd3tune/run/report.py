@@ -136,7 +136,7 @@ def _divergence(plan: Plan, report: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"warning: one denoising step changes by more than {100 * DIVERGED:.0f} %: the training has probably diverged; "
-        "look at what it draws, and train again with a lower optimizer.lr"
+        "check the previews, and train again with a lower optimizer.lr"
     ]
 
 

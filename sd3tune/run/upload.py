@@ -28,7 +28,7 @@ def push_run(
     if CARD in files:
         files[CARD] = card_to_upload(run, repository.repo_id)
     commit = repository.commit(files, f"{run.name}, trained with sd3tune", progress)
-    return f"uploaded  {repository.url}" if commit else f"uploaded  {repository.url} has all of it already"
+    return f"uploaded  {repository.url}" if commit else f"uploaded  {repository.url} is up to date"
 
 
 def prepare_upload(plan: Plan) -> None:
@@ -48,4 +48,4 @@ def left_out(run: Path) -> list[str]:
     """Return a line with the pictures that are not uploaded; empty if all are."""
     names = pictures_left_out(run)
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return [f"not uploaded: {shown}: no preview that this run drew"] if names else []
+    return [f"not uploaded: {shown}: not drawn by this run"] if names else []

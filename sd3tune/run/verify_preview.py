@@ -85,7 +85,7 @@ def _find(adapter: Adapter, base: Base) -> _Found | str:
 def _find_in(run: Path, adapter: Adapter) -> _Found | str:
     step = step_of(adapter.path, run)
     if step is None:
-        return "it is none of the files that a finished run has exported"
+        return "the file is not an export of a finished run"
     drawn = [preview for preview in previews_of(run) if preview.step == step]
     same = [preview for preview in drawn if preview.recipe["weights"] == adapter.contract.get("weights")]
     if not same:

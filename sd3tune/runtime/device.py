@@ -37,7 +37,7 @@ def make_accelerator(accumulation: int = 1) -> Accelerator:
         )
     except (ValueError, RuntimeError, ImportError) as error:
         ours = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("ACCELERATE_")]
-        where = f"; the environment says {', '.join(ours)}" if ours else ""
+        where = f"; the environment has {', '.join(ours)}" if ours else ""
         raise RunError(f"the processes could not be set up: {' '.join(str(error).split())[:300]}{where}") from error
     world = int(os.environ.get("WORLD_SIZE") or 1)
     if world > 1 and accelerator.num_processes == 1:  # each process would train alone, in the same folder

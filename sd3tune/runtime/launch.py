@@ -43,7 +43,7 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
     """
     world = os.environ.get("WORLD_SIZE", "")
     if world.isdecimal() and int(world) > 1:
-        raise RunError("--num-processes: this process was started by a launcher already; give the number to it alone")
+        raise RunError("--num-processes: this process was started by a launcher already; set the number there instead")
     problems = launch_problems(os.environ) + sharding_problems(os.environ)
     gpus = torch.cuda.device_count()
     asked = gpu_asked_for(os.environ)
@@ -67,8 +67,8 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
         raise KeyboardInterrupt
     if code:
         raise ProcessError(
-            f"--num-processes {count}: a process ended with exit code {code}; see its output above; the same command "
-            "with --resume goes on from the last checkpoint"
+            f"--num-processes {count}: a process ended with exit code {code}; see its output above; run the same "
+            "command with --resume to continue from the last checkpoint"
         )
     sys.exit(0)
 

@@ -42,4 +42,4 @@ class StopSignals:
         if not self._deferring or self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        say("", "stopping after this step, and saving it; once more to stop at once", aside=True)
+        say("", "stopping after this step, once it is saved; press Ctrl-C again to stop now", aside=True)

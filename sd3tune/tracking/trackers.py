@@ -119,7 +119,7 @@ class Trackers:
         except Exception as error:  # trackers may raise anything
             self._trackers.pop(name, None)
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._warn(f"tracking.{name}: {reason}; the run goes on without it")
+            self._warn(f"tracking.{name}: {reason}; the run continues without it")
         self.seconds += time.monotonic() - started
 
     def _warn(self, line: str) -> None:

@@ -53,7 +53,8 @@ class Wandb:
                 raise
             wandb.teardown()  # the failed run still holds the id
             self._run = self._open("offline")
-            warn(f"tracking.wandb: not online: {_one_line(error)}; it goes on offline, later: {self._sync_command()}")
+            way_out = f"continuing offline; upload later with: {self._sync_command()}"
+            warn(f"tracking.wandb: not online: {_one_line(error)}; {way_out}")
         self.where = self._sync_command() if self._run.offline else str(self._run.url)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -66,7 +67,7 @@ class Wandb:
         try:
             self._run.finish(exit_code=0 if finished else 1)
         except TimeoutError:
-            raise TimeoutError(f"not everything could be uploaded; later: {self._sync_command()}") from None
+            raise TimeoutError(f"the upload is incomplete; finish it with: {self._sync_command()}") from None
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         if step >= self._run.starting_step:

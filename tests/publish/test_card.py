@@ -131,7 +131,7 @@ def test_a_run_ends_with_a_card_that_shows_and_names_its_prompt(run: Path) -> No
     assert "\n<Gallery />\n" in text
     assert "Every image had one caption, `a photo of sks dog`: prompt with it" in text
     assert "A LoRA adapter for `my-sd3`, trained with sd3tune." in text
-    assert "The base was a folder named `my-sd3`, and what may be done with this follows from the licence" in text
+    assert "The base was a folder named `my-sd3`, whose licence applies" in text
 
 
 def test_no_path_of_the_machine_is_in_it(run: Path) -> None:
@@ -150,7 +150,7 @@ def test_command_and_snippet_run_as_they_stand_and_draw_the_picture_above(
     assert words == ["sd3tune", "infer", "--lora", ".", "--prompt", PROMPT, "--seed", "4"]
     app([*words[1:], "--no-before", "--out", str(tmp_path)], standalone_mode=False)
     (drawn,) = tmp_path.glob("*.png")
-    assert "This is how the first of the pictures above was drawn." in written(run)
+    assert "These settings drew the first picture above." in written(run)
     for path in (run / "image.png", drawn):
         assert ImageChops.difference(Image.open(path), Image.open("samples/step-000003-0.png")).getbbox() is None
 
@@ -180,7 +180,7 @@ def test_the_snippet_reads_a_single_file_into_the_pipeline_of_its_released_model
     assert held.keys() == wanted.keys()
     assert all(torch.equal(held[name], tensor) for name, tensor in wanted.items())
     assert names["pipe"].text_encoder_3 is None
-    assert "Its shape is that of `released`; whether its weights are was not looked at." in card(file)
+    assert "Its shape is that of `released`; its weights were not compared." in card(file)
     assert "base_model" not in header(card(file))
     unknown = card(about(file, base_released_as=None))
     assert "```python" not in unknown
@@ -217,7 +217,7 @@ def test_a_known_base_is_linked_with_its_licence(base: str, name: str, file: str
     found = header(text)
     assert (found["base_model"], found["base_model_relation"]) == (base, "adapter")
     assert (found["license"], found["license_name"], found["license_link"]) == ("other", name, link)
-    assert f"That of the base, `{base}`: [Stability AI " in text
+    assert f"The licence of the base, `{base}`, applies: [Stability AI " in text
     assert f"]({link})" in text
     assert f"accepted on [its page](https://huggingface.co/{base}) and `hf auth login` has run." in text
     assert f'from_pretrained("{base}", dtype=dtype' in text
@@ -227,8 +227,8 @@ def test_a_known_base_is_linked_with_its_licence(base: str, name: str, file: str
 @pytest.mark.parametrize(
     ("changed", "licence", "sentence"),
     [
-        ({"base_kind": "hub", "base": "user/sd3"}, None, "[its page](https://huggingface.co/user/sd3) states."),
-        ({"base_kind": "nano", "base": "nano"}, "apache-2.0", "That of the base, `nano`: Apache License 2.0."),
+        ({"base_kind": "hub", "base": "user/sd3"}, None, "see [its page](https://huggingface.co/user/sd3)."),
+        ({"base_kind": "nano", "base": "nano"}, "apache-2.0", "of the base, `nano`, applies: Apache License 2.0."),
         ({"base_kind": "tiny", "base": "tiny"}, None, "No licence is claimed: the base, `tiny`, has random"),
         ({"base_kind": "folder", "base": HUB["base"]}, None, "The base was a folder named"),
         ({"base_kind": "file", "base": "a.safetensors", "base_released_as": HUB["base"]}, None, "Its shape is that of"),
@@ -278,7 +278,7 @@ def test_it_states_how_it_was_made(trained: Trained, quick_config, tmp_path: Pat
         "optimizer": "adamw, learning rate 0.01, constant",
         "sigma": "logit_normal (mean 0, std 1), shift 1, weighting none",
         "T5 tokens": "16, T5 not used",
-        "precision": "bf16; what is trained, and the optimizer, in fp32",
+        "precision": "bf16; trained parameters and optimizer in fp32",
         "device": "NVIDIA H100",
         "time": "7 minutes of training",
         "versions": "sd3tune 0.1, torch 2.9",
@@ -322,7 +322,7 @@ def test_it_states_what_was_measured_and_what_was_not(trained: Trained) -> None:
         "One denoising step changes by 1.73 %. The norm of the weight update by block: 0: 0.25, 1: 0.5.",
     ):
         assert line in text.splitlines(), line
-    assert "and the quality of pictures, nor the loss on images that were not trained on." in text
+    assert "and image quality, nor the held-out loss." in text
     assert "On the" not in text
     last = {
         "step": 800, "images": 4, "loss": 0.75, "base_loss": 1.0,
@@ -338,7 +338,7 @@ def test_it_states_what_was_measured_and_what_was_not(trained: Trained) -> None:
         "The lowest mean held-out loss was 0.7000, at step 600. The step that draws best can be another.",
     ):
         assert line in text.splitlines(), line
-    assert "nor the loss on images that were not trained on" not in text
+    assert "nor the held-out loss" not in text
 
 
 @pytest.mark.parametrize(
@@ -365,10 +365,10 @@ def test_a_checkpoint_of_a_run_that_goes_on_claims_no_end(trained: Trained) -> N
     goes_on = replace(trained, run_facts=described, step=2, samples=samples)
     text = card(goes_on)
     assert "It is not finished: this is step 2 of 3." in text
-    assert "Nothing yet: this is step 2 of 3 of a run that goes on." in text
+    assert "Nothing yet: this is step 2 of 3 of an unfinished run." in text
     assert cells(text)["steps"] == "2, batch 2 x 4 x 2 processes"
     assert "time" not in cells(text)
-    assert "This is how the first of the pictures above was drawn." in text
+    assert "These settings drew the first picture above." in text
     assert "the first of the pictures above" not in card(replace(goes_on, step=3))
 
 

@@ -73,13 +73,13 @@ def _licence(contract: Mapping[str, Any]) -> str:
     base, kind, known = code(contract["base"]), contract["base_kind"], licence_of(contract)
     if known:
         title = f"[{known.title}]({known.link})" if known.link else known.title
-        return f"That of the base, {base}: {title}.{known.note}"
+        return f"The licence of the base, {base}, applies: {title}.{known.note}"
     if kind == "tiny":
         return f"No licence is claimed: the base, {base}, has random weights that sd3tune makes for rehearsals."
     if kind == "hub":
         page = f"[its page](https://huggingface.co/{contract['base']})"
-        return f"What may be done with it follows from the licence of the base, {base}, which {page} states."
-    where = f"The base was a {kind} named {base}, and what may be done with this follows from the licence of that."
+        return f"The licence of the base, {base}, applies; see {page}."
+    where = f"The base was a {kind} named {base}, whose licence applies."
     released = contract.get("base_released_as")
-    shape = f" Its shape is that of {code(released)}; whether its weights are was not looked at." if released else ""
+    shape = f" Its shape is that of {code(released)}; its weights were not compared." if released else ""
     return f"{where}{shape}"

@@ -21,7 +21,7 @@ def _limits(trained: Trained) -> Iterator[str]:
     yield from _noise_offset(trained)
     if trained.is_adapter:
         yield (
-            f"It fits models of the shape of {code(contract['base'])} only: other sizes of Stable Diffusion 3 do not "
+            f"It only fits models of the shape of {code(contract['base'])}: other sizes of Stable Diffusion 3 do not "
             "load it. On other weights of that shape, such as fine-tunes, it was not tried."
         )
     yield _prior(trained)
@@ -36,7 +36,7 @@ def _noise(trained: Trained) -> Iterator[str]:
 def _data(trained: Trained) -> str:
     images, side = trained.run_facts.get("images"), trained.contract["resolution"]
     learned = "what it was trained on" if images is None else f"{images} image{'s' * (images != 1)}"
-    return f"It has learned from {learned} at {side} px, and draws best what resembles them, at about that size."
+    return f"It was trained on {learned} at {side} px, and works best for similar pictures of about that size."
 
 
 def _text_length(trained: Trained) -> str:
@@ -64,7 +64,7 @@ def _noise_offset(trained: Trained) -> Iterator[str]:
     if strength:
         share = 100 * spread_without_offset(strength, side)
         yield (
-            f"It was trained with noise offset {strength:g}, and pictures have to start from it. `sd3tune infer` does "
+            f"It was trained with noise offset {strength:g}, and sampling must start from it. `sd3tune infer` does "
             "that by itself, and so does the code for diffusers above. Other tools start without it: then "
             f"{share:.2g} % of the trained spread of brightness is drawn at {side} px, and bright and dark pictures "
             "come out alike."
@@ -73,13 +73,11 @@ def _noise_offset(trained: Trained) -> Iterator[str]:
 
 def _prior(trained: Trained) -> str:
     if any(source.prior and source.prior.weight > 0 for source in trained.config.data.sources):
-        return (
-            "Prior preservation was used, to keep the rest of the class as it was; how well that went was not measured."
-        )
-    return "Prior preservation was not used, so others of the subject's class may have come to look like it."
+        return "Prior preservation was used, to keep the rest of the class unchanged; its effect was not measured."
+    return "Prior preservation was not used, so other members of the subject's class may look like the subject."
 
 
 def _unmeasured(trained: Trained) -> str:
     measured = trained.report is not None and trained.report.get("held_out")
-    held_out = "" if measured else ", nor the loss on images that were not trained on"
-    return f"Not measured: likeness, how well prompts are followed, and the quality of pictures{held_out}."
+    held_out = "" if measured else ", nor the held-out loss"
+    return f"Not measured: likeness, prompt adherence, and image quality{held_out}."

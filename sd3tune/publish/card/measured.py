@@ -28,7 +28,7 @@ def _measured(trained: Trained) -> list[str]:
     report = trained.report
     if report is None:
         return [
-            f"Nothing yet: this is step {trained.steps} of {trained.config.train.total_steps} of a run that goes on."
+            f"Nothing yet: this is step {trained.steps} of {trained.config.train.total_steps} of an unfinished run."
         ]
     return [
         "The loss is the squared error of the predicted velocity, at fixed noise, of which sigma is the share. On "

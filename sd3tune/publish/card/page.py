@@ -74,14 +74,14 @@ def _gallery(trained: Trained) -> Iterator[str]:
         yield "<Gallery />"
     if trained.sheet:
         link = f"[{trained.sheet}]({trained.sheet})"
-        yield f"{link} shows these prompts while it was trained, beside what the base draws."
+        yield f"{link} shows samples of these prompts during training, next to the base's."
 
 
 def _trigger(trained: Trained) -> str:
     trigger, prompt = trained.contract["trigger"], trained.contract["instance_prompt"]
     lines = ["## Trigger word", ""]
     if trigger:
-        lines.append(f"{code(trigger)}: it is in every caption, so put it into the prompt.")
+        lines.append(f"{code(trigger)}: it is in every caption, so include it in the prompt.")
     elif not prompt:
         like = "as for the pictures above" if trained.samples else "as they were written"
         lines.append(f"None was set, and the captions differ: prompt it {like}.")

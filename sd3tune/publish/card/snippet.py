@@ -14,7 +14,7 @@ def with_diffusers(trained: Trained) -> list[str]:
     base = _loading_base(trained)
     if base is None:
         return [
-            "diffusers alone cannot draw with it as it was trained: it wants the base as a folder in its own layout, "
+            "diffusers alone cannot draw with it as it was trained: it needs the base as a folder in its own layout, "
             "and the base was one file."
         ]
     return [

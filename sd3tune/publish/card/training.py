@@ -89,7 +89,7 @@ def _text(trained: Trained) -> Iterator[Row]:
 
 def _machine(trained: Trained) -> Iterator[Row]:
     contract, facts = trained.contract, trained.run_facts
-    others = "" if contract["dtype"] == "fp32" else "; what is trained, and the optimizer, in fp32"
+    others = "" if contract["dtype"] == "fp32" else "; trained parameters and optimizer in fp32"
     rounded = f", the base's blocks in {contract['quantize']}" if "quantize" in contract else ""
     yield "precision", f"{contract['dtype']}{rounded}{others}"
     yield "seed", str(contract["seed"])

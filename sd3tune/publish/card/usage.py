@@ -14,7 +14,7 @@ from sd3tune.publish.files import ADAPTERS
 
 
 def usage_section(trained: Trained) -> str:
-    shown = ["This is how the first of the pictures above was drawn."] if trained.drew_first_sample else []
+    shown = ["These settings drew the first picture above."] if trained.drew_first_sample else []
     sections = [*shown, *_gate(trained), *_commands(trained), *with_diffusers(trained), *_other_tools(trained)]
     return "\n\n".join(["## Use it", *sections])
 

@@ -60,7 +60,7 @@ class Previews:
                 raise
             release(self.plan.device)
             self.skipped.append(view.step)
-            say(f"warning: step {view.step}: no preview, out of memory; training goes on")
+            say(f"warning: step {view.step}: no preview, out of memory; training continues")
         self.seconds += time.monotonic() - started
         self._send(name)
 

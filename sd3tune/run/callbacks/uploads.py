@@ -83,7 +83,7 @@ class Uploads:
             staged = self._stage(checkpoint, view.step)
         except (OSError, ValueError, UserError) as error:
             reason = getattr(error, "strerror", None) or error
-            self._warn(f"hub: {checkpoint.name} was not uploaded: {reason}; training goes on")
+            self._warn(f"hub: {checkpoint.name} was not uploaded: {reason}; training continues")
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._upload_all, name="uploads", daemon=True)
@@ -114,7 +114,7 @@ class Uploads:
         try:
             self.repository.commit(staged.files, f"{self.plan.config.name}, {staged.name}")
         except Exception as error:  # no error may end the thread
-            self._warn(f"hub: {staged.name} was not uploaded: {error}; training goes on")
+            self._warn(f"hub: {staged.name} was not uploaded: {error}; training continues")
             if self._closing.is_set():  # the others would fail as well, and the run waits
                 self._giving_up.set()
 
@@ -154,4 +154,5 @@ def upload_finished(plan: Plan, uploads: Uploads | None, say: Callable[[str], No
         say(push_run(plan.run, repository))
     except (Exception, KeyboardInterrupt) as error:
         reason = " ".join(str(error).split()) or f"{repository.repo_id}: stopped"
-        say(f"warning: hub: not all was uploaded: {reason}; it is kept in the run, later: {push_command(plan.run)}")
+        way_out = f"the run is kept; upload it with: {push_command(plan.run)}"
+        say(f"warning: hub: the upload is incomplete: {reason}; {way_out}")
