@@ -156,7 +156,7 @@ def test_notes_about_a_configuration_are_reported(quick_config, tmp_path: Path, 
 def test_a_plan_is_figures_and_the_text_of_the_command(
     quick_config, tmp_path: Path, command: Command, monkeypatch
 ) -> None:
-    monkeypatch.setattr("sd3tune.commands.plan.knobs", lambda outlook: [])  # each is another rehearsal
+    monkeypatch.setattr("sd3tune.commands.plan.knobs", lambda inputs: [])  # each is another rehearsal
     config = quick_config(tmp_path / "run")
     plan = sd3tune.plan(config, card="4090")
     (tmp_path / "rex.yaml").write_text(dump_config(config))

@@ -39,7 +39,7 @@ def shorter(code: str) -> str:
     "page", [page for page in (ROOT / "README.md", PAGE) if blocks(page)], ids=lambda page: page.name
 )
 def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, readers_folder: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sd3tune.commands.plan.knobs", lambda outlook: [])  # each is another rehearsal
+    monkeypatch.setattr("sd3tune.commands.plan.knobs", lambda inputs: [])  # each is another rehearsal
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
         exec(compile(shorter(block), str(page), "exec"), names)

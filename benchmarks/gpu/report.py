@@ -15,7 +15,7 @@ from benchmarks.report import environment as common
 from benchmarks.report import provenance
 from sd3tune.errors import ConfigError
 from sd3tune.files.atomic import write_json, write_text
-from sd3tune.forecast.gpus import find_card
+from sd3tune.forecast.gpus import find_gpu
 
 _HEADINGS = [
     "base, square, batch, precision",
@@ -49,7 +49,7 @@ def environment(device: Device) -> dict[str, Any]:
 
 def _published_tflops(device: str) -> float | None:
     try:
-        return find_card(device).tflops
+        return find_gpu(device).tflops
     except ConfigError:
         return None
 

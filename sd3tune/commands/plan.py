@@ -13,13 +13,13 @@ from sd3tune.config import Config
 from sd3tune.config.meaning import leaner_values
 from sd3tune.config.shape import section_at
 from sd3tune.errors import ConfigError
-from sd3tune.forecast.fitting import changes, describe, fit, room_of
-from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, Outlook, forecast, look_ahead
-from sd3tune.forecast.gpus import Card, find_card
+from sd3tune.forecast.fitting import changes, describe, fit, memory_budget
+from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, ForecastInputs, forecast, forecast_inputs
+from sd3tune.forecast.gpus import GpuSpec, find_gpu
 from sd3tune.forecast.rehearsal import Training
 from sd3tune.methods import METHODS
 from sd3tune.reporting import Lines
-from sd3tune.run.describe import held
+from sd3tune.run.describe import describe_precision
 from sd3tune.runtime.device import DTYPES, choose_dtype, dtype_name, gpu_of
 
 UTILISATION = 40
@@ -40,7 +40,7 @@ class RunPlan:
     @property
     def config(self) -> Config:
         """The configuration that was planned: with `train.memory`, what was chosen to fit."""
-        return self.forecast.outlook.config
+        return self.forecast.inputs.config
 
     @property
     def needed(self) -> int:
@@ -97,30 +97,30 @@ def plan_run(
 
 def run_plan(
     config: Config, card: str | None = None, memory: float | None = None, utilisation: float = UTILISATION
-) -> Generator[str, None, tuple[Forecast, Card | None, float | None]]:
+) -> Generator[str, None, tuple[Forecast, GpuSpec | None, float | None]]:
     """Yield the lines of the plan, as they are known; return the forecast, its card and the memory to fit into.
 
     `memory` is in GB (10^9 bytes), as is what is returned, `utilisation` in per cent of the card's peak. Raises
     UserError.
     """
-    found = None if card is None else find_card(card)
-    outlook = look_ahead(config, planned_dtype(config, found, memory))
+    found = None if card is None else find_gpu(card)
+    inputs = forecast_inputs(config, planned_dtype(config, found, memory))
     if found is None and memory is None and not torch.cuda.is_available():
-        precision = dtype_name(outlook.dtype)
+        precision = dtype_name(inputs.dtype)
         yield f"note: there is no GPU here, so this is the plan for the CPU, in {precision}; for a card: --card 4090"
-    yield from (
-        f"note: no images yet ({problem}): the largest bucket is planned for" for problem in outlook.missing[:1]
-    )
+    yield from (f"note: no images yet ({problem}): the largest bucket is planned for" for problem in inputs.missing[:1])
     room = memory if memory is not None or found is None else found.memory
     wanted = config.train.memory
     if wanted is None:
-        yield from _about(outlook)
-        plan = forecast(outlook)
+        yield from _about(inputs)
+        plan = forecast(inputs)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        plan = fit(outlook, round(room * 1e9) if room is not None and wanted == "auto" else room_of(wanted, device))
+        plan = fit(
+            inputs, round(room * 1e9) if room is not None and wanted == "auto" else memory_budget(wanted, device)
+        )
         yield describe(config, plan)
-        yield from _about(plan.outlook)
+        yield from _about(plan.inputs)
     yield from _about_memory(plan)
     if room is not None:
         yield _verdict(plan, room, found.name if found and memory is None else "--memory")
@@ -133,7 +133,7 @@ def run_plan(
     return plan, found, room
 
 
-def planned_dtype(config: Config, card: Card | None, memory: float | None) -> torch.dtype:
+def planned_dtype(config: Config, card: GpuSpec | None, memory: float | None) -> torch.dtype:
     """What `model.dtype` comes to on the card; with `memory` alone, on a GPU that has bf16; else on this machine."""
     wanted = config.model.dtype
     if card is not None and not card.bf16:
@@ -145,15 +145,15 @@ def planned_dtype(config: Config, card: Card | None, memory: float | None) -> to
     return choose_dtype(wanted, gpu_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
 
 
-def _about(outlook: Outlook) -> list[str]:
-    height, width = outlook.largest
-    train = outlook.config.train
+def _about(inputs: ForecastInputs) -> list[str]:
+    height, width = inputs.largest
+    train = inputs.config.train
     checkpointing: str = train.gradient_checkpointing
     if train.checkpointed_blocks is not None:
         checkpointing += f" of {train.checkpointed_blocks} blocks"
     batch = f"batch {train.batch_size}" + f" x {train.gradient_accumulation}" * (train.gradient_accumulation > 1)
     return [
-        f"base      {outlook.base.name}, {held(outlook.config, outlook.dtype)}",
+        f"base      {inputs.base.name}, {describe_precision(inputs.config, inputs.dtype)}",
         f"largest   {width}x{height} px, {batch}, gradient checkpointing {checkpointing}",
     ]
 
@@ -206,16 +206,14 @@ def _verdict(plan: Forecast, room: float, name: str) -> str:
 def _what_fits(plan: Forecast, room: float) -> str:
     """Return the settings that fit together, as `train.memory` would choose them, or why there are none."""
     try:
-        found = fit(plan.outlook, round(room * 1e9))
+        found = fit(plan.inputs, round(room * 1e9))
     except ConfigError as error:
         return f"to fit    no settings do; {error.problems[0]}"
-    return (
-        f"to fit    train.memory={room:g}, or {changes(plan.outlook.config, found)}: {gigabytes(found.needed)} in all"
-    )
+    return f"to fit    train.memory={room:g}, or {changes(plan.inputs.config, found)}: {gigabytes(found.needed)} in all"
 
 
-def _about_length(plan: Forecast, card: Card | None, utilisation: float) -> list[str]:
-    train, store = plan.outlook.config.train, plan.store
+def _about_length(plan: Forecast, card: GpuSpec | None, utilisation: float) -> list[str]:
+    train, store = plan.inputs.config.train, plan.store
     batch = train.batch_size * train.gradient_accumulation
     lines = []
     if store is not None:
@@ -239,9 +237,9 @@ def _about_length(plan: Forecast, card: Card | None, utilisation: float) -> list
     return lines
 
 
-def step_seconds(plan: Forecast, card: Card | None, utilisation: float) -> float | None:
+def step_seconds(plan: Forecast, card: GpuSpec | None, utilisation: float) -> float | None:
     """Seconds of a step at that share of the card's peak; None without a card, and in fp32, of which none is known."""
-    if card is None or plan.outlook.dtype is torch.float32:
+    if card is None or plan.inputs.dtype is torch.float32:
         return None
     return plan.training.flops / (card.tflops * 1e12 * utilisation / 100)
 
@@ -260,9 +258,9 @@ def _changed(section: str, **values: object) -> Callable[[Config], Config]:
     return lambda config: config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
-def knobs(outlook: Outlook) -> list[Knob]:
+def knobs(inputs: ForecastInputs) -> list[Knob]:
     """Changes that the configuration has not made yet, as they are typed, cheapest first."""
-    config, dtype, blocks = outlook.config, outlook.dtype, outlook.base.config("transformer")["num_layers"]
+    config, dtype, blocks = inputs.config, inputs.dtype, inputs.base.config("transformer")["num_layers"]
     train, side = config.train, config.data.resolution
     eight_bit = importlib.util.find_spec("bitsandbytes") is not None
     found: list[Knob] = []
@@ -294,7 +292,7 @@ def knobs(outlook: Outlook) -> list[Knob]:
         found.append(("model.dtype=bf16", _changed("model", dtype="bf16")))
     for kind in leaner_values(config, "optimizer.kind") if eight_bit else ():
         found.append((f"optimizer.kind={kind}", _with_optimizer(kind)))
-    own = METHODS[config.method.kind](config, outlook.base).savings(config)
+    own = METHODS[config.method.kind](config, inputs.base).savings(config)
     found += [(one.typed, _changed(one.section, **{one.key: one.value})) for one in own if one.planned]
     return found
 
@@ -312,12 +310,12 @@ def _with_optimizer(kind: str) -> Callable[[Config], Config]:
     return changed
 
 
-def _about_knobs(plan: Forecast, card: Card | None, room: float | None) -> Iterator[str]:
+def _about_knobs(plan: Forecast, card: GpuSpec | None, room: float | None) -> Iterator[str]:
     """One line a change: peak memory of the run and of training, and a step's operations, in TFLOP and per cent."""
     yield f"{'after one change':<50}{'peak':>10}{'training':>12}{'TFLOP':>9}{'change':>8}"
     today = plan.training.flops
-    for typed, changed in [("as it is", None), *knobs(plan.outlook)]:
-        other = plan if changed is None else forecast(after(plan.outlook, changed), plan)
+    for typed, changed in [("as it is", None), *knobs(plan.inputs)]:
+        other = plan if changed is None else forecast(after(plan.inputs, changed), plan)
         fits = "" if room is None else ("  fits" if other.needed <= room * 1e9 else "  too much")
         yield (
             f"{typed:<50}{gigabytes(other.peak):>10}{gigabytes(other.training.peak):>12}"
@@ -325,11 +323,11 @@ def _about_knobs(plan: Forecast, card: Card | None, room: float | None) -> Itera
         )
 
 
-def after(outlook: Outlook, changed: Callable[[Config], Config]) -> Outlook:
-    """The outlook of a changed configuration; images and their shapes stay those that they are."""
-    config = changed(outlook.config)
-    scale = config.data.resolution / outlook.config.data.resolution
-    dtype = DTYPES.get(config.model.dtype, outlook.dtype) if config.model != outlook.config.model else outlook.dtype
+def after(inputs: ForecastInputs, changed: Callable[[Config], Config]) -> ForecastInputs:
+    """The inputs of a changed configuration; images and their shapes stay those that they are."""
+    config = changed(inputs.config)
+    scale = config.data.resolution / inputs.config.data.resolution
+    dtype = DTYPES.get(config.model.dtype, inputs.dtype) if config.model != inputs.config.model else inputs.dtype
     if scale == 1:
-        return replace(outlook, config=config, dtype=dtype)
-    return look_ahead(config, dtype)
+        return replace(inputs, config=config, dtype=dtype)
+    return forecast_inputs(config, dtype)

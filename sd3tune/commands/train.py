@@ -23,7 +23,7 @@ from sd3tune.forecast.fitting import fitted_plan
 from sd3tune.forecast.memory import describe_memory
 from sd3tune.model.load.components import vae_config
 from sd3tune.run.callbacks.uploads import upload_finished
-from sd3tune.run.callbacks.wiring import Watching
+from sd3tune.run.callbacks.wiring import RunCallbacks
 from sd3tune.run.card import write_card
 from sd3tune.run.contract import (
     check_finished,
@@ -37,13 +37,13 @@ from sd3tune.run.describe import describe
 from sd3tune.run.drawing import NEGATIVE_PROMPT
 from sd3tune.run.encoding import Encoded, check_pictures, encode
 from sd3tune.run.folder import (
-    check_start,
+    check_still_newest,
     clear,
     describe_run,
+    describe_stopped,
+    explain_write_errors,
     is_finished,
     locked,
-    naming_what_is_saved,
-    what_is_saved,
 )
 from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 from sd3tune.run.optimizer import with_working_optimizer
@@ -53,7 +53,7 @@ from sd3tune.run.setup import load_base, make_trainable
 from sd3tune.run.upload import prepare_upload, push_command
 from sd3tune.runtime.device import make_accelerator
 from sd3tune.runtime.environment import sharding_ignored
-from sd3tune.runtime.launch import errors_to_the_launcher
+from sd3tune.runtime.launch import report_errors_to_launcher
 from sd3tune.runtime.out_of_memory import explain_oom
 from sd3tune.runtime.processes import ALONE, Processes, closing_process_group, processes_of
 from sd3tune.runtime.signals import StopSignals
@@ -83,7 +83,7 @@ def run_training(
 
     Raises UserError; what was saved before an error stays.
     """
-    with closing_process_group(), errors_to_the_launcher(), StopSignals() as signals:
+    with closing_process_group(), report_errors_to_launcher(), StopSignals() as signals:
         carry_out_run(config, notes, resume=resume, dry_run=dry_run, callbacks=callbacks, signals=signals)
 
 
@@ -134,7 +134,7 @@ def carry_out_run(
     try:
         _train(plan, processes, say, callbacks, signals)
     except KeyboardInterrupt:
-        raise Interrupted(what_is_saved(plan.run)) from None
+        raise Interrupted(describe_stopped(plan.run)) from None
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class _Attempt:
     batches: Batches
     identity: Mapping[str, Any]
     contract: Mapping[str, Any]
-    watching: Watching
+    watching: RunCallbacks
     described: dict[str, Any]
     """What `run.json` says so far; only on the main rank."""
     from_step: int
@@ -212,7 +212,7 @@ def _begin(
     """Take hold of the run folder, and bring model and optimizer to the step to go on from."""
     if processes.is_main:
         stack.enter_context(locked(plan.run))
-        check_start(plan.run, plan.start)
+        check_still_newest(plan.run, plan.start)
     identity = run_identity(plan, encoded, processes.world)
     if plan.start is not None:
         check_identity(plan, identity, encoded)
@@ -223,14 +223,14 @@ def _begin(
     described: dict[str, Any] = {}
     if processes.is_main:
         clear(plan.run, plan.start)
-        stack.enter_context(naming_what_is_saved(plan.run))
+        stack.enter_context(explain_write_errors(plan.run))
         stack.enter_context(kept_in_place(plan.run))
         described = describe_run(plan.run, start_facts(plan, processes.world), state.step)
         write_text(plan.run / "config.yaml", dump_config(plan.config))
     contract = make_contract(plan)
     batches = make_batches(plan, encoded, processes)
     stack.callback(batches.close)
-    watching = stack.enter_context(Watching(plan, encoded, processes, contract, state.step))
+    watching = stack.enter_context(RunCallbacks(plan, encoded, processes, contract, state.step))
     return _Attempt(
         plan,
         processes,

@@ -1,8 +1,8 @@
-"""`train.memory`: how a step is computed so that the run fits into it, at the least cost in time and in precision.
+"""Fitting a run into `train.memory`, at the least cost in time and precision.
 
-What is trained stays the same: the images of an optimizer step, the model and the objective. Tried in order: what the
-configuration says; recomputing a quarter of the blocks, half of them, and so on; all of every block; the same with the
-base in 4 bits. Of each, the largest batch that the gradient accumulation can be divided into.
+Model, objective and the images of an optimizer step stay the same. The order of trials is: the configuration itself;
+selective checkpointing of a quarter, half, three quarters and all of the blocks; full checkpointing of every block; all
+of these with the base in 4 bits. Each trial uses the largest micro-batch that fits and divides the step's images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from sd3tune.config import Config
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ConfigError
-from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, Outlook, forecast
+from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, ForecastInputs, forecast
 from sd3tune.reporting import progress_bar
 from sd3tune.run.buckets import bucket_of
 from sd3tune.run.preflight import Plan
@@ -27,30 +27,30 @@ from sd3tune.runtime.processes import Processes
 KEY = "train.memory"
 
 
-def room_of(memory: float | str, device: torch.device) -> int:
-    """Return the bytes that `train.memory` stands for; `auto` is what is free on the GPU or, on the CPU, all memory.
+def memory_budget(memory: float | str, device: torch.device) -> int:
+    """Return `train.memory` in bytes; `auto` is the free memory of the GPU or, on the CPU, all memory.
 
-    What this process holds of the GPU counts as free, up to the allowance for CUDA itself.
+    Memory that this process has reserved counts as free, and so does the allowance for CUDA itself.
     """
     if not isinstance(memory, str):
         return round(memory * 1e9)
     if device.type == "cuda":
         before = torch.cuda.memory_reserved(device)
-        free, total = torch.cuda.mem_get_info(device)  # makes CUDA's context, which the allowance counts as well
+        free, total = torch.cuda.mem_get_info(device)  # creates CUDA's context, which the allowance includes
         return min(free + before + CONTEXT, total)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def fitted_plan(plan: Plan, processes: Processes) -> tuple[Plan, list[str]]:
-    """Return the plan of a run that fits into its `train.memory`, if that is given, and what to say of it.
+    """Return the plan fitted into `train.memory` and a line about it; the plan itself and no line without a budget.
 
-    All processes choose the same: what fits into the GPU that has the least memory free.
+    All processes use the same settings, fitted to the GPU with the least free memory.
     """
     memory = plan.config.train.memory
     if memory is None:
         return plan, []
     largest = max((bucket_of(record, plan.buckets) for record in plan.records), key=lambda size: size[0] * size[1])
-    outlook = Outlook(
+    inputs = ForecastInputs(
         config=plan.config,
         base=plan.base,
         dtype=plan.dtype,
@@ -61,55 +61,62 @@ def fitted_plan(plan: Plan, processes: Processes) -> tuple[Plan, list[str]]:
         priors=plan.priors,
         missing=(),
     )
-    room = torch.tensor(room_of(memory, plan.device), device=plan.device)
-    found = fit(outlook, int(processes.gather(room).min()), quiet=not processes.is_main)
-    return replace(plan, config=found.outlook.config), [describe(outlook.config, found)]
+    budget = torch.tensor(memory_budget(memory, plan.device), device=plan.device)
+    found = fit(inputs, int(processes.gather(budget).min()), quiet=not processes.is_main)
+    return replace(plan, config=found.inputs.config), [describe(inputs.config, found)]
 
 
-def fit(outlook: Outlook, room: int, quiet: bool = False) -> Forecast:
-    """The forecast of the first way to compute that needs at most `room` bytes. Raises ConfigError without one."""
-    plan = forecast(outlook)
-    t5 = plan.encoding.get("t5")
-    if t5 is not None and t5.peak * (1 + MARGIN) + CONTEXT > room:
-        outlook = _changed(outlook, "model", t5_device="cpu")
-        plan = forecast(outlook, plan)
+def fit(inputs: ForecastInputs, budget: int, quiet: bool = False) -> Forecast:
+    """Return the forecast of the first configuration that needs at most `budget` bytes. Raises ConfigError."""
+    estimate = forecast(inputs)
+    t5 = estimate.encoding.get("t5")
+    if t5 is not None and t5.peak * (1 + MARGIN) + CONTEXT > budget:
+        inputs = _changed(inputs, "model", t5_device="cpu")
+        estimate = forecast(inputs, estimate)
     given_up: ModelConfig | None = None
-    bar = progress_bar(list(ways(outlook)), desc="fitting into memory", unit="way", leave=False, delay=2, disable=quiet)
+    bar = progress_bar(
+        list(leaner_configurations(inputs)),
+        desc="fitting into memory",
+        unit="way",
+        leave=False,
+        delay=2,
+        disable=quiet,
+    )
     for leaner in bar:
         if leaner.config.model == given_up:
             continue
         found = None
-        for split in _splits(leaner):
-            plan = forecast(split, plan)
-            if plan.needed > room:
+        for split in _batch_splits(leaner):
+            estimate = forecast(split, estimate)
+            if estimate.needed > budget:
                 break
-            found = plan
-        if _needs_another_base(plan, room):
-            given_up = plan.outlook.config.model
+            found = estimate
+        if _checkpointing_cannot_help(estimate, budget):
+            given_up = estimate.inputs.config.model
         if found is not None:
             return found
-    worst = max(plan.phases, key=lambda name: plan.phases[name].peak)
+    worst = max(estimate.phases, key=lambda name: estimate.phases[name].peak)
     raise ConfigError(
-        f"{KEY}: {room / 1e9:.3g} GB cannot hold this run: the minimum is {plan.needed / 1e9:.3g} GB (to {worst}); "
-        "lower data.resolution, or give it more"
+        f"{KEY}: {budget / 1e9:.3g} GB cannot hold this run: the minimum is {estimate.needed / 1e9:.3g} GB "
+        f"(to {worst}); lower data.resolution, or raise train.memory"
     )
 
 
-def _needs_another_base(plan: Forecast, room: int) -> bool:
-    """Whether what checkpointing leaves alone is too much already."""
-    other = max(use.peak for name, use in plan.phases.items() if name != "train")
-    return max(other, plan.training.resident) * (1 + MARGIN) + CONTEXT > room
+def _checkpointing_cannot_help(estimate: Forecast, budget: int) -> bool:
+    """Return whether the memory that checkpointing cannot reduce already exceeds the budget."""
+    other = max(use.peak for name, use in estimate.phases.items() if name != "train")
+    return max(other, estimate.training.resident) * (1 + MARGIN) + CONTEXT > budget
 
 
 def describe(config: Config, found: Forecast) -> str:
-    """Return the line that says what was chosen."""
+    """Return a line with the needed memory and the changed settings."""
     chosen = changes(config, found) or "the configuration as it is"
-    return f"memory    {found.needed / 1e9:.3g} GB will do, with {chosen}"
+    return f"memory    {found.needed / 1e9:.3g} GB is enough, with {chosen}"
 
 
 def changes(config: Config, found: Forecast) -> str:
-    """Return the settings in which the forecast's configuration differs from `config`, as they are typed."""
-    before, after = config.model_dump(), found.outlook.config.model_dump()
+    """Return the settings in which the forecast's configuration differs from `config`, as `section.key=value`."""
+    before, after = config.model_dump(), found.inputs.config.model_dump()
     return " ".join(
         f"{section}.{key}={value}"
         for section, values in after.items()
@@ -119,30 +126,30 @@ def changes(config: Config, found: Forecast) -> str:
     )
 
 
-def _changed(outlook: Outlook, section: str, **values: Any) -> Outlook:
-    changed = getattr(outlook.config, section).model_copy(update=values)
-    return replace(outlook, config=outlook.config.model_copy(update={section: changed}))
+def _changed(inputs: ForecastInputs, section: str, **values: Any) -> ForecastInputs:
+    changed = getattr(inputs.config, section).model_copy(update=values)
+    return replace(inputs, config=inputs.config.model_copy(update={section: changed}))
 
 
-def ways(outlook: Outlook) -> Iterator[Outlook]:
-    """The same training, computed with less and less memory."""
-    yield outlook
-    blocks = outlook.base.config("transformer")["num_layers"]
+def leaner_configurations(inputs: ForecastInputs) -> Iterator[ForecastInputs]:
+    """Yield configurations of the same training that need less and less memory."""
+    yield inputs
+    blocks = inputs.base.config("transformer")["num_layers"]
     some = dict.fromkeys(-(-blocks * quarters // 4) for quarters in (1, 2, 3))
     steps = [("selective", count) for count in some] + [("selective", None), ("block", None)]
-    if outlook.config.train.gradient_checkpointing != "none":
+    if inputs.config.train.gradient_checkpointing != "none":
         steps = [("block", None)]
     for kind, count in steps:
-        yield _changed(outlook, "train", gradient_checkpointing=kind, checkpointed_blocks=count)
+        yield _changed(inputs, "train", gradient_checkpointing=kind, checkpointed_blocks=count)
     eight_bit = importlib.util.find_spec("bitsandbytes") is not None
-    if outlook.config.method.freezes_base and outlook.config.model.quantize == "none" and eight_bit:
-        yield from ways(_changed(outlook, "model", quantize="nf4"))
+    if inputs.config.method.freezes_base and inputs.config.model.quantize == "none" and eight_bit:
+        yield from leaner_configurations(_changed(inputs, "model", quantize="nf4"))
 
 
-def _splits(outlook: Outlook) -> Iterator[Outlook]:
-    """The images of a step, one at a time, then more at a time."""
-    train = outlook.config.train
+def _batch_splits(inputs: ForecastInputs) -> Iterator[ForecastInputs]:
+    """Yield the splits of a step's images into micro-batches, the smallest first."""
+    train = inputs.config.train
     images = train.batch_size * train.gradient_accumulation
     for batch in range(1, images + 1):
         if images % batch == 0:
-            yield _changed(outlook, "train", batch_size=batch, gradient_accumulation=images // batch)
+            yield _changed(inputs, "train", batch_size=batch, gradient_accumulation=images // batch)

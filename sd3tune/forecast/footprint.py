@@ -1,7 +1,7 @@
-"""What a computation costs: the bytes that are alive at once, and its matrix products, counted while it runs.
+"""The cost of a computation: its peak memory and its operations, counted while it runs.
 
-It may run on real tensors or on the meta device, where nothing is computed and a model of 8 billion parameters takes
-no memory; the counts are the same.
+It may run on real tensors or on the meta device, where nothing is computed and an 8-billion-parameter model takes no
+memory. The counts are the same.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _FORMULAS = {
 
 
 class Footprint(TorchDispatchMode):
-    """While it is entered, follows every tensor that is made: `peak` is the most bytes that were alive at once.
+    """A context manager that tracks every new tensor: `peak` is the largest sum of bytes alive at once.
 
-    Tensors that were there before do not count, nor does what a kernel takes for itself inside. A storage counts once,
-    however many tensors look at it. `flops` counts two operations for each multiplication and addition of matrix
-    products, convolutions and attention (torch's own formulas, `torch.utils.flop_counter`).
+    Earlier tensors and the kernels' internal workspaces do not count. A storage counts once, however many tensors share
+    it. `flops` counts two operations for each multiply-add of matrix products, convolutions and attention, with torch's
+    formulas (`torch.utils.flop_counter`).
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Footprint(TorchDispatchMode):
             made = [leaf for leaf in leaves if _key(leaf) not in self._alive]
             if made:
                 given = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-                made = [tensor for tensor in made if _key(tensor) not in given]  # else a view of what was there before
+                made = [tensor for tensor in made if _key(tensor) not in given]  # else a view of an argument
             if call is not None and len(made) == len(leaves) and _is_plain_result(result):
                 _RESULTS[call] = _Result(type(result), [(t.shape, t.stride(), t.dtype) for t in leaves], flops)
         self.flops += flops
@@ -76,14 +76,14 @@ class Footprint(TorchDispatchMode):
         self._highest = max(self._highest, self.now)
 
     def lap(self) -> int:
-        """Return the most bytes that were alive at once since the last lap, and begin another one."""
+        """Return the peak in bytes since the last lap, and begin a new lap."""
         highest, self._highest = self._highest, self.now
         return highest
 
 
 @dataclass(frozen=True)
 class _Result:
-    """The form of what a kernel returns on the meta device: new tensors, one or a tuple or list of them."""
+    """The shapes and dtypes of a kernel's result on the meta device: a new tensor, or a tuple or list of them."""
 
     kind: type
     forms: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]
@@ -95,11 +95,11 @@ class _Result:
 
 
 _RESULTS: dict[Any, _Result] = {}
-"""By the kernel and the forms of its arguments. Torch works most of them out in Python, which takes far longer."""
+"""Cache by kernel and forms of its arguments. Torch derives most results in Python, which takes far longer."""
 
 
 def _call_on_meta(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """What a call's result depends on; None where it may be a view or change its arguments, or has real tensors."""
+    """Return the cache key of a call; None if it may return a view, change its arguments, or has real tensors."""
     if func._schema.is_mutable or any(of.alias_info is not None for of in func._schema.returns):
         return None
     try:
@@ -121,7 +121,7 @@ def _form(value: Any) -> Any:
 
 
 def _is_plain_result(result: Any) -> bool:
-    """Whether it consists of whole storages of the meta device, each of its own."""
+    """Return whether each tensor of the result is on the meta device and fills a storage of its own."""
     tensors = list(result) if type(result) in (tuple, list) else [result]
     if not tensors or not all(type(tensor) is Tensor and tensor.is_meta for tensor in tensors):
         return False
@@ -135,10 +135,10 @@ def _is_plain_result(result: Any) -> bool:
 
 @contextlib.contextmanager
 def fused_attention() -> Iterator[None]:
-    """While the context lasts, attention on the meta device takes a kernel that a GPU would take: one that forms no
-    matrix of all pairs of tokens. torch itself forms it where it sees no GPU. A masked attention stays as it is.
+    """Use a GPU's fused kernel for attention on the meta device, while the context lasts.
 
-    The function is exchanged, as a mode of torch would not reach the blocks that a backward pass computes again.
+    Fused kernels form no token-by-token matrix; torch forms it if it finds no GPU. Masked attention is unchanged. The
+    function is replaced, as a torch mode would not reach the blocks that a backward pass recomputes.
     """
     plain = F.scaled_dot_product_attention
 
@@ -160,10 +160,10 @@ def _is_plain(attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal
     return attn_mask is None and not dropout_p and not is_causal
 
 
-class Saved:
-    """Bytes that autograd keeps for the backward pass: distinct storages, those of `known` tensors left out.
+class SavedTensors:
+    """Bytes that autograd keeps for the backward pass, in distinct storages, without the `known` tensors.
 
-    It holds on to none of them, so it is right for one forward pass, during which none of them goes.
+    It holds no reference to them. The count is therefore valid for one forward pass, in which none is freed.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -176,7 +176,7 @@ class Saved:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """While the context lasts, what a forward pass saves is counted."""
+        """Count the tensors that a forward pass saves, while the context lasts."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
             yield
 
@@ -187,23 +187,23 @@ class Saved:
 
 
 def _key(tensor: Tensor) -> int:
-    """Which storage a tensor looks at."""
+    """Return the identity of a tensor's storage."""
     key: int = tensor.untyped_storage()._cdata
     return key
 
 
 def peak_of(compute: Callable[[], object]) -> Footprint:
-    """The footprint of one call."""
+    """Return the footprint of one call."""
     with fused_attention(), Footprint() as footprint:
         compute()
     return footprint
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' storages; what several of them share counts once."""
+    """Return the bytes of the tensors' storages; a shared storage counts once."""
     return sum({_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
-    """A model's parameters and buffers."""
+    """Return a model's parameters and buffers."""
     return [*model.parameters(), *model.buffers()]

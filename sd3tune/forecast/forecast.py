@@ -1,4 +1,4 @@
-"""What a run will take, from its configuration: memory phase by phase, room in the store, steps and operations."""
+"""The forecast of a run from its configuration: memory by phase, disk space of the store, steps and operations."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sd3tune.encode.captions import CLIP_LENGTH, entry_bytes
 from sd3tune.encode.images import bytes_per_pixel
 from sd3tune.errors import DataError
 from sd3tune.forecast.rehearsal import (
+    MemoryUse,
     Training,
-    Use,
     rehearse_drawing,
     rehearse_text_encoder,
     rehearse_training,
@@ -32,67 +32,67 @@ from sd3tune.model.base.resolve import shape_of_base
 from sd3tune.model.load.components import empty_transformer
 from sd3tune.run.buckets import bucket_of, buckets_of
 from sd3tune.run.encoding import texts_to_encode
-from sd3tune.run.preflight import check_installed, check_size, split_records, with_steps
+from sd3tune.run.preflight import check_installed, check_size, resolve_epochs, split_records
 from sd3tune.run.priors import PlannedPrior, plan_priors
 
 CONTEXT = 600_000_000
-"""Bytes that CUDA and its libraries take of a card before anything else: an allowance, not a measurement."""
+"""Bytes of GPU memory that CUDA and its libraries take by themselves: an allowance, not a measurement."""
 PHASES: tuple[Phase, Phase, Phase] = ("encode", "train", "draw")
 MARGIN = 0.05
-"""Share of the peak that fragments of the allocator and work spaces of cuDNN may take: an allowance, too."""
+"""Share of the peak for allocator fragmentation and cuDNN workspaces: also an allowance."""
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """A configuration and what is known without weights."""
+class ForecastInputs:
+    """A configuration and the facts about it that need no weights."""
 
     config: Config
     base: Base
     dtype: torch.dtype
     buckets: Sequence[Size]
     largest: Size
-    """The bucket with the most pixels, (height, width): of those that the images are cut to, where there are images."""
+    """The bucket with the most pixels, (height, width): of the buckets in use or, without images, of all."""
     records: Sequence[Record] | None
-    """None where the images are not there."""
+    """None if the images are missing."""
     holdout: Sequence[Record]
     priors: Sequence[PlannedPrior]
     missing: Sequence[str]
-    """Why there are no images."""
+    """The problems found if the images are missing."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """What the store takes when all is encoded."""
+    """Size of the store after encoding."""
 
     texts: int
     images: int
-    """Variants counted."""
+    """Entries: each variant of an image counts."""
     nbytes: int
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take."""
+    """Memory of each phase of a run, cost of a step, and size of the store."""
 
-    outlook: Outlook
-    encoding: dict[str, Use]
+    inputs: ForecastInputs
+    encoding: dict[str, MemoryUse]
     """By component: `clip_l`, `clip_g`, `t5`, `vae`."""
-    drawing: Use | None
-    """Drawing class images, where some are missing."""
+    drawing: MemoryUse | None
+    """Memory for drawing class images; None if none is missing."""
     training: Training
     store: Store | None
 
     @property
-    def phases(self) -> dict[str, Use]:
-        """In the order in which they come; what is computed on the CPU takes nothing of a card."""
+    def phases(self) -> dict[str, MemoryUse]:
+        """Memory by phase, in the order of the run, without the phases on the CPU."""
         training = self.training
-        on_the_cpu = {"t5"} if self.outlook.config.model.t5_device == "cpu" else set()
+        on_the_cpu = {"t5"} if self.inputs.config.model.t5_device == "cpu" else set()
         found = {f"encode {LABELS[name]}": use for name, use in self.encoding.items() if name not in on_the_cpu}
         if self.drawing is not None:
             found["draw class images"] = self.drawing
-        found["train"] = Use(training.resident, training.working)
+        found["train"] = MemoryUse(training.resident, training.working)
         if training.preview is not None:
-            found["preview"] = Use(training.resident, training.preview)
+            found["preview"] = MemoryUse(training.resident, training.preview)
         return found
 
     @property
@@ -101,15 +101,15 @@ class Forecast:
 
     @property
     def needed(self) -> int:
-        """The peak with its allowances."""
+        """The peak plus allowances, in bytes."""
         return round(self.peak * (1 + MARGIN)) + CONTEXT
 
 
 LABELS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5", "vae": "images"}
 
 
-def look_ahead(config: Config, dtype: torch.dtype) -> Outlook:
-    """What the configuration comes to. Raises UserError as preflight does, but not for images that are not there."""
+def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
+    """Return the inputs of a forecast. Raises UserError as preflight does, but not for missing images."""
     check_installed(config)
     base = shape_of_base(config.model, config.seed)
     transformer = empty_transformer(base)
@@ -123,74 +123,74 @@ def look_ahead(config: Config, dtype: torch.dtype) -> Outlook:
     used = buckets
     try:
         records, holdout = split_records(config, load_records(config.data))
-        config = with_steps(config, sum(record.repeats for record in records), 1)
+        config = resolve_epochs(config, sum(record.repeats for record in records), 1)
         priors = plan_priors(config, records, buckets, base)
         used = [bucket_of(record, buckets) for record in records]
     except DataError as error:
         records, missing = None, error.problems
     largest = max(used, key=lambda size: size[0] * size[1])
-    return Outlook(config, base, dtype, buckets, largest, records, holdout, priors, missing)
+    return ForecastInputs(config, base, dtype, buckets, largest, records, holdout, priors, missing)
 
 
-def forecast(outlook: Outlook, like: Forecast | None = None) -> Forecast:
-    """Everything, by rehearsing each phase; what is known from `like` is not rehearsed again."""
-    config, base, dtype, largest = outlook.config, outlook.base, outlook.dtype, outlook.largest
+def forecast(inputs: ForecastInputs, like: Forecast | None = None) -> Forecast:
+    """Rehearse each phase of a run; phases with the same settings are taken from `like`."""
+    config, base, dtype, largest = inputs.config, inputs.base, inputs.dtype, inputs.largest
     method = METHODS[config.method.kind](config, base)
     encoded, trained, drawn = (
-        like if like and _settings(outlook, phase) == _settings(like.outlook, phase) else None for phase in PHASES
+        like if like and _settings(inputs, phase) == _settings(like.inputs, phase) else None for phase in PHASES
     )
     drawing = drawn.drawing if drawn else None
-    if drawing is None and any(prior.missing for prior in outlook.priors):
+    if drawing is None and any(prior.missing for prior in inputs.priors):
         drawing = rehearse_drawing(config, base, method, largest, dtype)
     training = trained.training if trained else None
     if training is None:
         previewed = drawn.training if drawn else None
         training = rehearse_training(config, base, method, largest, dtype, previewed)
     return Forecast(
-        outlook=outlook,
-        encoding=encoded.encoding if encoded else _encoding(outlook, method),
+        inputs=inputs,
+        encoding=encoded.encoding if encoded else _encoding(inputs, method),
         drawing=drawing,
         training=training,
-        store=None if outlook.records is None else _store(outlook, outlook.records, method.cached_encoders),
+        store=None if inputs.records is None else _store(inputs, inputs.records, method.cached_encoders),
     )
 
 
-def _settings(outlook: Outlook, phase: Phase) -> tuple[dict[str, Any], torch.dtype, Size]:
-    return settings_of(outlook.config, phase), outlook.dtype, outlook.largest
+def _settings(inputs: ForecastInputs, phase: Phase) -> tuple[dict[str, Any], torch.dtype, Size]:
+    return settings_of(inputs.config, phase), inputs.dtype, inputs.largest
 
 
-def _encoding(outlook: Outlook, method: Method) -> dict[str, Use]:
-    base, model = outlook.base, outlook.config.model
+def _encoding(inputs: ForecastInputs, method: Method) -> dict[str, MemoryUse]:
+    base, model = inputs.base, inputs.config.model
     forms = {name: model.t5_quantize if name == "t5" else "none" for name in method.cached_encoders}
     encoding = {
-        name: rehearse_text_encoder(base, name, outlook.dtype, max(model.t5_lengths), form)
+        name: rehearse_text_encoder(base, name, inputs.dtype, max(model.t5_lengths), form)
         for name, form in forms.items()
     }
-    return {**encoding, "vae": rehearse_vae(base, outlook.largest, outlook.dtype)}
+    return {**encoding, "vae": rehearse_vae(base, inputs.largest, inputs.dtype)}
 
 
-def _store(outlook: Outlook, records: Sequence[Record], encoders: Sequence[str]) -> Store:
-    """Counted as `encode_captions` and `encode_images` count what they are about to write; headers are not.
+def _store(inputs: ForecastInputs, records: Sequence[Record], encoders: Sequence[str]) -> Store:
+    """Compute the size of the store as `encode_captions` and `encode_images` do, without file headers.
 
-    Copies of an image count twice here, as its bytes are not compared.
+    Copies of an image count twice, as their bytes are not compared.
     """
-    config = outlook.config
-    of_class = [record for prior in outlook.priors for record in prior.records]
-    texts = dict.fromkeys(texts_to_encode(config, [*records, *outlook.holdout, *of_class], bool(outlook.priors)))
+    config = inputs.config
+    of_class = [record for prior in inputs.priors for record in prior.records]
+    texts = dict.fromkeys(texts_to_encode(config, [*records, *inputs.holdout, *of_class], bool(inputs.priors)))
     a_text = sum(
-        entry_bytes(outlook.base, encoder, outlook.dtype, tokens)
+        entry_bytes(inputs.base, encoder, inputs.dtype, tokens)
         for encoder in encoders
         for tokens in (config.model.t5_lengths if encoder == "t5" else [CLIP_LENGTH])
     )
-    sizes = [cut.size for record in records for cut in _cuts(outlook, record)]
-    sizes += [bucket_of(record, outlook.buckets) for record in outlook.holdout] + [outlook.largest] * len(of_class)
+    sizes = [cut.size for record in records for cut in _cuts(inputs, record)]
+    sizes += [bucket_of(record, inputs.buckets) for record in inputs.holdout] + [inputs.largest] * len(of_class)
     pixels = sum(height * width for height, width in sizes)
-    nbytes = a_text * len(texts) + round(pixels * bytes_per_pixel(outlook.base))
+    nbytes = a_text * len(texts) + round(pixels * bytes_per_pixel(inputs.base))
     return Store(len(texts), len(sizes), nbytes)
 
 
-def _cuts(outlook: Outlook, record: Record) -> set[Crop]:
-    """The different variants of an image: where its shape is the bucket's, random crops are all the same one."""
-    data, target = outlook.config.data, bucket_of(record, outlook.buckets)
-    digest = file_digest(record.image) if data.crop_variants > 1 else ""  # it says where random crops lie
+def _cuts(inputs: ForecastInputs, record: Record) -> set[Crop]:
+    """Return the distinct crops and flips of an image. If its shape is the bucket's, all random crops are equal."""
+    data, target = inputs.config.data, bucket_of(record, inputs.buckets)
+    digest = file_digest(record.image) if data.crop_variants > 1 else ""  # seeds the random crops
     return set(crops(upright_size(record.image), target, data.crop_variants, data.flip, digest))

@@ -1,4 +1,4 @@
-"""GPUs by name: memory and peak, as their makers publish them."""
+"""GPUs by name, with the memory and peak throughput that their makers publish."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from sd3tune.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Card:
-    """A GPU."""
+class GpuSpec:
+    """A GPU's published specification."""
 
     name: str
     memory: float
-    """GB as it is sold; some drivers show 7 % more bytes than that, which is left as a margin."""
+    """Advertised GB. Some drivers report 7 % more bytes, which is left as a margin."""
     tflops: float
-    """Dense 16-bit matrix products with fp32 sums, TFLOP/s, from the data sheet: no sparsity."""
+    """TFLOP/s of dense 16-bit matrix products with fp32 accumulation, from the data sheet, without sparsity."""
     bf16: bool = True
 
 
@@ -44,25 +44,25 @@ v100            16  125   t4              16   65   titan rtx       24   65   20
 2080 super       8   45   2080             8   40   2070 super       8   36   2070             8   30
 2060 super       8   29   2060             6   26
 """
-"""Name, GB and TFLOP/s. Of a card that is sold with several memories, the commonest."""
+"""Name, GB and TFLOP/s; the most common memory size if there are several."""
 
 
-def _read(table: str, bf16: bool) -> list[Card]:
+def _parse_table(table: str, bf16: bool) -> list[GpuSpec]:
     rows = re.findall(r"(\S+(?: \S+)*?) +(\d+) +(\d+)(?= {2,}|$)", table, flags=re.MULTILINE)
-    return [Card(name, float(memory), float(tflops), bf16) for name, memory, tflops in rows]
+    return [GpuSpec(name, float(memory), float(tflops), bf16) for name, memory, tflops in rows]
 
 
-CARDS = {card.name: card for card in (*_read(_AMPERE_AND_LATER, True), *_read(_WITHOUT_BF16, False))}
-_SQUEEZED = {name.replace(" ", ""): card for name, card in CARDS.items()}
+GPUS = {gpu.name: gpu for gpu in (*_parse_table(_AMPERE_AND_LATER, True), *_parse_table(_WITHOUT_BF16, False))}
+_BY_COMPACT_NAME = {name.replace(" ", ""): gpu for name, gpu in GPUS.items()}
 _MEMORY = r"(?:(?<=[\s(_-])|(?<=^))(\d{1,3})(?:\s*gi?b?)?\)?$|(?<![a-z0-9])(\d{1,3})\s*gi?b?(?![a-z0-9])"
 _LAPTOP = r"laptop|mobile|notebook|max-?q"
 _NOISE = r"nvidia|geforce|tesla|quadro|rtx|gtx|gpu|graphics|generation|sxm\d?|pcie|hbm\d?e?|[^a-z0-9]"
 
 
-def find_card(name: str) -> Card:
-    """Return the card of that name, as people write it: `RTX 4090`, `3060 12gb`, `A100-SXM4-40GB`, `4070 laptop`.
+def find_gpu(name: str) -> GpuSpec:
+    """Return the GPU with a name as people write it: `RTX 4090`, `3060 12gb`, `A100-SXM4-40GB`, `4070 laptop`.
 
-    A memory in the name counts instead of the table's. Raises ConfigError.
+    A memory size in the name replaces the table's. Raises ConfigError for an unknown GPU.
     """
     words = re.sub(r"hbm\d?e?|sxm\d?", "", name.lower()).strip(" -_")
     memory = re.search(_MEMORY, words)
@@ -70,13 +70,13 @@ def find_card(name: str) -> Card:
         words = words[: memory.start()] + words[memory.end() :]
     laptop = re.search(_LAPTOP, words) is not None
     plain = re.sub(_NOISE, "", re.sub(_LAPTOP, "", words)) or words
-    squeezed = "titanrtx" if plain == "titan" else plain + "laptop" * laptop
-    card = _SQUEEZED.get(squeezed)
-    if card is None:
-        family = [known for known in _SQUEEZED if known[:2] == squeezed[:2]]
-        close = difflib.get_close_matches(squeezed, family, n=1)
-        hint = f"did you mean {_SQUEEZED[close[0]].name}? Or " if close else ""
+    compact = "titanrtx" if plain == "titan" else plain + "laptop" * laptop
+    gpu = _BY_COMPACT_NAME.get(compact)
+    if gpu is None:
+        family = [known for known in _BY_COMPACT_NAME if known[:2] == compact[:2]]
+        close = difflib.get_close_matches(compact, family, n=1)
+        hint = f"did you mean {_BY_COMPACT_NAME[close[0]].name}? Or " if close else ""
         raise ConfigError(f"--card {name}: unknown; {hint}give its memory with --memory GB")
     if memory is None:
-        return card
-    return replace(card, memory=float(memory[1] or memory[2]))
+        return gpu
+    return replace(gpu, memory=float(memory[1] or memory[2]))

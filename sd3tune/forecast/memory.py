@@ -1,4 +1,4 @@
-"""The memory line of a run's description."""
+"""The memory line in the description of a run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from sd3tune.run.preflight import Plan
 
 
 def describe_memory(plan: Plan) -> str:
-    """What training is expected to take, in a line; previews and encoding are left to `sd3tune plan`."""
-    silent = plan.config.model_copy(update={"preview": PreviewConfig()})
+    """Return a line with the expected peak memory of training, without previews and encoding (see `sd3tune plan`)."""
+    without_previews = plan.config.model_copy(update={"preview": PreviewConfig()})
     largest = max((bucket_of(record, plan.buckets) for record in plan.records), key=lambda size: size[0] * size[1])
-    training = rehearse_training(silent, plan.base, plan.method, largest, plan.dtype)
+    training = rehearse_training(without_previews, plan.base, plan.method, largest, plan.dtype)
     return f"memory    about {megabytes(training.peak)} while training (`sd3tune plan` shows the rest)"

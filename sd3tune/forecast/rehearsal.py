@@ -1,6 +1,6 @@
-"""What a run computes, without weights and without numbers, to see what it takes.
+"""Rehearsals of a run's phases on the meta device, to measure memory and operations.
 
-These are the run's own functions, called on the meta device: there is no formula that could fall behind them.
+They call the run's own functions, so there are no formulas to keep up to date.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sd3tune.config import Config
 from sd3tune.data.buckets import Size
 from sd3tune.encode.captions import CLIP_LENGTH
-from sd3tune.forecast.footprint import Footprint, Saved, bytes_of, peak_of, tensors_of
-from sd3tune.forecast.thinning import Parts, Thinned, thin_out
+from sd3tune.forecast.footprint import Footprint, SavedTensors, bytes_of, peak_of, tensors_of
+from sd3tune.forecast.thinning import Account, Thinned, thin_out
 from sd3tune.methods import Method
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.parts import ENCODER_PARTS
@@ -34,16 +34,16 @@ from sd3tune.training.optimizers import make_optimizer
 from sd3tune.training.step import TrainState, predict_velocity, train_step, update
 
 META = torch.device("meta")
-_SHIFT = 3.0  # any will do: it changes the sigmas, which are no numbers here
-_PROBED = 1 << 16
-"""Values that an optimizer is tried on; what it takes is in proportion."""
-_LEFT_OUT = "left out"
-"""The trained parameters of the blocks that are not there, as one."""
+_SHIFT = 3.0  # arbitrary: it only changes the values of sigmas
+_TRIAL_SIZE = 1 << 16
+"""Number of parameters in the optimizer rehearsal; memory is proportional to it."""
+_OMITTED = "left out"
+"""Name of one parameter that stands for all trained parameters of the omitted blocks."""
 
 
 @dataclass(frozen=True)
-class Use:
-    """Bytes of one phase: what lies in memory throughout, and what comes on top of it at the worst moment."""
+class MemoryUse:
+    """Bytes of one phase: `resident` throughout, and `working` on top of it at the peak."""
 
     resident: int
     working: int
@@ -55,32 +55,32 @@ class Use:
 
 @dataclass(frozen=True)
 class Training:
-    """What a step takes: bytes, but for the counts."""
+    """Cost of training: bytes, except for the counts and `flops`."""
 
     parameters: int
-    """Count of the base's parameters."""
+    """Number of the base's parameters."""
     trained: int
-    """Count of what is trained: the adapter's, or with the method `full` the base's own."""
+    """Number of trained parameters."""
     frozen: int
-    """The base in the dtype that is computed in; with `full`, what of it nobody trains."""
+    """The base's frozen tensors, in the compute dtype or quantized."""
     compute: int
-    """What is trained, in the dtype that is computed in; 0 where that is fp32, as the master serves."""
+    """The trained parameters in the compute dtype; 0 for fp32, which computes with the master."""
     master: int
     gradient: int
-    """The fp32 sum of gradients."""
+    """The fp32 gradient accumulator."""
     optimizer: int
     average: int
     """The EMA."""
     ahead: int
-    """The adaLN modulations of a window of steps, where they are computed ahead."""
+    """The adaLN modulations of a window of steps; 0 unless computed ahead."""
     saved: int
-    """What the forward pass leaves for the backward pass; it is part of `working`."""
+    """Tensors saved for the backward pass; included in `working`."""
     working: int
-    """All else that is alive at the worst moment of a step."""
+    """All other memory at the peak of a step."""
     flops: int
-    """Of an optimizer step: all its forward and backward passes."""
+    """Operations of an optimizer step: all forward and backward passes."""
     preview: int | None
-    """What drawing a preview adds to what is resident; None without prompts."""
+    """Memory of drawing a preview, on top of `resident`; None without prompts."""
 
     @property
     def resident(self) -> int:
@@ -91,11 +91,11 @@ class Training:
         return self.resident + self.working
 
 
-class EmptyBatches:
-    """Stands in for `Batches`: the shapes of its batches, all of images of one size, on the meta device.
+class MetaBatches:
+    """A stand-in for `Batches` on the meta device, with images of a single size.
 
-    Captions have the longest T5 length that is trained at.
-    Where a source has a prior, every instance has one beside it, which is the most there can be.
+    Captions have the longest trained T5 length. If a source has a prior, every instance has a prior sample: the worst
+    case.
     """
 
     def __init__(self, config: Config, base: Base, encoders: tuple[str, ...], size: Size, dtype: torch.dtype) -> None:
@@ -111,7 +111,7 @@ class EmptyBatches:
         self.shapes = {encoder: _entry_shapes(base, encoder, config) for encoder in encoders}
 
     def fetch(self, step: int, micro: int) -> Batch:
-        return replace(self.of(self.rows, self.size), modulation=self.modulation)
+        return replace(self.batch_of(self.rows, self.size), modulation=self.modulation)
 
     def seed_for(self, purpose: str, step: int, micro: int) -> int:
         return 0
@@ -120,8 +120,8 @@ class EmptyBatches:
         batch = self.fetch(step, micro)
         return batch.sigma, batch.embeddings
 
-    def of(self, rows: int, size: Size) -> Batch:
-        """A batch of `rows` images of that size, (height, width) in pixels."""
+    def batch_of(self, rows: int, size: Size) -> Batch:
+        """Return a batch of `rows` images of `size`, (height, width) in pixels."""
         shape = (rows, self.channels, size[0] // 8, size[1] // 8)
         return Batch(
             latents=torch.empty(shape, device=META),
@@ -147,46 +147,46 @@ def _entry_shapes(base: Base, encoder: str, config: Config) -> dict[str, tuple[i
 
 class _NoOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """torch's fused ones refuse the meta device."""
+        """Do nothing: torch's fused optimizers refuse the meta device."""
 
 
 def rehearse_training(
     config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype, like: Training | None = None
 ) -> Training:
-    """One optimizer step and, where there are prompts, one preview; `size` is that of the images, (height, width).
+    """Rehearse an optimizer step and, if there are prompts, a preview. `size` is the images' (height, width).
 
-    The preview of `like`, if that is given, is the same and not rehearsed again.
+    With `like`, its preview is used instead of a new rehearsal.
     """
     whole = empty_transformer(base)
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     transformer = _load(config, base, method, dtype, whole)
-    empty = EmptyBatches(config, base, method.cached_encoders, size, dtype)
+    empty = MetaBatches(config, base, method.cached_encoders, size, dtype)
     batches = looking_ahead(cast(Batches, empty), transformer, method)
-    with Footprint() as window:  # before the step, as it is of many
+    with Footprint() as window:  # measured apart from the step, as it covers several steps
         ahead = list(batches.fetch(0, 0).modulation or ())
     modulation = row_bytes(transformer)
     thin = thin_out(transformer, method, config.train.checkpointed_blocks)
-    empty.modulation = thin.left(ahead) if ahead else None
-    checkpointing = {"checkpointed_blocks": thin.first(config.train.checkpointed_blocks)}
+    empty.modulation = thin.remaining_modulation(ahead) if ahead else None
+    checkpointing = {"checkpointed_blocks": thin.remaining_of_first(config.train.checkpointed_blocks)}
     thinned = config.model_copy(update={"train": config.train.model_copy(update=checkpointing)})
     trained = make_trainable(thinned, method, transformer)
-    left_out = thin.rest(lambda block: sum(of.numel() for of in block.parameters() if of.requires_grad))
+    left_out = thin.omitted_sum(lambda block: sum(of.numel() for of in block.parameters() if of.requires_grad))
     if left_out:
-        trained[_LEFT_OUT] = nn.Parameter(torch.empty(left_out, device=META))
+        trained[_OMITTED] = nn.Parameter(torch.empty(left_out, device=META))
     master = FlatMaster(trained, dtype)
     values = master.master.numel()
     state = TrainState(
         step=0,
         master=master,
-        optimizer=_NoOptimizer([master.master], {"lr": 0.0}),  # for the real one see `try_optimizer`
+        optimizer=_NoOptimizer([master.master], {"lr": 0.0}),  # see `rehearse_optimizer` for the real one
         ema=master.master.detach().clone() if config.ema is not None else None,
         loss_scale=LossScale(META, enabled=dtype is torch.float16),
     )
     frozen = _frozen(transformer)
-    saved = Saved([*tensors_of(transformer), *frozen, *ahead, master.master])
+    saved = SavedTensors([*tensors_of(transformer), *frozen, *ahead, master.master])
     with saved.watching():
         step = _rehearse_step(config, state, thin, method, empty, saved)
-    optimizer = try_optimizer(config)
+    optimizer = rehearse_optimizer(config)
     if like is not None:
         preview = like.preview
     elif config.preview.prompts:
@@ -196,15 +196,15 @@ def rehearse_training(
     return Training(
         parameters=parameters,
         trained=values,
-        frozen=bytes_of(frozen) + thin.rest(lambda block: bytes_of(_frozen(block))),
+        frozen=bytes_of(frozen) + thin.omitted_sum(lambda block: bytes_of(_frozen(block))),
         compute=0 if dtype is torch.float32 else bytes_of([master.compute]),
         master=bytes_of([master.master]),
         gradient=bytes_of([master.gradient]),
-        optimizer=optimizer.resident * values // _PROBED,
+        optimizer=optimizer.resident * values // _TRIAL_SIZE,
         ahead=bytes_of(ahead),
         average=0 if state.ema is None else bytes_of([state.ema]),
         saved=step.saved,
-        working=max(step.peak, optimizer.working * values // _PROBED),
+        working=max(step.peak, optimizer.working * values // _TRIAL_SIZE),
         flops=(step.flops + window.flops // window_length(batches)) * config.train.gradient_accumulation,
         preview=preview,
     )
@@ -222,39 +222,39 @@ def _frozen(model: nn.Module) -> list[Tensor]:
 
 
 def _rehearse_step(
-    config: Config, state: TrainState, thin: Thinned, method: Method, batches: EmptyBatches, saved: Saved
-) -> Parts:
-    """One micro-step and the update: further ones take the same memory."""
+    config: Config, state: TrainState, thin: Thinned, method: Method, batches: MetaBatches, saved: SavedTensors
+) -> Account:
+    """Rehearse one micro-step and the update; more micro-steps take the same memory."""
     once = config.model_copy(update={"train": config.train.model_copy(update={"gradient_accumulation": 1, "steps": 1})})
     objective = make_objective(config.flow, _SHIFT)
     master = state.master
-    collect, left_out = master.collect_gradients, master.parameters[-1] if _LEFT_OUT in master.shapes else None
+    collect, left_out = master.collect_gradients, master.parameters[-1] if _OMITTED in master.shapes else None
 
-    def step(parts: Parts) -> None:
-        def collecting() -> None:  # makes the gradients of what was left out, which were counted in its blocks' parts
+    def step(parts: Account) -> None:
+        def collecting() -> None:  # creates the omitted blocks' gradients, which are already counted
             parts.mark(freed=0 if left_out is None else left_out.nbytes)
             collect()
 
         master.collect_gradients = collecting  # type: ignore[method-assign]
-        train_step(state, thin.transformer, method, cast(Batches, batches), objective, once, _alone)
+        train_step(state, thin.transformer, method, cast(Batches, batches), objective, once, _unreduced)
 
     return thin.measured(step, saved)
 
 
-def _alone(gradient: Tensor) -> Tensor:
+def _unreduced(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def try_optimizer(config: Config) -> Use:
-    """What the optimizer keeps, and takes on top while it updates, for each `_PROBED` values; tried on the CPU."""
-    master = FlatMaster({"probed": nn.Parameter(torch.zeros(_PROBED))}, torch.float32)
+def rehearse_optimizer(config: Config) -> MemoryUse:
+    """Measure the optimizer's state, and its working memory in an update, for `_TRIAL_SIZE` parameters on the CPU."""
+    master = FlatMaster({"probed": nn.Parameter(torch.zeros(_TRIAL_SIZE))}, torch.float32)
     optimizer = make_optimizer(config.optimizer, master.master)
     state = TrainState(0, master, optimizer, None, LossScale(master.master.device, enabled=False))
-    for _ in range(2):  # the first step makes the state
+    for _ in range(2):  # the first step creates the state
         master.gradient.fill_(1.0)
-        footprint = peak_of(lambda: update(state, config, config.optimizer.lr, _alone))
+        footprint = peak_of(lambda: update(state, config, config.optimizer.lr, _unreduced))
     kept = [value for value in optimizer.state[master.master].values() if isinstance(value, Tensor) and value.ndim]
-    return Use(bytes_of(kept), footprint.peak)
+    return MemoryUse(bytes_of(kept), footprint.peak)
 
 
 def _rehearse_preview(
@@ -263,72 +263,75 @@ def _rehearse_preview(
     method: Method,
     thin: Thinned,
     state: TrainState,
-    batches: EmptyBatches,
+    batches: MetaBatches,
     row_bytes: int,
 ) -> int:
-    """A denoising step, then decoding by the VAE: the most that either adds. `row_bytes` is of the whole model."""
+    """Return the larger working memory of a denoising step and of decoding.
+
+    `row_bytes` is the size of a row of adaLN modulations of the whole model.
+    """
     transformer = thin.transformer
     weights = state.master.named(state.master.master)
-    weights.pop(_LEFT_OUT, None)
+    weights.pop(_OMITTED, None)
 
     def exported_bytes(lacking: str) -> int:
         left = {name: value for name, value in weights.items() if not lacking or not name.startswith(lacking)}
         with torch.no_grad(), Footprint() as footprint, method.as_exported(transformer, left):
             return footprint.now
 
-    left_out = thin.rest_without(exported_bytes)
+    left_out = thin.omitted_contribution(exported_bytes)
     rows = 2 if config.preview.guidance > 1 else 1
     side = config.data.resolution
 
     def drawing(compute: Callable[[], object]) -> int:
-        def draw(parts: Parts) -> None:
+        def draw(parts: Account) -> None:
             with torch.no_grad(), method.as_exported(transformer, weights):
                 parts.mark(freed=-left_out)
                 compute()
 
         return thin.measured(draw).peak
 
-    denoising = drawing(lambda: predict_velocity(transformer, method, batches.of(rows, (side, side))))
+    denoising = drawing(lambda: predict_velocity(transformer, method, batches.batch_of(rows, (side, side))))
     denoising += rows * config.preview.steps * row_bytes
     vae = load_vae(base, vae_dtype(dtype_of(transformer)), META)
-    latents = batches.of(1, (side, side)).latents
+    latents = batches.batch_of(1, (side, side)).latents
     return max(denoising, bytes_of(tensors_of(vae)) + drawing(lambda: decode(vae, latents)))
 
 
-def rehearse_text_encoder(base: Base, encoder: str, dtype: torch.dtype, tokens: int, form: str = "none") -> Use:
-    """One text through one encoder (`clip_l`, `clip_g` or `t5`), held in that form."""
+def rehearse_text_encoder(base: Base, encoder: str, dtype: torch.dtype, tokens: int, form: str = "none") -> MemoryUse:
+    """Rehearse encoding a text with one encoder (`clip_l`, `clip_g` or `t5`), quantized to `form`."""
     model = text_encoder_shape(base, encoder, dtype)
     if form != "none":
         quantize(model, model, form, META)
     ids = torch.zeros(1, CLIP_LENGTH if encoder != "t5" else tokens, dtype=torch.long, device=META)
     with torch.no_grad():
         footprint = peak_of(lambda: model(ids, output_hidden_states=encoder != "t5"))
-    return Use(bytes_of([*tensors_of(model), *statistics(model)]), footprint.peak)
+    return MemoryUse(bytes_of([*tensors_of(model), *statistics(model)]), footprint.peak)
 
 
-def rehearse_vae(base: Base, size: Size, dtype: torch.dtype) -> Use:
-    """One image of that size into latents."""
+def rehearse_vae(base: Base, size: Size, dtype: torch.dtype) -> MemoryUse:
+    """Rehearse encoding an image of `size`, (height, width) in pixels."""
     vae = load_vae(base, vae_dtype(dtype), META)
     with torch.no_grad():
         footprint = peak_of(lambda: vae.encode(torch.empty(1, 3, *size, dtype=vae.dtype, device=META)))
-    return Use(bytes_of(tensors_of(vae)), footprint.peak)
+    return MemoryUse(bytes_of(tensors_of(vae)), footprint.peak)
 
 
-def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> Use:
-    """A class image drawn by the base, with guidance: transformer and VAE are in memory together."""
+def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> MemoryUse:
+    """Rehearse drawing a class image with guidance. Transformer and VAE are in memory together."""
     transformer = _load(config, base, method, dtype, empty_transformer(base))
     vae = load_vae(base, vae_dtype(dtype), META)
-    batch = EmptyBatches(config, base, method.cached_encoders, size, dtype).of(2, size)
+    batch = MetaBatches(config, base, method.cached_encoders, size, dtype).batch_of(2, size)
     resident = bytes_of([*tensors_of(transformer), *statistics(transformer), *tensors_of(vae)])
     thin = thin_out(transformer, method, None)
     with torch.no_grad():
         denoising = thin.measured(lambda _: predict_velocity(transformer, method, batch))
         decoding = peak_of(lambda: decode(vae, batch.latents[:1]))
-    return Use(resident, max(denoising.peak, decoding.peak))
+    return MemoryUse(resident, max(denoising.peak, decoding.peak))
 
 
 def vae_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The VAE overflows in fp16, so it computes in fp32 then."""
+    """Return the VAE's dtype: fp32 instead of fp16, in which it overflows."""
     return torch.float32 if dtype is torch.float16 else dtype
 
 

@@ -1,9 +1,9 @@
-"""Rehearsing a deep model on few of its blocks: of a run of equal blocks, one stands for all that cost the same.
+"""Rehearsal of a deep model on few of its blocks.
 
-What an equal block allocates, keeps and computes is the same as what its neighbour does, so each block's part of a
-forward and of a backward pass is measured once and counted as often as there are such blocks. The first two and the
-last of a run stand for themselves: what they free or leave may be of other blocks. Sums are exact, and so is the peak,
-as it is looked for in each repetition.
+Equal blocks in a row allocate, keep and compute the same. One of them is therefore measured, in the forward and in the
+backward pass, and counted as often as there are such blocks. The first two and the last block of a row are measured
+themselves, as they may free or keep other blocks' tensors. Sums are exact, and so is the peak, as it is taken over
+every repetition.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from sd3tune.errors import UserError
-from sd3tune.forecast.footprint import Footprint, Saved, fused_attention, tensors_of
+from sd3tune.forecast.footprint import Footprint, SavedTensors, fused_attention, tensors_of
 from sd3tune.methods import Method
 from sd3tune.model.compute.hoist import keep_blocks
 
 LEAD = 2
-"""Blocks at the beginning of a run that stand for themselves; one does at its end."""
+"""Number of blocks measured themselves at the beginning of a row of equal blocks; at its end it is one."""
 
 
 @dataclass(frozen=True)
 class Thinned:
-    """A transformer that lost some of its blocks; those that are left keep their names."""
+    """A transformer without some of its blocks; the remaining blocks keep their names."""
 
     transformer: SD3Transformer2DModel
     counts: dict[int, int]
-    """Number of each block that is left -> how many blocks it stands for."""
+    """Number of each remaining block -> how many blocks it stands for."""
 
-    def first(self, blocks: int | None) -> int | None:
-        """Return how many of the first `blocks` blocks of the whole model are left; None stands for all."""
+    def remaining_of_first(self, blocks: int | None) -> int | None:
+        """Return how many of the whole model's first `blocks` blocks remain; None stands for all."""
         return None if blocks is None else sum(number < blocks for number in self.counts)
 
-    def rest(self, measure: Callable[[nn.Module], int]) -> int:
-        """Return what `measure` gives for all the blocks that were left out, together."""
+    def omitted_sum(self, measure: Callable[[nn.Module], int]) -> int:
+        """Return the sum of `measure` over all omitted blocks."""
         return sum((count - 1) * measure(block) for block, count in self.blocks() if count > 1)
 
     def blocks(self) -> Iterator[tuple[nn.Module, int]]:
         return zip(self.transformer.transformer_blocks, self.counts.values(), strict=True)
 
-    def left(self, modulation: Sequence[Tensor]) -> list[Tensor]:
-        """Return the adaLN modulations of the blocks that are left, and the last layer's, from those of all blocks."""
+    def remaining_modulation(self, modulation: Sequence[Tensor]) -> list[Tensor]:
+        """Return the adaLN modulations of the remaining blocks and the last layer, from the whole model's."""
         *blocks, last = modulation
         return [one for number in self.counts for one in blocks[2 * number : 2 * number + 2]] + [last]
 
-    def rest_without(self, measure: Callable[[str], int]) -> int:
-        """Return as `rest` does what a block adds to `measure`, which gets the name of one that the model then lacks.
+    def omitted_contribution(self, measure: Callable[[str], int]) -> int:
+        """Return the omitted blocks' contribution to `measure(name)`, a measurement of the model without block `name`.
 
-        With an empty name it lacks none.
+        An empty name stands for the model with all remaining blocks.
         """
         children = self.transformer.transformer_blocks._modules
         every, total = dict(children), 0
@@ -65,10 +65,10 @@ class Thinned:
                 children.update(every)
         return total
 
-    def measured(self, compute: Callable[[Parts], object], saved: Saved | None = None) -> Parts:
-        """Return what one call takes of the whole model; `compute` gets the account, to mark parts of its own."""
+    def measured(self, compute: Callable[[Account], object], saved: SavedTensors | None = None) -> Account:
+        """Return the cost of one call for the whole model. `compute` gets the account, to mark further parts."""
         with fused_attention(), Footprint() as footprint:
-            parts = Parts(footprint, saved)
+            parts = Account(footprint, saved)
             hooks = [hook for block, count in self.blocks() for hook in parts.follow(block, count)]
             try:
                 compute(parts)
@@ -79,10 +79,10 @@ class Thinned:
         return parts
 
 
-class Parts:
-    """An account of a computation, part by part, each of which may happen several times."""
+class Account:
+    """The cost of a computation, summed part by part; a part may count several times."""
 
-    def __init__(self, footprint: Footprint, saved: Saved | None) -> None:
+    def __init__(self, footprint: Footprint, saved: SavedTensors | None) -> None:
         self.peak = self.flops = self.saved = 0
         self._footprint, self._saved, self._backward = footprint, saved, False
         self._level, self._count, self._start = 0, 1, self._now()
@@ -91,7 +91,7 @@ class Parts:
         return self._footprint.now, self._footprint.flops, self._saved.nbytes if self._saved else 0
 
     def mark(self, count: int = 1, freed: int = 0) -> None:
-        """End a part, and begin one that happens `count` times; `freed` bytes are not there any more in between."""
+        """End a part, and begin one that happens `count` times; `freed` bytes were freed in between."""
         start, now, times = self._start, self._now(), self._count
         added = now[0] - start[0]
         before_the_highest = self._level + max(0, (times - 1) * added)
@@ -102,10 +102,10 @@ class Parts:
         self._count, self._start = count, now
 
     def follow(self, block: nn.Module, count: int) -> list[Any]:
-        """Begin a part wherever the block computes, and where its backward pass begins; returns hooks to remove."""
+        """Begin a part at each forward and backward pass of a block. Return the hooks, to be removed later."""
 
         def forward(*_: object) -> None:
-            if not self._backward:  # else it is computed again, which is a part of its backward pass
+            if not self._backward:  # else it is recomputed as part of its backward pass
                 self.mark(count)
 
         def backward(_: Tensor) -> None:
@@ -120,9 +120,9 @@ class Parts:
 
 
 def thin_out(transformer: SD3Transformer2DModel, method: Method, checkpointed: int | None) -> Thinned:
-    """Leave out what is equal; `checkpointed` is the number of blocks at the beginning that are, None for all.
+    """Remove blocks that are equal to a neighbour; `checkpointed` is the number of checkpointed blocks, None for all.
 
-    Nothing is left out where the method does not train equal blocks equally, or names a block that would be gone.
+    No block is removed if the method trains equal blocks differently, or names a block that would be removed.
     """
     blocks = list(transformer.transformer_blocks)
     selected, trained = method.select(transformer), _trained(method, transformer)
@@ -135,8 +135,8 @@ def thin_out(transformer: SD3Transformer2DModel, method: Method, checkpointed: i
         for number, block in enumerate(blocks)
     ]
     counts: dict[int, int] = {}
-    for _, run in itertools.groupby(range(len(blocks)), kinds.__getitem__):
-        numbers = list(run)
+    for _, row in itertools.groupby(range(len(blocks)), kinds.__getitem__):
+        numbers = list(row)
         stands_for = max(1, len(numbers) - LEAD - 1)
         counts.update(dict.fromkeys([*numbers[:LEAD], *numbers[-1:]], 1))
         if len(numbers) > LEAD + 1:
@@ -144,7 +144,7 @@ def thin_out(transformer: SD3Transformer2DModel, method: Method, checkpointed: i
     thin = Thinned(transformer, dict(sorted(counts.items())))
     keep_blocks(transformer, counts)
     try:
-        added = thin.rest_without(lambda _: _trained(method, transformer))
+        added = thin.omitted_contribution(lambda _: _trained(method, transformer))
         equal = _trained(method, transformer) + added == trained
     except UserError:
         equal = False

@@ -1,4 +1,4 @@
-"""What can be trained: one file a method, one entry in METHODS."""
+"""Training methods: a file and an entry in METHODS for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sd3tune.model.base.base import Base
 
 
 class MethodClass(Protocol):
-    """A class of methods."""
+    """The constructor of a method, with its product."""
 
     product: Product
 
@@ -25,14 +25,14 @@ METHODS: Registry[MethodClass] = Registry(METHOD, {"lora": LoraMethod, "full": F
 
 
 def products() -> list[Product]:
-    """What the methods make, each once."""
+    """Return the products of all methods, without duplicates."""
     return list(dict.fromkeys(method.product for method in METHODS.values()))
 
 
 def register(section: type[MethodSection], method: MethodClass) -> None:
-    """Add a method: `method(config, base)` is a `methods.base.Method`, and `config.method` a `section`.
+    """Register a method: `method(config, base)` returns a `methods.base.Method`; `config.method` is a `section`.
 
-    Raises ValueError for a kind that is there already.
+    Raises ValueError if the kind is already registered.
     """
     METHODS.register(section, method)
 

@@ -1,4 +1,4 @@
-"""The Method protocol: all that the training loop knows of what is being trained."""
+"""The Method protocol, the training loop's only interface to a training method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sd3tune.config.schema import Config
 from sd3tune.model.lora.targets import CoverageRow
 
 Embeddings = Mapping[str, Mapping[str, Tensor]]
-"""Per encoder (`clip_l`, `clip_g`, `t5`): `hidden` [B, tokens, width], and `pooled` [B, width] for the CLIPs."""
+"""Per encoder (`clip_l`, `clip_g`, `t5`): `hidden` [B, tokens, width]; the CLIP encoders also `pooled` [B, width]."""
 
 Weights = Mapping[str, Tensor]
 """Trained tensors by name, fp32."""
@@ -24,14 +24,14 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Product:
-    """What a method makes: the word for it, which names its folder in a run, and the file that it is complete with."""
+    """The result of a method: its name, which is also its folder in a run, and the file that is written last."""
 
     name: str
     file: str
 
     @property
     def raw(self) -> str:
-        """The folder of the weights as trained, where those of `name` are the average."""
+        """Folder of the raw weights, if folder `name` has the EMA weights."""
         return f"{self.name}_raw"
 
     def is_in(self, folder: Path) -> bool:
@@ -40,15 +40,15 @@ class Product:
 
 @dataclass(frozen=True)
 class Saving:
-    """A change of a setting that takes less memory, which only makes sense with this method."""
+    """A setting of one method that saves memory."""
 
     section: str
     key: str
     value: Any
     words: str = ""
-    """What it saves, in words, to advise it when the memory is used up; empty where it is not advised then."""
+    """The saving in words, for the advice on running out of memory; empty if it is not advised there."""
     planned: bool = True
-    """Whether `sd3tune plan` shows it."""
+    """True if `sd3tune plan` lists it."""
 
     @property
     def typed(self) -> str:
@@ -56,36 +56,39 @@ class Saving:
 
 
 class Method(Protocol):
-    """A way to train: what is resident, what is trained, how a batch becomes conditioning, what is written.
+    """A training method: resident components, trainable parameters, conditioning and export.
 
-    Whether it freezes the base and whether its product is an adapter stand in its section, `config.sections.method`.
+    Its section in `config.sections.method` declares if it freezes the base and if its product is an adapter.
     """
 
     resident: tuple[str, ...]
     """Components that stay in memory while training."""
     cached_encoders: tuple[str, ...]
-    """Text encoders that are frozen, so that their output may come from the store."""
+    """Frozen text encoders, whose output comes from the store."""
     product: Product
     exported_bytes: int
-    """Bytes of a trained parameter in the exported files."""
+    """Bytes per trained parameter in the exported files."""
     block_measure: str
-    """What `block_changes` measures, in words."""
+    """Name of the measure in `block_changes`, for reports."""
     remedy: str
-    """What else to look at, besides rate and length, when training changed nothing."""
+    """Config key to check, besides learning rate and steps, if training changed nothing."""
 
     def select(self, transformer: nn.Module) -> list[str]:
-        """Names of the modules to train; works on a meta-device model. Raises UserError if that cannot be done."""
+        """Return the names of the modules to train; works on the meta device. Raises UserError."""
 
     def coverage(self, transformer: nn.Module) -> list[CoverageRow]:
-        """What `select` comes to, as a table for people."""
+        """Return the selected modules and their parameter counts, as rows of a table."""
 
     def title(self) -> str:
-        """What is trained, in a few words."""
+        """Return the method in a few words, such as `lora, rank 16`."""
 
     def inject(
         self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
     ) -> dict[str, nn.Parameter]:
-        """Make the trainable parameters, fp32, part of the model; all else is frozen. `generator(name)` is seeded."""
+        """Add the trainable parameters to the model and return them, fp32; all else is frozen.
+
+        `generator(name)` returns a seeded generator.
+        """
 
     def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
@@ -93,46 +96,46 @@ class Method(Protocol):
         """Initialize trainable weights from data, before the first step; `observe()` runs a few batches."""
 
     def conditioning(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> tuple[Tensor, Tensor]:
-        """`prompt_embeds` [B, tokens, width] and `pooled_prompt_embeds` [B, width], in the transformer's dtype."""
+        """Return `prompt_embeds` [B, tokens, width] and `pooled_prompt_embeds` [B, width], in the model's dtype."""
 
     def pooled(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> Tensor:
-        """The second part of `conditioning`, of embeddings that need no `hidden`."""
+        """Return the `pooled_prompt_embeds` of `conditioning`; the embeddings need no `hidden`."""
 
     def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> AbstractContextManager[None]:
-        """While the context lasts (forward and backward), what acts in training only, drawn from `seed`, is on."""
+        """Enable training-only regularisation, such as dropout, drawn from `seed`, in forward and backward pass."""
 
     def extra_loss(self, transformer: SD3Transformer2DModel, batch: Any) -> Tensor | None:
-        """A scalar that a micro-step adds to the loss of its `training.batches.Batch`; None adds nothing."""
+        """Return a scalar to add to the loss of a `training.batches.Batch`, or None."""
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
-        """The tensors of the file that `export` writes for these trained weights."""
+        """Return the tensors that `export` writes for these weights."""
 
     def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None]:
-        """While the context lasts, the model computes what the exported file computes; the live weights rest.
+        """Run the model with the exported weights, while the context lasts; the live weights are restored after it.
 
-        As diffusers has it, to the bit: off the fast path. So is `disabled`.
+        Results equal diffusers' to the bit, as the fast path is off. This also holds for `disabled`.
         """
 
     def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
-        """While the context lasts, the model is the untrained base."""
+        """Run the model as the untrained base, while the context lasts."""
 
     def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
-        """How much these weights change of each block, as `block_measure` says."""
+        """Return the change of each block by these weights, in the measure `block_measure`."""
 
     def export(self, folder: Path, weights: Weights, contract: Mapping[str, Any]) -> Path:
-        """Write the result that users share, with the whole conditioning contract; returns `product`'s file."""
+        """Write the result with its conditioning contract into `folder`. Return the path of the product's file."""
 
     def sampling_shift(self) -> float | None:
-        """The shift that the result is sampled with; None where that is the base scheduler's own."""
+        """Return the sampling shift of the result; None for the base scheduler's own."""
 
     def infer_arguments(self, run: Path) -> list[str]:
-        """What `sd3tune infer` is to be told of a finished run."""
+        """Return the arguments of `sd3tune infer` that load a finished run."""
 
     def contract(self) -> dict[str, Any]:
-        """What the method itself states in the conditioning contract."""
+        """Return the method's part of the conditioning contract."""
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same of it for a resumed run to be the run it resumes."""
+        """Return the method's part of the run identity, which must not change on resume."""
 
     def savings(self, config: Config) -> Sequence[Saving]:
-        """Its own ways to take less memory, the cheapest first."""
+        """Return the method's own settings that save memory, the cheapest first."""

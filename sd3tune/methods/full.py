@@ -1,4 +1,4 @@
-"""Every parameter of the transformer: a full fine-tune or, from random weights, training from scratch."""
+"""Full fine-tuning of the transformer or, from random weights, training from scratch."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class FullMethod(StoredText):
     """See `methods.base.Method`.
 
-    The untrained base is wanted two or three times a run (first preview, first held-out loss, closing report), so it is
-    read, or drawn, anew each time instead of lying in memory; but where it is the target of each step, it stays.
+    The untrained base is needed two or three times a run: first preview, first held-out loss, closing report. It is
+    loaded each time to save memory. If its prediction is the target of every step, it stays in memory.
     """
 
     product = Product("model", INDEX_FILE)
@@ -44,8 +44,8 @@ class FullMethod(StoredText):
         self.base, self.flow_shift = base, config.flow.shift
         self.export_dtype = _DTYPES[self.settings.export_dtype]
         self.exported_bytes = self.export_dtype.itemsize
-        self._keeps_base = bool(config.data.own_predictions)
-        self._kept: dict[str, Tensor] | None = None
+        self._caches_base = bool(config.data.own_predictions)
+        self._cached_base: dict[str, Tensor] | None = None
         self._buffers: dict[str, Tensor] = {}
 
     def select(self, transformer: nn.Module) -> list[str]:
@@ -70,7 +70,7 @@ class FullMethod(StoredText):
     def inject(
         self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
     ) -> dict[str, nn.Parameter]:
-        """The master begins with what the base holds, not with that rounded to the dtype that is computed in."""
+        """Make all parameters trainable. The fp32 master starts from the base's exact values, not from rounded ones."""
         dtype = transformer.dtype
         exact = transformer
         if dtype is not torch.float32:
@@ -89,7 +89,7 @@ class FullMethod(StoredText):
     def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
     ) -> None:
-        """The start does not depend on the data."""
+        """Do nothing: the initial weights do not depend on data."""
 
     def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> AbstractContextManager[None]:
         return nullcontext()
@@ -98,10 +98,12 @@ class FullMethod(StoredText):
         return {name: value.to(self.export_dtype) for name, value in weights.items()} | self._buffers
 
     def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None]:
-        return _pointed_at(transformer, lambda name: weights[name].to(self.export_dtype) if name in weights else None)
+        return _swapped_weights(
+            transformer, lambda name: weights[name].to(self.export_dtype) if name in weights else None
+        )
 
     def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
-        return _pointed_at(transformer, self._untrained(transformer).get)
+        return _swapped_weights(transformer, self._untrained(transformer).get)
 
     def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
         changes: dict[str, float] = {}
@@ -136,17 +138,17 @@ class FullMethod(StoredText):
         return () if config.optimizer.kind == kind else (eight,)
 
     def _untrained(self, transformer: SD3Transformer2DModel) -> dict[str, Tensor]:
-        if self._kept is not None:
-            return self._kept
+        if self._cached_base is not None:
+            return self._cached_base
         base = load_transformer(self.base, transformer.dtype, transformer.device).state_dict()
-        if self._keeps_base:
-            self._kept = base
+        if self._caches_base:
+            self._cached_base = base
         return base
 
 
 @contextmanager
-def _pointed_at(transformer: SD3Transformer2DModel, values: Callable[[str], Tensor | None]) -> Iterator[None]:
-    """Parameters and buffers look at other values and then at the live ones again, which are never written to."""
+def _swapped_weights(transformer: SD3Transformer2DModel, values: Callable[[str], Tensor | None]) -> Iterator[None]:
+    """Point parameters and buffers at other values while the context lasts. The live values are never written to."""
     live: list[tuple[Tensor, Tensor]] = []
     try:
         for name, tensor in chain(transformer.named_parameters(), transformer.named_buffers()):
@@ -162,5 +164,5 @@ def _pointed_at(transformer: SD3Transformer2DModel, values: Callable[[str], Tens
 
 
 def _aligned(value: Tensor) -> Tensor:
-    """A view of the flat master begins anywhere, and some CPUs' kernels then round otherwise."""
+    """Return the value 64-byte aligned: on unaligned views of the flat master, some CPU kernels round differently."""
     return value.clone() if value.device.type == "cpu" and value.data_ptr() % 64 else value

@@ -1,4 +1,4 @@
-"""LoRA on the transformer; the text encoders stay frozen and their output comes from the store."""
+"""LoRA on the transformer; the text encoders are frozen, and their output comes from the store."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class LoraMethod(StoredText):
         ranks = {name: layer.r[ADAPTER_NAME] for name, layer in adapted.items()}
         with self.disabled(transformer):
             found = input_directions(transformer, ranks, observe)
-        for name, directions in found.items():  # the mean makes ranks agree to the bit
+        for name, directions in found.items():  # the mean gives all ranks bit-identical values
             adapted[name].lora_A[ADAPTER_NAME].weight.data.copy_(reduce_mean(directions))
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ class LoraMethod(StoredText):
 
     @contextmanager
     def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> Iterator[None]:
-        # Parameters are pointed elsewhere and back: the live values are never written to.
+        # Parameters are repointed and restored: the live values are never written to.
         tensors = self.exported(weights)
         live: list[tuple[nn.Parameter, Tensor]] = []
         layers = lora_layers(transformer)
@@ -139,7 +139,7 @@ class LoraMethod(StoredText):
         return adapter_io.write_adapter(folder, self.exported(weights), contract)
 
     def sampling_shift(self) -> float | None:
-        return None  # an adapter is no part of a scheduler
+        return None  # an adapter does not change the scheduler
 
     def infer_arguments(self, run: Path) -> list[str]:
         return ["--lora", str(run)]
@@ -152,7 +152,7 @@ class LoraMethod(StoredText):
         return {"method": self.settings.kind, **ranks, **special, **started}
 
     def identity(self) -> dict[str, Any]:
-        start = sha256_of(self._start.path) if self._start else None  # its content, wherever it lies
+        start = sha256_of(self._start.path) if self._start else None  # the digest of its content, not its path
         return identity_of(self.settings, {"start_from": {"start_from": start}})
 
     def savings(self, config: Config) -> Sequence[Saving]:
@@ -161,7 +161,7 @@ class LoraMethod(StoredText):
         return {"attention+mlp": (fewer, image), "attention": (image,)}.get(str(self.settings.targets), ())
 
     def _layers(self, modules: Sequence[str]) -> dict[str, Layer]:
-        """Each module's rank and scale. Raises AdapterError for a pattern that fits none of them."""
+        """Return rank and alpha of each module. Raises AdapterError for a pattern that matches no module."""
         settings = self.settings
         ranks = values_by_pattern(modules, settings.rank_pattern, settings.rank, "method.rank_pattern")
         alphas = values_by_pattern(modules, settings.alpha_pattern, settings.alpha, "method.alpha_pattern")

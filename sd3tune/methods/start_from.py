@@ -1,4 +1,4 @@
-"""`method.start_from`: going on from an adapter that exists, so that the first step sees what its file computes."""
+"""`method.start_from`: training that starts from an existing adapter, with the same output at the first step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sd3tune.model.lora.targets import never_learning
 
 
 def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, Layer]) -> None:
-    """Raises AdapterError when the adapter's modules, sizes or ranks are not among those of `layers`.
+    """Raise AdapterError if the adapter's modules, sizes or ranks do not match `layers`.
 
-    Modules that it lacks start as new ones; those whose output nothing reads do not matter.
+    Modules that the adapter lacks are newly initialized. Modules whose output is unused are ignored.
     """
     if PATCH_EMBEDDER in adapter.factors:
         raise AdapterError(
@@ -35,7 +35,7 @@ def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, L
     if left_out:
         raise AdapterError(
             f"method.start_from: {adapter.path} also adapts {_first(left_out)}, which method.targets and method.blocks "
-            "leave out; without that the start would be another function"
+            "leave out; without it the run would start from a different function"
         )
     shared = {name: (pair, layers[name]) for name, pair in adapter.factors.items() if name in layers}
     if not shared:
@@ -58,7 +58,7 @@ def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, L
 
 
 def starting_factors(adapter: Adapter, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    """`<module>.lora_A` and `.lora_B`, fp32, such that `scale` B A is what the file computes, scale being the run's."""
+    """Return `<module>.lora_A` and `.lora_B`, fp32: with the run's scale, scale B A equals the file's update."""
     factors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         if name in adapter.factors:

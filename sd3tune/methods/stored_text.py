@@ -1,4 +1,4 @@
-"""Frozen text encoders: their output comes from the store, and becomes the conditioning when it is needed."""
+"""Conditioning from the store, for methods with frozen text encoders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sd3tune.model.load.text import assemble, pool
 
 
 class StoredText:
-    """What methods have in common that train the transformer alone."""
+    """Base class of methods that train only the transformer."""
 
     resident: tuple[str, ...] = ("transformer",)
 

@@ -1,1 +1,1 @@
-"""What is shared: the model card, and the upload to the Hub."""
+"""Publishing: the model card, and the upload to the Hub."""

@@ -1,4 +1,4 @@
-"""The previews of a run as pictures for others: known by their names and by the recipe inside them."""
+"""Recognition of a run's previews, by their names and recipes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 def is_preview_name(name: str) -> bool:
-    """Whether a run gives this name to one of its pictures."""
+    """Return whether a file name is one that runs give to previews or contact sheets."""
     return name == SHEET or any(pattern.fullmatch(name) for pattern in (PREVIEW_NAME, _BASE_NAME))
 
 
 def preview_recipe(path: Path) -> dict[str, Any] | None:
     """Return the recipe in a preview; None for any other file.
 
-    It has `prompt`, `steps`, `guidance`, `seed`, `weights` and, where the run has one, `noise_offset`.
+    Its keys are `prompt`, `steps`, `guidance`, `seed`, `weights` and, if set, `noise_offset`.
     """
     recipe = read_recipe(path)
     if not isinstance(recipe, dict) or recipe.get("weights") not in _WEIGHTS:
@@ -39,8 +39,8 @@ def preview_recipe(path: Path) -> dict[str, Any] | None:
 
 
 def is_preview(path: Path) -> bool:
-    """Whether a run drew this picture, by its name and by what it says of itself."""
+    """Return whether a run drew this picture, by its name and recipe."""
     if path.name != SHEET:
         return is_preview_name(path.name) and preview_recipe(path) is not None
-    rows = read_recipe(path)  # names of pictures by row, then the prompts
+    rows = read_recipe(path)  # file names by row, then the prompts
     return isinstance(rows, list) and all(isinstance(row, list | str) for row in rows)

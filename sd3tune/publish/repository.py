@@ -1,4 +1,4 @@
-"""A model repository on the Hub for uploads, and the Hub's refusals in a user's words."""
+"""A model repository on the Hub for uploads, with the Hub's errors explained."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 TOKENS = "https://huggingface.co/settings/tokens"
-WAITS = (1.0, 4.0, 16.0)
-"""Seconds before another attempt; the client itself repeats single requests, but neither commits nor all refusals."""
-_PASSING = (408, 409, 412, 425, 429)  # 409 and 412: somebody else's commit came in between
+RETRY_DELAYS = (1.0, 4.0, 16.0)
+"""Seconds before each retry; the client retries some requests itself, but neither commits nor all errors."""
+_TRANSIENT_STATUSES = (408, 409, 412, 425, 429)  # 409 and 412: a concurrent commit
 _NEW_TOKEN = f"make one with write access at {TOKENS} and give it to `hf auth login`"
 
 Answer = TypeVar("Answer")
@@ -28,40 +28,40 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Repository:
-    """Where to upload to, as `user/name`; the token is the one that `hf auth login` or HF_TOKEN left."""
+    """The target of an upload, `user/name`. The token comes from `hf auth login` or HF_TOKEN."""
 
     repo_id: str
     private: bool
-    """True to create it as private, if it does not exist."""
+    """True to create the repository as private, if it does not exist."""
 
     def check_token(self) -> None:
-        """Raise RunError when there is no token, or one that may not write. Nothing is changed."""
+        """Raise RunError without a token that may write. Changes nothing on the Hub."""
         from huggingface_hub import HfApi, constants, get_token
 
         if constants.HF_HUB_OFFLINE:
             raise RunError(f"{self.repo_id}: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it")
         if get_token() is None:
             raise RunError(f"{self.repo_id}: there is no Hub token to upload with: {_NEW_TOKEN}")
-        with self._in_words():
-            account = _patiently(HfApi().whoami)
+        with self._explained():
+            account = _with_retries(HfApi().whoami)
         if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
             raise RunError(f"{self.repo_id}: the Hub token may only read: {_NEW_TOKEN}")
 
     def prepare(self) -> None:
-        """Make the repository if there is none, and ask whether it may be written to. Raises RunError."""
+        """Create the repository if it is missing, and check write access. Raises RunError."""
         from huggingface_hub import CommitOperationAdd, HfApi
 
         api = HfApi()
-        with self._in_words(), _quiet():
-            _patiently(lambda: api.create_repo(self.repo_id, private=self.private, exist_ok=True))
-            # The question that every upload begins with. The answer for a small text needs nothing to be uploaded.
-            question = CommitOperationAdd("README.md", b"-")
-            _patiently(lambda: api.preupload_lfs_files(self.repo_id, additions=[question]))
+        with self._explained(), _quiet():
+            _with_retries(lambda: api.create_repo(self.repo_id, private=self.private, exist_ok=True))
+            # Every upload begins with this request. For a small text it uploads nothing.
+            probe = CommitOperationAdd("README.md", b"-")
+            _with_retries(lambda: api.preupload_lfs_files(self.repo_id, additions=[probe]))
 
     def commit(self, files: Upload, message: str, progress: bool = False) -> str | None:
         """Upload the files that differ, in one commit. Return its address, or None if nothing differs.
 
-        Files that were uploaded before a failure are not sent again. Raises RunError.
+        A retry does not upload finished files again. Raises RunError.
         """
         from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -71,9 +71,9 @@ class Repository:
             operations = [CommitOperationAdd(name, content) for name, content in files.items()]
             return api.create_commit(self.repo_id, operations, commit_message=message)
 
-        with self._in_words(), _quiet(progress):
-            before = _patiently(lambda: api.model_info(self.repo_id).sha)
-            made = _patiently(attempt)
+        with self._explained(), _quiet(progress):
+            before = _with_retries(lambda: api.model_info(self.repo_id).sha)
+            made = _with_retries(attempt)
         return None if made.oid == before else str(made.commit_url)
 
     @property
@@ -83,8 +83,8 @@ class Repository:
         return f"{constants.ENDPOINT}/{self.repo_id}"
 
     @contextlib.contextmanager
-    def _in_words(self) -> Iterator[None]:
-        """Turn whatever the client raises into a RunError of one line, in which no token is."""
+    def _explained(self) -> Iterator[None]:
+        """Turn every error of the client into a RunError of one line, with tokens removed."""
         from huggingface_hub import get_token
 
         try:
@@ -101,7 +101,7 @@ class Repository:
             return f"the token may not write to {owner}'s models: {_NEW_TOKEN}, or name a repository of your own"
         if status == 404:
             return f"the Hub has no user or organisation {owner!r} that this token may write for; check the spelling"
-        if status is not None and is_passing(error):
+        if status is not None and is_transient(error):
             return f"the Hub answered with HTTP status {status}; try again later"
         root = _root(error)
         reason = " ".join(str(getattr(error, "server_message", None) or root).split())[:200]
@@ -114,14 +114,14 @@ class Repository:
 
 
 def repository_of(config: HubConfig) -> Repository | None:
-    """Return the repository for a run's own uploads; None if it makes none."""
+    """Return the repository for a run's own uploads; None if it uploads nothing."""
     if config.push == "never" or config.repo_id is None:
         return None
     return Repository(config.repo_id, config.private)
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status that an error of the client stands for, if the Hub answered at all."""
+    """Return the HTTP status of a client error; None if the Hub did not respond."""
     while error is not None:
         response = getattr(error, "response", None)
         if response is not None:
@@ -130,21 +130,21 @@ def status_of(error: BaseException | None) -> int | None:
     return None
 
 
-def is_passing(error: BaseException) -> bool:
-    """Whether another attempt may do better: the Hub is busy or down, or the connection was cut."""
+def is_transient(error: BaseException) -> bool:
+    """Return whether a retry may succeed: the Hub is busy or down, or the connection was lost."""
     status = status_of(error)
     if status is not None:
-        return status >= 500 or status in _PASSING
+        return status >= 500 or status in _TRANSIENT_STATUSES
     return not isinstance(error, ValueError) and _local_cause(error) is None
 
 
-def _patiently(attempt: Callable[[], Answer]) -> Answer:
-    """What `attempt` returns, at the latest try after `WAITS`; refusals that last are raised at once."""
-    for seconds in WAITS:
+def _with_retries(attempt: Callable[[], Answer]) -> Answer:
+    """Return the result of `attempt`, retried after `RETRY_DELAYS`; permanent errors are raised at once."""
+    for seconds in RETRY_DELAYS:
         try:
             return attempt()
         except Exception as error:
-            if not is_passing(error):
+            if not is_transient(error):
                 raise
         time.sleep(seconds)
     return attempt()
@@ -152,7 +152,7 @@ def _patiently(attempt: Callable[[], Answer]) -> Answer:
 
 @contextlib.contextmanager
 def _quiet(progress: bool = False) -> Iterator[None]:
-    """Keep the client's bars and log lines, with addresses that are secret for an hour, out of the run's output."""
+    """Silence the client's progress bars and log lines, which contain addresses that are secret for an hour."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     logger, disabled = logging.getLogger("huggingface_hub"), are_progress_bars_disabled()
@@ -170,7 +170,7 @@ def _quiet(progress: bool = False) -> Iterator[None]:
 
 
 def _local_cause(error: BaseException | None) -> OSError | None:
-    """A file of this machine that was not there or could not be read."""
+    """Return the error of a local file that is missing or unreadable; None if there is none."""
     while error is not None:
         if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
             return error

@@ -1,4 +1,4 @@
-"""The sizes that images are cut to. Needs no torch."""
+"""Bucket sizes of a run's images. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from sd3tune.data.records import Record
 
 
 def buckets_of(config: Config, transformer: Mapping[str, Any] | None) -> list[Size]:
-    """The sizes that images are cut to, given the transformer's configuration, if that is known."""
+    """Return the bucket sizes of a run; `transformer` is its configuration, or None to ignore its size limit."""
     side = config.data.resolution
     largest = None if transformer is None else largest_side(transformer)
     return bucket_table(side, largest) if config.data.buckets else [(side, side)]
 
 
 def bucket_of(record: Record, buckets: Sequence[Size]) -> Size:
-    """The size that a record's image is cut to; without a choice, its file is not opened."""
+    """Return the bucket of a record's image. The file is not opened if there is only one bucket."""
     return nearest_bucket(upright_size(record.image), buckets) if len(buckets) > 1 else buckets[0]
 
 
 def largest_side(transformer: Mapping[str, Any]) -> int:
-    """`pos_embed` is cut from the middle of a stored grid, and the model raises beyond it. In pixels."""
+    """Return the longest image side in pixels; larger images raise, as `pos_embed` is cropped from a stored grid."""
     return int(transformer["pos_embed_max_size"] * transformer["patch_size"] * 8)
 
 
 def describe_buckets(cut: Iterable[Size]) -> list[str]:
-    """How many images are cut to each size, the most frequent first; nothing when there is only one."""
+    """Return a line with the number of images in each bucket, most frequent first; empty for a single bucket."""
     counts = Counter(cut)
     listed = ", ".join(f"{size_name(size)}: {count}" for size, count in counts.most_common())
     return [f"buckets   {listed}"] if len(counts) > 1 else []

@@ -1,4 +1,4 @@
-"""The model card of a run, which is a function of what lies in its folder."""
+"""The model card of a run, computed from the files in its folder."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from sd3tune.publish.previews import SAMPLES, SHEET
 from sd3tune.run.previews import Preview, previews_of
 
 
-def write_card(run: Path, config: Config, contract: Mapping[str, Any], described: Mapping[str, Any]) -> str | None:
-    """Write `run/README.md` of a run that has ended; `described` is what `run.json` is about to say.
+def write_card(run: Path, config: Config, contract: Mapping[str, Any], run_facts: Mapping[str, Any]) -> str | None:
+    """Write `run/README.md` of a run that has ended; `run_facts` is the content that `run.json` will get.
 
-    Return None, or a line that says why none was written: somebody has changed the card, a file of that name is no
-    card, or the card cannot be made. The run is complete without one. Raises OSError where it cannot be saved.
+    Return None, or a line with the reason why none was written: the existing file was edited or is not a card, or the
+    card cannot be made. The run is complete without one. Raises OSError if it cannot be saved.
     """
     if os.path.lexists(run / CARD) and not _is_unchanged_card(run / CARD):
         return f"note: {run / CARD} is kept, as somebody wrote or changed it; no model card was written"
     try:
-        page = card_of(run, config, contract, described, config.hub.repo_id).encode()
-    except Exception as error:  # of any kind: what was trained must not be lost for a page about it
+        page = card_of(run, config, contract, run_facts, config.hub.repo_id).encode()
+    except Exception as error:  # of any kind: a trained adapter must not be lost for a page about it
         reason = " ".join(str(error).split())
         return (
             f"warning: no model card was written: {type(error).__name__}: {reason}; the run is complete without one: "
@@ -50,33 +50,33 @@ def card_of(
     run: Path,
     config: Config,
     contract: Mapping[str, Any],
-    described: Mapping[str, Any],
+    run_facts: Mapping[str, Any],
     repo_id: str | None,
     step: int | None = None,
 ) -> str:
-    """The card in `repo_id`; None is the run's own folder. `step` is that of a checkpoint of a run that goes on."""
+    """Return the card for `repo_id`, or for the run folder if None. `step` marks a checkpoint of an unfinished run."""
     samples = last_previews(run, config.preview.prompts)
     sheet = f"{SAMPLES}/{SHEET}" if samples and (run / SAMPLES / SHEET).is_file() else None
-    return card(Trained(config, contract, described, samples, sheet, repo_id, step))
+    return card(Trained(config, contract, run_facts, samples, sheet, repo_id, step))
 
 
 def card_to_upload(run: Path, repo_id: str) -> bytes:
-    """The run's card as it is for `repo_id`; one that somebody has changed as it lies there.
+    """Return the run's card for `repo_id`; an edited card is returned unchanged.
 
-    It is told by being made again. Raises OSError when there is none.
+    Manual edits are detected by regenerating the card. Raises OSError if there is none.
     """
     written = (run / CARD).read_bytes()
     try:
         config = load_config(run / "config.yaml").config
         parts = (run, config, _contract_of(run), read_run_file(run))
         ours = card_of(*parts, config.hub.repo_id).encode()
-    except Exception:  # of another version, or anything that somebody wrote into the files it is made of
+    except Exception:  # written by another version, or a source file was edited
         return written
     return card_of(*parts, repo_id).encode() if written == ours else written
 
 
 def last_previews(run: Path, prompts: Sequence[str]) -> list[Sample]:
-    """The last picture of each prompt, if one was drawn; in the order of the prompts."""
+    """Return the last preview of each prompt that has one, in the order of the prompts."""
     last = {
         preview.number: preview
         for preview in previews_of(run)

@@ -1,4 +1,4 @@
-"""What a run states about itself: the result's conditioning contract, its identity for resuming, and `run.json`."""
+"""The conditioning contract of a run's result, the run's identity for resuming, and the start of `run.json`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sd3tune.training.checkpoint import differences, read_state
 
 
 def make_contract(plan: Plan) -> dict[str, Any]:
-    """What `infer` and other people need to use the result as it was trained. No time, host or path in it."""
+    """Return the contract: all that inference needs to match training. It holds no time, host name or path."""
     config = plan.config
     captions = sorted({record.caption for record in plan.records})
     return {
@@ -51,12 +51,12 @@ def make_contract(plan: Plan) -> dict[str, Any]:
 
 
 def _t5_lengths(model: ModelConfig) -> dict[str, Any]:
-    """All T5 lengths that were trained at, where there are several; runs with one have no such key."""
+    """Return all T5 lengths used in training; empty for a run with a single length."""
     return {"t5_lengths": model.t5_lengths} if len(model.t5_lengths) > 1 else {}
 
 
 def _encoder_files(plan: Plan) -> dict[str, Any]:
-    """Text encoders from files of their own."""
+    """Return file name and fingerprint of each text encoder that was loaded from a file of its own."""
     base = plan.base
     encoders = {
         name: {"file": base.encoder_files[name].name, "fingerprint": base.fingerprint(ENCODER_PARTS[name][1])}
@@ -67,14 +67,14 @@ def _encoder_files(plan: Plan) -> dict[str, Any]:
 
 
 def _tags(plan: Plan) -> dict[str, Any]:
-    """How often the captions have each tag, if that is to be public."""
+    """Return the tag frequencies of the captions; empty unless `data.export_tags` is set."""
     if not plan.config.data.export_tags:
         return {}
     return {"tag_frequency": tag_frequency(record.caption for record in plan.records)}
 
 
 def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the run it resumes; without `encoded`, all but the data itself."""
+    """Return the facts that a resumed run must share with its checkpoint; without `encoded`, no digests of the data."""
     config = plan.config
     written = identity_of(config, _resolved(plan))
     model, data = written.pop("model"), written.pop("data")
@@ -93,11 +93,11 @@ def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, A
 
 
 def _resolved(plan: Plan) -> dict[str, dict[str, Any]]:
-    """By key, what an identity says in place of the value that is written."""
+    """Return, by config key, the identity's entries that replace the configured value."""
     config = plan.config
     extendable = not config.schedule.depends_on_length
     return {
-        "method": {},  # states its own
+        "method": {},  # see `Method.identity`
         "model.base": {"base": plan.base.fingerprint("transformer")},
         "model.dtype": {"dtype": dtype_name(plan.dtype)},
         "model.extra_t5_lengths": _t5_lengths(config.model),
@@ -110,7 +110,7 @@ def _resolved(plan: Plan) -> dict[str, dict[str, Any]]:
 def drops_kept_captions(plan: Plan) -> bool:
     """Return whether caption and encoder dropout also act on samples that keep the base's own prediction.
 
-    Only in a run that an earlier version began, which is resumed with the maths that it began with.
+    True only for a run that an earlier version began: it resumes with its original maths.
     """
     if plan.start is None or not _may_drop_kept(plan.config):
         return False
@@ -118,7 +118,7 @@ def drops_kept_captions(plan: Plan) -> bool:
 
 
 def _may_drop_kept(config: Config) -> bool:
-    """Whether samples that keep the base's own prediction meet a dropout of captions or encoders."""
+    """Return whether captions or encoders can be dropped for samples that keep the base's own prediction."""
     data = config.data
     return bool(data.own_predictions) and (data.caption_dropout > 0 or data.encoder_dropout > 0)
 
@@ -149,7 +149,7 @@ _EXPLAINED = {
     "model.clip_l_pooled": "an earlier sd3tune encoded the run's captions with CLIP-L's text_projection, which Stable "
     "Diffusion 3 does not use; they are encoded without it now",
 }
-"""Why a run of an earlier version differs in a key that it did not have."""
+"""Messages for identity keys that earlier versions did not write."""
 
 _DIGESTS = {
     "model.base": "weights of the base",
@@ -158,10 +158,11 @@ _DIGESTS = {
     "data.captions": "captions",
     "data.weights": "weights of the sources",
 }
-"""What the keys stand for whose values say nothing to a reader."""
+"""Descriptions of the identity keys whose values are digests."""
 
 
 def check_identity(plan: Plan, identity: Mapping[str, Any], encoded: Encoded) -> None:
+    """Raise RunError if `identity` differs from the checkpoint's, with a line per difference."""
     assert plan.start is not None
     saved = read_state(plan.start)["identity"]
     lines = [_in_words(line) for line in differences(saved, identity)]
@@ -177,13 +178,13 @@ def check_identity(plan: Plan, identity: Mapping[str, Any], encoded: Encoded) ->
 
 
 def check_finished(plan: Plan, world: int) -> None:
-    """`check_identity` for a run that needs nothing encoded any more: by its keys, as the data may be gone."""
+    """Do as `check_identity` for a finished run, without the digests of the data, which may have been deleted."""
     assert plan.start is not None
     now = run_identity(plan, None, world)
     saved = read_state(plan.start)["identity"]
     saved = {**saved, "data": {name: value for name, value in saved["data"].items() if name in now["data"]}}
     lines = differences(saved, now)
-    with contextlib.suppress(ConfigError):  # a run folder whose configuration was taken away
+    with contextlib.suppress(ConfigError):  # the run folder's configuration was removed
         before = load_config(plan.run / "config.yaml").config
         lines += differences(compared_when_finished(before), compared_when_finished(plan.config))
     _refuse(plan, [_in_words(line) for line in lines])
@@ -205,6 +206,7 @@ def _in_words(line: str) -> str:
 
 
 def start_facts(plan: Plan, world: int) -> dict[str, Any]:
+    """Return the content of `run.json` at the start: versions, device, base, data counts and optimizer."""
     used, gpu = plan.config.optimizer.kind, gpu_of(plan.device)
     return {
         "versions": versions(),

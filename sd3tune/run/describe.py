@@ -1,4 +1,4 @@
-"""The plan of a run in a few lines, for its start and for `--dry-run`."""
+"""Description of a run's plan in a few lines, printed at its start and by `--dry-run`."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from sd3tune.runtime.device import dtype_name
 
 
 def describe(plan: Plan, world: int) -> list[str]:
-    """The plan in a few lines, for the start of a run and for `--dry-run`."""
+    """Return the lines that describe the plan. `world` is the number of processes."""
     config, method = plan.config, plan.method
     cut = [bucket_of(record, plan.buckets) for record in plan.records]
     parameters, modules = sum(row.parameters for row in plan.coverage), len(plan.modules)
     variant = f" ({plan.base.variant})" if plan.base.variant else ""
     every = config.validation.every
     return [
-        f"base      {plan.base.name}{variant}, {held(plan.config, plan.dtype)} on {plan.device.type}"
+        f"base      {plan.base.name}{variant}, {describe_precision(plan.config, plan.dtype)} on {plan.device.type}"
         + (f", {world} processes" if world > 1 else ""),
-        *_about_base(plan),
+        *_describe_base(plan),
         f"data      {_images(len(plan.records))}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
         *(f"warning: {warning}" for warning in plan.warnings),
         *describe_buckets(cut),
@@ -43,16 +43,19 @@ def describe(plan: Plan, world: int) -> list[str]:
         f"sigma     {describe_sigmas(config.flow, plan.shift)}",
         f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"
         + f", noise offset {config.flow.noise_offset:g}" * (config.flow.noise_offset > 0),
-        *_about_objective(plan),
+        *_describe_objective(plan),
         f"{method.product.name:<9} {method.title()}: {parameters:,} parameters, "
         f"{method.exported_bytes * parameters / 1e6:.1f} MB, in {modules} module{'s' * (modules != 1)}",
-        *(f"          {_covered(row)}" for row in plan.coverage),
+        *(f"          {_describe_coverage(row)}" for row in plan.coverage),
         f"run       {plan.run}",
     ]
 
 
 def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:
-    """`steps     9 x 4 images, 3 epochs: each image is seen 2 to 4 times`; `cut` is each record's size."""
+    """Return lines such as `steps     9 x 4 images, 3 epochs: each image is seen 2 to 4 times`.
+
+    `cut` has each record's bucket, in the order of the records.
+    """
     train = plan.config.train
     together = train.batch_size * world
     batch = train.gradient_accumulation * together
@@ -60,7 +63,7 @@ def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:
     counts: Counter[Size] = Counter()
     for record, size in zip(plan.records, cut, strict=True):
         counts[size] += record.repeats
-    buckets = [(size_name(size), counts[size]) for size in sorted(counts)]  # as the batches have them
+    buckets = [(size_name(size), counts[size]) for size in sorted(counts)]  # in the order of `Batches`
     batches = train.total_steps * train.gradient_accumulation
     of_samples = map(iter, times_seen(plan.config.seed, batches, buckets, together))
     times = dict(zip(sorted(counts), of_samples, strict=True))
@@ -93,12 +96,12 @@ def _describe_priors(plan: Plan) -> list[str]:
     return [*(prior.describe() for prior in plan.priors), *predicted]
 
 
-def _covered(row: CoverageRow) -> str:
+def _describe_coverage(row: CoverageRow) -> str:
     return f"{row.module:<21} {row.trained:>3} of {row.present} blocks" if row.in_blocks else row.module
 
 
-def _about_base(plan: Plan) -> list[str]:
-    """Text encoders from files of their own, and a warning about a base that is no base for training."""
+def _describe_base(plan: Plan) -> list[str]:
+    """Return the lines on separate text encoder files, T5 lengths and random weights, and warnings about the base."""
     files = plan.base.encoder_files
     used = [f"{name} from {files[name].name}" for name in plan.method.cached_encoders if name in files]
     lines = [f"encoders  {', '.join(used)}"] if used else []
@@ -131,8 +134,8 @@ def _about_base(plan: Plan) -> list[str]:
     return lines
 
 
-def _about_objective(plan: Plan) -> list[str]:
-    """What to know of the settings whose result differs from what their names promise."""
+def _describe_objective(plan: Plan) -> list[str]:
+    """Return notes and warnings about objective settings with surprising effects."""
     flow, side, base = plan.config.flow, plan.config.data.resolution, plan.base
     lines = []
     if flow.noise_offset:
@@ -159,8 +162,8 @@ def _about_objective(plan: Plan) -> list[str]:
     return lines
 
 
-def held(config: Config, dtype: torch.dtype) -> str:
-    """How the base is held: `bf16`, or `bf16, its blocks in nf4`."""
+def describe_precision(config: Config, dtype: torch.dtype) -> str:
+    """Return the base's precision in words: `bf16`, or `bf16, its blocks in nf4`."""
     form = config.model.quantize
     return dtype_name(dtype) + ("" if form == "none" else f", its blocks in {form}")
 

@@ -1,4 +1,4 @@
-"""Pictures from what a run has at hand: embeddings in its store, its transformer, and the VAE for a visit."""
+"""Sampling within a run, from the store's embeddings: conditioning, the VAE decoder, and class images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def stored_conditioning(
     prompt: str,
     transformer: SD3Transformer2DModel,
 ) -> Conditioning:
-    """A prompt's embeddings from the store; `captions` is encoder -> text -> key."""
+    """Return a prompt's conditioning from the store's embeddings; `captions` is encoder -> text -> key."""
     embeddings = {
         encoder: {name: tensor[None].to(plan.device) for name, tensor in store.get(keys[prompt]).items()}
         for encoder, keys in captions.items()
@@ -37,16 +37,16 @@ def stored_conditioning(
 
 
 def load_decoder(plan: Plan) -> AutoencoderKL:
-    """The VAE on the device, in the run's dtype or, instead of fp16, in which it overflows, in fp32."""
+    """Load the VAE onto the device in the run's dtype, or in fp32 instead of fp16, in which it overflows."""
     return load_vae(plan.base, torch.float32 if plan.dtype is torch.float16 else plan.dtype, plan.device)
 
 
 def draw_class_images(
     plan: Plan, store: Store, captions: Mapping[str, Mapping[str, str]], processes: Processes
 ) -> None:
-    """Draw with the base what the folders of class images lack, each process its share, one file after the other.
+    """Draw the missing class images with the base. The processes divide the images.
 
-    So what was drawn before a stop is not drawn again. Raises RunError where a folder cannot be written to.
+    Each image is saved when it is drawn, so a later attempt keeps it. Raises RunError if a folder is not writable.
     """
     wanted = {drawn.path: (prior.settings, drawn) for prior in plan.priors for drawn in prior.drawn}
     mine = [of for path, of in list(wanted.items())[processes.rank :: processes.world] if not path.exists()]

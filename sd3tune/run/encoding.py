@@ -1,4 +1,4 @@
-"""From records to examples in the store: what `train` does first and `cache` does alone."""
+"""Encoding of captions and images into the store: the first stage of `train`, and all of `cache`."""
 
 from __future__ import annotations
 
@@ -26,24 +26,27 @@ from sd3tune.training.examples import ClassImages, Example, OwnPrediction, Prior
 
 @dataclass(frozen=True)
 class Encoded:
-    """The store, and what of it this run uses."""
+    """The store, and the entries that a run uses."""
 
     store: Store
     examples: list[Example]
-    """One per record, repeated as often as an epoch sees it."""
+    """One per record, times its repeats in an epoch."""
     captions: Mapping[str, Mapping[str, str]]
-    """Encoder -> text -> key, preview prompts and the negative prompt included."""
+    """Encoder -> text -> key, including preview prompts and the negative prompt."""
     holdout: list[Example]
-    """Measured on, not trained on."""
+    """Examples for the held-out loss; none is trained on."""
     warnings: list[str]
     earlier_keys: Mapping[str, str]
-    """Image's key -> the one of versions that ignored colour profiles, where it is another."""
+    """Image key -> its key in versions that ignored colour profiles, for the images whose key changed."""
     t5_lengths: T5Lengths = ()
-    """Where several T5 lengths are trained at: the captions' keys at each, ascending, by their keys in `captions`."""
+    """For each trained T5 length, ascending: key in `captions` -> key at that length. Empty for a single length."""
 
 
 def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Encoded:
-    """Encode what is missing, each process its share, one component in memory at a time; draw class images between."""
+    """Encode the missing captions, draw missing class images, then encode the missing images.
+
+    The processes divide the work, and each has one component in memory at a time.
+    """
     store = Store(store_folder(plan.config))
     captions, t5_lengths, report = _encode_captions(plan, store, processes, say)
     reports = [report]
@@ -73,7 +76,7 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
         for record, example in zip(plan.records, once, strict=True)
     ]
     examples = [once[index] for index in sample_indices(plan.records)]
-    known = _also_trained_on(holdout, examples)
+    known = _holdout_overlap(holdout, examples)
     for warning in known:
         say(f"warning: {warning}")
     warnings = [warning for report in reports for warning in report.warnings]
@@ -81,17 +84,17 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
 
 
 def check_pictures(plan: Plan, progress: bool) -> list[str]:
-    """Decode every picture that the run would decode; a line for each thing that may surprise. Raises DataError."""
+    """Decode every image of the run, and return warnings about them. Raises DataError."""
     priors = [record for prior in plan.priors for record in prior.records]
     refs = [record.image for record in [*plan.records, *plan.holdout, *priors]]
-    there = [ref for ref in refs if not isinstance(ref, Path) or ref.exists()]  # class images may have to be drawn
+    there = [ref for ref in refs if not isinstance(ref, Path) or ref.exists()]  # missing class images are drawn later
     return warnings_about(there, inspect(there, Manifest.load(store_folder(plan.config)), progress))
 
 
 def texts_to_encode(config: Config, records: Sequence[Record], drawing: bool) -> list[str]:
-    """Captions of the images and of their classes, prompts of previews and, where it is needed, the empty one.
+    """Return the captions, class prompts and preview prompts and, if needed, the empty prompt.
 
-    `records` are those of class images and held-out images, too; `drawing` says that there are class images.
+    `records` includes class images and held-out images. `drawing` is True if the run has class images.
     """
     priors = [prior for source in config.data.sources if (prior := source.prior) and prior.weight > 0]
     needs_empty = bool(config.preview.prompts) or config.data.caption_dropout > 0 or drawing
@@ -150,7 +153,7 @@ def _encode_images(
     processes: Processes,
     say: Callable[[str], None],
 ) -> tuple[list[EncodedImage], EncodeReport]:
-    """Only what is trained as the subject is cut and mirrored in several ways."""
+    """Encode one group of images. Only the training images get crop variants and flips."""
     data, varied = plan.config.data, records is plan.records
     return encode_images(
         plan.base,
@@ -177,19 +180,19 @@ def _keys_of(text: str, captions: Mapping[str, Mapping[str, str]]) -> dict[str, 
     return {encoder: of[text] for encoder, of in captions.items()}
 
 
-def _also_trained_on(holdout: Sequence[Example], examples: Sequence[Example]) -> list[str]:
+def _holdout_overlap(holdout: Sequence[Example], examples: Sequence[Example]) -> list[str]:
     trained = {key for example in examples for key in example.images}
     names = [example.name for example in holdout if trained & set(example.images)]
     if not names:
         return []
     some = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-    return [f"{len(names)} of the held-out images are also trained on, so their loss says little: {some}"]
+    return [f"{len(names)} of the held-out images are also trained on, so their loss is misleading: {some}"]
 
 
 def _priors(
     plan: Plan, pictures: Sequence[Sequence[Example]], captions: Mapping[str, Mapping[str, str]]
 ) -> dict[int, Prior]:
-    """By source; `pictures` are the class images of each of the plan's priors."""
+    """Return source number -> prior. `pictures` has the class images of each of the plan's priors."""
     priors: dict[int, Prior] = {
         number: OwnPrediction([_keys_of(prompt, captions) for prompt in own.prompts], own.weight)
         for number, own in plan.config.data.own_predictions.items()

@@ -1,4 +1,4 @@
-"""A run that has ended, as code sees it: its folder, and what is in it."""
+"""A finished run for the Python API: its folder, weights, metrics and report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sd3tune.training.metrics import read_metrics
 
 @dataclass(frozen=True)
 class Run(os.PathLike[str]):
-    """A run folder; it can be given wherever a path or an adapter can."""
+    """A run folder, accepted wherever a path or an adapter is."""
 
     folder: Path
 
@@ -26,7 +26,7 @@ class Run(os.PathLike[str]):
 
     @property
     def product(self) -> Path:
-        """The folder of the trained weights: `adapter`, or `model` of a full fine-tune. Raises RunError."""
+        """The folder of the trained weights: `adapter`, or `model` for a full fine-tune. Raises RunError."""
         for product in products():
             if product.is_in(self.folder):
                 return self.folder / product.name
@@ -34,7 +34,7 @@ class Run(os.PathLike[str]):
 
     @property
     def adapter(self) -> Path:
-        """The folder of the adapter, which diffusers loads, too. Raises RunError for a full fine-tune."""
+        """The folder of the adapter, which diffusers can also load. Raises RunError for a full fine-tune."""
         product = self.product
         if product.name != "adapter":
             raise RunError(f"{self.folder}: trained a whole model, not an adapter; it is in {product}")
@@ -42,12 +42,12 @@ class Run(os.PathLike[str]):
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, a row for each step that was logged: `pandas.DataFrame(run.metrics)`."""
+        """The rows of `metrics.jsonl`, one per logged step, ready for `pandas.DataFrame(run.metrics)`."""
         return read_metrics(self.folder / METRICS_FILE)
 
     @property
     def report(self) -> dict[str, Any]:
-        """What came of the training, as in `run.json`: losses at fixed noise, the change of a step, held-out loss."""
+        """The closing report in `run.json`: losses at fixed noise, change of a step, held-out loss; may be empty."""
         report = read_run_file(self.folder).get("report", {})
         return report if isinstance(report, dict) else {}
 

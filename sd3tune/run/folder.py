@@ -1,4 +1,4 @@
-"""The run folder: who may write to it, what it starts with, and what `run.json` says."""
+"""The run folder: its lock, its starting checkpoint, its clean-up, and `run.json`."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ BEST_FILE = "validation.json"
 
 
 def starting_checkpoint(run: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start.
+    """Return the checkpoint to resume from; None for a fresh start.
 
-    Raises RunError when the folder already holds a run and `resume` is off, or holds what would be written over.
+    Raises RunError if the folder holds a run and `resume` is off, or holds files that a run would overwrite.
     """
     try:
         return _start_in(run, resume)
@@ -55,7 +55,7 @@ def _start_in(run: Path, resume: bool) -> Path | None:
             raise RunError(
                 f"{run / RUN_FILE}: damaged, or of another program; move it away to go on from the checkpoint"
             )
-        read_metrics(run / METRICS_FILE)  # before anything is encoded: somebody may have edited them
+        read_metrics(run / METRICS_FILE)  # checked before anything is encoded, as users may edit them
         read_validation(run)
         return checkpoints[-1]
     if checkpoints:
@@ -63,7 +63,9 @@ def _start_in(run: Path, resume: bool) -> Path | None:
         raise RunError(f"{run}: already holds a run (step {step}); add --resume to go on, or choose another output_dir")
     for product in products():
         if product.is_in(run):
-            raise RunError(f"{run}: already holds {_named(product)} and no checkpoint; choose another output_dir")
+            raise RunError(
+                f"{run}: already holds {_with_article(product)} and no checkpoint; choose another output_dir"
+            )
     found = {path.name for path in run.iterdir()} if run.is_dir() else set()
     inside = {name for name in found if not is_temporary(name)}
     if inside - {LOCK_FILE} and not is_run_folder(run):
@@ -73,21 +75,21 @@ def _start_in(run: Path, resume: bool) -> Path | None:
 
 
 def _check_clearable(run: Path) -> None:
-    """Raise RunError when a fresh start would find something of an earlier attempt that it must not remove."""
+    """Raise RunError if a fresh start would have to remove links or files that no run wrote."""
     for path in (run / name for name in (LOGS, SAMPLES, BEST, VALIDATION_FILE)):
         if path.is_symlink():
             raise RunError(f"{path}: a link, and nothing is removed through links; remove it to start afresh here")
     for path in sorted((run / BEST).rglob("*")):
-        if not (path.is_dir() or path.name.startswith(".") or _is_of_an_attempt(path.relative_to(run))):
+        if not (path.is_dir() or path.name.startswith(".") or _is_attempt_output(path.relative_to(run))):
             raise RunError(f"{path}: not written by the run, which replaces {BEST}/ as a whole; move it elsewhere")
 
 
-def _named(product: Product) -> str:
+def _with_article(product: Product) -> str:
     return f"{'an' if product.name[0] in 'aeiou' else 'a'} {product.name}"
 
 
 def _check_writable(run: Path) -> None:
-    """Raise RunError when the folder could not be made or written to."""
+    """Raise RunError if the folder cannot be created or is not writable."""
     existing = next(path for path in (run, *run.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise RunError(f"output_dir: {existing} is a file; name a folder")
@@ -95,8 +97,8 @@ def _check_writable(run: Path) -> None:
         raise RunError(f"output_dir: {existing} cannot be written to; choose another output_dir")
 
 
-def check_room(run: Path, nbytes: int) -> None:
-    """Raise RunError when the disk has no room for so much."""
+def check_disk_space(run: Path, nbytes: int) -> None:
+    """Raise RunError if the disk has less than `nbytes` free."""
     existing = next(path for path in (run, *run.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < nbytes:
@@ -106,24 +108,24 @@ def check_room(run: Path, nbytes: int) -> None:
         )
 
 
-def check_start(run: Path, start: Path | None) -> None:
-    """With the folder locked: RunError when another process has trained here since `starting_checkpoint` looked."""
+def check_still_newest(run: Path, start: Path | None) -> None:
+    """Raise RunError if another process has trained here since `starting_checkpoint`; lock the folder first."""
     if list_checkpoints(run)[-1:] != ([start] if start else []):
         raise RunError(f"{run}: another process trained here a moment ago; run the command again")
 
 
 def clear(run: Path, start: Path | None) -> None:
-    """Remove what a killed attempt was writing and, when it saved nothing, all that it measured and drew.
+    """Remove unfinished files of a killed attempt and, if it saved no checkpoint, its measurements and previews.
 
-    The next one may have other settings. What else somebody put into these folders stays, as do links.
+    The next attempt may have other settings, so they would not belong to it. Links and the user's own files stay.
     """
     remove_unfinished(run)
     if start is None:
-        remove_files(run, _is_of_an_attempt)
+        remove_files(run, _is_attempt_output)
 
 
-def _is_of_an_attempt(path: PurePath) -> bool:
-    """Whether a run gives this name, in its folder, to something that it measured or drew."""
+def _is_attempt_output(path: PurePath) -> bool:
+    """Return whether a path in the run folder has the name of a log, preview or measurement."""
     folder, inside = path.parts[0], PurePath(*path.parts[1:])
     if not inside.parts:
         return folder == VALIDATION_FILE
@@ -137,11 +139,11 @@ def _is_of_an_attempt(path: PurePath) -> bool:
 
 
 def read_validation(run: Path) -> list[Line]:
-    """The held-out losses that a run has measured, oldest first. Raises RunError."""
-    return read_lines(run / VALIDATION_FILE, _problem_of_validation)
+    """Return the run's held-out losses, oldest first. Raises RunError for a damaged file."""
+    return read_lines(run / VALIDATION_FILE, _validation_problem)
 
 
-def _problem_of_validation(line: Line) -> str | None:
+def _validation_problem(line: Line) -> str | None:
     problem = problem_of_measurement(line, numbers=("images",), losses=("loss", "base_loss"))
     if problem is None and line["loss"] is not None and not line["base_loss"]:
         problem = "base_loss: not a number above 0"
@@ -153,20 +155,20 @@ def _problem_of_validation(line: Line) -> str | None:
 
 
 def is_finished(run: Path, product: Product, steps: int) -> bool:
-    """Whether the run has reached `steps` and was closed: a product alone may be from before it was extended."""
+    """Return whether the run reached `steps` and has a report; a product alone may be older than an extension."""
     checkpoints = list_checkpoints(run)
     reached = bool(checkpoints) and int(read_state(checkpoints[-1])["step"]) >= steps
     return reached and product.is_in(run) and holds_report(run)
 
 
 def holds_report(run: Path) -> bool:
-    """Whether `run.json` says what came of the run, which is the last that a run writes."""
+    """Return whether `run.json` has the closing report, which a run writes last."""
     return "report" in read_run_file(run)
 
 
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold the run folder for this process (made if need be). Raises RunError when another process holds it."""
+    """Lock the run folder, created if missing. Raises RunError if another process holds the lock."""
     lock = FileLock(run / LOCK_FILE, blocking=False)
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -182,8 +184,8 @@ def locked(run: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def naming_what_is_saved(run: Path) -> Iterator[None]:
-    """Say of a failure to write into the run folder what is saved, and how to go on."""
+def explain_write_errors(run: Path) -> Iterator[None]:
+    """Raise RunError in place of a WriteError in the run folder, with the last checkpoint and how to resume."""
     try:
         yield
     except WriteError as error:
@@ -191,8 +193,8 @@ def naming_what_is_saved(run: Path) -> Iterator[None]:
             raise
         if not (run / RUN_FILE).exists():
             raise RunError(
-                f"{run}: gone while training: moved, or its disk was unmounted; bring it back, and the same command "
-                "with --resume goes on from its last checkpoint"
+                f"{run}: missing during training: moved, or its disk was unmounted; restore it, and run the "
+                "same command with --resume to continue from its last checkpoint"
             ) from error
         saved = list_checkpoints(run)
         if not saved:
@@ -200,20 +202,23 @@ def naming_what_is_saved(run: Path) -> Iterator[None]:
         full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
         way_out = "free some space" if full else "make it writable"
         raise RunError(
-            f"{error.refusal}; {way_out}, and the same command with --resume goes on from {saved[-1].name}"
+            f"{error.refusal}; {way_out}, and run the same command with --resume to continue from {saved[-1].name}"
         ) from error
 
 
-def what_is_saved(run: Path) -> str:
-    """Return the line for a run that was stopped."""
+def describe_stopped(run: Path) -> str:
+    """Return the message for a stopped run: its last checkpoint, and how to resume."""
     saved = list_checkpoints(run)
     if not saved:
         return f"{run}: stopped before the first checkpoint; encodings are kept: run the same command again"
-    return f"{run}: stopped, saved at {saved[-1].name}; the same command with --resume goes on from there"
+    return f"{run}: stopped, saved at {saved[-1].name}; run the same command with --resume to continue"
 
 
 def describe_run(run: Path, start: Mapping[str, Any], from_step: int) -> dict[str, Any]:
-    """What `run.json` holds from the start: `start`, the command, the commit; an earlier attempt's resumes are kept."""
+    """Write `run.json` at the start: `start`, the command and the commit. Return its content.
+
+    The list of resumes is kept from earlier attempts.
+    """
     resumes = [*_resumes(run), {"from_step": from_step}] if from_step else []
     marked = {MARKER: LAYOUT_VERSION, **start}
     described = {**marked, "argv": sys.argv, "git_commit": _git_commit(), "resumes": resumes, "timings": {}}
@@ -222,23 +227,23 @@ def describe_run(run: Path, start: Mapping[str, Any], from_step: int) -> dict[st
 
 
 def _resumes(run: Path) -> list[Any]:
-    """Those of the attempts before, as far as `run.json` can be read."""
+    """Return the resumes of earlier attempts; empty if `run.json` cannot be read."""
     resumes = read_run_file(run).get("resumes", [])
     return resumes if isinstance(resumes, list) else []
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs, when git tracks it: a repository that it merely lies in is somebody else's."""
+    """Return the commit of this code, or None if git does not track it: the enclosing repository may be unrelated."""
     package = Path(__file__).parents[1]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     git = ["git", "-c", "core.fsmonitor=false", "-C", str(package)]
 
-    def said(*command: str) -> str:
+    def output_of(*command: str) -> str:
         done = subprocess.run([*git, *command], capture_output=True, text=True, timeout=5, check=True, env=environment)
         return done.stdout.strip()
 
     try:
-        said("ls-files", "--error-unmatch", "__init__.py")
-        return said("rev-parse", "HEAD")
+        output_of("ls-files", "--error-unmatch", "__init__.py")
+        return output_of("rev-parse", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -8,7 +8,7 @@ from sd3tune.methods import Method
 
 
 def encoding_knob(config: Config) -> str:
-    """For text encoders and VAE: they are loaded one at a time, T5 being by far the largest."""
+    """Return the advice for encoding. Text encoders and VAE are loaded one at a time, and T5 is by far the largest."""
     model = config.model
     if model.t5 and model.t5_device == "auto":
         if model.t5_quantize == "none":
@@ -22,6 +22,7 @@ def encoding_knob(config: Config) -> str:
 
 
 def loading_knob(config: Config) -> str:
+    """Return the advice for loading the base."""
     if config.model.dtype == "fp32":
         return "set model.dtype=auto, which takes half the memory on a GPU"
     if _can_be_quantised(config):
@@ -30,7 +31,7 @@ def loading_knob(config: Config) -> str:
 
 
 def training_knob(config: Config, method: Method) -> str:
-    """What costs least first: a smaller batch for the same result, then time, then resolution, then capacity."""
+    """Return the advice for training, the cheapest first: micro-batch size, recomputation, resolution, capacity."""
     train, side = config.train, config.data.resolution
     if train.batch_size > 1:
         factor = next(n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0)

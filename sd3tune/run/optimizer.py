@@ -1,4 +1,4 @@
-"""Whether the optimizer that was asked for works on this machine, and what is used where it does not."""
+"""Test of the configured optimizer on this machine, with a fallback."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from sd3tune.runtime.processes import Processes
 from sd3tune.training.optimizers import OPTIMIZERS, make_optimizer
 
 PROBED = 1000
-"""Values that the probe trains: a few blocks of 8-bit moments, the last one not full."""
+"""Number of parameters in the probe: a few blocks of 8-bit moments, with the last block partly filled."""
 
 
 def with_working_optimizer(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Plan:
-    """The plan, with fused AdamW in place of an 8-bit one that fails on a process's device; all use the same."""
+    """Return the plan, with fused AdamW instead of an 8-bit optimizer that fails in any process.
+
+    All processes use the same optimizer.
+    """
     asked = plan.config.optimizer
     fallback = OPTIMIZERS[asked.kind].fallback
     if fallback is None:
@@ -36,7 +39,7 @@ def with_working_optimizer(plan: Plan, processes: Processes, say: Callable[[str]
 
 
 def _probe(settings: OptimizerSection, device: torch.device) -> str | None:
-    """Take a step on the device, and another, which reads what the first one wrote; what went wrong, if anything."""
+    """Take two optimizer steps on the device, so that the second reads the first's state. Return the error, or None."""
     try:
         master = nn.Parameter(torch.zeros(PROBED, device=device))
         optimizer = make_optimizer(settings, master)
@@ -45,7 +48,7 @@ def _probe(settings: OptimizerSection, device: torch.device) -> str | None:
         for _ in range(2):
             optimizer.step()
         if not torch.allclose(master.detach(), torch.full_like(master, -2 * settings.lr), rtol=0.05, atol=0):
-            return "its steps are not those of AdamW"
-    except Exception as error:  # a library for another device or driver: anything can come out
+            return "its steps differ from AdamW's"
+    except Exception as error:  # a library built for another device or driver can raise anything
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return None

@@ -1,4 +1,4 @@
-"""Where a run keeps what other runs can use again."""
+"""Folders that runs share: the store and the drawn class images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sd3tune.config import Config
 
 
 def store_folder(config: Config) -> Path:
-    """`data.cache_dir`, else `$SD3TUNE_CACHE/store`, else `.cache/sd3tune` beside the folder that holds the run."""
+    """Return `data.cache_dir`, else `$SD3TUNE_CACHE/store`, else `.cache/sd3tune` beside the run's parent folder."""
     if config.data.cache_dir is not None:
         return Path(config.data.cache_dir)
     if os.environ.get("SD3TUNE_CACHE"):
@@ -18,5 +18,5 @@ def store_folder(config: Config) -> Path:
 
 
 def class_image_folder(config: Config) -> Path:
-    """Where class images lie that were drawn and not given a folder of their own."""
+    """Return the default folder for drawn class images, for sources that name none."""
     return store_folder(config) / "class-images"

@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before anything is loaded, encoded or written."""
+"""Checks of a run before anything is loaded, encoded or written."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from sd3tune.model.load.quantized import missing_library
 from sd3tune.model.lora.targets import CoverageRow
 from sd3tune.publish.repository import repository_of
 from sd3tune.run.buckets import buckets_of, largest_side
-from sd3tune.run.folder import check_room, starting_checkpoint
+from sd3tune.run.folder import check_disk_space, starting_checkpoint
 from sd3tune.run.priors import PlannedPrior, plan_priors
 from sd3tune.runtime.device import choose_dtype, gpu_of
 from sd3tune.tracking.trackers import missing_packages
 from sd3tune.training.objective import share_inside, shift_at
 from sd3tune.training.optimizers import OPTIMIZERS
 
-_LEAST_SHARE = 1e-6
+_MIN_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is possible as far as can be told without weights."""
+    """A run that passed all checks that need no weights."""
 
     config: Config
-    """With `train.epochs`, if that was given, resolved into `train.steps`."""
+    """The configuration, with `train.epochs` resolved into `train.steps`."""
     run: Path
     base: Base
     records: Sequence[Record]
     holdout: Sequence[Record]
-    """Measured on, not trained on."""
+    """Records for the held-out loss; none is trained on."""
     method: Method
     modules: Sequence[str]
     coverage: Sequence[CoverageRow]
@@ -57,17 +57,17 @@ class Plan:
     model_shift: float
     """The base scheduler's own sigma shift."""
     shift: float
-    """The shift in force at `data.resolution`: the configured number, or what follows from the base's own."""
+    """The effective shift at `data.resolution`: the configured number, or derived from the base's own."""
     start: Path | None
     """The checkpoint to resume from."""
     buckets: Sequence[Size]
-    """The sizes that images may be cut to, (height, width) in pixels."""
+    """Bucket sizes, (height, width) in pixels."""
     priors: Sequence[PlannedPrior]
-    """Class images, for each source that asks for them."""
+    """Class images of each source that uses them."""
     optimizer_fallback: str | None = None
-    """Why `config.optimizer` is fused AdamW where an 8-bit one was asked for."""
+    """The reason for using fused AdamW instead of the configured 8-bit optimizer; None without a fallback."""
     warnings: Sequence[str] = ()
-    """What of the data is passed over, or read in a way that may surprise."""
+    """Warnings about skipped files and surprising readings of the data."""
 
     @property
     def images_per_epoch(self) -> int:
@@ -75,9 +75,9 @@ class Plan:
 
 
 def make_plan(config: Config, device: torch.device, resume: bool | None, world: int = 1) -> Plan:
-    """Check data, base, targets, sizes and, unless `resume` is None, the run folder; `world` processes will train.
+    """Check data, base, targets, sizes and, unless `resume` is None, the run folder.
 
-    Raises UserError with every problem found.
+    `world` is the number of processes that will train. Raises UserError with every problem found.
     """
     problems = missing_packages(config.tracking)
     warnings: list[str] = []
@@ -88,7 +88,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     run = Path(str(config.output_dir))
     try:
         records, holdout = split_records(config, load_records(config.data, warn=warnings.append), warnings.append)
-        config = with_steps(config, sum(record.repeats for record in records), world)
+        config = resolve_epochs(config, sum(record.repeats for record in records), world)
     except UserError as error:
         problems += error.problems
     try:
@@ -112,7 +112,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         raise UserError(*problems)
     coverage = method.coverage(transformer)
     if resume is not None:
-        check_room(run, _bytes_to_save(config, method, sum(row.parameters for row in coverage), start))
+        check_disk_space(run, _bytes_to_save(config, method, sum(row.parameters for row in coverage), start))
     scheduler_shift = float(load_scheduler(base).config.shift)
     shift = shift_at(config.flow, scheduler_shift, config.data.resolution**2)
     _check_sigmas(config.flow, shift)
@@ -139,7 +139,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
 def _upload_problems(config: Config) -> Sequence[str]:
     repository = repository_of(config.hub)
     try:
-        with naming_hub_push():
+        with explain_hub_push():
             if repository is not None:
                 repository.check_token()
     except RunError as error:
@@ -148,8 +148,8 @@ def _upload_problems(config: Config) -> Sequence[str]:
 
 
 @contextlib.contextmanager
-def naming_hub_push() -> Iterator[None]:
-    """Say of what is in the way of a later upload that the run can do without."""
+def explain_hub_push() -> Iterator[None]:
+    """Add to a RunError about uploads that the run can do without: set hub.push=never, and push later."""
     try:
         yield
     except RunError as error:
@@ -158,7 +158,7 @@ def naming_hub_push() -> Iterator[None]:
 
 
 def _bytes_to_save(config: Config, method: Method, parameters: int, start: Path | None) -> int:
-    """What a run writes at least: its checkpoints (when it goes on, the next one) and what it exports."""
+    """Return the minimum bytes that a run writes: exports and checkpoints; when it resumes, one checkpoint."""
     average = config.ema is not None
     in_checkpoint = 4 * (1 + 2 + average) + method.exported_bytes  # master, Adam's moments and the average are fp32
     saved = 1 if start else min(config.checkpoint.keep, math.ceil(config.train.total_steps / config.checkpoint.every))
@@ -172,7 +172,7 @@ def _images(count: int) -> str:
 def split_records(
     config: Config, records: list[Record], warn: Callable[[str], None] = lambda line: None
 ) -> tuple[list[Record], list[Record]]:
-    """What is trained on, and what is held out. Raises DataError when one of them would lack images."""
+    """Return training and held-out records. Raises DataError if either would be without images."""
     holdout = config.validation.holdout
     if isinstance(holdout, str):
         first = config.data.sources[0]
@@ -192,6 +192,7 @@ def split_records(
 
 
 def check_installed(config: Config) -> None:
+    """Raise RunError if a quantization or optimizer library of the configuration is missing."""
     missing = [
         line for name, form in config.model.fewer_bits.items() for line in missing_library(f"model.{name}: {form}")
     ]
@@ -203,8 +204,8 @@ def check_installed(config: Config) -> None:
         raise RunError(f"optimizer.kind: {kind} needs {extra}: pip install 'sd3tune[{extra}]'")
 
 
-def with_steps(config: Config, images_per_epoch: int, world: int) -> Config:
-    """The configuration with its epochs as steps, rounded up. Raises ConfigError when the warm-up is as long."""
+def resolve_epochs(config: Config, images_per_epoch: int, world: int) -> Config:
+    """Return the configuration with epochs as steps, rounded up. Raises ConfigError if the warm-up does not fit."""
     train = config.train
     if train.epochs is None:
         return config
@@ -219,7 +220,7 @@ def with_steps(config: Config, images_per_epoch: int, world: int) -> Config:
 
 
 def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
-    """ConfigError where the base is too small: for the pictures, or for the blocks to checkpoint."""
+    """Raise ConfigError if the base has too few blocks to checkpoint, or cannot take the resolution."""
     blocks, there = config.train.checkpointed_blocks, int(transformer["num_layers"])
     if blocks is not None and blocks > there:
         raise ConfigError(f"train.checkpointed_blocks: {blocks} of {there} blocks; at most {there}, or null for all")
@@ -229,10 +230,10 @@ def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
 
 
 def _check_sigmas(flow: FlowConfig, shift: float) -> None:
-    """ConfigError for bounds between which hardly a sigma is drawn: rounding would put them all on one value."""
+    """Raise ConfigError if almost no sigma falls between the bounds: rounding would make them all equal."""
     share = share_inside(flow, shift)
-    if share < _LEAST_SHARE:
+    if share < _MIN_SHARE:
         raise ConfigError(
             f"flow.min_sigma {flow.min_sigma:g} and flow.max_sigma {flow.max_sigma:g}: {flow.timesteps.kind} with "
-            f"shift {shift:.3g} draws next to nothing between them ({share:.1g} of all sigmas); widen them"
+            f"shift {shift:.3g} draws almost nothing between them ({share:.1g} of all sigmas); widen them"
         )

@@ -1,4 +1,4 @@
-"""The previews that a run holds, read back from its folder."""
+"""The previews of a run, read from its folder."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from sd3tune.training.checkpoint import list_checkpoints
 
 @dataclass(frozen=True)
 class Preview:
-    """A picture that the weights of a step drew."""
+    """A picture drawn with the weights of one step."""
 
     path: Path
     step: int
     number: int
-    """Of its prompt in `preview.prompts`."""
+    """Index of the prompt in `preview.prompts`."""
     recipe: Mapping[str, Any]
-    """`prompt`, `steps`, `guidance`, `seed`, `weights` (`raw` or `ema`) and `noise_offset`, where there is one."""
+    """`prompt`, `steps`, `guidance`, `seed`, `weights` (`raw` or `ema`) and, if set, `noise_offset`."""
 
 
 def previews_of(run: Path) -> list[Preview]:
-    """All of them by step and number. A file that says nothing of itself is none."""
+    """Return all previews, sorted by step and number. Files without a recipe are ignored."""
     named = ((path, PREVIEW_NAME.fullmatch(path.name)) for path in (run / SAMPLES).glob("step-*.png"))
     found = [
         Preview(path, int(name[1]), int(name[2]), recipe)
@@ -39,14 +39,14 @@ def previews_of(run: Path) -> list[Preview]:
 
 
 def run_of(adapter: Path) -> Path | None:
-    """Return the folder of the run that an adapter file lies in."""
+    """Return the run folder that contains an adapter file; None if there is none."""
     return next((folder for folder in list(adapter.absolute().parents)[:4] if read_run_file(folder)), None)
 
 
 def step_of(adapter: Path, run: Path) -> int | None:
     """Return the step whose weights an adapter file of the run holds; None for a file that the run did not export.
 
-    Raises OSError, ValueError or LookupError where the run's folder is damaged.
+    Raises OSError, ValueError or LookupError if the run folder is damaged.
     """
     file = adapter.absolute().relative_to(run)
     if file.parts[0] == "checkpoints":

@@ -1,4 +1,4 @@
-"""Prior preservation with class images: which a source has, which its folder lacks, and drawing those."""
+"""Prior preservation with class images: the images found per source, and the missing ones to draw."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DRAWN = re.compile(r"class-[0-9a-f]{8}-\d+x\d+-\d{4,}\.png")
 
 @dataclass(frozen=True)
 class Drawn:
-    """A class image that the base draws, or has drawn."""
+    """A class image drawn by the base, or still to be drawn."""
 
     path: Path
     prompt: str
@@ -42,9 +42,9 @@ class PlannedPrior:
     source: int
     settings: ClassImagesConfig
     sizes: Sequence[Size]
-    """The buckets in which the source has images."""
+    """The buckets of the source's images."""
     own: Sequence[Record]
-    """Found in the folder, and not drawn by a run."""
+    """The user's own class images, found in the folder."""
     drawn: Sequence[Drawn]
 
     @property
@@ -62,7 +62,7 @@ class PlannedPrior:
 
 
 def describe_prompts(prompts: Sequence[str]) -> str:
-    """`'a dog'`, or `'a dog', 'a puppy', 'a dog at sea' and 9 more prompts`."""
+    """Return the prompts in words: `'a dog'`, or `'a dog', 'a puppy', 'a dog at sea' and 9 more prompts`."""
     shown = ", ".join(repr(prompt) for prompt in prompts[:3])
     more = len(prompts) - 3
     return shown if more < 1 else f"{shown} and {more} more prompt{'s' * (more > 1)}"
@@ -75,7 +75,7 @@ def plan_priors(
     base: Base,
     warn: Callable[[str], None] = lambda line: None,
 ) -> list[PlannedPrior]:
-    """The class images of every source that asks for them. Raises DataError with every problem."""
+    """Return the class images of every source that uses them. Raises DataError with every problem."""
     planned, problems = [], list[str]()
     for number, source in enumerate(config.data.sources):
         settings = source.prior.class_images if source.prior else None
@@ -101,10 +101,10 @@ def _plan(
     warn: Callable[[str], None],
 ) -> PlannedPrior:
     folder = Path(settings.path) if settings.path else class_image_folder(config)
-    own = _own_images(folder, settings.prompts[0], number, warn) if settings.path else []
+    own = _images_not_drawn(folder, settings.prompts[0], number, warn) if settings.path else []
     found = Counter(nearest_bucket(upright_size(record.image), list(shapes)) for record in own)
     wanted = {size: wanted - found[size] for size, wanted in shares(shapes, settings.images).items()}
-    drawn = _in_turns(config, settings, base, folder, wanted)
+    drawn = _images_to_draw(config, settings, base, folder, wanted)
     lacking = [size for size in shapes if not found[size] and not any(of.size == size for of in drawn)]
     if lacking:
         raise DataError(
@@ -115,7 +115,7 @@ def _plan(
 
 
 def shares(shapes: Mapping[Size, int], total: int) -> dict[Size, int]:
-    """`total` divided in proportion to the counts, by largest remainders, with at least one each unless it is 0."""
+    """Divide `total` in proportion to the counts, by largest remainders, at least one each unless `total` is 0."""
     if not total:
         return dict.fromkeys(shapes, 0)
     exact = {size: Fraction(total * count, sum(shapes.values())) for size, count in shapes.items()}
@@ -126,7 +126,7 @@ def shares(shapes: Mapping[Size, int], total: int) -> dict[Size, int]:
     return {size: max(1, share) for size, share in found.items()}
 
 
-def _own_images(folder: Path, prompt: str, number: int, warn: Callable[[str], None]) -> list[Record]:
+def _images_not_drawn(folder: Path, prompt: str, number: int, warn: Callable[[str], None]) -> list[Record]:
     if folder.exists() and not folder.is_dir():
         raise DataError(f"data.sources.{number}.prior.path: {folder} is a file; name a folder")
     if not folder.is_dir() or not any(images_in(folder)):
@@ -135,10 +135,13 @@ def _own_images(folder: Path, prompt: str, number: int, warn: Callable[[str], No
     return [record for record in records if not _DRAWN.fullmatch(record.image.name)]
 
 
-def _in_turns(
+def _images_to_draw(
     config: Config, settings: ClassImagesConfig, base: Base, folder: Path, wanted: Mapping[Size, int]
 ) -> list[Drawn]:
-    """As many of each size as wanted, the prompts in turns; images of a prompt and size are numbered by themselves."""
+    """Return the wanted number of images for each size, cycling through the prompts.
+
+    Each pair of prompt and size has its own numbering.
+    """
     turns, drawn = itertools.cycle(settings.prompts), list[Drawn]()
     recipes = {prompt: _recipe(config, settings, prompt, base) for prompt in settings.prompts}
     for size, count in wanted.items():
@@ -152,7 +155,7 @@ def _in_turns(
 
 
 def _recipe(config: Config, settings: ClassImagesConfig, prompt: str, base: Base) -> str:
-    """Part of the names of drawn images: those of another prompt or base are not taken for them."""
+    """Return a digest for the names of drawn images, so that a change of prompt, base or settings draws new ones."""
     model = config.model
     return key(
         "class image",

@@ -1,4 +1,4 @@
-"""The closing report: did it learn anything? Measured on what was exported."""
+"""The closing report: tests whether the exported weights have learned anything."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from sd3tune.training.batches import Batch, Batches
 from sd3tune.training.step import predict_velocity
 
 FIXED_SIGMAS = (0.2, 0.4, 0.6, 0.8)
-SEARCHED_STEPS = 64
-"""How far to look for images that are not broken."""
+PROBE_SEARCH_STEPS = 64
+"""Number of steps to search for images with finite latents."""
 NO_CHANGE = 1e-7
-"""Relative change of the velocity below which training did nothing; fp32 rounding alone makes about this much."""
+"""Relative change of the velocity that counts as none: fp32 rounding alone causes about this much."""
 
 
 @torch.no_grad()
 def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], batches: Batches) -> dict[str, Any]:
-    """Change of each block and of one denoising step, and the training loss at fixed noise, of the base and trained."""
+    """Measure the change of each block and of one denoising step, and the loss of base and result at fixed noise."""
     probes = _probes(batches)
     with plan.method.as_exported(transformer, weights):
         trained = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
     with plan.method.disabled(transformer):
         base = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
-    size = _size(base) or _size(trained)  # new weights predict nothing at all
+    size = _total_norm(base) or _total_norm(trained)  # untrained random weights predict zeros
     change = sum((a - b).norm().item() for a, b in zip(trained, base, strict=True)) / size if size else math.nan
     block_changes = plan.method.block_changes(transformer, weights)
     return {
         "weights": "raw" if plan.config.ema is None else "ema",
         "block_changes": block_changes,
         "velocity_change": change,
-        # False for NaN, too. Equal weights elsewhere in memory can differ by more, so they are asked as well.
+        # False for NaN, too. Equal weights can differ by more at another address, so the weights must differ as well.
         "changes_output": change > NO_CHANGE and any(block_changes.values()),
         "fixed_noise_loss": {
             "sigma": list(FIXED_SIGMAS[: len(probes)]),
@@ -54,12 +54,12 @@ def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], 
     }
 
 
-def _size(velocities: Sequence[Tensor]) -> float:
+def _total_norm(velocities: Sequence[Tensor]) -> float:
     return sum(velocity.norm().item() for velocity in velocities)
 
 
 def _losses(velocities: Sequence[Tensor], probes: Sequence[Batch]) -> list[float]:
-    """The squared error, whatever was minimised, so that runs compare."""
+    """Return the mean squared error of each probe; not the minimised loss, so that runs are comparable."""
     return [
         velocity_loss(velocity, velocity_target(probe.latents, probe.noise)).mean().item()
         for velocity, probe in zip(velocities, probes, strict=True)
@@ -67,7 +67,7 @@ def _losses(velocities: Sequence[Tensor], probes: Sequence[Batch]) -> list[float
 
 
 def next_command(plan: Plan) -> str:
-    """Return the command that draws the last preview of the first prompt again, or without prompts a caption."""
+    """Return the command that redraws the first prompt's last preview or, without prompts, draws a caption."""
     settings = plan.config.preview
     if settings.prompts:
         return infer_command(plan.method, plan.run, settings.prompts[0], settings.seed)
@@ -75,7 +75,7 @@ def next_command(plan: Plan) -> str:
 
 
 def infer_command(method: Method, run: Path, prompt: str, seed: int = 0) -> str:
-    """Return what to type to draw with a run; `infer` takes steps, guidance, size and T5 length from its contract."""
+    """Return the `infer` command for a run; steps, guidance, size and T5 length come from its contract."""
     relative = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     what = method.infer_arguments(relative)
     seeded = ["--seed", str(seed)] if seed else []
@@ -84,7 +84,7 @@ def infer_command(method: Method, run: Path, prompt: str, seed: int = 0) -> str:
 
 
 def describe_speed(skipped: Collection[int], steps: int, seconds: float) -> list[str]:
-    """Return how fast the steps were, and a warning of those that the optimizer skipped."""
+    """Return a line with the throughput, and a warning about skipped steps."""
     lines = [f"{steps} steps in {seconds:.1f} s ({steps / max(seconds, 1e-9):.2f} per second)"]
     if skipped:
         count, first = len(skipped), ", ".join(map(str, list(skipped)[:10]))
@@ -96,7 +96,7 @@ def describe_speed(skipped: Collection[int], steps: int, seconds: float) -> list
 
 
 def describe_learning(plan: Plan, report: Mapping[str, Any]) -> list[str]:
-    """Return the report in words."""
+    """Return the report as lines of text."""
     changes, loss = report["block_changes"], report["fixed_noise_loss"]
     largest = max(changes.values()) or 1.0
     bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * change / largest)] for change in changes.values())
@@ -113,14 +113,14 @@ def describe_learning(plan: Plan, report: Mapping[str, Any]) -> list[str]:
 
 
 def describe_product(plan: Plan, report: Mapping[str, Any]) -> str:
-    """Return the line that says where the trained weights are."""
+    """Return the line with the folder of the trained weights."""
     product = plan.method.product
     average = f" (the average, EMA; as trained: {product.raw})" if report["weights"] == "ema" else ""
     return f"{product.name:<9} {plan.run / product.name}{average}"
 
 
 def describe_next(plan: Plan) -> list[str]:
-    """Return where to look, and the command to type next."""
+    """Return the lines with contact sheet, card and next command."""
     sheet, card = plan.run / SAMPLES / SHEET, plan.run / CARD
     return [
         *([f"pictures  {sheet}"] if sheet.is_file() else []),
@@ -136,13 +136,13 @@ def _divergence(plan: Plan, report: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"warning: one denoising step changes by more than {100 * DIVERGED:.0f} %: the training has probably diverged; "
-        "look at what it draws, and train again with a lower optimizer.lr"
+        "check the previews, and train again with a lower optimizer.lr"
     ]
 
 
 def _probes(batches: Batches) -> list[Batch]:
-    """An image of the training data for each of the sigmas: one, whatever the batch size, for the user is waiting."""
-    fetched = (batches.fetch(step, 0) for step in range(SEARCHED_STEPS))
+    """Return one training image per sigma: one whatever the batch size, to keep the report fast."""
+    fetched = (batches.fetch(step, 0) for step in range(PROBE_SEARCH_STEPS))
     first = (batch.rows(slice(1)) for batch in fetched)
     usable = itertools.islice((image for image in first if image.latents.isfinite().all()), len(FIXED_SIGMAS))
     return [

@@ -1,4 +1,4 @@
-"""From a frozen transformer to one that is trained, as the configuration says."""
+"""Set-up of the transformer for training, as configured."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from sd3tune.run.preflight import Plan
 
 
 def load_base(plan: Plan) -> SD3Transformer2DModel:
-    """The frozen transformer on its device, held as the configuration says."""
+    """Load the frozen transformer onto its device, quantized if configured."""
     prepare = hoist if hoists(plan.config, plan.modules) else None
     return load_transformer_in(plan.config.model.quantize, plan.base, plan.dtype, plan.device, prepare)
 
 
 def hoists(config: Config, modules: Sequence[str]) -> bool:
-    """Whether the adaLN modulations are computed ahead: where they are asked for, and none of `modules` makes them."""
+    """Return whether adaLN modulations are computed ahead: if configured, and if no trained module produces them."""
     return config.train.hoist and not any(is_modulation(name) for name in modules)
 
 
 def make_trainable(config: Config, method: Method, transformer: SD3Transformer2DModel) -> dict[str, nn.Parameter]:
-    """What is trained, fp32, now part of the model, which checkpoints its blocks and takes the fast path if asked to.
+    """Add the trainable parameters to the model, and return them by name, fp32.
 
-    Works on the meta device, too.
+    Sets up gradient checkpointing and the fast path, if configured. Works on the meta device, too.
     """
     checkpoint_blocks(transformer, config.train.gradient_checkpointing, config.train.checkpointed_blocks)
     parameters = method.inject(transformer, lambda name: generator(config.seed, "init", name))

@@ -1,4 +1,4 @@
-"""The sigmas of a run in words, from the quadrature over u: nothing is sampled."""
+"""Description of a run's sigma distribution, computed by quadrature over u, without sampling."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 
 def describe_sigmas(flow: FlowConfig, shift: float) -> str:
-    """`logit_normal, shift 3: half of the samples above 0.75, 14 % above 0.9, 1 % below 0.1 |▁▂▄▆█|`.
+    """Return e.g. `logit_normal, shift 3: half of the samples above 0.75, 14 % above 0.9, 1 % below 0.1 |▁▂▄▆█|`.
 
-    One bar per bin of `metrics.jsonl`; `shift` is the one in force.
+    One bar per bin of `metrics.jsonl`; `shift` is the effective one.
     """
     u = (torch.arange(QUADRATURE_POINTS, dtype=torch.float64) + 0.5) / QUADRATURE_POINTS
     draw = sigma_of_u(flow, shift)

@@ -1,4 +1,4 @@
-"""A small picture inside an adapter's header (`modelspec.thumbnail`), which UIs show; training never writes one."""
+"""The thumbnail in an adapter's header (`modelspec.thumbnail`), shown by UIs; training never writes one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIDE, QUALITY = 256, 85
 def thumbnail(picture: Path) -> dict[str, str]:
     """Return the metadata entry: a JPEG of at most 256 pixels a side as a data URI, 5 to 30 kB.
 
-    Raises DataError for what is no picture.
+    Raises DataError if the file is not a picture.
     """
     image = open_image(picture)
     image.thumbnail((SIDE, SIDE))
@@ -30,7 +30,7 @@ def thumbnail(picture: Path) -> dict[str, str]:
 
 
 def preview_of(adapter: Path) -> Path | None:
-    """Return the first preview that the weights of an adapter file drew in its run; None where there is none."""
+    """Return the first preview that its run drew with an adapter file's weights; None without one."""
     run = run_of(adapter)
     try:
         step = None if run is None else step_of(adapter, run)
@@ -42,7 +42,7 @@ def preview_of(adapter: Path) -> Path | None:
 
 
 def with_metadata(adapter: Path, more: dict[str, str]) -> bytes:
-    """Return the bytes of a safetensors file with further metadata; the tensors' bytes stay as they are.
+    """Return the bytes of a safetensors file with added metadata and unchanged tensors.
 
     The header's order is kept, so that the same file and metadata give the same bytes. Raises AdapterError.
     """

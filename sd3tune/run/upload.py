@@ -1,4 +1,4 @@
-"""Uploading a run to the Hub: all of a finished run, at its end or any time later."""
+"""Upload of a finished run to the Hub, at its end or later."""
 
 from __future__ import annotations
 
@@ -14,35 +14,38 @@ from sd3tune.publish.files import (
 )
 from sd3tune.publish.repository import Repository, repository_of
 from sd3tune.run.card import card_to_upload
-from sd3tune.run.preflight import Plan, naming_hub_push
+from sd3tune.run.preflight import Plan, explain_hub_push
 
 
-def push_run(run: Path, repository: Repository, instead: Upload = MappingProxyType({}), progress: bool = False) -> str:
-    """Upload all of a finished run that is for others. Returns a line that says where it is. Raises UserError.
+def push_run(
+    run: Path, repository: Repository, overrides: Upload = MappingProxyType({}), progress: bool = False
+) -> str:
+    """Upload the public files of a finished run. Return a line with the address. Raises UserError.
 
-    `instead` has other contents for some of the files.
+    `overrides` replaces the content of some files.
     """
-    files = {**files_of_run(run), **instead}
+    files = {**files_of_run(run), **overrides}
     if CARD in files:
         files[CARD] = card_to_upload(run, repository.repo_id)
     commit = repository.commit(files, f"{run.name}, trained with sd3tune", progress)
-    return f"uploaded  {repository.url}" if commit else f"uploaded  {repository.url} has all of it already"
+    return f"uploaded  {repository.url}" if commit else f"uploaded  {repository.url} is up to date"
 
 
 def prepare_upload(plan: Plan) -> None:
-    """Before anything is encoded: make the repository, and see that it may be written to. Raises RunError."""
+    """Create the repository and check write access, before anything is encoded. Raises RunError."""
     repository = repository_of(plan.config.hub)
     if repository is not None:
-        with naming_hub_push():
+        with explain_hub_push():
             repository.prepare()
 
 
 def push_command(run: Path) -> str:
+    """Return the command that uploads a run."""
     return command_line("sd3tune", "hub", "push", str(run))
 
 
 def left_out(run: Path) -> list[str]:
-    """Return a line that names the pictures which are not uploaded; none where all are."""
+    """Return a line with the pictures that are not uploaded; empty if all are."""
     names = pictures_left_out(run)
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return [f"not uploaded: {shown}: no preview that this run drew"] if names else []
+    return [f"not uploaded: {shown}: not drawn by this run"] if names else []

@@ -1,4 +1,4 @@
-"""Whether diffusers draws with an adapter what the run drew with it while it was trained."""
+"""Comparison of a run's preview with the same picture drawn by diffusers from the exported adapter."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from sd3tune.run.previews import Preview, previews_of, run_of, step_of
 from sd3tune.runtime.device import choose_dtype, dtype_name, gpu_of
 from sd3tune.sampling.sampler import add_offset
 
-LEAST_PSNR = 40.0
-"""Decibels between two drawings of the same weights in one precision; what rounds otherwise stays well above."""
+MIN_PSNR = 40.0
+"""Minimum PSNR in dB between two drawings with the same weights and precision; rounding stays well above it."""
 
 
 def compare_with_preview(adapter: Adapter, base: Base, dtype: str, device: torch.device) -> str:
-    """A line with the figure, or on why there is none.
+    """Return a line with the PSNR, or with the reason for having none.
 
-    The first prompt of the step that was exported is drawn again, with its seed and settings, by a fresh pipeline with
-    the file; in the run's precision, unless `dtype` names another. Raises AdapterError when, in the run's precision and
-    on its kind of device, another picture comes out.
+    A new pipeline with the file redraws the first preview of the exported step, with its seed and settings. `dtype` is
+    the precision; `auto` is the run's. Raises AdapterError if the pictures differ in the run's precision and on its
+    device type.
     """
     found = _find(adapter, base)
     if isinstance(found, str):
         return f"no preview to compare with: {found}"
-    wanted = _dtype(dtype, adapter, device)
-    figure = psnr(Image.open(found.preview.path), _draw(adapter, base, found.preview, wanted, device))
+    used = _dtype(dtype, adapter, device)
+    figure = psnr(Image.open(found.preview.path), _draw(adapter, base, found.preview, used, device))
     what = f"{found.preview.path.name}, a preview of step {found.preview.step}, drawn again by diffusers"
     if math.isinf(figure):
         return f"{what}: equal to the pixel"
-    then, now = (adapter.contract["dtype"], found.device), (dtype_name(wanted), device.type)
+    then, now = (adapter.contract["dtype"], found.device), (dtype_name(used), device.type)
     if then != now:
         return f"{what}: PSNR {figure:.1f} dB, in {now[0]} on {now[1]}, and {then[0]} on {then[1]} in training"
-    if figure < LEAST_PSNR:
+    if figure < MIN_PSNR:
         raise AdapterError(
             f"{adapter.path}: with it, diffusers draws another picture than the training did: {what}, PSNR "
             f"{figure:.1f} dB; the file is not the one that drew it"
@@ -54,7 +54,7 @@ def compare_with_preview(adapter: Adapter, base: Base, dtype: str, device: torch
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures of 8 bits, in dB; infinite for equal ones, of other sizes -inf."""
+    """Return the peak signal-to-noise ratio of two 8-bit pictures in dB: inf if equal, -inf if sizes differ."""
     if one.size != other.size:
         return -math.inf
     first, second = (pil_to_tensor(image.convert("RGB")).double() for image in (one, other))
@@ -66,11 +66,11 @@ def psnr(one: Image.Image, other: Image.Image) -> float:
 class _Found:
     preview: Preview
     device: str
-    """The kind that it was drawn on."""
+    """Type of the device that drew it."""
 
 
 def _find(adapter: Adapter, base: Base) -> _Found | str:
-    """The preview that these weights drew, or why there is none."""
+    """Return the preview drawn with these weights, or the reason for having none."""
     run = run_of(adapter.path)
     if run is None:
         return "the file does not lie in the folder of a run"
@@ -85,7 +85,7 @@ def _find(adapter: Adapter, base: Base) -> _Found | str:
 def _find_in(run: Path, adapter: Adapter) -> _Found | str:
     step = step_of(adapter.path, run)
     if step is None:
-        return "it is none of the files that a finished run has exported"
+        return "the file is not an export of a finished run"
     drawn = [preview for preview in previews_of(run) if preview.step == step]
     same = [preview for preview in drawn if preview.recipe["weights"] == adapter.contract.get("weights")]
     if not same:
@@ -103,7 +103,7 @@ def _dtype(asked: str, adapter: Adapter, device: torch.device) -> torch.dtype:
 
 @torch.no_grad()
 def _draw(adapter: Adapter, base: Base, preview: Preview, dtype: torch.dtype, device: torch.device) -> Image.Image:
-    """As the run drew it, by diffusers; text encoders and transformer are not in memory together."""
+    """Redraw a preview with diffusers. Text encoders are freed before the transformer is loaded."""
     contract, recipe = adapter.contract, preview.recipe
     texts = text_pipeline(base, contract["encoders"], dtype, device)
     embeds = texts.encode_prompt(
@@ -128,7 +128,7 @@ def _draw(adapter: Adapter, base: Base, preview: Preview, dtype: torch.dtype, de
 
 
 def _decode(vae: AutoencoderKL, latents: torch.Tensor, processor: Any) -> Image.Image:
-    """As the pipeline ends, but for a VAE in another precision."""
+    """Decode latents as the pipeline does, but in the VAE's own precision."""
     scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
     image: Image.Image = processor.postprocess(vae.decode(scaled, return_dict=False)[0], output_type="pil")[0]
     return image

@@ -1,4 +1,4 @@
-"""The device and the precision of a run, from accelerate."""
+"""Device and precision of a run, with accelerate."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safete
 
 
 def make_accelerator(accumulation: int = 1) -> Accelerator:
-    """Device and process group. Precision and accumulation are ours, whatever the environment or a config file says.
+    """Set up device and process group. Accelerate's own settings of precision and accumulation are overridden.
 
-    Raises RunError when the environment asks for a GPU that is not there or for a split model, or is not that of a
-    whole launch.
+    Raises RunError if the environment asks for a missing GPU or a split model, or describes an incomplete launch.
     """
     problems = launch_problems(os.environ) + sharding_problems(os.environ)
     asked = gpu_asked_for(os.environ)
@@ -38,10 +37,10 @@ def make_accelerator(accumulation: int = 1) -> Accelerator:
         )
     except (ValueError, RuntimeError, ImportError) as error:
         ours = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("ACCELERATE_")]
-        where = f"; the environment says {', '.join(ours)}" if ours else ""
+        where = f"; the environment has {', '.join(ours)}" if ours else ""
         raise RunError(f"the processes could not be set up: {' '.join(str(error).split())[:300]}{where}") from error
     world = int(os.environ.get("WORLD_SIZE") or 1)
-    if world > 1 and accelerator.num_processes == 1:  # each of them would train alone, in one folder
+    if world > 1 and accelerator.num_processes == 1:  # each process would train alone, in the same folder
         raise RunError(
             f"WORLD_SIZE={world}: accelerate sets up one process where torch finds no GPU; "
             "on the CPU start them with --num-processes"
@@ -53,11 +52,11 @@ def make_accelerator(accumulation: int = 1) -> Accelerator:
 class Gpu:
     name: str
     has_bf16: bool
-    """In hardware: emulated, it is slower than fp32."""
+    """True if in hardware: emulated bf16 is slower than fp32."""
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
-    """What there is to know about a CUDA device; None for any other."""
+    """Return name and bf16 support of a CUDA device; None for other devices."""
     if device.type != "cuda":
         return None
     with torch.cuda.device(device):
@@ -65,7 +64,10 @@ def gpu_of(device: torch.device) -> Gpu | None:
 
 
 def choose_dtype(wanted: str, gpu: Gpu | None, asked_by: str = "model.dtype") -> torch.dtype:
-    """`auto`: fp32 without a GPU, bf16 on one that has it, else fp16. Raises RunError for bf16 on a GPU without it."""
+    """Return a dtype by name. `auto` is fp32 without a GPU, bf16 on a GPU that has it, else fp16.
+
+    Raises RunError for bf16 on a GPU without it.
+    """
     if wanted == "auto":
         if gpu is None:
             return torch.float32
@@ -80,5 +82,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of sd3tune, Python and the main libraries."""
     found = {"sd3tune": __version__, "python": platform.python_version()}
     return found | {name: metadata.version(name) for name in LIBRARIES}

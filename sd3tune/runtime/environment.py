@@ -1,4 +1,4 @@
-"""What the environment asks of a process: its place among others, and a GPU. Nothing here imports torch."""
+"""Environment variables of a launch: ranks, model sharding, and GPUs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import yaml
 from sd3tune.invocation import command_line
 
 _PLACE = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-_MEETING = ("MASTER_ADDR", "MASTER_PORT")
+_RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 _WAY_OUT = "a launcher sets it, or left it behind: unset it, and start several processes with --num-processes"
 
 
 def launch_problems(environment: Mapping[str, str]) -> list[str]:
-    """What is wrong with the variables by which a launcher tells a process its place; nothing when none is set.
+    """Return the problems of the launcher's variables, such as WORLD_SIZE and RANK; empty if none is set.
 
-    Half of them would otherwise be passed over, and a process that is one of two would train as if it were alone,
-    or wait for the other forever.
+    Incomplete variables would otherwise be ignored. One of two processes would then train alone, or wait forever.
     """
-    given = {name: environment[name] for name in (*_PLACE, *_MEETING) if environment.get(name, "-1") not in ("", "-1")}
+    given = {
+        name: environment[name] for name in (*_PLACE, *_RENDEZVOUS) if environment.get(name, "-1") not in ("", "-1")
+    }
     odd = [name for name, value in given.items() if name != "MASTER_ADDR" and not value.isdecimal()]
     if odd:
         return [f"{name}={given[name]}: not a whole number; {_WAY_OUT}" for name in odd]
@@ -31,7 +32,7 @@ def launch_problems(environment: Mapping[str, str]) -> list[str]:
     world = int(given["WORLD_SIZE"])
     if world == 0:
         return [f"WORLD_SIZE=0: at least 1; {_WAY_OUT}"]
-    missing = [name for name in (*_PLACE, *_MEETING) if name not in given]
+    missing = [name for name in (*_PLACE, *_RENDEZVOUS) if name not in given]
     if world > 1 and missing:
         return [f"WORLD_SIZE={world}: set without {', '.join(missing)}; {_WAY_OUT}"]
     return [
@@ -42,14 +43,14 @@ def launch_problems(environment: Mapping[str, str]) -> list[str]:
 
 
 _SHARDING = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
-"""What accelerate calls the ways to split a model, in ACCELERATE_USE_... and as `distributed_type`."""
+"""Sharding methods by accelerate's name, in ACCELERATE_USE_... and as `distributed_type`."""
 
 
 def sharding_problems(environment: Mapping[str, str]) -> list[str]:
-    """The variables that ask for a way to split the model over devices, which this trainer does not have."""
+    """Return a problem for each variable that asks to shard the model over devices, which is not supported."""
     names = [f"ACCELERATE_USE_{way}" for way in (*_SHARDING, "PARALLELISM_CONFIG")]
     return [
-        f"{name}={environment[name]}: sd3tune splits no model over devices; unset it, or take it out of the "
+        f"{name}={environment[name]}: sd3tune does not split a model over devices; unset it, or take it out of the "
         "configuration of accelerate that sets it, and use --num-processes for several GPUs"
         for name in names
         if _is_true(environment.get(name, ""))
@@ -57,7 +58,7 @@ def sharding_problems(environment: Mapping[str, str]) -> list[str]:
 
 
 def sharding_ignored(environment: Mapping[str, str]) -> list[str]:
-    """A note for each way to split the model that accelerate's default configuration names; launches alone read it."""
+    """Return a note if accelerate's default configuration asks for sharding; only `accelerate launch` reads it."""
     cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(environment.get("HF_HOME") or f"{cache}/huggingface").expanduser() / "accelerate"
     for file in (folder / "default_config.yaml", folder / "default_config.json"):
@@ -76,7 +77,7 @@ def _is_true(value: str) -> bool:
 
 
 def gpu_asked_for(environment: Mapping[str, str]) -> str | None:
-    """The variable that asks for a GPU, as NAME=value; None when the CPU will do."""
+    """Return the variable that asks for a GPU, as NAME=value; None without one."""
     device = environment.get("ACCELERATE_TORCH_DEVICE", "")
     if device.startswith("cuda"):
         return f"ACCELERATE_TORCH_DEVICE={device}"
@@ -87,5 +88,6 @@ def gpu_asked_for(environment: Mapping[str, str]) -> str | None:
 
 
 def no_gpu(asked: str) -> str:
+    """Return the problem of a variable, NAME=value, that asks for a missing GPU."""
     doctor = command_line("sd3tune", "doctor")
     return f"{asked}: torch finds no such GPU here; unset it to use the CPU, or see what `{doctor}` says"

@@ -1,4 +1,4 @@
-"""`--num-processes N`: the same command again, under the launcher that works for the machine."""
+"""`--num-processes N`: run the command again under the launcher for this machine."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sd3tune.errors import Interrupted, ProcessError, RunError, UserError
 from sd3tune.runtime.environment import gpu_asked_for, launch_problems, no_gpu, sharding_problems
 
 ERRORS = "SD3TUNE_ERRORS"
-"""Folder where the processes of one command leave their problems, for the launching one to print, once, at the end."""
-_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""What a launcher returns after it was told to stop."""
+"""Folder for the problems of all processes of a command; the launching process prints each once, at the end."""
+_STOPPED_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of a launcher that was stopped by a signal."""
 _PROGRAM = Path(__file__).resolve().parents[1] / "__main__.py"
-"""Started by its path: with `-m sd3tune`, Python would look for every module in the working directory first."""
+"""Run by its path: with `-m sd3tune`, Python would import from the working directory first."""
 _ACCELERATE = """\
 import sys
 if sys.path[0] == "":  # the working directory
@@ -35,15 +35,15 @@ main()
 
 
 def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
-    """Run `sd3tune ARGUMENTS` in `count` processes and exit when all have ended.
+    """Run `sd3tune ARGUMENTS` in `count` processes, and exit when all have ended.
 
-    On GPUs by accelerate; on the CPU by torch's own launcher, as accelerate starts one process there whatever the
-    number asked for. No process imports what lies in the working directory. Raises RunError when the GPUs do not
-    suffice, and UserError with the processes' problems.
+    GPUs use accelerate's launcher, the CPU torch's: accelerate always starts a single process there. No process
+    imports from the working directory. Raises RunError if there are too few GPUs, and UserError with the processes'
+    problems.
     """
     world = os.environ.get("WORLD_SIZE", "")
     if world.isdecimal() and int(world) > 1:
-        raise RunError("--num-processes: this process was started by a launcher already; give the number to it alone")
+        raise RunError("--num-processes: this process was started by a launcher already; set the number there instead")
     problems = launch_problems(os.environ) + sharding_problems(os.environ)
     gpus = torch.cuda.device_count()
     asked = gpu_asked_for(os.environ)
@@ -54,7 +54,7 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
     if 0 < gpus < count:
         raise RunError(f"--num-processes {count}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
     command = [str(_PROGRAM), *without_option(arguments)]
-    os.environ["PYTHONSAFEPATH"] = "1"  # from Python 3.11 on, also for what the processes start
+    os.environ["PYTHONSAFEPATH"] = "1"  # also for child processes, from Python 3.11 on
     with tempfile.TemporaryDirectory(prefix="sd3tune-") as folder:
         os.environ[ERRORS] = folder
         code = _on_gpus(count, command) if gpus else _on_the_cpu(count, command)
@@ -63,19 +63,19 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
         interrupted = all(error["exit_code"] == Interrupted.exit_code for error in left)
         lines = dict.fromkeys(line for error in left for line in error["problems"])
         raise (Interrupted if interrupted else UserError)(*lines)
-    if code in _STOPPED:
+    if code in _STOPPED_CODES:
         raise KeyboardInterrupt
     if code:
         raise ProcessError(
-            f"--num-processes {count}: a process ended with exit code {code}; see its output above; the same command "
-            "with --resume goes on from the last checkpoint"
+            f"--num-processes {count}: a process ended with exit code {code}; see its output above; run the same "
+            "command with --resume to continue from the last checkpoint"
         )
     sys.exit(0)
 
 
 @contextlib.contextmanager
-def errors_to_the_launcher() -> Iterator[None]:
-    """Around a whole job: under `relaunch`, leave its problems to the launching process and end with their code."""
+def report_errors_to_launcher() -> Iterator[None]:
+    """Pass a job's problems to the launching process, and exit with their code; does nothing without `relaunch`."""
     folder = os.environ.get(ERRORS)
     if folder is None:
         yield
@@ -87,14 +87,14 @@ def errors_to_the_launcher() -> Iterator[None]:
         Path(folder, f"{os.environ['RANK']}.json").write_text(left, encoding="utf-8")
         raise SystemExit(error.exit_code) from None
     except RuntimeError:
-        # When one process has ended, the others' next collective operation fails: the first one's problem counts.
+        # If a process ends, the next collective operation of the others fails: only the first problem counts.
         if any(Path(folder).iterdir()):
             raise SystemExit(2) from None
         raise
 
 
 def without_option(arguments: Sequence[str]) -> list[str]:
-    """The arguments without `--num-processes N` or `--num-processes=N`."""
+    """Return the arguments without `--num-processes N` or `--num-processes=N`."""
     kept, skip = [], False
     for argument in arguments:
         if skip:
@@ -118,7 +118,7 @@ def _on_the_cpu(count: int, command: Sequence[str]) -> int:
 
     os.environ["ACCELERATE_USE_CPU"] = "true"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    logging.disable(logging.ERROR)  # it would tell of the processes' end in its own many words
+    logging.disable(logging.ERROR)  # it would log a long report on the end of the processes
     try:
         run.run(run.parse_args(["--standalone", "--nproc_per_node", str(count), *command]))
     except ChildFailedError as error:

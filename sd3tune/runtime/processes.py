@@ -1,4 +1,4 @@
-"""The processes that train together, and their collective operations, from accelerate."""
+"""The processes of a training, and their collective operations, with accelerate."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train together; with one of them, both functions return what they are given."""
+    """Rank, world size and collective operations of the processes that train together."""
 
     rank: int
     world: int
     reduce_mean: Callable[[Tensor], Tensor]
     gather: Callable[[Tensor], Tensor]
-    """[...] of each rank -> [world, ...]."""
+    """Tensor [...] of each rank -> [world, ...] on every rank."""
     wait: Callable[[], None]
 
     @property
@@ -28,11 +28,11 @@ class Processes:
 
 
 ALONE = Processes(0, 1, lambda tensor: tensor, lambda tensor: tensor[None], lambda: None)
-"""A single process: none of the collective operations does anything."""
+"""A single process: `reduce_mean` returns its argument, and `gather` adds a dimension of 1."""
 
 
 def processes_of(accelerator: Accelerator) -> Processes:
-    """The collective operations that training needs."""
+    """Return the collective operations of an accelerator's processes."""
     if accelerator.num_processes == 1:
         return ALONE
     return Processes(
@@ -46,7 +46,7 @@ def processes_of(accelerator: Accelerator) -> Processes:
 
 @contextlib.contextmanager
 def closing_process_group() -> Iterator[None]:
-    """Leave a process group that the body joined, which torch warns about otherwise."""
+    """Destroy a process group that the body created; torch would warn about it at exit."""
     joined_before = torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
         yield

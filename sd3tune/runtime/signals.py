@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step in hand is finished and saved; what comes before or after training just ends."""
+"""Ctrl-C and SIGTERM: training finishes and saves the current step; other work stops at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sd3tune.reporting import say
 
 
 class StopSignals:
-    """A context in which SIGTERM counts like Ctrl-C. Inside `deferred`, the first of them only sets `asked`."""
+    """A context manager that treats SIGTERM as Ctrl-C. Inside `deferred`, the first signal only sets `asked`."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -20,7 +20,7 @@ class StopSignals:
         self._former: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._former[number] = signal.signal(number, self._receive)
         return self
@@ -31,7 +31,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let the body come to its own end: it looks at `asked`. A second signal interrupts it."""
+        """Let the body end by itself once `asked` is set. A second signal interrupts it."""
         self._deferring = True
         try:
             yield
@@ -42,4 +42,4 @@ class StopSignals:
         if not self._deferring or self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        say("", "stopping after this step, and saving it; once more to stop at once", aside=True)
+        say("", "stopping after this step, once it is saved; press Ctrl-C again to stop now", aside=True)

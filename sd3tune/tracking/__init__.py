@@ -1,1 +1,1 @@
-"""Curves, pictures and the configuration of a run in experiment trackers; no run depends on one."""
+"""Experiment trackers: curves, pictures and configuration of a run; their errors never stop a run."""

@@ -1,4 +1,4 @@
-"""The protocol of a tracker, and its start."""
+"""The protocol of experiment trackers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _LOGS = re.compile(
     r"tensorboard/events\.out\.tfevents\.\d+|wandb_id|wandb/(offline-)?run-\d{8}_\d{6}-\w+(/.+)?|wandb/debug[\w-]*\.log",
     re.DOTALL,
 )
-"""Files that trackers write, by their path in the run's `logs/`."""
+"""Paths, relative to the run's `logs/`, of the files that trackers write."""
 
 
 def is_log(path: PurePath) -> bool:
-    """Whether a tracker gives this name to one of its files; `path` is that in `logs/`."""
+    """Return whether a path, relative to `logs/`, is a tracker's file."""
     return _LOGS.fullmatch(path.as_posix()) is not None
 
 
@@ -30,20 +30,20 @@ class Start:
     folder: Path
     """The run's `logs/`, with the files of earlier attempts."""
     config: Mapping[str, Any]
-    """The whole configuration, without this machine's paths."""
+    """The whole configuration, without local paths."""
 
     def remove_earlier(self, tracker: str) -> None:
-        """Delete an earlier attempt's files in the folder of a tracker."""
+        """Delete earlier attempts' files of a tracker."""
 
-        def wanted(path: PurePath) -> bool:
+        def is_earlier(path: PurePath) -> bool:
             inside = path.parts[1:]
             return path.parts[0] == self.folder.name and inside[:1] == (tracker,) and is_log(PurePath(*inside))
 
-        remove_files(self.folder.parent, wanted)
+        remove_files(self.folder.parent, is_earlier)
 
 
 class Tracker(Protocol):
-    """Told everything since step 0 anew in each attempt, steps ascending; may raise whatever it likes."""
+    """An experiment tracker. Each attempt reports all steps since 0 again, ascending. Methods may raise any error."""
 
     where: str
     """The command or address that shows the curves."""
@@ -53,4 +53,4 @@ class Tracker(Protocol):
     def image(self, step: int, name: str, path: Path, caption: str) -> None: ...
 
     def close(self, finished: bool) -> None:
-        """`finished` is false when the run was stopped or failed."""
+        """Close the tracker; `finished` is False for a stopped or failed run."""

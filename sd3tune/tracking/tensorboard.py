@@ -1,4 +1,4 @@
-"""TensorBoard: an event file, written here because tensorboard's own writer puts the host's name into the file's."""
+"""TensorBoard event files. tensorboard's own writer is not used, as it puts the host name into the file name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoard:
-    """A `Tracker`. Each record is flushed at once, so a killed run keeps its log."""
+    """A `Tracker`. Each record is flushed at once, so a killed run loses none."""
 
     def __init__(self, start: Start) -> None:
         folder = start.folder / FOLDER

@@ -1,4 +1,4 @@
-"""All trackers of a run as one, which report in the order of the steps."""
+"""All trackers of a run, combined; they report in the order of the steps."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def _wandb(settings: WandbConfig, start: Start, warn: Warn) -> Tracker:
 
 
 TRACKERS: dict[str, Callable[[Any, Start, Warn], Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb}
-"""By the key in `tracking`, which is also the name of the extra and of the package that it needs."""
+"""Constructors by key of `tracking`, which is also the name of the required extra and package."""
 
 
 def missing_packages(config: TrackingConfig) -> list[str]:
-    """A problem for each tracker that is asked for and not installed."""
+    """Return a problem for each configured tracker that is not installed."""
     return [
         f"tracking.{name}: {name} is not installed: pip install 'sd3tune[{name}]'"
         for name in TRACKERS
@@ -46,20 +46,19 @@ def _is_installed(name: str) -> bool:
         found = importlib.util.find_spec(name)
     except ModuleNotFoundError:
         return False
-    return found is not None and found.origin is not None  # a folder ./wandb is no package
+    return found is not None and found.origin is not None  # a folder ./wandb is not a package
 
 
 class Trackers:
-    """Trackers that cannot harm a run: a tracker's first error is a warning, and the run continues without it.
+    """All trackers of a run. A tracker's first error is a warning, and the run continues without it.
 
-    Lines of the metrics arrive late, in windows, and decide the order: pictures and held-out losses of a step wait for
-    its line. A resumed attempt reports everything since step 0 again, so the curves equal `metrics.jsonl`, whatever
-    earlier attempts sent.
+    Metrics arrive late, in windows of steps. Pictures and held-out losses of a step wait for its metrics, to keep the
+    order. A resumed attempt reports everything since step 0 again, so the curves always equal `metrics.jsonl`.
     """
 
     def __init__(self, config: TrackingConfig, start: Start, say: Callable[[str], object]) -> None:
         self.seconds = 0.0
-        """Time that trackers took."""
+        """Seconds spent in trackers."""
         self.warnings: list[str] = []
         self._say = say
         self._trackers: dict[str, Tracker] = {}
@@ -67,11 +66,11 @@ class Trackers:
         self._waiting: dict[int, list[Callable[[Tracker], None]]] = {}
         for name, make in TRACKERS.items():
             if settings := getattr(config, name):
-                with self._harmless(name):
+                with self._isolated(name):
                     self._trackers[name] = make(settings, start, self._warn)
 
     def line(self, line: Mapping[str, Any]) -> None:
-        """A line of the metrics; each step's once, in order."""
+        """Report a line of the metrics; call it once per step, in order."""
         self._step = int(line["step"])
         values = scalars({name: value for name, value in line.items() if name != "step"})
         earlier = [step for step in sorted(self._waiting) if step < self._step]
@@ -80,16 +79,16 @@ class Trackers:
         self._send([lambda tracker: tracker.log(self._step, values), *self._waiting.pop(self._step, [])])
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Other numbers of a step; `{"a": {"b": 1.0}}` is the curve `a/b`."""
+        """Report other numbers of a step; `{"a": {"b": 1.0}}` is the curve `a/b`."""
         found = scalars(values)
-        self._when_its_turn(step, lambda tracker: tracker.log(step, found))
+        self._in_order(step, lambda tracker: tracker.log(step, found))
 
     def image(self, step: int, name: str, path: Path, caption: str) -> None:
-        """A picture that lies in a file; `name` is the same at every step."""
-        self._when_its_turn(step, lambda tracker: tracker.image(step, name, path, caption))
+        """Report a picture file; `name` is the same at every step."""
+        self._in_order(step, lambda tracker: tracker.image(step, name, path, caption))
 
     def where(self) -> list[str]:
-        """Return a line for each working tracker: where its curves are."""
+        """Return the command or address of each working tracker's curves."""
         return [tracker.where for tracker in self._trackers.values()]
 
     def __enter__(self) -> Trackers:
@@ -100,27 +99,27 @@ class Trackers:
     ) -> None:
         self._send([lambda tracker: tracker.close(finished=kind is None)])
 
-    def _when_its_turn(self, step: int, send: Callable[[Tracker], None]) -> None:
+    def _in_order(self, step: int, send: Callable[[Tracker], None]) -> None:
         if step <= self._step:
             self._send([send])
         else:
             self._waiting.setdefault(step, []).append(send)
 
-    def _send(self, all_of: list[Callable[[Tracker], None]]) -> None:
+    def _send(self, calls: list[Callable[[Tracker], None]]) -> None:
         for name, tracker in list(self._trackers.items()):
-            with self._harmless(name):
-                for send in all_of:
+            with self._isolated(name):
+                for send in calls:
                     send(tracker)
 
     @contextlib.contextmanager
-    def _harmless(self, name: str) -> Iterator[None]:
+    def _isolated(self, name: str) -> Iterator[None]:
         started = time.monotonic()
         try:
             yield
-        except Exception as error:  # whatever a tracker raises
+        except Exception as error:  # trackers may raise anything
             self._trackers.pop(name, None)
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._warn(f"tracking.{name}: {reason}; the run goes on without it")
+            self._warn(f"tracking.{name}: {reason}; the run continues without it")
         self.seconds += time.monotonic() - started
 
     def _warn(self, line: str) -> None:

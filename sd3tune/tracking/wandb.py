@@ -1,4 +1,4 @@
-"""Weights & Biases: one run under one id, however often it is resumed."""
+"""Weights & Biases: a run keeps its id when it is resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOLDER = "wandb"
 ID_FILE = "wandb_id"
 INIT_TIMEOUT = 20.0
 FINISH_TIMEOUT = 120.0
-"""Seconds that an upload may take when the run has ended."""
+"""Seconds allowed for the upload at the end of a run."""
 
 _PRIVATE: dict[str, Any] = {
     "console": "off",
@@ -35,25 +35,26 @@ _PRIVATE: dict[str, Any] = {
     "username": "-",
     "email": "-",
 }
-"""wandb would keep the host's name, the user's, the command line, paths, packages, git state and source code."""
+"""Settings that keep host name, user name, command line, paths, packages, git state and source code private."""
 
 
 class Wandb:
-    """A `Tracker`. Steps are wandb's own, which must ascend; steps on the server are not sent again."""
+    """A `Tracker`. wandb's steps must ascend; steps that the server already has are not sent again."""
 
     def __init__(self, settings: WandbConfig, start: Start, warn: Callable[[str], None]) -> None:
         self._settings, self._start, self._folder = settings, start, start.folder / FOLDER
         self._id = self._stored_id()
-        wandb.setup(wandb.Settings(silent=True))  # also keeps it from asking for a key in the terminal
-        logging.getLogger("wandb").setLevel(logging.WARNING)  # below that, its log is about paths of this machine
+        wandb.setup(wandb.Settings(silent=True))  # also disables the prompt for an API key
+        logging.getLogger("wandb").setLevel(logging.WARNING)  # lower levels log local paths
         try:
             self._run = self._open(settings.mode)
-        except Exception as error:  # no login, no network, no answer
+        except Exception as error:  # no login, no network or no response
             if settings.mode == "offline":
                 raise
-            wandb.teardown()  # it still holds the id
+            wandb.teardown()  # the failed run still holds the id
             self._run = self._open("offline")
-            warn(f"tracking.wandb: not online: {_one_line(error)}; it goes on offline, later: {self._sync_command()}")
+            way_out = f"continuing offline; upload later with: {self._sync_command()}"
+            warn(f"tracking.wandb: not online: {_one_line(error)}; {way_out}")
         self.where = self._sync_command() if self._run.offline else str(self._run.url)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -66,7 +67,7 @@ class Wandb:
         try:
             self._run.finish(exit_code=0 if finished else 1)
         except TimeoutError:
-            raise TimeoutError(f"not everything could be uploaded; later: {self._sync_command()}") from None
+            raise TimeoutError(f"the upload is incomplete; finish it with: {self._sync_command()}") from None
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         if step >= self._run.starting_step:
@@ -81,7 +82,7 @@ class Wandb:
         return new
 
     def _open(self, mode: Literal["online", "offline"]) -> wandb.Run:
-        self._remove_links()  # one that failed has left them
+        self._remove_links()  # left by a failed start
         self._start.remove_earlier(FOLDER)
         run = wandb.init(
             settings=wandb.Settings(

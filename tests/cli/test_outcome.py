@@ -128,7 +128,7 @@ def test_what_processes_leave_to_the_one_that_launched_them_keeps_its_code(
     def end(count: int, arguments: object) -> int:
         for rank, error in enumerate(left):
             monkeypatch.setenv("RANK", str(rank))
-            with pytest.raises(SystemExit) as ended, launch.errors_to_the_launcher():
+            with pytest.raises(SystemExit) as ended, launch.report_errors_to_launcher():
                 raise error
             assert ended.value.code == error.exit_code
         return 1

@@ -131,7 +131,7 @@ def test_without_a_preview_of_these_weights_it_says_why(run: Path, tmp_path: Pat
     assert compared(bare) == "no preview to compare with: the file does not lie in the folder of a run"
     inside = Path(shutil.copytree(run, tmp_path / "run"))
     moved = Path(shutil.copy(file, inside / "mine.safetensors"))
-    assert compared(moved).endswith("it is none of the files that a finished run has exported")
+    assert compared(moved).endswith("the file is not an export of a finished run")
     other = Path(shutil.copytree(resolve_base("tiny").path, tmp_path / "other"))
     weights = other / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})

@@ -17,8 +17,8 @@ from sd3tune.commands.plan import after, components, gigabytes, knobs, planned_d
 from sd3tune.commands.train import make_state
 from sd3tune.config import Config, load_config, parse_config
 from sd3tune.errors import ConfigError
-from sd3tune.forecast.forecast import forecast, look_ahead
-from sd3tune.forecast.gpus import CARDS
+from sd3tune.forecast.forecast import forecast, forecast_inputs
+from sd3tune.forecast.gpus import GPUS
 from sd3tune.forecast.rehearsal import Training, rehearse_training
 from sd3tune.methods import METHODS, Method
 from sd3tune.model.base.resolve import resolve_base, shape_of_base
@@ -180,7 +180,7 @@ def test_a_quantised_base_takes_what_its_layers_take_when_loaded(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_encoders_and_vae_take_what_they_take_when_loaded(quick_config, tmp_path: Path, dtype: torch.dtype) -> None:
-    plan = forecast(look_ahead(quick_config(tmp_path), dtype))
+    plan = forecast(forecast_inputs(quick_config(tmp_path), dtype))
     base = resolve_base("tiny")
     models = {name: load_text_encoder(base, name, dtype).model for name in ("clip_l", "clip_g", "t5")}
     models["vae"] = load_vae(base, torch.float32 if dtype is torch.float16 else dtype)
@@ -193,11 +193,11 @@ def test_encoders_and_vae_take_what_they_take_when_loaded(quick_config, tmp_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_t5_takes_less_in_8_bits_and_nothing_on_the_cpu(quick_config, tmp_path: Path, dtype: torch.dtype) -> None:
     pytest.importorskip("bitsandbytes")
-    plan = forecast(look_ahead(quick_config(tmp_path, "model.t5_quantize=int8"), dtype))
+    plan = forecast(forecast_inputs(quick_config(tmp_path, "model.t5_quantize=int8"), dtype))
     model = load_text_encoder_in("int8", resolve_base("tiny"), "t5", dtype, "cpu", 16).model
     held = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers(), *statistics(model)]}
     assert plan.encoding["t5"].resident == sum(held.values())
-    plan = forecast(look_ahead(quick_config(tmp_path, "model.t5_device=cpu"), dtype))
+    plan = forecast(forecast_inputs(quick_config(tmp_path, "model.t5_device=cpu"), dtype))
     assert "encode CLIP-L" in plan.phases
     assert "encode T5" not in plan.phases
 
@@ -207,7 +207,7 @@ def test_the_store_is_as_large_as_predicted(quick_config, tmp_path: Path) -> Non
         tmp_path / "run", f"data.cache_dir={tmp_path / 'store'}", "data.resolution=128", "data.crop_variants=2",
         "data.flip=true", "preview.prompts=[a, b]", "validation.holdout=1", "model.extra_t5_lengths=[300, 77]",
     )  # fmt: skip
-    plan = forecast(look_ahead(config, torch.float32))
+    plan = forecast(forecast_inputs(config, torch.float32))
     run_cache(config)
     real = sum(file.stat().st_size for file in store_folder(config).glob("*.safetensors"))
     assert plan.store is not None
@@ -220,7 +220,7 @@ def test_the_store_is_as_large_as_predicted(quick_config, tmp_path: Path) -> Non
 
 def test_the_longest_t5_length_is_planned_for(quick_config, tmp_path: Path) -> None:
     several, longest = (
-        forecast(look_ahead(quick_config(tmp_path, *settings), torch.float32))
+        forecast(forecast_inputs(quick_config(tmp_path, *settings), torch.float32))
         for settings in (
             ("model.extra_t5_lengths=[300, 77]",),
             ("model.max_sequence_length=300",),
@@ -281,13 +281,13 @@ def test_released_models_are_known_without_a_network(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     config = parse_config({"model": {"base": name}, "data": {"sources": [{"path": "/gone", "caption": "a"}]}}).config
-    outlook = look_ahead(config, torch.bfloat16)
-    transformer = empty_transformer(outlook.base)
-    rows = METHODS["lora"](config, outlook.base).coverage(transformer)
+    inputs = forecast_inputs(config, torch.bfloat16)
+    transformer = empty_transformer(inputs.base)
+    rows = METHODS["lora"](config, inputs.base).coverage(transformer)
     assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(parameters, abs=5e-4)
     assert sum(row.parameters for row in rows) / 1e6 == pytest.approx(adapter, abs=5e-4)
-    assert (outlook.records, outlook.largest) == (None, (1024, 1024))
-    assert "no such folder" in outlook.missing[0]
+    assert (inputs.records, inputs.largest) == (None, (1024, 1024))
+    assert "no such folder" in inputs.missing[0]
 
 
 def test_the_plan_says_whether_it_fits_and_what_changes_buy(quick_config, tmp_path: Path) -> None:
@@ -302,12 +302,12 @@ def test_the_plan_says_whether_it_fits_and_what_changes_buy(quick_config, tmp_pa
 
 def test_what_does_not_fit_ends_with_the_settings_that_do(quick_config, tmp_path: Path) -> None:
     config = quick_config(tmp_path, "model.t5=false", "model.max_sequence_length=512")
-    peak = forecast(look_ahead(config, torch.bfloat16)).needed / 1e9
+    peak = forecast(forecast_inputs(config, torch.bfloat16)).needed / 1e9
     last = list(run_plan(config, memory=peak - 0.001))[-1]
     said = re.fullmatch(r"to fit    train.memory=\S+, or (.+): (\d\S+ [GM]B) in all", last)
     assert said is not None
     typed = ("model.t5=false", "model.max_sequence_length=512", "model.dtype=bf16", *said[1].split())
-    found = forecast(look_ahead(quick_config(tmp_path, *typed), torch.bfloat16))
+    found = forecast(forecast_inputs(quick_config(tmp_path, *typed), torch.bfloat16))
     assert (gigabytes(found.needed), found.needed / 1e9 < peak) == (said[2], True)
     assert list(run_plan(config, memory=0.3))[-1].startswith("to fit    no settings do; train.memory: 0.3 GB cannot")
     assert "to fit" not in list(run_plan(config, memory=peak + 0.1))[-1]
@@ -330,13 +330,13 @@ def test_a_knob_is_the_plan_of_the_configuration_that_it_names(
     quick_config, tmp_path: Path, checkpointing: tuple[str, ...]
 ) -> None:
     given = ("train.batch_size=2", "data.resolution=768", *checkpointing)
-    outlook = look_ahead(quick_config(tmp_path, *given), torch.float32)
-    found = knobs(outlook)
+    inputs = forecast_inputs(quick_config(tmp_path, *given), torch.float32)
+    found = knobs(inputs)
     assert len(found) >= 6
     for typed, changed in found:
         other = quick_config(tmp_path, *given, *typed.split())
-        assert after(outlook, changed).config == other, typed
-    sides = [after(outlook, changed).largest for typed, changed in found if typed.startswith("data.resolution")]
+        assert after(inputs, changed).config == other, typed
+    sides = [after(inputs, changed).largest for typed, changed in found if typed.startswith("data.resolution")]
     assert sides
     assert all(height * width <= 512**2 for height, width in sides)
 
@@ -347,30 +347,30 @@ def test_what_is_taken_from_another_forecast_is_what_a_rehearsal_gives(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     given = ("train.batch_size=2", "preview.prompts=[a dog]", "data.sources.0.prior={prompt: a dog, images: 2}")
-    outlook = look_ahead(quick_config(tmp_path, *given), torch.float32)
-    (changed,) = [changed for typed, changed in knobs(outlook) if typed.startswith(change)]
-    other = after(outlook, changed)
-    found = forecast(other, forecast(outlook))
+    inputs = forecast_inputs(quick_config(tmp_path, *given), torch.float32)
+    (changed,) = [changed for typed, changed in knobs(inputs) if typed.startswith(change)]
+    other = after(inputs, changed)
+    found = forecast(other, forecast(inputs))
     assert found == forecast(other)
     assert found.drawing is not None
 
 
 def test_cards_have_their_precision(quick_config, tmp_path: Path) -> None:
     config = quick_config(tmp_path)
-    assert planned_dtype(config, CARDS["t4"], None) is torch.float16
-    assert planned_dtype(config, CARDS["4090"], None) is torch.bfloat16
+    assert planned_dtype(config, GPUS["t4"], None) is torch.float16
+    assert planned_dtype(config, GPUS["4090"], None) is torch.bfloat16
     assert planned_dtype(config, None, 24.0) is torch.bfloat16
     assert planned_dtype(config, None, None) is torch.float32
     with pytest.raises(ConfigError, match="has no bf16"):
-        planned_dtype(quick_config(tmp_path, "model.dtype=bf16"), CARDS["t4"], None)
+        planned_dtype(quick_config(tmp_path, "model.dtype=bf16"), GPUS["t4"], None)
 
 
 def test_a_full_size_base_takes_what_the_page_says() -> None:
     """And what was counted elsewhere: SD3.5 medium has 2.243 billion parameters, a step with 154 tokens 27.7 TFLOP."""
     config = load_config(ROOT / "configs" / "dreambooth_sd35_medium.yaml").config
-    outlook = look_ahead(config, torch.bfloat16)
-    method = METHODS["lora"](outlook.config, outlook.base)
-    training = rehearse_training(outlook.config, outlook.base, method, outlook.largest, torch.bfloat16)
+    inputs = forecast_inputs(config, torch.bfloat16)
+    method = METHODS["lora"](inputs.config, inputs.base)
+    training = rehearse_training(inputs.config, inputs.base, method, inputs.largest, torch.bfloat16)
     assert training.parameters == pytest.approx(2.243e9, rel=1e-3)
     assert training.flops == pytest.approx(27.7e12, rel=0.01)
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")

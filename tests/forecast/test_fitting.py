@@ -11,8 +11,8 @@ import torch
 
 from sd3tune.commands.train import run_training
 from sd3tune.errors import ConfigError
-from sd3tune.forecast.fitting import fit, fitted_plan, room_of, ways
-from sd3tune.forecast.forecast import CONTEXT, MARGIN, forecast, look_ahead
+from sd3tune.forecast.fitting import fit, fitted_plan, leaner_configurations, memory_budget
+from sd3tune.forecast.forecast import CONTEXT, MARGIN, forecast, forecast_inputs
 from sd3tune.run.preflight import make_plan
 from sd3tune.runtime.processes import ALONE
 
@@ -22,15 +22,15 @@ def room_for(peak: int) -> int:
 
 
 @pytest.fixture
-def outlook(quick_config, tmp_path: Path):
+def inputs(quick_config, tmp_path: Path):
     values = ("train.batch_size=1", "train.gradient_accumulation=4", "model.t5=false", "model.max_sequence_length=512")
-    return look_ahead(quick_config(tmp_path, *values), torch.float32)
+    return forecast_inputs(quick_config(tmp_path, *values), torch.float32)
 
 
-def test_first_time_is_given_and_then_precision(outlook) -> None:
+def test_first_time_is_given_and_then_precision(inputs) -> None:
     tried = [
         (of.config.model.quantize, of.config.train.gradient_checkpointing, of.config.train.checkpointed_blocks)
-        for of in ways(outlook)
+        for of in leaner_configurations(inputs)
     ]
     assert tried[:6] == [
         ("none", "none", None),
@@ -41,21 +41,21 @@ def test_first_time_is_given_and_then_precision(outlook) -> None:
         assert tried[6:] == [("nf4", *rest) for _, *rest in tried[:6]]
 
 
-def test_what_has_less_room_costs_more_time_and_fits(outlook) -> None:
-    plain = forecast(outlook)
+def test_what_has_less_room_costs_more_time_and_fits(inputs) -> None:
+    plain = forecast(inputs)
     room = room_for(plain.training.peak) - 1
-    found = fit(outlook, room)
-    train = found.outlook.config.train
+    found = fit(inputs, room)
+    train = found.inputs.config.train
     assert train.gradient_checkpointing == "selective"
     assert train.batch_size * train.gradient_accumulation == 4
     assert found.needed <= room < plain.needed
-    assert forecast(found.outlook).needed == found.needed
+    assert forecast(found.inputs).needed == found.needed
     assert found.training.flops > plain.training.flops
 
 
-def test_too_little_is_an_error_with_the_least_that_is_needed(outlook) -> None:
+def test_too_little_is_an_error_with_the_least_that_is_needed(inputs) -> None:
     with pytest.raises(ConfigError, match=r"train.memory: 0.601 GB cannot hold this run: the minimum is 0\.6"):
-        fit(outlook, CONTEXT + 1_000_000)
+        fit(inputs, CONTEXT + 1_000_000)
 
 
 def test_a_run_says_what_was_chosen_and_trains_the_same(
@@ -70,15 +70,15 @@ def test_a_run_says_what_was_chosen_and_trains_the_same(
 
 
 def test_auto_is_all_memory_of_a_machine_and_what_is_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert room_of(1.5, torch.device("cpu")) == 1_500_000_000
-    assert room_of("auto", torch.device("cpu")) > 10**9
+    assert memory_budget(1.5, torch.device("cpu")) == 1_500_000_000
+    assert memory_budget("auto", torch.device("cpu")) > 10**9
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 10**9, 8 * 10**9))
-    assert room_of("auto", gpu) == 5 * 10**9 + CONTEXT  # another program has the rest
+    assert memory_budget("auto", gpu) == 5 * 10**9 + CONTEXT  # another program has the rest
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 10**9 - CONTEXT // 2, 8 * 10**9))
-    assert room_of("auto", gpu) == 8 * 10**9
-    assert room_of(6, gpu) == 6 * 10**9
+    assert memory_budget("auto", gpu) == 8 * 10**9
+    assert memory_budget(6, gpu) == 6 * 10**9
 
 
 def test_processes_fit_the_gpu_with_the_least_memory(quick_config, tmp_path: Path) -> None:

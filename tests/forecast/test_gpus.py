@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sd3tune.errors import ConfigError
-from sd3tune.forecast.gpus import CARDS, find_card
+from sd3tune.forecast.gpus import GPUS, find_gpu
 
 SPELLINGS = [
     ("rtx 4090", "4090", 24),
@@ -44,15 +44,15 @@ SPELLINGS = [
 
 @pytest.mark.parametrize(("written", "name", "memory"), SPELLINGS)
 def test_a_card_is_known_as_it_is_written(written: str, name: str, memory: float) -> None:
-    card = find_card(written)
+    card = find_gpu(written)
     assert (card.name, card.memory) == (name, memory)
-    assert card.tflops == CARDS[name].tflops
+    assert card.tflops == GPUS[name].tflops
 
 
 def test_every_card_of_the_table_is_found_by_its_own_name() -> None:
-    assert len(CARDS) > 60
-    assert [name for name, card in CARDS.items() if find_card(name) != card] == []
-    assert {name for name, card in CARDS.items() if not card.bf16} >= {"t4", "v100", "2060", "2080 ti"}
+    assert len(GPUS) > 60
+    assert [name for name, card in GPUS.items() if find_gpu(name) != card] == []
+    assert {name for name, card in GPUS.items() if not card.bf16} >= {"t4", "v100", "2060", "2080 ti"}
 
 
 @pytest.mark.parametrize(
@@ -66,5 +66,5 @@ def test_every_card_of_the_table_is_found_by_its_own_name() -> None:
 )
 def test_an_unknown_card_is_one_line(written: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        find_card(written)
+        find_gpu(written)
     assert caught.value.problems == (said,)

@@ -79,7 +79,7 @@ def test_infer_starts_as_the_previews_did_and_the_base_as_the_base_does(finished
 
 def test_diffusers_draws_it_too_with_the_code_of_the_card(finished: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     card = (finished / "README.md").read_text()
-    assert "trained with noise offset 0.5, and pictures have to start from it" in card
+    assert "trained with noise offset 0.5, and sampling must start from it" in card
     assert "then 24 % of the trained spread of brightness is drawn at 64 px" in card
     monkeypatch.chdir(tmp_path)
     (tmp_path / "adapter").symlink_to(finished / "adapter")

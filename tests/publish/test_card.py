@@ -132,7 +132,7 @@ def test_a_run_ends_with_a_card_that_shows_and_names_its_prompt(run: Path) -> No
     assert "\n<Gallery />\n" in text
     assert "Every image had one caption, `a photo of sks dog`: prompt with it" in text
     assert "A LoRA adapter for `my-sd3`, trained with sd3tune." in text
-    assert "The base was a folder named `my-sd3`, and what may be done with this follows from the licence" in text
+    assert "The base was a folder named `my-sd3`, whose licence applies" in text
 
 
 def test_no_path_of_the_machine_is_in_it(run: Path) -> None:
@@ -151,7 +151,7 @@ def test_command_and_snippet_run_as_they_stand_and_draw_the_picture_above(
     assert words == ["sd3tune", "infer", "--lora", ".", "--prompt", PROMPT, "--seed", "4"]
     app([*words[1:], "--no-before", "--out", str(tmp_path)], standalone_mode=False)
     (drawn,) = tmp_path.glob("*.png")
-    assert "This is how the first of the pictures above was drawn." in written(run)
+    assert "These settings drew the first picture above." in written(run)
     for path in (run / "image.png", drawn):
         assert ImageChops.difference(Image.open(path), Image.open("samples/step-000003-0.png")).getbbox() is None
 
@@ -181,7 +181,7 @@ def test_the_snippet_reads_a_single_file_into_the_pipeline_of_its_released_model
     assert held.keys() == wanted.keys()
     assert all(torch.equal(held[name], tensor) for name, tensor in wanted.items())
     assert names["pipe"].text_encoder_3 is None
-    assert "Its shape is that of `released`; whether its weights are was not looked at." in card(file)
+    assert "Its shape is that of `released`; its weights were not compared." in card(file)
     assert "base_model" not in header(card(file))
     unknown = card(about(file, base_released_as=None))
     assert "```python" not in unknown
@@ -218,7 +218,7 @@ def test_a_known_base_is_linked_with_its_licence(base: str, name: str, file: str
     found = header(text)
     assert (found["base_model"], found["base_model_relation"]) == (base, "adapter")
     assert (found["license"], found["license_name"], found["license_link"]) == ("other", name, link)
-    assert f"That of the base, `{base}`: [Stability AI " in text
+    assert f"The licence of the base, `{base}`, applies: [Stability AI " in text
     assert f"]({link})" in text
     assert f"accepted on [its page](https://huggingface.co/{base}) and `hf auth login` has run." in text
     assert f'from_pretrained("{base}", dtype=dtype' in text
@@ -228,8 +228,8 @@ def test_a_known_base_is_linked_with_its_licence(base: str, name: str, file: str
 @pytest.mark.parametrize(
     ("changed", "licence", "sentence"),
     [
-        ({"base_kind": "hub", "base": "user/sd3"}, None, "[its page](https://huggingface.co/user/sd3) states."),
-        ({"base_kind": "nano", "base": "nano"}, "apache-2.0", "That of the base, `nano`: Apache License 2.0."),
+        ({"base_kind": "hub", "base": "user/sd3"}, None, "see [its page](https://huggingface.co/user/sd3)."),
+        ({"base_kind": "nano", "base": "nano"}, "apache-2.0", "of the base, `nano`, applies: Apache License 2.0."),
         ({"base_kind": "tiny", "base": "tiny"}, None, "No licence is claimed: the base, `tiny`, has random"),
         ({"base_kind": "folder", "base": HUB["base"]}, None, "The base was a folder named"),
         ({"base_kind": "file", "base": "a.safetensors", "base_released_as": HUB["base"]}, None, "Its shape is that of"),
@@ -249,7 +249,8 @@ def test_of_another_base_no_licence_and_no_descent_is_claimed(
 
 def test_a_whole_model_from_scratch_descends_from_nothing(trained: Trained) -> None:
     full = about(trained, **HUB, method="full", init="pretrained", export_dtype="bf16")
-    full = replace(full, contract={key: value for key, value in full.contract.items() if key not in ("rank", "alpha")})
+    without_rank = {name: value for name, value in full.contract.items() if name not in ("rank", "alpha")}
+    full = replace(full, contract=without_rank)
     assert header(card(full))["base_model_relation"] == "finetune"
     assert "template:sd-lora" not in header(card(full))["tags"]
     text = card(replace(about(full, init="random"), repo_id="user/dog"))
@@ -278,7 +279,7 @@ def test_it_states_how_it_was_made(trained: Trained, quick_config, tmp_path: Pat
         "optimizer": "adamw, learning rate 0.01, constant",
         "sigma": "logit_normal (mean 0, std 1), shift 1, weighting none",
         "T5 tokens": "16, T5 not used",
-        "precision": "bf16; what is trained, and the optimizer, in fp32",
+        "precision": "bf16; trained parameters and optimizer in fp32",
         "device": "NVIDIA H100",
         "time": "7 minutes of training",
         "versions": "sd3tune 0.1, torch 2.9",
@@ -322,14 +323,14 @@ def test_it_states_what_was_measured_and_what_was_not(trained: Trained) -> None:
         "One denoising step changes by 1.73 %. The norm of the weight update by block: 0: 0.25, 1: 0.5.",
     ):
         assert line in text.splitlines(), line
-    assert "and the quality of pictures, nor the loss on images that were not trained on." in text
+    assert "and image quality, nor the held-out loss." in text
     assert "On the" not in text
     last = {
         "step": 800, "images": 4, "loss": 0.75, "base_loss": 1.0,
         "loss_by_sigma": {"0.0-0.2": 0.5, "0.2-0.4": None}, "base_loss_by_sigma": {"0.0-0.2": 0.625, "0.2-0.4": 0.25},
     }  # fmt: skip
     held_out = {"last": last, "best": {**last, "step": 600, "loss": 0.7}}
-    text = card(replace(trained, described={**DESCRIBED, "report": {**DESCRIBED["report"], "held_out": held_out}}))
+    text = card(replace(trained, run_facts={**DESCRIBED, "report": {**DESCRIBED["report"], "held_out": held_out}}))
     for line in (
         "On the 4 images that were not trained on:",
         "| 0.0-0.2 | 0.6250 | 0.5000 |",
@@ -338,7 +339,7 @@ def test_it_states_what_was_measured_and_what_was_not(trained: Trained) -> None:
         "The lowest mean held-out loss was 0.7000, at step 600. The step that draws best can be another.",
     ):
         assert line in text.splitlines(), line
-    assert "nor the loss on images that were not trained on" not in text
+    assert "nor the held-out loss" not in text
 
 
 @pytest.mark.parametrize(
@@ -355,20 +356,20 @@ def test_a_change_that_only_a_diverged_training_makes_is_warned_of(
     trained: Trained, change: float, start: str | None, warned: bool
 ) -> None:
     diverged = {**DESCRIBED, "report": {**DESCRIBED["report"], "velocity_change": change}}
-    text = card(replace(about(trained, init=start), described=diverged))
+    text = card(replace(about(trained, init=start), run_facts=diverged))
     assert ("**Above 75 % a training has usually diverged: " in text) == warned
 
 
 def test_a_checkpoint_of_a_run_that_goes_on_claims_no_end(trained: Trained) -> None:
     described = {name: value for name, value in DESCRIBED.items() if name != "report"} | {"timings": {}}
     samples = [Sample("samples/step-000002-0.png", 2, Drawing(PROMPT, 28, 4.5))]
-    goes_on = replace(trained, described=described, step=2, samples=samples)
+    goes_on = replace(trained, run_facts=described, step=2, samples=samples)
     text = card(goes_on)
     assert "It is not finished: this is step 2 of 3." in text
-    assert "Nothing yet: this is step 2 of 3 of a run that goes on." in text
+    assert "Nothing yet: this is step 2 of 3 of an unfinished run." in text
     assert cells(text)["steps"] == "2, batch 2 x 4 x 2 processes"
     assert "time" not in cells(text)
-    assert "This is how the first of the pictures above was drawn." in text
+    assert "These settings drew the first picture above." in text
     assert "the first of the pictures above" not in card(replace(goes_on, step=3))
 
 

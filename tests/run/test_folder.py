@@ -13,7 +13,7 @@ from sd3tune.adapter.file import ADAPTER_FILE
 from sd3tune.errors import RunError
 from sd3tune.methods import LoraMethod
 from sd3tune.run import folder as run_folder
-from sd3tune.run.folder import check_start, clear, describe_run, is_finished, locked, starting_checkpoint
+from sd3tune.run.folder import check_still_newest, clear, describe_run, is_finished, locked, starting_checkpoint
 
 
 def write_checkpoint(run: Path, step: int) -> Path:
@@ -267,14 +267,14 @@ def test_the_folder_is_held_against_other_processes_and_then_released(tmp_path: 
 
 
 def test_a_run_that_went_on_meanwhile_is_noticed(tmp_path: Path) -> None:
-    check_start(tmp_path, None)
+    check_still_newest(tmp_path, None)
     first = write_checkpoint(tmp_path, 5)
-    check_start(tmp_path, first)
+    check_still_newest(tmp_path, first)
     with pytest.raises(RunError, match="another process trained here"):
-        check_start(tmp_path, None)
+        check_still_newest(tmp_path, None)
     write_checkpoint(tmp_path, 10)
     with pytest.raises(RunError, match="another process trained here"):
-        check_start(tmp_path, first)
+        check_still_newest(tmp_path, first)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

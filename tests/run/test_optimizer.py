@@ -68,7 +68,7 @@ def test_numbers_that_are_wrong_are_a_failed_probe_too(quick_config, tmp_path: P
     genuine = bitsandbytes.functional.dequantize_blockwise
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_blockwise", lambda *a, **k: 0.5 * genuine(*a, **k))
     run_training(quick_config(tmp_path / "run", *EIGHT_BITS), dry_run=True)
-    assert "adamw8bit does not work here (its steps are not those of AdamW)" in capsys.readouterr().out
+    assert "adamw8bit does not work here (its steps differ from AdamW's)" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

@@ -254,7 +254,7 @@ def test_a_signal_saves_the_step_in_hand_and_says_how_to_go_on(
             os.kill(os.getpid(), number)
 
     config = quick_config(tmp_path, *EVERYTHING)
-    with pytest.raises(RunError, match="stopped, saved at step-000005; the same command with --resume goes on"):
+    with pytest.raises(RunError, match="stopped, saved at step-000005; run the same command with --resume to continue"):
         run_training(config, callbacks=[send])
     run_training(config, resume=True)
     assert_equal_runs(straight, tmp_path)

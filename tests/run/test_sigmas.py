@@ -49,7 +49,7 @@ def test_the_bars_rise_towards_noise_with_the_shift() -> None:
 )
 def test_bounds_that_hardly_a_sigma_reaches_are_refused(quick_config, tmp_path: Path, bounds: tuple[str, ...]) -> None:
     """Logit-normal: P(sigma < 0.002) = Phi(logit(0.002)) = Phi(-6.2), below 1e-9; rounding would leave one value."""
-    with pytest.raises(ConfigError, match=r"flow\.min_sigma .* draws next to nothing between them"):
+    with pytest.raises(ConfigError, match=r"flow\.min_sigma .* draws almost nothing between them"):
         make_plan(quick_config(tmp_path, *bounds), torch.device("cpu"), None)
     wide = make_plan(quick_config(tmp_path, *bounds, "flow.timesteps.kind=uniform"), torch.device("cpu"), None)
     assert wide.shift in (1.0, 3.0)

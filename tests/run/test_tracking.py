@@ -297,7 +297,7 @@ def test_without_a_network_wandb_goes_on_offline_and_says_how_to_upload(
     (warning,) = json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]
     assert f"warning: {warning}" in printed.out
     assert warning.startswith("tracking.wandb: not online: ")
-    assert warning.endswith(f"it goes on offline, later: wandb sync {log.folder}")
+    assert warning.endswith(f"continuing offline; upload later with: wandb sync {log.folder}")
     assert f"curves    wandb sync {log.folder}" in printed.out
     assert_same_curves(log.curves, expected_curves(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run" / "logs" / "wandb").iterdir()] == [log.folder.name]

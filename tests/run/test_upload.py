@@ -62,7 +62,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
         }.items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         monkeypatch.setenv("HF_TOKEN", WRITER)
-        monkeypatch.setattr(repository, "WAITS", (0.01, 0.01, 0.01))
+        monkeypatch.setattr(repository, "RETRY_DELAYS", (0.01, 0.01, 0.01))
         yield server
 
 
@@ -127,7 +127,7 @@ def test_a_thumbnail_goes_into_the_uploaded_adapters_alone_and_tags_are_named_fi
         run_push(run, "user/dog", sample)
         named, uploaded = capsys.readouterr().out.splitlines()
         assert named.startswith("note: the adapter's metadata holds 5 tags from the captions, for all to read")
-        assert uploaded.endswith("has all of it already") == again
+        assert uploaded.endswith("is up to date") == again
     theirs = hub.repositories["user/dog"].files
     for name in (ADAPTER, RAW):
         assert b'"modelspec.thumbnail":"data:image/jpeg;base64,' in theirs[name]
@@ -145,7 +145,7 @@ def test_pictures_that_the_run_did_not_draw_stay_here_and_are_named(
     (run / "samples" / "notes.png").write_text("root:x:0:0")
     run_push(run, "user/dog")
     note, uploaded = capsys.readouterr().out.splitlines()
-    assert note == ("note: not uploaded: samples/notes.png, samples/private.png: no preview that this run drew")
+    assert note == ("note: not uploaded: samples/notes.png, samples/private.png: not drawn by this run")
     assert uploaded.startswith("uploaded  ")
     assert hub.repositories["user/dog"].files.keys() - {".gitattributes"} == UPLOADED
 
@@ -155,7 +155,7 @@ def test_a_second_push_uploads_only_what_changed(finished: Path, hub: UploadHub,
     run_push(run, "user/dog")
     hub.requests.clear()
     run_push(run, "user/dog")
-    assert capsys.readouterr().out.endswith("user/dog has all of it already\n")
+    assert capsys.readouterr().out.endswith("user/dog is up to date\n")
     assert not hub.asked(PUT)
     assert not hub.asked(COMMIT)
     (run / "README.md").write_text((run / "README.md").read_text() + "\nA good dog.\n")
@@ -271,8 +271,8 @@ def test_a_run_whose_uploads_fail_ends_well_and_is_pushed_later(
         in printed.err + printed.out
     )
     assert (
-        "warning: hub: not all was uploaded: user/dog: the Hub answered with HTTP status 503; try again later; it is "
-        f"kept in the run, later: sd3tune hub push {run}" in printed.out
+        "warning: hub: the upload is incomplete: user/dog: the Hub answered with HTTP status 503; try again later; the "
+        f"run is kept; upload it with: sd3tune hub push {run}" in printed.out
     )
     assert (run / ADAPTER).read_bytes()[8:9] == b"{"
     assert WRITER.encode() not in b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
@@ -290,12 +290,12 @@ def test_a_run_waits_for_no_upload_when_it_is_stopped_and_goes_on_as_ever(
         if view.step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(uploading, "_PATIENCE", 0.1)
+    monkeypatch.setattr(uploading, "_STOP_TIMEOUT", 0.1)
     hub.open.clear()
     config = load_config(finished / "config.yaml").config
     push = HubConfig(repo_id="user/dog", push="checkpoint")
     config = config.model_copy(update={"hub": push, "output_dir": f"{finished}-stopped"})
-    with pytest.raises(UserError, match="stopped, saved at step-000002; the same command with --resume goes on"):
+    with pytest.raises(UserError, match="stopped, saved at step-000002; run the same command with --resume"):
         run_training(config, callbacks=[stop])
     assert len(hub.repositories["user/dog"].commits) == 1
     hub.open.set()

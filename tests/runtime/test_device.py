@@ -112,7 +112,7 @@ def test_a_way_to_split_the_model_is_refused_by_its_variable(way: str) -> None:
     name = f"ACCELERATE_USE_{way}"
     for value in ("true", "True", "1"):
         (line,) = sharding_problems({name: value, "ACCELERATE_USE_CPU": "true"})
-        assert line.startswith(f"{name}={value}: sd3tune splits no model over devices; unset it")
+        assert line.startswith(f"{name}={value}: sd3tune does not split a model over devices; unset it")
     assert sharding_problems({name: "false"}) == sharding_problems({name: ""}) == sharding_problems({}) == []
 
 

@@ -15,7 +15,7 @@ from sd3tune.config.meaning import compared_when_finished, knobs_of
 from sd3tune.config.sections.key import Knob
 from sd3tune.config.sections.section import Section
 from sd3tune.config.shape import all_fields, alternatives, item_of, key_of, sections_of
-from sd3tune.forecast.forecast import look_ahead
+from sd3tune.forecast.forecast import forecast_inputs
 from sd3tune.methods import METHODS, LoraMethod
 from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 
@@ -57,7 +57,7 @@ def test_the_keys_that_are_advised_when_memory_is_short_are_those_that_say_so(qu
         for phase, text in out_of_memory.items():
             assert all(phase in known[name].eases for name in _named(text))
             advised |= _named(text)
-        advised |= _named(" ".join(typed for typed, _ in knobs(look_ahead(config, torch.float32))))
+        advised |= _named(" ".join(typed for typed, _ in knobs(forecast_inputs(config, torch.float32))))
     advised.discard("method.targets")  # the method's own saving
     assert advised == known.keys()
 

@@ -33,7 +33,7 @@ from sd3tune.config.sections.optimizer import OptimizerSection, ScheduleSection
 from sd3tune.data.sources.folder import Listing
 from sd3tune.data.sources.registry import SOURCES, register_source
 from sd3tune.errors import ConfigError, RunError
-from sd3tune.forecast.forecast import forecast, look_ahead
+from sd3tune.forecast.forecast import forecast, forecast_inputs
 from sd3tune.methods import METHODS, LoraMethod, register
 from sd3tune.training.loop import View
 from sd3tune.training.objective import SIGMAS, WEIGHTS, register_timesteps, register_weighting
@@ -209,7 +209,7 @@ def test_the_extra_term_is_part_of_what_is_minimised(run: Path, tmp_path: Path, 
 
 
 def test_the_forecast_knows_them(tmp_path: Path) -> None:
-    found = forecast(look_ahead(config_of(tmp_path), torch.bfloat16))
+    found = forecast(forecast_inputs(config_of(tmp_path), torch.bfloat16))
     assert found.store is not None
     assert found.store.images == 2
     assert found.training.optimizer == pytest.approx(3 * 4 * found.training.trained, rel=0.01)  # three fp32 tensors

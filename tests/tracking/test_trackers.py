@@ -92,7 +92,7 @@ def test_a_tracker_that_fails_is_named_once_and_left_out(recorder: Recorder) -> 
         for step in (1, 2, 3):
             trackers.line(line(step))
         assert trackers.where() == []
-    assert said == ["warning: tracking.tensorboard: the line is dead; the run goes on without it"]
+    assert said == ["warning: tracking.tensorboard: the line is dead; the run continues without it"]
     assert trackers.warnings == [said[0].removeprefix("warning: ")]
     assert recorder.told == [(1, "loss")]
 
@@ -105,7 +105,7 @@ def test_a_tracker_that_cannot_start_is_named_and_left_out(monkeypatch: pytest.M
     said: list[str] = []
     with make(said) as trackers:
         trackers.line(line(1))
-    assert said == ["warning: tracking.tensorboard: libfoo.so: not found; the run goes on without it"]
+    assert said == ["warning: tracking.tensorboard: libfoo.so: not found; the run continues without it"]
 
 
 def test_a_tracker_is_told_whether_the_run_finished(recorder: Recorder) -> None:

@@ -1,7 +1,6 @@
 """The model card: the trained model, its use, its training, its measurements, and its limits.
 
-`page` puts it together. Each section is a module: the header that the Hub reads, usage, training, measurements,
-limits and licence.
+`page` assembles it. Each section is a module: YAML header, usage, training, measurements, limits and licence.
 """
 
 from sd3tune.publish.card.measured import DIVERGED, has_diverged

@@ -1,7 +1,7 @@
-"""The YAML at the top of a card, which the Hub reads.
+"""The YAML header of a card, with the metadata for the Hub.
 
-The keys are those of https://huggingface.co/docs/hub/model-cards#model-card-metadata and, for `widget`,
-https://huggingface.co/docs/hub/model-cards-components; `instance_prompt` is diffusers'.
+Keys: https://huggingface.co/docs/hub/model-cards#model-card-metadata and, for `widget`,
+https://huggingface.co/docs/hub/model-cards-components; `instance_prompt` is a key of diffusers.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from sd3tune.publish.card.trained import Trained
 
 
 def header(trained: Trained) -> str:
-    """Quoted so that YAML 1.1 and 1.2 read the same."""
+    """Return the header as YAML, quoted so that YAML 1.1 and 1.2 agree."""
     return f"---\n{dump_values(metadata(trained))}---"
 
 
 def metadata(trained: Trained) -> dict[str, Any]:
-    """Return the metadata for the Hub, with base and licence only if they are known."""
+    """Return the metadata for the Hub, including base and licence if they are known."""
     licence, prompt = licence_of(trained.contract), trained.contract["instance_prompt"]
     return {
         **_base(trained),
@@ -33,16 +33,16 @@ def metadata(trained: Trained) -> dict[str, Any]:
 
 
 def _base(trained: Trained) -> dict[str, str]:
-    """Of a model on the Hub alone: a file's shape is no proof of its weights, and from scratch there is none."""
+    """Return the base's metadata; empty for a local file, whose weights are unproven, and for training from scratch."""
     if trained.contract["base_kind"] != "hub" or trained.from_scratch:
         return {}
-    relation = "adapter" if trained.adapts else "finetune"
+    relation = "adapter" if trained.is_adapter else "finetune"
     return {"base_model": trained.contract["base"], "base_model_relation": relation}
 
 
 def _tags(trained: Trained) -> list[str]:
     method = trained.contract["method"]
-    return ["text-to-image", "diffusers", "sd3tune", method, *(["template:sd-lora"] if trained.adapts else [])]
+    return ["text-to-image", "diffusers", "sd3tune", method, *(["template:sd-lora"] if trained.is_adapter else [])]
 
 
 def _widget(trained: Trained) -> list[dict[str, Any]]:

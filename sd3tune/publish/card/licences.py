@@ -1,8 +1,8 @@
-"""The licences of the bases that are known, as the Hub's metadata has them.
+"""The licences of known bases, in the Hub's metadata format.
 
-From the headers of the bases' own cards on the Hub: `license: other`, `license_name` and `license_link`, a file there.
-https://huggingface.co/docs/hub/model-cards has the three keys' meaning; diffusers' own training scripts link to
-the same files. A file's or folder's shape does not tell whose weights it holds, so those have none here.
+Source: the headers of the bases' own cards on the Hub, with `license: other`, `license_name` and `license_link`. The
+keys are explained at https://huggingface.co/docs/hub/model-cards; diffusers' training scripts link to the same files.
+A local file or folder has no known licence: its shape does not prove whose weights it holds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sd3tune.publish.card.trained import Trained
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence that has a name for people and, if the Hub's list of licences lacks it, one of its own and a link."""
+    """A licence's title and Hub identifier and, if the Hub does not list it, its own name and link."""
 
     title: str
     license: str
@@ -42,8 +42,8 @@ LICENCES = {
     "stabilityai/stable-diffusion-3.5-large-turbo": Licence(
         *_COMMUNITY, _stability("stable-diffusion-3.5-large-turbo")
     ),
-    # The repository in diffusers' layout kept the licence of June 2024; that of the original layout took the new one
-    # in July 2024 (https://stability.ai/news/license-update).
+    # The repository in diffusers' layout kept the licence of June 2024; the one in the original layout changed to the
+    # new licence in July 2024 (https://stability.ai/news/license-update).
     "stabilityai/stable-diffusion-3-medium-diffusers": Licence(
         "Stability AI Non-Commercial Research Community License",
         "other",
@@ -73,13 +73,13 @@ def _licence(contract: Mapping[str, Any]) -> str:
     base, kind, known = code(contract["base"]), contract["base_kind"], licence_of(contract)
     if known:
         title = f"[{known.title}]({known.link})" if known.link else known.title
-        return f"That of the base, {base}: {title}.{known.note}"
+        return f"The licence of the base, {base}, applies: {title}.{known.note}"
     if kind == "tiny":
         return f"No licence is claimed: the base, {base}, has random weights that sd3tune makes for rehearsals."
     if kind == "hub":
         page = f"[its page](https://huggingface.co/{contract['base']})"
-        return f"What may be done with it follows from the licence of the base, {base}, which {page} states."
-    where = f"The base was a {kind} named {base}, and what may be done with this follows from the licence of that."
+        return f"The licence of the base, {base}, applies; see {page}."
+    where = f"The base was a {kind} named {base}, whose licence applies."
     released = contract.get("base_released_as")
-    shape = f" Its shape is that of {code(released)}; whether its weights are was not looked at." if released else ""
+    shape = f" Its shape is that of {code(released)}; its weights were not compared." if released else ""
     return f"{where}{shape}"

@@ -1,4 +1,4 @@
-"""The section on limits: what the model is not, common mistakes, and what was not examined."""
+"""The section on limits: known limits, common mistakes, and untested properties."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def _limits(trained: Trained) -> Iterator[str]:
     yield _data(trained)
     yield _text_length(trained)
     yield from _noise_offset(trained)
-    if trained.adapts:
+    if trained.is_adapter:
         yield (
-            f"It fits models of the shape of {code(contract['base'])} only: other sizes of Stable Diffusion 3 do not "
+            f"It only fits models of the shape of {code(contract['base'])}: other sizes of Stable Diffusion 3 do not "
             "load it. On other weights of that shape, such as fine-tunes, it was not tried."
         )
     yield _prior(trained)
@@ -34,13 +34,13 @@ def _noise(trained: Trained) -> Iterator[str]:
 
 
 def _data(trained: Trained) -> str:
-    images, side = trained.described.get("images"), trained.contract["resolution"]
+    images, side = trained.run_facts.get("images"), trained.contract["resolution"]
     learned = "what it was trained on" if images is None else f"{images} image{'s' * (images != 1)}"
-    return f"It has learned from {learned} at {side} px, and draws best what resembles them, at about that size."
+    return f"It was trained on {learned} at {side} px, and works best for similar pictures of about that size."
 
 
 def _text_length(trained: Trained) -> str:
-    """The transformer attends to padding, so the length is part of the conditioning."""
+    """Return the limit on T5 length, a part of the conditioning, as the transformer attends to padding."""
     length, lengths = trained.contract["max_sequence_length"], trained.t5_lengths
     argument = f"`max_sequence_length={length}`"
     if not trained.uses_t5:
@@ -59,12 +59,12 @@ def _text_length(trained: Trained) -> str:
 
 
 def _noise_offset(trained: Trained) -> Iterator[str]:
-    """Other tools know nothing of it; the snippet for diffusers gives it by hand."""
+    """Yield the limit on noise offset, which other tools ignore; the diffusers snippet adds it."""
     strength, side = trained.contract.get("sampler_noise_offset", 0.0), trained.contract["resolution"]
     if strength:
         share = 100 * spread_without_offset(strength, side)
         yield (
-            f"It was trained with noise offset {strength:g}, and pictures have to start from it. `sd3tune infer` does "
+            f"It was trained with noise offset {strength:g}, and sampling must start from it. `sd3tune infer` does "
             "that by itself, and so does the code for diffusers above. Other tools start without it: then "
             f"{share:.2g} % of the trained spread of brightness is drawn at {side} px, and bright and dark pictures "
             "come out alike."
@@ -73,13 +73,11 @@ def _noise_offset(trained: Trained) -> Iterator[str]:
 
 def _prior(trained: Trained) -> str:
     if any(source.prior and source.prior.weight > 0 for source in trained.config.data.sources):
-        return (
-            "Prior preservation was used, to keep the rest of the class as it was; how well that went was not measured."
-        )
-    return "Prior preservation was not used, so others of the subject's class may have come to look like it."
+        return "Prior preservation was used, to keep the rest of the class unchanged; its effect was not measured."
+    return "Prior preservation was not used, so other members of the subject's class may look like the subject."
 
 
 def _unmeasured(trained: Trained) -> str:
     measured = trained.report is not None and trained.report.get("held_out")
-    held_out = "" if measured else ", nor the loss on images that were not trained on"
-    return f"Not measured: likeness, how well prompts are followed, and the quality of pictures{held_out}."
+    held_out = "" if measured else ", nor the held-out loss"
+    return f"Not measured: likeness, prompt adherence, and image quality{held_out}."

@@ -1,4 +1,4 @@
-"""Markdown around texts that may hold anything: backticks, pipes, line breaks, what cannot be printed.
+"""Markdown for arbitrary texts, with backticks, pipes, line breaks and unprintable characters.
 
 CommonMark (https://spec.commonmark.org/0.31.2/#code-spans) and GitHub's tables
 (https://github.github.com/gfm/#tables-extension-), which the Hub renders.
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 
 def code(text: str) -> str:
-    """Inline code on one line, between more backticks than are in it; runs of white space are one blank."""
+    """Return inline code on one line, in more backticks than it contains, with white space collapsed."""
     line = " ".join("".join(c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text).split())
     fence = "`" * (_longest_run(line) + 1)
     blank = " " if line.startswith("`") or line.endswith("`") else ""
@@ -19,19 +19,19 @@ def code(text: str) -> str:
 
 
 def fenced(language: str, text: str) -> str:
-    """A block of code, between more backticks than are in it."""
+    """Return a code block, fenced by more backticks than it contains."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are Markdown, of one line each."""
+    """Return a table; each cell is one line of Markdown."""
     lines = [header, ["---"] * len(header), *([_cell(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" if any(line) else "| " * len(line) + "|" for line in lines)
 
 
 def _cell(markdown: str) -> str:
-    """A pipe ends a cell unless a backslash, itself not escaped, stands before it; in code as elsewhere."""
+    """Return a cell with pipes escaped: an unescaped pipe ends a cell, even in code."""
     return re.sub(r"\\(?=\|)", r"\\ ", markdown).replace("|", r"\|")
 
 

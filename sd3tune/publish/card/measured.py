@@ -1,4 +1,4 @@
-"""What was measured: the report of `run.json`, in tables."""
+"""The section on measurements: the report of `run.json`, in tables."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ DIVERGED = 0.75
 
 
 def has_diverged(report: Mapping[str, Any], from_scratch: bool) -> bool:
-    """Return whether a run's report shows a change that no training from a trained base makes when it goes well.
+    """Return whether a run's report shows a change too large for a successful training from a trained base.
 
-    From scratch any change is right, as the untrained model predicts nothing.
+    From scratch every change is fine, as the untrained model predicts zeros.
     """
     return not from_scratch and report["velocity_change"] > DIVERGED
 
@@ -28,7 +28,7 @@ def _measured(trained: Trained) -> list[str]:
     report = trained.report
     if report is None:
         return [
-            f"Nothing yet: this is step {trained.steps} of {trained.config.train.total_steps} of a run that goes on."
+            f"Nothing yet: this is step {trained.steps} of {trained.config.train.total_steps} of an unfinished run."
         ]
     return [
         "The loss is the squared error of the predicted velocity, at fixed noise, of which sigma is the share. On "
@@ -40,8 +40,8 @@ def _measured(trained: Trained) -> list[str]:
 
 
 def _titles(trained: Trained) -> list[str]:
-    """Of the columns: untrained, trained."""
-    return ["base", "with the adapter"] if trained.adapts else ["untrained", "trained"]
+    """Return the titles of the two columns."""
+    return ["base", "with the adapter"] if trained.is_adapter else ["untrained", "trained"]
 
 
 def _fixed_noise(loss: Mapping[str, Any], trained: Trained) -> str:
@@ -50,7 +50,7 @@ def _fixed_noise(loss: Mapping[str, Any], trained: Trained) -> str:
 
 
 def _held_out(measured: Mapping[str, Any] | None, trained: Trained) -> list[str]:
-    """On images that were not trained on, if there were any."""
+    """Return the held-out losses; empty without held-out images."""
     if not measured or measured["last"]["loss"] is None:
         return []
     last, best = measured["last"], measured["best"]
@@ -76,7 +76,7 @@ def _changes(report: Mapping[str, Any], trained: Trained) -> str:
     blocks = report.get("block_changes")
     if not blocks:
         return step
-    measure = "The norm of the weight update" if trained.adapts else "The relative change of the weights"
+    measure = "The norm of the weight update" if trained.is_adapter else "The relative change of the weights"
     listed = ", ".join(f"{name.removeprefix('block ')}: {change:.3g}" for name, change in blocks.items())
     return f"{step} {measure} by block: {listed}."
 

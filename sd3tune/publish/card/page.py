@@ -1,4 +1,4 @@
-"""The card as a page."""
+"""The whole card: header and sections."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _MARKED = re.compile(r"---\n# sd3tune card ([0-9a-f]{16})\n(.*)", re.DOTALL)
 
 
 def card(trained: Trained) -> str:
-    """Return Markdown below a YAML header. It has no path, host name or token, as its sources have none.
+    """Return the card: a YAML header and Markdown, without local paths, host names or tokens.
 
-    A comment in the header holds a digest of the rest, by which `is_unchanged` recognises the card.
+    A comment in the header has a digest of the rest, for `is_unchanged`.
     """
     page = "\n\n".join([header(trained), *_sections(trained)]) + "\n"
     rest = page.removeprefix("---\n")
@@ -29,7 +29,7 @@ def card(trained: Trained) -> str:
 
 
 def is_unchanged(text: str) -> bool:
-    """Whether a page is a card as it was made. Cards of versions that left no digest count as changed."""
+    """Return whether a card is unedited. Cards of versions without a digest count as edited."""
     found = _MARKED.fullmatch(text)
     return found is not None and found[1] == _digest(found[2])
 
@@ -62,7 +62,7 @@ def _product(trained: Trained) -> str:
     contract, base = trained.contract, code(trained.contract["base"])
     if contract["base_kind"] == "hub":
         base = f"[{contract['base']}](https://huggingface.co/{contract['base']})"
-    if trained.adapts:
+    if trained.is_adapter:
         return f"A LoRA adapter for {base}"
     if trained.from_scratch:
         return f"A model of Stable Diffusion 3's kind, from scratch, with the text encoders and the VAE of {base}"
@@ -74,14 +74,14 @@ def _gallery(trained: Trained) -> Iterator[str]:
         yield "<Gallery />"
     if trained.sheet:
         link = f"[{trained.sheet}]({trained.sheet})"
-        yield f"{link} shows these prompts while it was trained, beside what the base draws."
+        yield f"{link} shows samples of these prompts during training, next to the base's."
 
 
 def _trigger(trained: Trained) -> str:
     trigger, prompt = trained.contract["trigger"], trained.contract["instance_prompt"]
     lines = ["## Trigger word", ""]
     if trigger:
-        lines.append(f"{code(trigger)}: it is in every caption, so put it into the prompt.")
+        lines.append(f"{code(trigger)}: it is in every caption, so include it in the prompt.")
     elif not prompt:
         like = "as for the pictures above" if trained.samples else "as they were written"
         lines.append(f"None was set, and the captions differ: prompt it {like}.")

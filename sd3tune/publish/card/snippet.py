@@ -1,4 +1,4 @@
-"""Code for diffusers, which runs unchanged in the repository's folder and draws the command's picture."""
+"""Code for diffusers, which runs in the repository's folder and draws the same picture as the `infer` command."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sd3tune.publish.card.trained import Trained
 
 
 def with_diffusers(trained: Trained) -> list[str]:
-    """Return the paragraphs; if diffusers cannot load the base, one with the reason."""
+    """Return the paragraphs, or one with the reason if diffusers cannot load the base."""
     base = _loading_base(trained)
     if base is None:
         return [
-            "diffusers alone cannot draw with it as it was trained: it wants the base as a folder in its own layout, "
+            "diffusers alone cannot draw with it as it was trained: it needs the base as a folder in its own layout, "
             "and the base was one file."
         ]
     return [
@@ -25,7 +25,7 @@ def with_diffusers(trained: Trained) -> list[str]:
 
 def _introduction(trained: Trained) -> str:
     base, kind = code(trained.contract["base"]), trained.contract["base_kind"]
-    if not trained.adapts:
+    if not trained.is_adapter:
         return "Or with diffusers alone:"
     if kind in ("tiny", "nano"):
         return f"Or with diffusers; {base} comes with sd3tune:"
@@ -35,8 +35,8 @@ def _introduction(trained: Trained) -> str:
 
 
 def _loading_base(trained: Trained) -> list[str] | None:
-    """Lines up to a `pipe` without an adapter; None where diffusers cannot be told to load the base."""
-    if not trained.adapts:
+    """Return the lines up to a `pipe` without adapter; None if diffusers cannot load the base."""
+    if not trained.is_adapter:
         return _loading_model(trained)
     contract, name = trained.contract, trained.contract["base"]
     if contract["base_kind"] in ("tiny", "nano"):
@@ -86,14 +86,14 @@ def _pipe(base: str, trained: Trained, more: Sequence[str] = ()) -> str:
 
 
 def _loading_adapter(trained: Trained) -> list[str]:
-    if not trained.adapts:
+    if not trained.is_adapter:
         return []
     where = f'{_python(trained.repo_id)}, subfolder="adapter"' if trained.repo_id else '"adapter"'
     return [f'pipe.load_lora_weights({where}, weight_name="{ADAPTER_FILE}")']
 
 
 def _drawing(trained: Trained) -> list[str]:
-    """Return the code that draws the command's picture."""
+    """Return the code that draws the same picture as the `infer` command."""
     drawing = trained.drawing
     side, length = trained.contract["resolution"], trained.contract["max_sequence_length"]
     noise, arguments = _starting_noise(trained)
@@ -126,6 +126,6 @@ def _starting_noise(trained: Trained) -> tuple[list[str], list[str]]:
 
 
 def _python(text: str) -> str:
-    """A literal, in double quotes where that needs no escapes."""
+    """Return a string literal, in double quotes if that needs no escapes."""
     literal = repr(text)
     return f'"{literal[1:-1]}"' if literal[0] == "'" and '"' not in literal else literal

@@ -1,4 +1,4 @@
-"""What a card speaks of: a run, or one of its checkpoints, as its folder describes it."""
+"""The subject of a card: a run, or one of its checkpoints, as described by its folder."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ class Sample:
     """A picture that lies in the repository beside the card."""
 
     file: str
-    """Relative to the repository."""
+    """Path relative to the repository."""
     step: int
-    """Whose weights drew it."""
+    """Step of the weights that drew it."""
     drawing: Drawing
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The facts of a finished run, read from the run folder only."""
+    """The facts of a run, read from the run folder only."""
 
     config: Config
     contract: Mapping[str, Any]
     """The contract of the adapter or model."""
-    described: Mapping[str, Any]
-    """As in `run.json`; of a run that goes on, without timings and report."""
+    run_facts: Mapping[str, Any]
+    """Content of `run.json`; of an unfinished run, without timings and report."""
     samples: Sequence[Sample] = ()
-    """The last of each prompt."""
+    """The last sample of each prompt."""
     sheet: str | None = None
-    """The picture of all samples by step, relative to the repository."""
+    """Contact sheet of samples by step, relative to the repository."""
     repo_id: str | None = None
-    """Where the card lies on the Hub; None speaks of the folder that it lies in."""
+    """The card's repository on the Hub; None for a card in a local folder."""
     step: int | None = None
-    """Of a checkpoint of a run that goes on; None when it has ended."""
+    """Step of a checkpoint of an unfinished run; None for a finished run."""
 
     @property
-    def adapts(self) -> bool:
-        """Whether it is an adapter, rather than a whole model."""
+    def is_adapter(self) -> bool:
+        """True for an adapter, False for a whole model."""
         return "rank" in self.contract
 
     @property
@@ -64,22 +64,22 @@ class Trained:
 
     @property
     def t5_lengths(self) -> list[int]:
-        """In tokens, ascending: all that were trained at."""
+        """All trained T5 lengths in tokens, ascending."""
         return self.contract.get("t5_lengths", [self.contract["max_sequence_length"]])
 
     @property
     def encoder_files(self) -> list[str]:
-        """Names of the files that text encoders came from, where they are not the base's own."""
+        """Names of the separate files that text encoders were loaded from."""
         return [used["file"] for used in self.contract.get("encoder_files", {}).values()]
 
     @property
-    def base_is_here(self) -> bool:
-        """Whether the base, or a part of it, is a file or folder of the machine that it was trained on."""
+    def base_is_local(self) -> bool:
+        """True if the base, or a part of it, is a local file or folder of the training machine."""
         return self.contract["base_kind"] in ("folder", "file") or bool(self.encoder_files)
 
     @property
     def report(self) -> Mapping[str, Any] | None:
-        found: Mapping[str, Any] | None = self.described.get("report")
+        found: Mapping[str, Any] | None = self.run_facts.get("report")
         return found
 
     @property
@@ -87,17 +87,17 @@ class Trained:
         return self.config.train.total_steps if self.step is None else self.step
 
     @property
-    def shows_itself(self) -> bool:
-        """Whether the first sample was drawn by these very weights."""
+    def drew_first_sample(self) -> bool:
+        """True if these weights drew the first sample."""
         return bool(self.samples) and self.samples[0].step == self.steps
 
     @property
     def drawing(self) -> Drawing:
-        """One to begin with: the first sample, else of the one caption, the trigger, or whatever there is."""
+        """Settings of an example: the first sample's, or defaults for the single caption, the trigger or `a photo`."""
         if self.samples:
             return self.samples[0].drawing
-        return self.usual(self.contract["instance_prompt"] or self.contract["trigger"] or "a photo")
+        return self.default_drawing(self.contract["instance_prompt"] or self.contract["trigger"] or "a photo")
 
-    def usual(self, prompt: str) -> Drawing:
-        """Return what `sd3tune infer` draws when it is told the prompt alone."""
+    def default_drawing(self, prompt: str) -> Drawing:
+        """Return the settings of `sd3tune infer` for a prompt without other options."""
         return Drawing(prompt, **sampling_of(self.contract))

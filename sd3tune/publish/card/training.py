@@ -1,4 +1,4 @@
-"""How it was trained: a table."""
+"""The section on training: a table of settings and data."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def _what(trained: Trained) -> Iterator[Row]:
     contract, ema = trained.contract, trained.config.ema
     revision = f" at {code(contract['base_revision'])}" if contract["base_revision"] else ""
     yield "base model", f"{code(contract['base'])}{revision}"
-    if trained.adapts:
+    if trained.is_adapter:
         yield "rank, alpha", f"{contract['rank']}, {contract['alpha']:g} (folded into the file: alpha = rank there)"
     else:
         yield "trained", f"the whole transformer, in the file as {contract['export_dtype']}"
-    raw = "" if trained.step else f"; as trained in `{'adapter' if trained.adapts else 'model'}_raw`"
+    raw = "" if trained.step else f"; as trained in `{'adapter' if trained.is_adapter else 'model'}_raw`"
     yield "weights", "as trained" if ema is None else f"exponential moving average, decay {ema.decay:g}{raw}"
 
 
 def _data(trained: Trained) -> Iterator[Row]:
-    contract, facts, train = trained.contract, trained.described, trained.config.train
-    if "captions" in facts:  # unknown of runs of earlier versions
+    contract, facts, train = trained.contract, trained.run_facts, trained.config.train
+    if "captions" in facts:  # runs of earlier versions lack it
         captions = _count(facts["captions"], "caption") if facts["captions"] == 1 else f"{facts['captions']} captions"
         yield "data", f"{_count(facts['images'], 'image')} with {captions}{_repeated(trained)}"
         if facts["held_out_images"]:
@@ -48,7 +48,7 @@ def _data(trained: Trained) -> Iterator[Row]:
 
 
 def _repeated(trained: Trained) -> str:
-    images, per_epoch = trained.described["images"], trained.described["images_per_epoch"]
+    images, per_epoch = trained.run_facts["images"], trained.run_facts["images_per_epoch"]
     return "" if images == per_epoch else f", {per_epoch} in an epoch with their repeats"
 
 
@@ -69,7 +69,6 @@ def _mathematics(trained: Trained) -> Iterator[Row]:
     config, contract = trained.config, trained.contract
     sigma, optimizer = contract["timesteps"], config.optimizer
     shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in sigma.items() if key != "kind"}
-    shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in sigma.items() if key != "kind"}
     drawn = ", ".join(f"{key} {value}" for key, value in shown.items())
     yield "optimizer", f"{optimizer.kind}, learning rate {optimizer.lr:g}, {config.schedule.kind}"
     yield (
@@ -89,8 +88,8 @@ def _text(trained: Trained) -> Iterator[Row]:
 
 
 def _machine(trained: Trained) -> Iterator[Row]:
-    contract, facts = trained.contract, trained.described
-    others = "" if contract["dtype"] == "fp32" else "; what is trained, and the optimizer, in fp32"
+    contract, facts = trained.contract, trained.run_facts
+    others = "" if contract["dtype"] == "fp32" else "; trained parameters and optimizer in fp32"
     rounded = f", the base's blocks in {contract['quantize']}" if "quantize" in contract else ""
     yield "precision", f"{contract['dtype']}{rounded}{others}"
     yield "seed", str(contract["seed"])
@@ -101,10 +100,10 @@ def _machine(trained: Trained) -> Iterator[Row]:
         last = ", since it was last resumed" if facts.get("resumes") else ""
         yield "time", f"{_duration(seconds)} of training{last}"
     known = {"sd3tune": contract["sd3tune_version"], **facts.get("versions", {})}
-    told = [
+    named = [
         f"{name} {known[name]}" for name in ("sd3tune", "torch", "diffusers", "transformers", "peft") if name in known
     ]
-    yield "versions", ", ".join(told)
+    yield "versions", ", ".join(named)
 
 
 def _duration(seconds: float) -> str:

@@ -14,22 +14,22 @@ from sd3tune.publish.files import ADAPTERS
 
 
 def usage_section(trained: Trained) -> str:
-    shown = ["This is how the first of the pictures above was drawn."] if trained.shows_itself else []
+    shown = ["These settings drew the first picture above."] if trained.drew_first_sample else []
     sections = [*shown, *_gate(trained), *_commands(trained), *with_diffusers(trained), *_other_tools(trained)]
     return "\n\n".join(["## Use it", *sections])
 
 
 def _gate(trained: Trained) -> list[str]:
-    """Return the step of accepting the licence, for gated bases on the Hub."""
+    """Return the note on accepting the licence, for gated bases on the Hub."""
     base, licence = trained.contract["base"], licence_of(trained.contract)
-    if not trained.adapts or licence is None or licence.link is None:
+    if not trained.is_adapter or licence is None or licence.link is None:
         return []
     page = f"[its page](https://huggingface.co/{base})"
     return [f"The base is loaded from the Hub, once its licence was accepted on {page} and `hf auth login` has run."]
 
 
 def _other_tools(trained: Trained) -> list[str]:
-    return [f"ComfyUI reads `{ADAPTERS[0]}/{ADAPTER_FILE}` as it is."] if trained.adapts else []
+    return [f"ComfyUI reads `{ADAPTERS[0]}/{ADAPTER_FILE}` as it is."] if trained.is_adapter else []
 
 
 def _commands(trained: Trained) -> list[str]:
@@ -41,7 +41,7 @@ def _commands(trained: Trained) -> list[str]:
 def _where(trained: Trained) -> str:
     if trained.repo_id is None:
         return "In this folder:"
-    if trained.adapts and trained.base_is_here:
+    if trained.is_adapter and trained.base_is_local:
         kept = ", ".join(code(name) for name in _files_of_base(trained))
         return f"With {code('config.yaml')} of this repository and, beside it, {kept}:"
     return "With sd3tune, from anywhere:"
@@ -53,23 +53,23 @@ def _files_of_base(trained: Trained) -> list[str]:
 
 
 def _download(trained: Trained) -> list[str]:
-    """A whole model lies in a folder of the repository, which the Hub's libraries do not load from by its id."""
-    if trained.adapts or trained.repo_id is None:
+    """Return the download of a whole model: by its id, the Hub's libraries do not load from a subfolder."""
+    if trained.is_adapter or trained.repo_id is None:
         return []
     return [shlex.join(["hf", "download", trained.repo_id, "--include", "model/*", "--local-dir", "."])]
 
 
 def _infer_arguments(trained: Trained) -> list[str]:
-    if not trained.adapts:
+    if not trained.is_adapter:
         return ["--base", "model"]
-    told = ["--config", "config.yaml"] if trained.repo_id and trained.base_is_here else []
-    return ["--lora", trained.repo_id or ".", *told]
+    config = ["--config", "config.yaml"] if trained.repo_id and trained.base_is_local else []
+    return ["--lora", trained.repo_id or ".", *config]
 
 
 def _drawing_arguments(trained: Trained) -> Iterator[str]:
     drawing = trained.drawing
     yield from ("--prompt", drawing.prompt)
-    usual = trained.usual(drawing.prompt)
+    usual = trained.default_drawing(drawing.prompt)
     for name in ("steps", "guidance", "seed"):
         value = getattr(drawing, name)
         if value != getattr(usual, name):

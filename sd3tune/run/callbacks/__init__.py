@@ -1,1 +1,1 @@
-"""Callbacks of the training loop: previews, validation, trackers and uploads. They change nothing of the run."""
+"""Callbacks of the training loop: previews, validation, trackers and uploads. They do not affect training."""

@@ -1,4 +1,4 @@
-"""Previews: what `infer` would draw from the weights as they would be exported now. They change nothing of the run."""
+"""Previews: sampling during training with the weights as exported, equal to `infer`. They do not affect training."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ BASE = "base"
 
 
 class Previews:
-    """A training callback: every `preview.every` steps, and before the first and after the last, one image a prompt.
+    """A training callback that draws one image per prompt.
 
-    Beside them, drawn once, stand the images of the base alone.
+    It runs before the first step, every `preview.every` steps and after the last. The base's images are drawn once.
     """
 
     def __init__(self, plan: Plan, encoded: Encoded, processes: Processes, trackers: Trackers) -> None:
@@ -60,14 +60,14 @@ class Previews:
                 raise
             release(self.plan.device)
             self.skipped.append(view.step)
-            say(f"warning: step {view.step}: no preview, out of memory; training goes on")
+            say(f"warning: step {view.step}: no preview, out of memory; training continues")
         self.seconds += time.monotonic() - started
         self._send(name)
 
     def _draw_missing(self, name: str, view: View, weights: AbstractContextManager[None]) -> None:
-        """Draw and save one image a prompt, unless an earlier attempt did."""
+        """Draw and save one image per prompt, unless an earlier attempt did."""
         paths = [self._path(name, number) for number in range(len(self.settings.prompts))]
-        if all(_shows(path, self._recipe(number)) for number, path in enumerate(paths)):
+        if all(_has_recipe(path, self._recipe(number)) for number, path in enumerate(paths)):
             return
         with weights:
             images = self._draw(name, view)
@@ -77,7 +77,7 @@ class Previews:
                 say(f"warning: {path}: {fault}")
 
     def _draw(self, name: str, view: View) -> list[Image.Image]:
-        """Denoise all prompts; then load the VAE, decode, and free it."""
+        """Denoise all prompts, then load the VAE, decode, and free it."""
         side, settings = self.plan.config.data.resolution, self.settings
         offset = self.plan.base.noise_offset if name == BASE else self.plan.config.flow.noise_offset
         sampler = SamplerSettings(settings.steps, settings.guidance, side, side, noise_offset=offset)
@@ -110,36 +110,37 @@ class Previews:
         return self.folder / f"{name}-{number}.png"
 
     def _names(self) -> list[str]:
-        """`step-000100` for each step that has pictures."""
+        """Return the names of the steps that have pictures, such as `step-000100`."""
         return sorted({path.name.rpartition("-")[0] for path in self.folder.glob("step-*.png")})
 
     def _send(self, name: str) -> None:
-        """To the trackers, what they have not got of a step."""
+        """Send a step's new pictures to the trackers."""
         for number, prompt in enumerate(self.settings.prompts):
             path = self._path(name, number)
-            if path not in self._sent and _shows(path, self._recipe(number)):
+            if path not in self._sent and _has_recipe(path, self._recipe(number)):
                 self._sent.add(path)
                 self.trackers.image(_step(name), f"preview/{number}", path, prompt)
 
     def _write_sheet(self) -> None:
-        """One row a prompt; a column for the base and one a step. A prompt that was added later has no early ones.
+        """Write the contact sheet: a row per prompt, a column for the base and one per step.
 
-        Written anew when it shows anything else: an earlier attempt may have ended between a picture and it.
+        A prompt that was added later has no pictures in earlier columns. The sheet is rewritten if it is out of date:
+        an earlier attempt may have ended before writing it.
         """
         columns = {BASE: BASE} | {name: f"step {_step(name)}" for name in self._names()}
         paths = [
-            [path if _shows(path := self._path(name, number), self._recipe(number)) else None for name in columns]
+            [path if _has_recipe(path := self._path(name, number), self._recipe(number)) else None for name in columns]
             for number in range(len(self.settings.prompts))
         ]
         recipe = json.dumps([[path and path.name for path in row] for row in paths] + self.settings.prompts)
-        if _shows(self.folder / SHEET, recipe):
+        if _has_recipe(self.folder / SHEET, recipe):
             return
         images = [[Image.open(path) if path else None for path in row] for row in paths]
         sheet = contact_sheet(images, columns=list(columns.values()), rows=self.settings.prompts)
         save_png(sheet, self.folder / SHEET, recipe)
 
     def _recipe(self, number: int) -> str:
-        """What a picture shows; it stands in the file, so that one of other settings is not taken for it."""
+        """Return the JSON recipe of a picture, stored in the file to recognise pictures of other settings."""
         settings, offset = self.settings, self.plan.config.flow.noise_offset
         return json.dumps(
             {
@@ -153,8 +154,8 @@ class Previews:
         )
 
 
-def _shows(path: Path, recipe: str) -> bool:
-    """Whether the picture is there and of that recipe."""
+def _has_recipe(path: Path, recipe: str) -> bool:
+    """Return whether the picture exists and has this recipe."""
     try:
         with Image.open(path) as image:
             return bool(image.info.get(RECIPE_KEY) == recipe)

@@ -1,4 +1,4 @@
-"""Uploads beside the training: a thread uploads each checkpoint's adapter; the end uploads all of the run."""
+"""Uploads during training: a thread uploads each checkpoint's adapter; the whole run is uploaded at its end."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from sd3tune.run.upload import left_out, push_command, push_run
 from sd3tune.training.checkpoint import checkpoint_at
 from sd3tune.training.loop import View
 
-_PATIENCE = 10.0
-"""Seconds that a run which was stopped waits for the upload in hand."""
+_STOP_TIMEOUT = 10.0
+"""Seconds that a stopped run waits for the current upload."""
 
 
 @dataclass(frozen=True)
 class _Staged:
-    """A checkpoint's adapter on its way, with the pictures so far and a card of its own.
+    """A checkpoint's adapter queued for upload, with the pictures so far and its own card.
 
-    They are links of its own, as the checkpoint may be pruned while it waits.
+    Its files are hard links, as the checkpoint may be pruned before the upload.
     """
 
     name: str
     folder: Path
-    """Beside the checkpoints, under a name that the next attempt removes."""
+    """In the run folder, under a temporary name, so that the next attempt removes it."""
     linked: Mapping[str, Path]
-    """Name in the repository -> the file that is linked into `folder`."""
+    """Name in the repository -> file to link into `folder`."""
     written: Mapping[str, bytes]
 
     @property
@@ -62,9 +62,9 @@ class _Staged:
 
 
 class Uploads:
-    """A training callback, called after a checkpoint is saved: a thread uploads it, in the order of the steps.
+    """A training callback that uploads saved checkpoints from a thread, in the order of the steps.
 
-    It takes nothing from the run and gives nothing to it: whatever fails is a warning.
+    It does not affect training: every failure is only a warning.
     """
 
     def __init__(self, plan: Plan, repository: Repository, contract: Mapping[str, Any]) -> None:
@@ -76,13 +76,13 @@ class Uploads:
 
     def __call__(self, view: View) -> None:
         checkpoint = checkpoint_at(self.plan.run, view.step)
-        if view.last or not checkpoint.is_dir():  # what the last step left is uploaded at the end
+        if view.last or not checkpoint.is_dir():  # the last step is uploaded with the finished run
             return
         try:
             staged = self._stage(checkpoint, view.step)
         except Exception as error:  # whatever it is, it must not end the training
             reason = getattr(error, "strerror", None) or error
-            self._warn(f"hub: {checkpoint.name} was not uploaded: {reason}; training goes on")
+            self._warn(f"hub: {checkpoint.name} was not uploaded: {reason}; training continues")
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._upload_all, name="uploads", daemon=True)
@@ -91,8 +91,8 @@ class Uploads:
 
     def _stage(self, checkpoint: Path, step: int) -> _Staged:
         run, config = self.plan.run, self.plan.config
-        described = read_run_file(run)
-        card = card_of(run, config, self.contract, described, self.repository.repo_id, step)
+        run_facts = read_run_file(run)
+        card = card_of(run, config, self.contract, run_facts, self.repository.repo_id, step)
         written = {CARD: card.encode(), CONFIG: config_of_run(run)}
         folder = run / f"{TEMPORARY}{secrets.token_hex(8)}-upload-{checkpoint.name}"
         staged = _Staged(checkpoint.name, folder, files_of_checkpoint(run, checkpoint), written)
@@ -112,13 +112,13 @@ class Uploads:
     def _upload(self, staged: _Staged) -> None:
         try:
             self.repository.commit(staged.files, f"{self.plan.config.name}, {staged.name}")
-        except Exception as error:  # whatever it is, it must not end the thread
-            self._warn(f"hub: {staged.name} was not uploaded: {error}; training goes on")
-            if self._closing.is_set():  # nobody waits for each of many that will fail likewise
+        except Exception as error:  # no error may end the thread
+            self._warn(f"hub: {staged.name} was not uploaded: {error}; training continues")
+            if self._closing.is_set():  # the others would fail as well, and the run waits
                 self._giving_up.set()
 
     def close(self, finished: bool) -> None:
-        """Wait for what is on its way; after a run that was stopped or failed, for a moment only."""
+        """Wait for pending uploads; after a stopped or failed run, only briefly."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -126,7 +126,7 @@ class Uploads:
         if not finished:
             self._giving_up.set()
         self._waiting.put(None)
-        thread.join(None if finished else _PATIENCE)
+        thread.join(None if finished else _STOP_TIMEOUT)
 
     def _warn(self, line: str) -> None:
         self.warnings.append(line)
@@ -141,7 +141,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def upload_finished(plan: Plan, uploads: Uploads | None, say: Callable[[str], None]) -> None:
-    """Upload what a run left, if it is to be. It lies on the disk, so a failure is a warning and the way to go on."""
+    """Upload a finished run, if configured. A failure is a warning with the upload command, as the files are saved."""
     repository = repository_of(plan.config.hub)
     if repository is None:
         return
@@ -153,4 +153,5 @@ def upload_finished(plan: Plan, uploads: Uploads | None, say: Callable[[str], No
         say(push_run(plan.run, repository))
     except (Exception, KeyboardInterrupt) as error:
         reason = " ".join(str(error).split()) or f"{repository.repo_id}: stopped"
-        say(f"warning: hub: not all was uploaded: {reason}; it is kept in the run, later: {push_command(plan.run)}")
+        way_out = f"the run is kept; upload it with: {push_command(plan.run)}"
+        say(f"warning: hub: the upload is incomplete: {reason}; {way_out}")

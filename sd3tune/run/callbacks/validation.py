@@ -1,4 +1,4 @@
-"""Held-out loss: what the weights, as they would be exported, do on images that it is not trained on."""
+"""Held-out loss of the weights as exported, on images that are not trained on."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ from sd3tune.training.metrics import SIGMA_BINS, by_sigma
 from sd3tune.training.step import predict_velocity
 
 SIGMAS = tuple((bin + 0.5) / SIGMA_BINS for bin in range(SIGMA_BINS))
-"""The middle of each bin."""
+"""Midpoints of the sigma bins."""
 LOWEST_IS_NOT_BEST = "a lower loss does not mean better pictures: compare previews before taking one"
 
 
 class Validation:
-    """A training callback: every `validation.every` steps, and before the first and after the last.
+    """A training callback that measures the held-out loss.
 
-    The squared error of the velocity (whatever is minimised, so that runs compare) of every held-out image at each of
-    `SIGMAS`, with noise that depends on the image's number alone; the processes divide the images. A line goes into
-    `validation.jsonl`, and the weights with the lowest mean loss into `best/`, which need not be those that draw best.
+    It runs before the first step, every `validation.every` steps and after the last. The loss is the squared error of
+    the velocity, even if another loss is minimised, so that runs are comparable. It is measured for every held-out
+    image at each of `SIGMAS`; the noise depends only on the image's number. The processes divide the images. Each
+    measurement is a line of `validation.jsonl`. The weights with the lowest mean loss are saved in `best/`; they do
+    not always draw best.
     """
 
     def __init__(
@@ -59,23 +61,23 @@ class Validation:
         self.lines = [line for line in read_validation(plan.run) if line["step"] <= from_step]
         measured = self.lines[0] if self.lines else {"noise_offset": plan.config.flow.noise_offset}
         self.noise_offset: float = measured.get("noise_offset", 0.0)
-        """One for the whole run; a run that an earlier version began goes on without any."""
+        """Constant over a run; 0 for a run that an earlier version began."""
         self._base: Tensor | None = None
         for line in self.lines:
             self._track(line)
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The line with the lowest loss; of equal ones the first."""
+        """The first line with the lowest loss; None without a finite loss."""
         finite = [line for line in self.lines if line["loss"] is not None]
         return min(finite, key=lambda line: line["loss"], default=None)
 
     def report(self) -> dict[str, Any]:
-        """`held_out`: the last measurement, and as `best` the one with the lowest loss."""
+        """Return `held_out`: the `last` measurement, and the `best`, with the lowest loss; empty without one."""
         return {"held_out": {"last": self.lines[-1], "best": self.best}} if self.lines else {}
 
     def summary(self) -> list[str]:
-        """The last measurement and the lowest, for the end of a run."""
+        """Return the lines with the last and the lowest measurement, for the end of a run."""
         if not self.lines or self.best is None:
             return []
         last, best = self.lines[-1], self.best
@@ -116,7 +118,7 @@ class Validation:
 
     @torch.no_grad()
     def _losses(self, view: View, weights: AbstractContextManager[None], what: str) -> Tensor:
-        """[images, sigmas], of all processes."""
+        """Return the losses [images, sigmas] of all processes, on the CPU."""
         rows = -(-self.images // self.processes.world)
         losses = torch.full((rows, len(SIGMAS)), torch.nan, device=self.plan.device)
         bar = progress_bar(
@@ -136,7 +138,7 @@ class Validation:
         return gathered[: self.images].cpu()
 
     def _batches(self, number: int, example: Example) -> Sequence[Batch]:
-        """The image at every sigma."""
+        """Return the image as a batch for each of `SIGMAS`."""
         device, vae = self.plan.device, vae_config(self.plan.base)
         entry = {name: tensor[None].to(device) for name, tensor in self.store.get(example.images[0]).items()}
         source = generator(0, "validation", number)
@@ -161,7 +163,7 @@ class Validation:
 
 
 def describe(line: Mapping[str, Any]) -> str:
-    """A measurement in words."""
+    """Return a measurement in words."""
     if line["loss"] is None:
         return f"step {line['step']}: the loss on held-out images is not finite"
     change = 100 * (line["loss"] / line["base_loss"] - 1)

@@ -1,4 +1,4 @@
-"""What looks on while a run trains: held-out loss, previews, trackers and uploads. None of it changes the run."""
+"""The callbacks of a run: held-out loss, previews, trackers and uploads. They do not affect training."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from sd3tune.tracking.trackers import Trackers
 from sd3tune.training.loop import Callback
 
 
-class Watching:
-    """A context: on leaving it, trackers and uploads are closed."""
+class RunCallbacks:
+    """The callbacks of a run, as a context manager that closes trackers and uploads."""
 
     def __init__(
         self, plan: Plan, encoded: Encoded, processes: Processes, contract: Mapping[str, Any], from_step: int
@@ -38,7 +38,7 @@ class Watching:
         repository = repository_of(config.hub) if config.hub.push == "checkpoint" and processes.is_main else None
         self.uploads = Uploads(plan, repository, contract) if repository else None
 
-    def __enter__(self) -> Watching:
+    def __enter__(self) -> RunCallbacks:
         return self
 
     def __exit__(
@@ -54,7 +54,7 @@ class Watching:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Time that each took, which is not the training's; as in `run.json`."""
+        """Seconds spent in each callback, by its key in `run.json`; not part of the training time."""
         return {
             "validation_s": self.validation.seconds if self.validation else 0.0,
             "preview_s": self.previews.seconds if self.previews else 0.0,
@@ -68,10 +68,10 @@ class Watching:
         return [*(f"step {step}: no preview, out of memory" for step in skipped), *self.trackers.warnings, *uploads]
 
     def report(self) -> dict[str, Any]:
-        """What was measured, for the report in `run.json` and the card."""
+        """Return the held-out measurements for the report in `run.json` and the card."""
         return self.validation.report() if self.validation else {}
 
     def summary(self) -> list[str]:
-        """Lines for the end of a run."""
+        """Return lines for the end of a run."""
         curves = [f"curves    {where}" for where in self.trackers.where()]
         return [*curves, *(self.validation.summary() if self.validation else [])]

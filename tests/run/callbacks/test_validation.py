@@ -119,7 +119,7 @@ def test_a_folder_may_be_held_out(quick_config, tmp_path: Path, write_images) ->
 
 def test_held_out_images_that_are_trained_on_are_named(quick_config, tiny_images: Path, tmp_path: Path, capsys) -> None:
     run_training(quick_config(tmp_path, f"validation.holdout={tiny_images}", "train.steps=1"))
-    warning = "5 of the held-out images are also trained on, so their loss says little: 0.png, 1.png, 2.png, ..."
+    warning = "5 of the held-out images are also trained on, so their loss is misleading: 0.png, 1.png, 2.png, ..."
     assert f"warning: {warning}" in capsys.readouterr().out
     assert warning in json.loads((tmp_path / "run.json").read_text())["warnings"]
 

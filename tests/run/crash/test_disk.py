@@ -22,9 +22,9 @@ from tests.mistakes.process import UNABLE, Unable, move_mount, obey_permissions,
 from tests.run.crash.conftest import from_steps
 
 RUN, AWAY = Path("work/run"), Path("work/away")
-FULL = "cannot write here: No space left on device; free some space, and the same command with --resume goes on from"
-CLOSED = "cannot write here: Permission denied; make it writable, and the same command with --resume goes on from"
-GONE = "gone while training: moved, or its disk was unmounted; bring it back, and the same command with --resume goes"
+FULL = "cannot write here: No space left on device; free some space, and run the same command with --resume"
+CLOSED = "cannot write here: Permission denied; make it writable, and run the same command with --resume"
+GONE = "missing during training: moved, or its disk was unmounted; restore it, and run the same command with --resume"
 
 
 @dataclass(frozen=True)

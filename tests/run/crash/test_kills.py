@@ -120,7 +120,7 @@ def test_one_of_two_processes_is_killed(quick_config, tmp_path: Path, start_cli,
     _, errors = process.communicate()
     assert process.returncode == 1
     assert "error: --num-processes 2: a process ended with exit code -9" in errors
-    assert "the same command with --resume goes on from the last checkpoint" in errors
+    assert "run the same command with --resume to continue from the last checkpoint" in errors
     again = start("killed", "--resume")
     printed, errors = again.communicate()
     assert again.returncode == 0, errors
