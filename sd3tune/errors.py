@@ -1,4 +1,4 @@
-"""The errors a user can cause: one readable line per problem, each naming the thing and the way out."""
+"""Errors that a user can fix: one readable line per problem, which names the cause and the remedy."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from sd3tune.reporting import escaped
 
 
 class UserError(Exception):
-    """Something the user can fix. The command line prints each problem on its own line and ends with `exit_code`.
+    """An error that the user can fix. The command line prints each problem on its own line, and exits with `exit_code`.
 
-    Control characters of the names in a problem are written out (see `reporting.escaped`), so that it is one line.
+    Control characters in a problem are escaped (see `reporting.escaped`), so that it stays on one line.
     """
 
     exit_code = 2
@@ -19,32 +19,32 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A YAML file, an override or a combination of keys."""
+    """An invalid YAML file, override or combination of keys."""
 
 
 class DataError(UserError):
-    """Images, captions and the folders that hold them."""
+    """Missing or invalid images, captions or data folders."""
 
 
 class ModelError(UserError):
-    """A base model: missing, gated, incomplete or not readable."""
+    """A base model that is missing, gated, incomplete or unreadable."""
 
 
 class AdapterError(UserError):
-    """A LoRA file: not readable, for another base, or with nothing that matches."""
+    """A LoRA file that is unreadable, made for another base, or without matching modules."""
 
 
 class RunError(UserError):
-    """The machine and the run folder: devices, disk, locks, a run that cannot be resumed."""
+    """A problem with the machine or the run folder: devices, disk, locks, a run that cannot be resumed."""
 
 
 class Interrupted(RunError):
-    """Ctrl-C or SIGTERM, after what was finished has been saved."""
+    """Stopped by Ctrl-C or SIGTERM, after finished work has been saved."""
 
     exit_code = 130
 
 
 class ProcessError(RunError):
-    """Another process of the same command failed for a reason that it has printed itself."""
+    """Another process of the same command failed, and has printed the reason."""
 
     exit_code = 1

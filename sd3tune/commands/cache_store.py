@@ -1,4 +1,4 @@
-"""`sd3tune cache ls` and `sd3tune cache prune`: how large the stores of encodings are, and making them smaller."""
+"""`sd3tune cache ls` and `sd3tune cache prune`: list the contents of a store of encodings, and shrink it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KINDS: dict[Names, str] = {
 
 
 def list_store(where: Path | None) -> list[str]:
-    """What is in the store of a folder or configuration, or of this place: lines for people."""
+    """Return lines that list the contents of a store; see `find_store` for `where`. Raises RunError."""
     root = find_store(where)
     files = survey(root)
     count, nbytes = Counter[str](), Counter[str]()
@@ -52,9 +52,9 @@ def list_store(where: Path | None) -> list[str]:
 def prune_store(
     where: Path | None, *, older_than: float | None = None, everything: bool = False, yes: bool = False
 ) -> list[str]:
-    """Remove unfinished and unreadable files, and what was not used for `older_than` days, or `everything`.
+    """Remove unfinished and unreadable files, and files unused for `older_than` days or, with `everything`, all files.
 
-    Without `yes` it only says what would go. Raises RunError while a run uses the store.
+    Returns lines that list the files. Without `yes`, this is a dry run. Raises RunError while a run uses the store.
     """
     if everything and older_than is not None:
         raise RunError("--all removes everything, so --older-than has no effect: give one of them")
@@ -78,7 +78,10 @@ def prune_store(
 
 
 def find_store(where: Path | None) -> Path:
-    """The store of a folder, of a configuration, or that of runs started here. Raises RunError when there is none."""
+    """Return the store at a folder, the store of a configuration, or by default the store of runs started here.
+
+    Raises RunError when there is none.
+    """
     if where is None:
         cache = os.environ.get("SD3TUNE_CACHE")
         root = Path(cache).expanduser().absolute() / "store" if cache else Path.cwd() / ".cache" / "sd3tune"

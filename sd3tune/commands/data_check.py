@@ -1,4 +1,4 @@
-"""`sd3tune data check`: what would be trained on, and what is wrong with it."""
+"""`sd3tune data check`: summarise the training data and report its problems."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from sd3tune.run.buckets import buckets_of, describe_buckets
 from sd3tune.sampling.contact_sheet import contact_sheet
 
 _SHOWN = 10
-"""Lines of a list that is cut short."""
+"""Maximum number of lines in a list."""
 _SHEET_IMAGES, _SHEET_COLUMNS, _SHEET_SIDE = 48, 6, 176
 _MARK = ("sd3tune", "data check")
-"""A text in the contact sheet, so that a later one may replace it."""
+"""PNG text that marks a contact sheet, which a later one may overwrite."""
 _CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is remembered of a picture that was decoded."""
+    """Properties of a decoded image; its pixels are not kept."""
 
     digest: str
     size: Size
@@ -50,7 +50,7 @@ class _Facts:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A record with the facts of its picture."""
+    """A record with the properties of its image."""
 
     record: Record
     facts: _Facts
@@ -61,9 +61,9 @@ class _Seen:
 
 
 def load_data(what: str, overrides: Sequence[str] = (), caption: str | None = None) -> LoadedConfig:
-    """Return the configuration to check: that of a run's YAML file, or of one source, a folder or a dataset.
+    """Return the configuration to check: a run's YAML file, or one source, which is a folder or a dataset.
 
-    `caption` is that of the source's images that have none. Raises ConfigError.
+    `caption` is for images of the source without their own caption. Raises ConfigError.
     """
     if not what.endswith((".yaml", ".yml")):
         return parse_config({"data": {"sources": [source_of(what, caption)]}}, overrides)
@@ -73,7 +73,7 @@ def load_data(what: str, overrides: Sequence[str] = (), caption: str | None = No
 
 
 def run_data_check(config: Config, sheet: Path) -> None:
-    """Print the report and write the contact sheet. Raises DataError with every reason not to train on this."""
+    """Print the report and write the contact sheet. Raises DataError with every problem that prevents training."""
     _check_sheet(sheet)
     scan = scan_records(config.data, progress=True, look=_look)
     problems = scan.problems
@@ -99,7 +99,7 @@ def run_data_check(config: Config, sheet: Path) -> None:
 
 
 def _look(image: ImageRef) -> _Facts | DataError:
-    """Decode a picture whole, and keep none of its pixels. Raises DataError for what does not begin like one."""
+    """Decode an image fully, or return the decoding error. Raises DataError for a bad header or too narrow a shape."""
     try:
         picture = read_picture(image)
     except DataError as error:
@@ -111,7 +111,7 @@ def _look(image: ImageRef) -> _Facts | DataError:
 
 
 def _buckets(config: Config) -> list[Size]:
-    """As in training, but for a base that is not on this machine, or is none: its largest side is not known."""
+    """Return the training buckets. If the base is missing or invalid, its size limit is unknown and not applied."""
     try:
         base = local_base(config.model)
         return buckets_of(config, None if base is None else base.config("transformer"))
@@ -165,7 +165,7 @@ def _captions(config: Config, captions: Sequence[str]) -> Iterator[str]:
 
 
 def _counter(base: Base, part: str) -> Callable[[str], int]:
-    """What counts an encoder's tokens. Imports torch, which a folder of photos alone does not need."""
+    """Return a function that counts an encoder's tokens. Imports torch, which is not needed without captions."""
     from sd3tune.model.load.components import load_tokenizer
     from sd3tune.model.load.text import count_tokens
 
@@ -173,7 +173,7 @@ def _counter(base: Base, part: str) -> Callable[[str], int]:
 
 
 def _sizes(buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
-    """A table of the images' sizes, and what is scaled and cut away for training."""
+    """Yield a table of image sizes, with the training size, scale factor and cropped share of each."""
     cut = {size: nearest_bucket(size, buckets) for size in {one.size for one in seen}}
     yield from describe_buckets(cut[one.size] for one in seen)
     yield f"sizes     {'width x height':<16}{'images':>7}   {'trained at':<13}{'scaled':>7}{'cut away':>10}"
@@ -201,7 +201,7 @@ def _duplicates(seen: Sequence[_Seen]) -> Iterator[str]:
     first = [found[0] for found in by_digest.values()]
     near = near_duplicates([one.facts.thumbnail for one in first])
     yield from _shortened(
-        "warning: nearly the same picture: ", [_named([first[index].record.image for index in of]) for of in near]
+        "warning: nearly the same picture: ", [_named([first[index].record.image for index in group]) for group in near]
     )
 
 
@@ -217,13 +217,13 @@ def _named(images: Sequence[ImageRef]) -> str:
 
 
 def _check_sheet(path: Path) -> None:
-    """RunError when the contact sheet would replace something that is not one."""
+    """Raise RunError if the contact sheet would overwrite any other file."""
     if not path.exists():
         return
     try:
         with Image.open(path) as image:
             ours = image.info.get(_MARK[0]) == _MARK[1]
-    except Exception:  # whatever it is, it is not ours
+    except Exception:  # any unreadable file is not ours
         ours = False
     if not ours:
         raise RunError(f"--sheet {path}: exists and is no contact sheet; name another file")
@@ -245,7 +245,7 @@ def _write_sheet(path: Path, seen: Sequence[_Seen], buckets: Sequence[Size]) -> 
 
 
 def _tile(one: _Seen, buckets: Sequence[Size]) -> Image.Image | None:
-    """What the contact sheet shows of a picture, as it is cut for training; None where it is gone by now."""
+    """Return the tile of an image, cropped as for training; None if the image has become unreadable since."""
     high, wide = nearest_bucket(one.size, buckets)
     scale = _SHEET_SIDE / max(high, wide)
     try:

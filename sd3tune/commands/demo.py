@@ -1,4 +1,4 @@
-"""`sd3tune demo`: DreamBooth on nano, with and without prior preservation, in one picture and three measured lines."""
+"""`sd3tune demo`: run DreamBooth on nano with and without prior preservation; write one picture and three scores."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ CONFIG: dict[str, Any] = {
     "optimizer": {"lr": 1e-3},
     "train": {"steps": 250, "batch_size": 6},
     "checkpoint": {"every": 125},
-    "preview": {"steps": SAMPLER.steps, "guidance": SAMPLER.guidance},  # none is drawn; `infer` follows them
+    "preview": {"steps": SAMPLER.steps, "guidance": SAMPLER.guidance},  # no previews; `infer` uses these
 }
 PRIOR = {"prompt": list(CLASS_PROMPTS), "images": 52, "steps": 10, "guidance": 4.0}
 MADE = ("alone", "with_prior", "demo.png")
-"""What the demo writes into its folder: two runs and a picture."""
+"""Outputs in the demo's folder: two runs and a picture."""
 COUNT = 16
-"""Pictures of a kind that the oracle reads."""
+"""Number of pictures per kind of prompt that the oracle scores."""
 
 
 def run_demo(out: Path) -> Path:
-    """Train twice into `out` and write `out/demo.png`. An earlier demo is replaced, and nothing else removed."""
+    """Train twice into `out`, write `out/demo.png` and return its path. Replaces an earlier demo, but no other file."""
     started = time.monotonic()
     say("Six pictures of a shape that the base `nano` has never seen, a heart, teach it a new word, 'sks'.")
     say("nano is a real Stable Diffusion 3.5 in small, trained on shapes that sd3tune draws; a reader that knows")
@@ -68,7 +68,7 @@ def run_demo(out: Path) -> Path:
 
 
 def _train_and_show(out: Path) -> tuple[Path, list[str]]:
-    """The picture's file, and what was read in the drawn pictures."""
+    """Return the picture's path, and lines with the scores."""
     runs = {"alone": out / "alone", "kept": out / "with_prior"}
     say("1 of 3: the pictures alone")
     run_training(demo_config(runs["alone"], None))
@@ -81,13 +81,13 @@ def _train_and_show(out: Path) -> tuple[Path, list[str]]:
 
 
 def demo_config(run: Path, prior: dict[str, Any] | None) -> Config:
-    """One of the demo's two trainings."""
+    """Return the configuration of one of the demo's two runs."""
     data = {**CONFIG["data"], "sources": [{**source, "prior": prior} for source in CONFIG["data"]["sources"]]}
     return parse_config({**CONFIG, "data": data, "output_dir": str(run.absolute())}).config
 
 
 def _show(runs: dict[str, Path]) -> tuple[Image.Image, list[str]]:
-    """The picture, and the lines of what was read in the drawn ones."""
+    """Draw with and without the adapters; return the contact sheet, and lines with the scores."""
     pipeline = ImagePipeline("nano", SAMPLER, t5_length=T5_LENGTH)
     asked = {
         "the subject": subject_tasks(COUNT, seed=1),
@@ -143,7 +143,7 @@ def _remove_earlier_demo(out: Path) -> None:
 
 
 def _is_demo(config: Path) -> bool:
-    """Whether a run is of this name and on the packaged pictures: a user's own may well be called demo."""
+    """Return True for a run with the demo's name and pictures: the name alone could be a user's own run."""
     try:
         found = load_config(config).config
     except UserError:

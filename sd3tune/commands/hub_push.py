@@ -24,9 +24,9 @@ from sd3tune.run.upload import left_out, push_run
 
 
 def run_push(run: Path, repo_id: str | None, picture: Path | None = None) -> None:
-    """Upload a finished run, of an earlier upload what is missing or differs. Raises UserError.
+    """Upload a finished run; after an earlier upload, only missing and changed files. Raises UserError.
 
-    The uploaded adapter has `picture` as its thumbnail; the run's own file stays as it is.
+    `picture` becomes the thumbnail of the uploaded adapter; the run's own file is not changed.
     """
     if repo_id is not None and not REPO_ID.fullmatch(repo_id):
         raise RunError(f"--repo-id: {repo_id!r} cannot name a repository; {REPO_ID_IN_WORDS}")
@@ -49,7 +49,7 @@ def run_push(run: Path, repo_id: str | None, picture: Path | None = None) -> Non
 
 
 def _thumbnails(run: Path, picture: Path) -> Upload:
-    """The adapters of a run with a picture in them."""
+    """Return the run's adapter files with `picture` as their thumbnail."""
     adapters = {name: path for name, path in files_of_product(run).items() if name.endswith(ADAPTER_FILE)}
     if not adapters:
         raise RunError(f"--thumbnail {picture}: {run} holds a whole model, which has no place for one; leave it out")
@@ -58,7 +58,7 @@ def _thumbnails(run: Path, picture: Path) -> Upload:
 
 
 def _named_before_upload(run: Path) -> list[str]:
-    """What of the captions the adapter holds, and the pictures that are not uploaded."""
+    """Return notes on the caption tags stored in the adapter, and on pictures that are not uploaded."""
     not_uploaded = left_out(run)
     if not (run / ADAPTERS[0] / ADAPTER_FILE).is_file():
         return not_uploaded

@@ -1,4 +1,4 @@
-"""`sd3tune lora inspect`: what an adapter file holds, in words, without its base."""
+"""`sd3tune lora inspect`: describe an adapter file, without its base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN = {"modelspec.title": "title", "modelspec.architecture": "arch", "modelsp
 
 
 def inspect_lora(location: Path) -> list[str]:
-    """Lines that describe the file, good or bad. Raises AdapterError for what is no LoRA of SD3 at all."""
+    """Return lines that describe a valid or invalid file. Raises AdapterError if it is not a LoRA for SD3 at all."""
     file = read_file(location)
     contents = interpret(file.tensors)
     if not contents.factors:
@@ -77,7 +77,7 @@ def _sizes(adapter: Adapter) -> Iterator[str]:
 
 
 def _modules(adapter: Adapter) -> Iterator[str]:
-    """How often each kind of module is adapted."""
+    """Yield a line per kind of adapted module with its count."""
     kinds = Counter(re.sub(r"^transformer_blocks\.\d+\.", "", module) for module in adapter.factors)
     for number, (kind, count) in enumerate(kinds.items()):
         yield f"{'trained' if number == 0 else '':<10}{kind} in {count} place{'s' * (count != 1)}"
@@ -138,7 +138,7 @@ def _warnings(file: AdapterFile, contents: Contents, adapter: Adapter) -> Iterat
 
 
 def _counted(values: Any) -> str:
-    """`8`, or `8 (40 modules), 16 (4 modules)`, the most frequent first."""
+    """Return `8`, or `8 (40 modules), 16 (4 modules)`, most frequent first."""
     counts = Counter(values).most_common()
     if len(counts) == 1:
         return str(counts[0][0])

@@ -1,4 +1,4 @@
-"""`sd3tune plan`: what a run takes in memory, room and time, and what each change of the configuration would buy."""
+"""`sd3tune plan`: forecast a run's memory, disk space and time, and the savings of each configuration change."""
 
 from __future__ import annotations
 
@@ -23,47 +23,48 @@ from sd3tune.run.describe import held
 from sd3tune.runtime.device import DTYPES, choose_dtype, dtype_name, gpu_of
 
 UTILISATION = 40
-"""Per cent of a card's peak that a training is taken to reach: an assumption."""
+"""Assumed share of the GPU's peak throughput that training reaches, in per cent."""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run takes: figures, and the text that `sd3tune plan` prints. Memory and disk space are in bytes."""
+    """Forecast of a run: figures, and the text that `sd3tune plan` prints. Memory and disk space are in bytes."""
 
     lines: Lines
     forecast: Forecast
     room: int | None
-    """The memory that was asked about: a card's, or a number."""
+    """The memory to fit into: the GPU's or the given number; None without either."""
     step_seconds: float | None
-    """Where a card was named."""
+    """Seconds per step; None unless a GPU was named, and in fp32."""
 
     @property
     def config(self) -> Config:
-        """The configuration that was planned: with `train.memory`, what was chosen to fit."""
+        """The planned configuration; with `train.memory`, after the changes that make it fit."""
         return self.forecast.outlook.config
 
     @property
     def needed(self) -> int:
-        """The peak with its allowances."""
+        """Peak memory with allowances."""
         return self.forecast.needed
 
     @property
     def fits(self) -> bool | None:
+        """True if the run fits into `room`; None without `room`."""
         return None if self.room is None else self.needed <= self.room
 
     @property
     def steps(self) -> int | None:
-        """None where the images that `train.epochs` counts are not there yet."""
+        """Number of optimizer steps; None if `train.epochs` is set and the images are not there yet."""
         return self.config.train.steps
 
     @property
     def store(self) -> int | None:
-        """What the encoded data will take on disk; None where the images are not there yet."""
+        """Disk space of the encoded data; None if the images are not there yet."""
         return None if self.forecast.store is None else self.forecast.store.nbytes
 
     @property
     def phases(self) -> list[dict[str, str | int]]:
-        """Memory of each phase, in order, as a table: `phase`, `resident`, `working` and `peak`."""
+        """Memory of each phase, in order, as rows with `phase`, `resident`, `working` and `peak`."""
         return [
             {"phase": name, "resident": use.resident, "working": use.working, "peak": use.peak}
             for name, use in self.forecast.phases.items()
@@ -79,7 +80,7 @@ class RunPlan:
 def plan_run(
     config: Config, card: str | None = None, memory: float | None = None, utilisation: float = UTILISATION
 ) -> RunPlan:
-    """Return the whole plan of `run_plan`, figures and text. Raises UserError."""
+    """Return the figures and the text of the plan; arguments are those of `run_plan`. Raises UserError."""
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"memory={memory:g}: give the card's memory in GB, such as 24")
     if not 0 < utilisation <= 100:
@@ -98,10 +99,10 @@ def plan_run(
 def run_plan(
     config: Config, card: str | None = None, memory: float | None = None, utilisation: float = UTILISATION
 ) -> Generator[str, None, tuple[Forecast, Card | None, float | None]]:
-    """Yield the lines of the plan, as they are known; return the forecast, its card and the memory to fit into.
+    """Yield the lines of the plan as they are computed; return the forecast, the GPU and the memory to fit into.
 
-    `memory` is in GB (10^9 bytes), as is what is returned, `utilisation` in per cent of the card's peak. Raises
-    UserError.
+    `memory`, given and returned, is in GB (10^9 bytes); `utilisation` is in per cent of the GPU's peak throughput.
+    Raises UserError.
     """
     found = None if card is None else find_card(card)
     outlook = look_ahead(config, planned_dtype(config, found, memory))
@@ -134,7 +135,7 @@ def run_plan(
 
 
 def planned_dtype(config: Config, card: Card | None, memory: float | None) -> torch.dtype:
-    """What `model.dtype` comes to on the card; with `memory` alone, on a GPU that has bf16; else on this machine."""
+    """Resolve `model.dtype` for the GPU; with `memory` alone, for any GPU with bf16; else for this machine."""
     wanted = config.model.dtype
     if card is not None and not card.bf16:
         if wanted == "bf16":
@@ -159,7 +160,7 @@ def _about(outlook: Outlook) -> list[str]:
 
 
 def gigabytes(nbytes: float) -> str:
-    """`4.94 GB`, in powers of ten; small numbers as MB."""
+    """Format bytes as `4.94 GB`, in powers of ten; small numbers as MB."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
@@ -180,7 +181,7 @@ def _about_memory(plan: Forecast) -> list[str]:
 
 
 def components(training: Training) -> list[tuple[str, int]]:
-    """What lies in memory while training, in words, and its bytes; they add up to the peak."""
+    """Return the parts of training memory, each with its bytes, which add up to the peak."""
     millions = f"{training.trained / 1e6:.1f} M"
     return [
         (f"base, frozen (of {training.parameters / 1e9:.3f} B parameters)", training.frozen),
@@ -240,14 +241,14 @@ def _about_length(plan: Forecast, card: Card | None, utilisation: float) -> list
 
 
 def step_seconds(plan: Forecast, card: Card | None, utilisation: float) -> float | None:
-    """Seconds of a step at that share of the card's peak; None without a card, and in fp32, of which none is known."""
+    """Return seconds per step at a share of the GPU's peak; None without a GPU and in fp32, whose peak is unknown."""
     if card is None or plan.outlook.dtype is torch.float32:
         return None
     return plan.training.flops / (card.tflops * 1e12 * utilisation / 100)
 
 
 def duration(seconds: float) -> str:
-    """`0.42 s`, `7 min`, `1.5 h`."""
+    """Format seconds as `0.42 s`, `7 min` or `1.5 h`."""
     if seconds < 120:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -261,7 +262,7 @@ def _changed(section: str, **values: object) -> Callable[[Config], Config]:
 
 
 def knobs(outlook: Outlook) -> list[Knob]:
-    """Changes that the configuration has not made yet, as they are typed, cheapest first."""
+    """Return possible configuration changes, cheapest first: each as typed, and as a function that applies it."""
     config, dtype, blocks = outlook.config, outlook.dtype, outlook.base.config("transformer")["num_layers"]
     train, side = config.train, config.data.resolution
     eight_bit = importlib.util.find_spec("bitsandbytes") is not None
@@ -277,7 +278,7 @@ def knobs(outlook: Outlook) -> list[Knob]:
         more = train.gradient_accumulation * train.batch_size
         typed = f"train.batch_size=1 train.gradient_accumulation={more}"
         found.append((typed, _changed("train", batch_size=1, gradient_accumulation=more)))
-    lower = next((of for of in leaner_values(config, "data.resolution") if of < side), None)
+    lower = next((value for value in leaner_values(config, "data.resolution") if value < side), None)
     if lower is not None:
         found.append((f"data.resolution={lower}", _changed("data", resolution=lower)))
     if config.model.t5:
@@ -300,7 +301,7 @@ def knobs(outlook: Outlook) -> list[Knob]:
 
 
 def _with_optimizer(kind: str) -> Callable[[Config], Config]:
-    """Exchange the optimizer for another kind with the same settings, of those that both have."""
+    """Return a function that switches the optimizer to another kind and keeps the settings that both have."""
 
     def changed(config: Config) -> Config:
         settings = {**config.optimizer.model_dump(), "kind": kind}
@@ -313,7 +314,7 @@ def _with_optimizer(kind: str) -> Callable[[Config], Config]:
 
 
 def _about_knobs(plan: Forecast, card: Card | None, room: float | None) -> Iterator[str]:
-    """One line a change: peak memory of the run and of training, and a step's operations, in TFLOP and per cent."""
+    """Yield one line per change: peak memory of the run and of training, and TFLOP per step with its change in %."""
     yield f"{'after one change':<50}{'peak':>10}{'training':>12}{'TFLOP':>9}{'change':>8}"
     today = plan.training.flops
     for typed, changed in [("as it is", None), *knobs(plan.outlook)]:
@@ -326,7 +327,7 @@ def _about_knobs(plan: Forecast, card: Card | None, room: float | None) -> Itera
 
 
 def after(outlook: Outlook, changed: Callable[[Config], Config]) -> Outlook:
-    """The outlook of a changed configuration; images and their shapes stay those that they are."""
+    """Return the outlook of the changed configuration; the data is read again only if the resolution changes."""
     config = changed(outlook.config)
     scale = config.data.resolution / outlook.config.data.resolution
     dtype = DTYPES.get(config.model.dtype, outlook.dtype) if config.model != outlook.config.model else outlook.dtype

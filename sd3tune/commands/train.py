@@ -1,4 +1,4 @@
-"""`sd3tune train`: check, encode, free, train, export, and say whether it learned anything."""
+"""`sd3tune train`: check, encode, free, train, export, and report the result."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ from sd3tune.training.optimizers import make_optimizer
 from sd3tune.training.step import TrainState, predict_velocity
 
 OBSERVED_STEPS = 8
-"""Batches that a start which depends on the data sees."""
+"""Number of batches for an initialisation from data."""
 
 
 def run_training(
@@ -80,9 +80,9 @@ def run_training(
     dry_run: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Train as the command line does: Ctrl-C and SIGTERM finish the step in hand, and a launcher learns of problems.
+    """Train as the command line does: finish the current step on Ctrl-C or SIGTERM, and report errors to a launcher.
 
-    Raises UserError; what was saved before an error stays.
+    Raises UserError; files saved before an error are kept.
     """
     with closing_process_group(), errors_to_the_launcher(), StopSignals() as signals:
         carry_out_run(config, notes, resume=resume, dry_run=dry_run, callbacks=callbacks, signals=signals)
@@ -97,7 +97,7 @@ def carry_out_run(
     callbacks: Sequence[Callback] = (),
     signals: StopSignals | None = None,
 ) -> None:
-    """Train as `config` says, and install no signal handler: `signals` has those that there are.
+    """Train without installing signal handlers; `signals` holds handlers that the caller has installed.
 
     Without `signals`, a KeyboardInterrupt saves the last whole step. Raises UserError.
     """
@@ -109,7 +109,7 @@ def carry_out_run(
 
     for note in (*notes, *sharding_ignored(os.environ)):
         say(f"note: {note}")
-    with accelerator.main_process_first():  # a tiny base is built then: transformers writes on rank 0 alone
+    with accelerator.main_process_first():  # it may build a tiny base, and transformers writes only on rank 0
         plan = make_plan(config, accelerator.device, resume, processes.world)
     plan, chosen = fitted_plan(plan, processes)
     if resume and plan.start is None:
@@ -140,7 +140,7 @@ def carry_out_run(
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One attempt at a run, ready to take its first step."""
+    """One attempt at a run, ready for its first step."""
 
     plan: Plan
     processes: Processes
@@ -152,7 +152,7 @@ class _Attempt:
     contract: Mapping[str, Any]
     watching: Watching
     described: dict[str, Any]
-    """What `run.json` says so far; only on the main rank."""
+    """Contents of `run.json` so far; empty except on the main rank."""
     from_step: int
 
 
@@ -168,11 +168,11 @@ def _train(
         encoded = encode(plan, processes, say)
     clock.append(time.monotonic())
     with explain_oom("loading the transformer", lambda: loading_knob(config)):
-        transformer = load_base(plan)  # before the folder: it may be damaged
+        transformer = load_base(plan)  # before the run folder changes, as loading fails on a damaged file
     with ExitStack() as stack:
         attempt = _begin(plan, processes, encoded, transformer, say, stack)
         clock.append(time.monotonic())
-        watched_before = sum(attempt.watching.seconds.values())  # trackers have been opened
+        watched_before = sum(attempt.watching.seconds.values())  # opening the trackers
         deferred = signals.deferred() if signals else nullcontext()
         with deferred, explain_oom("training", lambda: training_knob(config, plan.method)):
             metrics = train(
@@ -198,7 +198,7 @@ def _train(
             train_s -= sum(watched.values()) - watched_before
             _finish(attempt, metrics, {"encode_s": encode_s, "load_s": load_s, "train_s": train_s, **watched}, say)
         processes.wait()
-        if processes.is_main:  # after the others were let go: it may take longer than they would wait
+        if processes.is_main:  # after the other ranks are released, as it may exceed their timeout
             upload_finished(plan, attempt.watching.uploads, say)
 
 
@@ -210,7 +210,7 @@ def _begin(
     say: Callable[[str], None],
     stack: ExitStack,
 ) -> _Attempt:
-    """Take hold of the run folder, and bring model and optimizer to the step to go on from."""
+    """Lock and prepare the run folder, and restore model and optimizer at the starting step."""
     if processes.is_main:
         stack.enter_context(locked(plan.run))
         check_start(plan.run, plan.start)
@@ -248,7 +248,7 @@ def _begin(
 
 
 def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], say: Callable[[str], None]) -> None:
-    """Write the result, the card and, last, `run.json`, whose report says that all is done; say what came of it."""
+    """Write the result, the model card and last `run.json`, whose report marks the run as finished; print a summary."""
     plan, state, watching = attempt.plan, attempt.state, attempt.watching
     _export(plan, state, attempt.contract)
     weights = exported_weights(state)
@@ -275,7 +275,7 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
 
 
 def result_values(plan: Plan) -> dict[str, Any]:
-    """Return what a program would want to know of a finished run."""
+    """Return the values of a finished run for programs that read the JSON output."""
     product = plan.run / plan.method.product.name
     return {"product": product, "run": plan.run, "steps": plan.config.train.total_steps}
 
@@ -283,7 +283,7 @@ def result_values(plan: Plan) -> dict[str, Any]:
 def _starting_state(
     plan: Plan, encoded: Encoded, transformer: SD3Transformer2DModel, processes: Processes
 ) -> TrainState:
-    """Make the model trainable, and begin at the checkpoint to resume from, or at step 0."""
+    """Make the model trainable, and return the state of the checkpoint to resume from, or of step 0."""
     config = plan.config
     parameters = make_trainable(config, plan.method, transformer)
     if plan.start is None:
@@ -297,7 +297,7 @@ def _starting_state(
 
 
 def _export(plan: Plan, state: TrainState, contract: Mapping[str, Any]) -> None:
-    """What was trained; with an EMA, the average, and beside it the weights as trained."""
+    """Export the trained weights; with an EMA, export the average, and the raw weights separately."""
     product = plan.method.product
     plan.method.export(plan.run / product.name, exported_weights(state), contract)
     if state.ema is not None:
@@ -306,7 +306,7 @@ def _export(plan: Plan, state: TrainState, contract: Mapping[str, Any]) -> None:
 
 
 def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainState:
-    """The state before the first step."""
+    """Return the training state before the first step."""
     optimizer = make_optimizer(config.optimizer, master.master)
     return TrainState(
         step=0,
@@ -318,7 +318,7 @@ def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainS
 
 
 def observe(plan: Plan, encoded: Encoded, transformer: SD3Transformer2DModel) -> None:
-    """Run the first batches of a single process through the model: the same data on every rank."""
+    """Run a single process's first batches through the model, so that every rank uses the same data."""
     batches = make_batches(plan, encoded, ALONE)
     for step in range(OBSERVED_STEPS):
         predict_velocity(transformer, plan.method, batches.fetch(step, 0))
