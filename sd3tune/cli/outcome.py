@@ -104,6 +104,6 @@ def _missing_library(error: ImportError) -> str | None:
         return None
     doctor = command_line("sd3tune", "doctor")
     if isinstance(error, ModuleNotFoundError) and not inside:
-        return f"the library {library!r} is not installed; `{doctor}` says which are missing and how to get them"
+        return f"the library {library!r} is not installed; `{doctor}` lists missing libraries and how to install them"
     reason = " ".join(str(error).split())[:300]
-    return f"the library {library!r} does not fit: {reason}; `{doctor}` says which versions are wanted"
+    return f"the library {library!r} is not compatible: {reason}; `{doctor}` lists the supported versions"

@@ -39,12 +39,12 @@ def list_store(where: Path | None) -> list[str]:
         if count[kind]
     ]
     for kind in ("temporary", "unreadable"):
-        of = [file for file in files if file.kind == kind]
-        if of:
-            lines.append(f"{kind:<15} {_files(of):>16} {megabytes(_bytes(of)):>10}")
+        found = [file for file in files if file.kind == kind]
+        if found:
+            lines.append(f"{kind:<15} {_files(found):>16} {megabytes(_bytes(found)):>10}")
     shards = [file.idle_days for file in files if file.kind == "shard"]
     if shards:
-        lines.append(f"last used       {_ago(min(shards))}, the least used part {_ago(max(shards))}")
+        lines.append(f"last used       {_ago(min(shards))}, the oldest part {_ago(max(shards))}")
     total = f"{'in all':<15} {_files(files):>16} {megabytes(_bytes(files)):>10}"
     return [*lines, total] if files else [*lines, "empty"]
 
@@ -68,13 +68,14 @@ def prune_store(
         Manifest.forget(root)
     lines = [f"store     {root}"]
     for kind in ("shard", "temporary", "unreadable"):
-        of = [file for file in files if file.kind == kind]
-        if of:
-            holding = f", {sum(sum(file.entries.values()) for file in of)} entries" if kind == "shard" else f", {kind}"
-            lines.append(f"{'removed' if yes else 'to remove'}: {_files(of)}{holding}, {megabytes(_bytes(of))}")
+        found = [file for file in files if file.kind == kind]
+        if found:
+            count = sum(sum(file.entries.values()) for file in found)
+            detail = f", {count} entries" if kind == "shard" else f", {kind}"
+            lines.append(f"{'removed' if yes else 'to remove'}: {_files(found)}{detail}, {megabytes(_bytes(found))}")
     if not files:
         return [*lines, "nothing to remove"]
-    return lines if yes else [*lines, "nothing was removed yet: add --yes to do it"]
+    return lines if yes else [*lines, "dry run: nothing was removed; add --yes to remove these files"]
 
 
 def find_store(where: Path | None) -> Path:

@@ -30,7 +30,7 @@ def new_config(
     text = text_from_preset(source, UserValues(name, out, data, caption))
     config = load_text(text, str(out)).config
     if os.path.lexists(out):
-        raise ConfigError(f"{out} exists and is left as it is; choose another name, or --out")
+        raise ConfigError(f"{out} already exists and is not overwritten; choose another name, or --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("x", encoding="utf-8") as file:
@@ -56,9 +56,9 @@ def _next_steps(config: Config, out: Path) -> list[str]:
     if not images.is_dir():
         steps.append(f"  put the images into {short_path(images)}")
     if source.caption is not None:
-        steps.append(f"  the caption of images that have none of their own is {source.caption!r}")
+        steps.append(f"  images without their own caption get {source.caption!r}")
     elif not any(images.glob("*.txt")):
-        steps.append("  give each image a caption, in a .txt file of the same name beside it")
+        steps.append("  give each image a caption, in a .txt file with the same name")
     if config.model.base in OFFLINE_BASES:
         return [*steps, f"  {command}"]
     rehearsal = "model.base=tiny data.resolution=256 train.steps=20"

@@ -68,7 +68,7 @@ def load_data(what: str, overrides: Sequence[str] = (), caption: str | None = No
     if not what.endswith((".yaml", ".yml")):
         return parse_config({"data": {"sources": [source_of(what, caption)]}}, overrides)
     if caption is not None:
-        raise ConfigError(f"--caption: {what} says what the captions are; leave it out")
+        raise ConfigError(f"--caption: {what} already sets the captions; leave --caption out")
     return load_config(what, overrides)
 
 
@@ -226,7 +226,7 @@ def _check_sheet(path: Path) -> None:
     except Exception:  # any unreadable file is not ours
         ours = False
     if not ours:
-        raise RunError(f"--sheet {path}: exists and is no contact sheet; name another file")
+        raise RunError(f"--sheet {path}: exists and is not a contact sheet; name another file")
 
 
 def _write_sheet(path: Path, seen: Sequence[_Seen], buckets: Sequence[Size]) -> None:

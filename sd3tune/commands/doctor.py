@@ -107,7 +107,7 @@ def check_devices(found: Findings) -> None:
     for gpu in gpus:
         found.say("gpu", gpu)
     for reason in dict.fromkeys(_one_line(warning.message) for warning in caught):
-        found.problem(f"torch about the GPU: {reason}")
+        found.problem(f"torch warns about the GPU: {reason}")
     if not gpus:
         found.say("gpu", "none that torch can use: `tiny` trains on the CPU, the real bases are too slow there")
         _why_no_gpu(found, torch.version.cuda)
@@ -124,9 +124,9 @@ def check_hub(found: Findings) -> None:
 
     if get_token():
         where = "from the environment" if os.environ.get("HF_TOKEN") else f"in {constants.HF_TOKEN_PATH}"
-        found.say("token", f"present, {where}; whether it opens a gated model is seen at the first download")
+        found.say("token", f"present, {where}; access to gated models is checked at the first download")
     else:
-        found.say("token", f"none; needed for {_GATED} (accept the licence on their pages, then `hf auth login`)")
+        found.say("token", f"none; needed for {_GATED} (accept the licence on the model page, then `hf auth login`)")
     switched = [flag for flag in _FLAGS if os.environ.get(flag, "").upper() in ("1", "ON", "YES", "TRUE")]
     found.say(
         "offline", f"{', '.join(switched)}: nothing is downloaded" if switched else "no flag set: downloads are allowed"
@@ -141,7 +141,7 @@ def check_disks(found: Findings) -> None:
         state = "" if folder.exists() else ", not there yet"
         found.say("disk", f"{what:<16} {folder} ({free / 1e9:.0f} GB free{state})")
         if not os.access(existing, os.W_OK):
-            found.problem(f"{existing} cannot be written to, and {what} would go there; {remedy}")
+            found.problem(f"{existing} is not writable, but {what} are stored there; {remedy}")
         elif free < needed * 1e9:
             found.problem(f"{folder}: {free / 1e9:.1f} GB free, and {what} can take {needed} GB; {remedy}")
 
@@ -184,7 +184,7 @@ def _check_library(found: Findings, name: str, wanted: str) -> None:
         found.say("library", f"{name:<16} {version}")
     else:
         found.say("library", f"{name:<16} {version}, outside {wanted}")
-        found.problem(f"{name} {version} is outside the range that sd3tune is made for: pip install '{name}{wanted}'")
+        found.problem(f"{name} {version} is outside the range that sd3tune supports: pip install '{name}{wanted}'")
 
 
 def _requirements(extra: str) -> dict[str, str]:

@@ -31,14 +31,14 @@ def run_push(run: Path, repo_id: str | None, picture: Path | None = None) -> Non
     if repo_id is not None and not REPO_ID.fullmatch(repo_id):
         raise RunError(f"--repo-id: {repo_id!r} cannot name a repository; {REPO_ID_IN_WORDS}")
     if not read_run_file(run):
-        raise RunError(f"{run}: not a run folder: no {RUN_FILE} of sd3tune is in it; name one that a training wrote")
+        raise RunError(f"{run}: not a run folder: it has no {RUN_FILE} of sd3tune; name the folder of a training run")
     if not holds_report(run):
         resume = command_line("sd3tune", "train", "CONFIG", "--resume")
         raise RunError(f"{run}: this run has not finished; finish it with `{resume}`, then push it")
     settings = load_config(run / "config.yaml").config.hub
     target = repo_id or settings.repo_id
     if target is None:
-        raise RunError(f"{run}: its configuration names no repository (hub.repo_id); give --repo-id user/name")
+        raise RunError(f"{run}: its configuration sets no repository (hub.repo_id); give --repo-id user/name")
     shown = _thumbnails(run, picture) if picture else {}
     for line in _named_before_upload(run):
         say(f"note: {line}")
@@ -52,7 +52,9 @@ def _thumbnails(run: Path, picture: Path) -> Upload:
     """Return the run's adapter files with `picture` as their thumbnail."""
     adapters = {name: path for name, path in files_of_product(run).items() if name.endswith(ADAPTER_FILE)}
     if not adapters:
-        raise RunError(f"--thumbnail {picture}: {run} holds a whole model, which has no place for one; leave it out")
+        raise RunError(
+            f"--thumbnail {picture}: {run} holds a whole model, which cannot store a thumbnail; leave it out"
+        )
     more = thumbnail(picture)
     return {name: with_metadata(path, more) for name, path in adapters.items()}
 

@@ -43,18 +43,18 @@ def convert_lora(
         lines.append(f"thumbnail: {picture}; --no-thumbnail leaves it out")
     write_form(out, form, factors, adapter.contract, metadata)
     fusing = _fusing(factors) if forms()[form].original else []
-    return [f"{out}: {len(factors)} modules as {form} has them", *fusing, *lines, *notes_of(adapter)]
+    return [f"{out}: {len(factors)} modules in {form} layout", *fusing, *lines, *notes_of(adapter)]
 
 
 def _fusing(factors: Mapping[str, Pair]) -> list[str]:
     """Return lines on the fused q, k and v, which the layout stores as one module."""
     fused = fused_ranks(factors)
     padded = [ranks for ranks in fused.values() if len(set(ranks)) > 1]
-    lines = [f"q, k and v are one module there, {len(fused)} times"] if fused else []
+    lines = [f"q, k and v are fused into one module, {len(fused)} times"] if fused else []
     if padded:
         some = ", ".join(map(str, padded[0]))
         lines.append(
-            f"their ranks differ in {len(padded)} (first: {some}) and are padded with zeros to the largest; "
-            "0 is one that was not trained. Nothing that is computed changes"
+            f"in {len(padded)} of them the ranks differ (first: {some}) and are zero-padded to the largest; "
+            "rank 0 was not trained. The output does not change"
         )
     return lines

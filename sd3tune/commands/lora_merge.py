@@ -47,7 +47,7 @@ def merge_loras(
     if method not in METHODS:
         raise ConfigError(f"--method {method}: one of {', '.join(METHODS)}")
     if (method == "svd") != (rank is not None):
-        raise ConfigError("--method svd wants --rank R" if rank is None else f"--rank {rank}: only with --method svd")
+        raise ConfigError("--method svd needs --rank R" if rank is None else f"--rank {rank}: only with --method svd")
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank}: at least 1")
     if form not in forms():
@@ -92,8 +92,8 @@ def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, trans
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     bad = [name for name in modules if not tensors[f"{name}.weight"].isfinite().all()]
     if bad:
-        raise AdapterError(f"{out}: not written: with the adapters {first_of(bad)} is beyond what "
-                           f"{dtype_name(dtype)} holds; give them smaller weights")  # fmt: skip
+        raise AdapterError(f"{out}: not written: with the adapters {first_of(bad)} exceeds the range of "
+                           f"{dtype_name(dtype)}; give them smaller weights")  # fmt: skip
     write_model(out, found, tensors, contract, None)
     return [
         f"{out}: {found.name} with {len(adapters)} adapters in {len(modules)} of its weights",
@@ -130,11 +130,13 @@ def _disagreements(adapters: Weighted) -> list[str]:
         for key, what in (("base_fingerprint", "another base"), ("max_sequence_length", "another T5 length"),
                           ("encoders", "other text encoders")):  # fmt: skip
             if adapter.contract.get(key) != first.contract.get(key):
-                lines.append(f"warning: {adapter.path} was trained with {what}; the result says what {first.path} says")
+                lines.append(
+                    f"warning: {adapter.path} was trained with {what}; the result uses the value of {first.path}"
+                )
         if sampling_of(adapter.contract) != sampling_of(first.contract):
             lines.append(
-                f"warning: the previews of {adapter.path} had other steps or guidance; the result says what "
-                f"{first.path} says"
+                f"warning: the previews of {adapter.path} had other steps or guidance; the result uses the "
+                f"values of {first.path}"
             )
     return lines
 

@@ -50,11 +50,11 @@ def verify_lora(
     after = _one_step(pipeline)
     if not after.isfinite().all():
         raise AdapterError(
-            f"{adapter.path}: with it the prediction of {found.name} is NaN or infinite, without it is not"
+            f"{adapter.path}: the prediction of {found.name} is NaN or infinite with it, and finite without it"
         )
     change = ((after - before).norm() / before.norm()).item()
     if change == 0:
-        raise AdapterError(f"{adapter.path}: it changes nothing of what {found.name} predicts: its B are zero, or too "
+        raise AdapterError(f"{adapter.path}: it does not change the prediction of {found.name}: its B are zero, or too "
                            f"small for {dtype_name(torch_dtype)}")  # fmt: skip
     lines = [
         f"{adapter.path}: {counted.matched} tensors of {len(adapter.factors)} modules loaded by diffusers into "
@@ -74,13 +74,13 @@ def _check_layers(adapter: Adapter, transformer: Any) -> None:
     missed = [name for name in folded if name not in layers or NAME not in layers[name].lora_A]
     more = [name for name in layers if name not in folded]
     if missed or more:
-        what = f"passed over {first_of(missed)}" if missed else f"adapted {first_of(more)}, too"
+        what = f"skipped {first_of(missed)}" if missed else f"also adapted {first_of(more)}"
         raise AdapterError(f"{adapter.path}: diffusers {what}")
     for name, (down, up) in folded.items():
         layer = layers[name]
         held = layer.lora_B[NAME].weight.float().cpu() * layer.scaling[NAME]
         if not (_close(held.flatten(1), up) and _close(layer.lora_A[NAME].weight.float().cpu().flatten(1), down)):
-            raise AdapterError(f"{adapter.path}: {name}: diffusers made something else of its weights or its alpha")
+            raise AdapterError(f"{adapter.path}: {name}: diffusers loaded other weights or another alpha")
 
 
 def _close(held: Tensor, meant: Tensor) -> bool:

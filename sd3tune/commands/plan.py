@@ -108,9 +108,9 @@ def run_plan(
     outlook = look_ahead(config, planned_dtype(config, found, memory))
     if found is None and memory is None and not torch.cuda.is_available():
         precision = dtype_name(outlook.dtype)
-        yield f"note: there is no GPU here, so this is the plan for the CPU, in {precision}; for a card: --card 4090"
+        yield f"note: there is no GPU here, so this plan is for the CPU, in {precision}; for a GPU: --card 4090"
     yield from (
-        f"note: no images yet ({problem}): the largest bucket is planned for" for problem in outlook.missing[:1]
+        f"note: no images yet ({problem}): the plan assumes the largest bucket" for problem in outlook.missing[:1]
     )
     room = memory if memory is not None or found is None else found.memory
     wanted = config.train.memory
@@ -176,7 +176,7 @@ def _about_memory(plan: Forecast) -> list[str]:
         *lines,
         "",
         f"peak      {gigabytes(plan.peak)}: {worst}; with allowances {gigabytes(plan.needed)} "
-        f"({MARGIN:.0%} for fragments and work spaces, {CONTEXT / 1e9:g} GB for CUDA itself)",
+        f"({MARGIN:.0%} for fragmentation and workspaces, {CONTEXT / 1e9:g} GB for CUDA itself)",
     ]
 
 
@@ -224,7 +224,7 @@ def _about_length(plan: Forecast, card: Card | None, utilisation: float) -> list
             f"store     {gigabytes(store.nbytes)}: {store.texts} texts and {store.images} images, encoded once"
         )
     if train.steps is None:
-        lines.append("steps     train.epochs of images that are not there yet")
+        lines.append("steps     not known yet: train.epochs needs the images")
     else:
         lines.append(f"steps     {train.steps} x {batch} image{'s' * (batch > 1)}, {train.steps * batch} images seen")
     lines.append(f"compute   {plan.training.flops / 1e12:.3g} TFLOP a step")

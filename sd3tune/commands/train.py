@@ -262,7 +262,7 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
         "report": report,
     }
     if not write_card(plan.run, plan.config, attempt.contract, described):
-        say(f"note: {plan.run / CARD} is kept, as somebody wrote or changed it; no model card was written")
+        say(f"note: {plan.run / CARD} was edited by hand and is kept; no model card was written")
     write_json(plan.run / RUN_FILE, described)
     steps = plan.config.train.total_steps - attempt.from_step
     reporting.say("", *describe_speed(metrics.skipped, steps, seconds["train_s"]))

@@ -314,7 +314,7 @@ def test_what_does_not_fit_ends_with_the_settings_that_do(quick_config, tmp_path
 
 
 def test_without_a_gpu_the_precision_is_said(quick_config, tmp_path: Path) -> None:
-    note = "note: there is no GPU here, so this is the plan for the CPU, in fp32; for a card: --card 4090"
+    note = "note: there is no GPU here, so this plan is for the CPU, in fp32; for a GPU: --card 4090"
     config = quick_config(tmp_path)
     assert next(run_plan(config)) == note
     assert next(run_plan(config, "3060 12gb")) != note

@@ -110,7 +110,10 @@ def test_a_rehearsal_leaves_the_folder_to_the_run(base: str, lines: list[str], t
     for override in (f"model.base={base}", f"model={{base: {base}}}"):
         loaded = load_config(file, [override, "train.steps=90"])
         assert loaded.config.output_dir == str(tmp_path / "runs" / "rex-tiny")
-        assert f"override {override}: a rehearsal goes to runs/rex-tiny and leaves runs/rex to the run" in loaded.notes
+        assert (
+            f"override {override}: a rehearsal: its folder is runs/rex-tiny, so that runs/rex stays free for the run"
+            in loaded.notes
+        )
     assert folder_of(file) == tmp_path / "runs" / "rex"
 
 
