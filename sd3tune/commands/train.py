@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import time
@@ -11,7 +10,6 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers import SD3Transformer2DModel
 
 from sd3tune import reporting
@@ -21,21 +19,19 @@ from sd3tune.errors import Interrupted, RunError
 from sd3tune.files.atomic import kept_in_place, write_json, write_text
 from sd3tune.forecast.fitting import fitted_plan
 from sd3tune.forecast.memory import describe_memory
-from sd3tune.model.load.components import vae_config
 from sd3tune.publish.files import CARD
+from sd3tune.run.batches import make_batches
 from sd3tune.run.callbacks.uploads import upload_finished
 from sd3tune.run.callbacks.wiring import Watching
 from sd3tune.run.card import write_card
 from sd3tune.run.contract import (
     check_finished,
     check_identity,
-    drops_kept_captions,
     make_contract,
     run_identity,
     start_facts,
 )
 from sd3tune.run.describe import describe
-from sd3tune.run.drawing import NEGATIVE_PROMPT
 from sd3tune.run.encoding import Encoded, check_pictures, encode
 from sd3tune.run.folder import (
     check_start,
@@ -50,26 +46,21 @@ from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 from sd3tune.run.optimizer import with_working_optimizer
 from sd3tune.run.preflight import Plan, make_plan
 from sd3tune.run.report import closing_report, describe_learning, describe_next, describe_product, describe_speed
-from sd3tune.run.setup import load_base, make_trainable
+from sd3tune.run.setup import load_base
+from sd3tune.run.state import starting_state
 from sd3tune.run.upload import prepare_upload, push_command
 from sd3tune.runtime.device import make_accelerator
 from sd3tune.runtime.environment import sharding_ignored
 from sd3tune.runtime.launch import errors_to_the_launcher
 from sd3tune.runtime.out_of_memory import explain_oom
-from sd3tune.runtime.processes import ALONE, Processes, closing_process_group, processes_of
+from sd3tune.runtime.processes import Processes, closing_process_group, processes_of
 from sd3tune.runtime.signals import StopSignals
 from sd3tune.training.ahead import looking_ahead
-from sd3tune.training.batches import Batches, Dropout, LatentScaling
-from sd3tune.training.checkpoint import restore
+from sd3tune.training.batches import Batches
 from sd3tune.training.loop import Callback, exported_weights, train
 from sd3tune.training.metrics import Metrics
-from sd3tune.training.objective import make_objective, shift_at, sigma_of_u
-from sd3tune.training.optim import FlatMaster, LossScale
-from sd3tune.training.optimizers import make_optimizer
-from sd3tune.training.step import TrainState, predict_velocity
-
-OBSERVED_STEPS = 8
-"""Number of batches for an initialisation from data."""
+from sd3tune.training.objective import make_objective
+from sd3tune.training.step import TrainState
 
 
 def run_training(
@@ -220,7 +211,7 @@ def _begin(
         say(f"resuming from {plan.start.name}")
     processes.wait()
 
-    state = _starting_state(plan, encoded, transformer, processes)
+    state = starting_state(plan, encoded, transformer, processes)
     described: dict[str, Any] = {}
     if processes.is_main:
         clear(plan.run, plan.start)
@@ -280,22 +271,6 @@ def result_values(plan: Plan) -> dict[str, Any]:
     return {"product": product, "run": plan.run, "steps": plan.config.train.total_steps}
 
 
-def _starting_state(
-    plan: Plan, encoded: Encoded, transformer: SD3Transformer2DModel, processes: Processes
-) -> TrainState:
-    """Make the model trainable, and return the state of the checkpoint to resume from, or of step 0."""
-    config = plan.config
-    parameters = make_trainable(config, plan.method, transformer)
-    if plan.start is None:
-        plan.method.initialize_from_data(
-            transformer, lambda: observe(plan, encoded, transformer), processes.reduce_mean
-        )
-    state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
-    if plan.start is not None:
-        restore(plan.start, state)
-    return state
-
-
 def _export(plan: Plan, state: TrainState, contract: Mapping[str, Any]) -> None:
     """Export the trained weights; with an EMA, export the average, and the raw weights separately."""
     product = plan.method.product
@@ -303,48 +278,3 @@ def _export(plan: Plan, state: TrainState, contract: Mapping[str, Any]) -> None:
     if state.ema is not None:
         raw = state.master.named(state.master.master)
         plan.method.export(plan.run / product.raw, raw, {**contract, "weights": "raw"})
-
-
-def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainState:
-    """Return the training state before the first step."""
-    optimizer = make_optimizer(config.optimizer, master.master)
-    return TrainState(
-        step=0,
-        master=master,
-        optimizer=optimizer,
-        ema=master.master.detach().clone() if config.ema is not None else None,
-        loss_scale=LossScale(master.master.device, enabled=dtype is torch.float16),
-    )
-
-
-def observe(plan: Plan, encoded: Encoded, transformer: SD3Transformer2DModel) -> None:
-    """Run a single process's first batches through the model, so that every rank uses the same data."""
-    batches = make_batches(plan, encoded, ALONE)
-    for step in range(OBSERVED_STEPS):
-        predict_velocity(transformer, plan.method, batches.fetch(step, 0))
-    batches.close()
-
-
-def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
-    vae, flow = vae_config(plan.base), plan.config.flow
-    sigmas_at = functools.lru_cache(lambda shift: sigma_of_u(flow, shift))
-    return Batches(
-        encoded.store,
-        encoded.examples,
-        seed=plan.config.seed,
-        batch_size=plan.config.train.batch_size,
-        accumulation=plan.config.train.gradient_accumulation,
-        rank=processes.rank,
-        world=processes.world,
-        device=plan.device,
-        scaling=LatentScaling(vae["scaling_factor"], vae["shift_factor"]),
-        sigma_of_u=lambda u, pixels: sigmas_at(shift_at(flow, plan.model_shift, pixels))(u),
-        noise_offset=flow.noise_offset,
-        dropout=Dropout(
-            plan.config.data.caption_dropout,
-            plan.config.data.encoder_dropout,
-            {encoder: keys[NEGATIVE_PROMPT] for encoder, keys in encoded.captions.items() if NEGATIVE_PROMPT in keys},
-            kept=drops_kept_captions(plan),
-        ),
-        t5_lengths=encoded.t5_lengths,
-    )

@@ -14,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from sd3tune.commands.cache import run_cache
 from sd3tune.commands.plan import after, components, gigabytes, knobs, planned_dtype, run_plan
-from sd3tune.commands.train import make_state
 from sd3tune.config import Config, load_config, parse_config
 from sd3tune.errors import ConfigError
 from sd3tune.forecast.forecast import forecast, look_ahead
@@ -27,6 +26,7 @@ from sd3tune.model.load.components import empty_transformer, load_text_encoder, 
 from sd3tune.model.load.quantized import load_text_encoder_in, load_transformer_in, quantize, statistics
 from sd3tune.run.places import store_folder
 from sd3tune.run.setup import hoists, make_trainable
+from sd3tune.run.state import make_state
 from sd3tune.training.batches import Batch
 from sd3tune.training.optim import FlatMaster
 from sd3tune.training.step import TrainState, predict_velocity, update
