@@ -18,7 +18,7 @@ from sd3tune.reporting import say
 from sd3tune.runtime.signals import StopSignals
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 2 a mistake, a full disk or out of memory, with an error line that says what to do; "
+    "Exit codes: 0 done; 2 a mistake, a full disk or out of memory, with an error line that gives the fix; "
     "130 stopped by Ctrl-C or SIGTERM; 1 anything unexpected."
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

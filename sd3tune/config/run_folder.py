@@ -37,7 +37,7 @@ def use_own_folder(tree: Tree, source: str) -> None:
     if os.path.realpath(file.parent.joinpath(os.path.expanduser(written))) == os.path.realpath(file.parent):
         return
     tree.write(_KEY, str(file.parent), Origin(source, tree.root.order, file.parent))
-    tree.notes.append(f"{source} lies in a run folder, so output_dir is {file.parent} and not {written}")
+    tree.notes.append(f"{source} is in a run folder, so output_dir is {file.parent} and not {written}")
 
 
 def use_rehearsal_folder(tree: Tree, own_base: object) -> None:

@@ -142,8 +142,8 @@ class Config(Section, metaclass=ConfigType):
         for number, source in enumerate(self.data.sources):
             if source.prior is not None:
                 raise ValueError(
-                    f"data.sources.{number}.prior keeps what the base knows, and with model.init=random it knows "
-                    "nothing; leave the prior out"
+                    f"data.sources.{number}.prior preserves the base's knowledge, but with model.init=random it "
+                    "has none; remove the prior"
                 )
         return self
 

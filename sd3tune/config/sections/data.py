@@ -145,8 +145,8 @@ class Source(Section):
     )
     prior: Annotated[PriorConfig | None, CONTENT] = Field(
         None,
-        description="Prior preservation: keeps the class from turning into the subject. Off (null) by default, as it "
-        "needs prompts for your data, and doubles the time per step.",
+        description="Prior preservation: keeps the class from turning into the subject. It needs prompts for your "
+        "data, and doubles the time per step.",
     )
 
     @field_validator("template")

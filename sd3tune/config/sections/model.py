@@ -154,9 +154,9 @@ class ModelConfig(Section):
     )
     extra_t5_lengths: Annotated[list[Annotated[int, Field(ge=1, le=512)]], _RESOLVED] = Field(
         [],
-        description="Additional T5 lengths to train at, such as `[77]`, for tools that pad to another length: each "
-        "optimizer step uses one of all lengths, equally often. Previews and held-out loss use `max_sequence_length`. "
-        "No effect with `t5: false`.",
+        description="Additional T5 lengths to train at, such as `[77]`, for tools that pad to another length. Each "
+        "optimizer step uses one length; these and `max_sequence_length` are used equally often. Previews and held-out "
+        "loss use `max_sequence_length`. No effect with `t5: false`.",
     )
     t5: Annotated[bool, Key(Identity.WRITTEN, phases=EVERY_PHASE, knob=Knob(("encode",), (False,)))] = Field(
         True,
