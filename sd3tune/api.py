@@ -34,9 +34,9 @@ def plan(config: Config, *, card: str | None = None, memory: float | None = None
     `card` is a GPU such as `"4090"`; `memory` replaces its memory, in GB (10^9 bytes); `utilisation` is the assumed
     share of its peak throughput, in per cent. Raises UserError.
     """
-    from sd3tune.commands.plan import plan_run
+    from sd3tune.commands.plan import make_run_plan
 
-    return plan_run(config, card, memory, utilisation)
+    return make_run_plan(config, card, memory, utilisation)
 
 
 def train(

@@ -14,10 +14,10 @@ from sd3tune import __version__
 from sd3tune.cli.arguments import ConfigArgument, Json, Overrides, Quiet, print_notes, take_reporter
 from sd3tune.cli.cache import cache_app
 from sd3tune.cli.data import data_app
+from sd3tune.cli.fast_exit import exit_fast
 from sd3tune.cli.hub import hub_app
 from sd3tune.cli.imports import quick_imports, spin_briefly
 from sd3tune.cli.infer import infer
-from sd3tune.cli.leaving import leave_after
 from sd3tune.cli.lora import lora_app
 from sd3tune.cli.outcome import EXIT_CODES, run_app
 from sd3tune.config import dump_config, json_schema, load_config
@@ -101,9 +101,9 @@ def plan(
     loaded = load_config(config, overrides or ())
     print_notes(loaded.notes)
     with quick_imports(f"plan {config}"):
-        from sd3tune.commands.plan import run_plan
+        from sd3tune.commands.plan import plan_lines
 
-    for line in run_plan(loaded.config, card, memory, utilisation):
+    for line in plan_lines(loaded.config, card, memory, utilisation):
         result(line)
 
 
@@ -207,7 +207,7 @@ def common(
 def main() -> None:
     """Entry point of the console script."""
     spin_briefly()
-    leave_after(run)
+    exit_fast(run)
 
 
 def run() -> None:

@@ -38,7 +38,7 @@ _CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True)
-class _Facts:
+class _ImageProperties:
     """Properties of a decoded image; its pixels are not kept."""
 
     digest: str
@@ -49,15 +49,15 @@ class _Facts:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _CheckedImage:
     """A record with the properties of its image."""
 
     record: Record
-    facts: _Facts
+    properties: _ImageProperties
 
     @property
     def size(self) -> Size:
-        return self.facts.size
+        return self.properties.size
 
 
 def load_data(what: str, overrides: Sequence[str] = (), caption: str | None = None) -> LoadedConfig:
@@ -75,30 +75,30 @@ def load_data(what: str, overrides: Sequence[str] = (), caption: str | None = No
 def run_data_check(config: Config, sheet: Path) -> None:
     """Print the report and write the contact sheet. Raises DataError with every problem that prevents training."""
     _check_sheet(sheet)
-    scan = scan_records(config.data, progress=True, look=_look)
+    scan = scan_records(config.data, progress=True, look=_inspect)
     problems = scan.problems
     buckets = _buckets(config)
-    seen: list[_Seen] = []
+    checked: list[_CheckedImage] = []
     for record, found in zip(scan.records, scan.looked, strict=True):
         if isinstance(found, DataError):
             problems += found.problems
         else:
-            seen.append(_Seen(record, found))
-    for line in _report(config, buckets, seen):
+            checked.append(_CheckedImage(record, found))
+    for line in _report(config, buckets, checked):
         say(line)
-    for warning in [*scan.warnings, *reading_warnings([(one.record.image, one.facts.reading) for one in seen])]:
+    for warning in [*scan.warnings, *reading_warnings([(one.record.image, one.properties.reading) for one in checked])]:
         say(f"warning: {warning}")
-    if seen:
-        _write_sheet(sheet, seen, buckets)
+    if checked:
+        _write_sheet(sheet, checked, buckets)
         say(f"sheet     {sheet}")
     if problems:
         result(f"not trainable: {len(problems)} problem{'s' * (len(problems) != 1)}")
         raise DataError(*problems)
-    samples = sum(one.record.repeats for one in seen)
-    result(f"trainable: {len(seen)} image{'s' * (len(seen) != 1)}, {samples} per epoch")
+    samples = sum(one.record.repeats for one in checked)
+    result(f"trainable: {len(checked)} image{'s' * (len(checked) != 1)}, {samples} per epoch")
 
 
-def _look(image: ImageRef) -> _Facts | DataError:
+def _inspect(image: ImageRef) -> _ImageProperties | DataError:
     """Decode an image fully, or return the decoding error. Raises DataError for a bad header or too narrow a shape."""
     try:
         picture = read_picture(image)
@@ -107,7 +107,7 @@ def _look(image: ImageRef) -> _Facts | DataError:
         return error
     size = picture.image.height, picture.image.width
     check_shape(image, size)
-    return _Facts(picture.digest, size, thumbnail(picture.image), picture.reading)
+    return _ImageProperties(picture.digest, size, thumbnail(picture.image), picture.reading)
 
 
 def _buckets(config: Config) -> list[Size]:
@@ -119,9 +119,9 @@ def _buckets(config: Config) -> list[Size]:
         return buckets_of(config, None)
 
 
-def _report(config: Config, buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
+def _report(config: Config, buckets: Sequence[Size], checked: Sequence[_CheckedImage]) -> Iterator[str]:
     for number, source in enumerate(config.data.sources):
-        count = sum(one.record.source == number for one in seen)
+        count = sum(one.record.source == number for one in checked)
         extras = [
             f"{count} image{'s' * (count != 1)}",
             *([f"x {source.repeats}"] if source.repeats > 1 else []),
@@ -129,13 +129,13 @@ def _report(config: Config, buckets: Sequence[Size], seen: Sequence[_Seen]) -> I
             *([f"at most {source.max_samples}"] if source.max_samples else []),
         ]
         yield f"source {number}  {source.path}: {', '.join(extras)}"
-    if not seen:
+    if not checked:
         return
-    captions = list(dict.fromkeys(one.record.caption for one in seen if one.record.caption))
+    captions = list(dict.fromkeys(one.record.caption for one in checked if one.record.caption))
     if captions:
         yield from _captions(config, captions)
-    yield from _sizes(buckets, seen)
-    yield from _duplicates(seen)
+    yield from _sizes(buckets, checked)
+    yield from _duplicates(checked)
 
 
 def _captions(config: Config, captions: Sequence[str]) -> Iterator[str]:
@@ -172,12 +172,12 @@ def _counter(base: Base, part: str) -> Callable[[str], int]:
     return functools.partial(count_tokens, load_tokenizer(base, part))
 
 
-def _sizes(buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
+def _sizes(buckets: Sequence[Size], checked: Sequence[_CheckedImage]) -> Iterator[str]:
     """Yield a table of image sizes, with the training size, scale factor and cropped share of each."""
-    cut = {size: nearest_bucket(size, buckets) for size in {one.size for one in seen}}
-    yield from describe_buckets(cut[one.size] for one in seen)
+    cut = {size: nearest_bucket(size, buckets) for size in {one.size for one in checked}}
+    yield from describe_buckets(cut[one.size] for one in checked)
     yield f"sizes     {'width x height':<16}{'images':>7}   {'trained at':<13}{'scaled':>7}{'cut away':>10}"
-    counts = Counter(one.size for one in seen).most_common()
+    counts = Counter(one.size for one in checked).most_common()
     for (high, wide), count in counts[:_SHOWN]:
         to_high, to_wide = cut[high, wide]
         scale = max(to_high / high, to_wide / wide)
@@ -187,19 +187,19 @@ def _sizes(buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
     if len(counts) > _SHOWN:
         more, rest = len(counts) - _SHOWN, sum(count for _, count in counts[_SHOWN:])
         yield f"          and {more} more size{'s' * (more != 1)}, {rest} image{'s' * (rest != 1)}"
-    small = [one.record.image for one in seen if is_smaller(one.size, cut[one.size])]
+    small = [one.record.image for one in checked if is_smaller(one.size, cut[one.size])]
     if small:
-        yield f"warning: {len(small)} of {len(seen)} are enlarged, which blurs the result: {_named(small)}"
+        yield f"warning: {len(small)} of {len(checked)} are enlarged, which blurs the result: {_named(small)}"
 
 
-def _duplicates(seen: Sequence[_Seen]) -> Iterator[str]:
-    by_digest: dict[str, list[_Seen]] = {}
-    for one in seen:
-        by_digest.setdefault(one.facts.digest, []).append(one)
+def _duplicates(checked: Sequence[_CheckedImage]) -> Iterator[str]:
+    by_digest: dict[str, list[_CheckedImage]] = {}
+    for one in checked:
+        by_digest.setdefault(one.properties.digest, []).append(one)
     exact = [_named([one.record.image for one in found]) for found in by_digest.values() if len(found) > 1]
     yield from _shortened("warning: the same image, byte for byte: ", exact)
     first = [found[0] for found in by_digest.values()]
-    near = near_duplicates([one.facts.thumbnail for one in first])
+    near = near_duplicates([one.properties.thumbnail for one in first])
     yield from _shortened(
         "warning: nearly the same picture: ", [_named([first[index].record.image for index in group]) for group in near]
     )
@@ -229,8 +229,8 @@ def _check_sheet(path: Path) -> None:
         raise RunError(f"--sheet {path}: exists and is not a contact sheet; name another file")
 
 
-def _write_sheet(path: Path, seen: Sequence[_Seen], buckets: Sequence[Size]) -> None:
-    shown = seen[:: math.ceil(len(seen) / _SHEET_IMAGES)]
+def _write_sheet(path: Path, checked: Sequence[_CheckedImage], buckets: Sequence[Size]) -> None:
+    shown = checked[:: math.ceil(len(checked) / _SHEET_IMAGES)]
     tiles = [(_tile(one, buckets), f"{one.record.image.name}  {one.record.caption}") for one in shown]
     rows = [tiles[start : start + _SHEET_COLUMNS] for start in range(0, len(tiles), _SHEET_COLUMNS)]
     picture = contact_sheet(
@@ -244,7 +244,7 @@ def _write_sheet(path: Path, seen: Sequence[_Seen], buckets: Sequence[Size]) -> 
         picture.save(temporary, format="PNG", pnginfo=info)
 
 
-def _tile(one: _Seen, buckets: Sequence[Size]) -> Image.Image | None:
+def _tile(one: _CheckedImage, buckets: Sequence[Size]) -> Image.Image | None:
     """Return the tile of an image, cropped as for training; None if the image has become unreadable since."""
     high, wide = nearest_bucket(one.size, buckets)
     scale = _SHEET_SIDE / max(high, wide)

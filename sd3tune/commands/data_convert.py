@@ -23,7 +23,7 @@ from sd3tune.files.atomic import new_file, new_folder
 _Named = Sequence[tuple[str, Record]]
 _Write = Callable[[Path, _Named], None]
 _SUFFIXES = {"PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif", "AVIF": ".avif"}
-_NO_TEXT = re.compile(r"[\ud800-\udfff]")
+_NOT_UTF8 = re.compile(r"[\ud800-\udfff]")
 """Surrogates, Python's form of file name bytes that are not UTF-8; JSON, CSV and parquet cannot store them."""
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 _LONGEST_NAME = 200
@@ -96,7 +96,7 @@ def _names(records: Iterable[Record], root: Path, flat: bool) -> Iterator[str]:
     taken: set[str] = set()
     for number, record in enumerate(records):
         wanted = PurePosixPath(_own_name(record.image, root) or f"{number:06}")
-        wanted = PurePosixPath("-".join(wanted.parts) if flat else _NO_TEXT.sub("_", str(wanted)))
+        wanted = PurePosixPath("-".join(wanted.parts) if flat else _NOT_UTF8.sub("_", str(wanted)))
         if wanted.suffix.lower() not in EXTENSIONS:
             wanted = wanted.with_name(wanted.name + _suffix(record.image))
         name, copy = wanted, 1

@@ -47,8 +47,8 @@ class Findings:
 def run_doctor() -> None:
     """Print the report. Raises RunError when something essential to every command is missing."""
     found = Findings()
-    for look in CHECKS:
-        look(found)
+    for check in CHECKS:
+        check(found)
     result(*found.lines)
     for problem in found.problems:
         result("", f"problem   {problem}")

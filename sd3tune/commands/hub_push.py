@@ -39,13 +39,13 @@ def run_push(run: Path, repo_id: str | None, picture: Path | None = None) -> Non
     target = repo_id or settings.repo_id
     if target is None:
         raise RunError(f"{run}: its configuration sets no repository (hub.repo_id); give --repo-id user/name")
-    shown = _thumbnails(run, picture) if picture else {}
-    for line in _named_before_upload(run):
+    with_thumbnail = _thumbnails(run, picture) if picture else {}
+    for line in _upload_notes(run):
         say(f"note: {line}")
     repository = Repository(target, settings.private)
     repository.check_token()
     repository.prepare()
-    result(push_run(run, repository, shown, progress=True))
+    result(push_run(run, repository, with_thumbnail, progress=True))
 
 
 def _thumbnails(run: Path, picture: Path) -> Upload:
@@ -59,7 +59,7 @@ def _thumbnails(run: Path, picture: Path) -> Upload:
     return {name: with_metadata(path, more) for name, path in adapters.items()}
 
 
-def _named_before_upload(run: Path) -> list[str]:
+def _upload_notes(run: Path) -> list[str]:
     """Return notes on the caption tags stored in the adapter, and on pictures that are not uploaded."""
     not_uploaded = left_out(run)
     if not (run / ADAPTERS[0] / ADAPTER_FILE).is_file():

@@ -77,26 +77,26 @@ class RunPlan:
         return self.lines._repr_html_()
 
 
-def plan_run(
+def make_run_plan(
     config: Config, card: str | None = None, memory: float | None = None, utilisation: float = UTILISATION
 ) -> RunPlan:
-    """Return the figures and the text of the plan; arguments are those of `run_plan`. Raises UserError."""
+    """Return the figures and the text of the plan; arguments are those of `plan_lines`. Raises UserError."""
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"memory={memory:g}: give the card's memory in GB, such as 24")
     if not 0 < utilisation <= 100:
         raise ConfigError(f"utilisation={utilisation:g}: give per cent of the card's peak, above 0 and at most 100")
     lines: list[str] = []
-    about = run_plan(config, card, memory, utilisation)
+    remaining = plan_lines(config, card, memory, utilisation)
     while True:
         try:
-            lines.append(next(about))
+            lines.append(next(remaining))
         except StopIteration as end:
             plan, found, room = end.value
             seconds = step_seconds(plan, found, utilisation)
             return RunPlan(Lines(lines), plan, None if room is None else round(room * 1e9), seconds)
 
 
-def run_plan(
+def plan_lines(
     config: Config, card: str | None = None, memory: float | None = None, utilisation: float = UTILISATION
 ) -> Generator[str, None, tuple[Forecast, Card | None, float | None]]:
     """Yield the lines of the plan as they are computed; return the forecast, the GPU and the memory to fit into.
@@ -115,19 +115,19 @@ def run_plan(
     room = memory if memory is not None or found is None else found.memory
     wanted = config.train.memory
     if wanted is None:
-        yield from _about(outlook)
+        yield from _base_lines(outlook)
         plan = forecast(outlook)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         plan = fit(outlook, round(room * 1e9) if room is not None and wanted == "auto" else room_of(wanted, device))
         yield describe(config, plan)
-        yield from _about(plan.outlook)
-    yield from _about_memory(plan)
+        yield from _base_lines(plan.outlook)
+    yield from _memory_lines(plan)
     if room is not None:
         yield _verdict(plan, room, found.name if found and memory is None else "--memory")
-    yield from _about_length(plan, found, utilisation)
+    yield from _length_lines(plan, found, utilisation)
     yield ""
-    yield from _about_knobs(plan, found, room)
+    yield from _knob_lines(plan, found, room)
     if room is not None and plan.needed > room * 1e9 and wanted is None:
         yield ""
         yield _what_fits(plan, room)
@@ -146,7 +146,7 @@ def planned_dtype(config: Config, card: Card | None, memory: float | None) -> to
     return choose_dtype(wanted, gpu_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
 
 
-def _about(outlook: Outlook) -> list[str]:
+def _base_lines(outlook: Outlook) -> list[str]:
     height, width = outlook.largest
     train = outlook.config.train
     checkpointing: str = train.gradient_checkpointing
@@ -164,7 +164,7 @@ def gigabytes(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
-def _about_memory(plan: Forecast) -> list[str]:
+def _memory_lines(plan: Forecast) -> list[str]:
     training, phases = plan.training, plan.phases
     worst = max(phases, key=lambda name: phases[name].peak)
     lines = ["", f"{'memory':<20}{'resident':>12}{'working':>12}{'together':>12}"]
@@ -215,7 +215,7 @@ def _what_fits(plan: Forecast, room: float) -> str:
     )
 
 
-def _about_length(plan: Forecast, card: Card | None, utilisation: float) -> list[str]:
+def _length_lines(plan: Forecast, card: Card | None, utilisation: float) -> list[str]:
     train, store = plan.outlook.config.train, plan.store
     batch = train.batch_size * train.gradient_accumulation
     lines = []
@@ -313,7 +313,7 @@ def _with_optimizer(kind: str) -> Callable[[Config], Config]:
     return changed
 
 
-def _about_knobs(plan: Forecast, card: Card | None, room: float | None) -> Iterator[str]:
+def _knob_lines(plan: Forecast, card: Card | None, room: float | None) -> Iterator[str]:
     """Yield one line per change: peak memory of the run and of training, and TFLOP per step with its change in %."""
     yield f"{'after one change':<50}{'peak':>10}{'training':>12}{'TFLOP':>9}{'change':>8}"
     today = plan.training.flops

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable
 
 
-def leave_after(command: Callable[[], None]) -> None:
+def exit_fast(command: Callable[[], None]) -> None:
     """Run the process's command, then end the process with its exit code, without interpreter shutdown.
 
     Python first joins threads and runs exit handlers, the latest first; it would then spend a second or two on garbage
     collection, which this skips. A process that ends with a traceback shuts down as usual.
     """
     ended = _Ended()
-    atexit.register(ended.leave)  # registered first, so it runs after all handlers of the command
+    atexit.register(ended.exit)  # registered first, so it runs after all handlers of the command
     try:
         command()
         ended.code = 0
@@ -28,7 +28,7 @@ def leave_after(command: Callable[[], None]) -> None:
 class _Ended:
     code: int | None = None
 
-    def leave(self) -> None:
+    def exit(self) -> None:
         if self.code is None:
             return
         try:
