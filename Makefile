@@ -1,4 +1,4 @@
-# `make` lists the targets. Every target sets up what it needs.
+# `make` lists the targets. Targets that need the environment set it up.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,9 +9,9 @@ AUDIT := $(VENV)/audit.log
 WORKERS ?= 2
 MINUTES ?= 10
 
-# What pip says goes into a log, whose end is shown when it fails.
+# pip's output goes into a log; its last lines are shown when pip fails.
 pip = $(BIN)/python -m pip install --disable-pip-version-check $(1) >> $(LOG) 2>&1 || { \
-	tail -n 15 $(LOG) >&2; echo "make: pip failed; all that it said is in $(LOG)" >&2; exit 1; }
+	tail -n 15 $(LOG) >&2; echo "make: pip failed; its full output is in $(LOG)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-install crash fuzz check check-long build lock audit licences format bench bench-gpu bench-quality nano docs clean
@@ -19,7 +19,7 @@ pip = $(BIN)/python -m pip install --disable-pip-version-check $(1) >> $(LOG) 2>
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## Make .venv with sd3tune and its tools, at the tested versions (once; PYTHON=python3.12 picks another)
+setup: $(STAMP) ## Make .venv with sd3tune and its tools, at the tested versions (once; PYTHON=python3.12 selects the Python)
 	@echo "$(VENV) is ready. In this shell: source $(BIN)/activate"
 
 $(STAMP): pyproject.toml setup.py requirements.lock
@@ -30,22 +30,22 @@ $(STAMP): pyproject.toml setup.py requirements.lock
 	@echo "set-up 1 of 3: a Python environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@: > $(LOG)
-	@echo "set-up 2 of 3: PyTorch, diffusers and the other libraries (the first time a download of some minutes)"
+	@echo "set-up 2 of 3: PyTorch, diffusers and the other libraries (the first download takes some minutes)"
 	@$(call pip,--require-hashes -r requirements.lock)
 	@echo "set-up 3 of 3: sd3tune"
 	@$(call pip,--no-deps --no-build-isolation -e .)
 	@touch $@
 
-demo: $(STAMP) ## Train a LoRA from packaged images, offline, and draw before and after
+demo: $(STAMP) ## Train a LoRA on packaged images, offline, and draw before/after images
 	$(BIN)/sd3tune demo
 
 test: $(STAMP) ## Run the tests (WORKERS=8 for more processes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test-install: ## Type the README's first page in a fresh clone, home and environment (some 10 minutes, 6 GB for a while)
+test-install: ## Run the README's first commands in a fresh clone, home and environment (10 minutes, 6 GB temporarily)
 	$(PYTHON) tests/install/newcomer.py
 
-crash: $(STAMP) ## Let a run die at every point at which it writes, and resume each (some 20 minutes)
+crash: $(STAMP) ## Kill a run at each of its writes, and resume it (20 minutes)
 	SD3TUNE_EVERY_CRASH_POINT=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/run/crash
 
 fuzz: $(STAMP) ## Try everything that reads files with damaged and odd ones (MINUTES=60 in all; logs in build/fuzz)
@@ -57,7 +57,7 @@ check: $(STAMP) ## Lint, formatting, types and layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check-long: $(STAMP) ## Run the tests that `make test` leaves out for their length (a minute)
+check-long: $(STAMP) ## Run the slow tests that `make test` skips (a minute)
 	SD3TUNE_LONG=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/forecast/test_thinning.py
 
 build: $(STAMP) ## Write the wheel and the source archive to dist/, and run the demo from the wheel alone
@@ -71,34 +71,34 @@ lock: $(STAMP) ## Pin the dependencies of pyproject.toml with their hashes (UPGR
 	{ echo "# Made by make lock from requirements.lock: the same versions, without hashes, for pip's -c."; \
 		sed -n 's/ \\$$//p' requirements.lock | grep ==; } > constraints.txt
 
-audit: $(STAMP) ## Look the pinned versions up in the advisory database (needs the network)
+audit: $(STAMP) ## Check the pinned versions against the advisory database (needs the network)
 	@$(BIN)/pip-audit --progress-spinner off --strict --disable-pip --require-hashes -r requirements.lock > $(AUDIT) 2>&1 \
 		&& tail -n 1 $(AUDIT) || { grep -q '^Found ' $(AUDIT) && cat $(AUDIT) >&2 || \
-		echo "make: nothing was audited: the advisory service did not answer for every package; see $(AUDIT)" >&2; exit 1; }
+		echo "make: the audit failed: the advisory service did not answer for every package; see $(AUDIT)" >&2; exit 1; }
 
 licences: $(STAMP) ## Regenerate docs/licences.md from the installed packages
 	$(BIN)/python -m tests.install.licences > docs/licences.md
 
-format: $(STAMP) ## Fix lint and formatting where a tool can
+format: $(STAMP) ## Fix lint and formatting automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## Measure the trainer against a bare loop; with PEER_SCRIPT=PATH, runs against diffusers' example
 	$(BIN)/python -m benchmarks.$(if $(PEER_SCRIPT),peer.run "$(PEER_SCRIPT)",run)
 
-bench-gpu: ## Measure on one GPU at full size, in eight minutes (PYTHON=... with torch; BUNDLE=DIR, PEER_SCRIPT=PATH)
+bench-gpu: ## Benchmark on one GPU at full size, in eight minutes (PYTHON=... with torch; BUNDLE=DIR, PEER_SCRIPT=PATH)
 	$(PYTHON) -m benchmarks.gpu.run $(if $(BUNDLE),--bundle "$(BUNDLE)") $(if $(PEER_SCRIPT),--script "$(PEER_SCRIPT)")
 
-bench-quality: $(STAMP) ## Measure what trainings on nano learn (hours; goes on where it was stopped; PEER_SCRIPT=PATH as above)
+bench-quality: $(STAMP) ## Measure training quality on nano (hours; continues where it stopped; PEER_SCRIPT=PATH as above)
 	$(BIN)/python -m benchmarks.quality.run $(PEER_SCRIPT)
 
-nano: $(STAMP) ## Train the base nano from nothing into sd3tune/assets/nano (two hours; goes on where it was stopped)
+nano: $(STAMP) ## Train the base nano from scratch into sd3tune/assets/nano (two hours; continues where it stopped)
 	$(BIN)/python -m examples.nano.make
 
 docs: $(STAMP) ## Regenerate docs/config.md and configs/schema.json from the schema
 	$(BIN)/python -m sd3tune.config.reference > docs/config.md
 	$(BIN)/python -m sd3tune config schema > configs/schema.json
 
-clean: ## Remove .venv, caches and build outputs; runs/ and .cache/ stay
+clean: ## Remove .venv, caches and build outputs, but not runs/ and .cache/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

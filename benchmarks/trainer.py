@@ -10,13 +10,13 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from benchmarks.cells import BATCH_SIZE, CLIP_TOKENS, RANK, T5_TOKENS, Cell, Model
-from sd3tune.commands.train import make_state
 from sd3tune.config import Config
 from sd3tune.data.sampler import generator
 from sd3tune.data.store import Store, key
 from sd3tune.methods import LoraMethod, Method
 from sd3tune.model.compute.hoist import hoist
 from sd3tune.run.setup import hoists, make_trainable
+from sd3tune.run.state import make_state
 from sd3tune.runtime.device import DTYPES, make_accelerator
 from sd3tune.runtime.processes import ALONE, Processes, processes_of
 from sd3tune.training.ahead import looking_ahead

@@ -1,7 +1,7 @@
 """sd3tune: fine-tune Stable Diffusion 3 and 3.5 with LoRA and DreamBooth.
 
-`__all__` is the public Python API, which docs/python.md describes; everything else may change. Names are imported when
-they are first used, so that `import sd3tune` is quick and loads no torch.
+`__all__` is the public Python API, described in docs/python.md; everything else may change. Names are imported on first
+use, so that `import sd3tune` is fast and does not load torch.
 """
 
 from __future__ import annotations

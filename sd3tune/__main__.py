@@ -1,11 +1,11 @@
-"""`python -m sd3tune`, and the program by its path: `python sd3tune` (as `accelerate launch sd3tune` runs it)."""
+"""Entry point of `python -m sd3tune` and of `python sd3tune`, which `accelerate launch sd3tune` runs."""
 
 import sys
 from pathlib import Path
 
 if not __package__:
-    # Run by its path. Unless it is in safe-path mode, Python put this folder itself first on the path, where `data` or
-    # `config` would shadow others.
+    # Run by path. Except in safe-path mode, Python has put this folder first on sys.path, where `data` or `config`
+    # would shadow other packages.
     if not getattr(sys.flags, "safe_path", False):
         del sys.path[0]
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

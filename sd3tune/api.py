@@ -1,4 +1,4 @@
-"""The functions of `import sd3tune`. Each does what the command of its name does, and raises where that exits."""
+"""The functions of `import sd3tune`: each works like the command of the same name, but raises instead of exiting."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def plan(config: Config, *, card: str | None = None, memory: float | None = None, utilisation: float = 40) -> RunPlan:
-    """Return what a run takes in memory, disk space and time, and what each change would save. Needs no weights.
+    """Forecast a run's memory, disk space and time, and the savings of each configuration change. Needs no weights.
 
-    `card` is a GPU such as `"4090"`; `memory` replaces its memory, in GB (10^9 bytes); `utilisation` is the share of
-    its peak throughput, in per cent, that the time assumes. Raises UserError.
+    `card` is a GPU such as `"4090"`; `memory` replaces its memory, in GB (10^9 bytes); `utilisation` is the assumed
+    share of its peak throughput, in per cent. Raises UserError.
     """
-    from sd3tune.commands.plan import plan_run
+    from sd3tune.commands.plan import make_run_plan
 
-    return plan_run(config, card, memory, utilisation)
+    return make_run_plan(config, card, memory, utilisation)
 
 
 def train(
@@ -45,8 +45,8 @@ def train(
     """Train, and return the run.
 
     `resume` continues from the last checkpoint, if there is one. Each of `callbacks` is called with a `View` before the
-    first step and after each step; what it raises ends the run. With `handle_signals`, the first Ctrl-C or SIGTERM
-    lets the step in hand end; without, Python's KeyboardInterrupt ends the step. Either way the last whole step is
+    first step and after each step; an exception in it ends the run. With `handle_signals`, the first Ctrl-C or SIGTERM
+    finishes the current step; without, Python's KeyboardInterrupt ends the step. Either way the last whole step is
     saved, and Interrupted is raised. Raises UserError.
     """
     from sd3tune.commands.train import carry_out_run

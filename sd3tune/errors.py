@@ -1,20 +1,20 @@
-"""The errors a user can cause: one readable line per problem, each naming the thing and the way out."""
+"""Errors that a user can fix: one readable line per problem, which names the cause and the remedy."""
 
 from __future__ import annotations
 
 from sd3tune.reporting import escaped
 
 LONGEST = 2000
-"""Characters of a problem, which may quote a file; of a longer one the middle is left out."""
+"""Maximum characters of a problem, which may quote a file."""
 _END = 500
-"""Of them, those that stand at the end, where the way out is."""
+"""Characters kept from the end, where the way out is."""
 
 
 class UserError(Exception):
-    """Something the user can fix. The command line prints each problem on its own line and ends with `exit_code`.
+    """An error that the user can fix. The command line prints each problem on its own line, and exits with `exit_code`.
 
-    Control characters of the names in a problem are written out (see `reporting.escaped`), so that it is one line, and
-    of one that is longer than `LONGEST` the middle is left out.
+    Control characters in a problem are escaped (see `reporting.escaped`), so that it stays on one line. The middle of a
+    problem longer than `LONGEST` is left out.
     """
 
     exit_code = 2
@@ -29,32 +29,32 @@ def _shortened(line: str) -> str:
 
 
 class ConfigError(UserError):
-    """A YAML file, an override or a combination of keys."""
+    """An invalid YAML file, override or combination of keys."""
 
 
 class DataError(UserError):
-    """Images, captions and the folders that hold them."""
+    """Missing or invalid images, captions or data folders."""
 
 
 class ModelError(UserError):
-    """A base model: missing, gated, incomplete or not readable."""
+    """A base model that is missing, gated, incomplete or unreadable."""
 
 
 class AdapterError(UserError):
-    """A LoRA file: not readable, for another base, or with nothing that matches."""
+    """A LoRA file that is unreadable, made for another base, or without matching modules."""
 
 
 class RunError(UserError):
-    """The machine and the run folder: devices, disk, locks, a run that cannot be resumed."""
+    """A problem with the machine or the run folder: devices, disk, locks, a run that cannot be resumed."""
 
 
 class Interrupted(RunError):
-    """Ctrl-C or SIGTERM, after what was finished has been saved."""
+    """Stopped by Ctrl-C or SIGTERM, after finished work has been saved."""
 
     exit_code = 130
 
 
 class ProcessError(RunError):
-    """Another process of the same command failed for a reason that it has printed itself."""
+    """Another process of the same command failed, and has printed the reason."""
 
     exit_code = 1

@@ -1,4 +1,4 @@
-"""Commands to print: each works as it stands in the shell that the user is in."""
+"""Printable commands that work unchanged in the user's shell."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 def command_line(program: str, *words: str) -> str:
-    """Return `PROGRAM WORDS...` quoted for a POSIX shell; `program` is one of this environment, such as `sd3tune`.
+    """Return `PROGRAM WORDS...` quoted for a POSIX shell; `program` belongs to this environment, such as `sd3tune`.
 
-    It is called by its name where PATH leads to it, as in an activated environment, else by its path. Without a script
-    of its own, `sd3tune` is `PYTHON -m sd3tune`; another program keeps its bare name.
+    It is called by name if PATH leads to it, as in an activated environment, else by its path. If its script is
+    missing, `sd3tune` becomes `PYTHON -m sd3tune`, and other programs keep their name.
     """
     called = _called(program, sys.executable, os.environ.get("PATH", os.defpath), Path.cwd())
     return " ".join([called, *map(shlex.quote, words)])
@@ -31,7 +31,7 @@ def _called(program: str, python: str, path: str, folder: Path) -> str:
 
 
 def _shortest(file: Path, path: str, folder: Path) -> str:
-    """Return the program's bare name, its path from the current folder, or its whole path."""
+    """Return the shortest form that works: the program's name, its path from the current folder, or its full path."""
     if shutil.which(file.name, path=path) == str(file):
         return file.name
     return shlex.quote(str(file.relative_to(folder) if file.is_relative_to(folder) else file))

@@ -1,6 +1,6 @@
 """`sd3tune.lora`: adapter files, as `sd3tune lora` reads and writes them.
 
-An adapter is a run, a file or a folder. The functions that write one return its path, and report what they did.
+An adapter is given as a run, a file or a folder. Functions that write an adapter return its path and print a summary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["convert", "inspect", "merge", "merge_into_base", "resize", "verify"]
 def inspect(adapter: Adapter, /) -> Lines:
     """Return lines that describe an adapter: its layout, base, ranks, modules, norms, settings, and its problems.
 
-    Raises AdapterError for what is no LoRA of SD3 at all.
+    Raises AdapterError if the file is not a LoRA for SD3 at all.
     """
     from sd3tune.commands.lora_inspect import inspect_lora
 
@@ -39,7 +39,7 @@ def convert(
 ) -> Path:
     """Write an adapter to the new file `out` in another tool's layout, `to`: diffusers, kohya or comfyui.
 
-    `thumbnail` is the picture that UIs show: a file, True for the run's last preview, False for none.
+    `thumbnail` is the picture for UIs: a file, True for the run's last preview, False for none.
     `transformer_only` leaves out tensors for the text encoders. Raises UserError.
     """
     from sd3tune.commands.lora_convert import convert_lora
@@ -59,10 +59,10 @@ def verify(
     preview: bool = True,
     transformer_only: bool = False,
 ) -> Lines:
-    """Load an adapter into a fresh diffusers pipeline, and return lines that say what was checked.
+    """Load an adapter into a fresh diffusers pipeline, and return lines that list the checks.
 
-    `base` is by default the one that the adapter names; `preview` also draws what the training drew, and compares.
-    Raises AdapterError unless all of it matches and changes what the base predicts.
+    `base` is by default the base named by the adapter; `preview` also draws a preview of the run again, and compares.
+    Raises AdapterError unless the whole adapter loads and changes the base's prediction.
     """
     from sd3tune.commands.lora_verify import verify_lora
 
@@ -79,9 +79,9 @@ def merge(
     rank: int | None = None,
     transformer_only: bool = False,
 ) -> Path:
-    """Add adapters up, each with its weight (1 by default), into the new file `out`.
+    """Write the weighted sum of adapters (weight 1 by default) to the new file `out`.
 
-    `method` is concat, which is exact and adds the ranks up, or svd, the nearest adapter of `rank`. Raises UserError.
+    `method` is concat, which is exact and adds up the ranks, or svd, the nearest adapter of `rank`. Raises UserError.
     """
     from sd3tune.commands.lora_merge import merge_loras
 
@@ -97,7 +97,7 @@ def merge_into_base(
     base: str | None = None,
     transformer_only: bool = False,
 ) -> Path:
-    """Write a base with adapters added to its weights to the new folder `out`. Raises UserError."""
+    """Merge adapters into the weights of their base, and write it to the new folder `out`. Raises UserError."""
     from sd3tune.commands.lora_merge import merge_into_base as merge_whole
 
     result(*merge_whole(_as_typed(adapters), Path(out), base, transformer_only=transformer_only))
@@ -124,6 +124,6 @@ def resize(
 
 
 def _as_typed(adapters: Sequence[Weighted]) -> list[str]:
-    """Return adapters as the command line takes them, `PATH@WEIGHT`."""
+    """Return adapters in the command line's form, `PATH@WEIGHT`."""
     weighted = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
     return [f"{os.fspath(path)}@{weight}" for path, weight in weighted]

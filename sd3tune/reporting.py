@@ -1,6 +1,6 @@
-"""The one place that prints: messages and progress bars go to the current reporter, which can be replaced.
+"""All output: messages and progress bars go to the current reporter, which can be replaced.
 
-A line that begins with `note: `, `warning: ` or `error: ` is of that kind, also where a command returns lines.
+A line that begins with `note: `, `warning: ` or `error: ` has that kind, also if a command returns it.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ Kind = Literal["line", "note", "warning", "error", "result"]
 _KINDS: tuple[Kind, ...] = ("note", "warning", "error")
 _QUIET: tuple[Kind, ...] = ("warning", "error", "result")
 _HIDDEN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Controls except the tab, line and paragraph separators, overrides of the writing direction, halves of characters."""
+"""Control characters except tab, line and paragraph separators, bidirectional overrides, and surrogates."""
 _SHORT = {"\n": r"\n", "\r": r"\r"}
 
 
 def escaped(text: str) -> str:
-    r"""Return the text with each control character written out: `\x1b`, `\n`, `\u202e`.
+    r"""Return the text with each control character escaped: `\x1b`, `\n`, `\u202e`.
 
-    A byte of a file name that is not UTF-8, which Python holds as half a character, becomes `\xe9`. Text without such
-    characters, backslashes included, stays as it is, so that escaping again changes nothing.
+    A file name byte that is not UTF-8, which Python stores as a surrogate, becomes `\xe9`. All other text, backslashes
+    included, is unchanged, so that escaping twice is the same as escaping once.
     """
-    return _HIDDEN.sub(lambda found: _written_out(found[0]), text)
+    return _HIDDEN.sub(lambda found: _escape(found[0]), text)
 
 
-def _written_out(character: str) -> str:
+def _escape(character: str) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # how `surrogateescape` holds a byte
+    if 0xDC80 <= code <= 0xDCFF:  # a byte, in `surrogateescape`'s form
         code -= 0xDC00
     return _SHORT.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
 
 
 class Lines(tuple[str, ...]):
-    """The lines of a report; `print` and a notebook show them as the command line does."""
+    """Lines of a report; `print` and notebooks show them as the command line does."""
 
     __slots__ = ()
 
@@ -62,16 +62,16 @@ class Lines(tuple[str, ...]):
 
 
 class Reporter:
-    """Prints for a person at a terminal. A subclass sends the same messages and progress elsewhere.
+    """Reporter that prints to a terminal. Subclasses send the same messages and progress elsewhere.
 
-    `quiet` leaves warnings, errors and results: no other lines, no notes and no progress.
+    With `quiet`, it prints only warnings, errors and results: no other lines, notes or progress.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
 
     def message(self, kind: Kind, text: str, values: dict[str, Any], aside: bool) -> None:
-        """Print one escaped line; `values` are its numbers and paths, `aside` keeps it out of standard output."""
+        """Print one escaped line; `values` are its numbers and paths; `aside` lines go to standard error."""
         if aside or kind == "error":
             _write(f"{text}\n", sys.stderr)
         elif "tqdm" in sys.modules:
@@ -81,24 +81,24 @@ class Reporter:
             _write(f"{text}\n", sys.stdout)
 
     def bar_of(self, bar: type[Bar]) -> type[Bar]:
-        """Return the progress bar to use in place of `bar`, a subclass of it or one with the same interface."""
+        """Return the progress bar class to use instead of `bar`: a subclass, or a class with the same interface."""
         return _silent(bar) if self.quiet else bar
 
     @property
     def library_bars(self) -> bool:
-        """Whether libraries may draw bars that nobody can replace."""
+        """True if libraries may draw their own progress bars, which cannot be replaced."""
         return not self.quiet
 
     def loading(self, text: str) -> AbstractContextManager[None]:
-        """Return a context for seconds without any other output; `text` says what they are spent on."""
+        """Return a context for an activity, described by `text`, that takes seconds without other output."""
         return nullcontext() if self.quiet else _counting_seconds(text)
 
 
 class JsonReporter(Reporter):
-    """Prints one JSON object a line to standard output, for machines.
+    """Reporter that prints one JSON object per line to standard output, for other programs.
 
     Each has a `kind` (line, note, warning, error, result or progress) and a `text`. Progress has `done`, `total` (or
-    null), `unit`, `seconds` and `seconds_left` (or null); results have their own values.
+    null), `unit`, `seconds` and `seconds_left` (or null); results have additional values.
     """
 
     def message(self, kind: Kind, text: str, values: dict[str, Any], aside: bool) -> None:
@@ -106,7 +106,7 @@ class JsonReporter(Reporter):
             self.object(kind, text.removeprefix(f"{kind}: "), values)
 
     def object(self, kind: str, text: str, values: dict[str, Any]) -> None:
-        """Print one object, in one write, as other processes may print, too."""
+        """Print one object in a single write, so that it does not mix with output of other processes."""
         _write(json.dumps({"kind": kind, "text": text, **values}, default=str) + "\n", sys.stdout)
 
     def bar_of(self, bar: type[Bar]) -> type[Bar]:
@@ -123,7 +123,7 @@ class JsonReporter(Reporter):
 
 
 class NotebookReporter(Reporter):
-    """Prints into the cell of a notebook, with the bars that it can show."""
+    """Reporter that prints to a notebook cell, with notebook progress bars if ipywidgets is there."""
 
     def bar_of(self, bar: type[Bar]) -> type[Bar]:
         from tqdm import TqdmWarning, std
@@ -138,7 +138,7 @@ _current: Reporter | None = None
 
 
 def current() -> Reporter:
-    """Return the reporter in use: until it is replaced, that of a notebook in a notebook, else that of a terminal."""
+    """Return the current reporter; by default a NotebookReporter in a notebook, else a terminal Reporter."""
     if _current is not None:
         return _current
     return NotebookReporter() if "ipykernel" in sys.modules else Reporter()
@@ -158,21 +158,21 @@ def using(reporter: Reporter) -> Iterator[Reporter]:
 def say(*lines: object, aside: bool = False) -> None:
     """Report lines, escaped: a line break inside one of them begins no new line.
 
-    `aside` is for what does not belong to the output of a command, such as how far it is.
+    `aside` marks lines that are not part of a command's output, such as its progress.
     """
     for line in lines:
         _report("line", line, {}, aside)
 
 
 def result(*lines: object, **values: Any) -> None:
-    """Report lines that a script would read; `values` are the same for machines, each a number, a text or a path."""
+    """Report result lines; `values` are the same results for programs, each a number, a text or a path."""
     for line in lines:
         _report("result", line, values, aside=False)
 
 
 def _report(kind: Kind, line: object, values: dict[str, Any], aside: bool) -> None:
     text, reporter = escaped(str(line)), current()
-    if isinstance(line, str):  # a path may have any name
+    if isinstance(line, str):  # not for paths, which may begin with a prefix
         kind = next((prefix for prefix in _KINDS if text.startswith(f"{prefix}: ")), kind)
     if kind in _QUIET or not reporter.quiet:
         reporter.message(kind, text, values, aside)
@@ -183,20 +183,20 @@ def progress_bar(*, desc: str, **options: Any) -> Bar: ...
 @overload
 def progress_bar(iterable: Iterable[T], *, desc: str, **options: Any) -> tqdm[T]: ...
 def progress_bar(iterable: Any = None, *, desc: str, **options: Any) -> Any:
-    """Return a progress bar, with tqdm's options: how much is done, and the time left."""
+    """Return a progress bar, with tqdm's options, that shows the progress and the time left."""
     from tqdm import tqdm
 
     return current().bar_of(tqdm)(iterable, desc=escaped(desc), **options)
 
 
 def loading(text: str) -> AbstractContextManager[None]:
-    """Return a context in which something takes seconds, once; of several processes, the first one reports it."""
+    """Return a context for an activity that takes seconds, described by `text`; only rank 0 reports it."""
     return nullcontext() if os.environ.get("RANK", "0") != "0" else current().loading(escaped(text))
 
 
 @contextmanager
 def _counting_seconds(text: str) -> Iterator[None]:
-    """Print the text to standard error and, on a terminal, the seconds that have passed behind it."""
+    """Print the text to standard error, on a terminal with the elapsed seconds."""
     if not sys.stderr.isatty():
         _write(f"{text} ...\n", sys.stderr)
         yield
@@ -223,7 +223,7 @@ def _write(text: str, to: TextIO) -> None:
 
 
 def _silent(bar: type[Bar]) -> type[Bar]:
-    """Return a bar that counts and shows nothing."""
+    """Return a bar class that counts but displays nothing."""
 
     class Silent(bar):  # type: ignore[misc, valid-type]
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -233,15 +233,15 @@ def _silent(bar: type[Bar]) -> type[Bar]:
 
 
 def _as_json(bar: type[Bar], reporter: JsonReporter) -> type[Bar]:
-    """Return a bar that prints objects, as often as `bar` would be drawn."""
+    """Return a bar class that prints JSON objects as often as `bar` would be drawn."""
 
     class Objects(bar):  # type: ignore[misc, valid-type]
         def __init__(self, *arguments: Any, **options: Any) -> None:
-            self._told: dict[str, Any] = {}
+            self._postfix: dict[str, Any] = {}
             super().__init__(*arguments, **{**options, "file": _Nowhere(), "dynamic_ncols": False})
 
         def set_postfix(self, ordered_dict: Any = None, refresh: bool = True, **values: Any) -> None:
-            self._told = {name: _number(value) for name, value in {**(ordered_dict or {}), **values}.items()}
+            self._postfix = {name: _number(value) for name, value in {**(ordered_dict or {}), **values}.items()}
             if refresh:
                 self.refresh()
 
@@ -255,7 +255,7 @@ def _as_json(bar: type[Bar], reporter: JsonReporter) -> type[Bar]:
                 "progress",
                 (state["prefix"] or "").removesuffix(": "),
                 {"done": done, "total": total, "unit": state["unit"], "seconds": round(state["elapsed"], 1)}
-                | {"seconds_left": left, **self._told},
+                | {"seconds_left": left, **self._postfix},
             )
             return True
 
@@ -263,7 +263,7 @@ def _as_json(bar: type[Bar], reporter: JsonReporter) -> type[Bar]:
 
 
 class _Nowhere:
-    """A file for the line ends that a bar writes besides what it displays."""
+    """A file that discards the line ends that a bar writes besides its display."""
 
     def write(self, text: str) -> None:
         pass

@@ -25,13 +25,13 @@ from torch import Tensor
 from benchmarks.peer.accommodations import with_casting_vae
 from benchmarks.peer.cells import BATCH_SIZE, LEARNING_RATE, RANK, T5_TOKENS, TARGETS
 from benchmarks.peer.materials import CAPTION
-from sd3tune.commands.train import make_state
 from sd3tune.config import Config
 from sd3tune.data.sampler import generator
 from sd3tune.methods import LoraMethod
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.compute.fast import use_fast_path
 from sd3tune.model.load.components import load_scheduler, load_text_encoder, load_transformer
+from sd3tune.run.state import make_state
 from sd3tune.runtime.processes import ALONE
 from sd3tune.training.batches import Batch, Batches
 from sd3tune.training.objective import make_objective

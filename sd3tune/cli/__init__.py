@@ -1,1 +1,1 @@
-"""Argument parsing and nothing else; the jobs are imported when a command runs."""
+"""Argument parsing only; each command is imported when it runs."""

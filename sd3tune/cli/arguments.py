@@ -1,4 +1,4 @@
-"""Arguments that several commands have, and options that all have."""
+"""Arguments shared by several commands, and options shared by all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line
 
 
 def take_reporter(arguments: Sequence[str]) -> tuple[Reporter, list[str]]:
-    """Return the reporter that `--quiet` and `--json` ask for, before or after the command, and the other arguments."""
+    """Return the reporter for `--quiet` and `--json`, placed before or after the command, and the other arguments."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = {"--quiet", "--json"} & set(arguments[:end])
     rest = [argument for argument in arguments[:end] if argument not in options]
@@ -30,6 +30,6 @@ def take_reporter(arguments: Sequence[str]) -> tuple[Reporter, list[str]]:
 
 
 def print_notes(notes: tuple[str, ...]) -> None:
-    """What the user should be told about how a configuration came about."""
+    """Print notes on how a configuration was loaded."""
     for note in notes:
         say(f"note: {note}", aside=True)

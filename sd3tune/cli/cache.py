@@ -15,7 +15,7 @@ from sd3tune.reporting import result
 
 
 class _ConfigOrCommand(TyperGroup):
-    """What is no command is the configuration to encode for: `cache run.yaml` as well as `cache ls`."""
+    """Treat a word that is not a command as the configuration: `cache run.yaml` works like `cache encode run.yaml`."""
 
     fallback = "encode"
 
@@ -25,19 +25,19 @@ class _ConfigOrCommand(TyperGroup):
 
 cache_app = typer.Typer(
     cls=_ConfigOrCommand,
-    help="Encode captions and images, so that training starts at once; see and prune what was encoded.",
+    help="Encode captions and images, so that training starts immediately; list and prune encodings.",
     no_args_is_help=True,
     subcommand_metavar="CONFIG [KEY=VALUE]... | ls | prune",
 )
 StoreArgument = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Argument(metavar="[FOLDER|CONFIG]", help="The store, or a run that uses it; else the one used from here."),
+    typer.Argument(metavar="[FOLDER|CONFIG]", help="The store, or a run that uses it; by default the one used here."),
 ]
 
 
 @cache_app.command()
 def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Encode captions and images of a run, and nothing else; the word `encode` may be left out."""
+    """Only encode the captions and images of a run; the word `encode` may be left out."""
     loaded = load_config(config, overrides or ())
     with quick_imports(f"cache {config}"):
         from sd3tune.commands.cache import run_cache
@@ -47,7 +47,7 @@ def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 @cache_app.command()
 def ls(where: StoreArgument = None) -> None:
-    """Print what a store holds: entries, bytes, and when they were last used."""
+    """List the contents of a store: entries, bytes, and when they were last used."""
     from sd3tune.commands.cache_store import list_store
 
     result(*list_store(where))
@@ -58,12 +58,12 @@ def prune(
     where: StoreArgument = None,
     older_than: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(metavar="DAYS", min=0, help="Also entries that were not used for that long."),
+        typer.Option(metavar="DAYS", min=0, help="Also remove entries unused for this many days."),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Everything.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove everything.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Remove them; the default is a dry run.")] = False,
 ) -> None:
-    """Remove unfinished and unreadable files from a store, and what is older; never while a run uses it."""
+    """Remove unfinished and unreadable files, and optionally unused entries; refuses while a run uses the store."""
     from sd3tune.commands.cache_store import prune_store
 
     result(*prune_store(where, older_than=older_than, everything=everything, yes=yes))

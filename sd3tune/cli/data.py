@@ -10,27 +10,27 @@ import typer
 from sd3tune.cli.arguments import Overrides, print_notes
 from sd3tune.reporting import result
 
-data_app = typer.Typer(help="Look at training data, and convert it.", no_args_is_help=True)
+data_app = typer.Typer(help="Check and convert training data.", no_args_is_help=True)
 
-ImageColumn = Annotated[str, typer.Option(metavar="NAME", help="A dataset's column of images.")]
-CaptionColumn = Annotated[str, typer.Option(metavar="NAME", help="A dataset's column of captions.")]
+ImageColumn = Annotated[str, typer.Option(metavar="NAME", help="Image column of a dataset.")]
+CaptionColumn = Annotated[str, typer.Option(metavar="NAME", help="Caption column of a dataset.")]
 Caption = Annotated[
     Optional[str],  # noqa: UP045  typer reads the annotation at run time
-    typer.Option(metavar="TEXT", help="Caption of the images that have none."),
+    typer.Option(metavar="TEXT", help="Caption for images without their own."),
 ]
-Split = Annotated[str, typer.Option(metavar="NAME", help="A dataset's split.")]
+Split = Annotated[str, typer.Option(metavar="NAME", help="Split of a dataset.")]
 
 
 @data_app.command()
 def check(
     what: Annotated[str, typer.Argument(metavar="DIR|CONFIG", help="A folder or dataset, or the YAML file of a run.")],
     overrides: Overrides = None,
-    sheet: Annotated[Path, typer.Option(metavar="FILE", help="Where the contact sheet goes.")] = Path(
+    sheet: Annotated[Path, typer.Option(metavar="FILE", help="Path of the contact sheet.")] = Path(
         "runs/data-check.png"
     ),
     caption: Caption = None,
 ) -> None:
-    """Show what would be trained on, and what is wrong with it; exit code 2 when it cannot be trained on."""
+    """Summarise the training data and its problems; exit code 2 if it cannot be trained on."""
     from sd3tune.commands.data_check import load_data, run_data_check
 
     loaded = load_data(what, overrides or (), caption)
@@ -48,7 +48,7 @@ def convert(
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "text",
 ) -> None:
-    """Copy images and captions into another form; the bytes of the images stay as they are."""
+    """Copy images and captions into another dataset format; image bytes do not change."""
     from sd3tune.commands.data_convert import run_data_convert
 
     columns = {"split": split, "image_column": image_column, "caption_column": caption_column}

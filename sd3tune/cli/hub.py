@@ -26,10 +26,10 @@ def push(
     ] = None,
     thumbnail: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(metavar="PICTURE", help="A picture that UIs show of the adapter, put into the uploaded file."),
+        typer.Option(metavar="PICTURE", help="Thumbnail for UIs, stored in the uploaded adapter."),
     ] = None,
 ) -> None:
-    """Upload a run's adapter, card, pictures and configuration; again, only what is missing or differs."""
+    """Upload a run's adapter, model card, pictures and configuration; later uploads send only changes."""
     with quick_imports(f"hub push {run}"):
         from sd3tune.commands.hub_push import run_push
 

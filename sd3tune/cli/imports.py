@@ -1,7 +1,7 @@
-"""Quick starts, for a process that is the command line's own; a program that imports sd3tune is left as it is.
+"""Faster start of the command line. Programs that import sd3tune are not affected.
 
-Importing torch and diffusers makes a million objects that the garbage collector need not look at. peft imports
-bitsandbytes wherever it is installed, and few runs need it: 0.65 of 3.75 s on one core, and 50 MB.
+Importing torch and diffusers makes a million objects that garbage collection can skip. peft imports bitsandbytes
+wherever it is installed, although few runs need it: 0.65 of 3.75 s on one core, and 50 MB.
 """
 
 from __future__ import annotations
@@ -16,45 +16,45 @@ from contextlib import contextmanager
 from sd3tune.reporting import loading
 
 SPINS = "10000"
-"""A thirtieth of GNU OpenMP's own 300000, which takes milliseconds. Far fewer slow a small model on idle cores."""
+"""A thirtieth of GNU OpenMP's default, 300000, which takes milliseconds. Far fewer slow a small model on idle cores."""
 
 
 def spin_briefly() -> None:
-    """Let threads of GNU OpenMP that wait for others sleep soon, unless the environment says how they wait.
+    """Shorten the spinning of waiting GNU OpenMP threads, unless the environment already configures it.
 
-    On idle cores the wait is mostly over sooner. On busy cores a thread that spins takes the core from the one that it
-    waits for. The library reads the environment when torch loads it.
+    On idle cores most waits end before the limit. On busy cores a spinning thread blocks the core of the thread that
+    it waits for. Call this before torch is imported, which loads the library and reads the environment.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 @contextmanager
-def quick_imports(doing: str) -> Iterator[None]:
-    """Collect no garbage during the first import of a command, and never look at what was imported later.
+def quick_imports(activity: str) -> Iterator[None]:
+    """Disable garbage collection while a command is first imported, and exclude the imported objects from later ones.
 
-    That saves over a second of a start, and nearly half a second of each later collection, of which encoding makes
-    one after each component that it frees. It does nothing in a process that has imported everything before.
-    Importing takes seconds, so the command, `doing`, such as `train rex.yaml`, is named first, on standard error.
+    This saves over a second per start, and nearly half a second per later collection; encoding collects after each
+    component that it frees. It has no effect in a process that has already imported diffusers. Importing takes
+    seconds, so `activity`, such as `train rex.yaml`, is first printed to standard error.
     """
     if "diffusers" in sys.modules or not gc.isenabled():
         yield
         return
     gc.disable()
     try:
-        with loading(f"{doing}: loading PyTorch and diffusers"), _without_bitsandbytes():
+        with loading(f"{activity}: loading PyTorch and diffusers"), _without_bitsandbytes():
             yield
     finally:
         gc.freeze()
         gc.enable()
-        atexit.register(gc.unfreeze)  # or extension modules complain of leaks at the end
+        atexit.register(gc.unfreeze)  # otherwise extension modules report leaks at exit
 
 
 @contextmanager
 def _without_bitsandbytes() -> Iterator[None]:
-    """Let bitsandbytes count as not installed while the libraries are imported; whoever asks later finds it.
+    """Hide bitsandbytes while the libraries are imported; later imports find it.
 
-    peft remembers its answer until a model is quantised (see `model.load.quantized`).
+    peft caches that it is missing until a model is quantised (see `model.load.quantized`).
     """
     if "bitsandbytes" in sys.modules:
         yield

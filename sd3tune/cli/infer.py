@@ -1,4 +1,4 @@
-"""`sd3tune infer`. Its options are the fields of an image request and of an inference job; none is declared here."""
+"""`sd3tune infer`. Its options are generated from the fields of an image request and of an inference job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sd3tune.reporting import result
 
 
 def infer(**options: Any) -> None:
-    """Draw images with one or several adapters, with the settings they were trained with."""
+    """Draw images with one or more adapters, using the inference settings stored in them."""
     job = InferenceJob.from_fields(**options)
     with quick_imports("infer"):
         from sd3tune.commands.infer import run_infer
@@ -28,7 +28,7 @@ def infer(**options: Any) -> None:
 
 
 def _argument(parameter: Parameter, has_default: bool) -> Argument:
-    """Return the argument of `infer` that typer makes the parameter's option of."""
+    """Return the argument of `infer` from which typer makes the parameter's option."""
     option = typer.Option(
         parameter.flags, help=parameter.help, metavar=parameter.metavar, rich_help_panel=parameter.panel
     )
@@ -38,18 +38,18 @@ def _argument(parameter: Parameter, has_default: bool) -> Argument:
     return Argument(parameter.name, Argument.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
-def _kind(of_field: Any) -> Any:
-    """Return the type that typer reads; a text where the field has a reader of its own."""
-    if get_origin(of_field) is Sequence:
-        return list[get_args(of_field)[0]]  # type: ignore[misc]
-    return of_field if of_field in (str, int, float, bool, Path) else str
+def _kind(annotation: Any) -> Any:
+    """Return the option's type for typer; `str` for fields with their own parser."""
+    if get_origin(annotation) is Sequence:
+        return list[get_args(annotation)[0]]  # type: ignore[misc]
+    return annotation if annotation in (str, int, float, bool, Path) else str
 
 
 def _signature() -> Signature:
-    """Return the signature with an argument for each parameter that is an option, ordered by panel."""
+    """Return the signature of `infer`, with one argument per option, ordered by panel."""
     options = [parameter for parameter in ALL_PARAMETERS.values() if parameter.help is not None]
     by_panel = sorted(options, key=lambda parameter: PANELS.index(parameter.panel))
-    # What an image leaves out comes from the adapter or a recipe, so its options have no default.
+    # An unset image option takes its value from the adapter or a recipe, so it has no default here.
     return Signature([_argument(one, one.name not in image_request.PARAMETERS) for one in by_panel])
 
 

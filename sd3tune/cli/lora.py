@@ -1,4 +1,4 @@
-"""`sd3tune lora ...`: what can be done with an adapter besides drawing."""
+"""`sd3tune lora ...`: commands for adapter files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ Adapter = Annotated[Path, typer.Argument(metavar="PATH", help="A file, adapter f
 Out = Annotated[Path, typer.Option(metavar="OUT", help="A new .safetensors file.")]
 Base = Annotated[
     Optional[str],  # noqa: UP045  typer reads the annotation at run time
-    typer.Option(metavar="BASE", help="Base model; by default the one that the adapter names."),
+    typer.Option(metavar="BASE", help="Base model; by default the base named by the adapter."),
 ]
 Rank = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(metavar="R", help="The rank of every module, at most."),
+    typer.Option(metavar="R", help="Maximum rank of each module."),
 ]
 
-TransformerOnly = Annotated[
-    bool, typer.Option("--transformer-only", help="Ignore the file's tensors for the text encoders.")
-]
+TransformerOnly = Annotated[bool, typer.Option("--transformer-only", help="Ignore tensors for the text encoders.")]
 
 
 @lora_app.command()
@@ -47,13 +45,11 @@ def convert(
     transformer_only: TransformerOnly = False,
     thumbnail: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(
-            metavar="PICTURE", help="What UIs show of it; by default the run's last preview, if there is one."
-        ),
+        typer.Option(metavar="PICTURE", help="Thumbnail for UIs; by default the run's last preview, if there is one."),
     ] = None,
-    no_thumbnail: Annotated[bool, typer.Option("--no-thumbnail", help="Put no picture into the file.")] = False,
+    no_thumbnail: Annotated[bool, typer.Option("--no-thumbnail", help="Store no thumbnail in the file.")] = False,
 ) -> None:
-    """Write an adapter in another tool's layout; it computes the same."""
+    """Write an adapter in another tool's layout; its output does not change."""
     if thumbnail is not None and no_thumbnail:
         raise ConfigError(f"--thumbnail {thumbnail}: not with --no-thumbnail; leave one of the two out")
     with quick_imports(f"lora convert {path}"):
@@ -69,11 +65,11 @@ def verify(
     base: Base = None,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     preview: Annotated[
-        bool, typer.Option("--preview/--no-preview", help="Draw what the training drew with it, and compare.")
+        bool, typer.Option("--preview/--no-preview", help="Draw a preview of the run again, and compare.")
     ] = True,
     transformer_only: TransformerOnly = False,
 ) -> None:
-    """Load an adapter into a fresh diffusers pipeline; exit code 2 unless all of it matches and draws as trained."""
+    """Load an adapter into a fresh diffusers pipeline; exit code 2 unless all of it loads and draws as in training."""
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
         raise ConfigError(f"--dtype {dtype}: one of auto, fp32, bf16, fp16")
     with quick_imports(f"lora verify {path}"):
@@ -95,12 +91,12 @@ def merge(
     ] = "concat",
     rank: Rank = None,
     into_base: Annotated[
-        bool, typer.Option("--into-base", help="Write the whole base with the adapters in it.")
+        bool, typer.Option("--into-base", help="Write the whole base with the adapters merged in.")
     ] = False,
     base: Base = None,
     transformer_only: TransformerOnly = False,
 ) -> None:
-    """Add adapters up into one, or into the weights of their base."""
+    """Merge adapters into one adapter, or into the weights of their base."""
     if into_base and (to != "diffusers" or method != "concat" or rank is not None):
         raise ConfigError("--into-base: writes a whole model; leave --to, --method and --rank out")
     if base is not None and not into_base:

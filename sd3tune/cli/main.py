@@ -1,4 +1,4 @@
-"""The command line. Torch and diffusers are imported inside the commands, so `--help` is instant."""
+"""The command line. Torch and diffusers are imported inside commands, so that `--help` is instant."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sd3tune import __version__
 from sd3tune.cli.arguments import ConfigArgument, Json, Overrides, Quiet, print_notes, take_reporter
 from sd3tune.cli.cache import cache_app
 from sd3tune.cli.data import data_app
+from sd3tune.cli.fast_exit import exit_fast
 from sd3tune.cli.hub import hub_app
 from sd3tune.cli.imports import quick_imports, spin_briefly
 from sd3tune.cli.infer import infer
-from sd3tune.cli.leaving import leave_after
 from sd3tune.cli.lora import lora_app
 from sd3tune.cli.outcome import EXIT_CODES, run_app
 from sd3tune.config import dump_config, json_schema, load_config
@@ -31,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-config_app = typer.Typer(help="Make, show, check and describe configurations.", no_args_is_help=True)
+config_app = typer.Typer(help="Create, show and check configurations.", no_args_is_help=True)
 base_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.command()(infer)
 app.add_typer(cache_app, name="cache")
@@ -44,9 +44,9 @@ app.add_typer(base_app, name="base")
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="The folder of the runs and the picture.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the picture.")] = Path("runs/demo"),
 ) -> None:
-    """Train a small LoRA on packaged pictures and draw before and after: offline, on the CPU."""
+    """Train a small LoRA on packaged pictures and draw before/after images: offline, on the CPU."""
     with quick_imports("demo"):
         from sd3tune.commands.demo import run_demo
 
@@ -59,7 +59,9 @@ def train(
     overrides: Overrides = None,
     num_processes: Annotated[int, typer.Option(min=1, help="Processes to train with, one per GPU.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, if any.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan, without training.")
+    ] = False,
 ) -> None:
     """Train a run."""
     loaded = load_config(config, overrides or ())
@@ -85,10 +87,10 @@ def plan(
     ] = None,
     memory: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(metavar="GB", help="The memory to fit into, instead of the card's."),
+        typer.Option(metavar="GB", help="Memory to fit into, instead of the GPU's."),
     ] = None,
     utilisation: Annotated[
-        float, typer.Option(metavar="PERCENT", help="Share of the card's peak throughput that the time assumes.")
+        float, typer.Option(metavar="PERCENT", help="Assumed share of the GPU's peak throughput.")
     ] = 40,
 ) -> None:
     """Forecast memory, disk space and time, and what each change would save; needs no weights."""
@@ -99,18 +101,18 @@ def plan(
     loaded = load_config(config, overrides or ())
     print_notes(loaded.notes)
     with quick_imports(f"plan {config}"):
-        from sd3tune.commands.plan import run_plan
+        from sd3tune.commands.plan import plan_lines
 
-    for line in run_plan(loaded.config, card, memory, utilisation):
+    for line in plan_lines(loaded.config, card, memory, utilisation):
         result(line)
 
 
 @config_app.command()
 def show(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Print the whole configuration, defaults and overrides applied."""
+    """Print the whole configuration, with defaults and overrides."""
     loaded = load_config(config, overrides or ())
     print_notes(loaded.notes)
-    utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"  # as configurations are read
+    utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"  # configurations are read as UTF-8
     result(*dump_config(loaded.config, ascii_only=not utf8).rstrip("\n").split("\n"))
 
 
@@ -150,15 +152,15 @@ def new(
     ] = "dreambooth_sd35_medium",
     data: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="DIR", help="The folder of your images."),
+        typer.Option(metavar="DIR", help="Folder of your images."),
     ] = None,
     caption: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Caption of the images that have none of their own."),
+        typer.Option(help="Caption for images without their own."),
     ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE", help="The file to write; by default NAME.yaml."),
+        typer.Option(metavar="FILE", help="File to write; by default NAME.yaml."),
     ] = None,
 ) -> None:
     """Write a commented configuration, ready to run."""
@@ -203,13 +205,13 @@ def common(
 
 
 def main() -> None:
-    """The console script."""
+    """Entry point of the console script."""
     spin_briefly()
-    leave_after(run)
+    exit_fast(run)
 
 
 def run() -> None:
-    """Run the command that was typed; ends with SystemExit and the exit code, or returns for 0."""
+    """Run the command in `sys.argv`. Raises SystemExit with a nonzero exit code; returns for 0."""
     reporter, arguments = take_reporter(sys.argv[1:])
     with using(reporter):
         run_app(app, arguments)

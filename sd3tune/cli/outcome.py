@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and one line for each problem in place of a traceback."""
+"""Exit codes, and one line per problem instead of a traceback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sd3tune.reporting import say
 from sd3tune.runtime.signals import StopSignals
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 2 a mistake, a full disk or out of memory, with an error line that says what to do; "
+    "Exit codes: 0 done; 2 a mistake, a full disk or out of memory, with an error line that gives the fix; "
     "130 stopped by Ctrl-C or SIGTERM; 1 anything unexpected."
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -28,13 +28,13 @@ _LONGEST_NAME = 200
 
 
 def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
-    """Run the command line, print its problems to stderr and exit as `EXIT_CODES` says.
+    """Run the command line, print problems to stderr, and exit with one of `EXIT_CODES`.
 
-    A bug keeps its traceback, and Python exits with 1; typer does, in silence, when nobody reads the output any more.
+    A bug keeps its traceback, and Python exits with 1. When the output is closed early, typer silently exits with 1.
     """
-    _print_whatever_the_encoding()
+    _replace_unencodable_characters()
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log wants a line now and then
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # fewer progress lines in a log
     try:
         with StopSignals():
             code = app(arguments, prog_name="sd3tune", standalone_mode=False)
@@ -62,18 +62,18 @@ def _exit(code: int, *problems: str) -> NoReturn:
     sys.exit(code)
 
 
-def _print_whatever_the_encoding() -> None:
-    """Print `?` for a character that the output's encoding lacks, where Python would raise UnicodeEncodeError.
+def _replace_unencodable_characters() -> None:
+    """Print `?` for characters that stdout cannot encode, instead of raising UnicodeEncodeError.
 
-    A pipe on Windows, a Latin-1 locale and PYTHONIOENCODING have such encodings; file names may hold bytes that UTF-8
-    lacks. stderr escapes those characters by itself.
+    Pipes on Windows, Latin-1 locales and PYTHONIOENCODING have limited encodings, and file names may contain bytes that
+    are not UTF-8. stderr escapes such characters by default.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 def _in_one_line(error: Exception) -> str | None:
-    """The line for a failure that is not a bug; None for any other."""
+    """Return the line for a failure that is not a bug; None for a bug."""
     if isinstance(error, ImportError):
         return _missing_library(error)
     if isinstance(error, OSError):
@@ -82,7 +82,7 @@ def _in_one_line(error: Exception) -> str | None:
 
 
 def _full_disk(error: OSError) -> str | None:
-    """For a file that could not be written because the disk is full or read-only."""
+    """Return the line for a failed write to a full or read-only disk; None for other errors."""
     if error.errno not in _NO_ROOM:
         return None
     return f"{error.filename or 'a file'}: cannot be written: {error.strerror}; free some space, or use another disk"
@@ -99,7 +99,7 @@ def _no_access(error: OSError) -> str | None:
 
 
 def _out_of_memory(error: Exception) -> str | None:
-    """For what the jobs do not explain by themselves, whichever allocator refused."""
+    """Return the line for out of memory on any device that no command has explained; None for other errors."""
     if "torch" in sys.modules:
         from sd3tune.runtime.out_of_memory import is_out_of_memory
 
@@ -111,12 +111,12 @@ def _out_of_memory(error: Exception) -> str | None:
 
 
 def _missing_library(error: ImportError) -> str | None:
-    """For a library that is not installed, or does not fit."""
+    """Return the line for a library that is missing or incompatible; None for other import errors."""
     library, _, inside = (error.name or "").partition(".")
     if not library or library == "sd3tune" or library in sys.stdlib_module_names:
         return None
     doctor = command_line("sd3tune", "doctor")
     if isinstance(error, ModuleNotFoundError) and not inside:
-        return f"the library {library!r} is not installed; `{doctor}` says which are missing and how to get them"
+        return f"the library {library!r} is not installed; `{doctor}` lists missing libraries and how to install them"
     reason = " ".join(str(error).split())[:300]
-    return f"the library {library!r} does not fit: {reason}; `{doctor}` says which versions are wanted"
+    return f"the library {library!r} is not compatible: {reason}; `{doctor}` lists the supported versions"

@@ -1,4 +1,4 @@
-"""What was typed wrong, in one line that says what to type."""
+"""One-line explanations of usage errors, with the correct command."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sd3tune.config.shape import all_fields
 from sd3tune.reporting import say
 
 UsageError: Any = typer.BadParameter.__mro__[2]
-"""Click's ClickException; typer brings a click of its own, or in older versions the installed one."""
+"""Click's ClickException, from the click that typer bundles, or in older versions from the installed one."""
 
 
 def usage_problem(error: Any) -> str | None:
-    """The line for a usage error of typer; None for a command without arguments, whose help is printed instead."""
+    """Return the line for a usage error of typer; None if the command has no arguments, and prints its help instead."""
     context = error.ctx
     if type(error).__name__ == "NoArgsIsHelpError":
-        say(*error.message.split("\n") if error.message else ())  # empty with rich, which has printed it already
+        say(*error.message.split("\n") if error.message else ())  # empty if rich has already printed it
         return None
     option = getattr(error, "option_name", None)
     takes_overrides = context is not None and any(parameter.name == "overrides" for parameter in context.command.params)
@@ -33,7 +33,7 @@ def usage_problem(error: Any) -> str | None:
 
 
 def _key_of(option: str) -> str | None:
-    """The key that an option such as `--steps`, `--train.steps` or `--train-batch-size` means."""
+    """Return the config key for an option such as `--steps` or `--train-batch-size`; None if there is none."""
     name = option.lstrip("-").partition("=")[0].replace("-", "_")
     keys = [key.replace("[]", ".0") for key, _ in all_fields()]
     meant = [key for key in keys if name in (key, key.replace(".", "_"), key.rpartition(".")[2])]
@@ -41,7 +41,7 @@ def _key_of(option: str) -> str | None:
 
 
 def _value_of(option: str, words: Sequence[str]) -> str:
-    """What was given to the option, as `--steps 500` or `--steps=500`."""
+    """Return the value of an option typed as `--steps 500` or `--steps=500`, else `...`."""
     for word, following in zip(words, [*words[1:], "..."], strict=True):
         if word == option:
             return following

@@ -1,3 +1,3 @@
-"""The commands: one file per verb, which reads as the story of that verb. A command knows no other command."""
+"""The commands: one file per verb, readable from top to bottom. No command imports another, except `demo`."""
 
-import sd3tune.model  # noqa: F401  it quiets the libraries, which must happen before any of them is imported
+import sd3tune.model  # noqa: F401  it silences the libraries' warnings, so it must run before any of them is imported

@@ -1,4 +1,4 @@
-"""`sd3tune base path NAME`: where an offline base lies."""
+"""`sd3tune base path NAME`: print the folder of an offline base."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sd3tune.model.base.offline import OFFLINE, offline_folder, offline_kind
 
 
 def base_path(name: str) -> Path:
-    """The diffusers folder of an offline base, built on first use. Raises ModelError for another name."""
+    """Return the diffusers folder of an offline base, built on first use. Raises ModelError for any other name."""
     if offline_kind(name) is None:
         raise ModelError(f"{name}: not an offline base; one of {', '.join(OFFLINE)}")
     return offline_folder(name)

@@ -1,4 +1,4 @@
-"""`sd3tune cache`: encode captions and images, and nothing else; training then starts at once."""
+"""`sd3tune cache`: only encode captions and images, so that training starts immediately."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sd3tune.runtime.processes import closing_process_group, processes_of
 
 
 def run_cache(config: Config, notes: Sequence[str] = ()) -> None:
-    """Fill the store for `config`. Raises UserError."""
+    """Encode the captions and images of `config` into its store. Raises UserError."""
     with closing_process_group():
         accelerator = make_accelerator()
         processes = processes_of(accelerator)

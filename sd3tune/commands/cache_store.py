@@ -1,4 +1,4 @@
-"""`sd3tune cache ls` and `sd3tune cache prune`: how large the stores of encodings are, and making them smaller."""
+"""`sd3tune cache ls` and `sd3tune cache prune`: list the contents of a store of encodings, and shrink it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KINDS: dict[Names, str] = {
 
 
 def list_store(where: Path | None) -> list[str]:
-    """What is in the store of a folder or configuration, or of this place: lines for people."""
+    """Return lines that list the contents of a store; see `find_store` for `where`. Raises RunError."""
     root = find_store(where)
     files = survey(root)
     count, nbytes = Counter[str](), Counter[str]()
@@ -39,12 +39,12 @@ def list_store(where: Path | None) -> list[str]:
         if count[kind]
     ]
     for kind in ("temporary", "unreadable"):
-        of = [file for file in files if file.kind == kind]
-        if of:
-            lines.append(f"{kind:<15} {_files(of):>16} {megabytes(_bytes(of)):>10}")
+        found = [file for file in files if file.kind == kind]
+        if found:
+            lines.append(f"{kind:<15} {_files(found):>16} {megabytes(_bytes(found)):>10}")
     shards = [file.idle_days for file in files if file.kind == "shard"]
     if shards:
-        lines.append(f"last used       {_ago(min(shards))}, the least used part {_ago(max(shards))}")
+        lines.append(f"last used       {_ago(min(shards))}, the oldest part {_ago(max(shards))}")
     total = f"{'in all':<15} {_files(files):>16} {megabytes(_bytes(files)):>10}"
     return [*lines, total] if files else [*lines, "empty"]
 
@@ -52,9 +52,9 @@ def list_store(where: Path | None) -> list[str]:
 def prune_store(
     where: Path | None, *, older_than: float | None = None, everything: bool = False, yes: bool = False
 ) -> list[str]:
-    """Remove unfinished and unreadable files, and what was not used for `older_than` days, or `everything`.
+    """Remove unfinished and unreadable files, and files unused for `older_than` days or, with `everything`, all files.
 
-    Without `yes` it only says what would go. Raises RunError while a run uses the store.
+    Returns lines that list the files. Without `yes`, this is a dry run. Raises RunError while a run uses the store.
     """
     if everything and older_than is not None:
         raise RunError("--all removes everything, so --older-than has no effect: give one of them")
@@ -68,17 +68,21 @@ def prune_store(
         Manifest.forget(root)
     lines = [f"store     {root}"]
     for kind in ("shard", "temporary", "unreadable"):
-        of = [file for file in files if file.kind == kind]
-        if of:
-            holding = f", {sum(sum(file.entries.values()) for file in of)} entries" if kind == "shard" else f", {kind}"
-            lines.append(f"{'removed' if yes else 'to remove'}: {_files(of)}{holding}, {megabytes(_bytes(of))}")
+        found = [file for file in files if file.kind == kind]
+        if found:
+            count = sum(sum(file.entries.values()) for file in found)
+            detail = f", {count} entries" if kind == "shard" else f", {kind}"
+            lines.append(f"{'removed' if yes else 'to remove'}: {_files(found)}{detail}, {megabytes(_bytes(found))}")
     if not files:
         return [*lines, "nothing to remove"]
-    return lines if yes else [*lines, "nothing was removed yet: add --yes to do it"]
+    return lines if yes else [*lines, "dry run: nothing was removed; add --yes to remove these files"]
 
 
 def find_store(where: Path | None) -> Path:
-    """The store of a folder, of a configuration, or that of runs started here. Raises RunError when there is none."""
+    """Return the store at a folder, the store of a configuration, or by default the store of runs started here.
+
+    Raises RunError when there is none.
+    """
     if where is None:
         cache = os.environ.get("SD3TUNE_CACHE")
         root = Path(cache).expanduser().absolute() / "store" if cache else Path.cwd() / ".cache" / "sd3tune"

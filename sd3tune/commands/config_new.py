@@ -1,12 +1,12 @@
-"""`sd3tune config new`: a commented YAML, ready to run, from a preset."""
+"""`sd3tune config new`: write a commented YAML from a preset, ready to run."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from sd3tune.config.files import as_typed
-from sd3tune.config.from_preset import Personal, text_from_preset
+from sd3tune.config.files import short_path
+from sd3tune.config.from_preset import UserValues, text_from_preset
 from sd3tune.config.loader import load_text
 from sd3tune.config.presets import Preset, find_preset
 from sd3tune.config.schema import Config
@@ -23,14 +23,14 @@ def new_config(
     caption: str | None = None,
     out: Path | None = None,
 ) -> Path:
-    """Write the YAML (by default `NAME.yaml` here) and print the next commands. Raises ConfigError."""
+    """Write the YAML, print the next commands and return its path, by default `NAME.yaml`. Raises ConfigError."""
     out = Path(f"{name}.yaml") if out is None else out.expanduser()
     source = Preset(find_preset(preset))
     _check(out, data)
-    text = text_from_preset(source, Personal(name, out, data, caption))
+    text = text_from_preset(source, UserValues(name, out, data, caption))
     config = load_text(text, str(out)).config
     if os.path.lexists(out):
-        raise ConfigError(f"{out} exists and is left as it is; choose another name, or --out")
+        raise ConfigError(f"{out} already exists and is not overwritten; choose another name, or --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("x", encoding="utf-8") as file:
@@ -56,11 +56,11 @@ def _next_steps(config: Config, out: Path) -> list[str]:
     images = Path(source.path)
     steps = ["next:"]
     if not images.is_dir():
-        steps.append(f"  put the images into {as_typed(images)}")
+        steps.append(f"  put the images into {short_path(images)}")
     if source.caption is not None:
-        steps.append(f"  the caption of images that have none of their own is {source.caption!r}")
+        steps.append(f"  images without their own caption get {source.caption!r}")
     elif not any(images.glob("*.txt")):
-        steps.append("  give each image a caption, in a .txt file of the same name beside it")
+        steps.append("  give each image a caption, in a .txt file with the same name")
     if config.model.base in OFFLINE_BASES:
         return [*steps, f"  {command}"]
     rehearsal = "model.base=tiny data.resolution=256 train.steps=20"

@@ -1,4 +1,4 @@
-"""`sd3tune data check`: what would be trained on, and what is wrong with it."""
+"""`sd3tune data check`: summarise the training data and report its problems."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from sd3tune.run.buckets import buckets_of, describe_buckets
 from sd3tune.sampling.contact_sheet import contact_sheet
 
 _SHOWN = 10
-"""Lines of a list that is cut short."""
+"""Maximum number of lines in a list."""
 _SHEET_IMAGES, _SHEET_COLUMNS, _SHEET_SIDE = 48, 6, 176
 _MARK = ("sd3tune", "data check")
-"""A text in the contact sheet, so that a later one may replace it."""
+"""PNG text that marks a contact sheet, which a later one may overwrite."""
 _CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True)
-class _Facts:
-    """What is remembered of a picture that was decoded."""
+class _ImageProperties:
+    """Properties of a decoded image; its pixels are not kept."""
 
     digest: str
     size: Size
@@ -49,68 +49,68 @@ class _Facts:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """A record with the facts of its picture."""
+class _CheckedImage:
+    """A record with the properties of its image."""
 
     record: Record
-    facts: _Facts
+    properties: _ImageProperties
 
     @property
     def size(self) -> Size:
-        return self.facts.size
+        return self.properties.size
 
 
 def load_data(what: str, overrides: Sequence[str] = (), caption: str | None = None) -> LoadedConfig:
-    """Return the configuration to check: that of a run's YAML file, or of one source, a folder or a dataset.
+    """Return the configuration to check: a run's YAML file, or one source, which is a folder or a dataset.
 
-    `caption` is that of the source's images that have none. Raises ConfigError.
+    `caption` is for images of the source without their own caption. Raises ConfigError.
     """
     if not what.endswith((".yaml", ".yml")):
         return parse_config({"data": {"sources": [source_of(what, caption)]}}, overrides)
     if caption is not None:
-        raise ConfigError(f"--caption: {what} says what the captions are; leave it out")
+        raise ConfigError(f"--caption: {what} already sets the captions; leave --caption out")
     return load_config(what, overrides)
 
 
 def run_data_check(config: Config, sheet: Path) -> None:
-    """Print the report and write the contact sheet. Raises DataError with every reason not to train on this."""
+    """Print the report and write the contact sheet. Raises DataError with every problem that prevents training."""
     _check_sheet(sheet)
-    scan = scan_records(config.data, progress=True, look=_look)
+    scan = scan_records(config.data, progress=True, look=_inspect)
     problems = scan.problems
     buckets = _buckets(config)
-    seen: list[_Seen] = []
+    checked: list[_CheckedImage] = []
     for record, found in zip(scan.records, scan.looked, strict=True):
         if isinstance(found, DataError):
             problems += found.problems
         else:
-            seen.append(_Seen(record, found))
-    for line in _report(config, buckets, seen):
+            checked.append(_CheckedImage(record, found))
+    for line in _report(config, buckets, checked):
         say(line)
-    for warning in [*scan.warnings, *reading_warnings([(one.record.image, one.facts.reading) for one in seen])]:
+    for warning in [*scan.warnings, *reading_warnings([(one.record.image, one.properties.reading) for one in checked])]:
         say(f"warning: {warning}")
-    if seen:
-        _write_sheet(sheet, seen, buckets)
+    if checked:
+        _write_sheet(sheet, checked, buckets)
         say(f"sheet     {sheet}")
     if problems:
         result(f"not trainable: {len(problems)} problem{'s' * (len(problems) != 1)}")
         raise DataError(*problems)
-    samples = sum(one.record.repeats for one in seen)
-    result(f"trainable: {len(seen)} image{'s' * (len(seen) != 1)}, {samples} per epoch")
+    samples = sum(one.record.repeats for one in checked)
+    result(f"trainable: {len(checked)} image{'s' * (len(checked) != 1)}, {samples} per epoch")
 
 
-def _look(image: ImageRef) -> _Facts | DataError:
-    """Decode a picture whole, and keep none of its pixels. Raises DataError for what does not begin like one."""
+def _inspect(image: ImageRef) -> _ImageProperties | DataError:
+    """Decode an image fully, or return the decoding error. Raises DataError for a bad header or too narrow a shape."""
     try:
         picture = read_picture(image, at_least=LEAST_SIDE)
     except DataError as error:
         check_header(image)
         return error
     check_shape(image, picture.size)
-    return _Facts(picture.digest, picture.size, thumbnail(picture.image), picture.reading)
+    return _ImageProperties(picture.digest, picture.size, thumbnail(picture.image), picture.reading)
 
 
 def _buckets(config: Config) -> list[Size]:
-    """As in training, but for a base that is not on this machine, or is none: its largest side is not known."""
+    """Return the training buckets. If the base is missing or invalid, its size limit is unknown and not applied."""
     try:
         base = local_base(config.model)
         return buckets_of(config, None if base is None else base.config("transformer"))
@@ -118,9 +118,9 @@ def _buckets(config: Config) -> list[Size]:
         return buckets_of(config, None)
 
 
-def _report(config: Config, buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
+def _report(config: Config, buckets: Sequence[Size], checked: Sequence[_CheckedImage]) -> Iterator[str]:
     for number, source in enumerate(config.data.sources):
-        count = sum(one.record.source == number for one in seen)
+        count = sum(one.record.source == number for one in checked)
         extras = [
             f"{count} image{'s' * (count != 1)}",
             *([f"x {source.repeats}"] if source.repeats > 1 else []),
@@ -128,13 +128,13 @@ def _report(config: Config, buckets: Sequence[Size], seen: Sequence[_Seen]) -> I
             *([f"at most {source.max_samples}"] if source.max_samples else []),
         ]
         yield f"source {number}  {source.path}: {', '.join(extras)}"
-    if not seen:
+    if not checked:
         return
-    captions = list(dict.fromkeys(one.record.caption for one in seen if one.record.caption))
+    captions = list(dict.fromkeys(one.record.caption for one in checked if one.record.caption))
     if captions:
         yield from _captions(config, captions)
-    yield from _sizes(buckets, seen)
-    yield from _duplicates(seen)
+    yield from _sizes(buckets, checked)
+    yield from _duplicates(checked)
 
 
 def _captions(config: Config, captions: Sequence[str]) -> Iterator[str]:
@@ -164,19 +164,19 @@ def _captions(config: Config, captions: Sequence[str]) -> Iterator[str]:
 
 
 def _counter(base: Base, part: str) -> Callable[[str], int]:
-    """What counts an encoder's tokens. Imports torch, which a folder of photos alone does not need."""
+    """Return a function that counts an encoder's tokens. Imports torch, which is not needed without captions."""
     from sd3tune.model.load.components import load_tokenizer
     from sd3tune.model.load.text import count_tokens
 
     return functools.partial(count_tokens, load_tokenizer(base, part))
 
 
-def _sizes(buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
-    """A table of the images' sizes, and what is scaled and cut away for training."""
-    cut = {size: nearest_bucket(size, buckets) for size in {one.size for one in seen}}
-    yield from describe_buckets(cut[one.size] for one in seen)
+def _sizes(buckets: Sequence[Size], checked: Sequence[_CheckedImage]) -> Iterator[str]:
+    """Yield a table of image sizes, with the training size, scale factor and cropped share of each."""
+    cut = {size: nearest_bucket(size, buckets) for size in {one.size for one in checked}}
+    yield from describe_buckets(cut[one.size] for one in checked)
     yield f"sizes     {'width x height':<16}{'images':>7}   {'trained at':<13}{'scaled':>7}{'cut away':>10}"
-    counts = Counter(one.size for one in seen).most_common()
+    counts = Counter(one.size for one in checked).most_common()
     for (high, wide), count in counts[:_SHOWN]:
         to_high, to_wide = cut[high, wide]
         scale = max(to_high / high, to_wide / wide)
@@ -186,21 +186,21 @@ def _sizes(buckets: Sequence[Size], seen: Sequence[_Seen]) -> Iterator[str]:
     if len(counts) > _SHOWN:
         more, rest = len(counts) - _SHOWN, sum(count for _, count in counts[_SHOWN:])
         yield f"          and {more} more size{'s' * (more != 1)}, {rest} image{'s' * (rest != 1)}"
-    small = [one.record.image for one in seen if is_smaller(one.size, cut[one.size])]
+    small = [one.record.image for one in checked if is_smaller(one.size, cut[one.size])]
     if small:
-        yield f"warning: {len(small)} of {len(seen)} are enlarged, which blurs the result: {_named(small)}"
+        yield f"warning: {len(small)} of {len(checked)} are enlarged, which blurs the result: {_named(small)}"
 
 
-def _duplicates(seen: Sequence[_Seen]) -> Iterator[str]:
-    by_digest: dict[str, list[_Seen]] = {}
-    for one in seen:
-        by_digest.setdefault(one.facts.digest, []).append(one)
+def _duplicates(checked: Sequence[_CheckedImage]) -> Iterator[str]:
+    by_digest: dict[str, list[_CheckedImage]] = {}
+    for one in checked:
+        by_digest.setdefault(one.properties.digest, []).append(one)
     exact = [_named([one.record.image for one in found]) for found in by_digest.values() if len(found) > 1]
     yield from _shortened("warning: the same image, byte for byte: ", exact)
     first = [found[0] for found in by_digest.values()]
-    near = near_duplicates([one.facts.thumbnail for one in first])
+    near = near_duplicates([one.properties.thumbnail for one in first])
     yield from _shortened(
-        "warning: nearly the same picture: ", [_named([first[index].record.image for index in of]) for of in near]
+        "warning: nearly the same picture: ", [_named([first[index].record.image for index in group]) for group in near]
     )
 
 
@@ -216,20 +216,20 @@ def _named(images: Sequence[ImageRef]) -> str:
 
 
 def _check_sheet(path: Path) -> None:
-    """RunError when the contact sheet would replace something that is not one."""
+    """Raise RunError if the contact sheet would overwrite any other file."""
     if not path.exists():
         return
     try:
         with Image.open(path) as image:
             ours = image.info.get(_MARK[0]) == _MARK[1]
-    except Exception:  # whatever it is, it is not ours
+    except Exception:  # any unreadable file is not ours
         ours = False
     if not ours:
-        raise RunError(f"--sheet {path}: exists and is no contact sheet; name another file")
+        raise RunError(f"--sheet {path}: exists and is not a contact sheet; name another file")
 
 
-def _write_sheet(path: Path, seen: Sequence[_Seen], buckets: Sequence[Size]) -> None:
-    shown = seen[:: math.ceil(len(seen) / _SHEET_IMAGES)]
+def _write_sheet(path: Path, checked: Sequence[_CheckedImage], buckets: Sequence[Size]) -> None:
+    shown = checked[:: math.ceil(len(checked) / _SHEET_IMAGES)]
     tiles = [(_tile(one, buckets), f"{one.record.image.name}  {one.record.caption}") for one in shown]
     rows = [tiles[start : start + _SHEET_COLUMNS] for start in range(0, len(tiles), _SHEET_COLUMNS)]
     picture = contact_sheet(
@@ -243,8 +243,8 @@ def _write_sheet(path: Path, seen: Sequence[_Seen], buckets: Sequence[Size]) -> 
         picture.save(temporary, format="PNG", pnginfo=info)
 
 
-def _tile(one: _Seen, buckets: Sequence[Size]) -> Image.Image | None:
-    """What the contact sheet shows of a picture, as it is cut for training; None where it is gone by now."""
+def _tile(one: _CheckedImage, buckets: Sequence[Size]) -> Image.Image | None:
+    """Return the tile of an image, cropped as for training; None if the image has become unreadable since."""
     high, wide = nearest_bucket(one.size, buckets)
     scale = _SHEET_SIDE / max(high, wide)
     try:

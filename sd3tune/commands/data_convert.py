@@ -1,4 +1,4 @@
-"""`sd3tune data convert`: the same images and captions in another form, byte for byte."""
+"""`sd3tune data convert`: copy images and captions into another dataset format; image bytes do not change."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from sd3tune.files.atomic import new_file, new_folder
 _Named = Sequence[tuple[str, Record]]
 _Write = Callable[[Path, _Named], None]
 _SUFFIXES = {"PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif", "AVIF": ".avif"}
-_NO_TEXT = re.compile(r"[\ud800-\udfff]")
-"""Bytes of a file name that are not UTF-8, as Python holds them; neither JSON, CSV nor parquet can."""
+_NOT_UTF8 = re.compile(r"[\ud800-\udfff]")
+"""Surrogates, Python's form of file name bytes that are not UTF-8; JSON, CSV and parquet cannot store them."""
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 _LONGEST_NAME = 200
-"""Bytes; most file systems take 255."""
+"""In bytes; most file systems allow 255."""
 
 
 def run_data_convert(what: str, form: str, out: Path, caption: str | None = None, **columns: str) -> str:
-    """`convert` one source: a folder of images, a .parquet file, or a dataset with these columns."""
+    """Run `convert` on one source: a folder of images, a .parquet file, or a dataset with the given columns."""
     config = parse_config({"data": {"sources": [source_of(what, caption, **columns)]}}).config
     return convert(config.data, form, out)
 
 
 def convert(data: DataConfig, form: str, out: Path) -> str:
-    """Write the images and captions of the one source of `data` to `out`; returns a line that says so.
+    """Write the images and captions of the only source of `data` to `out`, and return a summary line.
 
-    `form` is sidecar, jsonl, csv (folders) or parquet (a file). Raises DataError for what cannot be read or written
-    in that form, RunError when `out` exists: nothing is overwritten.
+    `form` is sidecar, jsonl or csv, which are folders, or parquet, a file. Raises DataError for data that cannot be
+    read or written in that form. Raises RunError when `out` exists, as nothing is overwritten.
     """
     if form not in _FORMS:
         raise RunError(f"--to {form}: one of {', '.join(_FORMS)}")
@@ -89,14 +89,14 @@ def _copy(folder: Path, named: _Named) -> None:
 
 
 def _names(records: Iterable[Record], root: Path, flat: bool) -> Iterator[str]:
-    """A file name for each record: its own where it has one, and no two alike, also where case does not count.
+    """Yield a file name for each record, its own if it has one; names are unique even if case is ignored.
 
-    With `flat`, names are without folders and differ in more than their ending, as each gets a `.txt` of its own.
+    With `flat`, names have no folders and differ in more than their suffix, as each image gets its own `.txt`.
     """
     taken: set[str] = set()
     for number, record in enumerate(records):
         wanted = PurePosixPath(_own_name(record.image, root) or f"{number:06}")
-        wanted = PurePosixPath("-".join(wanted.parts) if flat else _NO_TEXT.sub("_", str(wanted)))
+        wanted = PurePosixPath("-".join(wanted.parts) if flat else _NOT_UTF8.sub("_", str(wanted)))
         if wanted.suffix.lower() not in EXTENSIONS:
             wanted = wanted.with_name(wanted.name + _suffix(record.image))
         name, copy = wanted, 1
@@ -112,7 +112,7 @@ def _identity(name: PurePosixPath, flat: bool) -> str:
 
 
 def _own_name(image: ImageRef, root: Path) -> str | None:
-    """The file's name inside its folder, or the one that a dataset remembers; never one that leads elsewhere."""
+    """Return the path relative to `root`, or the file name recorded in a dataset; never one that leaves the folder."""
     if isinstance(image, Path):
         return image.relative_to(root).as_posix()
     remembered = PurePosixPath((image.file_name if isinstance(image, Row) else None) or "")
@@ -122,7 +122,7 @@ def _own_name(image: ImageRef, root: Path) -> str | None:
 
 
 def _part(name: str) -> str:
-    """A part of a remembered path as a file may be called: not hidden, without controls, and not too long."""
+    """Return a valid file name for a part of a recorded path: not hidden, no control characters, not too long."""
     plain = _CONTROLS.sub("_", name.lstrip(".")) or "_"
     return plain if len(plain.encode()) <= _LONGEST_NAME else plain[-_LONGEST_NAME // 4 :]
 

@@ -1,4 +1,4 @@
-"""`sd3tune demo`: DreamBooth on nano, with and without prior preservation, in one picture and three measured lines."""
+"""`sd3tune demo`: run DreamBooth on nano with and without prior preservation; write one picture and three scores."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ CONFIG: dict[str, Any] = {
     "optimizer": {"lr": 1e-3},
     "train": {"steps": 250, "batch_size": 6},
     "checkpoint": {"every": 125},
-    "preview": {"steps": SAMPLER.steps, "guidance": SAMPLER.guidance},  # none is drawn; `infer` follows them
+    "preview": {"steps": SAMPLER.steps, "guidance": SAMPLER.guidance},  # no previews; `infer` uses these
 }
 PRIOR = {"prompt": list(CLASS_PROMPTS), "images": 52, "steps": 10, "guidance": 4.0}
-MADE = ("alone", "with_prior", "demo.png")
-"""What the demo writes into its folder: two runs and a picture."""
+OUTPUTS = ("alone", "with_prior", "demo.png")
+"""Outputs in the demo's folder: two runs and a picture."""
 COUNT = 16
-"""Pictures of a kind that the oracle reads."""
+"""Number of pictures per kind of prompt that the oracle scores."""
 
 
 def run_demo(out: Path) -> Path:
-    """Train twice into `out` and write `out/demo.png`. An earlier demo is replaced, and nothing else removed."""
+    """Train twice into `out`, write `out/demo.png` and return its path. Replaces an earlier demo, but no other file."""
     started = time.monotonic()
-    say("Six pictures of a shape that the base `nano` has never seen, a heart, teach it a new word, 'sks'.")
-    say("nano is a real Stable Diffusion 3.5 in small, trained on shapes that sd3tune draws; a reader that knows")
-    say("what was asked for looks at every picture. Two trainings, without and with prior preservation.", "")
+    say("Fine-tune `nano` on six pictures of a heart, a shape it has never seen, with the new word 'sks'.")
+    say("nano is a small but real Stable Diffusion 3.5, trained on shapes drawn by sd3tune. A classifier that knows")
+    say("the prompt checks every picture. Two runs: without and with prior preservation.", "")
     _remove_earlier_demo(out)
     with locked(out):
         picture, figures = _train_and_show(out)
     say("")
     result(f"{picture}   {time.monotonic() - started:.0f} s in all", picture=picture)
     say("", *figures, "")
-    say("draw with it, or train on a folder of your own photos (with a GPU):")
+    say("next: draw with it, or train on your own photos (needs a GPU):")
     lora, prompt = out / "with_prior", "an orange sks shape on a black background"
     for words in (
         ["infer", "--lora", str(lora), "--prompt", prompt, "--size", f"{SIDE}x{SIDE}"],
@@ -68,36 +68,36 @@ def run_demo(out: Path) -> Path:
 
 
 def _train_and_show(out: Path) -> tuple[Path, list[str]]:
-    """The picture's file, and what was read in the drawn pictures."""
+    """Return the picture's path, and lines with the scores."""
     runs = {"alone": out / "alone", "kept": out / "with_prior"}
-    say("1 of 3: the pictures alone")
+    say("1 of 3: train on the pictures alone")
     run_training(demo_config(runs["alone"], None))
-    say("", "2 of 3: beside pictures of the class, 'a shape', 'a star' and so on, that the base draws first")
+    say("", "2 of 3: train with class pictures, such as 'a shape' and 'a star', drawn by the base first")
     run_training(demo_config(runs["kept"], PRIOR))
-    say("", "3 of 3: drawing with and without the adapters")
+    say("", "3 of 3: draw with and without the adapters")
     picture, figures = _show(runs)
     picture.save(out / "demo.png")
     return out / "demo.png", figures
 
 
 def demo_config(run: Path, prior: dict[str, Any] | None) -> Config:
-    """One of the demo's two trainings."""
+    """Return the configuration of one of the demo's two runs."""
     data = {**CONFIG["data"], "sources": [{**source, "prior": prior} for source in CONFIG["data"]["sources"]]}
     return parse_config({**CONFIG, "data": data, "output_dir": str(run.absolute())}).config
 
 
 def _show(runs: dict[str, Path]) -> tuple[Image.Image, list[str]]:
-    """The picture, and the lines of what was read in the drawn ones."""
+    """Draw with and without the adapters; return the contact sheet, and lines with the scores."""
     pipeline = ImagePipeline("nano", SAMPLER, t5_length=T5_LENGTH)
     asked = {
         "the subject": subject_tasks(COUNT, seed=1),
         "the class": class_tasks(COUNT, seed=2),
         "other shapes": plain_tasks(COUNT, held_out=False, seed=3),
     }
-    wishes = [(task.prompt, task.seed) for tasks in asked.values() for task in tasks]
+    requests = [(task.prompt, task.seed) for tasks in asked.values() for task in tasks]
     drawn: dict[str, dict[str, list[Image.Image]]] = {}
     for name, adapter in (("before", None), *runs.items()):
-        images = iter(pipeline.draw(wishes, adapter, what=f"drawing {name}"))
+        images = iter(pipeline.draw(requests, adapter, what=f"drawing {name}"))
         drawn[name] = {kind: [next(images) for _ in tasks] for kind, tasks in asked.items()}
     return _picture(asked, drawn), _figures(asked, drawn)
 
@@ -106,7 +106,7 @@ def _figures(asked: dict[str, list[Task]], drawn: dict[str, dict[str, list[Image
     titles = {"before": "before", "alone": "after", "kept": "with prior preservation"}
     widths = [max(10, len(title) + 2) for title in titles.values()]
     heads = "".join(f"{title:>{width}}" for title, width in zip(titles.values(), widths, strict=True))
-    lines = [f"{f'right, of {COUNT} pictures':64}{heads}"]
+    lines = [f"{f'correct, out of {COUNT} pictures':64}{heads}"]
     for kind, tasks in asked.items():
         shares = [round(COUNT * share_right(tasks, drawn[name][kind])) for name in titles]
         counts = "".join(f"{share:{width}}" for share, width in zip(shares, widths, strict=True))
@@ -135,7 +135,7 @@ def _remove_earlier_demo(out: Path) -> None:
     if not _is_demo(out / "alone" / "config.yaml"):
         raise RunError(f"--out: {out} exists and is not an earlier demo; choose another folder")
     with locked(out):
-        for path in (out / name for name in MADE):
+        for path in (out / name for name in OUTPUTS):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -143,7 +143,7 @@ def _remove_earlier_demo(out: Path) -> None:
 
 
 def _is_demo(config: Path) -> bool:
-    """Whether a run is of this name and on the packaged pictures: a user's own may well be called demo."""
+    """Return True for a run with the demo's name and pictures: the name alone could be a user's own run."""
     try:
         found = load_config(config).config
     except UserError:

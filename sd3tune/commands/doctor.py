@@ -1,4 +1,4 @@
-"""`sd3tune doctor`: what this machine has, what is in the way, and the way out. It writes nothing."""
+"""`sd3tune doctor`: report the environment, its problems and how to fix them. It writes no files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sd3tune.runtime.environment import gpu_asked_for, launch_problems, no_gpu
 
 PACKAGE = "sd3tune"
 BASE_GB = 16
-"""The smallest Stable Diffusion 3 on the Hub, T5 included."""
+"""Download size of the smallest Stable Diffusion 3 on the Hub in GB, T5 included."""
 
 _GATED = "stabilityai/stable-diffusion-3.5-medium and its siblings"
 _DOWNLOADED = "models--stabilityai--stable-diffusion-3*"
@@ -31,7 +31,7 @@ _VARIABLES = ("SD3TUNE_CACHE", "HF_HOME", "HF_HUB_CACHE", "CUDA_VISIBLE_DEVICES"
 
 @dataclass
 class Findings:
-    """Lines as they are found; problems are repeated at the end, and the essential ones are errors."""
+    """Report lines and problems; problems are printed at the end, and essential ones are errors."""
 
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -45,10 +45,10 @@ class Findings:
 
 
 def run_doctor() -> None:
-    """Print the report. Raises RunError when something is missing without which no command runs."""
+    """Print the report. Raises RunError when something essential to every command is missing."""
     found = Findings()
-    for look in CHECKS:
-        look(found)
+    for check in CHECKS:
+        check(found)
     result(*found.lines)
     for problem in found.problems:
         result("", f"problem   {problem}")
@@ -58,7 +58,7 @@ def run_doctor() -> None:
 
 
 def check_versions(found: Findings) -> None:
-    """Python, sd3tune and the libraries it needs, against the ranges in its own metadata."""
+    """Check Python and the required libraries against the version ranges in sd3tune's metadata."""
     found.say("sd3tune", f"{sd3tune.__version__} in {Path(sd3tune.__file__).parent}")
     try:
         own = metadata.metadata(PACKAGE)
@@ -74,7 +74,7 @@ def check_versions(found: Findings) -> None:
 
 
 def check_extras(found: Findings) -> None:
-    """Each optional extra: whole, or what it lacks."""
+    """Check each optional extra, and list its missing libraries."""
     try:
         extras = metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
     except metadata.PackageNotFoundError:
@@ -87,7 +87,7 @@ def check_extras(found: Findings) -> None:
 
 
 def check_devices(found: Findings) -> None:
-    """GPUs with memory and precision, CPU cores, memory."""
+    """List GPUs with memory and precision, CPU cores, and main memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found.say("cpu", f"{cores} cores, {memory / 1e9:.0f} GB of memory")
@@ -101,13 +101,13 @@ def check_devices(found: Findings) -> None:
             gpus = (
                 [_gpu(torch, index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
             )
-        except Exception as error:  # a library that is missing or of another build: anything can come out
+        except Exception as error:  # a missing or incompatible library can raise anything
             found.problem(f"torch does not load: {_one_line(error)}; install it again: pytorch.org", essential=True)
             return
     for gpu in gpus:
         found.say("gpu", gpu)
     for reason in dict.fromkeys(_one_line(warning.message) for warning in caught):
-        found.problem(f"torch about the GPU: {reason}")
+        found.problem(f"torch warns about the GPU: {reason}")
     if not gpus:
         found.say("gpu", "none that torch can use: `tiny` trains on the CPU, the real bases are too slow there")
         _why_no_gpu(found, torch.version.cuda)
@@ -117,16 +117,16 @@ def check_devices(found: Findings) -> None:
 
 
 def check_hub(found: Findings) -> None:
-    """Whether there is a token (never what it is), and whether downloads are switched off."""
+    """Report if there is a token, without printing it, and if downloads are disabled."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return
     from huggingface_hub import constants, get_token
 
     if get_token():
         where = "from the environment" if os.environ.get("HF_TOKEN") else f"in {constants.HF_TOKEN_PATH}"
-        found.say("token", f"present, {where}; whether it opens a gated model is seen at the first download")
+        found.say("token", f"present, {where}; access to gated models is checked at the first download")
     else:
-        found.say("token", f"none; needed for {_GATED} (accept the licence on their pages, then `hf auth login`)")
+        found.say("token", f"none; needed for {_GATED} (accept the licence on the model page, then `hf auth login`)")
     switched = [flag for flag in _FLAGS if os.environ.get(flag, "").upper() in ("1", "ON", "YES", "TRUE")]
     found.say(
         "offline", f"{', '.join(switched)}: nothing is downloaded" if switched else "no flag set: downloads are allowed"
@@ -134,20 +134,20 @@ def check_hub(found: Findings) -> None:
 
 
 def check_disks(found: Findings) -> None:
-    """Where things are kept, and how much room is left there."""
+    """Check that the storage folders are writable and have enough free space."""
     for what, folder, needed, remedy in _folders():
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         state = "" if folder.exists() else ", not there yet"
         found.say("disk", f"{what:<16} {folder} ({free / 1e9:.0f} GB free{state})")
         if not os.access(existing, os.W_OK):
-            found.problem(f"{existing} cannot be written to, and {what} would go there; {remedy}")
+            found.problem(f"{existing} is not writable, but {what} are stored there; {remedy}")
         elif free < needed * 1e9:
             found.problem(f"{folder}: {free / 1e9:.1f} GB free, and {what} can take {needed} GB; {remedy}")
 
 
 def check_environment(found: Findings) -> None:
-    """Variables that change what sd3tune does."""
+    """List environment variables that affect sd3tune."""
     for name in _VARIABLES:
         if name in os.environ:
             found.say("variable", f"{name}={os.environ[name]}")
@@ -184,11 +184,11 @@ def _check_library(found: Findings, name: str, wanted: str) -> None:
         found.say("library", f"{name:<16} {version}")
     else:
         found.say("library", f"{name:<16} {version}, outside {wanted}")
-        found.problem(f"{name} {version} is outside the range that sd3tune is made for: pip install '{name}{wanted}'")
+        found.problem(f"{name} {version} is outside the range that sd3tune supports: pip install '{name}{wanted}'")
 
 
 def _requirements(extra: str) -> dict[str, str]:
-    """Name -> range of what the package needs with an extra; without any for the empty name."""
+    """Return library name -> version range, with an extra; `""` gives the requirements without any extra."""
     from packaging.requirements import Requirement
 
     wanted = [Requirement(line) for line in metadata.requires(PACKAGE) or []]
@@ -235,7 +235,7 @@ def _why_no_gpu(found: Findings, built_for: str | None) -> None:
 
 
 def _folders() -> Iterator[tuple[str, Path, int, str]]:
-    """What is kept, where, the room in GB that it asks for, and what to change when there is less."""
+    """Yield (contents, folder, required space in GB, remedy when there is less)."""
     home = os.environ.get("SD3TUNE_CACHE")
     if importlib.util.find_spec("huggingface_hub") is not None:
         from huggingface_hub import constants

@@ -1,4 +1,4 @@
-"""`sd3tune infer`: images from adapters and models, with the inference settings that they carry."""
+"""`sd3tune infer`: draw images with adapters or models, using the inference settings stored in them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from sd3tune.inference.session import draw
 
 
 def run_infer(job: InferenceJob) -> list[Path]:
-    """Draw the images of a job into its folder: some with a before/after picture, a prompt file's, or a grid's.
+    """Draw the images of a job into its folder: a grid, a prompt file's images, or images with a before/after picture.
 
-    Returns the files that show them, written now or, but for the first kind, earlier. Raises UserError.
+    Returns the image files. Grids and prompt files skip existing images, whose files are included. Raises UserError.
     """
     with fetching_as_allowed(job):
         prepared = prepare(job)
@@ -35,7 +35,7 @@ def run_infer(job: InferenceJob) -> list[Path]:
 
 
 def _draw_grid(prepared: PreparedJob, folder: ImageFolder, grid: Grid) -> list[Path]:
-    """Draw the missing images and one picture of all. Returns the files, that picture last."""
+    """Draw the missing images and one grid of all images. Returns the files, the grid last."""
     wide = len(prepared.rows[0])
     files = draw_missing(prepared.session, folder, prepared.requests)
     by_row = [files[start : start + wide] for start in range(0, len(files), wide)]
@@ -43,7 +43,7 @@ def _draw_grid(prepared: PreparedJob, folder: ImageFolder, grid: Grid) -> list[P
 
 
 def _draw_before_and_after(prepared: PreparedJob, folder: ImageFolder) -> list[Path]:
-    """Draw the images and, for one picture of both, the same without adapters. Returns the files, that picture last."""
+    """Draw the images, and again without adapters for a before/after picture. Returns the files, that picture last."""
     session, requests = prepared.session, prepared.requests
     bare = []
     if prepared.job.before and session.adapters:

@@ -1,4 +1,4 @@
-"""`sd3tune lora convert`: the same adapter as another tool names, scales and fuses it."""
+"""`sd3tune lora convert`: write an adapter with another tool's names, scales and fused modules."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def convert_lora(
     *,
     transformer_only: bool = False,
 ) -> list[str]:
-    """Write the adapter to `out` in `form`, a name of `adapter.names.forms`; returns lines that say what was done.
+    """Write the adapter to `out` in `form`, a name of `adapter.names.forms`, and return summary lines.
 
-    `picture` is what UIs show of it: by default what the file has, or the preview that its weights drew in their run.
-    Raises AdapterError for what cannot be read or what the form cannot hold, DataError for a picture that cannot be
-    read, RunError when `out` exists.
+    `picture` is the thumbnail for UIs: by default the file's own, else the preview of these weights in their run.
+    Raises AdapterError for a file that cannot be read or stored in `form`, DataError for an unreadable picture, and
+    RunError when `out` exists.
     """
     if form not in forms():
         raise RunError(f"--to {form}: one of {', '.join(forms())}")
@@ -43,18 +43,18 @@ def convert_lora(
         lines.append(f"thumbnail: {picture}; --no-thumbnail leaves it out")
     write_form(out, form, factors, adapter.contract, metadata)
     fusing = _fusing(factors) if forms()[form].original else []
-    return [f"{out}: {len(factors)} modules as {form} has them", *fusing, *lines, *notes_of(adapter)]
+    return [f"{out}: {len(factors)} modules in {form} layout", *fusing, *lines, *notes_of(adapter)]
 
 
 def _fusing(factors: Mapping[str, Pair]) -> list[str]:
-    """What became of q, k and v, which are one module there."""
+    """Return lines on the fused q, k and v, which the layout stores as one module."""
     fused = fused_ranks(factors)
     padded = [ranks for ranks in fused.values() if len(set(ranks)) > 1]
-    lines = [f"q, k and v are one module there, {len(fused)} times"] if fused else []
+    lines = [f"q, k and v are fused into one module, {len(fused)} times"] if fused else []
     if padded:
         some = ", ".join(map(str, padded[0]))
         lines.append(
-            f"their ranks differ in {len(padded)} (first: {some}) and are padded with zeros to the largest; "
-            "0 is one that was not trained. Nothing that is computed changes"
+            f"in {len(padded)} of them the ranks differ (first: {some}) and are zero-padded to the largest; "
+            "rank 0 was not trained. The output does not change"
         )
     return lines

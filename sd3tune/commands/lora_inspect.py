@@ -1,4 +1,4 @@
-"""`sd3tune lora inspect`: what an adapter file holds, in words, without its base."""
+"""`sd3tune lora inspect`: describe an adapter file, without its base."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from sd3tune.adapter.released import fitting_variants
 from sd3tune.errors import AdapterError
 from sd3tune.model.lora.layers import block_norms
 
-_SAID_ELSEWHERE = ("contract_version", "base", "base_kind", "base_revision", "base_fingerprint", "trigger", "name")
+_PRINTED_ELSEWHERE = ("contract_version", "base", "base_kind", "base_revision", "base_fingerprint", "trigger", "name")
 _KOHYA = {"ss_output_name": "name", "ss_base_model_version": "base", "modelspec.trigger_phrase": "trigger"}
 _SHOWN = {"modelspec.title": "title", "modelspec.architecture": "arch", "modelspec.usage_hint": "hint"}
 
 
 def inspect_lora(location: Path) -> list[str]:
-    """Lines that describe the file, good or bad. Raises AdapterError for what is no LoRA of SD3 at all."""
+    """Return lines that describe a valid or invalid file. Raises AdapterError if it is not a LoRA for SD3 at all."""
     file = read_file(location)
     contents = interpret(file.tensors)
     if not contents.factors:
-        raise AdapterError(f"{file.path}: no LoRA of SD3's transformer: {_why_empty(contents)}")
+        raise AdapterError(f"{file.path}: not a LoRA for SD3's transformer: {_why_empty(contents)}")
     adapter = as_adapter(file, contents)
     return [
         f"{file.path}: a LoRA in {adapter.layout}'{'s' * (adapter.layout[-1] != 's')} layout",
@@ -44,15 +44,15 @@ def _why_empty(contents: Contents) -> str:
     if contents.text and not contents.unknown:
         return f"only {text_part(contents.text)}"
     for key, what in contents.unknown.items():
-        return f"{shown(key)} is {what}" if what else f"no layout that is known has a key like {shown(key)}"
-    return "it holds no tensors"
+        return f"{shown(key)} is {what}" if what else f"no known layout has a key like {shown(key)}"
+    return "the file holds no tensors"
 
 
 def _base(adapter: Adapter) -> Iterator[str]:
     contract = adapter.contract
-    variants = " or ".join(fitting_variants(adapter.factors)) or "none of the released ones"
+    variants = " or ".join(fitting_variants(adapter.factors)) or "none of the released bases"
     if contract.get("base") is None:
-        yield f"base      not stated; by its sizes {variants}"
+        yield f"base      not stated; its sizes fit {variants}"
     else:
         revision = f", revision {contract['base_revision']}" if contract.get("base_revision") else ""
         fingerprint = f", weights {contract['base_fingerprint'][:12]}" if contract.get("base_fingerprint") else ""
@@ -77,7 +77,7 @@ def _sizes(adapter: Adapter) -> Iterator[str]:
 
 
 def _modules(adapter: Adapter) -> Iterator[str]:
-    """How often each kind of module is adapted."""
+    """Yield a line per kind of adapted module with its count."""
     kinds = Counter(re.sub(r"^transformer_blocks\.\d+\.", "", module) for module in adapter.factors)
     for number, (kind, count) in enumerate(kinds.items()):
         yield f"{'trained' if number == 0 else '':<10}{kind} in {count} place{'s' * (count != 1)}"
@@ -94,11 +94,11 @@ def _contract(adapter: Adapter) -> Iterator[str]:
         yield f"thumbnail {len(adapter.metadata[THUMBNAIL_KEY]) / 1000:.1f} kB in the header"
     yield f"trigger   {shown(str(trigger)) if trigger else 'none stated'}"
     for name, value in foreign.items() if not contract else ():
-        yield f"{name:<10}{shown(value)}, says the tool that wrote it"
-    said = {key: value for key, value in contract.items() if key not in _SAID_ELSEWHERE and value is not None}
+        yield f"{name:<10}{shown(value)}, according to the tool that wrote it"
+    settings = {key: value for key, value in contract.items() if key not in _PRINTED_ELSEWHERE and value is not None}
     if not contract:
         yield "settings  none: another tool wrote it, and `infer` needs --base"
-    for number, (key, value) in enumerate(said.items()):
+    for number, (key, value) in enumerate(settings.items()):
         yield f"{'settings' if number == 0 else '':<10}{shown(key)}: {shown(str(value))}"
 
 
@@ -126,19 +126,19 @@ def _warnings(file: AdapterFile, contents: Contents, adapter: Adapter) -> Iterat
         yield too_large(adapter)
     zero = [module for module, (_, up) in adapter.factors.items() if not up.float().any()]
     if zero:
-        yield f"B is zero, so these do nothing: {first_of(zero)} (of {len(adapter.factors)} modules)"
+        yield f"B is zero, so these have no effect: {first_of(zero)} (of {len(adapter.factors)} modules)"
     wide = [module for module, (down, up) in adapter.factors.items() if len(down) > min(down.shape[1], len(up))]
     if wide:
-        yield f"the rank is above what the layer's own sizes allow: {first_of(wide)}; `lora resize` loses nothing there"
+        yield f"the rank exceeds the layer's dimensions: {first_of(wide)}; `lora resize` reduces it without loss"
     muted = [module for module, alpha in adapter.alphas.items() if alpha == 0]
     if muted:
-        yield f"alpha is zero, so these do nothing: {first_of(muted)}"
+        yield f"alpha is zero, so these have no effect: {first_of(muted)}"
     if contents.unknown or contents.broken or file.bad or adapter.too_large:
         yield "`infer` and the other commands refuse this file"
 
 
 def _counted(values: Any) -> str:
-    """`8`, or `8 (40 modules), 16 (4 modules)`, the most frequent first."""
+    """Return `8`, or `8 (40 modules), 16 (4 modules)`, most frequent first."""
     counts = Counter(values).most_common()
     if len(counts) == 1:
         return str(counts[0][0])

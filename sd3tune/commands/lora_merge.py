@@ -1,4 +1,4 @@
-"""`sd3tune lora merge`: several adapters as one, or inside their base."""
+"""`sd3tune lora merge`: merge adapters into one adapter, or into the weights of their base."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CONDITIONS = (
     *("max_sequence_length", "encoders", "encoder_files", "shift", "resolution", "buckets"),
     *("sampling_steps", "guidance"),
 )
-"""Of a contract: how the result wants its prompts. The rest tells of one training."""
+"""Contract keys with the inference settings, copied from the first adapter; other keys describe one training run."""
 
 Weighted = Sequence[tuple[Adapter, float]]
 
@@ -39,15 +39,15 @@ Weighted = Sequence[tuple[Adapter, float]]
 def merge_loras(
     wanted: Sequence[str], out: Path, form: str, method: str, rank: int | None, *, transformer_only: bool = False
 ) -> list[str]:
-    """Write one adapter that adds up those of `wanted` (`PATH@weight`) to `out`, in `form`; returns lines about it.
+    """Write the weighted sum of the adapters `wanted` (`PATH@weight`) to `out`, in `form`; return summary lines.
 
-    `concat` is exact, its rank the sum of theirs; `svd` is the nearest of `rank`. Raises ConfigError, AdapterError for
-    adapters of different bases, RunError when `out` exists.
+    `concat` is exact, and its rank is the sum of all ranks; `svd` is the nearest adapter of `rank`. Raises ConfigError,
+    AdapterError for adapters of different bases, and RunError when `out` exists.
     """
     if method not in METHODS:
         raise ConfigError(f"--method {method}: one of {', '.join(METHODS)}")
     if (method == "svd") != (rank is not None):
-        raise ConfigError("--method svd wants --rank R" if rank is None else f"--rank {rank}: only with --method svd")
+        raise ConfigError("--method svd needs --rank R" if rank is None else f"--rank {rank}: only with --method svd")
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank}: at least 1")
     if form not in forms():
@@ -66,10 +66,10 @@ def merge_loras(
 
 
 def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, transformer_only: bool = False) -> list[str]:
-    """Write the base with the adapters added to its weights, as precise as it is stored, to the folder `out`.
+    """Write the base with the adapters added to its weights, in its stored dtype, to the folder `out`.
 
-    Raises AdapterError for adapters that are not of the base, ModelError for a base that is no folder or Hub id,
-    RunError when `out` exists.
+    Returns summary lines. Raises AdapterError for adapters of another base, ModelError for a base that is neither a
+    folder nor a Hub id, and RunError when `out` exists.
     """
     if out.exists():
         raise RunError(f"--out {out}: exists already, and nothing is overwritten; name another folder")
@@ -92,8 +92,8 @@ def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, trans
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     bad = [name for name in modules if not tensors[f"{name}.weight"].isfinite().all()]
     if bad:
-        raise AdapterError(f"{out}: not written: with the adapters {first_of(bad)} is beyond what "
-                           f"{dtype_name(dtype)} holds; give them smaller weights")  # fmt: skip
+        raise AdapterError(f"{out}: not written: with the adapters {first_of(bad)} exceeds the range of "
+                           f"{dtype_name(dtype)}; give them smaller weights")  # fmt: skip
     write_model(out, found, tensors, contract, None)
     return [
         f"{out}: {found.name} with {len(adapters)} adapters in {len(modules)} of its weights",
@@ -102,7 +102,7 @@ def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, trans
 
 
 def _added(weight: Tensor, module: str, adapters: Weighted) -> Tensor:
-    """In fp32 from a sum in float64, so that it is rounded once."""
+    """Return the merged weight in fp32; the sum is in float64, so that it is rounded once."""
     total = weight.double()
     for adapter, share in adapters:
         if module in adapter.factors:
@@ -130,17 +130,19 @@ def _disagreements(adapters: Weighted) -> list[str]:
         for key, what in (("base_fingerprint", "another base"), ("max_sequence_length", "another T5 length"),
                           ("encoders", "other text encoders")):  # fmt: skip
             if adapter.contract.get(key) != first.contract.get(key):
-                lines.append(f"warning: {adapter.path} was trained with {what}; the result says what {first.path} says")
+                lines.append(
+                    f"warning: {adapter.path} was trained with {what}; the result uses the value of {first.path}"
+                )
         if sampling_of(adapter.contract) != sampling_of(first.contract):
             lines.append(
-                f"warning: the previews of {adapter.path} had other steps or guidance; the result says what "
-                f"{first.path} says"
+                f"warning: the previews of {adapter.path} had other steps or guidance; the result uses the "
+                f"values of {first.path}"
             )
     return lines
 
 
 def _contract(adapters: Weighted, more: Mapping[str, Any]) -> dict[str, Any]:
-    """The first one's conditions, all triggers, and what was merged; empty when none has a contract."""
+    """Return the first contract's inference settings, all triggers and sources; empty if no adapter has a contract."""
     contracts = [adapter.contract for adapter, _ in adapters if adapter.contract]
     if not contracts:
         return {}

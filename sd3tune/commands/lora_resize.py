@@ -1,4 +1,4 @@
-"""`sd3tune lora resize`: an adapter of lower rank, and what that loses."""
+"""`sd3tune lora resize`: reduce the rank of an adapter, and report the loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sd3tune.adapter.file import read_adapter
 from sd3tune.adapter.low_rank import Truncated, truncate
 from sd3tune.errors import ConfigError
 
-_OF_OTHER_RANKS = ("rank_pattern", "alpha_pattern", "rslora")
+_OLD_RANK_KEYS = ("rank_pattern", "alpha_pattern", "rslora")
 
 
 def resize_lora(
@@ -20,7 +20,7 @@ def resize_lora(
 ) -> list[str]:
     """Write the nearest adapter of `rank`, or with the share `energy` of each module's |BA|^2, in the source's layout.
 
-    Returns lines that say what it loses. Raises ConfigError, AdapterError, RunError when `out` exists.
+    Returns lines that report the loss. Raises ConfigError, AdapterError, and RunError when `out` exists.
     """
     if (rank is None) == (energy is None):
         raise ConfigError("give either --rank R or --energy E, such as --energy 0.99")
@@ -46,7 +46,7 @@ def _contract(contract: Mapping[str, Any], found: Mapping[str, Truncated]) -> di
     if not contract:
         return {}
     rank = max(len(one.pair[0]) for one in found.values())
-    kept = {key: value for key, value in contract.items() if key not in _OF_OTHER_RANKS}
+    kept = {key: value for key, value in contract.items() if key not in _OLD_RANK_KEYS}
     return {**kept, "rank": rank, "alpha": rank}
 
 

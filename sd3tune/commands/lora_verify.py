@@ -1,4 +1,4 @@
-"""`sd3tune lora verify`: whether a fresh diffusers pipeline takes all of an adapter, and draws otherwise with it."""
+"""`sd3tune lora verify`: check that a fresh diffusers pipeline loads an adapter whole, and predicts differently."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _SIDE, _TOKENS = 64, 32
 def verify_lora(
     location: Path, base: str | None, dtype: str, preview: bool = True, *, transformer_only: bool = False
 ) -> list[str]:
-    """Lines that say what was checked. Raises AdapterError with the first thing that an adapter must not be.
+    """Check an adapter and return lines that list the checks. Raises AdapterError at the first failed check.
 
-    The pipeline is diffusers' own, with the transformer of `base` (None: the one that the adapter names) and random
-    text; a file in diffusers' layout is loaded by name, one in another layout as `lora convert` would write it. With
-    `preview`, what the training drew is drawn again.
+    The pipeline is diffusers' own, with the transformer of `base` (None: the base named by the adapter) and random
+    text. Files in diffusers' layout are loaded by name, files in other layouts as `lora convert` would write them.
+    With `preview`, a preview of the run is drawn again and compared.
     """
     adapter = read_adapter(location, transformer_only=transformer_only)
     device = make_accelerator().device
@@ -50,11 +50,11 @@ def verify_lora(
     after = _one_step(pipeline)
     if not after.isfinite().all():
         raise AdapterError(
-            f"{adapter.path}: with it the prediction of {found.name} is NaN or infinite, without it is not"
+            f"{adapter.path}: the prediction of {found.name} is NaN or infinite with it, and finite without it"
         )
     change = ((after - before).norm() / before.norm()).item()
     if change == 0:
-        raise AdapterError(f"{adapter.path}: it changes nothing of what {found.name} predicts: its B are zero, or too "
+        raise AdapterError(f"{adapter.path}: it does not change the prediction of {found.name}: its B are zero, or too "
                            f"small for {dtype_name(torch_dtype)}")  # fmt: skip
     lines = [
         f"{adapter.path}: {counted.matched} tensors of {len(adapter.factors)} modules loaded by diffusers into "
@@ -68,28 +68,28 @@ def verify_lora(
 
 
 def _check_layers(adapter: Adapter, transformer: Any) -> None:
-    """Every module adds what the file says."""
+    """Raise AdapterError unless diffusers has adapted exactly the file's modules, with its weights."""
     layers = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
     folded = adapter.folded()
     missed = [name for name in folded if name not in layers or NAME not in layers[name].lora_A]
     more = [name for name in layers if name not in folded]
     if missed or more:
-        what = f"passed over {first_of(missed)}" if missed else f"adapted {first_of(more)}, too"
+        what = f"skipped {first_of(missed)}" if missed else f"also adapted {first_of(more)}"
         raise AdapterError(f"{adapter.path}: diffusers {what}")
     for name, (down, up) in folded.items():
         layer = layers[name]
         held = layer.lora_B[NAME].weight.float().cpu() * layer.scaling[NAME]
         if not (_close(held.flatten(1), up) and _close(layer.lora_A[NAME].weight.float().cpu().flatten(1), down)):
-            raise AdapterError(f"{adapter.path}: {name}: diffusers made something else of its weights or its alpha")
+            raise AdapterError(f"{adapter.path}: {name}: diffusers loaded other weights or another alpha")
 
 
 def _close(held: Tensor, meant: Tensor) -> bool:
-    """But for the rounding of the model's dtype."""
+    """Return True if both are equal up to rounding in the model's dtype."""
     return held.shape == meant.shape and torch.allclose(held, meant, rtol=1e-2, atol=1e-6)
 
 
 def _one_step(pipeline: StableDiffusion3Pipeline) -> Tensor:
-    """Latents, fp32 on the CPU, after one step from noise that is always the same, with random text."""
+    """Return latents (fp32, CPU) after one step from fixed noise, with fixed random text embeddings."""
     transformer = pipeline.transformer
     source = torch.Generator().manual_seed(0)
     place: dict[str, Any] = {"device": transformer.device, "dtype": transformer.dtype}

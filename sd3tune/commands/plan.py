@@ -1,4 +1,4 @@
-"""`sd3tune plan`: what a run takes in memory, room and time, and what each change of the configuration would buy."""
+"""`sd3tune plan`: forecast a run's memory, disk space and time, and the savings of each configuration change."""
 
 from __future__ import annotations
 
@@ -23,47 +23,48 @@ from sd3tune.run.describe import describe_precision
 from sd3tune.runtime.device import DTYPES, choose_dtype, dtype_name, gpu_of
 
 UTILISATION = 40
-"""Per cent of a card's peak that a training is taken to reach: an assumption."""
+"""Assumed share of the GPU's peak throughput that training reaches, in per cent."""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run takes: figures, and the text that `sd3tune plan` prints. Memory and disk space are in bytes."""
+    """Forecast of a run: figures, and the text that `sd3tune plan` prints. Memory and disk space are in bytes."""
 
     lines: Lines
     forecast: Forecast
     room: int | None
-    """The memory that was asked about: a card's, or a number."""
+    """The memory to fit into: the GPU's or the given number; None without either."""
     step_seconds: float | None
-    """Where a card was named."""
+    """Seconds per step; None unless a GPU was named, and in fp32."""
 
     @property
     def config(self) -> Config:
-        """The configuration that was planned: with `train.memory`, what was chosen to fit."""
+        """The planned configuration; with `train.memory`, after the changes that make it fit."""
         return self.forecast.inputs.config
 
     @property
     def needed(self) -> int:
-        """The peak with its allowances."""
+        """Peak memory with allowances."""
         return self.forecast.needed
 
     @property
     def fits(self) -> bool | None:
+        """True if the run fits into `room`; None without `room`."""
         return None if self.room is None else self.needed <= self.room
 
     @property
     def steps(self) -> int | None:
-        """None where the images that `train.epochs` counts are not there yet."""
+        """Number of optimizer steps; None if `train.epochs` is set and the images are not there yet."""
         return self.config.train.steps
 
     @property
     def store(self) -> int | None:
-        """What the encoded data will take on disk; None where the images are not there yet."""
+        """Disk space of the encoded data; None if the images are not there yet."""
         return None if self.forecast.store is None else self.forecast.store.nbytes
 
     @property
     def phases(self) -> list[dict[str, str | int]]:
-        """Memory of each phase, in order, as a table: `phase`, `resident`, `working` and `peak`."""
+        """Memory of each phase, in order, as rows with `phase`, `resident`, `working` and `peak`."""
         return [
             {"phase": name, "resident": use.resident, "working": use.working, "peak": use.peak}
             for name, use in self.forecast.phases.items()
@@ -76,43 +77,45 @@ class RunPlan:
         return self.lines._repr_html_()
 
 
-def plan_run(
+def make_run_plan(
     config: Config, card: str | None = None, memory: float | None = None, utilisation: float = UTILISATION
 ) -> RunPlan:
-    """Return the whole plan of `run_plan`, figures and text. Raises UserError."""
+    """Return the figures and the text of the plan; arguments are those of `plan_lines`. Raises UserError."""
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"memory={memory:g}: give the card's memory in GB, such as 24")
     if not 0 < utilisation <= 100:
         raise ConfigError(f"utilisation={utilisation:g}: give per cent of the card's peak, above 0 and at most 100")
     lines: list[str] = []
-    about = run_plan(config, card, memory, utilisation)
+    remaining = plan_lines(config, card, memory, utilisation)
     while True:
         try:
-            lines.append(next(about))
+            lines.append(next(remaining))
         except StopIteration as end:
             plan, found, room = end.value
             seconds = step_seconds(plan, found, utilisation)
             return RunPlan(Lines(lines), plan, None if room is None else round(room * 1e9), seconds)
 
 
-def run_plan(
+def plan_lines(
     config: Config, card: str | None = None, memory: float | None = None, utilisation: float = UTILISATION
 ) -> Generator[str, None, tuple[Forecast, GpuSpec | None, float | None]]:
-    """Yield the lines of the plan, as they are known; return the forecast, its card and the memory to fit into.
+    """Yield the lines of the plan as they are computed; return the forecast, the GPU and the memory to fit into.
 
-    `memory` is in GB (10^9 bytes), as is what is returned, `utilisation` in per cent of the card's peak. Raises
-    UserError.
+    `memory`, given and returned, is in GB (10^9 bytes); `utilisation` is in per cent of the GPU's peak throughput.
+    Raises UserError.
     """
     found = None if card is None else find_gpu(card)
     inputs = forecast_inputs(config, planned_dtype(config, found, memory))
     if found is None and memory is None and not torch.cuda.is_available():
         precision = dtype_name(inputs.dtype)
-        yield f"note: there is no GPU here, so this is the plan for the CPU, in {precision}; for a card: --card 4090"
-    yield from (f"note: no images yet ({problem}): the largest bucket is planned for" for problem in inputs.missing[:1])
+        yield f"note: there is no GPU here, so this plan is for the CPU, in {precision}; for a GPU: --card 4090"
+    yield from (
+        f"note: no images yet ({problem}): the plan assumes the largest bucket" for problem in inputs.missing[:1]
+    )
     room = memory if memory is not None or found is None else found.memory
     wanted = config.train.memory
     if wanted is None:
-        yield from _about(inputs)
+        yield from _base_lines(inputs)
         plan = forecast(inputs)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -120,13 +123,13 @@ def run_plan(
             inputs, round(room * 1e9) if room is not None and wanted == "auto" else memory_budget(wanted, device)
         )
         yield describe(config, plan)
-        yield from _about(plan.inputs)
-    yield from _about_memory(plan)
+        yield from _base_lines(plan.inputs)
+    yield from _memory_lines(plan)
     if room is not None:
         yield _verdict(plan, room, found.name if found and memory is None else "--memory")
-    yield from _about_length(plan, found, utilisation)
+    yield from _length_lines(plan, found, utilisation)
     yield ""
-    yield from _about_knobs(plan, found, room)
+    yield from _knob_lines(plan, found, room)
     if room is not None and plan.needed > room * 1e9 and wanted is None:
         yield ""
         yield _what_fits(plan, room)
@@ -134,7 +137,7 @@ def run_plan(
 
 
 def planned_dtype(config: Config, card: GpuSpec | None, memory: float | None) -> torch.dtype:
-    """What `model.dtype` comes to on the card; with `memory` alone, on a GPU that has bf16; else on this machine."""
+    """Resolve `model.dtype` for the GPU; with `memory` alone, for any GPU with bf16; else for this machine."""
     wanted = config.model.dtype
     if card is not None and not card.bf16:
         if wanted == "bf16":
@@ -145,7 +148,7 @@ def planned_dtype(config: Config, card: GpuSpec | None, memory: float | None) ->
     return choose_dtype(wanted, gpu_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
 
 
-def _about(inputs: ForecastInputs) -> list[str]:
+def _base_lines(inputs: ForecastInputs) -> list[str]:
     height, width = inputs.largest
     train = inputs.config.train
     checkpointing: str = train.gradient_checkpointing
@@ -159,11 +162,11 @@ def _about(inputs: ForecastInputs) -> list[str]:
 
 
 def gigabytes(nbytes: float) -> str:
-    """`4.94 GB`, in powers of ten; small numbers as MB."""
+    """Format bytes as `4.94 GB`, in powers of ten; small numbers as MB."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
-def _about_memory(plan: Forecast) -> list[str]:
+def _memory_lines(plan: Forecast) -> list[str]:
     training, phases = plan.training, plan.phases
     worst = max(phases, key=lambda name: phases[name].peak)
     lines = ["", f"{'memory':<20}{'resident':>12}{'working':>12}{'together':>12}"]
@@ -175,12 +178,12 @@ def _about_memory(plan: Forecast) -> list[str]:
         *lines,
         "",
         f"peak      {gigabytes(plan.peak)}: {worst}; with allowances {gigabytes(plan.needed)} "
-        f"({MARGIN:.0%} for fragments and work spaces, {CONTEXT / 1e9:g} GB for CUDA itself)",
+        f"({MARGIN:.0%} for fragmentation and workspaces, {CONTEXT / 1e9:g} GB for CUDA itself)",
     ]
 
 
 def components(training: Training) -> list[tuple[str, int]]:
-    """What lies in memory while training, in words, and its bytes; they add up to the peak."""
+    """Return the parts of training memory, each with its bytes, which add up to the peak."""
     millions = f"{training.trained / 1e6:.1f} M"
     return [
         (f"base, frozen (of {training.parameters / 1e9:.3f} B parameters)", training.frozen),
@@ -212,7 +215,7 @@ def _what_fits(plan: Forecast, room: float) -> str:
     return f"to fit    train.memory={room:g}, or {changes(plan.inputs.config, found)}: {gigabytes(found.needed)} in all"
 
 
-def _about_length(plan: Forecast, card: GpuSpec | None, utilisation: float) -> list[str]:
+def _length_lines(plan: Forecast, card: GpuSpec | None, utilisation: float) -> list[str]:
     train, store = plan.inputs.config.train, plan.store
     batch = train.batch_size * train.gradient_accumulation
     lines = []
@@ -221,7 +224,7 @@ def _about_length(plan: Forecast, card: GpuSpec | None, utilisation: float) -> l
             f"store     {gigabytes(store.nbytes)}: {store.texts} texts and {store.images} images, encoded once"
         )
     if train.steps is None:
-        lines.append("steps     train.epochs of images that are not there yet")
+        lines.append("steps     not known yet: train.epochs needs the images")
     else:
         lines.append(f"steps     {train.steps} x {batch} image{'s' * (batch > 1)}, {train.steps * batch} images seen")
     lines.append(f"compute   {plan.training.flops / 1e12:.3g} TFLOP a step")
@@ -238,14 +241,14 @@ def _about_length(plan: Forecast, card: GpuSpec | None, utilisation: float) -> l
 
 
 def step_seconds(plan: Forecast, card: GpuSpec | None, utilisation: float) -> float | None:
-    """Seconds of a step at that share of the card's peak; None without a card, and in fp32, of which none is known."""
+    """Return seconds per step at a share of the GPU's peak; None without a GPU and in fp32, whose peak is unknown."""
     if card is None or plan.inputs.dtype is torch.float32:
         return None
     return plan.training.flops / (card.tflops * 1e12 * utilisation / 100)
 
 
 def duration(seconds: float) -> str:
-    """`0.42 s`, `7 min`, `1.5 h`."""
+    """Format seconds as `0.42 s`, `7 min` or `1.5 h`."""
     if seconds < 120:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -259,7 +262,7 @@ def _changed(section: str, **values: object) -> Callable[[Config], Config]:
 
 
 def knobs(inputs: ForecastInputs) -> list[Knob]:
-    """Changes that the configuration has not made yet, as they are typed, cheapest first."""
+    """Return possible configuration changes, cheapest first: each as typed, and as a function that applies it."""
     config, dtype, blocks = inputs.config, inputs.dtype, inputs.base.config("transformer")["num_layers"]
     train, side = config.train, config.data.resolution
     eight_bit = importlib.util.find_spec("bitsandbytes") is not None
@@ -275,7 +278,7 @@ def knobs(inputs: ForecastInputs) -> list[Knob]:
         more = train.gradient_accumulation * train.batch_size
         typed = f"train.batch_size=1 train.gradient_accumulation={more}"
         found.append((typed, _changed("train", batch_size=1, gradient_accumulation=more)))
-    lower = next((of for of in leaner_values(config, "data.resolution") if of < side), None)
+    lower = next((value for value in leaner_values(config, "data.resolution") if value < side), None)
     if lower is not None:
         found.append((f"data.resolution={lower}", _changed("data", resolution=lower)))
     if config.model.t5:
@@ -298,7 +301,7 @@ def knobs(inputs: ForecastInputs) -> list[Knob]:
 
 
 def _with_optimizer(kind: str) -> Callable[[Config], Config]:
-    """Exchange the optimizer for another kind with the same settings, of those that both have."""
+    """Return a function that switches the optimizer to another kind and keeps the settings that both have."""
 
     def changed(config: Config) -> Config:
         settings = {**config.optimizer.model_dump(), "kind": kind}
@@ -310,8 +313,8 @@ def _with_optimizer(kind: str) -> Callable[[Config], Config]:
     return changed
 
 
-def _about_knobs(plan: Forecast, card: GpuSpec | None, room: float | None) -> Iterator[str]:
-    """One line a change: peak memory of the run and of training, and a step's operations, in TFLOP and per cent."""
+def _knob_lines(plan: Forecast, card: GpuSpec | None, room: float | None) -> Iterator[str]:
+    """Yield one line per change: peak memory of the run and of training, and TFLOP per step with its change in %."""
     yield f"{'after one change':<50}{'peak':>10}{'training':>12}{'TFLOP':>9}{'change':>8}"
     today = plan.training.flops
     for typed, changed in [("as it is", None), *knobs(plan.inputs)]:
@@ -324,7 +327,7 @@ def _about_knobs(plan: Forecast, card: GpuSpec | None, room: float | None) -> It
 
 
 def after(inputs: ForecastInputs, changed: Callable[[Config], Config]) -> ForecastInputs:
-    """The inputs of a changed configuration; images and their shapes stay those that they are."""
+    """Return the inputs of the changed configuration; the data is read again only if the resolution changes."""
     config = changed(inputs.config)
     scale = config.data.resolution / inputs.config.data.resolution
     dtype = DTYPES.get(config.model.dtype, inputs.dtype) if config.model != inputs.config.model else inputs.dtype

@@ -1,8 +1,7 @@
-"""`sd3tune train`: check, encode, free, train, export, and say whether it learned anything."""
+"""`sd3tune train`: check, encode, free, train, export, and report the result."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import time
@@ -11,7 +10,6 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers import SD3Transformer2DModel
 
 from sd3tune import reporting
@@ -21,20 +19,18 @@ from sd3tune.errors import Interrupted, RunError
 from sd3tune.files.atomic import kept_in_place, write_json, write_text
 from sd3tune.forecast.fitting import fitted_plan
 from sd3tune.forecast.memory import describe_memory
-from sd3tune.model.load.components import vae_config
+from sd3tune.run.batches import make_batches
 from sd3tune.run.callbacks.uploads import upload_finished
 from sd3tune.run.callbacks.wiring import RunCallbacks
 from sd3tune.run.card import write_card
 from sd3tune.run.contract import (
     check_finished,
     check_identity,
-    drops_kept_captions,
     make_contract,
     run_identity,
     start_facts,
 )
 from sd3tune.run.describe import describe
-from sd3tune.run.drawing import NEGATIVE_PROMPT
 from sd3tune.run.encoding import Encoded, check_pictures, encode
 from sd3tune.run.folder import (
     check_still_newest,
@@ -49,26 +45,21 @@ from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 from sd3tune.run.optimizer import with_working_optimizer
 from sd3tune.run.preflight import Plan, make_plan
 from sd3tune.run.report import closing_report, describe_learning, describe_next, describe_product, describe_speed
-from sd3tune.run.setup import load_base, make_trainable
+from sd3tune.run.setup import load_base
+from sd3tune.run.state import starting_state
 from sd3tune.run.upload import prepare_upload, push_command
 from sd3tune.runtime.device import make_accelerator
 from sd3tune.runtime.environment import sharding_ignored
 from sd3tune.runtime.launch import report_errors_to_launcher
 from sd3tune.runtime.out_of_memory import explain_oom
-from sd3tune.runtime.processes import ALONE, Processes, closing_process_group, processes_of
+from sd3tune.runtime.processes import Processes, closing_process_group, processes_of
 from sd3tune.runtime.signals import StopSignals
 from sd3tune.training.ahead import looking_ahead
-from sd3tune.training.batches import Batches, Dropout, LatentScaling
-from sd3tune.training.checkpoint import restore
+from sd3tune.training.batches import Batches
 from sd3tune.training.loop import Callback, exported_weights, train
 from sd3tune.training.metrics import Metrics
-from sd3tune.training.objective import make_objective, shift_at, sigma_of_u
-from sd3tune.training.optim import FlatMaster, LossScale
-from sd3tune.training.optimizers import make_optimizer
-from sd3tune.training.step import TrainState, predict_velocity
-
-OBSERVED_STEPS = 8
-"""Batches that a start which depends on the data sees."""
+from sd3tune.training.objective import make_objective
+from sd3tune.training.step import TrainState
 
 
 def run_training(
@@ -79,9 +70,9 @@ def run_training(
     dry_run: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Train as the command line does: Ctrl-C and SIGTERM finish the step in hand, and a launcher learns of problems.
+    """Train as the command line does: finish the current step on Ctrl-C or SIGTERM, and report errors to a launcher.
 
-    Raises UserError; what was saved before an error stays.
+    Raises UserError; files saved before an error are kept.
     """
     with closing_process_group(), report_errors_to_launcher(), StopSignals() as signals:
         carry_out_run(config, notes, resume=resume, dry_run=dry_run, callbacks=callbacks, signals=signals)
@@ -96,7 +87,7 @@ def carry_out_run(
     callbacks: Sequence[Callback] = (),
     signals: StopSignals | None = None,
 ) -> None:
-    """Train as `config` says, and install no signal handler: `signals` has those that there are.
+    """Train without installing signal handlers; `signals` holds handlers that the caller has installed.
 
     Without `signals`, a KeyboardInterrupt saves the last whole step. Raises UserError.
     """
@@ -108,7 +99,7 @@ def carry_out_run(
 
     for note in (*notes, *sharding_ignored(os.environ)):
         say(f"note: {note}")
-    with accelerator.main_process_first():  # a tiny base is built then: transformers writes on rank 0 alone
+    with accelerator.main_process_first():  # it may build a tiny base, and transformers writes only on rank 0
         plan = make_plan(config, accelerator.device, resume, processes.world)
     plan, chosen = fitted_plan(plan, processes)
     if resume and plan.start is None:
@@ -139,7 +130,7 @@ def carry_out_run(
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One attempt at a run, ready to take its first step."""
+    """One attempt at a run, ready for its first step."""
 
     plan: Plan
     processes: Processes
@@ -151,7 +142,7 @@ class _Attempt:
     contract: Mapping[str, Any]
     watching: RunCallbacks
     described: dict[str, Any]
-    """What `run.json` says so far; only on the main rank."""
+    """Contents of `run.json` so far; empty except on the main rank."""
     from_step: int
 
 
@@ -167,11 +158,11 @@ def _train(
         encoded = encode(plan, processes, say)
     clock.append(time.monotonic())
     with explain_oom("loading the transformer", lambda: loading_knob(config)):
-        transformer = load_base(plan)  # before the folder: it may be damaged
+        transformer = load_base(plan)  # before the run folder changes, as loading fails on a damaged file
     with ExitStack() as stack:
         attempt = _begin(plan, processes, encoded, transformer, say, stack)
         clock.append(time.monotonic())
-        watched_before = sum(attempt.watching.seconds.values())  # trackers have been opened
+        watched_before = sum(attempt.watching.seconds.values())  # opening the trackers
         deferred = signals.deferred() if signals else nullcontext()
         with deferred, explain_oom("training", lambda: training_knob(config, plan.method)):
             metrics = train(
@@ -197,7 +188,7 @@ def _train(
             train_s -= sum(watched.values()) - watched_before
             _finish(attempt, metrics, {"encode_s": encode_s, "load_s": load_s, "train_s": train_s, **watched}, say)
         processes.wait()
-        if processes.is_main:  # after the others were let go: it may take longer than they would wait
+        if processes.is_main:  # after the other ranks are released, as it may exceed their timeout
             upload_finished(plan, attempt.watching.uploads, say)
 
 
@@ -209,7 +200,7 @@ def _begin(
     say: Callable[[str], None],
     stack: ExitStack,
 ) -> _Attempt:
-    """Take hold of the run folder, and bring model and optimizer to the step to go on from."""
+    """Lock and prepare the run folder, and restore model and optimizer at the starting step."""
     if processes.is_main:
         stack.enter_context(locked(plan.run))
         check_still_newest(plan.run, plan.start)
@@ -219,7 +210,7 @@ def _begin(
         say(f"resuming from {plan.start.name}")
     processes.wait()
 
-    state = _starting_state(plan, encoded, transformer, processes)
+    state = starting_state(plan, encoded, transformer, processes)
     described: dict[str, Any] = {}
     if processes.is_main:
         clear(plan.run, plan.start)
@@ -247,7 +238,7 @@ def _begin(
 
 
 def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], say: Callable[[str], None]) -> None:
-    """Write the result, the card and, last, `run.json`, whose report says that all is done; say what came of it."""
+    """Write the result, the model card and last `run.json`, whose report marks the run as finished; print a summary."""
     plan, state, watching = attempt.plan, attempt.state, attempt.watching
     _export(plan, state, attempt.contract)
     weights = exported_weights(state)
@@ -274,76 +265,15 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
 
 
 def result_values(plan: Plan) -> dict[str, Any]:
-    """Return what a program would want to know of a finished run."""
+    """Return the values of a finished run for programs that read the JSON output."""
     product = plan.run / plan.method.product.name
     return {"product": product, "run": plan.run, "steps": plan.config.train.total_steps}
 
 
-def _starting_state(
-    plan: Plan, encoded: Encoded, transformer: SD3Transformer2DModel, processes: Processes
-) -> TrainState:
-    """Make the model trainable, and begin at the checkpoint to resume from, or at step 0."""
-    config = plan.config
-    parameters = make_trainable(config, plan.method, transformer)
-    if plan.start is None:
-        plan.method.initialize_from_data(
-            transformer, lambda: observe(plan, encoded, transformer), processes.reduce_mean
-        )
-    state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
-    if plan.start is not None:
-        restore(plan.start, state)
-    return state
-
-
 def _export(plan: Plan, state: TrainState, contract: Mapping[str, Any]) -> None:
-    """What was trained; with an EMA, the average, and beside it the weights as trained."""
+    """Export the trained weights; with an EMA, export the average, and the raw weights separately."""
     product = plan.method.product
     plan.method.export(plan.run / product.name, exported_weights(state), contract)
     if state.ema is not None:
         raw = state.master.named(state.master.master)
         plan.method.export(plan.run / product.raw, raw, {**contract, "weights": "raw"})
-
-
-def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainState:
-    """The state before the first step."""
-    optimizer = make_optimizer(config.optimizer, master.master)
-    return TrainState(
-        step=0,
-        master=master,
-        optimizer=optimizer,
-        ema=master.master.detach().clone() if config.ema is not None else None,
-        loss_scale=LossScale(master.master.device, enabled=dtype is torch.float16),
-    )
-
-
-def observe(plan: Plan, encoded: Encoded, transformer: SD3Transformer2DModel) -> None:
-    """Run the first batches of a single process through the model: the same data on every rank."""
-    batches = make_batches(plan, encoded, ALONE)
-    for step in range(OBSERVED_STEPS):
-        predict_velocity(transformer, plan.method, batches.fetch(step, 0))
-    batches.close()
-
-
-def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
-    vae, flow = vae_config(plan.base), plan.config.flow
-    sigmas_at = functools.lru_cache(lambda shift: sigma_of_u(flow, shift))
-    return Batches(
-        encoded.store,
-        encoded.examples,
-        seed=plan.config.seed,
-        batch_size=plan.config.train.batch_size,
-        accumulation=plan.config.train.gradient_accumulation,
-        rank=processes.rank,
-        world=processes.world,
-        device=plan.device,
-        scaling=LatentScaling(vae["scaling_factor"], vae["shift_factor"]),
-        sigma_of_u=lambda u, pixels: sigmas_at(shift_at(flow, plan.model_shift, pixels))(u),
-        noise_offset=flow.noise_offset,
-        dropout=Dropout(
-            plan.config.data.caption_dropout,
-            plan.config.data.encoder_dropout,
-            {encoder: keys[NEGATIVE_PROMPT] for encoder, keys in encoded.captions.items() if NEGATIVE_PROMPT in keys},
-            kept=drops_kept_captions(plan),
-        ),
-        t5_lengths=encoded.t5_lengths,
-    )

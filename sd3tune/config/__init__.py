@@ -1,4 +1,4 @@
-"""The configuration of a run: a strict schema, a loader that explains problems, a dump. No torch."""
+"""The configuration of a run: a strict schema, a loader with readable errors, and a YAML dump. Imports no torch."""
 
 from sd3tune.config.dump import dump_config
 from sd3tune.config.json_schema import json_schema

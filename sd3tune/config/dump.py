@@ -1,4 +1,4 @@
-"""A configuration as YAML that loads back to the same configuration."""
+"""YAML dump of a configuration, which loads back to an equal configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sd3tune.config.yaml12 import add_scalars
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string that YAML 1.1 or 1.2 would read as something else."""
+    """YAML dumper that quotes strings which YAML 1.1 or 1.2 would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -21,7 +21,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    """Plain and single-quoted text loses unusual line breaks in PyYAML; double quotes escape them."""
+    """Represent text; double quotes preserve unusual line breaks, which PyYAML loses in other styles."""
     style = None if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -31,15 +31,15 @@ add_scalars(_Dumper)
 
 
 def dump_config(config: Config, ascii_only: bool = False) -> str:
-    """Every key with its value, in the order of the schema; `load_config` gives back an equal one.
+    """Return every key with its value, in the order of the schema; `load_config` returns an equal configuration.
 
-    `ascii_only`: with escapes for all other characters, for a place that may not be read as UTF-8.
+    With `ascii_only`, other characters are escaped, for output that may not be read as UTF-8.
     """
     return dump_values(config.model_dump(), ascii_only)
 
 
 def dump_values(values: dict[str, Any], ascii_only: bool = False) -> str:
-    """Nested values as YAML, in their order."""
+    """Return nested values as YAML, in their order."""
     return yaml.dump(
         values,
         Dumper=_Dumper,
@@ -51,6 +51,6 @@ def dump_values(values: dict[str, Any], ascii_only: bool = False) -> str:
 
 
 def dump_text(text: str) -> str:
-    """A text as a YAML value on one line, in quotes where YAML 1.1 or 1.2 would take it for something else."""
+    """Return a text as a one-line YAML value, quoted if YAML 1.1 or 1.2 would read another type."""
     dumped = yaml.dump(text, Dumper=_Dumper, allow_unicode=True, width=2**20)
     return dumped.removesuffix("...\n").rstrip("\n")

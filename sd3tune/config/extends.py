@@ -1,4 +1,4 @@
-"""`extends`: a file that is laid over others, key by key. The result knows where each value stands."""
+"""`extends`: merge a file over other files, key by key, and record the origin of each value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune import __version__
-from sd3tune.config.files import as_typed, read_text
+from sd3tune.config.files import read_text, short_path
 from sd3tune.config.presets import find_preset
 from sd3tune.config.problems import shown
 from sd3tune.config.schema import CONFIG_VERSION
@@ -20,28 +20,28 @@ from sd3tune.errors import ConfigError
 
 KEY = "extends"
 PRESET = "preset:"
-"""What a shipped preset's name is preceded by, instead of a path."""
-_MOST_NAMED = 100
-"""Of all the files together; each name costs a merge."""
+"""Prefix of a shipped preset's name, to tell it from a path."""
+_MAX_EXTENDED = 100
+"""Limit on names in `extends`, of all files together, as each costs a merge."""
 
 
 def tree_of_text(text: str, source: str) -> Tree:
-    """A YAML text, which is or would be the file `source`, with what it extends.
+    """Parse the YAML text of the file `source`, which need not exist, and merge it over the files that it extends.
 
     Raises:
-        ConfigError: not YAML, made for a newer sd3tune, or it extends what is missing or extends it in turn.
+        ConfigError: not YAML, made for a newer sd3tune, or it extends a missing file or, directly or not, itself.
     """
     files = _Files(itertools.count(0, -1))
     return _inherit(_tree(text, source, next(files.numbers)), (source,), files)
 
 
 def tree_of_values(values: dict[str, Any], folder: Path) -> Tree:
-    """Plain values with what they extend; their paths are relative to `folder`. Raises ConfigError."""
+    """Merge plain values over the files that they extend; paths are relative to `folder`. Raises ConfigError."""
     return _inherit(Tree(values, root=Origin("config", (0, 0), folder)), (), _Files(itertools.count(-1, -1)))
 
 
 def refuse_newer_version(tree: Tree) -> None:
-    """Raises ConfigError for values that a later sd3tune understands."""
+    """Raise ConfigError for values made for a newer sd3tune."""
     version = tree.values.get("config_version")
     if isinstance(version, int) and version > CONFIG_VERSION:
         origin = tree.origin(("config_version",))
@@ -52,7 +52,7 @@ def refuse_newer_version(tree: Tree) -> None:
 
 
 def _tree(text: str, source: str, number: int) -> Tree:
-    """One file by itself."""
+    """Parse one file without the files that it extends."""
     try:
         document = parse(text)
     except YamlError as error:
@@ -60,7 +60,7 @@ def _tree(text: str, source: str, number: int) -> Tree:
     if document.value is None:
         raise ConfigError(f"{source}: is empty; a configuration names at least data.sources")
     if not isinstance(document.value, dict):
-        raise ConfigError(f"{source}:{document.lines[()]}: a configuration is made of lines such as `name: my-lora`")
+        raise ConfigError(f"{source}:{document.lines[()]}: a configuration consists of lines such as `name: my-lora`")
     folder = Path(source).absolute().parent
 
     def at(line: int) -> Origin:
@@ -75,30 +75,32 @@ def _tree(text: str, source: str, number: int) -> Tree:
 
 @dataclass
 class _Files:
-    """The files that a configuration extends, each read and laid over its own ones once, however often it is named."""
+    """The files that a configuration extends; each is read and merged only once, even if named several times."""
 
     numbers: Iterator[int]
-    """Of the next file; see `Origin.order`."""
+    """Numbers for the next files; see `Origin.order`."""
     whole: dict[str, Tree] = field(default_factory=dict)
     named: int = 0
 
 
 def _inherit(tree: Tree, chain: tuple[str, ...], files: _Files) -> Tree:
-    """`tree` laid over what it extends, in order; `chain` are the files that led here, the tree's own last."""
+    """Merge `tree` over the files that it extends, in order; `chain` holds the extending files, the tree's own last."""
     if KEY not in tree.values:
         return tree
     below: Tree | None = None
-    for name, origin in _named(tree):
+    for name, origin in _take_extends(tree):
         files.named += 1
-        if files.named > _MOST_NAMED:
-            raise ConfigError(f"{origin.label}: {KEY}: more than {_MOST_NAMED} files are named here and in turn")
+        if files.named > _MAX_EXTENDED:
+            raise ConfigError(
+                f"{origin.label}: {KEY}: more than {_MAX_EXTENDED} files are extended, directly and indirectly"
+            )
         source = _source(name, origin)
         _refuse_circle(source, chain, origin)
         if source not in files.whole:
             files.whole[source] = _read(source, origin, chain, files)
         parent = files.whole[source]
-        below = parent if below is None else _laid_over(below, parent)
-    return tree if below is None else _laid_over(below, tree)
+        below = parent if below is None else _merge(below, parent)
+    return tree if below is None else _merge(below, tree)
 
 
 def _read(source: str, origin: Origin, chain: tuple[str, ...], files: _Files) -> Tree:
@@ -109,8 +111,8 @@ def _read(source: str, origin: Origin, chain: tuple[str, ...], files: _Files) ->
     return _inherit(_tree(text, source, next(files.numbers)), (*chain, source), files)
 
 
-def _named(tree: Tree) -> list[tuple[str, Origin]]:
-    """Take `extends` out of the tree: the names in it, and where each was written."""
+def _take_extends(tree: Tree) -> list[tuple[str, Origin]]:
+    """Remove `extends` from the tree, and return its names, each with its origin."""
     names = tree.values.pop(KEY)
     listed = names if isinstance(names, list) else [names]
     if not listed or not all(isinstance(name, str) and name for name in listed):
@@ -124,7 +126,7 @@ def _named(tree: Tree) -> list[tuple[str, Origin]]:
 
 
 def _source(name: str, origin: Origin) -> str:
-    """The path of a named file, relative to the working directory where it can be."""
+    """Return the path of an extended file, relative to the working directory if it is inside."""
     if name.startswith(PRESET):
         try:
             path = find_preset(name.removeprefix(PRESET))
@@ -132,20 +134,18 @@ def _source(name: str, origin: Origin) -> str:
             raise ConfigError(f"{origin.label}: {KEY}: {error.problems[0]}") from None
     else:
         path = Path(os.path.abspath(os.path.join(origin.folder, os.path.expanduser(name))))
-    return as_typed(path)
+    return short_path(path)
 
 
 def _refuse_circle(source: str, chain: tuple[str, ...], origin: Origin) -> None:
     known = [os.path.realpath(file) for file in chain]
     if os.path.realpath(source) in known:
         circle = [*chain[known.index(os.path.realpath(source)) :], source]
-        raise ConfigError(
-            f"{origin.label}: {KEY}: a circle: {' extends '.join(circle)}; one of them has to stand alone"
-        )
+        raise ConfigError(f"{origin.label}: {KEY}: a circle: {' extends '.join(circle)}; remove one of these `extends`")
 
 
-def _laid_over(below: Tree, above: Tree) -> Tree:
-    """Sections are merged key by key; any other value, a list too, replaces the one below it."""
+def _merge(below: Tree, above: Tree) -> Tree:
+    """Merge `above` over `below`: sections key by key; any other value, lists included, replaces the value below."""
     values = _copied(below.values)
     replaced: dict[KeyPath, Origin] = {}
 

@@ -1,4 +1,4 @@
-"""Configuration files as text: what cannot be read is one line that says why and what is near."""
+"""Reading of configuration files; errors give the reason and suggest similar file names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _MAX_BYTES = 1 << 20
 
 
 def read_text(source: str, typed: bool = True) -> str:
-    """The text of the file `source`; of a pipe or device only where the user `typed` its name. Raises ConfigError."""
+    """Return the text of the file `source`; a pipe or device is read only if the user `typed` its name.
+
+    Raises ConfigError.
+    """
     path = Path(source)
     try:
         if path.is_dir():
@@ -35,8 +38,8 @@ def read_text(source: str, typed: bool = True) -> str:
         raise ConfigError(str(error)) from None
 
 
-def as_typed(path: Path) -> str:
-    """A path as short as it can be for someone in the working directory."""
+def short_path(path: Path) -> str:
+    """Return a path relative to the working directory if it is inside, else unchanged."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 

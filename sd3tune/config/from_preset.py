@@ -1,4 +1,4 @@
-"""A configuration of one's own: the text of a preset, comments and all, with what is personal filled in."""
+"""A new configuration: the text of a preset, comments included, with the user's values filled in."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _DEMO_PICTURES = "sd3tune/assets/demo"
 
 
 @dataclass(frozen=True)
-class Personal:
-    """What a user fills in; None keeps what the preset has."""
+class UserValues:
+    """Values given by the user; None keeps the preset's value."""
 
     name: str
     out: Path
@@ -27,33 +27,33 @@ class Personal:
     caption: str | None = None
 
 
-def text_from_preset(preset: Preset, personal: Personal) -> str:
-    """The YAML to be written to `personal.out`. Prompts that contain the preset's caption follow the new one."""
+def text_from_preset(preset: Preset, given: UserValues) -> str:
+    """Return the YAML for `given.out`. In prompts, the preset's caption is replaced by the new one, too."""
     edited = _Text(preset.path.read_text(encoding="utf-8"))
     name, path = edited.value(("name",)), edited.value(("data", "sources", 0, "path"))
-    folder = _folder(path, personal)
-    edited.replace(("name",), personal.name)
+    folder = _folder(path, given)
+    edited.replace(("name",), given.name)
     edited.replace(("data", "sources", 0, "path"), folder)
-    if personal.caption is not None:
-        _caption(edited, personal.caption)
+    if given.caption is not None:
+        _caption(edited, given.caption)
     text = edited.result()
     for old, new in {
-        f"configs/{preset.path.name}": str(personal.out),
-        f"configs/{os.path.normpath(path)}": os.path.normpath(os.path.join(personal.out.parent, folder)),
-        f"runs/{name}": f"runs/{personal.name}",
+        f"configs/{preset.path.name}": str(given.out),
+        f"configs/{os.path.normpath(path)}": os.path.normpath(os.path.join(given.out.parent, folder)),
+        f"runs/{name}": f"runs/{given.name}",
         f"$schema={SCHEMA_FILE}": f"$schema={preset.path.with_name(SCHEMA_FILE).as_uri()}",
     }.items():
         text = text.replace(old, new)
     return text
 
 
-def _folder(path: str, personal: Personal) -> str:
-    """The source's path as the new file has to write it."""
-    if personal.data is None:
+def _folder(path: str, given: UserValues) -> str:
+    """Return the source's path for the new file: absolute, or relative to its folder."""
+    if given.data is None:
         return str(Path(sd3tune.__file__).absolute().parents[1] / _DEMO_PICTURES) if _DEMO_PICTURES in path else path
-    if os.path.isabs(personal.data) or personal.data.startswith("~"):
-        return personal.data
-    relative = os.path.relpath(personal.data, personal.out.parent)
+    if os.path.isabs(given.data) or given.data.startswith("~"):
+        return given.data
+    relative = os.path.relpath(given.data, given.out.parent)
     return relative if relative.startswith("..") else os.path.join(".", relative)
 
 
@@ -73,7 +73,7 @@ def _caption(edited: _Text, caption: str) -> None:
 
 @dataclass
 class _Text:
-    """A YAML text whose single values can be changed; everything else stays as it is written."""
+    """A YAML text with editable values; the rest of the text is unchanged."""
 
     text: str
     edits: list[tuple[int, int, str]] = field(default_factory=list)
@@ -91,7 +91,7 @@ class _Text:
         return len(self._found(path).value) if self.has(path) else 0
 
     def replace(self, path: KeyPath, value: str) -> None:
-        """Write `value`, and keep a comment behind it where it stands if there is room."""
+        """Replace a value, and keep the column of a comment behind it if there is room."""
         node, new = self._found(path), dump_text(value)
         start, end = node.start_mark.index, node.end_mark.index
         line_end = self.text.find("\n", end)
@@ -102,7 +102,7 @@ class _Text:
         self.edits.append((start, end, new))
 
     def add_below(self, path: KeyPath, key: str, value: str) -> None:
-        """A line `key: value` below the line of `path`."""
+        """Insert a line `key: value` below the line of `path`."""
         node = self._found(path)
         column = node.start_mark.column - len(f"{path[-1]}: ")
         end = self.text.index("\n", node.end_mark.index)

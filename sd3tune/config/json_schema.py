@@ -10,15 +10,15 @@ from sd3tune.config.shape import item_of, sections_of
 
 _FILE = {"type": "string", "minLength": 1}
 _EXTENDS = {
-    "description": "A file or several that this one is laid over, relative to it, or `preset:` and the name of a "
-    "shipped one. Later files win over earlier ones, this one over all.",
+    "description": "One or more files to extend, relative to this file, or `preset:` and the name of a shipped preset. "
+    "Later files override earlier ones, and this file overrides all.",
     "anyOf": [_FILE, {"type": "array", "items": _FILE, "minItems": 1}],
     "title": "Extends",
 }
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a file: a configuration, or what `extends` another one."""
+    """Return the JSON Schema (draft 2020-12) of a file: a whole configuration, or one that `extends` another."""
     schema = _without_discriminators(Config.model_json_schema())
     complete = _complete(Config)
     for section in _completed_by_extending(Config):
@@ -34,7 +34,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _complete(section: type[Section]) -> dict[str, Any]:
-    """What has to be there when nothing is extended, in the sections that files are merged by."""
+    """Return the required keys of a file that extends nothing, in the sections that are merged key by key."""
     names = [name for name, field in section.model_fields.items() if field.is_required()]
     inside = {name: _complete(inner) for name, inner in _merged(section)}
     needed = {"required": names, "properties": {name: schema for name, schema in inside.items() if schema}}
@@ -46,7 +46,7 @@ def _completed_by_extending(section: type[Section]) -> list[type[Section]]:
 
 
 def _merged(section: type[Section]) -> list[tuple[str, type[Section]]]:
-    """The sections inside that have one form; entries of lists are not merged, and kinds bring their own keys."""
+    """Return the inner sections that are merged key by key: no list entries, and no sections with a `kind`."""
     found = []
     for name, field in section.model_fields.items():
         inner = sections_of(field.annotation)
@@ -56,7 +56,7 @@ def _merged(section: type[Section]) -> list[tuple[str, type[Section]]]:
 
 
 def _without_discriminators(node: Any) -> Any:
-    """anyOf for pydantic's oneOf: `kind` may be left out, so a section can fit several variants."""
+    """Replace pydantic's oneOf by anyOf: a section without `kind` can match several variants."""
     if isinstance(node, dict):
         renamed = {"anyOf" if key == "oneOf" else key: inner for key, inner in node.items() if key != "discriminator"}
         return {key: _without_discriminators(inner) for key, inner in renamed.items()}

@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to a checked `Config`: every problem at once, each with its line."""
+"""Load and check a configuration from a YAML file and overrides; all problems are reported at once, with lines."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sd3tune.config.extends import refuse_newer_version, tree_of_text, tree_of_v
 from sd3tune.config.files import read_text
 from sd3tune.config.overrides import apply_overrides
 from sd3tune.config.problems import dotted, explain
-from sd3tune.config.run_folder import leave_folder_to_the_run, use_own_folder
-from sd3tune.config.schema import CheckedLikeAFile, Config
+from sd3tune.config.run_folder import use_own_folder, use_rehearsal_folder
+from sd3tune.config.schema import Config, ConfigType
 from sd3tune.config.sections.section import Section
 from sd3tune.config.shape import fill_kinds, paths_in, value_at
 from sd3tune.config.tree import Origin, Tree
@@ -26,13 +26,13 @@ from sd3tune.config.yaml12 import KeyPath
 from sd3tune.errors import ConfigError
 from sd3tune.files.text import flaw
 
-_MOST_PROBLEMS = 100
-"""That are explained at once; a file with more of them is no configuration."""
+_MAX_PROBLEMS = 100
+"""Maximum number of problems reported at once."""
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A checked configuration, and what the user should be told about how it came about."""
+    """A checked configuration, with notes for the user on how it was loaded."""
 
     config: Config
     notes: tuple[str, ...] = ()
@@ -41,8 +41,8 @@ class LoadedConfig:
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read a YAML file, apply `a.b.c=value` overrides and check the result.
 
-    Paths in a file are relative to it, also in one that it extends; paths in overrides to the working directory.
-    All become absolute. The `config.yaml` of a run folder describes the run in that folder, wherever it was moved.
+    Paths in a file, also an extended one, are relative to that file; paths in overrides to the working directory.
+    All become absolute. The `config.yaml` of a run folder describes the run in that folder, also after a move.
 
     Raises:
         ConfigError: one line per problem, `run.yaml:7: train.steps: -5 is too small; at least 1`.
@@ -52,7 +52,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     use_own_folder(tree, source)
     own_base = value_at(tree.values, ("model", "base"))
     apply_overrides(tree, overrides)
-    leave_folder_to_the_run(tree, own_base)
+    use_rehearsal_folder(tree, own_base)
     return _checked(tree)
 
 
@@ -79,14 +79,14 @@ def parse_config(
 
 
 def config_in_code(sections: Mapping[str, Any]) -> Config:
-    """Check what `Config(...)` was given: plain values, `os.PathLike` for paths, and sections of other configurations.
+    """Check the arguments of `Config(...)`: plain values, `os.PathLike` for paths, or sections of other configurations.
 
     Raises ConfigError, as `parse_config` does.
     """
     return parse_config({name: _plain(value) for name, value in sections.items()}).config
 
 
-CheckedLikeAFile.check = staticmethod(config_in_code)
+ConfigType.check = staticmethod(config_in_code)
 
 
 def _plain(value: Any) -> Any:
@@ -113,16 +113,14 @@ def _checked(tree: Tree) -> LoadedConfig:
     except ValidationError as error:
         unreadable = {path for path, _, _ in tree.problems if path and value_at(tree.values, path) is None}
         found = explain(error.errors(include_url=False), tree.values)
-        for path, message in itertools.islice(found, _MOST_PROBLEMS + 1):
+        for path, message in itertools.islice(found, _MAX_PROBLEMS + 1):
             if path not in unreadable and path not in flawed:
                 tree.problems.append((path, tree.origin(path or _first_key(message)), message))
     if config is None or tree.problems:
         ordered = sorted(tree.problems, key=lambda problem: problem[1].order)
         lines = list(dict.fromkeys(_line(*problem) for problem in ordered))
-        if len(lines) > _MOST_PROBLEMS:
-            lines[_MOST_PROBLEMS:] = [
-                f"{tree.root.label}: has more than {_MOST_PROBLEMS} problems; these are the first"
-            ]
+        if len(lines) > _MAX_PROBLEMS:
+            lines[_MAX_PROBLEMS:] = [f"{tree.root.label}: has more than {_MAX_PROBLEMS} problems; these are the first"]
         raise ConfigError(*lines)
     return LoadedConfig(config, tuple(tree.notes))
 
@@ -134,13 +132,13 @@ def _line(path: KeyPath, origin: Origin, message: str) -> str:
 
 
 def _first_key(message: str) -> KeyPath:
-    """The key that a problem between keys begins with: `schedule.warmup_steps is 20 but ...`."""
+    """Return the key at the start of a message about several keys: `schedule.warmup_steps is 20 but ...`."""
     key = re.match(r"[a-z0-9_]+(\.[a-z0-9_]+)+", message)
     return tuple(key[0].split(".")) if key else ()
 
 
 def _flawed_texts(values: Any) -> Iterator[tuple[KeyPath, str]]:
-    """Each text that no tokenizer, model card or tracker takes, a key or a value: its key path, and what is wrong."""
+    """Yield the key path and the fault of each text, key or value, that no tokenizer, model card or tracker accepts."""
     waiting: list[tuple[KeyPath, Any]] = [((), values)]
     while waiting:
         path, value = waiting.pop()
@@ -153,7 +151,7 @@ def _flawed_texts(values: Any) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path]) -> set[KeyPath]:
-    """Make every path absolute, in place, and return their keys; values of a wrong type are left for the check."""
+    """Make every path absolute, in place, and return their key paths; values of a wrong type are skipped."""
     resolved = set()
     for path, is_path in paths_in(Config, values):
         section, text, folder = value_at(values, path[:-1]), value_at(values, path), folder_of(path)

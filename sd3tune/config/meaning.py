@@ -1,4 +1,4 @@
-"""Selections of a configuration's keys by what they mean; see `sections.key`."""
+"""Selections of a configuration's keys by their declared meaning; see `sections.key`."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from sd3tune.config.shape import key_of
 
 
 def identity_of(section: Section, resolved: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what of a section has to be the same when a run is resumed, in the section's order, sections nested.
+    """Return the keys of a section that must be equal when a run is resumed, in order, with nested sections.
 
-    `resolved` gives, by dotted key, the entries that stand for the keys compared by what follows from them; one that
-    it lacks is left out.
+    `resolved` maps dotted keys that are compared by a derived value to their derived entries; missing ones are left
+    out.
     """
     return _selected(section, lambda key: key.identity is Identity.WRITTEN, resolved)
 
 
 def compared_when_finished(section: Section) -> dict[str, Any]:
-    """Return the keys that an unfinished run compares by its encoded data, as they are written."""
+    """Return the written values of keys that an unfinished run compares through its encoded data."""
     return _selected(section, lambda key: key.identity is Identity.ENCODED)
 
 
 def settings_of(section: Section, phase: Phase) -> dict[str, Any]:
-    """Return the keys on which the forecast of a phase may depend."""
+    """Return the keys that may affect the forecast of a phase."""
     return _selected(section, lambda key: phase in key.phases)
 
 
 def contract_of(section: Section) -> dict[str, Any]:
-    """Return what the contract states of a section's keys as they are written: its name there -> value.
+    """Return a section's keys that the contract states as written: name in the contract -> value.
 
     A method's keys are left to the method.
     """
@@ -46,7 +46,7 @@ def contract_of(section: Section) -> dict[str, Any]:
 
 
 def knobs_of(section: Section, prefix: str = "") -> Iterator[tuple[str, Knob]]:
-    """Every dotted key of the section that is advised when memory is short."""
+    """Yield each dotted key of the section that can reduce memory, with its `Knob`."""
     for name, field in type(section).model_fields.items():
         key, inner = key_of(field), getattr(section, name)
         if key is not None and key.knob is not None:
@@ -56,7 +56,7 @@ def knobs_of(section: Section, prefix: str = "") -> Iterator[tuple[str, Knob]]:
 
 
 def leaner_values(section: Section, path: str) -> tuple[Any, ...]:
-    """Return the values of a dotted key that take less memory; none where the key is not there or no knob."""
+    """Return the values of a dotted key that take less memory; empty if the key is missing or no knob."""
     return next((knob.leaner for name, knob in knobs_of(section) if name == path), ())
 
 
@@ -66,9 +66,9 @@ def _selected(
     resolved: Mapping[str, Mapping[str, Any]] = {},
     prefix: str = "",
 ) -> dict[str, Any]:
-    """Return the wanted keys of a section and of those inside; sections without any are left out.
+    """Return the selected keys of a section and its inner sections; sections without any are left out.
 
-    A key that declares nothing, which a section from outside may have, counts as one that is compared as written.
+    Undeclared keys, which a section from outside the package may have, count as `WRITTEN`.
     """
     found: dict[str, Any] = {}
     values = section.model_dump()

@@ -1,4 +1,4 @@
-"""`a.b.c=value` from the command line, written into the tree of a YAML before it is checked."""
+"""Overrides `a.b.c=value` from the command line, written into the tree of a YAML before it is checked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def apply_overrides(tree: Tree, overrides: Sequence[str]) -> None:
 
 
 class _Refused(Exception):
-    """Why an override cannot be written."""
+    """Reason why an override cannot be applied."""
 
 
 def _split(text: str) -> tuple[KeyPath, Any]:
@@ -54,7 +54,7 @@ def _split(text: str) -> tuple[KeyPath, Any]:
 
 
 def _open_containers(tree: Tree, path: KeyPath, origin: Origin) -> KeyPath:
-    """Make sure that everything above the last step of `path` is there; absent sections are created."""
+    """Create missing sections above the last step of `path`, and return the path with keys of mappings as text."""
     node: Any = tree.values
     for depth, step in enumerate(path):
         here = path[:depth]
@@ -75,7 +75,7 @@ def _open_containers(tree: Tree, path: KeyPath, origin: Origin) -> KeyPath:
 
 
 def _absent(values: dict[str, Any], path: KeyPath) -> Any:
-    """What a key that was not written holds, as something that an override can write into."""
+    """Return the container that a missing key stands for: a section, or a copy of its default list."""
     known = field_at(values, path)
     if known is None or sections_of(known.annotation):
         return {}

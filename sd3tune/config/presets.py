@@ -1,4 +1,4 @@
-"""The shipped configurations: where they lie, what each is for."""
+"""The shipped configurations, with their folder and descriptions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sd3tune.errors import ConfigError
 from sd3tune.invocation import command_line
 
 SCHEMA_FILE = "schema.json"
-"""The JSON Schema, beside the presets that refer to it."""
+"""The JSON Schema, in the same folder as the presets that refer to it."""
 
-_OF_A_CHECKOUT = "nano_"
-"""Begins the names of those that need what a checkout makes, so that they start nobody's own run."""
+_CHECKOUT_ONLY = "nano_"
+"""Name prefix of configurations that need files made in a checkout, so they are not offered as presets."""
 _MODELINE = "# yaml-language-server:"
 
 
@@ -37,7 +37,7 @@ class Preset:
 
 
 def presets_folder() -> Path:
-    """`configs/` of a checkout, or where the wheel puts it, inside the package. Raises ConfigError if there is none."""
+    """Return `configs/` of a checkout or, from a wheel, of the package. Raises ConfigError if there is none."""
     package = Path(sd3tune.__file__).absolute().parent
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / SCHEMA_FILE).is_file():
@@ -46,13 +46,13 @@ def presets_folder() -> Path:
 
 
 def all_presets() -> list[Preset]:
-    """Every shipped configuration to start from, by name. Raises ConfigError."""
+    """Return all presets, sorted by name. Raises ConfigError."""
     paths = sorted(presets_folder().glob("*.yaml"))
-    return [Preset(path) for path in paths if not path.name.startswith(_OF_A_CHECKOUT)]
+    return [Preset(path) for path in paths if not path.name.startswith(_CHECKOUT_ONLY)]
 
 
 def find_preset(name: str) -> Path:
-    """The file of a shipped configuration. Raises ConfigError for another name."""
+    """Return the file of a preset. Raises ConfigError for an unknown name."""
     paths = {preset.name: preset.path for preset in all_presets()}
     wanted = name.removesuffix(".yaml")
     if wanted in paths:
@@ -63,7 +63,7 @@ def find_preset(name: str) -> Path:
 
 
 def _comments(lines: list[str]) -> Iterator[str]:
-    """What the comments at the top say, without the line for editors."""
+    """Yield the text of the comment lines, without the line for editors."""
     for line in lines:
         text = line.lstrip("#").strip()
         if line.startswith("#") and text and not line.startswith(_MODELINE):

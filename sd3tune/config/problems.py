@@ -1,4 +1,4 @@
-"""pydantic's findings in the words of a user: what was given, what is allowed, what to write instead."""
+"""pydantic's errors as readable messages: the given value, the allowed ones, and a fix."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _BOUNDS = {
 
 
 def dotted(path: KeyPath) -> str:
-    """`data.sources.0.path`, as overrides write it."""
+    """Return a key path as in overrides: `data.sources.0.path`."""
     return ".".join(str(step) for step in path)
 
 
 def shown(value: Any) -> str:
-    """A value as YAML would have it, short enough for a line."""
+    """Return a value as in YAML, shortened to 60 characters."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -47,7 +47,7 @@ def shown(value: Any) -> str:
 
 
 def explain(errors: list[ErrorDetails], tree: Any) -> Iterator[tuple[KeyPath, str]]:
-    """One (key path, message) per problem; the alternatives of one union become one message."""
+    """Yield one (key path, message) per problem; all alternatives of a union give one message."""
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for error in errors:
         by_path.setdefault(_key_path(error, tree), []).append(error)
@@ -59,7 +59,7 @@ def explain(errors: list[ErrorDetails], tree: Any) -> Iterator[tuple[KeyPath, st
 
 
 def _key_path(error: ErrorDetails, tree: Any) -> KeyPath:
-    """The error's location without the labels that pydantic adds for the alternatives of a union."""
+    """Return the error's location without the labels that pydantic adds for alternatives of a union."""
     path: list[str | int] = []
     value, label = tree, None
     for step in error["loc"]:
@@ -79,7 +79,7 @@ def _key_path(error: ErrorDetails, tree: Any) -> KeyPath:
 
 
 def _is_mismatch(error: ErrorDetails) -> bool:
-    """Whether a value has the wrong type altogether, rather than being out of range."""
+    """Return True if the value has the wrong type, rather than being out of range."""
     return error["type"] == "literal_error" or error["type"] in _NOUNS or error["type"] in _SECTION_TYPES
 
 
@@ -162,7 +162,7 @@ def _keys(path: KeyPath, tree: Any) -> str:
 
 
 def _unknown_key(path: KeyPath, tree: Any) -> str:
-    """`unknown key`, with the likeliest thing that was meant."""
+    """Return `unknown key`, with the most likely intended key."""
     key, section = str(path[-1]), section_at(tree, path[:-1])
     siblings = list(section.model_fields) if section is not None else []
     if len(path) == 1 and difflib.get_close_matches(key, ["extends"], cutoff=0.8):

@@ -1,4 +1,4 @@
-"""A configuration for others to see: trackers and the Hub get no path of this machine."""
+"""A configuration for trackers and the Hub, without paths of this machine."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sd3tune.config.schema import Config
 
 
 def public_config(config: Config) -> dict[str, Any]:
-    """All values; of paths, which a loaded configuration has as absolute ones, the last part."""
+    """Return all values, with absolute paths reduced to their last part."""
     shown: dict[str, Any] = without_paths(config.model_dump(mode="json"))
     return shown
 
 
 def without_paths(value: Any) -> Any:
-    """The same nested value, with the last part of each absolute path in it."""
+    """Return the nested value with each absolute path reduced to its last part."""
     if isinstance(value, dict):
         return {name: without_paths(inner) for name, inner in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The config reference, written from the schema: `python -m sd3tune.config.reference > docs/config.md`."""
+"""The config reference, generated from the schema: `python -m sd3tune.config.reference > docs/config.md`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _INTRODUCTION = """\
 One YAML file describes a run. Only `data.sources` has no default.
 
 ```
-sd3tune config list                                   the shipped presets, one line each
-sd3tune config new rex --from PRESET --data ./rex     write rex.yaml from one, comments and all; --caption, --out
+sd3tune config list                                   list the shipped presets
+sd3tune config new rex --from PRESET --data ./rex     write rex.yaml from a preset; also --caption, --out
 sd3tune train rex.yaml                                run it
 sd3tune train rex.yaml train.steps=500 ema.decay=0.99  with overrides
-sd3tune config check rex.yaml                         every problem, each with its line
-sd3tune config show rex.yaml                          every key with its value
-sd3tune config schema > sd3tune.schema.json           for completion in an editor
+sd3tune config check rex.yaml                         list all problems, with their lines
+sd3tune config show rex.yaml                          print every key with its value
+sd3tune config schema > sd3tune.schema.json           write the schema for editors
 ```
 
 Editors that use the YAML language server complete and check a file that has a line
@@ -44,33 +44,33 @@ data:
   sources: [{path: ./rex, caption: a photo of sks dog}]
 ```
 
-- Sections are merged key by key; the extending file wins. Any other value, a list too, replaces the inherited
-  one as a whole; `null` does as well, where a key can be null.
-- Of several files the later one wins, with all that it extends itself.
-- A `kind` that differs from the inherited one drops the inherited keys that the new variant lacks or has another
-  default for, and says so: `lr` is 1 for Prodigy, whatever it was for AdamW.
-- Each path stays relative to the file in which it stands, and each problem names that file and its line. So give
-  `data.sources` of your own with a preset: its example folder lies beside the preset.
+- Sections are merged key by key; the extending file wins. Any other value, lists included, replaces the whole
+  inherited value; so does `null`, where a key can be null.
+- With several files, the later file wins, including the files that it extends.
+- A `kind` that differs from the inherited one drops inherited keys that the new variant lacks, or has another
+  default for, and prints a note: `lr` is 1 for Prodigy, whatever it was for AdamW.
+- Each path is relative to the file that contains it, and each problem names that file and its line. So set
+  your own `data.sources` with a preset, whose example folder is relative to the preset.
 - The resolved configuration in the run folder extends nothing. `extends` is for files, not for overrides.
 
 ## Rules
 
 - An unknown key, a key written twice and a value of the wrong type are errors. All are reported at once.
 - `1e-4` is a number, and only `true` and `false` are booleans: `no` and `on` are text.
-- An override is `key=value`; the value is YAML, so quote what has a `: ` or ` #` in it:
+- An override is `key=value`; the value is YAML, so quote text with a `: ` or ` #` in it:
   `data.sources.0.caption='"a dog: sitting"'`. Numbers pick list entries. `ema.decay=0.9` creates `ema`;
   `ema=null` and `ema='{decay: 0.9}'` replace it as a whole. The last override of a key wins.
-- A section with variants is told apart by `kind`; without `kind` it is the default variant. An override
-  that changes `kind` drops the keys of the file that were meant for the former variant, and says so.
+- `kind` selects the variant of a section; without `kind` it is the default variant. An override that changes
+  `kind` drops the file's keys for the former variant, and prints a note.
 - Paths in a file are relative to that file; paths in an override are relative to the working directory.
-  `~` is the home directory. `model.base` and `model.tokenizers` are paths when they begin with `/`, `./`,
-  `../` or `~/`, end like a file of weights (`.safetensors`), or when such a folder or file exists (not for the
-  names of the offline bases: write `./tiny` for a folder called tiny).
+  `~` is the home directory. `model.base` and `model.tokenizers` are paths if they begin with `/`, `./`,
+  `../` or `~/`, end like a weights file (`.safetensors`), or if such a folder or file exists. Names of offline
+  bases are never paths: write `./tiny` for a folder called tiny.
 - The run folder holds the resolved configuration as `config.yaml`: every key, every path absolute,
-  `output_dir` included. It describes the same run wherever it is used from, also after the folder was moved or
-  copied: beside a `run.json` it means the folder it lies in. Give another `output_dir` to run it once more.
-- A rehearsal, whose overrides alone replace the base by `tiny` or another with random weights, goes to
-  `runs/{name}-tiny` and leaves `runs/{name}` to the run. With a `name=` or an `output_dir` it goes where they say.
+  `output_dir` included. It describes the same run from any working directory, also after the folder was moved or
+  copied: next to a `run.json`, `output_dir` is the folder of the file. Set another `output_dir` to run it again.
+- A rehearsal is a run whose overrides replace the base by `tiny` or another base with random weights. It uses
+  `runs/{name}-tiny`, so that `runs/{name}` stays free for the real run, unless `name=` or `output_dir` is given.
 - Tabs may separate values and comments; spaces indent.
 """
 
@@ -79,7 +79,7 @@ _SIGNS = ((">=", limits.Ge, "ge"), (">", limits.Gt, "gt"), ("<=", limits.Le, "le
 
 
 def reference() -> str:
-    """The whole page, in Markdown."""
+    """Return the whole page, in Markdown."""
     return "\n".join([_INTRODUCTION, *_top_level(), *_sections(Config, "")]).rstrip() + "\n"
 
 
@@ -90,7 +90,7 @@ def _top_level() -> Iterator[str]:
 
 
 def _sections(section: type[Section], prefix: str) -> Iterator[str]:
-    """A heading and a table for each section inside `section`, depth first."""
+    """Yield a heading and a table for each section inside `section`, depth first."""
     for name, field in section.model_fields.items():
         inner = _inner(field)
         if not inner:
@@ -143,7 +143,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _value(annotation: Any, metadata: list[Any]) -> str:
-    """What a key takes, in words: `integer >= 1`, `a` or `b`, list of numbers."""
+    """Return a key's type in words: integer >= 1, `a` or `b`, list of number."""
     if get_origin(annotation) is Annotated:
         inner, *extra = get_args(annotation)
         constraints = [item for info in extra for item in (info.metadata if isinstance(info, FieldInfo) else [info])]

@@ -1,4 +1,4 @@
-"""The run folder of a configuration that lies in one, and of a rehearsal."""
+"""The run folder: of a configuration file inside one, and of a rehearsal."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from sd3tune.files.own_json import read_object
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 MARKER = "sd3tune_run"
-"""The key in `run.json` that says a run wrote it; its value is the version of the folder's layout."""
+"""Key that marks a `run.json` as written by a run; its value is the version of the folder's layout."""
 LAYOUT_VERSION = 1
 _KEY = ("output_dir",)
 _BASE = ("model", "base")
-_BEFORE_THE_MARKER = {"versions", "resumes", "timings"}
-"""Keys of every `run.json` that has no marker yet."""
+_KEYS_BEFORE_MARKER = {"versions", "resumes", "timings"}
+"""Keys of every `run.json` written before the marker was introduced."""
 _RANDOM_BASES = {base for base in OFFLINE_BASES if base.startswith("tiny")}
 
 
 def use_own_folder(tree: Tree, source: str) -> None:
-    """Make `output_dir` of a run folder's own `config.yaml` that folder, which may have been moved or copied.
+    """Set `output_dir` of a run folder's own `config.yaml` to that folder, which may have been moved or copied.
 
-    To be called before overrides are applied, so that theirs wins. A copy of the file elsewhere keeps its `output_dir`.
+    Call this before overrides are applied, so that they win. A copy of the file elsewhere keeps its `output_dir`.
     """
     file = Path(source).absolute()
     written = value_at(tree.values, _KEY)
@@ -37,14 +37,14 @@ def use_own_folder(tree: Tree, source: str) -> None:
     if os.path.realpath(file.parent.joinpath(os.path.expanduser(written))) == os.path.realpath(file.parent):
         return
     tree.write(_KEY, str(file.parent), Origin(source, tree.root.order, file.parent))
-    tree.notes.append(f"{source} lies in a run folder, so output_dir is {file.parent} and not {written}")
+    tree.notes.append(f"{source} is in a run folder, so output_dir is {file.parent} and not {written}")
 
 
-def leave_folder_to_the_run(tree: Tree, own_base: object) -> None:
-    """Give a rehearsal the folder `runs/NAME-tiny`, so that it does not block the run itself, which is in `runs/NAME`.
+def use_rehearsal_folder(tree: Tree, own_base: object) -> None:
+    """Set `output_dir` of a rehearsal to `runs/NAME-tiny`, so that it does not block the real run in `runs/NAME`.
 
-    A rehearsal is a configuration whose overrides replace its `own_base` by one with random weights. One that has a
-    name or an `output_dir` of its own keeps it. To be called after overrides are applied.
+    A rehearsal is a configuration whose overrides replace its `own_base` by a base with random weights. An overridden
+    name or any `output_dir` is kept. Call this after overrides are applied.
     """
     base, name = value_at(tree.values, _BASE), tree.values.get("name", Config.model_fields["name"].default)
     if not _is_random(base) or _is_random(own_base):
@@ -53,7 +53,9 @@ def leave_folder_to_the_run(tree: Tree, own_base: object) -> None:
         return
     folder = os.path.join("runs", str(name))
     tree.values["output_dir"] = os.path.abspath(f"{folder}-tiny")
-    tree.notes.append(f"{tree.origin(_BASE).label}: a rehearsal goes to {folder}-tiny and leaves {folder} to the run")
+    tree.notes.append(
+        f"{tree.origin(_BASE).label}: a rehearsal: its folder is {folder}-tiny, so that {folder} stays free for the run"
+    )
 
 
 def _is_random(base: object) -> bool:
@@ -61,18 +63,18 @@ def _is_random(base: object) -> bool:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a run has written into this folder. Other programs have a `run.json`, too."""
+    """Return True if a run has written into this folder; the `run.json` of another program does not count."""
     return "argv" in read_run_file(folder)
 
 
 def read_run_file(folder: Path) -> dict[str, Any]:
-    """Return the `run.json` of a run, or of its copy on the Hub, which lacks `argv`; empty where there is none.
+    """Return the `run.json` of a run, or of its copy on the Hub, which lacks `argv`.
 
-    Also empty for one that another program wrote or that cannot be read.
+    Empty if the file is missing, unreadable or written by another program.
     """
     try:
         described = read_object(folder / RUN_FILE)
     except (OSError, NotJson):
         return {}
-    ours = type(described.get(MARKER)) is int or described.keys() >= _BEFORE_THE_MARKER
+    ours = type(described.get(MARKER)) is int or described.keys() >= _KEYS_BEFORE_MARKER
     return described if ours else {}

@@ -1,8 +1,8 @@
-"""The whole configuration as strict, frozen models. One sentence a field: effect, unit, cost.
+"""The whole configuration as strict, frozen models. Each field has one sentence: effect, unit, cost.
 
-Its sections, in `sections/`, are the single source of the defaults, of the JSON Schema and of the config reference. A
-variant (method, timesteps, weighting, optimizer, schedule, source) is one model in a union that `kind` discriminates;
-`variants` adds those from outside. Each key declares what it means for a run: see `sections.key`.
+The sections, in `sections/`, are the single source of defaults, JSON Schema and config reference. A variant (method,
+timesteps, weighting, optimizer, schedule, source) is one model in a union discriminated by `kind`; `variants` adds
+variants from outside. Each key declares its meaning for a run: see `sections.key`.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
 Values = Section | Mapping[str, Any]
-"""A section as code gives it: its keys and values, or that of another configuration."""
+"""A section given in code: its keys and values, or the section of another configuration."""
 
 
-class CheckedLikeAFile(type(BaseModel)):  # type: ignore[misc]
-    """The class of `Config`: a call checks its arguments like a file. pydantic builds a Config without this call."""
+class ConfigType(type(BaseModel)):  # type: ignore[misc]
+    """Metaclass of `Config`: a call checks its arguments like a file. pydantic builds a Config without this call."""
 
     check: Callable[[Mapping[str, Any]], Any]
-    """The check, which `loader` sets, as it stands above the schema."""
+    """The check; `loader` sets it, as it imports the schema and not vice versa."""
 
     if not TYPE_CHECKING:
 
         def __call__(cls, **sections: Any) -> Any:
-            return CheckedLikeAFile.check(sections)
+            return ConfigType.check(sections)
 
 
-class Config(Section, metaclass=CheckedLikeAFile):
-    """A run of sd3tune, checked and unchangeable.
+class Config(Section, metaclass=ConfigType):
+    """The configuration of a run, checked and immutable.
 
-    Built in code, it takes the keys and values of a YAML file; paths are relative to the working directory. Raises
+    In code, it takes the keys and values of a YAML file; paths are relative to the working directory. Raises
     ConfigError, one line per problem.
     """
 
@@ -77,7 +77,7 @@ class Config(Section, metaclass=CheckedLikeAFile):
         ) -> None: ...
 
     config_version: Annotated[int, FREE] = Field(
-        CONFIG_VERSION, ge=1, le=CONFIG_VERSION, description="Version of this format; a newer one is refused."
+        CONFIG_VERSION, ge=1, le=CONFIG_VERSION, description="Version of this format; newer versions are refused."
     )
     name: Annotated[str, Key(Identity.FREE, contract=True)] = Field(
         "my-lora",
@@ -86,17 +86,17 @@ class Config(Section, metaclass=CheckedLikeAFile):
         json_schema_extra={"pattern": _NAME.pattern},
     )
     seed: Annotated[int, Key(Identity.WRITTEN, contract=True)] = Field(
-        0, ge=0, lt=2**63, description="Order, crops, sigmas, noise and initial weights follow from it."
+        0, ge=0, lt=2**63, description="Seed of order, crops, sigmas, noise and initial weights."
     )
     output_dir: Annotated[str | None, Key(Identity.FREE, path=is_any_path)] = Field(
         None,
-        description="The run folder, relative to the YAML file; null: `runs/{name}` where sd3tune starts.",
+        description="The run folder, relative to the YAML file; null: `runs/{name}` in the working directory.",
     )
     model: ModelConfig = Field(default_factory=ModelConfig, description="The base model.")
-    method: MethodConfig = Field(default_factory=LoraConfig, description="What is trained.")
+    method: MethodConfig = Field(default_factory=LoraConfig, description="The training method.")
     data: DataConfig = Field(
         examples=["{sources: [{path: ./photos, caption: a photo of sks dog}]}"],
-        description="What it is trained on.",
+        description="The training data.",
     )
     flow: FlowConfig = Field(default_factory=FlowConfig, description="The objective.")
     optimizer: OptimizerConfig = Field(default_factory=AdamWConfig, description="How weights are updated.")
@@ -105,25 +105,25 @@ class Config(Section, metaclass=CheckedLikeAFile):
     ema: Annotated[EmaConfig | None, Key(Identity.WRITTEN, phases=TRAINING)] = Field(
         None, description="Average the trained weights; null turns it off."
     )
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="What a run resumes from.")
-    preview: PreviewConfig = Field(default_factory=PreviewConfig, description="Images while training.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints to resume from.")
+    preview: PreviewConfig = Field(default_factory=PreviewConfig, description="Images drawn during training.")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="Held-out loss.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Experiment trackers.")
-    hub: HubConfig = Field(default_factory=HubConfig, description="Upload.")
+    hub: HubConfig = Field(default_factory=HubConfig, description="Upload to the Hub.")
 
     @field_validator("name")
     @classmethod
-    def _a_folder_name(cls, name: str) -> str:
+    def _valid_folder_name(cls, name: str) -> str:
         if not _NAME.fullmatch(name):
             raise ValueError("cannot name a folder; use letters, digits, '.', '_' and '-', a letter or digit first")
         return name
 
     @model_validator(mode="after")
-    def _one_length(self) -> Config:
+    def _exactly_one_length(self) -> Config:
         steps, epochs = self.train.steps, self.train.epochs
         if steps is not None and epochs is not None:
             raise ValueError(
-                f"train.steps is {steps} and train.epochs is {epochs:g}: both say how long to train; leave one out, "
+                f"train.steps is {steps} and train.epochs is {epochs:g}: both set the length of training; remove one, "
                 "or set it to null"
             )
         if steps is None and epochs is None:
@@ -131,7 +131,7 @@ class Config(Section, metaclass=CheckedLikeAFile):
         return self
 
     @model_validator(mode="after")
-    def _new_weights_are_trained_whole(self) -> Config:
+    def _random_init_needs_full_training(self) -> Config:
         if self.model.init == "pretrained":
             return self
         if self.method.freezes_base:
@@ -142,13 +142,13 @@ class Config(Section, metaclass=CheckedLikeAFile):
         for number, source in enumerate(self.data.sources):
             if source.prior is not None:
                 raise ValueError(
-                    f"data.sources.{number}.prior keeps what the base knows, and with model.init=random it knows "
-                    "nothing; leave the prior out"
+                    f"data.sources.{number}.prior preserves the base's knowledge, but with model.init=random it "
+                    "has none; remove the prior"
                 )
         return self
 
     @model_validator(mode="after")
-    def _what_is_trained_is_held_in_full(self) -> Config:
+    def _quantized_base_is_frozen(self) -> Config:
         if self.model.quantize != "none" and not self.method.freezes_base:
             raise ValueError(
                 f"model.quantize is {self.model.quantize} and method.kind is {self.method.kind}: only a frozen base "
@@ -157,7 +157,7 @@ class Config(Section, metaclass=CheckedLikeAFile):
         return self
 
     @model_validator(mode="after")
-    def _tags_go_into_an_adapter(self) -> Config:
+    def _exported_tags_need_adapter(self) -> Config:
         if self.data.export_tags and not self.method.makes_adapter:
             raise ValueError(
                 f"data.export_tags is true and method.kind is {self.method.kind}: only an adapter's file has a place "
@@ -175,5 +175,5 @@ class Config(Section, metaclass=CheckedLikeAFile):
         return self
 
     def warmup_fits(self, steps: int) -> bool:
-        """Whether a run of that many steps reaches its peak learning rate."""
+        """Return True if a run of that many steps reaches its peak learning rate."""
         return self.schedule.warmup_steps < steps

@@ -1,4 +1,4 @@
-"""Questions about the schema's shape: which section lies at a key path, which variants it has."""
+"""Queries on the schema: the section or field at a key path, and the variants of a section."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sd3tune.config.yaml12 import KeyPath
 
 
 def alternatives(annotation: Any) -> list[Any]:
-    """The members of a union, `Annotated` taken off; one member for anything else."""
+    """Return the members of a union without `Annotated`; one member for any other annotation."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return alternatives(get_args(annotation)[0])
@@ -26,13 +26,15 @@ def alternatives(annotation: Any) -> list[Any]:
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:
-    """The sections that a field can hold: none for a plain value, several for one with a `kind`."""
-    plain = [kind for kind in alternatives(annotation) if get_origin(kind) is None]  # 3.10 takes list[str] for a type
+    """Return the sections that a field can hold: none for a plain value, several if it has a `kind`."""
+    plain = [
+        kind for kind in alternatives(annotation) if get_origin(kind) is None
+    ]  # Python 3.10 counts list[str] as a type
     return [kind for kind in plain if isinstance(kind, type) and issubclass(kind, Section)]
 
 
 def item_of(annotation: Any) -> Any | None:
-    """What a list field holds; None when the field is no list."""
+    """Return the item type of a list field; None if the field is not a list."""
     for kind in alternatives(annotation):
         if get_origin(kind) is list:
             return get_args(kind)[0]
@@ -40,18 +42,18 @@ def item_of(annotation: Any) -> Any | None:
 
 
 def entry_field(item: Any) -> FieldInfo:
-    """The field that an entry of a list is."""
+    """Return a list entry as a field."""
     return FieldInfo(annotation=item)
 
 
 def kind_of(section: type[Section]) -> str | None:
-    """The value of `kind` that selects this section; None for a section without variants."""
+    """Return the value of `kind` that selects this section; None for a section without variants."""
     field = section.model_fields.get("kind")
     return None if field is None else field.default
 
 
 def default_section(field: FieldInfo) -> type[Section] | None:
-    """The variant a field has when no kind is written: its default or else the first."""
+    """Return the variant of a field without `kind`: its default, else the first; None for a plain value."""
     sections = sections_of(field.annotation)
     if field.default_factory in sections:
         return field.default_factory
@@ -59,7 +61,7 @@ def default_section(field: FieldInfo) -> type[Section] | None:
 
 
 def variant(field: FieldInfo, value: Any) -> type[Section] | None:
-    """The section that `value` selects in `field`; the default without a kind, None for a wrong one."""
+    """Return the section that `value` selects in `field`: the default without `kind`, None for a wrong `kind`."""
     sections = sections_of(field.annotation)
     if len(sections) > 1 and isinstance(value, dict) and "kind" in value:
         return next((section for section in sections if kind_of(section) == value["kind"]), None)
@@ -67,7 +69,7 @@ def variant(field: FieldInfo, value: Any) -> type[Section] | None:
 
 
 def field_at(tree: Any, path: KeyPath) -> FieldInfo | None:
-    """The schema's field for a key path, following the variants that `tree` selects; None for no key."""
+    """Return the schema's field at a key path, in the variants that `tree` selects; None if there is no such key."""
     field = FieldInfo(annotation=Config)
     value = tree
     for step in path:
@@ -87,20 +89,20 @@ def field_at(tree: Any, path: KeyPath) -> FieldInfo | None:
 
 
 def section_at(tree: Any, path: KeyPath) -> type[Section] | None:
-    """The section at a key path, as `tree` selects it; None when a plain value, or nothing, is there."""
+    """Return the section at a key path that `tree` selects; None for a plain value or no such key."""
     field = field_at(tree, path)
     return None if field is None else variant(field, value_at(tree, path))
 
 
 def value_at(tree: Any, path: KeyPath) -> Any:
-    """What was written at a key path, or None."""
+    """Return the value written at a key path, or None."""
     for step in path:
         tree = child(tree, step)
     return tree
 
 
 def child(value: Any, step: str | int) -> Any:
-    """`value[step]`, or None where there is nothing."""
+    """Return `value[step]`, or None if it does not exist."""
     if isinstance(value, dict):
         return value.get(step)
     if isinstance(value, list) and isinstance(step, int) and step < len(value):
@@ -109,7 +111,7 @@ def child(value: Any, step: str | int) -> Any:
 
 
 def all_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every dotted key of the schema with its field, sections before their keys, in the schema's order."""
+    """Yield every dotted key of the schema with its field, sections before their keys, in the schema's order."""
     for name, field in section.model_fields.items():
         yield prefix + name, field
         item = item_of(field.annotation)
@@ -120,7 +122,7 @@ def all_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tu
 def paths_in(
     section: type[Section], value: Any, prefix: KeyPath = ()
 ) -> Iterator[tuple[KeyPath, Callable[[str, Path], bool]]]:
-    """Where unchecked values hold a text that may be a path, and the test that tells whether it is one."""
+    """Yield the key path of each text that may be a path in unchecked values, with the test for paths."""
     for name, field in section.model_fields.items() if isinstance(value, dict) else ():
         key, inner, path = key_of(field), value.get(name), (*prefix, name)
         if key is not None and key.path is not None and isinstance(inner, str):
@@ -134,12 +136,12 @@ def paths_in(
 
 
 def key_of(field: FieldInfo) -> Key | None:
-    """Return what a field declares of itself; None for one that declares nothing."""
+    """Return the `Key` declared on a field; None without one."""
     return next((item for item in field.metadata if isinstance(item, Key)), None)
 
 
 def fill_kinds(section: type[Section], value: dict[str, Any]) -> None:
-    """Write the default `kind` into every section of `value` that has variants and names none."""
+    """Write the default `kind` into every section of `value` that has variants and no `kind`."""
     for name, field in section.model_fields.items():
         inner = value.get(name)
         item = item_of(field.annotation)

@@ -1,4 +1,4 @@
-"""Unchecked values, and where each of them was written."""
+"""Unchecked values with the origin of each."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ class Origin:
 
     label: str
     order: tuple[int, int]
-    """Problems are reported in this order: (file, line), files that are extended before the one that does, overrides
-    last."""
+    """Sort key for reported problems: (file, line); extended files come before the extending one, overrides last."""
     folder: Path
-    """What a path written here is relative to."""
+    """Folder to which paths written here are relative."""
     override: KeyPath | None = None
 
 
 @dataclass
 class Tree:
-    """Unchecked values, where each was written, and what is known to be wrong so far."""
+    """Unchecked values, with their origins and the problems found so far."""
 
     values: dict[str, Any]
     root: Origin
@@ -38,14 +37,14 @@ class Tree:
     notes: list[str] = field(default_factory=list)
 
     def origin(self, path: KeyPath) -> Origin:
-        """Where the value at `path` was written, or else the nearest thing around it."""
+        """Return the origin of the value at `path`, else of the nearest container with an origin."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.origins:
                 return self.origins[path[:length]]
         return self.root
 
     def write(self, path: KeyPath, value: Any, origin: Origin) -> None:
-        """Put `value` at `path`, whose container exists, and forget where the former value came from."""
+        """Set the value at `path`, whose container must exist, and replace its origins."""
         container: Any = self.values
         for step in path[:-1]:
             container = container[step]
@@ -54,16 +53,16 @@ class Tree:
         self.origins[path] = origin
 
     def forget(self, path: KeyPath) -> None:
-        """Where `path` and what is inside was written."""
+        """Remove the origins of `path` and of everything inside it."""
         for known in [known for known in self.origins if known[: len(path)] == path]:
             del self.origins[known]
 
 
 def drop_keys_of_former_kinds(tree: Tree, before: dict[str, Any], is_new: Callable[[KeyPath], bool]) -> None:
-    """Where a new value of `kind` replaced another, remove the inherited keys that were meant for the former variant.
+    """Remove inherited keys of the former variant wherever a new `kind` has replaced another one.
 
-    Those are the keys that the new variant lacks, or has another default for. `before` are the values without what is
-    new. What was removed is in the tree's notes.
+    These are the keys that the new variant lacks or has another default for. `before` are the values before the new
+    ones were written. Removed keys are listed in the tree's notes.
     """
     for path, origin in list(tree.origins.items()):
         if path[-1] != "kind" or not is_new(path):

@@ -1,4 +1,4 @@
-"""Kinds of a section from outside the package: the strict schema takes them as it takes its own."""
+"""Registration of section variants from outside the package, which the strict schema treats like its own."""
 
 from __future__ import annotations
 
@@ -20,62 +20,64 @@ Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the schema has a section of several kinds."""
+class VariantField:
+    """A field of the schema whose section has several kinds."""
 
     owner: type[Section]
-    field: str
+    name: str
     base: type[Section]
-    """What each kind is a subclass of."""
+    """Base class of every kind."""
 
     @property
     def sections(self) -> list[type[Section]]:
-        annotation = self.owner.model_fields[self.field].annotation
+        annotation = self.owner.model_fields[self.name].annotation
         item = item_of(annotation)
         return sections_of(annotation if item is None else item)
 
-    def take(self, sections: list[type[Section]]) -> None:
-        """Make the schema take these kinds, whatever it took before."""
-        field = self.owner.model_fields[self.field]
-        union: Any = Union[tuple(sections)]  # noqa: UP007  (made while running)
+    def set_sections(self, sections: list[type[Section]]) -> None:
+        """Replace the kinds that the schema accepts."""
+        field = self.owner.model_fields[self.name]
+        union: Any = Union[tuple(sections)]  # noqa: UP007  (built at run time)
         if item_of(field.annotation) is not None:
             union = list[Annotated[union, Field(discriminator="kind")]]
         field.annotation = union
         self.owner.model_rebuild(force=True)
-        Config.model_rebuild(force=True)  # which holds the owner
+        Config.model_rebuild(force=True)  # as it contains the owner
 
 
-METHOD = Place(Config, "method", MethodSection)
-OPTIMIZER = Place(Config, "optimizer", OptimizerSection)
-SCHEDULE = Place(Config, "schedule", ScheduleSection)
-TIMESTEPS = Place(FlowConfig, "timesteps", TimestepsSection)
-WEIGHTING = Place(FlowConfig, "weighting", WeightingSection)
-SOURCE = Place(DataConfig, "sources", Source)
+METHOD = VariantField(Config, "method", MethodSection)
+OPTIMIZER = VariantField(Config, "optimizer", OptimizerSection)
+SCHEDULE = VariantField(Config, "schedule", ScheduleSection)
+TIMESTEPS = VariantField(FlowConfig, "timesteps", TimestepsSection)
+WEIGHTING = VariantField(FlowConfig, "weighting", WeightingSection)
+SOURCE = VariantField(DataConfig, "sources", Source)
 
 
 class Registry(dict[str, Entry]):
-    """`kind` -> what makes it work, for the kinds of one place of the schema."""
+    """Map from `kind` to its implementation, for one field of the schema."""
 
-    def __init__(self, place: Place, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, field: VariantField, entries: Mapping[str, Entry]) -> None:
         super().__init__(entries)
-        self.place = place
+        self.field = field
 
     def register(self, section: type[Section], entry: Entry) -> None:
-        """Add a kind. Raises ValueError for a section that cannot be one, and for a kind that is there already."""
-        kind, base = kind_of(section), self.place.base
-        field = section.model_fields.get("kind")
+        """Add a kind. Raises ValueError for an invalid section, and for a kind that is already registered."""
+        kind, base = kind_of(section), self.field.base
+        declared = section.model_fields.get("kind")
         if not issubclass(section, base):
-            raise ValueError(f"{section.__name__}: not a {base.__name__}, which every kind of `{self.place.field}` is")
-        if kind is None or field is None or get_origin(field.annotation) is not Literal:
+            raise ValueError(
+                f"{section.__name__}: must be a subclass of {base.__name__}, as a kind of `{self.field.name}`"
+            )
+        if kind is None or declared is None or get_origin(declared.annotation) is not Literal:
             raise ValueError(f'{section.__name__}: has no kind; give it one, such as `kind: Literal["new"] = "new"`')
-        if get_args(field.annotation) != (kind,):
-            raise ValueError(f"{section.__name__}: the default of its kind is not the one value that it takes")
+        if get_args(declared.annotation) != (kind,):
+            raise ValueError(f"{section.__name__}: the default of `kind` must be its only value")
         if kind in self:
-            raise ValueError(f"{section.__name__}: `{self.place.field}` has a kind {kind!r} already; choose another")
-        self.place.take([*self.place.sections, section])
+            raise ValueError(f"{section.__name__}: `{self.field.name}` already has a kind {kind!r}; choose another")
+        self.field.set_sections([*self.field.sections, section])
         self[kind] = entry
 
     def unregister(self, kind: str) -> None:
-        """Take away a kind that was registered. Raises KeyError where there is none."""
+        """Remove a registered kind. Raises KeyError if there is none."""
         del self[kind]
-        self.place.take([section for section in self.place.sections if kind_of(section) != kind])
+        self.field.set_sections([section for section in self.field.sections if kind_of(section) != kind])

@@ -1,8 +1,7 @@
-"""YAML as people mean it: the core schema of YAML 1.2, with a line number for every key.
+"""Parser for the core schema of YAML 1.2, with a line number for every key.
 
-PyYAML speaks YAML 1.1, where `1e-4` is a string, `no` is false and the second of two equal keys wins
-in silence. Here `1e-4` is a float, only `true` and `false` are booleans, and a key that comes twice is a
-problem that names both lines.
+PyYAML implements YAML 1.1, where `1e-4` is a string, `no` is false and the second of two equal keys silently wins.
+Here `1e-4` is a float, only `true` and `false` are booleans, and a duplicate key is a problem that names both lines.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ _SCALARS = {
     ),
 }
 _MAX_NODES, _MAX_VALUES = 40_000, 100_000
-"""Keys and values that a text has, and values that it makes with all its anchors."""
+"""Limits on keys and values in a text, and on values after its anchors are expanded."""
 _TOO_DEEP = "nested too deeply"
 _BREAKS = "\r\n\x85\u2028\u2029"
 
 
 class YamlError(Exception):
-    """Text that is not YAML, or more of it than a configuration can need."""
+    """Text that is not YAML, or too large for a configuration."""
 
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
@@ -49,14 +48,15 @@ class Document:
     value: Any
     lines: dict[KeyPath, int]
     problems: list[tuple[KeyPath, int, str]]
-    end: int  # characters up to the end of the value; a comment may follow
+    end: int
+    """Number of characters up to the end of the value; a comment may follow."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Only the scalars of the YAML 1.2 core schema are recognised; everything else is a string.
+    """PyYAML loader that recognises only the scalars of the YAML 1.2 core schema; all others are strings.
 
-    Tabs may stand wherever YAML has them as white space, and PyYAML takes spaces alone: before a comment, around
-    values, in values, and in front of lines inside brackets. They may not indent.
+    Unlike PyYAML, it accepts tabs wherever YAML allows them as white space: before a comment, around and in values,
+    and at the start of lines inside brackets. Tabs may not indent.
     """
 
     nodes = 0
@@ -65,7 +65,9 @@ class _Loader(yaml.SafeLoader):
         super().scan_to_next_token()
         while self.peek() == "\t" and (self.flow_level or not self._indents()):
             self._skip_white()
-            self.allow_simple_key = self.allow_simple_key and bool(self.flow_level)  # a tab would indent `- ` or `k: `
+            self.allow_simple_key = self.allow_simple_key and bool(
+                self.flow_level
+            )  # otherwise a tab would indent `- ` or `k: `
             super().scan_to_next_token()
 
     def scan_plain_spaces(self, indent: int, start_mark: yaml.Mark) -> list[str] | None:
@@ -76,7 +78,7 @@ class _Loader(yaml.SafeLoader):
         return super().scan_plain_spaces(indent, start_mark) if self.peek() in _BREAKS else [*(chunks or ()), white]
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Compose a node as PyYAML does, but let an anchor be defined again: an alias means the last one before it."""
+        """Compose a node like PyYAML, but allow redefined anchors: an alias means the last definition before it."""
         event = self.peek_event()
         self.nodes += 1
         if self.nodes > _MAX_NODES:
@@ -94,7 +96,7 @@ class _Loader(yaml.SafeLoader):
         return white
 
     def _indents(self) -> bool:
-        """Whether the white space here is what a line with content begins with."""
+        """Return True if the white space here starts a line with content."""
         start, length = self.pointer, 0
         while start and self.buffer[start - 1] == " ":
             start -= 1
@@ -105,7 +107,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def add_scalars(cls: Any) -> None:
-    """Teach a PyYAML loader or dumper class the scalars of YAML 1.2."""
+    """Add the scalars of YAML 1.2 to a PyYAML loader or dumper class."""
     for kind, (pattern, first) in _SCALARS.items():
         # The empty scalar is looked up under "", not under its first character.
         firsts = ["" if character == "\0" else character for character in first]
@@ -118,10 +120,10 @@ _Loader.add_implicit_resolver(_TAG + "merge", re.compile(r"<<\Z"), ["<"])
 
 
 def parse(text: str) -> Document:
-    """Parse one YAML document; an empty text gives None.
+    """Parse one YAML document; the value of an empty text is None.
 
     Raises:
-        YamlError: the text is not YAML, or holds too much of it.
+        YamlError: the text is not YAML, or too large.
     """
     try:
         loader = _Loader(text)
@@ -138,7 +140,7 @@ def parse(text: str) -> Document:
 
 @dataclass
 class _Builder:
-    """Turns PyYAML's nodes into plain values, and remembers where each came from."""
+    """Converts PyYAML's nodes to plain values, and records their lines."""
 
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[tuple[KeyPath, int, str]] = field(default_factory=list)
@@ -156,7 +158,7 @@ class _Builder:
 
     @contextmanager
     def opened(self, node: yaml.Node) -> Iterator[None]:
-        """Count a node, whose anchor may bring it in many times, and refuse one that contains itself."""
+        """Count a node, which aliases may repeat, and raise YamlError for one that contains itself."""
         self.values += 1
         line = node.start_mark.line + 1
         if self.values > _MAX_VALUES:
@@ -194,7 +196,7 @@ class _Builder:
         return {**{key: value for key, (value, _) in merged.items()}, **own}
 
     def merge(self, node: yaml.Node, path: KeyPath) -> Iterator[tuple[str, Any, dict[KeyPath, int]]]:
-        """What `<<: *anchor` or `<<: [*first, *second]` brings in: keys, values and their lines; earlier ones win."""
+        """Yield the keys, values and lines merged by `<<: *anchor` or `<<: [*first, *second]`; earlier anchors win."""
         for source in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             if not isinstance(source, yaml.MappingNode):
                 line = node.start_mark.line + 1
@@ -238,7 +240,7 @@ def _converted(kind: str, text: str) -> bool | int | float | None:
 
 
 def _explained(error: yaml.YAMLError, text: str) -> YamlError:
-    """One line out of PyYAML's several."""
+    """Return PyYAML's error as one line."""
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
         return YamlError(line, f"the character {chr(error.character)!r} is not allowed; use an escape in double quotes")

@@ -26,7 +26,7 @@ def write_card(run: Path, config: Config, contract: Mapping[str, Any], run_facts
     card cannot be made. The run is complete without one. Raises OSError if it cannot be saved.
     """
     if os.path.lexists(run / CARD) and not _is_unchanged_card(run / CARD):
-        return f"note: {run / CARD} is kept, as somebody wrote or changed it; no model card was written"
+        return f"note: {run / CARD} was edited by hand and is kept; no model card was written"
     try:
         page = card_of(run, config, contract, run_facts, config.hub.repo_id).encode()
     except Exception as error:  # of any kind: a trained adapter must not be lost for a page about it

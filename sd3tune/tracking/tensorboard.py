@@ -14,7 +14,7 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from sd3tune.config.files import as_typed
+from sd3tune.config.files import short_path
 from sd3tune.invocation import command_line
 from sd3tune.tracking.base import Start
 
@@ -28,7 +28,7 @@ class TensorBoard:
         folder = start.folder / FOLDER
         start.remove_earlier(FOLDER)
         folder.mkdir(parents=True, exist_ok=True)
-        self.where = command_line("tensorboard", "--logdir", as_typed(folder))
+        self.where = command_line("tensorboard", "--logdir", short_path(folder))
         self._records = RecordWriter((folder / f"events.out.tfevents.{time.time():.0f}").open("xb"))
         self._write(Event(file_version="brain.Event:2"))
         self._add(0, [_text("config", f"```yaml\n{yaml.safe_dump(dict(start.config), sort_keys=False)}```")])

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import wandb
 
-from sd3tune.config.files import as_typed
+from sd3tune.config.files import short_path
 from sd3tune.config.sections.outputs import WandbConfig
 from sd3tune.files.atomic import write_text
 from sd3tune.invocation import command_line
@@ -116,7 +116,7 @@ class Wandb:
                 path.unlink()
 
     def _sync_command(self) -> str:
-        return command_line("wandb", "sync", as_typed(Path(self._run.dir).parent))
+        return command_line("wandb", "sync", short_path(Path(self._run.dir).parent))
 
 
 def _one_line(error: Exception) -> str:

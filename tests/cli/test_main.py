@@ -196,7 +196,7 @@ def test_cache_takes_a_configuration_or_a_command(
     assert f"store     {tmp_path / 'store'}" in cached.out
     assert command("cache", "encode", config_file, "data.cache_dir=store").out.count("all reused") == 2
     assert command("cache", "ls", "store").out.splitlines()[-1].startswith("in all")
-    assert "add --yes to do it" in command("cache", "prune", "store", "--all").out
+    assert "add --yes to remove these files" in command("cache", "prune", "store", "--all").out
     assert command("cache", "prune", "store", "--all", "--yes").code == 0
     assert command("cache", "ls", "store").out.endswith("empty\n")
     config_file.rename(tmp_path / "ls")

@@ -92,7 +92,7 @@ def _unlaunched(monkeypatch) -> None:
     [
         (encoding, "Store", "train dog.yaml"),
         (encoding, "Store", "cache dog.yaml"),
-        (plan, "run_plan", "plan dog.yaml --memory 8"),
+        (plan, "plan_lines", "plan dog.yaml --memory 8"),
         (session, "encode_prompts", "infer --base tiny --prompt dog --size 64 --steps 1 --out out"),
     ],
     ids=lambda value: str(value).split()[0],

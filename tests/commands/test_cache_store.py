@@ -42,10 +42,10 @@ def test_entries_are_listed_by_kind_with_their_bytes(root: Path) -> None:
     assert counted["images"][:2] == ["10", "entries"]
     assert counted["captions, CLIP"][:2] == ["10", "entries"]
     assert counted["captions, T5"][:2] == ["5", "entries"]
-    assert "last used       within the hour, the least used part within the hour" in lines
+    assert "last used       within the hour, the oldest part within the hour" in lines
     assert re.fullmatch(r"in all +\d files +\d\.\d MB", lines[-1])
     make_old(root, 12)
-    assert "last used       12 days ago, the least used part 12 days ago" in list_store(root)
+    assert "last used       12 days ago, the oldest part 12 days ago" in list_store(root)
 
 
 def test_pruning_says_what_it_would_remove_and_does_it_when_told(root: Path) -> None:
@@ -56,7 +56,7 @@ def test_pruning_says_what_it_would_remove_and_does_it_when_told(root: Path) -> 
     assert lines[1:] == [
         "to remove: 1 file, temporary, 0.0 MB",
         "to remove: 1 file, unreadable, 0.0 MB",
-        "nothing was removed yet: add --yes to do it",
+        "dry run: nothing was removed; add --yes to remove these files",
     ]
     assert sorted(root.iterdir()) == files
     assert [line.split(":")[0] for line in prune_store(root, yes=True)[1:]] == ["removed", "removed"]

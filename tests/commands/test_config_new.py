@@ -99,7 +99,7 @@ def test_it_says_what_to_do_next(capsys: pytest.CaptureFixture[str], tiny_images
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"name": "rex"}, "rex.yaml exists and is left as it is; choose another name, or --out"),
+        ({"name": "rex"}, "rex.yaml already exists and is not overwritten; choose another name, or --out"),
         ({"name": "my lora"}, "my lora.yaml:19: name: 'my lora' cannot name a folder"),
         ({"name": "x", "preset": "dreambooth"}, "no preset is called 'dreambooth'"),
         ({"name": "x", "out": Path("folder")}, "--out: folder is a folder; name a file in it, such as folder/run.yaml"),

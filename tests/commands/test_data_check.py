@@ -173,7 +173,7 @@ def test_the_contact_sheet_replaces_itself_and_nothing_else(photos: Path, check,
         if not (photos / name).exists():
             (photos / name).write_text("mine")
         before = (photos / name).read_bytes()
-        with pytest.raises(RunError, match="exists and is no contact sheet"):
+        with pytest.raises(RunError, match="exists and is not a contact sheet"):
             check(configured(photos), photos / name)
         assert (photos / name).read_bytes() == before
 

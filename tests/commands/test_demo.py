@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 
 from sd3tune.cli.main import app
 from sd3tune.commands import demo
-from sd3tune.commands.demo import MADE, run_demo
+from sd3tune.commands.demo import OUTPUTS, run_demo
 from sd3tune.config import dump_config, load_config
 from sd3tune.errors import RunError
 from sd3tune.nano.oracle import read
@@ -80,7 +80,7 @@ def test_a_second_demo_replaces_the_first(tmp_path: Path, quick: None) -> None:
     (out / "with_prior").symlink_to(tmp_path / "elsewhere")
     run_demo(out)
     assert not (out / "alone" / "left over").exists()
-    assert {path.name for path in out.iterdir()} == {*MADE, LOCK_FILE, "mine", "kept"}
+    assert {path.name for path in out.iterdir()} == {*OUTPUTS, LOCK_FILE, "mine", "kept"}
     assert not (out / "with_prior").is_symlink()
     assert (tmp_path / "elsewhere" / "precious").exists()
     with pytest.raises(RunError, match="another process is training here"), locked(out):

@@ -44,7 +44,7 @@ def test_a_library_outside_its_range_is_a_problem_with_the_command(monkeypatch: 
     check_versions(found)
     assert found.essential == []
     (problem,) = found.problems
-    assert problem.startswith("peft 0.1 is outside the range that sd3tune is made for: pip install 'peft")
+    assert problem.startswith("peft 0.1 is outside the range that sd3tune supports: pip install 'peft")
 
 
 def test_a_missing_library_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +90,7 @@ def test_too_little_room_and_folders_that_cannot_be_written_are_problems(
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     found = Findings()
     check_disks(found)
-    assert found.problems == [f"{tmp_path} cannot be written to, and encodings would go there; use another disk"]
+    assert found.problems == [f"{tmp_path} is not writable, but encodings are stored there; use another disk"]
 
 
 def test_a_leftover_world_size_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,9 +64,9 @@ def test_another_tools_file_says_the_same_norms_and_what_its_metadata_says(
     save_file(arrange(factors(), layout), file, metadata)
     lines = inspect_lora(file)
     assert lines[0] == f"{file}: a LoRA in {name}'s layout"
-    assert said(lines, "base") == ["not stated; by its sizes none of the released ones"]
+    assert said(lines, "base") == ["not stated; its sizes fit none of the released bases"]
     assert said(lines, "trigger") == [r"'sks\nerror: none'"]
-    assert said(lines, "name") == ["dog, says the tool that wrote it"]
+    assert said(lines, "name") == ["dog, according to the tool that wrote it"]
     assert said(lines, "settings") == ["none: another tool wrote it, and `infer` needs --base"]
     assert said(lines, "|BA|") == ["block 0: 128", "block 1: 128"]
 
@@ -77,13 +77,13 @@ def test_another_tools_file_says_the_same_norms_and_what_its_metadata_says(
         ("transformer_blocks.0.attn.to_q", 1536, "sd3-medium or sd35-medium"),
         ("transformer_blocks.3.attn2.to_q", 1536, "sd35-medium"),
         ("transformer_blocks.37.attn.to_q", 2432, "sd35-large"),
-        ("transformer_blocks.38.attn.to_q", 2432, "none of the released ones"),
+        ("transformer_blocks.38.attn.to_q", 2432, "none of the released bases"),
     ],
 )
 def test_the_sizes_tell_the_base(module: str, width: int, fits: str, tmp_path: Path) -> None:
     file = tmp_path / "dog.safetensors"
     save_file(arrange({module: (torch.ones(1, width), torch.ones(width, 1))}, "diffusers"), file)
-    assert said(inspect_lora(file), "base") == [f"not stated; by its sizes {fits}"]
+    assert said(inspect_lora(file), "base") == [f"not stated; its sizes fit {fits}"]
 
 
 def test_what_is_wrong_with_a_file_is_said_and_the_rest_described(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_what_is_wrong_with_a_file_is_said_and_the_rest_described(tmp_path: Path
         "lora_down.weight); the other commands refuse the file without --transformer-only",
         "warning: joint_blocks.0.x_block.mlp.fc1: lora_A and lora_B are not a pair of matrices of one rank",
         "warning: 1 tensors are NaN or infinite: lora_unet_joint_blocks_1_x_block_mlp_fc2.lora_down.weight",
-        f"warning: B is zero, so these do nothing: {QUERY} and 1 more (of 2 modules)",
+        f"warning: B is zero, so these have no effect: {QUERY} and 1 more (of 2 modules)",
         "warning: `infer` and the other commands refuse this file",
     ]
 
@@ -106,8 +106,8 @@ def test_what_is_wrong_with_a_file_is_said_and_the_rest_described(tmp_path: Path
 @pytest.mark.parametrize(
     ("tensors", "says"),
     [
-        ({}, "it holds no tensors"),
-        ({"decoder.weight\n": torch.ones(1)}, r"no layout that is known has a key like 'decoder.weight\n'"),
+        ({}, "the file holds no tensors"),
+        ({"decoder.weight\n": torch.ones(1)}, r"no known layout has a key like 'decoder.weight\n'"),
         ({"unet.down_blocks.0.lora_A.weight": torch.ones(1)}, "is for a Stable Diffusion 1, 2 or XL model"),
         ({"lora_unet_context_embedder.alpha": torch.ones(())}, "context_embedder: lora_A and lora_B are not a pair"),
     ],

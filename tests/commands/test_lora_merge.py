@@ -115,7 +115,7 @@ def test_what_cannot_be_merged_is_said(two: list[str], single_file, tmp_path: Pa
     cases: list[tuple[type[Exception], str, tuple]] = [
         (AdapterError, "they were made for different bases", ([two[0], str(other)], out, "diffusers", "concat", None)),
         (AdapterError, "^x@y: 'y' is not a weight", (["x@y"], out, "diffusers", "concat", None)),
-        (ConfigError, "--method svd wants --rank R", (two, out, "diffusers", "svd", None)),
+        (ConfigError, "--method svd needs --rank R", (two, out, "diffusers", "svd", None)),
         (ConfigError, "--rank 3: only with --method svd", (two, out, "diffusers", "concat", 3)),
         (ConfigError, "--rank 0: at least 1", (two, out, "diffusers", "svd", 0)),
         (ConfigError, "--method ties: one of concat, svd", (two, out, "diffusers", "ties", None)),
@@ -133,7 +133,7 @@ def test_what_cannot_be_merged_is_said(two: list[str], single_file, tmp_path: Pa
     huge = [two[0].replace("@0.8", "@1e40")]
     with pytest.raises(AdapterError, match=r"not written: .* tensors are NaN or infinite"):
         merge_loras(huge, out, "diffusers", "concat", None)
-    with pytest.raises(AdapterError, match=r"not written: with the adapters .* is beyond what fp32 holds"):
+    with pytest.raises(AdapterError, match=r"not written: with the adapters .* exceeds the range of fp32"):
         merge_into_base(huge, tmp_path / "model", None)
     assert not out.exists()
     assert not (tmp_path / "model").exists()

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from sd3tune.commands.cache import run_cache
-from sd3tune.commands.plan import after, components, gigabytes, knobs, planned_dtype, run_plan
-from sd3tune.commands.train import make_state
+from sd3tune.commands.plan import after, components, gigabytes, knobs, plan_lines, planned_dtype
 from sd3tune.config import Config, load_config, parse_config
 from sd3tune.errors import ConfigError
 from sd3tune.forecast.forecast import forecast, forecast_inputs
@@ -27,6 +26,7 @@ from sd3tune.model.load.components import empty_transformer, load_text_encoder, 
 from sd3tune.model.load.quantized import load_text_encoder_in, load_transformer_in, quantize, statistics
 from sd3tune.run.places import store_folder
 from sd3tune.run.setup import hoists, make_trainable
+from sd3tune.run.state import make_state
 from sd3tune.training.batches import Batch
 from sd3tune.training.optim import FlatMaster
 from sd3tune.training.step import TrainState, predict_velocity, update
@@ -292,33 +292,33 @@ def test_released_models_are_known_without_a_network(
 
 def test_the_plan_says_whether_it_fits_and_what_changes_buy(quick_config, tmp_path: Path) -> None:
     config = quick_config(tmp_path, "model.t5=false", "method.targets=attention-image", "optimizer={kind: prodigy}")
-    text = "\n".join(run_plan(config, "4090"))
+    text = "\n".join(plan_lines(config, "4090"))
     assert "fits      into 24 GB (4090): yes" in text
     assert "at 40 % of the 165 TFLOP/s of 4090, which is an assumption" in text
     assert f"\n{BLOCK} " in text
-    assert "no, " in next(line for line in run_plan(config, memory=0.1) if line.startswith("fits"))
+    assert "no, " in next(line for line in plan_lines(config, memory=0.1) if line.startswith("fits"))
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
 def test_what_does_not_fit_ends_with_the_settings_that_do(quick_config, tmp_path: Path) -> None:
     config = quick_config(tmp_path, "model.t5=false", "model.max_sequence_length=512")
     peak = forecast(forecast_inputs(config, torch.bfloat16)).needed / 1e9
-    last = list(run_plan(config, memory=peak - 0.001))[-1]
+    last = list(plan_lines(config, memory=peak - 0.001))[-1]
     said = re.fullmatch(r"to fit    train.memory=\S+, or (.+): (\d\S+ [GM]B) in all", last)
     assert said is not None
     typed = ("model.t5=false", "model.max_sequence_length=512", "model.dtype=bf16", *said[1].split())
     found = forecast(forecast_inputs(quick_config(tmp_path, *typed), torch.bfloat16))
     assert (gigabytes(found.needed), found.needed / 1e9 < peak) == (said[2], True)
-    assert list(run_plan(config, memory=0.3))[-1].startswith("to fit    no settings do; train.memory: 0.3 GB cannot")
-    assert "to fit" not in list(run_plan(config, memory=peak + 0.1))[-1]
+    assert list(plan_lines(config, memory=0.3))[-1].startswith("to fit    no settings do; train.memory: 0.3 GB cannot")
+    assert "to fit" not in list(plan_lines(config, memory=peak + 0.1))[-1]
 
 
 def test_without_a_gpu_the_precision_is_said(quick_config, tmp_path: Path) -> None:
-    note = "note: there is no GPU here, so this is the plan for the CPU, in fp32; for a card: --card 4090"
+    note = "note: there is no GPU here, so this plan is for the CPU, in fp32; for a GPU: --card 4090"
     config = quick_config(tmp_path)
-    assert next(run_plan(config)) == note
-    assert next(run_plan(config, "3060 12gb")) != note
-    assert next(run_plan(config, memory=8)) != note
+    assert next(plan_lines(config)) == note
+    assert next(plan_lines(config, "3060 12gb")) != note
+    assert next(plan_lines(config, memory=8)) != note
 
 
 @pytest.mark.parametrize(

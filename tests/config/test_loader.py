@@ -94,7 +94,7 @@ def problems(text: str, *overrides: str) -> tuple[str, ...]:
         ("hub: {repo_id: me/a--b}", "hub.repo_id: 'me/a--b' cannot name a repository; write user/name"),
         (
             "hub: {push: end}",
-            "hub: push is end and repo_id is null: name the repository, such as user/name, or set hub",
+            "hub: push is end but repo_id is null: name the repository, such as user/name, or set hub",
         ),
         ("hub: {push: always}", "hub.push: 'always' is not one of: end, checkpoint, never"),
         ("flow: {shift: high}", "flow.shift: 'high' is neither 'model' or 'resolution' nor a number"),
@@ -149,8 +149,8 @@ def test_a_mistake_is_one_line_that_says_what_was_given_and_what_is_allowed(line
         ("data:\n  sources: [{path: a}]\n  flip: yes", "run.yaml:3: data.flip: 'yes' is not true or false"),
         ("", "run.yaml: is empty"),
         ("# only a comment", "run.yaml: is empty"),
-        ("- a", "run.yaml:1: a configuration is made of lines such as"),
-        ("just text", "run.yaml:1: a configuration is made of lines such as"),
+        ("- a", "run.yaml:1: a configuration consists of lines such as"),
+        ("just text", "run.yaml:1: a configuration consists of lines such as"),
         ("name: x\n\tseed: 1", "run.yaml:2: a tab cannot indent"),
     ],
 )
@@ -190,7 +190,7 @@ def test_the_length_is_in_steps_or_in_epochs() -> None:
 
 def test_steps_and_epochs_together_are_refused_by_name() -> None:
     (found,) = problems(MINIMAL + "train:\n  epochs: 2.0\n  steps: 10\n")
-    assert found.startswith("run.yaml:4: train.steps is 10 and train.epochs is 2: both say how long to train")
+    assert found.startswith("run.yaml:4: train.steps is 10 and train.epochs is 2: both set the length of training")
     (found,) = problems(MINIMAL + "train: {steps: 10}\n", "train.epochs=2.0")
     assert "train.steps is 10 and train.epochs is 2" in found
     (found,) = problems(MINIMAL + "train: {steps: null}\n")

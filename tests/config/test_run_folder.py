@@ -39,7 +39,7 @@ def test_a_moved_or_copied_run_is_in_its_new_place_and_says_so(run: Path, tmp_pa
     assert loaded.config.output_dir == str(tmp_path / "moved")
     assert loaded.config.data.sources[0].path == str(tmp_path / "photos")  # as it was
     (note,) = loaded.notes
-    assert note == (f"moved/config.yaml lies in a run folder, so output_dir is {tmp_path / 'moved'} and not {run}")
+    assert note == (f"moved/config.yaml is in a run folder, so output_dir is {tmp_path / 'moved'} and not {run}")
 
 
 def test_one_that_was_not_moved_is_where_it_was_without_a_word(run: Path, tmp_path: Path) -> None:
@@ -110,7 +110,10 @@ def test_a_rehearsal_leaves_the_folder_to_the_run(base: str, lines: list[str], t
     for override in (f"model.base={base}", f"model={{base: {base}}}"):
         loaded = load_config(file, [override, "train.steps=90"])
         assert loaded.config.output_dir == str(tmp_path / "runs" / "rex-tiny")
-        assert f"override {override}: a rehearsal goes to runs/rex-tiny and leaves runs/rex to the run" in loaded.notes
+        assert (
+            f"override {override}: a rehearsal: its folder is runs/rex-tiny, so that runs/rex stays free for the run"
+            in loaded.notes
+        )
     assert folder_of(file) == tmp_path / "runs" / "rex"
 
 

@@ -25,7 +25,7 @@ def test_it_loads_with_other_photos_and_another_base(path: Path, tmp_path: Path)
     loaded = load_config(path, ["model.base=tiny", f"data.sources=[{{path: {tmp_path}, caption: a dog}}]"])
     assert loaded.config.model.base == "tiny"
     assert loaded.config.data.sources[0].path == str(tmp_path)
-    assert all("a rehearsal goes to runs/" in note for note in loaded.notes)
+    assert all("a rehearsal: its folder is runs/" in note for note in loaded.notes)
 
 
 @each_config

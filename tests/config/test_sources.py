@@ -90,7 +90,7 @@ def test_a_dump_loads_again() -> None:
         ("path: x, template: '{caption.x}'",
          "data.sources.0.template: '{caption.x}' has {caption.x}; the placeholders are {caption} and {trigger}"),
         ("path: x, template: 'a { brace'",
-         "data.sources.0.template: 'a { brace' has a single brace; write {{ or }} for one that is not a placeholder's"),
+         "data.sources.0.template: 'a { brace' has a single brace; write {{ or }} for a literal brace"),
         ("path: x, template: 'a {trigger}'",
          "data: sources.0.template has {trigger}, but data.trigger is not set"),
     ],

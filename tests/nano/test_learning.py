@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from sd3tune.commands import train as train_job
 from sd3tune.commands.demo import PICTURES, SAMPLER, SIDE, T5_LENGTH
 from sd3tune.commands.train import run_training
 from sd3tune.config import parse_config
@@ -19,6 +18,7 @@ from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.model.base.offline import NANO_FOLDER
 from sd3tune.nano.tasks import Task, plain_tasks, share_right, subject_tasks
 from sd3tune.nano.world import plain_scenes, render
+from sd3tune.run import batches as run_batches
 from sd3tune.run import report as closing
 from sd3tune.training import step
 
@@ -77,8 +77,8 @@ def timesteps_shifted_twice(patch: pytest.MonkeyPatch) -> None:
 
 
 def _latents(patch: pytest.MonkeyPatch, **wrong: float) -> None:
-    right = train_job.vae_config
-    patch.setattr(train_job, "vae_config", lambda base: {**right(base), **wrong})
+    right = run_batches.vae_config
+    patch.setattr(run_batches, "vae_config", lambda base: {**right(base), **wrong})
 
 
 def latents_scaled_as_sd3s(patch: pytest.MonkeyPatch) -> None:

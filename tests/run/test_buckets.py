@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from sd3tune.adapter.file import read_adapter
-from sd3tune.commands.train import make_batches, run_training
+from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
 from sd3tune.errors import RunError, UserError
+from sd3tune.run.batches import make_batches
 from sd3tune.run.describe import describe
 from sd3tune.run.encoding import encode
 from sd3tune.run.preflight import make_plan

@@ -15,11 +15,12 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from sd3tune.adapter.file import read_adapter
-from sd3tune.commands.train import make_batches, run_training
+from sd3tune.commands.train import run_training
 from sd3tune.data.sampler import generator
 from sd3tune.errors import RunError
 from sd3tune.model.load.components import load_transformer
 from sd3tune.model.lora.layers import block_norms
+from sd3tune.run.batches import make_batches
 from sd3tune.run.encoding import encode
 from sd3tune.run.preflight import Plan, make_plan
 from sd3tune.run.report import (

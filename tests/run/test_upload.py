@@ -311,9 +311,9 @@ def test_a_run_waits_for_no_upload_when_it_is_stopped_and_goes_on_as_ever(
 @pytest.mark.parametrize(
     ("prepare", "repo_id", "says"),
     [
-        (lambda run: (run / "run.json").unlink(), "user/dog", "not a run folder: no run.json of sd3tune is in it"),
+        (lambda run: (run / "run.json").unlink(), "user/dog", "not a run folder: it has no run.json of sd3tune"),
         (lambda run: (run / "run.json").write_text('{"sd3tune_run": 1}'), "user/dog", "this run has not finished"),
-        (bool, None, "its configuration names no repository (hub.repo_id); give --repo-id user/name"),
+        (bool, None, "its configuration sets no repository (hub.repo_id); give --repo-id user/name"),
         (bool, "dog", "--repo-id: 'dog' cannot name a repository; write user/name"),
     ],
 )

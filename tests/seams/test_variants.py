@@ -261,7 +261,7 @@ def test_what_cannot_be_registered_is_refused() -> None:
         kind: Literal["torn", "whole"] = "torn"
 
     schedules, flat = [ForeignConfig, Alien, Torn, StairsConfig], Layout("x", "x_", form="kohya")
-    for section, problem in zip(schedules, ("not a Schedule", "has no kind", "not the one", "already"), strict=True):
+    for section, problem in zip(schedules, ("a subclass", "has no kind", "only value", "already"), strict=True):
         with pytest.raises(ValueError, match=problem):
             register_schedule(section, lambda settings, progress: 1.0)  # type: ignore[arg-type]
     for layout, problem in ((flat, "already"), (Layout("x", "x_", form="x", halves=("down", "up")), "not read as one")):

@@ -9,13 +9,14 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from sd3tune.commands.train import make_batches, make_state
 from sd3tune.config import Config
 from sd3tune.data.sampler import generator
 from sd3tune.methods import Method
 from sd3tune.model.load.components import load_transformer
+from sd3tune.run.batches import make_batches
 from sd3tune.run.encoding import Encoded, encode
 from sd3tune.run.preflight import Plan, make_plan
+from sd3tune.run.state import make_state
 from sd3tune.runtime.processes import ALONE
 from sd3tune.training.batches import Batches
 from sd3tune.training.objective import Objective, make_objective

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from sd3tune.commands.train import make_batches as make_run_batches
 from sd3tune.data.sampler import index_at, uniform
 from sd3tune.data.store import Store
 from sd3tune.model.load.components import load_text_encoder, load_vae
+from sd3tune.run.batches import make_batches as make_run_batches
 from sd3tune.runtime.processes import ALONE
 from sd3tune.training.batches import Batch, Batches, Dropout, LatentScaling
 from sd3tune.training.examples import Example

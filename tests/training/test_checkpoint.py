@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sd3tune.commands.train import make_state
 from sd3tune.config import Config
 from sd3tune.errors import RunError
+from sd3tune.run.state import make_state
 from sd3tune.training.checkpoint import differences, list_checkpoints, read_state, restore, save_checkpoint
 from sd3tune.training.optim import FlatMaster
 from sd3tune.training.step import TrainState, update

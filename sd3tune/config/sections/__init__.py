@@ -1,1 +1,1 @@
-"""The sections of the configuration, one file for those that change together."""
+"""The sections of the configuration; sections that change together share a file."""

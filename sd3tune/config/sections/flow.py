@@ -13,24 +13,24 @@ _STATED = Key(Identity.WRITTEN, contract=True)
 
 
 class TimestepsSection(Section):
-    """What all densities of sigma have."""
+    """Fields shared by all densities of sigma."""
 
     kind: str
 
 
 class WeightingSection(Section):
-    """What all weightings have."""
+    """Fields shared by all weightings."""
 
     kind: str
     normalised: ClassVar[bool] = True
-    """Whether the weight is divided by its mean over the sigmas in training."""
+    """True if the weight is divided by its mean over the training sigmas."""
 
 
 class LogitNormalConfig(TimestepsSection):
     """sigma = sigmoid(n), n ~ Normal(mean, std) (Esser et al. 2024, section 3.1)."""
 
     kind: Annotated[Literal["logit_normal"], WRITTEN] = Field(
-        "logit_normal", description="Logit-normal sigmas: the middle is favoured."
+        "logit_normal", description="Logit-normal sigmas, which favour the middle."
     )
     mean: Annotated[float, WRITTEN] = Field(0.0, description="Mean of logit(sigma); positive means more noise.")
     std: Annotated[float, WRITTEN] = Field(1.0, gt=0, description="Standard deviation of logit(sigma).")
@@ -48,18 +48,19 @@ class ModeConfig(TimestepsSection):
     """sigma = u + scale (u - sin^2(pi u / 2)), u uniform (Esser et al. 2024, eq. 20, with u for its 1 - u)."""
 
     kind: Annotated[Literal["mode"], WRITTEN] = Field(
-        "mode", description="Uniform with a heavier middle, and no sigma left out."
+        "mode", description="Uniform with a heavier middle; every sigma can occur."
     )
     scale: Annotated[float, WRITTEN] = Field(
         1.29,
         ge=-1,
         le=1.75,
-        description="Above 0 favours the middle, below 0 the ends; 0 is uniform. Beyond its bounds the map folds back.",
+        description="Above 0 favours the middle, below 0 the ends; 0 is uniform. Beyond the bounds, the map is not "
+        "monotonic.",
     )
 
 
 class CosmapConfig(TimestepsSection):
-    """sigma of density 2 / (pi (1 - 2 s + 2 s^2)) (Esser et al. 2024, eq. 21)."""
+    """sigma with density 2 / (pi (1 - 2 s + 2 s^2)) (Esser et al. 2024, eq. 21)."""
 
     kind: Annotated[Literal["cosmap"], WRITTEN] = Field("cosmap", description="The noise levels of a cosine schedule.")
 
@@ -68,39 +69,39 @@ TimestepsConfig = Annotated[LogitNormalConfig | UniformConfig | ModeConfig | Cos
 
 
 class NoWeightingConfig(WeightingSection):
-    """Every sigma counts the same."""
+    """Equal weight for every sigma."""
 
     normalised: ClassVar[bool] = False
 
-    kind: Annotated[Literal["none"], WRITTEN] = Field("none", description="The plain velocity loss of rectified flow.")
+    kind: Annotated[Literal["none"], WRITTEN] = Field("none", description="Plain velocity loss of rectified flow.")
 
 
 class MinSnrConfig(WeightingSection):
-    """min-SNR-gamma in velocity units, min((1 - sigma)^2, gamma sigma^2), of mean 1 (Hang et al. 2023)."""
+    """min-SNR-gamma in velocity units, min((1 - sigma)^2, gamma sigma^2), with mean 1 (Hang et al. 2023)."""
 
     kind: Annotated[Literal["min_snr"], WRITTEN] = Field(
         "min_snr", description="Min-SNR weighting, in its rectified-flow form."
     )
     gamma: Annotated[float, WRITTEN] = Field(
-        5.0, gt=0, description="The signal-to-noise ratio at which the weight is clamped."
+        5.0, gt=0, description="Signal-to-noise ratio at which the weight is clamped."
     )
 
 
 class SigmaSqrtConfig(WeightingSection):
-    """sigma^-2, with sigma at least 1e-3. Its mean is not made 1: where sigma's density reaches 0, as with uniform
-    timesteps, the clamp alone keeps it finite. With logit-normal timesteps it is finite: 2.92 at shift 3.
+    """sigma^-2, with sigma at least 1e-3. The mean is not normalised to 1: if sigma's density is above 0 at sigma 0, as
+    with uniform timesteps, only the clamp keeps the mean finite. With logit-normal timesteps it is 2.92 at shift 3.
     """
 
     normalised: ClassVar[bool] = False
 
-    kind: Annotated[Literal["sigma_sqrt"], WRITTEN] = Field("sigma_sqrt", description="Favours little noise, steeply.")
+    kind: Annotated[Literal["sigma_sqrt"], WRITTEN] = Field("sigma_sqrt", description="Strongly favours low noise.")
 
 
 class CosmapWeightingConfig(WeightingSection):
-    """2 / (pi (1 - 2 s + 2 s^2)), of mean 1: with uniform timesteps, what cosmap timesteps do without weighting."""
+    """2 / (pi (1 - 2 s + 2 s^2)), with mean 1. With uniform timesteps, it equals cosmap timesteps without weighting."""
 
     kind: Annotated[Literal["cosmap"], WRITTEN] = Field(
-        "cosmap", description="Weights as a cosine schedule would draw."
+        "cosmap", description="Weights sigma as a cosine schedule samples it."
     )
 
 
@@ -110,23 +111,25 @@ WeightingConfig = Annotated[
 
 
 class MseConfig(Section):
-    """The mean of (v - target)^2."""
+    """Mean of (v - target)^2."""
 
     kind: Annotated[Literal["mse"], WRITTEN] = Field("mse", description="Squared error.")
 
 
 class HuberConfig(Section):
-    """The mean of d^2 / 2 where |d| < delta, else of delta (|d| - delta / 2), d = v - target (Huber 1964). Its optimum
-    is not the mean velocity that the flow needs: at delta 1, a kind of 20 % of the pictures is drawn 9 % of the time.
+    """Mean of d^2 / 2 where |d| < delta, else of delta (|d| - delta / 2), with d = v - target (Huber 1964). The optimum
+    is not the mean velocity that the flow needs: at delta 1, a kind of 20 % of the images is drawn 9 % of the time.
     """
 
     kind: Annotated[Literal["huber"], WRITTEN] = Field(
         "huber",
-        description="Squared error near the target, absolute error far from it: rare kinds of picture are drawn less "
-        "often than they occur.",
+        description="Squared error near the target, absolute error far from it; rare kinds of image are drawn less "
+        "often than they occur in the data.",
     )
     delta: Annotated[float, WRITTEN] = Field(
-        1.0, gt=0, description="Error at which the loss turns linear; the data and the noise have a spread of about 1."
+        1.0,
+        gt=0,
+        description="Error at which the loss becomes linear; data and noise have a standard deviation of about 1.",
     )
 
 
@@ -137,13 +140,13 @@ class FlowConfig(Section):
     """The rectified-flow objective. sigma 1 is noise."""
 
     timesteps: Annotated[TimestepsConfig, _STATED] = Field(
-        default_factory=LogitNormalConfig, description="How sigma is drawn."
+        default_factory=LogitNormalConfig, description="Distribution of sigma."
     )
     shift: Annotated[Literal["model", "resolution"] | Annotated[float, Field(gt=0)], RESOLVED] = Field(
         "model",
-        description="Maps sigma to shift*s / (1 + (shift-1)*s) after drawing; `model` is the base "
-        "scheduler's own (3.0 for SD3), 1.0 leaves sigma as drawn; `resolution` is the base's own times "
-        "sqrt(pixels / 1024^2), so that smaller images get less noise.",
+        description="Maps sigma to shift*s / (1 + (shift-1)*s) after sampling; `model` is the base scheduler's shift "
+        "(3.0 for SD3), 1.0 leaves sigma unchanged; `resolution` is the base's shift times sqrt(pixels / 1024^2), so "
+        "that smaller images get less noise.",
     )
     min_sigma: Annotated[float, WRITTEN] = Field(
         0.0, ge=0, lt=1, description="Smallest sigma in training, after the shift."
@@ -152,27 +155,25 @@ class FlowConfig(Section):
         1.0,
         gt=0,
         le=1,
-        description="Largest sigma in training. The density between the two is kept and scaled up, nothing piles up.",
+        description="Largest sigma in training. The density is truncated to these bounds and rescaled, not clamped.",
     )
     weighting: Annotated[WeightingConfig, _STATED] = Field(
-        default_factory=NoWeightingConfig, description="Weight of the loss by sigma."
+        default_factory=NoWeightingConfig, description="Loss weight as a function of sigma."
     )
     loss: Annotated[LossConfig, _STATED] = Field(default_factory=MseConfig, description="Distance between velocities.")
     noise_offset: Annotated[float, _STATED] = Field(
         0.0,
         ge=0,
         le=1,
-        description="Strength of a constant added to the noise of each image and channel, which teaches overall "
-        "brightness; 0 turns it off, 0.05 is much. Pictures start from it too, in sd3tune alone: other tools then draw "
-        "15 % (0.05) to 60 % (0.01) of the spread of brightness at 1024 px.",
+        description="Strength of a random constant added to the noise of each image and channel, which teaches overall "
+        "brightness; 0 turns it off, 0.05 is strong. sd3tune also draws with it; other tools do not, and then reach 15 "
+        "% (0.05) to 60 % (0.01) of the spread of brightness at 1024 px.",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> FlowConfig:
         if self.timesteps.kind == "cosmap" and self.weighting.kind == "cosmap":
-            raise ValueError(
-                "cosmap timesteps with cosmap weighting count the same thing twice; make one of them plain"
-            )
+            raise ValueError("cosmap timesteps with cosmap weighting apply the same weight twice; change one of them")
         if self.min_sigma >= self.max_sigma:
             raise ValueError(f"min_sigma {self.min_sigma:g} must be below max_sigma {self.max_sigma:g}")
         return self

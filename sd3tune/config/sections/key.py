@@ -1,6 +1,6 @@
-"""The meaning of a key for a run, declared on the key itself: `lr: Annotated[float, WRITTEN] = Field(...)`.
+"""The meaning of a key for a run, declared on its field: `lr: Annotated[float, WRITTEN] = Field(...)`.
 
-A run's identity, the adapter's contract, the forecast, the advice on memory and the resolution of paths read it.
+It is read by a run's identity, the adapter's contract, the forecast, out-of-memory hints and path resolution.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any, Literal
 
 
 class Identity(Enum):
-    """How `--resume` compares a key with the run that it resumes."""
+    """How `--resume` compares a key with the resumed run."""
 
     WRITTEN = auto()
-    """As it is written."""
+    """By its written value."""
     RESOLVED = auto()
-    """By a value that follows from it, such as the fingerprint of the base; the code that compares gives that value."""
+    """By a value derived from it, such as the fingerprint of the base, which the comparing code supplies."""
     ENCODED = auto()
-    """By the encoded images and captions or, in a finished run, whose data may be gone, as it is written."""
+    """By the encoded images and captions; in a finished run, whose data may be deleted, by its written value."""
     CONTENT = auto()
-    """By the encoded images and captions alone: the same files may lie elsewhere."""
+    """Only by the encoded images and captions: the same files may be moved."""
     FREE = auto()
-    """Not at all: it may change on resuming, as it changes nothing of what is learned but its rounding."""
+    """Not compared: it may change on resume, as it affects training by rounding at most."""
 
 
 Phase = Literal["encode", "draw", "train"]
@@ -34,25 +34,25 @@ Phase = Literal["encode", "draw", "train"]
 
 @dataclass(frozen=True)
 class Knob:
-    """A key that is advised when a run does not fit in memory."""
+    """A key to suggest when a run does not fit in memory."""
 
     eases: tuple[Literal["encode", "load", "train"], ...]
-    """What takes less memory: encoding, loading the transformer, training."""
+    """Phases that take less memory: encoding, loading the transformer, training."""
     leaner: tuple[Any, ...] = ()
-    """Values that take less, the first to try first; none where the value is computed."""
+    """Values that take less memory, in the order to try; empty if the value is computed."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a key means."""
+    """The meaning of a key for a run."""
 
     identity: Identity
     contract: bool | str = False
-    """Whether the adapter's contract states it as it is written; a text is its name there."""
+    """True if the adapter's contract states the written value; a text is the key's name in the contract."""
     path: Callable[[str, Path], bool] | None = None
-    """Whether a text, written in a file of that folder, is a path; such a path is made absolute."""
+    """Test if a text, in a file of the given folder, is a path; paths are made absolute."""
     phases: frozenset[Phase] = frozenset[Phase](("draw", "train"))
-    """Where the forecast of memory and time may depend on it."""
+    """Phases whose forecast of memory and time may depend on the key."""
     knob: Knob | None = None
 
 
@@ -65,11 +65,11 @@ EVERY_PHASE = frozenset[Phase](("encode", "draw", "train"))
 
 
 def is_any_path(text: str, folder: Path) -> bool:
-    """Every text is a path."""
+    """Return True: every text is a path."""
     return True
 
 
 def looks_like_a_path(text: str) -> bool:
-    """Whether a text that may also be a name begins as only paths do."""
+    """Return True for a text that begins as only paths do, unlike a Hub id."""
     starts = tuple(f"{start}{separator}" for start in (".", "..", "~") for separator in {"/", os.sep})
     return text in (".", "..", "~") or text.startswith(starts) or os.path.isabs(text)

@@ -1,4 +1,4 @@
-"""`method`: what is trained."""
+"""`method`: the training method."""
 
 from __future__ import annotations
 
@@ -38,29 +38,31 @@ BlockRange = Annotated[str, AfterValidator(_valid_range)]
 
 
 class MethodSection(Section):
-    """What all methods have, and what the other sections have to know of a method."""
+    """Fields shared by all methods, and the properties of a method that other sections need."""
 
     kind: str
     freezes_base: ClassVar[bool] = True
-    """Whether no weight of the base changes, so that it can be held in fewer bits."""
+    """True if the base's weights never change, so that they can be quantised."""
     makes_adapter: ClassVar[bool] = True
-    """Whether the result is an adapter of the base rather than a whole model."""
+    """True if the result is an adapter, False if it is a whole model."""
 
 
 class LoraConfig(MethodSection):
     """Low-rank adapters on the transformer's linear layers (LoRA, Hu et al. 2021)."""
 
     kind: Annotated[Literal["lora"], WRITTEN] = Field("lora", description="Train a LoRA adapter.")
-    rank: Annotated[Rank, _STATED] = Field(16, description="Rank of each adapter pair; file size grows in proportion.")
+    rank: Annotated[Rank, _STATED] = Field(
+        16, description="Rank of each adapter pair; file size is proportional to it."
+    )
     alpha: Annotated[Alpha, _STATED] = Field(16.0, description="The adapter's output is scaled by alpha / rank.")
     targets: Annotated[
         Literal["attention", "attention-image", "attention+mlp"] | Pattern | list[ModuleName], _STATED
     ] = Field(
         "attention",
         description="`attention`: every q, k, v and output projection of both streams, `attn2` included; "
-        "`attention-image`: those of the image stream alone; `attention+mlp`: also the feed-forward layers, at about "
-        "twice the size; else module names or their endings, such as `[attn.to_q, attn.to_v]`, or a regular "
-        "expression for full names, `re:transformer_blocks\\.\\d+\\.attn\\..*`. Modules that can never learn are "
+        "`attention-image`: only the projections of the image stream; `attention+mlp`: also the feed-forward layers, "
+        "at about twice the size. Or a list of module names or name endings, such as `[attn.to_q, attn.to_v]`, or a "
+        "regular expression for full names, `re:transformer_blocks\\.\\d+\\.attn\\..*`. Modules that cannot learn are "
         "left out.",
     )
     blocks: Annotated[list[Annotated[int, Field(ge=0)] | BlockRange] | None, _STATED] = Field(
@@ -70,8 +72,8 @@ class LoraConfig(MethodSection):
     )
     rank_pattern: Annotated[dict[ModuleName, Rank], _STATED] = Field(
         default={},
-        description="Other ranks for some modules, such as `{attn2.to_q: 4}`: name, ending or `re:` expression; the "
-        "first that fits a module counts.",
+        description="Other ranks for some modules, such as `{attn2.to_q: 4}`: by name, name ending or `re:` "
+        "expression; the first match counts.",
     )
     alpha_pattern: Annotated[dict[ModuleName, Alpha], _STATED] = Field(
         default={}, description="Other alphas for some modules, written like `rank_pattern`."
@@ -85,19 +87,20 @@ class LoraConfig(MethodSection):
         0.0,
         ge=0,
         lt=1,
-        description="Share of an adapter's inputs that is zeroed while training; previews and the file have none.",
+        description="Share of an adapter's inputs that is zeroed in training; previews and the saved file have no "
+        "dropout.",
     )
     init: Annotated[Literal[True, "gaussian", "orthogonal", "eva"], _STATED] = Field(
         True,
-        description="How A starts, while B A = 0 leaves the base as it is: true is PEFT's Kaiming-uniform A; "
-        "`gaussian` has standard deviation 1 / rank; `orthogonal` (even ranks) also starts B, in directions that A "
-        "does not reach; `eva` takes the main directions of each layer's input over some batches of the data.",
+        description="Initialisation of A; B A = 0 in all cases. true is PEFT's Kaiming-uniform A; `gaussian` has "
+        "standard deviation 1 / rank; `orthogonal` (even ranks) also initialises B, orthogonal to A; `eva` uses the "
+        "principal directions of each layer's input over some batches of the data.",
     )
     start_from: Annotated[str | None, Key(Identity.RESOLVED, path=is_any_path)] = Field(
         None,
         min_length=1,
-        description="An adapter to go on from: a file, an adapter folder or a run folder. Its ranks must be those of "
-        "this run; alpha may differ, as the training starts from what the file computes.",
+        description="Adapter to continue from: a file, an adapter folder or a run folder. Its ranks must match this "
+        "run; alpha may differ, as the training starts from the file's output.",
     )
 
     @field_validator("targets", mode="before")
@@ -117,7 +120,7 @@ class LoraConfig(MethodSection):
 
     @field_validator("init", mode="before")
     @classmethod
-    def _harmless_init(cls, init: Any) -> Any:
+    def _init_keeps_base(cls, init: Any) -> Any:
         name = init.lower().replace("-", "_") if isinstance(init, str) else ""
         if name.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
             raise ValueError(
@@ -137,7 +140,7 @@ class LoraConfig(MethodSection):
 
 
 class FullConfig(MethodSection):
-    """Every parameter of the transformer: a full fine-tune or, with `model.init: random`, training from scratch."""
+    """Train every transformer parameter: full fine-tuning or, with `model.init: random`, training from scratch."""
 
     freezes_base: ClassVar[bool] = False
     makes_adapter: ClassVar[bool] = False
@@ -147,8 +150,8 @@ class FullConfig(MethodSection):
     )
     export_dtype: Annotated[Literal["fp32", "bf16", "fp16"], _STATED] = Field(
         "fp16",
-        description="Precision of the transformer in `model/`; previews and reports compute with what is written. fp16 "
-        "is half of fp32's size and eight times as fine as bf16; checkpoints hold fp32 whatever it is.",
+        description="Precision of the transformer in `model/`; previews and reports use the written weights. fp16 has "
+        "half of fp32's size and eight times the precision of bf16; checkpoints are always fp32.",
     )
 
 

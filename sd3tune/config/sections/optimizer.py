@@ -1,4 +1,4 @@
-"""`optimizer` and `schedule`: how weights are updated."""
+"""`optimizer` and `schedule`: weight updates and learning rate."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _TRAINING = Key(Identity.WRITTEN, phases=TRAINING)
 
 
 class OptimizerSection(Section):
-    """What all optimizers have."""
+    """Fields shared by all optimizers."""
 
     kind: str
     lr: Annotated[float, _TRAINING] = Field(1e-4, gt=0, description="Peak learning rate.")
 
 
 class _Adam(OptimizerSection):
-    """What all of Adam's kin have."""
+    """Fields shared by Adam and its variants."""
 
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], _TRAINING] = Field(
         default=[0.9, 0.999], min_length=2, max_length=2, description="Decay rates of the two moments."
     )
-    eps: Annotated[float, _TRAINING] = Field(1e-8, gt=0, description="Added to the denominator.")
+    eps: Annotated[float, _TRAINING] = Field(1e-8, gt=0, description="Constant added to the denominator.")
     weight_decay: Annotated[float, _TRAINING] = Field(
         1e-4, ge=0, description="Decoupled weight decay, multiplied by the learning rate."
     )
@@ -35,38 +35,38 @@ class AdamWConfig(_Adam):
     """AdamW (Loshchilov & Hutter 2019), fused."""
 
     kind: Annotated[Literal["adamw"], Key(Identity.WRITTEN, phases=TRAINING, knob=Knob(("train",), ("adamw8bit",)))] = (
-        Field("adamw", description="Fused AdamW on one flat fp32 master.")
+        Field("adamw", description="Fused AdamW on one flat fp32 master tensor.")
     )
 
 
 class AdamW8bitConfig(_Adam):
-    """AdamW with moments of 8 bits in blocks of 256 (Dettmers et al. 2022). Needs `sd3tune[bitsandbytes]`."""
+    """AdamW with 8-bit moments in blocks of 256 (Dettmers et al. 2022). Needs `sd3tune[bitsandbytes]`."""
 
     kind: Annotated[Literal["adamw8bit"], _TRAINING] = Field(
-        "adamw8bit", description="6 bytes less for each trained parameter: 60 to 140 MB for a LoRA of rank 16."
+        "adamw8bit", description="Saves 6 bytes per trained parameter: 60 to 140 MB for a LoRA of rank 16."
     )
 
 
 class ProdigyConfig(_Adam):
-    """Prodigy (Mishchenko & Defazio 2024): AdamW that estimates its learning rate, d, while it trains."""
+    """Prodigy (Mishchenko & Defazio 2024): AdamW that estimates its learning rate, d, during training."""
 
     kind: Annotated[Literal["prodigy"], _TRAINING] = Field(
-        "prodigy", description="No learning rate to choose; twice AdamW's memory."
+        "prodigy", description="Needs no learning rate; takes twice AdamW's memory."
     )
     lr: Annotated[float, _TRAINING] = Field(
         1.0, gt=0, description="Multiplies the estimated rate, as the schedule does; leave it at 1."
     )
     d0: Annotated[float, _TRAINING] = Field(
-        1e-6, gt=0, description="The first estimate; it only grows, so below any rate that could be right."
+        1e-6, gt=0, description="Initial estimate, which only grows, so it must be below any suitable rate."
     )
     d_coef: Annotated[float, _TRAINING] = Field(
-        1.0, gt=0, description="Multiplies each new estimate: 0.5 trains more calmly, 2 faster."
+        1.0, gt=0, description="Multiplies each new estimate: 0.5 gives a lower rate, 2 a higher rate."
     )
     safeguard_warmup: Annotated[bool, _TRAINING] = Field(
         True, description="Keep a schedule's warm-up from inflating the estimate."
     )
     use_bias_correction: Annotated[bool, _TRAINING] = Field(
-        True, description="Adam's correction of the first steps; makes Prodigy start slower."
+        True, description="Use Adam's bias correction, which makes Prodigy start slower."
     )
 
 
@@ -74,25 +74,25 @@ OptimizerConfig = Annotated[AdamWConfig | AdamW8bitConfig | ProdigyConfig, Field
 
 
 class ScheduleSection(Section):
-    """What all schedules have."""
+    """Fields shared by all schedules."""
 
     kind: str
     warmup_steps: Annotated[int, WRITTEN] = Field(
         0, ge=0, description="Steps over which the learning rate rises linearly to its peak."
     )
     depends_on_length: ClassVar[bool] = True
-    """Whether a step's learning rate depends on the length of the run, which then cannot be extended."""
+    """True if learning rates depend on the length of the run, which then cannot be extended."""
 
 
 class ConstantConfig(ScheduleSection):
-    """The same learning rate throughout, after the warm-up."""
+    """Constant learning rate after the warm-up."""
 
     kind: Annotated[Literal["constant"], WRITTEN] = Field("constant", description="Constant learning rate.")
     depends_on_length: ClassVar[bool] = False
 
 
 class CosineConfig(ScheduleSection):
-    """Half a cosine from the peak to zero, after the warm-up."""
+    """Half a cosine from the peak to zero after the warm-up."""
 
     kind: Annotated[Literal["cosine"], WRITTEN] = Field("cosine", description="Cosine decay to zero at the last step.")
 

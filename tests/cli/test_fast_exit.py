@@ -10,7 +10,7 @@ import pytest
 
 COMMAND = """
 import atexit, sys, threading, time
-from sd3tune.cli.leaving import leave_after
+from sd3tune.cli.fast_exit import exit_fast
 
 class Left:
     def __del__(self):
@@ -24,7 +24,7 @@ def command():
     print("done")
     {ends}
 
-leave_after(command)
+exit_fast(command)
 """
 
 

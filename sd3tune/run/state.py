@@ -1,0 +1,56 @@
+"""The training state at the first step of an attempt: new, initialised from data, or restored from a checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import SD3Transformer2DModel
+
+from sd3tune.config import Config
+from sd3tune.run.batches import make_batches
+from sd3tune.run.encoding import Encoded
+from sd3tune.run.preflight import Plan
+from sd3tune.run.setup import make_trainable
+from sd3tune.runtime.processes import ALONE, Processes
+from sd3tune.training.checkpoint import restore
+from sd3tune.training.optim import FlatMaster, LossScale
+from sd3tune.training.optimizers import make_optimizer
+from sd3tune.training.step import TrainState, predict_velocity
+
+_OBSERVED_STEPS = 8
+"""Number of batches for an initialisation from data."""
+
+
+def starting_state(
+    plan: Plan, encoded: Encoded, transformer: SD3Transformer2DModel, processes: Processes
+) -> TrainState:
+    """Make the model trainable, and return the state of the checkpoint to resume from, or of step 0."""
+    config = plan.config
+    parameters = make_trainable(config, plan.method, transformer)
+    if plan.start is None:
+        plan.method.initialize_from_data(
+            transformer, lambda: _observe(plan, encoded, transformer), processes.reduce_mean
+        )
+    state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
+    if plan.start is not None:
+        restore(plan.start, state)
+    return state
+
+
+def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainState:
+    """Return the training state before the first step."""
+    optimizer = make_optimizer(config.optimizer, master.master)
+    return TrainState(
+        step=0,
+        master=master,
+        optimizer=optimizer,
+        ema=master.master.detach().clone() if config.ema is not None else None,
+        loss_scale=LossScale(master.master.device, enabled=dtype is torch.float16),
+    )
+
+
+def _observe(plan: Plan, encoded: Encoded, transformer: SD3Transformer2DModel) -> None:
+    """Run a single process's first batches through the model, so that every rank uses the same data."""
+    batches = make_batches(plan, encoded, ALONE)
+    for step in range(_OBSERVED_STEPS):
+        predict_velocity(transformer, plan.method, batches.fetch(step, 0))
+    batches.close()
