@@ -60,7 +60,7 @@ def measure_base(pipeline: ImagePipeline, count: int, seed: int) -> Shares:
     }
     shares: Shares = {}
     for kind, tasks in kinds.items():
-        images = pipeline.draw([(task.prompt, task.seed) for task in tasks], what=kind)
+        images = pipeline.draw([(task.prompt, task.seed) for task in tasks], activity=kind)
         shares[kind] = share_right(tasks, images)
         if kind == "rich, seen":
             shares |= _by_question(tasks, images)
