@@ -19,7 +19,7 @@ from sd3tune.model.compute.hoist import hoist
 from sd3tune.run.setup import hoists, make_trainable
 from sd3tune.runtime.device import DTYPES, make_accelerator
 from sd3tune.runtime.processes import ALONE, Processes, processes_of
-from sd3tune.training.ahead import looking_ahead
+from sd3tune.training.ahead import with_modulations
 from sd3tune.training.batches import Batches, LatentScaling
 from sd3tune.training.examples import Example
 from sd3tune.training.loop import Callback, train
@@ -158,7 +158,7 @@ def make_trainer(config: Config, model: Model, folder: Path, device: torch.devic
         transformer=transformer,
         method=method,
         batches=batches,
-        ahead=looking_ahead(batches, transformer, method),
+        ahead=with_modulations(batches, transformer, method),
         objective=make_objective(config.flow, SHIFT),
         processes=processes,
     )

@@ -58,7 +58,7 @@ from sd3tune.runtime.launch import errors_to_the_launcher
 from sd3tune.runtime.out_of_memory import explain_oom
 from sd3tune.runtime.processes import ALONE, Processes, closing_process_group, processes_of
 from sd3tune.runtime.signals import StopSignals
-from sd3tune.training.ahead import looking_ahead
+from sd3tune.training.ahead import with_modulations
 from sd3tune.training.batches import Batches, Dropout, LatentScaling
 from sd3tune.training.checkpoint import restore
 from sd3tune.training.loop import Callback, exported_weights, train
@@ -181,7 +181,7 @@ def _train(
                 attempt.state,
                 transformer,
                 plan.method,
-                looking_ahead(attempt.batches, transformer, plan.method),
+                with_modulations(attempt.batches, transformer, plan.method),
                 make_objective(config.flow, plan.shift),
                 processes,
                 attempt.identity,

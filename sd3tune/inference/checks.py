@@ -70,7 +70,7 @@ def conflicts_of(request: ImageRequest, named: Named) -> list[str]:
     return problems
 
 
-def beyond_the_base(request: ImageRequest, named: Named, transformer: Any) -> list[str]:
+def unsupported_by_base(request: ImageRequest, named: Named, transformer: Any) -> list[str]:
     """Return a line for each value that a base with this transformer config does not support."""
     problems = []
     largest = transformer.pos_embed_max_size * transformer.patch_size * 8

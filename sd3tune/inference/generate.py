@@ -11,7 +11,7 @@ from PIL import Image
 
 from sd3tune.files.png_recipe import RECIPE_KEY
 from sd3tune.inference.job import InferenceJob
-from sd3tune.inference.prepare import fetching_as_allowed, prepare
+from sd3tune.inference.prepare import download_policy, prepare
 from sd3tune.inference.recipes import Recipes
 from sd3tune.inference.session import draw
 from sd3tune.reporting import say
@@ -50,7 +50,7 @@ def generate(
         raise TypeError(f"{min(extra)!r} is about files, and generate writes none; save the images that it returns")
     given = {**fields, "prompt": prompt, "seed": seed, "num": num}
     job = InferenceJob.from_fields(loras=_as_texts(lora), base=None if base is None else _base(base), **given)
-    with fetching_as_allowed(job):
+    with download_policy(job):
         prepared = prepare(job)
         recipes = Recipes(prepared.session)
         images: dict[Any, Image.Image] = {}

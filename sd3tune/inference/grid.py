@@ -59,7 +59,7 @@ class Grid:
             for number, axis in ordered:
                 changed = axis.apply(changed, places[number])
             labels = [
-                f"-{axis.name}-{_in_a_name(axis.labels[place])}"
+                f"-{axis.name}-{_slug(axis.labels[place])}"
                 for axis, place in zip(self.axes, places, strict=False)
                 if axis.name not in ("prompt", "seed")  # prompt and seed are part of every name
             ]
@@ -143,7 +143,7 @@ def _short(path: Path) -> str:
     return parts[-1].removesuffix(".safetensors") if parts else str(path)
 
 
-def _in_a_name(label: str) -> str:
+def _slug(label: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", label)
 
 

@@ -12,7 +12,7 @@ from sd3tune.adapter.file import Adapter, match
 from sd3tune.adapter.hub import load_adapter
 from sd3tune.data.images import check_header, read_picture, reading_warnings
 from sd3tune.errors import ConfigError
-from sd3tune.inference.checks import Named, beyond_the_base, check_job, conflicts_of, flag_of, problems_of
+from sd3tune.inference.checks import Named, check_job, conflicts_of, flag_of, problems_of, unsupported_by_base
 from sd3tune.inference.conditions import Conditions, settle_conditions, settle_memory
 from sd3tune.inference.from_recipe import fill_from_recipe, read_source
 from sd3tune.inference.grid import Grid, read_grid
@@ -21,7 +21,7 @@ from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.lora_argument import parse_lora
 from sd3tune.inference.prompts_file import PromptLine, read_prompts
 from sd3tune.inference.session import InferenceSession
-from sd3tune.model.base.hub import nothing_fetched
+from sd3tune.model.base.hub import no_downloads
 from sd3tune.model.load.components import empty_transformer, load_scheduler
 from sd3tune.reporting import say
 from sd3tune.runtime.device import choose_dtype, gpu_of, make_accelerator
@@ -47,13 +47,13 @@ class PreparedJob:
         return [request for row in self.rows for request in row]
 
 
-def fetching_as_allowed(job: InferenceJob) -> AbstractContextManager[None]:
+def download_policy(job: InferenceJob) -> AbstractContextManager[None]:
     """Return the context in which a job is prepared and drawn.
 
     With a recipe, it prevents downloads from the Hub unless the job allows them.
     """
     recipe_alone = job.from_picture is not None and not job.allow_download
-    return nothing_fetched() if recipe_alone else nullcontext()
+    return no_downloads() if recipe_alone else nullcontext()
 
 
 def prepare(asked: InferenceJob) -> PreparedJob:
@@ -106,7 +106,7 @@ def _check_against_base(named: Sequence[NamedRequest], conditions: Conditions, a
     skeleton, schedule = empty_transformer(conditions.base), load_scheduler(conditions.base).config
     problems = [line for request, name in named for line in problems_of(request, name)]
     for request, name in named:
-        problems += conflicts_of(request, name) or beyond_the_base(request, name, skeleton.config)
+        problems += conflicts_of(request, name) or unsupported_by_base(request, name, skeleton.config)
         sampler = request.sampler
         if request.shift is None and schedule.get("use_dynamic_shifting") and not SAMPLERS[sampler].follows_size:
             problems.append(

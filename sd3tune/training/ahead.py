@@ -59,7 +59,7 @@ def window_length(batches: Batches) -> int:
     return batches.length if isinstance(batches, AheadBatches) else 1
 
 
-def looking_ahead(batches: Batches, transformer: SD3Transformer2DModel, method: Method) -> Batches:
+def with_modulations(batches: Batches, transformer: SD3Transformer2DModel, method: Method) -> Batches:
     """Return `batches`, with modulations computed ahead if the transformer's modulation layers are hoisted."""
     if not hoisted(transformer):
         return batches

@@ -13,7 +13,7 @@ from sd3tune.files.atomic import FULL
 from sd3tune.reporting import Reporter, current
 
 _fetching = True
-"""Whether files that are not in the Hub's cache may be downloaded; see `nothing_fetched`."""
+"""Whether files that are not in the Hub's cache may be downloaded; see `no_downloads`."""
 _OF_THE_DISK = (*FULL, errno.EACCES, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 
@@ -21,7 +21,7 @@ ANOTHER_BASE = "name a folder or `tiny` as the base"
 
 
 @contextlib.contextmanager
-def nothing_fetched() -> Iterator[None]:
+def no_downloads() -> Iterator[None]:
     """Let `download` return only files that are on this machine, and raise ModelError for others."""
     global _fetching
     before, _fetching = _fetching, False

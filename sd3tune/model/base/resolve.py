@@ -19,7 +19,7 @@ from sd3tune.model.base.offline import offline_folder, offline_kind
 from sd3tune.model.base.parts import COMMON, CONFIGS, VARIANTS
 from sd3tune.model.base.shape import new_shape
 from sd3tune.model.base.single_file_header import read_checkpoint
-from sd3tune.model.base.suggestions import suggesting_released, suggestion
+from sd3tune.model.base.suggestions import suggest_released, suggestion
 from sd3tune.model.base.weights import PICKLED, read_json
 
 
@@ -80,7 +80,7 @@ def resolve_base(
         return Base(name, "file", path.absolute(), None, files, tokenizers)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise ModelError(f"{name}: no such base: neither an offline base, a path nor a Hub id{suggestion(path)}")
-    with suggesting_released(name):
+    with suggest_released(name):
         snapshot = download(name, revision, ["model_index.json", CONTRACT_FILE])
     _check_model_index(snapshot, name)
     return Base(name, "hub", snapshot, snapshot.name, files, tokenizers)

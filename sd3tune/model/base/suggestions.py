@@ -40,7 +40,7 @@ def suggestion(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def suggesting_released(repository: str) -> Iterator[None]:
+def suggest_released(repository: str) -> Iterator[None]:
     """Add the right Hub id to a ModelError about another spelling of a released model, or about its single files."""
     owner, _, name = repository.partition("/")
     meant = released(name) if owner == "stabilityai" else None

@@ -156,7 +156,7 @@ def _frozen(kind: Any, weights: Callable[[Any, torch.dtype], Tensor]) -> Any:
 
     class Frozen(kind):
         def forward(self, inputs: Tensor) -> Tensor:
-            compute = functools.partial(_plainly, self) if inputs.is_meta else super().forward
+            compute = functools.partial(_meta_product, self) if inputs.is_meta else super().forward
             if torch.is_grad_enabled() and inputs.requires_grad:
                 outputs: Tensor = _Product.apply(inputs, self, compute)
                 return outputs
@@ -168,7 +168,7 @@ def _frozen(kind: Any, weights: Callable[[Any, torch.dtype], Tensor]) -> Any:
     return Frozen
 
 
-def _plainly(layer: Any, inputs: Tensor) -> Tensor:
+def _meta_product(layer: Any, inputs: Tensor) -> Tensor:
     """For the meta device, where bitsandbytes has no kernels: the shapes of a product with the weights read back.
 
     In 8 bits, inputs are rounded to fp16 and then to codes, whose product has 32.

@@ -59,7 +59,7 @@ def select_modules(
     Raises AdapterError when an entry matches nothing, or nothing that can learn, or a block does not exist.
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    never = never_learning(transformer)
+    never = untrainable_modules(transformer)
     inside = _inside(transformer, blocks)
     patterns = PRESETS.get(targets, (targets,)) if isinstance(targets, str) else targets
     problems = []
@@ -82,7 +82,7 @@ def select_modules(
     ]
 
 
-def never_learning(transformer: nn.Module) -> set[str]:
+def untrainable_modules(transformer: nn.Module) -> set[str]:
     """The last block drops its context stream, so the context's query there gets a gradient of exactly zero.
 
     Its `to_add_out` and `ff_context` do not exist. Every other linear layer of the transformer learns.

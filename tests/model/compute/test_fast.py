@@ -18,7 +18,7 @@ from sd3tune.data.sampler import generator
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.compute.fast import cpu, plain_path, use_fast_path
 from sd3tune.model.compute.fast.attention import SHORT, attention_dtype
-from sd3tune.model.compute.fast.lora import adapted, linear, linear_together
+from sd3tune.model.compute.fast.lora import adapted, fused_linears, linear
 from sd3tune.model.compute.fast.norm import is_invertible, join_normalised
 from sd3tune.model.load.components import load_transformer
 from sd3tune.model.load.quantized import FORMS, load_transformer_in
@@ -219,7 +219,7 @@ def test_a_quantised_base_takes_the_fast_way_below_its_lora(form: str) -> None:
     assert all(adapted(layer) is not None for layer in layers)
     states = torch.randn(2, 5, layers[0].in_features, generator=generator(4), requires_grad=True)
     plain = [layer(states) for layer in layers]
-    fast = linear_together(layers, states)
+    fast = fused_linears(layers, states)
     for one, other in zip(fast, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
     wanted = [states, *(of[ADAPTER_NAME].weight for layer in layers for of in (layer.lora_A, layer.lora_B))]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sd3tune.model.compute.fast import cpu
-from sd3tune.model.compute.fast.lora import linear, linear_together
+from sd3tune.model.compute.fast.lora import fused_linears, linear
 from sd3tune.model.compute.fast.norm import is_invertible, join, join_normalised
 
 SHORT = 512
@@ -29,11 +29,11 @@ class FastAttention:
     ) -> Any:
         """[B, image tokens, width], and [B, text tokens, width] where there is a text stream; the same shapes back."""
         dtype = attention_dtype(hidden_states, encoder_hidden_states)
-        streams = [linear_together([attn.to_q, attn.to_k, attn.to_v], hidden_states)]
+        streams = [fused_linears([attn.to_q, attn.to_k, attn.to_v], hidden_states)]
         query_norms, key_norms = [attn.norm_q], [attn.norm_k]
         if encoder_hidden_states is not None:
             layers = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
-            streams.append(linear_together(layers, encoder_hidden_states))
+            streams.append(fused_linears(layers, encoder_hidden_states))
             query_norms.append(attn.norm_added_q)
             key_norms.append(attn.norm_added_k)
         queries, keys, values = ([_heads(attn, of, dtype) for of in parts] for parts in zip(*streams, strict=True))

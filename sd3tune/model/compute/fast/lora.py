@@ -27,7 +27,7 @@ class Adapted(NamedTuple):
     scale: float
 
 
-def linear_together(layers: Sequence[nn.Module], inputs: Tensor) -> tuple[Tensor, ...]:
+def fused_linears(layers: Sequence[nn.Module], inputs: Tensor) -> tuple[Tensor, ...]:
     """What each of the layers makes of the same `inputs` [..., in]: [..., out], equal to calling them up to rounding.
 
     Takes the fast way for frozen linear layers, quantised or not, under one plain LoRA; anything else is called.
@@ -40,7 +40,7 @@ def linear_together(layers: Sequence[nn.Module], inputs: Tensor) -> tuple[Tensor
 
 
 def linear(layer: nn.Module, inputs: Tensor) -> Tensor:
-    return linear_together([layer], inputs)[0]
+    return fused_linears([layer], inputs)[0]
 
 
 def adapted(layer: nn.Module) -> Adapted | None:
