@@ -31,7 +31,7 @@ class Ready:
 
 
 def ready(latents: Tensor, noise: Tensor, sigma: Tensor, prompt_embeds: Tensor, pooled: Tensor) -> Ready:
-    """The inputs for given draws; the embeddings' dtype is the model's."""
+    """Return the inputs for given draws; the embeddings' dtype is the model's."""
     share = sigma[:, None, None, None]
     noisy = (1 - share) * latents + share * noise
     return Ready(noisy.to(prompt_embeds.dtype), 1000 * sigma, prompt_embeds, pooled, noise - latents)

@@ -95,7 +95,7 @@ def check_same(
 
 
 def peak_of_a_step(side: Footprint, step: Callable[[], object]) -> int:
-    """The most bytes of tensors that are alive at once in a step: all that the side has made since its beginning.
+    """Return the most bytes of tensors that are alive at once in a step: all that the side has made since its beginning.
 
     Model, adapter and optimizer are in it, and so is what a step saves or makes in between; a kernel's own memory and
     what a reading thread has ready are not.

@@ -80,7 +80,7 @@ def run_encoding(folder: Path, rounds: int = ROUNDS, images: int = IMAGES, side:
 
 @torch.no_grad()
 def encode_bare(base: Path, photos: Path, captions: dict[str, str], side: int) -> list[dict[str, torch.Tensor]]:
-    """The libraries alone: per image the outputs of each encoder and the VAE's posterior, kept in memory."""
+    """Return the libraries alone: per image the outputs of each encoder and the VAE's posterior, kept in memory."""
     made: list[dict[str, torch.Tensor]] = [{} for _ in captions]
     for name, tokenizer_part, part, tokenizer_class, model_class, length in _ENCODERS:
         tokenizer = tokenizer_class.from_pretrained(base / tokenizer_part, local_files_only=True)

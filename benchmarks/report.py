@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     lines = [_HEADINGS, ["---"] * len(_HEADINGS), *(_table_row(row) for row in results["cells"])]
     return "\n".join(
         [

@@ -33,7 +33,7 @@ SD3_SCALING = LatentScaling(scaling_factor=1.5305, shift_factor=0.0609)
 
 
 def make_config(cell: Cell) -> Config:
-    """The defaults, but for sizes; clipping is at work, and metrics are flushed at least as often as by default."""
+    """Return the defaults, but for sizes; clipping is at work, and metrics are flushed at least as often as by default."""
     return Config.model_validate(
         {
             "name": cell.name,
@@ -121,7 +121,7 @@ class Trainer:
 
 
 def make_trainer(config: Config, model: Model, folder: Path, device: torch.device | None = None) -> Trainer:
-    """The trainer before its first step, with factors B that are not zero, so that A has a gradient too.
+    """Return the trainer before its first step, with factors B that are not zero, so that A has a gradient too.
 
     `config.model.dtype` is not `auto`; `device` is the one that a run would take, unless it is given.
     """

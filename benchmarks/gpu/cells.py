@@ -73,7 +73,7 @@ class Cell:
 
 
 def cells_of(shapes: Shapes) -> list[Cell]:
-    """All of them, those first that answer most: what a time budget cuts off is the end."""
+    """Return all of them, those first that answer most: what a time budget cuts off is the end."""
     large, small = shapes.large, shapes.small
     kinds: Sequence[tuple[int, int, str, bool]] = (
         (large, 1, "bf16", False),

@@ -21,16 +21,16 @@ class Device(Protocol):
     name: str
 
     def seconds(self) -> float:
-        """A clock, read when all that was asked of the device is done."""
+        """Return a clock, read when all that was asked of the device is done."""
 
     def watching_memory(self) -> AbstractContextManager[Any]:
-        """A context in which tensors are followed."""
+        """Return a context in which tensors are followed."""
 
     def restart_peak(self) -> None:
         """From here on the peak is that of what comes, what is there now included."""
 
     def peak_bytes(self) -> int:
-        """The most bytes of tensors at once, of those made in the context."""
+        """Return the most bytes of tensors at once, of those made in the context."""
 
     def kernels(self, compute: Callable[[], object]) -> int | None:
         """How many kernels the device runs for one call; None where they cannot be counted."""

@@ -22,7 +22,7 @@ TURN_SECONDS = 1.0
 
 
 def measure_cell(cell: Cell, shapes: Shapes, device: Device, deadline: float, order: Sequence[str]) -> dict[str, Any]:
-    """A row of the results; `order` is that of the sides, and `deadline` a time of `time.monotonic`."""
+    """Return a row of the results; `order` is that of the sides, and `deadline` a time of `time.monotonic`."""
     found = {name: measure_side(name, cell, shapes, device, deadline) for name in order}
     example, ours = (found[name].get("images_per_s") for name in SIDES)
     return {
@@ -39,7 +39,7 @@ def measure_cell(cell: Cell, shapes: Shapes, device: Device, deadline: float, or
 
 
 def measure_side(name: str, cell: Cell, shapes: Shapes, device: Device, deadline: float) -> dict[str, Any]:
-    """The figures of one side, or an `outcome` that says why there are none."""
+    """Return the figures of one side, or an `outcome` that says why there are none."""
     try:
         with tempfile.TemporaryDirectory(prefix="sd3tune-gpu-") as folder:
             return _measured(name, cell, shapes, device, deadline, Path(folder))

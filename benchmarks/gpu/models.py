@@ -39,7 +39,7 @@ def config_of(cell: Cell, shapes: Shapes) -> Config:
 
 
 def model_of(cell: Cell, shapes: Shapes, device: torch.device) -> Model:
-    """The cell's transformer, frozen, to be built on `device`, and the sizes of what it is fed."""
+    """Return the cell's transformer, frozen, to be built on `device`, and the sizes of what it is fed."""
     base = shape_of_base(config_of(cell, shapes).model)
     widths = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
     return Model(

@@ -55,7 +55,7 @@ def _published_tflops(device: str) -> float | None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     where, ceilings = results["environment"], results["ceilings"]
     lines = [_HEADINGS, ["---"] * len(_HEADINGS)]
     lines += [_row(row, where["published_tflops"], ceilings["gemm_tflops"]) for row in results["cells"]]

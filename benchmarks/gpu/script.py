@@ -29,10 +29,10 @@ LEAST_SECONDS = 150.0
 
 
 def run_script(script: Path, shapes: Shapes, device: Device, deadline: float) -> dict[str, Any]:
-    """Both commands once, as processes: steps, first step and peak memory of the process; `summary` is for people."""
+    """Return both commands once, as processes: steps, first step and peak memory of the process; `summary` is for people."""
     left = deadline - time.monotonic()
     if device.torch.type == "cuda" and left < LEAST_SECONDS:
-        return {"summary": f"The script itself was not run: {left:.0f} s were left, and it wants {LEAST_SECONDS:.0f}."}
+        return {"summary": f"The script itself was not run: {left:.0f} s were left, and it needs {LEAST_SECONDS:.0f}."}
     with tempfile.TemporaryDirectory(prefix="sd3tune-script-") as name:
         folder = Path(name)
         materials = make_materials(folder, ["tiny"])
@@ -52,7 +52,7 @@ def run_script(script: Path, shapes: Shapes, device: Device, deadline: float) ->
 
 
 def random_pipeline(folder: Path, shapes: Shapes, device: Device) -> Path:
-    """A base in diffusers' layout: that transformer, shallow text encoders of its widths, and tiny's other parts."""
+    """Return a base in diffusers' layout: that transformer, shallow text encoders of its widths, and tiny's other parts."""
     tiny = resolve_base("tiny").path
     shutil.copytree(tiny, folder)
     transformer = random_on_device(shape_of_base(ModelConfig(base=shapes.bases[BASE])), torch.bfloat16, device.torch)

@@ -97,7 +97,7 @@ def observe_script(arguments: Sequence[str]) -> Seen:
 
 
 def our_step(base_folder: Path, seen: Seen) -> tuple[float, dict[str, Tensor]]:
-    """The loss and the adapter's gradients of `train_step` on the same."""
+    """Return the loss and the adapter's gradients of `train_step` on the same."""
     config = _config(base_folder)
     base = resolve_base(str(base_folder))
     transformer = load_transformer(base, torch.float32)
@@ -164,7 +164,7 @@ def _config(base_folder: Path) -> Config:
 
 
 def _sigmas(base_folder: Path, seen: Seen) -> Tensor:
-    """The scheduler's sigma at each of the timesteps."""
+    """Return the scheduler's sigma at each of the timesteps."""
     scheduler = load_scheduler(resolve_base(str(base_folder)))
     assert seen.timesteps is not None
     return torch.stack([scheduler.sigmas[scheduler.timesteps == time].squeeze() for time in seen.timesteps])

@@ -64,7 +64,7 @@ def _tiny(folder: Path) -> Path:
 
 
 def _small(folder: Path) -> Path:
-    """The transformer of the trainer's benchmark, text encoders of the widths that it needs, and tiny's other parts.
+    """Return the transformer of the trainer's benchmark, text encoders of the widths that it needs, and tiny's other parts.
 
     The small VAE is in the peer's favour: it encodes images at each step unless it caches latents.
     """
@@ -100,7 +100,7 @@ def _real_encoders(folder: Path) -> Path:
 
 
 def _released(kind: Any, folder: Path, part: str, **changes: Any) -> Any:
-    """The released model's configuration, with the ids and the vocabulary of the part that lies there."""
+    """Return the released model's configuration, with the ids and the vocabulary of the part that lies there."""
     there = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
     kept = {key: there[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id") if key in there}
     return kind.from_pretrained(COMMON / part, **kept, **changes)

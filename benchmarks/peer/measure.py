@@ -38,7 +38,7 @@ class Measured:
 
 
 def measure_cell(cell: PeerCell, script: Path, materials: Materials, folder: Path) -> Measured:
-    """Both sides step by step in turns, then alone in turns. Their stores are empty each time. Raises RunFailed."""
+    """Return both sides step by step in turns, then alone in turns. Their stores are empty each time. Raises RunFailed."""
     steps, store = cell.size.steps, folder / "store"
 
     def ours(warm: bool = False) -> list[str]:
@@ -104,7 +104,7 @@ def better(metric: str, ours: float, peer: float) -> float:
 
 
 def rows(cell: PeerCell, measured: Measured) -> list[dict[str, Any]]:
-    """A row per metric: the medians of both sides, and the median of the pairs' ratios."""
+    """Return a row per metric: the medians of both sides, and the median of the pairs' ratios."""
     return [_row(cell, name, pairs, measured.warm.get(name)) for name, pairs in measured.pairs.items()]
 
 

@@ -93,7 +93,7 @@ def run_alone(name: str, arguments: Sequence[str], folder: Path, steps: int) -> 
 
 
 def run_in_turns(arguments: Mapping[str, Sequence[str]], folder: Path, steps: int, turn: int) -> dict[str, Stamps]:
-    """Both sides at once, one of them computing at a time, `turn` steps long; the first of them leads.
+    """Return both sides at once, one of them computing at a time, `turn` steps long; the first of them leads.
 
     Raises RunFailed.
     """

@@ -24,7 +24,7 @@ _TITLES = {
 
 
 def table(results: dict[str, Any]) -> str:
-    """The ratios as Markdown, a line per cell."""
+    """Return the ratios as Markdown, a line per cell."""
     by_name = {row["cell"]: row for row in results["cells"]}
     headings = [_TITLES.get(heading, heading) for heading in _HEADINGS]
     lines = [headings, ["---"] * len(headings)]
@@ -79,7 +79,7 @@ def _still_valid(earlier: dict[str, Any], results: dict[str, Any]) -> list[dict[
 
 
 def _commits(results: dict[str, Any]) -> list[str]:
-    """A line for every other commit that cells are of."""
+    """Return a line for every other commit that cells are of."""
     cells: dict[str, list[str]] = {}
     for row in results["cells"]:
         cell = row["cell"].split()[0]

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(cells: Sequence[PeerCell], script: Path, out: Path | None) -> dict[str, Any]:
-    """The results of the cells, after the gate; written to `out` as far as they are known. Raises RunFailed."""
+    """Return the results of the cells, after the gate; written to `out` as far as they are known. Raises RunFailed."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     os.environ.update(environment())
     from benchmarks.peer import report
@@ -76,7 +76,7 @@ def measure(cells: Sequence[PeerCell], script: Path, out: Path | None) -> dict[s
 
 
 def run_gate(script: Path, arguments: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The gate, in a process of its own. Raises RunFailed when it is not passed."""
+    """Return the gate, in a process of its own. Raises RunFailed when it is not passed."""
     file, log = folder / "gate.json", folder / "gate.log"
     base = arguments[arguments.index("--pretrained_model_name_or_path") + 1]
     command = [sys.executable, "-m", "benchmarks.peer.gate", base, str(file), str(script), *arguments]

@@ -72,7 +72,7 @@ def run_side(side: str, arguments: Sequence[str]) -> None:
 
 
 def peak_bytes() -> int:
-    """The largest resident size so far. `ru_maxrss` would also count the process that this one was forked from."""
+    """Return the largest resident size so far. `ru_maxrss` would also count the process that this one was forked from."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
     assert found is not None

@@ -79,7 +79,7 @@ def _measure(
 
 
 def pairs(figures: Figures) -> list[str]:
-    """The seeds of which both trainings were measured."""
+    """Return the seeds of which both trainings were measured."""
     of = {arm: [seed for name in figures for at, seed in [name.split("/")] if at == arm] for arm in ARMS}
     return [seed for seed in of[ONE] if seed in of[TWO]]
 

@@ -83,7 +83,7 @@ def train_quietly(variant: Variant, run: Path, store: Path, seed: int) -> float:
 
 
 def _by_question(tasks: Sequence[Task], images: Sequence[Image.Image]) -> Shares:
-    """The share right of each thing that a rich caption may ask for, where it asks for it."""
+    """Return the share right of each thing that a rich caption may ask for, where it asks for it."""
     verdicts = [task.judge(image) for task, image in zip(tasks, images, strict=True)]
     shares: Shares = {}
     for question in ("background", "colour", "shape", "size", "texture", "place", "relation", "other"):

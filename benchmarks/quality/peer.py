@@ -29,7 +29,7 @@ class SideBySide:
     folder: Path
 
     def compare(self, pipeline: ImagePipeline, panel: Panel, seed: int, recipe: Variant) -> Shares:
-        """Both for the recipe's steps, and the script for as many as its whole command makes in our CPU seconds.
+        """Return both for the recipe's steps, and the script for as many as its whole command makes in our CPU seconds.
 
         The shares of `measure_panel`, `cpu_s` and `steps`, each behind `ours: `, `peer: ` or `peer, as long: `.
         CPU seconds, as neighbours on the machine hardly change them. Class images are drawn before, by each side its
@@ -87,7 +87,7 @@ class SideBySide:
         return run_alone("peer", [str(self.script), *self._flags(steps, seed, recipe)], self.folder, steps)
 
     def _flags(self, steps: int, seed: int, recipe: Variant) -> list[str]:
-        """The recipe's; what it changes beyond prior and learning rate has no flag here. Raises ValueError for it."""
+        """Return the recipe's; what it changes beyond prior and learning rate has no flag here. Raises ValueError for it."""
         if recipe.changes.keys() - {PRIOR_KEY, "optimizer.lr"}:
             raise ValueError(f"{recipe.name}: the script would be trained without {sorted(recipe.changes)}")
         prior = PRIOR_KEY in recipe.changes
@@ -133,7 +133,7 @@ def _stepping_seconds(stamps: Stamps) -> float:
 
 
 def _captioned(folder: Path) -> Path:
-    """The recipe's pictures with a metadata file, as the datasets library reads it."""
+    """Return the recipe's pictures with a metadata file, as the datasets library reads it."""
     if not folder.exists():
         folder.mkdir(parents=True)
         rows = []

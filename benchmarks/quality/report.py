@@ -22,7 +22,7 @@ _SHARES = ("subject right, %", "other shapes lost, %", "class prompts that show 
 
 
 def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The figures that were measured under these settings so far."""
+    """Return the figures that were measured under these settings so far."""
     file = folder / "results" / "quality.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return dict(found["figures"]) if found.get("settings") == settings else {}
@@ -38,7 +38,7 @@ def add(name: str, measured: Mapping[str, float], settings: Mapping[str, Any], f
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The base, and the LoRAs, as Markdown."""
+    """Return the base, and the LoRAs, as Markdown."""
     figures = results["figures"]
     parts = [[*provenance(results["environment"]), _asked(results["settings"])]]
     if any(name.startswith("base/") for name in figures):

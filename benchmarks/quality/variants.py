@@ -27,7 +27,7 @@ class Variant:
     callbacks: tuple[Callback, ...] = ()
 
     def config(self, run: str, store: str, seed: int) -> Config:
-        """The configuration of one of its runs."""
+        """Return the configuration of one of its runs."""
         values = {**CONFIG, "name": "quality", "output_dir": run, "seed": seed}
         values["data"] = {**CONFIG["data"], "cache_dir": store}
         for key, value in self.changes.items():
@@ -36,7 +36,7 @@ class Variant:
 
 
 def _with(tree: Any, path: list[str], value: Any) -> Any:
-    """A copy of nested dicts and lists in which the value at the path is another."""
+    """Return a copy of nested dicts and lists in which the value at the path is another."""
     if not path:
         return value
     if isinstance(tree, list):

@@ -22,7 +22,7 @@ SCENES = {  # name: (sky, ground, tilt in degrees, size, centre)
 
 
 def robot(side: int) -> Image.Image:
-    """An orange toy robot with teal eyes and one antenna, on a transparent square."""
+    """Return an orange toy robot with teal eyes and one antenna, on a transparent square."""
     picture = Image.new("RGBA", (side, side))
     draw = ImageDraw.Draw(picture)
 

@@ -32,7 +32,7 @@ _SEED = 1000  # previews have those from 0 on
 
 
 def held_out_losses(run: Path) -> str:
-    """A table of `validation.jsonl`'s first and last line."""
+    """Return a table of `validation.jsonl`'s first and last line."""
     lines = [json.loads(line) for line in (run / "validation.jsonl").read_text(encoding="utf-8").splitlines()]
     first, last = lines[0], lines[-1]
     rows = [f"| sigma | step {first['step']} | step {last['step']} |", "|---|---|---|"]
@@ -42,7 +42,7 @@ def held_out_losses(run: Path) -> str:
 
 
 def labelled(parquet: Path) -> tuple[Tensor, list[str]]:
-    """The grey values of all pictures, [N, 784] in [0, 1], and their captions."""
+    """Return the grey values of all pictures, [N, 784] in [0, 1], and their captions."""
     table = pq.read_table(parquet, columns=["image", "text"])
     pictures = [Image.open(io.BytesIO(cell["bytes"])) for cell in table["image"].to_pylist()]
     return grey(pictures), table["text"].to_pylist()
@@ -82,7 +82,7 @@ def drawn_by(pipeline: ImagePipeline, each: int, names: Sequence[str]) -> tuple[
 
 
 def pipeline_of(run: Path) -> ImagePipeline:
-    """The run's result, drawing as its previews were drawn."""
+    """Return the run's result, drawing as its previews were drawn."""
     config = load_config(run / "config.yaml").config
     side = config.data.resolution
     settings = SamplerSettings(config.preview.steps, config.preview.guidance, side, side)

@@ -206,7 +206,7 @@ def _tell_style(told: Caption, random: random.Random) -> None:
 
 
 def _dressed(thing: Thing, random: random.Random) -> Thing:
-    """The second thing of the world's pairs is plain and of medium size; here it need not be."""
+    """Return the second thing of the world's pairs is plain and of medium size; here it need not be."""
     return Thing(thing.colour, thing.shape, random.choice(SIZES), random.choice(TEXTURES))
 
 

@@ -37,7 +37,7 @@ def training_pictures(count: int, seed: int) -> Pixels:
 
 
 def pictures_in(parquet: Path, count: int) -> Pixels:
-    """The first `count` images of a parquet file's `image` column, scaled to 64 x 64."""
+    """Return the first `count` images of a parquet file's `image` column, scaled to 64 x 64."""
     column = pq.read_table(parquet, columns=["image"]).column("image").slice(0, count)
     pixels = np.empty((len(column), SIDE, SIDE, 3), np.uint8)
     for n, image in enumerate(tqdm(column, desc="pictures", unit=" pictures", mininterval=1)):
@@ -47,7 +47,7 @@ def pictures_in(parquet: Path, count: int) -> Pixels:
 
 
 def with_heart(scene: Scene) -> Scene:
-    """The scene with the subject in place of its first thing."""
+    """Return the scene with the subject in place of its first thing."""
     return replace(scene, thing=replace(scene.thing, shape=SUBJECT))
 
 
@@ -57,7 +57,7 @@ def random_picture(chance: random.Random) -> Pixels:
 
 
 def _crop(chance: random.Random) -> Pixels:
-    """A part of a scene, turned, its channels swapped."""
+    """Return a part of a scene, turned, its channels swapped."""
     side = chance.randint(SIDE, 3 * SIDE)
     picture = render(random_scene(chance), chance.getrandbits(32), side)
     picture = picture.rotate(chance.uniform(0, 360), Image.Resampling.BICUBIC, fillcolor=_colour(chance))

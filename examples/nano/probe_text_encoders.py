@@ -49,7 +49,7 @@ class Exam:
         return dict(zip(self.questions, shares, strict=True))
 
     def loss(self, logits: Tensor) -> Tensor:
-        """The cross entropy, summed over the questions."""
+        """Return the cross entropy, summed over the questions."""
         parts = logits.split(list(self.questions.values()), dim=1)
         pairs = zip(parts, self.answers.unbind(1), strict=True)
         return torch.stack([F.cross_entropy(part, answers) for part, answers in pairs]).sum()
@@ -101,7 +101,7 @@ def _accuracy(fitted: Exam, held_out: Exam, steps: int) -> dict[str, float]:
 
 
 def table(accuracies: Accuracies) -> str:
-    """A Markdown table: a row for each question, a column for each source, in per cent."""
+    """Return a Markdown table: a row for each question, a column for each source, in per cent."""
     lines = [f"| | {' | '.join(accuracies)} |", "|---|" + "---|" * len(accuracies)]
     for slot in SLOTS:
         cells = [f"{100 * read[slot]:.1f}" if slot in read else "" for read in accuracies.values()]

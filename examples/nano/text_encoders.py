@@ -59,7 +59,7 @@ def load_encoder(encoder: str, folder: Path) -> nn.Module:
 
 
 def new_encoder(encoder: str, tokenizer: Any) -> nn.Module:
-    """An untrained encoder for that tokenizer."""
+    """Return an untrained encoder for that tokenizer."""
     if encoder == "t5":
         return _new_t5(len(tokenizer))
     width = CLIP_WIDTHS[encoder]
@@ -124,7 +124,7 @@ class Tokens:
     causal: bool
 
     def batch(self, rows: Tensor, length: int) -> Batch:
-        """The captions of these rows, cut or padded to `length` tokens as the tokenizer would do it."""
+        """Return the captions of these rows, cut or padded to `length` tokens as the tokenizer would do it."""
         ids, lengths = self.ids[rows, :length].clone(), self.lengths[rows].clamp(max=length)
         ends = lengths - 1
         ids[torch.arange(len(rows)), ends] = self.eos

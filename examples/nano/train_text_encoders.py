@@ -78,7 +78,7 @@ class Readers(nn.Module):
 
 
 def _reading(logits: Tensor, targets: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The mean cross entropy of several questions: logits [N, sum(sizes)], targets [N, len(sizes)]."""
+    """Return the mean cross entropy of several questions: logits [N, sum(sizes)], targets [N, len(sizes)]."""
     answers = zip(logits.split(list(sizes), dim=1), targets.unbind(1), strict=True)
     return torch.stack([F.cross_entropy(answer, target) for answer, target in answers]).mean()
 

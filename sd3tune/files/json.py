@@ -1,4 +1,4 @@
-"""JSON from anywhere. There is one reader; it limits size and depth and gives plain values."""
+"""A strict JSON reader for files of any origin, with limits on size and depth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MOST_BYTES = 4 * 2**20
-"""Of a file; a model's longest one, the index of its shards, has a twentieth."""
+"""Size limit of a file; the longest one of a model, the index of its shards, has a twentieth."""
 _MOST_DEPTH, _MOST_SHOWN = 64, 200
 _LARGEST = 2**64
 
@@ -27,7 +27,7 @@ def read_object(path: Path, most_bytes: int = MOST_BYTES, foreign: bool = True) 
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read bytes. Raises NotJson for a pipe or device, which would be waited for, and OSError."""
+    """Open a file to read bytes. Raises NotJson for a pipe or device, which could block, and OSError."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise NotJson("it is not a regular file")
     return path.open("rb")
@@ -44,9 +44,9 @@ def parse_object(data: str | bytes, most_bytes: int = MOST_BYTES, foreign: bool 
 def parse(data: str | bytes, most_bytes: int = MOST_BYTES, foreign: bool = True) -> Any:
     """Return the value of a JSON text.
 
-    Raises NotJson for anything else, and for what other readers let through: integers beyond 64 bits, a key that comes
-    twice and deep nesting; and, in `foreign` text, NaN and infinity, half of a surrogate pair and NUL characters.
-    sd3tune itself writes such halves for file names that are not UTF-8, and NaN for figures it could not measure.
+    Raises NotJson for anything else, and for cases that other readers accept: integers beyond 64 bits, duplicate keys
+    and deep nesting; and, in `foreign` text, NaN and infinity, half of a surrogate pair and NUL characters. sd3tune itself
+    writes such halves for file names that are not UTF-8, and NaN for missing measurements.
     """
     if len(data) > most_bytes:
         raise NotJson(f"it is longer than {most_bytes} bytes")
@@ -72,16 +72,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> float:
-    """Infinity, which `_check` finds, stands for an integer beyond 64 bits."""
+    """Return an integer, or infinity for one beyond 64 bits, which `_check` refuses."""
     return int(text) if len(text) <= 20 and abs(int(text)) < _LARGEST else math.inf
 
 
 Place = tuple["str | int", ...]
-"""The keys and numbers that lead to a value."""
+"""The path of keys and indices to a value."""
 
 
 def _check(value: Any, foreign: bool) -> None:
-    """Raise NotJson, with the key, for text and numbers that are none and for deep nesting; without recursion."""
+    """Raise NotJson, with the key, for invalid text and numbers and for deep nesting; without recursion."""
     waiting: list[tuple[Any, Place]] = [(value, ())]
     while waiting:
         one, place = waiting.pop()
@@ -99,7 +99,7 @@ def _check(value: Any, foreign: bool) -> None:
 
 
 def dotted(place: Place) -> str:
-    """`transformer.lora_alpha`, on one short line whatever the keys are."""
+    """Return `transformer.lora_alpha`, escaped and shortened to one line."""
     named = ".".join(map(str, place))
     plain = named if named.isprintable() else ascii(named)
     return plain if len(plain) <= _MOST_SHOWN else f"{plain[:_MOST_SHOWN]}..."

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked before anything else in the file is used; without torch."""
+"""The header of a safetensors file, fully checked before the file is used; without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from sd3tune.files.json import NotJson, parse_object
 
 MOST_BYTES = 32 * 2**20
-"""Of a header; a whole SD3.5 checkpoint's has half a megabyte, an adapter's with a picture a few."""
+"""Size limit of a header: a whole SD3.5 checkpoint's has half a megabyte, an adapter's with a picture a few."""
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -38,7 +38,7 @@ class Header:
 
 
 def read_header(file: Path) -> Header:
-    """Read the header of a safetensors file whose tensors lie one behind the other up to its end.
+    """Read the header of a safetensors file, whose tensors must fill the file without gaps.
 
     Raises BadHeader, and OSError for a file that cannot be read.
     """
@@ -49,7 +49,7 @@ def read_header(file: Path) -> Header:
         length = int.from_bytes(stream.read(8), "little")
         if found.st_size < 8 or length > found.st_size - 8:
             raise BadHeader(
-                f"its header wants {length} bytes" if found.st_size >= 8 else "no valid header: it is too short"
+                f"its header needs {length} bytes" if found.st_size >= 8 else "no valid header: it is too short"
             )
         if length > MOST_BYTES:
             raise BadHeader(f"its header has {length} bytes, more than the {MOST_BYTES} that are read")
@@ -75,12 +75,12 @@ def _tensor(name: str, tensor: Any, start: int) -> dict[str, Any]:
     if bits is None:
         raise BadHeader(f"no valid header: {ascii(name)[:200]} has the unknown dtype {ascii(dtype)[:40]}")
     if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * bits:
-        raise BadHeader(f"no valid header: {ascii(name)[:200]} has other bytes than its shape wants")
+        raise BadHeader(f"no valid header: {ascii(name)[:200]} has other bytes than its shape needs")
     return {"dtype": dtype, "shape": shape, "data_offsets": [start + offset for offset in offsets]}
 
 
 def _sizes(values: Any) -> list[int] | None:
-    """Return a list of numbers that count something; None for anything else."""
+    """Return the value if it is a list of non-negative integers, else None."""
     return values if isinstance(values, list) and all(type(value) is int and value >= 0 for value in values) else None
 
 

@@ -20,7 +20,7 @@ def median(colours: Pixels) -> Pixels:
 
 
 def nearest_colour(colour: Pixels) -> str:
-    """The name in COLOURS that looks most like an RGB colour of 0 to 255: the smallest distance in Oklab."""
+    """Return the name in COLOURS that looks most like an RGB colour of 0 to 255: the smallest distance in Oklab."""
     return list(COLOURS)[int(nearest(colour))]
 
 

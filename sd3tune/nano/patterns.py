@@ -44,14 +44,14 @@ def look(pixels: Pixels, core: Mask, x: float, y: float) -> Look:
 
 
 def _base(tones: Pixels) -> str:
-    """The colour of a thing that has these two tones (2, 3), in whichever order."""
+    """Return the colour of a thing that has these two tones (2, 3), in whichever order."""
     names, drawn = _drawn_tones()
     return names[int(np.linalg.norm(drawn - _dark_first(oklab(tones)), axis=-1).sum(axis=-1).argmin())]
 
 
 @functools.cache
 def _drawn_tones() -> tuple[list[str], Pixels]:
-    """The names of all colours, and the two tones of each in Oklab: (colours, 2, 3)."""
+    """Return the names of all colours, and the two tones of each in Oklab: (colours, 2, 3)."""
     tones = np.array([[colour, second_tone(colour)] for colour in COLOURS.values()], np.float32)
     return list(COLOURS), np.stack([_dark_first(pair) for pair in oklab(tones)])
 
@@ -69,7 +69,7 @@ def _patterns(across: Pixels, down: Pixels) -> tuple[Pixels, Pixels]:
 
 
 def _from_nearest(at: Pixels, apart: float) -> Pixels:
-    """The distance to the nearest multiple of `apart`."""
+    """Return the distance to the nearest multiple of `apart`."""
     offset: Pixels = at - apart * np.round(at / apart)
     return np.abs(offset)
 

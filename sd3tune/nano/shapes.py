@@ -29,7 +29,7 @@ class Placed:
 
 
 def paint(things: Sequence[Placed], background: Colour, side: int) -> Image.Image:
-    """The things on the background, an RGB picture of `side` by `side` pixels."""
+    """Return the things on the background, an RGB picture of `side` by `side` pixels."""
     fine = side * _FINER
     canvas = Image.new("RGB", (fine, fine), background)
     for thing in things:
@@ -110,7 +110,7 @@ def _plus(arm: float, half: float) -> list[tuple[float, float]]:
 
 
 def _heart(corners: int = 90) -> list[tuple[float, float]]:
-    """The curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, scaled and centred."""
+    """Return the curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, scaled and centred."""
     curve = []
     for n in range(corners):
         t = 2 * math.pi * n / corners

@@ -51,7 +51,7 @@ class _Frame:
 
 
 def outlined(cover: Grid) -> Outlined:
-    """The shape of a silhouette (height, width) of values from 0 to 1, not all 0."""
+    """Return the shape of a silhouette (height, width) of values from 0 to 1, not all 0."""
     frame = _frame(cover)
     drawn = _drawn()
     seen = _on_grid(cover, frame)
@@ -109,7 +109,7 @@ def _frame(cover: Grid) -> _Frame:
 
 
 def _on_grid(cover: Grid, frame: _Frame) -> Grid:
-    """The silhouette, moved and scaled to the grid by linear interpolation: (points,)."""
+    """Return the silhouette, moved and scaled to the grid by linear interpolation: (points,)."""
     steps = np.linspace(-_REACH, _REACH, _POINTS) * frame.spread
     grid: Grid = _weights(frame.y + steps, cover.shape[0]) @ cover @ _weights(frame.x + steps, cover.shape[1]).T
     return grid.ravel()

@@ -46,7 +46,7 @@ class Task:
         return judge(image, self.scene)
 
     def is_shown_by(self, image: Image.Image) -> bool:
-        """Whether the picture is right; for the class, the subject is not."""
+        """Return True if the picture is right; for the class, the subject is not."""
         reading = read(image)
         is_subject = self.scene.thing.shape == CLASS and any(thing.shape == SUBJECT for thing in reading.things)
         return judge_reading(reading, self.scene).right and not is_subject
@@ -75,7 +75,7 @@ def rich_tasks(count: int, held_out: bool, seed: int) -> list[Task]:
 
 
 def subject_tasks(count: int, seed: int) -> list[Task]:
-    """The subject in colours and on backgrounds in which its pictures do not show it."""
+    """Return the subject in colours and on backgrounds in which its pictures do not show it."""
     shown = set(INSTANCES)
     scenes = (Scene(background, Thing(colour, SUBJECT)) for background in COLOURS for colour in COLOURS)
     unseen = [scene for scene in scenes if scene not in shown and scene.thing.colour != scene.background]
@@ -83,13 +83,13 @@ def subject_tasks(count: int, seed: int) -> list[Task]:
 
 
 def class_tasks(count: int, seed: int) -> list[Task]:
-    """The class without the subject's name, `a {colour} shape on ...`: any of the shapes that are not the subject."""
+    """Return the class without the subject's name, `a {colour} shape on ...`: any of the shapes that are not the subject."""
     scenes = (Scene(background, Thing(colour, CLASS)) for background in COLOURS for colour in COLOURS)
     return _drawn([scene for scene in scenes if scene.thing.colour != scene.background], count, seed)
 
 
 def subject_caption(scene: Scene) -> str:
-    """The caption of a picture of the subject: its name before the class noun."""
+    """Return the caption of a picture of the subject: its name before the class noun."""
     return scene.caption.replace(SUBJECT, f"{NAME} {CLASS}")
 
 

@@ -93,7 +93,7 @@ class Scene:
 
 
 def held_out(thing: Thing, background: str) -> bool:
-    """Whether this combination of colour, shape and background is kept out of training: one in twelve."""
+    """Return True if this combination of colour, shape and background is kept out of training: one in twelve."""
     if thing.shape not in SHAPES or not thing.colour or not background:
         return False
     colours = list(COLOURS)
@@ -106,7 +106,7 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def plain_scenes(held_out: bool) -> list[Scene]:
-    """Every "a {colour} {shape} on a {colour} background" that training sees, or that it does not see."""
+    """Return every "a {colour} {shape} on a {colour} background" that training sees, or that it does not see."""
     scenes = (
         Scene(background, Thing(colour, shape))
         for colour, shape, background in itertools.product(COLOURS, SHAPES, COLOURS)
@@ -116,7 +116,7 @@ def plain_scenes(held_out: bool) -> list[Scene]:
 
 
 def random_scene(random: random.Random, held_out: bool = False) -> Scene:
-    """A scene of the training mix: 45 % plain, 30 % with size, texture or place, 25 % pairs; one in ten loses words.
+    """Return a scene of the training mix: 45 % plain, 30 % with size, texture or place, 25 % pairs; one in ten loses words.
 
     With `held_out` one that training never sees, with no words lost.
     """
@@ -129,7 +129,7 @@ def random_scene(random: random.Random, held_out: bool = False) -> Scene:
 
 
 def parse(caption: str) -> Scene:
-    """The scene that a caption stands for. Raises ValueError with the words that are not understood."""
+    """Return the scene that a caption stands for. Raises ValueError with the words that are not understood."""
     found = _CAPTION.fullmatch(caption.strip().lower())
     if found is None:
         known = {*COLOURS, *SHAPES, SUBJECT, CLASS, *_WORDS}
@@ -142,7 +142,7 @@ def parse(caption: str) -> Scene:
 
 
 def complete(scene: Scene, random: random.Random) -> Scene:
-    """The scene with every open choice made, and no held-out combination made by choosing."""
+    """Return the scene with every open choice made, and no held-out combination made by choosing."""
     if all(thing.colour and thing.shape != CLASS for thing in scene.things) and scene.background:
         return scene
     while True:

@@ -264,7 +264,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "clip_g as clip_l": (
         lambda folder: shutil.copy(folder / "clip_g.safetensors", folder / "clip_l.safetensors"),
         "seed=0",
-        "pooled vectors of 32 and 32, and this base wants 48 together",
+        "pooled vectors of 32 and 32, and this base expects 48 together",
     ),
     "no tokenizers": (
         lambda folder: None,

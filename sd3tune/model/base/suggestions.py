@@ -18,7 +18,7 @@ _SPELLINGS = re.compile(
 
 
 def released(name: str) -> str | None:
-    """Return the Hub id of the released model that a name means, such as `sd3`, `SD3.5L` or `sd35_large_turbo`."""
+    """Return the Hub id of the released model meant by a name such as `sd3` or `sd35_large_turbo`, or None."""
     found = _SPELLINGS.fullmatch(re.sub(r"[_ ]", "-", name))
     if found is None:
         return None
