@@ -1,4 +1,4 @@
-"""Draws the six pictures that `sd3tune demo` trains on: one toy robot in six places.
+"""Draw the six pictures that `sd3tune demo` trains on: one toy robot in six places.
 
 python examples/demo/draw_pictures.py sd3tune/assets/demo
 """

@@ -45,8 +45,8 @@ def parse(data: str | bytes, most_bytes: int = MOST_BYTES, foreign: bool = True)
     """Return the value of a JSON text.
 
     Raises NotJson for anything else, and for cases that other readers accept: integers beyond 64 bits, duplicate keys
-    and deep nesting; and, in `foreign` text, NaN and infinity, half of a surrogate pair and NUL characters. sd3tune itself
-    writes such halves for file names that are not UTF-8, and NaN for missing measurements.
+    and deep nesting; and, in `foreign` text, NaN and infinity, half of a surrogate pair and NUL characters. sd3tune
+    itself writes such halves for file names that are not UTF-8, and NaN for missing measurements.
     """
     if len(data) > most_bytes:
         raise NotJson(f"it is longer than {most_bytes} bytes")

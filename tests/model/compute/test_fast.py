@@ -324,7 +324,7 @@ def test_an_error_on_a_thread_of_attention_comes_out_and_leaves_the_threads(thre
     torch.set_num_threads(2)
     try:
         with pytest.raises(MemoryError, match="no room for the scores"):
-            cpu._share_out(work, torch.empty(2, 1), torch.arange(4).view(1, 4, 1))
+            cpu._for_each_head(work, torch.empty(2, 1), torch.arange(4).view(1, 4, 1))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
