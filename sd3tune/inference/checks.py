@@ -32,7 +32,7 @@ def check_job(job: InferenceJob) -> None:
         problems.append("give --lora PATH, or --base (or --config) to draw with a base model alone")
     if job.grid and (job.prompts is not None or job.num != 1):
         flag = "--num" if job.prompts is None else "--prompts"
-        problems.append(f"{flag}: not with --grid, whose axes say what is drawn; for several seeds seed=0,1,2")
+        problems.append(f"{flag}: not with --grid, whose axes choose the images; for several seeds give it seed=0,1,2")
     if "prompt" not in given and job.prompts is None and "prompt" not in varied:
         problems.append("give --prompt, the text to draw; or a file of them with --prompts, or a picture with --from")
     if "prompt" in given and job.prompts is not None:
@@ -40,7 +40,7 @@ def check_job(job: InferenceJob) -> None:
     problems += _out_of_limits(job, JOB_PARAMETERS, lambda name: JOB_PARAMETERS[name].flag)
     problems += _memory_problems(job.memory)
     if "strength" in given and "image" not in given and job.prompts is None:
-        problems.append(f"--strength {given['strength']:g}: how much of --image is drawn anew; give --image, too")
+        problems.append(f"--strength {given['strength']:g}: the share of --image that is redrawn; give --image, too")
     problems += problems_of(ImageRequest(**given), flag_of)
     if problems:
         raise ConfigError(*problems)
@@ -64,9 +64,7 @@ def conflicts_of(request: ImageRequest, named: Named) -> list[str]:
             f"{named('strength')} {request.strength:g}: no step of {request.steps} is left; at least {least:g}"
         )
     if request.slg is not None and request.guidance <= 1:
-        problems.append(
-            f"{named('slg')} {request.slg:g}: works beside guidance; it is {request.guidance:g}, give it above 1"
-        )
+        problems.append(f"{named('slg')} {request.slg:g}: needs guidance above 1; it is {request.guidance:g}")
     return problems
 
 

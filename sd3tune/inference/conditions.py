@@ -150,7 +150,7 @@ def _find_model(base: str | None, config: Path | None, adapters: Sequence[Adapte
     elif adapter is not None and not config:
         if contract.get("base") is None:
             if in_card is None:
-                raise AdapterError(f"{adapter.label}: does not say which base it is for; give it with --base")
+                raise AdapterError(f"{adapter.label}: names no base model; give one with --base")
             location = {"base": in_card, "revision": None}
         elif not is_local or (model is None and Path(contract["base"]).exists()):
             location = {"base": contract["base"], "revision": contract.get("base_revision")}
@@ -180,7 +180,7 @@ def _compare_transformers(adapter: Adapter, base: Base) -> None:
     contract = adapter.contract
     expected = contract.get("base_fingerprint")
     if expected and (contract.get("base_kind") == "file") != (base.kind == "file"):
-        say(f"note: {adapter.label} was trained on {contract['base']}; {base.name} is taken to hold the same weights")
+        say(f"note: {adapter.label} was trained on {contract['base']}; {base.name} is assumed to hold the same weights")
     elif expected and expected != base.fingerprint("transformer"):
         say(f"warning: {adapter.label} was trained on {contract['base']}, whose weights differ from {base.name}")
 

@@ -83,7 +83,7 @@ def draw_missing(session: InferenceSession, folder: ImageFolder, requests: Seque
     each = f", {seconds / len(missing):.1f} s each" if missing else ""
     say(f"{len(missing)} drawn in {seconds:.0f} s{each}; {distinct - len(missing)} were there; all in {folder.path}")
     if distinct < len(requests):
-        say(f"note: {len(requests) - distinct} of the {len(requests)} ask for what another one asks for")
+        say(f"note: {len(requests) - distinct} of the {len(requests)} repeat another request")
     return [files[folder.key(request)] for request in requests]
 
 

@@ -102,7 +102,7 @@ def train_step(
     `reduce_mean` averages a tensor over the processes.
     """
     accumulation = config.train.gradient_accumulation
-    measured = []  # per micro-step: (loss, weighted loss, sigma) [3, B], whose first columns are the instances
+    measured = []  # per micro-step: loss, weighted loss and sigma [3, B], and the number of instances, which come first
     for micro in range(accumulation):
         batch = batches.fetch(state.step, micro)
         with method.regularised(transformer, batches.seed_for("dropout", state.step, micro)):

@@ -113,7 +113,7 @@ def test_infer_with_a_bare_adapter_is_told_where_the_files_are(
     assert "warning" not in capsys.readouterr().out
     run_infer(InferenceJob.from_fields(out=tmp_path / "tiny", base="tiny", **request))
     printed = capsys.readouterr().out
-    assert "was trained on model.safetensors; tiny is taken to hold the same weights" in printed
+    assert "was trained on model.safetensors; tiny is assumed to hold the same weights" in printed
     assert "was trained with CLIP-L from clip_l.safetensors, and another is used" in printed
 
 

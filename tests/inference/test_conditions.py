@@ -134,7 +134,7 @@ def test_values_that_only_the_adapters_steps_or_guidance_allow(run: Path, tmp_pa
         )
         == 1
     )  # type: ignore[arg-type]
-    with pytest.raises(Exception, match=r"--slg 1: works beside guidance; it is 1, give it above 1"):
+    with pytest.raises(Exception, match=r"--slg 1: needs guidance above 1; it is 1"):
         run_infer(
             InferenceJob.from_fields(loras=[str(many.path)], prompt="a", out=tmp_path / "out", slg=1.0, slg_layers=(1,))
         )
