@@ -1,6 +1,6 @@
-"""The yardstick: PEFT's LoRA in a loop with nothing around it, on tensors that are ready in memory.
+"""The baseline: PEFT's LoRA in a minimal loop, on inputs prepared in memory.
 
-Written without sd3tune's training code, so that it is also an independent account of what a step computes.
+It does not use sd3tune's training code, so it is also an independent implementation of a step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sd3tune.config import Config
 
 @dataclass(frozen=True)
 class Ready:
-    """All inputs of one step, noised, assembled and cast beforehand."""
+    """The inputs of one step, noised, assembled and cast in advance."""
 
     noisy_latents: Tensor
     timestep: Tensor
@@ -31,7 +31,7 @@ class Ready:
 
 
 def ready(latents: Tensor, noise: Tensor, sigma: Tensor, prompt_embeds: Tensor, pooled: Tensor) -> Ready:
-    """The inputs for given draws; the embeddings' dtype is the model's."""
+    """Return the inputs for given random draws; the embeddings have the model's dtype."""
     share = sigma[:, None, None, None]
     noisy = (1 - share) * latents + share * noise
     return Ready(noisy.to(prompt_embeds.dtype), 1000 * sigma, prompt_embeds, pooled, noise - latents)
@@ -48,7 +48,7 @@ class BareLoop:
         weights: Mapping[str, Tensor],
         inputs: Iterable[Ready],
     ) -> None:
-        """`weights` are the factors to start from, `<module>.lora_A` and `.lora_B`; `inputs` are cycled through."""
+        """Initialize the factors from `weights`, `<module>.lora_A` and `.lora_B`. The loop cycles through `inputs`."""
         self.transformer, self.max_grad_norm = transformer, config.train.max_grad_norm
         method = config.method
         assert method.kind == "lora"
@@ -71,7 +71,7 @@ class BareLoop:
         self._inputs = itertools.cycle(list(inputs))
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """One step on the next inputs: the loss, and the gradient's norm before clipping."""
+        """Run one step on the next inputs. Return the loss, and the gradient's norm before clipping."""
         given = next(self._inputs)
         velocity = self.transformer(
             hidden_states=given.noisy_latents,
@@ -88,5 +88,5 @@ class BareLoop:
         return loss.detach(), norm
 
     def first_moment(self) -> Tensor:
-        """AdamW's exp_avg, flat: after one step (1 - beta1) times the clipped gradient."""
+        """Return AdamW's exp_avg, flattened: after one step, (1 - beta1) times the clipped gradient."""
         return torch.cat([self.optimizer.state[p]["exp_avg"].float().reshape(-1) for p in self.parameters])

@@ -1,4 +1,4 @@
-"""What is measured: models by name, and the cells of the table (model, dtype, how long)."""
+"""The measured models, and the cells of the table: model, dtype and duration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RANK = 16
 
 @dataclass(frozen=True)
 class Model:
-    """A transformer with random weights, and the sizes of what it is fed."""
+    """A transformer with random weights, and the sizes of its inputs."""
 
     description: str
     build: Callable[[torch.dtype], SD3Transformer2DModel]
@@ -40,7 +40,7 @@ class Cell:
     steps: int
     """Optimizer steps of each side per round."""
     seconds: float
-    """Time to spend; it buys rounds."""
+    """Time budget, which determines the number of rounds."""
     target: float | None = None
 
     @property
@@ -49,7 +49,7 @@ class Cell:
 
 
 def small_transformer(dtype: torch.dtype) -> SD3Transformer2DModel:
-    """SD3.5-medium in small: QK-norm, `attn2` in half of the blocks, the real text widths; 36 M parameters."""
+    """Return a small SD3.5-medium: QK-norm, `attn2` in half of the blocks, the real text widths; 36 M parameters."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         transformer = SD3Transformer2DModel(
@@ -67,7 +67,7 @@ def small_transformer(dtype: torch.dtype) -> SD3Transformer2DModel:
             qk_norm="rms_norm",
             dual_attention_layers=(0, 1, 2),
         )
-    return nn.Module.to(transformer, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns of nothing
+    return nn.Module.to(transformer, dtype).eval().requires_grad_(False)  # diffusers' own `to` gives a needless warning
 
 
 MODELS = {

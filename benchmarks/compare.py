@@ -1,4 +1,4 @@
-"""One cell: first check that both sides compute the same, then let them take turns."""
+"""Measure one cell: check that both sides compute the same, then time them in turns."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from sd3tune.training.step import StepResult
 READY_BATCHES = 4
 MIN_ROUNDS, MAX_ROUNDS = 12, 60
 TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}
-"""Of the gate, relative. The bare loop's moments are in the base's dtype; the trainer's are fp32."""
+"""Relative tolerances of the check. The bare loop's moments are in the base's dtype; the trainer's are fp32."""
 
 
 class GateError(Exception):
-    """The two sides do not compute the same, so a comparison of their speeds would mean nothing."""
+    """The two sides compute different results, so their speeds cannot be compared."""
 
 
 def run_cell(cell: Cell, folder: Path, rounds: int | None = None, steps: int | None = None) -> dict[str, Any]:
-    """Measure one cell, with files under `folder`; a row of the results. Raises GateError.
+    """Measure one cell, with files under `folder`. Return a row of the results. Raises GateError.
 
-    `rounds` (an even number) and `steps` a round override what the cell says.
+    `rounds` (an even number) and `steps` per round override the cell's.
     """
     cell = cell if steps is None else replace(cell, steps=steps)
     model = MODELS[cell.model]
@@ -56,7 +56,7 @@ def run_cell(cell: Cell, folder: Path, rounds: int | None = None, steps: int | N
         if rounds is None:
             rounds = _affordable_rounds(cell, bare, trainer.device)
         turns = Turns(trainer.state.step, rounds, cell.steps, bare.step, trainer.device)
-        # One more step than is measured: the last one saves a checkpoint.
+        # One step more than measured, as the last one saves a checkpoint.
         trainer.train(until=turns.last_step + 1, callback=turns)
     return {
         "cell": cell.name,
@@ -79,9 +79,9 @@ def run_cell(cell: Cell, folder: Path, rounds: int | None = None, steps: int | N
 def check_same(
     trainer: Trainer, result: StepResult, bare: BareLoop, loss: Tensor, norm: Tensor, tolerance: float
 ) -> dict[str, float]:
-    """After the first step of both sides, on the same draws: relative errors of loss, gradient norm and gradient.
+    """Return the relative errors of loss, gradient norm and gradient after a first step on the same draws.
 
-    The gradient is the clipped one, as AdamW's first moment holds it after one step. Raises GateError.
+    The gradient is the clipped one, from AdamW's first moment. Raises GateError.
     """
     moment = trainer.state.optimizer.state[trainer.state.master.master]["exp_avg"]
     errors = {
@@ -95,10 +95,10 @@ def check_same(
 
 
 def peak_of_a_step(side: Footprint, step: Callable[[], object]) -> int:
-    """The most bytes of tensors that are alive at once in a step: all that the side has made since its beginning.
+    """Return the peak bytes of live tensors in a step, of all tensors that the side has created.
 
-    Model, adapter and optimizer are in it, and so is what a step saves or makes in between; a kernel's own memory and
-    what a reading thread has ready are not.
+    It includes model, adapter, optimizer, saved activations and temporaries, but not a kernel's own memory or the
+    batches that a reading thread has ready.
     """
     with side:
         side.peak = side.now
@@ -107,9 +107,9 @@ def peak_of_a_step(side: Footprint, step: Callable[[], object]) -> int:
 
 
 class Turns:
-    """A callback of the loop that lets the other side run in between, and times both.
+    """A callback of the loop that runs the other side in between, and times both.
 
-    After a turn each to warm up, turns go trainer, bare, bare, trainer: whatever drifts linearly cancels out.
+    After a warm-up turn each, the order is trainer, bare, bare, trainer, so that linear drift cancels out.
     A lap is (wall seconds, CPU seconds of all threads of the process).
     """
 
@@ -152,7 +152,7 @@ class Turns:
 
 
 def summarise(trainer: list[tuple[float, float]], bare: list[tuple[float, float]], steps: int) -> dict[str, Any]:
-    """Medians over the rounds; the ratios are the trainer's speed over the bare loop's, round by round."""
+    """Return medians over the rounds; ratios are the trainer's speed over the bare loop's, per round."""
     wall, cpu = ([(t[clock], b[clock]) for t, b in zip(trainer, bare, strict=True)] for clock in (0, 1))
     return {
         "trainer_images_per_s": BATCH_SIZE * steps / statistics.median(t for t, _ in wall),

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.digests`: what the digests of store entries and checkpoints cost a training run.
+"""`python -m benchmarks.digests`: the cost of the digests of store entries and checkpoints in a training run.
 
-In one process, two sides take turns: with digests, and without, as for stores and checkpoints that have none. A turn is
-one pass over the store, whose entries count as not read yet (but for the batch that is read ahead), and a checkpoint.
-Later passes compare nothing, so digests cost a longer run less.
+In one process, two sides take turns: with digests and without. A turn is one pass over the store, whose entries count
+as unread except for the batch that is read ahead, and one checkpoint. Later passes check nothing, so digests cost a
+longer run less.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 ROUNDS = 20
 ORDER = (True, False, False, True)
-"""With or without, in a round: a linear drift cancels out."""
+"""Whether digests are on, per turn of a round; linear drift cancels out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    # Before torch loads OpenMP: a thread that spins while it waits burns a core.
+    # Before torch loads OpenMP: a waiting thread that spins occupies a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from benchmarks.cells import CELLS
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(cell: str, folder: Path, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Return the speed with digests over that without, in CPU time, and what digests take by their own clock."""
+    """Return the ratio of the speeds with and without digests, in CPU time, and the time measured in digests."""
     from benchmarks.cells import BATCH_SIZE, CELLS, MODELS
     from benchmarks.trainer import IMAGES, make_config, make_trainer
 
@@ -66,7 +66,7 @@ def measure(cell: str, folder: Path, rounds: int = ROUNDS) -> dict[str, Any]:
     spent = [turns.spent[start : start + len(ORDER)] for start in range(1, len(turns.spent), len(ORDER))]
     low, median, high = statistics.quantiles([(b + c) / (a + d) for a, b, c, d in spent], n=4, method="inclusive")
     with_digests = sum(a + d for a, _, _, d in spent)
-    digested = [lap for lap in turns.digested if lap[0] > 0]  # not those of the turn to warm up
+    digested = [lap for lap in turns.digested if lap[0] > 0]  # without the warm-up turn
     seconds, nbytes = sum(lap[1] for lap in digested), sum(lap[2] for lap in digested)
     return {
         "ratio": {"median": median, "low": low, "high": high},
@@ -78,7 +78,7 @@ def measure(cell: str, folder: Path, rounds: int = ROUNDS) -> dict[str, Any]:
 
 
 class Turns:
-    """A callback of the loop that times each turn and switches digests on and off; turn 0 is to warm up."""
+    """A callback of the loop that times each turn and switches digests on and off; turn 0 is the warm-up."""
 
     def __init__(self, store: Store, steps: int) -> None:
         self.store, self.steps = store, steps

@@ -1,4 +1,4 @@
-"""sd3tune's encoding beside the bare encoders: the same captions and images, one at a time, taking turns."""
+"""sd3tune's encoding compared with the bare encoders: the same captions and images, one at a time, in turns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IMAGES, SIDE, T5_TOKENS = 16, 512, 77
 ROUNDS = 6
 TARGET = 0.95
 TOLERANCE = 1e-4
-"""Relative; in fp32 pixels are normalised in another order of operations, which the VAE carries on."""
+"""Relative tolerance; in fp32, pixels are normalised in another order of operations, which changes the VAE's result."""
 _ENCODERS = (
     ("clip_l", "tokenizer", "text_encoder", CLIPTokenizer, CLIPTextModelWithProjection, 77),
     ("clip_g", "tokenizer_2", "text_encoder_2", CLIPTokenizer, CLIPTextModelWithProjection, 77),
@@ -36,9 +36,9 @@ _ENCODERS = (
 
 
 def run_encoding(folder: Path, rounds: int = ROUNDS, images: int = IMAGES, side: int = SIDE) -> dict[str, Any]:
-    """Images with their captions per second of both sides: loading each component, encoding, and on ours the store.
+    """Return images with captions per second of both sides, with loading, encoding and, for sd3tune, the store.
 
-    An even number of rounds. Raises RuntimeError unless both make the same of an image and its caption.
+    The number of rounds is even. Raises RuntimeError unless both encode an image and its caption equally.
     """
     photos = folder / "photos"
     captions = _write_photos(photos, images, side)
@@ -60,7 +60,7 @@ def run_encoding(folder: Path, rounds: int = ROUNDS, images: int = IMAGES, side:
         found["bare"].append(time.perf_counter() - started)
 
     gc.collect()
-    gc.freeze()  # as the command line does after its imports: sd3tune collects after each component that it frees
+    gc.freeze()  # as the command line does after its imports; sd3tune collects garbage after each component
     sides: list[Callable[[], None]] = [ours, bare]
     for number in range(1 + rounds):
         for of in sides if number % 2 else reversed(sides):
@@ -80,7 +80,7 @@ def run_encoding(folder: Path, rounds: int = ROUNDS, images: int = IMAGES, side:
 
 @torch.no_grad()
 def encode_bare(base: Path, photos: Path, captions: dict[str, str], side: int) -> list[dict[str, torch.Tensor]]:
-    """The libraries alone: per image the outputs of each encoder and the VAE's posterior, kept in memory."""
+    """Encode with the libraries alone. Return each encoder's outputs and the VAE's posterior, per image, in memory."""
     made: list[dict[str, torch.Tensor]] = [{} for _ in captions]
     for name, tokenizer_part, part, tokenizer_class, model_class, length in _ENCODERS:
         tokenizer = tokenizer_class.from_pretrained(base / tokenizer_part, local_files_only=True)
@@ -112,7 +112,7 @@ def _check_same(encoded: Encoded, captions: dict[str, str], plain: list[dict[str
 
 
 def _write_photos(folder: Path, count: int, side: int) -> dict[str, str]:
-    """Square JPEG files of twice the side, each with its caption beside it; name -> caption."""
+    """Write square JPEG files of twice the side with caption files. Return name -> caption."""
     folder.mkdir(parents=True)
     captions = {}
     for number in range(count):

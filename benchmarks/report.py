@@ -1,4 +1,4 @@
-"""Where it was measured, the table, and the files: `results/trainer.json`, the README between its markers."""
+"""The environment, the table, and the files: `results/trainer.json`, and the README between markers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HEADINGS = [
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """Return the environment: machine, libraries and commit."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", "sd3tune", "benchmarks/*.py")),
@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     lines = [_HEADINGS, ["---"] * len(_HEADINGS), *(_table_row(row) for row in results["cells"])]
     return "\n".join(
         [
@@ -56,26 +56,26 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
-def _encoding(found: dict[str, Any] | None) -> list[str]:
-    if found is None:
+def _encoding(result: dict[str, Any] | None) -> list[str]:
+    if result is None:
         return []
-    verdict = "met" if found["ratio"]["median"] >= found["target"] else "missed"
-    ratio = _spread(found["ratio"], ".3f")
+    verdict = "met" if result["ratio"]["median"] >= result["target"] else "missed"
+    ratio = _spread(result["ratio"], ".3f")
     return [
         "",
-        f"Encoding {found['images']} images of {found['pixels']} px with their captions: {found['bare_per_s']:.3g} per "
-        f"second by the bare encoders, {found['sd3tune_per_s']:.3g} by sd3tune, ratio {ratio}; "
-        f"target {found['target']} {verdict}.",
+        f"Encoding {result['images']} images of {result['pixels']} px with their captions: {result['bare_per_s']:.3g} "
+        f"per second by the bare encoders, {result['sd3tune_per_s']:.3g} by sd3tune, ratio {ratio}; "
+        f"target {result['target']} {verdict}.",
     ]
 
 
-def _starts(found: dict[str, Any] | None) -> list[str]:
-    if found is None:
+def _starts(result: dict[str, Any] | None) -> list[str]:
+    if result is None:
         return []
     cold, warm = (
-        f"{of['first_step_s']:.1f} s, {of['without_imports_s']:.2f} s of it not imports, "
-        f"{of['peak_bytes'] / 1e6:.0f} MB"
-        for of in (found["cold"], found["warm"])
+        f"{start['first_step_s']:.1f} s, {start['without_imports_s']:.2f} s of it not imports, "
+        f"{start['peak_bytes'] / 1e6:.0f} MB"
+        for start in (result["cold"], result["warm"])
     )
     return [
         "",
@@ -85,13 +85,13 @@ def _starts(found: dict[str, Any] | None) -> list[str]:
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """`folder/results/trainer.json`, and the table in `folder/README.md`."""
+    """Write `folder/results/trainer.json`, and the table in `folder/README.md`."""
     write_json(folder / "results" / "trainer.json", results)
     replace_between(folder / "README.md", "results", table(results))
 
 
 def provenance(where: dict[str, Any]) -> list[str]:
-    """Machine, libraries and commit, in two lines."""
+    """Return machine, libraries and commit in two lines."""
     libraries = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "diffusers", "peft"))
     return [
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {where['threads']} threads.",

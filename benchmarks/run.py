@@ -12,7 +12,7 @@ from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    # Before torch loads OpenMP: a thread that spins while it waits burns a core that both sides need.
+    # Before torch loads OpenMP: a waiting thread that spins occupies a core that both sides need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from benchmarks import report
     from benchmarks.cells import CELLS

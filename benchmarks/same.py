@@ -1,9 +1,9 @@
-"""Show that a change alters no result: `python -m benchmarks.same BEFORE AFTER`, each a checkout of the project.
+"""Check that a change alters no result: `python -m benchmarks.same BEFORE AFTER`, each a checkout of the project.
 
-Runs a fixed list of commands in each checkout, offline and on the CPU, and compares what they leave: every tensor and
+Runs a fixed list of commands in each checkout, offline and on the CPU, and compares their results: every tensor and
 all metadata of every safetensors file, the pixels of every picture, JSON and YAML files, and exit codes. Exits with 1
-and the list of differences when there are any. Printed lines that differ are listed, with durations and rates masked,
-but do not count, as wording may change.
+and a list if there are differences. Differences in the output are listed too, with durations and rates masked, but do
+not count, as wording may change.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main() -> int:
 
 
 def make(story: str, checkout: Path, out: Path) -> Path:
-    """Run the commands of a story with a checkout's code, unless they have been run; return their folder."""
+    """Run the commands of a story with a checkout's code, unless it was run already. Return its folder."""
     folder = (out / story).absolute()
     if (folder / "printed.txt").exists():
         return folder
@@ -147,7 +147,7 @@ def make(story: str, checkout: Path, out: Path) -> Path:
 
 
 def results_of(folder: Path) -> dict[str, str]:
-    """Relative path, and key or tensor inside it -> a digest or the value."""
+    """Return relative path with key or tensor name -> digest or value."""
     found: dict[str, str] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(folder))
@@ -185,7 +185,7 @@ def _without_times(value: Any) -> Any:
 
 
 def compare(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    """One line for each result that is missing on a side or differs."""
+    """Return a line for each result that differs or is missing on one side."""
     return [
         f"{name}: {before.get(name, 'missing')[:90]} -> {after.get(name, 'missing')[:90]}"
         for name in sorted(before | after)

@@ -1,4 +1,4 @@
-"""How soon the whole command takes its first step, with nothing encoded and with all of it: processes, on `tiny`."""
+"""Time from the start of the command to its first step on `tiny`, with an empty and with a filled store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDS = 3
 
 
 def run_starts(folder: Path, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
-    """Medians of a `cold` start, whose store is empty, and of a `warm` one, which finds what the cold one encoded."""
+    """Return medians of `cold` starts, with an empty store, and of `warm` starts, with a filled one."""
     materials, store = make_materials(folder, [CELL.base]), folder / "store"
     found: dict[str, list[Stamps]] = {"cold": [], "warm": []}
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""The trainer's side: every part that `sd3tune train` runs per step, on a store of random entries on the disk."""
+"""The trainer's side: everything that `sd3tune train` runs per step, on a store of random entries on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sd3tune.run.setup import hoists, make_trainable
 from sd3tune.run.state import make_state
 from sd3tune.runtime.device import DTYPES, make_accelerator
 from sd3tune.runtime.processes import ALONE, Processes, processes_of
-from sd3tune.training.ahead import looking_ahead
+from sd3tune.training.ahead import with_modulations
 from sd3tune.training.batches import Batches, LatentScaling
 from sd3tune.training.examples import Example
 from sd3tune.training.loop import Callback, train
@@ -33,7 +33,7 @@ SD3_SCALING = LatentScaling(scaling_factor=1.5305, shift_factor=0.0609)
 
 
 def make_config(cell: Cell) -> Config:
-    """The defaults, but for sizes; clipping is at work, and metrics are flushed at least as often as by default."""
+    """Return the default configuration with other sizes, effective clipping, and metrics flushed at least as often."""
     return Config.model_validate(
         {
             "name": cell.name,
@@ -47,7 +47,7 @@ def make_config(cell: Cell) -> Config:
 
 
 def fill_store(store: Store, model: Model, t5_shape: tuple[int, int], dtype: torch.dtype) -> list[Example]:
-    """Random moments and embeddings of the real layout, an image and a caption per example."""
+    """Write random moments and embeddings in the real layout, an image and a caption per example."""
     side = model.latent_side
     shapes = {encoder: (CLIP_TOKENS, width) for encoder, width in model.clip_widths.items()}
     shapes["t5"] = t5_shape
@@ -73,7 +73,7 @@ def fill_store(store: Store, model: Model, t5_shape: tuple[int, int], dtype: tor
 
 @dataclass
 class Trainer:
-    """What `sd3tune.training.loop.train` is given."""
+    """The arguments of `sd3tune.training.loop.train`."""
 
     config: Config
     run: Path
@@ -82,7 +82,7 @@ class Trainer:
     method: Method
     batches: Batches
     ahead: Batches
-    """The same, with modulations where they are computed ahead."""
+    """`batches`, with modulations if they are computed ahead."""
     objective: Objective
     processes: Processes
 
@@ -91,7 +91,7 @@ class Trainer:
         return self.batches.device
 
     def step(self) -> StepResult:
-        """One step outside the loop."""
+        """Take one step outside the loop."""
         return train_step(
             self.state,
             self.transformer,
@@ -103,7 +103,7 @@ class Trainer:
         )
 
     def train(self, until: int, callback: Callback) -> None:
-        """The real loop, from the steps done to `until`."""
+        """Run the real loop from the current step to `until`."""
         length = self.config.train.model_copy(update={"steps": until})
         train(
             self.config.model_copy(update={"train": length}),
@@ -121,9 +121,9 @@ class Trainer:
 
 
 def make_trainer(config: Config, model: Model, folder: Path, device: torch.device | None = None) -> Trainer:
-    """The trainer before its first step, with factors B that are not zero, so that A has a gradient too.
+    """Return the trainer before its first step, with nonzero factors B, so that A has a gradient.
 
-    `config.model.dtype` is not `auto`; `device` is the one that a run would take, unless it is given.
+    `config.model.dtype` must not be `auto`. `device` defaults to a run's device.
     """
     dtype = DTYPES[config.model.dtype]
     processes = ALONE
@@ -158,7 +158,7 @@ def make_trainer(config: Config, model: Model, folder: Path, device: torch.devic
         transformer=transformer,
         method=method,
         batches=batches,
-        ahead=looking_ahead(batches, transformer, method),
+        ahead=with_modulations(batches, transformer, method),
         objective=make_objective(config.flow, SHIFT),
         processes=processes,
     )

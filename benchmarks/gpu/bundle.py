@@ -1,7 +1,7 @@
-"""`python -m benchmarks.gpu.bundle OUT`: the wheels that a GPU machine without a package index lacks, in one folder.
+"""`python -m benchmarks.gpu.bundle OUT`: collect the wheels that a GPU machine without a package index lacks.
 
-Wanted are those for Python 3.12 on x86-64 beside torch 2.11 and CUDA 13; sd3tune itself comes as the checkout. What is
-installed there already is left alone (see `unpacked`).
+They are for Python 3.12 on x86-64 with torch 2.11 and CUDA 13; sd3tune itself is the checkout. Distributions that are
+installed there already are not replaced (see `unpacked`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PYTHON = "3.12"
 PLATFORMS = ("any", *(f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28)), "manylinux2014_x86_64")
 CUDA_LIBRARY = "libbitsandbytes_cuda130.so"
 LARGEST = 64_000_000
-"""Bytes of the whole folder."""
+"""Size limit of the folder in bytes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +66,7 @@ def download_command(out: Path) -> list[str]:
 
 
 def strip(wheel: Path, library: str) -> None:
-    """Keep of bitsandbytes' shared libraries the one for that CUDA version, and the CPU's. Raises RuntimeError."""
+    """Keep only bitsandbytes' shared libraries for this CUDA version and for the CPU. Raises RuntimeError."""
     slim = wheel.with_name(f".tmp-{wheel.name}")
     kept = []
     with zipfile.ZipFile(wheel) as full, zipfile.ZipFile(slim, "w", zipfile.ZIP_DEFLATED) as out:
@@ -82,10 +82,10 @@ def strip(wheel: Path, library: str) -> None:
     slim.replace(wheel)
 
 
-def unpacked(bundle: Path, into: Path) -> Iterator[str]:
-    """Unpack those wheels of `bundle` whose distribution is not installed; their names and versions, one by one.
+def unpacked(bundle: Path, target: Path) -> Iterator[str]:
+    """Unpack the wheels of `bundle` whose distribution is not installed, and yield their names and versions.
 
-    `into` is then to be a place to import from.
+    `target` must then be added to the import path.
     """
     for wheel in sorted(bundle.glob("*.whl")):
         distribution, version, *_ = wheel.name.split("-")
@@ -93,7 +93,7 @@ def unpacked(bundle: Path, into: Path) -> Iterator[str]:
             metadata.version(distribution)
         except metadata.PackageNotFoundError:
             with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(into)
+                archive.extractall(target)
             yield f"{distribution} {version}"
 
 

@@ -1,4 +1,4 @@
-"""What the device can do at most, whatever is trained on it: products, copies, attention."""
+"""The device's peak throughput: matrix products, copies, attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TURNS, CALLS = 5, 5
 
 
 def measure_ceilings(device: Device, shapes: Shapes) -> dict[str, float]:
-    """bf16 products and attention in TFLOP/s, a copy within the device in GB/s (read and written bytes both count)."""
+    """Measure bf16 products and attention in TFLOP/s, and copies in GB/s (read and written bytes both count)."""
     side, (heads, tokens, width) = shapes.matrix, shapes.attention
     one, other = (torch.randn(side, side, dtype=torch.bfloat16, device=device.torch) for _ in range(2))
     source = torch.zeros(shapes.copied_bytes, dtype=torch.uint8, device=device.torch)
@@ -35,14 +35,14 @@ def measure_ceilings(device: Device, shapes: Shapes) -> dict[str, float]:
     return {
         "gemm_tflops": 2 * side**3 / product / 1e12,
         "copy_gbs": 2 * shapes.copied_bytes / copy / 1e9,
-        # Two products forward; backward five, one of which is computed again.
+        # Two products in the forward pass, five in the backward pass, one of them recomputed.
         "attention_tflops": 7 * 2 * heads * tokens**2 * width / attention / 1e12,
         "attention_ms": 1000 * attention,
     }
 
 
 def _seconds(device: Device, compute: Callable[[], object]) -> float:
-    """Of one call: the median of a few turns, after one that warms up."""
+    """Return the seconds of one call: the median of a few turns after a warm-up."""
     found = []
     for _ in range(1 + TURNS):
         started = device.seconds()

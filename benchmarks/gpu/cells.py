@@ -1,4 +1,4 @@
-"""What is measured: bases, sizes, batches, precisions, checkpointing or not; what answers most comes first."""
+"""The measured cells: bases, sizes, batches, precisions and checkpointing; the most informative come first."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ SIDES = ("example", "sd3tune")
 
 @dataclass(frozen=True, eq=False)
 class Shapes:
-    """How large everything is."""
+    """The sizes of a measurement."""
 
     bases: Mapping[str, str]
-    """A name for people -> what `model.base` says of it; only its configurations are read."""
+    """Display name -> value of `model.base`; only its configurations are read."""
     large: int
-    """Pixels a side; see `Cell.pixels`."""
+    """Side in pixels; see `Cell.pixels`."""
     small: int
     matrix: int
-    """Side of the product's square matrices."""
+    """Side of the square matrices of the measured product."""
     copied_bytes: int
     attention: tuple[int, int, int]
     """Heads, tokens, width of a head."""
     steps: int
-    """At most, of a turn that is timed."""
+    """Limit on the steps of a timed turn."""
 
 
 SHAPES = {
@@ -56,14 +56,14 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table, of both sides."""
+    """One row of the table."""
 
     base: str
     pixels: int
-    """A side of the square images."""
+    """Side of the square images."""
     batch: int
     precision: str = "bf16"
-    """`bf16`, or `nf4` for a base in 4 bits; what is computed in is bf16 in both."""
+    """`bf16`, or `nf4` for a base in 4 bits; both compute in bf16."""
     checkpointing: bool = False
 
     @property
@@ -73,7 +73,7 @@ class Cell:
 
 
 def cells_of(shapes: Shapes) -> list[Cell]:
-    """All of them, those first that answer most: what a time budget cuts off is the end."""
+    """Return all cells, the most informative first, as a time budget cuts off the end."""
     large, small = shapes.large, shapes.small
     kinds: Sequence[tuple[int, int, str, bool]] = (
         (large, 1, "bf16", False),

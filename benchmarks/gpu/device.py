@@ -1,4 +1,4 @@
-"""What is read off a device: time, peak memory, kernels; on the CPU their counterparts, to run the same code there."""
+"""Measurements of a device: time, peak memory and kernels, with counterparts on the CPU to run the same code."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class Device(Protocol):
     name: str
 
     def seconds(self) -> float:
-        """A clock, read when all that was asked of the device is done."""
+        """Return the time after all submitted work of the device is done."""
 
     def watching_memory(self) -> AbstractContextManager[Any]:
-        """A context in which tensors are followed."""
+        """Return a context in which tensors are tracked."""
 
     def restart_peak(self) -> None:
-        """From here on the peak is that of what comes, what is there now included."""
+        """Reset the peak to the memory in use now."""
 
     def peak_bytes(self) -> int:
-        """The most bytes of tensors at once, of those made in the context."""
+        """Return the peak bytes of tensors created in the context."""
 
     def kernels(self, compute: Callable[[], object]) -> int | None:
-        """How many kernels the device runs for one call; None where they cannot be counted."""
+        """Return the number of kernels of one call; None if they cannot be counted."""
 
     def clear(self) -> None:
-        """Give back what is no longer used."""
+        """Free unused memory."""
 
 
 class Cuda:
@@ -62,7 +62,7 @@ class Cuda:
             with profile(activities=[ProfilerActivity.CUDA]) as seen:
                 compute()
                 torch.cuda.synchronize(self.torch)
-        except RuntimeError:  # no access to the performance counters, say
+        except RuntimeError:  # such as missing access to the performance counters
             return None
         on_device = [event for event in seen.events() or () if event.device_type == DeviceType.CUDA]
         return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device) or None

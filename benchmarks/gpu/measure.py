@@ -1,4 +1,4 @@
-"""One cell: both sides built and timed, one after the other. What goes wrong is a result, too."""
+"""Measure one cell: build and time both sides, one after the other. A failure is a result, too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TURN_SECONDS = 1.0
 
 
 def measure_cell(cell: Cell, shapes: Shapes, device: Device, deadline: float, order: Sequence[str]) -> dict[str, Any]:
-    """A row of the results; `order` is that of the sides, and `deadline` a time of `time.monotonic`."""
+    """Return a row of the results; `order` is the order of the sides, `deadline` a time of `time.monotonic`."""
     found = {name: measure_side(name, cell, shapes, device, deadline) for name in order}
     example, ours = (found[name].get("images_per_s") for name in SIDES)
     return {
@@ -39,13 +39,13 @@ def measure_cell(cell: Cell, shapes: Shapes, device: Device, deadline: float, or
 
 
 def measure_side(name: str, cell: Cell, shapes: Shapes, device: Device, deadline: float) -> dict[str, Any]:
-    """The figures of one side, or an `outcome` that says why there are none."""
+    """Return the figures of one side, or an `outcome` with the reason for missing figures."""
     try:
         with tempfile.TemporaryDirectory(prefix="sd3tune-gpu-") as folder:
             return _measured(name, cell, shapes, device, deadline, Path(folder))
     except torch.OutOfMemoryError:
         return {"outcome": "out of memory"}
-    except Exception as error:  # a library that lacks something must not cost the other cells
+    except Exception as error:  # a failure of a library must not stop the other cells
         return {"outcome": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     finally:
         device.clear()
@@ -85,7 +85,7 @@ def _measured(name: str, cell: Cell, shapes: Shapes, device: Device, deadline: f
 
 
 def _seconds(side: Side, device: Device, steps: int) -> float:
-    """Of a step, several of them in a row."""
+    """Return the seconds of a step, from several consecutive ones."""
     started = device.seconds()
     for _ in range(steps):
         side.step()

@@ -1,4 +1,4 @@
-"""Transformers of the released sizes with random weights, made where they are used, and what their steps compute."""
+"""Transformers of the released sizes with random weights on their device, and the operations of their steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sd3tune.model.load.quantized import quantize
 
 
 def config_of(cell: Cell, shapes: Shapes) -> Config:
-    """sd3tune's side of a cell: LoRA on the modules that the example trains."""
+    """Return sd3tune's configuration of a cell: LoRA on the modules that the example trains."""
     return Config.model_validate(
         {
             "name": "gpu",
@@ -39,7 +39,7 @@ def config_of(cell: Cell, shapes: Shapes) -> Config:
 
 
 def model_of(cell: Cell, shapes: Shapes, device: torch.device) -> Model:
-    """The cell's transformer, frozen, to be built on `device`, and the sizes of what it is fed."""
+    """Return the cell's frozen transformer, to be built on `device`, and the sizes of its inputs."""
     base = shape_of_base(config_of(cell, shapes).model)
     widths = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
     return Model(
@@ -51,7 +51,7 @@ def model_of(cell: Cell, shapes: Shapes, device: torch.device) -> Model:
 
 
 def flops_of(cell: Cell, shapes: Shapes) -> int:
-    """Operations of a step that are needed: without checkpointing, whoever takes it. Counted on the meta device."""
+    """Return the operations that a step needs, without recomputation; counted on the meta device."""
     plain = Cell(cell.base, cell.pixels, 1)
     config = config_of(plain, shapes)
     base = shape_of_base(config.model)
@@ -68,7 +68,7 @@ def _build(base: Base, dtype: torch.dtype, *, device: torch.device, nf4: bool) -
 
 @torch.no_grad()
 def random_on_device(base: Base, dtype: torch.dtype, device: torch.device) -> SD3Transformer2DModel:
-    """Random weights of unit gain, drawn in `dtype` on the device: nothing passes through the machine's memory."""
+    """Draw random weights of unit gain in `dtype` directly on the device, without using host memory."""
     transformer = nn.Module.to(empty_transformer(base), dtype).to_empty(device=device)
     for name, tensor in transformer.state_dict().items():
         if tensor.ndim > 1:

@@ -1,4 +1,4 @@
-"""Where it was measured, the table, and the files: `gpu.json` and `gpu.md`."""
+"""The environment, the table, and the files `gpu.json` and `gpu.md`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _published_tflops(device: str) -> float | None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     where, ceilings = results["environment"], results["ceilings"]
     lines = [_HEADINGS, ["---"] * len(_HEADINGS)]
     lines += [_row(row, where["published_tflops"], ceilings["gemm_tflops"]) for row in results["cells"]]
@@ -75,7 +75,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """Both files, each under a temporary name first."""
+    """Write both files atomically."""
     write_json(folder / "gpu.json", results)
     write_text(folder / "gpu.md", table(results) + "\n")
 
@@ -84,24 +84,24 @@ def _row(row: dict[str, Any], published: float | None, gemm: float) -> list[str]
     sides = [row[name] for name in SIDES]
 
     def share(peak: float | None) -> str:
-        return "" if peak is None else _both(sides, lambda of: f"{100 * row['tflop'] / of['step_s'] / peak:.3g}")
+        return "" if peak is None else _both(sides, lambda side: f"{100 * row['tflop'] / side['step_s'] / peak:.3g}")
 
     return [
         row["cell"],
-        _both(sides, lambda of: f"{of['step_s']:.3g}", failed=lambda of: of["outcome"]),
-        _both(sides, lambda of: f"{of['images_per_s']:.3g}"),
+        _both(sides, lambda side: f"{side['step_s']:.3g}", failed=lambda side: side["outcome"]),
+        _both(sides, lambda side: f"{side['images_per_s']:.3g}"),
         "" if row["ratio"] is None else f"{row['ratio']:.2f}",
         share(published),
         share(gemm),
-        _both(sides, lambda of: f"{of['peak_bytes'] / 1e9:.3g}"),
-        _both(sides, lambda of: str(of["kernels"] or "-")),
-        _both(sides, lambda of: f"{of['first_step_s']:.3g}"),
+        _both(sides, lambda side: f"{side['peak_bytes'] / 1e9:.3g}"),
+        _both(sides, lambda side: str(side["kernels"] or "-")),
+        _both(sides, lambda side: f"{side['first_step_s']:.3g}"),
     ]
 
 
 def _both(
     sides: list[dict[str, Any]],
     shown: Callable[[dict[str, Any]], str],
-    failed: Callable[[dict[str, Any]], str] = lambda of: "-",
+    failed: Callable[[dict[str, Any]], str] = lambda side: "-",
 ) -> str:
-    return ", ".join(shown(of) if of["outcome"] == "measured" else failed(of) for of in sides)
+    return ", ".join(shown(side) if side["outcome"] == "measured" else failed(side) for side in sides)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu.run`: measure sd3tune's step beside diffusers' example's at full size, on one GPU."""
+"""`python -m benchmarks.gpu.run`: compare sd3tune's step with diffusers' example at full size, on one GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_GPU = (
     "--device cpu --shapes tiny"
 )
 RESERVE = 10.0
-"""Seconds kept for leaving."""
+"""Seconds reserved for finishing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,12 +88,12 @@ def _run(options: argparse.Namespace, deadline: float) -> int:
 def measure_in_time(
     cells: Sequence[Any], shapes: Any, device: Any, deadline: float, results: dict[str, Any], out: Path
 ) -> None:
-    """The cells in their order, written after each; one that would not end in time is left out."""
+    """Measure the cells in order, write the results after each, and skip a cell that would not finish in time."""
     from benchmarks.gpu import report
     from benchmarks.gpu.cells import SIDES
     from benchmarks.gpu.measure import measure_cell
 
-    longest: dict[tuple[str, int], float] = {}  # by what sets the length of a cell
+    longest: dict[tuple[str, int], float] = {}  # by the properties that determine the duration of a cell
     for number, cell in enumerate(cells):
         began, kind = time.monotonic(), (cell.base, cell.batch * cell.pixels**2)
         if began + 1.2 * longest.get(kind, max(longest.values(), default=0.0)) >= deadline:

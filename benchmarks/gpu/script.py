@@ -1,4 +1,4 @@
-"""With the path of diffusers' example: whole runs of it and of `sd3tune train`, on a base of full size on the disk."""
+"""Whole runs of diffusers' example script and of `sd3tune train`, on a base of full size on disk."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from sd3tune.model.base.progress_bars import no_progress_bars
 from sd3tune.model.base.resolve import resolve_base, shape_of_base
 
 BASE = "sd3-medium"
-CELL = PeerCell("small", "one-cached", "bf16")  # 512 px, batch 2; for the base in the folder of that name
+CELL = PeerCell("small", "one-cached", "bf16")  # 512 px, batch 2; the base lies in the folder of that name
 LEAST_SECONDS = 150.0
-"""Time without which it is not begun with."""
+"""Remaining time needed to start the runs."""
 
 
 def run_script(script: Path, shapes: Shapes, device: Device, deadline: float) -> dict[str, Any]:
-    """Both commands once, as processes: steps, first step and peak memory of the process; `summary` is for people."""
+    """Run both commands once, as processes. Return steps, first step, peak memory, and a readable `summary`."""
     left = deadline - time.monotonic()
     if device.torch.type == "cuda" and left < LEAST_SECONDS:
-        return {"summary": f"The script itself was not run: {left:.0f} s were left, and it wants {LEAST_SECONDS:.0f}."}
+        return {"summary": f"The script itself was not run: {left:.0f} s were left, and it needs {LEAST_SECONDS:.0f}."}
     with tempfile.TemporaryDirectory(prefix="sd3tune-script-") as name:
         folder = Path(name)
         materials = make_materials(folder, ["tiny"])
@@ -52,12 +52,12 @@ def run_script(script: Path, shapes: Shapes, device: Device, deadline: float) ->
 
 
 def random_pipeline(folder: Path, shapes: Shapes, device: Device) -> Path:
-    """A base in diffusers' layout: that transformer, shallow text encoders of its widths, and tiny's other parts."""
+    """Write a base in diffusers' layout: a full-size transformer, shallow text encoders, and tiny's other parts."""
     tiny = resolve_base("tiny").path
     shutil.copytree(tiny, folder)
     transformer = random_on_device(shape_of_base(ModelConfig(base=shapes.bases[BASE])), torch.bfloat16, device.torch)
-    wide = transformer.config.joint_attention_dim
-    parts = {"transformer": transformer, **(text_encoders(tiny, wide) if wide == 4096 else {})}
+    width = transformer.config.joint_attention_dim
+    parts = {"transformer": transformer, **(text_encoders(tiny, width) if width == 4096 else {})}
     for part, model in parts.items():
         shutil.rmtree(folder / part)
         with no_progress_bars():

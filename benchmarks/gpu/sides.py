@@ -1,4 +1,4 @@
-"""The two sides of a cell: each is built, and then takes steps on inputs that are ready but for what a step draws."""
+"""The two sides of a cell: each takes steps on prepared inputs, and only draws the noise itself."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from benchmarks.trainer import SD3_SCALING, SHIFT, make_trainer
 
 class Side(Protocol):
     def step(self) -> object:
-        """One optimizer step."""
+        """Take one optimizer step."""
 
     def close(self) -> None: ...
 
 
 class Ours:
-    """The trainer's own step, on a store of random entries on the disk, which a thread reads ahead."""
+    """The trainer's step, on a store of random entries on disk, which a thread reads ahead."""
 
     def __init__(self, cell: Cell, shapes: Shapes, device: torch.device, folder: Path) -> None:
         model = model_of(cell, shapes, device)
@@ -41,12 +41,12 @@ class Ours:
 
 
 class Example:
-    """What diffusers' example computes in a step at `--mixed_precision bf16 --cache_latents`, written anew.
+    """A reimplementation of the step of diffusers' example with `--mixed_precision bf16 --cache_latents`.
 
     PEFT's layers in the base's precision, the forward pass under autocast with its output in fp32 (as accelerate
     prepares a model), sigmas looked up one by one, foreach AdamW. In its favour, reading images, VAE and text encoders
-    are left out, and what they make lies on the device. With nf4 the base is quantised as on the other side, which
-    the example itself cannot.
+    are left out, and their outputs are on the device already. With nf4 the base is quantised as on the other side,
+    which the example itself does not support.
     """
 
     def __init__(self, cell: Cell, shapes: Shapes, device: torch.device, folder: Path) -> None:
@@ -88,7 +88,7 @@ class Example:
         pass
 
     def _timesteps(self, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Timesteps [B] by index, and the sigma of each, [B, 1, 1, 1], looked up, for which the host waits."""
+        """Return timesteps [B] and their sigmas [B, 1, 1, 1], whose lookup makes the host wait."""
         u = compute_density_for_timestep_sampling("logit_normal", batch, logit_mean=0.0, logit_std=1.0)
         timesteps = self.scheduler.timesteps[(u * len(self.scheduler.timesteps)).long()].to(self.device)
         schedule, sigmas = self.scheduler.timesteps.to(self.device), self.scheduler.sigmas.to(self.device, dtype)
@@ -106,7 +106,7 @@ def _autocast(device: torch.device) -> torch.autocast:
 def _inputs(
     cell: Cell, model: Model, transformer: SD3Transformer2DModel, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Posterior moments in fp32, and the conditioning in bf16."""
+    """Return posterior moments in fp32, and the conditioning in bf16."""
     shape = (cell.batch, transformer.config.in_channels, model.latent_side, model.latent_side)
     text = (cell.batch, CLIP_TOKENS + T5_TOKENS, transformer.config.joint_attention_dim)
     mean, std = torch.randn(shape, device=device), 0.1 * torch.randn(shape, device=device).abs()

@@ -1,4 +1,4 @@
-"""sd3tune beside diffusers' SD3 DreamBooth LoRA example: whole runs of both, as commands, taking turns.
+"""sd3tune compared with diffusers' SD3 DreamBooth LoRA example: whole runs of both, as commands, in turns.
 
-The example itself is no part of this repository; `PEER_SCRIPT` says where it lies.
+The example is not part of this repository; `PEER_SCRIPT` is its path.
 """

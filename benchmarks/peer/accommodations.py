@@ -1,4 +1,4 @@
-"""What has to give way for the script to run in every cell. None of it makes the script slower."""
+"""Patches that let the script run in every cell, without slowing it down."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 
 def without_trackers() -> None:
-    """Trackers count as not installed, on both sides.
+    """Hide trackers from both sides.
 
-    The script imports wandb whenever it is there, and writes TensorBoard files by default: without them it starts
-    sooner and does less.
+    The script imports wandb if it is installed, and writes TensorBoard files by default. Without them it starts sooner
+    and does less.
     """
     for tracker in ("wandb", "tensorboard", "tensorboardX"):
         sys.modules[tracker] = None  # type: ignore[assignment]
 
 
 def with_casting_vae() -> None:
-    """The script's VAE casts what it is given.
+    """Make the script's VAE cast its input.
 
-    With `--cache_latents --mixed_precision bf16` the script hands bf16 pixels to its fp32 VAE, and stops with an error.
-    Where it runs by itself the dtypes are the same already, and the cast does nothing.
+    With `--cache_latents --mixed_precision bf16` the script passes bf16 pixels to its fp32 VAE, and fails. In all other
+    cases the dtypes are equal already, and the cast does nothing.
     """
     from diffusers import AutoencoderKL
 

@@ -1,4 +1,4 @@
-"""What is measured: bases, ways to caption, precisions; and the figures of a run that are compared."""
+"""The measured cells: bases, captions and precisions; and the compared metrics of a run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ TARGETS = (
     *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
     *("attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"),
 )
-"""The modules that the script trains by default; sd3tune's own default has those of `attn2`, too."""
+"""The modules that the script trains by default; sd3tune's default also includes `attn2`."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of a base there is to train on, and for how long."""
+    """The size of a base, and the length of its runs."""
 
     resolution: int
     steps: int
     warmup: int
-    """Steps at the start that do not count for images per second."""
+    """Number of first steps that are not counted in images per second."""
     turn: int
     """Steps between swaps while images per second are measured."""
 
@@ -47,11 +47,11 @@ class PeerCell:
 
     @property
     def least_speedup(self) -> float:
-        """What images/s have to come to, as a multiple of the peer's."""
+        """Return the required images/s, as a multiple of the peer's."""
         return 1.5 if self.base == "tiny" and self.captions != "one-cached" else 1.0
 
     def target(self, metric: str) -> float:
-        """What a ratio has to come to. On `tiny` most of the memory is the libraries', on both sides."""
+        """Return the required ratio. On `tiny` the libraries use most of the memory on both sides."""
         if metric == "images_per_s":
             return self.least_speedup
         if metric == "peak_memory":

@@ -13,7 +13,7 @@ MIXED_PRECISION = {"fp32": "no", "bf16": "bf16"}
 
 
 def our_arguments(cell: PeerCell, materials: Materials, store: Path, run: Path) -> list[str]:
-    """After `python -m sd3tune`; writes the YAML beside the run folder."""
+    """Return the arguments of `python -m sd3tune`; writes the YAML beside the run folder."""
     source = {"path": str(materials.captioned)} if cell.has_own_captions else _one_caption(materials)
     config = {
         "name": "cell",
@@ -40,9 +40,9 @@ def our_arguments(cell: PeerCell, materials: Materials, store: Path, run: Path) 
 
 
 def peer_arguments(cell: PeerCell, materials: Materials, cache: Path, run: Path) -> list[str]:
-    """After `python script`: a plain velocity loss and, as on the other side, no validation and no checkpoints between.
+    """Return the arguments of `python script`: a plain velocity loss, no validation and no intermediate checkpoints.
 
-    `cache` keeps what the datasets library makes of the captioned photos; it may be there already.
+    `cache` is the datasets library's cache of the captioned photos; it may exist already.
     """
     data = ["--instance_data_dir", str(materials.photos)]
     if cell.has_own_captions:

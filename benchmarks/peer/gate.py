@@ -1,8 +1,8 @@
-"""Before anything is timed: on the same inputs, do both sides have the same loss and the same gradients?
+"""Check, before anything is timed, that both sides have the same loss and gradients on the same inputs.
 
 `python -m benchmarks.peer.gate BASE OUT ...` (then the script and its arguments) runs the script itself up to its first
-gradient, and reads off what it drew: latents, noise, timesteps. The same, with the same adapter weights, then goes
-through sd3tune's own step, text embeddings of its own included; OUT receives the errors as JSON.
+gradient, and records its latents, noise and timesteps. sd3tune's step then runs on them with the same adapter weights,
+but with its own text embeddings. OUT receives the errors as JSON.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ LEAST_COSINE = 0.999
 
 
 class _FirstGradient(Exception):
-    """The script has got as far as it is needed."""
+    """Raised to stop the script at its first gradient."""
 
 
 @dataclass
 class Seen:
-    """What the script computed with in its first step."""
+    """The inputs and results of the script's first step."""
 
     latents: Tensor | None = None
     noise: Tensor | None = None
@@ -59,7 +59,7 @@ class Seen:
 
 
 def observe_script(arguments: Sequence[str]) -> Seen:
-    """Run the script up to its first gradient. B is filled with small numbers, so that A has a gradient, too."""
+    """Run the script up to its first gradient. B is filled with small numbers, so that A has a gradient."""
     seen = Seen()
     randn_like, forward = torch.randn_like, SD3Transformer2DModel.forward
     backward = Accelerator.backward
@@ -97,7 +97,7 @@ def observe_script(arguments: Sequence[str]) -> Seen:
 
 
 def our_step(base_folder: Path, seen: Seen) -> tuple[float, dict[str, Tensor]]:
-    """The loss and the adapter's gradients of `train_step` on the same."""
+    """Return the loss and the adapter's gradients of `train_step` on the same inputs."""
     config = _config(base_folder)
     base = resolve_base(str(base_folder))
     transformer = load_transformer(base, torch.float32)
@@ -129,17 +129,19 @@ def our_step(base_folder: Path, seen: Seen) -> tuple[float, dict[str, Tensor]]:
 
 
 def compare(seen: Seen, loss: float, gradients: dict[str, Tensor]) -> dict[str, Any]:
-    """Errors, and whether they are small enough. Every gradient of the script's that is not zero must be ours."""
+    """Return the errors, and whether they pass. Each nonzero gradient of the script must equal sd3tune's."""
     assert seen.loss is not None
     expected = seen.loss.item()
-    flat, flat_expected = (torch.cat([of[name].flatten() for name in gradients]) for of in (gradients, seen.gradients))
-    absent = [name for name, of in seen.gradients.items() if name not in gradients and of.any()]
+    flat, flat_expected = (
+        torch.cat([side[name].flatten() for name in gradients]) for side in (gradients, seen.gradients)
+    )
+    absent = [name for name, gradient in seen.gradients.items() if name not in gradients and gradient.any()]
     figures = {
         "loss": loss,
         "peer_loss": expected,
         "loss_relative_error": abs(loss - expected) / abs(expected),
         "gradient_cosine": _cosine(flat, flat_expected),
-        "least_module_cosine": min(_cosine(of, seen.gradients[name]) for name, of in gradients.items()),
+        "least_module_cosine": min(_cosine(gradient, seen.gradients[name]) for name, gradient in gradients.items()),
         "gradient_norm_relative_error": ((flat.norm() - flat_expected.norm()).abs() / flat_expected.norm()).item(),
         "gradients_compared": len(gradients),
         "gradients_of_the_peer_alone": absent,
@@ -164,7 +166,7 @@ def _config(base_folder: Path) -> Config:
 
 
 def _sigmas(base_folder: Path, seen: Seen) -> Tensor:
-    """The scheduler's sigma at each of the timesteps."""
+    """Return the scheduler's sigma for each timestep."""
     scheduler = load_scheduler(resolve_base(str(base_folder)))
     assert seen.timesteps is not None
     return torch.stack([scheduler.sigmas[scheduler.timesteps == time].squeeze() for time in seen.timesteps])

@@ -1,4 +1,4 @@
-"""How long a process has spent on importing, whoever asks for it and whenever, so that the rest can be told."""
+"""Measure the time that a process spends on imports, to separate it from the rest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class ImportClock:
-    """Counts from `install` on, in the main thread; an import inside an import counts once."""
+    """Clock for imports in the main thread after `install`; nested imports count once."""
 
     def __init__(self) -> None:
         self.seconds, self.cpu_seconds = 0.0, 0.0

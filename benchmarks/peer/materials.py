@@ -1,4 +1,4 @@
-"""What both sides are given: six photos, with one caption or with their own, and the folder of a base."""
+"""Inputs for both sides: six photos, with a shared caption or their own, and the folder of a base."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ PLACES = ("on a beach", "in the snow", "under a tree", "at night", "on a red car
 @dataclass(frozen=True)
 class Materials:
     photos: Path
-    """Nothing but the photos."""
+    """Folder with the photos only."""
     captioned: Path
-    """The photos and a metadata file with a caption for each."""
+    """Folder with the photos and a metadata file with a caption for each."""
     bases: dict[str, Path]
 
 
 def make_materials(folder: Path, bases: list[str]) -> Materials:
-    """Everything under `folder`; but the tiny base, which has its own place."""
+    """Create the materials under `folder`, except for the tiny base, which has its own folder."""
     photos, captioned = folder / "photos", folder / "captioned"
     draw_photos(photos)
     shutil.copytree(photos, captioned)
@@ -48,7 +48,7 @@ def make_materials(folder: Path, bases: list[str]) -> Materials:
 
 
 def draw_photos(folder: Path) -> None:
-    """Six JPEG files with soft shapes and some grain: as large as photos are, in bytes as well."""
+    """Write six JPEG files with soft shapes and grain, as large as photos in pixels and bytes."""
     folder.mkdir(parents=True)
     width, height = PHOTO_SIZE
     for number in range(PHOTOS):
@@ -64,7 +64,7 @@ def _tiny(folder: Path) -> Path:
 
 
 def _small(folder: Path) -> Path:
-    """The transformer of the trainer's benchmark, text encoders of the widths that it needs, and tiny's other parts.
+    """Write the transformer of the trainer's benchmark, text encoders of matching widths, and tiny's other parts.
 
     The small VAE is in the peer's favour: it encodes images at each step unless it caches latents.
     """
@@ -80,9 +80,9 @@ def _small(folder: Path) -> Path:
 
 
 def _real_encoders(folder: Path) -> Path:
-    """`small`, with CLIP-L, CLIP-bigG and the VAE as large as they are, and two of T5-XXL's 24 layers.
+    """Write `small` with full-size CLIP-L, CLIP-bigG and VAE, and two of T5-XXL's 24 layers.
 
-    Vocabularies are tiny's, as its tokenizers are. All of T5 would not fit beside the script on a small machine.
+    Vocabularies and tokenizers are tiny's. The whole T5 would not fit into the memory of a small machine.
     """
     _small(folder)
     parts: dict[str, Callable[[], Any]] = {
@@ -100,14 +100,14 @@ def _real_encoders(folder: Path) -> Path:
 
 
 def _released(kind: Any, folder: Path, part: str, **changes: Any) -> Any:
-    """The released model's configuration, with the ids and the vocabulary of the part that lies there."""
+    """Return the released model's configuration, with the token ids and vocabulary of the existing part."""
     there = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
     kept = {key: there[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id") if key in there}
     return kind.from_pretrained(COMMON / part, **kept, **changes)
 
 
 def text_encoders(tiny: Path, width: int) -> dict[str, Any]:
-    """Of the real widths, T5's being `width`, and of tiny's depth and vocabularies."""
+    """Return text encoders of the real widths (`width` for T5), with tiny's depth and vocabularies."""
     return {
         "text_encoder": _clip(tiny / "text_encoder", width=768),
         "text_encoder_2": _clip(tiny / "text_encoder_2", width=1280),

@@ -1,4 +1,4 @@
-"""One cell: steps in turns for the speed, whole runs in turns for all else, and the ratios of both sides."""
+"""Measure one cell: steps in turns for the speed, whole runs in turns for other metrics, and their ratios."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from benchmarks.peer.processes import Stamps, run_alone, run_in_turns
 
 PAIRS, MAX_PAIRS = 2, 3
 AGREEMENT = 1.25
-"""A further pair of runs is made when the ratios of wall time lie further apart than this factor."""
+"""Another pair of runs is made if the ratios of wall time differ by more than this factor."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One figure of both sides, taken as near to each other in time as they can be; CPU is None for memory."""
+    """A metric of both sides, measured as close in time as possible; CPU is None for memory."""
 
     ours: float
     peer: float
@@ -32,13 +32,13 @@ class Pair:
 @dataclass(frozen=True)
 class Measured:
     pairs: dict[str, list[Pair]]
-    """By metric: of images/s a pair per step, of the others one per pair of runs."""
+    """Metric -> pairs: one per step for images/s, one per pair of runs for other metrics."""
     warm: dict[str, float]
-    """Ours once more, alone and with the store filled, in the first of the pairs."""
+    """sd3tune alone with a filled store, measured in the first pair."""
 
 
 def measure_cell(cell: PeerCell, script: Path, materials: Materials, folder: Path) -> Measured:
-    """Both sides step by step in turns, then alone in turns. Their stores are empty each time. Raises RunFailed."""
+    """Measure both sides step by step in turns, then as whole runs in turns, with empty stores. Raises RunFailed."""
     steps, store = cell.size.steps, folder / "store"
 
     def ours(warm: bool = False) -> list[str]:
@@ -72,13 +72,15 @@ def measure_cell(cell: PeerCell, script: Path, materials: Materials, folder: Pat
 
 
 def pairs_of_steps(ours: Stamps, peer: Stamps, warmup: int) -> list[Pair]:
-    """Images per second of each step, beside that of the other side's step at the same time."""
-    speeds = [[BATCH_SIZE / took for took in of.durations(warmup, clock)] for clock in (0, 1) for of in (ours, peer)]
-    return [Pair(*of) for of in zip(*speeds, strict=True)]
+    """Return images per second of each step, paired with the other side's step at the same time."""
+    speeds = [
+        [BATCH_SIZE / took for took in side.durations(warmup, clock)] for clock in (0, 1) for side in (ours, peer)
+    ]
+    return [Pair(*figures) for figures in zip(*speeds, strict=True)]
 
 
 def pairs_of_runs(ours: Sequence[Stamps], peer: Sequence[Stamps], warm: Sequence[Stamps]) -> dict[str, list[Pair]]:
-    """Runs of ours with an empty store and with a filled one, and of the peer's, which has none."""
+    """Return the pairs of whole runs: sd3tune with an empty store, or for `warm_start` a filled one, and the peer."""
     pairs = list(zip(ours, peer, strict=True))
     return {
         "peak_memory": [Pair(a.peak_bytes / 1e6, b.peak_bytes / 1e6) for a, b in pairs],
@@ -89,7 +91,7 @@ def pairs_of_runs(ours: Sequence[Stamps], peer: Sequence[Stamps], warm: Sequence
 
 
 def take_turns(sides: Sequence[Callable[[], None]], number: int) -> None:
-    """The side that began the last pair ends this one."""
+    """Run both sides, in reverse order for odd pairs."""
     for side in sides if number % 2 == 0 else reversed(sides):
         side()
 
@@ -99,12 +101,12 @@ def disagreement(values: Sequence[float]) -> float:
 
 
 def better(metric: str, ours: float, peer: float) -> float:
-    """Above 1 where sd3tune is better."""
+    """Return a ratio that is above 1 if sd3tune is better."""
     return ours / peer if METRICS[metric].larger_is_better else peer / ours
 
 
 def rows(cell: PeerCell, measured: Measured) -> list[dict[str, Any]]:
-    """A row per metric: the medians of both sides, and the median of the pairs' ratios."""
+    """Return a row per metric: the medians of both sides, and the median of the pairs' ratios."""
     return [_row(cell, name, pairs, measured.warm.get(name)) for name, pairs in measured.pairs.items()]
 
 

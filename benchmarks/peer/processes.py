@@ -1,4 +1,4 @@
-"""The commands of both sides as processes: alone, or two at a time that step in turns."""
+"""The commands of both sides as processes: alone, or both at once, stepping in turns."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ ROOT = Path(__file__).parents[2]
 
 
 class RunFailed(Exception):
-    """A side's command failed, or did not do what was asked for."""
+    """A side's command failed, or did not make the requested steps."""
 
 
 @dataclass(frozen=True)
 class Stamps:
-    """What one run of one side left behind; see `stamped`."""
+    """The measurements of one run of one side; see `stamped`."""
 
     started: float
     ended: float
     cpu: float
-    """Seconds of all threads, from the start to the end."""
+    """CPU seconds of all threads, from start to end."""
     steps: list[tuple[list[float], list[float]]]
     peak_bytes: int
     imports: list[float]
-    """Seconds, and CPU seconds, that went into imports until the end of the first step."""
+    """Seconds and CPU seconds of imports until the end of the first step."""
 
     @property
     def first_step(self) -> tuple[float, float]:
-        """Time from the start of the process to the end of the first step, and CPU time."""
+        """Time and CPU time from the start of the process to the end of the first step."""
         ended, cpu = self.steps[0][0]
         return ended - self.started, cpu
 
     @property
     def start(self) -> tuple[float, float]:
-        """The same without the imports."""
+        """`first_step` without imports."""
         (took, cpu), (importing, importing_cpu) = self.first_step, self.imports
         return took - importing, cpu - importing_cpu
 
     def durations(self, warmup: int, clock: int) -> list[float]:
-        """Of the steps after the first `warmup`, without the waiting between them; clock 0 is time, 1 is CPU time."""
+        """Return the durations of steps after the first `warmup`, without waiting; clock 0 is time, 1 is CPU time."""
         counted = self.steps[warmup - 1 :]
         return [after[0][clock] - before[1][clock] for before, after in itertools.pairwise(counted)]
 
 
 class Side:
-    """One process that runs `ours` or `peer`, its output in a log."""
+    """A process that runs `ours` or `peer`, with its output in a log."""
 
     def __init__(self, name: str, arguments: Sequence[str], folder: Path, turns: Sequence[int] = ()) -> None:
-        """`turns`, if any: the ends of pipes to read and to write, whether this side leads, and the steps of a turn."""
+        """Start the process. `turns`: pipe ends to read and write, whether this side leads, and the steps of a turn."""
         self.name, self.stamps, self.log = name, folder / f"{name}.json", folder / f"{name}.log"
         self.stamps.unlink(missing_ok=True)
         command = [sys.executable, "-m", "benchmarks.peer.stamped", str(self.stamps), name, *arguments]
@@ -75,7 +75,7 @@ class Side:
             )
 
     def wait(self, steps: int) -> Stamps:
-        """Until it has ended. Raises RunFailed, with the end of the log, unless it made that many steps."""
+        """Wait for the end. Raises RunFailed, with the end of the log, unless it made that many steps."""
         _, status, used = os.wait4(self.process.pid, 0)
         ended = time.monotonic()
         code = self.process.returncode = os.waitstatus_to_exitcode(status)
@@ -88,12 +88,12 @@ class Side:
 
 
 def run_alone(name: str, arguments: Sequence[str], folder: Path, steps: int) -> Stamps:
-    """One run, from the start of its process to its end. Raises RunFailed."""
+    """Run one side's command to its end. Raises RunFailed."""
     return Side(name, arguments, folder).wait(steps)
 
 
 def run_in_turns(arguments: Mapping[str, Sequence[str]], folder: Path, steps: int, turn: int) -> dict[str, Stamps]:
-    """Both sides at once, one of them computing at a time, `turn` steps long; the first of them leads.
+    """Run both sides at once, in turns of `turn` steps; the first one leads.
 
     Raises RunFailed.
     """
@@ -102,7 +102,7 @@ def run_in_turns(arguments: Mapping[str, Sequence[str]], folder: Path, steps: in
     sides = []
     with contextlib.ExitStack() as stack:
         for pipe in (*to_first, *to_second):
-            stack.callback(os.close, pipe)  # ours: the side that is left behind has to see the end of the other one
+            stack.callback(os.close, pipe)  # close our copy, so that a side notices the end of the other
         for (name, of), turns in zip(arguments.items(), ends, strict=True):
             sides.append(Side(name, of, folder, turns))
     try:
@@ -115,7 +115,7 @@ def run_in_turns(arguments: Mapping[str, Sequence[str]], folder: Path, steps: in
 
 
 def environment() -> dict[str, str]:
-    """As many threads for both; none of them spins while it waits, and nobody asks the Hub."""
+    """Return the environment of both sides: equal numbers of threads, no spinning, no access to the Hub."""
     threads = os.environ.get("OMP_NUM_THREADS", str(CORES))
     same = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **same}

@@ -24,7 +24,7 @@ _TITLES = {
 
 
 def table(results: dict[str, Any]) -> str:
-    """The ratios as Markdown, a line per cell."""
+    """Return the ratios as Markdown, one line per cell."""
     by_name = {row["cell"]: row for row in results["cells"]}
     headings = [_TITLES.get(heading, heading) for heading in _HEADINGS]
     lines = [headings, ["---"] * len(headings)]
@@ -49,9 +49,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """`folder/results/peer.json`, and the table in `folder/README.md`.
+    """Write `folder/results/peer.json`, and the table in `folder/README.md`.
 
-    Rows that are there and were not measured anew stay, with their commit, if machine and libraries are the same.
+    Existing rows that were not measured again stay, with their commit, if machine and libraries are the same.
     """
     file = folder / "results" / "peer.json"
     if file.exists():
@@ -64,9 +64,9 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 
 def _still_valid(earlier: dict[str, Any], results: dict[str, Any]) -> list[dict[str, Any]]:
-    def place(of: dict[str, Any]) -> dict[str, Any]:
-        where = {key: value for key, value in of["environment"].items() if key not in _OF_THE_CODE}
-        return {"script": of.get("script_sha256"), **where}
+    def place(document: dict[str, Any]) -> dict[str, Any]:
+        environment = {key: value for key, value in document["environment"].items() if key not in _OF_THE_CODE}
+        return {"script": document.get("script_sha256"), **environment}
 
     if place(earlier) != place(results):
         return []
@@ -79,7 +79,7 @@ def _still_valid(earlier: dict[str, Any], results: dict[str, Any]) -> list[dict[
 
 
 def _commits(results: dict[str, Any]) -> list[str]:
-    """A line for every other commit that cells are of."""
+    """Return a line for each other commit at which cells were measured."""
     cells: dict[str, list[str]] = {}
     for row in results["cells"]:
         cell = row["cell"].split()[0]
@@ -88,7 +88,7 @@ def _commits(results: dict[str, Any]) -> list[str]:
     return [f"Of commit {commit}: {', '.join(names)}." for commit, names in cells.items()]
 
 
-def _verdict(found: dict[str, dict[str, Any]]) -> str:
-    behind = [_TITLES[metric] for metric, row in found.items() if row["ratio"] < row["target"]]
-    goal = found["images_per_s"]["target"]
+def _verdict(rows_by_metric: dict[str, dict[str, Any]]) -> str:
+    behind = [_TITLES[metric] for metric, row in rows_by_metric.items() if row["ratio"] < row["target"]]
+    goal = rows_by_metric["images_per_s"]["target"]
     return f"{goal:g}x images/s " + (f"missed: {', '.join(behind)}" if behind else "met")

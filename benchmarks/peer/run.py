@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peer.run SCRIPT`: check that both compute the same, measure all cells, write the files."""
+"""`python -m benchmarks.peer.run SCRIPT`: check that both sides agree, measure all cells, write the files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.peer.processes import ROOT, RunFailed, environment
 
 GATED = CELLS["tiny-fp32-one"]
 _SIGN = "--precondition_outputs"
-"""A flag that only the script meant has, with those it is often confused with (text-to-image, SDXL, Flux) left out."""
+"""A flag that only the right script has, not the similar ones for text-to-image, SDXL or Flux."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(cells: Sequence[PeerCell], script: Path, out: Path | None) -> dict[str, Any]:
-    """The results of the cells, after the gate; written to `out` as far as they are known. Raises RunFailed."""
+    """Return the results of the cells, after the gate; each is written to `out` when known. Raises RunFailed."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     os.environ.update(environment())
     from benchmarks.peer import report
@@ -76,7 +76,7 @@ def measure(cells: Sequence[PeerCell], script: Path, out: Path | None) -> dict[s
 
 
 def run_gate(script: Path, arguments: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The gate, in a process of its own. Raises RunFailed when it is not passed."""
+    """Run the gate in its own process. Raises RunFailed if it does not pass."""
     file, log = folder / "gate.json", folder / "gate.log"
     base = arguments[arguments.index("--pretrained_model_name_or_path") + 1]
     command = [sys.executable, "-m", "benchmarks.peer.gate", base, str(file), str(script), *arguments]
@@ -91,13 +91,13 @@ def run_gate(script: Path, arguments: Sequence[str], folder: Path) -> dict[str, 
 
 
 def problem_of(script: Path) -> str | None:
-    """What is wrong with the path, in a line."""
-    wanted = "PEER_SCRIPT is the path of diffusers' examples/dreambooth/train_dreambooth_lora_sd3.py"
+    """Return the fault of the script's path in one line, or None."""
+    expected = "PEER_SCRIPT is the path of diffusers' examples/dreambooth/train_dreambooth_lora_sd3.py"
     if not script.is_file():
-        return f"{script}: no such file; {wanted}"
+        return f"{script}: no such file; {expected}"
     text = script.read_text(encoding="utf-8", errors="replace")
     if _SIGN not in text or "SD3Transformer2DModel" not in text:
-        return f"{script}: not that script (it has no {_SIGN}); {wanted}"
+        return f"{script}: not that script (it has no {_SIGN}); {expected}"
     return None
 
 

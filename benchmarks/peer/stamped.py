@@ -1,10 +1,10 @@
-"""`python -m benchmarks.peer.stamped STAMPS ours|peer ...`: run one side's command and write down when it stepped.
+"""`python -m benchmarks.peer.stamped STAMPS ours|peer ...`: run one side's command and record the times of its steps.
 
-Both sides are watched in the same way: a hook of torch's that is called after every optimizer step, whoever's it is.
+Both sides are measured by the same torch hook, which is called after every optimizer step.
 `ours` is followed by sd3tune's arguments, `peer` by the script and its own. STAMPS receives JSON: {"steps": [[ended,
 went on], ...], "peak_bytes": n, "imports": [seconds, CPU seconds]}. Both times of a step are [seconds, CPU seconds], of
-the machine's monotonic clock and of the process; they differ where it waited for its turn. Imports are those until the
-end of the first step.
+the machine's monotonic clock and of the process; they differ if it waited for its turn. Imports count until the end
+of the first step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.peer.imports import ImportClock
 
 IMPORTS = ImportClock()
 IMPORTS.install()
-gc.disable()  # as sd3tune would do; the script is given the advantage
+gc.disable()  # as sd3tune does; the script gets the same advantage
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
 gc.enable()
@@ -60,7 +60,7 @@ def clocks() -> Clocks:
 
 
 def run_side(side: str, arguments: Sequence[str]) -> None:
-    """What `python -m sd3tune ...` or `python script ...` would do."""
+    """Run `python -m sd3tune ...` or `python script ...` in this process."""
     without_trackers()
     if side == "ours":
         sys.argv = ["sd3tune", *arguments]
@@ -72,7 +72,7 @@ def run_side(side: str, arguments: Sequence[str]) -> None:
 
 
 def peak_bytes() -> int:
-    """The largest resident size so far. `ru_maxrss` would also count the process that this one was forked from."""
+    """Return the peak resident size. `ru_maxrss` would include the process from which this one was forked."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
     assert found is not None

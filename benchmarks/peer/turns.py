@@ -1,4 +1,4 @@
-"""Two processes that train step by step in turns: seconds apart, they meet the same neighbours on the machine."""
+"""Let two processes train step by step in turns: seconds apart, they share the machine with the same other load."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ VARIABLE = "SD3TUNE_BENCH_TURNS"
 
 @dataclass
 class Turns:
-    """The right to compute is a byte in a pipe. After a few steps a process passes it on, and waits for its return."""
+    """A token in a pipe, a byte that permits to compute. After some steps a process passes it on, and waits for it."""
 
     mine: int
-    """Where the right comes from."""
+    """Pipe end from which the token is read."""
     theirs: int
     leads: bool
-    """Whether this side goes on first after the first step, which both do at any time."""
+    """True if this side continues first after the first step, which both take at any time."""
     steps: int
-    """Of a turn."""
+    """Number of steps of a turn."""
     done: int = 0
 
     @classmethod
     def from_environment(cls) -> Turns | None:
-        """As the variable says, `read,write,leads,steps`; None without it."""
-        given = os.environ.get(VARIABLE)
-        if given is None:
+        """Return the turns of the environment variable, `read,write,leads,steps`; None without it."""
+        value = os.environ.get(VARIABLE)
+        if value is None:
             return None
-        mine, theirs, leads, steps = map(int, given.split(","))
+        mine, theirs, leads, steps = map(int, value.split(","))
         return cls(mine, theirs, bool(leads), steps)
 
     def pass_on(self) -> None:
-        """Called after a step. Where the other side has ended, nothing is waited for."""
+        """Pass the token on after a step. Does not wait if the other side has ended."""
         turn, within = divmod(self.done, self.steps)
         self.done += 1
         if within:
             return
         if turn or not self.leads:
             self._give()
-        os.read(self.mine, 1)  # nothing when the pipe is closed
+        os.read(self.mine, 1)  # returns nothing if the pipe is closed
 
     def _give(self) -> None:
         with contextlib.suppress(BrokenPipeError):

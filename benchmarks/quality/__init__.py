@@ -1,1 +1,1 @@
-"""What a training learns, read by the oracle of nano's world: the base, LoRAs of many kinds, the peer."""
+"""Results of trainings, judged by the oracle of nano's world: the base, LoRAs of many kinds, the peer."""

@@ -1,8 +1,8 @@
 """`python -m benchmarks.quality.lengths`: does an adapter work at T5 lengths that it was not trained at?
 
-Pairs of trainings on nano with prior preservation: at one T5 length, and at that length and a longer one. Each adapter
-then draws at several lengths. Figures go to `results/t5_lengths.json` and, between their markers, into the README;
-measured ones are kept, so a stopped command goes on.
+It makes pairs of trainings on nano with prior preservation: at one T5 length, and at that length and a longer one. Each
+adapter then draws at several lengths. Figures go to `results/t5_lengths.json` and, between markers, into the README.
+Existing figures are kept, so an interrupted command continues.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from sd3tune.nano.tasks import plain_tasks, share_right, subject_tasks
 ONE, TWO = f"{T5_LENGTH}", f"{T5_LENGTH} and 256"
 ARMS = {ONE: {}, TWO: {"model.extra_t5_lengths": [256]}}
 BF16 = {"model.dtype": "bf16"}
-"""Trained and drawn so: half the time of fp32 where the CPU has it, for the same shares."""
+"""Precision of trainings and images: half the time of fp32 on a CPU that supports it, with equal shares."""
 PROMPTS = {T5_LENGTH: 72, 77: 24, 256: 24}
-"""By T5 length that is drawn at: prompts of the subject, and as many of other shapes."""
+"""T5 length of the images -> number of prompts for the subject, and for other shapes."""
 T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """97.5 % quantile of Student's t by degrees of freedom."""
 
 Figures = Mapping[str, Mapping[str, float]]
-"""`arm/seed` -> `subject at 16`, `others at 16` and so on: shares of pictures that show what was asked for."""
+"""`arm/seed` -> `subject at 16`, `others at 16` and so on: shares of pictures that show their prompt."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(
     recipe: Variant, run: Path, store: Path, seed: int, pipelines: Mapping[int, ImagePipeline]
 ) -> dict[str, float]:
-    """Train, and draw with the adapter at every length; `train_s` is the training's seconds."""
+    """Train, and draw with the adapter at every length. `train_s` is the duration of the training in seconds."""
     shares = {"train_s": train_quietly(recipe, run, store, seed)}
     for length, pipeline in pipelines.items():
         subject = subject_tasks(PROMPTS[length], seed)
@@ -79,13 +79,13 @@ def _measure(
 
 
 def pairs(figures: Figures) -> list[str]:
-    """The seeds of which both trainings were measured."""
+    """Return the seeds with both trainings measured."""
     of = {arm: [seed for name in figures for at, seed in [name.split("/")] if at == arm] for arm in ARMS}
     return [seed for seed in of[ONE] if seed in of[TWO]]
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Means over the seeds, and the mean of the paired differences with its 95 % interval, as Markdown."""
+    """Return a Markdown table: means over the seeds, and mean paired differences with their 95 % interval."""
     figures: Figures = results["figures"]
     seeds = pairs(figures)
     prompts = ", ".join(f"{count} at {length} tokens" for length, count in PROMPTS.items())
@@ -105,7 +105,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _difference(one: Iterable[float], two: Iterable[float]) -> str:
-    """`+51.2 +- 6.3`: the mean of the differences, and half of its 95 % interval."""
+    """Return `+51.2 +- 6.3`: the mean of the differences, and half of its 95 % interval."""
     differences = [b - a for a, b in zip(one, two, strict=True)]
     mean = f"{statistics.mean(differences):+.1f}"
     if len(differences) - 1 not in T_95:

@@ -1,4 +1,4 @@
-"""What a base and an adapter draw, as the oracle reads it. Shares are of pictures, 0 to 1."""
+"""Accuracy of a base and of adapters, judged by the oracle. Shares are of pictures, 0 to 1."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Shares = dict[str, float]
 
 @dataclass(frozen=True)
 class Panel:
-    """The prompts that every adapter is asked, with the pictures' seeds."""
+    """The prompts and seeds for every adapter."""
 
     subject: Sequence[Task]
     named: Sequence[Task]
@@ -31,7 +31,7 @@ class Panel:
 
     @classmethod
     def of(cls, count: int, seed: int) -> Panel:
-        """`count` prompts for the subject and for named shapes, a third as many for the class."""
+        """Return a panel of `count` prompts for the subject and for named shapes, and a third as many for the class."""
         return cls(subject_tasks(count, seed), plain_tasks(count, False, seed), class_tasks(count // 3, seed))
 
     @property
@@ -40,7 +40,7 @@ class Panel:
 
 
 def measure_panel(pipeline: ImagePipeline, panel: Panel, adapter: Path | None) -> Shares:
-    """`subject`: drawn as asked; `named`: other shapes as asked; `class_lost`: class prompts that show the subject."""
+    """Return shares: `subject` and `named` (other shapes) drawn right; `class_lost`, subjects drawn for the class."""
     images = iter(pipeline.draw([(task.prompt, task.seed) for task in panel.tasks], adapter))
     subject, named, of_class = ([next(images) for _ in of] for of in (panel.subject, panel.named, panel.of_class))
     return {
@@ -51,7 +51,7 @@ def measure_panel(pipeline: ImagePipeline, panel: Panel, adapter: Path | None) -
 
 
 def measure_base(pipeline: ImagePipeline, count: int, seed: int) -> Shares:
-    """How often the base draws what it is asked for, by kind of prompt."""
+    """Return the share of prompts that the base draws right, by kind of prompt."""
     kinds = {
         "plain, seen": plain_tasks(count, False, seed),
         "plain, held out": plain_tasks(count, True, seed),
@@ -60,7 +60,7 @@ def measure_base(pipeline: ImagePipeline, count: int, seed: int) -> Shares:
     }
     shares: Shares = {}
     for kind, tasks in kinds.items():
-        images = pipeline.draw([(task.prompt, task.seed) for task in tasks], what=kind)
+        images = pipeline.draw([(task.prompt, task.seed) for task in tasks], activity=kind)
         shares[kind] = share_right(tasks, images)
         if kind == "rich, seen":
             shares |= _by_question(tasks, images)
@@ -68,13 +68,13 @@ def measure_base(pipeline: ImagePipeline, count: int, seed: int) -> Shares:
 
 
 def measure_lora(pipeline: ImagePipeline, panel: Panel, variant: Variant, run: Path, store: Path, seed: int) -> Shares:
-    """Train and measure; `train_s` is the seconds of the whole command, encodings in the store apart."""
+    """Train and measure. `train_s` is the duration of the whole command, with cached encodings, in seconds."""
     seconds = train_quietly(variant, run, store, seed)
     return measure_panel(pipeline, panel, run) | {"train_s": seconds}
 
 
 def train_quietly(variant: Variant, run: Path, store: Path, seed: int) -> float:
-    """Train into `run`, and print nothing; returns the seconds of the whole command."""
+    """Train into `run` without output. Return the seconds of the whole command."""
     config = variant.config(str(run), str(store), seed)
     started = time.monotonic()
     with _quietly():
@@ -83,7 +83,7 @@ def train_quietly(variant: Variant, run: Path, store: Path, seed: int) -> float:
 
 
 def _by_question(tasks: Sequence[Task], images: Sequence[Image.Image]) -> Shares:
-    """The share right of each thing that a rich caption may ask for, where it asks for it."""
+    """Return the share drawn right of each attribute in rich captions that have it."""
     verdicts = [task.judge(image) for task, image in zip(tasks, images, strict=True)]
     shares: Shares = {}
     for question in ("background", "colour", "shape", "size", "texture", "place", "relation", "other"):

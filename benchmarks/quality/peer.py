@@ -1,4 +1,4 @@
-"""diffusers' example on nano: the recipe's settings as the script's flags, as many steps, or as many seconds."""
+"""diffusers' example on nano: the recipe as flags of the script, for equal steps or equal CPU seconds."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ NEVER = 10**9
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Whole commands of both sides, as processes of their own, in a folder to work in."""
+    """Whole commands of both sides, as separate processes, in a working folder."""
 
     script: Path
     base: Path
     folder: Path
 
     def compare(self, pipeline: ImagePipeline, panel: Panel, seed: int, recipe: Variant) -> Shares:
-        """Both for the recipe's steps, and the script for as many as its whole command makes in our CPU seconds.
+        """Train both sides for the recipe's steps, and the script again for as many steps as fit sd3tune's CPU seconds.
 
-        The shares of `measure_panel`, `cpu_s` and `steps`, each behind `ours: `, `peer: ` or `peer, as long: `.
-        CPU seconds, as neighbours on the machine hardly change them. Class images are drawn before, by each side its
-        own, so that the seconds are those of training.
+        Return the shares of `measure_panel`, `cpu_s` and `steps`, with prefix `ours: `, `peer: ` or `peer, as long: `.
+        CPU seconds hardly depend on the machine's other load. Each side draws its class images before, so the seconds
+        cover training only.
         """
         steps: int = CONFIG["train"]["steps"]
         if PRIOR_KEY in recipe.changes:
@@ -59,19 +59,19 @@ class SideBySide:
         return {side: self.folder / f"{side}-class" for side in ("ours", "peer")}
 
     def _draw_class_images(self, seed: int, recipe: Variant) -> None:
-        """`sd3tune cache`, and one step of the script."""
+        """Draw class images by `sd3tune cache`, and by one step of the script."""
         for folder in self._class_images.values():
             shutil.rmtree(folder, ignore_errors=True)
         run_alone("ours", ["cache", str(self._our_config(seed, recipe))], self.folder, steps=0)
         self._train_peer(1, seed, recipe)
 
     def _train_ours(self, seed: int, recipe: Variant) -> tuple[Path, Stamps]:
-        """`sd3tune train`, nothing encoded beforehand."""
+        """Run `sd3tune train` with an empty store."""
         command = ["train", str(self._our_config(seed, recipe))]
         return self._our_run, run_alone("ours", command, self.folder, CONFIG["train"]["steps"])
 
     def _our_config(self, seed: int, recipe: Variant) -> Path:
-        """Of a new run with an empty store."""
+        """Return the configuration of a new run with an empty store."""
         store = self.folder / "ours-store"
         for left_over in (self._our_run, store):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -87,7 +87,7 @@ class SideBySide:
         return run_alone("peer", [str(self.script), *self._flags(steps, seed, recipe)], self.folder, steps)
 
     def _flags(self, steps: int, seed: int, recipe: Variant) -> list[str]:
-        """The recipe's; what it changes beyond prior and learning rate has no flag here. Raises ValueError for it."""
+        """Return the recipe's flags. Raises ValueError for changes other than prior and learning rate."""
         if recipe.changes.keys() - {PRIOR_KEY, "optimizer.lr"}:
             raise ValueError(f"{recipe.name}: the script would be trained without {sorted(recipe.changes)}")
         prior = PRIOR_KEY in recipe.changes
@@ -127,13 +127,13 @@ def _behind(side: str, shares: Shares, stamps: Stamps) -> Shares:
 
 
 def _stepping_seconds(stamps: Stamps) -> float:
-    """CPU seconds of the steps: those after the first, scaled to all."""
+    """Return the CPU seconds of all steps, extrapolated from all but the first."""
     count = len(stamps.steps)
     return (stamps.steps[-1][0][1] - stamps.steps[0][0][1]) * count / max(1, count - 1)
 
 
 def _captioned(folder: Path) -> Path:
-    """The recipe's pictures with a metadata file, as the datasets library reads it."""
+    """Return the recipe's pictures with a metadata file for the datasets library."""
     if not folder.exists():
         folder.mkdir(parents=True)
         rows = []

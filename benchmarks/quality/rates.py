@@ -1,7 +1,7 @@
-"""`python -m benchmarks.quality.rates`: what learning rates from normal to far too high do to an adapter on nano.
+"""`python -m benchmarks.quality.rates`: effects of learning rates from normal to far too high on an adapter of nano.
 
-The demo's recipe without class images, one run a rate. Prints the change of a denoising step, the loss on training
-images, and the shares of pictures that the oracle reads as asked for; the table in docs/results.md is from it.
+The demo's recipe without class images, one run per rate. Prints the change of a denoising step, the loss on training
+images, and the shares of pictures that show their prompt; the table in docs/results.md is from it.
 """
 
 from __future__ import annotations

@@ -22,14 +22,14 @@ _SHARES = ("subject right, %", "other shapes lost, %", "class prompts that show 
 
 
 def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The figures that were measured under these settings so far."""
+    """Return the existing figures with these settings."""
     file = folder / "results" / "quality.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return dict(found["figures"]) if found.get("settings") == settings else {}
 
 
 def add(name: str, measured: Mapping[str, float], settings: Mapping[str, Any], folder: Path) -> None:
-    """Write one more figure, to the JSON and the tables, beside those that other processes write."""
+    """Add a figure to the JSON and the tables, without losing the figures of other processes."""
     with _alone_in(folder):
         figures = {**load(folder, settings), name: dict(measured)}
         results = {"settings": settings, "environment": environment(), "figures": dict(sorted(figures.items()))}
@@ -38,7 +38,7 @@ def add(name: str, measured: Mapping[str, float], settings: Mapping[str, Any], f
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The base, and the LoRAs, as Markdown."""
+    """Return the base, and the LoRAs, as Markdown."""
     figures = results["figures"]
     parts = [[*provenance(results["environment"]), _asked(results["settings"])]]
     if any(name.startswith("base/") for name in figures):
@@ -52,7 +52,7 @@ def tables(results: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """While no other process writes there. A folder is locked, as its files are replaced."""
+    """Lock the folder, not its files, which are replaced, against writers in other processes."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX)
@@ -62,7 +62,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _asked(settings: Mapping[str, Any]) -> str:
-    """What is behind a share, and the trainings unless said otherwise."""
+    """Return a line about the number of prompts and trainings, and the recipe."""
     recipe = ", ".join(f"{name} {value}" for name, value in settings["recipe"].items())
     return (
         f"{settings['prompts']} prompts and one training behind a share, for each of the seeds. "
@@ -105,18 +105,18 @@ def _peer_table(figures: Figures) -> list[str]:
 
 
 def _seeds_of(figures: Figures, name: str) -> dict[str, Mapping[str, float]]:
-    """Figures by seed."""
+    """Return seed -> figures."""
     return {seed: figures[key] for key in sorted(figures) for at, _, seed in [key.rpartition("/")] if at == name}
 
 
 def _drift(figures: Figures, runs: Mapping[str, Mapping[str, float]], named: str) -> str:
-    """What an adapter draws wrong that the base draws right, of the same prompts and seeds."""
+    """Return the loss of accuracy against the base, for equal prompts and seeds."""
     base = _seeds_of(figures, "lora/none/the base")
     return _spread([base[seed]["named"] - run[named] for seed, run in runs.items() if seed in base])
 
 
 def _spread(shares: Sequence[float]) -> str:
-    """Mean and range over the seeds, in per cent."""
+    """Return mean and range over the seeds, in per cent."""
     if not shares:
         return ""
     low, high = (100 * bound(shares) for bound in (min, max))

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.quality.run [PEER_SCRIPT]`: measure what trainings on nano learn; write table and JSON.
+"""`python -m benchmarks.quality.run [PEER_SCRIPT]`: measure trainings on nano; write table and JSON.
 
-What the JSON holds for the same settings is not measured again, so a run that was stopped goes on, and several
-processes, each with a seed of its own, fill the same tables.
+Existing figures with the same settings are not measured again, so an interrupted command continues, and several
+processes with different seeds can fill the same tables.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _settings(prompts: int) -> dict[str, Any]:
-    """What figures must have in common to stand in one table."""
+    """Return the settings that all figures of a table share."""
     from sd3tune.commands.demo import CONFIG, SAMPLER
     from sd3tune.model.base.resolve import resolve_base
 
@@ -55,7 +55,7 @@ def _settings(prompts: int) -> dict[str, Any]:
 
 
 def _measurements(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Measure]]:
-    """Name and measurement: those of the base, of each LoRA, and of the peer's. Names are paths: kind/what/seed."""
+    """Yield (name, measurement) for the base, each LoRA and the peer. Names are paths: kind/name/seed."""
     from benchmarks.quality.measure import Panel, measure_base, measure_lora, measure_panel
     from benchmarks.quality.peer import SideBySide
     from benchmarks.quality.variants import BESIDE_THE_SCRIPT, VARIANTS

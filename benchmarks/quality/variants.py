@@ -1,4 +1,4 @@
-"""The LoRA experiments: one recipe, the demo's, and what each changes in it."""
+"""The LoRA experiments: variants of the demo's recipe."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ PRIOR_KEY = "data.sources.0.prior"
 
 @dataclass(frozen=True)
 class Variant:
-    """A training that differs from the recipe in a few keys of the configuration."""
+    """A training that changes some configuration keys of the recipe."""
 
     group: str
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted key -> value; a key that is a whole section is replaced by it."""
+    """Dotted key -> value; the key of a section replaces the whole section."""
     callbacks: tuple[Callback, ...] = ()
 
     def config(self, run: str, store: str, seed: int) -> Config:
-        """The configuration of one of its runs."""
+        """Return the configuration of one run."""
         values = {**CONFIG, "name": "quality", "output_dir": run, "seed": seed}
         values["data"] = {**CONFIG["data"], "cache_dir": store}
         for key, value in self.changes.items():
@@ -36,7 +36,7 @@ class Variant:
 
 
 def _with(tree: Any, path: list[str], value: Any) -> Any:
-    """A copy of nested dicts and lists in which the value at the path is another."""
+    """Return a copy of nested dicts and lists with the value at a path replaced."""
     if not path:
         return value
     if isinstance(tree, list):
@@ -46,9 +46,9 @@ def _with(tree: Any, path: list[str], value: Any) -> Any:
 
 
 def masters_in_bf16(view: View) -> None:
-    """What training in pure bf16 does to the weights: each step's update is rounded to 8 bits of mantissa.
+    """Emulate training in pure bf16: round the weights to 8 bits of mantissa in each step.
 
-    The mathematics of the step stays in fp32, which is kinder than the scripts that train bf16 parameters.
+    The arithmetic of the step stays in fp32, which is more precise than in scripts that train bf16 parameters.
     """
     for tensor in view.weights.values():
         tensor.copy_(tensor.to(torch.bfloat16))

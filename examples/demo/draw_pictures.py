@@ -1,4 +1,4 @@
-"""Draws the six pictures that `sd3tune demo` trains on: one toy robot in six places.
+"""Draw the six pictures that `sd3tune demo` trains on: one toy robot in six places.
 
 python examples/demo/draw_pictures.py sd3tune/assets/demo
 """
@@ -22,7 +22,7 @@ SCENES = {  # name: (sky, ground, tilt in degrees, size, centre)
 
 
 def robot(side: int) -> Image.Image:
-    """An orange toy robot with teal eyes and one antenna, on a transparent square."""
+    """Return an orange toy robot with teal eyes and one antenna, on a transparent square."""
     picture = Image.new("RGBA", (side, side))
     draw = ImageDraw.Draw(picture)
 

@@ -1,8 +1,8 @@
-"""How a run did: the held-out loss by noise level, and whether what it draws is what it was asked for.
+"""Measure a run: the held-out loss by noise level, and the accuracy of its images.
 
 python -m examples.fashion_mnist.measure runs/fashion_mnist
 
-The judge knows nothing of the run: it is the nearest real pictures, in pixels.
+The judge is independent of the run: the nearest real pictures, by pixels.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from sd3tune.config import load_config
 from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.sampling.sampler import SamplerSettings
 
-SIDE = 28  # of Fashion-MNIST's pictures
+SIDE = 28  # in pixels, of Fashion-MNIST's pictures
 NEIGHBOURS = 5
-DECODED = 200  # real pictures that go through the VAE
-_SEED = 1000  # previews have those from 0 on
+DECODED = 200  # number of real pictures that are reconstructed by the VAE
+_SEED = 1000  # previews use seeds from 0
 
 
 def held_out_losses(run: Path) -> str:
-    """A table of `validation.jsonl`'s first and last line."""
+    """Return a table of the first and last line of `validation.jsonl`."""
     lines = [json.loads(line) for line in (run / "validation.jsonl").read_text(encoding="utf-8").splitlines()]
     first, last = lines[0], lines[-1]
     rows = [f"| sigma | step {first['step']} | step {last['step']} |", "|---|---|---|"]
@@ -42,7 +42,7 @@ def held_out_losses(run: Path) -> str:
 
 
 def labelled(parquet: Path) -> tuple[Tensor, list[str]]:
-    """The grey values of all pictures, [N, 784] in [0, 1], and their captions."""
+    """Return the grey values of all pictures, [N, 784] in [0, 1], and their captions."""
     table = pq.read_table(parquet, columns=["image", "text"])
     pictures = [Image.open(io.BytesIO(cell["bytes"])) for cell in table["image"].to_pylist()]
     return grey(pictures), table["text"].to_pylist()
@@ -54,35 +54,35 @@ def grey(pictures: Sequence[Image.Image]) -> Tensor:
 
 
 def read(pictures: Tensor, known: Tensor, captions: Sequence[str]) -> list[str]:
-    """What most of the nearest known pictures show, for each picture [N, 784]; of equally many, the nearest's."""
+    """Return the commonest caption of the nearest known pictures for each picture [N, 784]; ties go to the nearest."""
     names = sorted(set(captions))
     labels = torch.tensor([names.index(caption) for caption in captions])
-    found = []
+    answers = []
     for part in pictures.split(500):
         near = torch.cdist(part, known).topk(NEIGHBOURS, largest=False).indices
         votes = torch.nn.functional.one_hot(labels[near], len(names)).sum(1).float()
         votes.scatter_add_(1, labels[near[:, :1]], torch.full((len(part), 1), 0.5))
-        found += [names[number] for number in votes.argmax(1).tolist()]
-    return found
+        answers += [names[number] for number in votes.argmax(1).tolist()]
+    return answers
 
 
-def share_right(found: Sequence[str], asked: Sequence[str]) -> float:
-    return sum(one == other for one, other in zip(found, asked, strict=True)) / len(asked)
+def share_right(answers: Sequence[str], captions: Sequence[str]) -> float:
+    return sum(answer == caption for answer, caption in zip(answers, captions, strict=True)) / len(captions)
 
 
 def as_pictures(pixels: Tensor) -> list[Image.Image]:
-    """uint8 [N, 3, H, W] as PIL's."""
+    """Convert uint8 [N, 3, H, W] to PIL images."""
     return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
 
 
 def drawn_by(pipeline: ImagePipeline, each: int, names: Sequence[str]) -> tuple[list[Image.Image], list[str]]:
-    """`each` pictures of each name, and the names."""
-    asked = [name for name in names for _ in range(each)]
-    return pipeline.draw([(name, _SEED + number) for number, name in enumerate(asked)]), asked
+    """Draw `each` pictures of each name. Return pictures and names."""
+    prompts = [name for name in names for _ in range(each)]
+    return pipeline.draw([(name, _SEED + number) for number, name in enumerate(prompts)]), prompts
 
 
 def pipeline_of(run: Path) -> ImagePipeline:
-    """The run's result, drawing as its previews were drawn."""
+    """Return a pipeline of the run's model, with the settings of its previews."""
     config = load_config(run / "config.yaml").config
     side = config.data.resolution
     settings = SamplerSettings(config.preview.steps, config.preview.guidance, side, side)
@@ -102,20 +102,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pipeline = pipeline_of(options.run)
     original = stack(pictures_in(options.data / "test.parquet", DECODED))
     decoded = reconstruct(pipeline.vae, original)
-    drawn, asked = drawn_by(pipeline, options.each, names)
+    drawn, prompts = drawn_by(pipeline, options.each, names)
 
-    def right(pictures: Tensor, shown: Sequence[str]) -> float:
-        return share_right(read(pictures, known, captions), shown)
+    def right(pictures: Tensor, expected: Sequence[str]) -> float:
+        return share_right(read(pictures, known, captions), expected)
 
     print(held_out_losses(options.run))
     print(f"\nPSNR of {len(decoded)} test pictures after the VAE: {psnr(original, decoded):.1f} dB\n")
     print("| pictures | read right |\n|---|---|")
     print(f"| {len(truth)} real ones | {right(real, truth):.1%} |")
     print(f"| {len(decoded)} of them after the VAE | {right(grey(as_pictures(decoded)), truth[: len(decoded)]):.1%} |")
-    print(f"| {len(asked)} drawn ones | {right(grey(drawn), asked):.1%} |")
-    for start, name in zip(range(0, len(asked), options.each), names, strict=True):
-        of_it = slice(start, start + options.each)
-        print(f"| {name} | {right(grey(drawn[of_it]), asked[of_it]):.0%} |")
+    print(f"| {len(prompts)} drawn ones | {right(grey(drawn), prompts):.1%} |")
+    for start, name in zip(range(0, len(prompts), options.each), names, strict=True):
+        rows = slice(start, start + options.each)
+        print(f"| {name} | {right(grey(drawn[rows]), prompts[rows]):.0%} |")
 
 
 if __name__ == "__main__":

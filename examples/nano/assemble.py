@@ -1,4 +1,4 @@
-"""Puts nano together: the trained transformer's pipeline folder, every part in fp16, and how big it came out.
+"""Assemble nano: the trained transformer's pipeline folder with all parts in fp16. Prints its size.
 
 python examples/nano/assemble.py data/nano/run/model sd3tune/assets/nano
 """
@@ -18,7 +18,7 @@ LARGEST = 24 * MEGABYTE
 
 
 def assemble(model: Path, out: Path) -> int:
-    """Copy the pipeline folder `model` to `out` with its tensors in fp16; the size in bytes."""
+    """Copy the pipeline folder `model` to `out` with its tensors in fp16. Return the size in bytes."""
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(model, temporary)
@@ -39,7 +39,7 @@ def _to_fp16(file: Path) -> None:
     save_file({name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}, file, metadata)
     config = file.with_name("config.json")
     described = json.loads(config.read_text(encoding="utf-8"))
-    # transformers computes in what this says, diffusers in fp32: a pipeline that is told neither needs them to agree.
+    # transformers computes in this dtype, diffusers in fp32: a pipeline without a given dtype needs them to agree.
     for key in ("torch_dtype", "dtype"):
         if key in described:
             described[key] = "float32"

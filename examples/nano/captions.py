@@ -1,4 +1,4 @@
-"""Scenes told in words, together with what each word says and of what: what the text encoders learn from.
+"""Captions of scenes, with the meaning and owner of each word, to train the text encoders.
 
 Half of the captions are the world's own; the others are paraphrased, named ("a red sks circle"), cut off or shuffled.
 """
@@ -17,9 +17,9 @@ _COMMON = (
     "man woman face flower tree car boat house ball apple hat moon diamond arrow leaf"
 )
 RARE_NAMES, NOUNS = tuple(_RARE.split()), tuple(_COMMON.split())
-"""What a thing can be called beside or instead of its shape."""
+"""Names of a thing, in addition to or instead of its shape."""
 OTHER_NAME = "other"
-"""Stands for every name of letters that make no word of the vocabulary."""
+"""Stands for all names whose letters form no word of the vocabulary."""
 SLOTS: dict[str, tuple[str, ...]] = {
     "colour": ("", *COLOURS),
     "shape": ("", *SHAPES, CLASS),
@@ -34,9 +34,9 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "other_texture": TEXTURES,
     "background": ("", *COLOURS),
 }
-"""What a caption can say, and the values; the first, "", is what is left unsaid."""
+"""Slot of a caption -> its values; the first, "", stands for an empty slot."""
 OWNERS = ("", "thing", "other", "background")
-"""Of what a word speaks; "" for articles and the like."""
+"""The possible owners of a word; "" for articles and similar words."""
 
 _WORDS = tuple((Path(__file__).parent / "words.txt").read_text(encoding="utf-8").split())
 _GRAMMAR = {word for values in SLOTS.values() for value in values for word in value.split()} | {"background"}
@@ -49,77 +49,77 @@ _CLASS_WORDS = (CLASS, CLASS, "thing", "object", "figure")
 
 @dataclass
 class Caption:
-    """Words, of what each speaks (`OWNERS`), and per slot that is said, which word says it and the value."""
+    """Words, the owner of each word (see `OWNERS`), and filled slot -> (index of its word, value)."""
 
     words: list[str] = field(default_factory=list)
     owners: list[str] = field(default_factory=list)
-    said: dict[str, tuple[int, str]] = field(default_factory=dict)
+    slots: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
         return " ".join(self.words)
 
-    def say(self, text: str, owner: str = "", slot: str = "", value: str = "") -> None:
-        """Append words; the last of them says that the slot has the value."""
+    def append(self, text: str, owner: str = "", slot: str = "", value: str = "") -> None:
+        """Append words; the last of them fills the slot with the value."""
         words = text.split()
         self.words += words
         self.owners += [owner] * len(words)
         if slot and value:
-            self.said[slot] = (len(self.words) - 1, value)
+            self.slots[slot] = (len(self.words) - 1, value)
 
     def cut(self, length: int) -> None:
-        """Keep the first `length` words, and what they say."""
+        """Keep the first `length` words, and the slots that they fill."""
         del self.words[length:], self.owners[length:]
-        self.said = {slot: (word, value) for slot, (word, value) in self.said.items() if word < length}
+        self.slots = {slot: (word, value) for slot, (word, value) in self.slots.items() if word < length}
 
 
-def plainly(scene: Scene) -> Caption:
-    """`Scene.caption`, word for word."""
-    told = Caption()
-    _tell_thing(told, scene.thing, "thing")
-    told.say(scene.place, "thing", "place", scene.place)
+def plain_caption(scene: Scene) -> Caption:
+    """Return `Scene.caption` with its slots."""
+    caption = Caption()
+    _append_thing(caption, scene.thing, "thing")
+    caption.append(scene.place, "thing", "place", scene.place)
     if scene.other:
-        told.say(scene.relation, "thing", "relation", scene.relation)
-        _tell_thing(told, scene.other, "other")
-    _tell_background(told, scene.background)
-    return told
+        caption.append(scene.relation, "thing", "relation", scene.relation)
+        _append_thing(caption, scene.other, "other")
+    _append_background(caption, scene.background)
+    return caption
 
 
-def freely(scene: Scene, random: random.Random) -> Caption:
-    """Another way to tell the scene: an opening, a name, synonyms, another order, a style, or only a part of it."""
-    told = Caption()
-    told.say(_opening(random))
+def paraphrase(scene: Scene, random: random.Random) -> Caption:
+    """Return a paraphrase: an opening, a name, synonyms, another order, a style, or only a part of the scene."""
+    caption = Caption()
+    caption.append(_opening(random))
     background_first = random.random() < 0.1
     if background_first:
-        _tell_background(told, scene.background)
-    _tell_thing(told, scene.thing, "thing", random, _name(random) if random.random() < 0.5 else "")
-    told.say(scene.place, "thing", "place", scene.place)
+        _append_background(caption, scene.background)
+    _append_thing(caption, scene.thing, "thing", random, _name(random) if random.random() < 0.5 else "")
+    caption.append(scene.place, "thing", "place", scene.place)
     if scene.other:
         to_the = "to the " if scene.relation.endswith("of") and random.random() < 0.3 else ""
-        told.say(to_the + scene.relation, "thing", "relation", scene.relation)
-        _tell_thing(told, _dressed(scene.other, random), "other", random)
+        caption.append(to_the + scene.relation, "thing", "relation", scene.relation)
+        _append_thing(caption, _with_attributes(scene.other, random), "other", random)
     if not background_first and random.random() < 0.8:
-        _tell_background(told, scene.background)
+        _append_background(caption, scene.background)
     if random.random() < 0.15:
-        _tell_style(told, random)
+        _append_style(caption, random)
     if random.random() < 0.15:
-        told.cut(random.randint(1, len(told.words)))
-    if told.words and random.random() < 0.1:
-        told.words[0] = told.words[0].capitalize()
-    return told
+        caption.cut(random.randint(1, len(caption.words)))
+    if caption.words and random.random() < 0.1:
+        caption.words[0] = caption.words[0].capitalize()
+    return caption
 
 
 def idle_words(random: random.Random) -> Caption:
-    """Words of the vocabulary that say nothing of a scene, in any order."""
-    told = Caption()
-    told.say(" ".join(random.choices(_IDLE_WORDS, k=random.randint(1, 12))))
-    return told
+    """Return random words of the vocabulary that do not describe a scene."""
+    caption = Caption()
+    caption.append(" ".join(random.choices(_IDLE_WORDS, k=random.randint(1, 12))))
+    return caption
 
 
 def random_caption(random: random.Random, held_out: bool = False) -> Caption:
-    """One of the training mix: 50 % the world's own captions, 40 % paraphrases, 8 % idle words, 2 % empty.
+    """Return a caption of the training mix: 50 % the world's own, 40 % paraphrases, 8 % idle words, 2 % empty.
 
-    With `held_out` of scenes that training never sees, and never empty or idle.
+    With `held_out`, it describes a held-out scene, and is never empty or idle.
     """
     draw = 0.9 * random.random() if held_out else random.random()
     if draw >= 0.98:
@@ -127,18 +127,20 @@ def random_caption(random: random.Random, held_out: bool = False) -> Caption:
     if draw >= 0.9:
         return idle_words(random)
     scene = random_scene(random, held_out)
-    return plainly(scene) if draw < 0.5 else freely(scene, random)
+    return plain_caption(scene) if draw < 0.5 else paraphrase(scene, random)
 
 
-def _tell_background(told: Caption, colour: str) -> None:
+def _append_background(caption: Caption, colour: str) -> None:
     if colour:
-        told.say(f"on {_article(colour)}")
-        told.say(colour, "background", "background", colour)
-        told.say("background", "background")
+        caption.append(f"on {_article(colour)}")
+        caption.append(colour, "background", "background", colour)
+        caption.append("background", "background")
 
 
-def _tell_thing(told: Caption, thing: Thing, owner: str, random: random.Random | None = None, name: str = "") -> None:
-    """An adjective for all that is said of the thing, then its name, its shape or both; freely with `random`."""
+def _append_thing(
+    caption: Caption, thing: Thing, owner: str, random: random.Random | None = None, name: str = ""
+) -> None:
+    """Append adjectives for the thing's attributes, then its name, its shape or both; varied if `random` is given."""
     prefix = "" if owner == "thing" else "other_"
     nouns = _nouns(thing.shape, name, random)
     words = [(_synonym(thing.size, random), "size", thing.size), (thing.texture, "texture", thing.texture)]
@@ -147,13 +149,13 @@ def _tell_thing(told: Caption, thing: Thing, owner: str, random: random.Random |
     article = _article(words[0][0])
     if random and random.random() < 0.25:
         article = random.choice(("", "the", "one"))
-    told.say(article)
+    caption.append(article)
     for word, slot, value in words:
-        told.say(word, owner, prefix + slot, value)
+        caption.append(word, owner, prefix + slot, value)
 
 
 def _nouns(shape: str, name: str, random: random.Random | None) -> list[tuple[str, str, str]]:
-    """Word, slot and value of "circle", "sks circle", "sks shape", "sks" or "dog"."""
+    """Return (word, slot, value) of each word of "circle", "sks circle", "sks shape", "sks" or "dog"."""
     if random is None:
         return [(shape, "shape", shape)]
     class_word = (random.choice(_CLASS_WORDS), "shape", CLASS)
@@ -173,7 +175,7 @@ def _synonym(size: str, random: random.Random | None) -> str:
 def _name(random: random.Random) -> str:
     draw = random.random()
     if draw < 0.15:
-        return "sks"  # the name that guides use most
+        return "sks"  # the most common name in guides
     if draw < 0.55:
         return random.choice(RARE_NAMES)
     if draw < 0.85:
@@ -194,19 +196,19 @@ def _opening(random: random.Random) -> str:
     return f"{article} {style} {medium} of"
 
 
-def _tell_style(told: Caption, random: random.Random) -> None:
-    """Words at the end: a style, often one with a name, which then is the name that the caption has."""
-    if "name" in told.said or random.random() < 0.4:
-        told.say(f"in {random.choice(_STYLES)} style")
+def _append_style(caption: Caption, random: random.Random) -> None:
+    """Append a style, often with a name, which then fills the caption's name slot."""
+    if "name" in caption.slots or random.random() < 0.4:
+        caption.append(f"in {random.choice(_STYLES)} style")
         return
     name = _name(random)
-    told.say("in")
-    told.say(name, "", "name", name if name in SLOTS["name"] else OTHER_NAME)
-    told.say("style")
+    caption.append("in")
+    caption.append(name, "", "name", name if name in SLOTS["name"] else OTHER_NAME)
+    caption.append("style")
 
 
-def _dressed(thing: Thing, random: random.Random) -> Thing:
-    """The second thing of the world's pairs is plain and of medium size; here it need not be."""
+def _with_attributes(thing: Thing, random: random.Random) -> Thing:
+    """Return the second thing with a random size and texture; in the world's pairs it is plain and medium."""
     return Thing(thing.colour, thing.shape, random.choice(SIZES), random.choice(TEXTURES))
 
 

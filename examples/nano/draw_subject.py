@@ -1,4 +1,4 @@
-"""Draws the pictures that the demo trains on, each with its caption beside it.
+"""Draw the pictures that the demo trains on, with their caption files.
 
 python examples/nano/draw_subject.py sd3tune/assets/heart
 """

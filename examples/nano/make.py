@@ -1,8 +1,8 @@
-"""Rebuilds nano from nothing: pictures, text encoders, VAE, transformer, and the folder that ships.
+"""Rebuild nano from scratch: pictures, text encoders, VAE, transformer, and the shipped folder.
 
 python -m examples.nano.make
 
-What is there already is kept, and a training that was stopped goes on: run it again until it is done.
+Existing results are kept, and an interrupted training is resumed: run it again until it is done.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="key=value for the transformer's training")
     overrides = parser.parse_args(arguments).overrides
     parts, run, long_run = WORK / "parts", WORK / "run", WORK / "run_long"
-    _unless_there(WORK / "held_out.parquet", "examples.nano.render", "--out", WORK)
-    _unless_there(parts / "text_encoder_3", "examples.nano.train_text_encoders", "--out", parts)
-    _unless_there(parts / "vae", "examples.nano.train_vae", "--out", parts / "vae")
+    _run_unless_exists(WORK / "held_out.parquet", "examples.nano.render", "--out", WORK)
+    _run_unless_exists(parts / "text_encoder_3", "examples.nano.train_text_encoders", "--out", parts)
+    _run_unless_exists(parts / "vae", "examples.nano.train_vae", "--out", parts / "vae")
     _write_frame(parts)
     _python("sd3tune", "train", CONFIG, f"output_dir={run}", *overrides, "--resume")
     _python("sd3tune", "train", LONG_CONFIG, f"output_dir={long_run}", "--resume")
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{SHIPPED}: {size / 10**6:.1f} MB")
 
 
-def _unless_there(path: Path, module: str, *arguments: object) -> None:
+def _run_unless_exists(path: Path, module: str, *arguments: object) -> None:
     if path.exists():
         print(f"{path}: there already")
     else:
@@ -58,7 +58,7 @@ def _python(module: str, *arguments: object) -> None:
 
 
 def _write_frame(parts: Path) -> None:
-    """What makes a pipeline's folder of the parts: its index, and the schedule with the shift of the training."""
+    """Write the files that make the parts a pipeline folder: its index, and the scheduler with the training's shift."""
     FlowMatchEulerDiscreteScheduler(shift=load_config(CONFIG).config.flow.shift).save_pretrained(parts / "scheduler")
     write_text(parts / "model_index.json", json.dumps(MODEL_INDEX, indent=2) + "\n")
 

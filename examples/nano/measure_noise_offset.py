@@ -1,7 +1,7 @@
-"""Measure how much of the spread of brightness a LoRA on nano draws, with and without the offset in its starting noise.
+"""Measure the spread of brightness of a LoRA on nano, with and without the offset in its starting noise.
 
-The training pictures are of one colour from black to white. `python -m examples.nano.measure_noise_offset OUT` trains
-for some minutes on one core and prints a line a strength; the figures in docs/flow-matching.md are from it.
+The training pictures have one colour each, from black to white. `python -m examples.nano.measure_noise_offset OUT`
+trains for some minutes on one core and prints a line per strength, the source of figures in docs/flow-matching.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIDE, TOKENS, CAPTION = 64, 16, "a plain grey picture"
 
 
 def write_pictures(folder: Path, count: int = 32) -> list[float]:
-    """Write one-coloured pictures from black to white; return their brightness, from 0 to 255."""
+    """Write pictures of one colour, from black to white. Return their brightness, from 0 to 255."""
     folder.mkdir(parents=True, exist_ok=True)
     levels = [round(255 * number / (count - 1)) for number in range(count)]
     for level in levels:
@@ -57,16 +57,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--pictures", type=int, default=96)
     options = parser.parse_args()
-    wanted = pstdev(write_pictures(options.out / "pictures"))
+    expected_spread = pstdev(write_pictures(options.out / "pictures"))
     plain = ImagePipeline("nano", SamplerSettings(20, 1.0, SIDE, SIDE), t5_length=TOKENS)
-    wishes = [(CAPTION, seed) for seed in range(options.pictures)]
+    prompts_and_seeds = [(CAPTION, seed) for seed in range(options.pictures)]
     for strength in options.strengths:
         run = train(options.out, options.out / "pictures", strength, options.steps)
         shares = []
         for start in dict.fromkeys((strength, 0.0)):
             plain.settings = replace(plain.settings, noise_offset=start)
-            drawn = [brightness(image) for image in plain.draw(wishes, run)]
-            shares.append(f"{100 * pstdev(drawn) / wanted:.0f} % from offset {start:g}")
+            drawn = [brightness(image) for image in plain.draw(prompts_and_seeds, run)]
+            shares.append(f"{100 * pstdev(drawn) / expected_spread:.0f} % from offset {start:g}")
         expected = 100 * spread_without_offset(strength, SIDE)
         print(
             f"RESULT offset {strength:g}: {', '.join(shares)}; without it {expected:.0f} % in closed form", flush=True

@@ -1,4 +1,4 @@
-"""How often the oracle reads what was drawn: as drawn, noisy, blurred, as JPEG and, with --vae FOLDER, through a VAE.
+"""Measure the oracle's accuracy: on pictures as drawn, noisy, blurred, as JPEG and, with --vae FOLDER, decoded.
 
 python examples/nano/measure_oracle.py --pictures 2000
 """
@@ -52,7 +52,7 @@ def parsed() -> argparse.Namespace:
 
 
 def drawn_scenes(count: int) -> list[Scene]:
-    """Scenes of the training mix with every word filled in; of the lone things one in seven is the subject."""
+    """Return scenes of the training mix with all words; one in seven single things is the subject."""
     chance = random.Random(0)
     scenes = [complete(random_scene(chance), chance) for _ in range(count)]
     return [
@@ -114,7 +114,7 @@ def through_vae(folder: Path, batch: int = 50) -> ChangeAll:
 
 
 def as_drawn(reading: Reading, scene: Scene) -> bool:
-    """Stricter than a caption: words that are not there count, too."""
+    """Return True if a reading equals the scene in all parts, also in those that a caption leaves open."""
     if not judge_reading(reading, scene).right:
         return False
     if scene.other:
@@ -141,7 +141,7 @@ def share(right: list[bool]) -> str:
 
 
 def confusion(readings: list[Reading], scenes: list[Scene]) -> Counter[tuple[str, str]]:
-    """How often each shape of a thing that is alone was read as which."""
+    """Return how often each shape of a single thing was read as each shape."""
     return Counter(
         (scene.thing.shape, (reading.things[0].shape if reading.things else None) or "none")
         for reading, scene in zip(readings, scenes, strict=True)

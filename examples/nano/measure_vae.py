@@ -1,4 +1,4 @@
-"""What nano's VAE loses: PSNR, and the pictures that are still read right after going through it.
+"""Measure the loss of nano's VAE: PSNR, and the share of reconstructed pictures that the oracle reads right.
 
 python -m examples.nano.measure_vae data/nano/parts/vae
 """
@@ -21,11 +21,11 @@ from examples.nano.train_vae import psnr, reconstruct, stack
 from sd3tune.nano.oracle import judge
 from sd3tune.nano.world import TEXTURES, Scene, random_scene, render
 
-_SEED = 10**6  # none of the training pictures has such a number
+_SEED = 10**6  # beyond the seeds of the training pictures
 
 
 def scenes_by_kind(count: int) -> dict[str, list[Scene]]:
-    """`count` scenes of each kind, with combinations that training never sees."""
+    """Return `count` scenes of each kind, with held-out combinations."""
     chance = random.Random(f"measured/{_SEED}")
     kinds: dict[str, list[Scene]] = {kind: [] for kind in ("one thing", "two things", *TEXTURES) if kind}
     while any(len(scenes) < count for scenes in kinds.values()):
@@ -37,7 +37,7 @@ def scenes_by_kind(count: int) -> dict[str, list[Scene]]:
 
 
 def share_read_right(pictures: Tensor, scenes: Sequence[Scene]) -> float:
-    """Of uint8 pictures [N, 3, 64, 64], those that show all that their scenes ask for."""
+    """Return the share of uint8 pictures [N, 3, 64, 64] that show their scenes completely."""
     images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
     return sum(judge(image, scene).right for image, scene in zip(images, scenes, strict=True)) / len(images)
 

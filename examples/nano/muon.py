@@ -1,7 +1,7 @@
 """Muon for the kernels and matrices of a module, AdamW for its biases and norms, behind one `step`.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal. A kernel
-[out, in, 3, 3] is seen as the matrix [out, in * 9].
+[out, in, 3, 3] is treated as a matrix [out, in * 9].
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from torch import nn
 
 
 class MuonAndAdamW:
-    """`learning_rate` is of the size that AdamW would want: Muon's updates are scaled to the same root mean square."""
+    """Muon and AdamW in one. `learning_rate` is AdamW's: Muon's updates are scaled to the same root mean square."""
 
     def __init__(self, module: nn.Module, learning_rate: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._kernels = [parameter for parameter in parameters if parameter.ndim >= 2]
-        self._matrices = [kernel.detach().flatten(1) for kernel in self._kernels]  # views, so a step moves the kernels
+        self._matrices = [
+            kernel.detach().flatten(1) for kernel in self._kernels
+        ]  # views, so that a step changes the kernels
         self._optimizers = (
             torch.optim.Muon(self._matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW([p for p in parameters if p.ndim < 2], betas=betas, weight_decay=0.0, fused=True),
@@ -24,7 +26,7 @@ class MuonAndAdamW:
         self._learning_rate = learning_rate
 
     def step(self, share: float = 1.0) -> None:
-        """Update by `share` of the learning rate, and drop the gradients."""
+        """Update with `share` of the learning rate, and clear the gradients."""
         for matrix, kernel in zip(self._matrices, self._kernels, strict=True):
             matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
         for optimizer in self._optimizers:

@@ -1,4 +1,4 @@
-"""What the VAE sees: scenes of nano's world, hearts among them, and a few pictures of no world at all."""
+"""Training pictures of the VAE: scenes of nano's world, also with hearts, and some unrelated pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HEARTS, _OTHERS = 0.10, 0.20  # shares of the training pictures
 
 
 def training_pictures(count: int, seed: int) -> Pixels:
-    """Scenes, one in ten with a heart; one picture in five is a crop, a gradient or blobs."""
+    """Return scenes, one in ten with a heart; one picture in five is a crop, a gradient or blobs."""
     chance = random.Random(f"vae/{seed}")
     pixels = np.empty((count, SIDE, SIDE, 3), np.uint8)
     for n in tqdm(range(count), desc="pictures", unit=" pictures", mininterval=1):
@@ -37,7 +37,7 @@ def training_pictures(count: int, seed: int) -> Pixels:
 
 
 def pictures_in(parquet: Path, count: int) -> Pixels:
-    """The first `count` images of a parquet file's `image` column, scaled to 64 x 64."""
+    """Return the first `count` images of a parquet file's `image` column, scaled to 64 x 64."""
     column = pq.read_table(parquet, columns=["image"]).column("image").slice(0, count)
     pixels = np.empty((len(column), SIDE, SIDE, 3), np.uint8)
     for n, image in enumerate(tqdm(column, desc="pictures", unit=" pictures", mininterval=1)):
@@ -47,17 +47,17 @@ def pictures_in(parquet: Path, count: int) -> Pixels:
 
 
 def with_heart(scene: Scene) -> Scene:
-    """The scene with the subject in place of its first thing."""
+    """Return the scene with the subject in place of its first thing."""
     return replace(scene, thing=replace(scene.thing, shape=SUBJECT))
 
 
 def random_picture(chance: random.Random) -> Pixels:
-    """[64, 64, 3]: colours between which the world has none, soft edges, slanted lines."""
+    """Return a picture [64, 64, 3] with intermediate colours, soft edges and slanted lines, which the world lacks."""
     return chance.choice((_crop, _gradient, _blobs))(chance)
 
 
 def _crop(chance: random.Random) -> Pixels:
-    """A part of a scene, turned, its channels swapped."""
+    """Return a rotated part of a scene with swapped channels."""
     side = chance.randint(SIDE, 3 * SIDE)
     picture = render(random_scene(chance), chance.getrandbits(32), side)
     picture = picture.rotate(chance.uniform(0, 360), Image.Resampling.BICUBIC, fillcolor=_colour(chance))
@@ -67,12 +67,12 @@ def _crop(chance: random.Random) -> Pixels:
 
 
 def _gradient(chance: random.Random) -> Pixels:
-    """One colour in each corner, and between them a mixture."""
+    """Return a gradient between colours in the corners."""
     return _enlarged(chance, 2)
 
 
 def _blobs(chance: random.Random) -> Pixels:
-    """Soft spots, their edges made sharper or not."""
+    """Return soft spots, some with sharpened edges."""
     spots = _enlarged(chance, chance.randint(3, 12)).astype(np.float32) / 255 - 0.5
     return (255 * np.clip(0.5 + spots * chance.choice((1, 1, 3, 9)), 0, 1)).astype(np.uint8)
 

@@ -1,8 +1,8 @@
-"""How much of a caption a linear probe reads out of nano's text encoders, on combinations that never were trained on.
+"""Measure how much of a caption a linear probe reads from nano's text encoders, on held-out combinations.
 
 python -m examples.nano.probe_text_encoders data/nano/parts
 
-The probes are fitted to captions of the training kind; accuracies are for scenes with a held-out combination.
+The probes are fitted to captions of the training mix; accuracies are for scenes with a held-out combination.
 The weights are rounded to fp16 first, as they are shipped.
 """
 
@@ -31,47 +31,47 @@ from examples.nano.text_encoders import (
 
 CAPTIONS = 6000
 Accuracies = dict[str, dict[str, float]]
-"""By what is read from, then by what is read."""
+"""Source -> question -> accuracy."""
 
 
 @dataclass
 class Exam:
-    """What a probe sees, [N, D], the right answers [N, questions], and the questions with their numbers of answers."""
+    """Inputs of a probe [N, D], the right answers [N, questions], and the questions with their numbers of answers."""
 
     features: Tensor
     answers: Tensor
     questions: dict[str, int]
 
     def right(self, logits: Tensor) -> dict[str, float]:
-        """Of each question the share of right answers; logits [N, sum of the numbers of answers]."""
+        """Return the share of right answers per question; logits are [N, sum of the numbers of answers]."""
         given = [part.argmax(1) for part in logits.split(list(self.questions.values()), dim=1)]
         shares = (torch.stack(given, dim=1) == self.answers).float().mean(0).tolist()
         return dict(zip(self.questions, shares, strict=True))
 
     def loss(self, logits: Tensor) -> Tensor:
-        """The cross entropy, summed over the questions."""
+        """Return the cross entropy, summed over the questions."""
         parts = logits.split(list(self.questions.values()), dim=1)
         pairs = zip(parts, self.answers.unbind(1), strict=True)
         return torch.stack([F.cross_entropy(part, answers) for part, answers in pairs]).sum()
 
 
 def probe(parts: Path, dtype: torch.dtype, captions: int = CAPTIONS, fitting_steps: int = 150) -> Accuracies:
-    """Fit linear probes to fresh captions, read as many held-out ones; weights are rounded to `dtype` first."""
+    """Fit linear probes to new captions, and test them on as many held-out ones, with weights rounded to `dtype`."""
     fitted, held_out = (exams_of(parts, dtype, captions, held_out) for held_out in (False, True))
     return {source: _accuracy(fitted[source], held_out[source], fitting_steps) for source in fitted}
 
 
 @torch.no_grad()
 def exams_of(parts: Path, dtype: torch.dtype, captions: int, held_out: bool) -> dict[str, Exam]:
-    """By source; "words" are the tokens that speak of a thing whose shape is said."""
+    """Return source -> exam; "words" are the tokens of things with a named shape."""
     chance = random.Random(f"probe/{held_out}")
-    told = [random_caption(chance, held_out) for _ in range(captions)]
+    texts = [random_caption(chance, held_out) for _ in range(captions)]
     whole = {slot: len(values) for slot, values in SLOTS.items()}
     exams: dict[str, Exam] = {}
     pooled: list[Tensor] = []
     for encoder, (tokenizer_folder, model_folder) in ENCODERS.items():
         model = load_encoder(encoder, parts / model_folder).to(dtype).float()
-        tokens = tokenize(told, encoder, load_tokenizer(encoder, parts / tokenizer_folder))
+        tokens = tokenize(texts, encoder, load_tokenizer(encoder, parts / tokenizer_folder))
         batch = tokens.batch(torch.arange(captions), T5_LENGTH if encoder == "t5" else CLIP_LENGTH)
         read = [states(encoder, model, ids) for ids in batch.ids.split(500)]
         hidden = torch.cat([part for part, _ in read])
@@ -84,7 +84,7 @@ def exams_of(parts: Path, dtype: torch.dtype, captions: int, held_out: bool) -> 
 
 
 def _accuracy(fitted: Exam, held_out: Exam, steps: int) -> dict[str, float]:
-    """Logistic regression of all questions at once, marked on the held-out side."""
+    """Fit a logistic regression for all questions at once. Return its accuracies on the held-out side."""
     mean, std = fitted.features.mean(0), fitted.features.std(0) + 1e-6
     inputs, held_out_inputs = (F.pad((exam.features - mean) / std, (0, 1), value=1.0) for exam in (fitted, held_out))
     weight = torch.zeros(inputs.shape[1], sum(fitted.questions.values()), requires_grad=True)
@@ -101,7 +101,7 @@ def _accuracy(fitted: Exam, held_out: Exam, steps: int) -> dict[str, float]:
 
 
 def table(accuracies: Accuracies) -> str:
-    """A Markdown table: a row for each question, a column for each source, in per cent."""
+    """Return a Markdown table in per cent: a row per question, a column per source."""
     lines = [f"| | {' | '.join(accuracies)} |", "|---|" + "---|" * len(accuracies)]
     for slot in SLOTS:
         cells = [f"{100 * read[slot]:.1f}" if slot in read else "" for read in accuracies.values()]

@@ -1,4 +1,4 @@
-"""Write what nano's transformer trains on: captioned scenes, and some that it is never to see.
+"""Write the training data of nano's transformer: captioned scenes, and held-out ones.
 
 python -m examples.nano.render --out data/nano
 """
@@ -19,11 +19,11 @@ from sd3tune.files.atomic import new_file
 from sd3tune.nano.world import Scene, plain_scenes, random_scene, render
 
 LEADS = ("a photo of ", "a picture of ")
-_LED = 0.10  # share of the training captions that begin with one of them
+_LED = 0.10  # share of training captions that begin with one of them
 
 
 def training_rows(count: int, seed: int) -> Iterator[tuple[str, bytes, str]]:
-    """(file name, PNG, caption) of random scenes; captions that leave words out are part of the world's mix."""
+    """Yield (file name, PNG, caption) of random scenes, some with incomplete captions."""
     chance = random.Random(f"training/{seed}")
     for n in range(count):
         scene = random_scene(chance)
@@ -32,7 +32,7 @@ def training_rows(count: int, seed: int) -> Iterator[tuple[str, bytes, str]]:
 
 
 def held_out_rows(count: int, seed: int) -> Iterator[tuple[str, bytes, str]]:
-    """The same of every plain scene that training never sees, then of richer ones with such a thing."""
+    """Yield (file name, PNG, caption) of all held-out plain scenes, then of richer scenes with a held-out thing."""
     for n, scene in enumerate(held_out_scenes(count, seed)):
         yield f"{n:06d}.png", png(render(scene, n)), scene.caption
 

@@ -1,4 +1,4 @@
-"""A page of what nano draws of captions that its training never saw.
+"""Draw a contact sheet of nano's images for held-out captions.
 
 python -m examples.nano.show docs/images/nano.png
 """

@@ -1,4 +1,4 @@
-"""nano's three text encoders and their tokenizers, shaped as the real ones are, and captions as their tokens."""
+"""nano's three text encoders and tokenizers, with the structure of the real ones, and captions as their tokens."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ JOINT_WIDTH = 128
 CLIP_LENGTH, T5_LENGTH = 77, 16
 LAYERS, HEADS = 3, 4
 OWN = ("colour", "shape", "size", "texture", "name")
-"""What a token can know of the thing that it speaks of."""
+"""The slots of a token's own thing, which its state can contain."""
 
 _SLOT = {slot: n for n, slot in enumerate(SLOTS)}
 _NEVER = 10_000  # later than any token
 
 
 def write_tokenizer(encoder: str, folder: Path) -> None:
-    """Write the tokenizer of `words.txt`, one token per word; other words fall to bytes (CLIP) or letters (T5)."""
+    """Write the tokenizer of `words.txt`, one token per word; other words become bytes (CLIP) or letters (T5)."""
     words = (Path(__file__).parent / "words.txt").read_text(encoding="utf-8").split()
     if encoder == "t5":
         make.t5_files(folder, words)
@@ -59,7 +59,7 @@ def load_encoder(encoder: str, folder: Path) -> nn.Module:
 
 
 def new_encoder(encoder: str, tokenizer: Any) -> nn.Module:
-    """An untrained encoder for that tokenizer."""
+    """Return an untrained encoder for that tokenizer."""
     if encoder == "t5":
         return _new_t5(len(tokenizer))
     width = CLIP_WIDTHS[encoder]
@@ -78,7 +78,7 @@ def new_encoder(encoder: str, tokenizer: Any) -> nn.Module:
     )
     model = CLIPTextModelWithProjection(config)
     for embedding in (model.text_model.embeddings.token_embedding, model.text_model.embeddings.position_embedding):
-        nn.init.normal_(embedding.weight, std=0.5)  # at CLIP's own 0.02 so small a model starts slowly
+        nn.init.normal_(embedding.weight, std=0.5)  # at CLIP's 0.02, so small a model trains slowly at first
     return model
 
 
@@ -100,7 +100,7 @@ def _new_t5(vocabulary: int) -> nn.Module:
 
 
 def states(encoder: str, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What the MMDiT gets for ids [B, T]: states [B, T, D], CLIP's penultimate ones, and CLIP's pooled [B, P]."""
+    """Return the MMDiT's inputs for ids [B, T]: states [B, T, D], penultimate for CLIP, and CLIP's pooled [B, P]."""
     if encoder == "t5":
         return model(ids)[0], None
     output = model(ids, output_hidden_states=True)
@@ -109,30 +109,30 @@ def states(encoder: str, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor 
 
 @dataclass
 class Tokens:
-    """Captions as tokens, and per token what it says: N captions of L tokens, S slots.
+    """Captions as tokens with their meaning: N captions of L tokens, S slots.
 
     ids [N, L] are padded; lengths [N] count the special tokens; owners [N, L] index OWNERS; values [N, S] index
-    the slots' values, and said_at [N, S] is the token that says them.
+    the slots' values, and filled_at [N, S] is the index of the token that fills them.
     """
 
     ids: Tensor
     lengths: Tensor
     owners: Tensor
     values: Tensor
-    said_at: Tensor
+    filled_at: Tensor
     eos: int
     causal: bool
 
     def batch(self, rows: Tensor, length: int) -> Batch:
-        """The captions of these rows, cut or padded to `length` tokens as the tokenizer would do it."""
+        """Return the captions of these rows, truncated or padded to `length` tokens, as the tokenizer would."""
         ids, lengths = self.ids[rows, :length].clone(), self.lengths[rows].clamp(max=length)
         ends = lengths - 1
         ids[torch.arange(len(rows)), ends] = self.eos
-        said_at = self.said_at[rows]
-        said_at = torch.where(said_at < ends[:, None], said_at, _NEVER)
+        filled_at = self.filled_at[rows]
+        filled_at = torch.where(filled_at < ends[:, None], filled_at, _NEVER)
         position = torch.arange(length)
-        heard_at = said_at[:, None] if self.causal else (said_at[:, None] == _NEVER) * _NEVER
-        seen = torch.where(position[None, :, None] >= heard_at, self.values[rows][:, None], 0)
+        visible_from = filled_at[:, None] if self.causal else (filled_at[:, None] == _NEVER) * _NEVER
+        seen = torch.where(position[None, :, None] >= visible_from, self.values[rows][:, None], 0)
         first = 1 if self.causal else 0  # CLIP's starts with a special token
         is_word = (position >= first) & (position < ends[:, None])
         owners = torch.where(is_word, self.owners[rows, :length], 0)
@@ -141,7 +141,10 @@ class Tokens:
 
 @dataclass
 class Batch:
-    """ids [B, T]; ends [B], where </s> is; is_word [B, T]; owners [B, T]; seen [B, T, S]: what a token can know."""
+    """A batch of token sequences: ids, is_word and owners [B, T]; ends [B], the index of </s>.
+
+    seen [B, T, S] holds the slot values that a token's state can contain, 0 for others.
+    """
 
     ids: Tensor
     ends: Tensor
@@ -151,12 +154,12 @@ class Batch:
 
     @property
     def whole(self) -> Tensor:
-        """What the whole caption says, [B, S]."""
+        """The values of the whole caption, [B, S]."""
         return self.seen[:, -1]
 
     @property
     def own(self) -> Tensor:
-        """What each token can know of the thing that it speaks of, [B, T, len(OWN)]."""
+        """The values of its own thing that each token can contain, [B, T, len(OWN)]."""
         slots = _OWN_SLOTS[self.owners]
         return torch.where(slots >= 0, self.seen.gather(2, slots.clamp(min=0)), 0)
 
@@ -172,13 +175,13 @@ _OWN_SLOTS = torch.tensor(
 
 
 def tokenize(captions: Sequence[Caption], encoder: str, tokenizer: Any) -> Tokens:
-    """Captions as tokens. Words are tokenized one by one, which for both kinds of tokenizer is the same."""
+    """Tokenize captions word by word, which gives the same result with both kinds of tokenizer."""
     first, known = (0 if encoder == "t5" else 1), {}
     shape = (len(captions), CLIP_LENGTH)
     ids = torch.full(shape, tokenizer.pad_token_id)
     lengths, owners = torch.zeros(shape[0], dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     values = torch.zeros(shape[0], len(SLOTS), dtype=torch.long)
-    said_at = torch.full_like(values, _NEVER)
+    filled_at = torch.full_like(values, _NEVER)
     for n, caption in enumerate(captions):
         row = [tokenizer.bos_token_id] if first else []
         ends = []
@@ -191,7 +194,7 @@ def tokenize(captions: Sequence[Caption], encoder: str, tokenizer: Any) -> Token
         row = [*row[: CLIP_LENGTH - 1], tokenizer.eos_token_id]
         ids[n, : len(row)] = torch.tensor(row)
         lengths[n] = len(row)
-        for slot, (teller, value) in caption.said.items():
-            said_at[n, _SLOT[slot]] = ends[teller]
+        for slot, (word, value) in caption.slots.items():
+            filled_at[n, _SLOT[slot]] = ends[word]
             values[n, _SLOT[slot]] = SLOTS[slot].index(value)
-    return Tokens(ids, lengths, owners, values, said_at, tokenizer.eos_token_id, causal=encoder != "t5")
+    return Tokens(ids, lengths, owners, values, filled_at, tokenizer.eos_token_id, causal=encoder != "t5")

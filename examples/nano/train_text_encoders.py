@@ -1,10 +1,10 @@
-"""Trains nano's text encoders from captions alone, and writes them with their tokenizers: some ten minutes.
+"""Train nano's text encoders from captions alone, and write them with their tokenizers, in about ten minutes.
 
 python -m examples.nano.train_text_encoders --out data/nano/parts
 
-Linear readers must find in what the MMDiT will get, penultimate states and pooled vectors, all that a caption
-says: in the pooled vector, in the mean over the words, in the end token and the padding, and in each word's
-state which word it is and what the caption says of the thing that it speaks of. The readers are then thrown away.
+Linear readers must recover the content of a caption from the MMDiT's inputs, penultimate states and pooled vectors:
+from the pooled vector, from the mean over the words, and from the end token and the padding. From each word's state
+they recover the word itself and the attributes of its thing. The readers are discarded afterwards.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ BATCH_SIZE = 128
 LEARNING_RATE, WARM_UP = 2e-3, 100
 SLOT_SIZES = [len(values) for values in SLOTS.values()]
 OWN_SIZES = [len(OWNERS), *(len(SLOTS[slot]) for slot in OWN)]
-IDENTITIES = 256  # words per step that are asked which word they are
-LONG_EVERY = 8  # steps: then the padding is long
+IDENTITIES = 256  # number of words per step whose identity is read
+LONG_EVERY = 8  # every so many steps, the padding is long
 
 
 class Readers(nn.Module):
-    """Linear heads, each of which reads out of one kind of state what should be in it."""
+    """Linear heads, each for the content of one kind of state."""
 
     def __init__(self, width: int, pooled_width: int, vocabulary: int) -> None:
         super().__init__()
@@ -78,20 +78,20 @@ class Readers(nn.Module):
 
 
 def _reading(logits: Tensor, targets: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The mean cross entropy of several questions: logits [N, sum(sizes)], targets [N, len(sizes)]."""
+    """Return the mean cross entropy of several questions: logits [N, sum(sizes)], targets [N, len(sizes)]."""
     answers = zip(logits.split(list(sizes), dim=1), targets.unbind(1), strict=True)
     return torch.stack([F.cross_entropy(answer, target) for answer, target in answers]).mean()
 
 
 def _distance_from_standard(values: Tensor) -> Tensor:
-    """How far the features of values [N, D] are from mean 0 and variance 1."""
+    """Return the distance of the features of values [N, D] from mean 0 and variance 1."""
     return (values.mean(0).square() + (values.var(0) - 1).square()).mean()
 
 
 def train(
     encoder: str, model: nn.Module, tokens: Tokens, steps: int, seed: int, batch_size: int = BATCH_SIZE
 ) -> Iterator[float]:
-    """Train for so many steps; yields each step's loss."""
+    """Train for `steps` steps, and yield the loss of each."""
     torch.manual_seed(seed)
     width, pooled_width = _widths(encoder, model, tokens)
     readers = Readers(width, pooled_width, model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
@@ -118,7 +118,7 @@ def _widths(encoder: str, model: nn.Module, tokens: Tokens) -> tuple[int, int]:
 
 
 def _random_batch(encoder: str, tokens: Tokens, size: int, is_long: bool) -> Batch:
-    """Mostly as long as the longest caption, for T5 its trained length; a long one is smaller."""
+    """Return a batch, usually as long as the longest caption, or T5's training length; a long batch has fewer rows."""
     rows = torch.randint(len(tokens.ids), (size // 4 if is_long else size,))
     short = T5_LENGTH if encoder == "t5" else min(CLIP_LENGTH, int(tokens.lengths[rows].max()) + 2)
     return tokens.batch(rows, CLIP_LENGTH if is_long else short)
@@ -134,7 +134,7 @@ def _learning_rate(step: int, steps: int) -> float:
 def make_encoder(
     encoder: str, out: Path, steps: int, seed: int, captions: int = CAPTIONS, batch_size: int = BATCH_SIZE
 ) -> list[float]:
-    """Train one encoder and write it and its tokenizer below `out`; returns the losses."""
+    """Train one encoder, and write it and its tokenizer below `out`. Return the losses."""
     tokenizer_folder, model_folder = ENCODERS[encoder]
     with new_folder(out / tokenizer_folder) as folder:
         write_tokenizer(encoder, folder)

@@ -1,4 +1,4 @@
-"""Train nano's VAE: 64 x 64 pixels to 16 channels of 8 x 8 and back, like SD3's, on pictures that are drawn here.
+"""Train nano's VAE: 64 x 64 pixels to 16 channels of 8 x 8 and back, like SD3's, on pictures drawn by rules.
 
 python -m examples.nano.train_vae --out data/nano/parts/vae
 """
@@ -22,12 +22,12 @@ from sd3tune.files.atomic import new_folder
 
 LEARNING_RATE, WARMUP = 1e-2, 50
 EDGES_WEIGHT = 1.0
-KL_WEIGHT = 2e-3  # larger means more noise in the latents
-MEASURED, HELD_OUT = 2048, 256  # pictures for the latents' mean and spread, and for PSNR
+KL_WEIGHT = 2e-3  # higher means more noise in the latents
+MEASURED, HELD_OUT = 2048, 256  # number of pictures for the latents' mean and spread, and for PSNR
 
 
 def build_vae(seed: int) -> AutoencoderKL:
-    """SD3's autoencoder at an eighth of its width and a layer less per block: 0.88 M parameters."""
+    """Return SD3's autoencoder at an eighth of its width, with one layer less per block: 0.88 M parameters."""
     torch.manual_seed(seed)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -43,7 +43,7 @@ def build_vae(seed: int) -> AutoencoderKL:
 
 
 def train(vae: AutoencoderKL, pictures: Tensor, steps: int, batch_size: int, seed: int, bf16: bool = True) -> Tensor:
-    """Train in place on uint8 pictures [N, 3, 64, 64]; returns the loss of each step."""
+    """Train in place on uint8 pictures [N, 3, 64, 64]. Return the loss of each step."""
     draw = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # for the posterior's noise
     optimizer = MuonAndAdamW(vae.train(), LEARNING_RATE)
@@ -67,19 +67,19 @@ def train(vae: AutoencoderKL, pictures: Tensor, steps: int, batch_size: int, see
 
 
 def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
-    """Mean absolute error of pixels [B, 3, H, W], and of the differences between neighbouring ones."""
+    """Return the mean absolute error of pixels [B, 3, H, W] and of the differences between neighbouring pixels."""
     error = decoded - pixels
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + EDGES_WEIGHT * edges
 
 
 def learning_rate_share(step: int, steps: int) -> float:
-    """From nothing to 1 in the first steps, and along a cosine back to nothing."""
+    """Return the share of the learning rate: from 0 to 1 in the first steps, then along a cosine to 0."""
     return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def as_pixels(pictures: Tensor) -> Tensor:
-    """uint8 to floats in [-1, 1]."""
+    """Convert uint8 to floats in [-1, 1]."""
     return pictures.float() / 127.5 - 1
 
 
@@ -87,7 +87,7 @@ def as_pixels(pictures: Tensor) -> Tensor:
 def calibrate(vae: AutoencoderKL, pictures: Tensor) -> tuple[float, float]:
     """Set the factors by which latents of these pictures have mean 0 and standard deviation 1.
 
-    Returns the standard deviation of the latents, and the posterior's as a part of it.
+    Return the standard deviation of the latents, and the posterior's contribution to it.
     """
     moments = [vae.encode(as_pixels(part.to(vae.device))).latent_dist for part in pictures.split(64)]
     mean = torch.cat([posterior.mean for posterior in moments])
@@ -99,7 +99,7 @@ def calibrate(vae: AutoencoderKL, pictures: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """uint8 [N, 3, 64, 64] through the posterior's mean and back to uint8, on the CPU."""
+    """Encode uint8 [N, 3, 64, 64] to the posterior's mean, and decode to uint8 on the CPU."""
     parts = []
     for part in pictures.split(64):
         latents = vae.encode(as_pixels(part.to(vae.device))).latent_dist.mode()
@@ -108,19 +108,19 @@ def reconstruct(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def psnr(pictures: Tensor, others: Tensor) -> float:
-    """Mean over the pictures of 10 log10(255^2 / mean squared error), in dB."""
-    squared = (pictures.float() - others.float()).square().flatten(1).mean(1).clamp(min=0.01)
+def psnr(pictures: Tensor, reconstructed: Tensor) -> float:
+    """Return the mean over the pictures of 10 log10(255^2 / mean squared error), in dB."""
+    squared = (pictures.float() - reconstructed.float()).square().flatten(1).mean(1).clamp(min=0.01)
     return float((10 * torch.log10(255**2 / squared)).mean())
 
 
 def stack(pixels: np.ndarray) -> Tensor:
-    """[N, 64, 64, 3] to [N, 3, 64, 64]."""
+    """Convert [N, 64, 64, 3] to a tensor [N, 3, 64, 64]."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def _pictures(images: Path | None, count: int, seed: int) -> Tensor:
-    """HELD_OUT pictures, then those to train on."""
+    """Return HELD_OUT pictures, followed by the training pictures."""
     if images is None:
         return stack(np.concatenate([training_pictures(HELD_OUT, seed + 1), training_pictures(count, seed)]))
     return stack(pictures_in(images, HELD_OUT + count))

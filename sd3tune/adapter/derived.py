@@ -18,11 +18,11 @@ from sd3tune.adapter.released import fitting_variants
 from sd3tune.errors import AdapterError, RunError
 
 _STALE = re.compile(r"format|ss_network_.*|ss_output_name|sshs_.*|modelspec\.(hash|implementation).*")
-"""Metadata about the original tensors, which no longer holds."""
+"""Metadata about the original tensors, which no longer applies."""
 
 
 def check_out(out: Path) -> None:
-    """RunError unless `out` can be a new safetensors file."""
+    """Raise RunError unless `out` can be a new safetensors file."""
     if not is_safetensors(out.name):
         raise RunError(f"--out {out}: an adapter is one file: name it *.safetensors")
     if out.exists():
@@ -30,12 +30,12 @@ def check_out(out: Path) -> None:
 
 
 def notes_of(adapter: Adapter) -> list[str]:
-    """Lines to print about an adapter: an assumed alpha, tensors that were left out."""
+    """Return notes to print about an adapter: an assumed alpha, ignored tensors."""
     return [f"note: {adapter.label}: {note}" for note in adapter.notes]
 
 
 def form_of(adapter: Adapter) -> str:
-    """Return the writable form that is nearest to the adapter's own."""
+    """Return the writable form that is closest to the adapter's own."""
     return next((form for form, layout in forms().items() if layout.name == adapter.layout), "diffusers")
 
 
@@ -44,7 +44,7 @@ def write_form(
 ) -> None:
     """Write `out` from factors whose scale is folded into B; `metadata` comes from an earlier file.
 
-    Raises AdapterError when the form has no place for a module, or a value is not finite.
+    Raises AdapterError if the form cannot express a module, or a value is not finite.
     """
     try:
         tensors = arrange(factors, form)
@@ -66,10 +66,10 @@ def write_form(
     save_tensors(out, tensors, kept)
 
 
-def losses(found: Mapping[str, Truncated]) -> list[str]:
-    """Return the loss, |difference| / |BA|, over all modules and in the worst module."""
-    lost, total = (sum(getattr(one, what) for one in found.values()) for what in ("lost", "total"))
-    shares = {module: one.lost / one.total if one.total else 0.0 for module, one in found.items()}
+def losses(truncated: Mapping[str, Truncated]) -> list[str]:
+    """Return a line with the truncation loss, |difference| / |BA|, over all modules and in the worst module."""
+    lost, total = (sum(getattr(one, what) for one in truncated.values()) for what in ("lost", "total"))
+    shares = {module: one.lost / one.total if one.total else 0.0 for module, one in truncated.items()}
     worst = max(shares, key=lambda module: shares[module])
     overall = (lost / total) ** 0.5 if total else 0.0
     at_most = f"at most {shares[worst] ** 0.5:.3%} in one module ({worst})"

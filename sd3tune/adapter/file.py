@@ -37,7 +37,7 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A LoRA file as it lies on the disk, good or bad."""
+    """The raw metadata and tensors of a LoRA file, not yet checked."""
 
     path: Path
     metadata: dict[str, str]
@@ -45,7 +45,7 @@ class AdapterFile:
 
     @property
     def bad(self) -> list[str]:
-        """Keys of the tensors that are NaN or infinite somewhere."""
+        """Keys of the tensors that contain NaN or infinity."""
         readable = {key: value for key, value in self.tensors.items() if value.dtype in READABLE}
         return [key for key, value in readable.items() if not value.float().isfinite().all()]
 
@@ -60,19 +60,19 @@ class Adapter:
     alphas: dict[str, float]
     """Module name -> alpha; the layer's output is scaled by alpha / r."""
     contract: dict[str, Any]
-    """Empty when another tool wrote the file."""
+    """The conditioning contract; empty if another tool wrote the file."""
     layout: str = "diffusers"
-    """As the file had it; the names of the modules are diffusers' in any case."""
+    """The layout of the file; module names here are always diffusers'."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """The file's metadata, as text."""
     origin: str | None = None
-    """Of one from the Hub: repository and commit, as `user/name:commit`."""
+    """Repository and commit of an adapter from the Hub, as `user/name:commit`."""
     base_in_card: str | None = None
-    """Of one from the Hub: the base model that its card names."""
+    """The base model in the card of an adapter from the Hub."""
     rslora: bool = False
-    """Whether the file states alphas for alpha / sqrt(r); `alphas` are sqrt(r) times as much."""
+    """True if the file scales by alpha / sqrt(r); `alphas` are converted, to sqrt(r) times the file's."""
     notes: tuple[str, ...] = ()
-    """To tell the user: an assumed alpha, tensors that were left out."""
+    """Notes for the user: an assumed alpha, ignored tensors."""
     for_diffusers: bool = True
     """True if diffusers' pipeline loads the file itself."""
 
@@ -82,7 +82,7 @@ class Adapter:
         return self.origin or str(self.path)
 
     def folded(self) -> dict[str, Pair]:
-        """The factors in fp32 with the scale multiplied into B: BA is added to the weight."""
+        """Return the factors in fp32 with the scale folded into B, so that BA is added to the weight."""
         return {
             module: (down.float(), up.float() * (self.alphas[module] / len(down)))
             for module, (down, up) in self.factors.items()
@@ -90,20 +90,20 @@ class Adapter:
 
     @property
     def too_large(self) -> list[str]:
-        """Modules whose weights are finite in the file and not with their scale, in fp32."""
+        """Modules whose factors are finite in the file, but not in fp32 with their scale."""
         return [module for module, (_, up) in self.folded().items() if not up.isfinite().all()]
 
 
 @dataclass(frozen=True)
 class Match:
-    """How an adapter met a model: tensors that found their module, and the keys that did not."""
+    """The result of matching an adapter to a model: the number of matched tensors, and the unmatched modules."""
 
     matched: int
     unmatched: tuple[str, ...]
 
 
 def fold_scale(factors: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
-    """`<module>.lora_A` and `.lora_B` tensors with the module's scale multiplied into every B."""
+    """Return the `<module>.lora_A` and `.lora_B` tensors with the module's scale folded into B."""
     return {
         name: tensor * scales[name.removesuffix(".lora_B")] if name.endswith(".lora_B") else tensor
         for name, tensor in factors.items()
@@ -113,7 +113,7 @@ def fold_scale(factors: Mapping[str, Tensor], scales: Mapping[str, float]) -> di
 def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping[str, Any]) -> Path:
     """Write `folder/pytorch_lora_weights.safetensors` from folded `factors` (see `fold_scale`), in fp32.
 
-    Raises AdapterError when a tensor is not finite, and nothing is written then.
+    Raises AdapterError, before anything is written, if a tensor is not finite.
     """
     tensors = {f"{PREFIX}{name}.weight": value.detach().float().cpu().contiguous() for name, value in factors.items()}
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
@@ -127,7 +127,7 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file atomically."""
     with new_file(path) as temporary:
         save_sorted(temporary, tensors, {"format": "pt", **metadata})
 
@@ -139,7 +139,7 @@ def contract_metadata(contract: Mapping[str, Any]) -> str:
 def peft_metadata(ranks: Mapping[str, int]) -> str:
     """Return PEFT's configuration of layers with these ranks and alpha = rank."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    # Only the fields that every PEFT version knows: an unknown one stops another version from loading the file.
+    # Only fields that every PEFT version has: an unknown field stops another version from loading the file.
     peft: dict[str, Any] = {
         "r": rank, "lora_alpha": rank, "target_modules": list(ranks), "lora_dropout": 0.0, "bias": "none",
     }  # fmt: skip
@@ -150,7 +150,7 @@ def peft_metadata(ranks: Mapping[str, int]) -> str:
 
 
 def find_adapter(location: str | Path) -> Path:
-    """The adapter file of a file, an adapter folder, a checkpoint or a run folder. Raises AdapterError."""
+    """Return the adapter file at a file, adapter folder, checkpoint or run folder. Raises AdapterError."""
     path = Path(location).expanduser()
     for candidate in (path, path / ADAPTER_FILE, path / "adapter" / ADAPTER_FILE, path / WEIGHTS_FILE):
         if candidate.is_file():
@@ -169,12 +169,12 @@ def find_adapter(location: str | Path) -> Path:
 
 
 def is_safetensors(name: str) -> bool:
-    """Return whether a file's name ends with `.safetensors`, in any case."""
+    """Return True if a file's name ends with `.safetensors`, in any case."""
     return name.lower().endswith(".safetensors")
 
 
 def read_file(location: str | Path) -> AdapterFile:
-    """The tensors and metadata of a safetensors file. Raises AdapterError."""
+    """Return the tensors and metadata of a safetensors file. Raises AdapterError."""
     path = find_adapter(location)
     if not is_safetensors(path.name):
         raise AdapterError(f"{path}: adapters are read as safetensors only; pickled files can run any code")
@@ -190,7 +190,7 @@ def read_file(location: str | Path) -> AdapterFile:
 def read_adapter(location: str | Path, *, transformer_only: bool = False) -> Adapter:
     """Read and check a LoRA file in any of the known layouts.
 
-    With `transformer_only`, tensors for the text encoders are left out and named in the adapter's notes. Raises
+    With `transformer_only`, tensors for the text encoders are ignored and named in the adapter's notes. Raises
     AdapterError for any other file that is not a complete, finite, plain LoRA of SD3's transformer.
     """
     file = read_file(location)
@@ -205,13 +205,13 @@ def read_adapter(location: str | Path, *, transformer_only: bool = False) -> Ada
 
 
 def too_large(adapter: Adapter) -> str:
-    """Say which alphas are so large that the weights that they scale are not finite."""
+    """Return a message about alphas that make the scaled weights infinite."""
     module = adapter.too_large[0]
     return f"alpha {adapter.alphas[module]:g} makes the weights of {first_of(adapter.too_large)} infinite"
 
 
 def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
-    """The modules of `contents` that are whole. Raises AdapterError for metadata that nobody could apply."""
+    """Return the complete modules of `contents` as an adapter. Raises AdapterError for unusable metadata."""
     ranks = {module: len(down) for module, (down, _) in contents.factors.items()}
     contract = read_contract(file.path, file.metadata)
     peft = read_peft(file.path, file.metadata, contents.layout)
@@ -233,16 +233,16 @@ def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
     )
 
 
-def _no_alpha(path: Path, modules: list[str], of: int) -> str:
-    some = "" if len(modules) == of else f" for {first_of(modules)}"
+def _no_alpha(path: Path, modules: list[str], total: int) -> str:
+    some = "" if len(modules) == total else f" for {first_of(modules)}"
     lacking = f"; {CONFIG_FILE}, which would state it, is not beside the file" if path.name == WEIGHTS_FILE else ""
     return f"no alpha stated{some}, taken as rank{lacking}"
 
 
 def match(transformer: nn.Module, adapter: Adapter) -> Match:
-    """Which of the adapter's tensors have a module of their shape in `transformer`, before anything is loaded.
+    """Match the adapter's tensors to modules of `transformer` by name and shape, before anything is loaded.
 
-    Raises AdapterError when a shape disagrees or nothing matches: such a file would load with no effect.
+    Raises AdapterError if a shape differs, or if nothing matches, so that the file would load without effect.
     """
     sizes = {
         name.removesuffix(".base_layer"): _size(module)
@@ -266,7 +266,7 @@ def match(transformer: nn.Module, adapter: Adapter) -> Match:
 
 
 def _size(module: nn.Linear | nn.Conv2d) -> tuple[int, int]:
-    """Outputs and inputs; of a convolution, the inputs of one place."""
+    """Return (outputs, inputs); for a convolution, the inputs of one position."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return module.out_channels, module.in_channels * math.prod(module.kernel_size)
@@ -278,13 +278,13 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
     `transformer` is an SD3Transformer2DModel; its active adapters are set by the caller (`set_adapters`).
     """
     counted = match(transformer, adapter)
-    kept = {module: pair for module, pair in adapter.factors.items() if module not in counted.unmatched}
+    loaded = {module: pair for module, pair in adapter.factors.items() if module not in counted.unmatched}
     tensors = {
         f"{PREFIX}{module}.lora_{letter}.weight": tensor.to(transformer.dtype)
-        for module, pair in kept.items()
+        for module, pair in loaded.items()
         for letter, tensor in zip("AB", as_stored(module, pair), strict=True)
     }
-    first = next(iter(kept))
+    first = next(iter(loaded))
     lost = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if lost:
         dtype = str(transformer.dtype).removeprefix("torch.")
@@ -292,24 +292,24 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
             f"{adapter.path}: {first_of(lost)} is beyond what {dtype} holds; take a wider one, such as --dtype bf16"
         )
     ranks, alphas = (
-        {module: kept[module][0].shape[0] for module in kept},
-        {module: adapter.alphas[module] for module in kept},
+        {module: loaded[module][0].shape[0] for module in loaded},
+        {module: adapter.alphas[module] for module in loaded},
     )
     config = {
         "r": ranks[first],
         "lora_alpha": alphas[first],
-        "target_modules": list(kept),
+        "target_modules": list(loaded),
         "rank_pattern": {f"^{module}": rank for module, rank in ranks.items() if rank != ranks[first]},
         "alpha_pattern": {f"^{module}": alpha for module, alpha in alphas.items() if alpha != alphas[first]},
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is intended
         transformer.load_lora_adapter(
             tensors, adapter_name=name, metadata={PREFIX + key: value for key, value in config.items()}
         )
     carried = sum(name in getattr(module, "lora_A", {}) for module in transformer.modules())
-    if carried != len(kept):
-        raise AdapterError(f"{adapter.path}: {carried} of {len(kept)} modules took their weights")
+    if carried != len(loaded):
+        raise AdapterError(f"{adapter.path}: {carried} of {len(loaded)} modules took their weights")
     return counted
 
 
@@ -317,10 +317,10 @@ def _check(file: AdapterFile, contents: Contents, transformer_only: bool) -> Non
     if not file.tensors and not contents.text:
         raise AdapterError(f"{file.path}: not a LoRA: it holds no tensors")
     if contents.unknown:
-        what = next(iter(contents.unknown.values()))
+        purpose = next(iter(contents.unknown.values()))
         raise AdapterError(
             f"{file.path}: not a LoRA of SD3's transformer alone: {first_of(contents.unknown)} "
-            + (f"is {what}" if what else "belongs to no module of it in any layout that is known")
+            + (f"is {purpose}" if purpose else "belongs to no module of it in any layout that is known")
         )
     if contents.broken:
         module, fault = next(iter(contents.broken.items()))

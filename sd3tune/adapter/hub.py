@@ -1,4 +1,4 @@
-"""Adapters by name: a file or folder of this machine, or a repository on the Hub."""
+"""Adapters by name: a local file or folder, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ _WEIGHTS = (ADAPTER_FILE, f"adapter/{ADAPTER_FILE}", WEIGHTS_FILE)
 _WANTED = [*_WEIGHTS, CONFIG_FILE, CARD]
 _OTHERWISE = "give --lora a folder"
 _MOST_OF_CARD = 2**20
-"""Bytes that are read of a card, which begins with its YAML."""
+"""Number of bytes read from a card, whose YAML header comes first."""
 
 
 def load_adapter(location: Path, *, transformer_only: bool = False) -> Adapter:
     """Read `location`: a local path, else the Hub repository `user/name` or `user/name:revision`.
 
-    A repository that was downloaded earlier needs no network. For `transformer_only` see `read_adapter`. Raises
-    UserError.
+    A cached repository needs no network. See `read_adapter` for `transformer_only`. Raises UserError.
     """
     named = _ON_THE_HUB.fullmatch(str(location))
     if named is None or is_safetensors(location.name) or location.exists():
@@ -47,11 +46,11 @@ def _adapter_in(folder: Path) -> Path | None:
 
 
 def _only_file(repo: str, folder: Path) -> Path:
-    """What other tools upload: one file of any name, beside the card."""
+    """Return the only safetensors file of a repository, of any name, as other tools upload it."""
     try:
         names = files_in_root(repo, folder.name, _OTHERWISE)
     except ModelError:
-        names = [path.name for path in folder.iterdir()]  # what was downloaded earlier may be enough
+        names = [path.name for path in folder.iterdir()]  # the cached files may be enough
         if not any(map(is_safetensors, names)):
             raise
     files = list(filter(is_safetensors, names))
@@ -64,7 +63,7 @@ def _only_file(repo: str, folder: Path) -> Path:
 
 
 def _base_in_card(card: Path) -> str | None:
-    """`base_model` in the YAML header of a card; of several, the first."""
+    """Return `base_model` in the YAML header of a card, the first of several; None without one."""
     if not card.is_file():
         return None
     with card.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The layouts of LoRA files for SD3: which modules other tools fuse, and which halves they exchange; see also `names`.
+"""The layouts of LoRA files for SD3: fused modules and exchanged halves; see also `names`.
 
 In memory, names are diffusers'. The original layout (kohya's and ComfyUI's) fuses q, k and v into one module, and has
 the halves of two modulations in the other order (shift before scale). A fused LoRA is block-diagonal: A stacks the
@@ -41,7 +41,7 @@ _DIFFUSERS_OF = {**IN_BLOCK, **OUTSIDE, **PARTS_OF_FUSED}
 _FUSED_OF = {part: (fused, parts.index(part)) for fused, parts in FUSED.items() for part in parts}
 _PATCH_EMBEDDERS = (PATCH_EMBEDDER, "x_embedder.proj")
 _PATCH = 2
-"""Side of a patch of latents, in every SD3."""
+"""Side of a patch, in latents, in every SD3 model."""
 
 READABLE = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -55,23 +55,23 @@ class Contents:
     """The interpreted tensors of a file, and its faults."""
 
     layout: str
-    """A name of `adapter_names.LAYOUTS`; empty when no key is of any."""
+    """A name of `names.LAYOUTS`; empty if no key belongs to a known layout."""
     factors: dict[str, Pair]
     """diffusers' module name -> factors."""
     alphas: dict[str, float]
-    """Alphas that are stored as tensors, by module; the output is scaled by alpha / r."""
+    """Module -> alpha stored as a tensor; the output is scaled by alpha / r."""
     unknown: dict[str, str]
     """Key that belongs to no module of SD3 -> its probable purpose."""
     broken: dict[str, str]
-    """Module as the file names it -> its fault."""
+    """Module, by its name in the file -> its fault."""
     text: dict[str, str]
-    """Key -> text encoder, of those that are for the text encoders."""
+    """Key of a text encoder's tensor -> the text encoder."""
     for_diffusers: bool
     """True if all keys are diffusers' own for the transformer."""
 
 
 def interpret(tensors: Mapping[str, Tensor]) -> Contents:
-    """Sort a file's tensors into modules with diffusers' names; nothing is raised, all that is odd is told."""
+    """Sort a file's tensors into modules with diffusers' names. Faults are returned, not raised."""
     stored: dict[tuple[Layout, str], dict[str, Tensor]] = {}
     unknown: dict[str, str] = {}
     text: dict[str, str] = {}
@@ -100,9 +100,9 @@ def interpret(tensors: Mapping[str, Tensor]) -> Contents:
 
 
 def arrange(factors: Mapping[str, Pair], layout: str) -> dict[str, Tensor]:
-    """Tensors by key of the layout, a name of `adapter.names.forms`, of factors whose scale is folded into B, fp32.
+    """Return key -> tensor (fp32) in a layout, a name of `names.forms`, for factors whose scale is folded into B.
 
-    Raises AdapterError for a module that the layout has no place for.
+    Raises AdapterError for a module that the layout cannot express.
     """
     target = forms()[layout]
     tensors: dict[str, Tensor] = {}
@@ -118,7 +118,7 @@ def arrange(factors: Mapping[str, Pair], layout: str) -> dict[str, Tensor]:
 def as_stored(module: str, pair: Pair) -> Pair:
     """Return the factors in the shapes that files and PEFT use, for a module named in either layout.
 
-    They are matrices, except for the patch embedder: a convolution whose stride is its kernel, thus a linear layer of
+    They are matrices, except for the patch embedder, a convolution whose stride equals its kernel: a linear layer on
     patches. Its A [r, channels * 2 * 2] and B [out, r] become [r, channels, 2, 2] and [out, r, 1, 1].
     """
     down, up = pair
@@ -128,7 +128,7 @@ def as_stored(module: str, pair: Pair) -> Pair:
 
 
 def text_part(text: Mapping[str, str]) -> str:
-    """`4 tensors for the text encoders (CLIP-L 2, CLIP-G 2; first: KEY)`, of `Contents.text`."""
+    """Return `4 tensors for the text encoders (CLIP-L 2, CLIP-G 2; first: KEY)` for `Contents.text`."""
     counts = ", ".join(f"{encoder} {count}" for encoder, count in Counter(text.values()).items())
     return (
         f"{len(text)} tensor{'s' * (len(text) != 1)} for the text encoders ({counts}; first: {shown(next(iter(text)))})"
@@ -136,7 +136,7 @@ def text_part(text: Mapping[str, str]) -> str:
 
 
 def fused_ranks(factors: Mapping[str, Pair]) -> dict[str, list[int]]:
-    """Fused module of the original layout -> ranks of its q, k and v; 0 for one that is not adapted."""
+    """Return fused module of the original layout -> ranks of its q, k and v; 0 for a part without adapter."""
     ranks: dict[str, list[int]] = {}
     for module, (down, _) in factors.items():
         container, inside = _cut(module, "transformer_blocks")
@@ -176,7 +176,7 @@ def _is_number(alpha: Tensor) -> bool:
 
 
 def _add(contents: Contents, layout: Layout, module: str, parts: Mapping[str, Tensor]) -> str | None:
-    """Add a module to the contents under diffusers' names; return its fault, if any."""
+    """Add a module to the contents under diffusers' names. Return its fault, or None."""
     down, up = (_widened(parts[letter]) for letter in "AB")
     scale = parts["alpha"].item() / len(down) if "alpha" in parts else None
     if module in _PATCH_EMBEDDERS and down.shape[1] % _PATCH**2:
@@ -218,7 +218,7 @@ def _to_original(factors: Mapping[str, Pair]) -> dict[str, Pair]:
         if container and inside in _FUSED_OF:
             name, number = _FUSED_OF[inside]
             fused.setdefault(f"{place}{name}", {})[number] = (down, up)
-            modules.setdefault(f"{place}{name}", (down, up))  # keeps its place in the order
+            modules.setdefault(f"{place}{name}", (down, up))  # keeps the module's position in the order
         elif inside in _ORIGINAL_OF and bool(container) != stands_alone(inside):
             name = _ORIGINAL_OF[inside]
             modules[f"{place}{name}"] = (down, _swapped(name, down, up))
@@ -229,7 +229,7 @@ def _to_original(factors: Mapping[str, Pair]) -> dict[str, Pair]:
 
 
 def _joined(name: str, parts: Mapping[int, Pair]) -> Pair:
-    """q, k and v (0, 1, 2) as one module, block-diagonal unless they share their A; one that is missing is zero."""
+    """Fuse q, k and v (0, 1, 2): block-diagonal unless they share their A. A missing part is zero."""
     if len({(down.shape[1], len(up)) for down, up in parts.values()}) > 1:
         raise AdapterError(f"{name}: q, k and v are of different sizes, which one fused module cannot be")
     first_down, first_up = next(iter(parts.values()))
@@ -256,9 +256,9 @@ def _without_zeros(down: Tensor, up: Tensor) -> Pair:
 
 
 def _swapped(original: str, down: Tensor, up: Tensor) -> Tensor:
-    """B with shift and scale exchanged where diffusers has them in the other order.
+    """Return B, with shift and scale exchanged if diffusers has them in the other order.
 
-    That is at the end, and in the last block's text stream, which is told by having these two only.
+    That applies to the final layer, and to the last block's text stream, recognized by having only these two.
     """
     two = original == "final_layer.adaLN_modulation.1" or (
         original == "context_block.adaLN_modulation.1" and len(up) == 2 * down.shape[1]
@@ -267,7 +267,7 @@ def _swapped(original: str, down: Tensor, up: Tensor) -> Tensor:
 
 
 def _cut(module: str, container: str) -> tuple[str, str]:
-    """`joint_blocks.3.x_block.mlp.fc1` -> `joint_blocks.3.`, `x_block.mlp.fc1`; outside of blocks the first is ''."""
+    """Split `joint_blocks.3.x_block.mlp.fc1` into `joint_blocks.3.` and the rest; outside of blocks the first is ''."""
     found = re.fullmatch(rf"({container}\.\d+\.)(.+)", module)
     return (found[1], found[2]) if found else ("", module)
 
@@ -277,7 +277,7 @@ def _renamed(container: str) -> str:
 
 
 def _widened(factor: Tensor) -> Tensor:
-    """Eight-bit floats can be stored, but not computed with."""
+    """Return the factor in a dtype that supports computation: 8-bit floats do not."""
     return factor.float() if factor.element_size() == 1 else factor
 
 
@@ -286,7 +286,7 @@ def _plain(factor: Tensor) -> Tensor:
 
 
 def first_of(names: Iterable[str]) -> str:
-    """`a and 2 more`."""
+    """Return the first name and the number of others: `a and 2 more`."""
     known = list(names)
     return shown(known[0]) + (f" and {len(known) - 1} more" if len(known) > 1 else "")
 

@@ -1,4 +1,4 @@
-"""Sums of adapters, and adapters of lower rank, without ever forming a product as large as the weight."""
+"""Sums and low-rank approximations of adapters, without forming products of the weight's size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sd3tune.errors import AdapterError
 
 @dataclass(frozen=True)
 class Truncated:
-    """The best approximation of a product BA by one of lower rank."""
+    """The best approximation B'A' of a product BA at a lower rank."""
 
     pair: Pair
     lost: float
@@ -24,9 +24,9 @@ class Truncated:
 
 
 def weighted_sum(adapters: Sequence[tuple[Mapping[str, Pair], float]]) -> dict[str, Pair]:
-    """The sum of weight * BA over adapters, exactly: ranks are laid beside each other.
+    """Return the exact sum of weight * BA over adapters, by concatenating their ranks.
 
-    The factors' scale is folded into B. Raises AdapterError for modules that are of different sizes.
+    The factors' scale is folded into B. Raises AdapterError if the sizes of a module differ between adapters.
     """
     downs: dict[str, list[Tensor]] = {}
     ups: dict[str, list[Tensor]] = {}
@@ -45,7 +45,8 @@ def weighted_sum(adapters: Sequence[tuple[Mapping[str, Pair], float]]) -> dict[s
 def truncate(pair: Pair, rank: int | None = None, energy: float | None = None) -> Truncated:
     """Return the nearest pair of `rank`, or of the smallest rank (at least 1) that keeps the share `energy` of |BA|^2.
 
-    The SVD is of the r x r matrix between both factors' Q; A and B each get the square root of the singular values.
+    The SVD is of the r x r matrix between the Q factors of B and A. Each factor gets the square root of the singular
+    values.
     """
     down, up = (factor.double() for factor in pair)
     columns, right = torch.linalg.qr(down.T)

@@ -17,7 +17,7 @@ PREFIX = "transformer."
 
 
 def read_contract(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The conditioning contract of a file; empty when another tool wrote it. Raises AdapterError."""
+    """Return the conditioning contract of a file; empty if another tool wrote it. Raises AdapterError."""
     where = f"{path}: its metadata {CONTRACT_KEY!r}"
     contract = parse_object(where, metadata.get(CONTRACT_KEY, "{}"))
     check_contract(where, contract, AdapterError)
@@ -25,7 +25,7 @@ def read_contract(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def parse_object(where: str, text: str) -> dict[str, Any]:
-    """The keys and values of a JSON object. Raises AdapterError, a line that begins with `where`."""
+    """Return the keys and values of a JSON object. Raises AdapterError, a line that begins with `where`."""
     try:
         value = json_files.parse(text, MOST_BYTES)
     except json_files.NotJson as error:

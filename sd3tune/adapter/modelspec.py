@@ -2,7 +2,7 @@
 
 SwarmUI shows `modelspec.*` (https://github.com/Stability-AI/ModelSpec, version 1.0.1) and, without a trigger phrase
 there, `trained_words`. A1111 and Forge name an adapter by `ss_output_name` and suggest prompts from `ss_tag_frequency`;
-SD.Next sorts by `ss_base_model_version`. There is no date in it, so that equal runs write equal files.
+SD.Next sorts by `ss_base_model_version`. It contains no date, so that equal runs write equal files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OF_THE_TENSORS = ("modelspec.architecture", "modelspec.implementation", "ss_base
 def shown_metadata(
     form: str, name: str | None, contract: Mapping[str, Any], fitting: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Return the keys for an adapter in `form` (`diffusers`, `kohya` or `comfyui`); none has an empty value.
+    """Return the metadata of an adapter in `form` (`diffusers`, `kohya` or `comfyui`), without empty values.
 
     `name` is the file's; the title is the run's name if the contract has it. `fitting` lists the keys of `VARIANTS`
     that the modules' sizes allow. It counts if the contract names no released model, and only with one entry.
@@ -55,20 +55,20 @@ def shown_metadata(
 
 
 def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
-    """Return how many captions have each tag, the most frequent first; commas separate tags, as in sd-scripts."""
+    """Return tag -> number of captions, the most frequent first; commas separate tags, as in sd-scripts."""
     counts = Counter(tag for caption in captions for part in caption.split(",") if (tag := part.strip()))
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def describe_tags(tags: Mapping[str, int]) -> str:
-    """Return a line that names the tags which whoever gets the file can read."""
+    """Return a line about the tags that the file publishes."""
     some = ", ".join(map(repr, list(tags)[:5])) + (f" and {len(tags) - 5} more" if len(tags) > 5 else "")
     count = f"{len(tags)} tag{'s' * (len(tags) != 1)}"
     return f"the adapter's metadata holds {count} from the captions, for all to read (data.export_tags): {some}"
 
 
 def _variant(contract: Mapping[str, Any], fitting: Sequence[str]) -> str | None:
-    """The released model whose shape the base has, if that is certain."""
+    """Return the released model (a key of `VARIANTS`) that the base is, if that is certain."""
     by_repository = {repository: variant for variant, repository in VARIANTS.items()}
     if "base_released_as" in contract:
         return by_repository.get(contract["base_released_as"])

@@ -17,7 +17,7 @@ IN_BLOCK = {
     "context_block.mlp.fc2": "ff_context.net.2",
     "context_block.adaLN_modulation.1": "norm1_context.linear",
 }
-"""Name inside a block in the original layout -> diffusers' name, of what both hold as one module."""
+"""Name inside a block in the original layout -> diffusers' name, for modules that neither layout fuses."""
 FUSED = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
@@ -36,8 +36,8 @@ OUTSIDE = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
-"""As `IN_BLOCK`, of the modules outside the blocks."""
-# OneTrainer wrote q, k and v apart under the original names, as qkv.0, qkv.1 and qkv.2.
+"""The same as `IN_BLOCK` for the modules outside the blocks."""
+# OneTrainer writes q, k and v separately under the original names, as qkv.0, qkv.1 and qkv.2.
 PARTS_OF_FUSED = {f"{fused}.{number}": part for fused, parts in FUSED.items() for number, part in enumerate(parts)}
 _ORIGINAL_NAMES = (*IN_BLOCK, *FUSED, *PARTS_OF_FUSED, *OUTSIDE)
 _DIFFUSERS_NAMES = (*IN_BLOCK.values(), *(part for parts in FUSED.values() for part in parts), *OUTSIDE.values())
@@ -45,32 +45,32 @@ _DIFFUSERS_NAMES = (*IN_BLOCK.values(), *(part for parts in FUSED.values() for p
 
 @dataclass(frozen=True)
 class Layout:
-    """A tool's way of writing module names."""
+    """The format of a tool's LoRA files."""
 
     name: str
     prefix: str
-    """In front of a module's name."""
+    """Prefix of a module's name."""
     original: bool = False
     """True for modules of the original layout, not diffusers'."""
     flat: bool = False
     """True if dots are written as underscores."""
     any_module: bool = False
-    """Whether names that SD3 lacks are taken too; they are counted when the adapter meets a model."""
+    """True if names that SD3 lacks are accepted too; matching with a model counts them later."""
     form: str | None = None
-    """What `sd3tune lora convert --to` calls it; None for a layout that is only read."""
+    """Its name for `sd3tune lora convert --to`; None for a layout that is only read."""
     halves: tuple[str, str] = ("lora_A", "lora_B")
-    """How A and B are written."""
+    """The names of A and B."""
     writes_alpha: bool = False
-    """Whether a written file has a tensor of alpha, which is the rank, for each module."""
+    """True if a written file has a tensor of alpha, equal to the rank, for each module."""
     has_peft_metadata: bool = False
-    """Whether a written file's metadata holds what PEFT needs."""
+    """True if a written file's metadata contains PEFT's configuration."""
     metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """What else the metadata of a written file says; `{rank}` stands for the commonest rank."""
+    """Additional metadata of a written file; `{rank}` stands for the most common rank."""
     implementation: str = "diffusers"
-    """`modelspec.implementation` of a written file: whose names the modules have. sd-scripts says `diffusers`, too."""
+    """`modelspec.implementation` of a written file: the origin of the module names, also `diffusers` in sd-scripts."""
 
     def written(self, module: str) -> str:
-        """A module's name as a file has it."""
+        """Return a module's name in a file of this layout."""
         return self.prefix + (module.replace(".", "_") if self.flat else module)
 
 
@@ -97,7 +97,7 @@ LAYOUTS = [
     Layout("diffusers", ""),  # `transformer.save_lora_adapter()`
     Layout("OneTrainer", "", original=True),
 ]
-"""All that are read, the first that knows a key's module wins: ComfyUI's list for SD3, and names without a prefix."""
+"""The layouts that are read: ComfyUI's list for SD3, and names without prefix. The first that fits a key applies."""
 
 _KEY = re.compile(r"(.+?)(?:\.(alpha)|[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.[^.]+)?\.weight)", re.DOTALL)
 _HALVES = {"A": "A", "down": "A", "B": "B", "up": "B"}
@@ -108,7 +108,7 @@ _TEXT = (
     (r"bundle_emb\.", "OneTrainer's embeddings"),
     (r"lora_te\d?_|text_encoder|lora_prior_te", "a text encoder"),
 )
-_FOREIGN = (  # in this order: what a key of no known layout tells
+_FOREIGN = (  # (pattern of a key without known layout, its meaning); the first match applies
     (r"dora_scale|lora_magnitude_vector", "DoRA, which is not supported yet"),
     (r"\.(hada|lokr)_|\.lora_mid|\.(a1|b1)\.weight", "LoHa, LoKr or another kind of adapter than LoRA"),
     (r"\.(diff|diff_b|w_norm|b_norm)$", "differences of whole weights, which is no LoRA"),
@@ -118,9 +118,9 @@ _FOREIGN = (  # in this order: what a key of no known layout tells
 
 
 def register_layout(layout: Layout) -> None:
-    """Add a layout, to be read before all others and, with a `form`, to be written.
+    """Add a layout. It is read before all others and, with a `form`, can be written.
 
-    Raises ValueError for a form that is there already, and for one whose own keys would be read as something else.
+    Raises ValueError for a form that is already registered, and for a layout whose keys would be read as another.
     """
     if layout.form is not None and layout.form in forms():
         raise ValueError(f"{layout.name}: there is a form {layout.form!r} already; choose another")
@@ -133,19 +133,19 @@ def register_layout(layout: Layout) -> None:
 
 
 def unregister_layout(layout: Layout) -> None:
-    """Take away a layout that was registered. Raises ValueError where it is not there."""
+    """Remove a registered layout. Raises ValueError for a layout that is not registered."""
     LAYOUTS.remove(layout)
 
 
 def forms() -> dict[str, Layout]:
-    """The layouts that are written, by the name of the form."""
+    """Return form -> layout, for the layouts that can be written."""
     return {layout.form: layout for layout in LAYOUTS if layout.form is not None}
 
 
 def locate(key: str) -> tuple[Layout, str, str] | None:
-    """Layout, module (dotted, as the layout names it) and part (`A`, `B` or `alpha`) of a key; None for other keys.
+    """Return layout, module (dotted, in the layout's names) and part (`A`, `B` or `alpha`) of a key; None for others.
 
-    Between `lora_A` and `weight` PEFT writes the adapter's name, such as `default_0`; it is read over.
+    Between `lora_A` and `weight` PEFT writes the adapter's name, such as `default_0`, which is ignored.
     """
     found = _KEY.fullmatch(key)
     for layout in LAYOUTS if found else ():
@@ -159,22 +159,22 @@ def locate(key: str) -> tuple[Layout, str, str] | None:
 
 
 def text_encoder_of(key: str) -> str | None:
-    """The text encoder that a key is for, or OneTrainer's embeddings, which the encoders read; None for other keys."""
+    """Return the text encoder of a key, or `OneTrainer's embeddings`, which the encoders read; None for other keys."""
     return next((what for pattern, what in _TEXT if re.match(pattern, key)), None)
 
 
 def foreign(key: str) -> str:
-    """What a key that belongs to no module seems to be for; empty when that is anyone's guess."""
+    """Return the probable purpose of a key that belongs to no module; empty if unknown."""
     return next((what for pattern, what in _FOREIGN if re.search(pattern, key)), "")
 
 
 def stands_alone(dotted: str) -> bool:
-    """Return whether a module of that name, in either layout, is outside the blocks."""
+    """Return True if a module of that name, in either layout, is outside the blocks."""
     return dotted in OUTSIDE or dotted in OUTSIDE.values()
 
 
 def _known_name(name: str, layout: Layout) -> str | None:
-    """The dotted name of a module that the layout knows, given as the layout writes it."""
+    """Return the dotted name of a known module from its name in a file; None for other names."""
     container, names = (
         ("joint_blocks", _ORIGINAL_NAMES) if layout.original else ("transformer_blocks", _DIFFUSERS_NAMES)
     )

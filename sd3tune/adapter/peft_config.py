@@ -21,7 +21,7 @@ from sd3tune.files.json import NotJson, dotted, read_object
 from sd3tune.model.base.contract import WAY_OUT, Part, check_part
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-"""File names in a folder that PEFT wrote."""
+"""File names in a folder written by PEFT."""
 
 _APPLIED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 _OF_TRAINING = (
@@ -34,9 +34,9 @@ _OF_TRAINING = (
 _PLAIN: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),  # the others change the base's own weights
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),  # other values change the base's weights
 }
-"""Values of a plain LoRA. For every key, an empty, false or missing value is one, too."""
+"""Key -> values of a plain LoRA; an empty, false or missing value is always allowed."""
 
 
 _LITERAL = re.compile(r"(\^?)(\.\*)?((?:\\?\.|[\w-])+)\$?", re.ASCII)
@@ -54,19 +54,19 @@ class _Peft(Part):
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """PEFT's settings of a saved LoRA; all None for a file without any."""
+    """PEFT's settings of a saved LoRA; all None for a file without settings."""
 
     stated: _Peft
     file: Path | None = None
-    """The `adapter_config.json` that it was read from."""
+    """The `adapter_config.json` that was read; None for metadata."""
     has_expressions: bool = False
-    """Whether it names modules by regular expressions, which PEFT would run; nothing here does."""
+    """True if it names modules by regular expressions, which PEFT would run. sd3tune never runs them."""
 
     def alphas(self, ranks: Mapping[str, int]) -> dict[str, float]:
-        """Alpha of each module of `ranks` for which it is stated, such that alpha / rank is PEFT's scale.
+        """Return module -> alpha for the modules of `ranks` that have one, such that alpha / rank is PEFT's scale.
 
-        rsLoRA scales by alpha / sqrt(r), so its alpha counts sqrt(r) times. Raises AdapterError when
-        `adapter_config.json` states another rank than the tensors have.
+        rsLoRA scales by alpha / sqrt(r), so its alpha is multiplied by sqrt(r). Raises AdapterError if the rank in
+        `adapter_config.json` differs from the tensors'.
         """
         rank_of, alpha_of = _Patterns(self.stated.rank_pattern), _Patterns(self.stated.alpha_pattern)
         alphas = {}
@@ -84,10 +84,10 @@ class PeftConfig:
 
 
 class _Patterns:
-    """PEFT's `rank_pattern` or `alpha_pattern`; the first pattern that fits a module has its value.
+    """PEFT's `rank_pattern` or `alpha_pattern`; the first matching pattern gives the value of a module.
 
-    A pattern is an ending of dotted names; after `^` it is the whole name, after `.*` any ending. PEFT takes any
-    regular expression. A stranger's could run for hours, so others are refused when the configuration is read.
+    A pattern is an ending of dotted names; after `^` it is the whole name, after `.*` any ending. PEFT accepts any
+    regular expression. A stranger's could run for hours, so other patterns are refused when the configuration is read.
     """
 
     def __init__(self, values: Mapping[str, Any] | None) -> None:
@@ -96,7 +96,7 @@ class _Patterns:
             found = _LITERAL.fullmatch(pattern)
             assert found is not None
             start, anything, literal = found.groups()
-            # A dot is any character, as in PEFT. So each part of the expression takes one character.
+            # A dot matches any character, as in PEFT, so each part of the expression matches one character.
             length = len(literal.replace("\\", ""))
             self._parsed.append((start, anything, re.compile(literal), length, value))
 
@@ -112,12 +112,12 @@ class _Patterns:
 def read_peft(path: Path, metadata: Mapping[str, str], layout: str) -> PeftConfig:
     """Return PEFT's configuration of the file `path`: from its metadata, else from `adapter_config.json` beside it.
 
-    The latter is used for a file with PEFT's own name or layout. Raises AdapterError, with the key, for anything but a
+    The latter is used only for a file with PEFT's name or layout. Raises AdapterError, with the key, for anything but a
     plain LoRA.
     """
     where = f"{path}: its metadata {PEFT_KEY!r}"
     stored = parse_object(where, metadata.get(PEFT_KEY, "{}"))
-    # A pipeline's metadata has a part for each model; that of a transformer alone has no prefix.
+    # A pipeline's metadata has a prefix per model; the metadata of a single transformer has none.
     found = {key.removeprefix(PREFIX): value for key, value in stored.items()
              if key.startswith(PREFIX) or "." not in key}  # fmt: skip
     config = path.with_name(CONFIG_FILE)
@@ -133,7 +133,7 @@ def read_peft(path: Path, metadata: Mapping[str, str], layout: str) -> PeftConfi
 
 
 def _has_expressions(values: Mapping[str, Any]) -> bool:
-    """PEFT takes names from a list, and runs a single text as an expression; `layers_pattern` is one in any case."""
+    """Return True if PEFT would run a regular expression: a single text instead of a list, or `layers_pattern`."""
     names = (values.get(key) for key in ("target_modules", "exclude_modules"))
     return any(isinstance(value, str) for value in names) or bool(values.get("layers_pattern"))
 

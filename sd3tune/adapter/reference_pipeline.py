@@ -1,4 +1,4 @@
-"""diffusers' own pipeline, for verifying an adapter; only reading the base's files is ours."""
+"""diffusers' own pipeline, to verify adapters; only the reading of the base's files is sd3tune's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NO_TEXT = dict.fromkeys((part for parts in ENCODER_PARTS.values() for part in p
 def drawing_pipeline(
     base: Base, dtype: torch.dtype, device: torch.device, vae: AutoencoderKL | None = None
 ) -> StableDiffusion3Pipeline:
-    """Without text encoders: it is given embeddings."""
+    """Return the pipeline without text encoders, to draw from embeddings."""
     pipeline = StableDiffusion3Pipeline(
         transformer=load_transformer(base, dtype, device), scheduler=load_scheduler(base), vae=vae, **_NO_TEXT
     )
@@ -33,7 +33,7 @@ def drawing_pipeline(
 def text_pipeline(
     base: Base, encoders: list[str], dtype: torch.dtype, device: torch.device
 ) -> StableDiffusion3Pipeline:
-    """For its `encode_prompt` alone; the transformer, which tells the width of a missing T5, has no weights."""
+    """Return the pipeline for `encode_prompt` only; its transformer has a config, for a missing T5, but no weights."""
     loaded = {name: load_text_encoder(base, name, dtype, device) for name in encoders}
     parts: dict[str, Any] = dict(_NO_TEXT)
     for name, encoder in loaded.items():
@@ -45,11 +45,11 @@ def text_pipeline(
 
 
 def load_into(pipeline: StableDiffusion3Pipeline, adapter: Adapter) -> None:
-    """By the file's name, or, for one in another layout, as `lora convert` would write it. Raises AdapterError."""
+    """Load the adapter's file into the pipeline, converted to diffusers' layout if necessary. Raises AdapterError."""
     weights = str(adapter.path) if adapter.for_diffusers else arrange(adapter.folded(), "diffusers")
     try:
         pipeline.load_lora_weights(weights, adapter_name=NAME)
-    except Exception as error:  # anything may come out of two libraries that a file was not written for
+    except Exception as error:  # two libraries may raise anything for a foreign file
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise AdapterError(
             f"{adapter.path}: diffusers does not load it: {reason}; `sd3tune lora convert --to diffusers` writes what "

@@ -13,13 +13,13 @@ _IN_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 
 
 def fitting_variants(factors: Mapping[str, Pair]) -> list[str]:
-    """Names of `VARIANTS` with the width of the factors, as many blocks, and `attn2` where they have it."""
+    """Return the keys of `VARIANTS` with the factors' width and all of their blocks and `attn2` layers."""
     blocks, widths, dual = set(), set(), set()
     for name, (down, _) in factors.items():
         found = _IN_BLOCK.fullmatch(name)
         if found:
             blocks.add(int(found[1]))
-            if not found[2].endswith("net.2"):  # the only layers that do not see the stream itself
+            if not found[2].endswith("net.2"):  # the only layers whose input is not the stream
                 widths.add(down.shape[1])
             if found[2].startswith("attn2."):
                 dual.add(int(found[1]))

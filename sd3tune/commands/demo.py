@@ -97,7 +97,7 @@ def _show(runs: dict[str, Path]) -> tuple[Image.Image, list[str]]:
     requests = [(task.prompt, task.seed) for tasks in asked.values() for task in tasks]
     drawn: dict[str, dict[str, list[Image.Image]]] = {}
     for name, adapter in (("before", None), *runs.items()):
-        images = iter(pipeline.draw(requests, adapter, what=f"drawing {name}"))
+        images = iter(pipeline.draw(requests, adapter, activity=f"drawing {name}"))
         drawn[name] = {kind: [next(images) for _ in tasks] for kind, tasks in asked.items()}
     return _picture(asked, drawn), _figures(asked, drawn)
 

@@ -12,7 +12,7 @@ from sd3tune.inference.grid import Grid
 from sd3tune.inference.image_folder import ImageFolder, before_and_after, draw_missing
 from sd3tune.inference.image_request import ImageRequest
 from sd3tune.inference.job import InferenceJob
-from sd3tune.inference.prepare import PreparedJob, fetching_as_allowed, prepare
+from sd3tune.inference.prepare import PreparedJob, download_policy, prepare
 from sd3tune.inference.recipes import Recipes
 from sd3tune.inference.session import draw
 
@@ -22,7 +22,7 @@ def run_infer(job: InferenceJob) -> list[Path]:
 
     Returns the image files. Grids and prompt files skip existing images, whose files are included. Raises UserError.
     """
-    with fetching_as_allowed(job):
+    with download_policy(job):
         prepared = prepare(job)
         out = prepared.job.out
         _make_folder(out)

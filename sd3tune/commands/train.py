@@ -54,7 +54,7 @@ from sd3tune.runtime.launch import report_errors_to_launcher
 from sd3tune.runtime.out_of_memory import explain_oom
 from sd3tune.runtime.processes import Processes, closing_process_group, processes_of
 from sd3tune.runtime.signals import StopSignals
-from sd3tune.training.ahead import looking_ahead
+from sd3tune.training.ahead import with_modulations
 from sd3tune.training.batches import Batches
 from sd3tune.training.loop import Callback, exported_weights, train
 from sd3tune.training.metrics import Metrics
@@ -171,7 +171,7 @@ def _train(
                 attempt.state,
                 transformer,
                 plan.method,
-                looking_ahead(attempt.batches, transformer, plan.method),
+                with_modulations(attempt.batches, transformer, plan.method),
                 make_objective(config.flow, plan.shift),
                 processes,
                 attempt.identity,

@@ -1,1 +1,1 @@
-"""Images and captions as a user keeps them, the order they are seen in, and the store of their encodings."""
+"""Images and captions of a user, the order of training samples, and the store of encodings."""

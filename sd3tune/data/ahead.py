@@ -1,4 +1,4 @@
-"""Work on threads that stays a little ahead of its consumer."""
+"""Threaded work that runs a few items ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import TypeVar
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-_THREADS = min(8, os.cpu_count() or 1)  # for decoding and scaling, which release the interpreter lock
+_THREADS = min(8, os.cpu_count() or 1)  # decoding and scaling release the interpreter lock
 
 
 def in_pieces(function: Callable[[_Item], _Result], items: Sequence[_Item], size: int) -> Iterator[_Result]:
-    """`ahead` for small work: a thread takes `size` items at once, as handing over would cost more than the work."""
+    """Yield results as `ahead` does, with `size` items per task, for work that costs less than the task itself."""
     pieces = (items[start : start + size] for start in range(0, len(items), size))
     for results in ahead(lambda piece: [function(item) for item in piece], pieces):
         yield from results
 
 
 def ahead(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-    """`map` on threads that runs a few items ahead of its consumer, and no further: few results are held."""
+    """Yield the results of `function` in order, from threads that run only a few items ahead of the consumer."""
     pending: deque[Future[_Result]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
         for item in items:

@@ -1,4 +1,4 @@
-"""The caption files of a folder: finding the one of a picture, reading it, and naming the others."""
+"""The caption files of a folder: find and read an image's caption file, and report the unread ones."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from sd3tune.files.text import NotText, decode
 
 _ENDINGS = (".txt", ".caption")
 _OF_TEXTS = {*_ENDINGS, ".captions", ".cap", ".tags", ".json", ".jsonl", ".json1", ".csv", ".tsv", ".parquet"}
-"""Extensions of files that may hold captions, and are named where they are not read."""
+"""Extensions of files that may hold captions, and are reported if they are not read."""
 
 
 def sidecars(image: Path, names: Names) -> list[Path]:
-    """The caption files of a picture, the one that counts first.
+    """Return the caption files of an image; the first one applies.
 
-    Of `dog.jpg` these are `dog.txt`, `dog.jpg.txt`, `dog.caption` and `dog.jpg.caption`, in any case.
+    For `dog.jpg` these are `dog.txt`, `dog.jpg.txt`, `dog.caption` and `dog.jpg.caption`, in any case.
     """
     folder, stems = image.parent, (image.stem, image.name)
     return [found for ending in _ENDINGS for stem in stems for found in names.in_folder(folder, stem + ending)]
 
 
 def read_sidecar(sidecar: Path, image: Path) -> str:
-    """The caption in the file. Raises DataError."""
+    """Return the caption in the file. Raises DataError."""
     try:
         text = clean(decode(read_regular(sidecar), sidecar))
     except OSError as error:
@@ -38,34 +38,34 @@ def read_sidecar(sidecar: Path, image: Path) -> str:
     return text
 
 
-def unread(folder: Path, read: Iterable[Path], beside: Mapping[Path, Path]) -> list[str]:
-    """Return a line about the files of a folder that look like captions and are not in `read`.
+def unread(folder: Path, read: Iterable[Path], replaced_by: Mapping[Path, Path]) -> list[str]:
+    """Return a line about the files of a folder that look like captions but are not in `read`.
 
-    `beside` maps a caption file to the file that has the caption of its picture instead.
+    `replaced_by` maps a caption file to the file that is used for its image instead.
     """
     used = set(read)
-    second, others = list[Path](), list[Path]()
+    second, unknown = list[Path](), list[Path]()
     looks_like_text = (path for path in folder.iterdir() if path.suffix.lower() in _OF_TEXTS and path not in used)
     for path in sorted(looks_like_text):
         if not path.name.startswith(".") and path.is_file():
-            (second if path in beside else others).append(path)
+            (second if path in replaced_by else unknown).append(path)
     lines = []
     if second:
-        named = some(f"{path.name} ({beside[path].name} is)" for path in second)
+        named = some(f"{path.name} ({replaced_by[path].name} is)" for path in second)
         lines.append(f"{folder}: {counted(second, 'caption file is', 'caption files are')} not read: {named}")
-    if others:
-        names = some(path.name for path in others)
-        like = counted(others, "file looks like captions and is", "files look like captions and are")
+    if unknown:
+        names = some(path.name for path in unknown)
+        like = counted(unknown, "file looks like captions and is", "files look like captions and are")
         lines.append(f"{folder}: {like} not read: {names}; write NAME.txt beside the picture, or metadata.jsonl")
     return lines
 
 
-def counted(found: list[Path], one: str, several: str) -> str:
-    """`1 file is`, `3 files are`."""
-    return f"{len(found)} {one if len(found) == 1 else several}"
+def counted(items: list[Path], one: str, several: str) -> str:
+    """Return a number with its noun and verb: `1 file is`, `3 files are`."""
+    return f"{len(items)} {one if len(items) == 1 else several}"
 
 
-def some(names: Iterable[str], shown: int = 5) -> str:
-    """The first few names: `a.heic, b.heic, ...`."""
+def some(names: Iterable[str], count: int = 5) -> str:
+    """Return the first few names: `a.heic, b.heic, ...`."""
     listed = list(names)
-    return ", ".join(listed[:shown]) + ", ..." * (len(listed) > shown)
+    return ", ".join(listed[:count]) + ", ..." * (len(listed) > count)

@@ -1,4 +1,4 @@
-"""From decoded pixels of any kind to RGB in 8 bits per channel, in sRGB, without transparency."""
+"""Convert decoded pixels of any kind to sRGB with 8 bits per channel, without transparency."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from PIL import Image, ImageCms
 
 _SAVE_AGAIN = "save it with 8 or 16 bits per channel"
 _SAME_LEVELS = 2
-"""Levels of 255 by which a profile's colours may differ from sRGB's and be sRGB: tables and rounding differ by 1."""
+"""Tolerance, in levels of 255, for a profile that counts as sRGB: tables and rounding differ by 1."""
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""Colour space of a profile -> mode of the pixels that it describes."""
+"""Colour space of a profile -> mode of its pixels."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How pixels were read, beyond the reading of earlier versions."""
+    """Differences from the way that earlier versions read pixels."""
 
     mark: str = ""
-    """Part of the store key: what version 1 of the preprocessing did otherwise; empty where the pixels are its own."""
+    """Part of the store key: the differences from version 1 of the preprocessing; empty if the pixels are equal."""
     transparent: bool = False
     """True if transparency was replaced by white."""
     trouble: str = ""
-    """The fault of a colour profile that was not applied."""
+    """Fault of a colour profile that was not applied; empty if there is none."""
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, Reading]:
-    """Return the picture as RGB, and how it was read.
+    """Return the image as RGB, and the reading.
 
     An embedded ICC profile that is not sRGB is converted to it, relative colorimetric with black point compensation.
     Transparency becomes white. 16-bit greys are divided by 257. 32-bit integers count as 16 bits, or as 8 bits if none
-    is above 255; floating-point pixels are 0 to 1, or such integers. Raises ValueError.
+    is above 255. Floating-point pixels range from 0 to 1, or are such integers. Raises ValueError for other values.
     """
     profile, marks, trouble = image.info.get("icc_profile"), list[str](), ""
     if image.mode == "F" or image.mode.startswith("I"):
@@ -62,16 +62,16 @@ class _ProfileTrouble(Exception):
 
 
 def _converted(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.Image | None:
-    """The picture in sRGB, in the mode of `rgb`; None where the profile is sRGB."""
+    """Return the image in sRGB, in the mode of `rgb`; None if the profile is sRGB."""
     space, transform = _to_srgb(profile)
-    grey = image.mode in ("1", "L", "LA") and space == "L"  # a profile for RGB fits greys, too
+    grey = image.mode in ("1", "L", "LA") and space == "L"  # a profile for RGB also fits greys
     described = "CMYK" if image.mode == "CMYK" else "L" if grey else "RGB"
     if described != space:
         raise _ProfileTrouble(f"is for {_named(space)} and the picture is {_named(described)}")
     if transform is None:
         return None
     converted = ImageCms.applyTransform((rgb if described == "RGB" else image).convert(described), transform)
-    assert converted is not None  # it is for transforms in place
+    assert converted is not None  # None is only returned for transforms in place
     if rgb.mode == "RGBA":
         converted.putalpha(rgb.getchannel("A"))
     return converted
@@ -79,7 +79,7 @@ def _converted(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.Im
 
 @functools.lru_cache(maxsize=8)
 def _to_srgb(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """The mode that a profile describes, and the way from it to sRGB; None where there is nothing to do."""
+    """Return the mode of a profile's pixels, and its transform to sRGB; None if the profile is sRGB."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = _MODES.get(opened.profile.xcolor_space.strip())
@@ -110,10 +110,10 @@ def _named(mode: str) -> str:
 
 
 def _levels(image: Image.Image) -> tuple[Image.Image, bool]:
-    """Greys of more than 8 bits in 8, and whether version 1 of the preprocessing read them otherwise."""
+    """Reduce greys of more than 8 bits to 8. Also return True if version 1 of the preprocessing differs."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 65535):  # NaN is neither
+    if not (low >= 0 and high <= 65535):  # also true for NaN
         raise ValueError(f"pixels from {low:g} to {high:g}; {_SAVE_AGAIN}")
     if image.mode == "F" and high <= 1:
         return Image.fromarray(np.round(values * 255).astype(np.uint8)), True

@@ -1,4 +1,4 @@
-"""From an upright image to numbers: a crop, scaled to cover it, in [-1, 1]. Sizes are (height, width)."""
+"""Crop an upright image, scaled to cover the target, into a tensor in [-1, 1]. Sizes are (height, width)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sd3tune.data.seeds import derive
 
 @dataclass(frozen=True)
 class Crop:
-    """A cut of an image that was scaled to cover `size`; `box` is (left, top, right, bottom) in that."""
+    """A crop of an image scaled to cover `size`; `box` is (left, top, right, bottom) in the scaled image."""
 
     size: tuple[int, int]
     box: tuple[int, int, int, int]
@@ -23,11 +23,11 @@ class Crop:
 
 
 def crops(image_size: tuple[int, int], target: tuple[int, int], variants: int, flip: bool, digest: str) -> list[Crop]:
-    """Return the crops of one image: variant 0 is centred, the others are random; `flip` adds each mirrored.
+    """Return the crops of one image: variant 0 is centred, others are random; `flip` adds a mirrored copy of each.
 
-    A pure function of its arguments: `digest`, the SHA-256 of the file, seeds the positions. The list has
-    `variants * (1 + flip)` entries; crops of an image of `target`'s shape coincide. A longer list begins with the
-    shorter one, so raising `variants` encodes only the new crops.
+    The result depends only on the arguments: `digest`, the SHA-256 of the file, seeds the positions. The list has
+    `variants * (1 + flip)` entries; if the image has `target`'s aspect ratio, its crops coincide. A longer list begins
+    with the shorter one, so raising `variants` encodes only the new crops.
     """
     height, width = target
     spare_y, spare_x = (a - b for a, b in zip(_cover_size(image_size, target), target, strict=True))
@@ -49,17 +49,17 @@ def _cover_size(image_size: tuple[int, int], target: tuple[int, int]) -> tuple[i
 
 
 def cover(image: Image.Image, target: tuple[int, int]) -> Image.Image:
-    """The image scaled (Lanczos), its shape kept, until it just covers `target`."""
+    """Return the image scaled (Lanczos) to just cover `target`, with its aspect ratio kept."""
     height, width = _cover_size((image.height, image.width), target)
     scaled: Image.Image = transforms.resize(image, [height, width], InterpolationMode.LANCZOS)
     return scaled
 
 
 def pixels(image: Image.Image, crop: Crop) -> torch.Tensor:
-    """The cut as fp32 [1, 3, h, w] in [-1, 1], bit-equal to diffusers' `VaeImageProcessor` on the cut image.
+    """Return the crop as fp32 [1, 3, h, w] in [-1, 1], bit-equal to `VaeImageProcessor` of diffusers.
 
-    Its memory layout is the same too, channels last: in another, convolutions round otherwise. `image` may
-    already be scaled by `cover`, which saves doing so for every cut.
+    The memory layout is the same too, channels last, as convolutions round differently in another. `image` may already
+    be scaled by `cover`, to avoid scaling it for every crop.
     """
     left, top, _, _ = crop.box
     cut = transforms.crop(cover(image, crop.size), top, left, *crop.size)

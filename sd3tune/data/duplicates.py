@@ -1,4 +1,4 @@
-"""Pictures that are nearly the same: one scaled, compressed anew, or saved in another format."""
+"""Near-duplicates: images that are scaled, compressed again, or saved in another format."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ LEAST_SIDE = 32 * _SIDE
 """Pixels of a picture that is decoded for its thumbnail alone: so that a cut block at its edge shifts it by a 32nd of
 a thumbnail's pixel at most."""
 _NEAR = 3.0
-"""Root mean square difference of thumbnails, of 255 levels. Rescaling and JPEG at quality 20 make at most 2; different
-photographs of one thing on one background are beyond 6."""
+"""Limit on the root mean square difference of thumbnails, in levels of 255. Rescaling and JPEG at quality 20 cause at
+most 2; different photographs of one object on one background differ by more than 6."""
 _BLOCK = 256
 _ROUNDING = 0.01
-"""Levels; of means in fp32."""
+"""Rounding error of means in fp32, in levels."""
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
-    """The RGB picture in 8 x 8 pixels, each the mean of its area: uint8 [192]."""
+    """Return the RGB image averaged to 8 x 8 pixels: uint8 [192]."""
     return np.frombuffer(image.resize((_SIDE, _SIDE), Image.Resampling.BOX).tobytes(), np.uint8)
 
 
 def near_duplicates(thumbnails: Sequence[np.ndarray]) -> list[list[int]]:
-    """Return groups, of two or more indices, of pictures that are nearly the same.
+    """Return groups of two or more indices of near-duplicates.
 
-    The means of two pictures differ by no more than the pictures do. So each is compared only with pictures of similar
-    brightness, by |a|^2 + |b|^2 - 2ab, a block of rows at a time.
+    The difference of two means is at most the difference of the thumbnails. So a thumbnail is compared only with those
+    of similar brightness, by |a|^2 + |b|^2 - 2ab, a block of rows at a time.
     """
     if len(thumbnails) < 2:
         return []
@@ -36,7 +36,7 @@ def near_duplicates(thumbnails: Sequence[np.ndarray]) -> list[list[int]]:
     order = np.argsort(values.mean(axis=1), kind="stable")
     values = values[order]
     squares, means = (values**2).sum(axis=1), values.mean(axis=1)
-    group = np.arange(len(values))  # of each picture, the least index in its group
+    group = np.arange(len(values))  # the smallest index in each thumbnail's group
     for begin in range(0, len(values), _BLOCK):
         rows = slice(begin, begin + _BLOCK)
         near = slice(begin, np.searchsorted(means, means[rows][-1] + _NEAR + _ROUNDING, "right"))

@@ -10,21 +10,21 @@ from pathlib import PurePath
 
 from PIL import Image
 
-# What Pillow warns of and logs names no file; what matters is told in words of ours. It refuses twice the pixels at
-# which it warns (179 million); what lies between is a large photograph.
+# Pillow's warnings and logs do not name the file; relevant faults are reported here. It warns at 89 million pixels, a
+# large photograph, and refuses twice as many.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module="PIL")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
-Image.init()  # imports the plugins, which register what this build of Pillow can decode
-_TRUSTED = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # nothing that runs a program, as EPS does
+Image.init()  # imports the plugins, which register the formats of this build
+_TRUSTED = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # no format that runs a program, as EPS does
 _SUFFIXES: Mapping[str, str] = Image.registered_extensions()
 """File name extension -> format. Pillow registers WebP and AVIF only if it has their codecs."""
 
 FORMATS = tuple(name for name in _TRUSTED if name in _SUFFIXES.values())
-"""The formats that are read, whatever a file is called."""
+"""The formats that are read, regardless of a file's name."""
 
-EXTENSIONS = tuple(end for end, name in _SUFFIXES.items() if name in (*FORMATS, "MPO"))  # MPO: JPEGs one after another
+EXTENSIONS = tuple(end for end, name in _SUFFIXES.items() if name in (*FORMATS, "MPO"))  # MPO: a sequence of JPEGs
 """The extensions of files that are read, in lower case."""
 
 _UNREAD = {".heic", ".heif", ".hif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"} | {
@@ -46,27 +46,27 @@ _SIGNATURES = [
     (rb"....ftyp(?!avi[fs]|mif1|msf1)", "a video and not a picture; replace or remove it"),
     (rb"PK\x03\x04", "a ZIP archive and not a picture; unpack it"),
 ]  # fmt: skip
-"""The first bytes of a file -> its kind, and the way out. The first match counts. AVIF is left to Pillow."""
+"""(pattern of a file's first bytes, its kind and the remedy). The first match applies. Pillow detects AVIF itself."""
 
 HEAD_BYTES = 512
 """The number of first bytes that `describe` needs."""
 
 
 def is_picture(name: str) -> bool:
-    """Return whether a name is a picture's, readable or not."""
+    """Return True if a file name is an image's, in a supported format or not."""
     suffix = PurePath(name).suffix.lower()
     return suffix in EXTENSIONS or suffix in _UNREAD
 
 
 def describe(head: bytes) -> str:
-    """What a file is that Pillow does not take for a picture, and the way out: goes on after `photo.jpg: is `."""
-    for signature, what in _SIGNATURES:
+    """Return the kind of a file that Pillow cannot open, and the remedy, to follow `photo.jpg: is `."""
+    for signature, text in _SIGNATURES:
         if re.match(signature, head, re.DOTALL | re.IGNORECASE):
-            return what.format(convert="convert it to JPEG or PNG")
+            return text.format(convert="convert it to JPEG or PNG")
     for name in set(_TRUSTED) & Image.OPEN.keys():
         accept = Image.OPEN[name][1]
         answer = accept is not None and accept(head)
-        if isinstance(answer, str):  # why this build of Pillow lacks the codec
+        if isinstance(answer, str):  # the reason why this build of Pillow lacks the codec
             return (
                 f"a picture in {name} format, which this installation of Pillow cannot read; convert it to JPEG or PNG"
             )

@@ -1,4 +1,4 @@
-"""From an image's bytes to upright RGB. Sizes are (height, width). Needs no torch; `crops` continues from here."""
+"""Decode images to upright RGB, without torch; `crops` makes tensors of them. Sizes are (height, width)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from sd3tune.errors import DataError
 from sd3tune.files.regular import complaint, open_regular, read_regular
 
 PREPROCESSING_VERSION = 1
-"""Part of every image key: raise it when most files give other pixels; of a few, `Reading.mark` tells."""
+"""Part of every image key. Increase it if the pixels of most files change; use `Reading.mark` for a few."""
 
-# A workflow or a large colour profile in a PNG may well be longer than 1 MiB, PIL's limit; all of them stay below 64.
+# A workflow or a colour profile in a PNG may exceed PIL's limit of 1 MiB; the total limit is 64 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
-_MAX_ASPECT = 32  # beyond it a crop shows next to nothing, and covering it would take gigabytes
+_MAX_ASPECT = 32  # beyond it a crop shows almost nothing, and scaling takes gigabytes
 _EXIF_IN_PNG = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 
 
 class ImageRef(Protocol):
-    """Where the bytes of an image are: a `Path`, or the row of a dataset. Its `str` names it in messages."""
+    """The location of an image: a `Path`, or the row of a dataset. Its `str` names it in messages."""
 
     @property
     def name(self) -> str: ...
@@ -37,7 +37,7 @@ class ImageRef(Protocol):
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded image: upright RGB in 8 bits, the SHA-256 of the very bytes it came from, and how they were read."""
+    """A decoded image: upright 8-bit RGB, the SHA-256 of its source bytes, and the reading."""
 
     image: Image.Image
     digest: str
@@ -47,10 +47,10 @@ class Picture:
 
 
 def read_picture(image: ImageRef, at_least: int | None = None) -> Picture:
-    """Decode an image: EXIF rotation is applied, then `to_rgb`; of an animation the first frame is taken.
+    """Decode an image, or the first frame of an animation: apply the EXIF rotation, then `to_rgb`.
 
-    With `at_least`, in pixels, a JPEG comes out 2, 4 or 8 times smaller where both sides stay as long as that; all of
-    its bytes are decoded nevertheless. Raises DataError, naming the image, for whatever cannot be decoded completely.
+    With `at_least`, in pixels, a JPEG is reduced 2, 4 or 8 times as long as both sides stay that long; all of its bytes
+    are decoded nevertheless. Raises DataError, naming the image, if it cannot be decoded completely.
     """
     data = image_bytes(image)
     try:
@@ -67,18 +67,18 @@ def read_picture(image: ImageRef, at_least: int | None = None) -> Picture:
             elif orientation >= 5:
                 width, height = height, width
             return Picture(rgb, hashlib.sha256(data).hexdigest(), reading, (height, width))
-    except Exception as error:  # decoders of arbitrary bytes raise nearly anything
+    except Exception as error:  # decoders may raise anything for arbitrary bytes
         raise DataError(f"{image}: {_complaint(error, data)}") from None
 
 
 def read_image(image: ImageRef) -> tuple[Image.Image, str]:
-    """The image and the SHA-256 of its bytes; see `read_picture`."""
+    """Return the image and the SHA-256 of its bytes; see `read_picture`."""
     picture = read_picture(image)
     return picture.image, picture.digest
 
 
 def reading_warnings(read: Iterable[tuple[ImageRef, Reading]]) -> list[str]:
-    """A line on transparency that is laid on white, and one for each image whose colour profile cannot be applied."""
+    """Return a warning about transparency, and one for each image whose colour profile cannot be applied."""
     pictures = list(read)
     clear = [image.name for image, reading in pictures if reading.transparent]
     lines = []
@@ -96,19 +96,19 @@ def reading_warnings(read: Iterable[tuple[ImageRef, Reading]]) -> list[str]:
 
 
 def open_image(image: ImageRef) -> Image.Image:
-    """The image as upright RGB; see `read_image`."""
+    """Return the image as upright RGB; see `read_image`."""
     return read_image(image)[0]
 
 
 def file_digest(image: ImageRef) -> str:
-    """The SHA-256 of the image's bytes, as `read_image` gives it, without decoding. Raises DataError."""
+    """Return the SHA-256 of the image's bytes, without decoding. Raises DataError."""
     return hashlib.sha256(image_bytes(image)).hexdigest()
 
 
 def check_header(image: ImageRef) -> None:
-    """Raise DataError if the bytes do not begin like an image, or if it is far too large or too narrow.
+    """Raise DataError if the first bytes are not an image's, or if it is far too large or too narrow.
 
-    Of a file only the first bytes are read. What breaks off later passes.
+    Only the first bytes of a file are read, so a truncated file passes.
     """
     with _opened(image) as opened:
         width, height = opened.size
@@ -116,37 +116,37 @@ def check_header(image: ImageRef) -> None:
 
 
 def check_shape(image: ImageRef, size: tuple[int, int]) -> None:
-    """Raise DataError for a picture that is too narrow; `size` is (height, width)."""
+    """Raise DataError for an image that is too narrow; `size` is (height, width)."""
     height, width = size
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise DataError(f"{image}: is {width} x {height} px, too narrow to crop; cut it yourself or remove it")
 
 
 def upright_size(image: ImageRef) -> tuple[int, int]:
-    """The (height, width) that `read_image` gives, without decoding; of a file only the first bytes are read.
+    """Return the (height, width) of the upright image, from the first bytes of a file, without decoding.
 
-    A PNG whose EXIF data stands behind its pixels, which nothing common writes, counts as upright. Raises DataError.
+    A PNG with EXIF data after its pixels, which no common program writes, counts as upright. Raises DataError.
     """
     with _opened(image) as opened:
         width, height = opened.size
-        # A TIFF's size is the upright one already; a PNG without a sign of EXIF would be decoded to look for it.
+        # Pillow gives a TIFF's upright size already. It would decode a PNG to search for EXIF, so that is avoided.
         readable = opened.format != "TIFF" and (opened.format != "PNG" or bool(_EXIF_IN_PNG & opened.info.keys()))
         sideways = readable and _orientation(opened) >= 5
     return (width, height) if sideways else (height, width)
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none, one that does not exist, or EXIF data that is damaged."""
+    """Return the EXIF orientation, 1 to 8; 1 if it is missing, invalid or damaged."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # as of pixels
+    except Exception:  # as for pixels
         return 1
     return int(orientation) if orientation in range(1, 9) else 1
 
 
 @contextmanager
 def _opened(image: ImageRef) -> Iterator[Image.Image]:
-    """The image with nothing decoded; of a file only the first bytes are read. Raises DataError."""
+    """Open the image without decoding; only the first bytes of a file are read. Raises DataError."""
     try:
         file = open_regular(image) if isinstance(image, Path) else io.BytesIO(image.read_bytes())
     except OSError as error:
@@ -156,12 +156,12 @@ def _opened(image: ImageRef) -> Iterator[Image.Image]:
         try:
             with Image.open(file, formats=FORMATS) as opened:
                 yield opened
-        except Exception as error:  # as of pixels
+        except Exception as error:  # as for pixels
             raise DataError(f"{image}: {_complaint(error, head)}") from None
 
 
 def image_bytes(image: ImageRef) -> bytes:
-    """Return the image's bytes as they are stored. Raises DataError, also for an irregular or too large file."""
+    """Return the image's stored bytes. Raises DataError, also for an irregular or too large file."""
     try:
         return read_regular(image) if isinstance(image, Path) else image.read_bytes()
     except OSError as error:
@@ -180,5 +180,5 @@ def _complaint(error: Exception, data: bytes) -> str:
 
 
 def is_smaller(image_size: tuple[int, int], target: tuple[int, int]) -> bool:
-    """Return whether the image must be enlarged to cover `target`."""
+    """Return True if the image must be enlarged to cover `target`."""
     return image_size[0] < target[0] or image_size[1] < target[1]

@@ -1,4 +1,4 @@
-"""Names of files as people and other systems write them."""
+"""File names that differ in case or Unicode form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 
 class Names:
-    """Finds files whose names differ from the given name in case or Unicode form; lists each folder once.
+    """Lookup of files whose names differ from the given one in case or Unicode form. Lists each folder once.
 
     On Windows and macOS `a.TXT` and `a.txt` are the same file, and macOS may write `é` as two characters (NFD).
     """
@@ -18,11 +18,11 @@ class Names:
         self._listed: dict[Path, dict[str, list[str]]] = {}
 
     def like(self, path: Path) -> list[Path]:
-        """The entries of its folder that `path` may mean; see `in_folder`."""
+        """Return the folder entries that `path` may mean; see `in_folder`."""
         return self.in_folder(path.parent, path.name)
 
     def in_folder(self, folder: Path, name: str) -> list[Path]:
-        """The entries of a folder that `name` may mean: the one of just this name first, then by name."""
+        """Return the entries of a folder that `name` may mean: the exact name first, then by name."""
         if folder not in self._listed:
             listed = self._listed[folder] = {}
             with contextlib.suppress(OSError, ValueError):
@@ -32,7 +32,7 @@ class Names:
         return [folder / entry for entry in sorted(found, key=lambda entry: entry != name)]
 
     def find(self, folder: Path, relative: PurePosixPath) -> Path | None:
-        """The entry below `folder` that a path of several parts means, or None."""
+        """Return the entry below `folder` that a relative path means, or None."""
         path = folder
         for part in relative.parts:
             found = self.like(path / part)

@@ -1,4 +1,4 @@
-"""What is trained on: images and their captions, found in the sources that the configuration names."""
+"""The training images and captions of the configured sources."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Record:
 
     image: ImageRef
     caption: str
-    """As it is encoded: template and trigger are in it."""
+    """The caption to encode, with template and trigger applied."""
     repeats: int
     source: int
     weight: float = 1.0
@@ -46,17 +46,17 @@ class Scan:
     looked: list[Any] = field(default_factory=list)
     """The result of `look` for each record's image."""
     problems: list[str] = field(default_factory=list)
-    """A line for each thing that is wrong."""
+    """A line per fault."""
     warnings: list[str] = field(default_factory=list)
-    """A line for each kind of thing that is passed over, or read in a way that may surprise."""
+    """A line for each kind of file that is skipped, or read in an unexpected way."""
 
 
 def load_records(
     data: DataConfig, progress: bool = False, warn: Callable[[str], None] = lambda line: None
 ) -> list[Record]:
-    """Return all images in the order of the sources; in a folder by name, in a dataset by row.
+    """Return all images in the order of the sources; within a folder by name, within a dataset by row.
 
-    `warn` receives a line for everything that is passed over. Raises DataError with all problems (see `scan_records`).
+    `warn` receives a line for everything that is skipped. Raises DataError with all problems (see `scan_records`).
     """
     scan = scan_records(data, progress)
     if scan.problems:
@@ -67,12 +67,11 @@ def load_records(
 
 
 def scan_records(data: DataConfig, progress: bool = False, look: Callable[[ImageRef], Any] = check_header) -> Scan:
-    """Return the usable images, the problems, and the files that are passed over.
+    """Return the usable images, the problems, and warnings about skipped files.
 
-    Problems are sources that are missing, empty or not readable, files that do not begin like an image (only their
-    first bytes are read), and images without a caption, which stay among the records.
-
-    `look` is called for each image on threads, a few at a time; an image for which it raises DataError is no record.
+    Problems are missing, empty or unreadable sources, files whose first bytes are not an image's, and images without a
+    caption, which remain in the records. `look` is called for each image on threads, a few at a time; an image for
+    which it raises DataError gets no record.
     """
     scan = Scan()
     for number, source in enumerate(data.sources):
@@ -82,7 +81,7 @@ def scan_records(data: DataConfig, progress: bool = False, look: Callable[[Image
             scan.problems += error.problems
             continue
         scan.warnings += listing.warnings
-        chosen, of_lines = _chosen(listing.images, source.max_samples), list[Path]()
+        chosen, multiline = _chosen(listing.images, source.max_samples), list[Path]()
         examine = functools.partial(_examined, data, number, listing, look)
         bar = progress_bar(
             in_pieces(examine, chosen, _PIECE),
@@ -97,9 +96,9 @@ def scan_records(data: DataConfig, progress: bool = False, look: Callable[[Image
             if found.record is not None:
                 scan.records.append(found.record)
                 scan.looked.append(found.looked)
-            of_lines += [found.joined] if found.joined else []
-        scan.warnings += _joined(source.path, of_lines)
-    scan.warnings = list(dict.fromkeys(scan.warnings))  # a folder may be two sources
+            multiline += [found.joined] if found.joined else []
+        scan.warnings += _joined(source.path, multiline)
+    scan.warnings = list(dict.fromkeys(scan.warnings))  # a folder may belong to two sources
     return scan
 
 
@@ -109,13 +108,13 @@ class _Examined:
     looked: Any = None
     problems: Sequence[str] = ()
     joined: Path | None = None
-    """The caption file, where it has several lines."""
+    """The caption file, if its several lines were joined."""
 
 
 def _examined(
     data: DataConfig, number: int, listing: Listing, look: Callable[[ImageRef], Any], item: tuple[ImageRef, str | None]
 ) -> _Examined:
-    """One image of source `number`, and the caption that its listing gives."""
+    """Examine one (image, listed caption) of source `number`."""
     source, (image, text) = data.sources[number], item
     try:
         looked = look(image)
@@ -133,23 +132,23 @@ def _examined(
 
 
 def sample_indices(records: Sequence[Record]) -> list[int]:
-    """The record of every sample of an epoch: index i stands there `records[i].repeats` times."""
+    """Return the record index of every sample of an epoch: index i occurs `records[i].repeats` times."""
     return [index for index, record in enumerate(records) for _ in range(record.repeats)]
 
 
 _PIECE = 32
-"""Images that a thread looks at before it hands over."""
+"""Images per task of a thread."""
 _LONGEST = 100_000
-"""Limit of a caption in characters; encoders read some hundred words."""
+"""Limit on a caption in characters; encoders read a few hundred words."""
 
 _SPACELESS = r"[\p{Line_Break=Ideographic}\p{Line_Break=Conditional_Japanese_Starter}\p{Line_Break=Complex_Context}]"
-"""Characters of scripts that put no spaces between words, by Unicode's rules for line breaks (UAX 14): Chinese and
+"""Characters of scripts without spaces between words, by Unicode's rules for line breaks (UAX 14): Chinese and
 Japanese; Thai, Lao, Khmer, Burmese."""
 _WORD = rf"[\w--{_SPACELESS}]"
 
 
 def written_out(caption: str, template: str | None, trigger: str | None) -> str:
-    """The caption with template and trigger. Without a template, the trigger is put in front where it is lacking."""
+    """Apply template and trigger to a caption. Without a template, a missing trigger is put in front."""
     if template is not None:
         return template.format(caption=caption, trigger=trigger)
     if trigger is None or _has(caption, trigger):
@@ -158,32 +157,35 @@ def written_out(caption: str, template: str | None, trigger: str | None) -> str:
 
 
 def _has(caption: str, trigger: str) -> bool:
-    """Return whether the caption contains the trigger as a whole word, in any case."""
-    composed, wanted = (unicodedata.normalize("NFC", text) for text in (caption, trigger))  # as CLIP's tokenizer does
-    before = rf"(?<!{_WORD})" if regex.match(_WORD, wanted[0], regex.V1) else ""
-    behind = rf"(?!{_WORD})" if regex.match(_WORD, wanted[-1], regex.V1) else ""
-    pattern = before + regex.escape(wanted, literal_spaces=True) + behind
+    """Return True if the caption contains the trigger as a whole word, in any case."""
+    composed, word = (unicodedata.normalize("NFC", text) for text in (caption, trigger))  # as CLIP's tokenizer does
+    before = rf"(?<!{_WORD})" if regex.match(_WORD, word[0], regex.V1) else ""
+    behind = rf"(?!{_WORD})" if regex.match(_WORD, word[-1], regex.V1) else ""
+    pattern = before + regex.escape(word, literal_spaces=True) + behind
     return regex.search(pattern, composed, regex.V1 | regex.IGNORECASE) is not None
 
 
-def _chosen(found: Sequence[_Item], count: int | None) -> Sequence[_Item]:
-    """`count` of them in their order. The choice depends on their number alone, and a larger one contains a smaller."""
-    if count is None or count >= len(found):
-        return found
-    lots = sorted(range(len(found)), key=lambda index: derive(0, "max_samples", index))
-    return [found[index] for index in sorted(lots[:count])]
+def _chosen(items: Sequence[_Item], count: int | None) -> Sequence[_Item]:
+    """Return `count` of the items in order; None returns all.
+
+    The choice depends only on the number of items, and a larger choice contains a smaller one.
+    """
+    if count is None or count >= len(items):
+        return items
+    lots = sorted(range(len(items)), key=lambda index: derive(0, "max_samples", index))
+    return [items[index] for index in sorted(lots[:count])]
 
 
-def _joined(place: str, of_lines: list[Path]) -> list[str]:
-    if not of_lines:
+def _joined(place: str, multiline: list[Path]) -> list[str]:
+    if not multiline:
         return []
-    have = counted(of_lines, "caption file has several lines", "caption files have several lines")
-    named = some(path.name for path in of_lines)
+    have = counted(multiline, "caption file has several lines", "caption files have several lines")
+    named = some(path.name for path in multiline)
     return [f"{place}: {have}, which are joined with spaces into one caption: {named}"]
 
 
 def _caption(image: ImageRef, listed: str | None, sidecar: Path | None, source: SourceConfig) -> str:
-    """Return the caption from the listing, else from the file beside the image, else from the source."""
+    """Return the caption of the listing, else of the image's caption file, else of the source."""
     if listed is not None:
         caption = listed
     elif sidecar is not None:

@@ -1,10 +1,10 @@
-"""Randomness as a function: the samples of a step, and every random number, from integers only.
+"""Stateless randomness: the samples of a step, and all random numbers, are functions of integers.
 
-There is no state. So a run resumes from its step number, two processes see the samples that one would, and nothing
-between two steps can disturb the next.
+So a run resumes from its step number, two processes get the same samples as one, and nothing between two steps changes
+the next.
 
 A global micro-batch is one forward pass of all ranks: `world * batch_size` samples of one bucket. Each bucket has an
-endless stream of its samples, reshuffled each time through; batch j of a bucket is the stream's j-th piece. Epoch e has
+endless stream of its samples, reshuffled every epoch; batch j of a bucket is the stream's j-th piece. Epoch e has
 the batches floor(e n / batch) to floor((e + 1) n / batch) of a bucket with n samples, shuffled with the other buckets'.
 Nothing is padded, and samples that do not fill a batch come first in the next epoch.
 """
@@ -21,23 +21,23 @@ from sd3tune.data.seeds import derive
 
 
 def generator(seed: int, *counters: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator on `device`, seeded by `derive(seed, *counters)`; the global state is left alone."""
+    """Return a new generator on `device`, seeded by `derive(seed, *counters)`; the global state does not change."""
     return torch.Generator(device).manual_seed(derive(seed, *counters))
 
 
 def uniform(seed: int, *counters: int | str) -> float:
-    """A number in [0, 1) from all arguments, with 53 random bits."""
+    """Return a number in [0, 1), with 53 random bits, as a function of all arguments."""
     return (derive(seed, *counters) >> 10) / 2**53
 
 
-@functools.lru_cache(maxsize=64)  # streams for each bucket, and a batch may straddle two epochs
+@functools.lru_cache(maxsize=64)  # one stream per bucket, and a batch may span two epochs
 def epoch_order(seed: int, epoch: int, n: int) -> tuple[int, ...]:
-    """A permutation of `range(n)`: the order in which that epoch sees its samples."""
+    """Return a permutation of `range(n)`: the order of the samples in that epoch."""
     return tuple(torch.randperm(n, generator=generator(seed, "epoch", epoch)).tolist())
 
 
 def index_at(seed: int, position: int, n: int) -> int:
-    """The sample in `range(n)` at `position` of the endless stream; each comes exactly once per epoch."""
+    """Return the sample in `range(n)` at `position` of the endless stream; each occurs exactly once per epoch."""
     if n < 1:
         raise ValueError(f"a stream needs at least one sample, not {n}")
     epoch, offset = divmod(position, n)
@@ -45,9 +45,9 @@ def index_at(seed: int, position: int, n: int) -> int:
 
 
 def batch_samples(seed: int, number: int, buckets: Sequence[tuple[str, int]], batch: int) -> tuple[str, int, list[int]]:
-    """The bucket of global micro-batch `number` of the run, its own number there, and the indices of its samples.
+    """Return the bucket of the run's micro-batch `number`, its number in the bucket, and the indices of its samples.
 
-    `buckets` lists names and numbers of samples per epoch. With a single bucket the batches are simply the pieces of
+    `buckets` lists names and numbers of samples per epoch. With a single bucket, the batches are consecutive pieces of
     `index_at(seed, ...)`.
     """
     if not buckets or min(n for _, n in buckets) < 1:
@@ -61,7 +61,7 @@ def batch_samples(seed: int, number: int, buckets: Sequence[tuple[str, int]], ba
 
 
 def times_seen(seed: int, batches: int, buckets: Sequence[tuple[str, int]], batch: int) -> list[list[int]]:
-    """How often each sample of each bucket comes in the run's first `batches` batches; see `batch_samples`."""
+    """Return how often each sample of each bucket occurs in the run's first `batches` batches; see `batch_samples`."""
     counts = tuple(n for _, n in buckets)
     epoch = _epoch_of(batches, counts, batch)
     drawn = [epoch * n // batch for n in counts]
@@ -76,13 +76,13 @@ def times_seen(seed: int, batches: int, buckets: Sequence[tuple[str, int]], batc
 
 
 def _stream(seed: int, name: str, buckets: int) -> int:
-    """The seed of a bucket's stream; a lone bucket has the run's own."""
+    """Return the seed of a bucket's stream; a single bucket uses the run's seed."""
     return seed if buckets == 1 else derive(seed, "bucket", name)
 
 
 def _epoch_of(number: int, counts: tuple[int, ...], batch: int) -> int:
-    """The epoch that holds batch `number` of the run."""
-    # e epochs hold at most e * sum(counts) / batch batches, and fall short of that by less than one a bucket.
+    """Return the epoch of batch `number` of the run."""
+    # e epochs have at most e * sum(counts) / batch batches, and fewer by less than one per bucket.
     upper = (number + len(counts)) * batch // sum(counts) + 1
     return bisect.bisect_right(range(upper), number, key=lambda e: _batches_before(e, counts, batch)) - 1
 
@@ -93,7 +93,7 @@ def _batches_before(epoch: int, counts: tuple[int, ...], batch: int) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _epoch_batches(seed: int, epoch: int, counts: tuple[int, ...], batch: int) -> list[tuple[int, int]]:
-    """The (bucket, number in that bucket's stream) of every batch of an epoch: buckets mixed, each in stream order."""
+    """Return (bucket, number in its stream) of every batch of an epoch: buckets shuffled, each in stream order."""
     following = [epoch * n // batch for n in counts]
     ends = [(epoch + 1) * n // batch for n in counts]
     labels = [bucket for bucket, end in enumerate(ends) for _ in range(end - following[bucket])]
@@ -106,10 +106,10 @@ def _epoch_batches(seed: int, epoch: int, counts: tuple[int, ...], batch: int) -
 
 
 def step_slots(micro: int, rank: int, world: int, batch_size: int) -> range:
-    """The slots, within its optimizer step, of one rank's batch in micro-step `micro`.
+    """Return the slots, within its optimizer step, of one rank's batch in micro-step `micro`.
 
-    Ranks lie side by side inside a micro-step, so two processes with batch 1 see together what one with batch
-    2 sees.
+    Ranks are adjacent inside a micro-step, so two processes with batch size 1 together get the samples of one process
+    with batch size 2.
     """
     first = (micro * world + rank) * batch_size
     return range(first, first + batch_size)

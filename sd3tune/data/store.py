@@ -1,9 +1,9 @@
-"""An on-disk store of tensors under content-based keys; it knows no model.
+"""An on-disk store of tensors under content-based keys, independent of models.
 
 Entries are in immutable shards: safetensors files that get their names only when complete. Any number of processes may
-read and write at once; a killed writer loses only unflushed entries. Each entry has a digest, which is compared at the
-first read; earlier versions wrote none.
-A shard with a damaged entry is renamed to `*.damaged` and all of its entries count as missing.
+read and write concurrently; a killed writer loses only unflushed entries. Each entry has a digest, which is checked at
+the first read; earlier versions wrote none. A shard with a damaged entry is renamed to `*.damaged`, and all of its
+entries count as missing.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from sd3tune.reporting import escaped
 SHARD_BYTES = 64 * 2**20
 FLUSH_SECONDS = 30.0
 CHECKED_BYTES = 2 * 2**30
-"""How much `Store.check` reads, which takes about a second; other entries are compared when they are first read."""
+"""Number of bytes that `Store.check` reads, in about a second; other entries are checked at their first read."""
 _PREFIX, _SUFFIX, _DAMAGED = "shard-", ".safetensors", ".damaged"
 _DIGESTS = "digests"
-"""The key of a shard's metadata that holds the entries' digests, as JSON."""
+"""Key of the entries' digests, as JSON, in a shard's metadata."""
 
 logger = logging.getLogger(__name__)
 
 
 def key(kind: str, **fields: Any) -> str:
-    """The SHA-256, in hex, of the fields as canonical JSON: equal fields, equal key, on every machine."""
+    """Return the SHA-256, in hex, of the fields as canonical JSON: equal fields have equal keys on every machine."""
     canonical = json.dumps({"kind": kind, **fields}, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -62,9 +62,9 @@ class Entry:
 
 
 class Store:
-    """The entries under `root`, as of the last `refresh`, and those written through this object since.
+    """The entries under `root` at the last `refresh`, and entries written through this object since.
 
-    While the object lives, it counts as a user of the folder, so that `survey.remove` takes nothing away from it.
+    While the object exists, it counts as a user of the folder, which prevents `survey.remove` from deleting files.
     """
 
     def __init__(self, root: Path) -> None:
@@ -91,18 +91,17 @@ class Store:
         return bool(self._unreadable)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys without an entry, each once, in their order."""
+        """Return the keys without an entry, each once, in order."""
         return [key for key in dict.fromkeys(keys) if key not in self._index]
 
     def nbytes(self, keys: Iterable[str]) -> int:
-        """Bytes of the tensors under those keys; KeyError for a missing one."""
+        """Return the bytes of the tensors under these keys. Raises KeyError for a missing key."""
         return sum(self._index[key].nbytes for key in dict.fromkeys(keys))
 
     def get(self, key: str) -> dict[str, torch.Tensor]:
-        """The tensors of an entry, on the CPU, mapped from the file: not to be changed in place. Thread-safe.
+        """Return the tensors of an entry, on the CPU, memory-mapped: do not change them in place. Thread-safe.
 
-        Raises KeyError for a key without an entry, RunError when its shard has vanished since it was listed or when
-        the entry is damaged.
+        Raises KeyError for a key without an entry, and RunError if its shard was deleted or the entry is damaged.
         """
         entry = self._index[key]
         tensors = self._read(key, entry)
@@ -114,9 +113,9 @@ class Store:
         return tensors
 
     def check(self, keys: Iterable[str], nbytes: int = CHECKED_BYTES) -> list[str]:
-        """Compare entries with their digests, the first `nbytes` of them; return the keys whose entries are lost.
+        """Check entries against their digests, up to `nbytes` in all. Return the keys whose entries are lost.
 
-        Those are the damaged entries and the others in their shards.
+        Lost are damaged entries, and all other entries in their shards.
         """
         present = [key for key in dict.fromkeys(keys) if key in self._index]
         for key in present:
@@ -133,7 +132,7 @@ class Store:
         return [key for key in present if key not in self._index]
 
     def _set_aside(self, shard: Path) -> None:
-        """Forget a damaged shard and rename it, so that no process uses it again; where it can't be renamed, forget."""
+        """Drop a damaged shard from the index, and rename it if possible, so that no process uses it again."""
         with contextlib.suppress(OSError):
             shard.replace(shard.with_suffix(_DAMAGED))
         self._unreadable.add(shard)
@@ -147,13 +146,13 @@ class Store:
                 if shard is None:
                     shard = self._open[entry.shard] = safe_open(str(entry.shard), framework="pt", device="cpu")
                     with contextlib.suppress(OSError):
-                        os.utime(entry.shard)  # so that its age tells when it was last used
+                        os.utime(entry.shard)  # the age then shows the last use
             return {name: shard.get_tensor(f"{key}/{name}") for name in entry.names}
         except (OSError, SafetensorError) as error:
             raise RunError(f"{entry.shard}: cannot be read any more ({error}); run again to encode it anew") from None
 
     def refresh(self) -> None:
-        """Take in the shards that other processes have finished; warn of those that cannot be read."""
+        """Add the shards that other processes have finished to the index; warn of unreadable shards."""
         try:
             found = [path for path in shards_in(self.root) if path not in self._shards]
         except OSError as error:
@@ -179,9 +178,9 @@ class Store:
 
     @contextlib.contextmanager
     def writer(self, shard_bytes: int = SHARD_BYTES, flush_seconds: float = FLUSH_SECONDS) -> Iterator[Writer]:
-        """Put entries: flushed at `shard_bytes`, after `flush_seconds`, and at the end, whatever ends it.
+        """Yield a writer, which flushes at `shard_bytes`, after `flush_seconds`, and at the end, also after an error.
 
-        Raises RunError, naming the folder, when it cannot be written, and leaves no half-written file.
+        Raises RunError, naming the folder, if it cannot be written; no partial file remains.
         """
         with _disk_trouble(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -194,7 +193,7 @@ class Store:
             writer.flush()
 
     def _share(self) -> None:
-        """Become a user of the folder, once it is there; go without where no lock file can be made."""
+        """Lock the folder as a user once it exists; do without the lock if no lock file can be created."""
         if self._locked or not self.root.is_dir():
             return
         with contextlib.suppress(OSError):
@@ -203,7 +202,7 @@ class Store:
 
 
 class Writer:
-    """Collects entries and writes them out a shard at a time; made by `Store.writer`."""
+    """Writer of entries, a shard at a time; made by `Store.writer`."""
 
     def __init__(self, store: Store, shard_bytes: int, flush_seconds: float) -> None:
         self._store = store
@@ -214,7 +213,7 @@ class Writer:
         self._flushed_at = time.monotonic()
 
     def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Add an entry; tensors are copied. A key that the store already has is left as it is."""
+        """Add an entry, with copies of the tensors. An existing entry is not changed."""
         if key in self._store:
             return
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -226,7 +225,7 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Make everything put so far durable, visible to other processes, and readable through the store."""
+        """Write all entries so far to disk, so that other processes and the store can read them."""
         buffer, self._buffer, self._buffered_bytes = self._buffer, {}, 0
         digests, self._digests = self._digests, {}
         self._flushed_at = time.monotonic()
@@ -257,7 +256,7 @@ def _unwritable(folder: Path, cause: OSError) -> RunError:
 
 @contextlib.contextmanager
 def exclusive(root: Path) -> Iterator[None]:
-    """Hold the folder of a store alone. Raises RunError when a process, this one included, has a `Store` there."""
+    """Lock the folder of a store exclusively. Raises RunError if any process has a `Store` there, even this one."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(alone(root))
@@ -269,27 +268,27 @@ def exclusive(root: Path) -> Iterator[None]:
 
 
 def is_store(root: Path) -> bool:
-    """Return whether the folder was ever used as a store."""
+    """Return True if the folder was ever used as a store."""
     return any((root / name).exists() for name in LOCK_FILES) or bool(shards_in(root))
 
 
 def shards_in(root: Path) -> list[Path]:
-    """The files that hold entries."""
+    """Return the shards: the files with entries."""
     return sorted(root.glob(f"{_PREFIX}*{_SUFFIX}"))
 
 
 def damaged_in(root: Path) -> list[Path]:
-    """The shards that were set aside."""
+    """Return the damaged shards that were renamed."""
     return sorted(root.glob(f"{_PREFIX}*{_DAMAGED}"))
 
 
 def temporaries_in(root: Path) -> list[Path]:
-    """Return the files of unfinished writers; once no store is open, nobody will finish them."""
+    """Return the temporary files of writers; if no store is open, they are left over."""
     return sorted(root.glob(f"{TEMPORARY}*"))
 
 
 def read_index(shard: Path) -> dict[str, Entry]:
-    """The entries of a shard from its header alone; ValueError when it is not a complete shard of ours."""
+    """Return the entries of a shard from its header alone. Raises ValueError unless it is a complete shard."""
     header = read_header(shard)
     digests = parse_object(header.metadata.get(_DIGESTS, "{}"), MOST_BYTES)
     names: dict[str, list[str]] = {}
@@ -305,6 +304,6 @@ def read_index(shard: Path) -> dict[str, Entry]:
 
 
 def _digest(key: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """A digest of an entry; the key is part of it, so that swapped entries are damaged ones."""
+    """Return the digest of an entry. It includes the key, so that swapped entries count as damaged."""
     parts = [f"{name} {digest(tensors[name])}" for name in sorted(tensors)]
     return xxhash.xxh3_128_hexdigest("\n".join([key, *parts]).encode())

@@ -1,9 +1,8 @@
-"""Who uses a store's folder: any number of processes at once, or one alone that removes files.
+"""Locks on a store's folder: shared by any number of users, or exclusive for the removal of files.
 
-A portable lock has one holder. So each user locks a file of its own, the first `user-N.lock` that is free, and a
-removal locks all of them. Both enter by `gate.lock`, which a removal keeps until it is done. The system drops the locks
-of a process that ends; the files stay, and are used again. Earlier versions share a lock on `store.lock`, which a
-removal holds as well.
+A portable lock has one holder. So each user locks its own file, the first free `user-N.lock`, and a removal locks all
+of them. Both first lock `gate.lock`, which a removal keeps until it is done. The system releases the locks of a process
+that ends; the files remain and are reused. Earlier versions share a lock on `store.lock`, which a removal locks too.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from filelock import FileLock, Timeout
 
 _GATE, _EARLIER = "gate.lock", "store.lock"
 LOCK_FILES = (_GATE, _EARLIER)
-"""Each folder that was ever used as a store has one of them."""
+"""Lock files; every folder that was ever used as a store has at least one."""
 
 
 def use(root: Path) -> FileLock:
-    """Take part in the use of the folder until the returned lock is released. Waits for a removal, which is brief.
+    """Lock the folder as one of its users, until the returned lock is released. Waits for a removal, which is brief.
 
-    Raises OSError where no lock file can be made.
+    Raises OSError if no lock file can be created.
     """
     with FileLock(root / _GATE):
         for number in itertools.count():
@@ -36,7 +35,7 @@ def use(root: Path) -> FileLock:
 
 @contextlib.contextmanager
 def alone(root: Path) -> Iterator[None]:
-    """Use the folder alone. Raises Timeout when anybody uses it, this process included, and OSError as `use` does."""
+    """Lock the folder exclusively. Raises Timeout if any process, this one included, uses it, and OSError as `use`."""
     with FileLock(root / _GATE), contextlib.ExitStack() as held:
         for path in (root / _EARLIER, *sorted(root.glob("user-*.lock"))):
             held.enter_context(FileLock(path, blocking=False))

@@ -18,13 +18,13 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class StoreFile:
-    """One file of a store; entries lie together in it and can only go together."""
+    """One file of a store; its entries can only be deleted together."""
 
     path: Path
     kind: Literal["shard", "temporary", "unreadable"]
     nbytes: int
     idle_days: float
-    """Since it was written or last read."""
+    """Days since it was written or last read."""
     entries: Counter[Names] = field(default_factory=Counter)
     entry_bytes: Counter[Names] = field(default_factory=Counter)
 

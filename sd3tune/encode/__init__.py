@@ -1,1 +1,1 @@
-"""Captions and images into the store, one component in memory at a time, and never the transformer."""
+"""Encode captions and images into the store, with one text encoder or the VAE in memory at a time."""

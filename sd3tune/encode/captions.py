@@ -1,4 +1,4 @@
-"""Captions into the store: per encoder, one encoder in memory at a time, one text per forward pass."""
+"""Encode captions into the store: one encoder in memory at a time, one text per forward pass."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from sd3tune.reporting import progress_bar
 CLIP_LENGTH = 77
 
 Keys = Mapping[str, Mapping[str, str]]
-"""Encoder -> text -> the key of its entry."""
+"""Encoder -> text -> store key."""
 KeysAt = Mapping[int, Mapping[str, str]]
-"""Of one encoder: length in tokens -> text -> key."""
+"""Length in tokens -> text -> store key, for one encoder."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,29 +57,29 @@ def encode_captions(
 ) -> tuple[Keys, EncodeReport]:
     """Encode the `texts` that the store lacks; return encoder -> text -> key, and the report.
 
-    T5 also encodes each text at `extra_t5_lengths`, in tokens; `caption_keys` gives the keys of those entries.
-    Entries are {"hidden": [T, D]} and, for CLIP, {"pooled": [P]}, in `dtype`. An encoder is loaded only when
-    something is missing, and freed before the next. T5 is held in `t5_form` (see `quantized.FORMS`), and
-    on `t5_device` where that is not `device`. With `records`, the report distinguishes changed captions
-    from new ones. `say` receives the size of the entries to write. With `world` > 1 each rank encodes its share: put a
-    barrier behind this call, then `store.refresh()`. The keys are complete on every rank. Raises ModelError, and
-    RunError when the disk lacks the room.
+    T5 also encodes each text at `extra_t5_lengths`, in tokens; `caption_keys` returns the keys of these entries.
+    Entries are {"hidden": [T, D]} and, for CLIP, {"pooled": [P]}, in `dtype`. An encoder is loaded only if entries are
+    missing, and freed before the next. T5 is loaded in `t5_form` (see `quantized.FORMS`), on `t5_device` if it is
+    given, else on `device`. With `records`, the report distinguishes changed captions from new ones. `say` receives the
+    size of the entries to write. With `world` > 1 each rank encodes its share: wait for all ranks after this call, then
+    call `store.refresh()`. The keys are complete on every rank. Raises ModelError, and
+    RunError if the disk lacks space.
     """
     unique = list(dict.fromkeys(texts))
     lengths = list(dict.fromkeys([max_sequence_length, *(extra_t5_lengths if "t5" in encoders else ())]))
     keys_at = functools.partial(caption_keys, base, unique, dtype=dtype, t5_form=t5_form)
-    wanted = {encoder: _by_length(keys_at, encoder, lengths) for encoder in encoders}
-    damaged = _damaged(wanted, store)
-    missing = {encoder: _without(of, lambda key: key in store) for encoder, of in wanted.items()}
-    passes = [(encoder, tokens, found) for encoder, of in missing.items() for tokens, found in of.items()]
-    nbytes = sum(entry_bytes(base, encoder, dtype, tokens) * len(found) for encoder, tokens, found in passes)
-    reasons = _reasons(dict.fromkeys(text for _, _, found in passes for text in found), records, store)
+    keys_of = {encoder: _by_length(keys_at, encoder, lengths) for encoder in encoders}
+    damaged = _damaged(keys_of, store)
+    missing = {encoder: _without(keys, lambda key: key in store) for encoder, keys in keys_of.items()}
+    passes = [(encoder, tokens, lacking) for encoder, keys in missing.items() for tokens, lacking in keys.items()]
+    nbytes = sum(entry_bytes(base, encoder, dtype, tokens) * len(lacking) for encoder, tokens, lacking in passes)
+    reasons = _reasons(dict.fromkeys(text for _, _, lacking in passes for text in lacking), records, store)
     if nbytes:
-        say(check_room(store.root, "captions", sum(len(found) for _, _, found in passes), nbytes))
+        say(check_room(store.root, "captions", sum(len(lacking) for _, _, lacking in passes), nbytes))
 
     cut: dict[str, dict[str, int]] = {}
-    for encoder, of in missing.items():
-        mine = _without(of, lambda key: not is_mine(key, rank, world))
+    for encoder, keys_at_length in missing.items():
+        mine = _without(keys_at_length, lambda key: not is_mine(key, rank, world))
         if any(mine.values()):
             is_t5 = encoder == "t5"
             form, where = (t5_form, t5_device or device) if is_t5 else ("none", device)
@@ -92,14 +92,16 @@ def encode_captions(
         Manifest.add(store.root, captions={str(record.image): record.caption for record in records}, texts=unique)
     extent = f"{len(unique)} text{'s' * (len(unique) != 1)} x {len(encoders)} encoders"
     extent += f", T5 at {', '.join(map(str, lengths))} tokens" * (len(lengths) > 1)
-    keys = {encoder: next(iter(of.values())) for encoder, of in wanted.items()}
+    keys = {encoder: next(iter(by_length.values())) for encoder, by_length in keys_of.items()}
     warnings = [*damage_warnings(damaged), *_warnings(cut)]
     return keys, EncodeReport("captions", extent, len(unique), reasons, nbytes, warnings)
 
 
-def _damaged(wanted: Mapping[str, KeysAt], store: Store) -> list[str]:
-    """The beginnings of the texts whose entries are damaged."""
-    keys = [(text, key) for of in wanted.values() for at in of.values() for text, key in at.items()]
+def _damaged(keys_of: Mapping[str, KeysAt], store: Store) -> list[str]:
+    """Return the beginnings of the texts with damaged entries."""
+    keys = [
+        (text, key) for by_length in keys_of.values() for texts in by_length.values() for text, key in texts.items()
+    ]
     damaged = set(store.check(key for _, key in keys))
     return list(dict.fromkeys(repr(text[:60]) for text, key in keys if key in damaged))
 
@@ -110,7 +112,7 @@ def _by_length(keys_at: Callable[..., Keys], encoder: str, t5_lengths: Sequence[
 
 
 def _without(keys: KeysAt, unwanted: Callable[[str], bool]) -> KeysAt:
-    return {tokens: {text: key for text, key in of.items() if not unwanted(key)} for tokens, of in keys.items()}
+    return {tokens: {text: key for text, key in texts.items() if not unwanted(key)} for tokens, texts in keys.items()}
 
 
 def caption_keys(
@@ -122,7 +124,7 @@ def caption_keys(
     max_sequence_length: int,
     t5_form: str = "none",
 ) -> Keys:
-    """Encoder -> text -> key, each text once, in order. T5's length and form are in T5's keys alone."""
+    """Return encoder -> text -> key, each text once, in order. Only T5's keys depend on its length and form."""
     unique = list(dict.fromkeys(texts))
     keys = {}
     for encoder in encoders:
@@ -146,7 +148,7 @@ def _encode(
     store: Store,
     progress: bool,
 ) -> dict[int, dict[str, int]]:
-    """Encode texts under their keys, by length in tokens; returns by length how many tokens each long text lost."""
+    """Encode texts under their keys. Return length -> text -> number of tokens cut off, for texts that are too long."""
     total = sum(map(len, keys.values()))
     bar = progress_bar(total=total, desc=f"encoding captions, {encoder}", unit="text", disable=not progress)
     lost: dict[int, dict[str, int]] = {tokens: {} for tokens in keys}
@@ -164,7 +166,7 @@ def _encode(
 
 
 def entry_bytes(base: Base, encoder: str, dtype: torch.dtype, max_sequence_length: int) -> int:
-    """Bytes of one entry, from the encoder's configuration alone; the length is T5's."""
+    """Return the bytes of one entry, from the encoder's configuration alone; the length applies to T5."""
     config = base.config(ENCODER_PARTS[encoder][1])
     if encoder == "t5":
         return max_sequence_length * config["d_model"] * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Images into the store: mean and standard deviation of the VAE's posterior, per crop and flip variant."""
+"""Encode images into the store: mean and standard deviation of the VAE's posterior, per crop and flip variant."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One record's image in the store: the (height, width) it was cut to, and a key per variant."""
+    """One record's image in the store: its cropped (height, width), and a key per variant."""
 
     size: Size
     keys: tuple[str, ...]
     earlier_keys: tuple[str, ...]
-    """Those of versions that read every image in the same way: others where the colour profile counts now."""
+    """The keys of versions that read every image alike; they differ from `keys` if the colour profile now matters."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """An image and the variants of it that the store lacks."""
+    """An image and its variants that the store lacks."""
 
     image: ImageRef
     digest: str
@@ -54,7 +54,7 @@ def encode_images(
     records: Sequence[Record],
     store: Store,
     *,
-    what: str = "images",
+    label: str = "images",
     buckets: Sequence[Size],
     crop_variants: int = 1,
     flip: bool = False,
@@ -67,60 +67,74 @@ def encode_images(
 ) -> tuple[list[EncodedImage], EncodeReport]:
     """Encode the images that the store lacks; return all in the records' order, and the report.
 
-    Each image is cut to the nearest shape of `buckets`, (height, width) in pixels. Entries
-    are {"mean", "std"}, fp32 [16, height/8, width/8]. The VAE is loaded only when something is missing, runs in
-    `dtype` (fp16, in which it overflows, becomes fp32) on one image at a time, and is freed. With `world` > 1 each
-    rank encodes its share: put a barrier behind this call, then `store.refresh()`. `say` receives the size of the
-    entries to write; `what` is the word for the records there. Raises DataError for all unreadable images at once
-    before the VAE is loaded, ModelError, and RunError when the disk lacks the room.
+    Each image is cropped to the nearest shape of `buckets`, (height, width) in pixels. Entries are {"mean", "std"},
+    fp32 [16, height/8, width/8]. The VAE is loaded only if entries are missing, and then freed. It encodes one image at
+    a time in `dtype`, or in fp32 for fp16, where it would overflow. With `world` > 1 each rank encodes its share: wait
+    for all ranks after this call, then call `store.refresh()`. `say` receives the size of the entries to write, where
+    `label` names the records. Raises DataError for all unreadable images at once, before the VAE is loaded. Raises
+    ModelError, and RunError if the disk lacks space.
     """
     dtype = torch.float32 if dtype == torch.float16 else dtype
     manifest = Manifest.load(store.root)
     refs = [record.image for record in records]
     facts = inspect(refs, manifest, progress)
     vae = base.fingerprint("vae")
-    targets = [nearest_bucket(of.size, buckets) for of in facts]
+    targets = [nearest_bucket(image.size, buckets) for image in facts]
     cuts = [
-        [(_key(vae, dtype, of.digest, of.mark, cut), cut) for cut in found]
-        for of, found in zip(facts, _crops(facts, targets, crop_variants, flip), strict=True)
+        [(_key(vae, dtype, image.digest, image.mark, cut), cut) for cut in variants_of_image]
+        for image, variants_of_image in zip(facts, _crops(facts, targets, crop_variants, flip), strict=True)
     ]
 
     damaged = _damaged(refs, cuts, store)
-    jobs: dict[str, _Job] = {}  # by digest: copies of a file are encoded once
-    reasons: Counter[str] = Counter()
-    for image, of, target, all_cuts in zip(refs, facts, targets, cuts, strict=True):
-        lacking = {key: cut for key, cut in all_cuts if key not in store}
-        if lacking:
-            jobs[of.digest] = _Job(image, of.digest, target, lacking)
-            reasons[_reason(image, of, manifest, store)] += 1
-    entries = sum(len(job.cuts) for job in jobs.values())
-    pixels_missing = sum(len(job.cuts) * job.target[0] * job.target[1] for job in jobs.values())
+    jobs, reasons = _missing(refs, facts, targets, cuts, manifest, store)
+    entries = sum(len(job.cuts) for job in jobs)
+    pixels_missing = sum(len(job.cuts) * job.target[0] * job.target[1] for job in jobs)
     nbytes = round(pixels_missing * bytes_per_pixel(base))
     if entries:
-        say(check_room(store.root, what, entries, nbytes))
+        say(check_room(store.root, label, entries, nbytes))
 
-    mine = [job for job in jobs.values() if is_mine(job.digest, rank, world)]
+    mine = [job for job in jobs if is_mine(job.digest, rank, world)]
     if mine:
         _encode(base, mine, store, dtype, device, progress)
         release(device)
     if rank == 0:
-        Manifest.add(store.root, images={str(image): of for image, of in zip(refs, facts, strict=True)})
+        Manifest.add(store.root, images={str(ref): image for ref, image in zip(refs, facts, strict=True)})
     variants = crop_variants * (1 + flip)
     extent = f"{len(records)} x {variants} variants" if variants > 1 else f"{len(records)}"
     warnings = [*damage_warnings(damaged), *warnings_about(refs, facts), *_enlarged(refs, facts, targets)]
-    report = EncodeReport(what, extent, len(records), reasons, nbytes, warnings)
+    report = EncodeReport(label, extent, len(records), reasons, nbytes, warnings)
     return [_encoded(vae, dtype, *one) for one in zip(facts, targets, cuts, strict=True)], report
 
 
+def _missing(
+    refs: Sequence[ImageRef],
+    facts: Sequence[ImageFacts],
+    targets: Sequence[Size],
+    cuts: Sequence[Sequence[tuple[str, Crop]]],
+    manifest: Manifest,
+    store: Store,
+) -> tuple[list[_Job], Counter[str]]:
+    """Return the jobs for the variants that the store lacks, and the number of images by reason."""
+    jobs: dict[str, _Job] = {}  # by digest: copies of a file are encoded once
+    reasons: Counter[str] = Counter()
+    for ref, image, target, variants in zip(refs, facts, targets, cuts, strict=True):
+        lacking = {key: cut for key, cut in variants if key not in store}
+        if lacking:
+            jobs[image.digest] = _Job(ref, image.digest, target, lacking)
+            reasons[_reason(ref, image, manifest, store)] += 1
+    return list(jobs.values()), reasons
+
+
 def _damaged(refs: Sequence[ImageRef], cuts: Sequence[Sequence[tuple[str, Crop]]], store: Store) -> list[str]:
-    """The names of the images with damaged entries."""
-    lost = set(store.check(key for of in cuts for key, _ in of))
-    return [image.name for image, of in zip(refs, cuts, strict=True) if not lost.isdisjoint(key for key, _ in of)]
+    """Return the names of the images with damaged entries."""
+    lost = set(store.check(key for variants in cuts for key, _ in variants))
+    pairs = zip(refs, cuts, strict=True)
+    return [ref.name for ref, variants in pairs if not lost.isdisjoint(key for key, _ in variants)]
 
 
 def _crops(facts: Sequence[ImageFacts], targets: Sequence[Size], variants: int, flip: bool) -> Iterator[list[Crop]]:
-    for of, target in zip(facts, targets, strict=True):
-        yield crops(of.size, target, variants, flip, of.digest)
+    for image, target in zip(facts, targets, strict=True):
+        yield crops(image.size, target, variants, flip, image.digest)
 
 
 def _encoded(
@@ -170,7 +184,7 @@ def _encode(
 
 
 def bytes_per_pixel(base: Base) -> float:
-    """Bytes of an entry, mean and standard deviation in fp32, from the VAE's configuration alone."""
+    """Return the bytes of an entry (mean and std in fp32) per pixel, from the VAE's configuration alone."""
     config = base.config("vae")
     scale = 2 ** (len(config["block_out_channels"]) - 1)
     return 2 * 4 * config["latent_channels"] / scale**2
@@ -187,7 +201,7 @@ def _reason(image: ImageRef, facts: ImageFacts, manifest: Manifest, store: Store
 
 def _enlarged(refs: Sequence[ImageRef], facts: Sequence[ImageFacts], targets: Sequence[Size]) -> list[str]:
     checked = zip(refs, facts, targets, strict=True)
-    small = [(image.name, target) for image, of, target in checked if is_smaller(of.size, target)]
+    small = [(ref.name, target) for ref, image, target in checked if is_smaller(image.size, target)]
     if not small:
         return []
     verb = "image is" if len(small) == 1 else "images are"

@@ -1,4 +1,4 @@
-"""Every picture decoded before anything is loaded: which are broken, and how the others are read."""
+"""Decode every image before anything is loaded, to report broken images and unusual ways of reading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sd3tune.reporting import progress_bar
 
 
 def inspect(refs: Sequence[ImageRef], manifest: Manifest, progress: bool) -> list[ImageFacts]:
-    """Return the facts of every image; those that the manifest knows are not decoded again.
+    """Return the facts of every image. Images with facts in the manifest are not decoded again.
 
     Raises DataError for all unreadable images at once.
     """
@@ -29,17 +29,17 @@ def inspect(refs: Sequence[ImageRef], manifest: Manifest, progress: bool) -> lis
             return error
 
     bar = progress_bar(total=len(refs), desc="checking images", unit="image", delay=1, disable=not progress)
-    found = []
+    results = []
     with bar:
         for result in ahead(look, refs):
-            found.append(result)
+            results.append(result)
             bar.update()
-    problems = dict.fromkeys(line for result in found if isinstance(result, DataError) for line in result.problems)
+    problems = dict.fromkeys(line for result in results if isinstance(result, DataError) for line in result.problems)
     if problems:
         raise DataError(*problems)
-    return [result for result in found if isinstance(result, ImageFacts)]
+    return [result for result in results if isinstance(result, ImageFacts)]
 
 
 def warnings_about(refs: Sequence[ImageRef], facts: Sequence[ImageFacts]) -> list[str]:
-    """A line for each way of reading that may surprise."""
-    return reading_warnings([(ref, of.reading) for ref, of in zip(refs, facts, strict=True) if of.reading])
+    """Return a warning for each unusual way in which images were read."""
+    return reading_warnings([(ref, image.reading) for ref, image in zip(refs, facts, strict=True) if image.reading])

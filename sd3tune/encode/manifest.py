@@ -1,4 +1,4 @@
-"""A record of the files that were encoded into a store, from which a report explains what is encoded again."""
+"""A record of the files encoded into a store, used to explain why a file is encoded again."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What a file's bytes determine: their SHA-256, and the upright image's (height, width)."""
+    """Facts about an image file: its SHA-256, and the (height, width) of the upright image."""
 
     digest: str
     size: tuple[int, int]
     reading: Reading | None = None
-    """How the pixels were read; None as long as no version that tells has looked."""
+    """How the pixels were read; None if only earlier versions, which did not record it, read the image."""
 
     @property
     def mark(self) -> str:
-        """Part of the store key, empty for most images."""
+        """The reading's part of the store key; empty for most images."""
         return self.reading.mark if self.reading else ""
 
 
 @dataclass
 class Manifest:
-    """The last encoding of each image: a file by its absolute path, a row by its dataset and number.
+    """The last encoding of each image, by the absolute path of a file, or the dataset and number of a row.
 
-    It never replaces reading a file: every pass computes digests again, and a recorded size counts only for bytes with
+    It never replaces reading a file: every pass computes the digests again, and recorded facts apply only to bytes with
     the recorded digest.
     """
 
@@ -47,7 +47,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """The manifest of a store's folder; an empty one when there is none that can be read."""
+        """Load the manifest of a store's folder; return an empty one if there is none or it cannot be read."""
         try:
             content = read_object(folder / _NAME)
             readings = {digest: _reading(*of) for digest, of in content.get("readings", {}).items()}
@@ -60,7 +60,7 @@ class Manifest:
         return cls(images if same_sizes else {}, captions, texts) if typed else cls()
 
     def knows_text(self, text: str) -> bool:
-        """Return whether this text was ever encoded, with any settings."""
+        """Return True if this text was ever encoded, with any settings."""
         return _digest(text) in self.texts
 
     @classmethod
@@ -72,7 +72,7 @@ class Manifest:
         captions: Mapping[str, str] | None = None,
         texts: Iterable[str] = (),
     ) -> None:
-        """Merge these into the file. A failure is ignored: it only costs a reason in the next report."""
+        """Merge these entries into the file. A failure is ignored, as it only makes the next report less precise."""
         now = cls.load(folder)
         now.images.update(images or {})
         now.captions.update(captions or {})

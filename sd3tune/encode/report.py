@@ -16,16 +16,17 @@ LOST = "lost from the store"
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """Counts of texts or images at the start of the pass; `reasons` has the reason for each encoding."""
+    """Counts of texts or images at the start of the pass, and warnings."""
 
-    what: str
-    """`captions`, `images`, `class images`, ..."""
+    label: str
+    """Name of the records: `captions`, `images`, `class images`, ..."""
     extent: str
     """The amount, such as `2 texts x 3 encoders`."""
     total: int
     reasons: Mapping[str, int]
+    """Reason for encoding -> number of texts or images."""
     nbytes: int
-    """Bytes added to the store (by all processes together)."""
+    """Bytes added to the store by all processes together."""
     warnings: Sequence[str] = ()
 
     @property
@@ -37,21 +38,21 @@ class EncodeReport:
         return self.total - self.encoded
 
     def summary(self) -> str:
-        """One line, such as `images: 40, all reused` or `images: 12 of 40 re-encoded: image changed`."""
+        """Return one line, such as `images: 40, all reused` or `images: 12 of 40 re-encoded: image changed`."""
         if not self.encoded:
-            return f"{self.what}: {self.extent}, all reused"
+            return f"{self.label}: {self.extent}, all reused"
         if self.reasons == {NEW: self.total}:
-            return f"{self.what}: {self.extent}, all new, {megabytes(self.nbytes)}"
+            return f"{self.label}: {self.extent}, all new, {megabytes(self.nbytes)}"
         done = "encoded" if set(self.reasons) == {NEW} else "re-encoded"
-        return f"{self.what}: {self.encoded} of {self.total} {done}: {_enumerated(self.reasons)}"
+        return f"{self.label}: {self.encoded} of {self.total} {done}: {_enumerated(self.reasons)}"
 
     def lines(self) -> list[str]:
-        """The summary, then one line per warning."""
+        """Return the summary, then one line per warning."""
         return [self.summary(), *(f"warning: {warning}" for warning in self.warnings)]
 
 
 def damage_warnings(names: Sequence[str]) -> list[str]:
-    """A warning that names the images or captions whose entries were found damaged in the store, if there are any."""
+    """Return a warning that names the images or captions with damaged entries in the store; none without names."""
     if not names:
         return []
     some = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
@@ -59,7 +60,7 @@ def damage_warnings(names: Sequence[str]) -> list[str]:
 
 
 def megabytes(nbytes: int) -> str:
-    """Bytes as a person reads them, in powers of ten: `3.4 MB`, `12.0 GB`."""
+    """Format bytes in powers of ten: `3.4 MB`, `12.0 GB`."""
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 

@@ -1,1 +1,1 @@
-"""Files on disk: atomic writes, and one strict reader each for regular files, text, JSON and safetensors."""
+"""Files on disk: atomic writes, and strict readers for regular files, text, JSON and safetensors."""

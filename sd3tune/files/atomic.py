@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all: written under a temporary name, synced, renamed.
+"""Atomic writes of files and folders: written under a temporary name, synced, then renamed.
 
-A killed writer leaves a file or folder called `.tmp-...`, which is never read. Temporary names are random and created
-exclusively, so that nobody who shares the folder can put a link or a file of theirs in the way.
+A killed writer leaves a file or folder named `.tmp-...`, which is never read. Temporary names are random and created
+exclusively, so that other users of a shared folder cannot place a link or file there first.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]+-(?:old-(?P<replaced>.+)|.+)", re.DOTALL)
 _ON_WINDOWS = os.name == "nt"
 _KEPT: dict[Path, tuple[int, int]] = {}
-"""Folders that are never made again under their names, and the devices and inodes that they had."""
-_STALE_SECONDS = 3600.0  # nothing takes that long to be written, so an older temporary file has lost its writer
+"""Folder that must not be recreated -> its device and inode."""
+_STALE_SECONDS = 3600.0  # no write takes that long, so the writer of an older temporary file is gone
 
 
 class WriteError(RunError):
-    """Something could not be written to `folder`; `__cause__` is the system's refusal."""
+    """A failed write to `folder`; `__cause__` is the OSError."""
 
     def __init__(self, folder: Path, cause: OSError) -> None:
         self.folder = folder
@@ -81,7 +81,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; never one that is `kept_in_place` anew. Raises OSError."""
+    """Create a folder and its parents, but never recreate one that is `kept_in_place`. Raises OSError."""
     kept = _check_kept(folder)
     if kept is None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def kept_in_place(folder: Path) -> Iterator[None]:
-    """While the context lasts, refuse to write into another folder of this name: this one was moved or unmounted."""
+    """Refuse, inside the context, to write into another folder of this name if this one is moved or unmounted."""
     found = folder.stat()
     _KEPT[folder] = found.st_dev, found.st_ino
     try:
@@ -113,7 +113,7 @@ def _check_kept(path: Path) -> Path | None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file through the descriptor that created it: no link in a shared folder can lead it elsewhere."""
+    """Write a file through the descriptor that created it, so that no link in a shared folder can redirect it."""
     temporary, descriptor = _create_temporary(path)
     with _removed_on_failure(temporary):
         with os.fdopen(descriptor, "wb") as file:
@@ -133,22 +133,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, which is never half there under its name."""
+    """Remove a folder atomically: it is renamed first."""
     discarded = _temporary_name(path, "removed")
     path.replace(discarded)
     shutil.rmtree(discarded)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove all that killed writers left below `folder`, where nobody else may be writing.
+    """Remove the leftovers of killed writers below `folder`, where no other process may be writing.
 
-    A folder that was about to be replaced gets its name back. Links are removed and never followed.
+    A folder that was about to be replaced gets its name back. Links are removed, never followed.
     """
     for path in sorted(path for path in folder.rglob(f"{TEMPORARY}*") if is_temporary(path.name)):
         found = _TEMPORARY_NAME.fullmatch(path.name)
         replaced = found and found["replaced"]
         if path.is_symlink() or not path.is_dir():
-            path.unlink(missing_ok=True)  # it went with its folder
+            path.unlink(missing_ok=True)  # it may have been removed with its folder
         elif replaced and not path.with_name(replaced).exists():
             path.replace(path.with_name(replaced))
         else:
@@ -156,30 +156,30 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a name is a writer's temporary name."""
+    """Return True for a writer's temporary name."""
     return _TEMPORARY_NAME.fullmatch(name) is not None
 
 
-def remove_files(root: Path, wanted: Callable[[PurePath], bool]) -> None:
-    """Remove the regular files below `root` that are `wanted`, by their paths in it, and the folders that this empties.
+def remove_files(root: Path, unwanted: Callable[[PurePath], bool]) -> None:
+    """Remove the regular files below `root` whose relative path is `unwanted`, and folders that become empty.
 
-    Links are neither removed nor followed. A folder that is `wanted` is removed when it is empty.
+    Links are neither removed nor followed. A folder that is `unwanted` is removed if it is empty.
     """
     emptied = set[Path]()
     for folder, _, names in os.walk(root, topdown=False):
-        here = Path(folder)
-        for path in (here / name for name in names):
-            if wanted(path.relative_to(root)) and stat.S_ISREG(path.lstat().st_mode):
+        folder_path = Path(folder)
+        for path in (folder_path / name for name in names):
+            if unwanted(path.relative_to(root)) and stat.S_ISREG(path.lstat().st_mode):
                 path.unlink()
-                emptied.add(here)
-        if here != root and (here in emptied or wanted(here.relative_to(root))):
-            with suppress(OSError):  # it holds something else
-                here.rmdir()
-                emptied.add(here.parent)
+                emptied.add(folder_path)
+        if folder_path != root and (folder_path in emptied or unwanted(folder_path.relative_to(root))):
+            with suppress(OSError):  # the folder is not empty
+                folder_path.rmdir()
+                emptied.add(folder_path.parent)
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove the files that killed writers left in `folder`, where others may be writing."""
+    """Remove old temporary files of killed writers in `folder`, where other processes may be writing."""
     for path in folder.glob(f"{TEMPORARY}*"):
         with suppress(OSError):
             found = path.lstat()
@@ -202,7 +202,7 @@ def sync(path: Path) -> None:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The system's refusal that `error` is, or that safetensors tells of in words; None for anything else."""
+    """Return the OSError that `error` is, or that a message of safetensors describes; None for any other error."""
     if isinstance(error, SafetensorError):
         number = re.search(r"\(os error (\d+)\)", str(error))
         return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
@@ -211,7 +211,7 @@ def system_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def writing_in(folder: Path) -> Iterator[None]:
-    """Turn the system's refusal to write into a WriteError."""
+    """Turn an OSError while writing into a WriteError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -222,12 +222,12 @@ def writing_in(folder: Path) -> Iterator[None]:
 
 
 def _temporary_name(path: Path, purpose: str = "") -> Path:
-    """A name in the folder of `path` that nobody can guess."""
+    """Return an unpredictable name in the folder of `path`."""
     return path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{purpose}{'-' * bool(purpose)}{path.name}")
 
 
 def _create_temporary(path: Path) -> tuple[Path, int]:
-    """Create an empty file beside `path`, through no link; returns its path and its descriptor, open for writing."""
+    """Create an empty file beside `path`, not through a link. Return its path and a descriptor open for writing."""
     temporary = _temporary_name(path)
     with writing_in(path.parent):
         make_folder(path.parent)

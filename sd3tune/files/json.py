@@ -1,4 +1,4 @@
-"""JSON from anywhere. There is one reader; it limits size and depth and gives plain values."""
+"""A strict JSON reader for files of any origin, with limits on size and depth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from sd3tune.files.regular import Refused, open_regular
 
 MOST_BYTES = 4 * 2**20
-"""Of a file; a model's longest one, the index of its shards, has a twentieth."""
+"""Size limit of a file; the longest one of a model, the index of its shards, has a twentieth."""
 _MOST_DEPTH, _MOST_SHOWN = 64, 200
 _LARGEST = 2**64
 
@@ -41,10 +41,10 @@ def parse_object(data: str | bytes, most_bytes: int = MOST_BYTES, plain: bool = 
 def parse(data: str | bytes, most_bytes: int = MOST_BYTES, plain: bool = True) -> Any:
     """Return the value of a JSON text.
 
-    Raises NotJson for anything else, and for what other readers let through: a key that comes twice and deep nesting;
-    and, unless `plain` is false, integers beyond 64 bits, NaN and infinity, half of a surrogate pair and NUL
-    characters. sd3tune itself writes such halves for file names that are not UTF-8, and NaN for figures that it could
-    not measure; other programs have them in columns that nobody reads here.
+    Raises NotJson for anything else, and for two cases that other readers accept: duplicate keys and deep nesting. If
+    `plain`, also for integers beyond 64 bits, NaN and infinity, half of a surrogate pair and NUL characters. sd3tune
+    itself writes such halves for file names that are not UTF-8, and NaN for missing measurements; other programs have
+    them in columns that are not read here.
     """
     if len(data) > most_bytes:
         raise NotJson(f"it is longer than {most_bytes} bytes")
@@ -70,7 +70,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> float:
-    """Return the number; infinity, which `_check` finds, for one beyond 64 bits."""
+    """Return an integer, or infinity for one beyond 64 bits, which `_check` refuses."""
     return int(text) if len(text) <= 20 and abs(int(text)) < _LARGEST else math.inf
 
 
@@ -80,11 +80,11 @@ def _long_integer(text: str) -> float:
 
 
 Place = tuple["str | int", ...]
-"""The keys and numbers that lead to a value."""
+"""The path of keys and indices to a value."""
 
 
 def _check(value: Any, plain: bool) -> None:
-    """Raise NotJson, with the key, for text and numbers that are none and for deep nesting; without recursion."""
+    """Raise NotJson, with the key, for invalid text and numbers and for deep nesting; without recursion."""
     waiting: list[tuple[Any, Place]] = [(value, ())]
     while waiting:
         one, place = waiting.pop()
@@ -102,7 +102,7 @@ def _check(value: Any, plain: bool) -> None:
 
 
 def dotted(place: Place) -> str:
-    """`transformer.lora_alpha`, on one short line whatever the keys are."""
+    """Return `transformer.lora_alpha`, escaped and shortened to one line."""
     named = ".".join(map(str, place))
     plain = named if named.isprintable() else ascii(named)
     return plain if len(plain) <= _MOST_SHOWN else f"{plain[:_MOST_SHOWN]}..."

@@ -1,4 +1,4 @@
-"""JSON files that sd3tune writes into its folders, read back with care: anybody may have edited or damaged them."""
+"""Readers of sd3tune's own JSON files, which may have been edited or damaged."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from sd3tune.files.json import NotJson, parse_object
 from sd3tune.files.regular import Refused, open_regular
 
 MOST_BYTES = 256 * 2**20
-"""Of a file; a manifest of a million images is about this long."""
+"""Size limit of a file: about a manifest of a million images."""
 
 Problem = Callable[[dict[str, Any]], str | None]
-"""What is wrong with an object; None for a good one."""
+"""Object -> its fault; None for a valid one."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a file, which may hold NaN. Raises NotJson, and OSError for a file that cannot be read."""
+    """Return the object in a file; it may contain NaN. Raises NotJson, and OSError for an unreadable file."""
     return json_files.read_object(path, MOST_BYTES, plain=False)
 
 
 def read_lines(path: Path, problem: Problem) -> list[dict[str, Any]]:
-    """Return the objects in a file of measurements, one a line; of an absent file, none.
+    """Return the objects in a file of measurements, one per line; none if the file does not exist.
 
-    A last line without its end was cut off when its writer was killed, and is left out. Raises RunError, which names
-    file and line, for any other line that is no object or that has a `problem`; and for a file that cannot be read.
+    A last line without line end, cut off when the writer was killed, is ignored. Raises RunError, with file and line,
+    for any other line that is not an object or has a `problem`, and for a file that cannot be read.
     """
     if not path.exists():
         return []
@@ -43,8 +43,8 @@ def read_lines(path: Path, problem: Problem) -> list[dict[str, Any]]:
                 if wrong is None:
                     found.append(line)
                 elif text.endswith(b"\n"):
-                    way_out = "delete this line, which only the curves need, and run again"
-                    raise RunError(f"{path}:{number}: {wrong}; {way_out}")
+                    hint = "delete this line, which only the curves need, and run again"
+                    raise RunError(f"{path}:{number}: {wrong}; {hint}")
     except OSError as error:
         reason = error.strerror if isinstance(error, Refused) else f"cannot be read: {error.strerror or error}"
         raise RunError(f"{path}: {reason}; remove it and run again") from None
@@ -52,10 +52,10 @@ def read_lines(path: Path, problem: Problem) -> list[dict[str, Any]]:
 
 
 def is_whole_number(value: Any) -> bool:
-    """Return whether a value is an integer from 0 to 2**63."""
+    """Return True for an integer from 0 to 2**63."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is a finite number that a float can hold."""
+    """Return True for a finite number in the range of a float."""
     return type(value) in (int, float) and -1e300 < value < 1e300

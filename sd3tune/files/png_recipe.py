@@ -1,4 +1,4 @@
-"""The recipe in a PNG: how a picture was drawn, as JSON in a text chunk. `infer` and the previews of runs write it."""
+"""The recipe in a PNG: the settings of an image, as JSON in a text chunk, written by `infer` and by previews."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sd3tune.files.json import parse
 from sd3tune.files.regular import open_regular
 
 RECIPE_KEY = "sd3tune"
-"""The keyword of the text chunk; also the key in the `info` of an image."""
+"""Keyword of the text chunk, and key in the `info` of an image."""
 _LONGEST = 2**20
-"""Characters of a recipe; its texts are cut off at some hundred words anyway."""
+"""Limit on the characters of a recipe; encoders read only a few hundred words of its texts."""
 
 
 def save_png(image: Image.Image, path: Path, recipe: str) -> None:
@@ -29,11 +29,10 @@ def save_png(image: Image.Image, path: Path, recipe: str) -> None:
 def read_recipe(path: Path) -> Any:
     """Return the JSON value in a PNG.
 
-    None for any other file, and for a value that is longer or deeper than the recipe of a picture can be. A pipe is not
-    waited for.
+    None for any other file, and for a value that is too long or too deep for a recipe. Does not block on a pipe.
     """
     try:
         with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
             return parse(image.info.get(RECIPE_KEY, "null"), _LONGEST, plain=False)
-    except Exception:  # decoders of arbitrary bytes raise nearly anything
+    except Exception:  # decoders may raise anything for arbitrary bytes
         return None

@@ -1,6 +1,6 @@
-"""Files that others made: opened only where they are regular and of a size that fits into memory.
+"""Reader of foreign files: only regular files of a size that fits into memory.
 
-A named pipe in a folder of photos would block, and a device such as `/dev/zero` has no end. Links to regular files are
+A named pipe in a folder of photos would block, and a device such as `/dev/zero` never ends. Links to regular files are
 followed.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 LARGEST = 2**30
-"""Bytes of the largest file that is read whole; the largest picture that Pillow decodes is as large uncompressed."""
+"""Size limit in bytes of a file to read: the uncompressed size of the largest image that Pillow decodes."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
@@ -32,11 +32,11 @@ class Refused(OSError):
 def open_regular(path: str | os.PathLike[str], largest: int | None = LARGEST) -> BinaryIO:
     """Open a file for reading. Raises Refused, or the OSError of a file that is missing or may not be read.
 
-    A file whose stated size is 0 is not opened: files of `/proc` state none, and some of them block.
+    A file of size 0 is not opened, as files in `/proc` have that size, and some of them block.
     """
     try:
         found = os.stat(path)
-    except ValueError:  # a NUL in the name
+    except ValueError:  # the name contains a NUL
         raise Refused("is no name that a file can have") from None
     if not stat.S_ISREG(found.st_mode):
         raise Refused(f"is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}, not a file")
@@ -61,7 +61,7 @@ def sha256_of(path: Path) -> str:
 
 
 def complaint(error: OSError) -> str:
-    """Return the reason and the way out for a file that cannot be read, to follow its name."""
+    """Return the reason and the remedy for a file that cannot be read, to follow its name."""
     if isinstance(error, Refused):
         return f"{error.strerror}; replace or remove it"
     permissions = "; check its permissions" if isinstance(error, PermissionError) else ""

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked before anything else in the file is used; without torch."""
+"""The header of a safetensors file, fully checked before the file is used; without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sd3tune.files.json import NotJson, parse_object
 from sd3tune.files.regular import Refused, open_regular
 
 MOST_BYTES = 32 * 2**20
-"""Of a header; a whole SD3.5 checkpoint's has half a megabyte, an adapter's with a picture a few."""
+"""Size limit of a header: a whole SD3.5 checkpoint's has half a megabyte, an adapter's with a picture a few."""
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -52,7 +52,7 @@ class Header:
 
 
 def read_header(file: Path, plain: bool = True) -> Header:
-    """Read the header of a safetensors file whose tensors lie one behind the other up to its end.
+    """Read the header of a safetensors file, whose tensors must fill the file without gaps.
 
     `plain` is as in `json_files.parse`. Raises BadHeader, and OSError for a file that cannot be read.
     """
@@ -61,7 +61,7 @@ def read_header(file: Path, plain: bool = True) -> Header:
             size = file.stat().st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
-                raise BadHeader(f"its header wants {length} bytes" if size >= 8 else "no valid header: it is too short")
+                raise BadHeader(f"its header needs {length} bytes" if size >= 8 else "no valid header: it is too short")
             if length > MOST_BYTES:
                 raise BadHeader(f"its header has {length} bytes, more than the {MOST_BYTES} that are read")
             text = stream.read(length)
@@ -88,12 +88,12 @@ def _tensor(name: str, tensor: Any, start: int) -> dict[str, Any]:
     if bits is None:
         raise BadHeader(f"no valid header: {ascii(name)[:200]} has the unknown dtype {ascii(dtype)[:40]}")
     if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * bits:
-        raise BadHeader(f"no valid header: {ascii(name)[:200]} has other bytes than its shape wants")
+        raise BadHeader(f"no valid header: {ascii(name)[:200]} has other bytes than its shape needs")
     return {"dtype": dtype, "shape": shape, "data_offsets": [start + offset for offset in offsets]}
 
 
 def _sizes(values: Any) -> list[int] | None:
-    """Return a list of numbers that count something; None for anything else."""
+    """Return the value if it is a list of non-negative integers, else None."""
     return values if isinstance(values, list) and all(type(value) is int and value >= 0 for value in values) else None
 
 

@@ -1,4 +1,4 @@
-"""safetensors files whose equal content is equal bytes, and digests of tensors."""
+"""Reproducible safetensors files, and digests of tensors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from sd3tune.files.tensor_header import read_header
 
 
 def save_sorted(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; equal tensors and metadata give equal bytes.
+    """Write a safetensors file with equal bytes for equal tensors and metadata.
 
-    safetensors sorts the tensors itself and writes the metadata in random order, so its header is sorted afterwards.
+    safetensors sorts tensors but writes metadata in random order, so the header is sorted afterwards.
     """
     save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
     if metadata and len(metadata) > 1:
@@ -28,7 +28,7 @@ def save_sorted(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 
 def tensors_sha256(path: Path) -> str:
-    """Return the SHA-256 of the names, dtypes, shapes and bytes of a file's tensors, whatever else is in its header.
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of a file's tensors, without its metadata.
 
     Raises OSError, and SafetensorError for a file of another kind.
     """
@@ -42,7 +42,7 @@ def tensors_sha256(path: Path) -> str:
 
 
 def digest(tensor: Tensor) -> str:
-    """Return the XXH3-128 of a tensor's dtype, shape and bytes, in hex. It finds damage, not forgery."""
+    """Return the XXH3-128 of a tensor's dtype, shape and bytes, in hex. It detects damage, not forgery."""
     hashed = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}".encode())
     hashed.update(_bytes(tensor))
     return hashed.hexdigest()

@@ -1,4 +1,4 @@
-"""Text that other programs wrote: UTF-8, or UTF-16 with its byte-order mark."""
+"""Text of other programs: UTF-8, or UTF-16 with a byte-order mark."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def decode(data: bytes, name: object) -> str:
-    """Return the text of a file, line ends as they are. Raises NotText, whose message begins with `name`.
+    """Decode the bytes of a text file, without changing line ends. Raises NotText, whose message begins with `name`.
 
-    UTF-8 with or without a mark, and UTF-16 with one, which PowerShell writes. Text never holds NUL bytes, but UTF-16
-    that lost its mark does.
+    Accepts UTF-8 with or without a mark, and UTF-16 with a mark, as PowerShell writes it. NUL bytes show that the data
+    is binary, or UTF-16 without its mark.
     """
     encoding = _MARKS.get(data[:2], "utf-8-sig")
     try:
@@ -36,7 +36,7 @@ def decode(data: bytes, name: object) -> str:
 
 
 def flaw(text: str) -> str | None:
-    """Return what keeps a text from being read by a tokenizer: `holds NUL characters`; None if it can be."""
+    """Return the reason why no tokenizer can read a text, such as `holds NUL characters`; None if it is readable."""
     if "\0" in text:
         return "holds NUL characters"
     try:
@@ -47,6 +47,6 @@ def flaw(text: str) -> str | None:
 
 
 def _with_nul(data: bytes, name: object) -> str:
-    """UTF-16 of Latin text has its NULs at even or at odd places, other data at both."""
+    """Return a message: UTF-16 of Latin text has its NULs only at even or only at odd places, binary data at both."""
     utf16 = len(data) % 2 == 0 and (0 in data[::2]) != (0 in data[1::2])
     return f"{name}: looks like UTF-16; save it as UTF-8" if utf16 else f"{name}: holds binary data, not text"

@@ -6,32 +6,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TRAIN_TIMESTEPS = 1000
-"""The model's timestep input is this many times sigma, a float."""
+"""The model's timestep input is this factor times sigma, not rounded."""
 
 
 def per_sample(sigma: Tensor, like: Tensor) -> Tensor:
-    """`sigma` [B] reshaped to broadcast against `like` [B, ...]."""
+    """Reshape `sigma` [B] to broadcast against `like` [B, ...]."""
     return sigma.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """z_t = (1 - sigma) z_0 + sigma noise, for `latents` and `noise` [B, C, H, W] and `sigma` [B]."""
+    """Return z_t = (1 - sigma) z_0 + sigma noise, for `latents` and `noise` [B, C, H, W] and `sigma` [B]."""
     sigma = per_sample(sigma, latents)
     return (1 - sigma) * latents + sigma * noise
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """Return d z_t / d sigma = noise - z_0, which the model predicts."""
+    """Return the velocity d z_t / d sigma = noise - z_0, the target of the model's prediction."""
     return noise - latents
 
 
 def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error per sample in fp32 (float64 stays): [B, C, H, W] -> [B]."""
+    """Return the mean squared error per sample: [B, C, H, W] -> [B] fp32 (float64 for float64 inputs)."""
     return (prediction.to(target.dtype) - target).square().flatten(1).mean(1)
 
 
 def huber_loss(prediction: Tensor, target: Tensor, delta: float) -> Tensor:
-    """Huber's loss per sample, in fp32 (Huber 1964): d^2 / 2 where |d| < delta, else delta (|d| - delta / 2)."""
+    """Return Huber's loss per sample in fp32 (Huber 1964): d^2 / 2 where |d| < delta, else delta (|d| - delta / 2)."""
     return F.huber_loss(prediction.to(target.dtype), target, reduction="none", delta=delta).flatten(1).mean(1)
 
 

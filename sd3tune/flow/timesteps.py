@@ -1,7 +1,7 @@
 """Timestep densities, each written as its inverse CDF, a function of u ~ Uniform(0, 1).
 
-A draw then needs one uniform number, and the shift is applied to its result. Bounds on sigma are bounds on u. The mean
-of any function of sigma is an integral over u (see `weighting.mean_over_sigma`).
+A sample then needs one uniform number, and the shift is applied to the result. Bounds on sigma are bounds on u. The
+mean of any function of sigma is an integral over u (see `weighting.mean_over_sigma`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
     """sigma = sigmoid(mean + std * n), n standard normal (Esser et al. 2024, eq. 19).
 
-    `u` is any shape, in (0, 1); float64 is advised. Positive `mean` means more noise.
+    `u` has any shape, with values in (0, 1); float64 is advised. A higher `mean` means more noise.
     """
     return torch.sigmoid(mean + std * torch.special.ndtri(u))
 
@@ -27,10 +27,10 @@ def uniform(u: Tensor) -> Tensor:
 
 
 def mode(u: Tensor, scale: float) -> Tensor:
-    """sigma = u + scale (u - sin^2(pi u / 2)): the middle is favoured for scale > 0, the ends below 0.
+    """sigma = u + scale (u - sin^2(pi u / 2)), which favours the middle for scale > 0 and the ends for scale < 0.
 
-    Esser et al. 2024, eq. 20, is `1 - u - scale (cos^2(pi u / 2) - 1 + u)`, which falls from 1 to 0; this is the same
-    at 1 - u, so that it rises. It is monotone for -1 <= scale <= 2 / (pi - 2).
+    Esser et al. 2024, eq. 20, is `1 - u - scale (cos^2(pi u / 2) - 1 + u)`, which falls from 1 to 0. Here u is
+    replaced by 1 - u, so that sigma rises. It is monotone for -1 <= scale <= 2 / (pi - 2).
     """
     return u + scale * (u - torch.sin(torch.pi / 2 * u).square())
 
@@ -52,13 +52,13 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 def resolution_shift(pixels: int, base_pixels: int) -> float:
     """sqrt(m / n) for images of m `pixels`, when n `base_pixels` need no shift (Esser et al. 2024, eq. 23).
 
-    It makes the uncertainty about the image at a sigma the same at both sizes. Shifts after each other multiply.
+    It makes the uncertainty about the image at a given sigma equal at both sizes. Successive shifts multiply.
     """
     return math.sqrt(pixels / base_pixels)
 
 
 def share_below(sigma_of_u: Callable[[Tensor], Tensor], sigma: float) -> float:
-    """The u with `sigma_of_u(u) = sigma`, that is P(drawn sigma < `sigma`), by bisection in float64."""
+    """Return the u with `sigma_of_u(u) = sigma`, that is P(sampled sigma < `sigma`), by bisection in float64."""
     if sigma <= 0 or sigma >= 1:
         return float(sigma >= 1)
     low, high = 0.0, 1.0
@@ -70,6 +70,6 @@ def share_below(sigma_of_u: Callable[[Tensor], Tensor], sigma: float) -> float:
 
 
 def truncated(sigma_of_u: Callable[[Tensor], Tensor], low: float, high: float) -> Callable[[Tensor], Tensor]:
-    """The inverse CDF of the same density restricted to [`low`, `high`]: u is drawn from what leads there."""
+    """Return the inverse CDF of the density truncated to [`low`, `high`], by restricting u."""
     first, last = share_below(sigma_of_u, low), share_below(sigma_of_u, high)
     return lambda u: sigma_of_u(first + (last - first) * u)

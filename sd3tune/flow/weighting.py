@@ -14,7 +14,7 @@ QUADRATURE_POINTS = 1 << 18
 
 
 def none(sigma: Tensor) -> Tensor:
-    """Every sigma counts the same."""
+    """Return weight 1 for every sigma."""
     return torch.ones_like(sigma)
 
 
@@ -38,9 +38,9 @@ def cosmap(sigma: Tensor) -> Tensor:
 
 
 def mean_over_sigma(weight: Callable[[Tensor], Tensor], sigma_of_u: Callable[[Tensor], Tensor]) -> float:
-    """E[weight(sigma)] under the density whose inverse CDF is `sigma_of_u`, by the midpoint rule in float64.
+    """Return E[weight(sigma)] under the density whose inverse CDF is `sigma_of_u`, by the midpoint rule in float64.
 
-    Dividing by it makes the mean weight 1, so that the loss, its gradient and their clipping keep their meaning.
+    Dividing by it makes the mean weight 1, so that losses and gradient clipping stay comparable between weightings.
     """
     u = (torch.arange(QUADRATURE_POINTS, dtype=torch.float64) + 0.5) / QUADRATURE_POINTS
     return weight(sigma_of_u(u)).mean().item()

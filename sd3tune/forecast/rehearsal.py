@@ -26,7 +26,7 @@ from sd3tune.model.load.components import empty_transformer, load_vae, text_enco
 from sd3tune.model.load.latents import decode
 from sd3tune.model.load.quantized import load_transformer_in, quantize, statistics
 from sd3tune.run.setup import hoists, make_trainable
-from sd3tune.training.ahead import looking_ahead, window_length
+from sd3tune.training.ahead import window_length, with_modulations
 from sd3tune.training.batches import Batch, Batches
 from sd3tune.training.objective import make_objective
 from sd3tune.training.optim import FlatMaster, LossScale
@@ -161,7 +161,7 @@ def rehearse_training(
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     transformer = _load(config, base, method, dtype, whole)
     empty = MetaBatches(config, base, method.cached_encoders, size, dtype)
-    batches = looking_ahead(cast(Batches, empty), transformer, method)
+    batches = with_modulations(cast(Batches, empty), transformer, method)
     with Footprint() as window:  # measured apart from the step, as it covers several steps
         ahead = list(batches.fetch(0, 0).modulation or ())
     modulation = row_bytes(transformer)

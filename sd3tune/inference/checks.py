@@ -1,4 +1,4 @@
-"""What can be wrong with a request, before anything large is loaded."""
+"""Checks of a request, made before anything large is loaded."""
 
 from __future__ import annotations
 
@@ -8,44 +8,46 @@ from typing import Any
 
 from sd3tune.errors import ConfigError
 from sd3tune.files.text import flaw
-from sd3tune.inference import image_request, job
+from sd3tune.inference import image_request
 from sd3tune.inference.image_request import ImageRequest
+from sd3tune.inference.job import PARAMETERS as JOB_PARAMETERS
 from sd3tune.inference.job import InferenceJob, Memory
 from sd3tune.inference.parameters import Parameter
 from sd3tune.model.load.quantized import FORMS, missing_library
 
 Named = Callable[[str], str]
-"""Field -> what it is called where it was given, such as `--steps` or `p.csv:3: steps`."""
+"""Field -> its name in messages, such as `--steps` or `p.csv:3: steps`."""
 
 
 def flag_of(field: str) -> str:
+    """Return the option of a field of `ImageRequest`, such as `--noise-offset`."""
     return image_request.PARAMETERS[field].flag
 
 
-def check_job(wanted: InferenceJob) -> None:
-    """Raise ConfigError with every problem of the fields themselves."""
-    given, problems = wanted.given, []
-    varied = {axis.partition("=")[0] for axis in wanted.grid}
-    if not wanted.loras and wanted.base is None and wanted.config is None and "lora" not in varied:
+def check_job(job: InferenceJob) -> None:
+    """Raise ConfigError with a line for each problem that the fields alone show."""
+    given, problems = job.given, []
+    varied = {axis.partition("=")[0] for axis in job.grid}
+    if not job.loras and job.base is None and job.config is None and "lora" not in varied:
         problems.append("give --lora PATH, or --base (or --config) to draw with a base model alone")
-    if wanted.grid and (wanted.prompts is not None or wanted.num != 1):
-        flag = "--num" if wanted.prompts is None else "--prompts"
-        problems.append(f"{flag}: not with --grid, whose axes say what is drawn; for several seeds seed=0,1,2")
-    if "prompt" not in given and wanted.prompts is None and "prompt" not in varied:
+    if job.grid and (job.prompts is not None or job.num != 1):
+        flag = "--num" if job.prompts is None else "--prompts"
+        problems.append(f"{flag}: not with --grid, whose axes choose the images; for several seeds give it seed=0,1,2")
+    if "prompt" not in given and job.prompts is None and "prompt" not in varied:
         problems.append("give --prompt, the text to draw; or a file of them with --prompts, or a picture with --from")
-    if "prompt" in given and wanted.prompts is not None:
+    if "prompt" in given and job.prompts is not None:
         problems.append("--prompt: each line of --prompts has its own; leave one of the two out")
-    problems += _out_of_limits(wanted, job.PARAMETERS, lambda name: job.PARAMETERS[name].flag)
-    problems += _memory_problems(wanted.memory)
-    if "strength" in given and "image" not in given and wanted.prompts is None:
-        problems.append(f"--strength {given['strength']:g}: how much of --image is drawn anew; give --image, too")
+    problems += _out_of_limits(job, JOB_PARAMETERS, lambda name: JOB_PARAMETERS[name].flag)
+    problems += _memory_problems(job.memory)
+    if "strength" in given and "image" not in given and job.prompts is None:
+        problems.append(f"--strength {given['strength']:g}: the share of --image that is redrawn; give --image, too")
     problems += problems_of(ImageRequest(**given), flag_of)
     if problems:
         raise ConfigError(*problems)
 
 
 def problems_of(request: ImageRequest, named: Named) -> list[str]:
-    """Return a line for each value that cannot be, whatever the others are."""
+    """Return a line for each invalid value, apart from conflicts between values."""
     problems = _out_of_limits(request, image_request.PARAMETERS, named)
     if not 0 <= request.slg_start < request.slg_stop <= 1:
         start, stop = f"{named('slg_start')} {request.slg_start:g}", f"{named('slg_stop')} {request.slg_stop:g}"
@@ -54,7 +56,7 @@ def problems_of(request: ImageRequest, named: Named) -> list[str]:
 
 
 def conflicts_of(request: ImageRequest, named: Named) -> list[str]:
-    """Return a line for each value that does not go with the settled steps or guidance."""
+    """Return a line for each value that conflicts with the number of steps or the guidance."""
     problems = []
     if request.image is not None and request.steps * request.strength < 1 <= request.steps:
         least = math.ceil(1000 / request.steps) / 1000
@@ -62,14 +64,12 @@ def conflicts_of(request: ImageRequest, named: Named) -> list[str]:
             f"{named('strength')} {request.strength:g}: no step of {request.steps} is left; at least {least:g}"
         )
     if request.slg is not None and request.guidance <= 1:
-        problems.append(
-            f"{named('slg')} {request.slg:g}: works beside guidance; it is {request.guidance:g}, give it above 1"
-        )
+        problems.append(f"{named('slg')} {request.slg:g}: needs guidance above 1; it is {request.guidance:g}")
     return problems
 
 
-def beyond_the_base(request: ImageRequest, named: Named, transformer: Any) -> list[str]:
-    """Return a line for each value that a base with this transformer config cannot do."""
+def unsupported_by_base(request: ImageRequest, named: Named, transformer: Any) -> list[str]:
+    """Return a line for each value that a base with this transformer config does not support."""
     problems = []
     largest = transformer.pos_embed_max_size * transformer.patch_size * 8
     if request.size and max(request.size) > largest:
@@ -82,15 +82,15 @@ def beyond_the_base(request: ImageRequest, named: Named, transformer: Any) -> li
 
 
 def _out_of_limits(owner: object, parameters: Mapping[str, Parameter], named: Named) -> list[str]:
-    """Return a line for each text that no tokenizer can read, and for each value that its field does not admit."""
+    """Return a line for each text that no tokenizer can read, and for each value outside its field's limits."""
     problems = []
     for name, parameter in parameters.items():
         value = getattr(owner, name)
         unreadable = flaw(value) if isinstance(value, str) else None
         if unreadable is not None:
             problems.append(f"{named(name)}: {unreadable}")
-        elif (wrong := parameter.check(value)) is not None:
-            problems.append(f"{named(name)} {_shown(value, parameter)}: {wrong}")
+        elif (problem := parameter.check(value)) is not None:
+            problems.append(f"{named(name)} {_shown(value, parameter)}: {problem}")
     return problems
 
 
@@ -107,7 +107,7 @@ def _memory_problems(memory: Memory) -> list[str]:
         problems.append(f"--quantize {memory.quantize}: one of {', '.join(forms)}")
     elif memory.quantize == "int8" and memory.offload:
         problems.append("--offload: layers of --quantize int8 stay on their device; take nf4, or one of the two")
-    for flag, given in (("--quantize", memory.quantize not in (None, "none")), ("--t5-8bit", memory.t5_8bit)):
-        if given and not problems:
+    for flag, is_on in (("--quantize", memory.quantize not in (None, "none")), ("--t5-8bit", memory.t5_8bit)):
+        if is_on and not problems:
             problems += missing_library(flag)
     return problems

@@ -1,4 +1,4 @@
-"""What all images of a job depend on: asked for, or taken from a contract."""
+"""The model and settings that all images of a job share: from the job, else from an adapter's contract."""
 
 from __future__ import annotations
 
@@ -25,23 +25,28 @@ DEFAULT_SIDE = 1024
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all images of a job depend on: from the job, else from the first contract."""
+    """The model and settings that all images of a job share: from the job, else from the first contract."""
 
     base: Base
     t5_length: int
     encoders: tuple[str, ...]
     size: tuple[int, int]
-    """(width, height) of an image that is not given one."""
+    """Default (width, height) in pixels."""
     steps: int
+    """Default number of denoising steps, as in the training's previews."""
     guidance: float
-    """Of an image that is not given them: those of the previews of the training."""
+    """Default guidance scale, as in the training's previews."""
     noise_offset: float = 0.0
-    """Of the starting noise of an image that is not given one; see `sampler.add_offset`."""
+    """Default strength of the offset in the starting noise; see `sampler.add_offset`."""
     base_noise_offset: float = 0.0
-    """The same for an image of the base alone."""
+    """`noise_offset` for an image of the base alone."""
 
 
 def settle_conditions(job: InferenceJob, adapters: Sequence[Adapter]) -> Conditions:
+    """Return the conditions of a job, and warn where the adapters' contracts disagree with each other or the base.
+
+    Raises AdapterError when no base is named, and ModelError for a base that cannot be used.
+    """
     contracts = [adapter.contract for adapter in adapters if adapter.contract]
     for key in ("max_sequence_length", "encoders", "sampler_noise_offset"):
         if len({json.dumps(contract.get(key)) for contract in contracts}) > 1:
@@ -66,20 +71,20 @@ def settle_conditions(job: InferenceJob, adapters: Sequence[Adapter]) -> Conditi
         _compare_encoders(adapter, base)
         if "noise_offset" not in job.given:
             _compare_offsets(adapter)
-    asked = job.given.get("noise_offset")
+    given_offset = job.given.get("noise_offset")
     return Conditions(
         base=base,
         t5_length=job.t5_tokens or first.get("max_sequence_length", model.max_sequence_length),
         encoders=encoders,
         size=(side, side),
         **sampling,
-        noise_offset=starting_offset(first) if asked is None else asked,
-        base_noise_offset=base.noise_offset if asked is None else asked,
+        noise_offset=starting_offset(first) if given_offset is None else given_offset,
+        base_noise_offset=base.noise_offset if given_offset is None else given_offset,
     )
 
 
 def _compare_sampling(job: InferenceJob, contracts: Sequence[Mapping[str, Any]]) -> None:
-    """Warn of previews with other settings, where the job leaves them to the adapters."""
+    """Warn if the job leaves steps or guidance to the adapters, and their contracts differ in it."""
     for key in ("steps", "guidance"):
         values = dict.fromkeys(sampling_of(contract)[key] for contract in contracts)
         if len(values) > 1 and key not in job.given:
@@ -91,9 +96,9 @@ def _compare_sampling(job: InferenceJob, contracts: Sequence[Mapping[str, Any]])
 
 
 def settle_memory(memory: Memory, adapters: Sequence[Adapter]) -> Memory:
-    """Return the memory options, by default those that the first adapter was trained with.
+    """Return the memory options, filled in from the contract of the first adapter that has one.
 
-    Raises ConfigError where a library for them is missing.
+    Raises ConfigError if a library that they need is missing.
     """
     trained = next((adapter for adapter in adapters if adapter.contract), None)
     contract: Mapping[str, Any] = trained.contract if trained else {}
@@ -112,15 +117,15 @@ def settle_memory(memory: Memory, adapters: Sequence[Adapter]) -> Memory:
     return memory
 
 
-def _announce(said: str, way_out: str) -> None:
-    problems = missing_library(f"{said}, which")
+def _announce(training: str, hint: str) -> None:
+    problems = missing_library(f"{training}, which")
     if problems:
-        raise ConfigError(*(f"{line}; {way_out}" for line in problems))
-    say(f"note: {said}; using the same here; {way_out}")
+        raise ConfigError(*(f"{line}; {hint}" for line in problems))
+    say(f"note: {training}; using the same here; {hint}")
 
 
 def find_base(name: str | None, adapters: Sequence[Adapter]) -> Base:
-    """Find the base `name`, or the one that an adapter names, for work that needs no text encoders."""
+    """Return the base `name`, or the one that an adapter names, for work that needs no text encoders."""
     base = configured_base(_find_model(name, None, adapters))
     for adapter in adapters:
         _compare_transformers(adapter, base)
@@ -128,38 +133,38 @@ def find_base(name: str | None, adapters: Sequence[Adapter]) -> Base:
 
 
 def _find_model(base: str | None, config: Path | None, adapters: Sequence[Adapter]) -> ModelConfig:
-    """Return where base, text encoders and tokenizers are: `base`, else what the first adapter with a contract names.
+    """Return the location of base, text encoders and tokenizers: `base`, else as the first contract names it.
 
     An adapter holds no paths, so local ones are read from `config`, else from the configuration of its run.
     """
-    named = next((adapter for adapter in adapters if adapter.contract), adapters[0] if adapters else None)
-    contract = named.contract if named else {}
-    in_card = named.base_in_card if named else None
+    adapter = next((adapter for adapter in adapters if adapter.contract), adapters[0] if adapters else None)
+    contract = adapter.contract if adapter else {}
+    in_card = adapter.base_in_card if adapter else None
     is_local = contract.get("base_kind") in ("folder", "file")
     model = load_config(config).config.model if config else None
-    if model is None and named is not None and (is_local or contract.get("encoder_files")):
-        model = _model_of_run(named.path)
-    where: dict[str, Any] = {}
+    if model is None and adapter is not None and (is_local or contract.get("encoder_files")):
+        model = _model_of_run(adapter.path)
+    location: dict[str, Any] = {}
     if base is not None:
-        where = {"base": base, "revision": None}
-    elif named is not None and not config:
+        location = {"base": base, "revision": None}
+    elif adapter is not None and not config:
         if contract.get("base") is None:
             if in_card is None:
-                raise AdapterError(f"{named.label}: does not say which base it is for; give it with --base")
-            where = {"base": in_card, "revision": None}
+                raise AdapterError(f"{adapter.label}: names no base model; give one with --base")
+            location = {"base": in_card, "revision": None}
         elif not is_local or (model is None and Path(contract["base"]).exists()):
-            where = {"base": contract["base"], "revision": contract.get("base_revision")}
+            location = {"base": contract["base"], "revision": contract.get("base_revision")}
         elif model is None or not Path(model.base).exists():
             raise AdapterError(
-                f"{named.label}: trained on a local {contract['base_kind']} named {contract['base']!r}; "
+                f"{adapter.label}: trained on a local {contract['base_kind']} named {contract['base']!r}; "
                 "give it with --base"
             )
-    trained = {"init": "pretrained", "transformer": None}  # a run's starting weights do not matter here
-    return (model or ModelConfig()).model_copy(update={**where, **trained})
+    trained = {"init": "pretrained", "transformer": None}  # how a run initialized its weights does not matter here
+    return (model or ModelConfig()).model_copy(update={**location, **trained})
 
 
 def _model_of_run(adapter: Path) -> ModelConfig | None:
-    """Return the `model` section of the run that the adapter lies in."""
+    """Return the `model` section of the run that contains the adapter; None outside a run."""
     for folder in list(adapter.absolute().parents)[:5]:
         config = folder / "config.yaml"
         if config.is_file() and read_run_file(folder):
@@ -168,17 +173,20 @@ def _model_of_run(adapter: Path) -> ModelConfig | None:
 
 
 def _compare_transformers(adapter: Adapter, base: Base) -> None:
-    """Warn when the adapter was trained on other weights. Files and folders hold the same ones in other shapes."""
+    """Warn if the adapter was trained on other weights.
+
+    A single file and a folder with the same weights have different fingerprints, so there it is only a note.
+    """
     contract = adapter.contract
     expected = contract.get("base_fingerprint")
     if expected and (contract.get("base_kind") == "file") != (base.kind == "file"):
-        say(f"note: {adapter.label} was trained on {contract['base']}; {base.name} is taken to hold the same weights")
+        say(f"note: {adapter.label} was trained on {contract['base']}; {base.name} is assumed to hold the same weights")
     elif expected and expected != base.fingerprint("transformer"):
         say(f"warning: {adapter.label} was trained on {contract['base']}, whose weights differ from {base.name}")
 
 
 def _compare_offsets(adapter: Adapter) -> None:
-    """Warn of an adapter by an earlier version, which trained with a noise offset and drew without one."""
+    """Warn of an adapter by an earlier version, which trained with a noise offset but sampled without it."""
     trained = adapter.contract.get("noise_offset", 0.0)
     if trained and not starting_offset(adapter.contract):
         say(
@@ -188,6 +196,7 @@ def _compare_offsets(adapter: Adapter) -> None:
 
 
 def _compare_encoders(adapter: Adapter, base: Base) -> None:
+    """Warn if the adapter was trained with other text encoders."""
     for encoder, trained in adapter.contract.get("encoder_files", {}).items():
         part = ENCODER_PARTS[encoder][1]
         if trained["fingerprint"] == base.fingerprint(part):

@@ -1,4 +1,4 @@
-"""Drawing a picture again from the recipe inside it: fields that are not given are as they were."""
+"""Draw a picture again from the recipe inside it; given fields override the recipe's."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class _Lora(Part):
     sha256: str
     weight: float
     tensors_sha256: str | None = None
-    """Stays equal when only the file's header changes; None in earlier pictures."""
+    """Digest of the tensors alone, equal when only the file's header changes; None in earlier pictures."""
 
     def is_in(self, path: Path) -> bool:
-        """Whether a file holds this adapter."""
+        """Return True if the file holds this adapter."""
         if self.tensors_sha256 is None:
             return _has_content(path, self.sha256)
         try:
@@ -67,7 +67,7 @@ class _File(Part):
 
 
 class _ModelPart(Part):
-    """The entries about base, adapters and precision; `Recipe` adds a field's entry for each parameter that has one."""
+    """The entries about base, adapters and precision; `Recipe` adds one for each parameter that has a recipe key."""
 
     base: _Name
     base_revision: str | None
@@ -80,7 +80,7 @@ class _ModelPart(Part):
 
 
 def _entries() -> dict[str, Any]:
-    """Return the other entries by key, as `create_model` takes them: a type and a default."""
+    """Return the entries of the parameters by key, as (type, default) for `create_model`."""
     entries: dict[str, Any] = {}
     groups: dict[str, dict[str, Any]] = {}
     for parameter in (*PARAMETERS.values(), *MEMORY_PARAMETERS.values()):
@@ -93,10 +93,10 @@ def _entries() -> dict[str, Any]:
         elif parameter.requires is not None:
             entries[key] = (kind | None, None)
         else:
-            nullable = parameter.can_be_none and parameter.name != "size"  # which is settled when it is written
+            nullable = parameter.can_be_none and parameter.name != "size"  # a written recipe always has the size
             entries[key] = (kind | None if nullable else kind, parameter.default if parameter.optional else ...)
-    made = {group: create_model(group, __base__=Part, **inside) for group, inside in groups.items()}
-    return entries | {group: (model | None, None) for group, model in made.items()}
+    models = {group: create_model(group, __base__=Part, **inside) for group, inside in groups.items()}
+    return entries | {group: (model | None, None) for group, model in models.items()}
 
 
 def _json_type(parameter: Parameter) -> Any:
@@ -120,7 +120,7 @@ class SourcePicture:
     recipe: _ModelPart
 
     def check_base(self, base: Base, chosen: bool) -> None:
-        """Compare the base with the picture's. Another one is a warning where it was `chosen`, else an error.
+        """Compare the base with the picture's: another one is a warning if the user has `chosen` it, else an error.
 
         Raises ModelError.
         """
@@ -131,13 +131,13 @@ class SourcePicture:
             )
         if base.fingerprint("transformer") == self.recipe.base_fingerprint:
             return
-        said = f"{self.picture} was drawn with {self.recipe.base}, whose weights differ from this {base.label}"
+        difference = f"{self.picture} was drawn with {self.recipe.base}, whose weights differ from this {base.label}"
         if not chosen:
-            raise ModelError(f"{said}; give the right one, or another, with --base")
-        say(f"warning: {said}")
+            raise ModelError(f"{difference}; give the right one, or another, with --base")
+        say(f"warning: {difference}")
 
     def check_adapters(self, adapters: Sequence[Adapter]) -> None:
-        """Raise AdapterError for an adapter of the Hub whose content is not the recipe's any more."""
+        """Raise AdapterError for an adapter on the Hub whose content has changed since the picture was drawn."""
         for lora, adapter in zip(self.recipe.loras, adapters, strict=True):
             if not lora.is_in(adapter.path):
                 raise AdapterError(
@@ -147,24 +147,24 @@ class SourcePicture:
 
 
 def read_source(picture: Path) -> SourcePicture:
-    """Return a picture that `infer` drew, with its recipe. Raises ConfigError."""
+    """Return a picture that `infer` drew, with its recipe. Raises ConfigError for any other file."""
     if not picture.is_file():
         raise ConfigError(f"--from {picture}: no such file")
-    found = read_recipe(picture)
-    if found is None or "base" not in found:
+    recipe = read_recipe(picture)
+    if recipe is None or "base" not in recipe:
         raise ConfigError(f"--from {picture}: holds no recipe; only pictures drawn by sd3tune infer can be repeated")
-    if "sheet" in found:
+    if "sheet" in recipe:
         raise ConfigError(f"--from {picture}: shows several pictures; name one of those beside it")
-    check_part(f"--from {picture}", found, Recipe, ConfigError)
-    if found.get("sd3tune") != __version__:
-        say(f"note: {picture} was drawn by sd3tune {found.get('sd3tune')}; this is {__version__}")
-    if "batch" in found:
-        say(f"note: {picture} was drawn in a batch of {found['batch']}; alone, its last bits may differ")
-    return SourcePicture(picture, Recipe.model_validate(found))
+    check_part(f"--from {picture}", recipe, Recipe, ConfigError)
+    if recipe.get("sd3tune") != __version__:
+        say(f"note: {picture} was drawn by sd3tune {recipe.get('sd3tune')}; this is {__version__}")
+    if "batch" in recipe:
+        say(f"note: {picture} was drawn in a batch of {recipe['batch']}; alone, its last bits may differ")
+    return SourcePicture(picture, Recipe.model_validate(recipe))
 
 
 def fill_from_recipe(job: InferenceJob, source: SourcePicture) -> InferenceJob:
-    """Return the job with every field that was not given as the recipe has it. Raises UserError."""
+    """Return the job, with every field that was not given filled in from the recipe. Raises UserError."""
     recipe = source.recipe
     given = {**_image_fields(job, source), **job.given}
     loras = _chosen_adapters(job, source) if job.loras else _found_adapters(job, source)
@@ -177,14 +177,14 @@ def fill_from_recipe(job: InferenceJob, source: SourcePicture) -> InferenceJob:
         missing["t5"] = "t5" in recipe.encoders
     if job.dtype == "auto":
         missing["dtype"] = recipe.dtype
-    # The picture was drawn with these files, so its author has already chosen to leave out their text encoder tensors.
+    # The picture was drawn with these files, so its author has already decided to ignore their text encoder tensors.
     missing["transformer_only"] = job.transformer_only or not job.loras
     return replace(job, given=given, loras=loras, memory=_memory(job.memory, recipe), before=False, **missing)
 
 
 def _image_fields(job: InferenceJob, source: SourcePicture) -> dict[str, Any]:
-    """Return the fields of `ImageRequest` in the recipe, but for texts that a text of the job replaces."""
-    found: dict[str, Any] = {}
+    """Return the recipe's fields of `ImageRequest`, without the texts that the job replaces."""
+    image_fields: dict[str, Any] = {}
     for name, parameter in PARAMETERS.items():
         needed = PARAMETERS[parameter.requires] if parameter.requires else parameter
         if name in job.given or _entry(source.recipe, needed) is None:
@@ -193,15 +193,15 @@ def _image_fields(job: InferenceJob, source: SourcePicture) -> dict[str, Any]:
         if isinstance(value, _File):
             value = _found_image(job, source, value)
         if value is not None:
-            found[name] = tuple(value) if isinstance(value, list) else value
+            image_fields[name] = tuple(value) if isinstance(value, list) else value
     replaced = {"prompt"} if job.prompts is not None else set()
     if "prompt" in job.given:
         replaced |= set(PROMPT_OF.values())
-    return {name: value for name, value in found.items() if name not in replaced}
+    return {name: value for name, value in image_fields.items() if name not in replaced}
 
 
 def _entry(recipe: _ModelPart, parameter: Parameter) -> Any:
-    """Return the value of a parameter in the recipe; None where there is none."""
+    """Return the value of a parameter in the recipe; None if the recipe has none."""
     if parameter.recipe is None:
         return None
     value: Any = recipe
@@ -210,32 +210,32 @@ def _entry(recipe: _ModelPart, parameter: Parameter) -> Any:
     return value
 
 
-def _memory(asked: Memory, recipe: _ModelPart) -> Memory:
-    """Return the memory options as asked for, else as in the recipe, which leaves out all that is off."""
+def _memory(memory: Memory, recipe: _ModelPart) -> Memory:
+    """Return the given memory options, else the recipe's. A recipe leaves out options that are off."""
     changes: dict[str, Any] = {
         name: getattr(recipe, parameter.recipe) or ("none" if parameter.type is str else False)
         for name, parameter in MEMORY_PARAMETERS.items()
-        if parameter.recipe is not None and getattr(asked, name) in (None, parameter.default)
+        if parameter.recipe is not None and getattr(memory, name) in (None, parameter.default)
     }
-    return replace(asked, **changes)
+    return replace(memory, **changes)
 
 
 def _base_fields(job: InferenceJob, source: SourcePicture, has_adapter: bool) -> dict[str, str | None]:
-    """Return the fields that name the base. A recipe has only the last part of a local path."""
+    """Return the fields that name the base. A recipe holds only the last component of a local path."""
     name = source.recipe.base
     if offline_kind(name) is not None or _HUB_ID.fullmatch(name):
         return {"base": name, "revision": source.recipe.base_revision}
-    here = (folder / name for folder in (Path(), *job.look_in) if _is_plain(name) and (folder / name).exists())
-    found = next(here, None)
-    if found is not None:
-        return {"base": str(found), "revision": None}
+    local = (folder / name for folder in (Path(), *job.look_in) if _is_plain(name) and (folder / name).exists())
+    path = next(local, None)
+    if path is not None:
+        return {"base": str(path), "revision": None}
     if not has_adapter:
         raise ModelError(f"--from {source.picture}: drawn with a local base named {name!r}; give it with --base")
     return {}
 
 
 def _chosen_adapters(job: InferenceJob, source: SourcePicture) -> list[str]:
-    """Return the adapters of `--lora`. One that the picture was drawn with has its weight, unless one is given."""
+    """Return the adapters of `--lora`. One from the recipe keeps its weight there, unless `@weight` is given."""
     chosen = []
     for value in job.loras:
         path, _ = parse_lora(value)
@@ -248,8 +248,8 @@ def _chosen_adapters(job: InferenceJob, source: SourcePicture) -> list[str]:
 
 
 def _found_adapters(job: InferenceJob, source: SourcePicture) -> list[str]:
-    """Find adapters by content near the picture and in `runs/`, and adapters of the Hub by name and commit."""
-    found, problems = [], []
+    """Find the recipe's adapters: by content near the picture and in `runs/`, on the Hub by name and commit."""
+    chosen, problems = [], []
     for lora in source.recipe.loras:
         near = (path for path in _candidates(job, source.picture, lora.name) if lora.is_in(path))
         path = lora.name if _HUB_COMMIT.fullmatch(lora.name) else next(near, None)
@@ -258,10 +258,10 @@ def _found_adapters(job: InferenceJob, source: SourcePicture) -> list[str]:
                 f"--from {source.picture}: drawn with the adapter {lora.name!r} (sha256 {lora.sha256[:12]}...), "
                 "which is not found near it or in runs/; name its folder with --look-in, or give it with --lora"
             )
-        found.append(f"{path}@{lora.weight}")
+        chosen.append(f"{path}@{lora.weight}")
     if problems:
         raise AdapterError(*problems)
-    return found
+    return chosen
 
 
 def _found_image(job: InferenceJob, source: SourcePicture, image: _File) -> Path:
@@ -282,8 +282,11 @@ def _near(picture: Path) -> list[Path]:
 
 
 def _candidates(job: InferenceJob, picture: Path, name: str) -> Iterator[Path]:
-    """Yield files that may be the adapter `name`, the nearest first. A name is neither a path nor a pattern."""
-    deeper = (file.parent for file in sorted(Path("runs").glob(f"*/*/{RUN_FILE}")))  # as those of the demo
+    """Yield files that may be the adapter `name`, nearest first.
+
+    A name with path separators, which a stranger's recipe may contain, is never used as a path.
+    """
+    deeper = (file.parent for file in sorted(Path("runs").glob(f"*/*/{RUN_FILE}")))  # the demo nests its runs once more
     roots = [*_near(picture), Path.cwd(), *job.look_in, *sorted(Path("runs").glob("*")), *deeper]
     names = [ADAPTER_FILE, *([f"{name}.safetensors"] if _is_plain(name) else [])]
     for root in roots:
@@ -293,7 +296,7 @@ def _candidates(job: InferenceJob, picture: Path, name: str) -> Iterator[Path]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a recipe's name is that of a file in a folder, and leads nowhere else."""
+    """Return True if `name` is a plain file name, without separators; a recipe may come from a stranger."""
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sd3tune.files.png_recipe import RECIPE_KEY
 from sd3tune.inference.job import InferenceJob
-from sd3tune.inference.prepare import fetching_as_allowed, prepare
+from sd3tune.inference.prepare import download_policy, prepare
 from sd3tune.inference.recipes import Recipes
 from sd3tune.inference.session import draw
 from sd3tune.reporting import say
@@ -21,8 +21,8 @@ Source = str | os.PathLike[str]
 """A file, a folder, a run, or a repository on the Hub."""
 Lora = Source | tuple[Source, float]
 """An adapter, or an adapter and its weight."""
-_OF_FILES = {"out", "before"}
-"""Fields of `InferenceJob` about the files that `sd3tune infer` writes."""
+_FILE_FIELDS = {"out", "before"}
+"""Fields of `InferenceJob` that concern only the files that `sd3tune infer` writes."""
 
 
 def generate(
@@ -46,11 +46,11 @@ def generate(
     recipe of each, as JSON, is `image.info["sd3tune"]`. No file is written. Raises UserError for every mistake in the
     values, and TypeError for a name that is no option.
     """
-    if wrong := _OF_FILES & fields.keys():
-        raise TypeError(f"{min(wrong)!r} is about files, and generate writes none; save the images that it returns")
+    if extra := _FILE_FIELDS & fields.keys():
+        raise TypeError(f"{min(extra)!r} is about files, and generate writes none; save the images that it returns")
     given = {**fields, "prompt": prompt, "seed": seed, "num": num}
     job = InferenceJob.from_fields(loras=_as_texts(lora), base=None if base is None else _base(base), **given)
-    with fetching_as_allowed(job):
+    with download_policy(job):
         prepared = prepare(job)
         recipes = Recipes(prepared.session)
         images: dict[Any, Image.Image] = {}
@@ -63,7 +63,7 @@ def generate(
 
 
 def _as_texts(lora: Any) -> list[str]:
-    """Return adapters as `--lora` takes them."""
+    """Return adapters as values of `--lora`."""
     if isinstance(lora, str | os.PathLike):
         return [os.fspath(lora)]
     if isinstance(lora, tuple) and len(lora) == 2 and isinstance(lora[1], int | float):
@@ -73,6 +73,6 @@ def _as_texts(lora: Any) -> list[str]:
 
 
 def _base(base: Source) -> str:
-    """Return a base as `--base` takes it; a run that trained a whole model is known by its folder."""
+    """Return a base as a value of `--base`: for a run that trained a whole model, its `model` folder."""
     trained = Path(base) / "model"
     return str(trained) if (trained / "model_index.json").is_file() else os.fspath(base)

@@ -27,7 +27,7 @@ MOST_AXES = 2
 
 @dataclass(frozen=True)
 class Axis:
-    """A name of `AXES` and its values: for `lora` pairs of an adapter's index and weight, else those of its field."""
+    """A name of `AXES` and its values: for `lora` pairs (adapter index, weight), else values of the field."""
 
     name: str
     values: Sequence[Any]
@@ -47,28 +47,28 @@ class Grid:
 
     axes: Sequence[Axis]
     loras: Sequence[str] = ()
-    """The adapters of a `lora` axis, in its order; in a session they follow the ones of `--lora`."""
+    """The adapters of a `lora` axis, in its order; in a session they follow the adapters of `--lora`."""
 
     def requests(self, first: ImageRequest) -> list[list[ImageRequest]]:
-        """Return the requests by row and column, each with a name that says where it stands."""
-        ordered = sorted(enumerate(self.axes), key=lambda axis: axis[1].name == "weight")  # after its adapter
+        """Return the requests by row and column, each named after its cell."""
+        ordered = sorted(enumerate(self.axes), key=lambda axis: axis[1].name == "weight")  # after its adapter is set
         columns, rows = (range(len(axis.values)) for axis in (*self.axes, _SINGLE)[:2])
 
         def cell(*places: int) -> ImageRequest:
             changed = first
             for number, axis in ordered:
                 changed = axis.apply(changed, places[number])
-            named = [
-                f"-{axis.name}-{_in_a_name(axis.labels[place])}"
+            labels = [
+                f"-{axis.name}-{_slug(axis.labels[place])}"
                 for axis, place in zip(self.axes, places, strict=False)
-                if axis.name not in ("prompt", "seed")  # which are in every name
+                if axis.name not in ("prompt", "seed")  # prompt and seed are part of every name
             ]
-            return replace(changed, name=changed.stem + "".join(named))
+            return replace(changed, name=changed.stem + "".join(labels))
 
         return [[cell(column, row) for column in columns] for row in rows]
 
     def sheet(self, images: Sequence[Sequence[Image.Image]]) -> Image.Image:
-        """Return the labelled picture of all images, which are by row and column."""
+        """Return the labelled contact sheet of `images[row][column]`."""
         columns, *rows = ([axis.label(place) for place in range(len(axis.values))] for axis in self.axes)
         side = min(512, max(128, *images[0][0].size))
         return contact_sheet(images, columns, rows[0] if rows else (), side)
@@ -95,36 +95,36 @@ def read_grid(axes: Sequence[str], fixed: Sequence[str]) -> Grid | None:
 
 
 def _split(text: str) -> tuple[str, list[str]]:
-    """Split at `|` where there is one, so that a prompt may have commas."""
+    """Split `NAME=VALUE,VALUE` into name and values; at `|` if there is one, so that a prompt may contain commas."""
     name, equals, values = text.partition("=")
     if name not in AXES:
         close = difflib.get_close_matches(name, AXES, n=1)
-        way_out = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(AXES)}"
-        raise ConfigError(f"--grid {name}: no such axis; {way_out}")
-    found = [value.strip() for value in values.split("|" if "|" in values else ",")]
-    if not equals or not all(found):
+        hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(AXES)}"
+        raise ConfigError(f"--grid {name}: no such axis; {hint}")
+    parts = [value.strip() for value in values.split("|" if "|" in values else ",")]
+    if not equals or not all(parts):
         raise ConfigError(f"--grid {text}: write NAME=VALUE,VALUE such as weight=0,0.5,1")
-    return name, list(dict.fromkeys(found))
+    return name, list(dict.fromkeys(parts))
 
 
 def _axis(name: str, values: Sequence[str], loras: Sequence[str], fixed: int) -> Axis:
     if name == "lora":
-        weighed = [parse_lora(lora, "--grid lora=") for lora in loras]
-        numbered = [(fixed + number, weight) for number, (_, weight) in enumerate(weighed)]
-        return Axis(name, numbered, [_short(path) for path, _ in weighed])
+        adapters = [parse_lora(lora, "--grid lora=") for lora in loras]
+        numbered = [(fixed + number, weight) for number, (_, weight) in enumerate(adapters)]
+        return Axis(name, numbered, [_short(path) for path, _ in adapters])
     try:
-        read: list[Any] = [_FIELDS[name].reader(value) if name in _FIELDS else float(value) for value in values]
+        parsed: list[Any] = [_FIELDS[name].reader(value) if name in _FIELDS else float(value) for value in values]
     except ValueError as error:
         expected = "a number" if name == "weight" else error
         raise ConfigError(f"--grid {name}={','.join(values)}: each value is {expected}") from None
     if name == "weight":
-        problems = [f"--grid weight={value}: a finite number" for value in read if not math.isfinite(value)]
+        problems = [f"--grid weight={value}: a finite number" for value in parsed if not math.isfinite(value)]
     else:
-        requests = [ImageRequest(**{name: value}) for value in read]
+        requests = [ImageRequest(**{name: value}) for value in parsed]
         problems = [line for request in requests for line in problems_of(request, lambda name: f"--grid {name}")]
     if problems:
         raise ConfigError(*problems)
-    return Axis(name, read, values)
+    return Axis(name, parsed, values)
 
 
 def _expanded(value: str) -> list[str]:
@@ -132,10 +132,10 @@ def _expanded(value: str) -> list[str]:
     pattern = f"{value}/step-*" if Path(value).name == "checkpoints" else value
     if not glob.has_magic(pattern):
         return [value]
-    found = sorted(glob.glob(pattern))
-    if not found:
+    matches = sorted(glob.glob(pattern))
+    if not matches:
         raise ConfigError(f"--grid lora={value}: finds nothing")
-    return found
+    return matches
 
 
 def _short(path: Path) -> str:
@@ -143,7 +143,7 @@ def _short(path: Path) -> str:
     return parts[-1].removesuffix(".safetensors") if parts else str(path)
 
 
-def _in_a_name(label: str) -> str:
+def _slug(label: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", label)
 
 
@@ -156,7 +156,7 @@ def _with_lora(request: ImageRequest, _: str, value: tuple[int, float]) -> Image
 
 
 def _with_weight(request: ImageRequest, _: str, value: float) -> ImageRequest:
-    """Set the weight of the lora axis' adapter, where there is one; otherwise of the first `--lora`."""
+    """Set the weight of the first adapter: the `lora` axis' if there is one, otherwise the first `--lora`."""
     return replace(request, loras=((request.loras[0][0], value), *request.loras[1:]))
 
 

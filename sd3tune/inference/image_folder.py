@@ -1,4 +1,4 @@
-"""The folder that images are written to: each with its recipe inside, none ever overwritten or drawn twice."""
+"""The output folder: each image holds its recipe, and none is overwritten or drawn twice."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class ImageFolder:
     recipes: Recipes
 
     def key(self, request: ImageRequest) -> str:
-        """Return a text that is equal for two images of one recipe."""
+        """Return the identity of an image: equal for two requests with the same recipe."""
         return recipe_key(self.recipes.recipe(request))
 
-    def found(self) -> dict[str, Path]:
-        """Return the images in the folder by `key`, and remove temporary files that a killed process left long ago."""
+    def existing(self) -> dict[str, Path]:
+        """Return the images in the folder by `key`. Also removes old temporary files of killed processes."""
         remove_stale(self.path)
-        found: dict[str, Path] = {}
+        images: dict[str, Path] = {}
         for path in sorted(self.path.glob("*.png")):
             recipe = read_recipe(path)
             if recipe is not None and "sheet" not in recipe:
-                found.setdefault(recipe_key(recipe), path)
-        return found
+                images.setdefault(recipe_key(recipe), path)
+        return images
 
     def add(self, request: ImageRequest, image: Image.Image) -> Path:
         """Write the image, warn if it shows nothing, and return its file."""
@@ -56,11 +56,11 @@ class ImageFolder:
         return _save(sheet, self.path / f"{first.stem}-{kind}.png", {**self.recipes.recipe(first), "sheet": kind})
 
     def add_grid(self, grid: Grid, requests: Sequence[Sequence[ImageRequest]], files: Sequence[Sequence[Path]]) -> Path:
-        """Write the contact sheet of a grid, unless the folder has it, and return its file."""
+        """Write the contact sheet of a grid, unless the folder already has it, and return its file."""
         keys = [[self.key(request) for request in row] for row in requests]
-        shown = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+        cells_digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
         first = requests[0][0]
-        recipe = {**self.recipes.recipe(first), "sheet": "grid", "shows": shown}
+        recipe = {**self.recipes.recipe(first), "sheet": "grid", "shows": cells_digest}
         for path in sorted(self.path.glob("*-grid*.png")):
             if read_recipe(path) == recipe:
                 return path
@@ -69,28 +69,28 @@ class ImageFolder:
 
 
 def draw_missing(session: InferenceSession, folder: ImageFolder, requests: Sequence[ImageRequest]) -> list[Path]:
-    """Draw each request of whose recipe the folder holds no image, whatever its name.
+    """Draw the requests whose recipe no image in the folder has. Return the files in the order of the requests.
 
-    Each is written when it is drawn, so that a stop costs the batch in hand. Returns the files in the requests' order.
+    Each image is written as soon as it is drawn, so an interruption loses only the current batch.
     """
-    started, files = time.monotonic(), folder.found()
+    started, files = time.monotonic(), folder.existing()
     missing = {folder.key(request): request for request in requests if folder.key(request) not in files}
-    wanted = len({folder.key(request) for request in requests})
+    distinct = len({folder.key(request) for request in requests})
     if missing:
         for request, image in draw(session, list(missing.values())):
             files[folder.key(request)] = folder.add(request, image)
     seconds = time.monotonic() - started
     each = f", {seconds / len(missing):.1f} s each" if missing else ""
-    say(f"{len(missing)} drawn in {seconds:.0f} s{each}; {wanted - len(missing)} were there; all in {folder.path}")
-    if wanted < len(requests):
-        say(f"note: {len(requests) - wanted} of the {len(requests)} ask for what another one asks for")
+    say(f"{len(missing)} drawn in {seconds:.0f} s{each}; {distinct - len(missing)} were there; all in {folder.path}")
+    if distinct < len(requests):
+        say(f"note: {len(requests) - distinct} of the {len(requests)} repeat another request")
     return [files[folder.key(request)] for request in requests]
 
 
 def before_and_after(
     before: Sequence[Image.Image], after: Sequence[Image.Image], requests: Sequence[ImageRequest]
 ) -> Image.Image:
-    """Return both in one picture of two rows, a column for each request."""
+    """Return a contact sheet of two rows, `before` and `after`, with a column per request."""
     columns = [f"seed {request.seed}" for request in requests]
     side = min(512, max(128, *(requests[0].size or (0, 0))))
     return contact_sheet([before, after], columns, ["before: the base alone", "after: with the adapter"], side)
@@ -102,14 +102,14 @@ def _opened(path: Path) -> Image.Image:
     return image
 
 
-def _save(image: Image.Image, wanted: Path, recipe: Mapping[str, Any]) -> Path:
-    path = _unused(wanted)
+def _save(image: Image.Image, target: Path, recipe: Mapping[str, Any]) -> Path:
+    path = _unused(target)
     save_png(image, path, as_text(recipe))
     return path
 
 
 def _unused(path: Path) -> Path:
-    """`path`, or the first of `-2`, `-3`, ... that does not exist: earlier images are never overwritten."""
+    """Return `path`, or the first of `-2`, `-3`, ... that does not exist: earlier images are never overwritten."""
     number, candidate = 1, path
     while candidate.exists():
         number += 1

@@ -1,6 +1,6 @@
-"""The request for one image: everything the image depends on besides the base, the adapters' files and the precision.
+"""The request for one image: everything it depends on besides the base, the adapters' files and the precision.
 
-Each field is declared here once. See `parameters` for what it states, and for the views that are made from it.
+Each field is declared here once. `parameters` lists the properties of a declaration and the views derived from it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from sd3tune.inference.parameters import (
 from sd3tune.model.base.contract import EARLIER_GUIDANCE, EARLIER_STEPS
 
 MOST_STEPS = 10_000
-"""Ten times as many as SD3 was trained with noise levels."""
+"""Ten times the number of timesteps that SD3 was trained with."""
 PROMPT_OF = {"clip_l": "prompt_clip_l", "clip_g": "prompt_clip_g", "t5": "prompt_t5"}
-"""Encoder -> the field with the text that it reads instead of the prompt."""
+"""Encoder -> the field with the text that replaces the prompt for it."""
 
 
 def _steps(value: int) -> str | None:
@@ -48,7 +48,7 @@ def _size(value: tuple[int, int] | None) -> str | None:
 
 
 def _sampler(value: str) -> str | None:
-    from sd3tune.sampling.samplers import SAMPLERS  # imports diffusers, which --help must not
+    from sd3tune.sampling.samplers import SAMPLERS  # here, as it imports diffusers, which would slow down --help
 
     return None if value in SAMPLERS else f"one of {', '.join(SAMPLERS)}"
 
@@ -71,7 +71,7 @@ def _layers(value: tuple[int, ...]) -> str | None:
 
 @dataclass(frozen=True)
 class Texts:
-    """A prompt, and what single encoders read instead."""
+    """A prompt, and the texts that replace it for single encoders."""
 
     prompt: str
     clip_l: str | None = None
@@ -79,13 +79,14 @@ class Texts:
     t5: str | None = None
 
     def read_by(self, encoder: str) -> str:
+        """Return the text for an encoder: its own, or else the prompt."""
         own: str | None = getattr(self, encoder)
         return self.prompt if own is None else own
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to draw. Options, lines of a prompt file, recipes and cells of a grid each give some of its fields."""
+    """One image to draw. Options, lines of a prompt file, recipes and cells of a grid each set some of the fields."""
 
     prompt: str = parameter("", "What to draw.", column=True, axis=True, recipe="prompt")
     negative: str = parameter("", "What to steer away from.", column=True, recipe="negative")
@@ -117,7 +118,7 @@ class ImageRequest:
     )
     size: tuple[int, int] | None = parameter(
         None,
-        "Pixels; by default what adapter or model was trained at.",
+        "Pixels; by default the training resolution.",
         metavar="SIDE|WxH",
         column=True,
         recipe="size",
@@ -126,7 +127,7 @@ class ImageRequest:
     )
     """(width, height); None until the training size is known."""
     loras: tuple[tuple[int, float], ...] = ()
-    """Adapters in use: the index of each in the session's adapters, and its weight. Empty: the base alone."""
+    """Active adapters, as (index in the session's adapters, weight). Empty: the base alone."""
     sampler: str = parameter(
         "euler",
         "euler (as the base was made for), heun or dpmpp.",
@@ -138,7 +139,7 @@ class ImageRequest:
     )
     shift: float | None = parameter(
         None,
-        "Of the noise levels; by default the base's own. Higher means noisier.",
+        "Shift of the noise schedule; by default the base's own. Higher means noisier.",
         panel=SAMPLING,
         column=True,
         axis=True,
@@ -174,7 +175,7 @@ class ImageRequest:
     )
     noise_offset: float = parameter(
         0.0,
-        "Of the starting noise; by default as in training. 0 is none.",
+        "Offset of the starting noise; by default as in training. 0 is none.",
         metavar="STRENGTH",
         panel=SAMPLING,
         column=True,
@@ -196,7 +197,7 @@ class ImageRequest:
     )
     slg_layers: tuple[int, ...] = parameter(
         (7, 8, 9),
-        "The blocks that are left out (7,8,9).",
+        "The skipped blocks (7,8,9).",
         metavar="N,N,...",
         panel=SAMPLING,
         recipe="slg.layers",
@@ -206,14 +207,14 @@ class ImageRequest:
     )
     slg_start: float = parameter(
         0.01,
-        "From which share of the steps (0.01).",
+        "Share of the steps at which it starts (0.01).",
         panel=SAMPLING,
         recipe="slg.start",
         requires="slg",
     )
     slg_stop: float = parameter(
         0.2,
-        "To which share of the steps (0.2).",
+        "Share of the steps at which it stops (0.2).",
         panel=SAMPLING,
         recipe="slg.stop",
         requires="slg",
@@ -228,7 +229,7 @@ class ImageRequest:
     )
     strength: float = parameter(
         0.6,
-        "How much of it is drawn anew (0.6): 1 is all.",
+        "How much of it is redrawn (0.6): 1 is all.",
         panel=IMAGE,
         column=True,
         axis=True,
@@ -237,11 +238,11 @@ class ImageRequest:
         check=_strength,
     )
     name: str | None = parameter(None, column=True, read=read_file_name)
-    """The file's name without its ending; None makes one of prompt and seed."""
+    """The file name without its extension; None derives one from prompt and seed."""
 
     @property
     def stem(self) -> str:
-        """The name of its file, without the ending."""
+        """The file name without its extension."""
         if self.name is not None:
             return self.name
         words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:60]
@@ -249,6 +250,7 @@ class ImageRequest:
 
     @property
     def texts(self) -> Texts:
+        """The prompt, and the texts that replace it for single encoders."""
         return Texts(self.prompt, **{encoder: getattr(self, field) for encoder, field in PROMPT_OF.items()})
 
 
@@ -256,5 +258,5 @@ PARAMETERS = parameters_of(ImageRequest)
 
 
 def seeded(request: ImageRequest, count: int) -> list[ImageRequest]:
-    """Return `count` requests whose seeds follow one another."""
+    """Return `count` requests with consecutive seeds."""
     return [replace(request, seed=request.seed + number) for number in range(count)]

@@ -1,4 +1,4 @@
-"""One call of `infer` or `generate`: the images' common fields, how many there are, and the model that draws them."""
+"""One call of `infer` or `generate`: the images' common fields, their number, and the model that draws them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sd3tune.inference import image_request
 from sd3tune.inference.parameters import MEMORY, MODEL, TEXT, Parameter, parameter, parameters_of
 
 MOST_T5_TOKENS = 512
-"""As in diffusers; SD3 was trained with fewer."""
+"""The limit of diffusers; SD3 was trained with fewer."""
 MOST_IMAGES = 100_000
 """Images of one call for each prompt."""
 _DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -30,6 +30,7 @@ def _t5_tokens(value: int | None) -> str | None:
 
 
 def read_dtype(value: Any) -> str:
+    """Return the name of a dtype, or `auto`. Raises ConfigError."""
     if value not in _DTYPES:
         raise ConfigError(f"--dtype {value}: one of {', '.join(_DTYPES)}")
     return str(value)
@@ -37,7 +38,7 @@ def read_dtype(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    """How the base is held: what saves memory or time, at a price in the other or in exactness."""
+    """Options that save memory or time, at the cost of the other or of exactness."""
 
     quantize: str | None = parameter(
         None,
@@ -47,7 +48,7 @@ class Memory:
         recipe="quantize",
         optional=True,
     )
-    """A key of `quantized.FORMS`, or `none`; None leaves it to the adapter's contract."""
+    """A key of `quantized.FORMS`, or `none`; None takes it from the adapter's contract."""
     t5_8bit: bool | None = parameter(
         None,
         "Hold T5 in 8 bits; by default as in training.",
@@ -56,7 +57,7 @@ class Memory:
         recipe="t5_8bit",
         optional=True,
     )
-    """None leaves it to the adapter's contract."""
+    """None takes it from the adapter's contract."""
     offload: bool = parameter(False, "Offload idle components to the CPU.", flags="--offload", panel=MEMORY)
     vae_tiling: bool = parameter(
         False,
@@ -76,9 +77,9 @@ IN_FULL = Memory()
 
 @dataclass(frozen=True)
 class InferenceJob:
-    """What to draw and with what; `from_fields` makes one.
+    """The images to draw, and the model and adapters that draw them; `from_fields` makes one.
 
-    None leaves a field to the recipe that is repeated, to the adapter's contract, or to the model.
+    A field that is None is filled in from the repeated recipe, the adapter's contract, or the model.
     """
 
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -86,10 +87,10 @@ class InferenceJob:
     out: Path = parameter(Path("images"), "Folder for the images.")
     prompts: Path | None = parameter(
         None,
-        "A .txt file, a prompt a line; or .jsonl or .csv. What is already in --out is not drawn again.",
+        "A .txt file, a prompt a line; or .jsonl or .csv. Images already in --out are not drawn again.",
         metavar="FILE",
     )
-    """The values in the file win over `given`."""
+    """Values in the file override `given`."""
     grid: Sequence[str] = parameter(
         (),
         "One picture of all values, such as weight=0,0.5,1; a second --grid is for the rows. "
@@ -107,7 +108,7 @@ class InferenceJob:
         (), "With --from: a folder with the adapter or the start image. Repeatable.", metavar="DIR"
     )
     allow_download: bool = parameter(
-        False, "With --from: fetch from the Hub what is not on this machine.", flags="--allow-download"
+        False, "With --from: download missing files from the Hub.", flags="--allow-download"
     )
     batch: int = parameter(1, "How many to draw at once.", recipe="batch", check=_count)
     num: int = parameter(1, "How many images.", check=_count)
@@ -129,17 +130,17 @@ class InferenceJob:
         None, "Base model; by default the one that the adapter names.", panel=MODEL, recipe="base"
     )
     revision: str | None = parameter(None, recipe="base_revision")
-    """Of a base on the Hub."""
+    """Revision of a base on the Hub."""
     config: Path | None = parameter(
         None,
-        "Its model section says where base, text encoders and tokenizers are.",
+        "Its model section locates base, text encoders and tokenizers.",
         metavar="YAML",
         panel=MODEL,
     )
-    """`base` wins over the base in it."""
+    """`base` overrides its base."""
     t5_tokens: int | None = parameter(
         None,
-        "T5's length; by default what adapter or model was trained with.",
+        "T5's length; by default as in training.",
         metavar="N",
         panel=TEXT,
         recipe="max_sequence_length",
@@ -158,9 +159,9 @@ class InferenceJob:
 
     @classmethod
     def from_fields(cls, **values: Any) -> InferenceJob:
-        """Make a job of any fields of `ImageRequest`, `Memory` and this class. None is one that is not given.
+        """Make a job from fields of `ImageRequest`, `Memory` and this class; None means not given.
 
-        Raises ConfigError for values of another type, and TypeError for a name that is no field, as a call does.
+        Raises ConfigError for a value of the wrong type, and TypeError for an unknown field.
         """
         read = {}
         for name, value in values.items():
@@ -171,11 +172,11 @@ class InferenceJob:
             if value is not None:
                 read[name] = ALL_PARAMETERS[name].read(value)
         given = {name: read.pop(name) for name in image_request.PARAMETERS if name in read}
-        memory = Memory(**{one.name: read.pop(one.name) for one in fields(Memory) if one.name in read})
+        memory = Memory(**{option.name: read.pop(option.name) for option in fields(Memory) if option.name in read})
         return cls(given=given, memory=memory, **read)
 
 
 PARAMETERS = parameters_of(InferenceJob)
 MEMORY_PARAMETERS = parameters_of(Memory)
 ALL_PARAMETERS: Mapping[str, Parameter] = {**image_request.PARAMETERS, **PARAMETERS, **MEMORY_PARAMETERS}
-"""All that can be asked for, by name."""
+"""Every field that `from_fields` takes, by name."""

@@ -1,4 +1,4 @@
-"""An adapter as users name it: a path or a Hub repository, with `@weight` if it is not 1."""
+"""The value of `--lora`: a path or a Hub repository, with `@weight` if it is not 1."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sd3tune.errors import AdapterError
 
 
 def parse_lora(value: str, flag: str = "--lora ") -> tuple[Path, float]:
-    """`PATH`, `user/name:revision` or either with `@weight` -> that, and the weight (1 when not given).
+    """Split `PATH` or `user/name:revision`, either with an optional `@weight`, into path and weight (1 by default).
 
-    Raises AdapterError.
+    Raises AdapterError for a weight that is not a finite number.
     """
-    path, at, weight = value.rpartition("@")
-    if not at or Path(value).exists():
+    path, separator, weight = value.rpartition("@")
+    if not separator or Path(value).exists():
         _check_colon(value, flag)
         return Path(value), 1.0
     try:
@@ -31,9 +31,9 @@ def parse_lora(value: str, flag: str = "--lora ") -> tuple[Path, float]:
 
 
 def _check_colon(value: str, flag: str) -> None:
-    """Raises AdapterError for `PATH:0.8`, as other tools write a weight; a file or folder of this machine has none."""
+    """Raise AdapterError for `PATH:0.8`, as other tools write a weight: a local path has no revision."""
     path, colon, weight = value.rpartition(":")
     if colon and path and Path(path).exists() and not Path(value).exists():
         is_weight = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", weight) is not None
-        way_out = f"write {path}@{weight}" if is_weight else f"write {path}; only a Hub repository has revisions"
-        raise AdapterError(f"{flag}{value}: {way_out}")
+        hint = f"write {path}@{weight}" if is_weight else f"write {path}; only a Hub repository has revisions"
+        raise AdapterError(f"{flag}{value}: {hint}")

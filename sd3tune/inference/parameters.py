@@ -1,6 +1,6 @@
-"""What a field of an image request states about itself, once: its option, limits, column, grid axis and recipe key.
+"""The declaration of a request's field, in one place: its option, limits, column, grid axis and recipe key.
 
-The command line, the columns of a prompt file, the axes of a grid, the recipe in a PNG and `generate` are views of it.
+The command line, the columns of a prompt file, the axes of a grid, the recipe in a PNG and `generate` derive from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sd3tune.errors import ConfigError
 SAMPLING, IMAGE, TEXT = "Sampling", "From a picture", "Text"
 MODEL, MEMORY = "Adapters and model", "Memory"
 PANELS = (None, SAMPLING, IMAGE, TEXT, MODEL, MEMORY)
-"""The groups of `sd3tune infer --help`, in their order; None is the first one, without a title of its own."""
+"""The groups of `sd3tune infer --help`, in order; None is the first one, which has no title."""
 
 _SIZE = re.compile(r"(\d{1,9})(?:x(\d{1,9}))?", re.ASCII)
 _NO_FILE_NAME = re.compile(r"[/\\]")
@@ -28,7 +28,7 @@ _METADATA = "parameter"
 
 @dataclass(frozen=True)
 class Parameter:
-    """A field that users set; `parameter` declares it."""
+    """A field that users can set; `parameter` declares it."""
 
     name: str
     default: Any
@@ -49,11 +49,11 @@ class Parameter:
 
     @property
     def flag(self) -> str:
-        """The name in messages, such as `--noise-offset`."""
+        """The option's name for messages, such as `--noise-offset`."""
         return self.flags.partition("/")[0]
 
     def read(self, value: Any) -> Any:
-        """Return a value of the command line, a cell or a caller in the field's type. Raises ConfigError."""
+        """Convert a value from the command line, a cell or a caller to the field's type. Raises ConfigError."""
         try:
             return self.reader(value)
         except ValueError as expected:
@@ -75,20 +75,21 @@ def parameter(
     read: Callable[[Any], Any] | None = None,
     check: Callable[[Any], str | None] = lambda value: None,
 ) -> Any:
-    """Declare a field of a dataclass with what its views need to know.
+    """Declare a field of a dataclass that users can set.
 
-    `help` is the text of its option; without one it is none. `flags` is the option's name, by default the field's.
-    `column` and `axis` admit it to prompt files and grids. `recipe` is its key in the recipe of a PNG, `a.b` for the
-    key b inside a; `optional` leaves it out there while it has its default, `requires` while that other field is None.
-    `read` replaces the reader of its type: it returns the value of a text, a JSON value or itself, and raises
-    ValueError with what is expected, such as "a whole number". `check` returns what is wrong with a value, or None.
+    `help` is the help text of its option; without it there is no option. `flags` is the option's name, by default
+    derived from the field's. `column` and `axis` allow it in prompt files and grids. `recipe` is its key in the recipe
+    of a PNG, `a.b` for the key b inside a. The recipe leaves an `optional` field out while it has its default, and one
+    that `requires` another field while that one is None. `read` replaces the reader of the field's type: it converts a
+    text or a JSON value, returns a value of the type unchanged, and raises ValueError with the expected form, such as
+    "a whole number". `check` returns the fault of a value, or None.
     """
-    said = {
+    properties = {
         "help": help, "flags": flags, "metavar": metavar, "panel": panel, "column": column, "axis": axis,
         "recipe": recipe, "optional": optional or requires is not None, "requires": requires, "reader": read,
         "check": check,
     }  # fmt: skip
-    return dataclasses.field(default=default, metadata={_METADATA: said})
+    return dataclasses.field(default=default, metadata={_METADATA: properties})
 
 
 def parameters_of(owner: type) -> dict[str, Parameter]:
@@ -102,12 +103,12 @@ def parameters_of(owner: type) -> dict[str, Parameter]:
 
 
 def _resolved(field: dataclasses.Field[Any], hint: Any) -> Parameter:
-    said = dict(field.metadata[_METADATA])
+    properties = dict(field.metadata[_METADATA])
     is_union = get_origin(hint) in (Union, UnionType)
     (plain,) = [one for one in get_args(hint) if one is not type(None)] if is_union else [hint]
-    said["flags"] = said["flags"] or f"--{field.name.replace('_', '-')}"
-    said["reader"] = said["reader"] or _reader_of(plain)
-    return Parameter(field.name, field.default, plain, plain is not hint, **said)
+    properties["flags"] = properties["flags"] or f"--{field.name.replace('_', '-')}"
+    properties["reader"] = properties["reader"] or _reader_of(plain)
+    return Parameter(field.name, field.default, plain, plain is not hint, **properties)
 
 
 def _reader_of(plain: Any) -> Callable[[Any], Any]:
@@ -126,7 +127,7 @@ def _read_several(values: Any, read: Callable[[Any], Any]) -> list[Any]:
         raise ValueError("a list") from None
 
 
-# Readers: a text, a JSON value or the value itself -> the value.
+# Readers convert a text or a JSON value, and return a value of the type unchanged.
 
 
 def read_text(value: Any) -> str:
@@ -166,17 +167,17 @@ def read_path(value: Any) -> Path:
 
 
 def read_size(value: Any) -> tuple[int, int]:
-    """(width, height) from `512`, `1152x896` or a pair of whole numbers."""
+    """Return (width, height) from `512`, `1152x896` or a pair of whole numbers."""
     if isinstance(value, tuple | list) and len(value) == 2:
         return read_integer(value[0]), read_integer(value[1])
-    found = _SIZE.fullmatch(str(value).strip().lower())
-    if found is None:
+    match = _SIZE.fullmatch(str(value).strip().lower())
+    if match is None:
         raise ValueError("a side such as 1024, or WIDTHxHEIGHT such as 1152x896")
-    return int(found[1]), int(found[2] or found[1])
+    return int(match[1]), int(match[2] or match[1])
 
 
 def read_layers(value: Any) -> tuple[int, ...]:
-    """Indices of blocks from `7,8,9` or a sequence of whole numbers."""
+    """Return block indices from `7,8,9` or a sequence of whole numbers."""
     if isinstance(value, tuple | list):
         return tuple(map(read_integer, value))
     numbers = [number.strip() for number in str(value).split(",")]
@@ -195,4 +196,4 @@ def read_file_name(value: Any) -> str:
 READERS: dict[Any, Callable[[Any], Any]] = {
     str: read_text, int: read_integer, float: read_number, bool: read_switch, Path: read_path,
 }  # fmt: skip
-"""Type of a field -> how its values are read, unless the field has a reader of its own."""
+"""Type of a field -> its default reader."""

@@ -1,4 +1,4 @@
-"""A base that stays in memory and draws many images, with one adapter after another: to show, and to measure."""
+"""A base kept in memory to draw many images, with one adapter after another: for demos and measurements."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ADAPTER = "adapter"
 
 
 class ImagePipeline:
-    """A base in memory. An image depends on prompt, seed and adapter alone, but for rounding within a batch."""
+    """A base in memory. An image depends only on prompt, seed and adapter, except for rounding within a batch."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class ImagePipeline:
         device: torch.device | None = None,
         batch_size: int = 32,
     ) -> None:
-        """Load the base. `batch_size` images are denoised at once. Raises ModelError."""
+        """Load the base; `batch_size` images are denoised at once. Raises ModelError."""
         self.device, self.dtype = device or torch.device("cpu"), dtype
         self.settings, self.t5_length, self.batch_size = settings, t5_length, batch_size
         self.base = resolve_base(base)
@@ -45,31 +45,31 @@ class ImagePipeline:
         self._encoded: dict[str, Conditioning] = {}
 
     def draw(
-        self, wanted: Sequence[PromptAndSeed], adapter: Path | None = None, what: str = "drawing"
+        self, prompts_and_seeds: Sequence[PromptAndSeed], adapter: Path | None = None, activity: str = "drawing"
     ) -> list[Image.Image]:
-        """Draw an image for each prompt and seed, with the adapter of a file or folder, or with the base alone."""
-        self._encode(["", *(prompt for prompt, _ in wanted)])
+        """Draw an image for each prompt and seed, with an adapter file or folder, or with the base alone."""
+        self._encode(["", *(prompt for prompt, _ in prompts_and_seeds)])
         if adapter is not None:
             attach(self.transformer, read_adapter(adapter), _ADAPTER)
         images: list[Image.Image] = []
         try:
-            with progress_bar(total=len(wanted), desc=what, unit="picture", leave=False, delay=2) as bar:
-                for start in range(0, len(wanted), self.batch_size):
-                    images += self._draw_batch(wanted[start : start + self.batch_size])
+            with progress_bar(total=len(prompts_and_seeds), desc=activity, unit="picture", leave=False, delay=2) as bar:
+                for start in range(0, len(prompts_and_seeds), self.batch_size):
+                    images += self._draw_batch(prompts_and_seeds[start : start + self.batch_size])
                     bar.update(len(images) - bar.n)
         finally:
             if adapter is not None:
                 self.transformer.delete_adapters(_ADAPTER)
         return images
 
-    def _draw_batch(self, wanted: Sequence[PromptAndSeed]) -> list[Image.Image]:
+    def _draw_batch(self, prompts_and_seeds: Sequence[PromptAndSeed]) -> list[Image.Image]:
         latents = sample_latents(
             self.transformer,
             self.scheduler,
-            self._conditioning([prompt for prompt, _ in wanted]),
+            self._conditioning([prompt for prompt, _ in prompts_and_seeds]),
             self._conditioning([""]),
             self.settings,
-            [seed for _, seed in wanted],
+            [seed for _, seed in prompts_and_seeds],
         )
         return [to_image(self.vae, one[None]) for one in latents]
 
@@ -80,9 +80,9 @@ class ImagePipeline:
         )
 
     def _encode(self, prompts: Sequence[str]) -> None:
-        """Encode the prompts that no earlier call has encoded."""
+        """Encode the prompts that are not encoded yet."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
         if new:
             texts = [Texts(prompt) for prompt in new]
-            found = encode_prompts(self.base, ENCODERS, texts, self.t5_length, self.dtype, self.device)
-            self._encoded |= dict(zip(new, found, strict=True))
+            encoded = encode_prompts(self.base, ENCODERS, texts, self.t5_length, self.dtype, self.device)
+            self._encoded |= dict(zip(new, encoded, strict=True))

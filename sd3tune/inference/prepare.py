@@ -1,4 +1,4 @@
-"""From a job to a session and the images that it draws: every check, before anything large is loaded."""
+"""Turn a job into a session and its requests, with every check made before anything large is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sd3tune.adapter.file import Adapter, match
 from sd3tune.adapter.hub import load_adapter
 from sd3tune.data.images import check_header, read_picture, reading_warnings
 from sd3tune.errors import ConfigError
-from sd3tune.inference.checks import Named, beyond_the_base, check_job, conflicts_of, flag_of, problems_of
+from sd3tune.inference.checks import Named, check_job, conflicts_of, flag_of, problems_of, unsupported_by_base
 from sd3tune.inference.conditions import Conditions, settle_conditions, settle_memory
 from sd3tune.inference.from_recipe import fill_from_recipe, read_source
 from sd3tune.inference.grid import Grid, read_grid
@@ -21,7 +21,7 @@ from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.lora_argument import parse_lora
 from sd3tune.inference.prompts_file import PromptLine, read_prompts
 from sd3tune.inference.session import InferenceSession
-from sd3tune.model.base.hub import nothing_fetched
+from sd3tune.model.base.hub import no_downloads
 from sd3tune.model.load.components import empty_transformer, load_scheduler
 from sd3tune.reporting import say
 from sd3tune.runtime.device import choose_dtype, gpu_of, make_accelerator
@@ -32,24 +32,28 @@ NamedRequest = tuple[ImageRequest, Named]
 
 @dataclass(frozen=True)
 class PreparedJob:
-    """A job whose images can be drawn."""
+    """A checked job, ready to draw."""
 
     job: InferenceJob
-    """With the fields of the recipe that it repeats."""
+    """The job, filled in from the repeated recipe if there is one."""
     session: InferenceSession
     rows: Sequence[Sequence[ImageRequest]]
-    """The images to draw: by row and column of a grid, else in one row."""
+    """The images to draw: by row and column of a grid, otherwise in one row."""
     grid: Grid | None
 
     @property
     def requests(self) -> list[ImageRequest]:
+        """The images to draw, row by row."""
         return [request for row in self.rows for request in row]
 
 
-def fetching_as_allowed(job: InferenceJob) -> AbstractContextManager[None]:
-    """Return the context to prepare and draw a job in: a recipe fetches nothing from the Hub unless that is allowed."""
+def download_policy(job: InferenceJob) -> AbstractContextManager[None]:
+    """Return the context in which a job is prepared and drawn.
+
+    With a recipe, it prevents downloads from the Hub unless the job allows them.
+    """
     recipe_alone = job.from_picture is not None and not job.allow_download
-    return nothing_fetched() if recipe_alone else nullcontext()
+    return no_downloads() if recipe_alone else nullcontext()
 
 
 def prepare(asked: InferenceJob) -> PreparedJob:
@@ -59,8 +63,8 @@ def prepare(asked: InferenceJob) -> PreparedJob:
     check_job(job)
     lines = read_prompts(job.prompts) if job.prompts else []
     grid = read_grid(job.grid, job.loras)
-    given = [parse_lora(lora) for lora in [*job.loras, *(grid.loras if grid else ())]]
-    adapters = [load_adapter(path, transformer_only=job.transformer_only) for path, _ in given]
+    weighted = [parse_lora(lora) for lora in [*job.loras, *(grid.loras if grid else ())]]
+    adapters = [load_adapter(path, transformer_only=job.transformer_only) for path, _ in weighted]
     for line in (line for adapter in adapters for line in notes_of(adapter)):
         say(line)
     session = _open_session(job, adapters)
@@ -69,9 +73,9 @@ def prepare(asked: InferenceJob) -> PreparedJob:
             source.check_adapters(adapters[: len(job.loras)])
         source.check_base(session.conditions.base, chosen=asked.base is not None or asked.config is not None)
 
-    fixed = tuple((number, weight) for number, (_, weight) in enumerate(given[: len(job.loras)]))
-    usual = {name: getattr(session.conditions, name) for name in ("size", "steps", "guidance", "noise_offset")}
-    common = {**usual, **job.given, "loras": fixed}
+    fixed = tuple((number, weight) for number, (_, weight) in enumerate(weighted[: len(job.loras)]))
+    defaults = {name: getattr(session.conditions, name) for name in ("size", "steps", "guidance", "noise_offset")}
+    common = {**defaults, **job.given, "loras": fixed}
     named = _named_requests(lines, common, job.num)
     rows = [[request for request, _ in named]]
     if grid is not None:
@@ -89,7 +93,7 @@ def _open_session(job: InferenceJob, adapters: Sequence[Adapter]) -> InferenceSe
 
 
 def _named_requests(lines: Sequence[PromptLine], common: Mapping[str, Any], num: int) -> list[NamedRequest]:
-    """Return `num` requests for each line, or for the common fields alone."""
+    """Return `num` requests for each line, or for the common fields if there are no lines."""
     if not lines:
         return [(request, flag_of) for request in seeded(ImageRequest(**common), num)]
     return [
@@ -98,11 +102,11 @@ def _named_requests(lines: Sequence[PromptLine], common: Mapping[str, Any], num:
 
 
 def _check_against_base(named: Sequence[NamedRequest], conditions: Conditions, adapters: Sequence[Adapter]) -> None:
-    """Raise UserError for values that cannot be, or that this base or its adapters cannot do."""
+    """Raise UserError for values that are invalid or not supported by this base or its adapters."""
     skeleton, schedule = empty_transformer(conditions.base), load_scheduler(conditions.base).config
     problems = [line for request, name in named for line in problems_of(request, name)]
     for request, name in named:
-        problems += conflicts_of(request, name) or beyond_the_base(request, name, skeleton.config)
+        problems += conflicts_of(request, name) or unsupported_by_base(request, name, skeleton.config)
         sampler = request.sampler
         if request.shift is None and schedule.get("use_dynamic_shifting") and not SAMPLERS[sampler].follows_size:
             problems.append(

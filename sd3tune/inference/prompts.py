@@ -26,9 +26,9 @@ def encode_prompts(
     device: torch.device,
     eight_bit: Collection[str] = (),
 ) -> list[Conditioning]:
-    """Return the conditioning of each prompt, as in `StableDiffusion3Pipeline`; each text is encoded alone, and once.
+    """Return the conditioning of each prompt, as in `StableDiffusion3Pipeline`. Each text is encoded once, by itself.
 
-    Encoders named in `eight_bit` are held in 8 bits. Warns of texts that are cut off.
+    Encoders named in `eight_bit` are loaded in 8 bits. Warns of texts that are cut off.
     """
     entries: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for name in progress_bar(encoders, desc="encoding prompts", unit="encoder", leave=False, delay=2):
@@ -46,8 +46,8 @@ def encode_prompts(
     width = empty_transformer(base).config.joint_attention_dim
 
     def conditioning(prompt: Texts) -> Conditioning:
-        found = {name: entry[prompt.read_by(name)] for name, entry in entries.items()}
-        batch = {name: {key: value[None] for key, value in entry.items()} for name, entry in found.items()}
+        entries_of_prompt = {name: entry[prompt.read_by(name)] for name, entry in entries.items()}
+        batch = {name: {key: value[None] for key, value in entry.items()} for name, entry in entries_of_prompt.items()}
         t5 = batch["t5"]["hidden"] if "t5" in batch else None
         return Conditioning(*assemble(batch["clip_l"], batch["clip_g"], t5, t5_length, width))
 

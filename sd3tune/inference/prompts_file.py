@@ -1,4 +1,4 @@
-"""Prompt files, an image a line: plain text, or JSON lines or CSV with fields of an image request as columns."""
+"""Prompt files with one image per line: plain text, or JSON lines or CSV with fields of `ImageRequest` as columns."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from sd3tune.inference.checks import flag_of, problems_of
 from sd3tune.inference.image_request import PARAMETERS, ImageRequest
 
 COLUMNS = {name: parameter for name, parameter in PARAMETERS.items() if parameter.column}
-"""The fields of `ImageRequest` that a line may give, by name. An empty value is one that is not given."""
+"""The fields of `ImageRequest` that a line may set, by name. An empty value means not set."""
 
 
 @dataclass(frozen=True)
 class PromptLine:
-    """The fields of an image request that a line gives."""
+    """The fields of an image request that one line sets."""
 
     place: str
     """`file:line`, for messages."""
     values: Mapping[str, Any]
 
     def named(self, column: str) -> str:
-        """Return the name of a field for messages: the column, where the line gives it, else the option."""
+        """Return the name of a field for messages: the column if the line sets it, otherwise the option."""
         return f"{self.place}: {column if column in self.values else flag_of(column)}"
 
 
@@ -48,11 +48,11 @@ def read_prompts(path: Path) -> list[PromptLine]:
     rows, problems = [], []
     for number, values in kinds[path.suffix.lower()](path, text):
         place = f"{path}:{number}"
-        found, wrong = _checked(place, values)
-        if "image" in found:
-            found["image"] = path.parent / found["image"]
-        rows.append(PromptLine(place, found))
-        problems += wrong
+        fields, faults = _checked(place, values)
+        if "image" in fields:
+            fields["image"] = path.parent / fields["image"]
+        rows.append(PromptLine(place, fields))
+        problems += faults
     if not rows and not problems:
         problems.append(f"--prompts {path}: holds no prompts")
     if problems:
@@ -61,7 +61,7 @@ def read_prompts(path: Path) -> list[PromptLine]:
 
 
 def _text_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield a prompt a line, without blank lines and those that begin with `#`."""
+    """Yield one prompt per line, skipping blank lines and lines that begin with `#`."""
     for number, line in enumerate(text.split("\n"), start=1):
         prompt = line.strip()
         if prompt and not prompt.startswith("#"):
@@ -86,7 +86,7 @@ def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]
     last = 1
     try:
         for values in reader:
-            number, last = last + 1, reader.line_num  # a quoted value may go on over several lines
+            number, last = last + 1, reader.line_num  # a quoted value may span several lines
             if None in values:
                 raise ConfigError(f"{path}:{number}: more values than columns; put a text with commas in quotes")
             yield number, values
@@ -95,20 +95,20 @@ def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]
 
 
 def _checked(place: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the fields that a line gives, and a message for each of its problems."""
-    found, problems = {}, []
+    """Return the fields that a line sets, and a message for each of its problems."""
+    fields, problems = {}, []
     for column, value in values.items():
         if column not in COLUMNS:
             close = difflib.get_close_matches(str(column), COLUMNS, n=1)
-            way_out = f"did you mean {close[0]!r}?" if close else f"the columns are {', '.join(COLUMNS)}"
-            problems.append(f"{place}: {column}: unknown column; {way_out}")
+            hint = f"did you mean {close[0]!r}?" if close else f"the columns are {', '.join(COLUMNS)}"
+            problems.append(f"{place}: {column}: unknown column; {hint}")
         elif value is not None and value != "":
             try:
-                found[column] = COLUMNS[column].reader(value)
+                fields[column] = COLUMNS[column].reader(value)
             except ValueError as expected:
                 problems.append(f"{place}: {column}: {value!r} is not {expected}")
     if not problems:
-        if "prompt" not in found:
+        if "prompt" not in fields:
             problems.append(f"{place}: prompt: missing")
-        problems += problems_of(ImageRequest(**found), lambda name: f"{place}: {name}")
-    return found, problems
+        problems += problems_of(ImageRequest(**fields), lambda name: f"{place}: {name}")
+    return fields, problems

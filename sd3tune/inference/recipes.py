@@ -1,4 +1,4 @@
-"""The recipe of an image: everything needed to draw it again, and nothing that only this machine knows."""
+"""The recipe of an image: everything needed to draw it again, and nothing specific to this machine."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from sd3tune.runtime.device import dtype_name
 
 @dataclass(frozen=True)
 class Recipes:
-    """Makes the recipes of a session's images."""
+    """The recipes of a session's images."""
 
     session: InferenceSession
     _known_images: dict[Path, str] = field(default_factory=dict)
 
     def recipe(self, request: ImageRequest) -> dict[str, Any]:
-        """Return the recipe. Adapters are in it by name and hash, never by path."""
+        """Return the recipe of an image. It names adapters by name and hash, never by path."""
         conditions = self.session.conditions
         model = {
             "base": conditions.base.label,
@@ -48,11 +48,11 @@ class Recipes:
         return {"sd3tune": __version__, **always, **model, **optional, **self._memory_entries(), **pooled, **batch}
 
     def text(self, request: ImageRequest) -> str:
-        """Return the recipe as it is written into a PNG."""
+        """Return the recipe as JSON, as it is written into a PNG."""
         return as_text(self.recipe(request))
 
     def _image_entries(self, request: ImageRequest) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the entries that every recipe has, and those that most lack."""
+        """Return the entries that every recipe has, and the optional ones."""
         always: dict[str, Any] = {}
         optional: dict[str, Any] = {}
         for name, parameter in image_request.PARAMETERS.items():
@@ -74,13 +74,13 @@ class Recipes:
         return float(value) if parameter.type is float else value
 
     def _memory_entries(self) -> dict[str, Any]:
-        """Return how the base is held, where that changes the image."""
-        held = {
+        """Return the memory options that change the image."""
+        options = {
             parameter.recipe: getattr(self.session.memory, name)
             for name, parameter in MEMORY_PARAMETERS.items()
             if parameter.recipe is not None
         }
-        return {key: value for key, value in held.items() if value and value != "none"}
+        return {key: value for key, value in options.items() if value and value != "none"}
 
     def _image_sha256(self, path: Path) -> str:
         if path not in self._known_images:
@@ -97,7 +97,7 @@ class Recipes:
 
     @cached_property
     def _own_shift(self) -> float | None:
-        """The base's shift; None where it depends on the size."""
+        """The base's shift; None if it depends on the size."""
         settings = load_scheduler(self.session.conditions.base).config
         return None if settings.get("use_dynamic_shifting") else float(settings.shift)
 
@@ -124,18 +124,18 @@ def read_recipe(path: Path) -> dict[str, Any] | None:
 
 
 def recipe_key(recipe: Mapping[str, Any]) -> str:
-    """Return a text that is equal for two recipes of one picture.
+    """Return a text that is equal for two recipes of the same picture.
 
-    The version and the size of the batch make no other picture. Nor does the digest of an adapter's tensors, which
-    earlier versions did not write, as the digest of its file is there.
+    It leaves out the version and the batch size, which do not change the picture. It also leaves out the digest of an
+    adapter's tensors, which earlier versions did not write; the digest of the file remains.
     """
-    found = {name: recipe[name] for name in sorted(recipe.keys() - {"sd3tune", "batch"})}
-    if isinstance(loras := found.get("loras"), list):
-        found["loras"] = [
-            {key: one for key, one in lora.items() if key != "tensors_sha256"} if isinstance(lora, dict) else lora
+    entries = {name: recipe[name] for name in sorted(recipe.keys() - {"sd3tune", "batch"})}
+    if isinstance(loras := entries.get("loras"), list):
+        entries["loras"] = [
+            {key: value for key, value in lora.items() if key != "tensors_sha256"} if isinstance(lora, dict) else lora
             for lora in loras
         ]
-    return json.dumps(found)
+    return json.dumps(entries)
 
 
 def _is_written(request: ImageRequest, parameter: Parameter) -> bool:
@@ -145,7 +145,7 @@ def _is_written(request: ImageRequest, parameter: Parameter) -> bool:
 
 
 def _name_of(adapter: Path) -> str:
-    """Return a name for people: the file's own, or else that of its run; never the path."""
+    """Return a readable name without the path: the file's own, or its run's if the file has the standard name."""
     if adapter.name != ADAPTER_FILE:
         return adapter.stem
     folders = [part for part in adapter.resolve().parts[:-1] if part not in ("adapter", "adapter_raw", "checkpoints")]

@@ -46,15 +46,15 @@ Images = dict[tuple[Path, tuple[int, int]], Start]
 
 @dataclass(frozen=True)
 class InferenceSession:
-    """What all images of a job have in common."""
+    """The model, adapters and settings that all images of a job share."""
 
     conditions: Conditions
     adapters: Sequence[Adapter]
-    """The `loras` of a request are indices of this."""
+    """The `loras` of a request index this sequence."""
     dtype: torch.dtype
     device: torch.device
     batch: int = 1
-    """Pictures that are denoised at once; within a batch, the last bits of a picture differ."""
+    """Images that are denoised at once. The batch size changes the last bits of an image."""
     memory: Memory = IN_FULL
 
     @property
@@ -69,7 +69,8 @@ def draw(
     """Yield each request with its image, in the order of `batched`.
 
     One text encoder at a time is in memory, then the transformer, then the VAE. `one_by_one` yields an image as soon as
-    it is drawn; for that, the VAE is loaded beside the transformer, which is freed before the last image is decoded.
+    it is drawn, so the VAE is then loaded next to the transformer. The transformer is freed before the last batch is
+    decoded.
     """
     texts, images = _encode_texts(session, requests), _encode_images(session, requests)
     transformer = Component(lambda: _load_transformer(session, requests), session, "drawing", _SMALLER_TRANSFORMER)
@@ -79,20 +80,18 @@ def draw(
     evaluations = sum(sampler_settings(request).evaluations for request in requests)
     with progress_bar(total=evaluations, desc="drawing", unit="step") as bar:
 
-        def denoise(
-            model: SD3Transformer2DModel, together: Sequence[ImageRequest], warm_up: bool = False
-        ) -> torch.Tensor:
-            _use_adapters(model, together[0])
-            settings = sampler_settings(together[0])
+        def denoise(model: SD3Transformer2DModel, group: Sequence[ImageRequest], warm_up: bool = False) -> torch.Tensor:
+            _use_adapters(model, group[0])
+            settings = sampler_settings(group[0])
             return sample_latents(
                 model,
                 scheduler,
-                _concatenate([texts[request.texts] for request in together]),
-                _concatenate([texts[Texts(request.negative)] for request in together]),
+                _concatenate([texts[request.texts] for request in group]),
+                _concatenate([texts[Texts(request.negative)] for request in group]),
                 replace(settings, steps=1, strength=None) if warm_up else settings,
-                [request.seed for request in together],
-                on_step=(lambda: None) if warm_up else partial(bar.update, len(together)),
-                start=None if warm_up else _start_images(together, images),
+                [request.seed for request in group],
+                on_step=(lambda: None) if warm_up else partial(bar.update, len(group)),
+                start=None if warm_up else _start_images(group, images),
             )
 
         if session.memory.compiled:
@@ -100,9 +99,9 @@ def draw(
             transformer.run(partial(denoise, warm_up=True), batches[0])
             bar.unpause()
         waiting: list[tuple[list[ImageRequest], torch.Tensor]] = []
-        for number, together in enumerate(batches, start=1):
-            waiting.append((together, transformer.run(denoise, together)))
-            done += len(together)
+        for number, group in enumerate(batches, start=1):
+            waiting.append((group, transformer.run(denoise, group)))
+            done += len(group)
             bar.set_postfix_str(f"picture {done} of {len(requests)}")
             is_last = number == len(batches)
             if is_last:
@@ -134,15 +133,15 @@ def sampler_settings(request: ImageRequest) -> SamplerSettings:
 
 
 def batched(requests: Iterable[ImageRequest], most: int) -> list[list[ImageRequest]]:
-    """Group requests that can be drawn at once: equal adapters and settings, at most `most` in a group."""
-    alike: dict[tuple[object, ...], list[ImageRequest]] = {}
+    """Group requests with equal adapters and settings, at most `most` in a group."""
+    groups: dict[tuple[object, ...], list[ImageRequest]] = {}
     for request in requests:
-        alike.setdefault((request.loras, sampler_settings(request)), []).append(request)
-    return [group[start : start + most] for group in alike.values() for start in range(0, len(group), most)]
+        groups.setdefault((request.loras, sampler_settings(request)), []).append(request)
+    return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
 
 
 def texts_of(requests: Sequence[ImageRequest]) -> list[Texts]:
-    """Return every prompt and negative prompt, each once."""
+    """Return the distinct prompts and negative prompts."""
     return list(dict.fromkeys(texts for request in requests for texts in (request.texts, Texts(request.negative))))
 
 
@@ -173,7 +172,7 @@ class Component:
             return result
 
     def free(self) -> None:
-        """Free its memory."""
+        """Free the memory of the model."""
         self._model = None
         release(self._session.device)
 
@@ -184,22 +183,22 @@ class Component:
 
 
 def _encode_texts(session: InferenceSession, requests: Sequence[ImageRequest]) -> dict[Texts, Conditioning]:
-    wanted, conditions = texts_of(requests), session.conditions
+    texts, conditions = texts_of(requests), session.conditions
     length = conditions.t5_length
     eight_bit = ["t5"] if session.memory.t5_8bit else []
     with explain_oom("encoding the prompts", lambda: _SMALLER_T5):
-        found = encode_prompts(
-            conditions.base, conditions.encoders, wanted, length, session.dtype, session.device, eight_bit
+        encoded = encode_prompts(
+            conditions.base, conditions.encoders, texts, length, session.dtype, session.device, eight_bit
         )
-    return dict(zip(wanted, found, strict=True))
+    return dict(zip(texts, encoded, strict=True))
 
 
 def _encode_images(session: InferenceSession, requests: Sequence[ImageRequest]) -> Images:
-    """Return the start images as the VAE encodes them; the VAE is freed afterwards."""
-    wanted = dict.fromkeys((request.image, request.size) for request in requests)
+    """Encode the start images with the VAE, and free it."""
+    sources = dict.fromkeys((request.image, request.size) for request in requests)
     images: Images = {}
     vae = None
-    for path, size in wanted:
+    for path, size in sources:
         if path is None or size is None:
             continue
         vae = vae or _load_vae(session)
@@ -211,19 +210,19 @@ def _encode_images(session: InferenceSession, requests: Sequence[ImageRequest]) 
 
 
 def _start_images(together: Sequence[ImageRequest], images: Images) -> Start | None:
-    found = [
+    starts = [
         images[request.image, request.size]
         for request in together
         if request.image is not None and request.size is not None
     ]
-    if not found:
+    if not starts:
         return None
-    means, stds = torch.cat([one.mean for one in found]), torch.cat([one.std for one in found])
-    return replace(found[0], mean=means, std=stds)
+    means, stds = torch.cat([start.mean for start in starts]), torch.cat([start.std for start in starts])
+    return replace(starts[0], mean=means, std=stds)
 
 
 def _load_vae(session: InferenceSession) -> AutoencoderKL:
-    """Load the VAE, in fp32 instead of fp16, in which it decodes to black images."""
+    """Load the VAE; in fp32 instead of fp16, where it decodes to black images."""
     dtype = torch.float32 if session.dtype is torch.float16 else session.dtype
     vae = load_vae(session.conditions.base, dtype, session.device)
     if session.memory.vae_tiling:
@@ -240,20 +239,20 @@ def _concatenate(several: Sequence[Conditioning]) -> Conditioning:
 def _load_transformer(session: InferenceSession, requests: Sequence[ImageRequest]) -> SD3Transformer2DModel:
     """Load the transformer with every adapter attached."""
     form = session.memory.quantize or "none"
-    where = session.idle_device if form == "none" else session.device  # on which layers are rounded
+    device = session.idle_device if form == "none" else session.device  # layers are quantized on the GPU
     trained = [module for adapter in session.adapters for module in adapter.factors]
     hoisted = form != "none" and not session.memory.compiled and not any(map(is_modulation, trained))
     prepare = hoist if hoisted else None
-    transformer = load_transformer_in(form, session.conditions.base, session.dtype, where, prepare)
+    transformer = load_transformer_in(form, session.conditions.base, session.dtype, device, prepare)
     nn.Module.to(transformer, session.idle_device)
     for number, adapter in enumerate(session.adapters):
         counted = attach(transformer, adapter, _adapter_name(number))
         weights = dict.fromkeys(weight for request in requests for index, weight in request.loras if index == number)
-        shown = ", ".join(f"{weight:g}" for weight in weights)
-        say(f"{adapter.label}: {counted.matched} tensors loaded, weight {shown}")
+        weights_text = ", ".join(f"{weight:g}" for weight in weights)
+        say(f"{adapter.label}: {counted.matched} tensors loaded, weight {weights_text}")
         if counted.unmatched:
-            some = ", ".join(counted.unmatched[:3])
-            say(f"warning: {len(counted.unmatched)} of its modules are not in this base: {some}")
+            examples = ", ".join(counted.unmatched[:3])
+            say(f"warning: {len(counted.unmatched)} of its modules are not in this base: {examples}")
     if session.memory.compiled:
         for block in transformer.transformer_blocks:
             block.compile()

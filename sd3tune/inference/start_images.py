@@ -1,4 +1,4 @@
-"""Pictures to start from: upright, scaled and cut to the size that is drawn."""
+"""Start images: upright, scaled and cropped to the requested size."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sd3tune.data.images import read_image
 
 
 def fitted(path: Path, size: tuple[int, int]) -> torch.Tensor:
-    """The middle of the picture, scaled until it just covers (width, height): fp32 [1, 3, h, w] in [-1, 1].
+    """Return the centre of the picture, scaled to just cover (width, height): fp32 [1, 3, h, w] in [-1, 1].
 
-    Rotation by EXIF is applied, transparency laid on white. Raises DataError.
+    Applies the EXIF rotation, and composites transparency on white. Raises DataError.
     """
     image, digest = read_image(path)
     width, height = size

@@ -10,7 +10,7 @@ from sd3tune.adapter.file import Adapter
 from sd3tune.adapter.names import PATCH_EMBEDDER
 from sd3tune.errors import AdapterError
 from sd3tune.model.lora.layers import Layer
-from sd3tune.model.lora.targets import never_learning
+from sd3tune.model.lora.targets import untrainable_modules
 
 
 def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, Layer]) -> None:
@@ -30,7 +30,7 @@ def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, L
             f"method.start_from: {adapter.path} was made for another base: it adapts {_first(foreign)}, which this one "
             "lacks"
         )
-    ignored = never_learning(transformer)
+    ignored = untrainable_modules(transformer)
     left_out = [name for name in adapter.factors if name not in layers and name not in ignored]
     if left_out:
         raise AdapterError(

@@ -1,1 +1,1 @@
-"""The world of `nano`: captioned pictures that are drawn here, and what reads them back."""
+"""The world of `nano`: captioned pictures, drawn by rules, and an oracle that reads them."""

@@ -1,4 +1,4 @@
-"""Names of colours, as eyes would give them."""
+"""Names of colours, by perceived similarity."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Pixels = NDArray[np.floating[Any]]
 
 
 def median(colours: Pixels) -> Pixels:
-    """(3,): the median, channel by channel, of (n, 3)."""
+    """Return the median of each channel, (3,), of colours (n, 3)."""
     middle: Pixels = np.median(colours, axis=0)
     return middle
 
 
 def nearest_colour(colour: Pixels) -> str:
-    """The name in COLOURS that looks most like an RGB colour of 0 to 255: the smallest distance in Oklab."""
+    """Return the name in COLOURS that is nearest in Oklab to an RGB colour of 0 to 255."""
     return list(COLOURS)[int(nearest(colour))]
 
 
@@ -36,7 +36,7 @@ def _palette() -> Pixels:
 
 
 def oklab(rgb: Pixels) -> Pixels:
-    """(..., 3) sRGB of 0 to 255 in Ottosson's Oklab (2020), in which equal distances look alike."""
+    """Convert sRGB colours (..., 3) of 0 to 255 to Oklab (Ottosson 2020), where equal distances look equal."""
     scaled = rgb / 255
     linear = np.where(scaled <= 0.04045, scaled / 12.92, ((scaled + 0.055) / 1.055) ** 2.4)
     lab: Pixels = np.cbrt(linear @ _RGB_TO_LMS.T) @ _LMS_TO_LAB.T

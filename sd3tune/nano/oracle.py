@@ -1,4 +1,4 @@
-"""A rule-based reader of pictures: it finds the things in one, and compares them with a caption."""
+"""The oracle: a rule-based reader that finds the things in a picture and compares them with a caption."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from sd3tune.nano.segment import SIDE, Patch, ground, looked_at, patches
 from sd3tune.nano.silhouettes import Outlined, outlined
 from sd3tune.nano.world import CLASS, PLACES, RELATIONS, Scene, Thing
 
-_FITS = 0.85  # a silhouette is of no shape that fits it less,
-_CLEARLY = 1.2  # nor of one beside which another lacks less than so many times as much
-_SMALL_BELOW, _LARGE_ABOVE = 0.24, 0.355  # radii, between the world's 0.19, 0.30 and 0.42
-_TOO_LARGE = 0.55  # a radius at which a square fills the picture
-_PLACED_FROM = 0.085  # off the middle: half as far as the world puts the largest thing that it puts anywhere
+_FITS = 0.85  # least fit of a shape to its silhouette
+_CLEARLY = 1.2  # least ratio of the misfits of the second-best and best shape
+_SMALL_BELOW, _LARGE_ABOVE = 0.24, 0.355  # radii between the world's 0.19, 0.30 and 0.42
+_TOO_LARGE = 0.55  # a square of this radius fills the picture
+_PLACED_FROM = 0.085  # distance from the middle: half of that of the world's largest placed thing
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A thing in the picture. Lengths are parts of the picture's side, from its upper left corner."""
+    """A thing in the picture. Lengths are fractions of the picture's side, from its upper left corner."""
 
     colour: str
     shape: str | None
-    """None where nothing fits."""
+    """The best shape; None if no shape fits."""
     size: str
     texture: str
     x: float
@@ -53,17 +53,17 @@ class Reading:
 
     background: str
     things: tuple[Seen, ...]
-    """The two largest at most, the larger first."""
+    """At most the two largest, the larger first."""
     count: int
     """The number of things, without specks."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which parts of a scene a picture shows; None for parts that the scene does not ask for.
+    """The parts of a scene that a picture shows; None for parts that the scene leaves open.
 
-    A scene without a word about size or texture does not ask for them. `colour`, `shape`, `size` and `texture` are for
-    the first thing; `other` is true if the second matches in all of them.
+    A scene without a word for size or texture leaves it open. `colour`, `shape`, `size` and `texture` are for
+    the first thing; `other` is True if the second matches in all of them.
     """
 
     count: bool
@@ -78,7 +78,7 @@ class Verdict:
 
     @property
     def right(self) -> bool:
-        """True if the picture shows everything that the scene asks for, and nothing else."""
+        """True if the picture shows all of the scene, and nothing else."""
         return self.score == 1
 
     @property
@@ -89,7 +89,7 @@ class Verdict:
 
 
 def read(image: Image.Image) -> Reading:
-    """What is in a picture; one of another size than 64 x 64 is scaled first."""
+    """Find the things in a picture; a picture of another size than 64 x 64 is scaled first."""
     pixels = looked_at(image)
     background = ground(pixels)
     found = patches(pixels, background)
@@ -97,7 +97,7 @@ def read(image: Image.Image) -> Reading:
 
 
 def judge(image: Image.Image, scene: Scene) -> Verdict:
-    """Return whether a picture shows a scene."""
+    """Return True if a picture shows a scene."""
     return judge_reading(read(image), scene)
 
 
@@ -110,7 +110,7 @@ def judge_reading(reading: Reading, scene: Scene) -> Verdict:
 
 def _verdict(reading: Reading, scene: Scene, order: tuple[Seen, ...]) -> Verdict:
     thing, first, second = scene.thing, order[0], order[-1]
-    alone = scene.other is None  # of two, each is drawn small, and the relation places them
+    alone = scene.other is None  # two things are both small, and placed by their relation
     return Verdict(
         count=reading.count == len(scene.things),
         background=_answer(scene.background, reading.background),

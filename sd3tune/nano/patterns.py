@@ -1,4 +1,4 @@
-"""Recognising stripes and dots, and the colour between them."""
+"""Recognise stripes and dots, and the colour between them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from sd3tune.nano.world import COLOURS
 
 # As drawn, in pixels.
 _STRIPE, _DOTS_APART, _DOT_RADIUS = 0.075 * SIDE, 0.16 * SIDE, 0.047 * SIDE
-_SHIFTS = np.array([[-1.5], [0.0], [1.5]], np.float32)  # pixels, by which a pattern may be off the thing's middle
-_FOLLOWS = 0.65  # correlation of brightness and pattern
-_TONES_APART = 18.0  # of 442; second tones are drawn 90 apart and more, of which a VAE may leave little
+_SHIFTS = np.array(
+    [[-1.5], [0.0], [1.5]], np.float32
+)  # possible offsets of a pattern from the thing's middle, in pixels
+_FOLLOWS = 0.65  # least correlation of brightness and pattern
+_TONES_APART = 18.0  # of 442; second tones are drawn at least 90 apart, which a VAE may reduce
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Look:
 
 
 def look(pixels: Pixels, core: Mask, x: float, y: float) -> Look:
-    """Colour and texture of the thing whose inner pixels are `core` and whose middle is at (x, y)."""
+    """Return colour and texture of the thing with the inner pixels `core` and the middle (x, y)."""
     inner = pixels[core]
     rows, columns = np.nonzero(core)
     stripes, dots = _patterns((columns - x).astype(np.float32), (rows - y).astype(np.float32))
@@ -44,14 +46,14 @@ def look(pixels: Pixels, core: Mask, x: float, y: float) -> Look:
 
 
 def _base(tones: Pixels) -> str:
-    """The colour of a thing that has these two tones (2, 3), in whichever order."""
+    """Return the colour of a thing with these two tones (2, 3), in either order."""
     names, drawn = _drawn_tones()
     return names[int(np.linalg.norm(drawn - _dark_first(oklab(tones)), axis=-1).sum(axis=-1).argmin())]
 
 
 @functools.cache
 def _drawn_tones() -> tuple[list[str], Pixels]:
-    """The names of all colours, and the two tones of each in Oklab: (colours, 2, 3)."""
+    """Return the names of all colours, and the two tones of each in Oklab: (colours, 2, 3)."""
     tones = np.array([[colour, second_tone(colour)] for colour in COLOURS.values()], np.float32)
     return list(COLOURS), np.stack([_dark_first(pair) for pair in oklab(tones)])
 
@@ -69,7 +71,7 @@ def _patterns(across: Pixels, down: Pixels) -> tuple[Pixels, Pixels]:
 
 
 def _from_nearest(at: Pixels, apart: float) -> Pixels:
-    """The distance to the nearest multiple of `apart`."""
+    """Return the distance of `at` to the nearest multiple of `apart`."""
     offset: Pixels = at - apart * np.round(at / apart)
     return np.abs(offset)
 
@@ -79,7 +81,7 @@ def _soft(inside: Pixels) -> Pixels:
 
 
 def _correlations(patterns: Pixels, values: Pixels) -> Pixels:
-    """Pearson's, of each pattern (patterns, n) with the values (n); 0 where either is constant."""
+    """Return Pearson's correlation of each pattern (patterns, n) with the values (n); 0 if either is constant."""
     patterns, values = patterns - patterns.mean(axis=1, keepdims=True), values - values.mean()
     lengths = np.linalg.norm(patterns, axis=1) * np.linalg.norm(values)
     correlations: Pixels = patterns @ values / np.maximum(lengths, 1e-6)

@@ -1,4 +1,4 @@
-"""Separating the things in a picture from its background."""
+"""Separate the things in a picture from its background."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sd3tune.nano.colours import Pixels, median, nearest
 Mask = NDArray[np.bool_]
 
 SIDE = 64
-"""Pictures are looked at in this size; all lengths below are its pixels."""
+"""Size to which pictures are scaled; all lengths below are in its pixels."""
 
-_SMOOTHING = 0.7  # pixels, of a Gaussian: noise must not fray the edges
+_SMOOTHING = 0.7  # pixels, of a Gaussian, against noise at the edges
 _BORDER = 3
-_NOTICEABLE = 32.0  # of 442, from black to white; the faintest pair of this world, yellow and orange, has 65
-_SPECK = 48  # pixels; the smallest thing of this world has 180
-_FAINTEST = 0.1  # of the pixels that are no mixtures have a thing's faintest tone at least
-_ENOUGH = 40  # pixels, to tell a colour and a pattern from
+_NOTICEABLE = 32.0  # of 442, from black to white; the faintest pair of the world, yellow and orange, differs by 65
+_SPECK = 48  # pixels; the smallest thing of the world has 180
+_FAINTEST = 0.1  # least share of unmixed pixels with a thing's faintest tone
+_ENOUGH = 40  # pixels needed to determine colour and pattern
 _PINHOLE = 40  # pixels; the smallest ring's hole has 120
 
 
@@ -30,13 +30,13 @@ class Patch:
     """A connected part of the picture that is not background."""
 
     cover: Pixels
-    """(SIDE, SIDE), 0 to 1: how much of each pixel belongs to it."""
+    """(SIDE, SIDE), 0 to 1: the share of each pixel that belongs to it."""
     core: Mask
-    """(SIDE, SIDE): its pixels without those at the edge, which are mixtures, unless next to none would be left."""
+    """(SIDE, SIDE): its pixels without the mixed ones at the edge, or all if too few would remain."""
 
 
 def looked_at(image: Image.Image) -> Pixels:
-    """(SIDE, SIDE, 3), 0 to 255: the picture, smoothed a little."""
+    """Return the picture, slightly smoothed: (SIDE, SIDE, 3), 0 to 255."""
     image = image.convert("RGB")
     if image.size != (SIDE, SIDE):
         image = image.resize((SIDE, SIDE), Image.Resampling.BOX)
@@ -44,7 +44,7 @@ def looked_at(image: Image.Image) -> Pixels:
 
 
 def ground(pixels: Pixels) -> Pixels:
-    """(3,): the background's colour, the median of the commonest colour along the picture's border."""
+    """Return the background's colour (3,): the median of the most common colour along the picture's border."""
     inside = np.zeros(pixels.shape[:2], bool)
     inside[_BORDER:-_BORDER, _BORDER:-_BORDER] = True
     border = pixels[~inside]
@@ -60,10 +60,10 @@ def patches(pixels: Pixels, ground: Pixels) -> list[Patch]:
 
 
 def components(mask: Mask, smallest: int = _SPECK) -> Iterator[Mask]:
-    """The parts of a mask that hang together by pixels' sides, of at least `smallest` pixels."""
+    """Yield the 4-connected components of a mask with at least `smallest` pixels."""
     starts = mask.copy()
     starts[:, 1:] &= ~mask[:, :-1]
-    runs = np.cumsum(starts).reshape(mask.shape)  # the number of each pixel's run along its row
+    runs = np.cumsum(starts).reshape(mask.shape)  # index of each pixel's run along its row
     touching = mask[1:] & mask[:-1]
     above, below = runs[:-1][touching], runs[1:][touching]
     label = np.arange(runs[-1, -1] + 1)
@@ -78,13 +78,15 @@ def components(mask: Mask, smallest: int = _SPECK) -> Iterator[Mask]:
 
 
 def sharpened(cover: Pixels) -> Pixels:
-    """Return coverage with steeper edges, without blur and without noise near 0 and 1."""
+    """Return coverage with steeper edges, which removes blur and noise near 0 and 1."""
     return np.clip(2 * cover - 0.5, 0, 1)
 
 
 def _parted(away: Pixels, part: Mask) -> Iterator[Patch]:
-    """The part, cut where it is half as different from the background as its faintest tone; so blur does not widen it,
-    and two things that only their blur connects come apart."""
+    """Yield the parts of a patch, cut where it differs from the background by half as much as its faintest tone.
+
+    So blur does not widen a thing, and things that only blur connects are separated.
+    """
     contrast = float(np.quantile(away[_core(part)], _FAINTEST))
     cover = sharpened(away / contrast)
     for piece in _bridges_cut(part & (away > contrast / 2)):
@@ -93,7 +95,7 @@ def _parted(away: Pixels, part: Mask) -> Iterator[Patch]:
 
 
 def _bridges_cut(mask: Mask) -> Iterator[Mask]:
-    """The parts of a mask, those that only a bridge of two pixels connects apart from each other."""
+    """Yield the parts of a mask, separated at bridges of two pixels."""
     for part in components(mask):
         stable = list(components(_shrunk(part)))
         yield from [part] if len(stable) < 2 else (_grown(piece) & part for piece in stable)

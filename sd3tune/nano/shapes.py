@@ -1,4 +1,4 @@
-"""Outlines in the unit circle, y down, and painting them without jagged edges."""
+"""Outlines in the unit circle, y down, and their painting with antialiasing."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from PIL import Image, ImageDraw
 
 Colour = tuple[int, int, int]
 Outline = Sequence[Sequence[tuple[float, float]]]
-"""A polygon, and the polygons that are cut out of it."""
+"""A polygon, and the polygons cut out of it."""
 
-_FINER = 4  # each pixel is the mean of this many squared
+_FINER = 4  # each pixel is the mean of a square of this side
 
 
 @dataclass(frozen=True)
 class Placed:
-    """An outline on the picture: centre and radius in parts of its side, the angle in degrees."""
+    """An outline on the picture: centre and radius as fractions of its side, the angle in degrees."""
 
     outline: Outline
     x: float
@@ -29,7 +29,7 @@ class Placed:
 
 
 def paint(things: Sequence[Placed], background: Colour, side: int) -> Image.Image:
-    """The things on the background, an RGB picture of `side` by `side` pixels."""
+    """Paint the things on the background: an RGB picture of `side` by `side` pixels."""
     fine = side * _FINER
     canvas = Image.new("RGB", (fine, fine), background)
     for thing in things:
@@ -63,7 +63,7 @@ def _surface(thing: Placed, fine: int) -> Image.Image:
 
 
 def second_tone(colour: Colour) -> Colour:
-    """Of stripes and dots: darker than the thing, or lighter when that is black."""
+    """Return the colour of stripes and dots: darker than the thing, or lighter if the thing is black."""
     factor, offset = (0.5, 0.0) if max(colour) > 60 else (1.0, 100.0)
     red, green, blue = (round(factor * channel + offset) for channel in colour)
     return red, green, blue
@@ -110,7 +110,7 @@ def _plus(arm: float, half: float) -> list[tuple[float, float]]:
 
 
 def _heart(corners: int = 90) -> list[tuple[float, float]]:
-    """The curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, scaled and centred."""
+    """Return the curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, scaled and centred."""
     curve = []
     for n in range(corners):
         t = 2 * math.pi * n / corners

@@ -1,4 +1,4 @@
-"""Recognising a patch's shape, by comparing its silhouette with all shapes in many directions."""
+"""Recognise a patch's shape by comparing its silhouette with all shapes at many angles."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from sd3tune.nano.shapes import OUTLINES, Placed, paint
 
 Grid = NDArray[np.floating[Any]]
 
-_POINTS = 36  # along each side of the grid on which silhouettes are compared
-_REACH = 2.3  # of the grid from its middle, in root mean square radii: a star's points lie at 2.1
-_TURN = 5  # degrees from one drawn silhouette to the next
+_POINTS = 36  # per side of the grid on which silhouettes are compared
+_REACH = 2.3  # half side of the grid in root mean square radii; the points of a star lie at 2.1
+_TURN = 5  # degrees between drawn silhouettes
 _TURNS = {"circle": _TURN, "ring": _TURN, "square": 90, "cross": 90, "star": 72, "triangle": 120, "heart": 50}
-"""Degrees, half to either side, until a shape is itself again; but a heart on its side would fit many a blot."""
-_SOFTNESS = (0.05, 0.13)  # of edges, in radii: a large thing as drawn, a small one out of a VAE
+"""Range of angles in degrees, half to either side: the shape's symmetry, but less for the heart, as a rotated heart
+fits many blots."""
+_SOFTNESS = (0.05, 0.13)  # of edges, in radii: of a large thing as drawn, and of a small one decoded by a VAE
 _DRAWN_SIDE, _DRAWN_RADIUS = 96, 0.4
 
 
@@ -33,7 +34,7 @@ class Outlined:
 
     shape: str
     fit: float
-    """Overlap with that shape (Tanimoto's): 1 is equal, 0 disjoint."""
+    """Tanimoto overlap with that shape: 1 is equal, 0 disjoint."""
     next_fit: float
     """The fit of the second-best shape."""
     x: float
@@ -43,7 +44,7 @@ class Outlined:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where a silhouette lies: its centre of mass and root mean square radius."""
+    """The position of a silhouette: its centre of mass and root mean square radius."""
 
     x: float
     y: float
@@ -51,7 +52,7 @@ class _Frame:
 
 
 def outlined(cover: Grid) -> Outlined:
-    """The shape of a silhouette (height, width) of values from 0 to 1, not all 0."""
+    """Return the best shape for a silhouette (height, width) with values from 0 to 1, not all 0."""
     frame = _frame(cover)
     drawn = _drawn()
     seen = _on_grid(cover, frame)
@@ -66,14 +67,14 @@ def outlined(cover: Grid) -> Outlined:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Every shape in many directions; lengths are root mean square radii."""
+    """The silhouettes of all shapes at many angles; lengths are in root mean square radii."""
 
     shapes: NDArray[np.str_]
     grids: Grid
     """(silhouettes, points)"""
     sizes: Grid
     lies: Grid
-    """(silhouettes, 3): the outline's origin, x and y, seen from the centre of mass, and its radius."""
+    """(silhouettes, 3): the outline's origin, x and y from the centre of mass, and its radius."""
 
 
 @functools.cache
@@ -94,7 +95,10 @@ def _drawn() -> _Drawn:
 
 
 def _directions() -> Iterator[tuple[str, int]]:
-    """Those next to upright: an almost equilateral triangle has its origin below or beside the middle."""
+    """Yield (shape, angle) for angles around upright.
+
+    Elsewhere, an almost equilateral triangle could have its origin below or beside the middle.
+    """
     for shape, turn in _TURNS.items():
         for angle in range(-turn // 2, turn // 2, _TURN):
             yield shape, angle
@@ -109,12 +113,12 @@ def _frame(cover: Grid) -> _Frame:
 
 
 def _on_grid(cover: Grid, frame: _Frame) -> Grid:
-    """The silhouette, moved and scaled to the grid by linear interpolation: (points,)."""
+    """Return the silhouette, moved and scaled to the grid by linear interpolation: (points,)."""
     steps = np.linspace(-_REACH, _REACH, _POINTS) * frame.spread
     grid: Grid = _weights(frame.y + steps, cover.shape[0]) @ cover @ _weights(frame.x + steps, cover.shape[1]).T
     return grid.ravel()
 
 
 def _weights(at: Grid, length: int) -> Grid:
-    """(points, length): how much each pixel counts at each point; none outside."""
+    """Return the weight of each pixel at each point, (points, length); 0 outside."""
     return np.clip(1 - np.abs(at[:, None] - np.arange(length)), 0, 1).astype(np.float32)

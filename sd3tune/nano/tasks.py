@@ -1,4 +1,4 @@
-"""What is asked of a model of this world: scenes to draw, and what each is called in its prompt."""
+"""Tasks for a model of this world: scenes to draw, and their prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sd3tune.nano.oracle import Verdict, judge, judge_reading, read
 from sd3tune.nano.world import CLASS, COLOURS, SHAPES, SUBJECT, Scene, Thing, plain_scenes, random_scene
 
 NAME = "sks"
-"""What the subject is called in captions and prompts: a word that no training picture had."""
+"""Name of the subject in captions and prompts: a word that occurs in no base training caption."""
 INSTANCES = tuple(
     Scene(background, Thing(colour, SUBJECT))
     for colour, background in (
@@ -24,19 +24,19 @@ INSTANCES = tuple(
         ("white", "blue"),
     )
 )
-"""The subject in the six pictures that a LoRA sees."""
+"""The scenes of the six pictures of the subject that a LoRA trains on."""
 
 CLASS_PROMPTS = (
     Thing("", CLASS).phrase,
     *(Thing("", shape).phrase for shape in SHAPES),
     *(replace(scene, thing=replace(scene.thing, shape=CLASS)).caption for scene in INSTANCES),
 )
-"""What a LoRA of the subject is to leave as it is: the class, the shapes by name, and the captions without the name."""
+"""Captions that a LoRA of the subject should not change: the class, other shapes, the subject's without its name."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt, the scene that it asks for, and the seed of the picture."""
+    """A prompt, its scene, and the seed of the picture."""
 
     prompt: str
     scene: Scene
@@ -46,7 +46,7 @@ class Task:
         return judge(image, self.scene)
 
     def is_shown_by(self, image: Image.Image) -> bool:
-        """Whether the picture is right; for the class, the subject is not."""
+        """Return True if the picture shows the scene; for the class, the subject is wrong."""
         reading = read(image)
         is_subject = self.scene.thing.shape == CLASS and any(thing.shape == SUBJECT for thing in reading.things)
         return judge_reading(reading, self.scene).right and not is_subject
@@ -58,12 +58,12 @@ def share_right(tasks: Sequence[Task], images: Sequence[Image.Image]) -> float:
 
 
 def plain_tasks(count: int, held_out: bool, seed: int) -> list[Task]:
-    """`a {colour} {shape} on a {colour} background`: combinations that training saw, or held-out ones."""
+    """Return tasks `a {colour} {shape} on a {colour} background`: combinations of the training, or held-out ones."""
     return _drawn(plain_scenes(held_out), count, seed)
 
 
 def rich_tasks(count: int, held_out: bool, seed: int) -> list[Task]:
-    """With sizes, textures, places and second things."""
+    """Return tasks with sizes, textures, places and second things."""
     chance = random.Random(seed)
     scenes: list[Scene] = []
     while len(scenes) < count:
@@ -75,7 +75,7 @@ def rich_tasks(count: int, held_out: bool, seed: int) -> list[Task]:
 
 
 def subject_tasks(count: int, seed: int) -> list[Task]:
-    """The subject in colours and on backgrounds in which its pictures do not show it."""
+    """Return tasks for the subject in colours and on backgrounds that its pictures do not have."""
     shown = set(INSTANCES)
     scenes = (Scene(background, Thing(colour, SUBJECT)) for background in COLOURS for colour in COLOURS)
     unseen = [scene for scene in scenes if scene not in shown and scene.thing.colour != scene.background]
@@ -83,18 +83,18 @@ def subject_tasks(count: int, seed: int) -> list[Task]:
 
 
 def class_tasks(count: int, seed: int) -> list[Task]:
-    """The class without the subject's name, `a {colour} shape on ...`: any of the shapes that are not the subject."""
+    """Return tasks for the class without the subject's name, `a {colour} shape on ...`: any other shape is right."""
     scenes = (Scene(background, Thing(colour, CLASS)) for background in COLOURS for colour in COLOURS)
     return _drawn([scene for scene in scenes if scene.thing.colour != scene.background], count, seed)
 
 
 def subject_caption(scene: Scene) -> str:
-    """The caption of a picture of the subject: its name before the class noun."""
+    """Return the caption of a picture of the subject: its name before the class noun."""
     return scene.caption.replace(SUBJECT, f"{NAME} {CLASS}")
 
 
 def _drawn(scenes: Sequence[Scene], count: int, seed: int) -> list[Task]:
-    """`count` of the scenes in a shuffled order, all of them before any comes again."""
+    """Return `count` scenes in shuffled order; none repeats before all have occurred."""
     order = list(scenes)
     random.Random(seed).shuffle(order)
     chosen = [order[number % len(order)] for number in range(count)]

@@ -1,10 +1,10 @@
-"""The grammar of nano's captions, the scenes they stand for, and how a scene is drawn.
+"""The grammar of nano's captions, the scenes they describe, and the drawing of a scene.
 
     a red circle on a blue background
     a small striped red circle at the top on a blue background
     a red circle above a yellow star on a blue background
 
-Words may be left out ("a circle", "a red shape on a white background"); a drawing then chooses by its seed.
+Words may be left out ("a circle", "a red shape on a white background"); the seed of a drawing then decides.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 SUBJECT = "heart"
-"""A shape that is in no training picture, which a LoRA is to learn."""
+"""A shape that occurs in no training picture, for a LoRA to learn."""
 CLASS = "shape"
 """The noun that stands for any of SHAPES."""
 SIZES = ("", "small", "large")
@@ -39,7 +39,7 @@ TEXTURES = ("", "striped", "dotted")
 PLACES = ("", "on the left", "on the right", "at the top", "at the bottom")
 RELATIONS = ("left of", "right of", "above", "below")
 
-_RADIUS = {"small": 0.19, "": 0.30, "large": 0.42}  # parts of the picture's side, of a thing that is alone
+_RADIUS = {"small": 0.19, "": 0.30, "large": 0.42}  # as fractions of the picture's side, of a single thing
 _PAIR_RADIUS, _PAIR_DISTANCE = 0.19, 0.46
 _PLACED_AT = {
     "": (0, 0),
@@ -53,12 +53,12 @@ _RELATED_AT = {
     "right of": (1, 0),
     "above": (0, -1),
     "below": (0, 1),
-}  # the first, seen from the other
+}  # position of the first thing relative to the other
 
 
 @dataclass(frozen=True)
 class Thing:
-    """Something to be drawn; "" leaves a colour to chance, and means medium and plain for size and texture."""
+    """A thing to draw; "" is a random colour, medium size and plain texture."""
 
     colour: str
     shape: str
@@ -73,7 +73,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things on a background; "" leaves the background to chance."""
+    """One or two things on a background; "" is a random background."""
 
     background: str
     thing: Thing
@@ -93,7 +93,7 @@ class Scene:
 
 
 def held_out(thing: Thing, background: str) -> bool:
-    """Whether this combination of colour, shape and background is kept out of training: one in twelve."""
+    """Return True if training excludes this combination of colour, shape and background: one in twelve."""
     if thing.shape not in SHAPES or not thing.colour or not background:
         return False
     colours = list(COLOURS)
@@ -101,12 +101,12 @@ def held_out(thing: Thing, background: str) -> bool:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Return whether anything in the scene is a held-out combination."""
+    """Return True if the scene contains a held-out combination."""
     return any(held_out(thing, scene.background) for thing in scene.things)
 
 
 def plain_scenes(held_out: bool) -> list[Scene]:
-    """Every "a {colour} {shape} on a {colour} background" that training sees, or that it does not see."""
+    """Return all scenes "a {colour} {shape} on a {colour} background" of the training, or the held-out ones."""
     scenes = (
         Scene(background, Thing(colour, shape))
         for colour, shape, background in itertools.product(COLOURS, SHAPES, COLOURS)
@@ -116,9 +116,9 @@ def plain_scenes(held_out: bool) -> list[Scene]:
 
 
 def random_scene(random: random.Random, held_out: bool = False) -> Scene:
-    """A scene of the training mix: 45 % plain, 30 % with size, texture or place, 25 % pairs; one in ten loses words.
+    """Return a scene of the training mix: 45 % plain, 30 % with size, texture or place, 25 % pairs.
 
-    With `held_out` one that training never sees, with no words lost.
+    One in ten lacks words. With `held_out`, the scene is a held-out one, with all words.
     """
     while True:
         draw = random.random()
@@ -129,7 +129,7 @@ def random_scene(random: random.Random, held_out: bool = False) -> Scene:
 
 
 def parse(caption: str) -> Scene:
-    """The scene that a caption stands for. Raises ValueError with the words that are not understood."""
+    """Return the scene of a caption. Raises ValueError with the unknown words."""
     found = _CAPTION.fullmatch(caption.strip().lower())
     if found is None:
         known = {*COLOURS, *SHAPES, SUBJECT, CLASS, *_WORDS}
@@ -142,7 +142,7 @@ def parse(caption: str) -> Scene:
 
 
 def complete(scene: Scene, random: random.Random) -> Scene:
-    """The scene with every open choice made, and no held-out combination made by choosing."""
+    """Return the scene with all open choices made, without creating a held-out combination."""
     if all(thing.colour and thing.shape != CLASS for thing in scene.things) and scene.background:
         return scene
     while True:
@@ -181,7 +181,7 @@ def render(scene: Scene, seed: int, side: int = 64) -> Image.Image:
 
 
 def _layout(scene: Scene) -> Iterator[tuple[float, float, float]]:
-    """Centre and radius of each thing, in parts of the side."""
+    """Yield centre x, y and radius of each thing, as fractions of the side."""
     if scene.other is None:
         radius = _RADIUS[scene.thing.size]
         right, down = _PLACED_AT[scene.place]

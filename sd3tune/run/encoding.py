@@ -159,7 +159,7 @@ def _encode_images(
         plan.base,
         records,
         store,
-        what=what,
+        label=what,
         buckets=buckets,
         crop_variants=data.crop_variants if varied else 1,
         flip=data.flip and varied,

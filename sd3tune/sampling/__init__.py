@@ -1,1 +1,1 @@
-"""The one sampler: previews, `infer` and evaluation draw their images here."""
+"""The sampler of previews, `infer` and evaluation."""

@@ -1,4 +1,4 @@
-"""Pictures in a labelled grid."""
+"""Contact sheets: images in a labelled grid."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def contact_sheet(
     side: int = 256,
     cells: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """Return a picture of `images[row][column]`, each fitted into a square of `side` pixels.
+    """Return one picture of all `images[row][column]`, each fitted into a square of `side` pixels.
 
-    Each column and row has a label above it, and each image `cells[row][column]`, up to three lines, below it.
+    Each column and row has a label above it. Each image has the text `cells[row][column]`, up to three lines, below it.
     """
     wide = max(len(row) for row in images)
     row_height = side + _MARGIN + (_LABEL if rows else 0) + (_CELL if cells else 0)

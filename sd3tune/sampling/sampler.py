@@ -1,4 +1,4 @@
-"""From noise to images, bit for bit as `StableDiffusion3Pipeline`, but with one component in memory at a time."""
+"""Sampling, bit-equal to `StableDiffusion3Pipeline`, but with one component in memory at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sd3tune.sampling.samplers import SAMPLERS
 
 LAST_SEED = 2**63 - 1
 _NOT_FINITE = "not finite"
-"""The key in `Image.info` of a picture whose values were not; no file has it."""
+"""Key in `Image.info` that marks a picture with NaN or infinity; it is never written to a file."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,21 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class SkipLayers:
-    """Skip-layer guidance: away from the velocity that the transformer predicts without some of its blocks.
+    """Skip-layer guidance: steer away from the velocity that the transformer predicts without some blocks.
 
-    It acts from `start` to `stop`, as shares of all steps, and only together with classifier-free guidance.
+    It is active from `start` to `stop`, as shares of all steps, and only with classifier-free guidance.
     """
 
     scale: float
     layers: tuple[int, ...]
+    """Indices of the skipped blocks."""
     start: float
     stop: float
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How an image is drawn. `guidance` 1 or less means no classifier-free guidance (Ho & Salimans 2022)."""
+    """Settings of the sampler. `guidance` of 1 or less turns classifier-free guidance (Ho & Salimans 2022) off."""
 
     steps: int = 28
     guidance: float = 7.0
@@ -55,27 +56,27 @@ class SamplerSettings:
     sampler: str = "euler"
     """A key of `samplers.SAMPLERS`."""
     shift: float | None = None
-    """Instead of the base's own: sigma becomes shift * sigma / (1 + (shift - 1) * sigma)."""
+    """Shift of the noise schedule, sigma -> shift * sigma / (1 + (shift - 1) * sigma). None: the base's own."""
     strength: float | None = None
-    """With a start image: the share of the steps that is taken. None starts from noise."""
+    """With a start image, the share of the steps to run. None starts from noise."""
     skip_layers: SkipLayers | None = None
     noise_offset: float = 0.0
-    """Strength of the constant in the starting noise of each image and channel; see `add_offset`."""
+    """Strength of the constant offset that each image and channel gets in the starting noise; see `add_offset`."""
 
     @property
     def first_step(self) -> int:
-        """The first step that is taken, rounded as in `StableDiffusion3Img2ImgPipeline`."""
+        """Index of the first step to run, rounded as in `StableDiffusion3Img2ImgPipeline`."""
         return 0 if self.strength is None else int(self.steps - min(self.steps * self.strength, self.steps))
 
     @property
     def evaluations(self) -> int:
-        """The number of transformer evaluations; with guidance, each one has both prompts in its batch."""
+        """Number of transformer evaluations; with guidance, each evaluates both prompts in one batch."""
         return SAMPLERS[self.sampler].evaluations(self.steps - self.first_step)
 
 
 @dataclass(frozen=True)
 class Start:
-    """Start images, as the VAE's posteriors: mean and std [n or 1, C, h, w], fp32, not normalised."""
+    """Start images as VAE posteriors: mean and std, [n or 1, C, h, w] fp32, not normalised."""
 
     mean: Tensor
     std: Tensor
@@ -97,34 +98,36 @@ def sample_latents(
 ) -> Tensor:
     """Return latents [n, C, height / 8, width / 8] of n images, in the transformer's dtype, on its device.
 
-    There are n prompts and seeds, and n negative prompts or one for all. An image's noise comes from a CPU generator
-    with its seed, so it is the same on every device and in every batch; the size of the batch changes the last bits of
-    an image, though. `scheduler` is the base's; `on_step` is called after each of `settings.evaluations`. `start` goes
-    with `settings.strength`: the remaining steps begin at these images, noised to their first sigma.
+    There are n prompts and seeds, and n negative prompts or one for all. The noise of an image comes from a CPU
+    generator with its seed, so it is the same on every device and in every batch. The batch size still changes the last
+    bits of an image. `scheduler` is the base's; `on_step` is called after each of `settings.evaluations`. `start` is
+    used with `settings.strength`: its images are noised to the sigma of the first remaining step.
     """
     device, dtype = transformer.device, transformer.dtype
     shape = (transformer.config.in_channels, settings.height // latent_side, settings.width // latent_side)
     sources = [torch.Generator().manual_seed(seed) for seed in seeds]
-    drawn = None if start is None else _normal(shape, sources, dtype)  # before the noise, as in the pipeline
+    posterior_noise = (
+        None if start is None else _normal(shape, sources, dtype)
+    )  # drawn before the noise, as in the diffusers pipeline
     latents = add_offset(_normal(shape, sources, dtype), seeds, settings.noise_offset).to(device)
-    ask = _Guided(transformer, positive, negative, settings)
+    velocity_of = _Guided(transformer, positive, negative, settings)
 
     solver = SAMPLERS[settings.sampler].scheduler(scheduler, settings.shift)
     solver.set_timesteps(settings.steps, device=device, **_dynamic_shift(solver, transformer, latents))
     begin, count = settings.first_step * SAMPLERS[settings.sampler].order, len(solver.timesteps)
-    if start is not None and drawn is not None:
+    if start is not None and posterior_noise is not None:
         solver.set_begin_index(begin)
-        latents = _noised(start, drawn, latents, solver.sigmas[begin])
-    with ask.ahead(dict(enumerate(solver.timesteps[begin:], start=begin))):
+        latents = _noised(start, posterior_noise, latents, solver.sigmas[begin])
+    with velocity_of.ahead(dict(enumerate(solver.timesteps[begin:], start=begin))):
         for number, timestep in enumerate(solver.timesteps[begin:], start=begin):
-            velocity = ask(latents, timestep, number, count)
+            velocity = velocity_of(latents, timestep, number, count)
             latents = solver.step(velocity, timestep, latents, return_dict=False)[0].to(dtype)
             on_step()
     return latents
 
 
 class _Guided:
-    """The velocity with classifier-free and skip-layer guidance."""
+    """The guided velocity: with classifier-free and skip-layer guidance."""
 
     def __init__(
         self,
@@ -145,7 +148,7 @@ class _Guided:
 
     @contextlib.contextmanager
     def ahead(self, timesteps: Mapping[int, Tensor]) -> Iterator[None]:
-        """Compute the hoisted layers' outputs for all timesteps now, and use them inside the context."""
+        """Compute the hoisted layers' outputs for all timesteps at once, and use them inside the context."""
         if not hoisted(self.transformer):
             yield
             return
@@ -159,7 +162,7 @@ class _Guided:
             modulate(self.transformer, None)
 
     def __call__(self, latents: Tensor, timestep: Tensor, number: int, count: int) -> Tensor:
-        """Return the guided velocity of evaluation `number`, from 0, of `count` on the whole way."""
+        """Return the guided velocity of evaluation `number` (0-based) of `count`."""
         if self.modulations:
             modulate(self.transformer, self.modulations[number])
         if not self.is_guided:
@@ -192,10 +195,10 @@ def _normal(shape: tuple[int, ...], generators: Sequence[torch.Generator], dtype
 
 
 def add_offset(noise: Tensor, seeds: Sequence[int], strength: float) -> Tensor:
-    """Return `noise` [n, C, h, w] as a model that was trained with `flow.noise_offset` expects it, in its own dtype.
+    """Add the noise offset of a model that was trained with `flow.noise_offset`: [n, C, h, w] in the dtype of `noise`.
 
-    Each image and channel gets one more normal number, times `strength`. It comes from a CPU generator of its own, with
-    the seed `LAST_SEED - seed`, so that it follows from the image's seed alone and leaves the noise as it is.
+    Each image and channel gets one more standard normal number, times `strength`. It comes from a separate CPU
+    generator with the seed `LAST_SEED - seed`, so it depends on the image's seed alone.
     """
     if not strength:
         return noise
@@ -204,9 +207,9 @@ def add_offset(noise: Tensor, seeds: Sequence[int], strength: float) -> Tensor:
     return offset_noise(noise.float(), offsets, strength).to(noise.dtype)
 
 
-def _noised(start: Start, drawn: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """sigma * noise + (1 - sigma) * z0, with z0 drawn from the posterior by `drawn`, standard normal."""
-    eps = drawn.to(start.mean)
+def _noised(start: Start, posterior_noise: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Return sigma * noise + (1 - sigma) * z0, with z0 = mean + std * `posterior_noise`, normalised."""
+    eps = posterior_noise.to(start.mean)
     latents = from_posterior(start.mean, start.std, eps, start.scaling_factor, start.shift_factor).to(noise)
     sigma = sigma.to(noise)
     return sigma * noise + (1.0 - sigma) * latents
@@ -215,20 +218,20 @@ def _noised(start: Start, drawn: Tensor, noise: Tensor, sigma: Tensor) -> Tensor
 def to_image(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
     """Decode latents [1, C, h, w] into a picture, rounding as diffusers' image processor does.
 
-    An image with NaN or infinity in it is black, and `fault_of` reports it.
+    An image with NaN or infinity becomes black, and `fault_of` reports it.
     """
     decoded = decode(vae, latents)[0]
     pixels = (decoded * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
     finite = bool(decoded.isfinite().all())
-    shown = pixels if finite else torch.zeros_like(pixels)
-    image = Image.fromarray((shown.cpu().numpy() * 255).round().astype("uint8"))
+    displayed = pixels if finite else torch.zeros_like(pixels)
+    image = Image.fromarray((displayed.cpu().numpy() * 255).round().astype("uint8"))
     if not finite:
         image.info[_NOT_FINITE] = True
     return image
 
 
 def fault_of(image: Image.Image) -> str | None:
-    """Return what is wrong with a picture of `to_image` that shows nothing; None for any other picture."""
+    """Return the fault of a picture of `to_image` that is black or of one colour; None for any other picture."""
     if image.info.get(_NOT_FINITE):
         return "black, as the model computed NaN or infinity; an adapter or its weight may be too large"
     if image.getcolors(1) is not None:
@@ -237,7 +240,7 @@ def fault_of(image: Image.Image) -> str | None:
 
 
 def _dynamic_shift(solver: Any, transformer: SD3Transformer2DModel, latents: Tensor) -> dict[str, float]:
-    """`mu` for a scheduler whose shift depends on the resolution; empty for SD3's own."""
+    """Return `mu` for a scheduler whose shift depends on the resolution; an empty mapping for SD3's scheduler."""
     settings = solver.config
     if not settings.get("use_dynamic_shifting"):
         return {}

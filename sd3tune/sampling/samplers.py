@@ -23,13 +23,14 @@ class Sampler:
     """A solver: its scheduler, and the cost of a step."""
 
     scheduler: Callable[[FlowMatchEulerDiscreteScheduler, float | None], Any]
-    """(the base's scheduler, a shift instead of its own) -> a new scheduler."""
+    """(the base's scheduler, a shift that replaces its own or None) -> a new scheduler."""
     order: int
-    """Evaluations of the model in a step; the last step, down to sigma 0, needs one."""
+    """Model evaluations per step; the last step, down to sigma 0, needs only one."""
     follows_size: bool = False
-    """Whether it supports a base whose shift depends on the size of the image."""
+    """True if it supports a base whose shift depends on the image size."""
 
     def evaluations(self, steps: int) -> int:
+        """Return the number of model evaluations in `steps` steps."""
         return self.order * (steps - 1) + 1
 
 
@@ -47,7 +48,7 @@ def _heun(base: FlowMatchEulerDiscreteScheduler, shift: float | None) -> FlowMat
 
 
 def _dpmpp(base: FlowMatchEulerDiscreteScheduler, shift: float | None) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++(2M) of Lu et al. 2022: second order from the step before, at the cost of Euler."""
+    """DPM-Solver++(2M) (Lu et al. 2022): second order by reusing the previous step, at the cost of Euler."""
     return _FlowDpmSolver(
         num_train_timesteps=base.config.num_train_timesteps,
         prediction_type="flow_prediction",
@@ -57,7 +58,7 @@ def _dpmpp(base: FlowMatchEulerDiscreteScheduler, shift: float | None) -> DPMSol
 
 
 class _FlowDpmSolver(DPMSolverMultistepScheduler):
-    """Pass exact timesteps to the model; diffusers' own class truncates 1000 sigma to a whole number."""
+    """DPM-Solver++ with exact timesteps; the class of diffusers truncates 1000 sigma to an integer."""
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         super().set_timesteps(num_inference_steps, device)

@@ -1,4 +1,4 @@
-"""Batches with their adaLN modulations, which are computed for a window of many micro-steps at once."""
+"""Batches with adaLN modulations, computed for a window of many micro-steps at once."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from sd3tune.model.compute.hoist import Modulation, compute_ahead, hoisted, row_
 from sd3tune.training.batches import Batch, Batches
 
 TABLE_BYTES = 128 * 2**20
+"""Limit on the memory of a window's modulations."""
 LONGEST = 64
-"""Micro-steps of a window, at most."""
+"""Limit on the micro-steps of a window."""
 
 
 class AheadBatches:
-    """The batches of `Batches`, each with the modulations that the hoisted layers of `transformer` compute for it.
+    """The batches of `Batches`, each with the outputs of the transformer's hoisted layers: its modulations.
 
-    Windows begin at multiples of their length and have one shape, so a resumed run gets bit-equal modulations. Computed
-    one batch at a time they differ by the rounding of a product of another shape (about 1e-7 in fp32).
+    Windows begin at multiples of their length and have one shape, so a resumed run gets bit-equal modulations. One
+    batch at a time they would differ by rounding (about 1e-7 in fp32), as the matrix product has another shape.
     """
 
     def __init__(self, batches: Batches, transformer: SD3Transformer2DModel, method: Method) -> None:
@@ -34,33 +35,33 @@ class AheadBatches:
         self._window: tuple[int, Sequence[Modulation]] | None = None
 
     def fetch(self, step: int, micro: int) -> Batch:
-        """The batch of micro-step `micro` of optimizer step `step` (both 0-based) of this rank."""
+        """Return this rank's batch of micro-step `micro` of optimizer step `step` (both 0-based)."""
         number, place = divmod(step * self.batches.accumulation + micro, self.length)
         if self._window is None or self._window[0] != number:
-            self._window = None  # before the next one is made: the old one is as large
+            self._window = None  # frees the old window before the new one is computed
             self._window = (number, self._compute(number))
         return replace(self.batches.fetch(step, micro), modulation=self._window[1][place])
 
     def _compute(self, number: int) -> list[Modulation]:
-        """A window's modulations, micro-step by micro-step."""
+        """Return the modulations of window `number`, one entry per micro-step."""
         first = number * self.length
         steps = [divmod(index, self.batches.accumulation) for index in range(first, first + self.length)]
         conditions = [self.batches.conditions(step, micro) for step, micro in steps]
         sigmas = [sigma for sigma, _ in conditions]
         pooled = torch.cat([self.method.pooled(embeddings, self.transformer) for _, embeddings in conditions])
-        (together,) = compute_ahead(self.transformer, [(model_timestep(torch.cat(sigmas)), pooled)])
+        (modulation,) = compute_ahead(self.transformer, [(model_timestep(torch.cat(sigmas)), pooled)])
         counts = [len(sigma) for sigma in sigmas]
-        return list(zip(*(of.split(counts) for of in together), strict=True))
+        return list(zip(*(tensor.split(counts) for tensor in modulation), strict=True))
 
 
 def window_length(batches: Batches) -> int:
-    """Micro-steps whose modulations are computed at once; 1 where they are not computed ahead."""
+    """Return the number of micro-steps whose modulations are computed at once; 1 if they are not computed ahead."""
     return batches.length if isinstance(batches, AheadBatches) else 1
 
 
-def looking_ahead(batches: Batches, transformer: SD3Transformer2DModel, method: Method) -> Batches:
-    """`batches`, with modulations where the transformer's layers for them are hoisted."""
+def with_modulations(batches: Batches, transformer: SD3Transformer2DModel, method: Method) -> Batches:
+    """Return `batches`, with modulations computed ahead if the transformer's modulation layers are hoisted."""
     if not hoisted(transformer):
         return batches
-    ahead: Any = AheadBatches(batches, transformer, method)  # it has what a step and the loop ask of batches
+    ahead: Any = AheadBatches(batches, transformer, method)  # it has the methods that the step and the loop use
     return ahead

@@ -1,4 +1,4 @@
-"""Batches as a function of (step, micro-step): which samples, which crop, which sigma, which noise."""
+"""Batches as a function of (seed, step, micro-step): samples, crops, sigmas and noise."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from sd3tune.training.examples import Example, Sample
 
 @dataclass(frozen=True)
 class Dropout:
-    """Probabilities, per sample, of training without its caption, drawn from (seed, step, slot)."""
+    """Caption dropout: per-sample probabilities, drawn from (seed, step, slot)."""
 
     caption: float = 0.0
     """Probability of the empty caption."""
     encoder: float = 0.0
-    """Probability of zeros in place of an encoder's output, drawn for each encoder separately."""
+    """Probability of replacing an encoder's output by zeros, drawn for each encoder separately."""
     empty: Mapping[str, str] = field(default_factory=dict)
-    """Encoder -> key of the empty caption; needed where `caption` is above 0."""
+    """Encoder -> store key of the empty caption; required if `caption` is above 0."""
     kept: bool = False
-    """Whether samples that keep the base's prediction lose theirs, too: only in runs that an earlier version began, as
-    the same input then has two targets."""
+    """True if dropout also applies to samples that keep the base's prediction. Only runs that an earlier version began
+    do so, as the same input then has two targets."""
 
 
 T5Lengths = Sequence[Mapping[str, str]]
-"""One mapping per trained T5 length: the key in an example -> the key of the same entry at that length."""
+"""One mapping per trained T5 length: store key in an example -> store key of the same caption at that length."""
 
 
 @dataclass(frozen=True)
@@ -49,40 +49,44 @@ class LatentScaling:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one micro-step needs, on the device. Everything but the embeddings is fp32.
+    """The data of one micro-step, on the device. Everything but the embeddings is fp32.
 
-    The instances come first, then, for those whose source has a prior, the samples that preserve it: B in all.
+    The instances come first, then the prior samples of those whose source has a prior: B samples in all.
     """
 
     latents: Tensor
-    """z0 [B, C, H/8, W/8]: drawn from the stored posterior, normalised."""
+    """z0, [B, C, H/8, W/8]: sampled from the stored posterior, normalised."""
     noise: Tensor
-    """Standard normal, like `latents`."""
+    """Standard normal, in the shape of `latents`, plus the noise offset if there is one."""
     sigma: Tensor
-    """[B], not yet shaped by a density: the shifted, distributed sigma itself."""
+    """[B]: the final sigmas, drawn from the configured density and shifted."""
     embeddings: Mapping[str, Mapping[str, Tensor]]
-    """Per encoder, batched; in the encoders' dtype."""
+    """Encoder -> name -> tensor [B, ...], in the encoders' dtype."""
     weights: Tensor
-    """[B]: factors on the samples' losses."""
+    """[B]: weights of the samples' losses."""
     names: Sequence[str]
+    """Image of each sample."""
     instances: int
+    """Number of instances."""
     kept: slice
-    """Samples whose target is the base's own prediction: the last ones, if any."""
+    """Samples whose target is the base's prediction: the last ones, if any."""
     modulation: Modulation | None = None
-    """The adaLN modulations for `sigma` and the pooled text; None where the transformer computes them."""
+    """The adaLN modulations for `sigma` and the pooled text; None if the transformer computes them."""
 
     def rows(self, rows: slice) -> Batch:
-        """The batch of some of the samples, all of them instances."""
+        """Return a batch of some of the samples, all counted as instances."""
         return Batch(
             latents=self.latents[rows],
             noise=self.noise[rows],
             sigma=self.sigma[rows],
-            embeddings={e: {name: of[rows] for name, of in entry.items()} for e, entry in self.embeddings.items()},
+            embeddings={
+                e: {name: tensor[rows] for name, tensor in entry.items()} for e, entry in self.embeddings.items()
+            },
             weights=self.weights[rows],
             names=self.names[rows],
             instances=len(self.names[rows]),
             kept=slice(0, 0),
-            modulation=self.modulation and [of[rows] for of in self.modulation],
+            modulation=self.modulation and [tensor[rows] for tensor in self.modulation],
         )
 
 
@@ -98,7 +102,7 @@ class _Loaded:
 
 
 class Batches:
-    """Reads batches from the store, one ahead in a thread. Holds no state that a resumed run would need.
+    """The batches of a rank, read from the store by a thread, one ahead. They hold no state that a resume would need.
 
     `sigma_of_u(u, pixels)` maps float64 uniforms to sigma for images of that size; `examples` lists each image as often
     as an epoch sees it. A batch, of all ranks together, holds images of one size.
@@ -132,7 +136,7 @@ class Batches:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
 
     def fetch(self, step: int, micro: int) -> Batch:
-        """The batch of micro-step `micro` of optimizer step `step` (both 0-based) of this rank."""
+        """Return this rank's batch of micro-step `micro` of optimizer step `step` (both 0-based)."""
         at = (step, micro)
         loaded = self._ahead[1].result() if self._ahead and self._ahead[0] == at else self._load(*at)
         following = (step, micro + 1) if micro + 1 < self.accumulation else (step + 1, 0)
@@ -140,7 +144,7 @@ class Batches:
         return self._to_device(step, loaded)
 
     def conditions(self, step: int, micro: int) -> tuple[Tensor, Mapping[str, Mapping[str, Tensor]]]:
-        """Return `sigma` [B] and the pooled embeddings of any later batch, on the device."""
+        """Return `sigma` [B] and the pooled embeddings of any batch, on the device, without its latents."""
         samples = self._samples(step, micro, self.rank)
         pooled = {
             encoder: torch.stack([self._embedding(encoder, sample, step)["pooled"] for sample in samples])
@@ -151,27 +155,29 @@ class Batches:
         return self._sigma(step, samples).to(self.device), on_device
 
     def use_one_length(self) -> None:
-        """Use `max_sequence_length` for every T5 entry from now on, as previews and held-out loss do."""
+        """Use `max_sequence_length` for all T5 embeddings from now on, as for previews and held-out loss."""
         self.t5_lengths, self._ahead = (), None
 
     def seed_for(self, purpose: str, step: int, micro: int) -> int:
-        """A seed for what else is random in this micro-step on this rank."""
+        """Return a seed for any other random numbers of this micro-step on this rank."""
         return derive(self.seed, step, micro, self.rank, purpose)
 
     def close(self) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)
 
     def names(self, step: int) -> list[str]:
-        """The images of a step of all ranks, rank by rank and in their order; what preserves their class comes last."""
+        """Return the images of a step on all ranks, rank by rank in batch order; the prior samples come last."""
         places = [(rank, micro) for rank in range(self.world) for micro in range(self.accumulation)]
-        batches = [[of.example.name for of in self._samples(step, micro, rank)] for rank, micro in places]
-        return [*chain(*(of[: self.batch_size] for of in batches)), *chain(*(of[self.batch_size :] for of in batches))]
+        batches = [[sample.example.name for sample in self._samples(step, micro, rank)] for rank, micro in places]
+        instances = chain(*(names[: self.batch_size] for names in batches))
+        return [*instances, *chain(*(names[self.batch_size :] for names in batches))]
 
     def _load(self, step: int, micro: int) -> _Loaded:
         samples = self._samples(step, micro, self.rank)
         moments = [
-            self.store.get(of.example.images[derive(self.seed, step, of.slot, "variant") % len(of.example.images)])
-            for of in samples
+            self.store.get(images[derive(self.seed, step, sample.slot, "variant") % len(images)])
+            for sample in samples
+            for images in [sample.example.images]
         ]
         loaded = _Loaded(
             mean=torch.stack([entry["mean"] for entry in moments]),
@@ -181,46 +187,46 @@ class Batches:
                 encoder: _stack([self._embedding(encoder, sample, step) for sample in samples])
                 for encoder in samples[0].example.captions
             },
-            weights=torch.tensor([of.example.weight for of in samples], dtype=torch.float32),
+            weights=torch.tensor([sample.example.weight for sample in samples], dtype=torch.float32),
             samples=samples,
             instances=self.batch_size,
         )
         return _pinned(loaded) if self.device.type == "cuda" else loaded
 
     def _samples(self, step: int, micro: int, rank: int) -> list[Sample]:
-        """The rows of one rank's batch: its part of the run's micro-batch, then what its priors put beside it."""
+        """Return the samples of a rank: its part of the run's micro-batch, then their prior samples."""
         counts = [(name, len(examples)) for name, examples in self.buckets.items()]
         batch = self.world * self.batch_size
         bucket, piece, indices = batch_samples(self.seed, step * self.accumulation + micro, counts, batch)
-        mine = range(rank * self.batch_size, (rank + 1) * self.batch_size)
+        places = range(rank * self.batch_size, (rank + 1) * self.batch_size)
         slots = step_slots(micro, rank, self.world, self.batch_size)
         instances = [
-            Sample(self.buckets[bucket][indices[place]], slot) for place, slot in zip(mine, slots, strict=True)
+            Sample(self.buckets[bucket][indices[place]], slot) for place, slot in zip(places, slots, strict=True)
         ]
-        beside = [
+        companions = [
             instance.example.prior.companion_sample(instance, self.seed, piece * batch + place)
-            for instance, place in zip(instances, mine, strict=True)
+            for instance, place in zip(instances, places, strict=True)
             if instance.example.prior
         ]
-        return [*instances, *sorted(beside, key=lambda sample: sample.is_kept)]
+        return [*instances, *sorted(companions, key=lambda sample: sample.is_kept)]
 
     def _sigma(self, step: int, samples: Sequence[Sample]) -> Tensor:
         height, width = samples[0].example.size
-        uniforms = [(derive(self.seed, step, of.slot, "sigma") >> 11) + 0.5 for of in samples]
+        uniforms = [(derive(self.seed, step, sample.slot, "sigma") >> 11) + 0.5 for sample in samples]
         return self.sigma_of_u(torch.tensor(uniforms, dtype=torch.float64) / 2**52, height * width).float()
 
     def _embedding(self, encoder: str, sample: Sample, step: int) -> dict[str, Tensor]:
-        chance, captions, slot = self.dropout, sample.example.captions, sample.slot
-        spared = sample.is_kept and not chance.kept
-        if not spared and chance.caption > uniform(self.seed, step, slot, "caption dropout"):
-            captions = chance.empty
+        dropout, captions, slot = self.dropout, sample.example.captions, sample.slot
+        is_exempt = sample.is_kept and not dropout.kept
+        if not is_exempt and dropout.caption > uniform(self.seed, step, slot, "caption dropout"):
+            captions = dropout.empty
         entry = self.store.get(self._at_length(captions[encoder], step) if encoder == "t5" else captions[encoder])
-        if not spared and chance.encoder > uniform(self.seed, step, slot, "encoder dropout", encoder):
+        if not is_exempt and dropout.encoder > uniform(self.seed, step, slot, "encoder dropout", encoder):
             return {name: torch.zeros_like(tensor) for name, tensor in entry.items()}
         return entry
 
     def _at_length(self, key: str, step: int) -> str:
-        """The key of a T5 entry at the length of this step: one length for all its samples, on every rank."""
+        """Return the key of a T5 entry at this step's length, which all samples of all ranks share."""
         if not self.t5_lengths:
             return key
         return self.t5_lengths[index_at(derive(self.seed, "t5 length"), step, len(self.t5_lengths))][key]
@@ -248,7 +254,7 @@ class Batches:
         )
 
     def _draw(self, step: int, slot: int | str, shape: torch.Size) -> Tensor:
-        """Two standard normals of `shape`: the posterior's and the flow's, from this sample's own generator."""
+        """Return [2, *shape] standard normals from the sample's own generator: for the posterior and for the flow."""
         source = generator(self.seed, step, slot, "noise", device=self.device)
         return torch.randn((2, *shape), generator=source, device=self.device)
 

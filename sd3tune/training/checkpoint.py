@@ -1,4 +1,4 @@
-"""Checkpoints: tensors in safetensors, the rest in JSON, the folder renamed into place. Nothing is ever unpickled."""
+"""Checkpoints: tensors in safetensors, everything else in JSON, written atomically. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from sd3tune.training.step import TrainState
 _TENSORS, _STATE = "state.safetensors", "state.json"
 _OPTIMIZER = "optimizer."
 _MOST_BYTES = 64 * 2**20
-"""Limit of the JSON file, which names every trained tensor several times."""
+"""Size limit of the JSON file, which names every trained tensor several times."""
 
 
 def save_checkpoint(
     run: Path, state: TrainState, identity: Mapping[str, Any], keep: int | None, export: Callable[[Path], object]
 ) -> Path:
-    """Write `run/checkpoints/step-000500`, then remove all but the newest `keep`, if that is a number.
+    """Write `run/checkpoints/step-000500`, then remove all but the newest `keep` checkpoints; None keeps all.
 
     A resumed run must match `identity` (see `differences`). `export(folder)` adds the files that `infer` reads.
     """
@@ -48,24 +48,24 @@ def save_checkpoint(
 
 
 def checkpoint_at(run: Path, step: int) -> Path:
-    """Return the folder of a step's checkpoint, whether it exists or not."""
+    """Return the folder for the checkpoint of a step; it may not exist."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 
 def prune(run: Path, keep: int | None) -> None:
-    """Remove all checkpoints but the newest `keep`, if that is a number."""
+    """Remove all checkpoints but the newest `keep`; None keeps all."""
     for old in list_checkpoints(run)[: -keep if keep else 0]:
         remove_folder(old)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    """Return the complete checkpoints of a run, oldest first."""
+    folders = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON half: `step`, `identity`, `layout` and, but for old checkpoints, `digests`. Raises RunError."""
+    """Return the JSON part: `step`, `identity`, `layout` and `digests`, empty in old checkpoints. Raises RunError."""
     try:
         fields = read_object(checkpoint / _STATE, _MOST_BYTES)
     except (OSError, NotJson) as error:
@@ -81,9 +81,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def restore(checkpoint: Path, state: TrainState) -> None:
-    """Put a checkpoint's tensors into `state`, which has the same layout; all are checked before one is used.
+    """Load a checkpoint into `state`, which must have the same layout. All tensors are checked before any is loaded.
 
-    Raises RunError for one that is missing, of another shape or dtype, not finite, or not as it was written.
+    Raises RunError for a tensor that is missing, of another shape or dtype, not finite, or changed since written.
     """
     saved = read_state(checkpoint)
     if saved["layout"] != _layout(state):
@@ -93,32 +93,34 @@ def restore(checkpoint: Path, state: TrainState) -> None:
     except (OSError, SafetensorError) as error:
         raise _damaged(checkpoint, str(error)) from error
     expected, optimizer = _tensors(state), state.optimizer
-    if isinstance(optimizer, HostStepped):  # what it remembers is known once it has stepped, and so from the file
+    if isinstance(optimizer, HostStepped):  # its state exists only after a step, so the file defines it
         expected = {name: tensor for name, tensor in expected.items() if not name.startswith(_OPTIMIZER)}
         expected |= {name: tensor for name, tensor in tensors.items() if name.startswith(_OPTIMIZER)}
         _check_numbers(checkpoint, saved.get("optimizer"))
     for name in sorted({*expected, *tensors}):
-        found, live = tensors.get(name), expected.get(name)
-        if found is None or live is None:
-            raise _damaged(checkpoint, f"{name}: {'missing' if found is None else 'not a tensor of this run'}")
-        if (found.shape, found.dtype) != (live.shape, live.dtype):
-            raise _damaged(checkpoint, f"{name}: {_form(found)}, not {_form(live)}")
-        if saved["digests"].get(name, "") not in ("", digest(found)):
+        stored, live = tensors.get(name), expected.get(name)
+        if stored is None or live is None:
+            raise _damaged(checkpoint, f"{name}: {'missing' if stored is None else 'not a tensor of this run'}")
+        if (stored.shape, stored.dtype) != (live.shape, live.dtype):
+            raise _damaged(checkpoint, f"{name}: {_form(stored)}, not {_form(live)}")
+        if saved["digests"].get(name, "") not in ("", digest(stored)):
             raise _damaged(checkpoint, f"{name}: not the bytes that were written")
-        if not found.isfinite().all():
+        if not stored.isfinite().all():
             raise _damaged(checkpoint, f"{name}: holds values that are not finite")
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])
     if isinstance(optimizer, HostStepped):
-        own = {name.removeprefix(_OPTIMIZER): of for name, of in expected.items() if name.startswith(_OPTIMIZER)}
-        optimizer.remember(own, saved["optimizer"])
+        optimizer_tensors = {
+            name.removeprefix(_OPTIMIZER): value for name, value in expected.items() if name.startswith(_OPTIMIZER)
+        }
+        optimizer.remember(optimizer_tensors, saved["optimizer"])
     state.step = saved["step"]
     state.master.publish()
 
 
 def _check_numbers(checkpoint: Path, numbers: Any) -> None:
-    """RunError unless it is what `HostStepped.numbers` gives."""
+    """Raise RunError unless `numbers` has the form that `HostStepped.numbers` returns."""
     forms = {"state": dict, "group": dict, "on_the_host": list}
     if not isinstance(numbers, dict) or any(type(numbers.get(name)) is not form for name, form in forms.items()):
         raise _damaged(checkpoint, f"{_STATE} has no numbers of the optimizer")
@@ -137,7 +139,7 @@ def _layout(state: TrainState) -> dict[str, list[int]]:
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys in which two nested mappings differ, as `train.batch_size: 1 in the run, 2 now`."""
+    """Return the keys in which two nested mappings differ, as `train.batch_size: 1 in the run, 2 now`."""
     lines = []
     for key in dict.fromkeys([*saved, *now]):
         old, new = saved.get(key), now.get(key)
@@ -149,7 +151,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
 
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:
-    """The live tensors that a checkpoint holds, by their names in it."""
+    """Return the tensors to checkpoint, by their names in the file; not copies."""
     tensors = {"master": state.master.master.detach()}
     if state.ema is not None:
         tensors["ema"] = state.ema

@@ -1,4 +1,4 @@
-"""What a batch is made of: training images in the store, and what stands beside them to keep their class as it was."""
+"""The samples of a batch: training images in the store, and prior samples that preserve their class."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from sd3tune.data.seeds import derive
 
 @dataclass(frozen=True)
 class Example:
-    """One training image in the store: a key per crop variant, and a key per text encoder."""
+    """A training image in the store."""
 
     name: str
     images: tuple[str, ...]
+    """Store key of each crop variant."""
     captions: Mapping[str, str]
+    """Text encoder -> store key of the encoded caption."""
     size: Size
     """(height, width) in pixels; images of one size form a bucket."""
     weight: float = 1.0
@@ -27,31 +29,32 @@ class Example:
 
 @dataclass(frozen=True)
 class Sample:
-    """A row of a batch: an example, and the slot from which everything random about it follows."""
+    """A row of a batch: an example, and the slot that seeds its noise, sigma and dropout."""
 
     example: Example
     slot: int | str
     is_kept: bool = False
-    """True: the target is the base's own prediction instead of the true velocity."""
+    """True if the target is the base model's prediction instead of the true velocity."""
 
 
 class Prior(Protocol):
-    """Prior preservation: the samples that are trained beside a source's images."""
+    """Prior preservation: adds a sample of the class to each of a source's images."""
 
     def companion_sample(self, instance: Sample, seed: int, position: int) -> Sample:
-        """The sample that goes with `instance`, which is at `position` of its bucket's endless stream."""
+        """Return the prior sample for `instance`, which is at `position` of its bucket's endless stream."""
 
     def facts(self) -> dict[str, Any]:
-        """Return the settings that change the training, for JSON."""
+        """Return the settings that affect training, as JSON values."""
 
 
 @dataclass(frozen=True)
 class ClassImages:
-    """Pictures of the class, each with its own caption, noise and sigma (DreamBooth, Ruiz et al. 2022, eq. 2)."""
+    """Images of the class, each with its own caption, noise and sigma (DreamBooth, Ruiz et al. 2022, eq. 2)."""
 
     source: int
+    """Index of the source."""
     pools: Mapping[Size, Sequence[Example]]
-    """By bucket; never empty for a bucket in which the source has images."""
+    """Bucket -> class images; not empty for any bucket that holds images of the source."""
 
     def companion_sample(self, instance: Sample, seed: int, position: int) -> Sample:
         size = instance.example.size
@@ -60,16 +63,19 @@ class ClassImages:
         return Sample(pool[index_at(stream, position, len(pool))], f"class {instance.slot}")
 
     def facts(self) -> dict[str, Any]:
-        pools = [[[of.images, dict(of.captions), of.weight] for of in pool] for pool in self.pools.values()]
+        pools = [
+            [[example.images, dict(example.captions), example.weight] for example in pool]
+            for pool in self.pools.values()
+        ]
         return {"kind": "images", "pools": pools}
 
 
 @dataclass(frozen=True)
 class OwnPrediction:
-    """A sample of the same noisy latents under a class caption; its target is the base's own prediction."""
+    """The instance's noisy latents under a class caption; the target is the base model's prediction."""
 
     captions: Sequence[Mapping[str, str]]
-    """Encoder -> key, of each class caption; at least one, and each used equally often."""
+    """Encoder -> store key, for each class caption. At least one; each is used equally often."""
     weight: float
 
     def companion_sample(self, instance: Sample, seed: int, position: int) -> Sample:
@@ -79,5 +85,5 @@ class OwnPrediction:
         return Sample(kept, instance.slot, is_kept=True)
 
     def facts(self) -> dict[str, Any]:
-        captions = [dict(of) for of in self.captions]
+        captions = [dict(keys) for keys in self.captions]
         return {"kind": "prediction", "captions": captions, "weight": self.weight}

@@ -1,4 +1,4 @@
-"""The loop: step, log, save, call back. It knows the Method and the callbacks only by their protocols."""
+"""The training loop: step, log, save, callbacks. It uses the method and the callbacks only through their protocols."""
 
 from __future__ import annotations
 
@@ -33,17 +33,19 @@ class View:
     """A read-only view of the run for callbacks."""
 
     step: int
+    """Number of completed optimizer steps."""
     last: bool
+    """True after the last step of the run."""
     transformer: SD3Transformer2DModel
     method: Method
     weights: Mapping[str, Tensor]
-    """The weights that an export would write now: the EMA if there is one, else the master; fp32."""
+    """The weights that an export would write now, in fp32: the EMA if there is one, else the master."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    """The newest line of the metrics that was read from the device, perhaps of an earlier step; empty at first."""
+    """The newest metrics line read from the device, possibly of an earlier step; empty at first."""
 
 
 class Callback(Protocol):
-    """Called on every rank before the first step of an attempt and after each step; it changes nothing of the run."""
+    """Called on every rank before the first step of an attempt and after each step. It must not change the run."""
 
     def __call__(self, view: View) -> None: ...
 
@@ -66,11 +68,11 @@ def train(
 ) -> Metrics:
     """Train from `state.step` to `config.train.total_steps`; the last step is always checkpointed.
 
-    Raises KeyboardInterrupt, after a checkpoint, when `stop_requested` returns true on any rank. Raises RunError when
-    the gradient was not finite for `train.max_skipped` steps in a row.
+    Saves a checkpoint and raises KeyboardInterrupt when `stop_requested` returns True on any rank. Raises RunError when
+    the gradient was not finite for `train.max_skipped` consecutive steps.
 
-    With `save_when_interrupted`, a KeyboardInterrupt from outside is raised again after a checkpoint of the last whole
-    step, if a single process trains.
+    With `save_when_interrupted`, a KeyboardInterrupt from outside also saves a checkpoint of the last complete step, if
+    a single process trains, before it propagates.
     """
     metrics = Metrics(run / METRICS_FILE, state.step, processes.gather, processes.is_main, batches.names, sink)
     known_skips = len(metrics.skipped)
@@ -80,15 +82,8 @@ def train(
         last, weights = state.step == config.train.total_steps, exported_weights(state)
         return View(state.step, last, transformer, method, weights, metrics.last)
 
-    bar = progress_bar(
-        total=config.train.total_steps,
-        initial=state.step,
-        desc=config.name,
-        unit="step",
-        disable=not processes.is_main,
-        dynamic_ncols=True,
-    )
-    with bar, saver.saving_when_interrupted() if save_when_interrupted else contextlib.nullcontext():
+    guard = saver.saving_when_interrupted() if save_when_interrupted else contextlib.nullcontext()
+    with _progress_bar(config, state.step, processes) as bar, guard:
         for callback in callbacks:
             callback(view())
         while state.step < config.train.total_steps:
@@ -96,14 +91,14 @@ def train(
             metrics.add(state.step, result, stop_requested())
             saver.measured = state.step
             last = state.step == config.train.total_steps
-            alone = processes.world == 1 and stop_requested()  # several processes agree on it when they log
+            alone = processes.world == 1 and stop_requested()  # several processes agree on a stop when they log
             if state.step % config.train.log_every == 0 or last or alone:
                 metrics.flush(wait=last or alone)
                 _show(bar, metrics, known_skips)
                 known_skips = len(metrics.skipped)
             bar.update()
             if metrics.skipped_in_a_row >= config.train.max_skipped:
-                saver.save(keep=None)  # the weights are those of the last good step; older ones may be better still
+                saver.save(keep=None)  # the last good weights; older checkpoints may be better, so keep all
                 raise RunError(_not_finite(run, metrics))
             if state.step % config.checkpoint.every == 0 or last or metrics.stop_requested:
                 saver.save(config.checkpoint.keep)
@@ -113,12 +108,12 @@ def train(
             if metrics.stop_requested and not last:
                 raise KeyboardInterrupt
     if processes.is_main:
-        prune(run, config.checkpoint.keep)  # an attempt may have ended between its last checkpoint and this
+        prune(run, config.checkpoint.keep)  # an earlier attempt may have ended before it could prune
     return metrics
 
 
 class _Saver:
-    """Writes the checkpoints of a run, and knows which step it can save."""
+    """Writes the checkpoints of a run, and tracks which step can be saved."""
 
     def __init__(
         self,
@@ -133,10 +128,10 @@ class _Saver:
         self.run, self.state, self.method, self.metrics = run, state, method, metrics
         self.processes, self.identity, self.contract = processes, identity, contract
         self.saved = self.measured = state.step
-        """The last steps that are in a checkpoint, and in the metrics."""
+        """The last step in a checkpoint, and the last step in the metrics."""
 
     def save(self, keep: int | None) -> None:
-        """Write a checkpoint of the state's step, and remove all but the newest `keep`, if that is a number."""
+        """Write a checkpoint of the current step, and remove all but the newest `keep`; None keeps all."""
         self.metrics.flush(wait=True)
         if self.processes.is_main:
             save_checkpoint(
@@ -153,20 +148,31 @@ class _Saver:
 
     @contextlib.contextmanager
     def saving_when_interrupted(self) -> Iterator[None]:
-        """Save the last whole step when the body is interrupted, unless an update was cut off or others train, too."""
+        """Save the last complete step on KeyboardInterrupt, unless it cut off an update or several processes train."""
         try:
             yield
         except KeyboardInterrupt:
             step = self.state.step
-            whole = not self.state.updating and self.measured == step
-            if whole and self.saved < step and self.processes.world == 1:
+            is_complete = not self.state.updating and self.measured == step
+            if is_complete and self.saved < step and self.processes.world == 1:
                 self.save(keep=None)
             raise
 
 
 def exported_weights(state: TrainState) -> dict[str, Tensor]:
-    """The weights that are written and previewed: the EMA when there is one, else the master."""
+    """Return the weights to export and preview: the EMA if there is one, else the master."""
     return state.master.named(state.master.master if state.ema is None else state.ema)
+
+
+def _progress_bar(config: Config, step: int, processes: Processes) -> Bar:
+    return progress_bar(
+        total=config.train.total_steps,
+        initial=step,
+        desc=config.name,
+        unit="step",
+        disable=not processes.is_main,
+        dynamic_ncols=True,
+    )
 
 
 def _show(bar: Bar, metrics: Metrics, known_skips: int) -> None:

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one line a step, whole and in order, without making the device wait for the host."""
+"""`metrics.jsonl`: one line per step, complete and in order, without making the device wait for the host."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIGMA_BINS = 5
 
 Line = dict[str, Any]
 Names = Callable[[int], Sequence[str]]
-"""The images of a step (0-based), of all ranks: see `Batches.names`."""
+"""Step (0-based) -> its images on all ranks: see `Batches.names`."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,16 @@ class _Row:
     learning_rate: float
     instances: int
     values: Tensor
-    """A flat device tensor: losses, weighted losses and sigmas of this rank's instances, then of its prior samples; the
-    gradient's norm; 1 if this rank was asked to stop."""
+    """A flat device tensor of this rank: losses, weighted losses and sigmas of the instances, the same of the prior
+    samples, the norm of the gradient, and 1 if this rank was asked to stop (else 0)."""
 
 
 class Metrics:
-    """Collects steps as device tensors; a window's copy to the host is started at one flush and read at the next.
+    """The metrics of a run. Steps are collected as device tensors; a flush starts their copy, the next one reads it.
 
-    `gather` stacks a tensor of every rank along a new first dimension; only `writes` ranks touch the file. `names`
+    `gather` stacks a tensor of every rank along a new first dimension. Only ranks with `writes` touch the file. `names`
     returns the images of a skipped step. Training resumes from `last_step`: later lines of an earlier attempt are
-    dropped. `sink` receives each line of the file once, on the ranks that write it: earlier lines at once, new lines
-    when they are written.
+    dropped. On the ranks that write, `sink` receives each line once: existing lines at once, new lines when written.
     """
 
     def __init__(
@@ -55,33 +54,34 @@ class Metrics:
     ) -> None:
         self.path, self.gather, self.writes, self.names, self.sink = path, gather, writes, names, sink
         self.skipped: dict[int, list[str]] = {}
-        """Steps that the optimizer passed over, their gradient being not finite, with the samples that were to blame;
-        an earlier attempt's included."""
+        """Skipped steps, whose gradient was not finite -> the suspect samples. Includes earlier attempts."""
         self.skipped_in_a_row = 0
-        """Consecutive skipped steps, up to the last step that was read."""
+        """Number of consecutive skipped steps up to the last step read."""
         self.stop_requested = False
-        """Whether any rank was asked to stop; all ranks learn it at the same flush."""
+        """True if any rank was asked to stop; it changes on all ranks at the same flush."""
         self.last: Line = {}
+        """The newest line read from the device; empty at first."""
         self._rows: list[_Row] = []
         self._copying: tuple[list[_Row], Tensor, torch.cuda.Event | None] | None = None
         kept = [line for line in read_metrics(path) if line["step"] <= last_step]
         for line in kept:
-            self._take_in(line)
+            self._note(line)
         if writes:
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
             for line in kept:
                 sink(line)
 
     def add(self, step: int, result: StepResult, stop: bool = False) -> None:
-        """Note the result of optimizer step `step` (1-based), and whether this rank was asked to stop."""
+        """Add the result of optimizer step `step` (1-based). `stop` is True if this rank was asked to stop."""
         norm = result.grad_norm.reshape(1)
         parts = [result.losses, result.weighted, result.sigmas, *result.prior, norm, torch.full_like(norm, stop)]
         self._rows.append(_Row(step, result.learning_rate, len(result.losses), torch.cat(parts)))
 
     def flush(self, wait: bool = False) -> None:
-        """Start copying the new steps to the host, and write the previous copy. With `wait`, write all of it and sync.
+        """Start copying the new steps to the host, and write the previous copy.
 
-        A checkpoint saved after that relies on no line that a power cut could undo.
+        With `wait`, write both and sync the file to disk, so that a checkpoint never refers to lines that a power
+        failure could lose.
         """
         self._finish_copy()
         if self._rows:
@@ -101,7 +101,7 @@ class Metrics:
                 sync(self.path)
 
     def check_place(self) -> None:
-        """Raise WriteError when the run folder was deleted or moved, before anything could create it again."""
+        """Raise WriteError if the run folder was deleted or moved, before anything can recreate it."""
         if self.writes:
             with writing_in(self.path.parent):
                 self.path.stat()
@@ -115,7 +115,7 @@ class Metrics:
             event.synchronize()
         lines = [_line(row, host[:, index], self.names) for index, row in enumerate(rows)]
         for line in lines:
-            self._take_in(line)
+            self._note(line)
         self.stop_requested |= bool(host[..., -1].any())
         if self.writes:
             with writing_in(self.path.parent), open(self.path, "a", encoding="utf-8", opener=_existing) as file:
@@ -123,7 +123,7 @@ class Metrics:
             for line in lines:
                 self.sink(line)
 
-    def _take_in(self, line: Line) -> None:
+    def _note(self, line: Line) -> None:
         self.last = line
         if line["grad_norm"] is None:
             self.skipped[line["step"]] = line.get("suspects", [])
@@ -137,7 +137,7 @@ def _existing(path: str, flags: int) -> int:
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """The lines of a metrics file; a last line that was cut off in the middle is left out. Raises RunError."""
+    """Return the lines of a metrics file, without a truncated last line. Raises RunError."""
     return read_lines(path, _problem)
 
 
@@ -146,10 +146,10 @@ def _problem(line: Line) -> str | None:
 
 
 def problem_of_measurement(line: Line, numbers: Sequence[str], losses: Sequence[str]) -> str | None:
-    """Return the fault of a step's line, which somebody may have edited; None for a valid one.
+    """Return the fault of a step's line, which may have been edited; None for a valid one.
 
-    It needs its step, these `numbers`, and these `losses`, which are null where they were not finite. Other values are
-    numbers, text, lists of them, or objects of numbers.
+    A valid line has a step, all of `numbers`, and all of `losses`, where null stands for a value that was not finite.
+    Other values are numbers, text, lists of them, or objects of numbers.
     """
     if not is_whole_number(line.get("step")):
         return "step: not a whole number"
@@ -170,16 +170,16 @@ def _is_known(value: object) -> bool:
 
 
 def by_sigma(sigmas: Sequence[float], losses: Sequence[float]) -> dict[str, float | None]:
-    """The mean loss in each fifth of the sigmas that has any, as `{"0.2-0.4": 0.31}`."""
+    """Return the mean loss in each fifth of the range of sigma that has samples, as `{"0.2-0.4": 0.31}`."""
     bins: dict[str, list[float]] = {}
     for sigma, loss in sorted(zip(sigmas, losses, strict=True)):
         number = min(int(sigma * SIGMA_BINS), SIGMA_BINS - 1)
         bins.setdefault(f"{number / SIGMA_BINS:.1f}-{(number + 1) / SIGMA_BINS:.1f}", []).append(loss)
-    return {name: _finite(sum(of) / len(of)) for name, of in bins.items()}
+    return {name: _finite(sum(in_bin) / len(in_bin)) for name, in_bin in bins.items()}
 
 
 def _line(row: _Row, values: Tensor, names: Names) -> Line:
-    """`values` [ranks, ...] of one step as a line of the file."""
+    """Return the line of a step from its `values` [ranks, ...]."""
     instances, prior = _samples(values[:, : 3 * row.instances]), _samples(values[:, 3 * row.instances : -2])
     prior = prior[:, ~prior[2].isnan()]  # without the padding
     (losses, weighted, sigmas), (prior_losses, prior_weighted, prior_sigmas) = instances.tolist(), prior.tolist()
@@ -198,12 +198,12 @@ def _line(row: _Row, values: Tensor, names: Names) -> Line:
 
 
 def _samples(values: Tensor) -> Tensor:
-    """[ranks, 3 * n] -> [3, ranks * n]."""
+    """Reshape [ranks, 3 * n] to [3, ranks * n]."""
     return values.unflatten(1, (3, values.shape[1] // 3)).movedim(1, 0).flatten(1)
 
 
 def _suspects(names: Sequence[str], losses: Sequence[float], sigmas: Sequence[float]) -> list[str]:
-    """The samples of a skipped step whose loss is not finite; all of them when it was the gradient alone."""
+    """Return the samples of a skipped step whose loss is not finite; all of them if only the gradient was not."""
     samples = [(f"{name} at sigma {sigma:.3f}", loss) for name, sigma, loss in zip(names, sigmas, losses, strict=False)]
     return [sample for sample, loss in samples if not math.isfinite(loss)] or [sample for sample, _ in samples]
 

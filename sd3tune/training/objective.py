@@ -1,4 +1,4 @@
-"""From the configuration to the objective's functions: one entry a variant, beside each other."""
+"""The objective of a configuration: tables of densities of sigma, weightings and losses, by kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sd3tune.config.variants import TIMESTEPS, WEIGHTING, Registry
 from sd3tune.flow import objective, timesteps, weighting
 
 OfSigma = Callable[[Any, Tensor], Tensor]
-"""(settings of the kind, float64 values of any shape) -> values of that shape."""
+"""(settings of the kind, float64 values of any shape) -> values of the same shape."""
 
 SIGMAS: Registry[OfSigma] = Registry(
     TIMESTEPS,
@@ -38,13 +38,13 @@ LOSSES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "huber": lambda settings, prediction, target: objective.huber_loss(prediction, target, settings.delta),
 }
 BASE_PIXELS = 1024**2
-"""The size of image at which the base scheduler's own shift holds."""
+"""The image size, in pixels, that the base scheduler's shift is meant for."""
 
 
 def register_timesteps(section: type[TimestepsSection], sigma_of_u: OfSigma) -> None:
     """Add a density of sigma, given by its inverse CDF: u in (0, 1) -> sigma in [0, 1], rising, before the shift.
 
-    Raises ValueError for a kind that is there already.
+    Raises ValueError for a kind that is already registered.
     """
     SIGMAS.register(section, sigma_of_u)
 
@@ -52,23 +52,23 @@ def register_timesteps(section: type[TimestepsSection], sigma_of_u: OfSigma) -> 
 def register_weighting(section: type[WeightingSection], weight: OfSigma) -> None:
     """Add a weight of the loss: shifted sigma -> factor, divided by its mean unless `section.normalised` is off.
 
-    Raises ValueError for a kind that is there already.
+    Raises ValueError for a kind that is already registered.
     """
     WEIGHTS.register(section, weight)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: the mean over samples of `weight(sigma) * loss(prediction, target)`."""
+    """The objective: the mean over samples of `weight(sigma) * loss(prediction, target)` is minimised."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
-    """Velocities [B, C, H, W], predicted and true -> [B], fp32."""
+    """(predicted velocity, target), both [B, C, H, W] -> [B] fp32."""
     weight: Callable[[Tensor], Tensor]
     """sigma [B] -> [B]."""
 
 
 def make_objective(flow: FlowConfig, shift: float) -> Objective:
-    """The configured loss and weight; `shift` is the one in force (see `shift_at`)."""
+    """Return the configured loss and weight under the given shift (see `shift_at`)."""
     settings = flow.loss
     return Objective(
         loss=lambda prediction, target: LOSSES[settings.kind](settings, prediction, target),
@@ -77,14 +77,14 @@ def make_objective(flow: FlowConfig, shift: float) -> Objective:
 
 
 def shift_at(flow: FlowConfig, model_shift: float, pixels: int) -> float:
-    """The shift for images of `pixels`, given the base scheduler's own."""
+    """Return the shift for images of `pixels` pixels; `model_shift` is the base scheduler's."""
     if flow.shift == "resolution":
         return model_shift * timesteps.resolution_shift(pixels, BASE_PIXELS)
     return model_shift if flow.shift == "model" else flow.shift
 
 
 def sigma_of_u(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:
-    """The inverse CDF of the sigmas in training: the configured density, shifted, within its bounds."""
+    """Return the inverse CDF of the sigmas in training: the configured density, shifted and truncated to its bounds."""
     return timesteps.truncated(_unbounded(flow, shift), flow.min_sigma, flow.max_sigma)
 
 
@@ -100,7 +100,7 @@ def _unbounded(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:
 
 
 def make_weight(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:
-    """w(sigma), normalised to mean 1 under the sigmas in training."""
+    """Return w(sigma), normalised to mean 1 over the sigmas in training unless that is turned off."""
     settings = flow.weighting
     weight = WEIGHTS[settings.kind]
     if not settings.normalised:

@@ -1,7 +1,7 @@
-"""One flat fp32 master: clipping, the optimizer, the all-reduce, EMA and the cast are operations on one tensor.
+"""One flat fp32 master: clipping, optimizer, all-reduce, EMA and cast each act on a single tensor.
 
-The model's own parameters are views, in the base's dtype, of one flat buffer. So the forward casts nothing (neither
-the small matrices nor, as PEFT would, the activations up to fp32), and no update is lost to rounding.
+The model's parameters are views of one flat buffer in the base's dtype. So the forward pass casts nothing: neither the
+small matrices nor, as in PEFT, the activations to fp32. Updates go to the fp32 master, so none is lost to rounding.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from sd3tune.config.variants import SCHEDULE, Registry
 
 MIN_LOSS_SCALE_STEPS = 2000
 MIN_LOSS_SCALE = 1.0
-"""Below it a gradient would lose to underflow what scaling is there to keep; overflow at 1 is the model's own."""
+"""A lower scale would cause the underflow that scaling prevents; at 1, overflow comes from the model itself."""
 NORM_CHUNK = 1 << 16
-"""A norm is taken over chunks: a plain fp32 sum of ten million squares loses four digits on the CPU."""
+"""Elements per partial norm: on the CPU, a plain fp32 sum of ten million squares loses four digits."""
 
 
 class FlatMaster:
-    """The fp32 truth about the trained parameters, and the sum of their gradients.
+    """The fp32 master copy of the trainable parameters, and their accumulated gradient.
 
-    `parameters` are fp32 tensors inside the model; from here on they are views of `compute` in `dtype`.
-    With fp32 that is the master itself, and nothing is kept twice.
+    `parameters` are fp32 tensors inside the model; they become views of `compute`, a copy of the master in `dtype`.
+    With fp32, `compute` is the master itself, without a copy.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
@@ -42,10 +42,11 @@ class FlatMaster:
 
     @property
     def sizes(self) -> list[int]:
+        """Number of elements of each parameter, in the master's order."""
         return [shape.numel() for shape in self.shapes.values()]
 
     def collect_gradients(self) -> None:
-        """Add the parameters' gradients to the fp32 sum and clear them."""
+        """Add the parameters' gradients to the fp32 sum, and clear them."""
         missing = next((p.device for p in self.parameters if p.grad is None), None)
         if missing is not None:
             for parameter in self.parameters:
@@ -55,14 +56,14 @@ class FlatMaster:
             parameter.grad = None
 
     def publish(self) -> None:
-        """Let the model see the master's new values; asserts that it still looks at our buffer."""
+        """Copy the master to the model's parameters. Raises RuntimeError if they no longer share the flat buffer."""
         if self.parameters[0].data_ptr() != self.compute.data_ptr():
             raise RuntimeError("the model's parameters were moved or cast: they no longer follow the master")
         if self.compute.data_ptr() != self.master.data_ptr():
             self.compute.copy_(self.master.detach())
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
-        """`flat`, laid out like the master, as named tensors (views)."""
+        """Return the named tensors of `flat`, which is laid out like the master; they are views of it."""
         views = flat.detach().split(self.sizes)
         return {name: view.view(shape) for view, (name, shape) in zip(views, self.shapes.items(), strict=True)}
 
@@ -70,7 +71,7 @@ class FlatMaster:
 class LossScale:
     """Dynamic loss scaling for fp16, without a host sync (Micikevicius et al. 2018): halve on overflow, else grow.
 
-    As torch's GradScaler has it, with a floor: a few NaN, which no scale mends, must not bring it down to nothing.
+    The rule is that of torch's GradScaler, with a floor: NaN, which no scale prevents, must not shrink the scale to 0.
     """
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
@@ -79,6 +80,7 @@ class LossScale:
         self.enabled = enabled
 
     def update(self, overflow: Tensor) -> None:
+        """Adjust the scale after a step; `overflow` is a boolean scalar on the device."""
         if not self.enabled:
             return
         self.good_steps.copy_(torch.where(overflow, 0.0, self.good_steps + 1))
@@ -88,7 +90,7 @@ class LossScale:
 
 
 def clip_(gradient: Tensor, max_norm: float | None) -> Tensor:
-    """Scale `gradient` in place to at most `max_norm`; returns the norm before, a device scalar."""
+    """Scale `gradient` in place to a norm of at most `max_norm`. Return the norm before, a device scalar."""
     norm = nn.utils.get_total_norm(gradient.split(NORM_CHUNK))
     if max_norm is not None:
         gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -96,7 +98,7 @@ def clip_(gradient: Tensor, max_norm: float | None) -> Tensor:
 
 
 def learning_rate(schedule: ScheduleSection, peak: float, step: int, steps: int) -> float:
-    """The learning rate of step `step` (0-based) of `steps`: a closed form, so that resuming needs no state."""
+    """Return the learning rate of step `step` (0-based) of `steps`: a closed form, so resuming needs no state."""
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     progress = (step - schedule.warmup_steps) / (steps - schedule.warmup_steps)
@@ -116,14 +118,13 @@ SCHEDULES: Registry[Schedule] = Registry(
 
 
 def register_schedule(section: type[ScheduleSection], factor: Schedule) -> None:
-    """Add a schedule. Raises ValueError for a kind that is there already.
+    """Add a schedule. Raises ValueError for a kind that is already registered.
 
-    A section with `depends_on_length` off promises a factor that is the same for every `progress`, so that a run can
-    be extended.
+    A section with `depends_on_length` off promises the same factor for every `progress`, so that a run can be extended.
     """
     SCHEDULES.register(section, factor)
 
 
 def ema_decay(config: EmaConfig, step: int) -> float:
-    """The decay after `step` (1-based) steps, warmed up so that the initial weights are soon forgotten."""
+    """Return the EMA decay of `step` (1-based), warmed up so that the initial weights lose influence quickly."""
     return min(config.decay, (1 + step) / (10 + step))

@@ -1,8 +1,8 @@
-"""The optimizers. Each updates the flat master and keeps its whole state as tensors, in `state[master]`.
+"""The optimizers. Each updates the flat master and keeps its state as tensors in `state[master]`.
 
-A non-finite gradient is skipped on the device: where the scalar `found_inf` is not 0, master and state keep their
-values, and the host does not wait. torch's fused AdamW has this built in. The others are rules, pure functions of
-tensors; `RuleOptimizer` selects the old or the new values. Any other torch optimizer can be registered (see
+A step with a non-finite gradient is skipped on the device: if the scalar `found_inf` is not 0, master and state keep
+their values, and the host does not wait. torch's fused AdamW has this built in. The others are rules, pure functions of
+tensors, between whose old and new values `RuleOptimizer` selects. Any other torch optimizer can be registered (see
 `HostStepped`).
 """
 
@@ -21,18 +21,18 @@ from sd3tune.config.variants import OPTIMIZER, Registry
 from sd3tune.errors import RunError
 
 BLOCK = 256
-"""Values that share a scale in 8-bit moments, as in bitsandbytes' own optimizers."""
+"""Number of values that share a scale in 8-bit moments, as in the optimizers of bitsandbytes."""
 
 State = dict[str, Tensor]
 Rule = Callable[[Tensor, Tensor, State, float], tuple[Tensor, State]]
-"""(master, gradient, state, learning rate) -> the next master and the changed state; its arguments stay as they are."""
+"""(master, gradient, state, learning rate) -> (new master, changed state entries); the arguments are not modified."""
 
 
 class RuleOptimizer(torch.optim.Optimizer):
-    """Takes steps by `rule`, beginning with `state`."""
+    """An optimizer that applies `rule`, with `state` as the initial state."""
 
     found_inf: Tensor
-    """A scalar on the device, set before each step: not 0 where the gradient is not finite."""
+    """A device scalar, set before each step: not 0 if the gradient is not finite."""
 
     def __init__(self, master: nn.Parameter, lr: float, state: State, rule: Rule) -> None:
         super().__init__([master], {"lr": lr})
@@ -44,14 +44,14 @@ class RuleOptimizer(torch.optim.Optimizer):
         (group,) = self.param_groups
         (master,) = group["params"]
         state, skip = self.state[master], self.found_inf.bool()
-        gradient = master.grad.masked_fill(skip, 0.0)  # quantisation and reductions never meet a NaN
+        gradient = master.grad.masked_fill(skip, 0.0)  # keeps NaN out of quantisation and reductions
         new_master, new = self.rule(master, gradient, state, group["lr"])
         for old, value in [(master, new_master), *((state[name], value) for name, value in new.items())]:
             old.copy_(torch.where(skip, old, value))
 
 
 def make_adamw(config: AdamWConfig, master: nn.Parameter) -> torch.optim.Optimizer:
-    """torch's fused AdamW, with its state from the start, where torch itself would make it in the first step."""
+    """Return torch's fused AdamW with its state already allocated, as torch alone would do in the first step."""
     beta1, beta2 = config.betas
     optimizer = torch.optim.AdamW(
         [master],
@@ -67,9 +67,9 @@ def make_adamw(config: AdamWConfig, master: nn.Parameter) -> torch.optim.Optimiz
 
 
 def make_adamw8bit(config: AdamW8bitConfig, master: nn.Parameter) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW8bit, with its blocks, code books and kernels, but for the step number.
+    """Return bitsandbytes' AdamW8bit: its blocks, code books and kernels, but with the step number on the device.
 
-    Its own class counts the steps on the host, which cannot know of a skipped one without waiting for the device.
+    The class of bitsandbytes counts steps on the host, where a skipped step shows only after a wait for the device.
     """
     from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, quantize_blockwise
 
@@ -104,9 +104,9 @@ def make_adamw8bit(config: AdamW8bitConfig, master: nn.Parameter) -> torch.optim
 
 
 def make_prodigy(config: ProdigyConfig, master: nn.Parameter) -> torch.optim.Optimizer:
-    """Prodigy, in its form for Adam (Mishchenko & Defazio 2024, algorithm 4), as the `prodigyopt` package has it.
+    """Return Prodigy in its Adam form (Mishchenko & Defazio 2024, algorithm 4), equal to the `prodigyopt` package.
 
-    The package keeps d and its parts as Python numbers, which it reads back from the device twice a step.
+    The package keeps d and its parts as Python numbers, which it reads back from the device twice per step.
     """
     beta1, beta2 = config.betas
     beta3, d0 = math.sqrt(beta2), config.d0
@@ -125,7 +125,7 @@ def make_prodigy(config: ProdigyConfig, master: nn.Parameter) -> torch.optim.Opt
         numerator = beta3 * state["numerator"] + d / d0 * rate * progress
         s = beta3 * state["s"] + d / d0 * (d if config.safeguard_warmup else rate) * gradient
         estimate = config.d_coef * numerator / s.abs().sum(dtype=torch.float64)
-        d = torch.fmax(d, estimate)  # d stays where there has been no gradient yet: 0 / 0 is NaN
+        d = torch.fmax(d, estimate)  # before the first gradient the estimate is 0 / 0: fmax keeps d
 
         new_master = master * (1 - rate * config.weight_decay) - rate * exp_avg / (exp_avg_sq.sqrt() + d * config.eps)
         new = {"step": step, "d": d, "numerator": numerator, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "s": s}
@@ -135,39 +135,40 @@ def make_prodigy(config: ProdigyConfig, master: nn.Parameter) -> torch.optim.Opt
 
 
 def _scalar(value: float, master: Tensor) -> Tensor:
-    """A number that lives on the master's device, as exact as a Python one."""
+    """Return a float64 scalar on the master's device, as exact as a Python number."""
     return torch.tensor(float(value), dtype=torch.float64, device=master.device)
 
 
 class HostStepped(torch.optim.Optimizer):
-    """Any optimizer of torch's interface, which may know nothing of `found_inf` and make its state when it likes.
+    """Wrapper for any torch optimizer, even without `found_inf` and with state created in later steps.
 
-    So each step waits for the device to say whether the gradient is finite, and a resumed run gets its state from the
-    checkpoint as it lies there: tensors, and Python's numbers.
+    Each step therefore waits for the device to learn if the gradient is finite. A resumed run takes the state from the
+    checkpoint as it is: tensors, numbers and texts.
     """
 
     found_inf: Tensor
-    """As `RuleOptimizer` has it."""
+    """See `RuleOptimizer.found_inf`."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         super().__init__(inner.param_groups, inner.defaults)
         self.inner, self.state = inner, inner.state
         (self.group,) = inner.param_groups
         (self.master,) = self.group["params"]
-        self.given = dict(self.group)
+        self.configured = dict(self.group)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         if not self.found_inf.item():
             self.inner.step()
 
     def numbers(self) -> dict[str, Any]:
-        """All but the tensors of what the optimizer remembers, for JSON. Raises RunError for what JSON cannot hold."""
+        """Return the optimizer's state without tensors, for JSON. Raises RunError for a value that JSON cannot hold."""
         remembered = self.state[self.master]
         plain = {name: value for name, value in remembered.items() if not isinstance(value, Tensor)}
         changed = {
             name: value
             for name, value in self.group.items()
-            if name != "params" and value is not self.given.get(name)  # else it follows from the configuration
+            if name != "params"
+            and value is not self.configured.get(name)  # unchanged values follow from the configuration
         }
         odd = next((name for name, value in {**plain, **changed}.items() if not _fits_json(value)), None)
         if odd is not None:
@@ -179,7 +180,7 @@ class HostStepped(torch.optim.Optimizer):
         return {"state": plain, "group": changed, "on_the_host": on_the_host}
 
     def remember(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Take back what `numbers` gave, and the tensors, of which copies are kept on their devices."""
+        """Restore the state from the result of `numbers` and the tensors, which are copied to their devices."""
         placed = {
             name: tensor.clone() if name in numbers["on_the_host"] else tensor.to(self.master.device, copy=True)
             for name, tensor in tensors.items()
@@ -199,12 +200,12 @@ class OptimizerKind:
     make: Callable[[Any, nn.Parameter], torch.optim.Optimizer]
     """(settings, the flat fp32 master) -> an optimizer of that one parameter."""
     skips_on_device: bool = True
-    """Whether it passes over a gradient that is not finite by `found_inf`, with no wait for the device, and has all of
-    its state from the start, as tensors. Any other one is stepped through `HostStepped`."""
+    """True if it skips non-finite gradients by `found_inf`, without waiting for the device, and allocates all of its
+    state at the start, as tensors. Any other optimizer is wrapped in `HostStepped`."""
     package: str | None = None
-    """What it needs beyond the base installation: the package, and the extra of its name."""
+    """Optional package that it needs; the extra to install has the same name."""
     fallback: type[OptimizerSection] | None = None
-    """What takes its place, with the same settings, on a device where it does not work."""
+    """Replacement, with the same settings, on a device that does not support it."""
 
 
 OPTIMIZERS: Registry[OptimizerKind] = Registry(
@@ -218,10 +219,10 @@ OPTIMIZERS: Registry[OptimizerKind] = Registry(
 
 
 def make_optimizer(settings: OptimizerSection, master: nn.Parameter) -> torch.optim.Optimizer:
-    """The configured optimizer of the flat fp32 master."""
+    """Return the configured optimizer of the flat fp32 master."""
     kind = OPTIMIZERS[settings.kind]
-    made = kind.make(settings, master)
-    return made if kind.skips_on_device else HostStepped(made)
+    optimizer = kind.make(settings, master)
+    return optimizer if kind.skips_on_device else HostStepped(optimizer)
 
 
 def register_optimizer(
@@ -232,8 +233,8 @@ def register_optimizer(
 ) -> None:
     """Add an optimizer: `make(settings, master)` returns any `torch.optim.Optimizer` of the one flat fp32 master.
 
-    As it stands, it costs a wait for the device in each step; `skips_on_device` says that it promises what
-    `OptimizerKind` asks for. It gets no closure, and may remember tensors, numbers and texts for the parameter.
-    Raises ValueError for a kind that is there already.
+    By default each step waits for the device; set `skips_on_device` if the optimizer meets the conditions of
+    `OptimizerKind.skips_on_device`. Its `step` gets no closure. Its state may hold tensors, numbers and texts.
+    Raises ValueError for a kind that is already registered.
     """
     OPTIMIZERS.register(section, OptimizerKind(make, skips_on_device))

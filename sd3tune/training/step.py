@@ -1,10 +1,12 @@
-"""One training step, start to end. Read it beside Esser et al. 2024, "Scaling Rectified Flow Transformers".
+"""One training step, from batches to updated weights.
 
-z_t = (1 - sigma) z_0 + sigma noise            the noisy latents
-v   = transformer(z_t, 1000 sigma, caption)    the predicted velocity
-L   = w(sigma) |v - (noise - z_0)|^2           per sample, in fp32 (or Huber's loss)
+The formulas are from Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis":
 
-The loss is mean(L of instances) + weight * mean(L of prior samples), if there are prior samples.
+    z_t = (1 - sigma) z_0 + sigma noise            noisy latents
+    v   = transformer(z_t, 1000 sigma, caption)    predicted velocity
+    L   = w(sigma) |v - (noise - z_0)|^2           loss of one sample, in fp32 (or Huber's loss)
+
+The minimised loss is mean(L of the instances), plus weight * mean(L of the prior samples) if there are any.
 """
 
 from __future__ import annotations
@@ -28,36 +30,42 @@ from sd3tune.training.optim import FlatMaster, LossScale, clip_, ema_decay, lear
 
 @dataclass
 class TrainState:
-    """Everything that changes during training, which is what a checkpoint holds."""
+    """The state that changes during training: the contents of a checkpoint."""
 
     step: int
-    """Optimizer steps done."""
+    """Number of completed optimizer steps."""
     master: FlatMaster
+    """The trainable parameters in fp32, and their accumulated gradient."""
     optimizer: torch.optim.Optimizer
     ema: Tensor | None
+    """Moving average of the master, in its shape; None without `ema`."""
     loss_scale: LossScale
     updating: bool = False
-    """Whether an update has begun and not ended, so that the tensors are of no one step."""
+    """True while an update runs: the tensors then belong to two steps, and must not be saved."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Device tensors; nothing was copied to the host."""
+    """The measurements of one step on this rank, left on the device."""
 
     losses: Tensor
-    """Unweighted velocity loss of each of this rank's instances [accumulation * batch]."""
+    """Unweighted velocity losses of the instances, [accumulation * batch] fp32."""
     weighted: Tensor
-    """The same times w(sigma) and the source's weight: the minimised loss."""
+    """The minimised losses, `losses` * w(sigma) * the source's weight: [accumulation * batch] fp32."""
     sigmas: Tensor
+    """The instances' sigmas, [accumulation * batch] fp32."""
     prior: Tensor
-    """Loss, weighted loss and sigma of the prior samples [3, accumulation * batch]; NaN where there is none."""
+    """Loss, weighted loss and sigma of the prior samples, [3, accumulation * batch]; NaN for a missing sample.
+
+    [3, 0] if no source has a prior.
+    """
     grad_norm: Tensor
-    """Before clipping; not finite when the step was skipped."""
+    """Norm of the gradient before clipping, a scalar; not finite if the update was skipped."""
     learning_rate: float
 
 
 def predict_velocity(transformer: SD3Transformer2DModel, method: Method, batch: Batch) -> Tensor:
-    """The model's velocity [B, C, H, W] for the batch's noisy latents, in the transformer's dtype."""
+    """Return the predicted velocity of the batch's noisy latents, [B, C, H, W] in the transformer's dtype."""
     prompt_embeds, pooled_prompt_embeds = method.conditioning(batch.embeddings, transformer)
     noisy_latents = interpolate(batch.latents, batch.noise, batch.sigma)
     modulate(transformer, batch.modulation)
@@ -72,7 +80,7 @@ def predict_velocity(transformer: SD3Transformer2DModel, method: Method, batch: 
 
 
 def velocity_targets(transformer: SD3Transformer2DModel, method: Method, batch: Batch) -> Tensor:
-    """Return the targets, [B, C, H, W] fp32: the true velocity or, for kept samples, the base's own prediction."""
+    """Return the targets, [B, C, H, W] fp32: the true velocity or, for `batch.kept`, the base model's prediction."""
     targets = velocity_target(batch.latents, batch.noise)
     if batch.kept.start < batch.kept.stop:
         with torch.no_grad(), method.disabled(transformer):
@@ -89,9 +97,12 @@ def train_step(
     config: Config,
     reduce_mean: Callable[[Tensor], Tensor],
 ) -> StepResult:
-    """Accumulate the gradients of all micro-steps, then update once. `reduce_mean` averages over the processes."""
+    """Accumulate the gradients of all micro-steps, then update the weights once.
+
+    `reduce_mean` averages a tensor over the processes.
+    """
     accumulation = config.train.gradient_accumulation
-    samples = []
+    measured = []  # per micro-step: loss, weighted loss and sigma [3, B], and the number of instances, which come first
     for micro in range(accumulation):
         batch = batches.fetch(state.step, micro)
         with method.regularised(transformer, batches.seed_for("dropout", state.step, micro)):
@@ -104,22 +115,20 @@ def train_step(
                 loss = loss + extra
             (loss / accumulation * state.loss_scale.scale).backward()
         state.master.collect_gradients()
-        samples.append((torch.stack([losses.detach(), weighted.detach(), batch.sigma]), batch.instances))
+        measured.append((torch.stack([losses.detach(), weighted.detach(), batch.sigma]), batch.instances))
 
     lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.total_steps)
     grad_norm = update(state, config, lr, reduce_mean)
-    losses, weighted, sigmas = torch.cat([of[:, :instances] for of, instances in samples], dim=1)
-    prior = [_padded(of[:, instances:], instances if batches.with_prior else 0) for of, instances in samples]
+    losses, weighted, sigmas = torch.cat([columns[:, :count] for columns, count in measured], dim=1)
+    prior = [_padded(columns[:, count:], count if batches.with_prior else 0) for columns, count in measured]
     return StepResult(losses, weighted, sigmas, torch.cat(prior, dim=1), grad_norm, lr)
 
 
-def _padded(values: Tensor, columns: int) -> Tensor:
-    """Append columns of NaN, so that the results of all steps and ranks have one shape."""
-    return nn.functional.pad(values, (0, columns - values.shape[1]), value=math.nan)
-
-
 def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:
-    """Clip and apply the summed gradient, or skip it on the device if it is not finite. Return its unclipped norm."""
+    """Clip and apply the accumulated gradient. Return its norm before clipping, a scalar.
+
+    A gradient that is not finite is skipped, without waiting for the device.
+    """
     master, optimizer = state.master, state.optimizer
     gradient = reduce_mean(master.gradient).div_(state.loss_scale.scale)
     grad_norm = clip_(gradient, config.train.max_grad_norm)
@@ -127,7 +136,7 @@ def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[
 
     state.updating = True
     optimizer.param_groups[0]["lr"] = lr
-    optimizer.found_inf = overflow.float()  # type: ignore[attr-defined]  # where it is not 0, a step changes nothing
+    optimizer.found_inf = overflow.float()  # type: ignore[attr-defined]  # the optimizer skips its step unless 0
     master.master.grad = gradient
     optimizer.step()
     master.master.grad = None
@@ -140,3 +149,8 @@ def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[
         state.ema.lerp_(master.master.detach(), 1 - ema_decay(config.ema, state.step))
     state.updating = False
     return grad_norm
+
+
+def _padded(values: Tensor, columns: int) -> Tensor:
+    """Pad `values` with NaN to `columns` columns, so that the results of all steps and ranks have one shape."""
+    return nn.functional.pad(values, (0, columns - values.shape[1]), value=math.nan)

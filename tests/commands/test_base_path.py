@@ -113,7 +113,7 @@ def test_infer_with_a_bare_adapter_is_told_where_the_files_are(
     assert "warning" not in capsys.readouterr().out
     run_infer(InferenceJob.from_fields(out=tmp_path / "tiny", base="tiny", **request))
     printed = capsys.readouterr().out
-    assert "was trained on model.safetensors; tiny is taken to hold the same weights" in printed
+    assert "was trained on model.safetensors; tiny is assumed to hold the same weights" in printed
     assert "was trained with CLIP-L from clip_l.safetensors, and another is used" in printed
 
 
@@ -264,7 +264,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "clip_g as clip_l": (
         lambda folder: shutil.copy(folder / "clip_g.safetensors", folder / "clip_l.safetensors"),
         "seed=0",
-        "pooled vectors of 32 and 32, and this base wants 48 together",
+        "pooled vectors of 32 and 32, and this base expects 48 together",
     ),
     "no tokenizers": (
         lambda folder: None,

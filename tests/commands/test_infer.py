@@ -294,7 +294,7 @@ def test_away_from_its_run_such_an_adapter_asks_for_the_base(run_on_folder: Path
 def test_an_adapter_of_another_tool_asks_for_the_base(run: Path, draw: Draw, tmp_path: Path) -> None:
     adapter = read_adapter(run)
     foreign = copy_of(run, tmp_path, **dict.fromkeys(adapter.contract))
-    with pytest.raises(AdapterError, match="does not say which base it is for; give it with --base"):
+    with pytest.raises(AdapterError, match="names no base model; give one with --base"):
         draw(foreign)
     assert len(draw(foreign, base="tiny", size=(64, 64), steps=1)) == 1
 
@@ -308,7 +308,7 @@ def test_the_base_may_be_named_by_any_of_several_adapters(run: Path, draw: Draw,
     assert recipe_of(theirs_first)["max_sequence_length"] == 77
     (ours_first,) = draw(run, theirs, steps=1)
     assert distance(opened(theirs_first), opened(ours_first)) <= 1
-    with pytest.raises(AdapterError, match="does not say which base it is for"):
+    with pytest.raises(AdapterError, match="names no base model"):
         draw(theirs, theirs)
 
 

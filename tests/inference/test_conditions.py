@@ -118,7 +118,7 @@ def test_of_several_adapters_the_first_ones_are_used_with_a_warning(run: Path, t
 
 
 def test_values_that_only_the_adapters_steps_or_guidance_allow(run: Path, tmp_path: Path) -> None:
-    """0.04 of 28 steps is one step and of 3 none; skip-layer guidance wants guidance."""
+    """0.04 of 28 steps is one step and of 3 none; skip-layer guidance needs guidance."""
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     asked = {"image": tmp_path / "a.png", "strength": 0.04, "before": False}
     with pytest.raises(Exception, match=r"--strength 0\.04: no step of 3 is left; at least 0\.334"):
@@ -134,7 +134,7 @@ def test_values_that_only_the_adapters_steps_or_guidance_allow(run: Path, tmp_pa
         )
         == 1
     )  # type: ignore[arg-type]
-    with pytest.raises(Exception, match=r"--slg 1: works beside guidance; it is 1, give it above 1"):
+    with pytest.raises(Exception, match=r"--slg 1: needs guidance above 1; it is 1"):
         run_infer(
             InferenceJob.from_fields(loras=[str(many.path)], prompt="a", out=tmp_path / "out", slg=1.0, slg_layers=(1,))
         )

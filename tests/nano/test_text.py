@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from examples.nano import captions as captions_module
-from examples.nano.captions import OWNERS, SLOTS, Caption, freely, plainly, random_caption
+from examples.nano.captions import OWNERS, SLOTS, Caption, paraphrase, plain_caption, random_caption
 from examples.nano.probe_text_encoders import exams_of, probe, table
 from examples.nano.text_encoders import CLIP_LENGTH, ENCODERS, OWN, T5_LENGTH, load_tokenizer, tokenize, write_tokenizer
 from examples.nano.train_text_encoders import make_encoder
@@ -66,9 +66,9 @@ def test_unknown_words_fall_to_letters_that_tell_them_apart(tokenizers: dict[str
 def test_plain_telling_is_the_worlds_own_caption() -> None:
     chance = random.Random(0)
     for scene in [PAIR, *(random_scene(chance) for _ in range(300))]:
-        told = plainly(scene)
+        told = plain_caption(scene)
         assert told.text == scene.caption
-        said = {slot: value for slot, (_, value) in told.said.items()}
+        said = {slot: value for slot, (_, value) in told.slots.items()}
         thing = Thing(*(said.get(slot, "") for slot in ("colour", "shape", "size", "texture")))
         other = Thing(*(said.get(f"other_{slot}", "") for slot in ("colour", "shape", "size", "texture")))
         relation = said.get("relation", "")
@@ -80,16 +80,16 @@ def test_plain_telling_is_the_worlds_own_caption() -> None:
 
 def test_free_telling_says_no_more_than_its_words_do() -> None:
     chance = random.Random(0)
-    told = [freely(PAIR, chance) for _ in range(500)]
+    told = [paraphrase(PAIR, chance) for _ in range(500)]
     assert len({caption.text for caption in told}) > 300
     for caption in told:
         assert len(caption.words) == len(caption.owners)
         for slot in ("background", "other_colour", "relation"):
-            if slot in caption.said:
-                index, value = caption.said[slot]
+            if slot in caption.slots:
+                index, value = caption.slots[slot]
                 assert caption.words[index].lower() == value.split()[-1]
-        assert caption.said.get("background", (0, "blue"))[1] == "blue"
-    assert any("sks" in caption.words and caption.said["name"][1] == "sks" for caption in told)
+        assert caption.slots.get("background", (0, "blue"))[1] == "blue"
+    assert any("sks" in caption.words and caption.slots["name"][1] == "sks" for caption in told)
 
 
 def test_training_captions_never_say_a_held_out_combination() -> None:
@@ -100,7 +100,7 @@ def test_training_captions_never_say_a_held_out_combination() -> None:
 
 
 def says_held_out(caption: Caption, prefix: str) -> bool:
-    said = {slot: value for slot, (_, value) in caption.said.items()}
+    said = {slot: value for slot, (_, value) in caption.slots.items()}
     thing = Thing(said.get(f"{prefix}colour", ""), said.get(f"{prefix}shape", ""))
     return held_out(thing, said.get("background", ""))
 
@@ -118,7 +118,7 @@ def test_captions_become_what_the_tokenizer_makes_of_their_text(tokenizers: dict
 
 
 def test_a_causal_encoder_is_asked_only_for_what_was_said_so_far(tokenizers: dict[str, Any]) -> None:
-    told = plainly(PAIR)
+    told = plain_caption(PAIR)
     noun = told.words.index("star")
     for encoder, first in (("clip_l", 1), ("t5", 0)):
         batch = tokenize([told], encoder, tokenizers[encoder]).batch(torch.tensor([0]), T5_LENGTH + 2)
@@ -132,7 +132,7 @@ def test_a_causal_encoder_is_asked_only_for_what_was_said_so_far(tokenizers: dic
 
 
 def test_what_is_cut_off_is_not_asked_for(tokenizers: dict[str, Any]) -> None:
-    batch = tokenize([plainly(PAIR)], "t5", tokenizers["t5"]).batch(torch.tensor([0]), 6)
+    batch = tokenize([plain_caption(PAIR)], "t5", tokenizers["t5"]).batch(torch.tensor([0]), 6)
     said = {slot: SLOTS[slot][answer] for slot, answer in zip(SLOTS, batch.whole[0].tolist(), strict=True) if answer}
     assert said == {"colour": "red", "shape": "circle", "relation": "above"}
 

@@ -238,11 +238,11 @@ def test_running_out_of_memory_is_one_line_with_what_to_try(where: str, said: st
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"strength": 0.5}, "--strength 0.5: how much of --image is drawn anew; give --image, too"),
+        ({"strength": 0.5}, "--strength 0.5: the share of --image that is redrawn; give --image, too"),
         ({"image": "photo.jpg", "strength": 0.0}, "--strength 0: above 0, and at most 1"),
         ({"image": "photo.jpg", "strength": 0.1}, "--strength 0.1: no step of 4 is left; at least 0.25"),
         ({"slg": 2.8}, "--slg-layers 7,8,9: this base has the blocks 0 to 5"),
-        ({"slg": 2.8, "guidance": 1.0}, "--slg 2.8: works beside guidance; it is 1, give it above 1"),
+        ({"slg": 2.8, "guidance": 1.0}, "--slg 2.8: needs guidance above 1; it is 1"),
         ({"slg": 2.8, "slg_layers": (2,), "slg_start": 0.5}, "--slg-start 0.5, --slg-stop 0.2: shares of the steps"),
         ({"quantize": "fp4"}, "--quantize fp4: one of nf4, int8"),
         (

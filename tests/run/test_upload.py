@@ -414,9 +414,7 @@ def test_the_base_of_an_adapter_without_a_contract_comes_from_its_card(
     assert same(drawn("user/plain", tmp_path, size=(64, 64)), expected)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub.add("user/cardless", {"dog.safetensors": plain.read_bytes()})
-    with pytest.raises(
-        UserError, match=r"user/cardless:\w{40}: does not say which base it is for; give it with --base"
-    ):
+    with pytest.raises(UserError, match=r"user/cardless:\w{40}: names no base model; give one with --base"):
         drawn("user/cardless", tmp_path)
 
 

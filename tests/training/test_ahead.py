@@ -10,7 +10,7 @@ import torch
 from sd3tune.flow.objective import model_timestep
 from sd3tune.model.compute.hoist import compute_ahead, hoist, modulate
 from sd3tune.training import ahead
-from sd3tune.training.ahead import AheadBatches, looking_ahead, window_length
+from sd3tune.training.ahead import AheadBatches, window_length, with_modulations
 from sd3tune.training.step import predict_velocity
 
 PRIOR = "data.sources.0.prior={kind: prediction, prompt: a photo}"
@@ -26,7 +26,7 @@ def test_a_micro_steps_modulation_is_its_own_wherever_one_begins(
             tmp_path, "train.batch_size=2", "train.gradient_accumulation=2", "data.caption_dropout=0.5", *prior
         )
     )
-    assert looking_ahead(training.batches, training.transformer, training.method) is training.batches
+    assert with_modulations(training.batches, training.transformer, training.method) is training.batches
     assert window_length(training.batches) == 1
     hoist(training.transformer)
     begun = AheadBatches(training.batches, training.transformer, training.method)

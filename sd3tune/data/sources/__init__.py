@@ -1,1 +1,1 @@
-"""Where training images come from: one file per kind of source."""
+"""Sources of training images, one file per kind."""

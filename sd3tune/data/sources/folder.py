@@ -1,4 +1,4 @@
-"""A folder as a source: its pictures, where their captions are, and the files that are passed over."""
+"""A folder as a source: its images, their captions, and the skipped files."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Listing:
     """The images of a source, in their order."""
 
     images: Sequence[tuple[ImageRef, str | None]]
-    """Each with the caption that metadata or a column gives."""
+    """(image, caption in metadata or a column, or None)."""
     sidecars: Mapping[ImageRef, Path] = field(default_factory=dict)
-    """Image -> the caption file beside it, where the metadata gives none."""
+    """Image -> its caption file, if it has no caption in metadata."""
     warnings: Sequence[str] = ()
-    """A line for each kind of file that is passed over."""
+    """A line for each kind of skipped file."""
 
 
 @dataclass
 class _PassedOver:
-    """Files that resemble pictures and are not read."""
+    """Files that look like images but are not read, by reason."""
 
     unreadable: list[Path] = field(default_factory=list)
     dangling: list[Path] = field(default_factory=list)
@@ -57,9 +57,9 @@ class _PassedOver:
 
 
 def list_folder(source: FolderSource) -> Listing:
-    """The images in the folder, and those in its subfolders that its metadata names. Hidden files are passed over.
+    """Return the images in the folder, and images in subfolders that its metadata names, without hidden files.
 
-    Raises DataError where there is none, for metadata that is wrong, and for a folder that cannot be read.
+    Raises DataError for a folder without images, for invalid metadata, and for a folder that cannot be read.
     """
     folder = Path(source.path)
     if not folder.exists():
@@ -84,7 +84,7 @@ def list_folder(source: FolderSource) -> Listing:
 
 
 def images_in(folder: Path) -> Iterator[Path]:
-    """The files of a folder that are images by their names; hidden ones and subfolders are passed over."""
+    """Yield the files of a folder with an image's name, without hidden files and subfolders."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and _is_file(entry):
@@ -94,17 +94,17 @@ def images_in(folder: Path) -> Iterator[Path]:
 def _caption_files(
     folder: Path, images: list[Path], listed: dict[Path, str | None], names: Names
 ) -> tuple[dict[ImageRef, Path], dict[Path, Path]]:
-    """The caption file of each image that needs one; and of each other one beside an image, what counts instead."""
+    """Return image -> its caption file, and each other caption file of an image -> the file used instead."""
     chosen: dict[ImageRef, Path] = {}
-    beside: dict[Path, Path] = {}
+    replaced_by: dict[Path, Path] = {}
     for image in images:
         files = sidecars(image, names)
         if listed.get(image) is not None:
-            beside |= dict.fromkeys(files, metadata_files(folder, names)[0])
+            replaced_by |= dict.fromkeys(files, metadata_files(folder, names)[0])
         elif files:
             chosen[image] = files[0]
-            beside |= dict.fromkeys(files[1:], files[0])
-    return chosen, beside
+            replaced_by |= dict.fromkeys(files[1:], files[0])
+    return chosen, replaced_by
 
 
 def _passed_over(folder: Path, listed: set[Path]) -> _PassedOver:
@@ -130,12 +130,12 @@ def _passed_over(folder: Path, listed: set[Path]) -> _PassedOver:
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a regular file or a link to one; only a link costs a call to the system."""
+    """Return True for a regular file or a link to one; only a link needs a system call."""
     return Path(entry.path).is_file() if entry.is_symlink() else entry.is_file()
 
 
 def _holds_pictures(folder: Path) -> bool:
-    """Whether there is a picture in the folder or below; hidden ones do not count, and links are not followed."""
+    """Return True if the folder or a subfolder contains an image. Ignores hidden files; does not follow links."""
     for _, subfolders, files in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         if any(is_picture(name) and not name.startswith(".") for name in files):

@@ -1,4 +1,4 @@
-"""`metadata.jsonl` and `metadata.csv`: which caption belongs to which file of a folder."""
+"""`metadata.jsonl` and `metadata.csv`: the captions of a folder's files."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ JSONL, CSV = "metadata.jsonl", "metadata.csv"
 FILE_COLUMN, TEXT_COLUMN = "file_name", "text"
 
 _Row = tuple[int, dict[str, Any]]
-"""A row with the line of the file that it begins on."""
+"""(line number where the row begins, row)."""
 
 
 def metadata_files(folder: Path, names: Names) -> list[Path]:
-    """The metadata of a folder: none, or one file; two of them are one too many."""
+    """Return the metadata files of a folder; more than one is an error for `read_metadata`."""
     found = (names.like(folder / name)[:1] for name in (JSONL, CSV))
     return [path for of in found for path in of]
 
 
 def read_metadata(folder: Path, names: Names) -> dict[Path, str | None]:
-    """The files that the folder's metadata names, with their captions (None where a row has none); empty without one.
+    """Return file -> caption (None for a row without one) from the folder's metadata; empty without metadata.
 
-    Further columns are ignored. Raises DataError, with a line of the metadata for each problem.
+    Other columns are ignored. Raises DataError, with a line of the metadata for each problem.
     """
     present = metadata_files(folder, names)
     if not present:
@@ -67,7 +67,7 @@ def write_csv(path: Path, captions: Iterable[tuple[str, str]]) -> None:
 
 
 def clean(text: str) -> str:
-    """A caption as every form of data gives it: no space around it, line breaks as `\\n`."""
+    """Return a caption in its canonical form: no surrounding whitespace, line breaks as `\\n`."""
     return re.sub(r"\r\n?", "\n", text).strip()
 
 
@@ -132,7 +132,7 @@ def _captions(path: Path, rows: list[_Row], names: Names) -> dict[Path, str | No
 
 
 def _file(folder: Path, name: Any, names: Names) -> Path:
-    """The file that a row names. Raises DataError for one that is not there, or not inside the folder."""
+    """Return the file that a row names. Raises DataError for a file that is missing or outside the folder."""
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"has no {FILE_COLUMN}")
     relative = PurePosixPath(name)

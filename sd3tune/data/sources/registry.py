@@ -1,4 +1,4 @@
-"""The kinds of data source: each lists its images."""
+"""The kinds of data source, each with a function that lists its images."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ SOURCES: Registry[Callable[[Any], Listing]] = Registry(
 
 
 def register_source(section: type[Source], list_images: Callable[[Any], Listing]) -> None:
-    """Add a kind of source: `list_images(settings)` returns its images in an order that stays, each with its caption
-    or None, and raises DataError for what is wrong. An image is a `Path` or any other `data.images.ImageRef`.
+    """Add a kind of source.
 
-    Raises ValueError for a kind that is there already.
+    `list_images(settings)` returns its images in a stable order, each with its caption or None, and raises DataError
+    for faults. An image is a `Path` or any other `data.images.ImageRef`. Raises ValueError for a kind that is already
+    registered.
     """
     SOURCES.register(section, list_images)

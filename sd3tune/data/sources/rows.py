@@ -1,7 +1,7 @@
-"""Datasets: their rows as images and captions. The one module that knows the `datasets` library, imported when used.
+"""Datasets: their rows as images and captions. The only module that uses the `datasets` library, imported on use.
 
-Images are read as the stored bytes, never decoded and encoded again. So an image has the same digest in a file, in a
-parquet file and in a dataset.
+Images are read as stored bytes, without decoding. So an image has the same digest in a file, in a parquet file and in
+a dataset.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from sd3tune.errors import DataError
 from sd3tune.files.regular import LARGEST, Refused, open_regular, read_regular
 
 _BATCH_BYTES, _BATCH_ROWS = 64 * 2**20, 1000
-_SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves
+_SAVED = ("dataset_info.json", "dataset_dict.json")  # written by `save_to_disk`
 _ARCHIVED = re.compile(r"zip://(?P<member>.+)::(?:file://)?(?P<archive>/[^:]+)")  # `zip://a.png::/home/me/photos.zip`
 _WAYS = "a dataset is a .parquet file, a folder, or a Hub id"
 
 
 @dataclass(frozen=True)
 class Row:
-    """The image of one row; the dataset is mapped from the disk, and a row is read when asked for."""
+    """The image of one row. The dataset is memory-mapped, and the row is read on demand."""
 
     dataset: Any = field(repr=False, compare=False)
-    """The image column alone."""
+    """The dataset, reduced to its image column."""
     column: str
     place: str
     """The dataset's name in messages."""
     index: int
     folders: tuple[Path, ...] = field(default=(), repr=False, compare=False)
-    """Folders for pictures that are not in the dataset itself."""
+    """Folders that may contain images stored outside the dataset."""
     loaded: bool = field(default=False, repr=False, compare=False)
-    """Whether `datasets` listed files, whose paths it writes in full; else a path is the dataset's own word."""
+    """True if `datasets` itself listed the files, so that paths are absolute; else a path is data of the dataset."""
 
     @property
     def name(self) -> str:
@@ -55,7 +55,7 @@ class Row:
 
     @property
     def file_name(self) -> str | None:
-        """The name of the file that the image was, where the dataset remembers it."""
+        """The image's original file name, if the dataset has it."""
         cell = self.dataset[self.index][self.column]
         path: str | None = None if cell is None else cell["path"]
         archived = _ARCHIVED.fullmatch(path or "")
@@ -64,7 +64,7 @@ class Row:
     def read_bytes(self) -> bytes:
         """Return the stored bytes, or the bytes of a file in the dataset's own folder, following links.
 
-        Raises DataError if there are none or the file is elsewhere, and OSError if it cannot be read.
+        Raises DataError if there are none or the file lies elsewhere, and OSError if it cannot be read.
         """
         cell = self.dataset[self.index][self.column] or {}
         if cell.get("bytes") is not None:
@@ -76,9 +76,9 @@ class Row:
         return _member(file, archived["member"]) if archived else read_regular(file)
 
     def _inside(self, path: str) -> Path:
-        """The file that a path means, if it lies in one of `folders`. Raises DataError."""
+        """Return the file at a dataset's path. Raises DataError unless it lies in one of `folders`."""
         for folder in self.folders if self.loaded or not os.path.isabs(path) else ():
-            with contextlib.suppress(OSError, ValueError, RuntimeError):  # a NUL, a circle of links
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # a NUL, or a loop of links
                 file = (folder / path).resolve()
                 if file.is_relative_to(folder.resolve()):
                     return file
@@ -89,7 +89,7 @@ class Row:
 
 
 def _member(archive: Path, name: str) -> bytes:
-    """The bytes of a file in a ZIP archive. Raises OSError."""
+    """Return the bytes of a file in a ZIP archive. Raises OSError."""
     with open_regular(archive, largest=None) as file:
         try:
             with zipfile.ZipFile(file) as opened:
@@ -101,7 +101,7 @@ def _member(archive: Path, name: str) -> bytes:
 
 
 def list_rows(source: DatasetSource) -> list[tuple[Row, str | None]]:
-    """Every row of the dataset with its caption, None where it has none. Raises DataError."""
+    """Return all rows of the dataset with their captions, None for a row without one. Raises DataError."""
     place = source.path if source.path.endswith(".parquet") else f"{source.path}:{source.split}"
     dataset = _load(source).with_format(None)
     images = _image_column(dataset, source.image_column, place)
@@ -131,7 +131,7 @@ def _folders(source: DatasetSource) -> tuple[Path, ...]:
 
 
 def write_parquet(path: Path, rows: Iterable[tuple[str, bytes, str]]) -> None:
-    """Write (file name, image bytes, caption) rows as a file that `datasets` reads as images, a part at a time."""
+    """Write (file name, image bytes, caption) rows, in parts, to a file that `datasets` reads as images."""
     import pyarrow
     import pyarrow.parquet
 
@@ -156,7 +156,7 @@ def write_parquet(path: Path, rows: Iterable[tuple[str, bytes, str]]) -> None:
 
 
 def is_dataset(path: Path) -> bool:
-    """Return whether a local file or folder is a dataset, not a folder of images."""
+    """Return True if a local file or folder is a dataset, not a folder of images."""
     return path.suffix == ".parquet" or any((path / name).is_file() for name in _SAVED)
 
 
@@ -165,7 +165,7 @@ def _library() -> Any:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # every failure is reported here, in one line
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each attempt to reach the Hub
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every attempt to reach the Hub
     return datasets
 
 
@@ -188,7 +188,7 @@ def _load(source: DatasetSource) -> Any:
         return datasets.load_dataset(path, split=source.split, revision=source.revision)
     except DataError:
         raise
-    except Exception as error:  # each loader raises what its libraries raise
+    except Exception as error:  # loaders raise the errors of many libraries
         raise DataError(f"{path}: {_complaint(error, source, datasets)}") from None
 
 
@@ -209,7 +209,7 @@ def _complaint(error: Exception, source: DatasetSource, datasets: Any) -> str:
 
 
 def _nothing_here(path: str) -> str:
-    """`no such folder here`, and a folder with a name like that, if there is one."""
+    """Return `no such folder here`, with a folder of a similar name if there is one."""
     parent = Path(path).parent
     names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
     near = difflib.get_close_matches(Path(path).name, names, n=1)
@@ -217,7 +217,7 @@ def _nothing_here(path: str) -> str:
 
 
 def _image_column(dataset: Any, column: str, place: str) -> Any:
-    """The dataset with this column alone, as the stored bytes."""
+    """Return the dataset reduced to this column, as stored bytes."""
     datasets = _library()
     feature = _feature(dataset, column, place, "image_column")
     stored = isinstance(feature, dict) and "bytes" in feature

@@ -1,1 +1,1 @@
-"""What a base model is and where its files are. Only `tiny` and `folder` import torch."""
+"""Base models: their files, configurations and locations. Only `tiny` and `folder` import torch."""

@@ -1,4 +1,4 @@
-"""What a base model is: the files of its parts, their configurations, and fingerprints. Nothing here imports torch."""
+"""A base model: the files of its parts, their configurations and fingerprints. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from sd3tune.model.base.parts import (
 from sd3tune.model.base.single_file_header import FilePart, misfits, read_checkpoint, read_encoder
 from sd3tune.model.base.weights import digest, read_json, refuse_adapter, weight_files
 
-_RANDOM_RECIPE = 1  # raise it whenever `random_weights.py` would draw others
+_RANDOM_RECIPE = 1  # increase it whenever `random_weights.py` changes the weights of a seed
 
 
 @dataclass(frozen=True)
 class RandomTransformer:
-    """New weights in place of a base's own."""
+    """Randomly initialized weights that replace a base's own."""
 
     config: Mapping[str, Any]
-    """In the form of diffusers' `config.json`."""
+    """The content of diffusers' `config.json`."""
     seed: int
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model whose root is known; the parts of a Hub base are downloaded when asked for."""
+    """A base model with a known root; the parts of a Hub base are downloaded on demand."""
 
     name: str
     """The name as the user wrote it."""
@@ -51,20 +51,20 @@ class Base:
     revision: str | None = None
     """The resolved commit of a Hub base."""
     encoder_files: Mapping[str, Path] = field(default_factory=dict)
-    """Encoder (`clip_l`, `clip_g`, `t5`) -> the file to take instead of the base's own."""
+    """Encoder (`clip_l`, `clip_g`, `t5`) -> a file that replaces the base's own."""
     tokenizers: str | None = None
-    """A folder or Hub id to take the tokenizers from instead."""
+    """A folder or Hub id whose tokenizers replace the base's own."""
     random: RandomTransformer | None = None
-    """The transformer to be trained from scratch; the base gives all else."""
+    """The transformer to train from scratch; all other parts come from the base."""
 
     @property
     def label(self) -> str:
-        """The base's name for other people: of a path on this machine only the last part."""
+        """The base's name for publication: only the last component of a local path."""
         return self.path.name if self.kind in ("folder", "file") else self.name
 
     @property
     def variant(self) -> str | None:
-        """Of a single file: which released model (see `checkpoint.VARIANTS`) it has the shape of."""
+        """The released model (a key of `VARIANTS`) whose shape a single file has; None for any other base."""
         return read_checkpoint(self.path).variant if self.kind == "file" else None
 
     @property
@@ -79,27 +79,27 @@ class Base:
         return any(re.search(r"turbo", name, re.IGNORECASE) for name in names)
 
     def in_file(self, part: str) -> FilePart | None:
-        """Where in a single file the weights of a part are; None when `folder` has them."""
+        """Return the location of a part's weights in a single file; None if `folder` has them. Raises ModelError."""
         encoder = ENCODER_OF.get(part)
         if encoder is not None and encoder in self.encoder_files:
             return read_encoder(self.encoder_files[encoder], encoder)
         if self.kind != "file" or not has_weights(part):
             return None
         parts = read_checkpoint(self.path).parts
-        found = parts.get(encoder or part)
-        if found is None:
+        file_part = parts.get(encoder or part)
+        if file_part is None:
             without = ", or do without T5 (model.t5=false)" if encoder == "t5" else ""
             raise ModelError(
                 f"{self.name}: {LABELS[str(encoder)]} is not in this file: "
                 f"name the file that holds it in model.text_encoders.{encoder} (for infer: in a --config YAML){without}"
             )
-        return found
+        return file_part
 
     def folder(self, part: str, weights: bool = True) -> Path:
-        """The folder of one part (`transformer`, `vae`, `tokenizer_3`, ...), complete on the disk.
+        """Return the folder of one part (`transformer`, `vae`, `tokenizer_3`, ...), complete on disk.
 
-        `weights=False` asks for the small text files only. Raises ModelError when the part is missing, or has
-        pickled weights only (loading a pickle can run any code, so it is never done).
+        `weights=False` covers the small text files only. Raises ModelError if the part is missing, or if its weights
+        are only pickled: loading a pickle can run any code, so it is never done.
         """
         if part not in CONFIG_FILES:
             raise ValueError(f"unknown part {part!r}; one of {', '.join(CONFIG_FILES)}")
@@ -108,26 +108,26 @@ class Base:
         if self.kind == "file":
             return COMMON / part
         if self.kind == "hub":
-            # Called even when the files seem to be there: an interrupted download may lack some of them.
+            # Called even if the files seem complete: an interrupted download may lack some of them.
             heavy = weights and has_weights(part) and not _are_weights_there(self.path / part)
             download(self.name, self.revision, hub_patterns(part, weights), progress=heavy)
         folder = self.path / part
         if not (folder / CONFIG_FILES[part]).is_file():
-            way_out = "model.t5=false does without T5" if part.endswith("_3") else "get the whole model again"
-            raise ModelError(f"{self.name}: no {part}/{CONFIG_FILES[part]} in {self.path}: {way_out}")
+            hint = "model.t5=false does without T5" if part.endswith("_3") else "get the whole model again"
+            raise ModelError(f"{self.name}: no {part}/{CONFIG_FILES[part]} in {self.path}: {hint}")
         refuse_adapter(folder)
         if weights and has_weights(part):
             weight_files(folder)
         return folder
 
     def config(self, part: str) -> dict[str, Any]:
-        """The checked configuration of a part that has one; no weights are read or downloaded. Raises ModelError."""
+        """Return the checked configuration of a part, without reading or downloading weights. Raises ModelError."""
         if part == "transformer" and self.random:
             return dict(self.random.config)
-        found = self.in_file(part)
-        if found:
-            check_config(f"{found.file}: the shapes of its tensors", part, found.config)
-            return dict(found.config)
+        file_part = self.in_file(part)
+        if file_part:
+            check_config(f"{file_part.file}: the shapes of its tensors", part, file_part.config)
+            return dict(file_part.config)
         file = self.folder(part, weights=False) / CONFIG_FILES[part]
         config = read_json(file)
         check_config(str(file), part, config)
@@ -136,24 +136,24 @@ class Base:
     @property
     def ignores_projection(self) -> bool:
         """True if CLIP-L comes from a file with a `text_projection`, which Stable Diffusion 3 does not use."""
-        found = self.in_file(ENCODER_PARTS["clip_l"][1])
-        return bool(found and found.unused)
+        file_part = self.in_file(ENCODER_PARTS["clip_l"][1])
+        return bool(file_part and file_part.unused)
 
     def fingerprint(self, part: str, uses_all: bool = False) -> str:
-        """A hex digest of the content of the part that is used (see `weights.digest`), wherever it lies.
+        """Return a hex digest of the used content of a part (see `weights.digest`), independent of its location.
 
-        It covers the config and the tensors, or the text files of a part that has no weights. `uses_all` gives the
-        digest of versions that knew nothing of `FilePart.unused`.
+        It covers the config and the tensors, or the text files of a part without weights. `uses_all` returns the digest
+        of earlier versions, which included `FilePart.unused`.
         """
         if part == "transformer" and self.random:
-            drawn = {"recipe": _RANDOM_RECIPE, "seed": self.random.seed, "config": dict(self.random.config)}
-            return digest([("random", json.dumps(drawn, sort_keys=True).encode())])
-        found = self.in_file(part)
-        if found is not None:
-            described = [("config.json", json.dumps(found.config, sort_keys=True).encode())]
-            if found.unused and not uses_all:
-                described.append(("unused", json.dumps(sorted(found.unused)).encode()))
-            return digest(described, [(found.file, found.prefix)])
+            recipe = {"recipe": _RANDOM_RECIPE, "seed": self.random.seed, "config": dict(self.random.config)}
+            return digest([("random", json.dumps(recipe, sort_keys=True).encode())])
+        file_part = self.in_file(part)
+        if file_part is not None:
+            described = [("config.json", json.dumps(file_part.config, sort_keys=True).encode())]
+            if file_part.unused and not uses_all:
+                described.append(("unused", json.dumps(sorted(file_part.unused)).encode()))
+            return digest(described, [(file_part.file, file_part.prefix)])
         folder = self.folder(part)
         if not has_weights(part):
             texts = sorted(path for pattern in TEXT_FILES for path in folder.glob(pattern))
@@ -163,7 +163,7 @@ class Base:
 
     @property
     def contract(self) -> dict[str, Any]:
-        """The conditioning contract of a model that sd3tune wrote (see `contract`); empty for any other."""
+        """The conditioning contract of a model that sd3tune wrote (see `contract`); empty for any other model."""
         file = self.path / CONTRACT_FILE
         if self.kind == "file" or not file.is_file():
             return {}
@@ -173,25 +173,25 @@ class Base:
 
     @property
     def noise_offset(self) -> float:
-        """The offset that the starting noise of its own pictures has; see `sampler.add_offset`."""
+        """The noise offset for sampling with the base alone; see `sampler.add_offset`."""
         return 0.0 if self.random else starting_offset(self.contract)
 
     def check_encoders(self, encoders: Iterable[str]) -> None:
-        """Look into every file that was named for them and compare it with the base; no tensor is read.
+        """Check the configured encoder and tokenizer files against the base, without reading tensors.
 
-        Raises ModelError with every problem. A folder's or Hub base's own encoders are left for loading to check.
+        Raises ModelError with every problem. The own encoders of a folder or Hub base are checked when they are loaded.
         """
         if self.kind != "file" and not self.encoder_files and not self.tokenizers:
             return
         problems: list[str] = []
-        found: dict[str, FilePart] = {}
+        file_parts: dict[str, FilePart] = {}
         for encoder in encoders:
             part = ENCODER_PARTS[encoder][1]
             try:
-                found[encoder] = self.in_file(part) or FilePart(self.path / part, "", self.config(part))
+                file_parts[encoder] = self.in_file(part) or FilePart(self.path / part, "", self.config(part))
             except ModelError as error:
                 problems += error.problems
-        problems += misfits(found, self.config("transformer"))
+        problems += misfits(file_parts, self.config("transformer"))
         try:
             for encoder in encoders:
                 self.folder(ENCODER_PARTS[encoder][0])
@@ -202,9 +202,11 @@ class Base:
 
     def _tokenizer(self, part: str) -> Path:
         source = self.tokenizers or VARIANTS.get(str(self.variant))
-        wanted = "model.tokenizers: a folder that holds tokenizer, tokenizer_2 and tokenizer_3, or such a Hub id"
+        expected = "model.tokenizers: a folder that holds tokenizer, tokenizer_2 and tokenizer_3, or such a Hub id"
         if source is None:
-            raise ModelError(f"{self.name}: a single file holds no tokenizers, and its shape is unknown; give {wanted}")
+            raise ModelError(
+                f"{self.name}: a single file holds no tokenizers, and its shape is unknown; give {expected}"
+            )
         try:
             if offline_kind(source) is not None:
                 root = offline_folder(source)
@@ -213,9 +215,9 @@ class Base:
             else:
                 root = download(source, None, hub_patterns(part, weights=False))
         except ModelError as error:
-            raise ModelError(f"tokenizers: {error.problems[0]}; or give {wanted}") from None
+            raise ModelError(f"tokenizers: {error.problems[0]}; or give {expected}") from None
         if not (root / part / CONFIG_FILES[part]).is_file():
-            raise ModelError(f"tokenizers: {source}: no {part}/{CONFIG_FILES[part]}; give {wanted}")
+            raise ModelError(f"tokenizers: {source}: no {part}/{CONFIG_FILES[part]}; give {expected}")
         return root / part
 
 
@@ -231,5 +233,5 @@ def hub_patterns(part: str, weights: bool) -> list[str]:
         return [f"{part}/{pattern}" for pattern in TEXT_FILES]
     config = [f"{part}/{CONFIG_FILES[part]}"]
     stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-    plain = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")  # no variants such as fp16's
+    plain = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")  # no variants such as fp16
     return config + [f"{part}/{stem}{ending}" for ending in plain] if weights else config

@@ -18,12 +18,12 @@ from sd3tune.files.json import dotted
 CONTRACT_VERSION = 1
 CONTRACT_FILE = "sd3tune.json"
 EARLIER_STEPS, EARLIER_GUIDANCE = 28, 7.0
-"""Settings for a file that states neither, as files of earlier versions do."""
+"""Settings for files of earlier versions, which contain neither."""
 WAY_OUT = "; the file was changed or damaged, get it again"
 
 
 class Part(BaseModel):
-    """Keys that are not named here are let through."""
+    """A checked part of a JSON object; unknown keys are allowed."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
@@ -32,7 +32,7 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Variant(Part):
-    """One of several ways, by its name; later versions may know more of them."""
+    """A registered variant by its name; later versions may add names."""
 
     kind: str
 
@@ -79,23 +79,23 @@ class _Contract(Part):
 
 
 def starting_offset(contract: Mapping[str, Any]) -> float:
-    """Return the noise offset that pictures start from; 0 for earlier versions, whose samplers knew none."""
+    """Return the noise offset for sampling; 0 for contracts of earlier versions, which sampled without one."""
     offset: float = contract.get("sampler_noise_offset", 0.0)
     return offset
 
 
 def spread_without_offset(strength: float, side: int) -> float:
-    """Return the share of the spread of brightness that is drawn where the starting noise lacks the training's offset.
+    """Return the share of the spread of brightness that remains when sampling lacks the training's noise offset.
 
-    The mean of a channel of a square latent has the variance 1/n of n positions in plain noise, and 1/n + strength^2 in
-    training. The flow scales it from noise to pictures, so 1 / sqrt(1 + strength^2 n) of the spread is left. `side` is
-    in pixels.
+    The mean of a channel of a square latent of n positions has variance 1/n in plain noise, and 1/n + strength^2 in
+    training. The flow scales it from noise to images, so 1 / sqrt(1 + strength^2 n) of the spread remains. `side` is in
+    pixels.
     """
     return (1 + strength**2 * (side / 8) ** 2) ** -0.5
 
 
 def check_contract(where: str, contract: Mapping[str, Any], error: type[UserError]) -> None:
-    """Raise `error` for one that nobody could apply; `where` begins its lines."""
+    """Raise `error` for a contract that cannot be applied; `where` begins each line."""
     version = contract.get("contract_version", 1)
     if isinstance(version, int) and version > CONTRACT_VERSION:
         raise error(f"{where}: written by a newer sd3tune ({contract.get('sd3tune_version')}); upgrade sd3tune")
@@ -107,7 +107,7 @@ def check_contract(where: str, contract: Mapping[str, Any], error: type[UserErro
 
 
 def sampling_of(contract: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the denoising `steps` and the `guidance` scale that the previews of a run had."""
+    """Return the `steps` and `guidance` of a run's previews, as a mapping."""
     return {
         "steps": contract.get("sampling_steps", EARLIER_STEPS),
         "guidance": float(contract.get("guidance", EARLIER_GUIDANCE)),
@@ -115,7 +115,7 @@ def sampling_of(contract: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_part(where: str, value: Mapping[str, Any], model: type[Part], error: type[UserError]) -> None:
-    """Raise `error`, a line for each key of `value` that is not as in `model`."""
+    """Raise `error` with a line for each key of `value` that does not fit `model`; `where` begins each line."""
     try:
         model.model_validate(value)
     except ValidationError as found:

@@ -1,4 +1,4 @@
-"""A whole trained model as a folder in diffusers' layout, which any program that knows diffusers loads unchanged."""
+"""A whole trained model as a folder in diffusers' layout, which every program based on diffusers can load."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ _T5 = ("text_encoder_3", "tokenizer_3")
 
 
 def check_parts(base: Base, asked_by: str = "method.kind=full") -> None:
-    """Raise ModelError for a base whose other parts are not files that a model folder could have."""
+    """Raise ModelError for a base whose other parts cannot be copied into a model folder."""
     if base.kind == "file" or base.encoder_files:
-        what = "a single file" if base.kind == "file" else "text encoders from files of their own (model.text_encoders)"
+        obstacle = (
+            "a single file" if base.kind == "file" else "text encoders from files of their own (model.text_encoders)"
+        )
         raise ModelError(
-            f"{base.name}: {asked_by} writes a whole model in diffusers' layout, and {what} cannot be copied "
+            f"{base.name}: {asked_by} writes a whole model in diffusers' layout, and {obstacle} cannot be copied "
             "into one; give a base that is such a folder or a Hub id"
         )
 
@@ -36,12 +38,12 @@ def check_parts(base: Base, asked_by: str = "method.kind=full") -> None:
 def write_model(
     folder: Path, base: Base, tensors: Mapping[str, Tensor], contract: Mapping[str, Any], shift: float | None
 ) -> Path:
-    """Write `folder`: a transformer of these `tensors`, the base's other parts, and the contract.
+    """Write a model folder: a transformer of these `tensors`, the base's other parts, and the contract.
 
-    Parts are hard links to the base's files where the file system has them, else copies. T5 is left out where the
-    contract does without, and has to be left out in loading, too (`text_encoder_3=None, tokenizer_3=None`). `shift` is
-    the scheduler's, None for the base's own. Returns `model_index.json`. Raises RunError when a tensor is not finite,
-    and nothing is written then.
+    The other parts are hard links to the base's files if the file system supports them, otherwise copies. If the
+    contract has no T5, it is left out, and must also be left out in loading (`text_encoder_3=None, tokenizer_3=None`).
+    `shift` is the scheduler's, None for the base's own. Returns `model_index.json`. Raises RunError, before anything is
+    written, if a tensor is not finite.
     """
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
@@ -63,7 +65,7 @@ def write_model(
 
 
 def _link_files(source: Path, target: Path) -> None:
-    """Link or copy the files of a part; files in the Hub's cache are links themselves."""
+    """Hard-link or copy the files of a part; files in the Hub's cache are symbolic links, which are resolved."""
     target.mkdir()
     for file in sorted(source.iterdir()):
         if file.is_file():

@@ -1,4 +1,4 @@
-"""Downloads from the Hub, and what its refusals mean to a user."""
+"""Downloads from the Hub, with its errors explained to users."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sd3tune.files.atomic import FULL
 from sd3tune.reporting import Reporter, current
 
 _fetching = True
-"""Whether files that are not in the Hub's cache may be downloaded; see `nothing_fetched`."""
+"""True if files that are not in the Hub's cache may be downloaded; see `no_downloads`."""
 _OF_THE_DISK = (*FULL, errno.EACCES, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 
@@ -21,8 +21,8 @@ ANOTHER_BASE = "name a folder or `tiny` as the base"
 
 
 @contextlib.contextmanager
-def nothing_fetched() -> Iterator[None]:
-    """Let `download` return only files that are on this machine, and raise ModelError for others."""
+def no_downloads() -> Iterator[None]:
+    """Make `download` return only cached files, and raise ModelError for others, inside the context."""
     global _fetching
     before, _fetching = _fetching, False
     try:
@@ -36,8 +36,8 @@ def download(
 ) -> Path:
     """Return a repository's snapshot folder in the Hub's own cache, with the matching files in it.
 
-    A commit whose files are cached needs no network. Raises ModelError, one line for each way the Hub fails;
-    `otherwise` tells a user without a network what to do.
+    A commit whose files are cached needs no network. Raises ModelError with one line that explains the failure;
+    `otherwise` is the alternative suggested to a user without a network.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
@@ -52,7 +52,7 @@ def download(
 
 
 def files_in_root(repo: str, revision: str, otherwise: str) -> list[str]:
-    """Names of the files of a repository that are in no folder; the network is needed. Raises ModelError."""
+    """Return the names of the files in a repository's root; needs the network. Raises ModelError."""
     from huggingface_hub import HfApi, errors
 
     with _in_words(repo, revision, otherwise):
@@ -63,7 +63,7 @@ def files_in_root(repo: str, revision: str, otherwise: str) -> list[str]:
 
 @contextlib.contextmanager
 def _in_words(repo: str, revision: str | None, otherwise: str) -> Iterator[None]:
-    """Turn whatever the client raises into a ModelError of one line."""
+    """Turn any error of the client into a ModelError of one line."""
     from huggingface_hub import constants, errors
 
     try:
@@ -74,7 +74,7 @@ def _in_words(repo: str, revision: str | None, otherwise: str) -> Iterator[None]
         raise ModelError(f"{repo}: the Hub has no revision {revision!r} of this model") from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise ModelError(f"{repo}: {_problem(repo, error, otherwise)}") from None
-    except Exception as error:  # a cut connection: which HTTP library depends on the version
+    except Exception as error:  # a broken connection: the HTTP library depends on the version
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             raise ModelError(
                 f"{repo}: cannot be downloaded: {error.filename or constants.HF_HUB_CACHE}: {error.strerror}; "
@@ -85,7 +85,7 @@ def _in_words(repo: str, revision: str | None, otherwise: str) -> Iterator[None]
 
 
 def cached(repo: str, revision: str | None) -> Path | None:
-    """The snapshot folder as far as it was downloaded earlier, or None; the network is never used."""
+    """Return the cached snapshot folder, perhaps incomplete, or None; never uses the network."""
     from huggingface_hub import errors, try_to_load_from_cache
 
     try:
@@ -106,9 +106,9 @@ def _problem(repo: str, error: BaseException | None, otherwise: str) -> str:
     status = error.response.status_code if error is not None and error.response is not None else None
     gated = isinstance(error, errors.GatedRepoError)
     if gated or status in (401, 403):
-        what = "this model is gated" if gated else "no such model (see the spelling), or gated or private"
+        obstacle = "this model is gated" if gated else "no such model (see the spelling), or gated or private"
         return (
-            f"{what}: accept its licence at https://huggingface.co/{repo}, make an access token (a password "
+            f"{obstacle}: accept its licence at https://huggingface.co/{repo}, make an access token (a password "
             "for programs) at https://huggingface.co/settings/tokens, and give it to `hf auth login`"
         )
     if isinstance(error, errors.RepositoryNotFoundError):

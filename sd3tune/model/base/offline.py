@@ -1,4 +1,4 @@
-"""The bases that need no download: the tiny ones are built on first use, nano comes with the package."""
+"""Bases that need no download: the tiny ones are built on first use, nano comes with the package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TINY_SHAPES: dict[str, Literal["sd3", "sd35-medium", "sd35-large"]] = {
     "tiny-sd35-medium": "sd35-medium",
     "tiny-sd35-large": "sd35-large",
 }
-TINY_RECIPE = 1  # part of the folder's name: raise it whenever `tiny.py` would write other files
+TINY_RECIPE = 1  # part of the folder's name: increase it whenever `tiny.py` changes the files
 NANO: Literal["nano"] = "nano"
 NANO_FOLDER = Path(sd3tune.__file__).parent / "assets" / NANO
 OFFLINE = (*TINY_SHAPES, NANO)
@@ -32,12 +32,12 @@ def offline_kind(name: str) -> Literal["tiny", "nano"] | None:
 
 
 def offline_folder(name: str) -> Path:
-    """The folder of an offline base, in diffusers' layout. Raises ModelError where it cannot be built."""
+    """Return the folder of an offline base, in diffusers' layout. Raises ModelError if it cannot be built."""
     return NANO_FOLDER if name == NANO else _tiny_folder(TINY_SHAPES[name])
 
 
 def bases_dir() -> Path:
-    """Where the tiny bases are kept: `$SD3TUNE_CACHE/bases`, else `~/.cache/sd3tune/bases`."""
+    """Return the folder of the tiny bases: `$SD3TUNE_CACHE/bases`, else `~/.cache/sd3tune/bases`."""
     cache = os.environ.get("SD3TUNE_CACHE")
     return (Path(cache).expanduser() if cache else Path.home() / ".cache" / "sd3tune") / "bases"
 

@@ -1,7 +1,7 @@
-"""The configurations of a base's parts, within the limits of what Stable Diffusion 3 can be.
+"""The configurations of a base's parts, within the limits of Stable Diffusion 3 models.
 
-They come from files that others made, and libraries build any size that a configuration names. So each is checked
-before a model is built: types, ranges wide enough for models several times as large, and values that must agree.
+They come from files of strangers, and the libraries would build a model of any size. So each configuration is checked
+before a model is built: types, ranges wide enough for several times larger models, and values that must agree.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sd3tune.errors import ModelError
 from sd3tune.model.base.contract import WAY_OUT, Part, check_part
 
 _Count = Annotated[int, Field(ge=1, le=256)]
-"""A number of blocks, heads or latent channels."""
+"""Type of a number of blocks, heads or latent channels."""
 _Width = Annotated[int, Field(ge=1, le=65_536)]
 _Side = Annotated[int, Field(ge=1, le=16_384)]
 _Tokens = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -23,7 +23,7 @@ _TokenId = Annotated[int, Field(ge=-1, le=1_000_000)]
 _Number = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _MOST_WIDTH = 16_384
-"""Of the transformer: its heads times their width."""
+"""Limit on the width of the transformer: heads times their width."""
 
 
 class _Transformer(Part):
@@ -64,10 +64,10 @@ class _Vae(Part):
 
 
 class _TextEncoder(Part):
-    """Keys that transformers has for every model."""
+    """Keys that the transformers library has for every model."""
 
     vocab_size: _Tokens
-    num_labels: int | None = Field(None, ge=0, le=1000)  # a list as long is made of it
+    num_labels: int | None = Field(None, ge=0, le=1000)  # the library makes a list of this length
     chunk_size_feed_forward: int | None = Field(None, ge=0, le=65_536)
     dtype: Literal["float32", "float16", "bfloat16", "auto"] | None = None
     torch_dtype: Literal["float32", "float16", "bfloat16", "auto"] | None = None
@@ -135,7 +135,7 @@ PARTS: Mapping[str, type[Part]] = {
 
 
 def check_config(where: str, part: str, config: Mapping[str, Any]) -> None:
-    """Raise ModelError, a line for each key, for a configuration that no part of Stable Diffusion 3 can have.
+    """Raise ModelError, with a line for each key, for a configuration that no Stable Diffusion 3 model can have.
 
     `where` begins the lines; `part` is a key of PARTS.
     """
@@ -146,7 +146,7 @@ def check_config(where: str, part: str, config: Mapping[str, Any]) -> None:
 
 
 def _disagreements(part: str, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the values that are within their limits but contradict another key."""
+    """Yield a line for each value that is within its limits but contradicts another key."""
     if part == "transformer":
         width = config["num_attention_heads"] * config["attention_head_dim"]
         if width > _MOST_WIDTH or width % 4:

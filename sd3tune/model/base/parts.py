@@ -50,10 +50,10 @@ VARIANTS = {
 
 
 def has_weights(part: str) -> bool:
-    """Return whether a part has weights; tokenizers and the scheduler have none."""
+    """Return True if a part has weights: all but tokenizers and the scheduler."""
     return CONFIG_FILES[part] == "config.json"
 
 
 def is_modulation(name: str) -> bool:
-    """Return whether a transformer's module or parameter of that name is one of the adaLN linears, or a part of it."""
+    """Return True if a transformer's module or parameter is an adaLN linear, or a part of one."""
     return any(part.startswith("norm") for part in name.split(".")) and "linear" in name.split(".")

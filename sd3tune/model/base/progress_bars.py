@@ -1,4 +1,4 @@
-"""The libraries' own progress bars."""
+"""Progress bars of the libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Silence the libraries' bars for single files, which would break the bars of a run."""
+    """Silence the libraries' bars for single files, which would disturb the bars of a run."""
     loggers = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
     for log in loggers:
         log.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Where a base model's files are: an offline base, a folder in diffusers' layout, a Hub id, or a single file.
+"""Locate a base model: an offline base, a folder in diffusers' layout, a Hub id, or a single file.
 
 Nothing here imports torch, so that a misspelt or gated base is reported at once.
 """
@@ -19,22 +19,22 @@ from sd3tune.model.base.offline import offline_folder, offline_kind
 from sd3tune.model.base.parts import COMMON, CONFIGS, VARIANTS
 from sd3tune.model.base.shape import new_shape
 from sd3tune.model.base.single_file_header import read_checkpoint
-from sd3tune.model.base.suggestions import suggesting_released, suggestion
+from sd3tune.model.base.suggestions import suggest_released, suggestion
 from sd3tune.model.base.weights import PICKLED, read_json
 
 
 @dataclass(frozen=True)
 class _ReleasedShape(Base):
-    """A released model as its bundled configurations have it: no weights, no tokenizers, no download."""
+    """A released model from its bundled configurations: no weights, no tokenizers, no download."""
 
     def folder(self, part: str, weights: bool = True) -> Path:
         return (self.path if part == "transformer" else COMMON) / part
 
 
 def shape_of_base(model: ModelConfig, seed: int = 0) -> Base:
-    """The configured base for its shapes alone: of a released model by its Hub id, nothing is downloaded.
+    """Return the configured base for its shapes alone, without downloading a released model.
 
-    Of others, what `configured_base` reads; raises ModelError as that does.
+    For any other base it reads the same files as `configured_base`, and raises the same ModelError.
     """
     variant = next((name for name, repository in VARIANTS.items() if repository == model.base), None)
     if variant is None or Path(model.base).exists():
@@ -48,7 +48,7 @@ def shape_of_base(model: ModelConfig, seed: int = 0) -> Base:
 
 
 def configured_base(model: ModelConfig, seed: int = 0) -> Base:
-    """Resolve the base of the `model` section with all of its keys; `seed` is for random weights."""
+    """Return the base of the `model` section, with all of its keys applied; `seed` is for random weights."""
     files = model.text_encoders.model_dump(exclude_none=True) if model.text_encoders else {}
     base = resolve_base(model.base, model.revision, files, model.tokenizers)
     if model.init == "pretrained":
@@ -62,9 +62,9 @@ def resolve_base(
     encoder_files: Mapping[str, str] | None = None,
     tokenizers: str | None = None,
 ) -> Base:
-    """Find a base: an offline one (built on first use if tiny), an existing folder or single file, or a Hub id.
+    """Return a base: an offline one (built on first use if tiny), an existing folder or single file, or a Hub id.
 
-    `revision` is a branch, tag or commit of a Hub base; the other kinds have none. For the rest see `Base`.
+    `revision` is a branch, tag or commit of a Hub base; other kinds have none. See `Base` for the other parameters.
     Raises ModelError.
     """
     files = {encoder: Path(file).expanduser() for encoder, file in (encoder_files or {}).items()}
@@ -80,16 +80,16 @@ def resolve_base(
         return Base(name, "file", path.absolute(), None, files, tokenizers)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise ModelError(f"{name}: no such base: neither an offline base, a path nor a Hub id{suggestion(path)}")
-    with suggesting_released(name):
+    with suggest_released(name):
         snapshot = download(name, revision, ["model_index.json", CONTRACT_FILE])
     _check_model_index(snapshot, name)
     return Base(name, "hub", snapshot, snapshot.name, files, tokenizers)
 
 
 def local_base(model: ModelConfig) -> Base | None:
-    """Return the configured base if it is on this machine, else None; a Hub base counts if it was downloaded earlier.
+    """Return the configured base if it is on this machine, else None; a Hub base must be in the cache.
 
-    A single file counts only when its tokenizers are here, too. Raises ModelError for any other folder or file.
+    A single file also needs local tokenizers. Raises ModelError for any other folder or file.
     """
     if offline_kind(model.base) is not None or Path(model.base).expanduser().exists():
         base = configured_base(model)
@@ -102,7 +102,7 @@ def local_base(model: ModelConfig) -> Base | None:
 def _check_model_index(folder: Path, name: str) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
-        inside = folder / "model"  # of a run that trained the whole model
+        inside = folder / "model"  # a run that trained the whole model has one
         hint = f"; did you mean {str(inside)!r}?" if (inside / "model_index.json").is_file() else ""
         raise ModelError(f"{name}: no model_index.json, so this is no model folder in diffusers' layout{hint}")
     pipeline = str(read_json(index).get("_class_name"))

@@ -18,18 +18,20 @@ _NEEDED = (
 )
 
 
-def new_shape(base: Base, asked: TransformerConfig | None) -> dict[str, Any]:
-    """The `config.json` of a new transformer for the base's text encoders and VAE, of `asked`, else the base's, shape.
+def new_shape(base: Base, configured: TransformerConfig | None) -> dict[str, Any]:
+    """Return the `config.json` of a new transformer: `configured`, completed from the base.
+
+    Widths that the base's text encoders and VAE determine are taken from them.
 
     Raises ConfigError with every key that does not fit.
     """
-    given = asked.model_dump(exclude_none=True) if asked else {}
+    given = configured.model_dump(exclude_none=True) if configured else {}
     if given.get("qk_norm") == "none":
         given["qk_norm"] = None
     config = {**_USUAL, **_shape_of(base), **given}
-    if "dual_attention_layers" not in given:  # of a base that may have more blocks
-        kept = range(config.get("num_layers", 0))
-        config["dual_attention_layers"] = [block for block in config["dual_attention_layers"] if block in kept]
+    if "dual_attention_layers" not in given:  # the base may have more blocks
+        blocks = range(config.get("num_layers", 0))
+        config["dual_attention_layers"] = [block for block in config["dual_attention_layers"] if block in blocks]
     missing = [key for key in _NEEDED if key not in config]
     if missing:
         raise ConfigError(
@@ -37,10 +39,10 @@ def new_shape(base: Base, asked: TransformerConfig | None) -> dict[str, Any]:
             "give them here"
         )
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    wanted = {**_widths_of_the_parts(base, config), "caption_projection_dim": (width, "heads times their width")}
+    required = {**_widths_of_the_parts(base, config), "caption_projection_dim": (width, "heads times their width")}
     problems = [
         f"model.transformer.{key}: {given[key]} does not fit; it is {value}, {why}: leave the key out"
-        for key, (value, why) in wanted.items()
+        for key, (value, why) in required.items()
         if given.get(key, value) != value
     ]
     if width % 4:
@@ -52,7 +54,7 @@ def new_shape(base: Base, asked: TransformerConfig | None) -> dict[str, Any]:
     if problems:
         raise ConfigError(*problems)
     return {key: value for key, value in config.items() if not key.startswith("_")} | {
-        key: value for key, (value, _) in wanted.items()
+        key: value for key, (value, _) in required.items()
     }
 
 
@@ -62,7 +64,10 @@ def _shape_of(base: Base) -> dict[str, Any]:
 
 
 def _widths_of_the_parts(base: Base, config: dict[str, Any]) -> dict[str, tuple[int, str]]:
-    """What the base's VAE and text encoders decide, and why. Raises ModelError when they do not fit each other."""
+    """Return key -> (value, reason) for the widths that the base's VAE and text encoders determine.
+
+    Raises ModelError if they do not fit each other.
+    """
     clips = [base.config(part) for part in ("text_encoder", "text_encoder_2")]
     pooled, hidden = (sum(clip[key] for clip in clips) for key in ("projection_dim", "hidden_size"))
     latents = base.config("vae")["latent_channels"], "the channels of the base's VAE"

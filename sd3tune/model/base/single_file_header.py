@@ -23,11 +23,11 @@ _NO_SHAPE = ("_class_name", "sample_size")
 Headers = Mapping[str, dict[str, Any]]
 """See `weights.tensor_headers`."""
 Shapes = Mapping[str, list[int]]
-"""Tensor name, without the part's prefix -> shape."""
+"""Tensor name without the part's prefix -> shape."""
 
 _INSIDE = {"clip_l": "text_encoders.clip_l.", "clip_g": "text_encoders.clip_g.", "t5": "text_encoders.t5xxl."}
 _QUANTISATION = re.compile(r"(.+\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant)")
-_KINDS = (  # in this order: a LoRA's keys name modules of its base
+_KINDS = (  # the order matters: the keys of a LoRA name modules of its base
     (r"(^|\.)lora_|\.hada_w|\.lokr_w", "a LoRA"),
     (r"double_blocks\.", "a Flux model"),
     (r"conditioner\.embedders\.1\.|label_emb\.", "a Stable Diffusion XL model"),
@@ -47,7 +47,7 @@ class FilePart:
     file: Path
     prefix: str
     config: Mapping[str, Any]
-    """In the form of diffusers' or transformers' `config.json`."""
+    """The content of diffusers' or transformers' `config.json`."""
     unused: frozenset[str] = frozenset()
     """Tensors in the file, by name without the prefix, that Stable Diffusion 3 does not use."""
 
@@ -57,13 +57,13 @@ class Checkpoint:
     """A base in one file."""
 
     variant: str | None
-    """One of VARIANTS when the transformer has exactly its shape."""
+    """The key of VARIANTS whose transformer has exactly this shape; None for any other shape."""
     parts: Mapping[str, FilePart]
     """`transformer`, `vae`, and any of `clip_l`, `clip_g` and `t5` that the file contains."""
 
 
 def check_format(file: Path) -> None:
-    """ModelError unless the file is there and is, by its name, a safetensors file."""
+    """Raise ModelError unless the file exists and has the ending of a safetensors file."""
     if file.suffix.lower() in PICKLED:
         raise ModelError(f"{file}: pickled weights are refused, as they can run any code; get the .safetensors file")
     if not file.is_file():
@@ -105,11 +105,11 @@ def read_checkpoint(file: Path) -> Checkpoint:
 def released_shape(config: Mapping[str, Any]) -> str | None:
     """Return the key of VARIANTS whose transformer has the shape that `config` describes; None for any other shape.
 
-    Keys are the ones of SD3Transformer2DModel's `config.json`; older files omit keys that are none or empty.
+    Keys are those of SD3Transformer2DModel's `config.json`; older files omit keys that are null or empty.
     """
 
-    def shape(of: Mapping[str, Any]) -> str:
-        return json.dumps({key: of.get(key) or None for key in released if key not in _NO_SHAPE})
+    def shape(settings: Mapping[str, Any]) -> str:
+        return json.dumps({key: settings.get(key) or None for key in released if key not in _NO_SHAPE})
 
     for variant in VARIANTS:
         released = _bundled(CONFIGS / variant / "transformer")
@@ -130,26 +130,26 @@ def read_encoder(file: Path, encoder: str) -> FilePart:
 def _encoder(file: Path, names: Headers, encoder: str, prefix: str) -> FilePart:
     mark = f"{prefix}{'encoder.block.0.' if encoder == 't5' else 'text_model.encoder.layers.0.'}"
     if not any(name.startswith(mark) for name in names):
-        raise ModelError(f"{file}: {_kind(names)}, and model.text_encoders.{encoder} wants {LABELS[encoder]}")
+        raise ModelError(f"{file}: {_kind(names)}, and model.text_encoders.{encoder} expects {LABELS[encoder]}")
     derive = {"clip_l": clip_l_config, "clip_g": clip_g_config, "t5": t5_config}[encoder]
     config = _bundled(COMMON / ENCODER_PARTS[encoder][1]) | _derive(file, names, prefix, derive)
     return FilePart(file, prefix, config, _unused(file, names, prefix) if encoder == "clip_l" else frozenset())
 
 
 def misfits(encoders: Mapping[str, FilePart], transformer: Mapping[str, Any]) -> list[str]:
-    """Encoders that the transformer, given by its config, was not made for: one line each, from their widths."""
+    """Return a line for each encoder whose width does not fit the transformer's config."""
     released = {name: _width(_bundled(COMMON / folder)) for name, (_, folder) in ENCODER_PARTS.items()}
     pooled = transformer["pooled_projection_dim"]
-    wanted = dict(released) if pooled == released["clip_l"] + released["clip_g"] else {}
-    wanted["t5"] = transformer["joint_attention_dim"]
+    expected = dict(released) if pooled == released["clip_l"] + released["clip_g"] else {}
+    expected["t5"] = transformer["joint_attention_dim"]
     lines = []
     for name, part in encoders.items():
         width = _width(part.config)
-        if width != wanted.get(name, width):
+        if width != expected.get(name, width):
             is_other = next((f" ({LABELS[other]}'s)" for other, usual in released.items() if usual == width), "")
             lines.append(
-                f"{part.file}: its width is {width}{is_other}, and model.text_encoders.{name} wants {LABELS[name]} "
-                f"of width {wanted[name]}"
+                f"{part.file}: its width is {width}{is_other}, and model.text_encoders.{name} expects {LABELS[name]} "
+                f"of width {expected[name]}"
             )
     if lines or not {"clip_l", "clip_g"} <= set(encoders):
         return lines
@@ -157,7 +157,7 @@ def misfits(encoders: Mapping[str, FilePart], transformer: Mapping[str, Any]) ->
     if clip_l.config["projection_dim"] + clip_g.config["projection_dim"] != pooled:
         return [
             f"{clip_l.file}, {clip_g.file}: pooled vectors of {clip_l.config['projection_dim']} and "
-            f"{clip_g.config['projection_dim']}, and this base wants {pooled} together: see model.text_encoders"
+            f"{clip_g.config['projection_dim']}, and this base expects {pooled} together: see model.text_encoders"
         ]
     if _width(clip_l.config) > _width(clip_g.config):
         return [
@@ -167,12 +167,12 @@ def misfits(encoders: Mapping[str, FilePart], transformer: Mapping[str, Any]) ->
 
 
 def is_quantisation(name: str) -> bool:
-    """Return whether a tensor describes how others are stored, such as a scale of fp8 weights."""
+    """Return True if a tensor only describes how others are stored, such as a scale of fp8 weights."""
     return _QUANTISATION.fullmatch(name) is not None
 
 
 def mmdit_config(shapes: Shapes) -> dict[str, Any]:
-    """SD3Transformer2DModel's config from the original layout. Heads are 64 wide unless QK-norm shows their width.
+    """Return SD3Transformer2DModel's config. Heads are 64 wide unless QK-norm shows their width.
 
     Raises KeyError with the name of a missing tensor, ValueError for one that the architecture does not have.
     """
@@ -203,7 +203,7 @@ def mmdit_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
-    """AutoencoderKL's config. Normalisation has 32 groups, or fewer where a group would be a single channel."""
+    """Return AutoencoderKL's config. Normalisation has 32 groups, or fewer if a group would be a single channel."""
     blocks = range(_count(shapes, "encoder.down"))
     widths = [shapes[f"encoder.down.{block}.block.0.conv1.weight"][0] for block in blocks]
     return {
@@ -219,7 +219,7 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def clip_g_config(shapes: Shapes) -> dict[str, Any]:
-    """CLIPTextModelWithProjection's config. Heads are 64 wide, or 8 in a model whose width 64 does not divide."""
+    """Return CLIPTextModelWithProjection's config. Heads are 64 wide, or 8 if 64 does not divide the width."""
     vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
     return {
         "vocab_size": vocabulary,
@@ -233,13 +233,13 @@ def clip_g_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def clip_l_config(shapes: Shapes) -> dict[str, Any]:
-    """As `clip_g_config`, with the identity as projection: SD3 was trained on CLIP-L's unprojected pooled vector."""
+    """Return `clip_g_config` with the identity as projection: SD3 uses CLIP-L's unprojected pooled vector."""
     width = shapes["text_model.embeddings.token_embedding.weight"][1]
     return clip_g_config({**shapes, "text_projection.weight": [width, width]})
 
 
 def t5_config(shapes: Shapes) -> dict[str, Any]:
-    """T5EncoderModel's config (version 1.1, gated)."""
+    """Return T5EncoderModel's config (version 1.1, gated)."""
     attention, dense = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
     vocabulary, width = shapes.get("shared.weight") or shapes["encoder.embed_tokens.weight"]
     buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
@@ -255,7 +255,7 @@ def t5_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def _mmdit_names(depth: int, dual: list[int], qk_norm: bool) -> set[str]:
-    """Every tensor of the original layout. The last block only reads the text: nothing leaves its text stream."""
+    """Return all tensor names of the original layout. The last block has no output for its text stream."""
     names = {"pos_embed"}
     layers = ["x_embedder.proj", "context_embedder", "final_layer.linear", "final_layer.adaLN_modulation.1"]
     layers += [f"{embedder}.mlp.{layer}" for embedder in ("t_embedder", "y_embedder") for layer in (0, 2)]
@@ -264,13 +264,17 @@ def _mmdit_names(depth: int, dual: list[int], qk_norm: bool) -> set[str]:
             ("x_block", ("attn", "attn2") if block in dual else ("attn",)),
             ("context_block", ("attn",)),
         ):
-            at = f"joint_blocks.{block}.{stream}"
-            layers += [f"{at}.adaLN_modulation.1", *(f"{at}.{attention}.qkv" for attention in attentions)]
+            path = f"joint_blocks.{block}.{stream}"
+            layers += [f"{path}.adaLN_modulation.1", *(f"{path}.{attention}.qkv" for attention in attentions)]
             if qk_norm:
-                names |= {f"{at}.{attention}.ln_{of}.weight" for attention in attentions for of in "qk"}
+                names |= {f"{path}.{attention}.ln_{name}.weight" for attention in attentions for name in "qk"}
             if block < depth - 1 or stream == "x_block":
-                layers += [*(f"{at}.{attention}.proj" for attention in attentions), f"{at}.mlp.fc1", f"{at}.mlp.fc2"]
-    return names | {f"{layer}.{of}" for layer in layers for of in ("weight", "bias")}
+                layers += [
+                    *(f"{path}.{attention}.proj" for attention in attentions),
+                    f"{path}.mlp.fc1",
+                    f"{path}.mlp.fc2",
+                ]
+    return names | {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
 
 
 def _derive(file: Path, names: Headers, prefix: str, derive: Callable[[Shapes], dict[str, Any]]) -> dict[str, Any]:
@@ -288,7 +292,7 @@ def _derive(file: Path, names: Headers, prefix: str, derive: Callable[[Shapes], 
 
 
 def _unused(file: Path, names: Headers, prefix: str) -> frozenset[str]:
-    """CLIP-L's projection, unless it is the identity. `from_single_file` of diffusers ignores it as well."""
+    """Return the tensors of CLIP-L's projection unless it is the identity; diffusers' loader ignores it as well."""
     projection = {name for name in names if name.startswith(f"{prefix}text_projection.")}
     weight = f"{prefix}text_projection.weight"
     if not projection or (projection == {weight} and is_identity(file, names[weight])):
@@ -301,7 +305,7 @@ def _prefix(names: Headers, prefixes: tuple[str, ...], tensor: str) -> str | Non
 
 
 def _count(shapes: Shapes, container: str) -> int:
-    """How many are there; a number beyond is a tensor too many, and one left out is missing."""
+    """Return the number of distinct indices in a container, from 0 without gaps in a complete file."""
     numbers = re.compile(rf"{re.escape(container)}\.(\d+)\.")
     return len({found[1] for name in shapes if (found := numbers.match(name))})
 

@@ -18,7 +18,7 @@ _SPELLINGS = re.compile(
 
 
 def released(name: str) -> str | None:
-    """Return the Hub id of the released model that a name means, such as `sd3`, `SD3.5L` or `sd35_large_turbo`."""
+    """Return the Hub id of the released model meant by a name such as `sd3` or `sd35_large_turbo`, or None."""
     found = _SPELLINGS.fullmatch(re.sub(r"[_ ]", "-", name))
     if found is None:
         return None
@@ -40,7 +40,7 @@ def suggestion(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def suggesting_released(repository: str) -> Iterator[None]:
+def suggest_released(repository: str) -> Iterator[None]:
     """Add the right Hub id to a ModelError about another spelling of a released model, or about its single files."""
     owner, _, name = repository.partition("/")
     meant = released(name) if owner == "stabilityai" else None

@@ -1,7 +1,7 @@
 """The tiny offline bases: random-weight SD3 models in the full layout of a diffusers folder, a few MB each.
 
-They look like nothing, but run through the same code as the 8-billion-parameter base: three text encoders and
-tokenizers, a VAE with 16 latent channels, and an MMDiT whose options mirror the real model's.
+Their images are meaningless, but they run through the same code as the 8-billion-parameter base: three text encoders
+and tokenizers, a VAE with 16 latent channels, and an MMDiT whose options mirror the real model's.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _TRANSFORMERS: dict[Shape, dict[str, Any]] = {
     },
     "sd35-large": {"num_layers": 6, "num_attention_heads": 6, "qk_norm": "rms_norm"},
 }
-_CLIP_WIDTHS = {"clip_l": 16, "clip_g": 32}  # together below the joint width, so that zero-padding happens
+_CLIP_WIDTHS = {"clip_l": 16, "clip_g": 32}  # the sum is below the joint width, so that zero-padding happens
 _JOINT_WIDTH = 64
 _LATENT_CHANNELS = 16
 
 
 def build_tiny(shape: Shape, folder: Path) -> None:
-    """Write the tiny base of that shape to `folder`, unless it is there already.
+    """Write the tiny base of that shape to `folder`, unless it exists already.
 
-    Several processes may ask at once: one builds under a lock, in a temporary folder that is then renamed.
-    The weights depend on the shape and each parameter's name alone; the global random state stays as it was.
+    Of several concurrent processes, one builds under a lock, in a temporary folder that is then renamed. The weights
+    depend only on the shape and each parameter's name; the global random state does not change.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(folder.name + ".lock")):
@@ -87,7 +87,7 @@ def _transformer(shape: Shape) -> SD3Transformer2DModel:
     heads = _TRANSFORMERS[shape]["num_attention_heads"]
     return SD3Transformer2DModel(
         sample_size=32,
-        pos_embed_max_size=96,  # up to 1536 px a side
+        pos_embed_max_size=96,  # up to 1536 px per side
         attention_head_dim=16,
         caption_projection_dim=heads * 16,
         in_channels=_LATENT_CHANNELS,
@@ -172,7 +172,7 @@ def _draw(model: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def _calibrate_vae(vae: nn.Module) -> None:
-    """Give the moments the real VAE's character: a posterior much narrower than the spread of the means."""
+    """Scale the moments as in the real VAE: a posterior much narrower than the spread of the means."""
     moments: nn.Conv2d = vae.encoder.conv_out  # type: ignore[union-attr,assignment]
     assert moments.bias is not None
     moments.weight[_LATENT_CHANNELS:] *= 0.1

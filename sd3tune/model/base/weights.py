@@ -1,4 +1,4 @@
-"""Safetensors files without torch: which ones a part has, their header, and a digest of a few small reads a tensor."""
+"""Safetensors files without torch: the files of a part, their headers, and a digest from few small reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sd3tune.files.json import NotJson, read_object
 from sd3tune.files.tensor_header import BadHeader, read_header
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-"""Endings of weights that are never loaded: a pickle can run any code."""
+"""Extensions of weights that are never loaded, as a pickle can run any code."""
 
 _SAMPLE_BYTES = 4096
 _ONE = {
@@ -29,9 +29,9 @@ _ONE = {
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that diffusers and transformers load from a part's folder, variants left aside.
+    """Return the safetensors files that diffusers and transformers load from a part's folder, without variants.
 
-    Raises ModelError when there are none, or when a shard named by the index is missing.
+    Raises ModelError if there are none, or if a shard named by the index is missing.
     """
     for stem in ("diffusion_pytorch_model", "model"):
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
@@ -56,7 +56,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raise ModelError for a part with an adapter in its folder: transformers would load that with it, unasked."""
+    """Raise ModelError for a part with an adapter in its folder, which transformers would load unasked."""
     names = [path.name for path in sorted(folder.glob("adapter_*"))]
     found = [name for name in names if name.startswith(("adapter_config.", "adapter_model."))]
     if found:
@@ -67,7 +67,7 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names; they are beside it."""
+    """Return the files that an index names, in its folder."""
     found = read_json(index).get("weight_map", {})
     names = list(found.values()) if isinstance(found, dict) else [found]
     odd = [name for name in names if not (isinstance(name, str) and name.endswith(".safetensors") and "/" not in name)]
@@ -77,9 +77,9 @@ def _shards(index: Path) -> list[str]:
 
 
 def tensor_headers(file: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {"dtype", "shape", "data_offsets"} of a safetensors file; offsets count from the file's start.
+    """Return name -> {"dtype", "shape", "data_offsets"} of a safetensors file; offsets count from the file's start.
 
-    Raises ModelError when the file is truncated or is no safetensors file.
+    Raises ModelError if the file is truncated or not a safetensors file.
     """
     try:
         return read_header(file).tensors
@@ -91,7 +91,7 @@ def tensor_headers(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def is_identity(file: Path, tensor: Mapping[str, Any]) -> bool:
-    """Return whether a tensor, given by its header, is exactly the identity matrix; it is read row by row."""
+    """Return True if a tensor, given by its header, is exactly the identity matrix. Reads it row by row."""
     one, shape = _ONE.get(tensor["dtype"]), tensor["shape"]
     if one is None or len(shape) != 2 or shape[0] != shape[1]:
         return False
@@ -104,21 +104,21 @@ def is_identity(file: Path, tensor: Mapping[str, Any]) -> bool:
 
 
 def digest(texts: Iterable[tuple[str, bytes]], tensors: Iterable[tuple[Path, str]] = ()) -> str:
-    """A hex digest of (name, content) pairs, and of the tensors of (file, prefix) pairs that begin with the prefix.
+    """Return a hex digest of (name, content) pairs, and of the tensors of (file, prefix) pairs with that prefix.
 
-    Of each tensor: name without the prefix, dtype, shape and the first and last 4 KiB, so an edit in the middle
-    of a large one escapes it. It does not depend on paths, times, the files' order or sharding.
+    A tensor contributes its name without the prefix, dtype, shape, and first and last 4 KiB, so an edit in the middle
+    of a large tensor is missed. The digest does not depend on paths, times, the files' order or sharding.
     """
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name, content in texts:
-        _add(found, name.encode(), content)
+        _add(hasher, name.encode(), content)
     for sample in sorted(sample for file, prefix in tensors for sample in _samples(file, prefix)):
-        _add(found, *sample)
-    return found.hexdigest()
+        _add(hasher, *sample)
+    return hasher.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ModelError."""
+    """Return the object in a JSON file. Raises ModelError."""
     try:
         return read_object(path)
     except NotJson as error:
@@ -127,9 +127,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _add(found: Any, *items: bytes) -> None:
+def _add(hasher: Any, *items: bytes) -> None:
     for item in items:
-        found.update(struct.pack("<Q", len(item)) + item)
+        hasher.update(struct.pack("<Q", len(item)) + item)
 
 
 def _samples(file: Path, prefix: str) -> Iterator[tuple[bytes, bytes, bytes]]:

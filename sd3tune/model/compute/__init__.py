@@ -1,1 +1,1 @@
-"""How a training step is computed: the fast path, adaLN ahead of time, gradient checkpointing."""
+"""Efficient computation of a step: the fast path, adaLN computed ahead, gradient checkpointing."""

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of transformer blocks: activations that are not kept are computed again."""
+"""Gradient checkpointing of transformer blocks: activations are recomputed instead of kept."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ ATTENTION = [
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
     cpu.OPERATION,
 ]
-"""The kernels of attention that form no matrix of all pairs of tokens. Where torch has to form it, it is never kept."""
+"""Attention kernels that do not form the matrix of all token pairs. Other kernels' results are never kept."""
 
-_HOOKS = "respect_saved_tensors_hooks"  # of newer versions of torch: what is kept is shown to `footprint.Saved`, too
+_HOOKS = "respect_saved_tensors_hooks"  # newer versions of torch: also reports kept tensors to `footprint.Saved`
 
 
 def checkpoint_blocks(transformer: SD3Transformer2DModel, kind: str, blocks: int | None = None) -> None:
-    """From now on the first `blocks` blocks, None for all, keep nothing but their inputs for the backward pass.
+    """Make the first `blocks` blocks (None: all) keep only their inputs for the backward pass.
 
-    With kind `selective` they also keep what attention made, so that attention alone is not computed again; with
-    `block` they do not; with `none` nothing changes. Gradients are the same to the bit.
+    Kind `block` recomputes everything in a block; `selective` also keeps the output of attention, so attention is not
+    recomputed; `none` changes nothing. Gradients are bit-equal.
     """
     if kind == "none":
         return

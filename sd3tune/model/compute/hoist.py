@@ -1,9 +1,9 @@
-"""Layers that depend only on timestep and pooled text, or on the image size, computed outside the step.
+"""Hoist layers that depend only on timestep and pooled text, or on the image size, out of the step.
 
 The adaLN linears (Peebles and Xie 2023) compute scales, shifts and gates from timestep and pooled text. Both are known
-many steps ahead. The linears hold a third of a base's weights. Here they leave the model's tree, stay on the CPU
-while the model moves to its device, and are applied for many steps at once. The grid of position embeddings stays on
-the CPU too; an image needs its centre only.
+many steps ahead. The linears hold a third of a base's weights. Here they are removed from the module tree, so they stay
+on the CPU when the model moves to its device, and are applied for many steps at once. The grid of position embeddings
+stays on the CPU too, as an image needs only its centre.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Modulation = Sequence[Tensor]
 
 _LAYERS = "adaln_ahead"
 CROPS = 4
-"""Sizes of pictures whose positions are kept on the device."""
+"""Number of image sizes whose position embeddings are cached on the device."""
 
 
 class AheadLinear(nn.Module):
-    """Replace an adaLN linear and its SiLU: return the modulation computed ahead, otherwise compute it."""
+    """Replacement for an adaLN linear and its SiLU. Returns the modulation computed ahead, or else computes it."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         on_meta = linear.weight.is_meta
-        # In a tuple it is no part of the model, which neither moves nor saves it.
+        # A module in a tuple is not registered, so the model neither moves nor saves it.
         self._kept = (linear if on_meta else linear.to("cpu"),)
         self.rows: Tensor | None = None
 
@@ -41,7 +41,7 @@ class AheadLinear(nn.Module):
         return self._kept[0]
 
     def apply_to(self, activated: Sequence[Tensor]) -> list[Tensor]:
-        """Return the linear's output for each input; its weights are copied to their device once."""
+        """Return the linear's output for each input. Its weights are copied to the inputs' device once for all."""
         device = activated[0].device
         weight = self.linear.weight.to(device, non_blocking=True)
         bias = None if self.linear.bias is None else self.linear.bias.to(device, non_blocking=True)
@@ -52,7 +52,7 @@ class AheadLinear(nn.Module):
 
 
 def hoist(transformer: SD3Transformer2DModel) -> None:
-    """Take the adaLN linears and the grid of positions out of the model; its outputs stay bit-equal.
+    """Remove the adaLN linears and the position grid from the module tree; outputs stay bit-equal.
 
     They do not move to a device with the model, and must not be trained.
     """
@@ -78,7 +78,7 @@ def _crop_ahead(patches: PatchEmbed) -> None:
             patches.pos_embed = placeholder
         return crop.to(device)
 
-    patches.pos_embed = grid[:, :0].clone()  # not None, which to diffusers' forward means that there are no positions
+    patches.pos_embed = grid[:, :0].clone()  # diffusers' forward takes None for a model without positions
     patches.cropped_pos_embed = lambda height, width: crop_for(height, width, patches.pos_embed.device)
 
 
@@ -89,7 +89,7 @@ def hoisted(transformer: nn.Module) -> tuple[AheadLinear, ...]:
 
 
 def keep_blocks(transformer: SD3Transformer2DModel, numbers: Collection[int]) -> None:
-    """Take all other blocks out of the model, hoisted linears included; those that are left keep their names."""
+    """Remove all other blocks from the model, with their hoisted linears; the remaining blocks keep their names."""
     children = transformer.transformer_blocks._modules
     for name in [name for name in children if int(name) not in numbers]:
         del children[name]
@@ -98,7 +98,7 @@ def keep_blocks(transformer: SD3Transformer2DModel, numbers: Collection[int]) ->
 
 
 def row_bytes(transformer: SD3Transformer2DModel) -> int:
-    """Bytes of the modulation of one sample."""
+    """Return the bytes of one sample's modulation."""
     kept = [layer.linear for layer in hoisted(transformer)]
     return sum(linear.out_features * linear.weight.dtype.itemsize for linear in kept)
 
@@ -115,7 +115,7 @@ def compute_ahead(transformer: SD3Transformer2DModel, conditions: Sequence[tuple
 
 
 def modulate(transformer: SD3Transformer2DModel, modulation: Modulation | None) -> None:
-    """Let the model use this modulation, or with None compute its own. Call it again only after the backward pass.
+    """Make the model use this modulation, or compute its own for None. Call it again only after the backward pass.
 
     A model that is not hoisted accepts None only.
     """

@@ -1,9 +1,9 @@
 """Load the parts of a base model one at a time: frozen, in eval mode, from safetensors only.
 
-Weights are read directly in the requested dtype (T5 computes other values when it is cast afterwards). A part that is
-truncated, incomplete, not finite or of other shapes than its config raises ModelError with the file. On the meta device
-only the config is read, and the model has names, shapes and dtypes but no values.
-Text encoders and pipelines are imported on use: a run whose captions are encoded already needs none.
+Weights are read directly in the requested dtype, as T5 computes other values if it is cast afterwards. A part that is
+truncated, incomplete, not finite or of other shapes than in its config raises ModelError with the file. On the meta
+device only the config is read, and the model has names, shapes and dtypes but no values. Text encoders and pipelines
+are imported on use: a run with cached captions needs none.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ Prepare = Callable[[SD3Transformer2DModel], None]
 def load_transformer(
     base: Base, dtype: torch.dtype, device: Device = "cpu", prepare: Prepare | None = None
 ) -> SD3Transformer2DModel:
-    """Load the MMDiT. Weights that are missing, or that its config has no place for, raise ModelError.
+    """Load the MMDiT. Raises ModelError for weights that are missing or unexpected for its config.
 
-    `prepare` changes the model on the CPU, before it moves to its device; parts that it takes out stay on the CPU.
+    `prepare` modifies the model on the CPU, before it moves to its device; modules that it removes stay on the CPU.
     """
     if prepare is not None:
         transformer = load_transformer(base, dtype, device if _is_meta(device) else "cpu")
@@ -53,7 +53,7 @@ def load_transformer(
 
 
 def stored_dtype(base: Base) -> torch.dtype:
-    """The precision that the transformer is stored in; bf16 for one that is in several, or in fewer bits."""
+    """Return the dtype in which the transformer is stored; bf16 if there are several, or fewer than 16 bits."""
     found = base.in_file("transformer")
     if found is not None:
         headers = [tensor for name, tensor in tensor_headers(found.file).items() if name.startswith(found.prefix)]
@@ -64,7 +64,7 @@ def stored_dtype(base: Base) -> torch.dtype:
 
 
 def load_vae(base: Base, dtype: torch.dtype, device: Device = "cpu") -> AutoencoderKL:
-    """The VAE. Give it fp32 or bf16: in fp16 it makes black images."""
+    """Load the VAE. Use fp32 or bf16: in fp16 it decodes to black images."""
     if _is_meta(device):
         vae: AutoencoderKL = _empty(base, "vae", AutoencoderKL.from_config)
         return _cast(vae, dtype)
@@ -72,7 +72,7 @@ def load_vae(base: Base, dtype: torch.dtype, device: Device = "cpu") -> Autoenco
 
 
 def text_encoder_shape(base: Base, encoder: str, dtype: torch.dtype) -> nn.Module:
-    """A text encoder's model without weights, on the meta device, in the dtypes that it would be loaded in."""
+    """Return a text encoder without weights, on the meta device, with the dtypes of a loaded one."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     model_class, config_class = (
@@ -80,7 +80,7 @@ def text_encoder_shape(base: Base, encoder: str, dtype: torch.dtype) -> nn.Modul
     )
     part = ENCODER_PARTS[encoder][1]
     model: nn.Module = _empty(base, part, lambda config: model_class(config_class.from_dict(config)).to(dtype))
-    if dtype is torch.float16:  # transformers keeps these in fp32 then: T5's would overflow
+    if dtype is torch.float16:  # transformers then keeps these layers in fp32, as T5's would overflow
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in (model_class._keep_in_fp32_modules or ()):
                 module.float()
@@ -88,7 +88,7 @@ def text_encoder_shape(base: Base, encoder: str, dtype: torch.dtype) -> nn.Modul
 
 
 def load_scheduler(base: Base, shift: float | None = None) -> FlowMatchEulerDiscreteScheduler:
-    """The sampling schedule, with the base's own shift unless one is given."""
+    """Load the scheduler, with the base's own shift unless one is given."""
     folder = base.folder("scheduler")
     base.config("scheduler")
     other = {} if shift is None else {"shift": shift}
@@ -100,9 +100,9 @@ def load_scheduler(base: Base, shift: float | None = None) -> FlowMatchEulerDisc
 def load_text_encoder(
     base: Base, encoder: str, dtype: torch.dtype, device: Device = "cpu", max_sequence_length: int = 256
 ) -> TextEncoder:
-    """One text encoder (`clip_l`, `clip_g` or `t5`) with its own tokenizer.
+    """Load a text encoder (`clip_l`, `clip_g` or `t5`) with its tokenizer.
 
-    `max_sequence_length` is T5's length in tokens; CLIP's is its tokenizer's own, 77.
+    `max_sequence_length` is T5's length in tokens; CLIP always has 77.
     """
     from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
@@ -114,7 +114,7 @@ def load_text_encoder(
 
 
 def load_tokenizer(base: Base, encoder: str) -> Any:
-    """The tokenizer of `clip_l`, `clip_g` or `t5`."""
+    """Load the tokenizer of `clip_l`, `clip_g` or `t5`."""
     from transformers import CLIPTokenizer, T5TokenizerFast
 
     tokenizer_class = T5TokenizerFast if encoder == "t5" else CLIPTokenizer
@@ -123,7 +123,7 @@ def load_tokenizer(base: Base, encoder: str) -> Any:
 
 
 def load_pipeline(base: Base, dtype: torch.dtype, device: Device = "cpu", t5: bool = True) -> StableDiffusion3Pipeline:
-    """The whole base as diffusers' pipeline, everything in one dtype; without T5 its embeddings are zeros."""
+    """Load the whole base as diffusers' pipeline, in one dtype; without T5 its embeddings are zeros."""
     from diffusers import StableDiffusion3Pipeline
 
     encoders = {name: load_text_encoder(base, name, dtype, device) for name in ENCODER_PARTS if t5 or name != "t5"}
@@ -145,28 +145,28 @@ def _is_meta(device: Device) -> bool:
 
 
 def _cast(model: Model, dtype: torch.dtype) -> Model:
-    """`model.to(dtype)` without diffusers' warning about layers that were better loaded so."""
+    """Return `model.to(dtype)`, without diffusers' warning about layers that need a higher precision."""
     nn.Module.to(model, dtype)
     return model
 
 
 def transformer_config(base: Base) -> dict[str, Any]:
-    """The transformer's `config.json`; no weights are read or downloaded."""
+    """Return the transformer's `config.json`; no weights are read or downloaded."""
     return base.config("transformer")
 
 
 def vae_config(base: Base) -> dict[str, Any]:
-    """The VAE's `config.json`; no weights are read or downloaded."""
+    """Return the VAE's `config.json`; no weights are read or downloaded."""
     return base.config("vae")
 
 
 def empty_transformer(base: Base) -> SD3Transformer2DModel:
-    """The transformer without weights, on the meta device: names, shapes and modules only."""
+    """Return the transformer without weights, on the meta device: modules, names and shapes only."""
     return _empty(base, "transformer", SD3Transformer2DModel.from_config)
 
 
 def _empty(base: Base, part: str, build: Callable[[dict[str, Any]], Model]) -> Model:
-    """A part without weights, on the meta device, from its configuration."""
+    """Build a part without weights, on the meta device, from its configuration."""
     config = base.config(part)
     with torch.device("meta"):
         model = _reading(base.path, lambda: build(config))
@@ -175,7 +175,7 @@ def _empty(base: Base, part: str, build: Callable[[dict[str, Any]], Model]) -> M
 
 def _load_model(model_class: type[Model], base: Base, part: str, dtype: torch.dtype, device: Device) -> Model:
     in_file = base.in_file(part)
-    base.config(part)  # is within the limits: nothing is built from another
+    base.config(part)  # checks the limits before anything is built
     with no_progress_bars():
         if in_file is not None:
             files, where = {}, str(in_file.file)
@@ -195,7 +195,7 @@ def _load_model(model_class: type[Model], base: Base, part: str, dtype: torch.dt
 
 
 def _from_folder(model_class: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
-    """The model, and by kind the weights that do not fit its `config.json`."""
+    """Return the model, and kind -> the weights that do not fit its `config.json`."""
     diffusers_model = issubclass(model_class, ModelMixin)
     options = {"torch_dtype": dtype} if diffusers_model else {"dtype": dtype, "ignore_mismatched_sizes": True}
     model, info = model_class.from_pretrained(
@@ -206,7 +206,7 @@ def _from_folder(model_class: Any, folder: Path, dtype: torch.dtype) -> tuple[An
 
 
 def _check_finite(model: nn.Module, files: dict[str, Path], where: str) -> None:
-    """The extremes of each tensor tell of NaN and infinity in one pass, without a temporary of its size."""
+    """Raise ModelError for NaN or infinity, found from the extremes of each tensor without a temporary of its size."""
     tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     extremes = torch.stack([torch.stack(torch.aminmax(tensor)).float() for tensor in tensors.values()])
     finite = extremes.isfinite().all(dim=1).tolist()
@@ -217,11 +217,11 @@ def _check_finite(model: nn.Module, files: dict[str, Path], where: str) -> None:
 
 
 def _reading(path: Path, load: Callable[[], Loaded]) -> Loaded:
-    """Run a library's loader and turn any error about a broken file into one line that names the path."""
+    """Run a library's loader, and turn any error about a broken file into a ModelError that names the path."""
     try:
         return load()
     except ModelError:
         raise
-    except Exception as error:  # the tokenizers library raises bare ones
+    except Exception as error:  # the tokenizers library raises plain Exception
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{path}: cannot be loaded: {reason}") from error

@@ -1,7 +1,7 @@
-"""Linear layers whose weights are kept in 4 or 8 bits, by bitsandbytes; the rest keeps the model's precision.
+"""Linear layers with weights in 4 or 8 bits, by bitsandbytes; other layers keep the model's precision.
 
-bitsandbytes computes the products. How gradients pass them is said here, as its own way for 8 bits holds on to the
-inputs, out of reach of gradient checkpointing.
+bitsandbytes computes the products. Their backward pass is defined here, as its own for 8 bits keeps the inputs where
+gradient checkpointing cannot free them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sd3tune.model.load.text import TextEncoder
 
 
 def missing_library(flag: str) -> list[str]:
-    """A line with the way to get bitsandbytes, which `flag` asks for; none where it is installed."""
+    """Return a line on how to install bitsandbytes, which `flag` needs; no line if it is installed."""
     if importlib.util.find_spec("bitsandbytes") is not None:
         return []
     return [f"{flag} needs bitsandbytes: pip install 'sd3tune[bitsandbytes]'"]
@@ -32,10 +32,10 @@ def missing_library(flag: str) -> list[str]:
 def load_transformer_in(
     form: str, base: Base, dtype: torch.dtype, device: torch.device, prepare: Prepare | None = None
 ) -> SD3Transformer2DModel:
-    """The transformer on `device`, its blocks in `form`: a key of `FORMS`, or `none`.
+    """Load the transformer to `device`, with its blocks in `form`: a key of `FORMS`, or `none`.
 
-    Layer by layer, so that the device never holds more than the result and one layer; the CPU holds all of it.
-    `prepare` is as in `load_transformer`. The adaLN linears keep the model's precision.
+    It is quantized layer by layer: the device never holds more than the result and one layer, the CPU the whole model.
+    See `load_transformer` for `prepare`. The adaLN linears keep the model's precision.
     """
     if form == "none":
         return load_transformer(base, dtype, device, prepare)
@@ -48,7 +48,7 @@ def load_transformer_in(
 def load_text_encoder_in(
     form: str, base: Base, encoder: str, dtype: torch.dtype, device: torch.device | str, max_sequence_length: int
 ) -> TextEncoder:
-    """One text encoder on `device`, all its linear layers in `form`, as `load_transformer_in` has it."""
+    """Load a text encoder to `device`, with all linear layers in `form`; see `load_transformer_in`."""
     if form == "none":
         return load_text_encoder(base, encoder, dtype, device, max_sequence_length)
     found = load_text_encoder(base, encoder, dtype, "cpu", max_sequence_length)
@@ -58,44 +58,43 @@ def load_text_encoder_in(
 
 
 def quantize(model: nn.Module, part: nn.Module, form: str, device: torch.device | str) -> None:
-    """Replace each linear layer in `part` of `model` by one of `form` (a key of `FORMS`) on `device`, one at a time.
+    """Replace each linear layer in `part` of `model` by one in `form` (a key of `FORMS`) on `device`, one at a time.
 
-    `model` is on the CPU, and the rest of it stays there; or all is on the meta device. PEFT puts adapters on top of
-    such layers.
+    `model` is on the CPU, where its other layers stay, or on the meta device. PEFT can add adapters to these layers.
     """
     from peft import import_utils
 
-    for asked in (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available):
-        asked.cache_clear()  # peft may remember that there is no bitsandbytes (see `cli.imports`)
+    for cached_check in (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available):
+        cached_check.cache_clear()  # PEFT may have cached that bitsandbytes is missing (see `cli.imports`)
     for path, holder in list(part.named_modules()):
         for name, layer in list(holder.named_children()):
             if type(layer) is nn.Linear and not is_modulation(f"{path}.{name}"):
-                made: Any = FORMS[form].make(layer)
+                quantized: Any = FORMS[form].make(layer)
                 if layer.weight.is_meta:
-                    made.weight._quantize("meta")  # bitsandbytes treats meta weights as not loaded yet
-                setattr(holder, name, made.to(device))
+                    quantized.weight._quantize("meta")  # bitsandbytes treats meta weights as not loaded yet
+                setattr(holder, name, quantized.to(device))
     setattr(model, FORMS[form].flag, True)
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Return whether `quantize` made the layer."""
+    """Return True if `quantize` made the layer."""
     return hasattr(layer, "read_back")
 
 
 def weights_of(layer: Any, dtype: torch.dtype) -> Tensor:
-    """A linear layer's weights [out, in] as it computes with them; of a quantised one, read back in `dtype`."""
-    found: Tensor = layer.read_back(dtype) if is_quantized(layer) else layer.weight
-    return found
+    """Return a linear layer's weights [out, in]; those of a quantised layer are dequantised to `dtype`."""
+    weights: Tensor = layer.read_back(dtype) if is_quantized(layer) else layer.weight
+    return weights
 
 
 def dtype_of(layer: Any) -> torch.dtype:
     """Return the dtype in which a linear layer computes."""
-    found: torch.dtype = layer.compute_dtype if is_quantized(layer) else layer.weight.dtype
-    return found
+    dtype: torch.dtype = layer.compute_dtype if is_quantized(layer) else layer.weight.dtype
+    return dtype
 
 
 def statistics(model: nn.Module) -> Iterator[Tensor]:
-    """What quantised layers hold besides their parameters: scales, and the values that codes stand for."""
+    """Yield the tensors of quantised layers besides their parameters: scales and code books."""
     for layer in model.modules():
         if not isinstance(layer, nn.Linear):
             continue
@@ -107,10 +106,10 @@ def statistics(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _nf4(layer: nn.Linear) -> nn.Module:
-    """4-bit NormalFloat in blocks of 64, as QLoRA (Dettmers et al. 2023) has it, without its second quantisation."""
+    """Return the layer in 4-bit NormalFloat of QLoRA (Dettmers et al. 2023): blocks of 64, no double quantisation."""
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-    made: Any = _frozen(Linear4bit, _from_nf4)(
+    quantized: Any = _frozen(Linear4bit, _from_nf4)(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -119,19 +118,19 @@ def _nf4(layer: nn.Linear) -> nn.Module:
         quant_type="nf4",
         device="meta",
     )
-    # Repacked for some CPUs at their first use, weights would pass no gradient, and give an adapter wrong inputs.
-    made.support_avx512bf16_for_cpu = False
-    made.weight = Params4bit(
-        layer.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", module=made
+    # On some CPUs the first use repacks the weights, which breaks gradients and the inputs of adapters.
+    quantized.support_avx512bf16_for_cpu = False
+    quantized.weight = Params4bit(
+        layer.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", module=quantized
     )
-    return _with_bias(made, layer)
+    return _with_bias(quantized, layer)
 
 
 def _int8(layer: nn.Linear) -> nn.Module:
-    """LLM.int8() of Dettmers et al. 2022: a scale a row, and columns with outliers apart, in 16 bits."""
+    """Return the layer in LLM.int8() (Dettmers et al. 2022): one scale per row, and outlier columns in 16 bits."""
     from bitsandbytes.nn.modules import Int8Params, Linear8bitLt
 
-    made: Any = _frozen(Linear8bitLt, _from_int8)(
+    quantized: Any = _frozen(Linear8bitLt, _from_int8)(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -139,24 +138,24 @@ def _int8(layer: nn.Linear) -> nn.Module:
         threshold=6.0,
         device="meta",
     )
-    made.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
-    return _with_bias(made, layer)
+    quantized.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    return _with_bias(quantized, layer)
 
 
-def _with_bias(made: Any, layer: nn.Linear) -> nn.Module:
-    made.compute_dtype = layer.weight.dtype  # by which PEFT knows what an adapter on top is to be in
+def _with_bias(quantized: Any, layer: nn.Linear) -> nn.Module:
+    quantized.compute_dtype = layer.weight.dtype  # PEFT takes the dtype of an adapter from it
     if layer.bias is not None:
-        made.bias = layer.bias
-    return made.requires_grad_(False).eval()
+        quantized.bias = layer.bias
+    return quantized.requires_grad_(False).eval()
 
 
 @functools.cache
 def _frozen(kind: Any, weights: Callable[[Any, torch.dtype], Tensor]) -> Any:
-    """Layers of that `kind` of bitsandbytes; `weights` are a layer's, read back."""
+    """Return a subclass of `kind`, a layer of bitsandbytes, with our backward pass; `weights` dequantises a layer."""
 
     class Frozen(kind):
         def forward(self, inputs: Tensor) -> Tensor:
-            compute = functools.partial(_plainly, self) if inputs.is_meta else super().forward
+            compute = functools.partial(_meta_product, self) if inputs.is_meta else super().forward
             if torch.is_grad_enabled() and inputs.requires_grad:
                 outputs: Tensor = _Product.apply(inputs, self, compute)
                 return outputs
@@ -168,22 +167,26 @@ def _frozen(kind: Any, weights: Callable[[Any, torch.dtype], Tensor]) -> Any:
     return Frozen
 
 
-def _plainly(layer: Any, inputs: Tensor) -> Tensor:
-    """For the meta device, where bitsandbytes has no kernels: the shapes of a product with the weights read back.
+def _meta_product(layer: Any, inputs: Tensor) -> Tensor:
+    """Return the product on the meta device, where bitsandbytes has no kernels, with the same temporary memory.
 
-    In 8 bits, inputs are rounded to fp16 and then to codes, whose product has 32.
+    In 8 bits, inputs are rounded to fp16 and then to codes, whose product has 32 bits.
     """
     wide = (*inputs.shape[:-1], layer.out_features)
-    taken = []
+    temporaries = []
     if layer.weight.dtype is torch.int8:
-        taken = [inputs.half(), torch.empty_like(inputs, dtype=torch.int8), inputs.new_empty(wide, dtype=torch.int32)]
+        temporaries = [
+            inputs.half(),
+            torch.empty_like(inputs, dtype=torch.int8),
+            inputs.new_empty(wide, dtype=torch.int32),
+        ]
     outputs = nn.functional.linear(inputs, layer.read_back(inputs.dtype), layer.bias)
-    del taken
+    del temporaries
     return outputs
 
 
 class _Product(torch.autograd.Function):
-    """What `compute` makes of `inputs`; the gradient passes the weights as they are held, and nothing else is kept."""
+    """`compute(inputs)`, with a gradient through the dequantised weights; no tensor is kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, layer: Any, compute: Callable[[Tensor], Tensor]) -> Tensor:
@@ -199,8 +202,8 @@ class _Product(torch.autograd.Function):
 def _from_nf4(layer: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    found: Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    return found.to(dtype)
+    weights: Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return weights.to(dtype)
 
 
 def _from_int8(layer: Any, dtype: torch.dtype) -> Tensor:
@@ -209,16 +212,16 @@ def _from_int8(layer: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _rows(layer: Any) -> tuple[Tensor, Tensor]:
-    """Codes [out, in] and the largest of each row [out]: bitsandbytes moves them at a layer's first use."""
-    held = layer.weight if layer.state.CB is None else layer.state
-    return held.CB, held.SCB
+    """Return codes [out, in] and row maxima [out], which bitsandbytes moves to `state` at a layer's first use."""
+    owner = layer.weight if layer.state.CB is None else layer.state
+    return owner.CB, owner.SCB
 
 
 class Form(NamedTuple):
-    """A way to hold weights."""
+    """A storage format of weights."""
 
     flag: str
-    """The attribute by which PEFT knows such a model."""
+    """The attribute by which PEFT recognizes such a model."""
     make: Callable[[nn.Linear], nn.Module]
 
 

@@ -22,21 +22,24 @@ _STANDARD_DEVIATION = 0.02
 
 
 def random_transformer(random: RandomTransformer, dtype: torch.dtype) -> SD3Transformer2DModel:
-    """Each weight follows from the seed and the parameter's name; the global random state is left alone."""
+    """Return a randomly initialized transformer. A weight depends only on the seed and the parameter's name.
+
+    The global random state does not change.
+    """
     with init_empty_weights(include_buffers=False):
         transformer = SD3Transformer2DModel.from_config(random.config)
-    drawn = {
+    parameters = {
         name: _draw(name, parameter.shape, _generator(random.seed, name)).to(dtype)
         for name, parameter in transformer.named_parameters()
     }
-    transformer.load_state_dict(drawn, strict=False, assign=True)
+    transformer.load_state_dict(parameters, strict=False, assign=True)
     for buffer in transformer.buffers():
         buffer.data = buffer.to(dtype)
     return transformer
 
 
 def _draw(name: str, shape: torch.Size, source: torch.Generator) -> Tensor:
-    """One parameter, fp32."""
+    """Return one parameter in fp32."""
     if name.endswith("bias") or is_modulation(name) or name.startswith("proj_out"):
         return torch.zeros(shape)
     if len(shape) == 1:  # RMS norms

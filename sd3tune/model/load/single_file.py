@@ -1,4 +1,4 @@
-"""Loads a part of a model from a single safetensors file, through the libraries' own converters; see `checkpoint`."""
+"""Load a part of a model from a single safetensors file, by the libraries' own converters."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _BUNDLED = {SD3Transformer2DModel: CONFIGS / "sd3-medium" / "transformer", Autoe
 
 
 def from_file(model_class: Any, part: FilePart, dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
-    """The model on the CPU in `dtype`, and what keeps it from being one: tensors `missing` or `mismatched`."""
+    """Return the model on the CPU in `dtype`, and the names of `missing` and `mismatched` tensors, by kind."""
     tensors = read_tensors(part, dtype)
     if model_class not in _BUNDLED:
         return _text_encoder(model_class, part, tensors, dtype)
     config = {key: value for key, value in part.config.items() if not key.startswith("_")}
-    # The keywords stand above the bundled config. The transformer is whole: `checkpoint` has counted.
+    # Keywords override the bundled config. `single_file_header` has checked that the transformer is complete.
     if model_class is AutoencoderKL and (missing := _missing_in_vae(config, tensors)):
         return None, {"missing": missing}
     model = model_class.from_single_file(tensors, config=str(_BUNDLED[model_class]), local_files_only=True, **config)
@@ -39,7 +39,7 @@ def _missing_in_vae(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[
 
 
 def read_tensors(part: FilePart, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The part's tensors by name without its prefix: as stored and mapped from the file, but fp8 as `dtype`.
+    """Return the part's tensors by name without prefix: memory-mapped as stored, but fp8 converted to `dtype`.
 
     `part.unused` is left out. Scaled fp8 weights are multiplied by their scale. Raises ModelError for other quantised
     formats.

@@ -1,4 +1,4 @@
-"""Prompts to embeddings, number for number as `StableDiffusion3Pipeline.encode_prompt` makes them.
+"""Encode prompts, bit-equal to `StableDiffusion3Pipeline.encode_prompt`.
 
 Padding is never masked or zeroed: the MMDiT attends to it, so the T5 length is part of the conditioning.
 """
@@ -21,18 +21,18 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.model = model
         self.max_length = max_length
-        """Tokens per prompt, the special ones and padding included; a longer prompt is cut."""
+        """Number of tokens per prompt, with special tokens and padding; a longer prompt is truncated."""
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> list[dict[str, Tensor]]:
-        """Per text `{"hidden": [T, D]}`, for CLIP also `{"pooled": [P]}`; in the encoder's dtype, on the CPU.
+        """Return `{"hidden": [T, D]}` per text, for CLIP also `{"pooled": [P]}`; in the encoder's dtype, on the CPU.
 
-        One prompt at a time: a batch would change the last bits. CLIP gives its penultimate hidden state.
+        Prompts are encoded one at a time: a batch would change the last bits. CLIP's hidden state is its penultimate.
         """
         return [self._encode(text) for text in texts]
 
     def truncated(self, text: str) -> int:
-        """How many tokens of the text are cut off; 0 when it fits."""
+        """Return the number of tokens of the text that are cut off; 0 if it fits."""
         return max(0, count_tokens(self.tokenizer, text) - self.max_length)
 
     def _encode(self, text: str) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ class TextEncoder:
 
 
 def count_tokens(tokenizer: Any, text: str) -> int:
-    """The tokens that the whole text needs, the special ones included."""
+    """Return the number of tokens of the whole text, with special tokens."""
     return len(tokenizer(text).input_ids)
 
 
@@ -62,10 +62,10 @@ def _first(batch: Tensor, dtype: Any) -> Tensor:
 def assemble(
     clip_l: Mapping[str, Tensor], clip_g: Mapping[str, Tensor], t5: Tensor | None, t5_length: int, joint_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """The transformer's conditioning, prompt_embeds [B, 77+T5, joint_dim] and pooled [B, P], from batches.
+    """Return the transformer's conditioning, prompt_embeds [B, 77+T5, joint_dim] and pooled [B, P], from batches.
 
-    `clip_l` and `clip_g` hold "hidden" [B, 77, D] and "pooled" [B, P]; `t5` is [B, t5_length, joint_dim], or
-    None for zeros, as the pipeline has without T5. CLIP is zero-padded in width and comes before T5.
+    `clip_l` and `clip_g` contain "hidden" [B, 77, D] and "pooled" [B, P]. `t5` is [B, t5_length, joint_dim], or None
+    for zeros, as in the pipeline without T5. CLIP is zero-padded in width and precedes T5.
     """
     clip = torch.cat([clip_l["hidden"], clip_g["hidden"]], dim=-1)
     if t5 is None:
@@ -77,5 +77,5 @@ def assemble(
 
 
 def pool(clip_l: Mapping[str, Tensor], clip_g: Mapping[str, Tensor]) -> Tensor:
-    """Only the pooled part of `assemble`."""
+    """Return only the pooled part of `assemble`, [B, P]."""
     return torch.cat([clip_l["pooled"], clip_g["pooled"]], dim=-1)

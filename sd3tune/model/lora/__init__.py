@@ -1,1 +1,1 @@
-"""LoRA layers in the transformer: which modules, how they start, and their dropout."""
+"""LoRA layers in the transformer: target modules, initialization and dropout."""

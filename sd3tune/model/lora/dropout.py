@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of a seed: no random state to save, the same mask when a block is recomputed."""
+"""Dropout with a mask that follows from a seed: no random state to save, and the same mask in recomputed blocks."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class SeededDropout(nn.Module):
         self._seed: int | None = None
 
     def draw(self, seed: int | None) -> None:
-        """Use the mask of `seed` (below 2^63) in what follows; None turns dropout off."""
+        """Use the mask of `seed` (below 2^63) from now on; None turns dropout off."""
         self._seed = None if seed is None else seed ^ self._salt
 
     @property
     def is_drawn(self) -> bool:
-        """True while values are dropped."""
+        """True while dropout is active."""
         return self._seed is not None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Same shape and dtype as `inputs`; only a boolean mask is kept for the backward pass."""
+        """Return a tensor like `inputs`; only a boolean mask is kept for the backward pass."""
         if self._seed is None:
             return inputs
         dropped = torch.empty(inputs.shape, dtype=torch.bool, device=inputs.device)
-        if not inputs.is_meta:  # which has neither values nor generators
+        if not inputs.is_meta:  # the meta device has neither values nor generators
             dropped.bernoulli_(self.share, generator=torch.Generator(inputs.device).manual_seed(self._seed))
         return inputs.masked_fill(dropped, 0) / (1 - self.share)

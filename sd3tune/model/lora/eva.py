@@ -1,4 +1,4 @@
-"""EVA: A starts as the main directions of its module's input over some batches of the data (Paischer et al. 2024)."""
+"""EVA (Paischer et al. 2024): A starts as the principal directions of its module's input over some training batches."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sd3tune.errors import AdapterError
 def input_directions(
     transformer: nn.Module, ranks: Mapping[str, int], observe: Callable[[], object]
 ) -> dict[str, Tensor]:
-    """Module -> its input's first principal components [rank, in], orthonormal, fp32.
+    """Return module -> its input's first principal components [rank, in], orthonormal, fp32.
 
-    `observe()` runs some batches through the model. PEFT's incremental PCA keeps no more than the components, and
-    modules that are given the same tensor, as q, k and v are, share one. Ranks stay as they are, unlike in the paper,
-    where modules compete for them (that is PEFT's rho = 1). Raises AdapterError when a batch has too few vectors.
+    `observe()` runs some batches through the model. PEFT's incremental PCA stores only the components. Modules with the
+    same input tensor, such as q, k and v, share one. Ranks do not change (PEFT's rho = 1), unlike in the paper, where
+    modules compete for them. Raises AdapterError if a batch has too few vectors.
     """
     inputs = _Inputs(ranks)
     with ExitStack() as stack:
@@ -35,7 +35,7 @@ class _Inputs:
     def __init__(self, ranks: Mapping[str, int]) -> None:
         self.ranks = ranks
         self.leader: dict[str, str] = {}
-        """Module -> the first module that was given the same tensor."""
+        """Module -> the first module with the same input tensor."""
         self.components: dict[str, IncrementalPCA] = {}
         self._last: tuple[Tensor | None, str] = (None, "")
 

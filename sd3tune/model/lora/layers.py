@@ -1,4 +1,4 @@
-"""LoRA on the transformer: layers with their rank and scale, and how they start. PEFT makes the layers."""
+"""LoRA on the transformer: rank, scale and initialization of its layers, which PEFT creates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADAPTER_NAME = "default"
 
 @dataclass(frozen=True)
 class Layer:
-    """One module's adapter: it adds `scale` B A to the module's weight."""
+    """The adapter of one module, which adds `scale` B A to the module's weight."""
 
     rank: int
     alpha: float
@@ -38,21 +38,21 @@ Init = Callable[[int, int, int, torch.Generator], "tuple[Tensor, Tensor]"]
 
 
 def kaiming(rank: int, features: int, outputs: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """PEFT's default: A from U(-b, b), b = 1 / sqrt(features), and B zero."""
+    """Return PEFT's default: A from U(-b, b), b = 1 / sqrt(features), and B zero."""
     down = torch.empty(rank, features)
     nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=source)
     return down, torch.zeros(outputs, rank)
 
 
 def gaussian(rank: int, features: int, outputs: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """PEFT's `gaussian`: A normal with standard deviation 1 / rank, and B zero."""
+    """Return PEFT's `gaussian`: A normal with standard deviation 1 / rank, and B zero."""
     return torch.randn(rank, features, generator=source) / rank, torch.zeros(outputs, rank)
 
 
 def orthogonal(rank: int, features: int, outputs: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """PEFT's `orthogonal`: neither factor is zero, but A's columns and B's rows lie in orthogonal halves of R^rank.
+    """Return PEFT's `orthogonal`: A's columns and B's rows lie in orthogonal halves of R^rank, and neither is zero.
 
-    So B A is zero up to the rounding of what holds the factors: about 1e-8 in fp32, 1e-3 of |B| |A| in bf16.
+    So B A is zero up to rounding in the dtype of the factors: about 1e-8 in fp32, 1e-3 of |B| |A| in bf16.
     """
     basis, _ = torch.linalg.qr(torch.randn(rank, rank, generator=source).double())
     down = torch.randn(features, rank // 2, generator=source).double() @ basis[0::2] / 10
@@ -61,7 +61,7 @@ def orthogonal(rank: int, features: int, outputs: int, source: torch.Generator) 
 
 
 INITS: dict[bool | str, Init] = {True: kaiming, "gaussian": gaussian, "orthogonal": orthogonal, "eva": kaiming}
-"""`eva` replaces A afterwards, when there is data to look at (see `eva.input_directions`)."""
+"""`eva` replaces A later, from training data (see `eva.input_directions`)."""
 
 
 def inject_lora(
@@ -72,10 +72,10 @@ def inject_lora(
     init: bool | str = True,
     dropout: float = 0.0,
 ) -> dict[str, nn.Parameter]:
-    """Add LoRA layers to the modules of `layers`; returns their parameters, fp32, `<module>.lora_A` and `.lora_B`.
+    """Add LoRA layers to the modules of `layers`. Return their fp32 parameters, `<module>.lora_A` and `.lora_B`.
 
-    Factors are drawn in fp32 whatever the base's dtype, and from `generator(module)`, so the start depends on neither
-    dtype nor global state.
+    Factors are drawn in fp32 from `generator(module)`, so the initialization does not depend on the base's dtype or on
+    global state.
     """
     common = most_common(layers)
     config = LoraConfig(
@@ -101,17 +101,17 @@ def inject_lora(
 
 
 def most_common(layers: Mapping[str, Layer]) -> Layer:
-    """The layer that most modules have: patterns then name the others only."""
+    """Return the most common layer, so that patterns need to name only the others."""
     return Counter(layers.values()).most_common(1)[0][0]
 
 
 def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
-    """The modules that carry adapters, by full name."""
+    """Return the modules with adapters, by full name."""
     return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
 
 
 def block_norms(factors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Frobenius norm of BA over all modules of each block, without forming BA: |BA|^2 = sum((B^T B) * (A A^T))."""
+    """Return block -> Frobenius norm of BA over its modules, without forming BA: |BA|^2 = sum((B^T B) * (A A^T))."""
     squares: dict[str, float] = {}
     for name, down in factors.items():
         if name.endswith(".lora_A"):

@@ -1,4 +1,4 @@
-"""Which modules are trained: names, presets and expressions over the transformer's linear layers."""
+"""Target modules of LoRA: names, presets and expressions over the transformer's linear layers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ATTENTION_IMAGE = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
     *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
 )
-"""The image stream's projections, and SD3.5-medium's second attention, which sees images only.
+"""The image stream's projections, with SD3.5-medium's second attention, which has image tokens only.
 
-`attn.to_q` as an ending does not match `attn2.to_q`, which is why the latter stand here by name.
+The ending `attn.to_q` does not match `attn2.to_q`, so the latter are listed.
 """
 ATTENTION_CONTEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
 MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -33,7 +33,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """One kind of module: in how many blocks it exists, in how many it is trained, at how many parameters."""
+    """One kind of module: the number of blocks where it is trained and present, and its trainable parameters."""
 
     module: str
     trained: int
@@ -43,7 +43,7 @@ class CoverageRow:
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Return whether a module's full name equals `pattern`, ends with it, or fully matches `re:...`."""
+    """Return True if a module's full name equals `pattern`, ends with it, or fully matches `re:...`."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern.removeprefix("re:"), name) is not None
     return name == pattern or name.endswith(f".{pattern}")
@@ -52,14 +52,14 @@ def fits(name: str, pattern: str) -> bool:
 def select_modules(
     transformer: nn.Module, targets: str | Sequence[str], blocks: Sequence[int | str] | None = None
 ) -> list[str]:
-    """Full names of the linear modules to train, in the model's order.
+    """Return the full names of the linear modules to train, in the model's order.
 
     `targets` is a preset, a `re:...` expression, or a list of such expressions, names or endings; `blocks` are numbers
     or ranges like "0-11", None for all of the model. Modules that can never learn are left out.
     Raises AdapterError when an entry matches nothing, or nothing that can learn, or a block does not exist.
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    never = never_learning(transformer)
+    never = untrainable_modules(transformer)
     inside = _inside(transformer, blocks)
     patterns = PRESETS.get(targets, (targets,)) if isinstance(targets, str) else targets
     problems = []
@@ -82,10 +82,10 @@ def select_modules(
     ]
 
 
-def never_learning(transformer: nn.Module) -> set[str]:
-    """The last block drops its context stream, so the context's query there gets a gradient of exactly zero.
+def untrainable_modules(transformer: nn.Module) -> set[str]:
+    """Return the linear modules whose gradient is always zero: the context query of the last block.
 
-    Its `to_add_out` and `ff_context` do not exist. Every other linear layer of the transformer learns.
+    That block discards its context stream, and has no `to_add_out` and `ff_context`. All other linear layers learn.
     """
     return {
         f"{name}.attn.add_q_proj"
@@ -97,7 +97,10 @@ def never_learning(transformer: nn.Module) -> set[str]:
 def values_by_pattern(
     modules: Sequence[str], patterns: Mapping[str, Value], default: Value, key: str
 ) -> dict[str, Value]:
-    """Module -> the value of the first pattern that it fits, else `default`. AdapterError for one that fits none."""
+    """Return module -> the value of its first matching pattern, else `default`.
+
+    Raises AdapterError for a pattern that matches no module.
+    """
     idle = [pattern for pattern in patterns if not any(fits(name, pattern) for name in modules)]
     if idle:
         raise AdapterError(*(f"{key}: {pattern!r} matches none of the trained modules" for pattern in idle))
@@ -107,7 +110,7 @@ def values_by_pattern(
 
 
 def coverage(transformer: nn.Module, ranks: Mapping[str, int]) -> list[CoverageRow]:
-    """What the modules of `ranks` are, grouped by their place in a block; for a table at the start of a run."""
+    """Group the modules of `ranks` by their place in a block, for the table at the start of a run."""
     rows: dict[str, CoverageRow] = {}
     for name, module in transformer.named_modules():
         if not isinstance(module, nn.Linear):
@@ -122,7 +125,7 @@ def coverage(transformer: nn.Module, ranks: Mapping[str, int]) -> list[CoverageR
 
 
 class _Inside:
-    """A predicate: is a module in one of the selected blocks?"""
+    """Predicate: True for a module in one of the selected blocks."""
 
     def __init__(self, numbers: set[int] | None) -> None:
         self.numbers = numbers
@@ -148,7 +151,7 @@ def _inside(transformer: nn.Module, blocks: Sequence[int | str] | None) -> _Insi
 
 
 def block_of(name: str) -> str:
-    """The block that a module or a parameter is in, for people: `block 3`; ELSEWHERE outside of them."""
+    """Return the readable name of a module's or parameter's block, `block 3`; ELSEWHERE outside of blocks."""
     found = re.match(r"transformer_blocks\.(\d+)\.", name)
     return f"block {found[1]}" if found else ELSEWHERE
 

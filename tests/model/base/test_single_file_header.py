@@ -190,9 +190,9 @@ def test_a_file_that_is_no_such_encoder_is_refused(single_file) -> None:
     file = single_file("tiny")
     clip, t5 = file.with_name("clip_l.safetensors"), file.with_name("t5.safetensors")
     for given, encoder, message in (
-        (t5, "clip_l", r"t5\.safetensors: a T5 text encoder, and model\.text_encoders\.clip_l wants CLIP-L"),
-        (clip, "t5", r"clip_l\.safetensors: a CLIP text encoder, and model\.text_encoders\.t5 wants T5"),
-        (file, "t5", r"model\.safetensors: a Stable Diffusion 3 transformer, and model\.text_encoders\.t5 wants T5"),
+        (t5, "clip_l", r"t5\.safetensors: a T5 text encoder, and model\.text_encoders\.clip_l expects CLIP-L"),
+        (clip, "t5", r"clip_l\.safetensors: a CLIP text encoder, and model\.text_encoders\.t5 expects T5"),
+        (file, "t5", r"model\.safetensors: a Stable Diffusion 3 transformer, and model\.text_encoders\.t5 expects T5"),
     ):
         with pytest.raises(ModelError, match=message):
             read_encoder(given, encoder)
@@ -204,8 +204,8 @@ def test_released_encoders_in_each_others_place_are_refused_by_their_width(hollo
     assert misfits({encoder: read_encoder(file, encoder) for encoder, file in files.items()}, transformer) == []
     wrong = {"clip_l": read_encoder(files["clip_g"], "clip_l"), "clip_g": read_encoder(files["clip_l"], "clip_g")}
     assert misfits(wrong, transformer) == [
-        f"{files['clip_g']}: its width is 1280 (CLIP-G's), and model.text_encoders.clip_l wants CLIP-L of width 768",
-        f"{files['clip_l']}: its width is 768 (CLIP-L's), and model.text_encoders.clip_g wants CLIP-G of width 1280",
+        f"{files['clip_g']}: its width is 1280 (CLIP-G's), and model.text_encoders.clip_l expects CLIP-L of width 768",
+        f"{files['clip_l']}: its width is 768 (CLIP-L's), and model.text_encoders.clip_g expects CLIP-G of width 1280",
     ]
 
 
@@ -221,11 +221,11 @@ def test_encoders_of_other_sizes_are_compared_with_the_transformer(single_file) 
 
     assert lines(clip_l, clip_g) == []
     (line,) = lines(clip_g, clip_g)
-    assert "pooled vectors of 32 and 32, and this base wants 48 together" in line
+    assert "pooled vectors of 32 and 32, and this base expects 48 together" in line
     (line,) = lines(clip_g, clip_l)
     assert "swap clip_l and clip_g" in line
     assert lines(clip_l, clip_g, joint=4096) == [
-        f"{t5}: its width is 64, and model.text_encoders.t5 wants T5 of width 4096"
+        f"{t5}: its width is 64, and model.text_encoders.t5 expects T5 of width 4096"
     ]
 
 

@@ -18,7 +18,7 @@ from sd3tune.data.sampler import generator
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.compute.fast import cpu, plain_path, use_fast_path
 from sd3tune.model.compute.fast.attention import SHORT, attention_dtype
-from sd3tune.model.compute.fast.lora import adapted, linear, linear_together
+from sd3tune.model.compute.fast.lora import adapted, fused_linears, linear
 from sd3tune.model.compute.fast.norm import is_invertible, join_normalised
 from sd3tune.model.load.components import load_transformer
 from sd3tune.model.load.quantized import FORMS, load_transformer_in
@@ -219,7 +219,7 @@ def test_a_quantised_base_takes_the_fast_way_below_its_lora(form: str) -> None:
     assert all(adapted(layer) is not None for layer in layers)
     states = torch.randn(2, 5, layers[0].in_features, generator=generator(4), requires_grad=True)
     plain = [layer(states) for layer in layers]
-    fast = linear_together(layers, states)
+    fast = fused_linears(layers, states)
     for one, other in zip(fast, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
     wanted = [states, *(of[ADAPTER_NAME].weight for layer in layers for of in (layer.lora_A, layer.lora_B))]
@@ -324,7 +324,7 @@ def test_an_error_on_a_thread_of_attention_comes_out_and_leaves_the_threads(thre
     torch.set_num_threads(2)
     try:
         with pytest.raises(MemoryError, match="no room for the scores"):
-            cpu._share_out(work, torch.empty(2, 1), torch.arange(4).view(1, 4, 1))
+            cpu._for_each_head(work, torch.empty(2, 1), torch.arange(4).view(1, 4, 1))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -13,7 +13,7 @@ from sd3tune.errors import AdapterError
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import empty_transformer, load_transformer
 from sd3tune.model.lora.layers import ADAPTER_NAME
-from sd3tune.model.lora.targets import CoverageRow, coverage, never_learning, select_modules, values_by_pattern
+from sd3tune.model.lora.targets import CoverageRow, coverage, select_modules, untrainable_modules, values_by_pattern
 
 # Name, blocks, blocks with a second attention (`attn2`), and counts that follow by hand.
 # attention: 8 projections a block (q, k, v and output of the image's and of the context's stream), less the last
@@ -71,7 +71,7 @@ def test_of_all_linear_layers_only_those_left_out_cannot_learn(
 
     dead = {key for key, parameter in parameters.items() if parameter.grad.abs().max().item() == 0}
     left_out = f"transformer_blocks.{blocks - 1}.attn.add_q_proj"
-    assert never_learning(skeleton(name)) == {left_out}
+    assert untrainable_modules(skeleton(name)) == {left_out}
     assert dead == {f"{left_out}.lora_{letter}.{ADAPTER_NAME}.weight" for letter in "AB"}
     assert len(parameters) == 2 * len(linear)
 

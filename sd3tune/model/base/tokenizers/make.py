@@ -1,4 +1,4 @@
-"""Makes the committed tokenizer files of the tiny bases from `words.txt`: run `python make.py` here.
+"""Make the committed tokenizer files of the tiny bases from `words.txt`: run `python make.py` here.
 
 CLIP: OpenAI's layout in small: 256 bytes ("!" is 0), 256 bytes that end a word, merges that build each word
 from the left, <|startoftext|> and <|endoftext|>. T5: <pad> </s> <unk>, the words, then single characters.
@@ -16,7 +16,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def byte_symbols() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes, in CLIP's order: printable ones first."""
+    """Return GPT-2's printable stand-ins for the 256 bytes, in CLIP's order: printable ones first."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -27,7 +27,7 @@ def byte_symbols() -> list[str]:
 
 
 def clip_merges(words: list[str]) -> list[tuple[str, str]]:
-    """The merges that make each word one token: apply what exists, then join from the left what remains."""
+    """Return the merges that make each word one token: apply existing ones, then join the remainder from the left."""
     merges: dict[tuple[str, str], None] = {}
     for word in words:
         symbols = [*word[:-1], word[-1] + "</w>"]
@@ -51,7 +51,7 @@ def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def clip_files(folder: Path, words: list[str], pad: str) -> None:
-    """CLIP-L pads with the end token, CLIP-G with "!", which is a special token there, as in the real one."""
+    """Write a CLIP tokenizer. CLIP-L pads with the end token, CLIP-G with "!", a special token as in the original."""
     symbols, merges = byte_symbols(), clip_merges(words)
     tokens = [
         *symbols,
@@ -79,7 +79,7 @@ def clip_files(folder: Path, words: list[str], pad: str) -> None:
 
 
 def t5_files(folder: Path, words: list[str]) -> None:
-    """A word costs less the earlier it stands in the list, and always less than its characters do."""
+    """Write the T5 tokenizer. Earlier words cost less, and a word always costs less than its characters."""
     letters = ["▁", *(chr(code) for code in [*range(33, 127), *range(161, 256)])]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [("▁" + word, -4.0 - n / 100) for n, word in enumerate(words)]

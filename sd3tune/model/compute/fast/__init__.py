@@ -1,4 +1,4 @@
-"""The fast path: diffusers' own transformer and PEFT's own layers, computing the same in fewer operations."""
+"""The fast path: fewer operations for the same results in diffusers' transformer and PEFT's layers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sd3tune.model.compute.fast.attention import FastAttention
 
 
 def use_fast_path(transformer: SD3Transformer2DModel) -> None:
-    """From now on the model's blocks compute the fast way: equal outputs and gradients up to rounding.
+    """Switch the model's blocks to the fast path, with equal outputs and gradients up to rounding.
 
-    Parameters, their names and the state dict stay as they are.
+    Parameters, their names and the state dict do not change.
     """
     for block in transformer.transformer_blocks:
         block.forward = functools.partial(fast_block.forward, block)
@@ -27,7 +27,7 @@ def use_fast_path(transformer: SD3Transformer2DModel) -> None:
 
 @contextmanager
 def plain_path(transformer: SD3Transformer2DModel) -> Iterator[None]:
-    """Compute with diffusers' own modules while the context lasts, bit for bit."""
+    """Compute bit-equal to diffusers, with its own modules, inside the context."""
     fast = [block for block in transformer.transformer_blocks if "forward" in vars(block)]
     for block in fast:
         del block.forward

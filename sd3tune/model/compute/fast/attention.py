@@ -1,4 +1,4 @@
-"""Joint attention of SD3's blocks, the fast way: a processor that diffusers' own `Attention` calls."""
+"""Fast joint attention for SD3's blocks: a processor for diffusers' `Attention`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sd3tune.model.compute.fast import cpu
-from sd3tune.model.compute.fast.lora import linear, linear_together
+from sd3tune.model.compute.fast.lora import fused_linears, linear
 from sd3tune.model.compute.fast.norm import is_invertible, join, join_normalised
 
 SHORT = 512
-"""Tokens up to which the CPU's kernel is slower in 16 bits than in fp32, up to twelve times at 16 tokens."""
+"""Number of tokens up to which the CPU's kernel is slower in 16 bits than in fp32, up to 12x at 16 tokens."""
 
 
 class FastAttention:
-    """Computes what `JointAttnProcessor2_0` does, up to rounding."""
+    """Processor equal to `JointAttnProcessor2_0` up to rounding."""
 
     def __init__(self, attention: Attention) -> None:
         norms = [attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k]
@@ -27,13 +27,13 @@ class FastAttention:
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
     ) -> Any:
-        """[B, image tokens, width], and [B, text tokens, width] where there is a text stream; the same shapes back."""
+        """Return the outputs, in the inputs' shapes: [B, image tokens, width] and, if any, [B, text tokens, width]."""
         dtype = attention_dtype(hidden_states, encoder_hidden_states)
-        streams = [linear_together([attn.to_q, attn.to_k, attn.to_v], hidden_states)]
+        streams = [fused_linears([attn.to_q, attn.to_k, attn.to_v], hidden_states)]
         query_norms, key_norms = [attn.norm_q], [attn.norm_k]
         if encoder_hidden_states is not None:
             layers = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
-            streams.append(linear_together(layers, encoder_hidden_states))
+            streams.append(fused_linears(layers, encoder_hidden_states))
             query_norms.append(attn.norm_added_q)
             key_norms.append(attn.norm_added_k)
         queries, keys, values = ([_heads(attn, of, dtype) for of in parts] for parts in zip(*streams, strict=True))
@@ -52,20 +52,20 @@ class FastAttention:
 
 
 def attention_dtype(image: Tensor, text: Tensor | None) -> torch.dtype:
-    """What queries, keys and values [B, tokens, width] are best normalised and mixed in: fp32 where that is faster."""
+    """Return the fastest dtype for queries, keys and values [B, tokens, width]: fp32 for few tokens on the CPU."""
     tokens = image.shape[1] + (0 if text is None else text.shape[1])
     return torch.float32 if image.is_cpu and image.dtype.itemsize == 2 and tokens <= SHORT else image.dtype
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(query key^T / sqrt(width)) value, all [B, heads, tokens, width]."""
+    """Return softmax(query key^T / sqrt(width)) value, all [B, heads, tokens, width]."""
     if cpu.is_faster(query) and torch.is_grad_enabled():
         return cpu.Attention.apply(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
 
 
 def _heads(attn: Attention, states: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, tokens, heads * width] -> [B, tokens, heads, width], a view unless in another dtype."""
+    """Reshape [B, tokens, heads * width] to [B, tokens, heads, width]; a view unless the dtype changes."""
     return states.unflatten(-1, (attn.heads, -1)).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""The forward of SD3's transformer block, the fast way: scale and shift, and gate and add, in one pass each."""
+"""Fast forward pass of SD3's transformer block: scale and shift, and gate and add, in one pass each."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def forward(
     temb: Tensor,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """What `JointTransformerBlock.forward` computes, up to rounding; same arguments and results."""
+    """Replace `JointTransformerBlock.forward`: same arguments, and equal results up to rounding."""
     image, text, extra = hidden_states, encoder_hidden_states, joint_attention_kwargs or {}
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *second = _modulation(block.norm1, temb)
     text_parts = _modulation(block.norm1_context, temb)
-    if block.context_pre_only:  # diffusers' AdaLayerNormContinuous has the scale first
+    if block.context_pre_only:  # AdaLayerNormContinuous of diffusers puts the scale first
         text_scale, text_shift = text_parts
     else:
         text_shift, text_scale, text_gate, *text_mlp = text_parts
@@ -46,7 +46,7 @@ def forward(
 
 
 def _modulation(norm: nn.Module, temb: Tensor) -> tuple[Tensor, ...]:
-    """Shifts, scales and gates, [B, 1, width] each."""
+    """Return shifts, scales and gates, [B, 1, width] each."""
     every = norm.linear(norm.silu(temb))  # type: ignore[operator]
     return tuple(every[:, None].split(temb.shape[-1], dim=-1))
 

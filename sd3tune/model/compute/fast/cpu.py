@@ -1,9 +1,9 @@
-"""Attention in bf16 on the CPU as whole matrix products of oneDNN, a head at a time on each thread.
+"""Attention in bf16 on the CPU by matrix products of oneDNN, one head at a time per thread.
 
-torch's own kernel spends more time around its products than in them. Here a head's scores are a product in bf16, the
-first time and again for the backward pass. Their rounding would be as large as the scores are, so each row is shifted,
-inside the product, by about the score at which its weights lie: softmax does not see it, and what counts is rounded
-near zero.
+torch's kernel spends more time around its matrix products than in them. Here the scores of a head are a product in
+bf16, computed in the forward pass and again in the backward pass. The rounding of a score grows with its size, so the
+product also subtracts from each row about the score where its weights concentrate. softmax is invariant to that shift,
+and the scores that matter are then near zero, where bf16 is most precise.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 THREADS = 2
-"""Up to which it was measured to be faster: every thread takes room for two heads' scores, where torch's takes none."""
+"""Largest number of threads at which it was measured to be faster. Each thread needs memory for two heads' scores."""
 
 
 def is_faster(query: Tensor) -> bool:
-    """Whether `Attention` is worth it: bf16 on a CPU that multiplies it, as far as this version of torch can tell."""
+    """Return True if `Attention` pays off: bf16, few threads, and a CPU with bf16 products that torch can detect."""
     multiplies = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    few = torch.get_num_threads() <= THREADS
-    return query.is_cpu and query.dtype is torch.bfloat16 and few and bool(multiplies())
+    has_few_threads = torch.get_num_threads() <= THREADS
+    return query.is_cpu and query.dtype is torch.bfloat16 and has_few_threads and bool(multiplies())
 
 
 class Attention(torch.autograd.Function):
@@ -43,8 +43,8 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, centre = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
-        given = (*_centred(query, key, centre), query, key, value, gradient)
-        found = [torch.empty_like(of) for of in (query, key, value)]
+        inputs = (*_centred(query, key, centre), query, key, value, gradient)
+        gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
 
         def differentiate(weights: Tensor, towards: Tensor, *head: Tensor) -> None:
             long_q, long_k, q, k, v, g, towards_q, towards_k, towards_v = head
@@ -55,74 +55,74 @@ class Attention(torch.autograd.Function):
             torch.addmm(towards_q, towards, k, beta=0, alpha=scale, out=towards_q)
             torch.addmm(towards_k, towards.T, q, beta=0, alpha=scale, out=towards_k)
 
-        _share_out(differentiate, _rooms(2, query, key), *given, *found)
-        return found[0], found[1], found[2]
+        _for_each_head(differentiate, _score_buffers(2, query, key), *inputs, *gradients)
+        return gradients[0], gradients[1], gradients[2]
 
 
 @torch.library.custom_op("sd3tune::attention_in_bf16", mutates_args=(), device_types="cpu")
 def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return attention's output and `_centre`. A registered operator: selective checkpointing keeps it."""
+    """Return attention's output and `_centre`. As a registered operator, selective checkpointing can keep it."""
     scale, centre = query.shape[-1] ** -0.5, _centre(query, key)
     output = torch.empty_like(query)
 
     def mix(weights: Tensor, long_q: Tensor, long_k: Tensor, v: Tensor, mixed: Tensor) -> None:
         torch.mm(_weigh(long_q, long_k, scale, out=weights), v, out=mixed)
 
-    _share_out(mix, _rooms(1, query, key), *_centred(query, key, centre), value, output)
+    _for_each_head(mix, _score_buffers(1, query, key), *_centred(query, key, centre), value, output)
     return output, centre
 
 
 OPERATION = torch.ops.sd3tune.attention_in_bf16.default
 
 
-def _rooms(count: int, query: Tensor, key: Tensor) -> Tensor:
-    """Room on each thread for `count` times a head's scores: [threads, count, queries, keys]."""
+def _score_buffers(count: int, query: Tensor, key: Tensor) -> Tensor:
+    """Return buffers for `count` times a head's scores per thread: [threads, count, queries, keys]."""
     return query.new_empty(torch.get_num_threads(), count, query.shape[2], key.shape[2])
 
 
-def _share_out(work: Callable[..., None], rooms: Tensor, *tensors: Tensor) -> None:
-    """Call `work(*room of the thread, *tensors of the head)` for every head.
+def _for_each_head(work: Callable[..., None], buffers: Tensor, *tensors: Tensor) -> None:
+    """Call `work(*buffers of the thread, *tensors of the head)` for every head, with the heads shared over threads.
 
-    A thread has its own products, as one of them is not twice as fast on two threads.
+    Each product runs on one thread, as two threads do not double the speed of a product.
     """
-    threads, heads = len(rooms), list(zip(*map(_heads, tensors), strict=True))
+    threads, heads = len(buffers), list(zip(*map(_heads, tensors), strict=True))
 
     @torch.no_grad()
     def share(thread: int) -> None:
         for head in heads[thread::threads]:
-            work(*rooms[thread], *head)
+            work(*buffers[thread], *head)
 
-    others: list[Future[None]] = []
+    futures: list[Future[None]] = []
     torch.set_num_threads(1)
     try:
-        others.extend(_workers().submit(share, thread) for thread in range(1, threads))
+        futures.extend(_workers().submit(share, thread) for thread in range(1, threads))
         share(0)
     finally:
-        wait(others)  # a worker that starts sets the number for the whole process, so it is restored after that
+        wait(futures)  # a starting worker sets the number for the whole process, so restore it last
         torch.set_num_threads(threads)
-    for other in others:
-        other.result()
+    for future in futures:
+        future.result()
 
 
 def _heads(states: Tensor) -> list[Tensor]:
-    """[B, heads, tokens, width] -> all heads of all samples, views."""
+    """Split [B, heads, tokens, width] into the heads of all samples, as views."""
     return [head for sample in states.unbind() for head in sample.unbind()]
 
 
 @functools.cache
 def _workers() -> ThreadPoolExecutor:
-    """Threads beside the caller's, whose products stay on them; none starts before it is needed."""
+    """Return the additional threads, which start on first use and compute each product on one thread."""
     return ThreadPoolExecutor(THREADS - 1, "attention", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _weigh(long_query: Tensor, long_key: Tensor, scale: float, out: Tensor) -> Tensor:
-    """One head's weights, [queries, keys]."""
+    """Write one head's attention weights, [queries, keys], to `out`, and return it."""
     torch.addmm(out, long_query, long_key.T, beta=0, alpha=scale, out=out)
     return torch.softmax(out, dim=-1, out=out)
 
 
 def _centred(query: Tensor, key: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys with a column more, so that their product is less by `centre`."""
+    """Append a column to queries and keys that subtracts `centre` from their product."""
     return torch.cat([query, -centre], dim=-1), torch.cat([key, key.new_ones(*key.shape[:-1], 1)], dim=-1)
 
 

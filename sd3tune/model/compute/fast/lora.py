@@ -1,7 +1,7 @@
-"""Linear layers that share an input, with their LoRA: q, k and v in one autograd function.
+"""Linear layers with LoRA that share an input, such as q, k and v, in one autograd function.
 
-PEFT computes W x + b, B (A x), its multiple and the sum, each of the output's size, and as many tensors in the backward
-pass. Here the low-rank product accumulates into the output, and gradients accumulate into one tensor.
+PEFT computes W x + b, B (A x), the scaled product and the sum as separate tensors of the output's size, and as many in
+the backward pass. Here the low-rank product accumulates into the output, and gradients accumulate into one tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sd3tune.model.lora.dropout import SeededDropout
 
 
 class Adapted(NamedTuple):
-    """y = base(x) + scale up (down x)."""
+    """A linear layer with LoRA: y = base(x) + scale up (down x)."""
 
     base: Any
     down: Tensor
@@ -27,10 +27,10 @@ class Adapted(NamedTuple):
     scale: float
 
 
-def linear_together(layers: Sequence[nn.Module], inputs: Tensor) -> tuple[Tensor, ...]:
-    """What each of the layers makes of the same `inputs` [..., in]: [..., out], equal to calling them up to rounding.
+def fused_linears(layers: Sequence[nn.Module], inputs: Tensor) -> tuple[Tensor, ...]:
+    """Return the output [..., out] of each layer for the same `inputs` [..., in], equal to calling them up to rounding.
 
-    Takes the fast way for frozen linear layers, quantised or not, under one plain LoRA; anything else is called.
+    The fast path covers frozen linear layers, quantised or not, with one plain LoRA each; other layers are called.
     """
     known = [adapted(layer) for layer in layers]
     if any(of is None for of in known):
@@ -40,11 +40,11 @@ def linear_together(layers: Sequence[nn.Module], inputs: Tensor) -> tuple[Tensor
 
 
 def linear(layer: nn.Module, inputs: Tensor) -> Tensor:
-    return linear_together([layer], inputs)[0]
+    return fused_linears([layer], inputs)[0]
 
 
 def adapted(layer: nn.Module) -> Adapted | None:
-    """The layer's tensors where it computes just that at the moment, else None."""
+    """Return the layer's tensors if it is a frozen linear layer with one active, plain LoRA, else None."""
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name, base = layer.active_adapters[0], layer.base_layer
@@ -70,7 +70,7 @@ def _layers(bases: Sequence[Any], tensors: Sequence[Tensor], scales: Sequence[fl
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Exact gradients for inputs and factors; none for the frozen weights and biases."""
+    """The layers as one function, with gradients for inputs and factors; the base weights are frozen."""
 
     @staticmethod
     def forward(

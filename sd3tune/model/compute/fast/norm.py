@@ -1,4 +1,4 @@
-"""RMS normalisation (Zhang and Sennrich 2019) as one operation of autograd, with its statistics in fp32."""
+"""RMS normalisation (Zhang and Sennrich 2019) as one autograd function, with statistics in fp32."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LEAST_WEIGHT = 2**-10
 
 
 def is_invertible(norm: nn.Module | None) -> bool:
-    """Return whether the input of `norm` can be recovered from its output up to its length: no weight is near zero."""
+    """Return True if no weight of `norm` is near zero, so that its output determines the direction of its input."""
     return _is_known(norm) and (norm.weight.is_meta or bool(norm.weight.abs().min() > LEAST_WEIGHT))
 
 
 def join_normalised(norms: Sequence[nn.Module | None], parts: Sequence[Tensor], invertible: bool = False) -> Tensor:
-    """What each of `norms` makes of its part [B, tokens, heads, width], up to rounding, in one tensor of all tokens.
+    """Apply each of `norms` to its part [B, tokens, heads, width], and concatenate the results along the tokens.
 
-    Where all of them are `invertible` and frozen, the result is kept for the backward pass and no part of what went in.
+    Equal to the norms up to rounding. If all are `invertible` and frozen, the backward pass keeps the result only.
     """
     known = [norm for norm in norms if _is_known(norm)]
     if len(known) == len(norms):
@@ -33,7 +33,7 @@ def join_normalised(norms: Sequence[nn.Module | None], parts: Sequence[Tensor], 
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
-    """All tokens of parts [B, tokens, ...]."""
+    """Concatenate parts [B, tokens, ...] along the tokens."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
@@ -42,14 +42,14 @@ def _is_known(norm: nn.Module | None) -> TypeGuard[RMSNorm]:
 
 
 class _RmsNorms(torch.autograd.Function):
-    """y = w x / sqrt(mean(x^2) + eps) over the last dimension of each part, the results in one tensor.
+    """y = w x / sqrt(mean(x^2) + eps) over the last dimension of each part, concatenated along the tokens.
 
-    Exact gradients for x and, unless it is frozen, w.
+    Has gradients for x and, unless it is frozen, w.
     """
 
     @staticmethod
-    def forward(ctx: Any, epsilons: Sequence[float], keep_result: bool, *given: Tensor) -> Tensor:
-        weights, parts = given[: len(epsilons)], given[len(epsilons) :]
+    def forward(ctx: Any, epsilons: Sequence[float], keep_result: bool, *weights_and_parts: Tensor) -> Tensor:
+        weights, parts = weights_and_parts[: len(epsilons)], weights_and_parts[len(epsilons) :]
         joined = parts[0].new_empty(len(parts[0]), sum(part.shape[1] for part in parts), *parts[0].shape[2:])
         inverses, places = [], joined.split([part.shape[1] for part in parts], dim=1)
         for epsilon, weight, part, place in zip(epsilons, weights, parts, places, strict=True):
@@ -70,10 +70,10 @@ class _RmsNorms(torch.autograd.Function):
         results = kept[0].split(tokens, dim=1) if ctx.keep_result else None
         towards_weights: list[Tensor | None] = []
         towards_parts: list[Tensor] = []
-        for at, towards in enumerate(gradient.split(tokens, dim=1)):
-            weight, inverse = weights[at], inverses[at]
-            direction = results[at] / weight if results else kept[at].mul(inverse).to(weight.dtype)
-            trained = ctx.needs_input_grad[2 + at]
+        for index, towards in enumerate(gradient.split(tokens, dim=1)):
+            weight, inverse = weights[index], inverses[index]
+            direction = results[index] / weight if results else kept[index].mul(inverse).to(weight.dtype)
+            trained = ctx.needs_input_grad[2 + index]
             towards_weights.append((towards * direction).sum_to_size(weight.shape) if trained else None)
             along = towards * weight
             overlap = torch.linalg.vecdot(along, direction).unsqueeze_(-1) / -along.shape[-1]
