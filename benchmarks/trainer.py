@@ -149,7 +149,7 @@ def make_trainer(config: Config, model: Model, folder: Path, device: torch.devic
         world=processes.world,
         device=device,
         scaling=SD3_SCALING,
-        sigma_of_u=lambda u, pixels: sigmas(u),
+        sigma_of=lambda u, pixels: sigmas(u),
     )
     return Trainer(
         config=config,

@@ -20,11 +20,15 @@ from sd3tune.encode.inspect import inspect, warnings_about
 from sd3tune.encode.manifest import ImageFacts, Manifest
 from sd3tune.encode.report import IMAGE_CHANGED, IMAGE_SETTING_CHANGED, LOST, NEW, EncodeReport, damage_warnings
 from sd3tune.encode.resources import check_room, is_mine, release
-from sd3tune.errors import DataError
+from sd3tune.errors import DataError, ModelError
 from sd3tune.model.base.base import Base
-from sd3tune.model.load.components import load_vae
+from sd3tune.model.load.components import load_vae, vae_dtype
 from sd3tune.model.load.latents import encode_moments
 from sd3tune.reporting import progress_bar
+
+_NOT_FINITE = (
+    "the VAE turns it into NaN or infinity; try model.dtype=fp32, and if that does not help, get the base's VAE again"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +78,7 @@ def encode_images(
     `label` names the records. Raises DataError for all unreadable images at once, before the VAE is loaded. Raises
     ModelError, and RunError if the disk lacks space.
     """
-    dtype = torch.float32 if dtype == torch.float16 else dtype
+    dtype = vae_dtype(dtype)
     manifest = Manifest.load(store.root)
     refs = [record.image for record in records]
     facts = inspect(refs, manifest, progress)
@@ -179,6 +183,8 @@ def _encode(
         for job, image in ahead(decode, jobs):
             for key, cut in job.cuts.items():
                 mean, std = encode_moments(vae, pixels(image, cut))
+                if not (mean.isfinite().all() and std.isfinite().all()):
+                    raise ModelError(f"{job.image}: {_NOT_FINITE}")
                 writer.put(key, {"mean": mean[0], "std": std[0]})
                 bar.update()
 

@@ -22,7 +22,7 @@ from sd3tune.methods import Method
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.parts import ENCODER_PARTS
 from sd3tune.model.compute.hoist import Modulation, hoist, row_bytes
-from sd3tune.model.load.components import empty_transformer, load_vae, text_encoder_shape
+from sd3tune.model.load.components import empty_transformer, load_vae, text_encoder_shape, vae_dtype
 from sd3tune.model.load.latents import decode
 from sd3tune.model.load.quantized import load_transformer_in, quantize, statistics
 from sd3tune.run.setup import hoists, make_trainable
@@ -328,11 +328,6 @@ def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dty
         denoising = thin.measured(lambda _: predict_velocity(transformer, method, batch))
         decoding = peak_of(lambda: decode(vae, batch.latents[:1]))
     return MemoryUse(resident, max(denoising.peak, decoding.peak))
-
-
-def vae_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the VAE's dtype: fp32 instead of fp16, in which it overflows."""
-    return torch.float32 if dtype is torch.float16 else dtype
 
 
 def dtype_of(transformer: nn.Module) -> torch.dtype:

@@ -22,7 +22,7 @@ from sd3tune.inference.prompts import encode_prompts
 from sd3tune.inference.start_images import fitted
 from sd3tune.model.base.parts import is_modulation
 from sd3tune.model.compute.hoist import hoist
-from sd3tune.model.load.components import load_scheduler, load_vae
+from sd3tune.model.load.components import load_scheduler, load_vae, vae_dtype
 from sd3tune.model.load.latents import encode_moments
 from sd3tune.model.load.quantized import load_transformer_in
 from sd3tune.reporting import progress_bar, say
@@ -223,7 +223,7 @@ def _start_images(together: Sequence[ImageRequest], images: Images) -> Start | N
 
 def _load_vae(session: InferenceSession) -> AutoencoderKL:
     """Load the VAE; in fp32 instead of fp16, where it decodes to black images."""
-    dtype = torch.float32 if session.dtype is torch.float16 else session.dtype
+    dtype = vae_dtype(session.dtype)
     vae = load_vae(session.conditions.base, dtype, session.device)
     if session.memory.vae_tiling:
         vae.enable_tiling()

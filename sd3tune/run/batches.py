@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 from sd3tune.model.load.components import vae_config
 from sd3tune.run.contract import drops_kept_captions
 from sd3tune.run.drawing import NEGATIVE_PROMPT
@@ -11,13 +9,12 @@ from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes
 from sd3tune.training.batches import Batches, Dropout, LatentScaling
-from sd3tune.training.objective import shift_at, sigma_of_u
+from sd3tune.training.objective import sigma_map
 
 
 def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
     """Return the batches of a run for this process, from its encoded images and captions."""
     vae, flow = vae_config(plan.base), plan.config.flow
-    sigmas_at = functools.lru_cache(lambda shift: sigma_of_u(flow, shift))
     return Batches(
         encoded.store,
         encoded.examples,
@@ -28,7 +25,7 @@ def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
         world=processes.world,
         device=plan.device,
         scaling=LatentScaling(vae["scaling_factor"], vae["shift_factor"]),
-        sigma_of_u=lambda u, pixels: sigmas_at(shift_at(flow, plan.model_shift, pixels))(u),
+        sigma_of=sigma_map(flow, plan.model_shift),
         noise_offset=flow.noise_offset,
         dropout=Dropout(
             plan.config.data.caption_dropout,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
 from sd3tune.data.store import Store
 from sd3tune.encode.resources import release
 from sd3tune.files.atomic import new_file, remove_stale
-from sd3tune.model.load.components import load_scheduler, load_vae
+from sd3tune.model.load.components import load_scheduler, load_vae, vae_dtype
 from sd3tune.reporting import progress_bar, say
 from sd3tune.run.preflight import Plan
 from sd3tune.run.setup import load_base
@@ -38,7 +37,7 @@ def stored_conditioning(
 
 def load_decoder(plan: Plan) -> AutoencoderKL:
     """Load the VAE onto the device in the run's dtype, or in fp32 instead of fp16, in which it overflows."""
-    return load_vae(plan.base, torch.float32 if plan.dtype is torch.float16 else plan.dtype, plan.device)
+    return load_vae(plan.base, vae_dtype(plan.dtype), plan.device)
 
 
 def draw_class_images(

@@ -54,14 +54,16 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
     draw_class_images(plan, store, captions, processes)
     processes.wait()
 
-    def examples_of(what: str, records: Sequence[Record], buckets: Sequence[Size]) -> list[Example]:
-        images, report = _encode_images(plan, what, records, buckets, store, processes, say)
+    def examples_of(
+        label: str, records: Sequence[Record], buckets: Sequence[Size], varied: bool = False
+    ) -> list[Example]:
+        images, report = _encode_images(plan, label, records, buckets, store, processes, say, varied)
         reports.append(report)
         for image in images:
             earlier.update((now, then) for now, then in zip(image.keys, image.earlier_keys, strict=True) if now != then)
         return [_example(record, image, captions) for record, image in zip(records, images, strict=True)]
 
-    once = examples_of("images", plan.records, plan.buckets)
+    once = examples_of("images", plan.records, plan.buckets, varied=True)
     pictures = [examples_of("class images", prior.records, prior.sizes) for prior in plan.priors]
     holdout = examples_of("held-out images", plan.holdout, plan.buckets) if plan.holdout else []
     processes.wait()
@@ -146,20 +148,21 @@ def _t5_lengths(plan: Plan, captions: Mapping[str, Mapping[str, str]]) -> T5Leng
 
 def _encode_images(
     plan: Plan,
-    what: str,
+    label: str,
     records: Sequence[Record],
     buckets: Sequence[Size],
     store: Store,
     processes: Processes,
     say: Callable[[str], None],
+    varied: bool = False,
 ) -> tuple[list[EncodedImage], EncodeReport]:
-    """Encode one group of images. Only the training images get crop variants and flips."""
-    data, varied = plan.config.data, records is plan.records
+    """Encode one group of images. `varied` ones, the training images, get crop variants and flips."""
+    data = plan.config.data
     return encode_images(
         plan.base,
         records,
         store,
-        label=what,
+        label=label,
         buckets=buckets,
         crop_variants=data.crop_variants if varied else 1,
         flip=data.flip and varied,

@@ -18,7 +18,7 @@ from sd3tune.config.run_folder import read_run_file
 from sd3tune.encode.resources import release
 from sd3tune.errors import AdapterError, RunError
 from sd3tune.model.base.base import Base
-from sd3tune.model.load.components import load_vae
+from sd3tune.model.load.components import load_vae, vae_dtype
 from sd3tune.run.previews import Preview, previews_of, run_of, step_of
 from sd3tune.runtime.device import choose_dtype, dtype_name, gpu_of
 from sd3tune.sampling.sampler import add_offset
@@ -113,7 +113,7 @@ def _draw(adapter: Adapter, base: Base, preview: Preview, dtype: torch.dtype, de
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     del texts
     release(device)
-    vae = load_vae(base, torch.float32 if dtype is torch.float16 else dtype, device)
+    vae = load_vae(base, vae_dtype(dtype), device)
     pipeline = drawing_pipeline(base, dtype, device, vae)
     load_into(pipeline, adapter)
     start, offset = torch.Generator().manual_seed(recipe["seed"]), recipe.get("noise_offset", 0.0)

@@ -104,7 +104,7 @@ class _Loaded:
 class Batches:
     """The batches of a rank, read from the store by a thread, one ahead. They hold no state that a resume would need.
 
-    `sigma_of_u(u, pixels)` maps float64 uniforms to sigma for images of that size; `examples` lists each image as often
+    `sigma_of(u, pixels)` maps float64 uniforms to sigma for images of that size; `examples` lists each image as often
     as an epoch sees it. A batch, of all ranks together, holds images of one size.
     """
 
@@ -120,7 +120,7 @@ class Batches:
         world: int,
         device: torch.device,
         scaling: LatentScaling,
-        sigma_of_u: Callable[[Tensor, int], Tensor],
+        sigma_of: Callable[[Tensor, int], Tensor],
         noise_offset: float = 0.0,
         dropout: Dropout = Dropout(),
         t5_lengths: T5Lengths = (),
@@ -130,7 +130,7 @@ class Batches:
         for example in sorted(examples, key=lambda example: example.size):
             self.buckets.setdefault(size_name(example.size), []).append(example)
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
-        self.device, self.scaling, self.sigma_of_u, self.noise_offset = device, scaling, sigma_of_u, noise_offset
+        self.device, self.scaling, self.sigma_of, self.noise_offset = device, scaling, sigma_of, noise_offset
         self.with_prior = any(example.prior for example in examples)
         self._ahead: tuple[tuple[int, int], Future[_Loaded]] | None = None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
@@ -213,7 +213,7 @@ class Batches:
     def _sigma(self, step: int, samples: Sequence[Sample]) -> Tensor:
         height, width = samples[0].example.size
         uniforms = [(derive(self.seed, step, sample.slot, "sigma") >> 11) + 0.5 for sample in samples]
-        return self.sigma_of_u(torch.tensor(uniforms, dtype=torch.float64) / 2**52, height * width).float()
+        return self.sigma_of(torch.tensor(uniforms, dtype=torch.float64) / 2**52, height * width).float()
 
     def _embedding(self, encoder: str, sample: Sample, step: int) -> dict[str, Tensor]:
         dropout, captions, slot = self.dropout, sample.example.captions, sample.slot

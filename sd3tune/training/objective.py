@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,12 @@ def sigma_of_u(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:
     return timesteps.truncated(_unbounded(flow, shift), flow.min_sigma, flow.max_sigma)
 
 
+def sigma_map(flow: FlowConfig, model_shift: float) -> Callable[[Tensor, int], Tensor]:
+    """Return the map (u, pixels of the image) -> sigma, with the shift of that image size (see `shift_at`)."""
+    inverse_cdf = functools.lru_cache(lambda shift: sigma_of_u(flow, shift))
+    return lambda u, pixels: inverse_cdf(shift_at(flow, model_shift, pixels))(u)
+
+
 def share_inside(flow: FlowConfig, shift: float) -> float:
     """Return the share of the configured density, shifted, that lies within its bounds."""
     low, high = (timesteps.share_below(_unbounded(flow, shift), bound) for bound in (flow.min_sigma, flow.max_sigma))
@@ -100,7 +107,7 @@ def _unbounded(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:
 
 
 def make_weight(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:
-    """Return w(sigma), normalised to mean 1 over the sigmas in training unless that is turned off."""
+    """Return w(sigma), normalised to mean 1 over the sigmas under `shift` unless that is turned off."""
     settings = flow.weighting
     weight = WEIGHTS[settings.kind]
     if not settings.normalised:

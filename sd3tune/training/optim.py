@@ -17,7 +17,8 @@ from sd3tune.config.sections.optimizer import ScheduleSection
 from sd3tune.config.sections.train import EmaConfig
 from sd3tune.config.variants import SCHEDULE, Registry
 
-MIN_LOSS_SCALE_STEPS = 2000
+GROWTH_INTERVAL = 2000
+"""Good steps after which the loss scale is doubled."""
 MIN_LOSS_SCALE = 1.0
 """A lower scale would cause the underflow that scaling prevents; at 1, overflow comes from the model itself."""
 NORM_CHUNK = 1 << 16
@@ -47,8 +48,7 @@ class FlatMaster:
 
     def collect_gradients(self) -> None:
         """Add the parameters' gradients to the fp32 sum, and clear them."""
-        missing = next((p.device for p in self.parameters if p.grad is None), None)
-        if missing is not None:
+        if any(parameter.grad is None for parameter in self.parameters):
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         self.gradient += torch.cat([p.grad.reshape(-1) for p in self.parameters])  # type: ignore[union-attr]
@@ -69,7 +69,7 @@ class FlatMaster:
 
 
 class LossScale:
-    """Dynamic loss scaling for fp16, without a host sync (Micikevicius et al. 2018): halve on overflow, else grow.
+    """Dynamic loss scaling for fp16, without a host sync (Micikevicius et al. 2018): halve on overflow, double later.
 
     The rule is that of torch's GradScaler, with a floor: NaN, which no scale prevents, must not shrink the scale to 0.
     """
@@ -84,7 +84,7 @@ class LossScale:
         if not self.enabled:
             return
         self.good_steps.copy_(torch.where(overflow, 0.0, self.good_steps + 1))
-        grow = self.good_steps >= MIN_LOSS_SCALE_STEPS
+        grow = self.good_steps >= GROWTH_INTERVAL
         self.scale.mul_(torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0))).clamp_(min=MIN_LOSS_SCALE)
         self.good_steps.masked_fill_(grow, 0)
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import weakref
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from safetensors.torch import load_file, save_file
 
 from sd3tune.config.sections.data import DataConfig
 from sd3tune.data.crops import crops
@@ -15,7 +17,8 @@ from sd3tune.data.records import Record, load_records
 from sd3tune.data.store import Store, key
 from sd3tune.encode import images
 from sd3tune.encode.images import encode_images
-from sd3tune.errors import DataError
+from sd3tune.errors import DataError, ModelError
+from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_pipeline
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "dreambooth"
@@ -348,3 +351,16 @@ def test_transparency_and_broken_profiles_are_reported_every_time(base, records,
             f"1 image has transparent parts, which are laid on white: {records[0].image.name}",
             f"{records[2].image}: its colour profile is damaged; its colours are taken as sRGB",
         ]
+
+
+def test_latents_that_are_not_finite_are_refused_by_name_and_never_stored(base, records, tmp_path) -> None:
+    """The weights are finite, as an overflow in 16 bits has it."""
+    broken = Path(shutil.copytree(base.path, tmp_path / "broken"))
+    file = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["encoder.conv_out.weight"] *= 1e38
+    save_file(tensors, file, metadata={"format": "pt"})
+    store = Store(tmp_path / "s")
+    with pytest.raises(ModelError, match=r"0\.png: the VAE turns it into NaN or infinity; try model\.dtype=fp32"):
+        encode(resolve_base(str(broken)), records[:1], store)
+    assert len(Store(tmp_path / "s")) == 0

@@ -193,7 +193,7 @@ def test_the_summary_warns_of_a_change_that_only_a_diverged_training_makes(
         "weights": "raw", "block_changes": {"block 0": 1.0}, "velocity_change": change, "changes_output": True,
         "fixed_noise_loss": {"sigma": [0.5], "base": [1.0], "trained": [1.0]},
     }  # fmt: skip
-    said = "warning: one denoising step changes by more than 75 %: the training has probably diverged; look at what"
+    said = "warning: one denoising step changes by more than 75 %: the training has probably diverged; check the"
     assert sum(line.startswith(said) for line in summary(plan, report)) == warned
 
 

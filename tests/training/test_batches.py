@@ -299,7 +299,7 @@ def test_the_posterior_is_drawn_anew_each_time_and_normalised(tmp_path: Path) ->
         writer.put("image", {"mean": torch.full((1, 64, 64), 5.0), "std": torch.full((1, 64, 64), 2.0)})
     batches = Batches(
         store, [Example("x.png", ("image",), {}, (512, 512))], seed=0, batch_size=1, accumulation=1, rank=0, world=1,
-        device=torch.device("cpu"), scaling=LatentScaling(1.5, 1.0), sigma_of_u=lambda u, pixels: u,
+        device=torch.device("cpu"), scaling=LatentScaling(1.5, 1.0), sigma_of=lambda u, pixels: u,
     )  # fmt: skip
     first, second = fetch_all(batches, 2)
     assert not torch.equal(first.latents, second.latents)
@@ -318,12 +318,12 @@ def test_what_went_wrong_while_reading_ahead_is_raised(store) -> None:
 
 def test_sigma_is_drawn_for_the_size_of_the_images(store) -> None:
     """Latents of 2 x 2 are images of 16 x 16 pixels."""
-    batch = make_batches(store, batch_size=3, sigma_of_u=lambda u, pixels: torch.full_like(u, pixels)).fetch(0, 0)
+    batch = make_batches(store, batch_size=3, sigma_of=lambda u, pixels: torch.full_like(u, pixels)).fetch(0, 0)
     assert batch.sigma.tolist() == [256.0] * 3
 
 
 def test_sigma_follows_the_bucket_of_each_batch(store) -> None:
-    batches = make_batches(store, batch_size=2, sizes=MIXED, sigma_of_u=lambda u, pixels: torch.full_like(u, pixels))
+    batches = make_batches(store, batch_size=2, sizes=MIXED, sigma_of=lambda u, pixels: torch.full_like(u, pixels))
     found = fetch_all(batches, 10)
     assert {batch.sigma[0].item() for batch in found} == {192.0, 256.0}
     for batch in found:

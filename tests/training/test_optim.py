@@ -11,8 +11,8 @@ from torch import nn
 from sd3tune.config.sections.optimizer import ConstantConfig, CosineConfig
 from sd3tune.config.sections.train import EmaConfig
 from sd3tune.training.optim import (
+    GROWTH_INTERVAL,
     MIN_LOSS_SCALE,
-    MIN_LOSS_SCALE_STEPS,
     FlatMaster,
     LossScale,
     clip_,
@@ -179,7 +179,7 @@ def test_loss_scale_halves_on_overflow_and_grows_after_a_long_calm() -> None:
     start = scale.scale.item()
     scale.update(torch.tensor(True))
     assert scale.scale.item() == start / 2
-    for _ in range(MIN_LOSS_SCALE_STEPS - 1):
+    for _ in range(GROWTH_INTERVAL - 1):
         scale.update(torch.tensor(False))
     assert scale.scale.item() == start / 2
     scale.update(torch.tensor(False))
@@ -201,7 +201,7 @@ def test_a_row_of_overflows_leaves_the_loss_scale_at_its_floor() -> None:
     for halvings in range(1, 200):
         scale.update(torch.tensor(True))
         assert scale.scale.item() == max(2.0 ** (16 - halvings), MIN_LOSS_SCALE)
-    for _ in range(MIN_LOSS_SCALE_STEPS):
+    for _ in range(GROWTH_INTERVAL):
         scale.update(torch.tensor(False))
     assert scale.scale.item() == 2 * MIN_LOSS_SCALE
 

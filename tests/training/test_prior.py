@@ -52,7 +52,7 @@ def make_batches(store: Store, priors, *, batch_size=1, accumulation=1, rank=0, 
         world=world,
         device=torch.device("cpu"),
         scaling=LatentScaling(1.0, 0.0),
-        sigma_of_u=lambda u, pixels: u,
+        sigma_of=lambda u, pixels: u,
         **more,
     )
 

@@ -47,7 +47,7 @@ def make_batches(store: Store, prior: str = "none", *, seed=0, rank=0, world=1, 
         store,
         [example(text, PRIORS[prior]) for text in ("a", "b")],
         seed=seed, batch_size=2, accumulation=2, rank=rank, world=world, device=torch.device("cpu"),
-        scaling=LatentScaling(1.0, 0.0), sigma_of_u=lambda u, pixels: u,
+        scaling=LatentScaling(1.0, 0.0), sigma_of=lambda u, pixels: u,
         dropout=Dropout(caption=0.3, empty={"t5": "-5"}),
         t5_lengths=[{f"{text}-5": f"{text}-{length}" for text in CAPTIONS} for length in lengths],
     )  # fmt: skip

@@ -71,6 +71,11 @@ def load_vae(base: Base, dtype: torch.dtype, device: Device = "cpu") -> Autoenco
     return _load_model(AutoencoderKL, base, "vae", dtype, device)
 
 
+def vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the VAE's dtype in a model of `dtype`: fp32 in place of fp16, in which it overflows."""
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
 def text_encoder_shape(base: Base, encoder: str, dtype: torch.dtype) -> nn.Module:
     """Return a text encoder without weights, on the meta device, with the dtypes of a loaded one."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
