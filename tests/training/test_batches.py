@@ -65,7 +65,7 @@ def make_batches(
     ]
     return Batches(
         store, examples, seed=seed, batch_size=batch_size, accumulation=accumulation, rank=rank, world=world,
-        device=torch.device("cpu"), scaling=LatentScaling(1.0, 0.0), **{"sigma_of_u": lambda u, pixels: u, **options},
+        device=torch.device("cpu"), scaling=LatentScaling(1.0, 0.0), **{"sigma_of": lambda u, pixels: u, **options},
     )  # fmt: skip
 
 
