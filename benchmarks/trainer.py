@@ -22,9 +22,9 @@ from sd3tune.runtime.processes import ALONE, Processes, processes_of
 from sd3tune.training.ahead import with_modulations
 from sd3tune.training.batches import Batches, LatentScaling
 from sd3tune.training.examples import Example
+from sd3tune.training.flat_master import FlatMaster
 from sd3tune.training.loop import Callback, train
 from sd3tune.training.objective import Objective, make_objective, sigma_of_u
-from sd3tune.training.optim import FlatMaster
 from sd3tune.training.step import StepResult, TrainState, train_step
 
 IMAGES = 16

@@ -240,7 +240,7 @@ def test_ctrl_c_saves_the_last_whole_step_and_raises(quick_config, tmp_path: Pat
 
 
 def test_an_update_that_was_cut_off_is_not_saved(quick_config, tmp_path: Path, monkeypatch) -> None:
-    from sd3tune.training.optim import FlatMaster
+    from sd3tune.training.flat_master import FlatMaster
 
     genuine, calls = FlatMaster.publish, []
 

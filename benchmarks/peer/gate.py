@@ -34,8 +34,8 @@ from sd3tune.model.load.components import load_scheduler, load_text_encoder, loa
 from sd3tune.run.state import make_state
 from sd3tune.runtime.processes import ALONE
 from sd3tune.training.batches import Batch, Batches
+from sd3tune.training.flat_master import FlatMaster
 from sd3tune.training.objective import make_objective
-from sd3tune.training.optim import FlatMaster
 from sd3tune.training.step import train_step
 
 LOSS_TOLERANCE = 1e-5

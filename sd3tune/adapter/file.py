@@ -22,10 +22,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sd3tune.adapter.layouts import READABLE, Contents, Pair, as_stored, first_of, interpret, text_part
 from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract
 from sd3tune.adapter.modelspec import shown_metadata
 from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_peft
+from sd3tune.adapter.rearrange import READABLE, Contents, Pair, as_stored, first_of, interpret, text_part
 from sd3tune.errors import AdapterError
 from sd3tune.files.atomic import new_file
 from sd3tune.files.tensor_header import BadHeader, read_header

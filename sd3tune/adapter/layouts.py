@@ -1,297 +1,187 @@
-"""The layouts of LoRA files for SD3: fused modules and exchanged halves; see also `names`.
-
-In memory, names are diffusers'. The original layout (kohya's and ComfyUI's) fuses q, k and v into one module, and has
-the halves of two modulations in the other order (shift before scale). A fused LoRA is block-diagonal: A stacks the
-three A, 3r rows, and B has the three B along its diagonal. Different ranks are padded with zeros to the largest,
-because some tools cut the file into three equal parts; reading removes the padding. A LoRA trained on the fused module
-has one A, which its three parts share.
-"""
+"""Names that tools give SD3's modules in a LoRA file, and the purpose of other keys in such files."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from sd3tune.adapter.names import (
-    FUSED,
-    IN_BLOCK,
-    OUTSIDE,
-    PARTS_OF_FUSED,
-    PATCH_EMBEDDER,
-    Layout,
-    foreign,
-    forms,
-    locate,
-    stands_alone,
-    text_encoder_of,
-)
-from sd3tune.errors import AdapterError
-
-Pair = tuple[Tensor, Tensor]
-"""A [r, in] and B [out, r] of a module."""
-
-_ORIGINAL_OF = {theirs: original for original, theirs in (*IN_BLOCK.items(), *OUTSIDE.items())}
-_DIFFUSERS_OF = {**IN_BLOCK, **OUTSIDE, **PARTS_OF_FUSED}
-_FUSED_OF = {part: (fused, parts.index(part)) for fused, parts in FUSED.items() for part in parts}
-_PATCH_EMBEDDERS = (PATCH_EMBEDDER, "x_embedder.proj")
-_PATCH = 2
-"""Side of a patch, in latents, in every SD3 model."""
-
-READABLE = (
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    *(torch.float8_e4m3fn, torch.float8_e5m2),
-)
-"""Dtypes in which a LoRA's factors may be stored."""
+IN_BLOCK = {
+    "x_block.attn.proj": "attn.to_out.0",
+    "x_block.attn2.proj": "attn2.to_out.0",
+    "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.mlp.fc2": "ff.net.2",
+    "x_block.adaLN_modulation.1": "norm1.linear",
+    "context_block.attn.proj": "attn.to_add_out",
+    "context_block.mlp.fc1": "ff_context.net.0.proj",
+    "context_block.mlp.fc2": "ff_context.net.2",
+    "context_block.adaLN_modulation.1": "norm1_context.linear",
+}
+"""Name inside a block in the original layout -> diffusers' name, for modules that neither layout fuses."""
+FUSED = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+"""The original layout's fused modules -> diffusers' names of q, k and v."""
+PATCH_EMBEDDER = "pos_embed.proj"
+"""diffusers' name of the convolution that turns patches of latents into tokens."""
+OUTSIDE = {
+    "context_embedder": "context_embedder",
+    "x_embedder.proj": PATCH_EMBEDDER,
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+"""The same as `IN_BLOCK` for the modules outside the blocks."""
+# OneTrainer writes q, k and v separately under the original names, as qkv.0, qkv.1 and qkv.2.
+PARTS_OF_FUSED = {f"{fused}.{number}": part for fused, parts in FUSED.items() for number, part in enumerate(parts)}
+_ORIGINAL_NAMES = (*IN_BLOCK, *FUSED, *PARTS_OF_FUSED, *OUTSIDE)
+_DIFFUSERS_NAMES = (*IN_BLOCK.values(), *(part for parts in FUSED.values() for part in parts), *OUTSIDE.values())
 
 
 @dataclass(frozen=True)
-class Contents:
-    """The interpreted tensors of a file, and its faults."""
+class Layout:
+    """The format of a tool's LoRA files."""
 
-    layout: str
-    """A name of `names.LAYOUTS`; empty if no key belongs to a known layout."""
-    factors: dict[str, Pair]
-    """diffusers' module name -> factors."""
-    alphas: dict[str, float]
-    """Module -> alpha stored as a tensor; the output is scaled by alpha / r."""
-    unknown: dict[str, str]
-    """Key that belongs to no module of SD3 -> its probable purpose."""
-    broken: dict[str, str]
-    """Module, by its name in the file -> its fault."""
-    text: dict[str, str]
-    """Key of a text encoder's tensor -> the text encoder."""
-    for_diffusers: bool
-    """True if all keys are diffusers' own for the transformer."""
+    name: str
+    prefix: str
+    """Prefix of a module's name."""
+    original: bool = False
+    """True for modules of the original layout, not diffusers'."""
+    flat: bool = False
+    """True if dots are written as underscores."""
+    any_module: bool = False
+    """True if names that SD3 lacks are accepted too; matching with a model counts them later."""
+    form: str | None = None
+    """Its name for `sd3tune lora convert --to`; None for a layout that is only read."""
+    halves: tuple[str, str] = ("lora_A", "lora_B")
+    """The names of A and B."""
+    writes_alpha: bool = False
+    """True if a written file has a tensor of alpha, equal to the rank, for each module."""
+    has_peft_metadata: bool = False
+    """True if a written file's metadata contains PEFT's configuration."""
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Additional metadata of a written file; `{rank}` stands for the most common rank."""
+    implementation: str = "diffusers"
+    """`modelspec.implementation` of a written file: the origin of the module names, also `diffusers` in sd-scripts."""
 
-
-def interpret(tensors: Mapping[str, Tensor]) -> Contents:
-    """Sort a file's tensors into modules with diffusers' names. Faults are returned, not raised."""
-    stored: dict[tuple[Layout, str], dict[str, Tensor]] = {}
-    unknown: dict[str, str] = {}
-    text: dict[str, str] = {}
-    twice: dict[str, str] = {}
-    for key, tensor in tensors.items():
-        found, encoder = locate(key), text_encoder_of(key)
-        if found is not None:
-            layout, module, part = found
-            parts = stored.setdefault((layout, module), {})
-            if part in parts:
-                twice[module] = "is in the file twice: it holds several adapters"
-            parts[part] = tensor
-        elif encoder is not None:
-            text[key] = encoder
-        else:
-            unknown[key] = foreign(key)
-    name = next((layout.name for layout, _ in stored), "")
-    for_diffusers = name == "diffusers" and all(key.startswith("transformer.") for key in tensors)
-    contents = Contents(name, {}, {}, unknown, {}, text, for_diffusers)
-    for (layout, module), parts in stored.items():
-        plain = _as_matrices(module, parts)
-        fault = twice.get(module) or _fault(plain) or _add(contents, layout, module, plain)
-        if fault:
-            contents.broken[module] = fault
-    return contents
+    def written(self, module: str) -> str:
+        """Return a module's name in a file of this layout."""
+        return self.prefix + (module.replace(".", "_") if self.flat else module)
 
 
-def arrange(factors: Mapping[str, Pair], layout: str) -> dict[str, Tensor]:
-    """Return key -> tensor (fp32) in a layout, a name of `names.forms`, for factors whose scale is folded into B.
+_COMFYUI = "https://github.com/comfyanonymous/ComfyUI"
+_SD_SCRIPTS = {"ss_network_module": "networks.lora_sd3", "ss_network_dim": "{rank}", "ss_network_alpha": "{rank}"}
+LAYOUTS = [
+    Layout("PEFT", "transformer.base_model.model.", any_module=True),  # SimpleTuner's first files
+    Layout("OneTrainer", "transformer.", original=True),
+    Layout("diffusers", "transformer.", any_module=True, form="diffusers", has_peft_metadata=True),
+    Layout("PEFT", "base_model.model.", any_module=True),
+    Layout(
+        "kohya",
+        "lora_unet_",
+        original=True,
+        flat=True,
+        form="kohya",
+        halves=("lora_down", "lora_up"),
+        writes_alpha=True,
+        metadata=_SD_SCRIPTS,
+    ),
+    Layout("ComfyUI", "diffusion_model.", original=True, form="comfyui", implementation=_COMFYUI),
+    Layout("OneTrainer", "lora_transformer_", flat=True),
+    Layout("LyCORIS", "lycoris_", flat=True),
+    Layout("diffusers", ""),  # `transformer.save_lora_adapter()`
+    Layout("OneTrainer", "", original=True),
+]
+"""The layouts that are read: ComfyUI's list for SD3, and names without prefix. The first that fits a key applies."""
 
-    Raises AdapterError for a module that the layout cannot express.
+_KEY = re.compile(r"(.+?)(?:\.(alpha)|[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.[^.]+)?\.weight)", re.DOTALL)
+_HALVES = {"A": "A", "down": "A", "B": "B", "up": "B"}
+_TEXT = (
+    (r"lora_te1_|text_encoder\.|text_encoders\.clip_l\.|clip_l\.", "CLIP-L"),
+    (r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.|clip_g\.", "CLIP-G"),
+    (r"lora_te3_|text_encoder_3\.|text_encoders\.t5xxl\.|t5\.", "T5"),
+    (r"bundle_emb\.", "OneTrainer's embeddings"),
+    (r"lora_te\d?_|text_encoder|lora_prior_te", "a text encoder"),
+)
+_FOREIGN = (  # (pattern of a key without known layout, its meaning); the first match applies
+    (r"dora_scale|lora_magnitude_vector", "DoRA, which is not supported yet"),
+    (r"\.(hada|lokr)_|\.lora_mid|\.(a1|b1)\.weight", "LoHa, LoKr or another kind of adapter than LoRA"),
+    (r"\.(diff|diff_b|w_norm|b_norm)$", "differences of whole weights, which is no LoRA"),
+    (r"double_blocks|single_blocks|single_transformer_blocks", "for another architecture (Flux or the like)"),
+    (r"down_blocks|up_blocks|mid_block|(in|out)put_blocks|middle_block", "for a Stable Diffusion 1, 2 or XL model"),
+)
+
+
+def register_layout(layout: Layout) -> None:
+    """Add a layout. It is read before all others and, with a `form`, can be written.
+
+    Raises ValueError for a form that is already registered, and for a layout whose keys would be read as another.
     """
-    target = forms()[layout]
-    tensors: dict[str, Tensor] = {}
-    for module, pair in (_to_original(factors) if target.original else factors).items():
-        name = target.written(module)
-        for half, factor in zip(target.halves, as_stored(module, pair), strict=True):
-            tensors[f"{name}.{half}.weight"] = _plain(factor)
-        if target.writes_alpha:
-            tensors[f"{name}.alpha"] = torch.tensor(float(len(pair[0])))
-    return tensors
+    if layout.form is not None and layout.form in forms():
+        raise ValueError(f"{layout.name}: there is a form {layout.form!r} already; choose another")
+    LAYOUTS.insert(0, layout)
+    module = "joint_blocks.0.x_block.mlp.fc1" if layout.original else "transformer_blocks.0.ff.net.2"
+    key = f"{layout.written(module)}.{layout.halves[1]}.weight"
+    if locate(key) != (layout, module, "B"):
+        LAYOUTS.remove(layout)
+        raise ValueError(f"{layout.name}: its key {key} is not read as one of it; B is lora_B or lora_up in every file")
 
 
-def as_stored(module: str, pair: Pair) -> Pair:
-    """Return the factors in the shapes that files and PEFT use, for a module named in either layout.
+def unregister_layout(layout: Layout) -> None:
+    """Remove a registered layout. Raises ValueError for a layout that is not registered."""
+    LAYOUTS.remove(layout)
 
-    They are matrices, except for the patch embedder, a convolution whose stride equals its kernel: a linear layer on
-    patches. Its A [r, channels * 2 * 2] and B [out, r] become [r, channels, 2, 2] and [out, r, 1, 1].
+
+def forms() -> dict[str, Layout]:
+    """Return form -> layout, for the layouts that can be written."""
+    return {layout.form: layout for layout in LAYOUTS if layout.form is not None}
+
+
+def locate(key: str) -> tuple[Layout, str, str] | None:
+    """Return layout, module (dotted, in the layout's names) and part (`A`, `B` or `alpha`) of a key; None for others.
+
+    Between `lora_A` and `weight` PEFT writes the adapter's name, such as `default_0`, which is ignored.
     """
-    down, up = pair
-    if module not in _PATCH_EMBEDDERS:
-        return pair
-    return down.unflatten(1, (-1, _PATCH, _PATCH)), up[:, :, None, None]
-
-
-def text_part(text: Mapping[str, str]) -> str:
-    """Return `4 tensors for the text encoders (CLIP-L 2, CLIP-G 2; first: KEY)` for `Contents.text`."""
-    counts = ", ".join(f"{encoder} {count}" for encoder, count in Counter(text.values()).items())
-    return (
-        f"{len(text)} tensor{'s' * (len(text) != 1)} for the text encoders ({counts}; first: {shown(next(iter(text)))})"
-    )
-
-
-def fused_ranks(factors: Mapping[str, Pair]) -> dict[str, list[int]]:
-    """Return fused module of the original layout -> ranks of its q, k and v; 0 for a part without adapter."""
-    ranks: dict[str, list[int]] = {}
-    for module, (down, _) in factors.items():
-        container, inside = _cut(module, "transformer_blocks")
-        if container and inside in _FUSED_OF:
-            name, number = _FUSED_OF[inside]
-            ranks.setdefault(f"{container}{name}", [0, 0, 0])[number] = len(down)
-    return ranks
-
-
-def _as_matrices(module: str, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return a module's factors as matrices, also for a convolution over patches (see `as_stored`)."""
-    if module not in _PATCH_EMBEDDERS:
-        return parts
-    kernels = {"A": (_PATCH, _PATCH), "B": (1, 1)}
-    return {
-        part: tensor.flatten(1) if tensor.shape[2:] == kernels.get(part) else tensor for part, tensor in parts.items()
-    }
-
-
-def _fault(parts: Mapping[str, Tensor]) -> str | None:
-    if [parts[letter].ndim for letter in "AB" if letter in parts] != [2, 2] or len(parts["A"]) != parts["B"].shape[1]:
-        return "lora_A and lora_B are not a pair of matrices of one rank"
-    if not min(*parts["A"].shape, *parts["B"].shape):
-        return "lora_A or lora_B is empty"
-    odd = next((parts[letter] for letter in "AB" if parts[letter].dtype not in READABLE), None)
-    if odd is not None:
-        return f"{str(odd.dtype).removeprefix('torch.')} is no type for the weights of a LoRA"
-    if "alpha" in parts and not _is_number(parts["alpha"]):
-        return "its alpha is not a finite number"
+    found = _KEY.fullmatch(key)
+    for layout in LAYOUTS if found else ():
+        assert found is not None
+        if found[1].startswith(layout.prefix):
+            name = found[1].removeprefix(layout.prefix)
+            module = name if layout.any_module else _known_name(name, layout)
+            if module:
+                return layout, module, found[2] or _HALVES[found[3]]
     return None
 
 
-def _is_number(alpha: Tensor) -> bool:
-    kind = alpha.dtype
-    whole = not (kind.is_floating_point or kind.is_complex or kind is torch.bool)
-    return alpha.numel() == 1 and (whole or kind in READABLE) and math.isfinite(alpha.item())
+def text_encoder_of(key: str) -> str | None:
+    """Return the text encoder of a key, or `OneTrainer's embeddings`, which the encoders read; None for other keys."""
+    return next((what for pattern, what in _TEXT if re.match(pattern, key)), None)
 
 
-def _add(contents: Contents, layout: Layout, module: str, parts: Mapping[str, Tensor]) -> str | None:
-    """Add a module to the contents under diffusers' names. Return its fault, or None."""
-    down, up = (_widened(parts[letter]) for letter in "AB")
-    scale = parts["alpha"].item() / len(down) if "alpha" in parts else None
-    if module in _PATCH_EMBEDDERS and down.shape[1] % _PATCH**2:
-        return f"{down.shape[1]} columns are no patches of {_PATCH}x{_PATCH}"
-    if layout.original and module.endswith(".qkv") and len(up) % 3:
-        return f"{len(up)} rows cannot be cut into q, k and v"
-    pieces = _from_original(module, down, up) if layout.original else {module: (down, up)}
-    twice = next((name for name in pieces if name in contents.factors), None)
-    if twice:
-        return f"{twice} is in the file twice"
-    contents.factors.update(pieces)
-    if scale is not None:
-        contents.alphas.update({name: scale * len(piece[0]) for name, piece in pieces.items()})
-    return None
+def foreign(key: str) -> str:
+    """Return the probable purpose of a key that belongs to no module; empty if unknown."""
+    return next((what for pattern, what in _FOREIGN if re.search(pattern, key)), "")
 
 
-def _from_original(module: str, down: Tensor, up: Tensor) -> dict[str, Pair]:
-    container, inside = _cut(module, "joint_blocks")
-    if inside not in FUSED:
-        name = _DIFFUSERS_OF[inside]
-        return {f"{_renamed(container)}{name}": (down, _swapped(inside, down, up))}
-    names = [f"{_renamed(container)}{name}" for name in FUSED[inside]]
-    ups = up.chunk(3)
-    if len(down) % 3 or not _is_block_diagonal(up):
-        return {name: (down, own) for name, own in zip(names, ups, strict=True)}
-    pieces = {
-        name: _without_zeros(a, own.chunk(3, dim=1)[place])
-        for place, (name, a, own) in enumerate(zip(names, down.chunk(3), ups, strict=True))
-    }
-    return {name: piece for name, piece in pieces.items() if len(piece[0])}
+def stands_alone(dotted: str) -> bool:
+    """Return True if a module of that name, in either layout, is outside the blocks."""
+    return dotted in OUTSIDE or dotted in OUTSIDE.values()
 
 
-def _to_original(factors: Mapping[str, Pair]) -> dict[str, Pair]:
-    modules: dict[str, Pair] = {}
-    fused: dict[str, dict[int, Pair]] = {}
-    for module, (down, up) in factors.items():
-        container, inside = _cut(module, "transformer_blocks")
-        place = container.replace("transformer_blocks", "joint_blocks")
-        if container and inside in _FUSED_OF:
-            name, number = _FUSED_OF[inside]
-            fused.setdefault(f"{place}{name}", {})[number] = (down, up)
-            modules.setdefault(f"{place}{name}", (down, up))  # keeps the module's position in the order
-        elif inside in _ORIGINAL_OF and bool(container) != stands_alone(inside):
-            name = _ORIGINAL_OF[inside]
-            modules[f"{place}{name}"] = (down, _swapped(name, down, up))
-        else:
-            raise AdapterError(f"{module}: the original layout has no such linear layer, so neither kohya's nor "
-                               "ComfyUI's files can hold it")  # fmt: skip
-    return modules | {name: _joined(name, parts) for name, parts in fused.items()}
-
-
-def _joined(name: str, parts: Mapping[int, Pair]) -> Pair:
-    """Fuse q, k and v (0, 1, 2): block-diagonal unless they share their A. A missing part is zero."""
-    if len({(down.shape[1], len(up)) for down, up in parts.values()}) > 1:
-        raise AdapterError(f"{name}: q, k and v are of different sizes, which one fused module cannot be")
-    first_down, first_up = next(iter(parts.values()))
-    if len(parts) == 3 and all(torch.equal(down, first_down) for down, _ in parts.values()):
-        return first_down, torch.cat([parts[number][1] for number in range(3)])
-    rank, width = max(len(down) for down, _ in parts.values()), len(first_up)
-    joined_down = first_down.new_zeros(3 * rank, first_down.shape[1])
-    joined_up = first_up.new_zeros(3 * width, 3 * rank)
-    for number, (down, up) in parts.items():
-        joined_down[number * rank : number * rank + len(down)] = down
-        joined_up[number * width : (number + 1) * width, number * rank : number * rank + len(down)] = up
-    return joined_down, joined_up
-
-
-def _is_block_diagonal(up: Tensor) -> bool:
-    blocks = [rows.chunk(3, dim=1) for rows in up.chunk(3)]
-    return not any(blocks[row][column].any() for row in range(3) for column in range(3) if row != column)
-
-
-def _without_zeros(down: Tensor, up: Tensor) -> Pair:
-    """Remove padding: the ranks whose two factors are both zero."""
-    kept = down.any(dim=1) | up.any(dim=0)
-    return down[kept], up[:, kept]
-
-
-def _swapped(original: str, down: Tensor, up: Tensor) -> Tensor:
-    """Return B, with shift and scale exchanged if diffusers has them in the other order.
-
-    That applies to the final layer, and to the last block's text stream, recognized by having only these two.
-    """
-    two = original == "final_layer.adaLN_modulation.1" or (
-        original == "context_block.adaLN_modulation.1" and len(up) == 2 * down.shape[1]
+def _known_name(name: str, layout: Layout) -> str | None:
+    """Return the dotted name of a known module from its name in a file; None for other names."""
+    container, names = (
+        ("joint_blocks", _ORIGINAL_NAMES) if layout.original else ("transformer_blocks", _DIFFUSERS_NAMES)
     )
-    return torch.cat(up.chunk(2)[::-1]) if two and len(up) % 2 == 0 else up
-
-
-def _cut(module: str, container: str) -> tuple[str, str]:
-    """Split `joint_blocks.3.x_block.mlp.fc1` into `joint_blocks.3.` and the rest; outside of blocks the first is ''."""
-    found = re.fullmatch(rf"({container}\.\d+\.)(.+)", module)
-    return (found[1], found[2]) if found else ("", module)
-
-
-def _renamed(container: str) -> str:
-    return container.replace("joint_blocks", "transformer_blocks")
-
-
-def _widened(factor: Tensor) -> Tensor:
-    """Return the factor in a dtype that supports computation: 8-bit floats do not."""
-    return factor.float() if factor.element_size() == 1 else factor
-
-
-def _plain(factor: Tensor) -> Tensor:
-    return factor.detach().float().cpu().contiguous().clone()
-
-
-def first_of(names: Iterable[str]) -> str:
-    """Return the first name and the number of others: `a and 2 more`."""
-    known = list(names)
-    return shown(known[0]) + (f" and {len(known) - 1} more" if len(known) > 1 else "")
-
-
-def shown(text: str) -> str:
-    """Return text from a stranger's file, escaped and shortened to one line."""
-    plain = text if text.isprintable() else ascii(text)
-    return plain if len(plain) <= 200 else plain[:200] + "..."
+    write: Callable[[str], str] = (lambda text: text.replace(".", "_")) if layout.flat else str
+    in_block = re.fullmatch(rf"{container}[._](\d{{1,3}})[._](.+)", name)
+    inside = in_block[2] if in_block else name
+    dotted = next((known for known in names if write(known) == inside), None)
+    if dotted is None or (in_block is None) != stands_alone(dotted):
+        return None
+    return f"{container}.{in_block[1]}.{dotted}" if in_block else dotted

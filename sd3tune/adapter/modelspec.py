@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sd3tune.adapter.names import forms
+from sd3tune.adapter.layouts import forms
 from sd3tune.model.base.parts import VARIANTS
 
 THUMBNAIL_KEY = "modelspec.thumbnail"

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
 from sd3tune.adapter.file import Adapter
-from sd3tune.adapter.layouts import arrange
+from sd3tune.adapter.rearrange import arrange
 from sd3tune.errors import AdapterError
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.parts import ENCODER_PARTS

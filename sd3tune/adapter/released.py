@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from sd3tune.adapter.layouts import Pair
+from sd3tune.adapter.rearrange import Pair
 from sd3tune.model.base.parts import CONFIGS, VARIANTS
 from sd3tune.model.base.weights import read_json
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from sd3tune.adapter.derived import check_out, notes_of, write_form
 from sd3tune.adapter.file import read_adapter
-from sd3tune.adapter.layouts import Pair, fused_ranks
+from sd3tune.adapter.layouts import forms
 from sd3tune.adapter.modelspec import THUMBNAIL_KEY
-from sd3tune.adapter.names import forms
+from sd3tune.adapter.rearrange import Pair, fused_ranks
 from sd3tune.errors import RunError
 from sd3tune.run.thumbnail import preview_of, thumbnail
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.adapter.file import Adapter, AdapterFile, as_adapter, read_file, too_large
-from sd3tune.adapter.layouts import Contents, first_of, interpret, shown, text_part
 from sd3tune.adapter.modelspec import THUMBNAIL_KEY
+from sd3tune.adapter.rearrange import Contents, first_of, interpret, shown, text_part
 from sd3tune.adapter.released import fitting_variants
 from sd3tune.errors import AdapterError
 from sd3tune.model.lora.layers import block_norms

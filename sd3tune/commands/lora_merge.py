@@ -12,9 +12,9 @@ from torch import Tensor
 from sd3tune import __version__
 from sd3tune.adapter.derived import check_out, losses, notes_of, write_form
 from sd3tune.adapter.file import Adapter, match, read_adapter
-from sd3tune.adapter.layouts import first_of
+from sd3tune.adapter.layouts import forms
 from sd3tune.adapter.low_rank import truncate, weighted_sum
-from sd3tune.adapter.names import forms
+from sd3tune.adapter.rearrange import first_of
 from sd3tune.errors import AdapterError, ConfigError, RunError
 from sd3tune.files.regular import sha256_of
 from sd3tune.inference.conditions import find_base

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sd3tune.adapter.derived import notes_of
 from sd3tune.adapter.file import Adapter, match, read_adapter
-from sd3tune.adapter.layouts import first_of
+from sd3tune.adapter.rearrange import first_of
 from sd3tune.adapter.reference_pipeline import NAME, drawing_pipeline, load_into
 from sd3tune.encode.resources import release
 from sd3tune.errors import AdapterError

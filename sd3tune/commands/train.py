@@ -42,7 +42,7 @@ from sd3tune.run.folder import (
     locked,
 )
 from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
-from sd3tune.run.optimizer import with_working_optimizer
+from sd3tune.run.optimizer_fallback import with_working_optimizer
 from sd3tune.run.preflight import Plan, make_plan
 from sd3tune.run.report import closing_report, describe_learning, describe_next, describe_product, describe_speed
 from sd3tune.run.setup import load_base

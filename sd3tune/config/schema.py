@@ -19,8 +19,9 @@ from sd3tune.config.sections.flow import FlowConfig
 from sd3tune.config.sections.key import FREE, TRAINING, Identity, Key, is_any_path
 from sd3tune.config.sections.method import LoraConfig, MethodConfig
 from sd3tune.config.sections.model import ModelConfig
-from sd3tune.config.sections.optimizer import AdamWConfig, ConstantConfig, OptimizerConfig, ScheduleConfig
+from sd3tune.config.sections.optimizer import AdamWConfig, OptimizerConfig
 from sd3tune.config.sections.outputs import CheckpointConfig, HubConfig, PreviewConfig, TrackingConfig, ValidationConfig
+from sd3tune.config.sections.schedule import ConstantConfig, ScheduleConfig
 from sd3tune.config.sections.section import Section
 from sd3tune.config.sections.train import EmaConfig, TrainConfig
 

@@ -12,7 +12,8 @@ from sd3tune.config.schema import Config
 from sd3tune.config.sections.data import DataConfig, Source
 from sd3tune.config.sections.flow import FlowConfig, TimestepsSection, WeightingSection
 from sd3tune.config.sections.method import MethodSection
-from sd3tune.config.sections.optimizer import OptimizerSection, ScheduleSection
+from sd3tune.config.sections.optimizer import OptimizerSection
+from sd3tune.config.sections.schedule import ScheduleSection
 from sd3tune.config.sections.section import Section
 from sd3tune.config.shape import item_of, kind_of, sections_of
 

@@ -28,8 +28,8 @@ from sd3tune.model.load.quantized import load_transformer_in, quantize, statisti
 from sd3tune.run.setup import hoists, make_trainable
 from sd3tune.training.ahead import window_length, with_modulations
 from sd3tune.training.batches import Batch, Batches
+from sd3tune.training.flat_master import FlatMaster, LossScale
 from sd3tune.training.objective import make_objective
-from sd3tune.training.optim import FlatMaster, LossScale
 from sd3tune.training.optimizers import make_optimizer
 from sd3tune.training.step import TrainState, predict_velocity, train_step, update
 

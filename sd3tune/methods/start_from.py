@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from sd3tune.adapter.file import Adapter
-from sd3tune.adapter.names import PATCH_EMBEDDER
+from sd3tune.adapter.layouts import PATCH_EMBEDDER
 from sd3tune.errors import AdapterError
 from sd3tune.model.lora.layers import Layer
 from sd3tune.model.lora.targets import untrainable_modules

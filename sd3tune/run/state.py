@@ -12,7 +12,7 @@ from sd3tune.run.preflight import Plan
 from sd3tune.run.setup import make_trainable
 from sd3tune.runtime.processes import ALONE, Processes
 from sd3tune.training.checkpoint import restore
-from sd3tune.training.optim import FlatMaster, LossScale
+from sd3tune.training.flat_master import FlatMaster, LossScale
 from sd3tune.training.optimizers import make_optimizer
 from sd3tune.training.step import TrainState, predict_velocity
 

@@ -24,8 +24,9 @@ from sd3tune.flow.objective import interpolate, model_timestep, velocity_target
 from sd3tune.methods import Method
 from sd3tune.model.compute.hoist import modulate
 from sd3tune.training.batches import Batch, Batches
+from sd3tune.training.flat_master import FlatMaster, LossScale, clip_, ema_decay
 from sd3tune.training.objective import Objective
-from sd3tune.training.optim import FlatMaster, LossScale, clip_, ema_decay, learning_rate
+from sd3tune.training.schedules import learning_rate
 
 
 @dataclass

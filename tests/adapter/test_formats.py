@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sd3tune.adapter.file import read_adapter, save_tensors
-from sd3tune.adapter.layouts import arrange, interpret
+from sd3tune.adapter.rearrange import arrange, interpret
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError
 from sd3tune.model.base.resolve import resolve_base

@@ -1,229 +1,164 @@
-"""Other tools' rules at the sizes of the released models, by diffusers' own conversion of checkpoints."""
+"""What other tools call modules: every unambiguous name is read, and what is for the text encoders is known."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
-from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from sd3tune.adapter.file import attach, read_adapter, write_adapter
-from sd3tune.adapter.layouts import arrange, interpret
-from sd3tune.adapter.names import PATCH_EMBEDDER
-from sd3tune.commands.lora_merge import merge_into_base
-from sd3tune.commands.lora_verify import verify_lora
-from sd3tune.data.sampler import generator
+from sd3tune.adapter.file import read_adapter
+from sd3tune.adapter.layouts import text_encoder_of
+from sd3tune.adapter.rearrange import arrange, interpret
 from sd3tune.errors import AdapterError
-from sd3tune.methods.start_from import check_start
-from sd3tune.model.base.parts import CONFIGS
-from sd3tune.model.base.resolve import resolve_base
-from sd3tune.model.base.weights import read_json
-from sd3tune.model.load.components import empty_transformer, load_transformer
 
-RELEASED = ["sd3-medium", "sd35-medium", "sd35-large"]
-FUSED, MLP, PATCH = "joint_blocks.0.x_block.attn.qkv", "joint_blocks.1.x_block.mlp.fc1", "x_embedder.proj"
-ADAPTED = (
-    FUSED, "joint_blocks.0.context_block.attn.qkv", "joint_blocks.0.context_block.adaLN_modulation.1", MLP,
-    "joint_blocks.1.context_block.attn.qkv", "joint_blocks.1.context_block.adaLN_modulation.1",
-    "final_layer.adaLN_modulation.1", "final_layer.linear", "t_embedder.mlp.0", "y_embedder.mlp.2", "context_embedder",
-    PATCH, "joint_blocks.0.x_block.attn2.qkv",
-)  # fmt: skip
-"""The last block's modulation of the text and the final one are those whose halves are exchanged."""
-QUERY = "transformer_blocks.0.attn.to_q"
+QUERY, LAST = "transformer_blocks.0.attn.to_q", "norm_out.linear"
+DOWN, UP = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)), torch.arange(128.0).view(64, 2)
+SWAPPED = torch.cat(UP.chunk(2)[::-1])
 
 
-def probe(down: Tensor) -> Tensor:
-    """Three inputs of a layer: what a change makes of them is compared, instead of matrices as large as the weights."""
-    features = down.flatten(1).shape[1]
-    return torch.randn(features, 3, generator=generator(2, str(features))) / features**0.5
-
-
-def comfyui_changes(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """Original module -> `up @ down * alpha / rank` on the probe, without an alpha the product."""
-    changes = {}
-    for module in ADAPTED:
-        name, endings = keys_of(module, layout)
-        if f"{name}.{endings[0]}" in tensors:
-            down, up = (tensors[f"{name}.{ending}"].flatten(1) for ending in endings)
-            alpha = tensors.get(f"{name}.alpha", torch.tensor(len(down)))
-            changes[module] = up @ (down @ probe(down)) * (alpha / len(down))
-    return changes
-
-
-def keys_of(module: str, layout: str) -> tuple[str, tuple[str, str]]:
-    """The module's name in a file, and the endings of down and up."""
-    if layout == "kohya":
-        return f"lora_unet_{module.replace('.', '_')}", ("lora_down.weight", "lora_up.weight")
-    return f"diffusion_model.{module}", ("lora_A.weight", "lora_B.weight")
-
-
-def in_diffusers_names(changes: Mapping[str, Tensor], variant: str, original_layout) -> dict[str, Tensor]:
-    """What diffusers' loader of single files makes of a checkpoint of two blocks that is zero but for the changes.
-
-    It cuts and exchanges rows, so that a weight may have the probe's three columns.
-    """
-    config = read_json(CONFIGS / variant / "transformer" / "config.json")
-    dual = tuple(config.get("dual_attention_layers") or ())[:1]
-    with torch.device("meta"):
-        model = SD3Transformer2DModel.from_config({**config, "num_layers": 2, "dual_attention_layers": dual})
-    vae = load_file(resolve_base("tiny").path / "vae" / "diffusion_pytorch_model.safetensors")
-    checkpoint = {
-        name.removeprefix("model.diffusion_model."): torch.zeros(len(value), 3)
-        for name, value in original_layout(model.state_dict(), vae).items()
-        if name.startswith("model.diffusion_model.")
-    }
-    for module, change in changes.items():
-        assert checkpoint[f"{module}.weight"].shape == change.shape, module
-        checkpoint[f"{module}.weight"] = change
-    converted = convert_sd3_transformer_checkpoint_to_diffusers(checkpoint)
-    return {name.removesuffix(".weight"): value for name, value in converted.items() if value.any()}
-
-
-def write_foreign(variant: str, layout: str) -> dict[str, Tensor]:
-    """A file that kohya's tools or ComfyUI trained or extracted at that base's sizes, rank 3 and alpha 2."""
-    config = read_json(CONFIGS / variant / "transformer" / "config.json")
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    columns = {"t_embedder.mlp.0": 256, "context_embedder": 4096}
-    rows = {"joint_blocks.1.context_block.adaLN_modulation.1": 2, "final_layer.adaLN_modulation.1": 2, MLP: 4,
-            "joint_blocks.0.context_block.adaLN_modulation.1": 6}  # fmt: skip
-    has_dual = bool(config.get("dual_attention_layers"))
-    tensors = {}
-    for module in ADAPTED if has_dual else [module for module in ADAPTED if "attn2" not in module]:
-        source, outputs = generator(1, module), rows.get(module, 3 if module.endswith("qkv") else 1) * width
-        down = torch.randn(3, columns.get(module, width), generator=source)
-        up = torch.randn(64 if module == "final_layer.linear" else outputs, 3, generator=source)
-        if module == PATCH:
-            down, up = torch.randn(3, 16, 2, 2, generator=source), up[:, :, None, None]
-        name, endings = keys_of(module, layout)
-        tensors |= {f"{name}.{endings[0]}": down, f"{name}.{endings[1]}": up}
-        if layout == "kohya":
-            tensors[f"{name}.alpha"] = torch.tensor(2.0)
-    return tensors
-
-
-@pytest.mark.parametrize("variant", RELEASED)
-@pytest.mark.parametrize("layout", ["kohya", "comfyui"])
-def test_comfyuis_rule_is_diffusers_change_at_the_released_sizes(
-    original_layout, layout: str, variant: str, tmp_path: Path
-) -> None:
-    foreign = write_foreign(variant, layout)
-    expected = comfyui_changes(foreign, layout)
-    save_file(foreign, tmp_path / "foreign.safetensors")
-    factors = read_adapter(tmp_path / "foreign.safetensors").folded()
-    in_diffusers = in_diffusers_names(expected, variant, original_layout)
-    assert factors.keys() == in_diffusers.keys()
-    for module, (down, up) in factors.items():
-        torch.testing.assert_close(up @ (down @ probe(down)), in_diffusers[module], rtol=1e-4, atol=1e-4)
-    again = comfyui_changes(arrange(factors, layout), layout)
-    assert again.keys() == expected.keys()
-    for module, change in expected.items():
-        torch.testing.assert_close(again[module], change, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("alpha", "scale"), [(4.0, 1 / 3), (12.0, 1.0)])
-def test_a_block_diagonal_file_is_scaled_by_alpha_over_all_its_rows(alpha: float, scale: float) -> None:
-    """As sd-scripts writes with `split_qkv`: 3 r rows, and alpha as it was given, often r.
-
-    ComfyUI and sd-scripts itself, when it loads the file, divide by the 3 r rows, and so an alpha of r is a third.
-    """
-    rank, width, name = 4, 64, "lora_unet_" + FUSED.replace(".", "_")
-    downs, ups = torch.randn(3, rank, width), torch.randn(3, width, rank)
-    tensors = {f"{name}.lora_down.weight": torch.cat(list(downs)), f"{name}.lora_up.weight": torch.block_diag(*ups)}
-    contents = interpret({**tensors, f"{name}.alpha": torch.tensor(alpha)})
-    for number, letter in enumerate("qkv"):
-        module = f"transformer_blocks.0.attn.to_{letter}"
-        down, up = contents.factors[module]
-        assert (len(down), contents.alphas[module] / len(down)) == (rank, pytest.approx(scale))
-        assert torch.equal(down, downs[number])
-        assert torch.equal(up, ups[number])
-    fused = tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"] * alpha / (3 * rank)
-    ours = torch.cat([up @ down * scale for down, up in contents.factors.values()])
-    torch.testing.assert_close(ours, fused)
-
-
-# The patch embedder, a convolution
-
-
-def patch_factors() -> dict[str, Tensor]:
-    """Folded factors for `tiny`: the patch embedder and one linear layer."""
-    source = generator(3)
-    return {
-        f"{PATCH_EMBEDDER}.lora_A": torch.randn(2, 16, 2, 2, generator=source) / 8,
-        f"{PATCH_EMBEDDER}.lora_B": torch.randn(64, 2, 1, 1, generator=source) / 4,
-        f"{QUERY}.lora_A": torch.randn(2, 64, generator=source) / 8,
-        f"{QUERY}.lora_B": torch.randn(64, 2, generator=source) / 8,
-    }
-
-
-@pytest.fixture
-def patched(tmp_path: Path) -> Path:
-    return write_adapter(tmp_path / "patched", patch_factors(), {"base": "tiny", "base_kind": "tiny"})
-
-
-def expected_model() -> SD3Transformer2DModel:
-    """`tiny` with the changes in its weights, the convolution's summed over the rank."""
-    transformer, factors = load_transformer(resolve_base("tiny"), torch.float32), patch_factors()
-    down, up = factors[f"{PATCH_EMBEDDER}.lora_A"], factors[f"{PATCH_EMBEDDER}.lora_B"]
-    transformer.pos_embed.proj.weight.data += torch.einsum("rchw,or->ochw", down, up[:, :, 0, 0])
-    query = transformer.get_submodule(QUERY)
-    query.weight.data += factors[f"{QUERY}.lora_B"] @ factors[f"{QUERY}.lora_A"]
-    return transformer
-
-
-@pytest.mark.parametrize("form", ["as it is", "diffusers", "kohya", "comfyui"])
-def test_the_patch_embedder_is_applied_in_every_layout(velocity, patched: Path, form: str, tmp_path: Path) -> None:
-    file = patched
-    if form != "as it is":
-        tensors = arrange(read_adapter(patched).folded(), form)
-        (down,) = (value for key, value in tensors.items() if value.ndim == 4 and re.search("lora_(A|down)", key))
-        assert down.shape == (2, 16, 2, 2)
-        file = tmp_path / "converted.safetensors"
-        save_file(tensors, file)
-    found, before = (load_transformer(resolve_base("tiny"), torch.float32) for _ in range(2))
-    assert attach(found, read_adapter(file), "default").matched == 4
-    expected = velocity(expected_model())
-    assert (velocity(before) - expected).abs().max() > 0.05
-    torch.testing.assert_close(velocity(found), expected, rtol=0, atol=2e-5)
-
-
-def test_the_patch_embedder_is_folded_into_a_base_and_verified_in_diffusers(
-    velocity, patched: Path, tmp_path: Path
-) -> None:
-    merge_into_base([str(patched)], tmp_path / "base", None)
-    merged = load_transformer(resolve_base(str(tmp_path / "base")), torch.float32)
-    torch.testing.assert_close(velocity(merged), velocity(expected_model()), rtol=0, atol=2e-5)
-    assert (
-        "4 tensors of 2 modules loaded by diffusers into tiny, none left over" in verify_lora(patched, None, "auto")[0]
-    )
-
-
-def test_the_patch_embedder_cannot_start_a_run(patched: Path) -> None:
-    with pytest.raises(
-        AdapterError, match=f"also adapts {PATCH_EMBEDDER}, which sd3tune does not train; merge it into its"
-    ):
-        check_start(read_adapter(patched), empty_transformer(resolve_base("tiny")), {})
+def named(down: str, up: str) -> dict[str, Tensor]:
+    return {down: DOWN, up: UP}
 
 
 @pytest.mark.parametrize(
-    ("down", "up", "says"),
+    "ending",
     [
-        ((2, 16, 3, 3), (64, 2, 1, 1), "not a pair of matrices"),
-        ((2, 16, 2, 2), (64, 2, 3, 3), "not a pair of matrices"),
-        ((2, 63), (64, 2), "63 columns are no patches of 2x2"),
+        "lora_{}.weight", "lora_{}.default.weight", "lora_{}.default_0.weight", "lora_{}.my-Style 1.weight",
+        "lora.{}.weight", "lora_linear_layer.{}.weight",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("prefix", "layout"),
+    [
+        ("", "diffusers"), ("transformer.", "diffusers"), ("base_model.model.", "PEFT"),
+        ("transformer.base_model.model.", "PEFT"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("letters", ["AB", ("down", "up")])
+@pytest.mark.parametrize("module", [QUERY, LAST])
+def test_diffusers_modules_by_every_name(
+    module: str, letters: tuple[str, str], prefix: str, layout: str, ending: str
+) -> None:
+    tensors = named(*(f"{prefix}{module}.{ending.format(letter)}" for letter in letters))
+    contents = interpret(tensors)
+    assert (contents.unknown, contents.broken, contents.layout) == ({}, {}, layout)
+    down, up = contents.factors[module]
+    assert torch.equal(down, DOWN)
+    assert torch.equal(up, UP)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "up"),
+    [
+        # ORIGINAL is without a prefix; earlier versions wrote `transformer.`, and q, k and v apart.
+        ("joint_blocks.3.x_block.mlp.fc1", "transformer_blocks.3.ff.net.0.proj", UP),
+        ("final_layer.adaLN_modulation.1", LAST, SWAPPED),
+        ("transformer.joint_blocks.0.x_block.attn.qkv.0", QUERY, UP),
+        ("transformer.joint_blocks.0.x_block.attn2.qkv.1", "transformer_blocks.0.attn2.to_k", UP),
+        ("transformer.joint_blocks.0.context_block.attn.qkv.2", "transformer_blocks.0.attn.add_v_proj", UP),
+        ("transformer.final_layer.adaLN_modulation.1", LAST, SWAPPED),
+        ("diffusion_model.joint_blocks.0.x_block.attn.qkv.0", QUERY, UP),
+        ("transformer.y_embedder.mlp.0", "time_text_embed.text_embedder.linear_1", UP),
     ],
 )
-def test_another_kernel_is_refused(down: tuple[int, ...], up: tuple[int, ...], says: str) -> None:
-    for name in (f"transformer.{PATCH_EMBEDDER}", "diffusion_model.x_embedder.proj"):
-        broken = interpret({f"{name}.lora_A.weight": torch.ones(down), f"{name}.lora_B.weight": torch.ones(up)}).broken
-        assert says in next(iter(broken.values()))
+def test_the_original_names_of_onetrainer(name: str, module: str, up: Tensor) -> None:
+    tensors = {**named(f"{name}.lora_down.weight", f"{name}.lora_up.weight"), f"{name}.alpha": torch.tensor(1.0)}
+    contents = interpret(tensors)
+    assert (contents.unknown, contents.broken, contents.alphas) == ({}, {}, {module: 1.0})
+    assert torch.equal(contents.factors[module][1], up)
 
 
-def test_a_larger_patch_embedder_is_of_another_base(patched: Path) -> None:
-    with pytest.raises(AdapterError, match=f"{PATCH_EMBEDDER} is 64x64 in the adapter and 96x64 in the model"):
-        attach(load_transformer(resolve_base("tiny-sd35-large"), torch.float32), read_adapter(patched), "default")
+def test_onetrainers_fused_modules_without_a_prefix_are_cut_in_three() -> None:
+    name = "joint_blocks.0.context_block.attn.qkv"
+    up = torch.randn(192, 2)
+    contents = interpret({f"{name}.lora_A.weight": DOWN, f"{name}.lora_B.weight": up, f"{name}.alpha": torch.ones(())})
+    assert contents.layout == "OneTrainer"
+    pieces = [contents.factors[f"transformer_blocks.0.attn.add_{letter}_proj"] for letter in "qkv"]
+    assert torch.equal(torch.cat([piece[1] for piece in pieces]), up)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float16, torch.float8_e4m3fn])
+def test_an_alpha_of_any_number_type_is_a_number(dtype: torch.dtype) -> None:
+    name = "lora_transformer_transformer_blocks_0_attn_to_q"
+    tensors = named(f"{name}.lora_down.weight", f"{name}.lora_up.weight")
+    contents = interpret({**tensors, f"{name}.alpha": torch.tensor(4).to(dtype)})
+    assert (contents.broken, contents.alphas) == ({}, {QUERY: 4.0})
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        torch.tensor(True),
+        torch.tensor(1j),
+        torch.ones(2, dtype=torch.int64),
+        *map(torch.tensor, (torch.nan, torch.inf)),
+    ],
+)
+def test_an_alpha_that_is_no_number_is_refused(alpha: Tensor) -> None:
+    tensors = named(f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight")
+    assert interpret({**tensors, f"{QUERY}.alpha": alpha}).broken == {QUERY: "its alpha is not a finite number"}
+
+
+def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
+    tensors = {key: value.clone() for name in ("one", "two") for key, value in named(
+        f"transformer.{QUERY}.lora_A.{name}.weight", f"transformer.{QUERY}.lora_B.{name}.weight").items()}  # fmt: skip
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(AdapterError, match=f"{QUERY}: is in the file twice: it holds several adapters"):
+        read_adapter(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "key", ["blocks.0.attn.to_q.lora_A.weight", "attn.to_q.lora_A.weight", "to_q.lora.down.weight", "lora_A.weight",
+            f"unet.{QUERY}.lora_A.weight", f"{QUERY}.lora_C.weight", f"{QUERY}.lora_A.a.b.weight"]
+)  # fmt: skip
+def test_names_that_are_of_no_module_of_sd3_stay_unknown(key: str) -> None:
+    assert interpret({key: DOWN}).unknown == {key: ""}
+
+
+TEXT = {
+    "CLIP-L": ["lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight",
+               "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_B.weight", "clip_l.text_projection.alpha",
+               "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.lora_A.weight"],
+    "CLIP-G": ["lora_te2_text_model_encoder_layers_0_mlp_fc1.dora_scale", "text_encoder_2.x.lora_A.default_0.weight",
+               "clip_g.x.lora_up.weight", "text_encoders.clip_g.transformer.x.alpha"],
+    "T5": ["lora_te3_encoder_block_0_layer_0_SelfAttention_q.alpha", "text_encoder_3.x.lora.down.weight",
+           "t5.x.alpha", "text_encoders.t5xxl.transformer.x.lora_A.weight"],
+    "OneTrainer's embeddings": ["bundle_emb.sks.clip_l", "bundle_emb.<my dog>.t5_out"],
+    "a text encoder": ["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("encoder", "key"), [(encoder, key) for encoder, keys in TEXT.items() for key in keys])
+def test_what_is_for_the_text_encoders_is_known_and_left_out_when_asked(encoder: str, key: str, tmp_path: Path) -> None:
+    assert text_encoder_of(key) == encoder
+    file = tmp_path / "x.safetensors"
+    save_file({**arrange({QUERY: (DOWN, UP)}, "kohya"), key: torch.full((2, 2), torch.nan)}, file)
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(file)
+    (line,) = caught.value.problems
+    assert line.startswith(f"{file}: also has 1 tensor for the text encoders ({encoder} 1; first: {key}), which")
+    assert "leave them out with --transformer-only (infer and the lora commands)" in line
+    assert f"`sd3tune lora convert {file} --transformer-only --to diffusers --out NEW.safetensors`" in line
+    adapter = read_adapter(file, transformer_only=True)
+    assert adapter.notes == (f"left out: 1 tensor for the text encoders ({encoder} 1; first: {key})",)
+    assert not adapter.for_diffusers
+    assert list(adapter.factors) == [QUERY]
+
+
+def test_with_nothing_for_the_transformer_there_is_no_way_out(tmp_path: Path) -> None:
+    save_file({key: torch.ones(1) for key in TEXT["CLIP-L"]}, tmp_path / "x.safetensors")
+    for transformer_only in (False, True):
+        with pytest.raises(AdapterError, match=r"has nothing for the transformer, only 4 tensors for the text"):
+            read_adapter(tmp_path / "x.safetensors", transformer_only=transformer_only)
+
+
+def test_the_choice_lets_nothing_else_through(tmp_path: Path) -> None:
+    pair = arrange({QUERY: (DOWN, UP)}, "kohya")
+    for number, key in enumerate(["lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "something.else"]):
+        file = tmp_path / f"{number}.safetensors"
+        save_file({**pair, TEXT["T5"][0]: torch.ones(1), key: torch.ones(1)}, file)
+        with pytest.raises(AdapterError, match=key):
+            read_adapter(file, transformer_only=True)

@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from sd3tune.adapter.file import Adapter, read_adapter
-from sd3tune.adapter.names import PATCH_EMBEDDER
+from sd3tune.adapter.layouts import PATCH_EMBEDDER
 from sd3tune.adapter.peft_config import PeftConfig, _Peft
 from sd3tune.errors import AdapterError
 from sd3tune.model.base.resolve import resolve_base

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sd3tune.adapter.file import write_adapter
-from sd3tune.adapter.layouts import arrange
+from sd3tune.adapter.rearrange import arrange
 from sd3tune.cli.main import run
 from sd3tune.commands.lora_inspect import inspect_lora
 from sd3tune.errors import AdapterError

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sd3tune.adapter.file import read_adapter, write_adapter
-from sd3tune.adapter.layouts import arrange
 from sd3tune.adapter.low_rank import truncate
+from sd3tune.adapter.rearrange import arrange
 from sd3tune.cli.main import run
 from sd3tune.commands.lora_resize import resize_lora
 from sd3tune.errors import ConfigError, RunError

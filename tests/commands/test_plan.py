@@ -28,7 +28,7 @@ from sd3tune.run.places import store_folder
 from sd3tune.run.setup import hoists, make_trainable
 from sd3tune.run.state import make_state
 from sd3tune.training.batches import Batch
-from sd3tune.training.optim import FlatMaster
+from sd3tune.training.flat_master import FlatMaster
 from sd3tune.training.step import TrainState, predict_velocity, update
 
 ROOT = Path(__file__).parents[2]

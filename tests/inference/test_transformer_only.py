@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sd3tune.adapter.file import read_adapter
-from sd3tune.adapter.layouts import arrange
+from sd3tune.adapter.rearrange import arrange
 from sd3tune.cli.main import app
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError

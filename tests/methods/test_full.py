@@ -16,7 +16,7 @@ from sd3tune.model.base.base import Base
 from sd3tune.model.base.resolve import configured_base, resolve_base
 from sd3tune.model.compute.fast import use_fast_path
 from sd3tune.model.load.components import empty_transformer, load_transformer
-from sd3tune.training.optim import FlatMaster
+from sd3tune.training.flat_master import FlatMaster
 
 CONTRACT = {"base": "tiny", "max_sequence_length": 16, "encoders": ["clip_l", "clip_g", "t5"]}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

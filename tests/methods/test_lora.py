@@ -18,7 +18,7 @@ from sd3tune.methods import METHODS, LoraMethod
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_transformer
 from sd3tune.model.lora.layers import ADAPTER_NAME, lora_layers
-from sd3tune.training.optim import FlatMaster
+from sd3tune.training.flat_master import FlatMaster
 
 CONTRACT = {"base": "tiny", "max_sequence_length": 16}
 

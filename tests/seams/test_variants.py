@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sd3tune.adapter.file import read_adapter
-from sd3tune.adapter.names import LAYOUTS, Layout, register_layout, unregister_layout
+from sd3tune.adapter.layouts import LAYOUTS, Layout, register_layout, unregister_layout
 from sd3tune.commands.lora_convert import convert_lora
 from sd3tune.commands.train import run_training
 from sd3tune.config import Config, json_schema, load_config, parse_config
@@ -29,7 +29,8 @@ from sd3tune.config.sections.data import Source
 from sd3tune.config.sections.flow import TimestepsSection, WeightingSection
 from sd3tune.config.sections.key import CONTENT, WRITTEN, Identity, Key
 from sd3tune.config.sections.method import LoraConfig
-from sd3tune.config.sections.optimizer import OptimizerSection, ScheduleSection
+from sd3tune.config.sections.optimizer import OptimizerSection
+from sd3tune.config.sections.schedule import ScheduleSection
 from sd3tune.data.sources.folder import Listing
 from sd3tune.data.sources.registry import SOURCES, register_source
 from sd3tune.errors import ConfigError, RunError
@@ -37,8 +38,8 @@ from sd3tune.forecast.forecast import forecast, forecast_inputs
 from sd3tune.methods import METHODS, LoraMethod, register
 from sd3tune.training.loop import View
 from sd3tune.training.objective import SIGMAS, WEIGHTS, register_timesteps, register_weighting
-from sd3tune.training.optim import SCHEDULES, register_schedule
 from sd3tune.training.optimizers import OPTIMIZERS, register_optimizer
+from sd3tune.training.schedules import SCHEDULES, register_schedule
 
 ROOT = Path(__file__).parents[2]
 REGISTRIES = (METHODS, OPTIMIZERS, SCHEDULES, SIGMAS, WEIGHTS, SOURCES)

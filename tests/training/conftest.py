@@ -19,8 +19,8 @@ from sd3tune.run.preflight import Plan, make_plan
 from sd3tune.run.state import make_state
 from sd3tune.runtime.processes import ALONE
 from sd3tune.training.batches import Batches
+from sd3tune.training.flat_master import FlatMaster
 from sd3tune.training.objective import Objective, make_objective
-from sd3tune.training.optim import FlatMaster
 from sd3tune.training.step import StepResult, TrainState, train_step
 
 

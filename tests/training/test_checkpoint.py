@@ -15,7 +15,7 @@ from sd3tune.config import Config
 from sd3tune.errors import RunError
 from sd3tune.run.state import make_state
 from sd3tune.training.checkpoint import differences, list_checkpoints, read_state, restore, save_checkpoint
-from sd3tune.training.optim import FlatMaster
+from sd3tune.training.flat_master import FlatMaster
 from sd3tune.training.step import TrainState, update
 
 IDENTITY = {"seed": 0, "train": {"batch_size": 1}}

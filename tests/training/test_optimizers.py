@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sd3tune.config import Config
 from sd3tune.config.sections.optimizer import AdamW8bitConfig, ProdigyConfig
 from sd3tune.run.state import make_state
-from sd3tune.training.optim import FlatMaster
+from sd3tune.training.flat_master import FlatMaster
 from sd3tune.training.optimizers import OPTIMIZERS, make_adamw8bit, make_prodigy
 from sd3tune.training.step import TrainState, update
 

@@ -15,7 +15,7 @@ from sd3tune.flow.objective import velocity_target
 from sd3tune.model.load.components import load_transformer
 from sd3tune.model.lora.layers import ADAPTER_NAME, lora_layers
 from sd3tune.training.batches import Batch
-from sd3tune.training.optim import ema_decay
+from sd3tune.training.flat_master import ema_decay
 from sd3tune.training.step import predict_velocity
 
 RANK, ALPHA = 2, 3.0

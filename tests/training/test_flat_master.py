@@ -8,17 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from sd3tune.config.sections.optimizer import ConstantConfig, CosineConfig
+from sd3tune.config.sections.schedule import ConstantConfig, CosineConfig
 from sd3tune.config.sections.train import EmaConfig
-from sd3tune.training.optim import (
-    GROWTH_INTERVAL,
-    MIN_LOSS_SCALE,
-    FlatMaster,
-    LossScale,
-    clip_,
-    ema_decay,
-    learning_rate,
-)
+from sd3tune.training.flat_master import GROWTH_INTERVAL, MIN_LOSS_SCALE, FlatMaster, LossScale, clip_, ema_decay
+from sd3tune.training.schedules import learning_rate
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 2, 2)}
 

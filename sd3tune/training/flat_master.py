@@ -6,16 +6,12 @@ small matrices nor, as in PEFT, the activations to fp32. Updates go to the fp32 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from sd3tune.config.sections.optimizer import ScheduleSection
 from sd3tune.config.sections.train import EmaConfig
-from sd3tune.config.variants import SCHEDULE, Registry
 
 GROWTH_INTERVAL = 2000
 """Good steps after which the loss scale is doubled."""
@@ -95,34 +91,6 @@ def clip_(gradient: Tensor, max_norm: float | None) -> Tensor:
     if max_norm is not None:
         gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
-
-
-def learning_rate(schedule: ScheduleSection, peak: float, step: int, steps: int) -> float:
-    """Return the learning rate of step `step` (0-based) of `steps`: a closed form, so resuming needs no state."""
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    progress = (step - schedule.warmup_steps) / (steps - schedule.warmup_steps)
-    return peak * SCHEDULES[schedule.kind](schedule, progress)
-
-
-Schedule = Callable[[Any, float], float]
-"""(settings of the kind, share of the steps after the warm-up, in [0, 1)) -> factor on the peak learning rate."""
-
-SCHEDULES: Registry[Schedule] = Registry(
-    SCHEDULE,
-    {
-        "constant": lambda settings, progress: 1.0,
-        "cosine": lambda settings, progress: (1 + math.cos(math.pi * progress)) / 2,
-    },
-)
-
-
-def register_schedule(section: type[ScheduleSection], factor: Schedule) -> None:
-    """Add a schedule. Raises ValueError for a kind that is already registered.
-
-    A section with `depends_on_length` off promises the same factor for every `progress`, so that a run can be extended.
-    """
-    SCHEDULES.register(section, factor)
 
 
 def ema_decay(config: EmaConfig, step: int) -> float:
