@@ -31,7 +31,9 @@ cache_app = typer.Typer(
 )
 StoreArgument = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Argument(metavar="[FOLDER|CONFIG]", help="The store, or a run that uses it; by default the one used here."),
+    typer.Argument(
+        metavar="[FOLDER|CONFIG]", help="A store, or the YAML file of a run; by default the store of runs started here."
+    ),
 ]
 
 

@@ -123,7 +123,7 @@ def resize(
     ] = None,
     transformer_only: TransformerOnly = False,
 ) -> None:
-    """Write the nearest adapter of a lower rank, and print the loss."""
+    """Write the nearest adapter of a lower rank, and print the approximation error."""
     with quick_imports(f"lora resize {path}"):
         from sd3tune.commands.lora_resize import resize_lora
 

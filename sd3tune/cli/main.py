@@ -97,7 +97,7 @@ def plan(
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"--memory {memory:g}: give the card's memory in GB, such as 24")
     if not 0 < utilisation <= 100:
-        raise ConfigError(f"--utilisation {utilisation:g}: give per cent of the card's peak, above 0 and at most 100")
+        raise ConfigError(f"--utilisation {utilisation:g}: give a percentage of the card's peak, above 0, at most 100")
     loaded = load_config(config, overrides or ())
     print_notes(loaded.notes)
     with quick_imports(f"plan {config}"):
@@ -179,7 +179,7 @@ def doctor() -> None:
 
 @base_app.command()
 def path(
-    name: Annotated[str, typer.Argument(help="tiny, tiny-sd3, tiny-sd35-medium or tiny-sd35-large.")],
+    name: Annotated[str, typer.Argument(help="nano, tiny, tiny-sd3, tiny-sd35-medium or tiny-sd35-large.")],
 ) -> None:
     """Print the diffusers folder of an offline base, built on first use."""
     from sd3tune.commands.base_path import base_path

@@ -84,7 +84,7 @@ def make_run_plan(
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"memory={memory:g}: give the card's memory in GB, such as 24")
     if not 0 < utilisation <= 100:
-        raise ConfigError(f"utilisation={utilisation:g}: give per cent of the card's peak, above 0 and at most 100")
+        raise ConfigError(f"utilisation={utilisation:g}: give a percentage of the card's peak, above 0, at most 100")
     lines: list[str] = []
     remaining = plan_lines(config, card, memory, utilisation)
     while True:

@@ -238,7 +238,7 @@ def _begin(
 
 
 def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], say: Callable[[str], None]) -> None:
-    """Write the result, the model card and last `run.json`, whose report marks the run as finished; print a summary."""
+    """Write the result and the card, then `run.json`, whose report marks the run as finished; print a summary."""
     plan, state, watching = attempt.plan, attempt.state, attempt.watching
     _export(plan, state, attempt.contract)
     weights = exported_weights(state)

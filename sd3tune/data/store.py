@@ -115,7 +115,7 @@ class Store:
     def check(self, keys: Iterable[str], nbytes: int = CHECKED_BYTES) -> list[str]:
         """Check entries against their digests, up to `nbytes` in all. Return the keys whose entries are lost.
 
-        Lost are damaged entries, and all other entries in their shards.
+        A damaged entry is lost together with all other entries in its shard.
         """
         present = [key for key in dict.fromkeys(keys) if key in self._index]
         for key in present:

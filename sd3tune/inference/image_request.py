@@ -186,7 +186,7 @@ class ImageRequest:
     """See `sampler.add_offset`."""
     slg: float | None = parameter(
         None,
-        "Skip-layer guidance, for SD3.5 medium: 2.8.",
+        "Scale of skip-layer guidance; for SD3.5 medium, use 2.8.",
         metavar="SCALE",
         panel=SAMPLING,
         column=True,
@@ -207,14 +207,14 @@ class ImageRequest:
     )
     slg_start: float = parameter(
         0.01,
-        "Share of the steps at which it starts (0.01).",
+        "Where skip-layer guidance starts, as a share of the steps (0.01).",
         panel=SAMPLING,
         recipe="slg.start",
         requires="slg",
     )
     slg_stop: float = parameter(
         0.2,
-        "Share of the steps at which it stops (0.2).",
+        "Where skip-layer guidance stops, as a share of the steps (0.2).",
         panel=SAMPLING,
         recipe="slg.stop",
         requires="slg",
@@ -229,7 +229,7 @@ class ImageRequest:
     )
     strength: float = parameter(
         0.6,
-        "How much of it is redrawn (0.6): 1 is all.",
+        "Share of the start picture to redraw (0.6); 1 is all of it.",
         panel=IMAGE,
         column=True,
         axis=True,

@@ -42,7 +42,7 @@ class Memory:
 
     quantize: str | None = parameter(
         None,
-        "Hold the transformer's blocks as nf4, int8 or none; by default as in training.",
+        "Quantise the transformer's blocks: nf4, int8 or none; by default as in training.",
         metavar="FORM",
         panel=MEMORY,
         recipe="quantize",
@@ -87,20 +87,20 @@ class InferenceJob:
     out: Path = parameter(Path("images"), "Folder for the images.")
     prompts: Path | None = parameter(
         None,
-        "A .txt file, a prompt a line; or .jsonl or .csv. Images already in --out are not drawn again.",
+        "A .txt file with one prompt per line, or a .jsonl or .csv file. Images already in --out are not drawn again.",
         metavar="FILE",
     )
     """Values in the file override `given`."""
     grid: Sequence[str] = parameter(
         (),
-        "One picture of all values, such as weight=0,0.5,1; a second --grid is for the rows. "
-        "Also seed, prompt (a|b), lora, steps, guidance, sampler and shift.",
+        "Draw a sheet with one picture for each value, such as weight=0,0.5,1. A second --grid gives the rows. "
+        "Also seed, prompt (a|b), lora, steps, guidance, sampler, shift, slg and strength.",
         metavar="NAME=V,V,...",
     )
     """Up to two of `NAME=VALUE,VALUE,...`; see `grid.AXES`."""
     from_picture: Path | None = parameter(
         None,
-        "A picture of infer: drawn again from its recipe; flags override it.",
+        "Draw a picture again from the recipe that infer stored in it; other flags override the recipe.",
         flags="--from",
         metavar="PNG",
     )
@@ -111,7 +111,7 @@ class InferenceJob:
         False, "With --from: download missing files from the Hub.", flags="--allow-download"
     )
     batch: int = parameter(1, "How many to draw at once.", recipe="batch", check=_count)
-    num: int = parameter(1, "How many images.", check=_count)
+    num: int = parameter(1, "Number of images per prompt.", check=_count)
     before: bool = parameter(
         True, "Also draw without the adapter, for a before/after picture.", flags="--before/--no-before"
     )
@@ -133,7 +133,7 @@ class InferenceJob:
     """Revision of a base on the Hub."""
     config: Path | None = parameter(
         None,
-        "Its model section locates base, text encoders and tokenizers.",
+        "Take base, text encoders and tokenizers from the model section of this file.",
         metavar="YAML",
         panel=MODEL,
     )

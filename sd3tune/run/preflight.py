@@ -149,7 +149,7 @@ def _upload_problems(config: Config) -> Sequence[str]:
 
 @contextlib.contextmanager
 def explain_hub_push() -> Iterator[None]:
-    """Add to a RunError about uploads that the run can do without: set hub.push=never, and push later."""
+    """Extend a RunError about uploads with a way to train without one: set hub.push=never, and push later."""
     try:
         yield
     except RunError as error:

@@ -71,8 +71,8 @@ def train(
     Saves a checkpoint and raises KeyboardInterrupt when `stop_requested` returns True on any rank. Raises RunError when
     the gradient was not finite for `train.max_skipped` consecutive steps.
 
-    With `save_when_interrupted`, a KeyboardInterrupt from outside also saves a checkpoint of the last complete step, if
-    a single process trains, before it propagates.
+    With `save_when_interrupted` and a single process, a KeyboardInterrupt from outside also saves a checkpoint of the
+    last complete step, then propagates.
     """
     metrics = Metrics(run / METRICS_FILE, state.step, processes.gather, processes.is_main, batches.names, sink)
     known_skips = len(metrics.skipped)

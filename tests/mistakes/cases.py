@@ -194,12 +194,12 @@ CASES = [
     Case("config", "a section that does not exist", CHECK, "did you mean 'model'", edited("model:", "modle:")),
     Case("config", "a word for a number", CHECK, "'sixteen'", edited("rank: 2,", "rank: sixteen,")),
     Case("config", "true for a number", CHECK, "method.rank", edited("rank: 2,", "rank: true,")),
-    Case("config", "a broken number of steps", CHECK, "train.steps", edited("steps: 2", "steps: 1.5")),
+    Case("config", "a fractional number of steps", CHECK, "train.steps", edited("steps: 2", "steps: 1.5")),
     Case("config", "a number in quotes", CHECK, "train.steps", edited("steps: 2", 'steps: "10"')),
     Case("config", "a negative number of steps", CHECK, "-5", edited("steps: 2", "steps: -5")),
     Case("config", "a resolution off the grid", CHECK, "multiple of 16", edited("resolution: 64", "resolution: 100")),
     Case("config", "a learning rate of zero", CHECK, "optimizer.lr", written(YAML + "optimizer: {lr: 0}\n")),
-    Case("config", "a learning rate that is none", CHECK, "optimizer.lr", written(YAML + "optimizer: {lr: fast}\n")),
+    Case("config", "an invalid learning rate", CHECK, "optimizer.lr", written(YAML + "optimizer: {lr: fast}\n")),
     Case("config", "not a number", CHECK, "optimizer.lr", written(YAML + "optimizer: {lr: .nan}\n")),
     Case("config", "three betas", CHECK, "optimizer.betas", written(YAML + "optimizer: {betas: [0.9, 0.99, 0.999]}\n")),
     Case("config", "a method that does not exist", CHECK, "'lokr'", edited("rank: 2,", "kind: lokr, rank: 2,")),
@@ -256,7 +256,7 @@ CASES = [
     ),
     Case(
         "config",
-        "a part of the blocks, of none",
+        "checkpointed blocks without checkpointing",
         CHECK,
         "leave checkpointed_blocks out",
         edited("steps: 2", "steps: 2, checkpointed_blocks: 1"),
@@ -270,7 +270,7 @@ CASES = [
     ),
     Case(
         "config",
-        "memory that is no number",
+        "memory that is not a number",
         CHECK,
         "train.memory",
         edited("steps: 2", "steps: 2, memory: much"),
@@ -364,7 +364,7 @@ CASES = [
     Case("data", "a photo that is a web page", TRAIN, "HTML", written("<!DOCTYPE html>\n<html>", "photos/a.jpg")),
     Case("data", "a HEIC that is called .jpg", TRAIN, "HEIC", written(HEIC, "photos/a.jpg")),
     Case("data", "HEICs only", TRAIN, "IMG_1.HEIC", steps(no_photos, written(HEIC, "photos/IMG_1.HEIC"))),
-    Case("data", "a file of no bytes", TRAIN, "empty", written("", "photos/nothing.png")),
+    Case("data", "an empty image", TRAIN, "empty", written("", "photos/nothing.png")),
     Case("data", "a photo that breaks off", TRAIN, "cut.jpg", truncated_photo),
     Case("data", "no caption", TRAIN, "0.png: has no caption", NO_CAPTION),
     Case("data", "an empty caption", TRAIN, "is empty", steps(NO_CAPTION, written("", "photos/0.txt"))),
@@ -392,7 +392,7 @@ CASES = [
     ),
     Case(
         "data",
-        "metadata that names no file",
+        "metadata for a missing file",
         TRAIN,
         "metadata.jsonl:1",
         written('{"file_name": "gone.png", "text": "a"}\n', "photos/metadata.jsonl"),
@@ -426,12 +426,12 @@ CASES = [
     Case("data", "a placeholder that does not exist", CHECK, "template", source('{path: photos, template: "{word}"}')),
     Case("models", "a released model by another name", TRAIN, "3.5-medium'", edited("base: tiny,", "base: sd3.5-m,")),
     Case("models", "a misspelt base", TRAIN, "did you mean 'tiny", edited("base: tiny,", "base: tiny-sd35,")),
-    Case("models", "a folder that is no model", TRAIN, "model_index.json", edited("base: tiny,", "base: ./photos,")),
+    Case("models", "a folder without a model", TRAIN, "model_index.json", edited("base: tiny,", "base: ./photos,")),
     Case("models", "a component that is missing", TRAIN, "vae", base_copy(lambda base: shutil.rmtree(base / "vae"))),
     Case("models", "pickled weights", TRAIN, "pickled", base_copy(pickled)),
     Case("models", "more blocks than any SD3 has", TRAIN, "num_layers", base_copy(config_changed(num_layers=10**9))),
     Case("models", "a list for a number", TRAIN, "num_layers", base_copy(config_changed(num_layers=[1]))),
-    Case("models", "a width that is broken", TRAIN, "out_channels", base_copy(config_changed(out_channels=1.5))),
+    Case("models", "a fractional width", TRAIN, "out_channels", base_copy(config_changed(out_channels=1.5))),
     Case(
         "models",
         "an adapter inside the base",
@@ -487,7 +487,7 @@ CASES = [
     Case(
         "models", "pooled text of another width", TRAIN, "pooled", scratch("transformer: {pooled_projection_dim: 9},")
     ),
-    Case("models", "a second attention in no block", TRAIN, "9", scratch("transformer: {dual_attention_layers: [9]},")),
+    Case("models", "a second attention in a missing block", TRAIN, "9", scratch("transformer: {dual_attention_layers: [9]},")),
     Case(
         "models",
         "neither a transformer nor its shape",
@@ -509,7 +509,7 @@ CASES = [
     Case("models", "an offline base of another name", ("base", "path", "small"), "tiny"),
     Case("adapters", "an adapter that is not there", (*INFER, "--lora", "gone", "--base", "tiny"), "gone"),
     Case("adapters", "a start that is not there", TRAIN, "gone", method("start_from: ./gone")),
-    Case("adapters", "a file that is no adapter", (*INFER, *LORA), "safetensors", written("hello", "lora.safetensors")),
+    Case("adapters", "a file that is not an adapter", (*INFER, *LORA), "safetensors", written("hello", "lora.safetensors")),
     Case("adapters", "an adapter without tensors", (*INFER, *LORA), "lora.safetensors", adapter({})),
     Case(
         "adapters",
@@ -547,7 +547,7 @@ CASES = [
     Case("adapters", "a configuration cut off", (*INFER, *LORA), "adapter_config.json is not", peft_folder('{"r": ')),
     Case(
         "adapters",
-        "a module that SD3 has not",
+        "a module that SD3 lacks",
         (*INFER, *LORA),
         "no module",
         adapter({"lora_unet_joint_blocks_0_x.lora_up.weight": torch.ones(4, 2)}),
@@ -576,7 +576,7 @@ CASES = [
     ),
     Case(
         "adapters",
-        "an adapter that names no base",
+        "an adapter without a base",
         (*INFER, "--lora", "lora.safetensors"),
         "--base",
         adapter(pair("transformer_blocks.0.attn.to_q")),
@@ -586,7 +586,7 @@ CASES = [
     Case("adapters", "a word for a number inside", (*INFER, *LORA), "resolution", contract('{"resolution": "big"}')),
     Case("adapters", "a size off the grid inside", (*INFER, *LORA), "resolution", contract('{"resolution": 100}')),
     Case(
-        "adapters", "a way to hold a base that none is", (*INFER, *LORA), "quantize", contract('{"quantize": "evil"}')
+        "adapters", "an unknown quantisation", (*INFER, *LORA), "quantize", contract('{"quantize": "evil"}')
     ),
     Case(
         "adapters",
@@ -604,23 +604,23 @@ CASES = [
         "encoders",
         contract('{"encoders": ["clip_l", 3]}'),
     ),
-    Case("adapters", "weights of no base", (*INFER, *LORA), "base: missing", contract('{"base_fingerprint": "ab"}')),
+    Case("adapters", "a contract without a base", (*INFER, *LORA), "base: missing", contract('{"base_fingerprint": "ab"}')),
     Case("adapters", "a later contract", (*INFER, *LORA), "newer", contract('{"contract_version": 9}')),
     Case(
         "adapters",
-        "a version that is none",
+        "an invalid version",
         (*INFER, *LORA),
         "contract_version",
         contract('{"contract_version": "v1"}'),
     ),
     Case(
         "adapters",
-        "an alpha that is none",
+        "an invalid alpha",
         (*INFER, *LORA),
         "lora_alpha",
         adapter(pair("transformer_blocks.0.attn.to_q"), lora_adapter_metadata='{"transformer.lora_alpha": "two"}'),
     ),
-    Case("adapters", "a weight that is no number", (*INFER, "--lora", "lora.safetensors@much"), "much"),
+    Case("adapters", "a weight that is not a number", (*INFER, "--lora", "lora.safetensors@much"), "much"),
     Case(
         "adapters",
         "a weight after a colon",
@@ -630,7 +630,7 @@ CASES = [
     ),
     Case("adapters", "neither adapter nor base", INFER, "--lora"),
     Case("flags", "a size off the grid", (*INFER, "--base", "tiny", "--size", "100"), "multiples of 16"),
-    Case("flags", "a size that is none", (*INFER, "--base", "tiny", "--size", "big"), "--size big"),
+    Case("flags", "an invalid size", (*INFER, "--base", "tiny", "--size", "big"), "--size big"),
     Case("flags", "a size beyond the base", (*INFER, "--base", "tiny", "--size", "8192"), "at most"),
     Case("flags", "no images", (*INFER, "--base", "tiny", "--num", "0"), "--num 0"),
     Case("flags", "a negative seed", (*INFER, "--base", "tiny", "--seed", "-1"), "--seed -1"),
@@ -653,7 +653,7 @@ CASES = [
     Case("flags", "a picture without a recipe", ("infer", "--from", "photos/0.png"), "holds no recipe"),
     Case(
         "flags",
-        "a start that is no picture",
+        "a start image that is not a picture",
         (*INFER, "--base", "tiny", "--image", "run.yaml", "--strength", "1"),
         "is not an image",
     ),
@@ -673,7 +673,7 @@ CASES = [
     ),
     Case("hub", "an upload to nowhere", CHECK, "repo_id is null", written(YAML + "hub: {push: end}\n")),
     Case("hub", "a repository without its owner", CHECK, "hub.repo_id", written(YAML + "hub: {repo_id: dog}\n")),
-    Case("hub", "a push of what is no run", ("hub", "push", "photos"), "run.json"),
+    Case("hub", "a push of another folder", ("hub", "push", "photos"), "run.json"),
     Case("hub", "a push of another program's folder", ("hub", "push", "x"), "of sd3tune", written("{}", "x/run.json")),
     Case(
         "hub",
@@ -683,7 +683,7 @@ CASES = [
         written('{"sd3tune_run": 1}', "half/run.json"),
     ),
     Case("hub", "a push to nowhere", ("hub", "push", "done"), "--repo-id", finished_run),
-    Case("hub", "a push to no repository", ("hub", "push", "done", "--repo-id", "dog"), "'dog'", finished_run),
+    Case("hub", "a push to an invalid repository", ("hub", "push", "done", "--repo-id", "dog"), "'dog'", finished_run),
     Case("flags", "a run folder that is a file", (*TRAIN, "output_dir=photos/0.png"), "is a file"),
     Case("flags", "a run folder full of other things", (*TRAIN, "output_dir=photos"), "not empty"),
     Case(
@@ -696,7 +696,7 @@ CASES = [
     Case("flags", "a run folder that cannot be made", (*TRAIN, "output_dir=/proc/run"), "/proc/run"),
     Case("flags", "a store that cannot be made", (*TRAIN, "data.cache_dir=/proc/store"), "/proc/store"),
     Case("flags", "a card that is not known", (*PLAN, "--card", "4091"), "did you mean 4090?"),
-    Case("flags", "a card of no size", (*PLAN, "--memory", "0"), "--memory 0"),
+    Case("flags", "a card without memory", (*PLAN, "--memory", "0"), "--memory 0"),
     Case("flags", "more than a card can do", (*PLAN, "--utilisation", "140"), "--utilisation 140"),
     Case("flags", "a precision that a card lacks", (*PLAN, "--card", "t4", "model.dtype=bf16"), "has no bf16"),
 ]

@@ -89,11 +89,11 @@ ENVIRONMENT = [
     one("one of two processes, alone", TRAIN, "WORLD_SIZE=2", environment={"WORLD_SIZE": "2"}),
     one("drawing as one of two processes", DRAW, "WORLD_SIZE=2", environment={"WORLD_SIZE": "2"}),
     one("a rank and no number of processes", TRAIN, "RANK=1", environment={"RANK": "1"}),
-    one("a number of processes that is none", TRAIN, "WORLD_SIZE=two", environment={"WORLD_SIZE": "two"}),
+    one("an invalid number of processes", TRAIN, "WORLD_SIZE=two", environment={"WORLD_SIZE": "two"}),
     one("the same with --num-processes", (*TRAIN, *TWO), "WORLD_SIZE=two", environment={"WORLD_SIZE": "two"}),
     one("no process at all", TRAIN, "WORLD_SIZE=0", environment={"WORLD_SIZE": "0"}),
     one(
-        "a rank that is none",
+        "an invalid rank",
         TRAIN,
         "RANK=first",
         environment={**HALF_A_LAUNCH, "WORLD_SIZE": "2", "RANK": "first"},
@@ -104,7 +104,7 @@ ENVIRONMENT = [
         "RANK=5",
         environment={**HALF_A_LAUNCH, "WORLD_SIZE": "2", "RANK": "5"},
     ),
-    one("a port that is none", TRAIN, "MASTER_PORT=http", environment={"MASTER_PORT": "http"}),
+    one("an invalid port", TRAIN, "MASTER_PORT=http", environment={"MASTER_PORT": "http"}),
     one("a GPU that is not there", TRAIN, "CUDA_VISIBLE_DEVICES=97", environment={"CUDA_VISIBLE_DEVICES": "97"}),
     one("drawing on it", DRAW, "CUDA_VISIBLE_DEVICES=97", environment={"CUDA_VISIBLE_DEVICES": "97"}),
     one(

@@ -69,7 +69,7 @@ class Base:
 
     @property
     def distilled(self) -> bool:
-        """True if a name of or in the base contains "turbo"; weights do not show it."""
+        """True if the base's name, or a name in its files, contains "turbo"; the weights do not show it."""
         if self.random:
             return False
         names = [self.label]
