@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.sd3tune-installed
 LOG := $(VENV)/setup.log
 AUDIT := $(VENV)/audit.log
-WORKERS ?= 2
+WORKERS ?= 3
 MINUTES ?= 10
 
 # pip's output goes into a log; its last lines are shown when pip fails.

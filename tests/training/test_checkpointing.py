@@ -89,5 +89,5 @@ def test_more_blocks_than_there_are_is_one_line(assembled, quick_config, tmp_pat
     config = quick_config(tmp_path, "train.gradient_checkpointing=block", "train.checkpointed_blocks=5")
     with pytest.raises(UserError, match="checkpointed_blocks: 5 of 4 blocks; at most 4, or null for all"):
         assembled(config)
-    with pytest.raises(UserError, match="checkpointed_blocks is 2 and gradient_checkpointing is none"):
+    with pytest.raises(UserError, match="checkpointed_blocks is 2 but gradient_checkpointing is none"):
         quick_config(tmp_path, "train.checkpointed_blocks=2")
