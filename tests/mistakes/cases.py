@@ -487,8 +487,13 @@ CASES = [
     Case(
         "models", "pooled text of another width", TRAIN, "pooled", scratch("transformer: {pooled_projection_dim: 9},")
     ),
-    Case("models", "a second attention in a missing block",
-         TRAIN, "9", scratch("transformer: {dual_attention_layers: [9]},")),
+    Case(
+        "models",
+        "a second attention in a missing block",
+        TRAIN,
+        "9",
+        scratch("transformer: {dual_attention_layers: [9]},"),
+    ),
     Case(
         "models",
         "neither a transformer nor its shape",
@@ -510,8 +515,13 @@ CASES = [
     Case("models", "an offline base of another name", ("base", "path", "small"), "tiny"),
     Case("adapters", "an adapter that is not there", (*INFER, "--lora", "gone", "--base", "tiny"), "gone"),
     Case("adapters", "a start that is not there", TRAIN, "gone", method("start_from: ./gone")),
-    Case("adapters", "a file that is not an adapter",
-         (*INFER, *LORA), "safetensors", written("hello", "lora.safetensors")),
+    Case(
+        "adapters",
+        "a file that is not an adapter",
+        (*INFER, *LORA),
+        "safetensors",
+        written("hello", "lora.safetensors"),
+    ),
     Case("adapters", "an adapter without tensors", (*INFER, *LORA), "lora.safetensors", adapter({})),
     Case(
         "adapters",
@@ -587,9 +597,7 @@ CASES = [
     Case("adapters", "a contract that is a list", (*INFER, *LORA), "'sd3tune'", contract("[1]")),
     Case("adapters", "a word for a number inside", (*INFER, *LORA), "resolution", contract('{"resolution": "big"}')),
     Case("adapters", "a size off the grid inside", (*INFER, *LORA), "resolution", contract('{"resolution": 100}')),
-    Case(
-        "adapters", "an unknown quantisation", (*INFER, *LORA), "quantize", contract('{"quantize": "evil"}')
-    ),
+    Case("adapters", "an unknown quantisation", (*INFER, *LORA), "quantize", contract('{"quantize": "evil"}')),
     Case(
         "adapters",
         "an alpha beyond all numbers",
@@ -606,8 +614,13 @@ CASES = [
         "encoders",
         contract('{"encoders": ["clip_l", 3]}'),
     ),
-    Case("adapters", "a contract without a base",
-         (*INFER, *LORA), "base: missing", contract('{"base_fingerprint": "ab"}')),
+    Case(
+        "adapters",
+        "a contract without a base",
+        (*INFER, *LORA),
+        "base: missing",
+        contract('{"base_fingerprint": "ab"}'),
+    ),
     Case("adapters", "a later contract", (*INFER, *LORA), "newer", contract('{"contract_version": 9}')),
     Case(
         "adapters",
