@@ -76,5 +76,6 @@ def read_run_file(folder: Path) -> dict[str, Any]:
         described = read_object(folder / RUN_FILE)
     except (OSError, NotJson):
         return {}
-    ours = type(described.get(MARKER)) is int or described.keys() >= _KEYS_BEFORE_MARKER
+    is_marked = type(described.get(MARKER)) is int
+    ours = is_marked or (MARKER not in described and described.keys() >= _KEYS_BEFORE_MARKER)
     return described if ours else {}

@@ -16,6 +16,9 @@ from typing import BinaryIO
 LARGEST = 2**30
 """Size limit in bytes of a file to read: the uncompressed size of the largest image that Pillow decodes."""
 
+MAX_NAME_BYTES = 255
+"""Longest file name of the common file systems, in bytes."""
+
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",

@@ -15,7 +15,7 @@ from sd3tune import __version__
 from sd3tune.adapter.file import ADAPTER_FILE, Adapter, find_adapter
 from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.errors import AdapterError, ConfigError, ModelError
-from sd3tune.files.regular import sha256_of
+from sd3tune.files.regular import MAX_NAME_BYTES, sha256_of
 from sd3tune.files.tensors import tensors_sha256
 from sd3tune.inference.image_request import PARAMETERS, PROMPT_OF
 from sd3tune.inference.job import MEMORY_PARAMETERS, InferenceJob, Memory
@@ -31,13 +31,9 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _HUB_COMMIT = re.compile(_HUB_ID.pattern + r":[\w.-]+", re.ASCII)
 
 
-_LONGEST_NAME = 255
-"""Limit of a file's name in bytes."""
-
-
 def _no_longer_than_a_file_name(name: str) -> str:
-    if len(name.encode(errors="surrogatepass")) > _LONGEST_NAME:
-        raise ValueError(f"Names have at most {_LONGEST_NAME} bytes")
+    if len(name.encode(errors="surrogatepass")) > MAX_NAME_BYTES:
+        raise ValueError(f"Names have at most {MAX_NAME_BYTES} bytes")
     return name
 
 

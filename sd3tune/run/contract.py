@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def drops_kept_captions(plan: Plan) -> bool:
     """
     if plan.start is None or not _may_drop_kept(plan.config):
         return False
-    return "kept_captions" not in read_state(plan.start)["identity"]["data"]
+    return "kept_captions" not in _saved_identity(plan.start)["data"]
 
 
 def _may_drop_kept(config: Config) -> bool:
@@ -161,10 +162,20 @@ _DIGESTS = {
 """Descriptions of the identity keys whose values are digests."""
 
 
+def _saved_identity(checkpoint: Path) -> dict[str, Any]:
+    """Return the identity in a checkpoint. Raises RunError if it was edited or damaged."""
+    identity: dict[str, Any] = read_state(checkpoint)["identity"]
+    if not isinstance(identity.get("data"), dict):
+        raise RunError(
+            f"{checkpoint}: damaged (identity has no data); delete this folder to resume from the one before"
+        )
+    return identity
+
+
 def check_identity(plan: Plan, identity: Mapping[str, Any], encoded: Encoded) -> None:
     """Raise RunError if `identity` differs from the checkpoint's, with a line per difference."""
     assert plan.start is not None
-    saved = read_state(plan.start)["identity"]
+    saved = _saved_identity(plan.start)
     lines = [_in_words(line) for line in differences(saved, identity)]
     earlier = encoded.earlier_keys
     if earlier and saved["data"].get("images") == _digest_of_images(encoded, earlier):
@@ -181,7 +192,7 @@ def check_finished(plan: Plan, world: int) -> None:
     """Do as `check_identity` for a finished run, without the digests of the data, which may have been deleted."""
     assert plan.start is not None
     now = run_identity(plan, None, world)
-    saved = read_state(plan.start)["identity"]
+    saved = _saved_identity(plan.start)
     saved = {**saved, "data": {name: value for name, value in saved["data"].items() if name in now["data"]}}
     lines = differences(saved, now)
     with contextlib.suppress(ConfigError):  # the run folder's configuration was removed

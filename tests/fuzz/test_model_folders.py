@@ -81,4 +81,5 @@ def test_the_index_of_the_shards(tmp_path: Path) -> None:
         weight_files(tmp_path)
 
     stated = {"metadata": {"total_size": 1}, "weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}
-    try_door("model folder, shards", json_text(stated), call, tmp_path)
+    long = json.dumps({"weight_map": {"a": "[" * 2000 + ".safetensors"}}).encode()
+    try_door("model folder, shards", json_text(stated), call, tmp_path, known=[long])

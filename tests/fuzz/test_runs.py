@@ -118,7 +118,14 @@ def test_resuming(finished: Path, changed_run, quick_config, tmp_path: Path) -> 
         changed_run(found)
         run_training(config, resume=True)
 
-    try_door("runs, resumed", st.lists(changes(finished), max_size=2), call, tmp_path)
+    said = json.loads((finished / "run.json").read_text())
+    state = next((finished / "checkpoints").glob("step-*2")).relative_to(finished) / "state.json"
+    saved = json.loads((finished / state).read_text())
+    known = [
+        [("run.json", json.dumps({**said, "sd3tune_run": None}).encode())],
+        [(state.as_posix(), json.dumps({**saved, "identity": {**saved["identity"], "data": 1}}).encode())],
+    ]
+    try_door("runs, resumed", st.lists(changes(finished), max_size=2), call, tmp_path, known=known)
 
 
 def test_pushing(finished: Path, changed_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sd3tune.errors import ModelError
 from sd3tune.files.json import NotJson, read_object
+from sd3tune.files.regular import MAX_NAME_BYTES
 from sd3tune.files.tensor_header import BadHeader, read_header
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -70,10 +71,16 @@ def _shards(index: Path) -> list[str]:
     """Return the files that an index names, in its folder."""
     found = read_json(index).get("weight_map", {})
     names = list(found.values()) if isinstance(found, dict) else [found]
-    odd = [name for name in names if not (isinstance(name, str) and name.endswith(".safetensors") and "/" not in name)]
+    odd = [name for name in names if not _is_shard_name(name)]
     if odd:
         raise ModelError(f"{index}: weight_map: {json.dumps(odd[0])[:60]} is no safetensors file beside it")
     return sorted(set(names))
+
+
+def _is_shard_name(name: Any) -> bool:
+    if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
+        return False
+    return len(name.encode(errors="surrogatepass")) <= MAX_NAME_BYTES
 
 
 def tensor_headers(file: Path) -> dict[str, dict[str, Any]]:
