@@ -58,7 +58,7 @@ STORIES: dict[str, list[list[str]]] = {
     ],
     "full": [
         ["train", TINY, *SMALL, "output_dir=run", "method={kind: full}", "optimizer.lr=1e-5"],
-        ["infer", "--model", "run", "--prompt", "a blue cup", "--steps", "2", "--out", "drawn"],
+        ["infer", "--base", "run/model", "--prompt", "a blue cup", "--steps", "2", "--out", "drawn"],
         ["train", "configs/tiny_scratch.yaml", *SMALL, "output_dir=scratch"],
     ],
     "nano": [
@@ -106,11 +106,9 @@ def main() -> int:
     asked = parser.parse_args()
     changed = False
     for story in asked.only:
-        folders = [
-            make(story, checkout.resolve(), asked.out / side)
-            for side, checkout in (("before", asked.before), ("after", asked.after))
-        ]
-        results = [results_of(folder) for folder in folders]
+        sides = (("before", asked.before.resolve()), ("after", asked.after.resolve()))
+        folders = [make(story, checkout, asked.out / side) for side, checkout in sides]
+        results = [results_of(folder, checkout) for folder, (_, checkout) in zip(folders, sides, strict=True)]
         different = compare(*results)
         changed |= bool(different)
         print(f"{story:<10} {len(results[0])} results, {len(different) or 'none'} different", flush=True)
@@ -146,8 +144,12 @@ def make(story: str, checkout: Path, out: Path) -> Path:
     return folder
 
 
-def results_of(folder: Path) -> dict[str, str]:
-    """Return relative path with key or tensor name -> digest or value."""
+def results_of(folder: Path, checkout: Path) -> dict[str, str]:
+    """Return relative path with key or tensor name -> digest or value, with the places of both masked."""
+
+    def masked(text: str) -> str:
+        return text.replace(str(folder), "HERE").replace(str(checkout), "CHECKOUT")
+
     found: dict[str, str] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(folder))
@@ -163,9 +165,9 @@ def results_of(folder: Path) -> dict[str, str]:
                 [file.read_text(encoding="utf-8")] if file.suffix == ".json" else file.read_text("utf-8").splitlines()
             )
             values = [_without_times(json.loads(text)) for text in texts]
-            found[name] = json.dumps(values, sort_keys=True).replace(str(folder), "HERE")
+            found[name] = masked(json.dumps(values, sort_keys=True))
         elif file.suffix == ".yaml":
-            found[name] = file.read_text(encoding="utf-8").replace(str(folder), "HERE")
+            found[name] = masked(file.read_text(encoding="utf-8"))
     exits = [line for line in (folder / "printed.txt").read_text("utf-8").splitlines() if line.startswith("exit code")]
     return found | {"exit codes": " ".join(exits)}
 
