@@ -71,7 +71,7 @@ class Prior(Section):
 
 class ClassImagesConfig(Prior):
     """Train on class images together with the source's images, each with its caption (DreamBooth, Ruiz et al. 2022).
-    The loss is mean(instances) + weight * mean(class).
+    The loss is (sum of instances + weight * sum of class images) / number of instances.
     """
 
     kind: Annotated[Literal["images"], CONTENT] = Field("images", description="Preserve the class with class images.")
