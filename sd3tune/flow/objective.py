@@ -1,4 +1,4 @@
-"""The objective: interpolate between data and noise, predict the velocity (Esser et al. 2024, section 2)."""
+"""The objective: interpolate between data and noise, predict the velocity (Esser et al. 2024, sections 2 and 3)."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class LatentScaling:
 
 @dataclass(frozen=True)
 class Batch:
-    """The data of one micro-step, on the device. Everything but the embeddings is fp32.
+    """The data of one micro-step, on the device. All fp32, except embeddings and modulations.
 
     The instances come first, then the prior samples of those whose source has a prior: B samples in all.
     """
