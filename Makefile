@@ -64,6 +64,7 @@ build: $(STAMP) ## Write the wheel and the source archive to dist/, and run the 
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(PYTHON) tests/install/wheel.py dist/*.whl constraints.txt
+
 lock: $(STAMP) ## Pin the dependencies of pyproject.toml with their hashes (UPGRADE=NAME, UPGRADE=all: to newer versions)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-python-downloads --all-extras \
 		--generate-hashes --only-binary :all: --emit-build-options --no-annotate --custom-compile-command "make lock" \
