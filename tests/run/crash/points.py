@@ -6,20 +6,25 @@ import builtins
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 
-DIED = 9
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+
+Death = tuple[int, bool]
+"""The number of a point, and whether what is not synced there is torn."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,12 @@ class Watch:
         safetensors.torch.serialize_file = self._serialize_file(safetensors.torch.serialize_file)
         sys.addaudithook(self._audit)
 
-    def tear(self) -> None:
-        """Leave half of what was written since the last fsync of each file, as a write that was cut off would."""
+    def tear(self, copy: Path) -> None:
+        """Leave in a copy half of what was written since the last fsync of each file, as a write cut off would."""
         for path in self._files():
             size, durable = os.stat(path).st_size, self._durable.get(os.stat(path).st_ino, 0)
             if size > durable:
-                os.truncate(path, durable + (size - durable) // 2)
+                os.truncate(copy / os.path.relpath(path, self.folder), durable + (size - durable) // 2)
 
     def _files(self) -> list[str]:
         return [os.path.join(root, name) for root, _, names in os.walk(self.folder) for name in names]
@@ -173,17 +178,28 @@ def listing(folder: Path, notes: Path) -> None:
     watch = Watch(folder, reached)
 
 
-def dying(folder: Path, number: int, torn: bool) -> None:
-    """From now on, the process ends itself at the point of that number, without any farewell."""
-    counter = iter(range(number))
+def keeping(folder: Path, kept: Path, deaths: Collection[Death]) -> None:
+    """From now on, what a death at each of these points would leave of `folder` is copied to `kept_in(kept, death)`."""
+    counter = itertools.count()
 
     def reached(point: Point) -> None:
-        if next(counter, None) is None:
-            if torn:
-                watch.tear()
-            os._exit(DIED)
+        number = next(counter)
+        for torn in (False, True):
+            if (number, torn) in deaths:
+                copy(folder, kept_in(kept, (number, torn)))
+                if torn:
+                    watch.tear(kept_in(kept, (number, torn)))
 
     watch = Watch(folder, reached)
+
+
+def kept_in(kept: Path, death: Death) -> Path:
+    return kept / f"{death[0]}{'-torn' if death[1] else ''}"
+
+
+def copy(folder: Path, to: Path) -> None:
+    """Copy with times and links."""
+    subprocess.run(["cp", "-a", folder, to], check=True)
 
 
 def read_points(notes: Path) -> list[Point]:
