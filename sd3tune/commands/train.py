@@ -91,7 +91,9 @@ def carry_out_run(
 
     Without `signals`, a KeyboardInterrupt saves the last whole step. Raises UserError.
     """
-    processes = processes_of(accelerator := make_accelerator(config.train.gradient_accumulation))
+    processes = processes_of(
+        accelerator := make_accelerator(config.train.gradient_accumulation, config.train.process_timeout)
+    )
 
     def say(line: str) -> None:
         if processes.is_main:

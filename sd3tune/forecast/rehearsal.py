@@ -36,7 +36,8 @@ from sd3tune.training.step import TrainState, predict_velocity, train_step, upda
 META = torch.device("meta")
 _SHIFT = 3.0  # arbitrary: it only changes the values of sigmas
 _TRIAL_SIZE = 1 << 16
-"""Number of parameters in the optimizer rehearsal; memory is proportional to it."""
+"""Number of parameters in the optimizer rehearsal. State is proportional to it, and so is an update's working memory,
+up to the optimizer's chunk."""
 _OMITTED = "left out"
 """Name of one parameter that stands for all trained parameters of the omitted blocks."""
 
@@ -186,7 +187,7 @@ def rehearse_training(
     saved = SavedTensors([*tensors_of(transformer), *frozen, *ahead, master.master])
     with saved.watching():
         step = _rehearse_step(config, state, thin, method, empty, saved)
-    optimizer = rehearse_optimizer(config)
+    optimizer = rehearse_optimizer(config, values)
     if like is not None:
         preview = like.preview
     elif config.preview.prompts:
@@ -200,11 +201,11 @@ def rehearse_training(
         compute=0 if dtype is torch.float32 else bytes_of([master.compute]),
         master=bytes_of([master.master]),
         gradient=bytes_of([master.gradient]),
-        optimizer=optimizer.resident * values // _TRIAL_SIZE,
+        optimizer=optimizer.resident,
         ahead=bytes_of(ahead),
         average=0 if state.ema is None else bytes_of([state.ema]),
         saved=step.saved,
-        working=max(step.peak, optimizer.working * values // _TRIAL_SIZE),
+        working=max(step.peak, optimizer.working),
         flops=(step.flops + window.flops // window_length(batches)) * config.train.gradient_accumulation,
         preview=preview,
     )
@@ -245,8 +246,11 @@ def _unreduced(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def rehearse_optimizer(config: Config) -> MemoryUse:
-    """Measure the optimizer's state, and its working memory in an update, for `_TRIAL_SIZE` parameters on the CPU."""
+def rehearse_optimizer(config: Config, values: int) -> MemoryUse:
+    """Return the optimizer's state, and its working memory in an update of `values` parameters.
+
+    Both are measured for `_TRIAL_SIZE` parameters on the CPU.
+    """
     master = FlatMaster({"probed": nn.Parameter(torch.zeros(_TRIAL_SIZE))}, torch.float32)
     optimizer = make_optimizer(config.optimizer, master.master)
     state = TrainState(0, master, optimizer, None, LossScale(master.master.device, enabled=False))
@@ -254,7 +258,8 @@ def rehearse_optimizer(config: Config) -> MemoryUse:
         master.gradient.fill_(1.0)
         footprint = peak_of(lambda: update(state, config, config.optimizer.lr, _unreduced))
     kept = [value for value in optimizer.state[master.master].values() if isinstance(value, Tensor) and value.ndim]
-    return MemoryUse(bytes_of(kept), footprint.peak)
+    at_a_time = min(values, getattr(optimizer, "chunk", None) or values)
+    return MemoryUse(bytes_of(kept) * values // _TRIAL_SIZE, footprint.peak * at_a_time // _TRIAL_SIZE)
 
 
 def _rehearse_preview(

@@ -76,9 +76,10 @@ class FullMethod(StoredText):
         if dtype is not torch.float32:
             exact = load_transformer(self.base, torch.float32, transformer.device)
         parameters = dict(transformer.named_parameters())
-        for name, parameter in exact.named_parameters():
-            parameters[name].data = parameter.data
-            parameters[name].requires_grad_(True)
+        exact_parameters = dict(exact.named_parameters())
+        for name, parameter in parameters.items():  # a rehearsal leaves blocks out
+            parameter.data = exact_parameters[name].data
+            parameter.requires_grad_(True)
         saved = exact.state_dict()
         live = dict(transformer.named_buffers())
         self._buffers = {name: saved[name].to(self.export_dtype) for name in live if name in saved}

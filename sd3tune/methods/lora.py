@@ -79,7 +79,7 @@ class LoraMethod(StoredText):
         with self.disabled(transformer):
             found = input_directions(transformer, ranks, observe)
         for name, directions in found.items():  # the mean gives all ranks bit-identical values
-            adapted[name].lora_A[ADAPTER_NAME].weight.data.copy_(reduce_mean(directions))
+            adapted[name].lora_A[ADAPTER_NAME].weight.data.copy_(reduce_mean(directions.contiguous()))
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
         layers = self._layers([name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import metadata
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from sd3tune import __version__
 from sd3tune.errors import RunError
@@ -19,9 +20,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
 
-def make_accelerator(accumulation: int = 1) -> Accelerator:
+def make_accelerator(accumulation: int = 1, timeout_minutes: float | None = None) -> Accelerator:
     """Set up device and process group. Accelerate's own settings of precision and accumulation are overridden.
 
+    A process that waits longer than `timeout_minutes` for the others ends with an error; by default as torch sets it,
+    10 minutes with NCCL.
     Raises RunError if the environment asks for a missing GPU or a split model, or describes an incomplete launch.
     """
     problems = launch_problems(os.environ) + sharding_problems(os.environ)
@@ -30,10 +33,12 @@ def make_accelerator(accumulation: int = 1) -> Accelerator:
         problems.append(no_gpu(asked))
     if problems:
         raise RunError(*problems)
+    limits = [] if timeout_minutes is None else [InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))]
     try:
         accelerator = Accelerator(
             mixed_precision="no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation),
+            kwargs_handlers=limits,
         )
     except (ValueError, RuntimeError, ImportError) as error:
         ours = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("ACCELERATE_")]

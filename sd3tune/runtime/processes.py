@@ -18,6 +18,7 @@ class Processes:
     rank: int
     world: int
     reduce_mean: Callable[[Tensor], Tensor]
+    """Average a contiguous tensor over the ranks, in place; return it."""
     gather: Callable[[Tensor], Tensor]
     """Tensor [...] of each rank -> [world, ...] on every rank."""
     wait: Callable[[], None]
@@ -28,7 +29,7 @@ class Processes:
 
 
 ALONE = Processes(0, 1, lambda tensor: tensor, lambda tensor: tensor[None], lambda: None)
-"""A single process: `reduce_mean` returns its argument, and `gather` adds a dimension of 1."""
+"""A single process: `reduce_mean` changes nothing, and `gather` adds a dimension of 1."""
 
 
 def processes_of(accelerator: Accelerator) -> Processes:
@@ -38,10 +39,16 @@ def processes_of(accelerator: Accelerator) -> Processes:
     return Processes(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        reduce_mean=lambda tensor: accelerator.reduce(tensor, reduction="mean"),
+        reduce_mean=_reduce_mean,
         gather=lambda tensor: accelerator.gather(tensor[None]),
         wait=accelerator.wait_for_everyone,
     )
+
+
+def _reduce_mean(tensor: Tensor) -> Tensor:
+    """Without the copy that accelerate makes: for a whole model that is a second gradient."""
+    torch.distributed.all_reduce(tensor)
+    return tensor.div_(torch.distributed.get_world_size())
 
 
 @contextlib.contextmanager

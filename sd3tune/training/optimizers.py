@@ -22,6 +22,8 @@ from sd3tune.errors import RunError
 
 BLOCK = 256
 """Number of values that share a scale in 8-bit moments, as in the optimizers of bitsandbytes."""
+CHUNK = BLOCK << 16
+"""Number of weights that an 8-bit step updates at a time: 64 MiB per temporary tensor, and counts that fit an int32."""
 
 State = dict[str, Tensor]
 Rule = Callable[[Tensor, Tensor, State, float], tuple[Tensor, State]]
@@ -29,25 +31,51 @@ Rule = Callable[[Tensor, Tensor, State, float], tuple[Tensor, State]]
 
 
 class RuleOptimizer(torch.optim.Optimizer):
-    """An optimizer that applies `rule`, with `state` as the initial state."""
+    """An optimizer that applies `rule`, with `state` as the initial state.
+
+    `spans` makes it apply the rule to `CHUNK` values at a time, for the same result with less temporary memory: it maps
+    each state entry with values per weight to the weights that one value covers. Other entries are shared; their new
+    values, equal in all chunks, are stored after the last.
+    """
 
     found_inf: Tensor
     """A device scalar, set before each step: not 0 if the gradient is not finite."""
+    chunk: int | None
+    """The most weights that are updated at a time; None for all."""
 
-    def __init__(self, master: nn.Parameter, lr: float, state: State, rule: Rule) -> None:
+    def __init__(
+        self, master: nn.Parameter, lr: float, state: State, rule: Rule, spans: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__([master], {"lr": lr})
         self.state[master] = state
-        self.rule = rule
+        self.rule, self.spans = rule, spans
+        self.chunk = None if spans is None else CHUNK
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         (group,) = self.param_groups
         (master,) = group["params"]
         state, skip = self.state[master], self.found_inf.bool()
-        gradient = master.grad.masked_fill(skip, 0.0)  # keeps NaN out of quantisation and reductions
-        new_master, new = self.rule(master, gradient, state, group["lr"])
-        for old, value in [(master, new_master), *((state[name], value) for name, value in new.items())]:
-            old.copy_(torch.where(skip, old, value))
+        size = self.chunk or master.numel()
+        shared: State = {}
+        for start in range(0, master.numel(), size):
+            chunk = {
+                name: entry[start // span : math.ceil((start + size) / span)]
+                for name, entry in state.items()
+                if (span := (self.spans or {}).get(name))
+            }
+            weights = master[start : start + size]
+            gradient = master.grad[start : start + size].masked_fill(skip, 0.0)  # keeps NaN out of reductions
+            new_weights, new = self.rule(weights, gradient, {**state, **chunk}, group["lr"])
+            shared = {name: value for name, value in new.items() if name not in chunk}
+            _select(skip, {"weights": weights, **chunk}, {"weights": new_weights, **new})
+        _select(skip, state, shared)
+
+
+def _select(skip: Tensor, old: State, new: State) -> None:
+    """Store the new values in the old tensors of the same names, unless `skip` (a device scalar) is true."""
+    for name in old.keys() & new.keys():
+        old[name].copy_(torch.where(skip, old[name], new[name]))
 
 
 def make_adamw(config: AdamWConfig, master: nn.Parameter) -> torch.optim.Optimizer:
@@ -100,7 +128,8 @@ def make_adamw8bit(config: AdamW8bitConfig, master: nn.Parameter) -> torch.optim
         new_master = decayed.addcdiv_(exp_avg * (-lr / (1 - beta1**step)), denominator)
         return new_master, {"step": step, **written(exp_avg, state, "1"), **written(exp_avg_sq, state, "2")}
 
-    return RuleOptimizer(master, config.lr, state, rule)
+    spans = {"state1": 1, "absmax1": BLOCK, "state2": 1, "absmax2": BLOCK}
+    return RuleOptimizer(master, config.lr, state, rule, spans)
 
 
 def make_prodigy(config: ProdigyConfig, master: nn.Parameter) -> torch.optim.Optimizer:

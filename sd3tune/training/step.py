@@ -100,7 +100,7 @@ def train_step(
 ) -> StepResult:
     """Accumulate the gradients of all micro-steps, then update the weights once.
 
-    `reduce_mean` averages a tensor over the processes.
+    `reduce_mean` averages a tensor over the processes, in place.
     """
     accumulation = config.train.gradient_accumulation
     measured = []  # per micro-step: loss, weighted loss and sigma [3, B], and the number of instances, which come first

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from sd3tune.commands.cache import run_cache
 from sd3tune.commands.plan import after, components, gigabytes, knobs, plan_lines, planned_dtype
 from sd3tune.config import Config, load_config, parse_config
+from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig
 from sd3tune.errors import ConfigError
 from sd3tune.forecast.forecast import forecast, forecast_inputs
 from sd3tune.forecast.gpus import GPUS
@@ -378,3 +379,15 @@ def test_a_full_size_base_takes_what_the_page_says() -> None:
     assert rows["training, peak"] == gigabytes(training.peak)
     assert rows["of which activations saved for the backward pass"] == gigabytes(training.saved)
     assert rows["operations of a step, TFLOP"] == f"{training.flops / 1e12:.1f}"
+
+
+def test_eight_bit_moments_of_a_whole_full_size_model_save_what_they_are_smaller_by() -> None:
+    """Also at the peak, though its step reads them as fp32: it does so in chunks."""
+    medium = load_config(ROOT / "configs" / "dreambooth_sd35_medium.yaml", ["method={kind: full}"]).config
+    wide, narrow = (
+        predicted(medium.model_copy(update={"optimizer": settings}), torch.bfloat16)
+        for settings in (AdamWConfig(), AdamW8bitConfig())
+    )
+    assert wide.optimizer == 8 * wide.trained
+    assert narrow.optimizer == pytest.approx((2 + 8 / 256) * narrow.trained, rel=0.02)
+    assert narrow.peak - narrow.resident == wide.peak - wide.resident

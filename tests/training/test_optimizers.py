@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sd3tune.config import Config
 from sd3tune.config.sections.optimizer import AdamW8bitConfig, ProdigyConfig
 from sd3tune.run.state import make_state
+from sd3tune.training import optimizers
 from sd3tune.training.flat_master import FlatMaster
 from sd3tune.training.optimizers import OPTIMIZERS, make_adamw8bit, make_prodigy
 from sd3tune.training.step import TrainState, update
@@ -122,9 +123,10 @@ def test_eight_bits_train_like_thirty_two(quick_config, tmp_path) -> None:
     assert rounded == pytest.approx(exact, rel=0.2)
 
 
-@pytest.mark.parametrize("size", [4096, 5000])
-def test_adamw8bit_is_that_of_bitsandbytes(size: int) -> None:
-    """To the bit, where theirs quantises: from 4096 values on."""
+@pytest.mark.parametrize(("size", "chunk"), [(4096, optimizers.CHUNK), (5000, optimizers.CHUNK), (5000, 512)])
+def test_adamw8bit_is_that_of_bitsandbytes(size: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, where theirs quantises, from 4096 values on; in chunks, too, the last of them partly filled."""
+    monkeypatch.setattr(optimizers, "CHUNK", chunk)
     source = torch.Generator().manual_seed(3)
     start = 0.1 * torch.randn(size, generator=source)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())

@@ -67,6 +67,13 @@ class TrainConfig(Section):
         10, ge=1, description="Steps between updates of the progress line and metrics file."
     )
 
+    process_timeout: Annotated[float, FREE] = Field(
+        120.0,
+        gt=0,
+        description="Minutes that the processes of a run wait for each other. One process saves, draws previews and "
+        "uploads while the others wait, so this must be longer than the longest of these.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _epochs_replace_the_default(cls, values: Any) -> Any:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sd3tune.errors import ModelError
+
 
 class TextEncoder:
     """One text encoder and its tokenizer: `clip_l`, `clip_g` or `t5`."""
@@ -28,12 +30,22 @@ class TextEncoder:
         """Return `{"hidden": [T, D]}` per text, for CLIP also `{"pooled": [P]}`; in the encoder's dtype, on the CPU.
 
         Prompts are encoded one at a time: a batch would change the last bits. CLIP's hidden state is its penultimate.
+        Raises ModelError for embeddings that are not finite.
         """
-        return [self._encode(text) for text in texts]
+        return [self._finite(text, self._encode(text)) for text in texts]
 
     def truncated(self, text: str) -> int:
         """Return the number of tokens of the text that are cut off; 0 if it fits."""
         return max(0, count_tokens(self.tokenizer, text) - self.max_length)
+
+    def _finite(self, text: str, entry: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not all(embedding.isfinite().all() for embedding in entry.values()):
+            form = str(self.model.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{self.name}: NaN or infinity in the embedding of {text[:60]!r} (computed in {form}); "
+                "use model.dtype: bf16 or fp32, and model.t5_quantize: none"
+            )
+        return entry
 
     def _encode(self, text: str) -> dict[str, Tensor]:
         tokens = self.tokenizer(

@@ -7,6 +7,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from sd3tune.errors import ModelError
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.parts import ENCODERS
 from sd3tune.model.base.resolve import resolve_base
@@ -110,6 +111,16 @@ def test_an_entry_does_not_depend_on_the_texts_beside_it_nor_on_grad_mode() -> N
     for key, value in alone.items():
         assert torch.equal(value, together[2][key])
         assert not value.requires_grad
+
+
+def test_an_embedding_that_is_not_finite_is_refused() -> None:
+    encoder = load_text_encoder(resolve_base("tiny"), "t5", torch.float16, max_sequence_length=16)
+    encoder.encode(["a dog"])
+    feed_forward = encoder.model.encoder.block[0].layer[-1].DenseReluDense
+    feed_forward.wi_0.weight.data.fill_(6e4)  # sums overflow in fp16
+    says = r"^t5: NaN or infinity in the embedding of 'a cat' \(computed in float16\); use model.dtype: bf16 or fp32"
+    with pytest.raises(ModelError, match=says):
+        encoder.encode(["a cat"])
 
 
 def test_the_t5_length_is_part_of_the_conditioning() -> None:
