@@ -16,6 +16,7 @@ from sd3tune.config.meaning import compared_when_finished, contract_of, identity
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.data.store import key
 from sd3tune.errors import ConfigError, RunError
+from sd3tune.model.base.contract import declared
 from sd3tune.model.base.parts import ENCODER_PARTS, VARIANTS
 from sd3tune.model.base.single_file_header import released_shape
 from sd3tune.run.encoding import Encoded
@@ -25,12 +26,13 @@ from sd3tune.training.checkpoint import differences, read_state
 
 
 def make_contract(plan: Plan) -> dict[str, Any]:
-    """Return the contract: all that inference needs to match training. It holds no time, host name or path."""
+    """Return the contract: all that inference needs to match training. It holds no time, host name or path.
+
+    `model.base.contract.Contract` declares its keys; those of a method are declared on its section.
+    """
     config = plan.config
     captions = sorted({record.caption for record in plan.records})
-    return {
-        **plan.method.contract(),
-        **contract_of(config),
+    of_the_run = {
         "sd3tune_version": __version__,
         "base": plan.base.label,
         "base_kind": plan.base.kind,
@@ -49,6 +51,7 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "dtype": dtype_name(plan.dtype),
         "weights": "raw" if config.ema is None else "ema",
     }
+    return {**plan.method.contract(), **contract_of(config), **declared(of_the_run)}
 
 
 def _t5_lengths(model: ModelConfig) -> dict[str, Any]:
