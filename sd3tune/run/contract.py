@@ -221,7 +221,7 @@ def _in_words(line: str) -> str:
 
 def start_facts(plan: Plan, world: int) -> dict[str, Any]:
     """Return the content of `run.json` at the start: versions, device, base, data counts and optimizer."""
-    used, gpu = plan.config.optimizer.kind, gpu_of(plan.device)
+    used, fallback, gpu = plan.config.optimizer.kind, plan.optimizer_fallback, gpu_of(plan.device)
     return {
         "versions": versions(),
         "seed": plan.config.seed,
@@ -242,8 +242,8 @@ def start_facts(plan: Plan, world: int) -> dict[str, Any]:
         "class_images": sum(len(prior.records) for prior in plan.priors),
         "modules": len(plan.modules),
         "optimizer": {
-            "asked": "adamw8bit" if plan.optimizer_fallback else used,
+            "asked": fallback.asked if fallback else used,
             "used": used,
-            "reason": plan.optimizer_fallback,
+            "reason": fallback.reason if fallback else None,
         },
     }
