@@ -20,7 +20,7 @@ from sd3tune.files.atomic import kept_in_place, write_json, write_text
 from sd3tune.forecast.fitting import fitted_plan
 from sd3tune.forecast.memory import describe_memory
 from sd3tune.run.batches import make_batches
-from sd3tune.run.callbacks.uploads import upload_finished
+from sd3tune.run.callbacks.uploads import Uploads, upload_finished
 from sd3tune.run.callbacks.wiring import RunCallbacks
 from sd3tune.run.card import write_card
 from sd3tune.run.contract import (
@@ -189,7 +189,7 @@ def _train(
             _finish(attempt, metrics, {"encode_s": encode_s, "load_s": load_s, "train_s": train_s, **watched}, say)
         processes.wait()
         if processes.is_main:  # after the other ranks are released, as it may exceed their timeout
-            upload_finished(plan, attempt.watching.uploads, say)
+            upload_finished(plan, attempt.watching.find(Uploads), say)
 
 
 def _begin(
