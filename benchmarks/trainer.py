@@ -20,7 +20,7 @@ from sd3tune.run.state import make_state
 from sd3tune.runtime.device import DTYPES, make_accelerator
 from sd3tune.runtime.processes import ALONE, Processes, processes_of
 from sd3tune.training.ahead import with_modulations
-from sd3tune.training.batches import Batches, LatentScaling
+from sd3tune.training.batches import Batches, BatchSource, LatentScaling
 from sd3tune.training.examples import Example
 from sd3tune.training.flat_master import FlatMaster
 from sd3tune.training.loop import Callback, train
@@ -81,7 +81,7 @@ class Trainer:
     transformer: SD3Transformer2DModel
     method: Method
     batches: Batches
-    ahead: Batches
+    ahead: BatchSource
     """`batches`, with modulations if they are computed ahead."""
     objective: Objective
     processes: Processes
