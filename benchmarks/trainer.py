@@ -106,14 +106,14 @@ class Trainer:
         """Run the real loop from the current step to `until`."""
         length = self.config.train.model_copy(update={"steps": until})
         train(
-            self.config.model_copy(update={"train": length}),
-            self.run,
-            self.state,
-            self.transformer,
-            self.method,
-            self.ahead,
-            self.objective,
-            self.processes,
+            config=self.config.model_copy(update={"train": length}),
+            run=self.run,
+            state=self.state,
+            transformer=self.transformer,
+            method=self.method,
+            batches=self.ahead,
+            objective=self.objective,
+            processes=self.processes,
             identity={},
             contract={},
             callbacks=[callback],

@@ -166,19 +166,19 @@ def _train(
         deferred = signals.deferred() if signals else nullcontext()
         with deferred, explain_oom("training", lambda: training_knob(config, plan.method)):
             metrics = train(
-                config,
-                plan.run,
-                attempt.state,
-                transformer,
-                plan.method,
-                with_modulations(attempt.batches, transformer, plan.method),
-                make_objective(config.flow, plan.shift),
-                processes,
-                attempt.identity,
-                attempt.contract,
-                [*attempt.watching.callbacks, *callbacks],
-                lambda: signals is not None and signals.asked,
-                attempt.watching.trackers.line,
+                config=config,
+                run=plan.run,
+                state=attempt.state,
+                transformer=transformer,
+                method=plan.method,
+                batches=with_modulations(attempt.batches, transformer, plan.method),
+                objective=make_objective(config.flow, plan.shift),
+                processes=processes,
+                identity=attempt.identity,
+                contract=attempt.contract,
+                callbacks=[*attempt.watching.callbacks, *callbacks],
+                stop_requested=lambda: signals is not None and signals.asked,
+                sink=attempt.watching.trackers.line,
                 save_when_interrupted=signals is None,
             )
         clock.append(time.monotonic())

@@ -51,6 +51,7 @@ class Callback(Protocol):
 
 
 def train(
+    *,
     config: Config,
     run: Path,
     state: TrainState,
