@@ -20,7 +20,7 @@ from sd3tune.run.state import make_state
 from sd3tune.runtime.device import DTYPES, make_accelerator
 from sd3tune.runtime.processes import ALONE, Processes, processes_of
 from sd3tune.training.ahead import with_modulations
-from sd3tune.training.batches import Batches, LatentScaling
+from sd3tune.training.batches import Batches, BatchSource, LatentScaling
 from sd3tune.training.examples import Example
 from sd3tune.training.flat_master import FlatMaster
 from sd3tune.training.loop import Callback, train
@@ -81,7 +81,7 @@ class Trainer:
     transformer: SD3Transformer2DModel
     method: Method
     batches: Batches
-    ahead: Batches
+    ahead: BatchSource
     """`batches`, with modulations if they are computed ahead."""
     objective: Objective
     processes: Processes
@@ -106,14 +106,14 @@ class Trainer:
         """Run the real loop from the current step to `until`."""
         length = self.config.train.model_copy(update={"steps": until})
         train(
-            self.config.model_copy(update={"train": length}),
-            self.run,
-            self.state,
-            self.transformer,
-            self.method,
-            self.ahead,
-            self.objective,
-            self.processes,
+            config=self.config.model_copy(update={"train": length}),
+            run=self.run,
+            state=self.state,
+            transformer=self.transformer,
+            method=self.method,
+            batches=self.ahead,
+            objective=self.objective,
+            processes=self.processes,
             identity={},
             contract={},
             callbacks=[callback],

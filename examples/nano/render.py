@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from sd3tune.data.sources.rows import write_parquet
+from sd3tune.data.sources.dataset import write_parquet
 from sd3tune.files.atomic import new_file
 from sd3tune.nano.world import Scene, plain_scenes, random_scene, render
 

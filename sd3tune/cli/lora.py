@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from sd3tune.adapter.layouts import forms
 from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
 from sd3tune.reporting import result
@@ -14,6 +15,8 @@ from sd3tune.reporting import result
 lora_app = typer.Typer(help="Inspect, convert, verify, merge and resize adapters.", no_args_is_help=True)
 
 Adapter = Annotated[Path, typer.Argument(metavar="PATH", help="A file, adapter folder, checkpoint or run.")]
+*_first, _last = forms()
+Form = Annotated[str, typer.Option(metavar="FORM", help=f"{', '.join(_first)} or {_last}.")]
 Out = Annotated[Path, typer.Option(metavar="OUT", help="A new .safetensors file.")]
 Base = Annotated[
     Optional[str],  # noqa: UP045  typer reads the annotation at run time
@@ -40,7 +43,7 @@ def inspect(path: Adapter) -> None:
 @lora_app.command()
 def convert(
     path: Adapter,
-    to: Annotated[str, typer.Option(metavar="FORM", help="diffusers, kohya or comfyui.")],
+    to: Form,
     out: Out,
     transformer_only: TransformerOnly = False,
     thumbnail: Annotated[
@@ -85,7 +88,7 @@ def merge(
     out: Annotated[
         Path, typer.Option(metavar="OUT", help="A new .safetensors file, or with --into-base a new folder.")
     ],
-    to: Annotated[str, typer.Option(metavar="FORM", help="diffusers, kohya or comfyui.")] = "diffusers",
+    to: Form = "diffusers",
     method: Annotated[
         str, typer.Option(help="concat (exact; ranks add up) or svd (the nearest of --rank).")
     ] = "concat",

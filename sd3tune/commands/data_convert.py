@@ -14,9 +14,9 @@ from sd3tune.config.sections.data import DataConfig
 from sd3tune.data.formats import EXTENSIONS
 from sd3tune.data.images import ImageRef, image_bytes
 from sd3tune.data.records import Record, load_records
+from sd3tune.data.sources.dataset import Row, write_parquet
 from sd3tune.data.sources.from_path import source_of
 from sd3tune.data.sources.metadata import CSV, JSONL, write_csv, write_jsonl
-from sd3tune.data.sources.rows import Row, write_parquet
 from sd3tune.errors import DataError, RunError
 from sd3tune.files.atomic import new_file, new_folder
 

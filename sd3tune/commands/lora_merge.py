@@ -19,19 +19,13 @@ from sd3tune.errors import AdapterError, ConfigError, RunError
 from sd3tune.files.regular import sha256_of
 from sd3tune.inference.conditions import find_base
 from sd3tune.inference.lora_argument import parse_lora
-from sd3tune.model.base.contract import sampling_of
+from sd3tune.model.base.contract import CONTRACT_KEYS, declared, sampling_of
 from sd3tune.model.base.folder import check_parts, write_model
 from sd3tune.model.base.parts import ENCODERS
 from sd3tune.model.load.components import empty_transformer, load_transformer, stored_dtype
 from sd3tune.runtime.device import dtype_name
 
 METHODS = ("concat", "svd")
-_CONDITIONS = (
-    *("base", "base_kind", "base_revision", "base_fingerprint", "base_released_as"),
-    *("max_sequence_length", "encoders", "encoder_files", "shift", "resolution", "buckets"),
-    *("sampling_steps", "guidance"),
-)
-"""Contract keys with the inference settings, copied from the first adapter; other keys describe one training run."""
 
 Weighted = Sequence[tuple[Adapter, float]]
 
@@ -127,11 +121,11 @@ def _disagreements(adapters: Weighted) -> list[str]:
     for adapter, _ in adapters:
         if first is None or not adapter.contract:
             continue
-        for key, what in (("base_fingerprint", "another base"), ("max_sequence_length", "another T5 length"),
-                          ("encoders", "other text encoders")):  # fmt: skip
-            if adapter.contract.get(key) != first.contract.get(key):
+        for name, key in CONTRACT_KEYS.items():
+            if key.difference and adapter.contract.get(name) != first.contract.get(name):
                 lines.append(
-                    f"warning: {adapter.path} was trained with {what}; the result uses the value of {first.path}"
+                    f"warning: {adapter.path} was trained with {key.difference}; the result uses the value of "
+                    f"{first.path}"
                 )
         if sampling_of(adapter.contract) != sampling_of(first.contract):
             lines.append(
@@ -147,11 +141,12 @@ def _contract(adapters: Weighted, more: Mapping[str, Any]) -> dict[str, Any]:
     if not contracts:
         return {}
     triggers = dict.fromkeys(str(contract["trigger"]) for contract in contracts if contract.get("trigger"))
-    return {
-        **{key: contracts[0][key] for key in _CONDITIONS if key in contracts[0]},
+    taken = {name: contracts[0][name] for name, key in CONTRACT_KEYS.items() if key.merged and name in contracts[0]}
+    own = {
         "sd3tune_version": __version__,
         "method": "merge",
         "merged": [{"sha256": sha256_of(adapter.path), "weight": weight} for adapter, weight in adapters],
         "trigger": ", ".join(triggers) or None,
         **more,
     }
+    return {**taken, **declared(own)}

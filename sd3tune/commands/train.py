@@ -20,7 +20,7 @@ from sd3tune.files.atomic import kept_in_place, write_json, write_text
 from sd3tune.forecast.fitting import fitted_plan
 from sd3tune.forecast.memory import describe_memory
 from sd3tune.run.batches import make_batches
-from sd3tune.run.callbacks.uploads import upload_finished
+from sd3tune.run.callbacks.uploads import Uploads, upload_finished
 from sd3tune.run.callbacks.wiring import RunCallbacks
 from sd3tune.run.card import write_card
 from sd3tune.run.contract import (
@@ -168,19 +168,19 @@ def _train(
         deferred = signals.deferred() if signals else nullcontext()
         with deferred, explain_oom("training", lambda: training_knob(config, plan.method)):
             metrics = train(
-                config,
-                plan.run,
-                attempt.state,
-                transformer,
-                plan.method,
-                with_modulations(attempt.batches, transformer, plan.method),
-                make_objective(config.flow, plan.shift),
-                processes,
-                attempt.identity,
-                attempt.contract,
-                [*attempt.watching.callbacks, *callbacks],
-                lambda: signals is not None and signals.asked,
-                attempt.watching.trackers.line,
+                config=config,
+                run=plan.run,
+                state=attempt.state,
+                transformer=transformer,
+                method=plan.method,
+                batches=with_modulations(attempt.batches, transformer, plan.method),
+                objective=make_objective(config.flow, plan.shift),
+                processes=processes,
+                identity=attempt.identity,
+                contract=attempt.contract,
+                callbacks=[*attempt.watching.callbacks, *callbacks],
+                stop_requested=lambda: signals is not None and signals.asked,
+                sink=attempt.watching.trackers.line,
                 save_when_interrupted=signals is None,
             )
         clock.append(time.monotonic())
@@ -191,7 +191,7 @@ def _train(
             _finish(attempt, metrics, {"encode_s": encode_s, "load_s": load_s, "train_s": train_s, **watched}, say)
         processes.wait()
         if processes.is_main:  # after the other ranks are released, as it may exceed their timeout
-            upload_finished(plan, attempt.watching.uploads, say)
+            upload_finished(plan, attempt.watching.find(Uploads), say)
 
 
 def _begin(

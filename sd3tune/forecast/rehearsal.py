@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -27,7 +26,7 @@ from sd3tune.model.load.latents import decode
 from sd3tune.model.load.quantized import load_transformer_in, quantize, statistics
 from sd3tune.run.setup import hoists, make_trainable
 from sd3tune.training.ahead import window_length, with_modulations
-from sd3tune.training.batches import Batch, Batches
+from sd3tune.training.batches import Batch
 from sd3tune.training.flat_master import FlatMaster, LossScale
 from sd3tune.training.objective import make_objective
 from sd3tune.training.optimizers import make_optimizer
@@ -93,7 +92,7 @@ class Training:
 
 
 class MetaBatches:
-    """A stand-in for `Batches` on the meta device, with images of a single size.
+    """A source of batches on the meta device, with images of a single size.
 
     Captions have the longest trained T5 length. If a source has a prior, every instance has a prior sample: the worst
     case.
@@ -107,7 +106,6 @@ class MetaBatches:
         self.kept = slice(self.instances if kept else self.rows, self.rows)
         self.size, self.dtype, self.channels = size, dtype, base.config("vae")["latent_channels"]
         self.batch_size, self.accumulation = config.train.batch_size, config.train.gradient_accumulation
-        self.names: Sequence[str] = ()
         self.modulation: Modulation | None = None
         self.shapes = {encoder: _entry_shapes(base, encoder, config) for encoder in encoders}
 
@@ -116,6 +114,9 @@ class MetaBatches:
 
     def seed_for(self, purpose: str, step: int, micro: int) -> int:
         return 0
+
+    def names(self, step: int) -> Sequence[str]:
+        return ()
 
     def conditions(self, step: int, micro: int) -> tuple[Tensor, Mapping[str, Mapping[str, Tensor]]]:
         batch = self.fetch(step, micro)
@@ -162,7 +163,7 @@ def rehearse_training(
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     transformer = _load(config, base, method, dtype, whole)
     empty = MetaBatches(config, base, method.cached_encoders, size, dtype)
-    batches = with_modulations(cast(Batches, empty), transformer, method)
+    batches = with_modulations(empty, transformer, method)
     with Footprint() as window:  # measured apart from the step, as it covers several steps
         ahead = list(batches.fetch(0, 0).modulation or ())
     modulation = row_bytes(transformer)
@@ -237,7 +238,7 @@ def _rehearse_step(
             collect()
 
         master.collect_gradients = collecting  # type: ignore[method-assign]
-        train_step(state, thin.transformer, method, cast(Batches, batches), objective, once, _unreduced)
+        train_step(state, thin.transformer, method, batches, objective, once, _unreduced)
 
     return thin.measured(step, saved)
 

@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sd3tune.inference.parameters import (
     IMAGE,
@@ -67,6 +68,12 @@ def _strength(value: float) -> str | None:
 
 def _layers(value: tuple[int, ...]) -> str | None:
     return None if value and min(value) >= 0 else "numbers of blocks from 0 on, such as 7,8,9"
+
+
+def _own_text(encoder: str, recipe: str) -> Any:
+    """Declare the text that replaces the prompt for an encoder."""
+    help = f"What {encoder} reads instead of the prompt."
+    return parameter(None, help, metavar="TEXT", panel=TEXT, column=True, recipe=recipe, optional=True)
 
 
 @dataclass(frozen=True)
@@ -146,33 +153,9 @@ class ImageRequest:
         recipe="shift",
         check=_shift,
     )
-    prompt_clip_l: str | None = parameter(
-        None,
-        "What CLIP-L reads instead of the prompt.",
-        metavar="TEXT",
-        panel=TEXT,
-        column=True,
-        recipe="prompt_clip_l",
-        optional=True,
-    )
-    prompt_clip_g: str | None = parameter(
-        None,
-        "What CLIP-G reads instead of the prompt.",
-        metavar="TEXT",
-        panel=TEXT,
-        column=True,
-        recipe="prompt_clip_g",
-        optional=True,
-    )
-    prompt_t5: str | None = parameter(
-        None,
-        "What T5 reads instead of the prompt.",
-        metavar="TEXT",
-        panel=TEXT,
-        column=True,
-        recipe="prompt_t5",
-        optional=True,
-    )
+    prompt_clip_l: str | None = _own_text("CLIP-L", recipe="prompt_clip_l")
+    prompt_clip_g: str | None = _own_text("CLIP-G", recipe="prompt_clip_g")
+    prompt_t5: str | None = _own_text("T5", recipe="prompt_t5")
     noise_offset: float = parameter(
         0.0,
         "Offset of the starting noise; by default as in training. 0 is none.",

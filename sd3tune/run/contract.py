@@ -16,6 +16,7 @@ from sd3tune.config.meaning import compared_when_finished, contract_of, identity
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.data.store import key
 from sd3tune.errors import ConfigError, RunError
+from sd3tune.model.base.contract import declared
 from sd3tune.model.base.parts import ENCODER_PARTS, VARIANTS
 from sd3tune.model.base.single_file_header import released_shape
 from sd3tune.run.encoding import Encoded
@@ -25,12 +26,13 @@ from sd3tune.training.checkpoint import differences, read_state
 
 
 def make_contract(plan: Plan) -> dict[str, Any]:
-    """Return the contract: all that inference needs to match training. It holds no time, host name or path."""
+    """Return the contract: all that inference needs to match training. It holds no time, host name or path.
+
+    `model.base.contract.Contract` declares its keys; those of a method are declared on its section.
+    """
     config = plan.config
     captions = sorted({record.caption for record in plan.records})
-    return {
-        **plan.method.contract(),
-        **contract_of(config),
+    of_the_run = {
         "sd3tune_version": __version__,
         "base": plan.base.label,
         "base_kind": plan.base.kind,
@@ -49,6 +51,7 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "dtype": dtype_name(plan.dtype),
         "weights": "raw" if config.ema is None else "ema",
     }
+    return {**plan.method.contract(), **contract_of(config), **declared(of_the_run)}
 
 
 def _t5_lengths(model: ModelConfig) -> dict[str, Any]:
@@ -218,7 +221,7 @@ def _in_words(line: str) -> str:
 
 def start_facts(plan: Plan, world: int) -> dict[str, Any]:
     """Return the content of `run.json` at the start: versions, device, base, data counts and optimizer."""
-    used, gpu = plan.config.optimizer.kind, gpu_of(plan.device)
+    used, fallback, gpu = plan.config.optimizer.kind, plan.optimizer_fallback, gpu_of(plan.device)
     return {
         "versions": versions(),
         "seed": plan.config.seed,
@@ -239,8 +242,8 @@ def start_facts(plan: Plan, world: int) -> dict[str, Any]:
         "class_images": sum(len(prior.records) for prior in plan.priors),
         "modules": len(plan.modules),
         "optimizer": {
-            "asked": "adamw8bit" if plan.optimizer_fallback else used,
+            "asked": fallback.asked if fallback else used,
             "used": used,
-            "reason": plan.optimizer_fallback,
+            "reason": fallback.reason if fallback else None,
         },
     }

@@ -22,7 +22,7 @@ from sd3tune.methods import products
 from sd3tune.methods.base import Product
 from sd3tune.publish.files import is_product_name
 from sd3tune.publish.previews import SAMPLES, is_preview_name
-from sd3tune.tracking.base import is_log
+from sd3tune.tracking.trackers import is_log
 from sd3tune.training.checkpoint import list_checkpoints, read_state
 from sd3tune.training.loop import METRICS_FILE
 from sd3tune.training.metrics import Line, problem_of_measurement, read_metrics

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sd3tune.config.sections.optimizer import OptimizerSection
-from sd3tune.run.preflight import Plan
+from sd3tune.run.preflight import OptimizerFallback, Plan
 from sd3tune.runtime.processes import Processes
 from sd3tune.training.optimizers import OPTIMIZERS, make_optimizer
 
@@ -18,7 +18,7 @@ PROBED = 1000
 
 
 def with_working_optimizer(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Plan:
-    """Return the plan, with fused AdamW instead of an 8-bit optimizer that fails in any process.
+    """Return the plan, with the fallback of its optimizer (see `OptimizerKind`) if that fails in any process.
 
     All processes use the same optimizer.
     """
@@ -35,7 +35,8 @@ def with_working_optimizer(plan: Plan, processes: Processes, say: Callable[[str]
     say(
         f"warning: optimizer.kind: {asked.kind} does not work here ({reason}); using {used.kind} with the same settings"
     )
-    return replace(plan, config=plan.config.model_copy(update={"optimizer": used}), optimizer_fallback=reason)
+    config = plan.config.model_copy(update={"optimizer": used})
+    return replace(plan, config=config, optimizer_fallback=OptimizerFallback(asked.kind, reason))
 
 
 def _probe(settings: OptimizerSection, device: torch.device) -> str | None:

@@ -39,6 +39,15 @@ _MIN_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
+class OptimizerFallback:
+    """The use of another optimizer, as the configured one fails on this machine."""
+
+    asked: str
+    """The kind that was configured; `Plan.config` has the one in use."""
+    reason: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """A run that passed all checks that need no weights."""
 
@@ -64,8 +73,8 @@ class Plan:
     """Bucket sizes, (height, width) in pixels."""
     priors: Sequence[PlannedPrior]
     """Class images of each source that uses them."""
-    optimizer_fallback: str | None = None
-    """The reason for using fused AdamW instead of the configured 8-bit optimizer; None without a fallback."""
+    optimizer_fallback: OptimizerFallback | None = None
+    """None if the configured optimizer is used."""
     warnings: Sequence[str] = ()
     """Warnings about skipped files and surprising readings of the data."""
 

@@ -10,17 +10,6 @@ from typing import Any, Protocol
 
 from sd3tune.files.atomic import remove_files
 
-_LOGS = re.compile(
-    r"tensorboard/events\.out\.tfevents\.\d+|wandb_id|wandb/(offline-)?run-\d{8}_\d{6}-\w+(/.+)?|wandb/debug[\w-]*\.log",
-    re.DOTALL,
-)
-"""Paths, relative to the run's `logs/`, of the files that trackers write."""
-
-
-def is_log(path: PurePath) -> bool:
-    """Return whether a path, relative to `logs/`, is a tracker's file."""
-    return _LOGS.fullmatch(path.as_posix()) is not None
-
 
 @dataclass(frozen=True)
 class Start:
@@ -31,13 +20,16 @@ class Start:
     """The run's `logs/`, with the files of earlier attempts."""
     config: Mapping[str, Any]
     """The whole configuration, without local paths."""
+    files: re.Pattern[str] = re.compile("(?!)")
+    """The tracker's own files (see `TrackerKind.files`); none until `Trackers` states them."""
 
-    def remove_earlier(self, tracker: str) -> None:
-        """Delete earlier attempts' files of a tracker."""
+    def remove_earlier(self, name: str) -> None:
+        """Delete the tracker's files of earlier attempts in the folder `name` of `logs/`."""
 
         def is_earlier(path: PurePath) -> bool:
             inside = path.parts[1:]
-            return path.parts[0] == self.folder.name and inside[:1] == (tracker,) and is_log(PurePath(*inside))
+            own = self.files.fullmatch(PurePath(*inside).as_posix())
+            return path.parts[0] == self.folder.name and inside[:1] == (name,) and own is not None
 
         remove_files(self.folder.parent, is_earlier)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any
 
@@ -28,8 +30,29 @@ def _wandb(settings: WandbConfig, start: Start, warn: Warn) -> Tracker:
     return Wandb(settings, start, warn)
 
 
-TRACKERS: dict[str, Callable[[Any, Start, Warn], Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb}
-"""Constructors by key of `tracking`, which is also the name of the required extra and package."""
+@dataclass(frozen=True)
+class TrackerKind:
+    """A tracker that a configuration can name; it is declared here, as its module needs its package."""
+
+    make: Callable[[Any, Start, Warn], Tracker]
+    """(settings, start, function that warns) -> the tracker."""
+    files: re.Pattern[str]
+    """Paths, relative to the run's `logs/`, of the files that it writes. Only these are ever deleted."""
+
+
+TRACKERS: dict[str, TrackerKind] = {
+    "tensorboard": TrackerKind(_tensorboard, re.compile(r"tensorboard/events\.out\.tfevents\.\d+")),
+    "wandb": TrackerKind(
+        _wandb,
+        re.compile(r"wandb_id|wandb/(offline-)?run-\d{8}_\d{6}-\w+(/.+)?|wandb/debug[\w-]*\.log", re.DOTALL),
+    ),
+}
+"""Trackers by key of `tracking`, which is also the name of the required extra and package."""
+
+
+def is_log(path: PurePath) -> bool:
+    """Return whether a path, relative to `logs/`, is a tracker's file."""
+    return any(kind.files.fullmatch(path.as_posix()) for kind in TRACKERS.values())
 
 
 def missing_packages(config: TrackingConfig) -> list[str]:
@@ -64,10 +87,10 @@ class Trackers:
         self._trackers: dict[str, Tracker] = {}
         self._step = 0
         self._waiting: dict[int, list[Callable[[Tracker], None]]] = {}
-        for name, make in TRACKERS.items():
+        for name, kind in TRACKERS.items():
             if settings := getattr(config, name):
                 with self._isolated(name):
-                    self._trackers[name] = make(settings, start, self._warn)
+                    self._trackers[name] = kind.make(settings, replace(start, files=kind.files), self._warn)
 
     def line(self, line: Mapping[str, Any]) -> None:
         """Report a line of the metrics; call it once per step, in order."""

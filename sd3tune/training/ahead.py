@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Protocol
 
 import torch
 from diffusers import SD3Transformer2DModel
+from torch import Tensor
 
 from sd3tune.flow.objective import model_timestep
 from sd3tune.methods import Method
 from sd3tune.model.compute.hoist import Modulation, compute_ahead, hoisted, row_bytes
-from sd3tune.training.batches import Batch, Batches
+from sd3tune.training.batches import Batch, BatchSource
 
 TABLE_BYTES = 128 * 2**20
 """Limit on the memory of a window's modulations."""
@@ -20,14 +21,29 @@ LONGEST = 64
 """Limit on the micro-steps of a window."""
 
 
+class ForeseeableBatches(BatchSource, Protocol):
+    """Batches whose conditions can be read before they are fetched."""
+
+    @property
+    def batch_size(self) -> int:
+        """The number of instances of a micro-step."""
+
+    @property
+    def accumulation(self) -> int:
+        """The number of micro-steps of an optimizer step."""
+
+    def conditions(self, step: int, micro: int) -> tuple[Tensor, Mapping[str, Mapping[str, Tensor]]]:
+        """Return `sigma` [B] and the pooled embeddings of any batch, on the device, without its latents."""
+
+
 class AheadBatches:
-    """The batches of `Batches`, each with the outputs of the transformer's hoisted layers: its modulations.
+    """The batches of another source, each with the outputs of the transformer's hoisted layers: its modulations.
 
     Windows begin at multiples of their length and have one shape, so a resumed run gets bit-equal modulations. One
     batch at a time they would differ by rounding (about 1e-7 in fp32), as the matrix product has another shape.
     """
 
-    def __init__(self, batches: Batches, transformer: SD3Transformer2DModel, method: Method) -> None:
+    def __init__(self, batches: ForeseeableBatches, transformer: SD3Transformer2DModel, method: Method) -> None:
         self.batches, self.transformer, self.method = batches, transformer, method
         rows = batches.batch_size * (2 if batches.with_prior else 1)
         self.length = max(1, min(LONGEST, TABLE_BYTES // (rows * row_bytes(transformer))))
@@ -54,14 +70,11 @@ class AheadBatches:
         return list(zip(*(tensor.split(counts) for tensor in modulation), strict=True))
 
 
-def window_length(batches: Batches) -> int:
+def window_length(batches: BatchSource) -> int:
     """Return the number of micro-steps whose modulations are computed at once; 1 if they are not computed ahead."""
     return batches.length if isinstance(batches, AheadBatches) else 1
 
 
-def with_modulations(batches: Batches, transformer: SD3Transformer2DModel, method: Method) -> Batches:
+def with_modulations(batches: ForeseeableBatches, transformer: SD3Transformer2DModel, method: Method) -> BatchSource:
     """Return `batches`, with modulations computed ahead if the transformer's modulation layers are hoisted."""
-    if not hoisted(transformer):
-        return batches
-    ahead: Any = AheadBatches(batches, transformer, method)  # it has the methods that the step and the loop use
-    return ahead
+    return AheadBatches(batches, transformer, method) if hoisted(transformer) else batches

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -90,6 +91,23 @@ class Batch:
         )
 
 
+class BatchSource(Protocol):
+    """The batches of a rank, as the training uses them. `step` and `micro`, its micro-steps, are 0-based."""
+
+    @property
+    def with_prior(self) -> bool:
+        """True if some instance has a prior sample."""
+
+    def fetch(self, step: int, micro: int) -> Batch:
+        """Return this rank's batch of a micro-step."""
+
+    def seed_for(self, purpose: str, step: int, micro: int) -> int:
+        """Return a seed for any other random numbers of this micro-step on this rank."""
+
+    def names(self, step: int) -> Sequence[str]:
+        """Return the images of a step on all ranks, in the order of the metrics."""
+
+
 @dataclass(frozen=True)
 class _Loaded:
     mean: Tensor
@@ -102,10 +120,11 @@ class _Loaded:
 
 
 class Batches:
-    """The batches of a rank, read from the store by a thread, one ahead. They hold no state that a resume would need.
+    """The batches of a rank, read from the store by a thread, one ahead: the `BatchSource` of a run.
 
-    `sigma_of(u, pixels)` maps float64 uniforms to sigma for images of that size; `examples` lists each image as often
-    as an epoch sees it. A batch, of all ranks together, holds images of one size.
+    They hold no state that a resume would need. `sigma_of(u, pixels)` maps float64 uniforms to sigma for images of that
+    size; `examples` lists each image as often as an epoch sees it. A batch, of all ranks together, holds images of one
+    size.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from sd3tune.errors import RunError
 from sd3tune.methods import Method
 from sd3tune.reporting import progress_bar, say
 from sd3tune.runtime.processes import Processes
-from sd3tune.training.batches import Batches
+from sd3tune.training.batches import BatchSource
 from sd3tune.training.checkpoint import prune, save_checkpoint
 from sd3tune.training.metrics import Line, Metrics
 from sd3tune.training.objective import Objective
@@ -51,12 +51,13 @@ class Callback(Protocol):
 
 
 def train(
+    *,
     config: Config,
     run: Path,
     state: TrainState,
     transformer: SD3Transformer2DModel,
     method: Method,
-    batches: Batches,
+    batches: BatchSource,
     objective: Objective,
     processes: Processes,
     identity: Mapping[str, Any],

@@ -22,7 +22,7 @@ SIGMA_BINS = 5
 
 Line = dict[str, Any]
 Names = Callable[[int], Sequence[str]]
-"""Step (0-based) -> its images on all ranks: see `Batches.names`."""
+"""Step (0-based) -> its images on all ranks: see `BatchSource.names`."""
 
 
 @dataclass(frozen=True)

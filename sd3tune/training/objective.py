@@ -16,7 +16,7 @@ from sd3tune.flow import objective, timesteps, weighting
 OfSigma = Callable[[Any, Tensor], Tensor]
 """(settings of the kind, float64 values of any shape) -> values of the same shape."""
 
-SIGMAS: Registry[OfSigma] = Registry(
+DENSITIES: Registry[OfSigma] = Registry(
     TIMESTEPS,
     {
         "logit_normal": lambda settings, u: timesteps.logit_normal(u, settings.mean, settings.std),
@@ -47,7 +47,7 @@ def register_timesteps(section: type[TimestepsSection], sigma_of_u: OfSigma) -> 
 
     Raises ValueError for a kind that is already registered.
     """
-    SIGMAS.register(section, sigma_of_u)
+    DENSITIES.register(section, sigma_of_u)
 
 
 def register_weighting(section: type[WeightingSection], weight: OfSigma) -> None:
@@ -103,7 +103,7 @@ def share_inside(flow: FlowConfig, shift: float) -> float:
 
 def _unbounded(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:
     settings = flow.timesteps
-    return lambda u: timesteps.shift_sigma(SIGMAS[settings.kind](settings, u), shift)
+    return lambda u: timesteps.shift_sigma(DENSITIES[settings.kind](settings, u), shift)
 
 
 def make_weight(flow: FlowConfig, shift: float) -> Callable[[Tensor], Tensor]:

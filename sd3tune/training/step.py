@@ -23,7 +23,7 @@ from sd3tune.config.schema import Config
 from sd3tune.flow.objective import interpolate, model_timestep, velocity_target
 from sd3tune.methods import Method
 from sd3tune.model.compute.hoist import modulate
-from sd3tune.training.batches import Batch, Batches
+from sd3tune.training.batches import Batch, BatchSource
 from sd3tune.training.flat_master import FlatMaster, LossScale, clip_, ema_decay
 from sd3tune.training.objective import Objective
 from sd3tune.training.schedules import learning_rate
@@ -93,7 +93,7 @@ def train_step(
     state: TrainState,
     transformer: SD3Transformer2DModel,
     method: Method,
-    batches: Batches,
+    batches: BatchSource,
     objective: Objective,
     config: Config,
     reduce_mean: Callable[[Tensor], Tensor],

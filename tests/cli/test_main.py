@@ -160,6 +160,22 @@ def test_help_lists_the_commands_that_there_are(command: Command) -> None:
     assert all(f" {name} " in said for name in ("demo", "train", "cache", "data", "infer", "config", "base"))
 
 
+@pytest.mark.parametrize("verb", ["convert", "merge"])
+def test_the_forms_in_the_help_are_those_that_can_be_written(verb: str) -> None:
+    """Also one that a program registers before it starts the command line."""
+    code = f"""
+import os, sys
+from sd3tune.adapter.layouts import Layout, register_layout
+register_layout(Layout("my tool", "mytool_", original=True, flat=True, form="mytool"))
+from sd3tune.cli.main import run
+sys.argv, os.environ["COLUMNS"] = ["sd3tune", "lora", {verb!r}, "--help"], "200"
+run()
+"""
+    finished = python("-c", code)
+    assert finished.returncode == 0, finished.stderr
+    assert "mytool, diffusers, kohya or comfyui." in finished.stdout
+
+
 def test_config_show_prints_what_can_be_loaded_again(command: Command, config_file: Path, tmp_path: Path) -> None:
     finished = command("config", "show", config_file, "train.steps=7", "ema.decay=0.5")
     assert finished.code == 0

@@ -12,7 +12,7 @@ from examples.fashion_mnist import measure
 from examples.nano.render import png
 from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
-from sd3tune.data.sources.rows import write_parquet
+from sd3tune.data.sources.dataset import write_parquet
 
 CONFIG = Path(measure.__file__).with_name("fashion_mnist.yaml")
 NAMES = ("Bag", "Coat")

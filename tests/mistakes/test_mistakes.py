@@ -24,7 +24,7 @@ from tests.mistakes.process import ROOT, Finished, Unable, forked, fresh, small_
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "messages.md"
 HEADER = """\
-# What sd3tune says about mistakes
+# Messages about mistakes
 
 <!-- Written by tests/mistakes; see there. -->
 

@@ -16,7 +16,7 @@ from examples.nano import render, train_vae
 from examples.nano.muon import MuonAndAdamW
 from examples.nano.pictures import training_pictures
 from sd3tune.config.sections.data import DatasetSource
-from sd3tune.data.sources.rows import list_rows
+from sd3tune.data.sources.dataset import list_rows
 from sd3tune.nano.world import Scene, is_held_out, parse
 
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 import bitsandbytes.functional
 import pytest
+import torch
 
 from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
+from sd3tune.config.sections.optimizer import AdamWConfig
 from sd3tune.errors import RunError, UserError
+from sd3tune.run.contract import start_facts
+from sd3tune.run.optimizer_fallback import with_working_optimizer
+from sd3tune.run.preflight import make_plan
+from sd3tune.runtime.processes import ALONE
 from sd3tune.training.loop import View
+from sd3tune.training.optimizers import OPTIMIZERS, OptimizerKind
 
 EIGHT_BITS = (
     "optimizer={kind: adamw8bit, lr: 0.01, betas: [0.8, 0.9]}", "train.steps=3", "checkpoint.every=1",
@@ -62,6 +70,20 @@ def test_a_failed_probe_falls_back_to_adamw_with_the_same_settings(
     assert described["optimizer"] == {"asked": "adamw8bit", "used": "adamw", "reason": REASON}
     assert load_config(tmp_path / "run" / "config.yaml").config.optimizer.kind == "adamw"
     assert_equal_runs(tmp_path / "plain", tmp_path / "run")
+
+
+def test_run_json_names_any_kind_that_was_asked_for(quick_config, tmp_path: Path) -> None:
+    class BrittleConfig(AdamWConfig):
+        kind: Literal["brittle"] = "brittle"  # type: ignore[assignment]
+
+    OPTIMIZERS.register(BrittleConfig, OptimizerKind(fail, fallback=AdamWConfig))
+    try:
+        config = quick_config(tmp_path / "run", "optimizer={kind: brittle, lr: 0.01}")
+        plan = make_plan(config, torch.device("cpu"), resume=False)
+        described = start_facts(with_working_optimizer(plan, ALONE, lambda line: None), 1)
+    finally:
+        OPTIMIZERS.unregister("brittle")
+    assert described["optimizer"] == {"asked": "brittle", "used": "adamw", "reason": REASON}
 
 
 def test_numbers_that_are_wrong_are_a_failed_probe_too(quick_config, tmp_path: Path, monkeypatch, capsys) -> None:

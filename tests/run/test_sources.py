@@ -20,8 +20,8 @@ from sd3tune.commands.train import run_training
 from sd3tune.config import parse_config
 from sd3tune.data.images import image_bytes
 from sd3tune.data.records import load_records
+from sd3tune.data.sources.dataset import write_parquet
 from sd3tune.data.sources.from_path import source_of
-from sd3tune.data.sources.rows import write_parquet
 from sd3tune.data.store import Store
 from sd3tune.errors import RunError
 

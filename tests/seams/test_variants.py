@@ -37,12 +37,12 @@ from sd3tune.errors import ConfigError, RunError
 from sd3tune.forecast.forecast import forecast, forecast_inputs
 from sd3tune.methods import METHODS, LoraMethod, register
 from sd3tune.training.loop import View
-from sd3tune.training.objective import SIGMAS, WEIGHTS, register_timesteps, register_weighting
+from sd3tune.training.objective import DENSITIES, WEIGHTS, register_timesteps, register_weighting
 from sd3tune.training.optimizers import OPTIMIZERS, register_optimizer
 from sd3tune.training.schedules import SCHEDULES, register_schedule
 
 ROOT = Path(__file__).parents[2]
-REGISTRIES = (METHODS, OPTIMIZERS, SCHEDULES, SIGMAS, WEIGHTS, SOURCES)
+REGISTRIES = (METHODS, OPTIMIZERS, SCHEDULES, DENSITIES, WEIGHTS, SOURCES)
 
 
 class DecayedConfig(LoraConfig):
@@ -132,7 +132,7 @@ def registered() -> Iterator[None]:
         register_schedule(StairsConfig, lambda settings, progress: 1.0 if progress < 0.5 else settings.drop)
         stack.callback(SCHEDULES.unregister, "stairs")
         register_timesteps(SquaredConfig, lambda settings, u: u**settings.power)
-        stack.callback(SIGMAS.unregister, "squared")
+        stack.callback(DENSITIES.unregister, "squared")
         register_weighting(RisingConfig, lambda settings, sigma: sigma**settings.power)
         stack.callback(WEIGHTS.unregister, "rising")
         register_source(PaletteConfig, swatches)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from sd3tune.config.public import public_config
 from sd3tune.config.sections.outputs import TrackingConfig
 from sd3tune.tracking import trackers as module
 from sd3tune.tracking.base import Start
-from sd3tune.tracking.trackers import Trackers, scalars
+from sd3tune.tracking.trackers import TrackerKind, Trackers, is_log, scalars
+
+NO_FILES = re.compile("(?!)")
 
 
 class Recorder:
@@ -40,7 +43,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
-    monkeypatch.setitem(module.TRACKERS, "tensorboard", lambda settings, start, warn: made)
+    monkeypatch.setitem(module.TRACKERS, "tensorboard", TrackerKind(lambda settings, start, warn: made, NO_FILES))
     return made
 
 
@@ -101,11 +104,30 @@ def test_a_tracker_that_cannot_start_is_named_and_left_out(monkeypatch: pytest.M
     def broken(settings: Any, start: Start, warn: Any) -> Recorder:
         raise ImportError("libfoo.so: not found")
 
-    monkeypatch.setitem(module.TRACKERS, "tensorboard", broken)
+    monkeypatch.setitem(module.TRACKERS, "tensorboard", TrackerKind(broken, NO_FILES))
     said: list[str] = []
     with make(said) as trackers:
         trackers.line(line(1))
     assert said == ["warning: tracking.tensorboard: libfoo.so: not found; the run continues without it"]
+
+
+def test_the_files_of_a_tracker_are_those_that_it_declares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh start deletes all of them (`is_log`), a tracker those in its folder; nobody's other files."""
+
+    def start_anew(settings: Any, start: Start, warn: Any) -> Recorder:
+        start.remove_earlier("tensorboard")
+        return Recorder()
+
+    names = ("tensorboard/curve.bin", "tensorboard/mine.txt", "tensorboard/events.out.tfevents.1", "curve_id")
+    assert [is_log(PurePath(name)) for name in names] == [False, False, True, False]
+    declared = TrackerKind(start_anew, re.compile(r"tensorboard/curve\.bin|curve_id"))
+    monkeypatch.setitem(module.TRACKERS, "tensorboard", declared)
+    assert [is_log(PurePath(name)) for name in names] == [True, False, False, True]
+    for path in (tmp_path / "logs" / name for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    Trackers(TrackingConfig(tensorboard=True), Start("run", tmp_path / "logs", {}), lambda line: None)
+    assert [(tmp_path / "logs" / name).exists() for name in names] == [False, True, True, True]
 
 
 def test_a_tracker_is_told_whether_the_run_finished(recorder: Recorder) -> None:

@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter
 
 from sd3tune.config.sections.flow import FlowConfig
-from sd3tune.training.objective import LOSSES, SIGMAS, WEIGHTS, make_objective, make_weight, shift_at, sigma_of_u
+from sd3tune.training.objective import DENSITIES, LOSSES, WEIGHTS, make_objective, make_weight, shift_at, sigma_of_u
 
 U = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
 
@@ -26,12 +26,12 @@ def kinds(field: str) -> set[str]:
 
 
 def test_every_kind_of_the_schema_has_its_function() -> None:
-    assert set(SIGMAS) == kinds("timesteps")
+    assert set(DENSITIES) == kinds("timesteps")
     assert set(WEIGHTS) == kinds("weighting")
     assert set(LOSSES) == kinds("loss")
 
 
-@pytest.mark.parametrize("timesteps", SIGMAS)
+@pytest.mark.parametrize("timesteps", DENSITIES)
 @pytest.mark.parametrize("weighting", sorted(set(WEIGHTS) - {"sigma_sqrt"}))
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.1, 0.8)])
 def test_weights_have_mean_one_under_the_sigmas_in_training(timesteps, weighting, bounds) -> None:

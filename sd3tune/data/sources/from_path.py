@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sd3tune.data.sources.rows import is_dataset
+from sd3tune.data.sources.dataset import is_dataset
 
 
 def source_of(path: str, caption: str | None = None, **columns: str) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from sd3tune.config.sections.data import Source
 from sd3tune.config.variants import SOURCE, Registry
+from sd3tune.data.sources.dataset import list_rows
 from sd3tune.data.sources.folder import Listing, list_folder
-from sd3tune.data.sources.rows import list_rows
 
 SOURCES: Registry[Callable[[Any], Listing]] = Registry(
     SOURCE,

@@ -14,6 +14,7 @@ from sd3tune.files.png_recipe import RECIPE_KEY, save_png
 from sd3tune.model.load.components import load_scheduler
 from sd3tune.publish.previews import SAMPLES, SHEET
 from sd3tune.reporting import progress_bar, say
+from sd3tune.run.callbacks.base import RunCallback, Setup
 from sd3tune.run.drawing import NEGATIVE_PROMPT, load_decoder, stored_conditioning
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
@@ -27,23 +28,29 @@ from sd3tune.training.loop import View
 BASE = "base"
 
 
-class Previews:
+class Previews(RunCallback):
     """A training callback that draws one image per prompt.
 
     It runs before the first step, every `preview.every` steps and after the last. The base's images are drawn once.
     """
 
+    timing = "preview_s"
+
     def __init__(self, plan: Plan, encoded: Encoded, processes: Processes, trackers: Trackers) -> None:
+        super().__init__()
         self.plan, self.encoded, self.processes, self.trackers = plan, encoded, processes, trackers
         self.settings = plan.config.preview
         self.folder = plan.run / SAMPLES
-        self.seconds = 0.0
-        self.skipped: list[int] = []
-        """Steps whose previews did not fit into memory."""
         self._drawn: set[int] = set()
         self._sent: set[Path] = set()
         for name in self._names():
             self._send(name)
+
+    @classmethod
+    def make(cls, setup: Setup) -> Previews | None:
+        if not setup.plan.config.preview.prompts:
+            return None
+        return cls(setup.plan, setup.encoded, setup.processes, setup.trackers)
 
     def __call__(self, view: View) -> None:
         due = view.step % self.settings.every == 0 or view.last
@@ -59,8 +66,9 @@ class Previews:
             if not is_out_of_memory(error):
                 raise
             release(self.plan.device)
-            self.skipped.append(view.step)
-            say(f"warning: step {view.step}: no preview, out of memory; training continues")
+            warning = f"step {view.step}: no preview, out of memory"
+            self.warnings.append(warning)
+            say(f"warning: {warning}; training continues")
         self.seconds += time.monotonic() - started
         self._send(name)
 

@@ -23,6 +23,7 @@ from sd3tune.publish.files import (
 )
 from sd3tune.publish.repository import Repository, repository_of
 from sd3tune.reporting import say
+from sd3tune.run.callbacks.base import RunCallback, Setup
 from sd3tune.run.card import card_of
 from sd3tune.run.preflight import Plan
 from sd3tune.run.upload import left_out, push_command, push_run
@@ -61,18 +62,24 @@ class _Staged:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Uploads:
+class Uploads(RunCallback):
     """A training callback that uploads saved checkpoints from a thread, in the order of the steps.
 
     It does not affect training: every failure is only a warning.
     """
 
     def __init__(self, plan: Plan, repository: Repository, contract: Mapping[str, Any]) -> None:
+        super().__init__()
         self.plan, self.repository, self.contract = plan, repository, contract
-        self.warnings: list[str] = []
         self._waiting: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closing, self._giving_up = threading.Event(), threading.Event()
+
+    @classmethod
+    def make(cls, setup: Setup) -> Uploads | None:
+        hub = setup.plan.config.hub
+        repository = repository_of(hub) if hub.push == "checkpoint" and setup.processes.is_main else None
+        return cls(setup.plan, repository, setup.contract) if repository else None
 
     def __call__(self, view: View) -> None:
         checkpoint = checkpoint_at(self.plan.run, view.step)

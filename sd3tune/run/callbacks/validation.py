@@ -17,6 +17,7 @@ from sd3tune.flow.objective import offset_noise, velocity_loss, velocity_target
 from sd3tune.model.load.components import vae_config
 from sd3tune.model.load.latents import sample_latents
 from sd3tune.reporting import progress_bar, say
+from sd3tune.run.callbacks.base import RunCallback, Setup
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.folder import BEST, BEST_FILE, VALIDATION_FILE, read_validation
 from sd3tune.run.preflight import Plan
@@ -33,7 +34,7 @@ SIGMAS = tuple((bin + 0.5) / SIGMA_BINS for bin in range(SIGMA_BINS))
 LOWEST_IS_NOT_BEST = "a lower loss does not mean better pictures: compare previews before taking one"
 
 
-class Validation:
+class Validation(RunCallback):
     """A training callback that measures the held-out loss.
 
     It runs before the first step, every `validation.every` steps and after the last. The loss is the squared error of
@@ -42,6 +43,8 @@ class Validation:
     measurement is a line of `validation.jsonl`. The weights with the lowest mean loss are saved in `best/`; they do
     not always draw best.
     """
+
+    timing = "validation_s"
 
     def __init__(
         self,
@@ -52,12 +55,12 @@ class Validation:
         trackers: Trackers,
         from_step: int,
     ) -> None:
+        super().__init__()
         self.plan, self.store, self.processes, self.contract = plan, encoded.store, processes, contract
         self.trackers = trackers
         self.mine = list(enumerate(encoded.holdout))[processes.rank :: processes.world]
         self.images = len(encoded.holdout)
         self.path = plan.run / VALIDATION_FILE
-        self.seconds = 0.0
         self.lines = [line for line in read_validation(plan.run) if line["step"] <= from_step]
         measured = self.lines[0] if self.lines else {"noise_offset": plan.config.flow.noise_offset}
         self.noise_offset: float = measured.get("noise_offset", 0.0)
@@ -65,6 +68,12 @@ class Validation:
         self._base: Tensor | None = None
         for line in self.lines:
             self._track(line)
+
+    @classmethod
+    def make(cls, setup: Setup) -> Validation | None:
+        if not setup.encoded.holdout:
+            return None
+        return cls(setup.plan, setup.encoded, setup.processes, setup.contract, setup.trackers, setup.from_step)
 
     @property
     def best(self) -> dict[str, Any] | None:

@@ -1,15 +1,15 @@
-"""The callbacks of a run: held-out loss, previews, trackers and uploads. They do not affect training."""
+"""The callbacks of a run, and the trackers that they report to. They do not affect training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from sd3tune.config.public import public_config
 from sd3tune.config.sections.outputs import TrackingConfig
-from sd3tune.publish.repository import repository_of
 from sd3tune.reporting import say
+from sd3tune.run.callbacks.base import RunCallback, Setup
 from sd3tune.run.callbacks.previews import Previews
 from sd3tune.run.callbacks.uploads import Uploads
 from sd3tune.run.callbacks.validation import Validation
@@ -19,11 +19,15 @@ from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes
 from sd3tune.tracking.base import Start
 from sd3tune.tracking.trackers import Trackers
-from sd3tune.training.loop import Callback
+
+CALLBACKS: Sequence[type[RunCallback]] = (Validation, Previews, Uploads)
+"""The package's callbacks, in the order in which they are called after a step."""
+
+Kind = TypeVar("Kind", bound=RunCallback)
 
 
 class RunCallbacks:
-    """The callbacks of a run, as a context manager that closes trackers and uploads."""
+    """The callbacks of a run, as a context manager that closes them and the trackers."""
 
     def __init__(
         self, plan: Plan, encoded: Encoded, processes: Processes, contract: Mapping[str, Any], from_step: int
@@ -31,12 +35,8 @@ class RunCallbacks:
         config = plan.config
         start = Start(config.name, plan.run / LOGS, public_config(config))
         self.trackers = Trackers(config.tracking if processes.is_main else TrackingConfig(), start, say)
-        self.previews = Previews(plan, encoded, processes, self.trackers) if config.preview.prompts else None
-        self.validation = (
-            Validation(plan, encoded, processes, contract, self.trackers, from_step) if encoded.holdout else None
-        )
-        repository = repository_of(config.hub) if config.hub.push == "checkpoint" and processes.is_main else None
-        self.uploads = Uploads(plan, repository, contract) if repository else None
+        setup = Setup(plan, encoded, processes, contract, self.trackers, from_step)
+        self.callbacks = [made for kind in CALLBACKS if (made := kind.make(setup))]
 
     def __enter__(self) -> RunCallbacks:
         return self
@@ -45,33 +45,29 @@ class RunCallbacks:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.trackers.__exit__(kind, error, where)
-        if self.uploads:
-            self.uploads.close(finished=kind is None)
+        for callback in self.callbacks:
+            callback.close(finished=kind is None)
 
-    @property
-    def callbacks(self) -> list[Callback]:
-        return [callback for callback in (self.validation, self.previews, self.uploads) if callback]
+    def find(self, kind: type[Kind]) -> Kind | None:
+        """Return the callback of a class; None if this run has none."""
+        return next((callback for callback in self.callbacks if isinstance(callback, kind)), None)
 
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds spent in each callback, by its key in `run.json`; not part of the training time."""
-        return {
-            "validation_s": self.validation.seconds if self.validation else 0.0,
-            "preview_s": self.previews.seconds if self.previews else 0.0,
-            "tracking_s": self.trackers.seconds,
-        }
+        unused = {kind.timing: 0.0 for kind in CALLBACKS if kind.timing}
+        spent = {callback.timing: callback.seconds for callback in self.callbacks if callback.timing}
+        return {**unused, **spent, "tracking_s": self.trackers.seconds}
 
     @property
     def warnings(self) -> list[str]:
-        skipped = self.previews.skipped if self.previews else []
-        uploads = self.uploads.warnings if self.uploads else []
-        return [*(f"step {step}: no preview, out of memory" for step in skipped), *self.trackers.warnings, *uploads]
+        return [*(line for callback in self.callbacks for line in callback.warnings), *self.trackers.warnings]
 
     def report(self) -> dict[str, Any]:
-        """Return the held-out measurements for the report in `run.json` and the card."""
-        return self.validation.report() if self.validation else {}
+        """Return the callbacks' measurements for the report in `run.json` and the card."""
+        return {name: value for callback in self.callbacks for name, value in callback.report().items()}
 
     def summary(self) -> list[str]:
         """Return lines for the end of a run."""
         curves = [f"curves    {where}" for where in self.trackers.where()]
-        return [*curves, *(self.validation.summary() if self.validation else [])]
+        return [*curves, *(line for callback in self.callbacks for line in callback.summary())]

@@ -13,7 +13,7 @@ from PIL import Image
 from sd3tune.config.sections.data import DataConfig, DatasetSource
 from sd3tune.data.images import check_header, image_bytes, read_image, upright_size
 from sd3tune.data.records import load_records
-from sd3tune.data.sources.rows import is_dataset, list_rows, write_parquet
+from sd3tune.data.sources.dataset import is_dataset, list_rows, write_parquet
 from sd3tune.errors import DataError
 
 FASHION = Path(__file__).resolve().parents[4] / "shared" / "data" / "fashion_mnist" / "test.parquet"
@@ -283,7 +283,7 @@ def test_rows_hold_no_images(parquet):
 def test_many_rows_are_written_in_parts(tmp_path, files, monkeypatch):
     import pyarrow.parquet
 
-    monkeypatch.setattr("sd3tune.data.sources.rows._BATCH_ROWS", 2)
+    monkeypatch.setattr("sd3tune.data.sources.dataset._BATCH_ROWS", 2)
     write_parquet(tmp_path / "x.parquet", [(f"{n}.png", files[0].read_bytes(), str(n)) for n in range(5)])
     assert pyarrow.parquet.ParquetFile(tmp_path / "x.parquet").num_row_groups == 3
     assert [text for _, text in rows(tmp_path / "x.parquet")] == ["0", "1", "2", "3", "4"]
