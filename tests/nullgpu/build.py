@@ -20,7 +20,7 @@ CACHE = Path(__file__).parents[2] / "build" / "nullgpu"
 LIBRARY = "libcuda.so.1"
 """The stand-in, under the driver's name, by which Triton looks for it."""
 _TOOLS = ("gcc", "nm")
-_CUDA = r"(?:__cuda|cuda|cu[A-Z]|cublas|cusolver|cusparse|cufft|cufile|cuFile|nccl)\w*"
+_CUDA = r"(?:__cuda|cuda|cu[A-Z]|cublas|cusolver|cusparse|cufft|cufile|cuFile|cupti|nccl)\w*"
 
 
 class CannotBuild(Exception):
@@ -94,8 +94,8 @@ def _compile(folder: Path, include: list[Path]) -> None:
 
 def _wanted() -> set[str]:
     """Return CUDA's symbols that torch and bitsandbytes import."""
-    libraries = [*(_package("torch") / "lib").glob("lib*cuda*.so"), _package("torch") / "lib" / "libtorch_python.so"]
-    libraries += (_package("torch") / "lib").glob("libtorch_nvshmem.so")
+    torch = _package("torch") / "lib"
+    libraries = [*torch.glob("lib*cuda*.so"), *torch.glob("libtorch_*.so")]
     if importlib.util.find_spec("bitsandbytes"):
         libraries += _package("bitsandbytes").glob("libbitsandbytes_cuda13*.so")
     return set().union(*(_symbols(library, "--undefined-only") for library in libraries))
