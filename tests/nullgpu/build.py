@@ -83,11 +83,11 @@ def _compile(folder: Path, include: list[Path]) -> None:
         "-Wno-builtin-declaration-mismatch",
     )
     first = partial / "written.so"
-    _run("gcc", *flags, *headers, "-o", first, *own, "-ldl", "-lpthread")
+    _run("gcc", *flags, *headers, "-o", first, *own, "-ldl", "-lpthread", "-lrt")
     lacking = sorted(_wanted() - _symbols(first, "--defined-only"))
     stubs = partial / "stubs.c"
     stubs.write_text("".join(f"long {name}(void) {{ return 0; }}\n" for name in lacking))
-    _run("gcc", *flags, "-fno-builtin", *headers, "-o", partial / LIBRARY, *own, stubs, "-ldl", "-lpthread")
+    _run("gcc", *flags, "-fno-builtin", *headers, "-o", partial / LIBRARY, *own, stubs, "-ldl", "-lpthread", "-lrt")
     _run("gcc", *flags, "-o", partial / "libnvidia-ml.so.1", SOURCES / "nvml.c")
     partial.rename(folder)
 

@@ -1,36 +1,72 @@
-/* NCCL: a collective gives each rank its own data back, as if all ranks had the same.
+/* NCCL: the ranks wait for each other, and each gets its own data back, as if all had the same.
  *
- * Ranks do not meet here. The store over TCP through which torch starts the group is real.
+ * They meet in a page of shared memory, whose name is the id that torch sends to all ranks through its own store.
  */
 #include "nullgpu.h"
+#include <fcntl.h>
 #include <nccl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
-struct ncclComm { int ranks, rank, device; };
+struct meeting { volatile int arrived, round; };
+struct ncclComm { int ranks, rank, device; struct meeting *meeting; };
 
-static ncclResult_t join(ncclComm_t *found, int ranks, int rank) {
-    *found = calloc(1, sizeof **found);
-    **found = (struct ncclComm){ranks, rank, current_device()};
+enum { WAIT_US = 200, MOST_WAITS = 60 * 1000000 / WAIT_US };
+
+/* Returns when all ranks have called it, or with an error after a minute. The last to arrive opens the next round. */
+static ncclResult_t meet(ncclComm_t comm) {
+    struct meeting *at = comm->meeting;
+    int round = at->round;
+    if (__sync_add_and_fetch(&at->arrived, 1) == comm->ranks) {
+        at->arrived = 0;
+        __sync_fetch_and_add(&at->round, 1);
+        return ncclSuccess;
+    }
+    for (int waits = 0; at->round == round; waits++) {
+        if (waits == MOST_WAITS) return ncclRemoteError;
+        usleep(WAIT_US);
+    }
     return ncclSuccess;
 }
 
+static ncclResult_t join(ncclComm_t *found, int ranks, ncclUniqueId id, int rank) {
+    int file = shm_open(id.internal, O_CREAT | O_RDWR, 0600);
+    if (file < 0 || ftruncate(file, sizeof(struct meeting))) return ncclSystemError;
+    struct meeting *meeting = mmap(0, sizeof *meeting, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    *found = calloc(1, sizeof **found);
+    **found = (struct ncclComm){ranks, rank, current_device(), meeting};
+    ncclResult_t result = meet(*found);
+    if (rank == 0) shm_unlink(id.internal);
+    return result;
+}
+
 PUBLIC ncclResult_t ncclGetVersion(int *version) { *version = NCCL_VERSION_CODE; return ncclSuccess; }
-PUBLIC ncclResult_t ncclGetUniqueId(ncclUniqueId *id) { memset(id, 1, sizeof *id); return ncclSuccess; }
-PUBLIC const char *ncclGetErrorString(ncclResult_t result) { return "no error"; }
-PUBLIC const char *ncclGetLastError(ncclComm_t comm) { return "no error"; }
+
+PUBLIC ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
+    static int number;
+    memset(id, 0, sizeof *id);
+    snprintf(id->internal, sizeof id->internal, "/nullgpu-%d-%d", getpid(), number++);
+    return ncclSuccess;
+}
+
+PUBLIC const char *ncclGetErrorString(ncclResult_t result) { return result ? "a rank did not arrive" : "no error"; }
+PUBLIC const char *ncclGetLastError(ncclComm_t comm) { return ""; }
 
 PUBLIC ncclResult_t ncclCommInitRank(ncclComm_t *found, int ranks, ncclUniqueId id, int rank) {
-    return join(found, ranks, rank);
+    return join(found, ranks, id, rank);
 }
 
 PUBLIC ncclResult_t ncclCommInitRankConfig(ncclComm_t *found, int ranks, ncclUniqueId id, int rank, ncclConfig_t *how) {
-    return join(found, ranks, rank);
+    return join(found, ranks, id, rank);
 }
 
 PUBLIC ncclResult_t ncclCommInitRankScalable(ncclComm_t *found, int ranks, int rank, int ids, ncclUniqueId *id,
                                              ncclConfig_t *how) {
-    return join(found, ranks, rank);
+    return join(found, ranks, *id, rank);
 }
 
 PUBLIC ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *error) { *error = ncclSuccess; return ncclSuccess; }
@@ -47,24 +83,24 @@ static size_t bytes_of(size_t n, ncclDataType_t type) {
     }
 }
 
-static ncclResult_t give(void *to, const void *from, size_t bytes) {
+static ncclResult_t give(void *to, const void *from, size_t bytes, ncclComm_t comm) {
     count(&nullgpu_counters.collectives, 1);
     if (to != from) copy_block(to, from, bytes);
-    return ncclSuccess;
+    return meet(comm);
 }
 
 PUBLIC ncclResult_t ncclAllReduce(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t op,
                                   ncclComm_t comm, cudaStream_t stream) {
-    return give(to, from, bytes_of(n, type));
+    return give(to, from, bytes_of(n, type), comm);
 }
 
 PUBLIC ncclResult_t ncclBroadcast(const void *from, void *to, size_t n, ncclDataType_t type, int root, ncclComm_t comm,
                                   cudaStream_t stream) {
-    return give(to, from, bytes_of(n, type));
+    return give(to, from, bytes_of(n, type), comm);
 }
 
 PUBLIC ncclResult_t ncclAllGather(const void *from, void *to, size_t n, ncclDataType_t type, ncclComm_t comm,
                                   cudaStream_t stream) {
     for (int rank = 0; rank < comm->ranks; rank++) copy_block((char *)to + rank * bytes_of(n, type), from, bytes_of(n, type));
-    return give(to, to, 0);
+    return give(to, to, 0, comm);
 }
