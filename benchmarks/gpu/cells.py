@@ -64,33 +64,35 @@ class Cell:
     batch: int
     precision: str = "bf16"
     """`bf16`, or `nf4` for a base in 4 bits; both compute in bf16."""
-    checkpointing: bool = False
+    checkpointing: str = "none"
+    """`train.gradient_checkpointing`; the example checkpoints whole blocks for `selective`, too."""
 
     @property
     def name(self) -> str:
         parts = [self.base, f"{self.pixels} px", f"batch {self.batch}", self.precision]
-        return ", ".join([*parts, "checkpointing"] if self.checkpointing else parts)
+        return ", ".join(parts if self.checkpointing == "none" else [*parts, f"{self.checkpointing} checkpointing"])
 
 
 def cells_of(shapes: Shapes) -> list[Cell]:
     """Return all cells, the most informative first, as a time budget cuts off the end."""
     large, small = shapes.large, shapes.small
-    kinds: Sequence[tuple[int, int, str, bool]] = (
-        (large, 1, "bf16", False),
-        (small, 1, "bf16", False),
-        (large, 4, "bf16", True),
-        (large, 1, "nf4", True),
-        (small, 4, "bf16", False),
-        (large, 4, "bf16", False),
-        (large, 1, "bf16", True),
-        (large, 1, "nf4", False),
-        (small, 1, "nf4", False),
-        (small, 4, "nf4", False),
-        (large, 4, "nf4", True),
-        (small, 1, "bf16", True),
-        (small, 4, "bf16", True),
-        (small, 1, "nf4", True),
-        (small, 4, "nf4", True),
-        (large, 4, "nf4", False),
+    kinds: Sequence[tuple[int, int, str, str]] = (
+        (large, 1, "bf16", "none"),
+        (small, 1, "bf16", "none"),
+        (large, 4, "bf16", "selective"),
+        (large, 4, "bf16", "block"),
+        (large, 1, "nf4", "block"),
+        (small, 4, "bf16", "none"),
+        (large, 4, "bf16", "none"),
+        (large, 1, "bf16", "selective"),
+        (large, 1, "bf16", "block"),
+        (large, 1, "nf4", "none"),
+        (large, 1, "nf4", "selective"),
+        (small, 1, "nf4", "none"),
+        (small, 4, "nf4", "none"),
+        (large, 4, "nf4", "selective"),
+        (large, 4, "nf4", "block"),
+        *((small, batch, form, way) for way in ("block", "selective") for form in ("bf16", "nf4") for batch in (1, 4)),
+        (large, 4, "nf4", "none"),
     )
     return [Cell(base, *kind) for kind in kinds for base in shapes.bases]

@@ -72,6 +72,13 @@ class Cuda:
         torch.cuda.empty_cache()
 
 
+def outcome_of(error: Exception) -> str:
+    """Return in a few words why something was not measured."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 class _Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.gpu.cells import SIDES, Cell, Shapes
-from benchmarks.gpu.device import Device
+from benchmarks.gpu.device import Device, outcome_of
 from benchmarks.gpu.models import flops_of
 from benchmarks.gpu.sides import SIDE_CLASSES, Side
 
@@ -43,10 +41,8 @@ def measure_side(name: str, cell: Cell, shapes: Shapes, device: Device, deadline
     try:
         with tempfile.TemporaryDirectory(prefix="sd3tune-gpu-") as folder:
             return _measured(name, cell, shapes, device, deadline, Path(folder))
-    except torch.OutOfMemoryError:
-        return {"outcome": "out of memory"}
     except Exception as error:  # a failure of a library must not stop the other cells
-        return {"outcome": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        return {"outcome": outcome_of(error)}
     finally:
         device.clear()
 

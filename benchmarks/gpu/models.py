@@ -32,7 +32,7 @@ def config_of(cell: Cell, shapes: Shapes) -> Config:
             "optimizer": {"kind": "adamw", "lr": LEARNING_RATE},
             "train": {
                 "batch_size": cell.batch,
-                "gradient_checkpointing": "block" if cell.checkpointing else "none",
+                "gradient_checkpointing": cell.checkpointing,
             },
         }
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,12 @@ def table(results: dict[str, Any]) -> str:
     """Return the results as Markdown."""
     where, ceilings = results["environment"], results["ceilings"]
     lines = [_HEADINGS, ["---"] * len(_HEADINGS)]
-    lines += [_row(row, where["published_tflops"], ceilings["gemm_tflops"]) for row in results["cells"]]
+    lines += [_row(row, where["published_tflops"], ceilings.get("gemm_tflops")) for row in results["cells"]]
     cut = results["not_measured"]
     return "\n".join(
         [
             *provenance({**where, "gpu": where["device"]}),
-            f"CUDA {where['cuda']}. bf16 products {ceilings['gemm_tflops']:.3g} TFLOP/s, copies "
-            f"{ceilings['copy_gbs']:.3g} GB/s, attention {ceilings['attention_tflops']:.3g} TFLOP/s "
-            f"({ceilings['attention_ms']:.3g} ms forward and backward).",
+            f"CUDA {where['cuda']}. {', '.join(_ceilings(ceilings))}.",
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
             *(["", f"Not measured, for want of time: {'; '.join(cut)}."] if cut else []),
@@ -74,13 +72,25 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
+def _ceilings(found: dict[str, Any]) -> Iterator[str]:
+    if "gemm_tflops" in found:
+        yield f"bf16 products {found['gemm_tflops']:.3g} TFLOP/s"
+    if "copy_gbs" in found:
+        yield f"copies {found['copy_gbs']:.3g} GB/s"
+    if "attention_tflops" in found:
+        yield (
+            f"attention {found['attention_tflops']:.3g} TFLOP/s ({found['attention_ms']:.3g} ms forward and backward)"
+        )
+    yield from (f"{name} {outcome}" for name, outcome in found.get("failed", {}).items())
+
+
 def write(results: dict[str, Any], folder: Path) -> None:
     """Write both files atomically."""
     write_json(folder / "gpu.json", results)
     write_text(folder / "gpu.md", table(results) + "\n")
 
 
-def _row(row: dict[str, Any], published: float | None, gemm: float) -> list[str]:
+def _row(row: dict[str, Any], published: float | None, gemm: float | None) -> list[str]:
     sides = [row[name] for name in SIDES]
 
     def share(peak: float | None) -> str:

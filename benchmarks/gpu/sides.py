@@ -52,7 +52,7 @@ class Example:
     def __init__(self, cell: Cell, shapes: Shapes, device: torch.device, folder: Path) -> None:
         model = model_of(cell, shapes, device)
         self.transformer, self.device = model.build(torch.bfloat16), device
-        if cell.checkpointing:
+        if cell.checkpointing != "none":
             self.transformer.enable_gradient_checkpointing()
         lora = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=list(TARGETS))
         self.transformer.add_adapter(lora)

@@ -62,7 +62,7 @@ def fitted_plan(plan: Plan, processes: Processes) -> tuple[Plan, list[str]]:
         missing=(),
     )
     budget = torch.tensor(memory_budget(memory, plan.device), device=plan.device)
-    found = fit(inputs, int(processes.gather(budget).min()), quiet=not processes.is_main)
+    found = fit(inputs, min(processes.gather(budget).tolist()), quiet=not processes.is_main)
     return replace(plan, config=found.inputs.config), [describe(inputs.config, found)]
 
 

@@ -144,7 +144,7 @@ def _probes(batches: Batches) -> list[Batch]:
     """Return one training image per sigma: one whatever the batch size, to keep the report fast."""
     fetched = (batches.fetch(step, 0) for step in range(PROBE_SEARCH_STEPS))
     first = (batch.rows(slice(1)) for batch in fetched)
-    usable = itertools.islice((image for image in first if image.latents.isfinite().all()), len(FIXED_SIGMAS))
+    usable = itertools.islice((image for image in first if not (~image.latents.isfinite()).any()), len(FIXED_SIGMAS))
     return [
         replace(image, sigma=torch.full_like(image.sigma, sigma), modulation=None)
         for image, sigma in zip(usable, FIXED_SIGMAS, strict=False)

@@ -115,8 +115,8 @@ def sample_latents(
     solver = SAMPLERS[settings.sampler].scheduler(scheduler, settings.shift)
     solver.set_timesteps(settings.steps, device=device, **_dynamic_shift(solver, transformer, latents))
     begin, count = settings.first_step * SAMPLERS[settings.sampler].order, len(solver.timesteps)
+    solver.set_begin_index(begin)  # or diffusers would look it up by value, for which the host waits
     if start is not None and posterior_noise is not None:
-        solver.set_begin_index(begin)
         latents = _noised(start, posterior_noise, latents, solver.sigmas[begin])
     with velocity_of.ahead(dict(enumerate(solver.timesteps[begin:], start=begin))):
         for number, timestep in enumerate(solver.timesteps[begin:], start=begin):
@@ -222,7 +222,7 @@ def to_image(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
     """
     decoded = decode(vae, latents)[0]
     pixels = (decoded * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
-    finite = bool(decoded.isfinite().all())
+    finite = not (~decoded.isfinite()).any()
     displayed = pixels if finite else torch.zeros_like(pixels)
     image = Image.fromarray((displayed.cpu().numpy() * 255).round().astype("uint8"))
     if not finite:

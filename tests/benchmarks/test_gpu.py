@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import bundle, measure, report
+from benchmarks.gpu import bundle, ceilings, measure, report
 from benchmarks.gpu.cells import SHAPES, SIDES, Cell, cells_of
 from benchmarks.gpu.device import Cpu
 from benchmarks.gpu.run import main, measure_in_time
@@ -25,8 +25,8 @@ CELL = Cell("sd3-medium", 32, 1)
 
 
 def results() -> dict[str, Any]:
-    ceilings = dict.fromkeys(("gemm_tflops", "copy_gbs", "attention_tflops", "attention_ms"), 1.0)
-    return {"environment": report.environment(Cpu()), "ceilings": ceilings, "cells": [], "not_measured": []}
+    figures = dict.fromkeys(("gemm_tflops", "copy_gbs", "attention_tflops", "attention_ms"), 1.0)
+    return {"environment": report.environment(Cpu()), "ceilings": figures, "cells": [], "not_measured": []}
 
 
 def test_a_run_on_the_cpu_measures_both_sides_and_writes_its_files(
@@ -50,7 +50,7 @@ def test_a_run_on_the_cpu_measures_both_sides_and_writes_its_files(
 
 def test_every_combination_is_there_and_full_sizes_come_first() -> None:
     cells = cells_of(SHAPES["full"])
-    assert len(cells) == len(set(cells)) == 3 * 2 * 2 * 2 * 2
+    assert len(cells) == len(set(cells)) == 3 * 2 * 2 * 2 * 3
     assert cells[0] == Cell("sd35-medium", 1024, 1)
 
 
@@ -70,6 +70,23 @@ def test_what_does_not_fit_is_a_result_and_what_is_late_is_left_out(
     written = (tmp_path / "gpu.md").read_text()
     assert "| out of memory, " in written
     assert f"for want of time: {CELL.name}." in written
+
+
+def test_a_ceiling_that_fails_loses_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> dict[str, float]:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(ceilings, "_attention", broken)
+    found = results() | {"ceilings": ceilings.measure_ceilings(Cpu(), TINY)}
+    assert found["ceilings"].keys() == {"gemm_tflops", "copy_gbs", "failed"}
+    assert "GB/s, attention failed: RuntimeError: no kernel image." in report.table(found)
+
+
+def test_selective_checkpointing_is_measured(tmp_path: Path) -> None:
+    cell = next(cell for cell in cells_of(TINY) if cell.checkpointing == "selective" and cell.precision == "bf16")
+    (row,) = [measure.measure_cell(cell, TINY, Cpu(), time.monotonic(), SIDES)]
+    assert [row[side]["outcome"] for side in SIDES] == ["measured", "measured"]
+    assert row["cell"].endswith("bf16, selective checkpointing")
 
 
 def test_the_examples_step_has_the_loss_of_the_equations(tmp_path: Path) -> None:

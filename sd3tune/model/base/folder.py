@@ -45,7 +45,7 @@ def write_model(
     `shift` is the scheduler's, None for the base's own. Returns `model_index.json`. Raises RunError, before anything is
     written, if a tensor is not finite.
     """
-    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+    bad = [name for name, value in tensors.items() if (~value.isfinite()).any()]
     if bad:
         dtype = str(tensors[bad[0]].dtype).removeprefix("torch.")
         raise RunError(

@@ -78,7 +78,8 @@ def _crop_ahead(patches: PatchEmbed) -> None:
             patches.pos_embed = placeholder
         return crop.to(device)
 
-    patches.pos_embed = grid[:, :0].clone()  # diffusers' forward takes None for a model without positions
+    # On the model's device, with which it moves. Diffusers' forward takes None for a model without positions.
+    patches.pos_embed = patches.pos_embed[:, :0].clone()
     patches.cropped_pos_embed = lambda height, width: crop_for(height, width, patches.pos_embed.device)
 
 

@@ -214,7 +214,7 @@ def _check_finite(model: nn.Module, files: dict[str, Path], where: str) -> None:
     """Raise ModelError for NaN or infinity, found from the extremes of each tensor without a temporary of its size."""
     tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     extremes = torch.stack([torch.stack(torch.aminmax(tensor)).float() for tensor in tensors.values()])
-    finite = extremes.isfinite().all(dim=1).tolist()
+    finite = extremes.cpu().isfinite().all(dim=1).tolist()
     for name, good in zip(tensors, finite, strict=True):
         if not good:
             dtype = str(tensors[name].dtype).removeprefix("torch.")
