@@ -14,7 +14,7 @@ pip = $(BIN)/python -m pip install --disable-pip-version-check $(1) >> $(LOG) 2>
 	tail -n 15 $(LOG) >&2; echo "make: pip failed; its full output is in $(LOG)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-install crash fuzz check check-long build lock audit licences format bench bench-gpu bench-quality nano docs clean
+.PHONY: help setup demo test test-install crash fuzz check check-long build lock audit licences format bench check-gpu bench-gpu bench-quality nano docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ format: $(STAMP) ## Fix lint and formatting automatically
 
 bench: $(STAMP) ## Measure the trainer against a bare loop; with PEER_SCRIPT=PATH, runs against diffusers' example
 	$(BIN)/python -m benchmarks.$(if $(PEER_SCRIPT),peer.run "$(PEER_SCRIPT)",run)
+
+check-gpu: ## Check training on one GPU in four minutes: host waits, every path, memory (PYTHON=... with torch; BUNDLE=DIR)
+	$(PYTHON) -m benchmarks.gpu.check $(if $(BUNDLE),--bundle "$(BUNDLE)")
 
 bench-gpu: ## Benchmark on one GPU at full size, in eight minutes (PYTHON=... with torch; BUNDLE=DIR, PEER_SCRIPT=PATH)
 	$(PYTHON) -m benchmarks.gpu.run $(if $(BUNDLE),--bundle "$(BUNDLE)") $(if $(PEER_SCRIPT),--script "$(PEER_SCRIPT)")

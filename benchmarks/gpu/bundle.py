@@ -7,8 +7,11 @@ installed there already are not replaced (see `unpacked`).
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -95,6 +98,25 @@ def unpacked(bundle: Path, target: Path) -> Iterator[str]:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(target)
             yield f"{distribution} {version}"
+
+
+class NoBundle(Exception):
+    """The folder of `--bundle` does not exist."""
+
+
+@contextlib.contextmanager
+def importable(bundle: Path | None) -> Iterator[None]:
+    """Put the missing packages of a bundle on the import path, also of child processes. Raises NoBundle."""
+    if bundle is None:
+        yield
+        return
+    if not bundle.is_dir():
+        raise NoBundle(f"--bundle {bundle}: no such folder; benchmarks.gpu.bundle makes it")
+    with tempfile.TemporaryDirectory(prefix="sd3tune-bundle-") as place:
+        print("from the bundle:", ", ".join(unpacked(bundle, Path(place))) or "nothing was missing", flush=True)
+        sys.path.append(place)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), place)))
+        yield
 
 
 if __name__ == "__main__":

@@ -60,16 +60,16 @@ def flops_of(cell: Cell, shapes: Shapes) -> int:
 
 
 def _build(base: Base, dtype: torch.dtype, *, device: torch.device, nf4: bool) -> SD3Transformer2DModel:
-    transformer = random_on_device(base, dtype, device)
+    transformer = random_on_device(empty_transformer(base), dtype, device)
     if nf4:
         quantize(transformer, transformer.transformer_blocks, "nf4", device)
     return transformer
 
 
 @torch.no_grad()
-def random_on_device(base: Base, dtype: torch.dtype, device: torch.device) -> SD3Transformer2DModel:
-    """Draw random weights of unit gain in `dtype` directly on the device, without using host memory."""
-    transformer = nn.Module.to(empty_transformer(base), dtype).to_empty(device=device)
+def random_on_device(empty: SD3Transformer2DModel, dtype: torch.dtype, device: torch.device) -> SD3Transformer2DModel:
+    """Draw random weights of unit gain for a model on the meta device, directly on `device`, without host memory."""
+    transformer = nn.Module.to(empty, dtype).to_empty(device=device).eval().requires_grad_(False)
     for name, tensor in transformer.state_dict().items():
         if tensor.ndim > 1:
             tensor.normal_(std=1 / math.sqrt(tensor[0].numel()))

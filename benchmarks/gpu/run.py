@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.bundle import unpacked
+from benchmarks.gpu.bundle import NoBundle, importable
 
 NO_GPU = (
     "torch sees no CUDA device: measure on a machine with a GPU, or run the same code on the CPU by "
@@ -34,21 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", choices=("full", "tiny"), help="by default full; tiny on the CPU")
     parser.add_argument("--cells", type=int, help="only that many, from the first on")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="sd3tune-bundle-") as place:
-        if options.bundle is not None:
-            if not options.bundle.is_dir():
-                print(
-                    f"error: --bundle {options.bundle}: no such folder; benchmarks.gpu.bundle makes it", file=sys.stderr
-                )
-                return 2
-            print(
-                "from the bundle:",
-                ", ".join(unpacked(options.bundle, Path(place))) or "nothing was missing",
-                flush=True,
-            )
-            sys.path.append(place)
-            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), place)))
-        return _run(options, started + 60 * options.minutes - RESERVE)
+    try:
+        with importable(options.bundle):
+            return _run(options, started + 60 * options.minutes - RESERVE)
+    except NoBundle as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _run(options: argparse.Namespace, deadline: float) -> int:

@@ -21,6 +21,7 @@ from benchmarks.peer.processes import RunFailed, Stamps, run_alone
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.model.base.progress_bars import no_progress_bars
 from sd3tune.model.base.resolve import resolve_base, shape_of_base
+from sd3tune.model.load.components import empty_transformer
 
 BASE = "sd3-medium"
 CELL = PeerCell("small", "one-cached", "bf16")  # 512 px, batch 2; the base lies in the folder of that name
@@ -55,7 +56,8 @@ def random_pipeline(folder: Path, shapes: Shapes, device: Device) -> Path:
     """Write a base in diffusers' layout: a full-size transformer, shallow text encoders, and tiny's other parts."""
     tiny = resolve_base("tiny").path
     shutil.copytree(tiny, folder)
-    transformer = random_on_device(shape_of_base(ModelConfig(base=shapes.bases[BASE])), torch.bfloat16, device.torch)
+    base = shape_of_base(ModelConfig(base=shapes.bases[BASE]))
+    transformer = random_on_device(empty_transformer(base), torch.bfloat16, device.torch)
     width = transformer.config.joint_attention_dim
     parts = {"transformer": transformer, **(text_encoders(tiny, width) if width == 4096 else {})}
     for part, model in parts.items():
