@@ -39,13 +39,15 @@ def run_on_null_gpu(
     gb: float = 139.0,
     count: int = 1,
     capability: int = 90,
+    fresh_memory: bool = False,
     cwd: Path = ROOT,
     timeout: float = 600.0,
     **environment: str,
 ) -> Ran:
     """Run Python with `arguments` where `count` GPUs of `gb` GB (1e9 bytes) and a compute capability seem to be.
 
-    CUDA itself takes 0.6 GB of each. Raises CannotBuild.
+    CUDA itself takes 0.6 GB of each. With `fresh_memory` every tensor on a GPU begins as zeros; otherwise torch's
+    allocator reuses memory, in which the values of other tensors are left. Raises CannotBuild.
     """
     folder = build()
     with tempfile.TemporaryDirectory(prefix="nullgpu-") as place:
@@ -68,6 +70,7 @@ def run_on_null_gpu(
                 "NULLGPU_GB": str(gb),
                 "NULLGPU_COUNT": str(count),
                 "NULLGPU_CC": str(capability),
+                **({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if fresh_memory else {}),
                 FACTS: str(facts),
                 **environment,
             },
