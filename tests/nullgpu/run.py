@@ -15,6 +15,8 @@ from tests.nullgpu.build import LIBRARY, build
 from tests.nullgpu.counts import FACTS
 
 ROOT = Path(__file__).parents[2]
+_OF_THE_TESTS = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Variables that a process does not inherit: the first hides GPUs from tests, the others may be left by one."""
 _SITE = Path(__file__).with_name("site")
 
 
@@ -53,7 +55,7 @@ def run_on_null_gpu(
     with tempfile.TemporaryDirectory(prefix="nullgpu-") as place:
         facts = Path(place) / "facts.jsonl"
         facts.touch()
-        inherited = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+        inherited = {name: value for name, value in os.environ.items() if name not in _OF_THE_TESTS}
         found = subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=cwd,

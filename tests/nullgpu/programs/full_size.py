@@ -44,14 +44,14 @@ def measured(cell: Cell) -> dict[str, Any]:
                 side.step()
         finally:
             side.close()
-        peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
         return {
             **seen.counts,
-            **peaks,
-            "planned": planned(cell),
             "waits": seen.waits,
             "kernels": seen.kernels,
             "host_ms": seen.host_ms,
+            "allocated": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved(),
+            "planned": planned(cell),
         }
 
 
