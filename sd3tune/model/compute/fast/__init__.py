@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention import JointTransformerBlock
@@ -21,25 +20,31 @@ def use_fast_path(transformer: SD3Transformer2DModel) -> None:
     Parameters, their names and the state dict do not change.
     """
     for block in transformer.transformer_blocks:
-        block.forward = functools.partial(fast_block.forward, block)
-        _set_processors(block, FastAttention)
+        _use_fast_path(block, [FastAttention(attention) for attention in _attentions(block)])
 
 
 @contextmanager
 def plain_path(transformer: SD3Transformer2DModel) -> Iterator[None]:
     """Compute bit-equal to diffusers, with its own modules, inside the context."""
     fast = [block for block in transformer.transformer_blocks if "forward" in vars(block)]
+    # They are kept, as making new ones reads weights, for which the host waits.
+    processors = [[attention.processor for attention in _attentions(block)] for block in fast]
     for block in fast:
         del block.forward
-        _set_processors(block, lambda _: JointAttnProcessor2_0())
+        for attention in _attentions(block):
+            attention.set_processor(JointAttnProcessor2_0())
     try:
         yield
     finally:
-        if fast:
-            use_fast_path(transformer)
+        for block, former in zip(fast, processors, strict=True):
+            _use_fast_path(block, former)
 
 
-def _set_processors(block: JointTransformerBlock, make: Callable[[Attention], Any]) -> None:
-    for attention in (block.attn, block.attn2):
-        if attention is not None:
-            attention.set_processor(make(attention))
+def _use_fast_path(block: JointTransformerBlock, processors: Sequence[FastAttention]) -> None:
+    block.forward = functools.partial(fast_block.forward, block)
+    for attention, processor in zip(_attentions(block), processors, strict=True):
+        attention.set_processor(processor)
+
+
+def _attentions(block: JointTransformerBlock) -> list[Attention]:
+    return [attention for attention in (block.attn, block.attn2) if attention is not None]

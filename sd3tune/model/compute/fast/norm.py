@@ -16,7 +16,7 @@ LEAST_WEIGHT = 2**-10
 
 def is_invertible(norm: nn.Module | None) -> bool:
     """Return True if no weight of `norm` is near zero, so that its output determines the direction of its input."""
-    return _is_known(norm) and (norm.weight.is_meta or bool(norm.weight.abs().min() > LEAST_WEIGHT))
+    return _is_known(norm) and (norm.weight.is_meta or bool(norm.weight.cpu().abs().min() > LEAST_WEIGHT))
 
 
 def join_normalised(norms: Sequence[nn.Module | None], parts: Sequence[Tensor], invertible: bool = False) -> Tensor:

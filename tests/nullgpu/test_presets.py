@@ -1,0 +1,66 @@
+"""Every preset completes on a GPU of the size that `sd3tune plan` says it needs: T5, VAE, training and previews.
+
+The base has its full size and no weights. torch's allocator is the real one, with its fragmentation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd3tune.commands.plan import make_run_plan
+from sd3tune.config import load_config
+from tests.nullgpu.programs.preset import ROOT, overrides
+from tests.nullgpu.sparse_base import write_sparse_base
+
+PROGRAM = Path(__file__).with_name("programs") / "preset.py"
+FIRST = ("sd35_medium_24gb", "train.batch_size=2")
+"""Of the shipped ones, the run whose training left the most memory unusable, in pieces."""
+OTHERS = [
+    ("sd35_medium_6gb", "model.t5=false"),  # it has T5 on the CPU, which would compute
+    ("sd35_medium_12gb",),
+    ("sd35_medium_16gb", "model.t5=false"),  # with T5, the limit would not be training's
+    ("sd35_medium_24gb",),
+    ("sd35_medium_48gb", "train.batch_size=8"),
+    ("sd35_medium_t4",),
+    ("sd35_large_12gb",),
+    ("sd35_large_48gb",),
+]
+T4 = "sd35_medium_t4"
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    written: dict[tuple[str, torch.dtype], Path] = {}
+
+    def base(preset: str) -> Path:
+        kind = ("sd35-large" if "large" in preset else "sd35-medium", torch.float16 if preset == T4 else torch.bfloat16)
+        if kind not in written:
+            written[kind] = write_sparse_base(tmp_path_factory.mktemp("bases"), *kind)
+        return written[kind]
+
+    return base
+
+
+def test_training_fits_where_the_plan_says_so(null_gpu, base_of, tmp_path: Path) -> None:
+    completes_at_its_limit(null_gpu, base_of(FIRST[0]), tmp_path, *FIRST)
+
+
+@pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="slow; make check-long runs it")
+@pytest.mark.parametrize("preset", OTHERS, ids=" ".join)
+def test_so_does_every_preset(null_gpu, base_of, tmp_path: Path, preset: tuple[str, ...]) -> None:
+    completes_at_its_limit(null_gpu, base_of(preset[0]), tmp_path, *preset)
+
+
+def completes_at_its_limit(null_gpu, base: Path, folder: Path, preset: str, *more: str) -> None:
+    config = load_config(ROOT / "configs" / f"{preset}.yaml", [*overrides(base), *more]).config
+    limit = make_run_plan(config, "t4" if preset == T4 else "h100").needed / 1e9
+    capability = 75 if preset == T4 else 90
+    cache = {"SD3TUNE_CACHE": str(folder / "cache")}
+    ran = null_gpu(PROGRAM, folder, preset, base, *more, gb=limit, capability=capability, **cache).succeeded()
+    assert ran.facts["outcome"] == "finished", (limit, ran.err[-1000:])
+    assert ran.facts["expandable"]
