@@ -19,6 +19,7 @@ from sd3tune.errors import Interrupted, RunError
 from sd3tune.files.atomic import kept_in_place, write_json, write_text
 from sd3tune.forecast.fitting import fitted_plan
 from sd3tune.forecast.memory import describe_memory
+from sd3tune.model.compute.compiled import explain_compile_errors
 from sd3tune.run.batches import make_batches
 from sd3tune.run.callbacks.uploads import Uploads, upload_finished
 from sd3tune.run.callbacks.wiring import RunCallbacks
@@ -166,7 +167,8 @@ def _train(
         clock.append(time.monotonic())
         watched_before = sum(attempt.watching.seconds.values())  # opening the trackers
         deferred = signals.deferred() if signals else nullcontext()
-        with deferred, explain_oom("training", lambda: training_knob(config, plan.method)):
+        explained = explain_oom("training", lambda: training_knob(config, plan.method))
+        with deferred, explained, explain_compile_errors():
             metrics = train(
                 config=config,
                 run=plan.run,

@@ -158,6 +158,22 @@ class Config(Section, metaclass=ConfigType):
         return self
 
     @model_validator(mode="after")
+    def _blocks_can_be_compiled(self) -> Config:
+        if self.train.compile == "none":
+            return self
+        if self.model.quantize != "none":
+            raise ValueError(
+                f"train.compile is {self.train.compile} and model.quantize is {self.model.quantize}: quantised layers "
+                "are not compiled; set one of them to none"
+            )
+        if self.method.draws_in_blocks:
+            raise ValueError(
+                f"train.compile is {self.train.compile} and method.dropout is not 0: its random masks are not "
+                "compiled; set train.compile=none or method.dropout=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _exported_tags_need_adapter(self) -> Config:
         if self.data.export_tags and not self.method.makes_adapter:
             raise ValueError(

@@ -28,7 +28,7 @@ def describe(plan: Plan, world: int) -> list[str]:
     cut = [bucket_of(record, plan.buckets) for record in plan.records]
     parameters, modules = sum(row.parameters for row in plan.coverage), len(plan.modules)
     variant = f" ({plan.base.variant})" if plan.base.variant else ""
-    every = config.validation.every
+    every, compiled = config.validation.every, config.train.compile != "none"
     return [
         f"base      {plan.base.name}{variant}, {describe_precision(plan.config, plan.dtype)} on {plan.device.type}"
         + (f", {world} processes" if world > 1 else ""),
@@ -47,6 +47,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         f"{method.product.name:<9} {method.title()}: {parameters:,} parameters, "
         f"{method.exported_bytes * parameters / 1e6:.1f} MB, in {modules} module{'s' * (modules != 1)}",
         *(f"          {_describe_coverage(row)}" for row in plan.coverage),
+        *(["compile   blocks: the first step of each image size takes a minute or more"] if compiled else []),
         f"run       {plan.run}",
     ]
 

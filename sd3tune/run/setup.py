@@ -36,6 +36,6 @@ def make_trainable(config: Config, method: Method, transformer: SD3Transformer2D
     """
     checkpoint_blocks(transformer, config.train.gradient_checkpointing, config.train.checkpointed_blocks)
     parameters = method.inject(transformer, lambda name: generator(config.seed, "init", name))
-    if config.train.fast_path:
+    if config.train.fast_path and config.train.compile == "none":
         use_fast_path(transformer)
     return parameters

@@ -6,6 +6,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from sd3tune.config import Config
+from sd3tune.model.compute.compiled import compile_blocks
 from sd3tune.run.batches import make_batches
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
@@ -33,6 +34,8 @@ def starting_state(
     state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
     if plan.start is not None:
         restore(plan.start, state)
+    if config.train.compile == "blocks":
+        compile_blocks(transformer)
     return state
 
 

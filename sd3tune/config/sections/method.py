@@ -46,6 +46,11 @@ class MethodSection(Section):
     makes_adapter: ClassVar[bool] = True
     """True if the result is an adapter, False if it is a whole model."""
 
+    @property
+    def draws_in_blocks(self) -> bool:
+        """True if training draws random numbers inside the transformer's blocks."""
+        return False
+
 
 class LoraConfig(MethodSection):
     """Low-rank adapters on the transformer's linear layers (LoRA, Hu et al. 2021)."""
@@ -102,6 +107,10 @@ class LoraConfig(MethodSection):
         description="Adapter to continue from: a file, an adapter folder or a run folder. Its ranks must match this "
         "run; alpha may differ, as the training starts from the file's output.",
     )
+
+    @property
+    def draws_in_blocks(self) -> bool:
+        return self.dropout > 0
 
     @field_validator("targets", mode="before")
     @classmethod

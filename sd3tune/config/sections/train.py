@@ -52,6 +52,12 @@ class TrainConfig(Section):
         description="Compute each transformer block with fewer passes over memory: faster, equal to diffusers and PEFT "
         "up to rounding, and equally precise. Previews, reports and `infer` never use it.",
     )
+    compile: Annotated[Literal["none", "blocks"], FREE] = Field(
+        "none",
+        description="`blocks` lets torch compile the transformer blocks for training, in place of the fast path: fewer "
+        "kernels, equal up to rounding. The first step of each image size takes a minute or more. It needs a C++ "
+        "compiler, or Triton on a GPU, an unquantised base and `method.dropout: 0`.",
+    )
     hoist: Annotated[bool, FREE] = Field(
         True,
         description="Keep layers that depend only on timestep and pooled text (adaLN, a third of the base) off the "

@@ -29,12 +29,13 @@ BASES = ("tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large")
 
 
 def adapted_model(
-    base: str, dtype: torch.dtype, targets: str = "attention+mlp", form: str = "none", **options
+    base: str, dtype: torch.dtype, targets: str = "attention+mlp", form: str = "none", ranks=(4, 5, 6), **options
 ) -> SD3Transformer2DModel:
     """A tiny base with factors of unequal ranks, and B not zero, in `dtype`."""
     transformer = load_transformer_in(form, resolve_base(base), torch.float32, torch.device("cpu"))
     modules = select_modules(transformer, targets, None)
-    layers = {name: Layer(4 + number % 3, 8.0, rslora=number % 2 == 0) for number, name in enumerate(modules)}
+    of = len(ranks)
+    layers = {name: Layer(ranks[n % of], 8.0, rslora=of > 1 and n % 2 == 0) for n, name in enumerate(modules)}
     parameters = inject_lora(transformer, layers, lambda name: generator(0, name), **options)
     for name, parameter in parameters.items():
         if name.endswith(".lora_B"):

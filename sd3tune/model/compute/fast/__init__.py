@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention import JointTransformerBlock
@@ -20,28 +21,29 @@ def use_fast_path(transformer: SD3Transformer2DModel) -> None:
     Parameters, their names and the state dict do not change.
     """
     for block in transformer.transformer_blocks:
-        _use_fast_path(block, [FastAttention(attention) for attention in _attentions(block)])
+        processors = [FastAttention(attention) for attention in _attentions(block)]
+        _switch(block, functools.partial(fast_block.forward, block), processors)
 
 
 @contextmanager
 def plain_path(transformer: SD3Transformer2DModel) -> Iterator[None]:
-    """Compute bit-equal to diffusers, with its own modules, inside the context."""
-    fast = [block for block in transformer.transformer_blocks if "forward" in vars(block)]
+    """Compute bit-equal to diffusers, with its own modules, inside the context: neither fast nor compiled."""
+    swapped = [block for block in transformer.transformer_blocks if "forward" in vars(block)]
     # They are kept, as making new ones reads weights, for which the host waits.
-    processors = [[attention.processor for attention in _attentions(block)] for block in fast]
-    for block in fast:
+    former = [(block.forward, [attention.processor for attention in _attentions(block)]) for block in swapped]
+    for block in swapped:
         del block.forward
         for attention in _attentions(block):
             attention.set_processor(JointAttnProcessor2_0())
     try:
         yield
     finally:
-        for block, former in zip(fast, processors, strict=True):
-            _use_fast_path(block, former)
+        for block, (forward, processors) in zip(swapped, former, strict=True):
+            _switch(block, forward, processors)
 
 
-def _use_fast_path(block: JointTransformerBlock, processors: Sequence[FastAttention]) -> None:
-    block.forward = functools.partial(fast_block.forward, block)
+def _switch(block: JointTransformerBlock, forward: Callable[..., Any], processors: Sequence[Any]) -> None:
+    block.forward = forward
     for attention, processor in zip(_attentions(block), processors, strict=True):
         attention.set_processor(processor)
 
