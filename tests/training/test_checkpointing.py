@@ -10,9 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd3tune.errors import UserError
-from sd3tune.model.compute.checkpointing import ATTENTION, checkpoint_blocks
-from sd3tune.model.compute.fast import use_fast_path
+from sd3tune.model.compute.checkpointing import checkpoint_blocks
+from sd3tune.model.compute.fast import cpu, use_fast_path
 
+KERNELS = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, cpu.OPERATION]
 PRIOR = "data.sources.0.prior={kind: prediction, prompt: a dog, weight: 0.5}"
 
 
@@ -29,7 +30,7 @@ class Attended(TorchDispatchMode):
 
     @property
     def forwards(self) -> int:
-        return sum(self.calls[kernel] for kernel in ATTENTION)
+        return sum(self.calls[kernel] for kernel in KERNELS)
 
 
 @pytest.fixture
