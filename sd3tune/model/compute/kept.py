@@ -80,11 +80,12 @@ class _Kept:
 def _computed(compute: Attend, inputs: Sequence[Tensor], held: dict[int, Tensor]) -> Tensor:
     """Return attention's output. Its backward pass takes its tensors out of `held`; put there are all but the inputs."""
     numbers = {_place(tensor): number for number, tensor in enumerate(inputs)}
+    first = len(inputs)  # autograd holds `pack`, which must not hold the inputs
 
     def pack(tensor: Tensor) -> int:
         number = numbers.get(_place(tensor))
         if number is None:
-            number = len(inputs) + len(held)
+            number = first + len(held)
             held[number] = tensor.detach()
         return number
 
