@@ -78,12 +78,12 @@ class _Kept:
 
 
 def _computed(compute: Attend, inputs: Sequence[Tensor], held: dict[int, Tensor]) -> Tensor:
-    """Return attention's output. Its backward pass takes its tensors out of `held`; put there are all but the inputs."""
-    numbers = {_place(tensor): number for number, tensor in enumerate(inputs)}
+    """Return attention's output. Put into `held` what its backward pass takes from there, except for the inputs."""
+    numbers = {_form(tensor): number for number, tensor in enumerate(inputs)}
     first = len(inputs)  # autograd holds `pack`, which must not hold the inputs
 
     def pack(tensor: Tensor) -> int:
-        number = numbers.get(_place(tensor))
+        number = numbers.get(_form(tensor))
         if number is None:
             number = first + len(held)
             held[number] = tensor.detach()
@@ -93,8 +93,8 @@ def _computed(compute: Attend, inputs: Sequence[Tensor], held: dict[int, Tensor]
         return compute(*inputs)
 
 
-def _place(tensor: Tensor) -> tuple[int, int]:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 class _Recompute(torch.autograd.Function):
@@ -114,7 +114,7 @@ class _Recompute(torch.autograd.Function):
 
 
 class _Keep(torch.autograd.Function):
-    """The block's outputs as they are. Outside of the checkpoint, it keeps the tensors of `calls` for the backward pass."""
+    """The block's outputs as they are. Outside the checkpoint, it keeps the calls' tensors for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, calls: list[dict[int, Tensor]], *outputs: Tensor | None) -> tuple[Tensor | None, ...]:
