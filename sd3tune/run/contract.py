@@ -102,10 +102,15 @@ def _resolved(plan: Plan) -> dict[str, dict[str, Any]]:
         "model.base": {"base": plan.base.fingerprint("transformer")},
         "model.dtype": {"dtype": dtype_name(plan.dtype)},
         "model.extra_t5_lengths": _t5_lengths(config.model),
-        "model.t5_quantize": config.model.fewer_bits,
+        "model.t5_quantize": _quantized(config.model),
         "flow.shift": {"shift": _shift(plan)},
         "train.steps": {} if extendable else {"steps": config.train.steps},
     }
+
+
+def _quantized(model: ModelConfig) -> dict[str, str]:
+    forms = model.fewer_bits
+    return {**forms, **({"int8": "weights"} if "int8" in forms.values() else {})}
 
 
 def drops_kept_captions(plan: Plan) -> bool:
@@ -149,6 +154,8 @@ def _shift(plan: Plan) -> float | str:
 _EXPLAINED = {
     "model.clip_l_pooled": "an earlier sd3tune encoded the run's captions with CLIP-L's text_projection, which Stable "
     "Diffusion 3 does not use; they are encoded without it now",
+    "model.int8": "an earlier sd3tune began the run with layers in LLM.int8(), which also rounds activations; int8 "
+    "rounds only weights now",
 }
 """Messages for identity keys that earlier versions did not write."""
 
