@@ -22,7 +22,6 @@ from sd3tune.model.base.parts import is_modulation
 from sd3tune.model.load.components import Prepare, load_text_encoder, load_transformer
 from sd3tune.model.load.text import TextEncoder
 
-
 _ROWS = 256
 """Rows that are quantised to 8 bits at a time, so that the work takes little memory."""
 
