@@ -15,6 +15,7 @@ from torch.utils import _python_dispatch
 from sd3tune.data.sampler import generator
 from sd3tune.forecast.footprint import Footprint, SavedTensors, fused_attention
 from sd3tune.model.base.resolve import resolve_base
+from sd3tune.model.compute import kept
 from sd3tune.model.compute.checkpointing import checkpoint_blocks
 from sd3tune.model.compute.fast import use_fast_path
 from sd3tune.model.load.components import load_transformer
@@ -158,5 +159,29 @@ def test_outputs_and_logarithms_of_sums_are_all_that_is_kept(measure: Callable[[
     heads, width = config["num_attention_heads"], config["attention_head_dim"]
     joint, second = config["num_layers"], len(config["dual_attention_layers"])
     tokens = joint * (IMAGE + TEXT) + second * IMAGE
-    kept = ROWS * heads * tokens * (width + 1) * 4
-    assert measure("selective", fast) - measure("block", fast) == pytest.approx(kept, abs=32 * (joint + second))
+    expected = ROWS * heads * tokens * (width + 1) * 4
+    assert measure("selective", fast) - measure("block", fast) == pytest.approx(expected, abs=32 * (joint + second))
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention", "efficient_attention", "cudnn_attention"])
+def test_a_gpus_kernels_keep_the_same(kernel: str) -> None:
+    """Their schemas, on the meta device: the backward pass finds all of its tensors, and leaves none behind."""
+    operator = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
+    needed = {"flash_attention": (), "efficient_attention": (None, True), "cudnn_attention": (None, True)}[kernel]
+    shape = (2, 3, 128, 64)
+    leaves = [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3)]
+
+    def block(*inputs: Tensor) -> tuple[None, Tensor]:
+        query, key, value = (tensor * 1 for tensor in inputs)
+        return None, kept.attend(lambda *of: operator(*of, *needed)[0], query, key, value).square()
+
+    saved = SavedTensors(leaves)
+    with saved.watching():
+        _, output = kept.checkpoint_but_attention(block, *leaves)
+    rows = 2 * 3 * 128
+    assert saved.nbytes == pytest.approx(rows * (64 * 2 + 4), abs=32)
+    places = output.grad_fn.places
+    assert len(places) >= 3
+    output.sum().backward()
+    assert all(leaf.grad.shape == shape for leaf in leaves)
+    assert not any(held for held, _ in places)
