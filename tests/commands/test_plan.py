@@ -378,3 +378,11 @@ def test_a_full_size_base_takes_what_the_page_says() -> None:
     assert rows["training, peak"] == gigabytes(training.peak)
     assert rows["of which activations saved for the backward pass"] == gigabytes(training.saved)
     assert rows["operations of a step, TFLOP"] == f"{training.flops / 1e12:.1f}"
+
+
+def test_without_bitsandbytes_only_what_needs_it_is_left_out(quick_config, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    typed = [change for change, _ in knobs(forecast_inputs(quick_config(tmp_path), torch.float32))]
+    assert "model.quantize=int8" in typed
+    assert "model.t5_quantize=int8" in typed
+    assert not {"model.quantize=nf4", "optimizer.kind=adamw8bit"} & set(typed)
