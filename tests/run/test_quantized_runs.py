@@ -84,6 +84,13 @@ def test_a_stopped_run_goes_on_exactly_and_only_with_the_same_base(
     assert_equal_runs(run, tmp_path / "run")
 
 
+def test_a_run_that_is_resumed_in_int8_differs_in_that_alone(quick_config, tmp_path: Path) -> None:
+    run_training(quick_config(tmp_path, "train.steps=1"))
+    with pytest.raises(RunError) as caught:
+        run_training(quick_config(tmp_path, "train.steps=2", "model.quantize=int8"), resume=True)
+    assert caught.value.problems[:-1] == ('--resume: model.quantize: null in the run, "int8" now',)
+
+
 @pytest.mark.parametrize("steps", [3, 4], ids=["finished", "longer"])
 def test_a_run_that_an_earlier_version_began_in_int8_is_refused(
     run: Path, form: str, quick_config, tmp_path: Path, edit_json, steps: int
