@@ -73,10 +73,12 @@ def test_weights_are_equal_to_the_bit_and_selective_attends_once(trained, fast: 
     ("settings", "calls"),
     [
         (("method.dropout=0.3",), EVERY),
+        (("method={kind: full}",), EVERY),
+        (("method.init=eva",), EVERY),
         (("model.dtype=bf16", PRIOR), 2 * EVERY),
         (("model.dtype=bf16", "data.resolution=384", "data.buckets=false"), EVERY),
     ],
-    ids=["dropout", "prior in bf16", "many tokens in bf16"],
+    ids=["dropout", "full", "eva", "prior in bf16", "many tokens in bf16"],
 )
 def test_so_are_they_with_dropout_with_a_prior_and_in_bf16(trained, settings: tuple[str, ...], calls: int) -> None:
     """A prior of this kind asks the untrained base once more, without gradients."""

@@ -68,6 +68,7 @@ class _Kept:
         self._next += 1
         output = held.pop(_OUTPUT, None)
         if output is None:
+            held.clear()
             output = _computed(compute, inputs, held)
             if is_new and sum(tensor.nbytes for tensor in held.values()) <= LIMIT * output.nbytes:
                 held[_OUTPUT] = output.detach()
