@@ -18,6 +18,7 @@ from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, ForecastInputs,
 from sd3tune.forecast.gpus import GpuSpec, find_gpu
 from sd3tune.forecast.rehearsal import Training
 from sd3tune.methods import METHODS
+from sd3tune.model.load.quantized import missing_library
 from sd3tune.reporting import Lines
 from sd3tune.run.describe import describe_precision
 from sd3tune.runtime.device import DTYPES, choose_dtype, dtype_name, gpu_of
@@ -284,12 +285,12 @@ def knobs(inputs: ForecastInputs) -> list[Knob]:
     if config.model.t5:
         if config.model.t5_device == "auto":
             found.append(("model.t5_device=cpu", _changed("model", t5_device="cpu")))
-        if config.model.t5_quantize == "none" and eight_bit:
+        if config.model.t5_quantize == "none":
             found.append(("model.t5_quantize=int8", _changed("model", t5_quantize="int8")))
         found.append(("model.t5=false", _changed("model", t5=False)))
-    if config.method.freezes_base and eight_bit:
+    if config.method.freezes_base:
         for form in leaner_values(config, "model.quantize"):
-            if form != config.model.quantize:
+            if form != config.model.quantize and not missing_library("model.quantize", form):
                 found.append((f"model.quantize={form}", _changed("model", quantize=form)))
     if dtype is torch.float32:
         found.append(("model.dtype=bf16", _changed("model", dtype="bf16")))

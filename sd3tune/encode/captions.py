@@ -34,6 +34,9 @@ Keys = Mapping[str, Mapping[str, str]]
 KeysAt = Mapping[int, Mapping[str, str]]
 """Length in tokens -> text -> store key, for one encoder."""
 
+_FORM_NAMES = {"int8": "int8 weights"}
+"""Names of forms in store keys that differ: `int8` is an earlier form, which also rounded activations."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -135,7 +138,7 @@ def caption_keys(
             "weights": base.fingerprint(encoder_part),
             "dtype": str(dtype),
             "length": max_sequence_length if encoder == "t5" else CLIP_LENGTH,
-            **({"form": t5_form} if encoder == "t5" and t5_form != "none" else {}),
+            **({"form": _FORM_NAMES.get(t5_form, t5_form)} if encoder == "t5" and t5_form != "none" else {}),
         }
         keys[encoder] = {text: key("text", text=text, **conditions) for text in unique}
     return keys

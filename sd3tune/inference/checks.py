@@ -105,9 +105,6 @@ def _memory_problems(memory: Memory) -> list[str]:
     forms: Sequence[str] = (*FORMS, "none")
     if memory.quantize is not None and memory.quantize not in forms:
         problems.append(f"--quantize {memory.quantize}: one of {', '.join(forms)}")
-    elif memory.quantize == "int8" and memory.offload:
-        problems.append("--offload: layers of --quantize int8 stay on their device; take nf4, or one of the two")
-    for flag, is_on in (("--quantize", memory.quantize not in (None, "none")), ("--t5-8bit", memory.t5_8bit)):
-        if is_on and not problems:
-            problems += missing_library(flag)
+    elif memory.quantize not in (None, "none"):
+        problems += missing_library("--quantize", memory.quantize)
     return problems

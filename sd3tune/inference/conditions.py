@@ -107,18 +107,16 @@ def settle_memory(memory: Memory, adapters: Sequence[Adapter]) -> Memory:
         form = contract.get("quantize", "none")
         memory = replace(memory, quantize=form)
         if form != "none":
-            _announce(f"{label} was trained with its base in {form}", "--quantize none takes the whole base")
-        if form == "int8" and memory.offload:
-            raise ConfigError("--offload: layers in int8 stay on their device; leave it out, or take --quantize none")
+            _announce(f"{label} was trained with its base in {form}", form, "--quantize none takes the whole base")
     if memory.t5_8bit is None:
         memory = replace(memory, t5_8bit=contract.get("t5_quantize") == "int8")
         if memory.t5_8bit:
-            _announce(f"{label} was trained with T5 in int8", "--no-t5-8bit takes the whole T5")
+            _announce(f"{label} was trained with T5 in int8", "int8", "--no-t5-8bit takes the whole T5")
     return memory
 
 
-def _announce(training: str, hint: str) -> None:
-    problems = missing_library(f"{training}, which")
+def _announce(training: str, form: str, hint: str) -> None:
+    problems = missing_library(f"{training}, which", form)
     if problems:
         raise ConfigError(*(f"{line}; {hint}" for line in problems))
     say(f"note: {training}; using the same here; {hint}")

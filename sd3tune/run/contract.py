@@ -105,10 +105,15 @@ def _resolved(plan: Plan) -> dict[str, dict[str, Any]]:
         "model.base": {"base": plan.base.fingerprint("transformer")},
         "model.dtype": {"dtype": dtype_name(plan.dtype)},
         "model.extra_t5_lengths": _t5_lengths(config.model),
-        "model.t5_quantize": config.model.fewer_bits,
+        "model.t5_quantize": _quantized(config.model),
         "flow.shift": {"shift": _shift(plan)},
         "train.steps": {} if extendable else {"steps": config.train.steps},
     }
+
+
+def _quantized(model: ModelConfig) -> dict[str, str]:
+    forms = model.fewer_bits
+    return {**forms, **({"int8": "weights"} if "int8" in forms.values() else {})}
 
 
 def drops_kept_captions(plan: Plan) -> bool:
@@ -152,6 +157,8 @@ def _shift(plan: Plan) -> float | str:
 _EXPLAINED = {
     "model.clip_l_pooled": "an earlier sd3tune encoded the run's captions with CLIP-L's text_projection, which Stable "
     "Diffusion 3 does not use; they are encoded without it now",
+    "model.int8": "an earlier sd3tune began the run with layers in LLM.int8(), which also rounds activations; int8 "
+    "rounds only weights now",
 }
 """Messages for identity keys that earlier versions did not write."""
 
@@ -175,11 +182,18 @@ def _saved_identity(checkpoint: Path) -> dict[str, Any]:
     return identity
 
 
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return `differences`. Where a form of quantisation differs, the meaning of int8 is no separate difference."""
+    lines = differences(saved, now)
+    switched = any(line.startswith(("model.quantize:", "model.t5_quantize:")) for line in lines)
+    return [line for line in lines if not (switched and line.startswith("model.int8:"))]
+
+
 def check_identity(plan: Plan, identity: Mapping[str, Any], encoded: Encoded) -> None:
     """Raise RunError if `identity` differs from the checkpoint's, with a line per difference."""
     assert plan.start is not None
     saved = _saved_identity(plan.start)
-    lines = [_in_words(line) for line in differences(saved, identity)]
+    lines = [_in_words(line) for line in _differences(saved, identity)]
     earlier = encoded.earlier_keys
     if earlier and saved["data"].get("images") == _digest_of_images(encoded, earlier):
         names = dict.fromkeys(example.name for example in encoded.examples if earlier.keys() & set(example.images))
@@ -197,7 +211,7 @@ def check_finished(plan: Plan, world: int) -> None:
     now = run_identity(plan, None, world)
     saved = _saved_identity(plan.start)
     saved = {**saved, "data": {name: value for name, value in saved["data"].items() if name in now["data"]}}
-    lines = differences(saved, now)
+    lines = _differences(saved, now)
     with contextlib.suppress(ConfigError):  # the run folder's configuration was removed
         before = load_config(plan.run / "config.yaml").config
         lines += differences(compared_when_finished(before), compared_when_finished(plan.config))

@@ -203,7 +203,9 @@ def split_records(
 def check_installed(config: Config) -> None:
     """Raise RunError if a quantization or optimizer library of the configuration is missing."""
     missing = [
-        line for name, form in config.model.fewer_bits.items() for line in missing_library(f"model.{name}: {form}")
+        line
+        for name, form in config.model.fewer_bits.items()
+        for line in missing_library(f"model.{name}: {form}", form)
     ]
     if missing:
         raise RunError(*missing)

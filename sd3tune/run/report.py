@@ -19,6 +19,7 @@ from sd3tune.publish.card import DIVERGED, has_diverged
 from sd3tune.publish.files import CARD
 from sd3tune.publish.previews import SAMPLES, SHEET
 from sd3tune.run.preflight import Plan
+from sd3tune.training.ahead import modulated
 from sd3tune.training.batches import Batch, Batches
 from sd3tune.training.step import predict_velocity
 
@@ -34,9 +35,9 @@ def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], 
     """Measure the change of each block and of one denoising step, and the loss of base and result at fixed noise."""
     probes = _probes(batches)
     with plan.method.as_exported(transformer, weights):
-        trained = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
+        trained = _velocities(plan, transformer, probes)
     with plan.method.disabled(transformer):
-        base = [predict_velocity(transformer, plan.method, probe).float() for probe in probes]
+        base = _velocities(plan, transformer, probes)
     size = _total_norm(base) or _total_norm(trained)  # untrained random weights predict zeros
     change = sum((a - b).norm().item() for a, b in zip(trained, base, strict=True)) / size if size else math.nan
     block_changes = plan.method.block_changes(transformer, weights)
@@ -52,6 +53,11 @@ def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], 
             "trained": _losses(trained, probes),
         },
     }
+
+
+def _velocities(plan: Plan, transformer: Any, probes: Sequence[Batch]) -> list[Tensor]:
+    ready = modulated(probes, transformer, plan.method)
+    return [predict_velocity(transformer, plan.method, probe).float() for probe in ready]
 
 
 def _total_norm(velocities: Sequence[Tensor]) -> float:

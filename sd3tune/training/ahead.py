@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -46,7 +47,7 @@ class AheadBatches:
     def __init__(self, batches: ForeseeableBatches, transformer: SD3Transformer2DModel, method: Method) -> None:
         self.batches, self.transformer, self.method = batches, transformer, method
         rows = batches.batch_size * (2 if batches.with_prior else 1)
-        self.length = max(1, min(LONGEST, TABLE_BYTES // (rows * row_bytes(transformer))))
+        self.length = _length(transformer, rows)
         self.with_prior, self.seed_for, self.names = batches.with_prior, batches.seed_for, batches.names
         self._window: tuple[int, Sequence[Modulation]] | None = None
 
@@ -68,6 +69,28 @@ class AheadBatches:
         (modulation,) = compute_ahead(self.transformer, [(model_timestep(torch.cat(sigmas)), pooled)])
         counts = [len(sigma) for sigma in sigmas]
         return list(zip(*(tensor.split(counts) for tensor in modulation), strict=True))
+
+
+def _length(transformer: SD3Transformer2DModel, rows: int) -> int:
+    """Return the number of batches of `rows` samples in a window."""
+    return max(1, min(LONGEST, TABLE_BYTES // (rows * row_bytes(transformer))))
+
+
+def modulated(batches: Iterable[Batch], transformer: SD3Transformer2DModel, method: Method) -> Iterator[Batch]:
+    """Yield batches of one sample each with their modulations, if the transformer's modulation layers are hoisted.
+
+    They are bit-equal to the transformer's own, but its layers are copied to the device once for a window of batches.
+    """
+    if not hoisted(transformer):
+        yield from batches
+        return
+    rest, length = iter(batches), _length(transformer, rows=1)
+    while window := list(itertools.islice(rest, length)):
+        pooled = [method.pooled(batch.embeddings, transformer) for batch in window]
+        timesteps = [model_timestep(batch.sigma) for batch in window]
+        modulations = compute_ahead(transformer, list(zip(timesteps, pooled, strict=True)))
+        for batch, modulation in zip(window, modulations, strict=True):
+            yield replace(batch, modulation=modulation)
 
 
 def window_length(batches: BatchSource) -> int:

@@ -18,7 +18,7 @@ GROWTH_INTERVAL = 2000
 MIN_LOSS_SCALE = 1.0
 """A lower scale would cause the underflow that scaling prevents; at 1, overflow comes from the model itself."""
 NORM_CHUNK = 1 << 16
-"""Elements per partial norm: on the CPU, a plain fp32 sum of ten million squares loses four digits."""
+"""Elements per partial norm on the CPU, where a plain fp32 sum of ten million squares loses four digits."""
 
 
 class FlatMaster:
@@ -87,10 +87,17 @@ class LossScale:
 
 def clip_(gradient: Tensor, max_norm: float | None) -> Tensor:
     """Scale `gradient` in place to a norm of at most `max_norm`. Return the norm before, a device scalar."""
-    norm = nn.utils.get_total_norm(gradient.split(NORM_CHUNK))
+    norm = _norm(gradient)
     if max_norm is not None:
         gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """Return the norm in fp32. On a GPU one kernel sums it in parts anyway, and chunks would keep the host busy."""
+    if gradient.is_cpu:
+        return nn.utils.get_total_norm(gradient.split(NORM_CHUNK))
+    return torch.linalg.vector_norm(gradient)
 
 
 def ema_decay(config: EmaConfig, step: int) -> float:

@@ -20,6 +20,8 @@ from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig, Opti
 from sd3tune.config.variants import OPTIMIZER, Registry
 from sd3tune.errors import RunError
 
+WITHOUT_FLOAT64 = ("mps",)
+"""Types of devices that have no float64."""
 BLOCK = 256
 """Number of values that share a scale in 8-bit moments, as in the optimizers of bitsandbytes."""
 CHUNK = BLOCK << 16
@@ -150,10 +152,10 @@ def make_prodigy(config: ProdigyConfig, master: nn.Parameter) -> torch.optim.Opt
 
         exp_avg = beta1 * state["exp_avg"] + (1 - beta1) * d * gradient
         exp_avg_sq = beta2 * state["exp_avg_sq"] + (1 - beta2) * d**2 * gradient**2
-        progress = ((state["start"] - master) * gradient).sum(dtype=torch.float64)
+        progress = ((state["start"] - master) * gradient).sum(dtype=d.dtype)
         numerator = beta3 * state["numerator"] + d / d0 * rate * progress
         s = beta3 * state["s"] + d / d0 * (d if config.safeguard_warmup else rate) * gradient
-        estimate = config.d_coef * numerator / s.abs().sum(dtype=torch.float64)
+        estimate = config.d_coef * numerator / s.abs().sum(dtype=d.dtype)
         d = torch.fmax(d, estimate)  # before the first gradient the estimate is 0 / 0: fmax keeps d
 
         new_master = master * (1 - rate * config.weight_decay) - rate * exp_avg / (exp_avg_sq.sqrt() + d * config.eps)
@@ -164,8 +166,9 @@ def make_prodigy(config: ProdigyConfig, master: nn.Parameter) -> torch.optim.Opt
 
 
 def _scalar(value: float, master: Tensor) -> Tensor:
-    """Return a float64 scalar on the master's device, as exact as a Python number."""
-    return torch.tensor(float(value), dtype=torch.float64, device=master.device)
+    """Return a scalar on the master's device, as exact as a Python number where the device has float64."""
+    dtype = torch.float32 if master.device.type in WITHOUT_FLOAT64 else torch.float64
+    return torch.tensor(float(value), dtype=dtype, device=master.device)
 
 
 class HostStepped(torch.optim.Optimizer):

@@ -391,3 +391,11 @@ def test_eight_bit_moments_of_a_whole_full_size_model_save_what_they_are_smaller
     assert wide.optimizer == 8 * wide.trained
     assert narrow.optimizer == pytest.approx((2 + 8 / 256) * narrow.trained, rel=0.02)
     assert narrow.peak - narrow.resident == wide.peak - wide.resident
+
+
+def test_without_bitsandbytes_only_what_needs_it_is_left_out(quick_config, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    typed = [change for change, _ in knobs(forecast_inputs(quick_config(tmp_path), torch.float32))]
+    assert "model.quantize=int8" in typed
+    assert "model.t5_quantize=int8" in typed
+    assert not {"model.quantize=nf4", "optimizer.kind=adamw8bit"} & set(typed)

@@ -245,10 +245,6 @@ def test_running_out_of_memory_is_one_line_with_what_to_try(where: str, said: st
         ({"slg": 2.8, "guidance": 1.0}, "--slg 2.8: needs guidance above 1; it is 1"),
         ({"slg": 2.8, "slg_layers": (2,), "slg_start": 0.5}, "--slg-start 0.5, --slg-stop 0.2: shares of the steps"),
         ({"quantize": "fp4"}, "--quantize fp4: one of nf4, int8"),
-        (
-            {"quantize": "int8", "offload": True},
-            "--offload: layers of --quantize int8 stay",
-        ),
         ({"t5_tokens": 0}, "--t5-tokens 0: from 1 to 512"),
         ({"t5_tokens": 513}, "--t5-tokens 513: from 1 to 512"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,16 @@ def drawn(run: Path, out: Path, memory: Memory = IN_FULL) -> Image.Image:
     )
 
 
+def preview_of(run: Path) -> Image.Image:
+    return Image.open(run / "samples" / "step-000003-0.png")
+
+
 def same(one: Image.Image, other: Image.Image) -> bool:
     return ImageChops.difference(one, other).getbbox() is None
 
 
 def test_infer_draws_the_preview_on_a_base_held_as_in_training(run: Path, form: str, tmp_path: Path, capsys) -> None:
-    preview = Image.open(run / "samples" / "step-000003-0.png")
+    preview = preview_of(run)
     assert same(drawn(run, tmp_path / "as_trained"), preview)
     said = capsys.readouterr().out
     assert f"was trained with its base in {form}; using the same here" in said
@@ -79,13 +84,34 @@ def test_a_stopped_run_goes_on_exactly_and_only_with_the_same_base(
     assert_equal_runs(run, tmp_path / "run")
 
 
+def test_a_run_that_is_resumed_in_int8_differs_in_that_alone(quick_config, tmp_path: Path) -> None:
+    run_training(quick_config(tmp_path, "train.steps=1"))
+    with pytest.raises(RunError) as caught:
+        run_training(quick_config(tmp_path, "train.steps=2", "model.quantize=int8"), resume=True)
+    assert caught.value.problems[:-1] == ('--resume: model.quantize: null in the run, "int8" now',)
+
+
+@pytest.mark.parametrize("steps", [3, 4], ids=["finished", "longer"])
+def test_a_run_that_an_earlier_version_began_in_int8_is_refused(
+    run: Path, form: str, quick_config, tmp_path: Path, edit_json, steps: int
+) -> None:
+    """Its layers also rounded activations. The run's T5 is in int8 for both forms."""
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    for state in copied.glob("checkpoints/*/state.json"):
+        edit_json(state, lambda found: found["identity"]["model"].pop("int8"))
+    config = quick_config(copied, *OPTIONS, f"model.quantize={form}", f"train.steps={steps}")
+    with pytest.raises(RunError, match=r"model\.int8: an earlier sd3tune began the run with layers in LLM") as caught:
+        run_training(config, resume=True)
+    assert caught.value.problems[1].endswith("or start a new run with another name")
+
+
 def test_what_cannot_be_is_one_line(quick_config, tmp_path: Path, run: Path, form: str, monkeypatch) -> None:
     with pytest.raises(UserError, match=f"model.quantize is {form} and method.kind is full"):
         quick_config(tmp_path, f"model.quantize={form}", "method={kind: full}")
-    if form == "int8":
-        with pytest.raises(ConfigError, match="--offload: layers in int8 stay on their device"):
-            drawn(run, tmp_path / "offloaded", Memory(offload=True))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    if form == "int8":
+        assert same(drawn(run, tmp_path / "offloaded", Memory(offload=True)), preview_of(run)), "needs no library"
+        return
     with pytest.raises(UserError, match=f"model.quantize: {form} needs bitsandbytes: pip install"):
         run_training(quick_config(tmp_path, f"model.quantize={form}"))
     with pytest.raises(ConfigError, match=r"which needs bitsandbytes: .*; --quantize none takes the whole base"):

@@ -10,7 +10,7 @@ import torch
 from sd3tune.flow.objective import model_timestep
 from sd3tune.model.compute.hoist import compute_ahead, hoist, modulate
 from sd3tune.training import ahead
-from sd3tune.training.ahead import AheadBatches, window_length, with_modulations
+from sd3tune.training.ahead import AheadBatches, modulated, window_length, with_modulations
 from sd3tune.training.step import predict_velocity
 
 PRIOR = "data.sources.0.prior={kind: prediction, prompt: a photo}"
@@ -59,3 +59,23 @@ def test_a_table_is_bounded(quick_config, assembled, tmp_path: Path, monkeypatch
     batch = batches.fetch(0, 0)
     assert 1 < batches.length < ahead.LONGEST
     assert sum(rows.untyped_storage().nbytes() for rows in batch.modulation) <= 200_000
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_single_batches_get_the_models_own_modulations_a_window_at_a_time(
+    quick_config, assembled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    training = assembled(quick_config(tmp_path, "data.caption_dropout=0.5", f"model.dtype={dtype}"))
+    transformer, method = training.transformer, training.method
+    batches = [training.batches.fetch(step, 0) for step in range(5)]
+    assert list(modulated(batches, transformer, method)) == batches, "not hoisted"
+    hoist(transformer)
+    with torch.no_grad():
+        expected = [predict_velocity(transformer, method, batch) for batch in batches]
+    monkeypatch.setattr(ahead, "LONGEST", 3)
+    computed = []
+    monkeypatch.setattr(ahead, "compute_ahead", lambda *given: computed.append(len(given[1])) or compute_ahead(*given))
+    with torch.no_grad():
+        found = [predict_velocity(transformer, method, batch) for batch in modulated(batches, transformer, method)]
+    assert computed == [3, 2]
+    assert all(map(torch.equal, found, expected))

@@ -10,9 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd3tune.errors import UserError
-from sd3tune.model.compute.checkpointing import ATTENTION, checkpoint_blocks
-from sd3tune.model.compute.fast import use_fast_path
+from sd3tune.model.compute.checkpointing import checkpoint_blocks
+from sd3tune.model.compute.fast import cpu, use_fast_path
 
+KERNELS = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, cpu.OPERATION]
 PRIOR = "data.sources.0.prior={kind: prediction, prompt: a dog, weight: 0.5}"
 
 
@@ -29,7 +30,7 @@ class Attended(TorchDispatchMode):
 
     @property
     def forwards(self) -> int:
-        return sum(self.calls[kernel] for kernel in ATTENTION)
+        return sum(self.calls[kernel] for kernel in KERNELS)
 
 
 @pytest.fixture
@@ -72,10 +73,12 @@ def test_weights_are_equal_to_the_bit_and_selective_attends_once(trained, fast: 
     ("settings", "calls"),
     [
         (("method.dropout=0.3",), EVERY),
+        (("method={kind: full}",), EVERY),
+        (("method.init=eva",), EVERY),
         (("model.dtype=bf16", PRIOR), 2 * EVERY),
         (("model.dtype=bf16", "data.resolution=384", "data.buckets=false"), EVERY),
     ],
-    ids=["dropout", "prior in bf16", "many tokens in bf16"],
+    ids=["dropout", "full", "eva", "prior in bf16", "many tokens in bf16"],
 )
 def test_so_are_they_with_dropout_with_a_prior_and_in_bf16(trained, settings: tuple[str, ...], calls: int) -> None:
     """A prior of this kind asks the untrained base once more, without gradients."""

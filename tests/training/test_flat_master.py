@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd3tune.config.sections.schedule import ConstantConfig, CosineConfig
 from sd3tune.config.sections.train import EmaConfig
-from sd3tune.training.flat_master import GROWTH_INTERVAL, MIN_LOSS_SCALE, FlatMaster, LossScale, clip_, ema_decay
+from sd3tune.training.flat_master import (
+    GROWTH_INTERVAL,
+    MIN_LOSS_SCALE,
+    NORM_CHUNK,
+    FlatMaster,
+    LossScale,
+    clip_,
+    ema_decay,
+)
 from sd3tune.training.schedules import learning_rate
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 2, 2)}
@@ -104,6 +114,29 @@ def test_clipping_agrees_with_torch(max_norm: float) -> None:
     norm = clip_(gradient, max_norm)
     assert torch.equal(norm, expected)
     torch.testing.assert_close(gradient, parameter.grad, rtol=1e-6, atol=0)
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_a_gpu_the_norm_is_one_kernel_whatever_the_size() -> None:
+    with Operations() as operations:
+        norm = clip_(torch.empty(100 * NORM_CHUNK, device="meta"), None)
+    assert operations.names == ["empty", "linalg_vector_norm"]
+    assert (norm.shape, norm.dtype) == ((), torch.float32)
+
+
+def test_on_the_cpu_the_norm_of_many_values_is_exact() -> None:
+    gradient = torch.rand(40 * NORM_CHUNK + 7, generator=torch.Generator().manual_seed(1))
+    exact = gradient.double().norm().item()
+    assert clip_(gradient, None).item() == pytest.approx(exact, rel=1e-7)
 
 
 def test_without_a_limit_the_gradient_is_left_alone() -> None:

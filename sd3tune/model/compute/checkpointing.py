@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
-import torch
 from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from sd3tune.model.compute.fast import cpu
+from sd3tune.model.compute.kept import attend, checkpoint_but_attention
 
-ATTENTION = [
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
-    cpu.OPERATION,
-]
-"""Attention kernels that do not form the matrix of all token pairs. Other kernels' results are never kept."""
-
-_HOOKS = "respect_saved_tensors_hooks"  # newer versions of torch: also reports kept tensors to `footprint.Saved`
+KINDS: dict[str, Callable[..., Sequence[Tensor | None]]] = {
+    "block": functools.partial(checkpoint, use_reentrant=False),
+    "selective": checkpoint_but_attention,
+}
 
 
 def checkpoint_blocks(transformer: SD3Transformer2DModel, kind: str, blocks: int | None = None) -> None:
@@ -35,15 +29,29 @@ def checkpoint_blocks(transformer: SD3Transformer2DModel, kind: str, blocks: int
     """
     if kind == "none":
         return
-    chosen = set(transformer.transformer_blocks[:blocks])
-    options: dict[str, Any] = {"use_reentrant": False}
-    if kind == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, ATTENTION)
-        if _HOOKS in inspect.signature(checkpoint).parameters:
-            options[_HOOKS] = True
+    chosen, recompute = set(transformer.transformer_blocks[:blocks]), KINDS[kind]
 
-    def compute(block: nn.Module, *inputs: Tensor) -> Sequence[Tensor]:
-        outputs: Sequence[Tensor] = checkpoint(block, *inputs, **options) if block in chosen else block(*inputs)
+    def compute(block: nn.Module, *inputs: Any) -> Sequence[Tensor | None]:
+        outputs: Sequence[Tensor | None] = recompute(block, *inputs) if block in chosen else block(*inputs)
         return outputs
 
     transformer.enable_gradient_checkpointing(compute)
+    if kind == "selective":
+        for block in chosen:
+            for attention in (block.attn, block.attn2):
+                if attention is not None:
+                    attention.set_processor(_Attending())
+
+
+def _attended(*inputs: Tensor, **options: Any) -> Tensor:
+    return attend(functools.partial(F.scaled_dot_product_attention, **options), *inputs)
+
+
+class _Attending(JointAttnProcessor2_0):
+    """diffusers' processor as it is, except that its attention goes through `attend`. The fast path has its own."""
+
+    __call__ = FunctionType(
+        JointAttnProcessor2_0.__call__.__code__,
+        JointAttnProcessor2_0.__call__.__globals__ | {"F": SimpleNamespace(scaled_dot_product_attention=_attended)},
+        argdefs=JointAttnProcessor2_0.__call__.__defaults__,
+    )

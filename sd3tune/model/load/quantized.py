@@ -1,13 +1,14 @@
-"""Linear layers with weights in 4 or 8 bits, by bitsandbytes; other layers keep the model's precision.
+"""Linear layers with weights in 4 or 8 bits; other layers keep the model's precision.
 
-bitsandbytes computes the products. Their backward pass is defined here, as its own for 8 bits keeps the inputs where
-gradient checkpointing cannot free them.
+bitsandbytes computes the products of 4 bits. Those of 8 bits are torch's, with dequantised weights: bitsandbytes would
+search the activations for outliers, and wait for the device in each layer.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,12 +22,16 @@ from sd3tune.model.base.parts import is_modulation
 from sd3tune.model.load.components import Prepare, load_text_encoder, load_transformer
 from sd3tune.model.load.text import TextEncoder
 
+_ROWS = 256
+"""Rows that are quantised to 8 bits at a time, so that the work takes little memory."""
 
-def missing_library(flag: str) -> list[str]:
-    """Return a line on how to install bitsandbytes, which `flag` needs; no line if it is installed."""
-    if importlib.util.find_spec("bitsandbytes") is not None:
+
+def missing_library(flag: str, form: str) -> list[str]:
+    """Return a line on how to install the package that `form` needs, as set by `flag`; no line if none is missing."""
+    package = FORMS[form].package
+    if package is None or importlib.util.find_spec(package) is not None:
         return []
-    return [f"{flag} needs bitsandbytes: pip install 'sd3tune[bitsandbytes]'"]
+    return [f"{flag} needs {package}: pip install 'sd3tune[{package}]'"]
 
 
 def load_transformer_in(
@@ -69,11 +74,9 @@ def quantize(model: nn.Module, part: nn.Module, form: str, device: torch.device 
     for path, holder in list(part.named_modules()):
         for name, layer in list(holder.named_children()):
             if type(layer) is nn.Linear and not is_modulation(f"{path}.{name}"):
-                quantized: Any = FORMS[form].make(layer)
-                if layer.weight.is_meta:
-                    quantized.weight._quantize("meta")  # bitsandbytes treats meta weights as not loaded yet
-                setattr(holder, name, quantized.to(device))
-    setattr(model, FORMS[form].flag, True)
+                setattr(holder, name, FORMS[form].make(layer.to(device)).to(device))
+    for flag in FORMS[form].flags:
+        setattr(model, flag, True)
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -94,22 +97,18 @@ def dtype_of(layer: Any) -> torch.dtype:
 
 
 def statistics(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the tensors of quantised layers besides their parameters: scales and code books."""
+    """Yield the tensors of quantised layers besides parameters and buffers: scales and code books."""
     for layer in model.modules():
-        if not isinstance(layer, nn.Linear):
-            continue
-        weight: Any = layer.weight
-        if getattr(weight, "quant_state", None) is not None:
-            yield from (weight.quant_state.absmax, weight.quant_state.code)
-        elif hasattr(weight, "SCB"):
-            yield _rows(layer)[1]
+        state = getattr(layer.weight, "quant_state", None) if isinstance(layer, nn.Linear) else None
+        if state is not None:
+            yield from (state.absmax, state.code)
 
 
 def _nf4(layer: nn.Linear) -> nn.Module:
     """Return the layer in 4-bit NormalFloat of QLoRA (Dettmers et al. 2023): blocks of 64, no double quantisation."""
-    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Params4bit
 
-    quantized: Any = _frozen(Linear4bit, _from_nf4)(
+    quantized: Any = _frozen_4bit()(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -123,23 +122,41 @@ def _nf4(layer: nn.Linear) -> nn.Module:
     quantized.weight = Params4bit(
         layer.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", module=quantized
     )
+    if layer.weight.is_meta:
+        quantized.weight._quantize("meta")  # bitsandbytes treats meta weights as not loaded yet
     return _with_bias(quantized, layer)
 
 
-def _int8(layer: nn.Linear) -> nn.Module:
-    """Return the layer in LLM.int8() (Dettmers et al. 2022): one scale per row, and outlier columns in 16 bits."""
-    from bitsandbytes.nn.modules import Int8Params, Linear8bitLt
+class Int8Linear(nn.Linear):
+    """A frozen linear layer in 8 bits: row r of its weights is `weight[r]` (int8) times `scale[r]` (fp32).
 
-    quantized: Any = _frozen(Linear8bitLt, _from_int8)(
-        layer.in_features,
-        layer.out_features,
-        bias=layer.bias is not None,
-        has_fp16_weights=False,
-        threshold=6.0,
-        device="meta",
-    )
-    quantized.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
-    return _with_bias(quantized, layer)
+    Only weights are rounded. Each product dequantises them; none waits for the device.
+    """
+
+    scale: Tensor
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight = layer.weight.detach()
+        largest = torch.linalg.vector_norm(weight, math.inf, dim=1, keepdim=True, dtype=torch.float32)
+        scale = (largest / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+        parts = zip(weight.split(_ROWS), scale.split(_ROWS), strict=True)
+        codes = torch.cat([(rows / of).round_().to(torch.int8) for rows, of in parts])
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("scale", scale, persistent=False)
+        _with_bias(self, layer)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and inputs.requires_grad:
+            outputs: Tensor = _Product.apply(inputs, self, self._multiply)
+            return outputs
+        return self._multiply(inputs)
+
+    def _multiply(self, inputs: Tensor) -> Tensor:
+        return nn.functional.linear(inputs, self.read_back(inputs.dtype), self.bias)
+
+    def read_back(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype).mul_(self.scale)
 
 
 def _with_bias(quantized: Any, layer: nn.Linear) -> nn.Module:
@@ -150,8 +167,11 @@ def _with_bias(quantized: Any, layer: nn.Linear) -> nn.Module:
 
 
 @functools.cache
-def _frozen(kind: Any, weights: Callable[[Any, torch.dtype], Tensor]) -> Any:
-    """Return a subclass of `kind`, a layer of bitsandbytes, with our backward pass; `weights` dequantises a layer."""
+def _frozen_4bit() -> Any:
+    """Return a subclass of bitsandbytes' 4-bit layer with our backward pass."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    kind: Any = Linear4bit
 
     class Frozen(kind):
         def forward(self, inputs: Tensor) -> Tensor:
@@ -162,27 +182,17 @@ def _frozen(kind: Any, weights: Callable[[Any, torch.dtype], Tensor]) -> Any:
             return compute(inputs)
 
         def read_back(self, dtype: torch.dtype) -> Tensor:
-            return weights(self, dtype)
+            from bitsandbytes.functional import dequantize_4bit
+
+            weights: Tensor = dequantize_4bit(self.weight.data, self.weight.quant_state)
+            return weights.to(dtype)
 
     return Frozen
 
 
 def _meta_product(layer: Any, inputs: Tensor) -> Tensor:
-    """Return the product on the meta device, where bitsandbytes has no kernels, with the same temporary memory.
-
-    In 8 bits, inputs are rounded to fp16 and then to codes, whose product has 32 bits.
-    """
-    wide = (*inputs.shape[:-1], layer.out_features)
-    temporaries = []
-    if layer.weight.dtype is torch.int8:
-        temporaries = [
-            inputs.half(),
-            torch.empty_like(inputs, dtype=torch.int8),
-            inputs.new_empty(wide, dtype=torch.int32),
-        ]
-    outputs = nn.functional.linear(inputs, layer.read_back(inputs.dtype), layer.bias)
-    del temporaries
-    return outputs
+    """Return the product on the meta device, where bitsandbytes has no kernels."""
+    return nn.functional.linear(inputs, layer.read_back(inputs.dtype), layer.bias)
 
 
 class _Product(torch.autograd.Function):
@@ -199,30 +209,14 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.read_back(gradient.dtype), None, None
 
 
-def _from_nf4(layer: Any, dtype: torch.dtype) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
-    weights: Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    return weights.to(dtype)
-
-
-def _from_int8(layer: Any, dtype: torch.dtype) -> Tensor:
-    codes, scales = _rows(layer)
-    return codes.to(dtype).mul_(scales[:, None] * (1 / 127))
-
-
-def _rows(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return codes [out, in] and row maxima [out], which bitsandbytes moves to `state` at a layer's first use."""
-    owner = layer.weight if layer.state.CB is None else layer.state
-    return owner.CB, owner.SCB
-
-
 class Form(NamedTuple):
     """A storage format of weights."""
 
-    flag: str
-    """The attribute by which PEFT recognizes such a model."""
     make: Callable[[nn.Linear], nn.Module]
+    package: str | None = None
+    """Optional package that it needs; the extra to install has the same name."""
+    flags: tuple[str, ...] = ()
+    """The attributes by which PEFT recognizes such a model."""
 
 
-FORMS = {"nf4": Form("is_loaded_in_4bit", _nf4), "int8": Form("is_loaded_in_8bit", _int8)}
+FORMS = {"nf4": Form(_nf4, "bitsandbytes", ("is_loaded_in_4bit",)), "int8": Form(Int8Linear)}

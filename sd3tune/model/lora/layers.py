@@ -115,7 +115,8 @@ def block_norms(factors: Mapping[str, Tensor]) -> dict[str, float]:
     squares: dict[str, float] = {}
     for name, down in factors.items():
         if name.endswith(".lora_A"):
-            a, b = down.double(), factors[name.removesuffix("A") + "B"].double()
+            up = factors[name.removesuffix("A") + "B"]
+            a, b = (factor.cpu().double() for factor in (down, up))  # a Mac's GPU has no float64
             block = block_of(name)
             squares[block] = squares.get(block, 0.0) + ((b.T @ b) * (a @ a.T)).sum().item()
     return {block: max(square, 0.0) ** 0.5 for block, square in squares.items()}

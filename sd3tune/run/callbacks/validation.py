@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from sd3tune.run.folder import BEST, BEST_FILE, VALIDATION_FILE, read_validation
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes
 from sd3tune.tracking.trackers import Trackers
+from sd3tune.training.ahead import modulated
 from sd3tune.training.batches import Batch
 from sd3tune.training.examples import Example
 from sd3tune.training.loop import View
@@ -138,11 +140,12 @@ class Validation(RunCallback):
             disable=not self.processes.is_main,
         )
         with weights, bar:
-            for row, (number, example) in enumerate(self.mine):
-                for column, batch in enumerate(self._batches(number, example)):
-                    velocity = predict_velocity(view.transformer, view.method, batch)
-                    losses[row, column] = velocity_loss(velocity, velocity_target(batch.latents, batch.noise))[0]
-                    bar.update()
+            every = itertools.chain.from_iterable(itertools.starmap(self._batches, self.mine))
+            for place, batch in enumerate(modulated(every, view.transformer, view.method)):
+                velocity = predict_velocity(view.transformer, view.method, batch)
+                loss = velocity_loss(velocity, velocity_target(batch.latents, batch.noise))[0]
+                losses[divmod(place, len(SIGMAS))] = loss
+                bar.update()
         gathered = self.processes.gather(losses).transpose(0, 1).flatten(0, 1)  # row r of rank k is image r * world + k
         return gathered[: self.images].cpu()
 

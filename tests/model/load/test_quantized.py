@@ -1,4 +1,4 @@
-"""Layers in 4 and 8 bits: what bitsandbytes makes of the weights is what its papers say, also below an adapter."""
+"""Layers in 4 and 8 bits: weights are what their formulas say, also below an adapter."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import copy
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd3tune.adapter.file import attach, read_adapter, write_adapter
 from sd3tune.model.base.resolve import resolve_base
@@ -38,10 +40,9 @@ def in_nf4(weight: Tensor) -> Tensor:
 
 
 def in_int8(weight: Tensor) -> Tensor:
-    """Each row in steps of a 127th of its largest; bitsandbytes reads it in 16 bits."""
-    halved = weight.half().float()
-    scale = halved.abs().amax(dim=1, keepdim=True) / 127
-    return (halved / scale).round() * scale
+    """Each row in steps of a 127th of its largest."""
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    return (weight / scale).round() * scale
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +86,8 @@ def velocity(model: SD3Transformer2DModel) -> Tensor:
     inputs: Mapping[str, Tensor] = {
         "hidden_states": torch.randn(1, 16, 8, 8, generator=source),
         "timestep": torch.tensor([400.0]),
-        "encoder_hidden_states": torch.randn(1, 93, 128, generator=source),
-        "pooled_projections": torch.randn(1, 112, generator=source),
+        "encoder_hidden_states": torch.randn(1, 93, model.config.joint_attention_dim, generator=source),
+        "pooled_projections": torch.randn(1, model.config.pooled_projection_dim, generator=source),
     }
     found: Tensor = model(**inputs).sample
     return found
@@ -102,8 +103,8 @@ def test_weights_in_nf4_are_the_nearest_of_its_values(plain) -> None:
     torch.testing.assert_close(held, in_nf4(plain.transformer_blocks[0].attn.to_q.weight.data), rtol=0, atol=1e-6)
 
 
-# Processors with bf16 compute with nf4 in bf16, and int8 rounds activations: below the 0.08 of nf4's own rounding.
-@pytest.mark.parametrize(("form", "most"), [("nf4", 0.02), ("int8", 0.02)])
+# Processors with bf16 compute with nf4 in bf16: below the 0.08 of nf4's own rounding.
+@pytest.mark.parametrize(("form", "most"), [("nf4", 0.02), ("int8", 1e-5)])
 def test_a_model_computes_with_the_rounded_weights(form: str, most: float, plain, adapter: Path) -> None:
     ours, theirs = quantized(plain, form), rounded(plain, form)
     for model in (ours, theirs):
@@ -146,20 +147,63 @@ def test_gradients_pass_the_weights_as_they_are_held(form: str, plain) -> None:
     towards = torch.randn_like(outputs)
     (gradient,) = torch.autograd.grad(outputs, states, towards, retain_graph=True)
     assert torch.equal(outputs, before)
-    assert relative(gradient, towards @ held) < 1e-2
-    theirs = next(kind for kind in type(ours).__mro__ if kind.__module__.startswith("bitsandbytes"))
-    assert torch.equal(torch.autograd.grad(theirs.forward(ours, states), states, towards)[0], gradient)
+    assert relative(gradient, towards @ held) < {"nf4": 1e-2, "int8": 1e-6}[form]
+    theirs = next((kind for kind in type(ours).__mro__ if kind.__module__.startswith("bitsandbytes")), None)
+    if theirs is not None:
+        assert torch.equal(torch.autograd.grad(theirs.forward(ours, states), states, towards)[0], gradient)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_activation_is_kept_for_the_backward_pass(form: str, plain) -> None:
-    """bitsandbytes would hold on to the inputs of 8-bit layers."""
+    """Nor are the dequantised weights."""
     layer = quantized(plain, form).transformer_blocks[0].ff.net[2]
     states = torch.randn(2, layer.in_features, requires_grad=True) * 1
     known, outputs = weakref.ref(states), layer(states)
     del states
     assert outputs.requires_grad
     assert known() is None
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(torch.randn(2, layer.in_features, requires_grad=True))
+    assert not kept
+
+
+class DependsOnValues(TorchDispatchMode):
+    """Collects the operations whose results' shapes or whose host values depend on a tensor's values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_product_waits_for_the_values_on_the_device(form: str, plain) -> None:
+    layer = quantized(plain, form).transformer_blocks[0].ff.net[2]
+    states = torch.randn(2, layer.in_features, requires_grad=True)
+    with DependsOnValues() as waits:
+        layer(10 * states).sum().backward()
+    assert not waits.found
+
+
+@pytest.mark.parametrize(("base", "most"), [("nano", 0.009), ("tiny", 0.005)])
+def test_int8_changes_the_velocity_by_less_than_a_hundredth(base: str, most: float) -> None:
+    """Against the whole weights in fp32: 0.0071 for nano and 0.0039 for tiny; LLM.int8() had 0.0157 and 0.0054."""
+    whole = load_transformer(resolve_base(base), torch.float32)
+    error = relative(velocity(quantized(whole, "int8")), velocity(whole))
+    assert most / 2 < error < most
+
+
+def test_rows_of_zeros_and_of_one_value_are_exact() -> None:
+    layer = nn.Linear(3, 2, bias=False)
+    layer.weight.data = torch.tensor([[0.0, 0.0, 0.0], [0.3, -0.3, 0.3]])
+    held = FORMS["int8"].make(layer)
+    torch.testing.assert_close(held.read_back(torch.float32), layer.weight.data, rtol=1e-7, atol=0)
+    assert [(name, tensor.dtype) for name, tensor in held.state_dict().items()] == [("weight", torch.int8)]
 
 
 def test_t5_in_8_bits_says_nearly_the_same() -> None:
@@ -169,17 +213,17 @@ def test_t5_in_8_bits_says_nearly_the_same() -> None:
     assert not [layer for layer in encoder.model.modules() if type(layer) is nn.Linear]
     found = encoder.encode(["a red circle on a blue background"])[0]["hidden"]
     assert found.dtype is torch.float32
-    assert 0 < relative(found, plain) < 0.05
+    assert 0 < relative(found, plain) < 0.015
 
 
 def test_a_missing_library_is_one_line_with_the_way_to_get_it(monkeypatch) -> None:
-    assert missing_library("--quantize") == []
+    assert missing_library("--quantize", "nf4") == []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert missing_library("--quantize") == ["--quantize needs bitsandbytes: pip install 'sd3tune[bitsandbytes]'"]
+    said = ["--quantize needs bitsandbytes: pip install 'sd3tune[bitsandbytes]'"]
+    assert missing_library("--quantize", "nf4") == said
+    assert missing_library("--quantize", "int8") == []
 
 
 def test_peft_knows_each_form() -> None:
-    assert {name: form.flag for name, form in FORMS.items()} == {
-        "nf4": "is_loaded_in_4bit",
-        "int8": "is_loaded_in_8bit",
-    }
+    """Its layer for any linear layer serves int8."""
+    assert {name: form.flags for name, form in FORMS.items()} == {"nf4": ("is_loaded_in_4bit",), "int8": ()}

@@ -13,6 +13,7 @@ from sd3tune.adapter.file import attach, read_adapter
 from sd3tune.commands.train import run_training
 from sd3tune.data.sampler import generator
 from sd3tune.errors import UserError
+from sd3tune.model.compute.hoist import AheadLinear
 from sd3tune.model.load.components import load_transformer, load_vae
 from sd3tune.model.load.text import assemble
 from sd3tune.run.callbacks.validation import SIGMAS, Validation
@@ -75,6 +76,23 @@ def test_the_loss_is_that_of_the_checkpoints_adapter_computed_apart(run: Path, q
                 ).sample
             losses.append((velocity[0] - (noise - z0)).square().mean().item())
     assert lines(run)[2]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_held_out_loss_and_closing_report_compute_modulations_ahead(
+    quick_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each forward pass copies the layers' weights, a third of the model, to the device."""
+    known = []
+    forward = AheadLinear.forward
+    monkeypatch.setattr(
+        AheadLinear, "forward", lambda layer, temb: known.append(layer.rows is not None) or forward(layer, temb)
+    )
+    run_training(quick_config(tmp_path / "ahead", *SETTINGS, "train.steps=2"))
+    assert known
+    assert all(known)
+    run_training(quick_config(tmp_path / "plain", *SETTINGS, "train.steps=2", "train.hoist=false"))
+    ahead, plain = lines(tmp_path / "ahead")[0], lines(tmp_path / "plain")[0]
+    assert ahead == plain, "before the first step, from which on training differs by rounding"
 
 
 def test_the_adapter_with_the_lowest_loss_is_kept_and_says_what_it_is(run: Path, adapter_of) -> None:

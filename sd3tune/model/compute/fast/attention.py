@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn import functional as F
 
+from sd3tune.model.compute import kept
 from sd3tune.model.compute.fast import cpu
 from sd3tune.model.compute.fast.lora import fused_linears, linear
 from sd3tune.model.compute.fast.norm import is_invertible, join, join_normalised
@@ -59,9 +60,8 @@ def attention_dtype(image: Tensor, text: Tensor | None) -> torch.dtype:
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return softmax(query key^T / sqrt(width)) value, all [B, heads, tokens, width]."""
-    if cpu.is_faster(query) and torch.is_grad_enabled():
-        return cpu.Attention.apply(query, key, value)
-    return F.scaled_dot_product_attention(query, key, value)
+    by_products = cpu.is_faster(query) and torch.is_grad_enabled()
+    return kept.attend(cpu.Attention.apply if by_products else F.scaled_dot_product_attention, query, key, value)
 
 
 def _heads(attn: Attention, states: Tensor, dtype: torch.dtype) -> Tensor:

@@ -61,7 +61,7 @@ class Attention(torch.autograd.Function):
 
 @torch.library.custom_op("sd3tune::attention_in_bf16", mutates_args=(), device_types="cpu")
 def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return attention's output and `_centre`. As a registered operator, selective checkpointing can keep it."""
+    """Return attention's output and `_centre`. As a registered operator, it counts as one kernel."""
     scale, centre = query.shape[-1] ** -0.5, _centre(query, key)
     output = torch.empty_like(query)
 
