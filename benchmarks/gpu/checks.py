@@ -26,6 +26,7 @@ from sd3tune.forecast.rehearsal import rehearse_training
 from sd3tune.methods import LoraMethod
 from sd3tune.model.base.resolve import shape_of_base
 from sd3tune.model.compute.checkpointing import checkpoint_blocks
+from sd3tune.model.compute.compiled import compile_blocks
 from sd3tune.model.compute.fast import use_fast_path
 from sd3tune.model.load.components import transformer_config
 from sd3tune.model.load.quantized import FORMS, quantize, weights_of
@@ -49,6 +50,8 @@ PATHS: Mapping[str, Sequence[Prepare]] = {
     "block": [lambda model: checkpoint_blocks(model, "block", None)],
     "selective": [lambda model: checkpoint_blocks(model, "selective", None)],
     "fast": [use_fast_path],
+    "compiled": [compile_blocks],
+    "compiled, block": [lambda model: checkpoint_blocks(model, "block", None), compile_blocks],
     "fast, block": [lambda model: checkpoint_blocks(model, "block", None), use_fast_path],
     "fast, selective": [lambda model: checkpoint_blocks(model, "selective", None), use_fast_path],
 }

@@ -56,7 +56,7 @@ class TrainConfig(Section):
         "none",
         description="`blocks` lets torch compile the transformer blocks for training, in place of the fast path: fewer "
         "kernels, equal up to rounding. The first step of each image size takes a minute or more. It needs a C++ "
-        "compiler, or Triton on a GPU, an unquantised base and `method.dropout: 0`.",
+        "compiler, or Triton on a GPU, an unquantised base, `method.dropout: 0` and no selective checkpointing.",
     )
     hoist: Annotated[bool, FREE] = Field(
         True,
@@ -92,6 +92,15 @@ class TrainConfig(Section):
             raise ValueError(
                 f"checkpointed_blocks is {self.checkpointed_blocks} but gradient_checkpointing is none; "
                 "set gradient_checkpointing: block or selective, or leave checkpointed_blocks out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kept_attention_is_not_compiled(self) -> TrainConfig:
+        if self.compile != "none" and self.gradient_checkpointing == "selective":
+            raise ValueError(
+                f"compile is {self.compile} and gradient_checkpointing is selective: attention cannot be kept out of "
+                "a compiled block; set gradient_checkpointing: block, or compile: none"
             )
         return self
 

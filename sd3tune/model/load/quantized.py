@@ -66,15 +66,20 @@ def quantize(model: nn.Module, part: nn.Module, form: str, device: torch.device 
     """Replace each linear layer in `part` of `model` by one in `form` (a key of `FORMS`) on `device`, one at a time.
 
     `model` is on the CPU, where its other layers stay, or on the meta device. PEFT can add adapters to these layers.
+    A layer that the model's class keeps in fp32 beside fp16 computes in fp32: T5's `wo` overflows in fp16.
     """
     from peft import import_utils
+
+    wide = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
 
     for cached_check in (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available):
         cached_check.cache_clear()  # PEFT may have cached that bitsandbytes is missing (see `cli.imports`)
     for path, holder in list(part.named_modules()):
         for name, layer in list(holder.named_children()):
             if type(layer) is nn.Linear and not is_modulation(f"{path}.{name}"):
-                setattr(holder, name, FORMS[form].make(layer.to(device)).to(device))
+                quantized: Any = FORMS[form].make(layer.to(device)).to(device)
+                quantized.computes_wide = name in wide and layer.weight.dtype is torch.float32
+                setattr(holder, name, quantized)
     for flag in FORMS[form].flags:
         setattr(model, flag, True)
 
@@ -134,6 +139,8 @@ class Int8Linear(nn.Linear):
     """
 
     scale: Tensor
+    computes_wide = False
+    """True to compute in fp32, and return fp32, whatever the inputs' dtype."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -147,6 +154,7 @@ class Int8Linear(nn.Linear):
         _with_bias(self, layer)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.float() if self.computes_wide else inputs
         if torch.is_grad_enabled() and inputs.requires_grad:
             outputs: Tensor = _Product.apply(inputs, self, self._multiply)
             return outputs
