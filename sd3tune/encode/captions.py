@@ -34,8 +34,10 @@ Keys = Mapping[str, Mapping[str, str]]
 KeysAt = Mapping[int, Mapping[str, str]]
 """Length in tokens -> text -> store key, for one encoder."""
 
+LLM_INT8 = "int8"
+"""The name in store keys of an earlier form, which also rounded activations."""
 _FORM_NAMES = {"int8": "int8 weights"}
-"""Names of forms in store keys that differ: `int8` is an earlier form, which also rounded activations."""
+"""Names in store keys of the forms whose own name is taken."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ def encode_captions(
     max_sequence_length: int = 256,
     extra_t5_lengths: Sequence[int] = (),
     t5_form: str = "none",
+    t5_form_name: str | None = None,
     t5_device: torch.device | str | None = None,
     progress: bool = False,
     records: Sequence[Record] = (),
@@ -63,14 +66,15 @@ def encode_captions(
     T5 also encodes each text at `extra_t5_lengths`, in tokens; `caption_keys` returns the keys of these entries.
     Entries are {"hidden": [T, D]} and, for CLIP, {"pooled": [P]}, in `dtype`. An encoder is loaded only if entries are
     missing, and freed before the next. T5 is loaded in `t5_form` (see `quantized.FORMS`), on `t5_device` if it is
-    given, else on `device`. With `records`, the report distinguishes changed captions from new ones. `say` receives the
+    given, else on `device`; see `caption_keys` for `t5_form_name`. With `records`, the report distinguishes changed
+    captions from new ones. `say` receives the
     size of the entries to write. With `world` > 1 each rank encodes its share: wait for all ranks after this call, then
     call `store.refresh()`. The keys are complete on every rank. Raises ModelError, and
     RunError if the disk lacks space.
     """
     unique = list(dict.fromkeys(texts))
     lengths = list(dict.fromkeys([max_sequence_length, *(extra_t5_lengths if "t5" in encoders else ())]))
-    keys_at = functools.partial(caption_keys, base, unique, dtype=dtype, t5_form=t5_form)
+    keys_at = functools.partial(caption_keys, base, unique, dtype=dtype, t5_form=t5_form, t5_form_name=t5_form_name)
     keys_of = {encoder: _by_length(keys_at, encoder, lengths) for encoder in encoders}
     damaged = _damaged(keys_of, store)
     missing = {encoder: _without(keys, lambda key: key in store) for encoder, keys in keys_of.items()}
@@ -126,8 +130,13 @@ def caption_keys(
     dtype: torch.dtype,
     max_sequence_length: int,
     t5_form: str = "none",
+    t5_form_name: str | None = None,
 ) -> Keys:
-    """Return encoder -> text -> key, each text once, in order. Only T5's keys depend on its length and form."""
+    """Return encoder -> text -> key, each text once, in order. Only T5's keys depend on its length and form.
+
+    `t5_form_name` names the form in the keys; `LLM_INT8` for a run that an earlier version began in int8.
+    """
+    name = t5_form_name or _FORM_NAMES.get(t5_form, t5_form)
     unique = list(dict.fromkeys(texts))
     keys = {}
     for encoder in encoders:
@@ -138,7 +147,7 @@ def caption_keys(
             "weights": base.fingerprint(encoder_part),
             "dtype": str(dtype),
             "length": max_sequence_length if encoder == "t5" else CLIP_LENGTH,
-            **({"form": _FORM_NAMES.get(t5_form, t5_form)} if encoder == "t5" and t5_form != "none" else {}),
+            **({"form": name} if encoder == "t5" and t5_form != "none" else {}),
         }
         keys[encoder] = {text: key("text", text=text, **conditions) for text in unique}
     return keys

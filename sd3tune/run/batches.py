@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sd3tune.model.load.components import vae_config
-from sd3tune.run.contract import drops_kept_captions
 from sd3tune.run.drawing import NEGATIVE_PROMPT
+from sd3tune.run.earlier import drops_kept_captions
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes

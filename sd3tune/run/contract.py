@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sd3tune import __version__
 from sd3tune.adapter.modelspec import tag_frequency
-from sd3tune.config import Config, load_config
+from sd3tune.config import load_config
 from sd3tune.config.meaning import compared_when_finished, contract_of, identity_of
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.data.store import key
@@ -19,10 +18,11 @@ from sd3tune.errors import ConfigError, RunError
 from sd3tune.model.base.contract import declared
 from sd3tune.model.base.parts import ENCODER_PARTS, VARIANTS
 from sd3tune.model.base.single_file_header import released_shape
+from sd3tune.run.earlier import began_in_llm_int8, drops_kept_captions, may_drop_kept, saved_identity
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.device import dtype_name, gpu_of, versions
-from sd3tune.training.checkpoint import differences, read_state
+from sd3tune.training.checkpoint import differences
 
 
 def make_contract(plan: Plan) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, A
             "resolution": data["resolution"],
             **(_content(encoded) if encoded else {}),
             **data,
-            **({"kept_captions": "whole"} if _may_drop_kept(config) and not drops_kept_captions(plan) else {}),
+            **({"kept_captions": "whole"} if may_drop_kept(config) and not drops_kept_captions(plan) else {}),
         },
         "processes": world,
     }
@@ -105,31 +105,16 @@ def _resolved(plan: Plan) -> dict[str, dict[str, Any]]:
         "model.base": {"base": plan.base.fingerprint("transformer")},
         "model.dtype": {"dtype": dtype_name(plan.dtype)},
         "model.extra_t5_lengths": _t5_lengths(config.model),
-        "model.t5_quantize": _quantized(config.model),
+        "model.t5_quantize": _quantized(plan),
         "flow.shift": {"shift": _shift(plan)},
         "train.steps": {} if extendable else {"steps": config.train.steps},
     }
 
 
-def _quantized(model: ModelConfig) -> dict[str, str]:
-    forms = model.fewer_bits
-    return {**forms, **({"int8": "weights"} if "int8" in forms.values() else {})}
-
-
-def drops_kept_captions(plan: Plan) -> bool:
-    """Return whether caption and encoder dropout also act on samples that keep the base's own prediction.
-
-    True only for a run that an earlier version began: it resumes with its original maths.
-    """
-    if plan.start is None or not _may_drop_kept(plan.config):
-        return False
-    return "kept_captions" not in _saved_identity(plan.start)["data"]
-
-
-def _may_drop_kept(config: Config) -> bool:
-    """Return whether captions or encoders can be dropped for samples that keep the base's own prediction."""
-    data = config.data
-    return bool(data.own_predictions) and (data.caption_dropout > 0 or data.encoder_dropout > 0)
+def _quantized(plan: Plan) -> dict[str, str]:
+    forms = plan.config.model.fewer_bits
+    in_int8 = "int8" in forms.values() and not began_in_llm_int8(plan)
+    return {**forms, **({"int8": "weights"} if in_int8 else {})}
 
 
 def _content(encoded: Encoded) -> dict[str, str]:
@@ -157,8 +142,6 @@ def _shift(plan: Plan) -> float | str:
 _EXPLAINED = {
     "model.clip_l_pooled": "an earlier sd3tune encoded the run's captions with CLIP-L's text_projection, which Stable "
     "Diffusion 3 does not use; they are encoded without it now",
-    "model.int8": "an earlier sd3tune began the run with layers in LLM.int8(), which also rounds activations; int8 "
-    "rounds only weights now",
 }
 """Messages for identity keys that earlier versions did not write."""
 
@@ -172,27 +155,15 @@ _DIGESTS = {
 """Descriptions of the identity keys whose values are digests."""
 
 
-def _saved_identity(checkpoint: Path) -> dict[str, Any]:
-    """Return the identity in a checkpoint. Raises RunError if it was edited or damaged."""
-    identity: dict[str, Any] = read_state(checkpoint)["identity"]
-    if not isinstance(identity.get("data"), dict):
-        raise RunError(
-            f"{checkpoint}: damaged (identity has no data); delete this folder to resume from the one before"
-        )
-    return identity
-
-
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return `differences`. Where a form of quantisation differs, the meaning of int8 is no separate difference."""
-    lines = differences(saved, now)
-    switched = any(line.startswith(("model.quantize:", "model.t5_quantize:")) for line in lines)
-    return [line for line in lines if not (switched and line.startswith("model.int8:"))]
+    """Return `differences`. The meaning of int8 differs only where a form of quantisation does, which has a line."""
+    return [line for line in differences(saved, now) if not line.startswith("model.int8:")]
 
 
 def check_identity(plan: Plan, identity: Mapping[str, Any], encoded: Encoded) -> None:
     """Raise RunError if `identity` differs from the checkpoint's, with a line per difference."""
     assert plan.start is not None
-    saved = _saved_identity(plan.start)
+    saved = saved_identity(plan.start)
     lines = [_in_words(line) for line in _differences(saved, identity)]
     earlier = encoded.earlier_keys
     if earlier and saved["data"].get("images") == _digest_of_images(encoded, earlier):
@@ -209,7 +180,7 @@ def check_finished(plan: Plan, world: int) -> None:
     """Do as `check_identity` for a finished run, without the digests of the data, which may have been deleted."""
     assert plan.start is not None
     now = run_identity(plan, None, world)
-    saved = _saved_identity(plan.start)
+    saved = saved_identity(plan.start)
     saved = {**saved, "data": {name: value for name, value in saved["data"].items() if name in now["data"]}}
     lines = _differences(saved, now)
     with contextlib.suppress(ConfigError):  # the run folder's configuration was removed

@@ -15,7 +15,7 @@ from sd3tune.data.sampler import times_seen
 from sd3tune.model.base.contract import spread_without_offset
 from sd3tune.model.lora.targets import CoverageRow
 from sd3tune.run.buckets import bucket_of, describe_buckets
-from sd3tune.run.contract import drops_kept_captions
+from sd3tune.run.earlier import began_in_llm_int8, drops_kept_captions
 from sd3tune.run.preflight import Plan
 from sd3tune.run.priors import describe_prompts
 from sd3tune.run.sigmas import describe_sigmas
@@ -149,6 +149,11 @@ def _describe_objective(plan: Plan) -> list[str]:
         lines.append(
             f"warning: {base.label} was trained with noise offset {base.noise_offset:g} and flow.noise_offset is "
             f"{flow.noise_offset:g}; set it to {base.noise_offset:g}"
+        )
+    if began_in_llm_int8(plan):
+        lines.append(
+            "warning: an earlier sd3tune began this run with layers in LLM.int8(), which also rounded activations; it "
+            "goes on with layers that round weights only, so its loss may change by a little"
         )
     if drops_kept_captions(plan):
         lines.append(

@@ -11,12 +11,13 @@ from sd3tune.config import Config
 from sd3tune.data.buckets import Size
 from sd3tune.data.records import Record, sample_indices
 from sd3tune.data.store import Store
-from sd3tune.encode.captions import caption_keys, encode_captions
+from sd3tune.encode.captions import LLM_INT8, caption_keys, encode_captions
 from sd3tune.encode.images import EncodedImage, encode_images
 from sd3tune.encode.inspect import inspect, warnings_about
 from sd3tune.encode.manifest import Manifest
 from sd3tune.encode.report import EncodeReport
 from sd3tune.run.drawing import NEGATIVE_PROMPT, draw_class_images
+from sd3tune.run.earlier import began_in_llm_int8
 from sd3tune.run.places import store_folder
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes
@@ -124,6 +125,7 @@ def _encode_captions(
         max_sequence_length=model.max_sequence_length,
         extra_t5_lengths=model.extra_t5_lengths,
         t5_form=model.t5_quantize,
+        t5_form_name=_t5_form_name(plan),
         t5_device="cpu" if config.model.t5_device == "cpu" else None,
         progress=processes.is_main,
         records=records,
@@ -136,12 +138,18 @@ def _encode_captions(
     return captions, _t5_lengths(plan, captions), report
 
 
+def _t5_form_name(plan: Plan) -> str | None:
+    return LLM_INT8 if began_in_llm_int8(plan) else None
+
+
 def _t5_lengths(plan: Plan, captions: Mapping[str, Mapping[str, str]]) -> T5Lengths:
     model = plan.config.model
     if len(model.t5_lengths) == 1:
         return ()
     own = captions["t5"]
-    keys_at = functools.partial(caption_keys, plan.base, own, dtype=plan.dtype, t5_form=model.t5_quantize)
+    keys_at = functools.partial(
+        caption_keys, plan.base, own, dtype=plan.dtype, t5_form=model.t5_quantize, t5_form_name=_t5_form_name(plan)
+    )
     found = [keys_at(encoders=["t5"], max_sequence_length=length)["t5"] for length in model.t5_lengths]
     return [{own[text]: key for text, key in of.items()} for of in found]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from PIL import Image, ImageChops
 from sd3tune.adapter.file import read_adapter
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
+from sd3tune.encode import captions
 from sd3tune.errors import ConfigError, RunError, UserError
 from sd3tune.inference.job import IN_FULL, InferenceJob, Memory
 from sd3tune.training.loop import View
@@ -91,18 +91,22 @@ def test_a_run_that_is_resumed_in_int8_differs_in_that_alone(quick_config, tmp_p
     assert caught.value.problems[:-1] == ('--resume: model.quantize: null in the run, "int8" now',)
 
 
-@pytest.mark.parametrize("steps", [3, 4], ids=["finished", "longer"])
-def test_a_run_that_an_earlier_version_began_in_int8_is_refused(
-    run: Path, form: str, quick_config, tmp_path: Path, edit_json, steps: int
+def test_a_run_that_an_earlier_version_began_in_int8_goes_on_with_its_embeddings(
+    form: str, quick_config, tmp_path: Path, edit_json, monkeypatch, capsys
 ) -> None:
-    """Its layers also rounded activations. The run's T5 is in int8 for both forms."""
-    copied = Path(shutil.copytree(run, tmp_path / "run"))
-    for state in copied.glob("checkpoints/*/state.json"):
+    """Its layers also rounded activations, which is said. The run's T5 is in int8 for both forms."""
+    with monkeypatch.context() as before:
+        before.setattr(captions, "_FORM_NAMES", {})
+        run_training(quick_config(tmp_path / "run", *OPTIONS, f"model.quantize={form}"))
+    capsys.readouterr()
+    for state in (tmp_path / "run").glob("checkpoints/*/state.json"):
         edit_json(state, lambda found: found["identity"]["model"].pop("int8"))
-    config = quick_config(copied, *OPTIONS, f"model.quantize={form}", f"train.steps={steps}")
-    with pytest.raises(RunError, match=r"model\.int8: an earlier sd3tune began the run with layers in LLM") as caught:
-        run_training(config, resume=True)
-    assert caught.value.problems[1].endswith("or start a new run with another name")
+    run_training(quick_config(tmp_path / "run", *OPTIONS, f"model.quantize={form}"), resume=True)
+    assert "already finished" in capsys.readouterr().out
+    run_training(quick_config(tmp_path / "run", *OPTIONS, f"model.quantize={form}", "train.steps=4"), resume=True)
+    said = capsys.readouterr().out
+    assert "warning: an earlier sd3tune began this run with layers in LLM.int8()" in said
+    assert "x 3 encoders, all reused" in said
 
 
 def test_what_cannot_be_is_one_line(quick_config, tmp_path: Path, run: Path, form: str, monkeypatch) -> None:
