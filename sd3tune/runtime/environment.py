@@ -81,7 +81,7 @@ _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 def grow_segments(environment: MutableMapping[str, str], release: str = platform.release()) -> None:
     """Set `expandable_segments:True` for torch's allocator on GPUs, unless the environment configures it.
 
-    Memory that is free, but in pieces too small for a tensor, then is about 1 % of a run's instead of 9 to 13 %. torch
+    Memory that is free, but in pieces too small for a tensor, then is 1 to 4 % of a run's instead of about 11 %. torch
     reads the variable when it is imported. Windows and WSL, whose kernel's `release` names Microsoft, lack the feature.
     """
     supported = sys.platform != "win32" and "microsoft" not in release.lower()

@@ -14,7 +14,7 @@ from sd3tune.cli import main as cli  # imports no torch, which reads its setting
 from tests.nullgpu.counts import fact
 
 ROOT = Path(__file__).parents[3]
-SHORT = ("train.steps=2", "checkpoint.every=2", "preview.every=2", "preview.steps=2")
+SHORT = ("train.steps=2", "schedule.warmup_steps=0", "checkpoint.every=2", "preview.every=2", "preview.steps=2")
 quick_imports = cli.quick_imports
 
 

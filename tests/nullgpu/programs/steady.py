@@ -26,6 +26,7 @@ TRAININGS: dict[str, tuple[str, ...]] = {
     "plain": ("train.fast_path=false", "train.hoist=false"),
     "fp16": ("model.dtype=fp16",),
     "nf4": ("model.quantize=nf4",),
+    "int8": ("model.quantize=int8",),
     "full": ("method={kind: full}",),
 }
 
