@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+
+import pytest
 
 from benchmarks.gpu.checks import CHECKS
 
 PROGRAM = Path(__file__).with_name("programs") / "check.py"
 
 
-def test_every_check_comes_to_its_end(null_gpu, tmp_path: Path) -> None:
+long = pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="takes two minutes; part of `make check-long`")
+
+
+@pytest.mark.parametrize("compiled", [["uncompiled"], pytest.param([], marks=long)])
+def test_every_check_comes_to_its_end(null_gpu, tmp_path: Path, compiled: list[str]) -> None:
     # Without the allocator's cache all memory is zero, so that all paths compute the same.
-    ran = null_gpu(PROGRAM, "--shapes", "tiny", "--out", tmp_path, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    ran = null_gpu(PROGRAM, *compiled, "--shapes", "tiny", "--out", tmp_path, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     found = json.loads((tmp_path / "check.json").read_text())["findings"]
     failed = [one for one in found if not one["passed"]]
     # Without its cache the allocator counts nothing; in a full size it is compared by the tests of presets.

@@ -39,6 +39,9 @@ PUBLIC CUresult cuDevicePrimaryCtxRetain(CUcontext *found, CUdevice device) {
 }
 
 PUBLIC CUresult cuCtxGetCurrent(CUcontext *found) { *found = (CUcontext)context; return CUDA_SUCCESS; }
+PUBLIC CUresult cuCtxSetCurrent(CUcontext wanted) { return CUDA_SUCCESS; }
+PUBLIC CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 0; return CUDA_SUCCESS; }
+PUBLIC CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
 PUBLIC CUresult cuCtxGetDevice(CUdevice *found) { *found = current_device(); return CUDA_SUCCESS; }
 
 /* Modules, as Triton loads and launches them. */
@@ -48,6 +51,9 @@ PUBLIC CUresult cuModuleLoadDataEx(CUmodule *found, const void *image, unsigned 
     return cuModuleLoadData(found, image);
 }
 
+PUBLIC CUresult cuModuleLoad(CUmodule *found, const char *file) { *found = new_handle(); return CUDA_SUCCESS; }
+PUBLIC CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
+
 PUBLIC CUresult cuModuleGetFunction(CUfunction *found, CUmodule module, const char *name) {
     *found = new_handle();
     return CUDA_SUCCESS;
@@ -55,6 +61,17 @@ PUBLIC CUresult cuModuleGetFunction(CUfunction *found, CUmodule module, const ch
 
 PUBLIC CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
     *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : attribute == CU_FUNC_ATTRIBUTE_NUM_REGS ? 64 : 0;
+    return CUDA_SUCCESS;
+}
+
+PUBLIC CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
+    return CUDA_SUCCESS;
+}
+
+PUBLIC CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache wanted) { return CUDA_SUCCESS; }
+
+PUBLIC CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+    *status = CU_STREAM_CAPTURE_STATUS_NONE;
     return CUDA_SUCCESS;
 }
 

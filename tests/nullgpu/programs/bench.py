@@ -13,5 +13,6 @@ def first_timesteps(self: Example, batch: int, dtype: dtype) -> tuple[Tensor, Te
     return timesteps, sigmas.to(dtype)[:, None, None, None]
 
 
-Example._timesteps = first_timesteps
-sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    Example._timesteps = first_timesteps
+    sys.exit(main(sys.argv[1:]))

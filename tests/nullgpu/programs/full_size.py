@@ -1,7 +1,7 @@
-"""`full_size.py CELL ...`: count a step of the trainer at full size; a cell is BASE,PIXELS,PRECISION,CHECKPOINTING.
+"""`full_size.py CELL ...`: count a step at full size; a cell is BASE,PIXELS,PRECISION,CHECKPOINTING and maybe ,example.
 
-Each tells as a fact the counts of its second step, the peaks of torch's allocator in the first two, and the peak that
-the forecast `planned`.
+It is a step of the trainer, or of diffusers' example. Each cell tells as a fact the counts of its second step, the
+peaks of torch's allocator in the first two, and the peak that the forecast `planned` for the trainer.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import torch
 import sd3tune.model.compute.fast.attention as attention
 from benchmarks.gpu.cells import SHAPES, Cell
 from benchmarks.gpu.models import config_of
-from benchmarks.gpu.sides import Ours
+from benchmarks.gpu.sides import SIDE_CLASSES, Example, Ours
 from sd3tune.forecast.rehearsal import rehearse_training
 from sd3tune.methods import LoraMethod
 from sd3tune.model.base.resolve import shape_of_base
 from tests.nullgpu.counts import counting, fact
+from tests.nullgpu.programs.bench import first_timesteps
 
 # The norms' weights are written by a kernel, so they are zero here; a real model's are not.
 attention.is_invertible = lambda norm: True
+Example._timesteps = first_timesteps
 
 
 def planned(cell: Cell) -> int:
@@ -33,10 +35,10 @@ def planned(cell: Cell) -> int:
     return rehearse_training(config, shape_of_base(config.model), LoraMethod(config), size, torch.bfloat16).peak
 
 
-def measured(cell: Cell) -> dict[str, Any]:
+def measured(cell: Cell, kind: type[Ours] | type[Example]) -> dict[str, Any]:
     device = torch.device("cuda", 0)
     with tempfile.TemporaryDirectory(prefix="nullgpu-") as folder:
-        side = Ours(cell, SHAPES["full"], device, Path(folder))
+        side = kind(cell, SHAPES["full"], device, Path(folder))
         torch.cuda.reset_peak_memory_stats(device)
         try:
             side.step()
@@ -56,7 +58,8 @@ def measured(cell: Cell) -> dict[str, Any]:
 
 
 for argument in sys.argv[1:]:
-    base, pixels, precision, checkpointing = argument.split(",")
-    fact(argument, measured(Cell(base, int(pixels), 1, precision, checkpointing)))
+    base, pixels, precision, checkpointing, *example = argument.split(",")
+    kind = SIDE_CLASSES["example" if example else "sd3tune"]
+    fact(argument, measured(Cell(base, int(pixels), 1, precision, checkpointing), kind))
     gc.collect()
     torch.cuda.empty_cache()
