@@ -15,7 +15,7 @@ from torch import Tensor
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ModelError
 from sd3tune.model.base.base import Base
-from sd3tune.model.base.parts import CONFIG_FILES, ENCODER_PARTS, VARIANTS, has_weights
+from sd3tune.model.base.parts import CONFIG_FILES, ENCODER_PARTS, VARIANTS
 from sd3tune.model.base.resolve import resolve_base, shape_of_base
 from sd3tune.model.base.single_file_header import released_shape
 from sd3tune.model.base.weights import tensor_headers, weight_files
