@@ -79,7 +79,7 @@ _MODELS: dict[str, Any] = {
 }
 
 
-def write_repository(variant: str, root: Path, original: Mapping[str, Tensor]) -> Path:
+def write_repository(variant: str, root: Path, original: Mapping[str, Tensor] | None = None) -> Path:
     """Write the repository of a released model, a key of `VARIANTS`. `original` is the content of its single file."""
     for part in CONFIG_FILES:
         folder = root / part
@@ -93,7 +93,7 @@ def write_repository(variant: str, root: Path, original: Mapping[str, Tensor]) -
     (root / "model_index.json").write_text(json.dumps({**MODEL_INDEX, "_diffusers_version": "0.31.0.dev0"}))
     for other in (".gitattributes", "README.md", "LICENSE.md", "mmdit.png"):
         (root / other).write_text("not needed")
-    if variant in SINGLE_FILES:
+    if original is not None and variant in SINGLE_FILES:
         write_hollow(root / SINGLE_FILES[variant], original)
         (root / "text_encoders").mkdir()
         for encoder in ENCODERS:
@@ -146,16 +146,15 @@ def _write_weights(variant: str, part: str, folder: Path) -> None:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "encoder.embed_tokens.weight"}
     if not part.startswith("text_encoder"):
         of_the_release = torch.float16 if variant == "sd3-medium" else torch.bfloat16
-        _write_shards(folder, "diffusion_pytorch_model", "", _as(tensors, of_the_release))
+        write_shards(folder, "diffusion_pytorch_model", "", _as(tensors, of_the_release), "10GB")
         return
-    plain = torch.float32 if variant == "sd3-medium" else torch.float16
-    _write_shards(folder, "model", "", _as(tensors, plain))
-    _write_shards(folder, "model", ".fp16", _as(tensors, torch.float16))
+    plain, largest = (torch.float32, "10GB") if variant == "sd3-medium" else (torch.float16, "5GB")
+    write_shards(folder, "model", "", _as(tensors, plain), largest)
+    write_shards(folder, "model", ".fp16", _as(tensors, torch.float16), "5GB")
 
 
-def _write_shards(folder: Path, stem: str, variant: str, tensors: Mapping[str, Tensor]) -> None:
+def write_shards(folder: Path, stem: str, variant: str, tensors: Mapping[str, Tensor], largest: str) -> None:
     """Write one file or several with their index, as the libraries split and name them."""
-    largest = "5GB" if stem == "model" and next(iter(tensors.values())).itemsize == 2 else "10GB"
     pattern = f"{stem}{variant}{{suffix}}.safetensors"
     split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=largest)
     for file, names in split.filename_to_tensors.items():
