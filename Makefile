@@ -57,7 +57,7 @@ check: $(STAMP) ## Lint, formatting, types and layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check-long: $(STAMP) ## Run the slow tests that `make test` skips (three minutes)
+check-long: $(STAMP) ## Run the slow tests that `make test` skips (two minutes)
 	SD3TUNE_LONG=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/forecast/test_thinning.py tests/nullgpu/test_released.py tests/nullgpu/test_capabilities.py
 
 build: $(STAMP) ## Write the wheel and the source archive to dist/, and run the demo from the wheel alone

@@ -1,9 +1,9 @@
 """The Hub repositories of the released models: every file by its name, and weights of which only the headers are there.
 
-Certain, from listings of the repositories and their mirrors: the names of files and folders, two shards of T5 in both
-precisions, the `fp16` in the middle of the index's name, two shards of SD3.5-large's transformer and one file for the
-others, and the sizes in `SIZES`. From memory: the keys that configurations have beyond the bundled ones. Not certain:
-the dtypes; here SD3's plain encoders are fp32, as in a mirror, and all else has 16 bits.
+Certain, from listings of the repositories and of mirrors: the names of files and folders, the two shards of T5 in both
+precisions and of SD3.5-large's transformer, the index of a variant (`model.safetensors.index.fp16.json`), and the sizes
+of SD3 and of SD3.5-medium's transformer. From memory: the other sizes, and the keys that configurations have beyond the
+bundled ones. Not certain: the dtypes. Here SD3's plain encoders are fp32, as in a mirror, and all else has 16 bits.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from sd3tune.model.base.parts import COMMON, CONFIG_FILES, CONFIGS, ENCODER_PARTS, ENCODERS, MODEL_INDEX, has_weights
+from sd3tune.model.base.parts import COMMON, CONFIG_FILES, CONFIGS, MODEL_INDEX, has_weights
 
 SIZES = {
     "sd3-medium": {"transformer": 4.17, "single": 4.34},
     "sd35-medium": {"transformer": 4.94, "single": 5.11},
     "sd35-large": {"transformer": 16.29, "single": 16.46},
 }
-"""Published sizes in GB (1e9 bytes), rounded."""
+"""Published sizes in GB (1e9 bytes), rounded: of all shards of the transformer, and of the single file."""
 SINGLE_FILES = {"sd35-medium": "sd3.5_medium.safetensors", "sd35-large": "sd3.5_large.safetensors"}
 """In the root of the repository; SD3's is in another one."""
 
@@ -38,6 +38,12 @@ _TEXTS = {
     "tokenizer": ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"),
     "tokenizer_2": ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"),
     "tokenizer_3": ("special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json"),
+}
+_ENCODER_FILES = {
+    "clip_l.safetensors": ("text_encoder", torch.float16),
+    "clip_g.safetensors": ("text_encoder_2", torch.float16),
+    "t5xxl_fp16.safetensors": ("text_encoder_3", torch.float16),
+    "t5xxl_fp8_e4m3fn.safetensors": ("text_encoder_3", torch.float8_e4m3fn),
 }
 _STAMP = {"_diffusers_version": "0.31.0.dev0", "_name_or_path": "a/path/of/its/author"}
 _CLIP: dict[str, Any] = {
@@ -96,15 +102,10 @@ def write_repository(variant: str, root: Path, original: Mapping[str, Tensor] | 
     if original is not None and variant in SINGLE_FILES:
         write_hollow(root / SINGLE_FILES[variant], original)
         (root / "text_encoders").mkdir()
-        for encoder in ENCODERS:
-            write_encoder(encoder, root / "text_encoders")
+        for name, (part, dtype) in _ENCODER_FILES.items():
+            tensors = empty_model(variant, part).state_dict()  # T5's embedding is in its file under both of its names
+            write_hollow(root / "text_encoders" / name, _as(tensors, dtype))
     return root
-
-
-def write_encoder(encoder: str, folder: Path) -> Path:
-    """Write the single file of a text encoder; T5's holds its embedding under both of its names."""
-    file = folder / ("t5xxl_fp16.safetensors" if encoder == "t5" else f"{encoder}.safetensors")
-    return write_hollow(file, _as(empty_model("sd35-medium", ENCODER_PARTS[encoder][1]).state_dict(), torch.float16))
 
 
 def published_config(variant: str, part: str) -> dict[str, Any]:
