@@ -9,6 +9,7 @@ are imported on use: a run with cached captions needs none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +23,7 @@ from sd3tune.model.base.parts import ENCODER_PARTS
 from sd3tune.model.base.progress_bars import no_progress_bars
 from sd3tune.model.base.weights import tensor_headers, weight_files
 from sd3tune.model.load.random_weights import random_transformer
-from sd3tune.model.load.single_file import from_file
+from sd3tune.model.load.single_file import from_file, without_tables
 from sd3tune.model.load.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -203,9 +204,10 @@ def _from_folder(model_class: Any, folder: Path, dtype: torch.dtype) -> tuple[An
     """Return the model, and kind -> the weights that do not fit its `config.json`."""
     diffusers_model = issubclass(model_class, ModelMixin)
     options = {"torch_dtype": dtype} if diffusers_model else {"dtype": dtype, "ignore_mismatched_sizes": True}
-    model, info = model_class.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
-    )
+    with without_tables() if diffusers_model else nullcontext():
+        model, info = model_class.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
     kinds = ["missing", "mismatched"] + (["unexpected"] if model_class is SD3Transformer2DModel else [])
     return model, {kind: [str(key) for key in info[f"{kind}_keys"]] for kind in kinds}
 

@@ -24,7 +24,7 @@ from sd3tune.model.base.parts import ENCODER_PARTS
 from sd3tune.model.base.resolve import local_base, resolve_base
 from sd3tune.model.base.weights import tensor_headers
 from sd3tune.model.load.components import load_transformer
-from tests.local_hub import COMMIT, hub
+from tests.local_hub import COMMIT, ask, hub
 
 Client = Callable[..., subprocess.CompletedProcess[str]]
 PARTS = ("transformer", "vae", "scheduler", *(part for parts in ENCODER_PARTS.values() for part in parts))
@@ -230,20 +230,8 @@ def test_fingerprints_differ_between_shapes() -> None:
 
 @pytest.fixture
 def client(tmp_path: Path) -> Client:
-    """Runs lines of Python in a process of its own, as huggingface_hub reads its environment at import."""
-
-    def run(endpoint: str, script: str, *args: str) -> subprocess.CompletedProcess[str]:
-        ours = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        environment = {
-            **ours,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_ENDPOINT": endpoint,
-            "HF_HUB_DISABLE_XET": "1",
-        }
-        command = [sys.executable, "-c", script, *args]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-
-    return run
+    """`client(endpoint, script, ...)`: lines of Python with a cache of their own; see `local_hub.ask`."""
+    return lambda endpoint, script, *args: ask(endpoint, tmp_path / "hf", script, *args)
 
 
 REFUSALS = """

@@ -6,10 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd3tune.errors import ModelError
 from sd3tune.model.base.base import Base
@@ -54,6 +56,41 @@ def test_the_parts_equal_the_folders(single_file: SingleFile, unprojected, name:
         for one, other in zip(ours.encode(TEXTS), theirs.encode(TEXTS), strict=True):
             assert one.keys() == other.keys()
             assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are read as Linux lists them")
+def test_weights_in_their_stored_precision_are_the_mapped_file(both: tuple[Base, Base]) -> None:
+    """All but the split projections. A copy in fp32, as an intermediate step, would be 33 GB for SD3.5-large."""
+    base = both[0]
+    loaded = [load_transformer(base, torch.bfloat16), load_vae(base, torch.bfloat16)]
+    lines = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if str(base.path) in line]
+    ranges = [tuple(int(end, 16) for end in line.split("-")) for line in lines]
+    for model in loaded:
+        weights = list(model.parameters())
+        mapped = [one for one in weights if any(start <= one.data_ptr() < end for start, end in ranges)]
+        assert sum(one.nbytes for one in mapped) > 0.75 * sum(one.nbytes for one in weights)
+
+
+class Cosines(TorchDispatchMode):
+    """Collects the devices on which cosines are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.cos.default:
+            self.devices.add(result.device.type)
+        return result
+
+
+def test_the_table_of_positions_is_read_and_not_computed_first(both: tuple[Base, Base]) -> None:
+    for base in both:
+        with Cosines() as cosines:
+            table = load_transformer(base, torch.float32).pos_embed.pos_embed
+        assert cosines.devices == {"meta"}
+        assert table.abs().max() == 1
 
 
 @pytest.mark.parametrize("t5", [True, False])
