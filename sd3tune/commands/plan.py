@@ -20,6 +20,7 @@ from sd3tune.forecast.rehearsal import Training
 from sd3tune.methods import METHODS
 from sd3tune.reporting import Lines
 from sd3tune.run.describe import describe_precision
+from sd3tune.run.knobs import more_swapped
 from sd3tune.runtime.device import DTYPES, choose_dtype, dtype_name, gpu_of
 
 UTILISATION = 40
@@ -154,6 +155,8 @@ def _base_lines(inputs: ForecastInputs) -> list[str]:
     checkpointing: str = train.gradient_checkpointing
     if train.checkpointed_blocks is not None:
         checkpointing += f" of {train.checkpointed_blocks} blocks"
+    if train.swap_blocks is not None:
+        checkpointing += f", {train.swap_blocks} blocks swapped"
     batch = f"batch {train.batch_size}" + f" x {train.gradient_accumulation}" * (train.gradient_accumulation > 1)
     return [
         f"base      {inputs.base.name}, {describe_precision(inputs.config, inputs.dtype)}",
@@ -274,6 +277,8 @@ def knobs(inputs: ForecastInputs) -> list[Knob]:
             found.append((typed, _changed("train", gradient_checkpointing=kind, checkpointed_blocks=None)))
     if train.gradient_checkpointing != "none" and not partly:
         found.append((f"train.checkpointed_blocks={blocks // 2}", _changed("train", checkpointed_blocks=blocks // 2)))
+    if (swapped := more_swapped(config, blocks)) is not None:
+        found.append((f"train.swap_blocks={swapped}", _changed("train", swap_blocks=swapped)))
     if train.batch_size > 1:
         more = train.gradient_accumulation * train.batch_size
         typed = f"train.batch_size=1 train.gradient_accumulation={more}"

@@ -158,6 +158,15 @@ class Config(Section, metaclass=ConfigType):
         return self
 
     @model_validator(mode="after")
+    def _swapped_blocks_are_frozen(self) -> Config:
+        if self.train.swap_blocks is not None and not self.method.freezes_base:
+            raise ValueError(
+                f"train.swap_blocks is {self.train.swap_blocks} and method.kind is {self.method.kind}: only the blocks "
+                "of a frozen base can wait in system memory; leave train.swap_blocks out, or set method.kind=lora"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _exported_tags_need_adapter(self) -> Config:
         if self.data.export_tags and not self.method.makes_adapter:
             raise ValueError(

@@ -21,6 +21,7 @@ from sd3tune.methods import Method
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.parts import ENCODER_PARTS
 from sd3tune.model.compute.hoist import Modulation, hoist, row_bytes
+from sd3tune.model.compute.swap import bytes_saved
 from sd3tune.model.load.components import empty_transformer, load_vae, text_encoder_shape, vae_dtype
 from sd3tune.model.load.latents import decode
 from sd3tune.model.load.quantized import load_transformer_in, quantize, statistics
@@ -62,7 +63,7 @@ class Training:
     trained: int
     """Number of trained parameters."""
     frozen: int
-    """The base's frozen tensors, in the compute dtype or quantized."""
+    """The base's frozen tensors on the device, in the compute dtype or quantized."""
     compute: int
     """The trained parameters in the compute dtype; 0 for fp32, which computes with the master."""
     master: int
@@ -167,6 +168,7 @@ def rehearse_training(
     with Footprint() as window:  # measured apart from the step, as it covers several steps
         ahead = list(batches.fetch(0, 0).modulation or ())
     modulation = row_bytes(transformer)
+    swapped = bytes_saved(transformer, config.train.swap_blocks or 0)
     thin = thin_out(transformer, method, config.train.checkpointed_blocks)
     empty.modulation = thin.remaining_modulation(ahead) if ahead else None
     checkpointing = {"checkpointed_blocks": thin.remaining_of_first(config.train.checkpointed_blocks)}
@@ -198,7 +200,7 @@ def rehearse_training(
     return Training(
         parameters=parameters,
         trained=values,
-        frozen=bytes_of(frozen) + thin.omitted_sum(lambda block: bytes_of(_frozen(block))),
+        frozen=bytes_of(frozen) + thin.omitted_sum(lambda block: bytes_of(_frozen(block))) - swapped,
         compute=0 if dtype is torch.float32 else bytes_of([master.compute]),
         master=bytes_of([master.master]),
         gradient=bytes_of([master.gradient]),
@@ -329,6 +331,7 @@ def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dty
     vae = load_vae(base, vae_dtype(dtype), META)
     batch = MetaBatches(config, base, method.cached_encoders, size, dtype).batch_of(2, size)
     resident = bytes_of([*tensors_of(transformer), *statistics(transformer), *tensors_of(vae)])
+    resident -= bytes_saved(transformer, config.train.swap_blocks or 0)
     thin = thin_out(transformer, method, None)
     with torch.no_grad():
         denoising = thin.measured(lambda _: predict_velocity(transformer, method, batch))

@@ -229,10 +229,12 @@ def resolve_epochs(config: Config, images_per_epoch: int, world: int) -> Config:
 
 
 def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the base has too few blocks to checkpoint, or cannot take the resolution."""
-    blocks, there = config.train.checkpointed_blocks, int(transformer["num_layers"])
-    if blocks is not None and blocks > there:
-        raise ConfigError(f"train.checkpointed_blocks: {blocks} of {there} blocks; at most {there}, or null for all")
+    """Raise ConfigError if the base has too few blocks to checkpoint or swap, or cannot take the resolution."""
+    there = int(transformer["num_layers"])
+    for name, otherwise in (("checkpointed_blocks", "null for all"), ("swap_blocks", "null for none")):
+        blocks = getattr(config.train, name)
+        if blocks is not None and blocks > there:
+            raise ConfigError(f"train.{name}: {blocks} of {there} blocks; at most {there}, or {otherwise}")
     largest = largest_side(transformer)
     if config.data.resolution > largest:
         raise ConfigError(f"data.resolution: {config.data.resolution} is too large for this base; at most {largest}")
