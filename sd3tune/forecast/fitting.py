@@ -152,9 +152,7 @@ def leaner_configurations(inputs: ForecastInputs) -> Iterator[ForecastInputs]:
         return
     if inputs.config.train.swap_blocks is None and blocks > BUFFERS:
         for count in dict.fromkeys(max(BUFFERS + 1, -(-blocks * quarters // 4)) for quarters in (1, 2, 3, 4)):
-            yield _changed(
-                inputs, "train", gradient_checkpointing="block", checkpointed_blocks=None, swap_blocks=count
-            )
+            yield _changed(inputs, "train", gradient_checkpointing="block", checkpointed_blocks=None, swap_blocks=count)
     eight_bit = importlib.util.find_spec("bitsandbytes") is not None
     if inputs.config.model.quantize == "none" and eight_bit:
         yield from leaner_configurations(_changed(inputs, "model", quantize="nf4"))

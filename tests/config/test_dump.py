@@ -75,6 +75,7 @@ def _consistent(values: dict[str, Any]) -> dict[str, Any]:
         model["transformer"] = None
     if values["method"]["kind"] == "full":
         model["quantize"], values["data"]["export_tags"] = "none", False
+        values["train"]["swap_blocks"] = None
     if values["train"]["gradient_checkpointing"] == "none":
         values["train"]["checkpointed_blocks"] = None
     if values["flow"]["timesteps"]["kind"] == "cosmap":

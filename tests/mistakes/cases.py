@@ -270,6 +270,22 @@ CASES = [
     ),
     Case(
         "config",
+        "more blocks to swap than there are",
+        PLAN,
+        "null for none",
+        edited("steps: 2", "steps: 2, swap_blocks: 9"),
+    ),
+    Case(
+        "config",
+        "trained blocks to swap",
+        CHECK,
+        "leave train.swap_blocks out",
+        lambda: Path("run.yaml").write_text(
+            YAML.replace("steps: 2", "steps: 2, swap_blocks: 3").replace("{rank: 2, alpha: 2}", "{kind: full}")
+        ),
+    ),
+    Case(
+        "config",
         "memory that is not a number",
         CHECK,
         "train.memory",
