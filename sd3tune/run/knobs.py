@@ -35,8 +35,8 @@ def loading_knob(config: Config, blocks: int) -> str:
     """Return the advice for loading the base, which has `blocks`."""
     if config.model.dtype == "fp32":
         return "set model.dtype=auto, which takes half the memory on a GPU"
-    if (more := more_swapped(config, blocks)) is not None:
-        return f"set train.swap_blocks={more}: {_SWAPPED}"
+    if (swapped := more_swapped(config, blocks)) is not None:
+        return f"set train.swap_blocks={swapped}: {_SWAPPED}"
     if _can_be_quantised(config):
         return "set model.quantize=nf4, which holds the base in a third of its memory"
     return f"{config.model.base} does not fit; take a smaller base, such as stabilityai/stable-diffusion-3.5-medium"
@@ -61,8 +61,8 @@ def training_knob(config: Config, method: Method, blocks: int) -> str:
         return "set train.checkpointed_blocks=null: all blocks are recomputed"
     if train.gradient_checkpointing == "selective":
         return "set train.gradient_checkpointing=block: half of those activations, for a tenth more time"
-    if (more := more_swapped(config, blocks)) is not None:
-        return f"set train.swap_blocks={more}: {_SWAPPED}"
+    if (swapped := more_swapped(config, blocks)) is not None:
+        return f"set train.swap_blocks={swapped}: {_SWAPPED}"
     if _can_be_quantised(config):
         return "set model.quantize=nf4: a third of the base's memory, for a little exactness"
     lower = next((of for of in leaner_values(config, "data.resolution") if of < side), None)

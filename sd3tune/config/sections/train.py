@@ -44,14 +44,15 @@ class TrainConfig(Section):
     swap_blocks: Annotated[int | None, Key(Identity.FREE, knob=Knob(("load", "train")))] = Field(
         None,
         ge=3,
-        description="Number of transformer blocks whose weights stay in system memory; they are copied to the GPU ahead "
-        "of their use, in forward and backward pass. Two of them are there at a time. Needs a frozen base.",
+        description="Number of transformer blocks whose weights stay in system memory; they are copied to the GPU "
+        "ahead of their use, in forward and backward pass. Two of them are there at a time. Needs a frozen base.",
     )
     memory: Annotated[Annotated[float, Field(gt=0)] | Literal["auto"] | None, FREE] = Field(
         None,
         description="Memory budget of the run in GB (10^9 bytes); `auto` is the free memory of the GPU. Settings that "
-        "fit are chosen with the forecast of `sd3tune plan`: T5 on the CPU, checkpointing, swapped blocks, a 4-bit base, and the split "
-        "of a step's images into `batch_size` and `gradient_accumulation`. null changes no settings.",
+        "fit are chosen with the forecast of `sd3tune plan`: T5 on the CPU, checkpointing, swapped blocks, a 4-bit "
+        "base, and the split of a step's images into `batch_size` and `gradient_accumulation`. null changes no "
+        "settings.",
     )
     fast_path: Annotated[bool, FREE] = Field(
         True,

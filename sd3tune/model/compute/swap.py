@@ -5,9 +5,10 @@ with the weights of the swapped block after the next, while the device computes 
 forward pass, in reverse in the backward pass. Where the passes meet, the last two blocks are there already.
 
 A block's weights are always the same views of one buffer, so whatever autograd keeps of them is valid again when the
-block's backward pass begins. Each buffer has two events: the copying stream waits until the last block is computed, and
-the computing stream until the copy is there; the host waits for neither. The buffers live as long as the model, so the
-allocator never hands them to another tensor, and `record_stream` is not needed.
+block's backward pass begins. Copies have a stream of their own. Before a copy, it waits for the computation that is
+queued by then, of which the buffer's last block is a part. The computation waits for the event of one buffer, not for
+later copies. The host waits for neither. The buffers live as long as the model, so the allocator never hands them to
+another tensor, and `record_stream` is not needed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def swapped_blocks(blocks: int, count: int) -> list[int]:
     return [index * blocks // count for index in range(count)]
 
 
-def swapped_weights(block: nn.Module) -> list[nn.Parameter]:
+def swapped_weights(block: nn.Module) -> list[Tensor]:
     """Return the weights that are swapped, before adapters are added: matrices of linear layers, quantised or not."""
     return [layer.weight for layer in block.modules() if isinstance(layer, nn.Linear)]
 
@@ -110,7 +111,6 @@ class BlockSwap:
         if self._differentiated == index:
             return None
         needed_again = any(of is not None and of.requires_grad for of in outputs)
-        self._buffers[index % BUFFERS].release()
         if index + BUFFERS < len(self._stored):
             self._fill(index + BUFFERS)
         elif not needed_again:
@@ -127,7 +127,6 @@ class BlockSwap:
 
     def _end_backward(self, index: int) -> None:
         self._differentiated = None
-        self._buffers[index % BUFFERS].release()
         before = index - BUFFERS
         self._fill(before if before in self._awaited else index % BUFFERS)
 
@@ -135,7 +134,7 @@ class BlockSwap:
 class _Stored:
     """The weights of one block in system memory, packed, in a few pieces."""
 
-    def __init__(self, weights: Sequence[nn.Parameter], device: torch.device) -> None:
+    def __init__(self, weights: Sequence[Tensor], device: torch.device) -> None:
         self.weights = weights
         self.forms = [(weight.shape, weight.dtype, weight.nbytes) for weight in weights]
         self.nbytes = sum(map(_aligned_bytes, weights))
@@ -181,13 +180,11 @@ class _Buffer:
         self.memory = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         self.stream = stream
         """The stream for copies; None on other devices than CUDA, where each copy is done at once."""
+        self.copied = None if stream is None else torch.cuda.Event()
         self._holds: int | None = None
-        if stream is not None:
-            self._computed, self._copied = torch.cuda.Event(), torch.cuda.Event()
-            self.release()
 
     def fill(self, index: int, pieces: Sequence[Tensor]) -> None:
-        """Copy the weights of block `index` once the computation is done that was queued at the last `release`."""
+        """Copy the weights of block `index` once the computation that is queued now is done."""
         if self._holds == index:
             return
         self._holds = index
@@ -198,23 +195,18 @@ class _Buffer:
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:
-        if self.stream is None:
+        if self.stream is None or self.copied is None:
             yield
             return
+        self.stream.wait_stream(torch.cuda.current_stream(self.memory.device))
         with torch.cuda.stream(self.stream):
-            self.stream.wait_event(self._computed)
             yield
-            self._copied.record(self.stream)
+        self.copied.record(self.stream)
 
     def wait(self) -> None:
         """Let the computation that is queued from now on wait for the weights."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.memory.device).wait_event(self._copied)
-
-    def release(self) -> None:
-        """Allow other weights after the computation that has been queued so far."""
-        if self.stream is not None:
-            self._computed.record(torch.cuda.current_stream(self.memory.device))
+        if self.copied is not None:
+            torch.cuda.current_stream(self.memory.device).wait_event(self.copied)
 
 
 def _mark(reached: Callable[[], None], tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
