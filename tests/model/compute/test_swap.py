@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from sd3tune.commands.train import run_training
 from sd3tune.errors import ConfigError, UserError
@@ -124,9 +125,13 @@ def test_outputs_and_gradients_are_equal_to_the_bit(name: str, computed) -> None
         assert all(map(torch.equal, swapped, plain)), count
 
 
+@pytest.mark.parametrize("to_the_end", [False, True], ids=["", "recomputed to the end"])
 @pytest.mark.parametrize("kind", ["none", "block", "selective"])
-def test_a_block_is_copied_once_a_pass_and_not_where_the_passes_meet(kind: str, computed, copies: list[int]) -> None:
-    computed(ALL, f"train.gradient_checkpointing={kind}")
+def test_a_block_is_copied_once_a_pass_and_not_where_the_passes_meet(
+    kind: str, to_the_end: bool, computed, copies: list[int]
+) -> None:
+    with set_checkpoint_early_stop(not to_the_end):
+        computed(ALL, f"train.gradient_checkpointing={kind}")
     forward, backward, alone = [2, 3], [1, 0], [2, 3, 0, 1]
     assert copies == [0, 1, *forward, *backward, *alone, *forward, *backward, *alone]
 
