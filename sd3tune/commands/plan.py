@@ -279,7 +279,7 @@ def knobs(inputs: ForecastInputs) -> list[Knob]:
         found.append((f"train.checkpointed_blocks={blocks // 2}", _changed("train", checkpointed_blocks=blocks // 2)))
     if (swapped := more_swapped(config, blocks)) is not None:
         found.append((f"train.swap_blocks={swapped}", _changed("train", swap_blocks=swapped)))
-    if train.batch_size > 1:
+    if train.batch_size > 1 and not train.fused_backward:
         more = train.gradient_accumulation * train.batch_size
         typed = f"train.batch_size=1 train.gradient_accumulation={more}"
         found.append((typed, _changed("train", batch_size=1, gradient_accumulation=more)))
@@ -301,7 +301,7 @@ def knobs(inputs: ForecastInputs) -> list[Knob]:
     for kind in leaner_values(config, "optimizer.kind") if eight_bit else ():
         found.append((f"optimizer.kind={kind}", _with_optimizer(kind)))
     own = METHODS[config.method.kind](config, inputs.base).savings(config)
-    found += [(one.typed, _changed(one.section, **{one.key: one.value})) for one in own if one.planned]
+    found += [(one.typed, _changed(one.section, **one.values)) for one in own if one.planned]
     return found
 
 

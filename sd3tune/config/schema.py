@@ -167,6 +167,15 @@ class Config(Section, metaclass=ConfigType):
         return self
 
     @model_validator(mode="after")
+    def _fused_backward_updates_in_slices(self) -> Config:
+        if self.train.fused_backward and not self.optimizer.updates_in_slices:
+            raise ValueError(
+                f"train.fused_backward is true and optimizer.kind is {self.optimizer.kind}, which needs the whole "
+                "gradient; set optimizer.kind=adamw or adamw8bit, or leave train.fused_backward out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _exported_tags_need_adapter(self) -> Config:
         if self.data.export_tags and not self.method.makes_adapter:
             raise ValueError(

@@ -161,6 +161,9 @@ def leaner_configurations(inputs: ForecastInputs) -> Iterator[ForecastInputs]:
 def _batch_splits(inputs: ForecastInputs) -> Iterator[ForecastInputs]:
     """Yield the splits of a step's images into micro-batches, the smallest first."""
     train = inputs.config.train
+    if train.fused_backward:  # no gradient is accumulated
+        yield inputs
+        return
     images = train.batch_size * train.gradient_accumulation
     for batch in range(1, images + 1):
         if images % batch == 0:

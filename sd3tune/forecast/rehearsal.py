@@ -29,6 +29,7 @@ from sd3tune.run.setup import hoists, make_trainable
 from sd3tune.training.ahead import window_length, with_modulations
 from sd3tune.training.batches import Batch
 from sd3tune.training.flat_master import FlatMaster, LossScale
+from sd3tune.training.fused_backward import FusedBackward
 from sd3tune.training.objective import make_objective
 from sd3tune.training.optimizers import make_optimizer
 from sd3tune.training.step import TrainState, predict_velocity, train_step, update
@@ -152,6 +153,10 @@ class _NoOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Do nothing: torch's fused optimizers refuse the meta device."""
 
+    def update_slice(self, start: int, gradient: Tensor) -> None: ...
+
+    def finish(self) -> None: ...
+
 
 def rehearse_training(
     config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype, like: Training | None = None
@@ -177,20 +182,23 @@ def rehearse_training(
     left_out = thin.omitted_sum(lambda block: sum(of.numel() for of in block.parameters() if of.requires_grad))
     if left_out:
         trained[_OMITTED] = nn.Parameter(torch.empty(left_out, device=META))
-    master = FlatMaster(trained, dtype)
+    master = FlatMaster(trained, dtype, accumulates=not config.train.fused_backward)
     values = master.master.numel()
+    no_optimizer = _NoOptimizer([master.master], {"lr": 0.0})  # see `rehearse_optimizer` for the real one
+    fused = FusedBackward(master, no_optimizer, without=_OMITTED) if config.train.fused_backward else None
     state = TrainState(
         step=0,
         master=master,
-        optimizer=_NoOptimizer([master.master], {"lr": 0.0}),  # see `rehearse_optimizer` for the real one
+        optimizer=no_optimizer,
         ema=master.master.detach().clone() if config.ema is not None else None,
         loss_scale=LossScale(META, enabled=dtype is torch.float16),
+        fused=fused,
     )
     frozen = _frozen(transformer)
     saved = SavedTensors([*tensors_of(transformer), *frozen, *ahead, master.master])
     with saved.watching():
         step = _rehearse_step(config, state, thin, method, empty, saved)
-    optimizer = rehearse_optimizer(config, values)
+    optimizer = rehearse_optimizer(config, values, None if fused is None else fused.most_values)
     if like is not None:
         preview = like.preview
     elif config.preview.prompts:
@@ -208,7 +216,7 @@ def rehearse_training(
         ahead=bytes_of(ahead),
         average=0 if state.ema is None else bytes_of([state.ema]),
         saved=step.saved,
-        working=max(step.peak, optimizer.working),
+        working=max(step.peak, optimizer.working) if fused is None else step.peak + optimizer.working,
         flops=(step.flops + window.flops // window_length(batches)) * config.train.gradient_accumulation,
         preview=preview,
     )
@@ -249,8 +257,8 @@ def _unreduced(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def rehearse_optimizer(config: Config, values: int) -> MemoryUse:
-    """Return the optimizer's state, and its working memory in an update of `values` parameters.
+def rehearse_optimizer(config: Config, values: int, together: int | None = None) -> MemoryUse:
+    """Return the optimizer's state for `values` parameters, and its working memory to update `together` of them or all.
 
     Both are measured for `_TRIAL_SIZE` parameters on the CPU.
     """
@@ -261,7 +269,7 @@ def rehearse_optimizer(config: Config, values: int) -> MemoryUse:
         master.gradient.fill_(1.0)
         footprint = peak_of(lambda: update(state, config, config.optimizer.lr, _unreduced))
     kept = [value for value in optimizer.state[master.master].values() if isinstance(value, Tensor) and value.ndim]
-    at_a_time = min(values, getattr(optimizer, "chunk", None) or values)
+    at_a_time = min(together or values, getattr(optimizer, "chunk", None) or values)
     return MemoryUse(bytes_of(kept) * values // _TRIAL_SIZE, footprint.peak * at_a_time // _TRIAL_SIZE)
 
 

@@ -48,7 +48,7 @@ def training_knob(config: Config, method: Method, blocks: int) -> str:
     The order is: micro-batch size, recomputation, swapped blocks, precision, resolution, capacity.
     """
     train, side = config.train, config.data.resolution
-    if train.batch_size > 1:
+    if train.batch_size > 1 and not train.fused_backward:
         factor = next(n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0)
         smaller, more = train.batch_size // factor, train.gradient_accumulation * factor
         return (

@@ -113,6 +113,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         modules = method.select(transformer)
         check_size(config, transformer.config)
         dtype = choose_dtype(config.model.dtype, gpu_of(device))
+        check_precision(config, dtype)
         buckets = buckets_of(config, transformer.config)
         priors = plan_priors(config, records, buckets, base, warnings.append)
     except UserError as error:
@@ -238,6 +239,15 @@ def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
     largest = largest_side(transformer)
     if config.data.resolution > largest:
         raise ConfigError(f"data.resolution: {config.data.resolution} is too large for this base; at most {largest}")
+
+
+def check_precision(config: Config, dtype: torch.dtype) -> None:
+    """Raise ConfigError if `train.fused_backward` cannot be combined with the resolved precision."""
+    if config.train.fused_backward and dtype is torch.float16:
+        raise ConfigError(
+            "train.fused_backward: fp16 overflows in some steps, which must be skipped; set model.dtype to bf16 or "
+            "fp32, or leave train.fused_backward out"
+        )
 
 
 def _check_sigmas(flow: FlowConfig, shift: float) -> None:

@@ -47,6 +47,12 @@ class TrainConfig(Section):
         description="Number of transformer blocks whose weights stay in system memory; they are copied to the GPU "
         "ahead of their use, in forward and backward pass. Two of them are there at a time. Needs a frozen base.",
     )
+    fused_backward: Annotated[bool, Key(Identity.FREE, phases=TRAINING)] = Field(
+        False,
+        description="Update weights inside the backward pass, so that no gradient of the whole model is kept: 6 bytes "
+        "less for each trained parameter in 16 bits. Equal results. Needs `max_grad_norm: null`, "
+        "`gradient_accumulation: 1`, and AdamW. A gradient that is not finite cannot be skipped, and ends the run.",
+    )
     memory: Annotated[Annotated[float, Field(gt=0)] | Literal["auto"] | None, FREE] = Field(
         None,
         description="Memory budget of the run in GB (10^9 bytes); `auto` is the free memory of the GPU. Settings that "
@@ -93,6 +99,16 @@ class TrainConfig(Section):
             raise ValueError(
                 f"checkpointed_blocks is {self.checkpointed_blocks} but gradient_checkpointing is none; "
                 "set gradient_checkpointing: block or selective, or leave checkpointed_blocks out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fused_backward_needs_no_whole_gradient(self) -> TrainConfig:
+        if self.fused_backward and (self.max_grad_norm is not None or self.gradient_accumulation > 1):
+            norm = "null" if self.max_grad_norm is None else f"{self.max_grad_norm:g}"
+            raise ValueError(
+                f"fused_backward needs max_grad_norm: null and gradient_accumulation: 1, which are {norm} and "
+                f"{self.gradient_accumulation}: both need the whole gradient; set them, or leave fused_backward out"
             )
         return self
 
