@@ -178,7 +178,7 @@ def _can_overwrite(tensor: Tensor) -> bool:
 
 def _overwrite(tensor: Tensor, value: Tensor) -> Callable[[], object]:
     """Write `value` into a tensor. Return the function that restores it."""
-    live = tensor.data.to("meta" if tensor.is_meta else "cpu", copy=True)
+    live = tensor.data if tensor.is_meta else tensor.data.to("cpu", copy=True)
     tensor.data.copy_(value)
     return lambda: tensor.data.copy_(live)
 

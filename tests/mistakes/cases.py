@@ -286,6 +286,23 @@ CASES = [
     ),
     Case(
         "config",
+        "a fused update of a clipped gradient",
+        CHECK,
+        "leave fused_backward out",
+        edited("steps: 2", "steps: 2, fused_backward: true"),
+    ),
+    Case(
+        "config",
+        "a fused update by an optimizer that needs the whole gradient",
+        CHECK,
+        "leave train.fused_backward out",
+        lambda: Path("run.yaml").write_text(
+            YAML.replace("steps: 2", "steps: 2, fused_backward: true, max_grad_norm: null")
+            + "optimizer: {kind: prodigy}\n"
+        ),
+    ),
+    Case(
+        "config",
         "memory that is not a number",
         CHECK,
         "train.memory",

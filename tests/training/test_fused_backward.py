@@ -112,10 +112,13 @@ def test_a_gradient_that_is_not_finite_ends_the_run_at_the_last_good_checkpoint(
 
 
 def test_what_needs_the_whole_gradient_is_one_line(quick_config, tmp_path: Path) -> None:
-    both = r"fused_backward needs max_grad_norm: null and gradient_accumulation: 1, which are "
-    with pytest.raises(ConfigError, match=both + "1 and 1:"):
+    with pytest.raises(
+        ConfigError, match="fused_backward is true, but max_grad_norm is 1 and gradient_accumulation is 1;"
+    ):
         quick_config(tmp_path, FUSED)
-    with pytest.raises(ConfigError, match=both + "null and 2:"):
+    with pytest.raises(
+        ConfigError, match="max_grad_norm is null and gradient_accumulation is 2; set max_grad_norm: null"
+    ):
         quick_config(tmp_path, FUSED, UNCLIPPED, "train.gradient_accumulation=2")
     with pytest.raises(ConfigError, match=r"optimizer\.kind is prodigy, which needs the whole gradient; set "):
         quick_config(tmp_path, FUSED, UNCLIPPED, "optimizer={kind: prodigy}")

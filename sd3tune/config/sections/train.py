@@ -107,8 +107,9 @@ class TrainConfig(Section):
         if self.fused_backward and (self.max_grad_norm is not None or self.gradient_accumulation > 1):
             norm = "null" if self.max_grad_norm is None else f"{self.max_grad_norm:g}"
             raise ValueError(
-                f"fused_backward needs max_grad_norm: null and gradient_accumulation: 1, which are {norm} and "
-                f"{self.gradient_accumulation}: both need the whole gradient; set them, or leave fused_backward out"
+                f"fused_backward is true, but max_grad_norm is {norm} and gradient_accumulation is "
+                f"{self.gradient_accumulation}; set max_grad_norm: null and gradient_accumulation: 1, as others need "
+                "the whole gradient, or leave fused_backward out"
             )
         return self
 
