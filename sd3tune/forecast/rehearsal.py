@@ -184,12 +184,12 @@ def rehearse_training(
         trained[_OMITTED] = nn.Parameter(torch.empty(left_out, device=META))
     master = FlatMaster(trained, dtype, accumulates=not config.train.fused_backward)
     values = master.master.numel()
-    no_optimizer = _NoOptimizer([master.master], {"lr": 0.0})  # see `rehearse_optimizer` for the real one
-    fused = FusedBackward(master, no_optimizer, without=_OMITTED) if config.train.fused_backward else None
+    idle = _NoOptimizer([master.master], {"lr": 0.0})  # see `rehearse_optimizer` for the real one
+    fused = FusedBackward(master, idle, without=_OMITTED) if config.train.fused_backward else None
     state = TrainState(
         step=0,
         master=master,
-        optimizer=no_optimizer,
+        optimizer=idle,
         ema=master.master.detach().clone() if config.ema is not None else None,
         loss_scale=LossScale(META, enabled=dtype is torch.float16),
         fused=fused,
@@ -248,17 +248,13 @@ def _rehearse_step(
             collect()
 
         master.collect_gradients = collecting  # type: ignore[method-assign]
-        train_step(state, thin.transformer, method, batches, objective, once, _unreduced)
+        train_step(state, thin.transformer, method, batches, objective, once, lambda gradient: gradient)
 
     return thin.measured(step, saved)
 
 
-def _unreduced(gradient: Tensor) -> Tensor:
-    return gradient
-
-
 def rehearse_optimizer(config: Config, values: int, together: int | None = None) -> MemoryUse:
-    """Return the optimizer's state for `values` parameters, and its working memory to update `together` of them or all.
+    """Return the state for `values` parameters, and the working memory to update `together` of them, or all.
 
     Both are measured for `_TRIAL_SIZE` parameters on the CPU.
     """
@@ -267,7 +263,7 @@ def rehearse_optimizer(config: Config, values: int, together: int | None = None)
     state = TrainState(0, master, optimizer, None, LossScale(master.master.device, enabled=False))
     for _ in range(2):  # the first step creates the state
         master.gradient.fill_(1.0)
-        footprint = peak_of(lambda: update(state, config, config.optimizer.lr, _unreduced))
+        footprint = peak_of(lambda: update(state, config, config.optimizer.lr, lambda gradient: gradient))
     kept = [value for value in optimizer.state[master.master].values() if isinstance(value, Tensor) and value.ndim]
     at_a_time = min(together or values, getattr(optimizer, "chunk", None) or values)
     return MemoryUse(bytes_of(kept) * values // _TRIAL_SIZE, footprint.peak * at_a_time // _TRIAL_SIZE)

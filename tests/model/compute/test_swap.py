@@ -120,7 +120,7 @@ def test_outputs_and_gradients_are_equal_to_the_bit(name: str, computed) -> None
         pytest.importorskip("bitsandbytes")
     plain = computed(*settings)
     assert all(of.abs().max() > 0 for of in plain)
-    for count in (3, 4):
+    for count in (3, 4) if name == "fast" else (4,):
         swapped = computed(*settings, f"train.swap_blocks={count}")
         assert all(map(torch.equal, swapped, plain)), count
 
@@ -146,8 +146,7 @@ def test_the_device_holds_two_of_the_swapped_blocks(quick_config, tmp_path: Path
     assert held == bytes_of(tensors_of(plain)) - sum(blocks) + max(blocks[0::2]) + max(blocks[1::2])
 
 
-@pytest.mark.parametrize("form", ["none", "nf4"])
-@pytest.mark.parametrize("hoisted", ["true", "false"])
+@pytest.mark.parametrize(("form", "hoisted"), [("none", "false"), ("nf4", "true")])
 def test_the_forecast_counts_them_to_the_byte(quick_config, tmp_path: Path, form: str, hoisted: str) -> None:
     if form != "none":
         pytest.importorskip("bitsandbytes")
