@@ -185,20 +185,19 @@ def rehearse_training(
     master = FlatMaster(trained, dtype, accumulates=not config.train.fused_backward)
     values = master.master.numel()
     idle = _NoOptimizer([master.master], {"lr": 0.0})  # see `rehearse_optimizer` for the real one
-    fused = FusedBackward(master, idle, without=_OMITTED) if config.train.fused_backward else None
     state = TrainState(
         step=0,
         master=master,
         optimizer=idle,
         ema=master.master.detach().clone() if config.ema is not None else None,
         loss_scale=LossScale(META, enabled=dtype is torch.float16),
-        fused=fused,
+        fused=FusedBackward(master, idle, without=_OMITTED) if config.train.fused_backward else None,
     )
     frozen = _frozen(transformer)
     saved = SavedTensors([*tensors_of(transformer), *frozen, *ahead, master.master])
     with saved.watching():
         step = _rehearse_step(config, state, thin, method, empty, saved)
-    optimizer = rehearse_optimizer(config, values, None if fused is None else fused.most_values)
+    optimizer = rehearse_optimizer(config, values, state.fused.most_values if state.fused else None)
     if like is not None:
         preview = like.preview
     elif config.preview.prompts:
@@ -216,7 +215,7 @@ def rehearse_training(
         ahead=bytes_of(ahead),
         average=0 if state.ema is None else bytes_of([state.ema]),
         saved=step.saved,
-        working=max(step.peak, optimizer.working) if fused is None else step.peak + optimizer.working,
+        working=max(step.peak, optimizer.working) if state.fused is None else step.peak + optimizer.working,
         flops=(step.flops + window.flops // window_length(batches)) * config.train.gradient_accumulation,
         preview=preview,
     )

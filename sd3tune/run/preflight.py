@@ -88,8 +88,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
 
     `world` is the number of processes that will train. Raises UserError with every problem found.
     """
-    problems = missing_packages(config.tracking)
-    warnings: list[str] = []
+    problems, warnings = missing_packages(config.tracking), list[str]()
     if resume is not None:
         problems += _upload_problems(config)
     records, holdout = list[Record](), list[Record]()

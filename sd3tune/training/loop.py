@@ -94,8 +94,7 @@ def train(
             last = state.step == config.train.total_steps
             alone = processes.world == 1 and stop_requested()  # several processes agree on a stop when they log
             if state.step % config.train.log_every == 0 or last or alone:
-                metrics.flush(wait=last or alone)
-                saver.check_whole()
+                saver.read_metrics(wait=last or alone)
                 _show(bar, metrics, known_skips)
                 known_skips = len(metrics.skipped)
             bar.update()
@@ -135,8 +134,7 @@ class _Saver:
 
     def save(self, keep: int | None) -> None:
         """Write a checkpoint of the current step, and remove all but the newest `keep`; None keeps all."""
-        self.metrics.flush(wait=True)
-        self.check_whole()
+        self.read_metrics(wait=True)
         if self.processes.is_main:
             save_checkpoint(
                 self.run,
@@ -150,8 +148,9 @@ class _Saver:
         self.saved = self.state.step
         self.processes.wait()
 
-    def check_whole(self) -> None:
-        """Raise RunError if a gradient was not finite, but is in the weights already: none such may be saved."""
+    def read_metrics(self, wait: bool) -> None:
+        """Read the metrics of past steps. Raise RunError if the weights hold a gradient that was not finite."""
+        self.metrics.flush(wait=wait)
         new = list(self.metrics.skipped.items())[self._known_skips :]
         if self.state.fused is not None and new:
             raise RunError(_spoilt(self.run, *new[0]))
