@@ -21,6 +21,7 @@ from sd3tune.methods import METHODS
 from sd3tune.model.load.quantized import missing_library
 from sd3tune.reporting import Lines
 from sd3tune.run.describe import describe_precision
+from sd3tune.run.knobs import more_swapped
 from sd3tune.runtime.device import DTYPES, choose_dtype, dtype_name, gpu_of
 
 UTILISATION = 40
@@ -155,6 +156,8 @@ def _base_lines(inputs: ForecastInputs) -> list[str]:
     checkpointing: str = train.gradient_checkpointing
     if train.checkpointed_blocks is not None:
         checkpointing += f" of {train.checkpointed_blocks} blocks"
+    if train.swap_blocks is not None:
+        checkpointing += f", {train.swap_blocks} blocks swapped"
     batch = f"batch {train.batch_size}" + f" x {train.gradient_accumulation}" * (train.gradient_accumulation > 1)
     return [
         f"base      {inputs.base.name}, {describe_precision(inputs.config, inputs.dtype)}",
@@ -275,7 +278,9 @@ def knobs(inputs: ForecastInputs) -> list[Knob]:
             found.append((typed, _changed("train", gradient_checkpointing=kind, checkpointed_blocks=None)))
     if train.gradient_checkpointing != "none" and not partly:
         found.append((f"train.checkpointed_blocks={blocks // 2}", _changed("train", checkpointed_blocks=blocks // 2)))
-    if train.batch_size > 1:
+    if (swapped := more_swapped(config, blocks)) is not None:
+        found.append((f"train.swap_blocks={swapped}", _changed("train", swap_blocks=swapped)))
+    if train.batch_size > 1 and not train.fused_backward:
         more = train.gradient_accumulation * train.batch_size
         typed = f"train.batch_size=1 train.gradient_accumulation={more}"
         found.append((typed, _changed("train", batch_size=1, gradient_accumulation=more)))
@@ -297,7 +302,7 @@ def knobs(inputs: ForecastInputs) -> list[Knob]:
     for kind in leaner_values(config, "optimizer.kind") if eight_bit else ():
         found.append((f"optimizer.kind={kind}", _with_optimizer(kind)))
     own = METHODS[config.method.kind](config, inputs.base).savings(config)
-    found += [(one.typed, _changed(one.section, **{one.key: one.value})) for one in own if one.planned]
+    found += [(one.typed, _changed(one.section, **one.values)) for one in own if one.planned]
     return found
 
 

@@ -156,18 +156,18 @@ def _train(
     callbacks: Sequence[Callback],
     signals: StopSignals | None,
 ) -> None:
-    config, clock = plan.config, [time.monotonic()]
+    config, clock, blocks = plan.config, [time.monotonic()], plan.base.config("transformer")["num_layers"]
     with explain_oom("encoding", lambda: encoding_knob(config)):
         encoded = encode(plan, processes, say)
     clock.append(time.monotonic())
-    with explain_oom("loading the transformer", lambda: loading_knob(config)):
+    with explain_oom("loading the transformer", lambda: loading_knob(config, blocks)):
         transformer = load_base(plan)  # before the run folder changes, as loading fails on a damaged file
     with ExitStack() as stack:
         attempt = _begin(plan, processes, encoded, transformer, say, stack)
         clock.append(time.monotonic())
         watched_before = sum(attempt.watching.seconds.values())  # opening the trackers
         deferred = signals.deferred() if signals else nullcontext()
-        explained = explain_oom("training", lambda: training_knob(config, plan.method))
+        explained = explain_oom("training", lambda: training_knob(config, plan.method, blocks))
         with deferred, explained, explain_compile_errors():
             metrics = train(
                 config=config,

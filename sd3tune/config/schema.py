@@ -174,6 +174,24 @@ class Config(Section, metaclass=ConfigType):
         return self
 
     @model_validator(mode="after")
+    def _swapped_blocks_are_frozen(self) -> Config:
+        if self.train.swap_blocks is not None and not self.method.freezes_base:
+            raise ValueError(
+                f"train.swap_blocks is {self.train.swap_blocks} and method.kind is {self.method.kind}: only the blocks "
+                "of a frozen base can wait in system memory; leave train.swap_blocks out, or set method.kind=lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fused_backward_updates_in_slices(self) -> Config:
+        if self.train.fused_backward and not self.optimizer.updates_in_slices:
+            raise ValueError(
+                f"train.fused_backward is true and optimizer.kind is {self.optimizer.kind}, which needs the whole "
+                "gradient; set optimizer.kind=adamw or adamw8bit, or leave train.fused_backward out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _exported_tags_need_adapter(self) -> Config:
         if self.data.export_tags and not self.method.makes_adapter:
             raise ValueError(

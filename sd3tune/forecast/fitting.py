@@ -1,8 +1,9 @@
 """Fitting a run into `train.memory`, at the least cost in time and precision.
 
 Model, objective and the images of an optimizer step stay the same. The order of trials is: the configuration itself;
-selective checkpointing of a quarter, half, three quarters and all of the blocks; full checkpointing of every block; all
-of these with the base in 4 bits. Each trial uses the largest micro-batch that fits and divides the step's images.
+selective checkpointing of a quarter, half, three quarters and all of the blocks; full checkpointing of every block; the
+same with a quarter, half, three quarters and all of the blocks swapped; all of these with the base in 4 bits. Each
+trial uses the largest micro-batch that fits and divides the step's images.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sd3tune.config import Config
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ConfigError
 from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, ForecastInputs, forecast
+from sd3tune.model.compute.swap import BUFFERS
 from sd3tune.reporting import progress_bar
 from sd3tune.run.buckets import bucket_of
 from sd3tune.run.preflight import Plan
@@ -73,7 +75,7 @@ def fit(inputs: ForecastInputs, budget: int, quiet: bool = False) -> Forecast:
     if t5 is not None and t5.peak * (1 + MARGIN) + CONTEXT > budget:
         inputs = _changed(inputs, "model", t5_device="cpu")
         estimate = forecast(inputs, estimate)
-    given_up: ModelConfig | None = None
+    given_up: tuple[ModelConfig, int | None] | None = None
     bar = progress_bar(
         list(leaner_configurations(inputs)),
         desc="fitting into memory",
@@ -83,7 +85,7 @@ def fit(inputs: ForecastInputs, budget: int, quiet: bool = False) -> Forecast:
         disable=quiet,
     )
     for leaner in bar:
-        if leaner.config.model == given_up:
+        if _what_stays(leaner.config) == given_up:
             continue
         found = None
         for split in _batch_splits(leaner):
@@ -92,7 +94,7 @@ def fit(inputs: ForecastInputs, budget: int, quiet: bool = False) -> Forecast:
                 break
             found = estimate
         if _checkpointing_cannot_help(estimate, budget):
-            given_up = estimate.inputs.config.model
+            given_up = _what_stays(leaner.config)
         if found is not None:
             return found
     worst = max(estimate.phases, key=lambda name: estimate.phases[name].peak)
@@ -100,6 +102,11 @@ def fit(inputs: ForecastInputs, budget: int, quiet: bool = False) -> Forecast:
         f"{KEY}: {budget / 1e9:.3g} GB cannot hold this run: the minimum is {estimate.needed / 1e9:.3g} GB "
         f"(to {worst}); lower data.resolution, or raise train.memory"
     )
+
+
+def _what_stays(config: Config) -> tuple[ModelConfig, int | None]:
+    """Return the settings of memory that checkpointing cannot reduce."""
+    return config.model, config.train.swap_blocks
 
 
 def _checkpointing_cannot_help(estimate: Forecast, budget: int) -> bool:
@@ -141,14 +148,22 @@ def leaner_configurations(inputs: ForecastInputs) -> Iterator[ForecastInputs]:
         steps = [("block", None)]
     for kind, count in steps:
         yield _changed(inputs, "train", gradient_checkpointing=kind, checkpointed_blocks=count)
+    if not inputs.config.method.freezes_base:
+        return
+    if inputs.config.train.swap_blocks is None and blocks > BUFFERS:
+        for count in dict.fromkeys(max(BUFFERS + 1, -(-blocks * quarters // 4)) for quarters in (1, 2, 3, 4)):
+            yield _changed(inputs, "train", gradient_checkpointing="block", checkpointed_blocks=None, swap_blocks=count)
     eight_bit = importlib.util.find_spec("bitsandbytes") is not None
-    if inputs.config.method.freezes_base and inputs.config.model.quantize == "none" and eight_bit:
+    if inputs.config.model.quantize == "none" and eight_bit:
         yield from leaner_configurations(_changed(inputs, "model", quantize="nf4"))
 
 
 def _batch_splits(inputs: ForecastInputs) -> Iterator[ForecastInputs]:
     """Yield the splits of a step's images into micro-batches, the smallest first."""
     train = inputs.config.train
+    if train.fused_backward:  # no gradient is accumulated
+        yield inputs
+        return
     images = train.batch_size * train.gradient_accumulation
     for batch in range(1, images + 1):
         if images % batch == 0:

@@ -32,7 +32,7 @@ from sd3tune.model.base.resolve import shape_of_base
 from sd3tune.model.load.components import empty_transformer
 from sd3tune.run.buckets import bucket_of, buckets_of
 from sd3tune.run.encoding import texts_to_encode
-from sd3tune.run.preflight import check_installed, check_size, resolve_epochs, split_records
+from sd3tune.run.preflight import check_installed, check_precision, check_size, resolve_epochs, split_records
 from sd3tune.run.priors import PlannedPrior, plan_priors
 
 CONTEXT = 600_000_000
@@ -114,6 +114,7 @@ def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
     base = shape_of_base(config.model, config.seed)
     transformer = empty_transformer(base)
     check_size(config, transformer.config)
+    check_precision(config, dtype)
     METHODS[config.method.kind](config, base).select(transformer)
     buckets = buckets_of(config, transformer.config)
     records: list[Record] | None = None

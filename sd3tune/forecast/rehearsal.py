@@ -21,6 +21,7 @@ from sd3tune.methods import Method
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.parts import ENCODER_PARTS
 from sd3tune.model.compute.hoist import Modulation, hoist, row_bytes
+from sd3tune.model.compute.swap import bytes_saved
 from sd3tune.model.load.components import empty_transformer, load_vae, text_encoder_shape, vae_dtype
 from sd3tune.model.load.latents import decode
 from sd3tune.model.load.quantized import load_transformer_in, quantize, statistics
@@ -28,6 +29,7 @@ from sd3tune.run.setup import hoists, make_trainable
 from sd3tune.training.ahead import window_length, with_modulations
 from sd3tune.training.batches import Batch
 from sd3tune.training.flat_master import FlatMaster, LossScale
+from sd3tune.training.fused_backward import FusedBackward
 from sd3tune.training.objective import make_objective
 from sd3tune.training.optimizers import make_optimizer
 from sd3tune.training.step import TrainState, predict_velocity, train_step, update
@@ -62,7 +64,7 @@ class Training:
     trained: int
     """Number of trained parameters."""
     frozen: int
-    """The base's frozen tensors, in the compute dtype or quantized."""
+    """The base's frozen tensors on the device, in the compute dtype or quantized."""
     compute: int
     """The trained parameters in the compute dtype; 0 for fp32, which computes with the master."""
     master: int
@@ -151,6 +153,10 @@ class _NoOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Do nothing: torch's fused optimizers refuse the meta device."""
 
+    def update_slice(self, start: int, gradient: Tensor) -> None: ...
+
+    def finish(self) -> None: ...
+
 
 def rehearse_training(
     config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype, like: Training | None = None
@@ -167,6 +173,7 @@ def rehearse_training(
     with Footprint() as window:  # measured apart from the step, as it covers several steps
         ahead = list(batches.fetch(0, 0).modulation or ())
     modulation = row_bytes(transformer)
+    swapped = bytes_saved(transformer, config.train.swap_blocks or 0)
     thin = thin_out(transformer, method, config.train.checkpointed_blocks)
     empty.modulation = thin.remaining_modulation(ahead) if ahead else None
     checkpointing = {"checkpointed_blocks": thin.remaining_of_first(config.train.checkpointed_blocks)}
@@ -175,20 +182,22 @@ def rehearse_training(
     left_out = thin.omitted_sum(lambda block: sum(of.numel() for of in block.parameters() if of.requires_grad))
     if left_out:
         trained[_OMITTED] = nn.Parameter(torch.empty(left_out, device=META))
-    master = FlatMaster(trained, dtype)
+    master = FlatMaster(trained, dtype, accumulates=not config.train.fused_backward)
     values = master.master.numel()
+    idle = _NoOptimizer([master.master], {"lr": 0.0})  # see `rehearse_optimizer` for the real one
     state = TrainState(
         step=0,
         master=master,
-        optimizer=_NoOptimizer([master.master], {"lr": 0.0}),  # see `rehearse_optimizer` for the real one
+        optimizer=idle,
         ema=master.master.detach().clone() if config.ema is not None else None,
         loss_scale=LossScale(META, enabled=dtype is torch.float16),
+        fused=FusedBackward(master, idle, without=_OMITTED) if config.train.fused_backward else None,
     )
     frozen = _frozen(transformer)
     saved = SavedTensors([*tensors_of(transformer), *frozen, *ahead, master.master])
     with saved.watching():
         step = _rehearse_step(config, state, thin, method, empty, saved)
-    optimizer = rehearse_optimizer(config, values)
+    optimizer = rehearse_optimizer(config, values, state.fused.most_values if state.fused else None)
     if like is not None:
         preview = like.preview
     elif config.preview.prompts:
@@ -198,7 +207,7 @@ def rehearse_training(
     return Training(
         parameters=parameters,
         trained=values,
-        frozen=bytes_of(frozen) + thin.omitted_sum(lambda block: bytes_of(_frozen(block))),
+        frozen=bytes_of(frozen) + thin.omitted_sum(lambda block: bytes_of(_frozen(block))) - swapped,
         compute=0 if dtype is torch.float32 else bytes_of([master.compute]),
         master=bytes_of([master.master]),
         gradient=bytes_of([master.gradient]),
@@ -206,7 +215,7 @@ def rehearse_training(
         ahead=bytes_of(ahead),
         average=0 if state.ema is None else bytes_of([state.ema]),
         saved=step.saved,
-        working=max(step.peak, optimizer.working),
+        working=max(step.peak, optimizer.working) if state.fused is None else step.peak + optimizer.working,
         flops=(step.flops + window.flops // window_length(batches)) * config.train.gradient_accumulation,
         preview=preview,
     )
@@ -238,17 +247,13 @@ def _rehearse_step(
             collect()
 
         master.collect_gradients = collecting  # type: ignore[method-assign]
-        train_step(state, thin.transformer, method, batches, objective, once, _unreduced)
+        train_step(state, thin.transformer, method, batches, objective, once, lambda gradient: gradient)
 
     return thin.measured(step, saved)
 
 
-def _unreduced(gradient: Tensor) -> Tensor:
-    return gradient
-
-
-def rehearse_optimizer(config: Config, values: int) -> MemoryUse:
-    """Return the optimizer's state, and its working memory in an update of `values` parameters.
+def rehearse_optimizer(config: Config, values: int, together: int | None = None) -> MemoryUse:
+    """Return the state for `values` parameters, and the working memory to update `together` of them, or all.
 
     Both are measured for `_TRIAL_SIZE` parameters on the CPU.
     """
@@ -257,9 +262,9 @@ def rehearse_optimizer(config: Config, values: int) -> MemoryUse:
     state = TrainState(0, master, optimizer, None, LossScale(master.master.device, enabled=False))
     for _ in range(2):  # the first step creates the state
         master.gradient.fill_(1.0)
-        footprint = peak_of(lambda: update(state, config, config.optimizer.lr, _unreduced))
+        footprint = peak_of(lambda: update(state, config, config.optimizer.lr, lambda gradient: gradient))
     kept = [value for value in optimizer.state[master.master].values() if isinstance(value, Tensor) and value.ndim]
-    at_a_time = min(values, getattr(optimizer, "chunk", None) or values)
+    at_a_time = min(together or values, getattr(optimizer, "chunk", None) or values)
     return MemoryUse(bytes_of(kept) * values // _TRIAL_SIZE, footprint.peak * at_a_time // _TRIAL_SIZE)
 
 
@@ -329,6 +334,7 @@ def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dty
     vae = load_vae(base, vae_dtype(dtype), META)
     batch = MetaBatches(config, base, method.cached_encoders, size, dtype).batch_of(2, size)
     resident = bytes_of([*tensors_of(transformer), *statistics(transformer), *tensors_of(vae)])
+    resident -= bytes_saved(transformer, config.train.swap_blocks or 0)
     thin = thin_out(transformer, method, None)
     with torch.no_grad():
         denoising = thin.measured(lambda _: predict_velocity(transformer, method, batch))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,10 +50,17 @@ class Saving:
     """The saving in words, for the advice on running out of memory; empty if it is not advised there."""
     planned: bool = True
     """True if `sd3tune plan` lists it."""
+    needs: Mapping[str, Any] = field(default_factory=dict)
+    """Other keys of the section that must be set with it."""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return {self.key: self.value, **self.needs}
 
     @property
     def typed(self) -> str:
-        return f"{self.section}.{self.key}={self.value}"
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.values.items()}
+        return " ".join(f"{self.section}.{key}={text}" for key, text in texts.items())
 
 
 class Method(Protocol):

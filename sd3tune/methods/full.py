@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +31,7 @@ class FullMethod(StoredText):
     """See `methods.base.Method`.
 
     The untrained base is needed two or three times a run: first preview, first held-out loss, closing report. It is
-    loaded each time to save memory. If its prediction is the target of every step, it stays in memory.
+    loaded to system memory each time. If its prediction is the target of every step, it stays on the device.
     """
 
     product = Product("model", INDEX_FILE)
@@ -99,12 +99,13 @@ class FullMethod(StoredText):
         return {name: value.to(self.export_dtype) for name, value in weights.items()} | self._buffers
 
     def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None]:
-        return _swapped_weights(
-            transformer, lambda name: weights[name].to(self.export_dtype) if name in weights else None
-        )
+        def exported(name: str) -> Tensor | None:
+            return weights[name].to(self.export_dtype) if name in weights else None
+
+        return _other_weights(transformer, exported, in_place=True)
 
     def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
-        return _swapped_weights(transformer, self._untrained(transformer).get)
+        return _other_weights(transformer, self._untrained(transformer).get, in_place=not self._caches_base)
 
     def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
         changes: dict[str, float] = {}
@@ -136,32 +137,56 @@ class FullMethod(StoredText):
     def savings(self, config: Config) -> Sequence[Saving]:
         kind = "adamw8bit"
         eight = Saving("optimizer", "kind", kind, "6 bytes less for each parameter", planned=False)
-        return () if config.optimizer.kind == kind else (eight,)
+        words = "no gradient of the whole model is kept, or clipped"
+        fused = Saving("train", "fused_backward", True, words, needs={"max_grad_norm": None})
+        is_open = not config.train.fused_backward and config.train.gradient_accumulation == 1
+        can_fuse = is_open and config.optimizer.updates_in_slices
+        return (*[fused] * can_fuse, *[eight] * (config.optimizer.kind != kind))
 
     def _untrained(self, transformer: SD3Transformer2DModel) -> dict[str, Tensor]:
         if self._cached_base is not None:
             return self._cached_base
-        base = load_transformer(self.base, transformer.dtype, transformer.device).state_dict()
+        device = transformer.device if self._caches_base else "cpu"
+        base = load_transformer(self.base, transformer.dtype, device).state_dict()
         if self._caches_base:
             self._cached_base = base
         return base
 
 
 @contextmanager
-def _swapped_weights(transformer: SD3Transformer2DModel, values: Callable[[str], Tensor | None]) -> Iterator[None]:
-    """Point parameters and buffers at other values while the context lasts. The live values are never written to."""
-    live: list[tuple[Tensor, Tensor]] = []
-    try:
+def _other_weights(
+    transformer: SD3Transformer2DModel, values: Callable[[str], Tensor | None], in_place: bool
+) -> Iterator[None]:
+    """Compute with other parameters and buffers while the context lasts; None keeps the live value.
+
+    `in_place` overwrites live values of a GPU in 16 bits, which then wait in system memory, so that the GPU does not
+    hold both. Others are never written to: in fp32 they may be the master itself.
+    """
+    with ExitStack() as stack:
         for name, tensor in chain(transformer.named_parameters(), transformer.named_buffers()):
             value = values(name)
             if value is not None:
-                live.append((tensor, tensor.data))
-                tensor.data = _aligned(value.to(tensor.dtype))
+                replace = _overwrite if in_place and _can_overwrite(tensor) else _repoint
+                stack.callback(replace(tensor, value))
         with plain_path(transformer):
             yield
-    finally:
-        for tensor, data in live:
-            tensor.data = data
+
+
+def _can_overwrite(tensor: Tensor) -> bool:
+    return not tensor.is_cpu and tensor.dtype is not torch.float32
+
+
+def _overwrite(tensor: Tensor, value: Tensor) -> Callable[[], object]:
+    """Write `value` into a tensor. Return the function that restores it."""
+    live = tensor.data if tensor.is_meta else tensor.data.to("cpu", copy=True)
+    tensor.data.copy_(value)
+    return lambda: tensor.data.copy_(live)
+
+
+def _repoint(tensor: Tensor, value: Tensor) -> Callable[[], object]:
+    """Let a tensor share the memory of `value`, or of a copy of it. Return the function that restores it."""
+    live, tensor.data = tensor.data, _aligned(value.to(tensor.device, tensor.dtype))
+    return lambda: setattr(tensor, "data", live)
 
 
 def _aligned(value: Tensor) -> Tensor:

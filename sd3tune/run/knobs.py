@@ -5,6 +5,9 @@ from __future__ import annotations
 from sd3tune.config import Config
 from sd3tune.config.meaning import leaner_values
 from sd3tune.methods import Method
+from sd3tune.model.compute.swap import BUFFERS
+
+_SWAPPED = "so many blocks' weights stay in system memory until they are used"
 
 
 def encoding_knob(config: Config) -> str:
@@ -21,19 +24,31 @@ def encoding_knob(config: Config) -> str:
     return "run `sd3tune cache` on a larger machine and use its store (data.cache_dir)"
 
 
-def loading_knob(config: Config) -> str:
-    """Return the advice for loading the base."""
+def more_swapped(config: Config, blocks: int) -> int | None:
+    """Return a higher number of swapped blocks for a base with `blocks`: half of them, then all; None if none helps."""
+    swapped = config.train.swap_blocks or BUFFERS
+    higher = (count for count in (max(blocks // 2, BUFFERS + 1), blocks) if swapped < count <= blocks)
+    return next(higher, None) if config.method.freezes_base else None
+
+
+def loading_knob(config: Config, blocks: int) -> str:
+    """Return the advice for loading the base, which has `blocks`."""
     if config.model.dtype == "fp32":
         return "set model.dtype=auto, which takes half the memory on a GPU"
+    if (swapped := more_swapped(config, blocks)) is not None:
+        return f"set train.swap_blocks={swapped}: {_SWAPPED}"
     if _can_be_quantised(config):
         return "set model.quantize=nf4, which holds the base in a third of its memory"
     return f"{config.model.base} does not fit; take a smaller base, such as stabilityai/stable-diffusion-3.5-medium"
 
 
-def training_knob(config: Config, method: Method) -> str:
-    """Return the advice for training, the cheapest first: micro-batch size, recomputation, resolution, capacity."""
+def training_knob(config: Config, method: Method, blocks: int) -> str:
+    """Return the advice for training a base with `blocks`, the cheapest first.
+
+    The order is: micro-batch size, recomputation, swapped blocks, precision, resolution, capacity.
+    """
     train, side = config.train, config.data.resolution
-    if train.batch_size > 1:
+    if train.batch_size > 1 and not train.fused_backward:
         factor = next(n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0)
         smaller, more = train.batch_size // factor, train.gradient_accumulation * factor
         return (
@@ -46,6 +61,8 @@ def training_knob(config: Config, method: Method) -> str:
         return "set train.checkpointed_blocks=null: all blocks are recomputed"
     if train.gradient_checkpointing == "selective":
         return "set train.gradient_checkpointing=block: half of those activations, for a tenth more time"
+    if (swapped := more_swapped(config, blocks)) is not None:
+        return f"set train.swap_blocks={swapped}: {_SWAPPED}"
     if _can_be_quantised(config):
         return "set model.quantize=nf4: a third of the base's memory, for a little exactness"
     lower = next((of for of in leaner_values(config, "data.resolution") if of < side), None)

@@ -88,8 +88,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
 
     `world` is the number of processes that will train. Raises UserError with every problem found.
     """
-    problems = missing_packages(config.tracking)
-    warnings: list[str] = []
+    problems, warnings = missing_packages(config.tracking), list[str]()
     if resume is not None:
         problems += _upload_problems(config)
     records, holdout = list[Record](), list[Record]()
@@ -113,6 +112,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         modules = method.select(transformer)
         check_size(config, transformer.config)
         dtype = choose_dtype(config.model.dtype, gpu_of(device))
+        check_precision(config, dtype)
         buckets = buckets_of(config, transformer.config)
         priors = plan_priors(config, records, buckets, base, warnings.append)
     except UserError as error:
@@ -231,13 +231,24 @@ def resolve_epochs(config: Config, images_per_epoch: int, world: int) -> Config:
 
 
 def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the base has too few blocks to checkpoint, or cannot take the resolution."""
-    blocks, there = config.train.checkpointed_blocks, int(transformer["num_layers"])
-    if blocks is not None and blocks > there:
-        raise ConfigError(f"train.checkpointed_blocks: {blocks} of {there} blocks; at most {there}, or null for all")
+    """Raise ConfigError if the base has too few blocks to checkpoint or swap, or cannot take the resolution."""
+    there = int(transformer["num_layers"])
+    for name, otherwise in (("checkpointed_blocks", "null for all"), ("swap_blocks", "null for none")):
+        blocks = getattr(config.train, name)
+        if blocks is not None and blocks > there:
+            raise ConfigError(f"train.{name}: {blocks} of {there} blocks; at most {there}, or {otherwise}")
     largest = largest_side(transformer)
     if config.data.resolution > largest:
         raise ConfigError(f"data.resolution: {config.data.resolution} is too large for this base; at most {largest}")
+
+
+def check_precision(config: Config, dtype: torch.dtype) -> None:
+    """Raise ConfigError if `train.fused_backward` cannot be combined with the resolved precision."""
+    if config.train.fused_backward and dtype is torch.float16:
+        raise ConfigError(
+            "train.fused_backward: fp16 overflows in some steps, which must be skipped; set model.dtype to bf16 or "
+            "fp32, or leave train.fused_backward out"
+        )
 
 
 def _check_sigmas(flow: FlowConfig, shift: float) -> None:

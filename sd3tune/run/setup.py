@@ -14,14 +14,21 @@ from sd3tune.model.base.parts import is_modulation
 from sd3tune.model.compute.checkpointing import checkpoint_blocks
 from sd3tune.model.compute.fast import use_fast_path
 from sd3tune.model.compute.hoist import hoist
+from sd3tune.model.compute.swap import BlockSwap
 from sd3tune.model.load.quantized import load_transformer_in
 from sd3tune.run.preflight import Plan
 
 
 def load_base(plan: Plan) -> SD3Transformer2DModel:
-    """Load the frozen transformer onto its device, quantized if configured."""
+    """Load the frozen transformer onto its device, quantized and with swapped blocks if configured."""
     prepare = hoist if hoists(plan.config, plan.modules) else None
-    return load_transformer_in(plan.config.model.quantize, plan.base, plan.dtype, plan.device, prepare)
+    form, count = plan.config.model.quantize, plan.config.train.swap_blocks
+    if count is None:
+        return load_transformer_in(form, plan.base, plan.dtype, plan.device, prepare)
+    swap = BlockSwap(plan.base.config("transformer")["num_layers"], count, plan.device)
+    transformer = load_transformer_in(form, plan.base, plan.dtype, plan.device, prepare, swap.store)
+    swap.install(transformer)
+    return transformer
 
 
 def hoists(config: Config, modules: Sequence[str]) -> bool:

@@ -14,6 +14,7 @@ from sd3tune.run.setup import make_trainable
 from sd3tune.runtime.processes import ALONE, Processes
 from sd3tune.training.checkpoint import restore
 from sd3tune.training.flat_master import FlatMaster, LossScale
+from sd3tune.training.fused_backward import FusedBackward
 from sd3tune.training.optimizers import make_optimizer
 from sd3tune.training.step import TrainState, predict_velocity
 
@@ -31,7 +32,8 @@ def starting_state(
         plan.method.initialize_from_data(
             transformer, lambda: _observe(plan, encoded, transformer), processes.reduce_mean
         )
-    state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
+    master = FlatMaster(parameters, plan.dtype, accumulates=not config.train.fused_backward)
+    state = make_state(config, master, plan.dtype)
     if plan.start is not None:
         restore(plan.start, state)
     if config.train.compile == "blocks":
@@ -48,6 +50,7 @@ def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainS
         optimizer=optimizer,
         ema=master.master.detach().clone() if config.ema is not None else None,
         loss_scale=LossScale(master.master.device, enabled=dtype is torch.float16),
+        fused=FusedBackward(master, optimizer) if config.train.fused_backward else None,
     )
 
 

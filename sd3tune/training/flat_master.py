@@ -25,15 +25,16 @@ class FlatMaster:
     """The fp32 master copy of the trainable parameters, and their accumulated gradient.
 
     `parameters` are fp32 tensors inside the model; they become views of `compute`, a copy of the master in `dtype`.
-    With fp32, `compute` is the master itself, without a copy.
+    With fp32, `compute` is the master itself, without a copy. Without `accumulates` there is no gradient: see
+    `fused_backward`.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, accumulates: bool = True) -> None:
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.parameters = list(parameters.values())
         self.master = nn.Parameter(torch.cat([p.detach().float().reshape(-1) for p in self.parameters]))
         self.compute = self.master.detach().to(dtype)
-        self.gradient = torch.zeros_like(self.master)
+        self.gradient = torch.zeros_like(self.master) if accumulates else self.master.new_empty(0)
         for parameter, view in zip(self.parameters, self.compute.split(self.sizes), strict=True):
             parameter.data = view.view(parameter.shape)
 
@@ -51,12 +52,15 @@ class FlatMaster:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def publish(self) -> None:
-        """Copy the master to the model's parameters. Raises RuntimeError if they no longer share the flat buffer."""
+    def publish(self, part: slice = slice(None)) -> None:
+        """Copy a part of the master to the model's parameters.
+
+        Raises RuntimeError if they no longer share the flat buffer.
+        """
         if self.parameters[0].data_ptr() != self.compute.data_ptr():
             raise RuntimeError("the model's parameters were moved or cast: they no longer follow the master")
         if self.compute.data_ptr() != self.master.data_ptr():
-            self.compute.copy_(self.master.detach())
+            self.compute[part].copy_(self.master.detach()[part])
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the named tensors of `flat`, which is laid out like the master; they are views of it."""

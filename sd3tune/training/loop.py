@@ -17,7 +17,7 @@ from sd3tune.methods import Method
 from sd3tune.reporting import progress_bar, say
 from sd3tune.runtime.processes import Processes
 from sd3tune.training.batches import BatchSource
-from sd3tune.training.checkpoint import prune, save_checkpoint
+from sd3tune.training.checkpoint import list_checkpoints, prune, save_checkpoint
 from sd3tune.training.metrics import Line, Metrics
 from sd3tune.training.objective import Objective
 from sd3tune.training.step import TrainState, train_step
@@ -94,7 +94,7 @@ def train(
             last = state.step == config.train.total_steps
             alone = processes.world == 1 and stop_requested()  # several processes agree on a stop when they log
             if state.step % config.train.log_every == 0 or last or alone:
-                metrics.flush(wait=last or alone)
+                saver.read_metrics(wait=last or alone)
                 _show(bar, metrics, known_skips)
                 known_skips = len(metrics.skipped)
             bar.update()
@@ -114,7 +114,7 @@ def train(
 
 
 class _Saver:
-    """Writes the checkpoints of a run, and tracks which step can be saved."""
+    """Writes the checkpoints of a run, and tracks which step can be saved and continued."""
 
     def __init__(
         self,
@@ -130,10 +130,11 @@ class _Saver:
         self.processes, self.identity, self.contract = processes, identity, contract
         self.saved = self.measured = state.step
         """The last step in a checkpoint, and the last step in the metrics."""
+        self._known_skips = len(metrics.skipped)
 
     def save(self, keep: int | None) -> None:
         """Write a checkpoint of the current step, and remove all but the newest `keep`; None keeps all."""
-        self.metrics.flush(wait=True)
+        self.read_metrics(wait=True)
         if self.processes.is_main:
             save_checkpoint(
                 self.run,
@@ -146,6 +147,13 @@ class _Saver:
             )
         self.saved = self.state.step
         self.processes.wait()
+
+    def read_metrics(self, wait: bool) -> None:
+        """Read the metrics of past steps. Raise RunError if the weights hold a gradient that was not finite."""
+        self.metrics.flush(wait=wait)
+        new = list(self.metrics.skipped.items())[self._known_skips :]
+        if self.state.fused is not None and new:
+            raise RunError(_spoilt(self.run, *new[0]))
 
     @contextlib.contextmanager
     def saving_when_interrupted(self) -> Iterator[None]:
@@ -191,6 +199,15 @@ def _not_finite(run: Path, metrics: Metrics) -> str:
         f"{run}: stopped at step {step}: no finite gradient {metrics.skipped_in_a_row} times in a row, last "
         f"for {_enumerated(suspects)}; the last good weights are saved: check those images or lower optimizer.lr, then "
         "start again or, having deleted the newest checkpoints, go on with --resume"
+    )
+
+
+def _spoilt(run: Path, step: int, suspects: Sequence[str]) -> str:
+    checkpoints = list_checkpoints(run)
+    last = f"--resume goes on from {checkpoints[-1].name}" if checkpoints else "there is no checkpoint yet: start again"
+    return (
+        f"{run}: stopped at step {step}: the gradient is not finite, for {_enumerated(suspects)}, and with "
+        f"train.fused_backward it cannot be skipped; check those images or lower optimizer.lr; {last}"
     )
 
 

@@ -3,7 +3,7 @@
 A step with a non-finite gradient is skipped on the device: if the scalar `found_inf` is not 0, master and state keep
 their values, and the host does not wait. torch's fused AdamW has this built in. The others are rules, pure functions of
 tensors, between whose old and new values `RuleOptimizer` selects. Any other torch optimizer can be registered (see
-`HostStepped`).
+`HostStepped`). Optimizers that treat each weight apart can also update a part of the master at a time (see `Sliced`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig, OptimizerSection, ProdigyConfig
 from sd3tune.config.variants import OPTIMIZER, Registry
@@ -30,6 +31,18 @@ CHUNK = BLOCK << 16
 State = dict[str, Tensor]
 Rule = Callable[[Tensor, Tensor, State, float], tuple[Tensor, State]]
 """(master, gradient, state, learning rate) -> (new master, changed state entries); the arguments are not modified."""
+
+
+class Sliced(Protocol):
+    """An optimizer that can take a step slice by slice, in any order, with the same result."""
+
+    param_groups: list[dict[str, Any]]
+
+    def update_slice(self, start: int, gradient: Tensor) -> None:
+        """Update the weights from `start` on, a multiple of `BLOCK`, by their `gradient`, fp32; it must be finite."""
+
+    def finish(self) -> None:
+        """End the step, after the update of all slices."""
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -53,37 +66,88 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.rule, self.spans = rule, spans
         self.chunk = None if spans is None else CHUNK
 
+        self._shared: State = {}
+        """New values of the state that all weights share."""
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        ((master,),) = (group["params"] for group in self.param_groups)
+        size, skip = self.chunk or master.numel(), self.found_inf.bool()
+        for start in range(0, master.numel(), size):
+            self._update(start, master.grad[start : start + size], skip)
+        self.finish(skip)
+
+    @torch.no_grad()
+    def update_slice(self, start: int, gradient: Tensor) -> None:
+        """See `Sliced`; without `spans`, the only slice is the whole."""
+        size = self.chunk or gradient.numel()
+        for first in range(0, gradient.numel(), size):
+            self._update(start + first, gradient[first : first + size], None)
+
+    @torch.no_grad()
+    def finish(self, skip: Tensor | None = None) -> None:
+        ((master,),) = (group["params"] for group in self.param_groups)
+        _select(skip, self.state[master], self._shared)
+
+    def _update(self, start: int, gradient: Tensor, skip: Tensor | None) -> None:
         (group,) = self.param_groups
         (master,) = group["params"]
-        state, skip = self.state[master], self.found_inf.bool()
-        size = self.chunk or master.numel()
-        shared: State = {}
-        for start in range(0, master.numel(), size):
-            chunk = {
-                name: entry[start // span : math.ceil((start + size) / span)]
-                for name, entry in state.items()
-                if (span := (self.spans or {}).get(name))
-            }
-            weights = master[start : start + size]
-            gradient = master.grad[start : start + size].masked_fill(skip, 0.0)  # keeps NaN out of reductions
-            new_weights, new = self.rule(weights, gradient, {**state, **chunk}, group["lr"])
-            shared = {name: value for name, value in new.items() if name not in chunk}
-            _select(skip, {"weights": weights, **chunk}, {"weights": new_weights, **new})
-        _select(skip, state, shared)
+        state, end = self.state[master], start + gradient.numel()
+        slices = {
+            name: entry[start // span : math.ceil(end / span)]
+            for name, entry in state.items()
+            if (span := (self.spans or {}).get(name))
+        }
+        weights = master[start:end]
+        if skip is not None:
+            gradient = gradient.masked_fill(skip, 0.0)  # keeps NaN out of reductions
+        new_weights, new = self.rule(weights, gradient, {**state, **slices}, group["lr"])
+        self._shared = {name: value for name, value in new.items() if name not in slices}
+        _select(skip, {"weights": weights, **slices}, {"weights": new_weights, **new})
 
 
-def _select(skip: Tensor, old: State, new: State) -> None:
-    """Store the new values in the old tensors of the same names, unless `skip` (a device scalar) is true."""
+def _select(skip: Tensor | None, old: State, new: State) -> None:
+    """Store the new values in the old tensors of the same names, unless `skip` (a device scalar or None) is true."""
     for name in old.keys() & new.keys():
-        old[name].copy_(torch.where(skip, old[name], new[name]))
+        old[name].copy_(new[name] if skip is None else torch.where(skip, old[name], new[name]))
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """torch's fused AdamW of one parameter, which can also update slices of it (see `Sliced`)."""
+
+    @torch.no_grad()
+    def update_slice(self, start: int, gradient: Tensor) -> None:
+        (group,) = self.param_groups
+        (master,) = group["params"]
+        state, part = self.state[master], slice(start, start + gradient.numel())
+        beta1, beta2 = group["betas"]
+        adamw(
+            [master[part]],
+            [gradient],
+            [state["exp_avg"][part]],
+            [state["exp_avg_sq"][part]],
+            [],
+            [state["step"].clone()],  # counts this step for the slice alone
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        ((master,),) = (group["params"] for group in self.param_groups)
+        self.state[master]["step"].add_(1)
 
 
 def make_adamw(config: AdamWConfig, master: nn.Parameter) -> torch.optim.Optimizer:
     """Return torch's fused AdamW with its state already allocated, as torch alone would do in the first step."""
     beta1, beta2 = config.betas
-    optimizer = torch.optim.AdamW(
+    optimizer = FusedAdamW(
         [master],
         lr=config.lr,
         betas=(beta1, beta2),

@@ -25,6 +25,7 @@ from sd3tune.methods import Method
 from sd3tune.model.compute.hoist import modulate
 from sd3tune.training.batches import Batch, BatchSource
 from sd3tune.training.flat_master import FlatMaster, LossScale, clip_, ema_decay
+from sd3tune.training.fused_backward import FusedBackward
 from sd3tune.training.objective import Objective
 from sd3tune.training.schedules import learning_rate
 
@@ -41,6 +42,8 @@ class TrainState:
     ema: Tensor | None
     """Moving average of the master, in its shape; None without `ema`."""
     loss_scale: LossScale
+    fused: FusedBackward | None = None
+    """With `train.fused_backward`: applies the gradients inside the backward pass."""
     updating: bool = False
     """True while an update runs: the tensors then belong to two steps, and must not be saved."""
 
@@ -103,6 +106,10 @@ def train_step(
     `reduce_mean` averages a tensor over the processes, in place.
     """
     accumulation = config.train.gradient_accumulation
+    lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.total_steps)
+    if state.fused is not None:
+        state.updating = True
+        state.fused.begin(lr, reduce_mean)
     measured = []  # per micro-step: loss, weighted loss and sigma [3, B], and the number of instances, which come first
     for micro in range(accumulation):
         batch = batches.fetch(state.step, micro)
@@ -115,10 +122,10 @@ def train_step(
             if extra is not None:
                 loss = loss + extra
             (loss / accumulation * state.loss_scale.scale).backward()
-        state.master.collect_gradients()
+        if state.fused is None:
+            state.master.collect_gradients()
         measured.append((torch.stack([losses.detach(), weighted.detach(), batch.sigma]), batch.instances))
 
-    lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.total_steps)
     grad_norm = update(state, config, lr, reduce_mean)
     losses, weighted, sigmas = torch.cat([columns[:, :count] for columns, count in measured], dim=1)
     prior = [_padded(columns[:, count:], count if batches.with_prior else 0) for columns, count in measured]
@@ -128,8 +135,20 @@ def train_step(
 def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:
     """Clip and apply the accumulated gradient. Return its norm before clipping, a scalar.
 
-    A gradient that is not finite is skipped, without waiting for the device.
+    A gradient that is not finite is skipped, without waiting for the device. With `state.fused` it is applied already.
     """
+    if state.fused is None:
+        grad_norm = _apply_gradient(state, config, lr, reduce_mean)
+    else:
+        grad_norm = state.fused.finish()
+    state.step += 1
+    if config.ema is not None and state.ema is not None:
+        state.ema.lerp_(state.master.master.detach(), 1 - ema_decay(config.ema, state.step))
+    state.updating = False
+    return grad_norm
+
+
+def _apply_gradient(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:
     master, optimizer = state.master, state.optimizer
     gradient = reduce_mean(master.gradient).div_(state.loss_scale.scale)
     grad_norm = clip_(gradient, config.train.max_grad_norm)
@@ -143,12 +162,7 @@ def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[
     master.master.grad = None
     master.gradient.zero_()
     master.publish()
-
     state.loss_scale.update(overflow)
-    state.step += 1
-    if config.ema is not None and state.ema is not None:
-        state.ema.lerp_(master.master.detach(), 1 - ema_decay(config.ema, state.step))
-    state.updating = False
     return grad_norm
 
 

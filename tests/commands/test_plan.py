@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from sd3tune.model.base.resolve import resolve_base, shape_of_base
 from sd3tune.model.compute.hoist import hoist, hoisted
 from sd3tune.model.load.components import empty_transformer, load_text_encoder, load_transformer, load_vae
 from sd3tune.model.load.quantized import load_text_encoder_in, load_transformer_in, quantize, statistics
+from sd3tune.run.knobs import training_knob
 from sd3tune.run.places import store_folder
 from sd3tune.run.setup import hoists, make_trainable
 from sd3tune.run.state import make_state
@@ -324,8 +326,13 @@ def test_without_a_gpu_the_precision_is_said(quick_config, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "checkpointing",
-    [(), (BLOCK,), ("train.gradient_checkpointing=selective", "train.checkpointed_blocks=3")],
-    ids=["none", "block", "a part"],
+    [
+        (),
+        (BLOCK,),
+        ("train.gradient_checkpointing=selective", "train.checkpointed_blocks=3"),
+        (FULL, "train.fused_backward=true", "train.max_grad_norm=null"),
+    ],
+    ids=["none", "block", "a part", "updated in the backward pass"],
 )
 def test_a_knob_is_the_plan_of_the_configuration_that_it_names(
     quick_config, tmp_path: Path, checkpointing: tuple[str, ...]
@@ -399,3 +406,31 @@ def test_without_bitsandbytes_only_what_needs_it_is_left_out(quick_config, tmp_p
     assert "model.quantize=int8" in typed
     assert "model.t5_quantize=int8" in typed
     assert not {"model.quantize=nf4", "optimizer.kind=adamw8bit"} & set(typed)
+
+
+def test_a_whole_full_size_model_fits_24_gb_if_it_is_updated_in_the_backward_pass() -> None:
+    """And the page says how much it takes, and by which command."""
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    (words,) = re.findall(r"^sd3tune plan \S+ --card h100 (.*fused_backward=true)$", page, re.MULTILINE)
+    config = load_config(ROOT / "configs" / "dreambooth_sd35_medium.yaml", shlex.split(words)).config
+    found = forecast(forecast_inputs(config, torch.bfloat16))
+    assert found.training.gradient == 0
+    assert found.needed < 24e9
+    assert f"| {gigabytes(found.training.resident)} |\n| training, peak" in page
+    assert f"| {gigabytes(found.training.peak)} |\n| drawing a preview" in page
+    assert f"| {gigabytes(found.phases['preview'].peak)} |\n\n" in page
+
+
+def test_the_update_in_the_backward_pass_is_listed_where_it_can_be_set(quick_config, tmp_path: Path) -> None:
+    def listed(*settings: str) -> list[str]:
+        inputs = forecast_inputs(quick_config(tmp_path, *settings), torch.float32)
+        return [typed for typed, _ in knobs(inputs) if "fused_backward" in typed]
+
+    both = "train.fused_backward=true train.max_grad_norm=null"
+    assert listed(FULL) == [both]
+    assert not listed()
+    assert not listed(FULL, *both.split())
+    assert not listed(FULL, "train.gradient_accumulation=2")
+    assert not listed(FULL, "optimizer={kind: prodigy}")
+    config = quick_config(tmp_path, FULL, "optimizer.kind=adamw8bit", BLOCK, "data.resolution=512")
+    assert both in training_knob(config, METHODS["full"](config, resolve_base("tiny")), blocks=4)

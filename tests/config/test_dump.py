@@ -75,8 +75,13 @@ def _consistent(values: dict[str, Any]) -> dict[str, Any]:
         model["transformer"] = None
     if values["method"]["kind"] == "full":
         model["quantize"], values["data"]["export_tags"] = "none", False
+        values["train"]["swap_blocks"] = None
     if values["train"]["gradient_checkpointing"] == "none":
         values["train"]["checkpointed_blocks"] = None
+    if values["train"]["max_grad_norm"] is not None or values["train"]["gradient_accumulation"] > 1:
+        values["train"]["fused_backward"] = False
+    if values["optimizer"]["kind"] == "prodigy":
+        values["train"]["fused_backward"] = False
     if values["flow"]["timesteps"]["kind"] == "cosmap":
         values["flow"]["weighting"] = {"kind": "none"}
     if values["train"]["steps"] is values["train"]["epochs"] is None:

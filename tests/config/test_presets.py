@@ -30,7 +30,7 @@ def test_there_is_one_for_each_size_of_card() -> None:
 
 MEMORY_SETTINGS = {
     "model": {"dtype", "quantize", "t5_device", "t5_quantize"},
-    "train": {"gradient_checkpointing", "checkpointed_blocks", "memory"},
+    "train": {"gradient_checkpointing", "checkpointed_blocks", "swap_blocks", "memory"},
 }
 
 

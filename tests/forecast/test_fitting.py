@@ -16,6 +16,8 @@ from sd3tune.forecast.forecast import CONTEXT, MARGIN, forecast, forecast_inputs
 from sd3tune.run.preflight import make_plan
 from sd3tune.runtime.processes import ALONE
 
+FP32 = torch.float32
+
 
 def room_for(peak: int) -> int:
     return round(peak * (1 + MARGIN)) + CONTEXT
@@ -29,16 +31,31 @@ def inputs(quick_config, tmp_path: Path):
 
 def test_first_time_is_given_and_then_precision(inputs) -> None:
     tried = [
-        (of.config.model.quantize, of.config.train.gradient_checkpointing, of.config.train.checkpointed_blocks)
+        (of.config.model.quantize, train.gradient_checkpointing, train.checkpointed_blocks, train.swap_blocks)
         for of in leaner_configurations(inputs)
+        for train in [of.config.train]
     ]
-    assert tried[:6] == [
-        ("none", "none", None),
-        *(("none", "selective", blocks) for blocks in (1, 2, 3, None)),
-        ("none", "block", None),
+    assert tried[:8] == [
+        ("none", "none", None, None),
+        *(("none", "selective", blocks, None) for blocks in (1, 2, 3, None)),
+        ("none", "block", None, None),
+        *(("none", "block", None, swapped) for swapped in (3, 4)),
     ]
     if importlib.util.find_spec("bitsandbytes"):
-        assert tried[6:] == [("nf4", *rest) for _, *rest in tried[:6]]
+        assert tried[8:] == [("nf4", *rest) for _, *rest in tried[:8]]
+
+
+def test_blocks_are_swapped_before_the_base_is_quantised(quick_config, tmp_path: Path) -> None:
+    """And fewer of them if that is enough."""
+    inputs = forecast_inputs(quick_config(tmp_path, "model.t5=false", "train.gradient_checkpointing=block"), FP32)
+    for count in (3, 4):
+        leaner = quick_config(
+            tmp_path, "model.t5=false", "train.gradient_checkpointing=block", f"train.swap_blocks={count}"
+        )
+        needed = forecast(forecast_inputs(leaner, FP32)).needed
+        found = fit(inputs, needed).inputs.config
+        assert (found.train.swap_blocks, found.model.quantize) == (count, "none")
+        assert found.train.gradient_checkpointing == "block"
 
 
 def test_what_has_less_room_costs_more_time_and_fits(inputs) -> None:

@@ -39,6 +39,15 @@ CASES = {
         torch.bfloat16,
         {"train": {"gradient_checkpointing": "block"}, "model": {"quantize": "nf4"}} | PREVIEW,
     ),
+    "SD3 with half of its blocks swapped": (SD3, torch.bfloat16, {"train": {"swap_blocks": 12}}),
+    "the whole of SD3.5 medium, updated in the backward pass": (
+        SD35_MEDIUM,
+        torch.bfloat16,
+        {
+            "method": {"kind": "full"},
+            "train": {"gradient_checkpointing": "block", "fused_backward": True, "max_grad_norm": None},
+        },
+    ),
     "the whole of SD3.5 medium": (SD35_MEDIUM, torch.float32, {"method": {"kind": "full"}} | PREVIEW),
 }
 LONG = ["SD3.5 medium in fp16, half of it checkpointed, with high ranks and dropout", "the whole of SD3.5 medium"]
@@ -64,9 +73,12 @@ def test_few_blocks_take_what_all_of_them_take(case: str, monkeypatch: pytest.Mo
     if "4 bits" in case:
         pytest.importorskip("bitsandbytes")
     base, dtype, sections = CASES[case]
-    few = rehearsed(base, dtype, sections)
+    few = asdict(rehearsed(base, dtype, sections))
     monkeypatch.setattr(thinning, "LEAD", 100)  # so nothing is left out
-    assert asdict(few) == asdict(rehearsed(base, dtype, sections))
+    whole = asdict(rehearsed(base, dtype, sections))
+    if "updated in the backward pass" in case:  # groups of parameters begin at other values of a block
+        assert few.pop("working") == pytest.approx(whole.pop("working"), rel=0.02)
+    assert few == whole
 
 
 @pytest.mark.parametrize(

@@ -183,3 +183,26 @@ def test_it_states_what_it_did(make) -> None:
     assert make().contract() == {"method": "full", "init": "pretrained", "export_dtype": "fp16"}
     assert make("model.init=random").contract()["init"] == "random"
     assert make("method.export_dtype=bf16").identity() == {"kind": "full", "export_dtype": "bf16"}
+
+
+def test_weights_of_a_gpu_in_16_bits_are_overwritten_and_restored(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a preview needs no second model there. The CPU stands for the GPU here."""
+    monkeypatch.setattr(full, "_can_overwrite", lambda tensor: True)
+    method = make("method.export_dtype=bf16")
+    transformer, master = injected(method, torch.bfloat16)
+    master.master.data.add_(0.25)
+    master.publish()
+    live = {name: (of.data_ptr(), of.clone()) for name, of in transformer.state_dict().items()}
+    base = load_transformer(method.base, torch.bfloat16).state_dict()
+    weights = master.named(master.master * 2)
+    for context, expected in (
+        (method.as_exported(transformer, weights), weights),
+        (method.disabled(transformer), base),
+    ):
+        with context:
+            for name, of in transformer.state_dict().items():
+                assert of.data_ptr() == live[name][0]
+                assert torch.equal(of, expected.get(name, base[name]).to(torch.bfloat16)), name
+        for name, of in transformer.state_dict().items():
+            assert of.data_ptr() == live[name][0]
+            assert torch.equal(of, live[name][1]), name

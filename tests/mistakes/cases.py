@@ -270,6 +270,39 @@ CASES = [
     ),
     Case(
         "config",
+        "more blocks to swap than there are",
+        PLAN,
+        "null for none",
+        edited("steps: 2", "steps: 2, swap_blocks: 9"),
+    ),
+    Case(
+        "config",
+        "trained blocks to swap",
+        CHECK,
+        "leave train.swap_blocks out",
+        lambda: Path("run.yaml").write_text(
+            YAML.replace("steps: 2", "steps: 2, swap_blocks: 3").replace("{rank: 2, alpha: 2}", "{kind: full}")
+        ),
+    ),
+    Case(
+        "config",
+        "a fused update of a clipped gradient",
+        CHECK,
+        "leave fused_backward out",
+        edited("steps: 2", "steps: 2, fused_backward: true"),
+    ),
+    Case(
+        "config",
+        "a fused update by an optimizer that needs the whole gradient",
+        CHECK,
+        "leave train.fused_backward out",
+        lambda: Path("run.yaml").write_text(
+            YAML.replace("steps: 2", "steps: 2, fused_backward: true, max_grad_norm: null")
+            + "optimizer: {kind: prodigy}\n"
+        ),
+    ),
+    Case(
+        "config",
         "memory that is not a number",
         CHECK,
         "train.memory",

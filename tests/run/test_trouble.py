@@ -123,23 +123,29 @@ def test_the_knobs_come_in_the_order_of_their_cost(quick_config, tmp_path: Path)
     seen, overrides = [], ["data.resolution=1024", "train.batch_size=6"]
     while not seen or "smaller base" not in seen[-1]:
         config = quick_config(tmp_path, *overrides)
-        seen.append(training_knob(config, LoraMethod(config)))
+        seen.append(training_knob(config, LoraMethod(config), blocks=4))
         overrides += [part.strip(":") for part in seen[-1].split() if "=" in part]
     assert [knob.split()[1].split("=")[0] for knob in seen[:-1]] == [
         "train.batch_size", "train.batch_size", "train.gradient_checkpointing", "train.gradient_checkpointing",
-        "model.quantize", "data.resolution", "data.resolution",
+        "train.swap_blocks", "train.swap_blocks", "model.quantize", "data.resolution", "data.resolution",
     ]  # fmt: skip
     assert (config.train.batch_size, config.train.gradient_accumulation) == (1, 6)
     last = quick_config(
-        tmp_path, "method.targets=attention+mlp", "train.gradient_checkpointing=block", "model.quantize=int8"
+        tmp_path,
+        "method.targets=attention+mlp",
+        "train.gradient_checkpointing=block",
+        "train.swap_blocks=4",
+        "model.quantize=int8",
     )
-    assert "method.targets=attention" in training_knob(last, LoraMethod(last))
+    assert "method.targets=attention" in training_knob(last, LoraMethod(last), blocks=4)
     assert "model.t5_quantize=int8" in encoding_knob(config)
     assert "model.t5_device=cpu" in encoding_knob(quick_config(tmp_path, "model.t5_quantize=int8"))
     assert "model.t5=false" in encoding_knob(quick_config(tmp_path, "model.t5_device=cpu"))
     assert "data.cache_dir" in encoding_knob(quick_config(tmp_path, "model.t5=false"))
-    assert "model.quantize=nf4" in loading_knob(quick_config(tmp_path))
-    assert "smaller base" in loading_knob(config)
+    assert "train.swap_blocks=12" in loading_knob(quick_config(tmp_path), blocks=24)
+    assert "train.swap_blocks=24" in loading_knob(quick_config(tmp_path, "train.swap_blocks=12"), blocks=24)
+    assert "model.quantize=nf4" in loading_knob(quick_config(tmp_path, "train.swap_blocks=24"), blocks=24)
+    assert "smaller base" in loading_knob(config, blocks=4)
 
 
 def test_other_errors_are_not_taken_for_it() -> None:

@@ -51,8 +51,8 @@ def test_the_keys_that_are_advised_when_memory_is_short_are_those_that_say_so(qu
         known |= dict(knobs_of(config))
         out_of_memory = {
             "encode": encoding_knob(config),
-            "load": loading_knob(config),
-            "train": training_knob(config, LoraMethod(config)),
+            "load": loading_knob(config, 4),
+            "train": training_knob(config, LoraMethod(config), 4),
         }
         for phase, text in out_of_memory.items():
             assert all(phase in known[name].eases for name in _named(text))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ _TRAINING = Key(Identity.WRITTEN, phases=TRAINING)
 class OptimizerSection(Section):
     """Fields shared by all optimizers."""
 
+    updates_in_slices: ClassVar[bool] = False
+    """True if it updates each weight apart, so that a step can be taken slice by slice: see `optimizers.Sliced`."""
     kind: str
     lr: Annotated[float, _TRAINING] = Field(1e-4, gt=0, description="Peak learning rate.")
 
@@ -34,6 +36,7 @@ class _Adam(OptimizerSection):
 class AdamWConfig(_Adam):
     """AdamW (Loshchilov & Hutter 2019), fused."""
 
+    updates_in_slices = True
     kind: Annotated[Literal["adamw"], Key(Identity.WRITTEN, phases=TRAINING, knob=Knob(("train",), ("adamw8bit",)))] = (
         Field("adamw", description="Fused AdamW on one flat fp32 master tensor.")
     )
@@ -42,6 +45,7 @@ class AdamWConfig(_Adam):
 class AdamW8bitConfig(_Adam):
     """AdamW with 8-bit moments in blocks of 256 (Dettmers et al. 2022). Needs `sd3tune[bitsandbytes]`."""
 
+    updates_in_slices = True
     kind: Annotated[Literal["adamw8bit"], _TRAINING] = Field(
         "adamw8bit", description="Saves 6 bytes per trained parameter: 60 to 140 MB for a LoRA of rank 16."
     )

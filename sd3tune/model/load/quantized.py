@@ -35,17 +35,27 @@ def missing_library(flag: str, form: str) -> list[str]:
 
 
 def load_transformer_in(
-    form: str, base: Base, dtype: torch.dtype, device: torch.device, prepare: Prepare | None = None
+    form: str,
+    base: Base,
+    dtype: torch.dtype,
+    device: torch.device,
+    prepare: Prepare | None = None,
+    store: Callable[[int, nn.Module], object] | None = None,
 ) -> SD3Transformer2DModel:
     """Load the transformer to `device`, with its blocks in `form`: a key of `FORMS`, or `none`.
 
     It is quantized layer by layer: the device never holds more than the result and one layer, the CPU the whole model.
-    See `load_transformer` for `prepare`. The adaLN linears keep the model's precision.
+    See `load_transformer` for `prepare`. `store` may take the weights out of each block, given with its number, before
+    the next block moves to the device. The adaLN linears keep the model's precision.
     """
-    if form == "none":
+    if form == "none" and store is None:
         return load_transformer(base, dtype, device, prepare)
     transformer = load_transformer(base, dtype, device if device.type == "meta" else "cpu", prepare)
-    quantize(transformer, transformer.transformer_blocks, form, device)
+    for number, block in enumerate(transformer.transformer_blocks):
+        if form != "none":
+            quantize(transformer, block, form, device)
+        if store is not None:
+            store(number, block)
     nn.Module.to(transformer, device)
     return transformer
 

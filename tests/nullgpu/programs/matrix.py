@@ -46,6 +46,11 @@ TRAININGS: dict[str, tuple[str, ...]] = {
     "int8": ("model.quantize=int8", "model.t5_quantize=int8", "optimizer={kind: prodigy}"),
     "full": ("method={kind: full}", *LOOKING, "train.gradient_checkpointing=block"),
     "full8": ("method={kind: full}", "optimizer={kind: adamw8bit}", PREDICTION, "model.dtype=fp16"),
+    "fused8": (
+        *("method={kind: full}", "optimizer={kind: adamw8bit}"),
+        *("train.fused_backward=true", "train.max_grad_norm=null"),
+    ),
+    "swap": ("train.swap_blocks=3", IMAGES, *LOOKING, "train.gradient_checkpointing=block"),
     "scratch": ("method={kind: full}", "model.init=random", "ema=null"),
     "auto": ("train.memory=auto", "model.t5_device=cpu"),
     "sd3": ("model.base=tiny-sd3", "method.init=eva", "method.targets=attention+mlp"),

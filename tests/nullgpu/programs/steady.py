@@ -28,6 +28,9 @@ TRAININGS: dict[str, tuple[str, ...]] = {
     "nf4": ("model.quantize=nf4",),
     "int8": ("model.quantize=int8",),
     "full": ("method={kind: full}",),
+    "swap": ("train.swap_blocks=4",),
+    "swap in nf4": ("train.swap_blocks=3", "model.quantize=nf4"),
+    "fused": ("method={kind: full}", "train.fused_backward=true", "train.max_grad_norm=null"),
 }
 
 
