@@ -198,12 +198,9 @@ def rehearse_training(
     with saved.watching():
         step = _rehearse_step(config, state, thin, method, empty, saved)
     optimizer = rehearse_optimizer(config, values, state.fused.most_values if state.fused else None)
-    if like is not None:
-        preview = like.preview
-    elif config.preview.prompts:
+    preview = like.preview if like else None
+    if like is None and config.preview.prompts:
         preview = _rehearse_preview(config, base, method, thin, state, empty, modulation)
-    else:
-        preview = None
     return Training(
         parameters=parameters,
         trained=values,

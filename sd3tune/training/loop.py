@@ -71,7 +71,6 @@ def train(
 
     Saves a checkpoint and raises KeyboardInterrupt when `stop_requested` returns True on any rank. Raises RunError when
     the gradient was not finite for `train.max_skipped` consecutive steps.
-
     With `save_when_interrupted` and a single process, a KeyboardInterrupt from outside also saves a checkpoint of the
     last complete step, then propagates.
     """
