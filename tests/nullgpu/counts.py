@@ -95,6 +95,8 @@ class Seen:
 
 
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+_CALLBACKS: list[Any] = []
+"""All that were ever set: another thread may still be about to call one."""
 
 
 @contextlib.contextmanager
@@ -106,6 +108,7 @@ def counting() -> Iterator[Seen]:
         seen.waits[f"{what.decode()} at {_line()}"] += 1
 
     callback = _CALLBACK(on_wait)
+    _CALLBACKS.append(callback)
     where = ctypes.c_void_p.in_dll(_library(), "nullgpu_on_wait")
     _library().nullgpu_reset_counters()
     _library().nullgpu_reset_kernels()

@@ -69,6 +69,7 @@ def run_on_null_gpu(
                 "LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH")))),
                 "PYTHONPATH": os.pathsep.join(map(str, (_SITE, ROOT))),
                 "OMP_NUM_THREADS": "1",
+                "PYTHONFAULTHANDLER": "1",
                 "NULLGPU_GB": str(gb),
                 "NULLGPU_COUNT": str(count),
                 "NULLGPU_CC": str(capability),

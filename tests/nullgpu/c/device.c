@@ -11,7 +11,8 @@ PUBLIC void (*nullgpu_on_wait)(const char *what);
 void count(long *counter, long by) { __sync_fetch_and_add(counter, by); }
 
 void report_wait(const char *what) {
-    if (nullgpu_on_wait) nullgpu_on_wait(what);
+    void (*tell)(const char *) = __atomic_load_n(&nullgpu_on_wait, __ATOMIC_ACQUIRE); /* another thread may clear it */
+    if (tell) tell(what);
 }
 
 PUBLIC void nullgpu_reset_counters(void) { memset(&nullgpu_counters, 0, sizeof nullgpu_counters); }
