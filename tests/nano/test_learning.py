@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
 
 from sd3tune.commands.demo import SAMPLER, SIDE, T5_LENGTH
 from sd3tune.commands.train import run_training
@@ -22,7 +23,7 @@ from sd3tune.nano.tasks import plain_tasks, share_right
 from sd3tune.nano.world import plain_scenes, render
 from sd3tune.run import batches as run_batches
 from sd3tune.run import report as closing
-from sd3tune.training import step
+from sd3tune.training import ahead, step
 
 Mistake = Callable[[pytest.MonkeyPatch], None]
 
@@ -70,12 +71,17 @@ def noise_where_data_belongs(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(step, "interpolate", lambda latents, noise, sigma: right(noise, latents, sigma))
 
 
+def _timesteps(patch: pytest.MonkeyPatch, wrong: Callable[[Tensor], Tensor]) -> None:
+    for module in (step, ahead):
+        patch.setattr(module, "model_timestep", wrong)
+
+
 def timesteps_from_0_to_1(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(step, "model_timestep", lambda sigma: sigma)
+    _timesteps(patch, lambda sigma: sigma)
 
 
 def timesteps_shifted_twice(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(step, "model_timestep", lambda sigma: 1000 * 3 * sigma / (1 + 2 * sigma))
+    _timesteps(patch, lambda sigma: 1000 * 3 * sigma / (1 + 2 * sigma))
 
 
 def _latents(patch: pytest.MonkeyPatch, **wrong: float) -> None:
