@@ -2,7 +2,7 @@
 
 The results of a recomputation are thrown away: it only makes the tensors that the backward pass needs. Attention's own
 backward pass needs queries, keys and values, which are recomputed, and a few small tensors of its kernel besides the
-output, such as the logarithm of each row's sum. Those are kept with the output, whatever the kernel. A kernel that
+output, such as the logarithm of each row's sum. These tensors are kept with the output, for every kernel. A kernel that
 keeps the matrix of all token pairs is recomputed.
 """
 
@@ -33,7 +33,7 @@ def attend(compute: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor
 
 
 def checkpoint_but_attention(block: nn.Module, *inputs: Any) -> tuple[Tensor | None, ...]:
-    """Return the block's outputs. Of its tensors, only the inputs and what `attend` keeps live until the backward pass.
+    """Return the block's outputs. Only its inputs and the tensors kept by `attend` live until the backward pass.
 
     Gradients are bit-equal to the block's own.
     """

@@ -1,6 +1,6 @@
 """Linear layers with weights in 4 or 8 bits; other layers keep the model's precision.
 
-bitsandbytes computes the products of 4 bits. Those of 8 bits are torch's, with dequantised weights: bitsandbytes would
+bitsandbytes computes the 4-bit products. The 8-bit products are torch's, with dequantised weights: bitsandbytes would
 search the activations for outliers, and wait for the device in each layer.
 """
 
