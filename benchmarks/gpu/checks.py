@@ -28,6 +28,7 @@ from sd3tune.model.base.resolve import shape_of_base
 from sd3tune.model.compute.checkpointing import checkpoint_blocks
 from sd3tune.model.compute.compiled import compile_blocks
 from sd3tune.model.compute.fast import use_fast_path
+from sd3tune.model.compute.swap import BlockSwap
 from sd3tune.model.load.components import transformer_config
 from sd3tune.model.load.quantized import FORMS, quantize, weights_of
 from sd3tune.model.lora.layers import Layer, inject_lora
@@ -129,6 +130,20 @@ def quantised_bases(device: Device, shapes: Shapes, out: Path) -> Iterator[Findi
         yield from _compared("quantised bases", f"{form}, fast", _errors(_computed(model), exact), bound)
 
 
+def swapped_blocks(device: Device, shapes: Shapes, out: Path) -> Iterator[Finding]:
+    """Compare swapped blocks with the plain path in fp32: only the place of their weights differs."""
+    plain = _adapted(shapes, device.torch, adapted=False)
+    model = copy.deepcopy(plain)
+    exact = _computed(_with_factors(plain))
+    swap = BlockSwap(BLOCKS, BLOCKS, device.torch)
+    for number, block in enumerate(model.transformer_blocks):
+        swap.store(number, block)
+    swap.install(model)
+    model = _with_factors(model)
+    for turn in ("first", "second"):  # the second begins with the buffers as the first left them
+        yield from _compared("swapped blocks", f"{turn} step", _errors(_computed(model), exact), (EXACT, EXACT))
+
+
 def attention(device: Device, shapes: Shapes, out: Path) -> Iterator[Finding]:
     """Compare the kinds of attention in bf16 with the product written out, in fp32."""
     heads, tokens, width = shapes.attention
@@ -187,6 +202,7 @@ CHECKS: Mapping[str, Check] = {
     "steady steps": steady_steps,
     "paths": paths,
     "quantised bases": quantised_bases,
+    "swapped blocks": swapped_blocks,
     "attention": attention,
     "memory": memory,
 }

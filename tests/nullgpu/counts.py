@@ -1,4 +1,4 @@
-"""What a piece of code does with the null GPU, counted in the process that runs it.
+"""Count the calls of a piece of code to the null GPU, in the process that runs it.
 
 with counting() as seen:
     step()

@@ -28,7 +28,7 @@ class Ran:
     out: str
     err: str
     facts: dict[str, Any]
-    """What it told by `counts.fact`."""
+    """The facts that it stated by `counts.fact`."""
 
     def succeeded(self) -> Ran:
         """Return this, or raise AssertionError with the end of its output."""
