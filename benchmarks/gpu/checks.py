@@ -103,7 +103,7 @@ def paths(device: Device, shapes: Shapes, out: Path) -> Iterator[Finding]:
             yield from _compared("paths", f"plain, {title}", errors, (None, None))
         for name, preparations in PATHS.items():
             if compile_blocks in preparations and device.torch.type == "cpu":
-                continue  # minutes of a C++ compiler, whose code also flushes denormal numbers in this process
+                continue  # it takes minutes of a C++ compiler
             model = _as(plain, dtype)
             for prepare in preparations:
                 prepare(model)
