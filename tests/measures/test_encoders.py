@@ -18,9 +18,8 @@ from torch import Tensor
 from transformers import (
     BitImageProcessorPil,
     CLIPImageProcessorPil,
-    CLIPTextModelWithProjection,
+    CLIPModel,
     CLIPTokenizer,
-    CLIPVisionModelWithProjection,
     Dinov2Model,
     ViTImageProcessorPil,
     ViTModel,
@@ -39,10 +38,10 @@ from sd3tune.measures.encoders import (
     register,
     unregister,
 )
-from tests.local_hub import COMMIT, serve
+from tests.local_hub import COMMIT, hub
 from tests.measures.small_models import save_clip, save_dino, save_dinov2
 
-PROMPTS = ("a red dog", "a photo of a cat", "beach")
+PROMPTS = ("a red dog", "a cat", "beach")
 Save = Callable[[Path], Path]
 SUBJECT: tuple[encoders.Measure, ...] = ("subject",)
 
@@ -152,8 +151,14 @@ def expected_dino(folder: Path, pictures: list[Image.Image]) -> Tensor:
 
 
 def expected_clip(folder: Path, pictures: list[Image.Image]) -> Tensor:
+    return clip(folder, pictures, ["a"]).image_embeds
+
+
+def clip(folder: Path, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Any:
+    """Return the output of the whole model for a batch."""
     pixels = CLIPImageProcessorPil.from_pretrained(folder)(images=pictures, return_tensors="pt")
-    return CLIPVisionModelWithProjection.from_pretrained(folder).eval()(**pixels).image_embeds
+    tokens = CLIPTokenizer.from_pretrained(folder)(list(prompts), padding=True, return_tensors="pt")
+    return CLIPModel.from_pretrained(folder).eval()(**pixels, **tokens)
 
 
 @pytest.mark.parametrize(
@@ -170,13 +175,9 @@ def test_picture_features_are_transformers_own(
     assert torch.pdist(found).min() > 0.01  # they tell pictures apart
 
 
-def test_prompt_features_are_transformers_own(folders: dict[str, Path]) -> None:
-    folder = folders["clip"]
-    tokens = CLIPTokenizer.from_pretrained(folder)(
-        list(PROMPTS), padding="max_length", max_length=16, truncation=True, return_tensors="pt"
-    )
-    expected = unit(CLIPTextModelWithProjection.from_pretrained(folder).eval()(**tokens).text_embeds)
-    with loaded(spec("clip", folder), "cpu") as encoder:
+def test_prompt_features_are_transformers_own(folders: dict[str, Path], pictures: list[Image.Image]) -> None:
+    expected = unit(clip(folders["clip"], pictures, PROMPTS).text_embeds)
+    with loaded(spec("clip", folders["clip"]), "cpu") as encoder:
         assert isinstance(encoder, TextImageEncoder)
         found = encoder.texts(PROMPTS)
         assert encoder.texts(["a dog " * 40]).isfinite().all()  # longer than the model's 16 tokens
@@ -287,21 +288,64 @@ def test_features_that_are_not_finite_are_refused(
 
 def test_prompt_fidelity_needs_a_model_with_a_text_encoder(folders: dict[str, Path]) -> None:
     line = unavailable(EncoderSpec("clip", str(folders["dinov2"]), None, ("subject", "prompt")))
-    assert line == f"clip: {folders['dinov2']}: no text encoder, which prompt fidelity needs; name a CLIP or SigLIP model"
+    assert (
+        line == f"clip: {folders['dinov2']}: no text encoder, which prompt fidelity needs; name a CLIP or SigLIP model"
+    )
 
 
 # From the Hub.
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-@pytest.mark.usefixtures("offline")
-def test_offline_the_way_out_is_a_local_folder() -> None:
+@pytest.mark.usefixtures("empty_cache")
+def test_offline_the_way_out_is_a_local_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = unavailable(DEFAULT_ENCODERS[0])
     assert line.startswith("dinov2: facebook/dinov2-small: not on this machine, and the Hub cannot be reached")
     assert line.endswith("or name a local folder for dinov2")
-    assert unavailable(EncoderSpec("dinov2", "./missing", None, SUBJECT)).startswith("dinov2: ./missing: no such folder")
+    assert unavailable(EncoderSpec("dinov2", "./missing", None, SUBJECT)).startswith(
+        "dinov2: ./missing: no such folder"
+    )
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_weights_in_pytorchs_format_are_downloaded_once_where_there_are_no_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folders: dict[str, Path], pictures: list[Image.Image]
+) -> None:
+    """As openai/clip-vit-base-patch32 and facebook/dino-vits16 have them, beside those of other libraries."""
+    there = tmp_path / "there" / "openai" / "clip"
+    shutil.copytree(folders["clip"], there)
+    torch.save(load_file(there / "model.safetensors"), there / "pytorch_model.bin")
+    (there / "model.safetensors").rename(there / "tf_model.h5")
+    wanted = EncoderSpec("clip", "openai/clip", COMMIT, ("subject", "prompt"))
+    with hub(tmp_path / "there") as (endpoint, requests):
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for name, value in {"ENDPOINT": endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": template}.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        with loaded(wanted, "cpu") as encoder:
+            found = encoder.images(pictures)
+        assert any("pytorch_model.bin" in request for request in requests)
+        assert not any("tf_model" in request for request in requests)
+        assert "gated" in unavailable(EncoderSpec("clip", "gated/clip", COMMIT, SUBJECT))
+    with loaded(spec("clip", folders["clip"]), "cpu") as encoder:
+        np.testing.assert_allclose(encoder.images(pictures), found, atol=1e-6)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with loaded(wanted, "cpu") as encoder:
+        assert encoder.source == f"openai/clip@{COMMIT}"
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("touched-by-a-pickle"),)
+
+
+def test_a_pickle_that_would_run_code_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["dinov2"], tmp_path / "encoder")
+    (tmp_path / "encoder" / "model.safetensors").unlink()
+    torch.save({"weights": Harmful()}, tmp_path / "encoder" / "pytorch_model.bin")
+    assert "cannot be loaded" in unavailable(spec("dinov2", tmp_path / "encoder"))
+    assert not Path("touched-by-a-pickle").exists()
