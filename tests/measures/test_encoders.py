@@ -21,6 +21,8 @@ from transformers import (
     CLIPModel,
     CLIPTokenizer,
     Dinov2Model,
+    SiglipImageProcessorPil,
+    SiglipModel,
     ViTImageProcessorPil,
     ViTModel,
 )
@@ -39,7 +41,7 @@ from sd3tune.measures.encoders import (
     unregister,
 )
 from tests.local_hub import COMMIT, hub
-from tests.measures.small_models import save_clip, save_dino, save_dinov2
+from tests.measures.small_models import save_clip, save_dino, save_dinov2, save_siglip
 
 PROMPTS = ("a red dog", "a cat", "beach")
 Save = Callable[[Path], Path]
@@ -183,6 +185,19 @@ def test_prompt_features_are_transformers_own(folders: dict[str, Path], pictures
         assert encoder.texts(["a dog " * 40]).isfinite().all()  # longer than the model's 16 tokens
     np.testing.assert_allclose(found, expected, atol=2e-6)
     assert torch.pdist(found).min() > 0.01
+
+
+def test_siglip_is_read_like_clip(tmp_path: Path, pictures: list[Image.Image]) -> None:
+    folder = save_siglip(tmp_path)
+    pixels = SiglipImageProcessorPil.from_pretrained(folder)(images=pictures, return_tensors="pt")
+    tokens = CLIPTokenizer.from_pretrained(folder)(
+        list(PROMPTS), padding="max_length", max_length=16, return_tensors="pt"
+    )
+    expected = SiglipModel.from_pretrained(folder).eval()(**pixels, **tokens)
+    with loaded(spec("clip", folder), "cpu") as encoder:
+        assert isinstance(encoder, TextImageEncoder)
+        np.testing.assert_allclose(encoder.images(pictures), unit(expected.image_embeds), atol=2e-6)
+        np.testing.assert_allclose(encoder.texts(PROMPTS), unit(expected.text_embeds), atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["dinov2", "dino", "clip"])
