@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -200,6 +201,32 @@ def test_siglip_is_read_like_clip(tmp_path: Path, pictures: list[Image.Image]) -
         np.testing.assert_allclose(encoder.texts(PROMPTS), unit(expected.text_embeds), atol=2e-6)
 
 
+OLD_FORMS = {
+    "dino": {"feature_extractor_type": "ViTFeatureExtractor", "size": 32, "resample": 2},
+    "clip": {"feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 32, "resample": 3},
+}
+"""As facebook/dino-vits16 and openai/clip-vit-base-patch32 state their preprocessing."""
+
+
+@pytest.mark.parametrize("name", OLD_FORMS)
+def test_preprocessing_in_its_old_form_is_the_same(
+    name: str, folders: dict[str, Path], tmp_path: Path, pictures: list[Image.Image]
+) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(folders[name], folder)
+    file = folder / "preprocessor_config.json"
+    kept = {
+        key: value
+        for key, value in json.loads(file.read_text()).items()
+        if key.startswith(("do_", "image_m", "image_s"))
+    }
+    file.write_text(json.dumps({**kept, **OLD_FORMS[name]}))
+    with loaded(spec(name, folder), "cpu") as encoder:
+        old = encoder.images(pictures)
+    with loaded(spec(name, folders[name]), "cpu") as encoder:
+        assert torch.equal(encoder.images(pictures), old)
+
+
 @pytest.mark.parametrize("name", ["dinov2", "dino", "clip"])
 def test_features_depend_neither_on_order_nor_on_number(
     name: str, folders: dict[str, Path], pictures: list[Image.Image]
@@ -321,7 +348,7 @@ def test_offline_the_way_out_is_a_local_folder(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = unavailable(DEFAULT_ENCODERS[0])
     assert line.startswith("dinov2: facebook/dinov2-small: not on this machine, and the Hub cannot be reached")
-    assert line.endswith("or name a local folder for dinov2")
+    assert line.endswith("or name a local folder: --encoder dinov2=FOLDER")
     assert unavailable(EncoderSpec("dinov2", "./missing", None, SUBJECT)).startswith(
         "dinov2: ./missing: no such folder"
     )
