@@ -240,6 +240,19 @@ def test_features_depend_neither_on_order_nor_on_number(
             assert torch.equal(encoder.texts(PROMPTS[::-1]), encoder.texts(PROMPTS).flip(0))
 
 
+def test_a_gpu_would_compute_in_fp32_and_keeps_its_settings(
+    folders: dict[str, Path], pictures: list[Image.Image]
+) -> None:
+    allowed = []
+    before = torch.backends.cudnn.allow_tf32
+    with loaded(spec("dinov2", folders["dinov2"]), "cpu") as encoder:
+        model: Any = encoder.model  # type: ignore[attr-defined]
+        model.register_forward_hook(lambda *_: allowed.append(torch.backends.cudnn.allow_tf32))
+        encoder.images(pictures[:1])
+    assert allowed == [False]
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_modes_of_pictures_do_not_matter(folders: dict[str, Path], pictures: list[Image.Image]) -> None:
     grey = pictures[0].convert("L")
     with loaded(spec("dinov2", folders["dinov2"]), "cpu") as encoder:
