@@ -111,7 +111,7 @@ def pretrained(spec: EncoderSpec, device: torch.device) -> Iterator[ImageEncoder
 def _folder(spec: EncoderSpec) -> Path:
     """Return the folder of an encoder, downloaded if needed. Raises ModelError."""
     local = NANO_CLIP if spec.source == NANO else Path(spec.source).expanduser()
-    if local.exists():
+    if spec.revision is None and local.exists():
         return local
     if spec.source == NANO:
         raise ModelError("not in this installation of sd3tune; install it again, or choose another encoder")

@@ -368,6 +368,19 @@ def test_offline_the_way_out_is_a_local_folder(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("empty_cache")
+def test_a_folder_of_the_same_name_does_not_replace_a_pinned_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shutil.copytree(folders["dinov2"], tmp_path / "facebook" / "dinov2-small")
+    monkeypatch.chdir(tmp_path)
+    assert "not on this machine" in unavailable(DEFAULT_ENCODERS[0])
+    (named,) = encoders_for("own", "x", {"dinov2": "facebook/dinov2-small", "clip": "none"})
+    with loaded(named, "cpu") as encoder:
+        assert encoder.source == "facebook/dinov2-small"
+
+
+@pytest.mark.usefixtures("empty_cache")
 def test_weights_in_pytorchs_format_are_downloaded_once_where_there_are_no_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folders: dict[str, Path], pictures: list[Image.Image]
 ) -> None:
