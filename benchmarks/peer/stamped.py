@@ -66,7 +66,8 @@ def run_side(side: str, arguments: Sequence[str]) -> None:
         sys.argv = ["sd3tune", *arguments]
         runpy.run_module("sd3tune", run_name="__main__")
     else:
-        with_casting_vae()
+        if "diffusers" in Path(arguments[0]).read_text(encoding="utf-8"):
+            with_casting_vae()
         sys.argv = list(arguments)
         runpy.run_path(arguments[0], run_name="__main__")
 

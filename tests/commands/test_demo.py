@@ -36,14 +36,14 @@ def difference(one: Image.Image, other: Image.Image) -> float:
 
 
 def test_the_demo_learns_and_shows_it(tmp_path: Path, capsys, monkeypatch) -> None:
-    """The whole of it, as `sd3tune demo` runs it, at a quarter of its steps, each twice as long.
+    """The whole of it, as `sd3tune demo` runs it, at a sixth of its steps, each three times as long.
 
     So a LoRA teaches a new shape, also in colours and on backgrounds that its pictures do not have.
     """
-    monkeypatch.setitem(demo.CONFIG, "train", {**demo.CONFIG["train"], "steps": 64})
-    monkeypatch.setitem(demo.CONFIG, "optimizer", {"lr": 2e-3})
+    monkeypatch.setitem(demo.CONFIG, "train", {**demo.CONFIG["train"], "steps": 40})
+    monkeypatch.setitem(demo.CONFIG, "optimizer", {"lr": 3e-3})
     monkeypatch.setattr(demo, "PRIOR", {**demo.PRIOR, "images": 13})
-    monkeypatch.setattr(demo, "COUNT", 8)
+    monkeypatch.setattr(demo, "COUNT", 6)
     out = tmp_path / "runs" / "demo"
     assert run_demo(out) == out / "demo.png"
 
@@ -63,7 +63,7 @@ def test_the_demo_learns_and_shows_it(tmp_path: Path, capsys, monkeypatch) -> No
     lines = capsys.readouterr().out.splitlines()
     counts = [[int(word) for word in line.split()[-3:]] for line in lines if re.match(r"  (the|other) ", line)]
     assert counts[0][0] <= 1  # one circle of the base's is taken for a heart
-    assert min(counts[0][1:]) >= 4  # half of them
+    assert min(counts[0][1:]) >= 3  # half of them
     infer, make, train = (shlex.split(line) for line in lines[-3:])
     monkeypatch.chdir(tmp_path)
     app([*infer[1:], "--num", "1", "--steps", "2", "--out", "images"], standalone_mode=False)
