@@ -44,6 +44,10 @@ class AdapterError(UserError):
     """A LoRA file that is unreadable, made for another base, or without matching modules."""
 
 
+class MeasureUnavailable(UserError):
+    """A measure that cannot be taken here: its model or package is missing, gated or unreadable."""
+
+
 class RunError(UserError):
     """A problem with the machine or the run folder: devices, disk, locks, a run that cannot be resumed."""
 
