@@ -128,6 +128,8 @@ def _describe(
     """Print what will be drawn and measured."""
     held_out = f", {_count(len(photos.held_out), 'held-out photo')}" if photos.held_out else ""
     say(f"photos    {_count(len(photos.training), 'photo')}{held_out}")
+    if target.pictures is not None:
+        say(f"pictures  {len(pictures_of(target.pictures))} in {target.pictures}")
     if prompts is not None:
         names = list(dict.fromkeys(one.picture.row for drawing in drawings for one in drawing.wanted))
         each = f"{len(prompts.scored)} prompts and {len(prompts.of_class)} class prompts x {request.seeds} seeds"

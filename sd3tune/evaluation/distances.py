@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sd3tune.config.sections.data import FolderSource
 from sd3tune.data.images import ImageRef
-from sd3tune.data.sources.folder import list_folder
 from sd3tune.errors import DataError, MeasureUnavailable
 from sd3tune.evaluation.measuring import SUBJECT, encoded
+from sd3tune.evaluation.photos import images_of
 from sd3tune.measures.distribution import fid, kid, too_few
 from sd3tune.measures.encoders import encoders_for, loaded
 from sd3tune.reporting import say
@@ -48,13 +47,8 @@ def distances(
         yield line, {"encoder": spec.name, "source": spec.label, "pictures": [len(a), len(b)], **figures}
 
 
-def _pictures(folder: Path) -> list[ImageRef]:
-    try:
-        images = [image for image, _ in list_folder(FolderSource(path=str(folder))).images]
-    except DataError as error:
-        raise DataError(
-            *(f"--fid: {problem.replace('; check data.sources', '')}" for problem in error.problems)
-        ) from None
+def _pictures(folder: Path) -> Sequence[ImageRef]:
+    images = images_of(folder, "--fid")
     if len(images) < LEAST:
         raise DataError(f"--fid: {folder}: holds {len(images)} pictures; at least {LEAST} are needed")
     return images

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from sd3tune.config.sections.data import DataConfig, FolderSource
-from sd3tune.data.images import ImageRef
+from sd3tune.config.sections.data import FolderSource
+from sd3tune.data.images import ImageRef, open_image
 from sd3tune.data.records import load_records
+from sd3tune.data.sources.folder import list_folder
 from sd3tune.errors import ConfigError, DataError
 from sd3tune.evaluation.request import EvalRequest
 from sd3tune.evaluation.subject import Subject, read_subject
 from sd3tune.evaluation.target import Target
-from sd3tune.reporting import say
+from sd3tune.reporting import progress_bar, say
 from sd3tune.run.preflight import split_records
 
 MOST_PHOTOS = 1000
@@ -45,15 +47,22 @@ def find_photos(request: EvalRequest, target: Target) -> Photos:
         captions = [record.caption for record in records]
         training, held_out = [record.image for record in records], [record.image for record in holdout]
     if request.photos is not None:
-        source = FolderSource(path=str(request.photos), caption="a photo")
-        try:
-            training = [record.image for record in load_records(DataConfig(sources=[source]))]
-        except DataError as error:
-            raise DataError(*(f"--photos: {problem}" for problem in error.problems)) from None
-        held_out = ()
+        training, held_out = images_of(request.photos, "--photos"), ()
     if not training:
         raise ConfigError(f"{request.target}: its photos are not known here; give them with --photos DIR")
-    return Photos(_at_most(training), _at_most(held_out), captions)
+    photos = Photos(_at_most(training), _at_most(held_out), captions)
+    for photo in progress_bar([*photos.training, *photos.held_out], desc="checking photos", unit="image", delay=2):
+        open_image(photo)  # they are measured last, which is too late for a damaged one
+    return photos
+
+
+def images_of(folder: Path, flag: str) -> Sequence[ImageRef]:
+    """Return the images of a folder that an option names. Raises DataError if there are none."""
+    try:
+        return [image for image, _ in list_folder(FolderSource(path=str(folder))).images]
+    except DataError as error:
+        problems = (problem.replace("; check data.sources", "") for problem in error.problems)
+        raise DataError(*(f"{flag}: {problem}" for problem in problems)) from None
 
 
 def find_subject(request: EvalRequest, target: Target, photos: Photos) -> Subject:

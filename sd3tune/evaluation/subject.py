@@ -64,7 +64,7 @@ def read_subject(
     noun = noun.strip() if noun is not None else bare(priors[0]) if priors else None
     trained = frozenset(map(plain, [*captions, *priors]))
     single = bare(captions[0]) if len(set(captions)) == 1 and captions[0] else None
-    name = trigger or (_special_words(captions, [*priors, noun]) if noun else None)
+    name = trigger or (_special_words(captions, [*priors, noun], noun) if noun else None)
     if name is None:
         return Subject(single, None, noun, trained)
     if noun is None or _find(noun, name):
@@ -88,12 +88,19 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
-def _special_words(captions: Sequence[str], others: Iterable[str]) -> str | None:
-    """Return the words that all captions share, and that none of the other texts has; None without any."""
+def _special_words(captions: Sequence[str], others: Iterable[str], noun: str) -> str | None:
+    """Return the words that all captions share and that none of the other texts has; None without any.
+
+    Those right before the noun are preferred, as captions also share words about the setting.
+    """
     known = _COMMON.union(*(plain(other).split() for other in others))
     first, *rest = (plain(caption).split() for caption in captions) if captions else ([],)
-    shared = [word for word in first if word not in known and all(word in words for words in rest)]
-    return " ".join(shared) or None
+    special = [word not in known and all(word in words for words in rest) for word in first]
+    start = end = first.index(plain(noun)) if plain(noun) in first else 0
+    while start > 0 and special[start - 1]:
+        start -= 1
+    words = first[start:end] or [word for word, is_special in zip(first, special, strict=True) if is_special]
+    return " ".join(words) or None
 
 
 def _find(text: str, prompt: str) -> re.Match[str] | None:

@@ -78,11 +78,22 @@ def find_target(location: str, checkpoints: str) -> Target:
             raise RunError(f"{location}: holds no run, no adapter, no model and no pictures") from error
         if path.exists():
             raise
-    if path.parent != Path() and path.parent.is_dir():
-        raise RunError(f"{location}: no such run, adapter or folder")
-    adapter = load_adapter(Path(location))
+    return _on_the_hub(location)
+
+
+def _on_the_hub(location: str) -> Target:
+    path = Path(location)
+    missing = f"{location}: no such run, adapter or folder"
+    if path.parent.is_dir() or len(path.parts) != 2:
+        raise RunError(missing)
+    try:
+        adapter = load_adapter(path)
+    except AdapterError as error:
+        told = (problem.replace("give --lora a folder", "give a folder") for problem in error.problems)
+        reasons = (problem.removeprefix(f"--lora {location}: ") for problem in told)
+        raise AdapterError(*(f"{missing} here, nor a repository on the Hub: {reason}" for reason in reasons)) from None
     name = (adapter.origin or location).partition(":")[0]
-    return Target(name, [Weights(name, None, Path(location))], contract=adapter.contract)
+    return Target(name, [Weights(name, None, path)], contract=adapter.contract)
 
 
 def _run(run: Path, checkpoints: str) -> Target:
