@@ -114,7 +114,7 @@ def _folder(spec: EncoderSpec) -> Path:
         return local
     if spec.source == NANO:
         raise ModelError("not in this installation of sd3tune; install it again, or choose another encoder")
-    otherwise = f"name a local folder for {spec.name}"
+    otherwise = f"name a local folder: --encoder {spec.name}=FOLDER"
     for weights in _WEIGHTS:
         folder = download(spec.source, spec.revision, [*_SMALL_FILES, *weights], progress=True, otherwise=otherwise)
         if any(folder.glob(weights[0])):

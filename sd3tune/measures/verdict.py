@@ -124,24 +124,24 @@ def _reaches(one: Checkpoint, leader: Checkpoint) -> bool:
 
 def _judged(one: Checkpoint, base: Checkpoint, photos: Interval, limits: Limits) -> _Judged:
     over = one.over_base
-    enough = limits.likeness * _room(base.likeness, photos)
+    room = _room(base, photos)
     shows = loses = None
-    if over.drift is not None and base.drift is not None:
-        shows = _is_above(over.drift, limits.drift * _room(base.drift, photos))
+    if over.drift is not None:
+        shows = _is_above(over.drift, limits.drift * room)
     if over.prompts is not None and base.prompts is not None:
         loses = _opposite(_is_above(over.prompts, -limits.prompts * base.prompts.mean))
     return _Judged(
         row=one,
-        like_enough=_is_above(over.likeness, enough),
+        like_enough=_is_above(over.likeness, limits.likeness * room),
         shows_subject=shows,
         loses_prompts=loses,
         copies="yes" if one.memorised > limits.memorised * one.pictures else "no",
     )
 
 
-def _room(base: Interval, photos: Interval) -> float:
-    """Return the way from the base to the photos among themselves; NaN, which decides nothing, if there is none."""
-    room = photos.mean - base.mean
+def _room(base: Checkpoint, photos: Interval) -> float:
+    """Return the way from the base's likeness to the photos among themselves; NaN, which decides nothing, without."""
+    room = photos.mean - base.likeness.mean
     return room if room > 0 else math.nan
 
 
@@ -225,7 +225,7 @@ class _Words:
 
     def _open(self) -> str:
         """Return what is not known about an undecided row."""
-        if math.isnan(_room(self.base.likeness, self.photos)):
+        if math.isnan(_room(self.base, self.photos)):
             if math.isnan(self.photos.mean):
                 return "the photos' own likeness needs at least two photos"
             return (

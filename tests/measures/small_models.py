@@ -15,6 +15,9 @@ from transformers import (
     CLIPTokenizer,
     Dinov2Config,
     Dinov2Model,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
@@ -58,6 +61,19 @@ def save_clip(folder: Path) -> Path:
     _spread(CLIPModel(config)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def save_siglip(folder: Path) -> Path:
+    torch.manual_seed(4)
+    tokenizer = _tokenizer(folder)
+    config = SiglipConfig(
+        text_config={**_SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
+        vision_config={**_SIZES, "image_size": 32, "patch_size": 16},
+    )
+    _spread(SiglipModel(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 
 

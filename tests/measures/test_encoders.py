@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +19,11 @@ from torch import Tensor
 from transformers import (
     BitImageProcessorPil,
     CLIPImageProcessorPil,
-    CLIPTextModelWithProjection,
+    CLIPModel,
     CLIPTokenizer,
-    CLIPVisionModelWithProjection,
     Dinov2Model,
+    SiglipImageProcessorPil,
+    SiglipModel,
     ViTImageProcessorPil,
     ViTModel,
 )
@@ -39,10 +41,10 @@ from sd3tune.measures.encoders import (
     register,
     unregister,
 )
-from tests.local_hub import COMMIT, serve
-from tests.measures.small_models import save_clip, save_dino, save_dinov2
+from tests.local_hub import COMMIT, hub
+from tests.measures.small_models import save_clip, save_dino, save_dinov2, save_siglip
 
-PROMPTS = ("a red dog", "a photo of a cat", "beach")
+PROMPTS = ("a red dog", "a cat", "beach")
 Save = Callable[[Path], Path]
 SUBJECT: tuple[encoders.Measure, ...] = ("subject",)
 
@@ -152,8 +154,14 @@ def expected_dino(folder: Path, pictures: list[Image.Image]) -> Tensor:
 
 
 def expected_clip(folder: Path, pictures: list[Image.Image]) -> Tensor:
+    return clip(folder, pictures, ["a"]).image_embeds
+
+
+def clip(folder: Path, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Any:
+    """Return the output of the whole model for a batch."""
     pixels = CLIPImageProcessorPil.from_pretrained(folder)(images=pictures, return_tensors="pt")
-    return CLIPVisionModelWithProjection.from_pretrained(folder).eval()(**pixels).image_embeds
+    tokens = CLIPTokenizer.from_pretrained(folder)(list(prompts), padding=True, return_tensors="pt")
+    return CLIPModel.from_pretrained(folder).eval()(**pixels, **tokens)
 
 
 @pytest.mark.parametrize(
@@ -170,18 +178,53 @@ def test_picture_features_are_transformers_own(
     assert torch.pdist(found).min() > 0.01  # they tell pictures apart
 
 
-def test_prompt_features_are_transformers_own(folders: dict[str, Path]) -> None:
-    folder = folders["clip"]
-    tokens = CLIPTokenizer.from_pretrained(folder)(
-        list(PROMPTS), padding="max_length", max_length=16, truncation=True, return_tensors="pt"
-    )
-    expected = unit(CLIPTextModelWithProjection.from_pretrained(folder).eval()(**tokens).text_embeds)
-    with loaded(spec("clip", folder), "cpu") as encoder:
+def test_prompt_features_are_transformers_own(folders: dict[str, Path], pictures: list[Image.Image]) -> None:
+    expected = unit(clip(folders["clip"], pictures, PROMPTS).text_embeds)
+    with loaded(spec("clip", folders["clip"]), "cpu") as encoder:
         assert isinstance(encoder, TextImageEncoder)
         found = encoder.texts(PROMPTS)
         assert encoder.texts(["a dog " * 40]).isfinite().all()  # longer than the model's 16 tokens
     np.testing.assert_allclose(found, expected, atol=2e-6)
     assert torch.pdist(found).min() > 0.01
+
+
+def test_siglip_is_read_like_clip(tmp_path: Path, pictures: list[Image.Image]) -> None:
+    folder = save_siglip(tmp_path)
+    pixels = SiglipImageProcessorPil.from_pretrained(folder)(images=pictures, return_tensors="pt")
+    tokens = CLIPTokenizer.from_pretrained(folder)(
+        list(PROMPTS), padding="max_length", max_length=16, return_tensors="pt"
+    )
+    expected = SiglipModel.from_pretrained(folder).eval()(**pixels, **tokens)
+    with loaded(spec("clip", folder), "cpu") as encoder:
+        assert isinstance(encoder, TextImageEncoder)
+        np.testing.assert_allclose(encoder.images(pictures), unit(expected.image_embeds), atol=2e-6)
+        np.testing.assert_allclose(encoder.texts(PROMPTS), unit(expected.text_embeds), atol=2e-6)
+
+
+OLD_FORMS = {
+    "dino": {"feature_extractor_type": "ViTFeatureExtractor", "size": 32, "resample": 2},
+    "clip": {"feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 32, "resample": 3},
+}
+"""As facebook/dino-vits16 and openai/clip-vit-base-patch32 state their preprocessing."""
+
+
+@pytest.mark.parametrize("name", OLD_FORMS)
+def test_preprocessing_in_its_old_form_is_the_same(
+    name: str, folders: dict[str, Path], tmp_path: Path, pictures: list[Image.Image]
+) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(folders[name], folder)
+    file = folder / "preprocessor_config.json"
+    kept = {
+        key: value
+        for key, value in json.loads(file.read_text()).items()
+        if key.startswith(("do_", "image_m", "image_s"))
+    }
+    file.write_text(json.dumps({**kept, **OLD_FORMS[name]}))
+    with loaded(spec(name, folder), "cpu") as encoder:
+        old = encoder.images(pictures)
+    with loaded(spec(name, folders[name]), "cpu") as encoder:
+        assert torch.equal(encoder.images(pictures), old)
 
 
 @pytest.mark.parametrize("name", ["dinov2", "dino", "clip"])
@@ -287,21 +330,64 @@ def test_features_that_are_not_finite_are_refused(
 
 def test_prompt_fidelity_needs_a_model_with_a_text_encoder(folders: dict[str, Path]) -> None:
     line = unavailable(EncoderSpec("clip", str(folders["dinov2"]), None, ("subject", "prompt")))
-    assert line == f"clip: {folders['dinov2']}: no text encoder, which prompt fidelity needs; name a CLIP or SigLIP model"
+    assert (
+        line == f"clip: {folders['dinov2']}: no text encoder, which prompt fidelity needs; name a CLIP or SigLIP model"
+    )
 
 
 # From the Hub.
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-@pytest.mark.usefixtures("offline")
-def test_offline_the_way_out_is_a_local_folder() -> None:
+@pytest.mark.usefixtures("empty_cache")
+def test_offline_the_way_out_is_a_local_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = unavailable(DEFAULT_ENCODERS[0])
     assert line.startswith("dinov2: facebook/dinov2-small: not on this machine, and the Hub cannot be reached")
-    assert line.endswith("or name a local folder for dinov2")
-    assert unavailable(EncoderSpec("dinov2", "./missing", None, SUBJECT)).startswith("dinov2: ./missing: no such folder")
+    assert line.endswith("or name a local folder: --encoder dinov2=FOLDER")
+    assert unavailable(EncoderSpec("dinov2", "./missing", None, SUBJECT)).startswith(
+        "dinov2: ./missing: no such folder"
+    )
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_weights_in_pytorchs_format_are_downloaded_once_where_there_are_no_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folders: dict[str, Path], pictures: list[Image.Image]
+) -> None:
+    """As openai/clip-vit-base-patch32 and facebook/dino-vits16 have them, beside those of other libraries."""
+    there = tmp_path / "there" / "openai" / "clip"
+    shutil.copytree(folders["clip"], there)
+    torch.save(load_file(there / "model.safetensors"), there / "pytorch_model.bin")
+    (there / "model.safetensors").rename(there / "tf_model.h5")
+    wanted = EncoderSpec("clip", "openai/clip", COMMIT, ("subject", "prompt"))
+    with hub(tmp_path / "there") as (endpoint, requests):
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for name, value in {"ENDPOINT": endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": template}.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        with loaded(wanted, "cpu") as encoder:
+            found = encoder.images(pictures)
+        assert any("pytorch_model.bin" in request for request in requests)
+        assert not any("tf_model" in request for request in requests)
+        assert "gated" in unavailable(EncoderSpec("clip", "gated/clip", COMMIT, SUBJECT))
+    with loaded(spec("clip", folders["clip"]), "cpu") as encoder:
+        np.testing.assert_allclose(encoder.images(pictures), found, atol=1e-6)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with loaded(wanted, "cpu") as encoder:
+        assert encoder.source == f"openai/clip@{COMMIT}"
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("touched-by-a-pickle"),)
+
+
+def test_a_pickle_that_would_run_code_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["dinov2"], tmp_path / "encoder")
+    (tmp_path / "encoder" / "model.safetensors").unlink()
+    torch.save({"weights": Harmful()}, tmp_path / "encoder" / "pytorch_model.bin")
+    assert "cannot be loaded" in unavailable(spec("dinov2", tmp_path / "encoder"))
+    assert not Path("touched-by-a-pickle").exists()
