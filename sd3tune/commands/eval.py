@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +15,15 @@ from sd3tune.evaluation.distances import distances
 from sd3tune.evaluation.judge import judge
 from sd3tune.evaluation.measuring import measure
 from sd3tune.evaluation.photos import Photos, find_photos, find_subject
-from sd3tune.evaluation.pictures import BASE_ROW, Drawing, Picture, pictures_of, plan_drawings, seconds_each
+from sd3tune.evaluation.pictures import (
+    BASE_ROW,
+    PICTURES,
+    Drawing,
+    Picture,
+    pictures_of,
+    plan_drawings,
+    seconds_each,
+)
 from sd3tune.evaluation.prompts import Prompts, choose_prompts
 from sd3tune.evaluation.report import Evaluation, Setting, values_of, write_files
 from sd3tune.evaluation.request import EvalRequest
@@ -44,7 +53,16 @@ def run_eval(request: EvalRequest, *, dry_run: bool = False) -> Evaluation | Non
         accelerator = make_accelerator()
         processes = processes_of(accelerator)
         with nullcontext() if processes.is_main else using(Reporter(quiet=True)):
-            return _evaluate(request, processes, accelerator.device, dry_run)
+            with accelerator.main_process_first():  # it may build a base, or download one
+                prepared = _prepare(request)
+            if processes.is_main:
+                _describe(request, prepared)
+            if dry_run:
+                say("dry run: nothing was drawn, measured or written")
+                return None
+            pictures = _draw(prepared, processes)
+            release(accelerator.device)
+            return _measure(request, prepared, pictures, accelerator.device) if processes.is_main else None
 
 
 def run_distances(first: Path, second: Path, encoders: Mapping[str, str]) -> None:
@@ -57,57 +75,60 @@ def run_distances(first: Path, second: Path, encoders: Mapping[str, str]) -> Non
         raise RunError("--fid: no encoder could be loaded; name a local folder with --encoder NAME=FOLDER")
 
 
-def _evaluate(request: EvalRequest, processes: Processes, device: torch.device, dry_run: bool) -> Evaluation | None:
+@dataclass(frozen=True)
+class _Prepared:
+    """A checked evaluation."""
+
+    target: Target
+    photos: Photos
+    subject: Subject
+    specs: Sequence[EncoderSpec]
+    out: Path
+    prompts: Prompts | None
+    """None for a folder of pictures, which has no drawings either."""
+    drawings: Sequence[Drawing]
+
+
+def _prepare(request: EvalRequest) -> _Prepared:
+    """Find and check everything that the evaluation needs, before anything large is loaded. Raises UserError."""
     request.check()
     target = find_target(request.target, request.checkpoints)
     photos = find_photos(request, target)
     subject = find_subject(request, target, photos)
-    base = target.config.model.base if target.config else str(target.contract.get("base"))
+    base = request.base or (target.config.model.base if target.config else target.contract.get("base", ""))
     specs = encoders_for(request.protocol, base, request.encoders)
     out = request.out or target.default_out
-    prompts = None
-    drawings: list[Drawing] = []
-    if target.weights:
-        previews = target.config.preview.prompts if target.config else []
-        prompts = choose_prompts(request, subject, previews, base == NANO)
-        drawings = plan_drawings(request, target, prompts, out)
-    if processes.is_main:
-        _describe(request, target, photos, prompts, drawings, specs, out)
-    if dry_run:
-        say("dry run: nothing was drawn, measured or written")
-        return None
-    _make_folder(out)
-    pictures = [picture for drawing in drawings for picture in drawing.draw(processes)]
-    del drawings
-    release(device)
-    if not processes.is_main:
-        return None
-    if target.pictures is not None:
-        pictures = pictures_of(target.pictures)
-    setting = Setting(
-        target.name, request.protocol, subject, prompts, photos, request.seeds, specs,
-        _notes(subject, prompts, photos, pictures, target),
-    )  # fmt: skip
-    return _measure(setting, target, pictures, out, device)
+    if not target.weights:
+        return _Prepared(target, photos, subject, specs, out, None, [])
+    previews = target.config.preview.prompts if target.config else []
+    prompts = choose_prompts(request, subject, previews, base == NANO)
+    return _Prepared(target, photos, subject, specs, out, prompts, plan_drawings(request, target, prompts, out))
+
+
+def _draw(prepared: _Prepared, processes: Processes) -> list[Picture]:
+    """Return all pictures, after drawing the missing ones."""
+    _make_folder(prepared.out)
+    if prepared.target.pictures is not None:
+        return pictures_of(prepared.target.pictures)
+    return [picture for drawing in prepared.drawings for picture in drawing.draw(processes)]
 
 
 def _measure(
-    setting: Setting, target: Target, pictures: Sequence[Picture], out: Path, device: torch.device
+    request: EvalRequest, prepared: _Prepared, pictures: Sequence[Picture], device: torch.device
 ) -> Evaluation:
-    """Measure the pictures, write the files, and print the results."""
+    """Measure the pictures, compare the rows, and write the files."""
+    target, out = prepared.target, prepared.out
+    setting = Setting(
+        target.name, request.protocol, prepared.subject, prepared.prompts, prepared.photos, request.seeds,
+        prepared.specs, _notes(prepared, pictures),
+    )  # fmt: skip
     measured = measure(pictures, setting.photos, setting.specs, device)
     names = _row_names(target, pictures)
     rows = rows_of(measured, names)
     verdict = judge(measured, names, rows[0], setting.subject.noun)
     evaluation = Evaluation(out, rows, verdict, values_of(setting, measured, rows, verdict))
     files = write_files(out, evaluation, setting, measured)
-    say("")
-    for line in text_table(rows):
-        result(line)
-    say(*(f"note: {note}" for note in setting.notes))
-    say("")
-    result(verdict.sentence, verdict=verdict.kind, best=verdict.best, folder=out)
-    say("", *(f"{path}" for path in files))
+    _print(evaluation, files)
     if target.run is not None and out == target.run / EVAL_FOLDER and holds_report(target.run):
         problem = refresh_card(target.run)
         say(*([problem] if problem else []))
@@ -116,39 +137,44 @@ def _measure(
     return evaluation
 
 
-def _describe(
-    request: EvalRequest,
-    target: Target,
-    photos: Photos,
-    prompts: Prompts | None,
-    drawings: Sequence[Drawing],
-    specs: Sequence[EncoderSpec],
-    out: Path,
-) -> None:
+def _print(evaluation: Evaluation, files: Sequence[Path]) -> None:
+    say("")
+    for line in text_table(evaluation.rows):
+        result(line)
+    say(*(f"note: {note}" for note in evaluation.values["notes"]))
+    say("")
+    verdict = evaluation.verdict
+    result(verdict.sentence, verdict=verdict.kind, best=verdict.best, folder=evaluation.folder)
+    say("", *files)
+
+
+def _describe(request: EvalRequest, prepared: _Prepared) -> None:
     """Print what will be drawn and measured."""
+    photos, prompts, drawings = prepared.photos, prepared.prompts, prepared.drawings
     held_out = f", {_count(len(photos.held_out), 'held-out photo')}" if photos.held_out else ""
     say(f"photos    {_count(len(photos.training), 'photo')}{held_out}")
-    if target.pictures is not None:
-        say(f"pictures  {len(pictures_of(target.pictures))} in {target.pictures}")
+    if prepared.target.pictures is not None:
+        say(f"pictures  {len(pictures_of(prepared.target.pictures))} in {prepared.target.pictures}")
     if prompts is not None:
         names = list(dict.fromkeys(one.picture.row for drawing in drawings for one in drawing.wanted))
-        each = f"{len(prompts.scored)} prompts and {len(prompts.of_class)} class prompts x {request.seeds} seeds"
+        kinds = f"{_count(len(prompts.scored), 'prompt')} and {_count(len(prompts.of_class), 'class prompt')}"
         total = sum(len(drawing.wanted) for drawing in drawings)
         missing = sum(len(drawing.missing()) for drawing in drawings)
         say(f"rows      {', '.join(names)}")
-        say(f"pictures  {each} for each: {total}, of which {total - missing} are there; in {out / 'pictures'}")
-        seconds = seconds_each(target)
+        say(
+            f"pictures  {kinds} x {_count(request.seeds, 'seed')} for each: {total}, of which {total - missing} are "
+            f"there; in {prepared.out / PICTURES}"
+        )
+        seconds = seconds_each(prepared.target)
         if missing and seconds is not None:
             say(f"time      about {_duration(missing * seconds)} to draw, as long as the run's previews took")
-    say(f"encoders  {', '.join(f'{spec.name} ({spec.label})' for spec in specs)}")
+    say(f"encoders  {', '.join(f'{spec.name} ({spec.label})' for spec in prepared.specs) or 'none'}")
 
 
-def _notes(
-    subject: Subject, prompts: Prompts | None, photos: Photos, pictures: Sequence[Picture], target: Target
-) -> list[str]:
+def _notes(prepared: _Prepared, pictures: Sequence[Picture]) -> list[str]:
     """Return the rows, columns and prompts that are left out, with the reason."""
-    notes = []
-    if len(photos.training) == 1:
+    subject, prompts, notes = prepared.subject, prepared.prompts, []
+    if len(prepared.photos.training) == 1:
         notes.append("there is one photo, so there is no row of the photos among themselves")
     if prompts is None:
         return notes

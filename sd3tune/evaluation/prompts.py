@@ -20,12 +20,16 @@ SCENES = (
     "a photo of {} on a wooden floor",
     "a photo of {} in a forest at sunset",
     "a photo of {} in front of a brick wall",
+    "a photo of {} on a city street in the rain",
     "a close-up photo of {} at night",
+    "a photo of {} seen from above",
     "an oil painting of {}",
     "a pencil drawing of {}",
 )
-"""Default prompts, besides those of the run's previews; `{}` is the subject."""
-MOST_CLASS_PROMPTS = 8
+"""Default prompts, besides those of the run's previews; `{}` is the subject. Intervals need at least ten prompts."""
+MOST_CLASS_PROMPTS = 10
+_NANO_SCENES = ((3, 8), (5, 4))
+"""Prompts in nano's world: steps from the colour of a thing to that of its background, and how many have it."""
 _OWN_TEXTS = ("prompt_clip_l", "prompt_clip_g", "prompt_t5")
 
 
@@ -95,7 +99,11 @@ def default_prompts(subject: Subject, previews: Sequence[str], nano: bool) -> li
 
 def _nano_scenes(phrase: str) -> list[str]:
     colours = list(COLOURS)
-    pairs = [(colour, colours[(number + 3) % len(colours)]) for number, colour in enumerate(colours)]
+    pairs = [
+        (colour, colours[(number + step) % len(colours)])
+        for step, count in _NANO_SCENES
+        for number, colour in enumerate(colours[:count])
+    ]
     return [f"{with_article(colour)} {phrase} on {with_article(ground)} background" for colour, ground in pairs]
 
 

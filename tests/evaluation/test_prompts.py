@@ -30,7 +30,8 @@ def test_prompts_are_made_for_the_subject_after_the_previews_that_show_it() -> N
 def test_nano_gets_prompts_of_its_own_world() -> None:
     heart = read_subject(["a red sks shape on a white background"], ["a shape"])
     prompts = choose_prompts(EvalRequest("run"), heart, [], nano=True)
-    assert len(prompts.scored) == len(prompts.of_class) == 8
+    assert (len(prompts.scored), len(prompts.of_class)) == (12, MOST_CLASS_PROMPTS)
+    assert len({prompt.text for prompt in prompts.scored}) == 12
     for prompt in prompts.scored:
         assert "sks" in prompt.text
         assert parse(prompt.scored_as).thing.shape == "shape"
