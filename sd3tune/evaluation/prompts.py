@@ -66,6 +66,7 @@ def choose_prompts(request: EvalRequest, subject: Subject, previews: Sequence[st
         asked = [(text, {}) for text in _of_dreambooth(request, subject)]
     else:
         asked = [(text, {}) for text in default_prompts(subject, previews, nano)]
+    asked = [one for number, one in enumerate(asked) if one not in asked[:number]]
     scored = [
         Prompt(text, subject.without_name(text) or text, values)
         for text, values in asked

@@ -80,7 +80,7 @@ class Setting:
 
 
 def values_of(setting: Setting, measured: Measured, rows: Sequence[Row], verdict: Judgement) -> dict[str, Any]:
-    """Return the content of `eval.json`: no path, host or time, so that equal evaluations write equal files."""
+    """Return the content of `eval.json`, without times, so that equal evaluations write equal files."""
     prompts = setting.prompts
     encoders = [
         {"name": spec.name, "source": _public(spec.source), "revision": spec.revision, "measures": list(spec.measures)}

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import sd3tune
+from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
 from sd3tune.evaluation import pictures as drawing
 from sd3tune.evaluation.pictures import plan_drawings
@@ -153,9 +154,10 @@ def test_the_card_shows_the_figures_and_stays_unedited(run: Path, prompts_file: 
     assert "| step 4 |" in card
     assert is_unchanged(card)
     assert card_to_upload(run, "user/dog").decode() != card  # still known as not edited
-    (run / "eval" / FIGURES).write_text('{"sd3tune_eval": 99}')
-    assert refresh_card(run) is None
-    assert "## How it draws" not in (run / "README.md").read_text()
+    for other in ('{"sd3tune_eval": 99}', '{"sd3tune_eval": 1, "rows": 3}', "not JSON"):
+        (run / "eval" / FIGURES).write_text(other)
+        assert refresh_card(run) is None
+        assert "## How it draws" not in (run / "README.md").read_text()
 
 
 @pytest.mark.usefixtures("small_encoder")
@@ -232,6 +234,23 @@ def test_json_has_a_result_for_the_verdict(run: Path, prompts_file: Path, comman
     assert last["kind"] == "result"
     assert (last["best"], last["folder"]) == ("step 4", str(run / "eval"))
     assert last["verdict"] in KINDS
+
+
+@pytest.mark.usefixtures("small_encoder")
+def test_a_full_fine_tune_is_compared_with_its_base_and_one_from_scratch_with_none(
+    quick_config, scratch_config, tmp_path: Path, command: Command, prompts_file: Path
+) -> None:
+    once = ("train.steps=1", "preview.steps=1")
+    for name, make in (("full", quick_config), ("scratch", scratch_config)):
+        run_training(make(tmp_path / name, "method={kind: full}", *once))
+        finished = command("eval", tmp_path / name, "--prompts", prompts_file, "--seeds", "1", *WITHOUT_OTHERS)
+        assert finished.code == 0, finished.err
+    full, scratch = (read(tmp_path / name / "eval") for name in ("full", "scratch"))
+    assert [row["name"] for row in full["rows"]] == ["photos", "base", "step 1"]
+    assert full["rows"][1]["figures"] != full["rows"][2]["figures"]
+    assert [row["name"] for row in scratch["rows"]] == ["photos", "step 1"]
+    assert scratch["notes"][-2].startswith("there is no row of the base: a model from scratch has none")
+    assert finished.out.splitlines()[-1].split()[1:4] == ["infer", "--base", str(tmp_path / "scratch" / "model")]
 
 
 # Distances.

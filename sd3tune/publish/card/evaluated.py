@@ -17,10 +17,17 @@ _TITLES = {"subject": "likeness", "held_out": "to held-out photos", "prompt": "p
 
 
 def evaluated_section(trained: Trained) -> str | None:
-    """Return the section; None without an evaluation of this version."""
+    """Return the section; None without an evaluation of this version, or if its file was damaged by an edit."""
     values = trained.evaluation
     if values is None or values.get("sd3tune_eval") != EVAL_VERSION:
         return None
+    try:
+        return _section(values)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None
+
+
+def _section(values: Mapping[str, Any]) -> str:
     rows = values["rows"]
     columns = list(dict.fromkeys(key for row in rows for key in _keys(row)))
     columns.sort(key=lambda key: list(_TITLES).index(key[1]))
