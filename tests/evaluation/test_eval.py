@@ -62,6 +62,8 @@ def test_all_checkpoints_are_drawn_once_and_measured(run: Path, prompts_file: Pa
     assert values["class_prompts"] == ["a dog on a beach", "a drawing of a dog"]
     assert values["not_scored"] == [TRAINED]
     assert values["photos"] == {"training": 4, "held_out": 1}
+    likeness = [row["figures"]["small"]["subject"]["mean"] for row in values["rows"][1:]]
+    assert len(set(likeness)) == 3  # each row has weights of its own
     assert values["verdict"]["kind"] in KINDS
     assert len(values["pictures"]) == 3 * (2 + 2) * 2  # rows, prompts of both kinds, seeds
     files = {picture["file"] for picture in values["pictures"]}

@@ -50,7 +50,8 @@ def test_the_protocol_has_25_prompts_for_the_kind_of_the_class() -> None:
 def test_a_file_sets_more_than_the_text_and_class_prompts_have_it_too(tmp_path: Path) -> None:
     file = tmp_path / "prompts.csv"
     file.write_text(
-        "prompt,steps,prompt_t5\nsks dog at sea,3,\nsks dog at home,,sks dog indoors\nsks dog at sea,3,\na photo of a dog,,\n"
+        "prompt,steps,prompt_t5\nsks dog at sea,3,\nsks dog at home,,sks dog indoors\n"
+        "sks dog at sea,3,\na photo of a dog,,\n"
     )
     prompts = choose_prompts(EvalRequest("run", prompts=file), DOG, [], nano=False)
     assert [(prompt.text, dict(prompt.values)) for prompt in prompts.scored] == [
