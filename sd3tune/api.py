@@ -81,7 +81,7 @@ def evaluate(
     out: str | os.PathLike[str] | None = None,
     base: str | None = None,
     steps: int | None = None,
-    size: str | None = None,
+    size: str | tuple[int, int] | None = None,
     batch: int = 1,
     encoders: Mapping[str, str] | None = None,
 ) -> Evaluation:

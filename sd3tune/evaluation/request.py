@@ -38,7 +38,7 @@ class EvalRequest:
     """The folder for pictures and figures; None: `eval` in the run folder, else `eval/NAME`."""
     base: str | None = None
     steps: int | None = None
-    size: str | None = None
+    size: str | tuple[int, int] | None = None
     batch: int = 1
     """Pictures that are drawn at once."""
     encoders: Mapping[str, str] = field(default_factory=dict)

@@ -84,6 +84,13 @@ def test_all_checkpoints_are_drawn_once_and_measured(run: Path, prompts_file: Pa
     assert "0 drawn in" in again.out
     assert read(run / "eval") == values
 
+    for picture in (run / "eval" / "pictures").glob("step-2-*"):
+        picture.unlink()
+    again = command("eval", run, "--checkpoints", "all", *few(prompts_file))
+    assert "8 drawn in" in again.out
+    assert again.out.count("tensors loaded") == 1  # only the adapter that draws
+    assert read(run / "eval") == values
+
 
 @pytest.mark.usefixtures("small_encoder")
 def test_a_picture_is_that_of_infer(run: Path, prompts_file: Path, command: Command, tmp_path: Path) -> None:
@@ -116,7 +123,9 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_figures(
         assert command("eval", run, *few(prompts_file)).code == 130
     assert not (run / "eval" / FIGURES).exists()
     assert len(list((run / "eval" / "pictures").glob("*.png"))) == 5
-    assert "11 drawn in" in command("eval", run, *few(prompts_file)).out
+    resumed = command("eval", run, *few(prompts_file)).out
+    assert "11 drawn in" in resumed
+    assert "tensors loaded, weight 1\n" in resumed
     assert (run / "eval" / FIGURES).read_bytes() == (tmp_path / "whole" / FIGURES).read_bytes()
     assert (run / "eval" / "eval.md").read_bytes() == (tmp_path / "whole" / "eval.md").read_bytes()
 
