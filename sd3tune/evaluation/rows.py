@@ -51,8 +51,8 @@ class Row:
 
 def rows_of(measured: Measured, names: Sequence[RowName]) -> list[Row]:
     """Return a row for the photos, then one for each name."""
-    photos = _photos_row(measured)
     base = tables_of(measured, BASE_ROW)
+    photos = _photos_row(measured, base)
     rows = [photos]
     for own in names:
         tables = tables_of(measured, own.name)
@@ -69,10 +69,13 @@ def rows_of(measured: Measured, names: Sequence[RowName]) -> list[Row]:
     return rows
 
 
-def _photos_row(measured: Measured) -> Row:
+def _photos_row(measured: Measured, base: Mapping[Key, Tensor]) -> Row:
     keys = dict.fromkeys(key for values in measured.photo_values for key in values)
     figures = {
-        key: Figure(interval(torch.tensor([[values[key]] for values in measured.photo_values if key in values])))
+        key: Figure(
+            interval(torch.tensor([[values[key]] for values in measured.photo_values if key in values])),
+            1.0 if key[0] == SUBJECT and key in base else None,
+        )
         for key in keys
     }
     for (row, key), values in measured.by_prompt.items():

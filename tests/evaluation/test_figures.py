@@ -102,6 +102,7 @@ def test_figures_are_those_of_numpy(pictures: list[Picture], photos: Photos, sma
         (expected["subject", "small"].mean() - base.mean()) / (own.mean() - base.mean()), rel=1e-3
     )
     assert row["base"].figures["subject", "small"].against_base is None
+    assert [row[name].figures["subject", "small"].share for name in ("base", "photos")] == [0, 1]
 
 
 @pytest.mark.usefixtures("small_encoder")
