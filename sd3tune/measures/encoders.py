@@ -82,19 +82,20 @@ DEFAULT_ENCODERS: tuple[EncoderSpec, ...] = (
 )
 NANO_ENCODERS: tuple[EncoderSpec, ...] = (EncoderSpec("nano", NANO, None, ("subject", "prompt")),)
 
-_registered: dict[str, tuple[EncoderSpec, Load]] = {}
+REGISTERED: dict[str, tuple[EncoderSpec, Load]] = {}
+"""The encoders of programs, by name."""
 
 
 def register(spec: EncoderSpec, load: Load) -> None:
     """Add an encoder to every measurement; `load(spec, device)` returns it. Raises ValueError for a name in use."""
     if spec.name in _known():
         raise ValueError(f"an encoder {spec.name!r} exists; choose another name")
-    _registered[spec.name] = (spec, load)
+    REGISTERED[spec.name] = (spec, load)
 
 
 def unregister(name: str) -> None:
     """Remove a registered encoder. Raises KeyError if there is none."""
-    del _registered[name]
+    del REGISTERED[name]
 
 
 def encoders_for(protocol: str, base: str, overrides: Mapping[str, str]) -> list[EncoderSpec]:
@@ -107,7 +108,7 @@ def encoders_for(protocol: str, base: str, overrides: Mapping[str, str]) -> list
         chosen = NANO_ENCODERS
     else:
         chosen = PROTOCOL_ENCODERS if protocol == DREAMBOOTH else DEFAULT_ENCODERS
-    specs = {spec.name: spec for spec in (*chosen, *(spec for spec, _ in _registered.values()))}
+    specs = {spec.name: spec for spec in (*chosen, *(spec for spec, _ in REGISTERED.values()))}
     known = _known()
     for name, source in overrides.items():
         if name not in known:
@@ -125,7 +126,7 @@ def loaded(spec: EncoderSpec, device: torch.device | str) -> Iterator[ImageEncod
     from sd3tune.measures.pretrained import pretrained
 
     device = torch.device(device)
-    own = _registered.get(spec.name)
+    own = REGISTERED.get(spec.name)
     with pretrained(spec, device) if own is None else nullcontext(own[1](spec, device)) as encoder:
         if "prompt" in spec.measures and not isinstance(encoder, TextImageEncoder):
             raise MeasureUnavailable(
@@ -135,7 +136,7 @@ def loaded(spec: EncoderSpec, device: torch.device | str) -> Iterator[ImageEncod
 
 
 def _known() -> dict[str, EncoderSpec]:
-    own = (spec for spec, _ in _registered.values())
+    own = (spec for spec, _ in REGISTERED.values())
     return {spec.name: spec for spec in (*DEFAULT_ENCODERS, *PROTOCOL_ENCODERS, *NANO_ENCODERS, *own)}
 
 

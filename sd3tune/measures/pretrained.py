@@ -27,7 +27,7 @@ class Pretrained:
     """The features of a self-supervised vision transformer: its class token after the last norm.
 
     Pictures are resized, cropped and normalised as the model's own preprocessor states, by Pillow, and pass the model
-    one at a time in fp32. So features depend neither on the order nor on the number of pictures.
+    one at a time, in fp32. So features depend neither on the order nor on the number of pictures.
     """
 
     def __init__(self, spec: EncoderSpec, model: nn.Module, preprocess: Any) -> None:
@@ -41,11 +41,12 @@ class Pretrained:
         """Return features [n, d], fp32 on the CPU, of unit length."""
         return self._features(self._image, [picture.convert("RGB") for picture in pictures])
 
-    @torch.inference_mode()
     def _features(self, encode: Callable[[Any], Tensor], inputs: Sequence[Any]) -> Tensor:
         if not inputs:
             raise ValueError(f"{self.name}: nothing to encode")
-        features = torch.cat([encode(one).float().cpu() for one in inputs])
+        # In TF32, the default of convolutions on a GPU, features would differ from those of a CPU.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            features = torch.cat([encode(one).float().cpu() for one in inputs])
         if not features.isfinite().all():
             raise MeasureUnavailable(f"{self.name}: {self.source}: features are not finite; check its weights")
         return nn.functional.normalize(features.double(), dim=1).float()
@@ -110,7 +111,7 @@ def pretrained(spec: EncoderSpec, device: torch.device) -> Iterator[ImageEncoder
 def _folder(spec: EncoderSpec) -> Path:
     """Return the folder of an encoder, downloaded if needed. Raises ModelError."""
     local = NANO_CLIP if spec.source == NANO else Path(spec.source).expanduser()
-    if local.exists():
+    if spec.revision is None and local.exists():
         return local
     if spec.source == NANO:
         raise ModelError("not in this installation of sd3tune; install it again, or choose another encoder")

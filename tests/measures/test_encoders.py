@@ -240,6 +240,19 @@ def test_features_depend_neither_on_order_nor_on_number(
             assert torch.equal(encoder.texts(PROMPTS[::-1]), encoder.texts(PROMPTS).flip(0))
 
 
+def test_a_gpu_would_compute_in_fp32_and_keeps_its_settings(
+    folders: dict[str, Path], pictures: list[Image.Image]
+) -> None:
+    allowed = []
+    before = torch.backends.cudnn.allow_tf32
+    with loaded(spec("dinov2", folders["dinov2"]), "cpu") as encoder:
+        model: Any = encoder.model  # type: ignore[attr-defined]
+        model.register_forward_hook(lambda *_: allowed.append(torch.backends.cudnn.allow_tf32))
+        encoder.images(pictures[:1])
+    assert allowed == [False]
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_modes_of_pictures_do_not_matter(folders: dict[str, Path], pictures: list[Image.Image]) -> None:
     grey = pictures[0].convert("L")
     with loaded(spec("dinov2", folders["dinov2"]), "cpu") as encoder:
@@ -352,6 +365,19 @@ def test_offline_the_way_out_is_a_local_folder(monkeypatch: pytest.MonkeyPatch) 
     assert unavailable(EncoderSpec("dinov2", "./missing", None, SUBJECT)).startswith(
         "dinov2: ./missing: no such folder"
     )
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_a_folder_of_the_same_name_does_not_replace_a_pinned_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shutil.copytree(folders["dinov2"], tmp_path / "facebook" / "dinov2-small")
+    monkeypatch.chdir(tmp_path)
+    assert "not on this machine" in unavailable(DEFAULT_ENCODERS[0])
+    (named,) = encoders_for("own", "x", {"dinov2": "facebook/dinov2-small", "clip": "none"})
+    with loaded(named, "cpu") as encoder:
+        assert encoder.source == "facebook/dinov2-small"
 
 
 @pytest.mark.usefixtures("empty_cache")

@@ -34,7 +34,7 @@ def resampled(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
 
 
 def test_the_interval_is_the_two_level_bootstraps() -> None:
-    values = table(8, 3, 1.0, 0.5, seed=1)
+    values = 10 + table(8, 3, 1.0, 0.5, seed=1)  # so that a missing value taken as 0 would show
     values[2, 1] = values[5] = NAN
     found = interval(values, samples=20_000)
     low, high = np.quantile(resampled(values.numpy(), 20_000, seed=0), [0.025, 0.975])

@@ -35,6 +35,7 @@ from sd3tune.data.sources.folder import Listing
 from sd3tune.data.sources.registry import SOURCES, register_source
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.forecast.forecast import forecast, forecast_inputs
+from sd3tune.measures.encoders import REGISTERED, unregister
 from sd3tune.methods import METHODS, LoraMethod, register
 from sd3tune.training.loop import View
 from sd3tune.training.objective import DENSITIES, WEIGHTS, register_timesteps, register_weighting
@@ -278,7 +279,7 @@ BLOCKS = re.findall(r"```python\n(.+?)```", (ROOT / "CONTRIBUTING.md").read_text
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1].partition("(")[0])
 def test_the_page_on_how_to_add_works(block: str) -> None:
     """Each block registers one variant."""
-    before, layouts = [set(registry) for registry in REGISTRIES], list(LAYOUTS)
+    before, layouts, encoders = [set(registry) for registry in REGISTRIES], list(LAYOUTS), set(REGISTERED)
     namespace: dict[str, Any] = {"__name__": "contributed"}
     exec(compile(block, "CONTRIBUTING.md", "exec", dont_inherit=True), namespace)
     found = [(of, kind) for of, known in zip(REGISTRIES, before, strict=True) for kind in set(of) - known]
@@ -287,8 +288,11 @@ def test_the_page_on_how_to_add_works(block: str) -> None:
         registry.unregister(kind)
     for layout in made:
         unregister_layout(layout)
-    assert len(found) + len(made) == 1
+    added = set(REGISTERED) - encoders
+    for name in added:
+        unregister(name)
+    assert len(found) + len(made) + len(added) == 1
 
 
 def test_the_page_has_each_kind() -> None:
-    assert len(BLOCKS) == len(REGISTRIES) + 1
+    assert len(BLOCKS) == len(REGISTRIES) + 2  # layouts and encoders
