@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd3tune.adapter.file import find_adapter
+from sd3tune.adapter.file import find_adapter, is_safetensors
 from sd3tune.adapter.hub import load_adapter
 from sd3tune.config import Config, load_config
 from sd3tune.config.run_folder import CONFIG_FILE, is_run_folder, read_run_file
@@ -69,16 +69,19 @@ def find_target(location: str, checkpoints: str) -> Target:
         raise RunError(f"--checkpoints {checkpoints}: {location} is no run folder, so it has no checkpoints")
     if (path / INDEX_FILE).is_file():
         return _model(path)
-    try:
+    if path.is_file() or _holds_adapter(path):
         return _adapter(find_adapter(path))
-    except AdapterError as error:
-        if path.is_dir() and any(images_in(path)):
-            return Target(path.resolve().name, pictures=path)
-        if path.is_dir():
-            raise RunError(f"{location}: holds no run, no adapter, no model and no pictures") from error
-        if path.exists():
-            raise
-    return _on_the_hub(location)
+    if not path.exists():
+        return _on_the_hub(location)
+    if path.is_dir() and any(images_in(path)):
+        return Target(path.resolve().name, pictures=path)
+    raise RunError(f"{location}: holds no run, no adapter, no model and no pictures")
+
+
+def _holds_adapter(folder: Path) -> bool:
+    """Return True for a folder with an adapter, or with several, of which `find_adapter` then asks to name one."""
+    inside = [*folder.glob("*"), *folder.glob("adapter/*")] if folder.is_dir() else []
+    return any(is_safetensors(path.name) and path.is_file() for path in inside)
 
 
 def _on_the_hub(location: str) -> Target:

@@ -294,6 +294,8 @@ def spoiled(run: Path) -> None:
         (["dog/none"], "dog/none: no such run, adapter or folder"),
         (["empty"], "empty: holds no run, no adapter, no model and no pictures"),
         (["mine"], "mine: its photos are not known here; give them with --photos DIR"),
+        (["cut"], "cut/pytorch_lora_weights.safetensors: not a readable safetensors file"),
+        (["two"], "name one of a.safetensors, b.safetensors"),
         (["mine", "--checkpoints", "all"], "--checkpoints all: mine is no run folder, so it has no checkpoints"),
         (["dog", "--checkpoints", "al"], "--checkpoints al: did you mean 'all'?"),
         (["dog", "--protocol", "paper"], "--protocol paper: one of default, dreambooth"),
@@ -321,7 +323,10 @@ def test_a_mistake_is_one_line(
     noise_pictures: Draw,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
+    for folder, files in {"empty": [], "cut": ["pytorch_lora_weights"], "two": ["a", "b"]}.items():
+        (tmp_path / folder).mkdir()
+        for file in files:
+            (tmp_path / folder / f"{file}.safetensors").write_bytes(b"cut")
     noise_pictures(tmp_path / "mine", 1)
     broken = noise_pictures(tmp_path / "broken", 1) / "0.png"
     broken.write_bytes(broken.read_bytes()[:300])
