@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sd3tune import lora, reporting
-    from sd3tune.api import load_config, plan, train
+    from sd3tune.api import evaluate, load_config, plan, train
     from sd3tune.commands.plan import RunPlan
     from sd3tune.config import Config
     from sd3tune.errors import (
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
         ConfigError,
         DataError,
         Interrupted,
+        MeasureUnavailable,
         ModelError,
         ProcessError,
         RunError,
         UserError,
     )
+    from sd3tune.evaluation.report import Evaluation
     from sd3tune.inference.generate import generate
     from sd3tune.run.finished import Run
     from sd3tune.training.loop import Callback, View
@@ -36,7 +38,9 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataError",
+    "Evaluation",
     "Interrupted",
+    "MeasureUnavailable",
     "ModelError",
     "ProcessError",
     "Run",
@@ -45,6 +49,7 @@ __all__ = [
     "UserError",
     "View",
     "__version__",
+    "evaluate",
     "generate",
     "load_config",
     "lora",
@@ -54,13 +59,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "sd3tune.api": ("load_config", "plan", "train"),
+    "sd3tune.api": ("evaluate", "load_config", "plan", "train"),
     "sd3tune.commands.plan": ("RunPlan",),
     "sd3tune.config": ("Config",),
     "sd3tune.errors": (
         *("AdapterError", "ConfigError", "DataError", "Interrupted"),
-        *("ModelError", "ProcessError", "RunError", "UserError"),
+        *("MeasureUnavailable", "ModelError", "ProcessError", "RunError", "UserError"),
     ),
+    "sd3tune.evaluation.report": ("Evaluation",),
     "sd3tune.inference.generate": ("generate",),
     "sd3tune.run.finished": ("Run",),
     "sd3tune.training.loop": ("Callback", "View"),

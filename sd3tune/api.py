@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from sd3tune.reporting import say
 
 if TYPE_CHECKING:
     from sd3tune.commands.plan import RunPlan
+    from sd3tune.evaluation.report import Evaluation
     from sd3tune.run.finished import Run
     from sd3tune.training.loop import Callback
 
@@ -65,3 +66,48 @@ def train(
     except KeyboardInterrupt:
         raise Interrupted(f"{run}: stopped; every file that was written is complete; train again") from None
     return run
+
+
+def evaluate(
+    target: str | os.PathLike[str],
+    *,
+    checkpoints: str = "last",
+    prompts: str | os.PathLike[str] | None = None,
+    protocol: str = "default",
+    kind: str | None = None,
+    class_word: str | None = None,
+    seeds: int = 4,
+    photos: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    base: str | None = None,
+    steps: int | None = None,
+    size: str | tuple[int, int] | None = None,
+    batch: int = 1,
+    encoders: Mapping[str, str] | None = None,
+) -> Evaluation:
+    """Draw and measure a run, an adapter or a folder of pictures, as `sd3tune eval` does, and return the result.
+
+    Pictures that are in the folder `out` are not drawn again. `encoders` maps the name of an encoder to a local folder,
+    to a Hub id, or to `"none"`. The result has `folder`, `rows`, `table`, `verdict` and `values`. Raises UserError.
+    """
+    from sd3tune.commands.eval import run_eval
+    from sd3tune.evaluation.request import EvalRequest
+
+    paths = {"prompts": prompts, "photos": photos, "out": out}
+    request = EvalRequest(
+        os.fspath(target),
+        checkpoints=checkpoints,
+        protocol=protocol,
+        kind=kind,
+        class_word=class_word,
+        seeds=seeds,
+        base=base,
+        steps=steps,
+        size=size,
+        batch=batch,
+        encoders=encoders or {},
+        **{name: None if path is None else Path(path) for name, path in paths.items()},
+    )
+    evaluation = run_eval(request)
+    assert evaluation is not None  # a program is the only process of its evaluation
+    return evaluation

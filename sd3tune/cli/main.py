@@ -15,6 +15,7 @@ from sd3tune import __version__
 from sd3tune.cli.arguments import ConfigArgument, Json, Overrides, Quiet, print_notes, take_reporter
 from sd3tune.cli.cache import cache_app
 from sd3tune.cli.data import data_app
+from sd3tune.cli.eval import evaluate
 from sd3tune.cli.fast_exit import exit_fast
 from sd3tune.cli.hub import hub_app
 from sd3tune.cli.imports import quick_imports, spin_briefly
@@ -36,6 +37,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Create, show and check configurations.", no_args_is_help=True)
 base_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.command()(infer)
+app.command("eval")(evaluate)
 app.add_typer(cache_app, name="cache")
 app.add_typer(data_app, name="data")
 app.add_typer(lora_app, name="lora")

@@ -237,7 +237,7 @@ def _concatenate(several: Sequence[Conditioning]) -> Conditioning:
 
 
 def _load_transformer(session: InferenceSession, requests: Sequence[ImageRequest]) -> SD3Transformer2DModel:
-    """Load the transformer with every adapter attached."""
+    """Load the transformer with every adapter attached that the requests use."""
     form = session.memory.quantize or "none"
     device = session.idle_device if form == "none" else session.device  # layers are quantized on the GPU
     trained = [module for adapter in session.adapters for module in adapter.factors]
@@ -246,8 +246,10 @@ def _load_transformer(session: InferenceSession, requests: Sequence[ImageRequest
     transformer = load_transformer_in(form, session.conditions.base, session.dtype, device, prepare)
     nn.Module.to(transformer, session.idle_device)
     for number, adapter in enumerate(session.adapters):
-        counted = attach(transformer, adapter, _adapter_name(number))
         weights = dict.fromkeys(weight for request in requests for index, weight in request.loras if index == number)
+        if not weights:
+            continue
+        counted = attach(transformer, adapter, _adapter_name(number))
         weights_text = ", ".join(f"{weight:g}" for weight in weights)
         say(f"{adapter.label}: {counted.matched} tensors loaded, weight {weights_text}")
         if counted.unmatched:

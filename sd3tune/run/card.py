@@ -11,9 +11,11 @@ from sd3tune.adapter.file import ADAPTER_FILE, read_adapter
 from sd3tune.config import Config, load_config
 from sd3tune.config.run_folder import read_run_file
 from sd3tune.files.atomic import write_bytes
+from sd3tune.files.json import NotJson
 from sd3tune.files.own_json import read_object
 from sd3tune.model.base.contract import CONTRACT_FILE
 from sd3tune.publish.card import Drawing, Sample, Trained, card, is_unchanged
+from sd3tune.publish.card.evaluated import EVAL_FILE, EVAL_FOLDER
 from sd3tune.publish.files import ADAPTERS, CARD, MODELS
 from sd3tune.publish.previews import SAMPLES, SHEET
 from sd3tune.run.previews import Preview, previews_of
@@ -39,6 +41,11 @@ def write_card(run: Path, config: Config, contract: Mapping[str, Any], run_facts
     return None
 
 
+def refresh_card(run: Path) -> str | None:
+    """Write the card of a finished run again, after an evaluation; see `write_card`. Raises UserError and OSError."""
+    return write_card(run, load_config(run / "config.yaml").config, _contract_of(run), read_run_file(run))
+
+
 def _is_unchanged_card(path: Path) -> bool:
     try:
         return not path.is_symlink() and is_unchanged(path.read_bytes().decode())
@@ -57,7 +64,8 @@ def card_of(
     """Return the card for `repo_id`, or for the run folder if None. `step` marks a checkpoint of an unfinished run."""
     samples = last_previews(run, config.preview.prompts)
     sheet = f"{SAMPLES}/{SHEET}" if samples and (run / SAMPLES / SHEET).is_file() else None
-    return card(Trained(config, contract, run_facts, samples, sheet, repo_id, step))
+    evaluation = _evaluation_of(run) if step is None else None
+    return card(Trained(config, contract, run_facts, samples, sheet, repo_id, step, evaluation))
 
 
 def card_to_upload(run: Path, repo_id: str) -> bytes:
@@ -94,3 +102,10 @@ def _contract_of(run: Path) -> dict[str, Any]:
     if (run / ADAPTERS[0] / ADAPTER_FILE).is_file():
         return read_adapter(run).contract
     return read_object(run / MODELS[0] / CONTRACT_FILE)
+
+
+def _evaluation_of(run: Path) -> dict[str, Any] | None:
+    try:
+        return read_object(run / EVAL_FOLDER / EVAL_FILE)
+    except (OSError, NotJson):
+        return None

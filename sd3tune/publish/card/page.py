@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 
+from sd3tune.publish.card.evaluated import evaluated_section
 from sd3tune.publish.card.header import header
 from sd3tune.publish.card.licences import licence_section
 from sd3tune.publish.card.limits import limits_section
@@ -48,6 +49,8 @@ def _sections(trained: Trained) -> Iterator[str]:
     yield usage_section(trained)
     yield training_section(trained)
     yield measured_section(trained)
+    if evaluated := evaluated_section(trained):
+        yield evaluated
     yield limits_section(trained)
     yield licence_section(trained)
 

@@ -48,6 +48,8 @@ class Trained:
     """The card's repository on the Hub; None for a card in a local folder."""
     step: int | None = None
     """Step of a checkpoint of an unfinished run; None for a finished run."""
+    evaluation: Mapping[str, Any] | None = None
+    """Content of `eval/eval.json`; None without one."""
 
     @property
     def is_adapter(self) -> bool:

@@ -1,0 +1,83 @@
+"""The photos that pictures are compared with: of the run, or of a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sd3tune.config.sections.data import FolderSource
+from sd3tune.data.images import ImageRef, open_image
+from sd3tune.data.records import load_records
+from sd3tune.data.sources.folder import list_folder
+from sd3tune.errors import ConfigError, DataError
+from sd3tune.evaluation.request import EvalRequest
+from sd3tune.evaluation.subject import Subject, read_subject
+from sd3tune.evaluation.target import Target
+from sd3tune.reporting import progress_bar, say
+from sd3tune.run.preflight import split_records
+
+MOST_PHOTOS = 1000
+"""Photos of each kind; of more, evenly spaced ones are used."""
+
+
+@dataclass(frozen=True)
+class Photos:
+    """The photos of an evaluation."""
+
+    training: Sequence[ImageRef]
+    held_out: Sequence[ImageRef] = ()
+    captions: Sequence[str] = field(default=())
+    """The captions of a run's training photos; empty for a folder."""
+
+
+def find_photos(request: EvalRequest, target: Target) -> Photos:
+    """Return the photos of `--photos`, else of the run. Raises UserError if there are none, or if they are missing."""
+    captions: Sequence[str] = ()
+    training: Sequence[ImageRef] = ()
+    held_out: Sequence[ImageRef] = ()
+    if target.config is not None and (request.photos is None or target.weights):
+        try:
+            records, holdout = split_records(target.config, load_records(target.config.data))
+        except DataError as error:
+            if request.photos is None:
+                hint = "the run's photos are read again to compare with; give them with --photos DIR"
+                raise DataError(*(f"{problem}; {hint}" for problem in error.problems)) from None
+            records, holdout = [], []
+        captions = [record.caption for record in records]
+        training, held_out = [record.image for record in records], [record.image for record in holdout]
+    if request.photos is not None:
+        training, held_out = images_of(request.photos, "--photos"), ()
+    if not training:
+        raise ConfigError(f"{request.target}: its photos are not known here; give them with --photos DIR")
+    photos = Photos(_at_most(training), _at_most(held_out), captions)
+    for photo in progress_bar([*photos.training, *photos.held_out], desc="checking photos", unit="image", delay=2):
+        open_image(photo)  # they are measured last, which is too late for a damaged one
+    return photos
+
+
+def images_of(folder: Path, flag: str) -> Sequence[ImageRef]:
+    """Return the images of a folder that an option names. Raises DataError if there are none."""
+    try:
+        return [image for image, _ in list_folder(FolderSource(path=str(folder))).images]
+    except DataError as error:
+        problems = (problem.replace("; check data.sources", "") for problem in error.problems)
+        raise DataError(*(f"{flag}: {problem}" for problem in problems)) from None
+
+
+def find_subject(request: EvalRequest, target: Target, photos: Photos) -> Subject:
+    """Return the subject as the run's captions and priors name it, else as an adapter's contract does."""
+    if target.config is None:
+        single = target.contract.get("instance_prompt")
+        return read_subject([single] if single else [], (), target.contract.get("trigger"), request.class_word)
+    data = target.config.data
+    priors = [prompt for source in data.sources if source.prior for prompt in source.prior.prompts]
+    captions = photos.captions or [source.caption for source in data.sources if source.caption]
+    return read_subject(captions, priors, data.trigger, request.class_word)
+
+
+def _at_most(photos: Sequence[ImageRef]) -> Sequence[ImageRef]:
+    if len(photos) <= MOST_PHOTOS:
+        return photos
+    say(f"note: {MOST_PHOTOS} of the {len(photos)} photos are compared with, evenly spaced")
+    return [photos[number * len(photos) // MOST_PHOTOS] for number in range(MOST_PHOTOS)]
