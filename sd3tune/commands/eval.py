@@ -13,7 +13,7 @@ from sd3tune.encode.resources import release
 from sd3tune.errors import RunError
 from sd3tune.evaluation.distances import distances
 from sd3tune.evaluation.judge import judge
-from sd3tune.evaluation.measuring import measure
+from sd3tune.evaluation.measuring import fetch_encoders, measure
 from sd3tune.evaluation.photos import Photos, find_photos, find_subject
 from sd3tune.evaluation.pictures import (
     BASE_ROW,
@@ -60,9 +60,13 @@ def run_eval(request: EvalRequest, *, dry_run: bool = False) -> Evaluation | Non
             if dry_run:
                 say("dry run: nothing was drawn, measured or written")
                 return None
+            # Before the pictures, which may take an hour: a user who wants these figures can stop here.
+            unavailable = fetch_encoders(prepared.specs) if processes.is_main else {}
             pictures = _draw(prepared, processes)
             release(accelerator.device)
-            return _measure(request, prepared, pictures, accelerator.device) if processes.is_main else None
+            if not processes.is_main:
+                return None
+            return _measure(request, prepared, pictures, accelerator.device, unavailable)
 
 
 def run_distances(first: Path, second: Path, encoders: Mapping[str, str]) -> None:
@@ -114,7 +118,11 @@ def _draw(prepared: _Prepared, processes: Processes) -> list[Picture]:
 
 
 def _measure(
-    request: EvalRequest, prepared: _Prepared, pictures: Sequence[Picture], device: torch.device
+    request: EvalRequest,
+    prepared: _Prepared,
+    pictures: Sequence[Picture],
+    device: torch.device,
+    unavailable: Mapping[str, str],
 ) -> Evaluation:
     """Measure the pictures, compare the rows, and write the files."""
     target, out = prepared.target, prepared.out
@@ -122,7 +130,7 @@ def _measure(
         target.name, request.protocol, prepared.subject, prepared.prompts, prepared.photos, request.seeds,
         prepared.specs, _notes(prepared, pictures),
     )  # fmt: skip
-    measured = measure(pictures, setting.photos, setting.specs, device)
+    measured = measure(pictures, setting.photos, setting.specs, device, unavailable)
     names = _row_names(target, pictures)
     rows = rows_of(measured, names)
     verdict = judge(measured, names, rows[0], setting.subject.noun)

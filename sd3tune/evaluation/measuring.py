@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ from sd3tune.data.images import ImageRef, open_image
 from sd3tune.errors import MeasureUnavailable
 from sd3tune.evaluation.photos import Photos
 from sd3tune.evaluation.pictures import BASE_ROW, OF_CLASS, SCORED, Picture
-from sd3tune.measures.encoders import EncoderSpec, ImageEncoder, TextImageEncoder, loaded
+from sd3tune.measures.encoders import EncoderSpec, ImageEncoder, TextImageEncoder, fetch, loaded
 from sd3tune.measures.similarity import (
     copied,
     diversity,
@@ -55,24 +56,45 @@ class Measured:
     """Encoder -> the reason why it could not be loaded."""
 
 
+def fetch_encoders(specs: Sequence[EncoderSpec]) -> dict[str, str]:
+    """Download the encoders that are not here yet. Return the reason for each that cannot be had, and print it."""
+    unavailable: dict[str, str] = {}
+    for spec in specs:
+        with _noting(unavailable, spec):
+            fetch(spec)
+    return unavailable
+
+
 def measure(
-    pictures: Sequence[Picture], photos: Photos, specs: Sequence[EncoderSpec], device: torch.device
+    pictures: Sequence[Picture],
+    photos: Photos,
+    specs: Sequence[EncoderSpec],
+    device: torch.device,
+    unavailable: Mapping[str, str] | None = None,
 ) -> Measured:
     """Measure every picture with every encoder that can be loaded, one at a time, each image by itself.
 
-    A figure therefore depends neither on the order of the pictures nor on a batch size.
+    A figure therefore depends neither on the order of the pictures nor on a batch size. `unavailable` is the result of
+    `fetch_encoders`.
     """
     measured = Measured(pictures, [{} for _ in pictures], [{} for _ in photos.training])
+    measured.unavailable |= unavailable or {}
     for spec in specs:
-        try:
-            with loaded(spec, device) as encoder:
+        if spec.name not in measured.unavailable:
+            with _noting(measured.unavailable, spec), loaded(spec, device) as encoder:
                 _by_encoder(measured, photos, spec, encoder)
-        except MeasureUnavailable as error:
-            measured.unavailable[spec.name] = " ".join(error.problems)
-            for problem in error.problems:
-                say(f"warning: not measured: {problem}")
     _by_pixels(measured, photos)
     return measured
+
+
+@contextmanager
+def _noting(unavailable: dict[str, str], spec: EncoderSpec) -> Iterator[None]:
+    """Print and note the reason if the body finds that an encoder cannot be had."""
+    try:
+        yield
+    except MeasureUnavailable as error:
+        unavailable[spec.name] = " ".join(error.problems)
+        say(*(f"warning: not measured: {problem}" for problem in error.problems))
 
 
 def _by_encoder(measured: Measured, photos: Photos, spec: EncoderSpec, encoder: ImageEncoder) -> None:

@@ -90,9 +90,7 @@ def default_prompts(subject: Subject, previews: Sequence[str], nano: bool) -> li
     """
     if subject.phrase is None:
         if not previews:
-            raise ConfigError(
-                "the captions share no trigger word and no caption, so no prompts can be made; give --prompts FILE"
-            )
+            raise ConfigError("the captions share no words, so no prompts can be made; give --prompts FILE")
         return list(dict.fromkeys(previews))
     scenes = _nano_scenes(subject.phrase) if nano else [scene.format(subject.phrase) for scene in SCENES]
     return list(dict.fromkeys([*(prompt for prompt in previews if subject.is_in(prompt)), *scenes]))

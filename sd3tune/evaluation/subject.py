@@ -66,7 +66,7 @@ def read_subject(
     single = bare(captions[0]) if len(set(captions)) == 1 and captions[0] else None
     name = trigger or (_special_words(captions, [*priors, noun], noun) if noun else None)
     if name is None:
-        return Subject(single, None, noun, trained)
+        return Subject(single or _shared_words(captions), None, noun, trained)
     if noun is None or _find(noun, name):
         return Subject(name if single is None or noun else single, name, noun, trained)
     words = rf"(?<!\w){re.escape(name)}(?:\s+[\w-]+){{0,3}}?\s+{re.escape(noun)}(?!\w)"
@@ -101,6 +101,21 @@ def _special_words(captions: Sequence[str], others: Iterable[str], noun: str) ->
         start -= 1
     words = first[start:end] or [word for word, is_special in zip(first, special, strict=True) if is_special]
     return " ".join(words) or None
+
+
+def _shared_words(captions: Sequence[str]) -> str | None:
+    """Return the longest sequence of words that all captions share, without common words; None without any."""
+    if not captions:
+        return None
+    first = plain(captions[0]).split()
+    texts = [f" {plain(caption)} " for caption in captions]
+    sequences = (first[start:end] for start in range(len(first)) for end in range(start + 1, len(first) + 1))
+    shared = [
+        " ".join(words)
+        for words in sequences
+        if not _COMMON.intersection(words) and all(f" {' '.join(words)} " in text for text in texts)
+    ]
+    return max(shared, key=lambda words: words.count(" "), default=None)
 
 
 def _find(text: str, prompt: str) -> re.Match[str] | None:

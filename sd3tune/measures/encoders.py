@@ -117,6 +117,14 @@ def encoders_for(protocol: str, base: str, overrides: Mapping[str, str]) -> list
     return [spec for name, spec in specs.items() if overrides.get(name) != WITHOUT]
 
 
+def fetch(spec: EncoderSpec) -> None:
+    """Download an encoder that is not here yet, without loading it. Raises MeasureUnavailable."""
+    from sd3tune.measures.pretrained import folder_of
+
+    if spec.name not in REGISTERED:
+        folder_of(spec)
+
+
 @contextmanager
 def loaded(spec: EncoderSpec, device: torch.device | str) -> Iterator[ImageEncoder]:
     """Load an encoder for the body of a `with` statement, and free it at the end: load one at a time.

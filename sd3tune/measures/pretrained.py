@@ -86,8 +86,8 @@ class PretrainedWithText(Pretrained):
 @contextmanager
 def pretrained(spec: EncoderSpec, device: torch.device) -> Iterator[ImageEncoder]:
     """Load an encoder, and free its weights at the end, even if the caller keeps it. Raises MeasureUnavailable."""
+    folder = folder_of(spec)
     try:
-        folder = _folder(spec)
         encoder = _load(spec, folder, device)
     except ModelError as error:
         raise MeasureUnavailable(*(f"{spec.name}: {problem}" for problem in error.problems)) from None
@@ -108,8 +108,15 @@ def pretrained(spec: EncoderSpec, device: torch.device) -> Iterator[ImageEncoder
             torch.cuda.empty_cache()
 
 
+def folder_of(spec: EncoderSpec) -> Path:
+    """Return the folder of an encoder, downloaded if needed. Raises MeasureUnavailable."""
+    try:
+        return _folder(spec)
+    except ModelError as error:
+        raise MeasureUnavailable(*(f"{spec.name}: {problem}" for problem in error.problems)) from None
+
+
 def _folder(spec: EncoderSpec) -> Path:
-    """Return the folder of an encoder, downloaded if needed. Raises ModelError."""
     local = NANO_CLIP if spec.source == NANO else Path(spec.source).expanduser()
     if spec.revision is None and local.exists():
         return local

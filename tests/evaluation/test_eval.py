@@ -50,6 +50,18 @@ def few(prompts_file: Path) -> list[object]:
 # What it does.
 
 
+def test_an_encoder_that_cannot_be_had_is_named_before_anything_is_drawn(
+    run: Path, prompts_file: Path, command: Command, monkeypatch
+) -> None:
+    def interrupted(*_: object) -> list[Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drawing.Drawing, "draw", interrupted)
+    finished = command("eval", run, *few(prompts_file), "--encoder", f"dinov2={run / 'nothing'}")
+    assert finished.code == 130
+    assert f"warning: not measured: dinov2: {run / 'nothing'}: " in finished.out + finished.err
+
+
 @pytest.mark.usefixtures("small_encoder")
 def test_all_checkpoints_are_drawn_once_and_measured(run: Path, prompts_file: Path, command: Command) -> None:
     finished = command("eval", run, "--checkpoints", "all", *few(prompts_file))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,27 @@ def download(
     from huggingface_hub.utils.tqdm import tqdm
 
     bar: Any = (current() if progress else Reporter(quiet=True)).bar_of(tqdm)
+    offline = not _fetching or (revision is not None and not _is_reachable(repo, revision))
     with _in_words(repo, revision, otherwise):
         return Path(
             snapshot_download(
-                repo, revision=revision, allow_patterns=patterns, tqdm_class=bar, local_files_only=not _fetching
+                repo, revision=revision, allow_patterns=patterns, tqdm_class=bar, local_files_only=offline
             )
         )
+
+
+@functools.cache
+def _is_reachable(repo: str, revision: str) -> bool:
+    """Ask the Hub once: for a commit, its client would try for half a minute, with a message each time."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi().model_info(repo, revision=revision)
+    except (errors.HfHubHTTPError, errors.HFValidationError):
+        return True  # `download` explains it
+    except Exception:  # no connection: the HTTP library depends on the version
+        return False
+    return True
 
 
 def files_in_root(repo: str, revision: str, otherwise: str) -> list[str]:

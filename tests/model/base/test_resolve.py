@@ -264,13 +264,24 @@ def test_each_refusal_of_the_hub_is_one_line_with_the_way_out(tiny: Base, client
     assert "a--b/..c: no such base" in invalid
 
 
+PINNED = """
+from sd3tune.model.base.hub import download
+try:
+    download("good/sd3", "a" * 40, ["*.json"])
+except ModelError as error:
+    print(error)
+"""
+
+
 def test_without_network_there_is_one_line(client: Client) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    done = client(f"http://127.0.0.1:{port}", REFUSALS, "good/sd3")
-    assert done.stdout.startswith("good/sd3: not on this machine, and the Hub cannot be reached"), done.stderr
-    assert len(done.stdout.splitlines()) == 1
+    done = client(f"http://127.0.0.1:{port}", REFUSALS + PINNED, "good/sd3")
+    line, of_a_commit = done.stdout.splitlines()
+    assert line.startswith("good/sd3: not on this machine, and the Hub cannot be reached"), done.stderr
+    assert of_a_commit == line
+    assert done.stderr == ""  # the client tries again and again for a commit
 
 
 DOWNLOAD = """
