@@ -105,12 +105,14 @@ def _transformer(plan: Forecast) -> tuple[int, int, int]:
     inputs, config = plan.inputs, plan.inputs.config
     transformer = load_transformer(inputs.base, inputs.dtype, _META)
     model = bytes_of(tensors_of(transformer))
-    if hoists(config, METHODS[config.method.kind](config, inputs.base).select(transformer)):
-        hoist(transformer)
+    modules = METHODS[config.method.kind](config, inputs.base).select(transformer)
+    prepare = hoist if hoists(config, modules) else None
+    if prepare is not None:
+        prepare(transformer)
     hoisted = model - bytes_of(tensors_of(transformer))
     stored = []
     if config.train.swap_blocks is not None:
         if config.model.quantize != "none":
-            transformer = load_transformer_in(config.model.quantize, inputs.base, inputs.dtype, _META, hoist)
+            transformer = load_transformer_in(config.model.quantize, inputs.base, inputs.dtype, _META, prepare)
         stored = stored_bytes(transformer, config.train.swap_blocks)
     return model, hoisted + sum(stored), max(stored, default=0)

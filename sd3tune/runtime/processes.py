@@ -73,7 +73,7 @@ def explain_timeout(minutes: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "Timed out waiting" not in str(error):
+        if "Timed out waiting" not in str(error) or not torch.distributed.is_initialized():
             raise
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         others = ", ".join(str(other) for other in range(world) if other != rank) if world <= 8 else "the others"
