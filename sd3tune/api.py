@@ -52,12 +52,12 @@ def train(
     """
     from sd3tune.commands.train import carry_out_run
     from sd3tune.run.finished import Run
-    from sd3tune.runtime.processes import closing_process_group
+    from sd3tune.runtime.processes import closing_process_group, explain_timeout
     from sd3tune.runtime.signals import StopSignals
 
     run = Run(Path(str(config.output_dir)))
     try:
-        with closing_process_group():
+        with closing_process_group(), explain_timeout(config.train.process_timeout):
             if handle_signals:
                 with StopSignals() as signals:
                     carry_out_run(config, resume=resume, callbacks=callbacks, signals=signals)

@@ -169,6 +169,7 @@ def test_a_plan_is_figures_and_the_text_of_the_command(
     assert plan.room == 24_000_000_000
     assert plan.needed > max(row["peak"] for row in plan.phases) > 0
     assert [row["phase"] for row in plan.phases][-1] == "train"
+    assert plan.system.needed > max(row["system"] for row in plan.phases) > 0
     assert (plan.steps, plan.config) == (3, config)
     assert plan.store > 0
     assert plan.step_seconds > 0

@@ -14,11 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.bundle import NoBundle, importable
-from benchmarks.gpu.run import NO_GPU
+from benchmarks.gpu.options import parser_for, run_on_device
 
 
 @dataclass(frozen=True)
@@ -48,36 +46,18 @@ class Finding:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.check", description=__doc__)
-    parser.add_argument("--bundle", type=Path, help="the folder that benchmarks.gpu.bundle made")
-    parser.add_argument("--minutes", type=float, default=4.0, help="begin no check after this")
-    parser.add_argument("--out", type=Path, default=Path("runs/check-gpu"), help="folder for check.json")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--shapes", choices=("full", "tiny"), help="by default full; tiny on the CPU")
+    parser = parser_for(
+        "benchmarks.gpu.check", __doc__, 4.0, "begin no check after this", "runs/check-gpu", "check.json"
+    )
     parser.add_argument("--only", help="one check, such as 'steady steps'")
     options = parser.parse_args(arguments)
-    try:
-        with importable(options.bundle):
-            return _run(options, started + 60 * options.minutes)
-    except NoBundle as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_on_device(options, partial(_run, options, started + 60 * options.minutes))
 
 
-def _run(options: argparse.Namespace, deadline: float) -> int:
-    import torch
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print(f"error: {NO_GPU}", file=sys.stderr)
-        return 2
+def _run(options: argparse.Namespace, deadline: float, device: Any, shapes: Any) -> int:
     from benchmarks.gpu import report
-    from benchmarks.gpu.cells import SHAPES
     from benchmarks.gpu.checks import CHECKS
-    from benchmarks.gpu.device import Cpu, Cuda
 
-    device = Cuda() if options.device == "cuda" else Cpu()
-    shapes = SHAPES[options.shapes or ("full" if options.device == "cuda" else "tiny")]
-    options.out.mkdir(parents=True, exist_ok=True)
     findings: list[Finding] = []
     results: dict[str, Any] = {"environment": report.environment(device), "command": "python -m benchmarks.gpu.check"}
     chosen = {name: check for name, check in CHECKS.items() if options.only in (None, name)}

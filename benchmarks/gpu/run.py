@@ -6,54 +6,34 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.bundle import NoBundle, importable
+from benchmarks.gpu.options import parser_for, run_on_device
 
-NO_GPU = (
-    "torch sees no CUDA device: measure on a machine with a GPU, or run the same code on the CPU by "
-    "--device cpu --shapes tiny"
-)
 RESERVE = 10.0
 """Seconds reserved for finishing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.run", description=__doc__)
+    parser = parser_for(
+        "benchmarks.gpu.run", __doc__, 8.0, "stop in time for this", "runs/bench-gpu", "gpu.json and gpu.md"
+    )
     parser.add_argument(
         "--script", type=Path, help="diffusers' train_dreambooth_lora_sd3.py: whole runs of it at the end"
     )
-    parser.add_argument("--bundle", type=Path, help="the folder that benchmarks.gpu.bundle made")
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop in time for this")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench-gpu"), help="folder for gpu.json and gpu.md")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--shapes", choices=("full", "tiny"), help="by default full; tiny on the CPU")
     parser.add_argument("--cells", type=int, help="only that many, from the first on")
     options = parser.parse_args(arguments)
-    try:
-        with importable(options.bundle):
-            return _run(options, started + 60 * options.minutes - RESERVE)
-    except NoBundle as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_on_device(options, partial(_run, options, started + 60 * options.minutes - RESERVE))
 
 
-def _run(options: argparse.Namespace, deadline: float) -> int:
-    import torch
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print(f"error: {NO_GPU}", file=sys.stderr)
-        return 2
+def _run(options: argparse.Namespace, deadline: float, device: Any, shapes: Any) -> int:
     from benchmarks.gpu import report
     from benchmarks.gpu.ceilings import measure_ceilings
-    from benchmarks.gpu.cells import SHAPES, cells_of
-    from benchmarks.gpu.device import Cpu, Cuda
+    from benchmarks.gpu.cells import cells_of
 
-    device = Cuda() if options.device == "cuda" else Cpu()
-    shapes = SHAPES[options.shapes or ("full" if options.device == "cuda" else "tiny")]
-    options.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
         "environment": report.environment(device),
         "command": "python -m benchmarks.gpu.run",

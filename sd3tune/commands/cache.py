@@ -11,13 +11,14 @@ from sd3tune.run.encoding import encode
 from sd3tune.run.places import store_folder
 from sd3tune.run.preflight import make_plan
 from sd3tune.runtime.device import make_accelerator
-from sd3tune.runtime.processes import closing_process_group, processes_of
+from sd3tune.runtime.processes import closing_process_group, explain_timeout, processes_of
 
 
 def run_cache(config: Config, notes: Sequence[str] = ()) -> None:
     """Encode the captions and images of `config` into its store. Raises UserError."""
-    with closing_process_group():
-        accelerator = make_accelerator()
+    timeout = config.train.process_timeout
+    with closing_process_group(), explain_timeout(timeout):
+        accelerator = make_accelerator(timeout_minutes=timeout)
         processes = processes_of(accelerator)
 
         def say(line: str) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 from sd3tune.adapter.derived import check_out, form_of, losses, notes_of, write_form
 from sd3tune.adapter.file import read_adapter
 from sd3tune.adapter.low_rank import Truncated, truncate
+from sd3tune.config.meaning import keys_of_ranks
+from sd3tune.config.sections.method import LoraConfig
 from sd3tune.errors import ConfigError
-
-_OLD_RANK_KEYS = ("rank_pattern", "alpha_pattern", "rslora")
 
 
 def resize_lora(
@@ -46,7 +46,8 @@ def _contract(contract: Mapping[str, Any], found: Mapping[str, Truncated]) -> di
     if not contract:
         return {}
     rank = max(len(one.pair[0]) for one in found.values())
-    kept = {key: value for key, value in contract.items() if key not in _OLD_RANK_KEYS}
+    of_ranks = keys_of_ranks(LoraConfig)
+    kept = {key: value for key, value in contract.items() if key not in of_ranks}
     return {**kept, "rank": rank, "alpha": rank}
 
 

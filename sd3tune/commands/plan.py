@@ -17,6 +17,7 @@ from sd3tune.forecast.fitting import changes, describe, fit, memory_budget
 from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, ForecastInputs, forecast, forecast_inputs
 from sd3tune.forecast.gpus import GpuSpec, find_gpu
 from sd3tune.forecast.rehearsal import Training
+from sd3tune.forecast.system import SystemMemory, machine_memory, system_memory
 from sd3tune.methods import METHODS
 from sd3tune.model.load.quantized import missing_library
 from sd3tune.reporting import Lines
@@ -38,6 +39,8 @@ class RunPlan:
     """The memory to fit into: the GPU's or the given number; None without either."""
     step_seconds: float | None
     """Seconds per step; None unless a GPU was named, and in fp32."""
+    system: SystemMemory
+    """System memory: `system.needed`, with an allowance, and by phase."""
 
     @property
     def config(self) -> Config:
@@ -66,10 +69,10 @@ class RunPlan:
 
     @property
     def phases(self) -> list[dict[str, str | int]]:
-        """Memory of each phase, in order, as rows with `phase`, `resident`, `working` and `peak`."""
+        """Memory of each phase, in order, as rows with `phase`, `resident`, `working`, `peak` and `system`."""
         return [
-            {"phase": name, "resident": use.resident, "working": use.working, "peak": use.peak}
-            for name, use in self.forecast.phases.items()
+            {"phase": name, "resident": use.resident, "working": use.working, "peak": use.peak, "system": system}
+            for name, use, system in self.system.rows(self.forecast)
         ]
 
     def __str__(self) -> str:
@@ -93,22 +96,23 @@ def make_run_plan(
         try:
             lines.append(next(remaining))
         except StopIteration as end:
-            plan, found, room = end.value
+            plan, found, room, system = end.value
             seconds = step_seconds(plan, found, utilisation)
-            return RunPlan(Lines(lines), plan, None if room is None else round(room * 1e9), seconds)
+            return RunPlan(Lines(lines), plan, None if room is None else round(room * 1e9), seconds, system)
 
 
 def plan_lines(
     config: Config, card: str | None = None, memory: float | None = None, utilisation: float = UTILISATION
-) -> Generator[str, None, tuple[Forecast, GpuSpec | None, float | None]]:
-    """Yield the lines of the plan as they are computed; return the forecast, the GPU and the memory to fit into.
+) -> Generator[str, None, tuple[Forecast, GpuSpec | None, float | None, SystemMemory]]:
+    """Yield the lines of the plan; return the forecast, the GPU, the memory to fit into, and the system memory.
 
     `memory`, given and returned, is in GB (10^9 bytes); `utilisation` is in per cent of the GPU's peak throughput.
     Raises UserError.
     """
     found = None if card is None else find_gpu(card)
     inputs = forecast_inputs(config, planned_dtype(config, found, memory))
-    if found is None and memory is None and not torch.cuda.is_available():
+    for_this_machine = found is None and memory is None
+    if for_this_machine and not torch.cuda.is_available():
         precision = dtype_name(inputs.dtype)
         yield f"note: there is no GPU here, so this plan is for the CPU, in {precision}; for a GPU: --card 4090"
     yield from (
@@ -126,7 +130,9 @@ def plan_lines(
         )
         yield describe(config, plan)
         yield from _base_lines(plan.inputs)
-    yield from _memory_lines(plan)
+    system = system_memory(plan, for_this_machine and not torch.cuda.is_available())
+    yield from _memory_lines(plan, system)
+    yield from system.problems(machine_memory()) if for_this_machine else ()
     if room is not None:
         yield _verdict(plan, room, found.name if found and memory is None else "--memory")
     yield from _length_lines(plan, found, utilisation)
@@ -135,7 +141,7 @@ def plan_lines(
     if room is not None and plan.needed > room * 1e9 and wanted is None:
         yield ""
         yield _what_fits(plan, room)
-    return plan, found, room
+    return plan, found, room, system
 
 
 def planned_dtype(config: Config, card: GpuSpec | None, memory: float | None) -> torch.dtype:
@@ -170,12 +176,13 @@ def gigabytes(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
-def _memory_lines(plan: Forecast) -> list[str]:
+def _memory_lines(plan: Forecast, system: SystemMemory) -> list[str]:
     training, phases = plan.training, plan.phases
     worst = max(phases, key=lambda name: phases[name].peak)
-    lines = ["", f"{'memory':<20}{'resident':>12}{'working':>12}{'together':>12}"]
-    for name, use in phases.items():
-        lines.append(f"{name:<20}" + "".join(f"{gigabytes(n):>12}" for n in (use.resident, use.working, use.peak)))
+    lines = ["", f"{'memory':<20}{'resident':>12}{'working':>12}{'together':>12}{'system':>12}"]
+    for name, use, of_system in system.rows(plan):
+        sizes = (use.resident, use.working, use.peak, of_system)
+        lines.append(f"{name:<20}" + "".join(f"{gigabytes(nbytes):>12}" for nbytes in sizes))
     lines += ["", "while training"]
     lines += [f"  {name:<46}{gigabytes(nbytes):>12}" for name, nbytes in components(training) if nbytes]
     return [
@@ -183,6 +190,7 @@ def _memory_lines(plan: Forecast) -> list[str]:
         "",
         f"peak      {gigabytes(plan.peak)}: {worst}; with allowances {gigabytes(plan.needed)} "
         f"({MARGIN:.0%} for fragmentation and workspaces, {CONTEXT / 1e9:g} GB for CUDA itself)",
+        system.describe(),
     ]
 
 

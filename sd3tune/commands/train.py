@@ -53,7 +53,7 @@ from sd3tune.runtime.device import make_accelerator
 from sd3tune.runtime.environment import sharding_ignored
 from sd3tune.runtime.launch import report_errors_to_launcher
 from sd3tune.runtime.out_of_memory import explain_oom
-from sd3tune.runtime.processes import Processes, closing_process_group, processes_of
+from sd3tune.runtime.processes import Processes, closing_process_group, explain_timeout, processes_of
 from sd3tune.runtime.signals import StopSignals
 from sd3tune.training.ahead import with_modulations
 from sd3tune.training.batches import Batches
@@ -75,7 +75,8 @@ def run_training(
 
     Raises UserError; files saved before an error are kept.
     """
-    with closing_process_group(), report_errors_to_launcher(), StopSignals() as signals:
+    explained = explain_timeout(config.train.process_timeout)
+    with closing_process_group(), report_errors_to_launcher(), explained, StopSignals() as signals:
         carry_out_run(config, notes, resume=resume, dry_run=dry_run, callbacks=callbacks, signals=signals)
 
 

@@ -45,6 +45,12 @@ def contract_of(section: Section) -> dict[str, Any]:
     return stated
 
 
+def keys_of_ranks(section: type[Section]) -> list[str]:
+    """Return the keys of a method's section that an adapter with other ranks no longer has."""
+    keys = {name: key_of(field) for name, field in section.model_fields.items()}
+    return [name for name, key in keys.items() if key is not None and key.of_ranks]
+
+
 def knobs_of(section: Section, prefix: str = "") -> Iterator[tuple[str, Knob]]:
     """Yield each dotted key of the section that can reduce memory, with its `Knob`."""
     for name, field in type(section).model_fields.items():

@@ -9,7 +9,6 @@ trial uses the largest micro-batch that fits and divides the step's images.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ from sd3tune.config import Config
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.errors import ConfigError
 from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, ForecastInputs, forecast
+from sd3tune.forecast.system import machine_memory
 from sd3tune.model.compute.swap import BUFFERS
 from sd3tune.reporting import progress_bar
 from sd3tune.run.buckets import bucket_of
@@ -40,7 +40,7 @@ def memory_budget(memory: float | str, device: torch.device) -> int:
         before = torch.cuda.memory_reserved(device)
         free, total = torch.cuda.mem_get_info(device)  # creates CUDA's context, which the allowance includes
         return min(free + before + CONTEXT, total)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine_memory()
 
 
 def fitted_plan(plan: Plan, processes: Processes) -> tuple[Plan, list[str]]:

@@ -82,9 +82,9 @@ class FullMethod(StoredText):
             parameter.requires_grad_(True)
         saved = exact.state_dict()
         live = dict(transformer.named_buffers())
-        self._buffers = {name: saved[name].to(self.export_dtype) for name in live if name in saved}
-        for name, buffer in self._buffers.items():
-            live[name].data = buffer.to(dtype)
+        for name in (name for name in live if name in saved):
+            self._buffers[name] = self._for_export(saved[name])
+            live[name].data = saved[name].to(self.export_dtype).to(dtype)
         return parameters
 
     def initialize_from_data(
@@ -96,7 +96,12 @@ class FullMethod(StoredText):
         return nullcontext()
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
-        return {name: value.to(self.export_dtype) for name, value in weights.items()} | self._buffers
+        return {name: self._for_export(value) for name, value in weights.items()} | self._buffers
+
+    def _for_export(self, value: Tensor) -> Tensor:
+        """Return a tensor as it is exported, in system memory: the GPU may lack the room for all of them."""
+        exported = value.to(self.export_dtype)
+        return exported if exported.is_meta else exported.cpu()
 
     def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None]:
         def exported(name: str) -> Tensor | None:

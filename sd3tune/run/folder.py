@@ -145,8 +145,6 @@ def read_validation(run: Path) -> list[Line]:
 
 def _validation_problem(line: Line) -> str | None:
     problem = problem_of_measurement(line, numbers=("images",), losses=("loss", "base_loss"))
-    if problem is None and line["loss"] is not None and not line["base_loss"]:
-        problem = "base_loss: not a number above 0"
     losses, of_base = line.get("loss_by_sigma"), line.get("base_loss_by_sigma")
     same_sigmas = isinstance(losses, dict) and isinstance(of_base, dict) and losses.keys() == of_base.keys()
     if problem is None and not same_sigmas:

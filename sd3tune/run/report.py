@@ -21,6 +21,7 @@ from sd3tune.publish.previews import SAMPLES, SHEET
 from sd3tune.run.preflight import Plan
 from sd3tune.training.ahead import modulated
 from sd3tune.training.batches import Batch, Batches
+from sd3tune.training.metrics import relative_change
 from sd3tune.training.step import predict_velocity
 
 FIXED_SIGMAS = (0.2, 0.4, 0.6, 0.8)
@@ -107,7 +108,7 @@ def describe_learning(plan: Plan, report: Mapping[str, Any]) -> list[str]:
     largest = max(changes.values()) or 1.0
     bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * change / largest)] for change in changes.values())
     by_sigma = ", ".join(
-        f"{sigma:g}: {base:.3f} -> {trained:.3f} ({100 * (trained / base - 1):+.1f} %)"
+        f"{sigma:g}: {base:.3f} -> {trained:.3f} ({relative_change(trained, base)})"
         for sigma, base, trained in zip(loss["sigma"], loss["base"], loss["trained"], strict=True)
     )
     return [

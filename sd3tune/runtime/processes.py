@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from sd3tune.errors import RunError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -60,3 +62,23 @@ def closing_process_group() -> Iterator[None]:
     finally:
         if not joined_before and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def explain_timeout(minutes: float) -> Iterator[None]:
+    """Raise RunError in place of torch's error where a process has waited for the others for `minutes`.
+
+    NCCL has no such error: its watchdog ends the process, and prints the collective operation.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "Timed out waiting" not in str(error) or not torch.distributed.is_initialized():
+            raise
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        others = ", ".join(str(other) for other in range(world) if other != rank) if world <= 8 else "the others"
+        raise RunError(
+            f"process {rank} of {world} waited for {others} longer than train.process_timeout ({minutes:g} minutes): "
+            "if a process was still saving, drawing or uploading, raise it; if one hangs, see its output; the same "
+            "command with --resume continues from the last checkpoint"
+        ) from None

@@ -33,10 +33,12 @@ class FlatMaster:
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.parameters = list(parameters.values())
         self.master = nn.Parameter(torch.cat([p.detach().float().reshape(-1) for p in self.parameters]))
+        for parameter in self.parameters:  # frees a whole model's values before there is another copy
+            parameter.data = parameter.data.new_empty(0)
         self.compute = self.master.detach().to(dtype)
         self.gradient = torch.zeros_like(self.master) if accumulates else self.master.new_empty(0)
-        for parameter, view in zip(self.parameters, self.compute.split(self.sizes), strict=True):
-            parameter.data = view.view(parameter.shape)
+        for parameter, view in zip(self.parameters, self.named(self.compute).values(), strict=True):
+            parameter.data = view
 
     @property
     def sizes(self) -> list[int]:

@@ -169,6 +169,11 @@ def _is_known(value: object) -> bool:
     return all(isinstance(one, str) or _is_loss(one) for one in (value if isinstance(value, list) else [value]))
 
 
+def relative_change(loss: float, base: float | None) -> str:
+    """Return a loss's change against the base's, such as `-3.1 %`; in words if that is 0 or was not finite."""
+    return f"{100 * (loss / base - 1):+.1f} %" if base else "no comparison"
+
+
 def by_sigma(sigmas: Sequence[float], losses: Sequence[float]) -> dict[str, float | None]:
     """Return the mean loss in each fifth of the range of sigma that has samples, as `{"0.2-0.4": 0.31}`."""
     bins: dict[str, list[float]] = {}

@@ -61,10 +61,13 @@ def test_a_zero_adapter_a_rank_above_its_own_and_a_rank_above_the_layers_sizes()
     torch.testing.assert_close(product(truncate(wide, rank=80).pair), product(wide), rtol=0, atol=1e-3)
 
 
+PATTERNS = {"rank_pattern": {"x": 1}, "alpha_pattern": {"x": 2.0}, "rslora": True}
+
+
 def test_a_file_keeps_its_layout_and_contract_and_the_loss_is_said(tmp_path: Path) -> None:
     pairs = {QUERY: with_values([3.0, 4.0, 0.0]), KEY: with_values([1.0, 1.0], 5)}
     flat = {f"{name}.lora_{letter}": pair["AB".index(letter)] for name, pair in pairs.items() for letter in "AB"}
-    write_adapter(tmp_path, flat, {"base": "tiny", "rank": 3, "alpha": 6.0, "trigger": "sks", "rank_pattern": {"x": 1}})
+    write_adapter(tmp_path, flat, {"base": "tiny", "rank": 3, "alpha": 6.0, "trigger": "sks", **PATTERNS})
     lines = resize_lora(tmp_path, tmp_path / "out.safetensors", 1, None)
     assert lines == [
         f"{tmp_path / 'out.safetensors'}: 2 modules, rank 2 to 3 -> 1",

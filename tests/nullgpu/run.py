@@ -17,7 +17,8 @@ from tests.nullgpu.counts import FACTS
 ROOT = Path(__file__).parents[2]
 _OF_THE_TESTS = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Variables that a process does not inherit: the first hides GPUs from tests, the others may be left by one."""
-_SITE = Path(__file__).with_name("site")
+SITE = Path(__file__).with_name("site")
+"""Goes before all else on the import path: it switches cuDNN off."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def run_on_null_gpu(
                 **inherited,
                 "LD_PRELOAD": str(folder / LIBRARY),
                 "LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH")))),
-                "PYTHONPATH": os.pathsep.join(map(str, (_SITE, ROOT))),
+                "PYTHONPATH": os.pathsep.join(map(str, (SITE, ROOT))),
                 "OMP_NUM_THREADS": "1",
                 "SD3TUNE_CACHE": str(_cache()),
                 "PYTHONFAULTHANDLER": "1",

@@ -34,8 +34,11 @@ _CLASSES = {
 }
 
 
-def write_sparse_base(folder: Path, variant: str, dtype: torch.dtype) -> Path:
-    """Write `sd3-medium`, `sd35-medium` or `sd35-large` with all weights in `dtype`: loading converts nothing then."""
+def write_sparse_base(folder: Path, variant: str, dtype: torch.dtype, blocks: int | None = None) -> Path:
+    """Write `sd3-medium`, `sd35-medium` or `sd35-large` with all weights in `dtype`: loading converts nothing then.
+
+    The transformer has its first `blocks` blocks, by default all.
+    """
     makers: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
         "transformer": SD3Transformer2DModel.from_config,
         "vae": AutoencoderKL.from_config,
@@ -46,8 +49,13 @@ def write_sparse_base(folder: Path, variant: str, dtype: torch.dtype) -> Path:
     for part, make in makers.items():
         source = (CONFIGS / variant if part == "transformer" else COMMON) / part
         shutil.copytree(source, folder / part)
+        config = json.loads((source / "config.json").read_text())
+        if part == "transformer" and blocks is not None:
+            dual = [number for number in config["dual_attention_layers"] if number < blocks]
+            config |= {"num_layers": blocks, "dual_attention_layers": dual}
+            (folder / part / "config.json").write_text(json.dumps(config))
         with torch.device("meta"):
-            model = make(json.loads((source / "config.json").read_text()))
+            model = make(config)
         library, _ = _CLASSES[part]
         stem = "diffusion_pytorch_model" if library == "diffusers" else "model"
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -7,11 +7,13 @@ torch's allocator, for this code, or another checkout of it, and for diffusers' 
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu.cells import SHAPES
-from tests.nullgpu.run import ROOT, run_on_null_gpu
+from tests.nullgpu.run import ROOT, SITE, run_on_null_gpu
 
 PROGRAM = Path("tests", "nullgpu", "programs", "full_size.py")
 COLUMNS = ("kernels", "waits", "pageable MB", "host ms", "allocated GB", "reserved GB", "planned GB")
@@ -20,31 +22,37 @@ COLUMNS = ("kernels", "waits", "pageable MB", "host ms", "allocated GB", "reserv
 def main(arguments: list[str]) -> None:
     checkout = Path(arguments[0]).resolve() if arguments else ROOT
     print(f"| model | px | checkpointing | side | {' | '.join(COLUMNS)} |\n|{' --- |' * (4 + len(COLUMNS))}")
-    for base, pixels, checkpointing in itertools.product(
-        SHAPES["full"].bases, (512, 1024), ("none", "selective", "block")
-    ):
-        sides = {"sd3tune": ""}
-        if checkpointing != "selective":  # which the example lacks
-            sides["example"] = ",example"
-        for side, suffix in sides.items():
-            cell = f"{base},{pixels},bf16,{checkpointing}{suffix}"
-            ran = run_on_null_gpu(
-                PROGRAM,
-                cell,
-                cwd=checkout,
-                PYTHONPATH=str(checkout),
-                PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True",
-            ).succeeded()
-            found = ran.facts[cell]
-            shown = (
-                found["launches"] + found["products"],
-                sum(found["waits"].values()),
-                f"{found['pageable_bytes'] / 1e6:.1f}",
-                f"{found['host_ms']:.0f}",
-                *(f"{found[name] / 1e9:.2f}" for name in ("allocated", "reserved")),
-                "" if suffix else f"{found['planned'] / 1e9:.2f}",
-            )
-            print(f"| {base} | {pixels} | {checkpointing} | {side} | {' | '.join(map(str, shown))} |", flush=True)
+    for base in SHAPES["full"].bases:
+        cells = [
+            f"{base},{pixels},bf16,{checkpointing}{side}"
+            for pixels, checkpointing in itertools.product((512, 1024), ("none", "selective", "block"))
+            for side in ("", ",example")
+            if not (side and checkpointing == "selective")  # which the example lacks
+        ]
+        ran = run_on_null_gpu(
+            PROGRAM,
+            *cells,
+            cwd=checkout,
+            timeout=3600.0,
+            PYTHONPATH=os.pathsep.join(map(str, (SITE, checkout))),
+            PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True",
+        ).succeeded()
+        for cell in cells:
+            print(_row(cell, ran.facts[cell]), flush=True)
+
+
+def _row(cell: str, found: dict[str, Any]) -> str:
+    base, pixels, _, checkpointing, *example = cell.split(",")
+    shown = (
+        found["launches"] + found["products"],
+        sum(found["waits"].values()),
+        f"{found['pageable_bytes'] / 1e6:.1f}",
+        f"{found['host_ms']:.0f}",
+        *(f"{found[name] / 1e9:.2f}" for name in ("allocated", "reserved")),
+        "" if example else f"{found['planned'] / 1e9:.2f}",
+    )
+    side = "example" if example else "sd3tune"
+    return f"| {' | '.join(map(str, (base, pixels, checkpointing, side, *shown)))} |"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from sd3tune.commands.plan import make_run_plan
 from sd3tune.config import load_config
 from tests.nullgpu.programs.preset import ROOT, overrides
+from tests.nullgpu.run import Ran
 from tests.nullgpu.sparse_base import write_sparse_base
 
 PROGRAM = Path(__file__).with_name("programs") / "preset.py"
@@ -56,11 +57,27 @@ def test_so_does_every_preset(null_gpu, base_of, tmp_path: Path, preset: tuple[s
     completes_at_its_limit(null_gpu, base_of(preset[0]), tmp_path, *preset)
 
 
-def completes_at_its_limit(null_gpu, base: Path, folder: Path, preset: str, *more: str) -> None:
+@pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="slow; make check-long runs it")
+def test_so_does_a_whole_model_with_previews_validation_and_checkpoints(null_gpu, tmp_path: Path) -> None:
+    """Of six blocks, updated in the backward pass: as on 24 GB with all 24, which would write 22 GB of checkpoints."""
+    base = write_sparse_base(tmp_path / "base", "sd35-medium", torch.bfloat16, blocks=6)
+    more = (
+        "method={kind: full}", "ema=null", "optimizer.kind=adamw8bit", "train.gradient_checkpointing=block",
+        "train.max_grad_norm=null", "train.fused_backward=true", "train.gradient_accumulation=1", "model.t5=false",
+        "preview.prompts=[a dog]", "validation={holdout: 1, every: 2}",
+    )  # fmt: skip
+    ran = completes_at_its_limit(null_gpu, base, tmp_path, "sd35_medium_24gb", *more)
+    assert "no preview, out of memory" not in ran.out + ran.err
+
+
+def completes_at_its_limit(null_gpu, base: Path, folder: Path, preset: str, *more: str) -> Ran:
     config = load_config(ROOT / "configs" / f"{preset}.yaml", [*overrides(base), *more]).config
     limit = make_run_plan(config, "t4" if preset == T4 else "h100").needed / 1e9
     capability = 75 if preset == T4 else 90
     cache = {"SD3TUNE_CACHE": str(folder / "cache")}
-    ran = null_gpu(PROGRAM, folder, preset, base, *more, gb=limit, capability=capability, **cache).succeeded()
+    ran = null_gpu(
+        PROGRAM, folder, preset, base, *more, gb=limit, capability=capability, timeout=1800.0, **cache
+    ).succeeded()
     assert ran.facts["outcome"] == "finished", (limit, ran.err[-1000:])
     assert ran.facts["expandable"]
+    return ran

@@ -13,7 +13,16 @@ from sd3tune.adapter.file import ADAPTER_FILE
 from sd3tune.errors import RunError
 from sd3tune.methods import LoraMethod
 from sd3tune.run import folder as run_folder
-from sd3tune.run.folder import check_still_newest, clear, describe_run, is_finished, locked, starting_checkpoint
+from sd3tune.run.callbacks.validation import describe
+from sd3tune.run.folder import (
+    check_still_newest,
+    clear,
+    describe_run,
+    is_finished,
+    locked,
+    read_validation,
+    starting_checkpoint,
+)
 
 
 def write_checkpoint(run: Path, step: int) -> Path:
@@ -206,8 +215,7 @@ MEASURED = {
     [
         ({"step": None}, "step: not a whole number"),
         ({"images": "1"}, "images: not a number"),
-        ({"base_loss": None}, "base_loss: not a number above 0"),
-        ({"base_loss": 0}, "base_loss: not a number above 0"),
+        ({"base_loss": "low"}, "base_loss: not a number"),
         ({"loss_by_sigma": 1.0}, "loss_by_sigma: not the losses"),
         ({"base_loss_by_sigma": {}}, "loss_by_sigma: not the losses"),
         ({"loss_by_sigma": {"0.0-0.2": "low"}}, "loss_by_sigma: not a number"),
@@ -223,6 +231,14 @@ def test_edited_measurements_are_named_before_a_run_is_resumed(tmp_path: Path, c
     (tmp_path / "validation.jsonl").write_text("{}\n")
     with pytest.raises(RunError, match=r"validation\.jsonl:1: step: not a whole number"):
         starting_checkpoint(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("base", [None, 0.0])
+def test_a_base_without_a_loss_is_no_mistake(tmp_path: Path, base: float | None) -> None:
+    """As a run may have measured it: not finite, or exactly 0."""
+    (tmp_path / "validation.jsonl").write_text(json.dumps(MEASURED | {"base_loss": base}) + "\n")
+    (line,) = read_validation(tmp_path)
+    assert describe(line) == "step 0: loss 1.0000 on 1 held-out image, no comparison against the base"
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:

@@ -106,6 +106,12 @@ def velocities(plan: Plan, transformer: SD3Transformer2DModel, batches: Batches)
     return found
 
 
+def test_a_loss_of_0_is_not_divided_by(plan: Plan) -> None:
+    loss = {"sigma": [0.5], "base": [0.0], "trained": [0.25]}
+    report = {"block_changes": {"block 0": 1.0}, "velocity_change": 0.5, "fixed_noise_loss": loss}
+    assert describe_learning(plan, report)[-1].endswith("0.5: 0.000 -> 0.250 (no comparison)")
+
+
 def test_the_report_measures_the_exported_adapter_against_the_base(plan: Plan, batches: Batches) -> None:
     """Recomputed with (alpha / r) BA added to the weights."""
     transformer, weights = injected(plan)

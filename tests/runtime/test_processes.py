@@ -10,8 +10,9 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
+from sd3tune.errors import RunError
 from sd3tune.runtime.device import make_accelerator
-from sd3tune.runtime.processes import processes_of
+from sd3tune.runtime.processes import explain_timeout, processes_of
 from tests.forks import FORKS
 
 TIMEOUT_MINUTES = 0.02
@@ -33,9 +34,10 @@ def rank(number: int, port: int, answers: Connection) -> None:
         return
     started = time.monotonic()
     try:
-        processes.wait()
-    except RuntimeError:
-        answers.send(time.monotonic() - started)
+        with explain_timeout(TIMEOUT_MINUTES):
+            processes.wait()
+    except RunError as error:
+        answers.send((time.monotonic() - started, error.problems))
 
 
 @pytest.fixture
@@ -58,4 +60,12 @@ def test_processes_average_in_place_and_give_up_after_the_timeout(ranks: list[Co
         assert one.poll(60)
         assert one.recv() == (True, True)
     assert ranks[1].poll(60), "it waits for as long as torch does by default"
-    assert ranks[1].recv() >= 60 * TIMEOUT_MINUTES - 0.1
+    seconds, (problem,) = ranks[1].recv()
+    assert seconds >= 60 * TIMEOUT_MINUTES - 0.1
+    assert problem.startswith("process 1 of 2 waited for 0 longer than train.process_timeout (0.02 minutes): ")
+
+
+def test_other_errors_are_not_taken_for_a_timeout() -> None:
+    for other in ("shapes", "Timed out waiting for a server"):
+        with pytest.raises(RuntimeError, match=other), explain_timeout(1):
+            raise RuntimeError(other)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd3tune.config.sections.schedule import ConstantConfig, CosineConfig
 from sd3tune.config.sections.train import EmaConfig
+from sd3tune.forecast.footprint import Footprint
 from sd3tune.training.flat_master import (
     GROWTH_INTERVAL,
     MIN_LOSS_SCALE,
@@ -47,6 +48,14 @@ def test_parameters_are_views_of_one_buffer(dtype: torch.dtype) -> None:
 def test_fp32_keeps_no_second_copy() -> None:
     master = FlatMaster(make_parameters(), torch.float32)
     assert master.compute.data_ptr() == master.master.data_ptr()
+
+
+def test_there_are_never_more_than_two_copies_in_fp32() -> None:
+    with Footprint() as footprint:
+        parameters = {name: nn.Parameter(torch.zeros(1 << 16)) for name in "ab"}
+        copy = footprint.now
+        FlatMaster(parameters, torch.bfloat16, accumulates=False)
+    assert footprint.peak == 2 * copy
 
 
 def test_low_precision_starts_from_unrounded_values() -> None:

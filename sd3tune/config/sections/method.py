@@ -29,6 +29,7 @@ def _valid_range(blocks: str) -> str:
 
 
 _STATED = Key(Identity.WRITTEN, contract=True)
+_OF_RANKS = Key(Identity.WRITTEN, contract=True, of_ranks=True)
 
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Alpha = Annotated[float, Field(gt=0)]
@@ -56,10 +57,10 @@ class LoraConfig(MethodSection):
     """Low-rank adapters on the transformer's linear layers (LoRA, Hu et al. 2021)."""
 
     kind: Annotated[Literal["lora"], WRITTEN] = Field("lora", description="Train a LoRA adapter.")
-    rank: Annotated[Rank, _STATED] = Field(
+    rank: Annotated[Rank, _OF_RANKS] = Field(
         16, description="Rank of each adapter pair; file size is proportional to it."
     )
-    alpha: Annotated[Alpha, _STATED] = Field(16.0, description="The adapter's output is scaled by alpha / rank.")
+    alpha: Annotated[Alpha, _OF_RANKS] = Field(16.0, description="The adapter's output is scaled by alpha / rank.")
     targets: Annotated[
         Literal["attention", "attention-image", "attention+mlp"] | Pattern | list[ModuleName], _STATED
     ] = Field(
@@ -75,15 +76,15 @@ class LoraConfig(MethodSection):
         min_length=1,
         description="Transformer blocks to train, counted from 0, such as `[0, 3, 12-23]`; null trains all of them.",
     )
-    rank_pattern: Annotated[dict[ModuleName, Rank], _STATED] = Field(
+    rank_pattern: Annotated[dict[ModuleName, Rank], _OF_RANKS] = Field(
         default={},
         description="Other ranks for some modules, such as `{attn2.to_q: 4}`: by name, name ending or `re:` "
         "expression; the first match counts.",
     )
-    alpha_pattern: Annotated[dict[ModuleName, Alpha], _STATED] = Field(
+    alpha_pattern: Annotated[dict[ModuleName, Alpha], _OF_RANKS] = Field(
         default={}, description="Other alphas for some modules, written like `rank_pattern`."
     )
-    rslora: Annotated[bool, _STATED] = Field(
+    rslora: Annotated[bool, _OF_RANKS] = Field(
         False,
         description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA, Kalajdzievski 2023), so that high "
         "ranks learn as fast as low ones.",

@@ -44,11 +44,18 @@ def swapped_weights(block: nn.Module) -> list[Tensor]:
 
 def bytes_saved(transformer: SD3Transformer2DModel, count: int) -> int:
     """Return the bytes of device memory that swapping `count` blocks saves: their weights, less the buffers."""
+    sizes = stored_bytes(transformer, count)
+    buffers = sum(max(sizes[first::BUFFERS], default=0) for first in range(BUFFERS))
     blocks = transformer.transformer_blocks
     weights = [swapped_weights(blocks[number]) for number in swapped_blocks(len(blocks), count)]
-    sizes = [sum(map(_aligned_bytes, of_block)) for of_block in weights]
-    buffers = sum(max(sizes[first::BUFFERS], default=0) for first in range(BUFFERS))
     return sum(weight.nbytes for of_block in weights for weight in of_block) - buffers
+
+
+def stored_bytes(transformer: SD3Transformer2DModel, count: int) -> list[int]:
+    """Return the bytes of system memory that each of `count` swapped blocks takes."""
+    blocks = transformer.transformer_blocks
+    numbers = swapped_blocks(len(blocks), count)
+    return [sum(map(_aligned_bytes, swapped_weights(blocks[number]))) for number in numbers]
 
 
 class BlockSwap:

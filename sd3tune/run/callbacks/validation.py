@@ -28,7 +28,7 @@ from sd3tune.training.ahead import modulated
 from sd3tune.training.batches import Batch
 from sd3tune.training.examples import Example
 from sd3tune.training.loop import View
-from sd3tune.training.metrics import SIGMA_BINS, by_sigma
+from sd3tune.training.metrics import SIGMA_BINS, by_sigma, relative_change
 from sd3tune.training.step import predict_velocity
 
 SIGMAS = tuple((bin + 0.5) / SIGMA_BINS for bin in range(SIGMA_BINS))
@@ -178,6 +178,6 @@ def describe(line: Mapping[str, Any]) -> str:
     """Return a measurement in words."""
     if line["loss"] is None:
         return f"step {line['step']}: the loss on held-out images is not finite"
-    change = 100 * (line["loss"] / line["base_loss"] - 1)
+    change = relative_change(line["loss"], line["base_loss"])
     images = "1 held-out image" if line["images"] == 1 else f"{line['images']} held-out images"
-    return f"step {line['step']}: loss {line['loss']:.4f} on {images}, {change:+.1f} % against the base"
+    return f"step {line['step']}: loss {line['loss']:.4f} on {images}, {change} against the base"

@@ -18,11 +18,14 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from sd3tune.commands.train import run_training
+from sd3tune.data.sampler import generator
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.model.compute.checkpointing import checkpoint_blocks
 from sd3tune.model.compute.compiled import compile_blocks
 from sd3tune.model.compute.hoist import compute_ahead, hoist, modulate
 from sd3tune.run import state
+from sd3tune.run.preflight import make_plan
+from sd3tune.run.setup import load_base, make_trainable
 from tests.model.compute.test_fast import BASES, adapted_model, error, exact, inputs, run, total_error, whole_model
 
 long = pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="takes a minute; part of `make check-long`")
@@ -88,6 +91,38 @@ def test_blocks_of_a_kind_and_steps_of_a_size_share_a_graph() -> None:
         transformer(**here, return_dict=False)[0].sum().backward()
     kinds = 3  # the first block's inputs need no gradient, and the last gives no text
     assert counters["stats"]["unique_graphs"] == 2 * kinds
+
+
+@pytest.mark.parametrize(
+    ("backend", "checkpointing"),
+    [("eager", "none"), *(pytest.param("aot_eager", kind, marks=long) for kind in ("none", "block"))],
+)
+def test_swapped_blocks_give_the_same_in_no_more_graphs(
+    quick_config, tmp_path: Path, backend: str, checkpointing: str
+) -> None:
+    """In two steps: the second finds other weights in the buffers than those that a graph was made with."""
+
+    def computed(*settings: str) -> list[torch.Tensor]:
+        checkpointed = f"train.gradient_checkpointing={checkpointing}"
+        config = quick_config(tmp_path, "train.fast_path=false", checkpointed, *settings)
+        plan = make_plan(config, torch.device("cpu"), resume=None)
+        transformer = load_base(plan)
+        parameters = make_trainable(config, plan.method, transformer)
+        for number, parameter in enumerate(parameters.values()):
+            parameter.data.normal_(std=0.1, generator=generator(number))
+        if config.train.compile == "blocks":
+            compile_blocks(transformer, backend)
+        found = []
+        for _ in range(2):
+            output = transformer(**inputs(transformer, torch.float32)).sample
+            output.square().mean().backward()
+            found += [output.detach(), *(parameter.grad.clone() for parameter in parameters.values())]
+        return found
+
+    plain = computed()
+    swapped = computed("train.swap_blocks=4", "train.compile=blocks")
+    assert all(map(torch.equal, swapped, plain))
+    assert counters["stats"]["unique_graphs"] == 4  # of four blocks, no two are of a kind here
 
 
 @long

@@ -199,6 +199,16 @@ def test_int8_changes_the_velocity_by_less_than_a_hundredth(base: str, most: flo
     assert most / 2 < error < most
 
 
+def test_float8_would_change_the_velocity_more_than_three_times_as_much(plain) -> None:
+    """With the same bytes: one scale per row. This is why there is no such form."""
+    in_float8 = copy.deepcopy(plain)
+    for layer in quantisable(in_float8):
+        scale = layer.weight.data.abs().amax(dim=1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+        layer.weight.data = (layer.weight.data / scale).to(torch.float8_e4m3fn).float() * scale
+    whole = velocity(plain)
+    assert relative(velocity(in_float8), whole) > 3 * relative(velocity(quantized(plain, "int8")), whole)
+
+
 def test_rows_of_zeros_and_of_one_value_are_exact() -> None:
     layer = nn.Linear(3, 2, bias=False)
     layer.weight.data = torch.tensor([[0.0, 0.0, 0.0], [0.3, -0.3, 0.3]])

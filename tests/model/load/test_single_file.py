@@ -181,6 +181,7 @@ def test_a_checkpoint_in_fp8_with_scales_is_decoded(single_file: SingleFile, tmp
     def quantise(tensors: dict[str, torch.Tensor]) -> None:
         tensors[weight] = (tensors[weight] * 2).to(torch.float8_e4m3fn)
         tensors[weight.replace(".weight", ".scale_weight")] = torch.tensor([0.5])
+        tensors["model.diffusion_model.scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
 
     base = resolve_base(str(rewritten(single_file("tiny"), tmp_path / "fp8.safetensors", quantise)))
     name = "transformer_blocks.0.ff.net.0.proj.weight"

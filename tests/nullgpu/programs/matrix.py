@@ -24,6 +24,7 @@ from sd3tune.commands.infer import run_infer
 from sd3tune.config import load_config
 from sd3tune.errors import Interrupted
 from sd3tune.inference.job import InferenceJob
+from sd3tune.methods.full import FullMethod
 from sd3tune.run import optimizer_fallback, report
 from sd3tune.run.callbacks import validation
 from sd3tune.training.loop import View
@@ -71,6 +72,11 @@ def with_results() -> None:
     def report_of_a_change(*arguments: Any) -> dict[str, Any]:
         return {**report.closing_report(*arguments), "changes_output": True}
 
+    def zeros_for_export(method: FullMethod, value: Tensor) -> Tensor:
+        exported = value.to(method.export_dtype)  # a large one is not copied from the GPU, and any number would be left
+        return torch.zeros(exported.shape, dtype=exported.dtype)
+
+    FullMethod._for_export = zeros_for_export  # type: ignore[method-assign]
     validation.velocity_loss = loss_of_one
     report._losses = lambda velocities, probes: [1.0 for _ in probes]
     command.closing_report = report_of_a_change
