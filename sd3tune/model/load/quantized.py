@@ -84,12 +84,13 @@ def quantize(model: nn.Module, part: nn.Module, form: str, device: torch.device 
 
     for cached_check in (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available):
         cached_check.cache_clear()  # PEFT may have cached that bitsandbytes is missing (see `cli.imports`)
-    for path, holder in list(part.named_modules()):
-        for name, layer in list(holder.named_children()):
-            if type(layer) is nn.Linear and not is_modulation(f"{path}.{name}"):
-                quantized: Any = FORMS[form].make(layer.to(device)).to(device)
-                quantized.computes_wide = name in wide and layer.weight.dtype is torch.float32
-                setattr(holder, name, quantized)
+    paths = [path for path, layer in part.named_modules() if type(layer) is nn.Linear and not is_modulation(path)]
+    for path in paths:  # no list of layers, which would keep all of them on the device
+        layer: Any = part.get_submodule(path).to(device)
+        quantized: Any = FORMS[form].make(layer).to(device)
+        parent, _, name = path.rpartition(".")
+        quantized.computes_wide = name in wide and layer.weight.dtype is torch.float32
+        setattr(part.get_submodule(parent), name, quantized)
     for flag in FORMS[form].flags:
         setattr(model, flag, True)
 

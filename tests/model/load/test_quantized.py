@@ -18,7 +18,7 @@ from transformers import T5Config, T5EncoderModel
 from sd3tune.adapter.file import attach, read_adapter, write_adapter
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_text_encoder, load_transformer
-from sd3tune.model.load.quantized import FORMS, load_transformer_in, missing_library, quantize
+from sd3tune.model.load.quantized import FORMS, Form, Int8Linear, load_transformer_in, missing_library, quantize
 from sd3tune.model.lora.layers import lora_layers
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -167,6 +167,22 @@ def test_no_activation_is_kept_for_the_backward_pass(form: str, plain) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         layer(torch.randn(2, layer.in_features, requires_grad=True))
     assert not kept
+
+
+def test_each_layer_is_freed_before_the_next_one_moves_to_the_device(monkeypatch) -> None:
+    seen: list[weakref.ref[nn.Module]] = []
+    alive: list[int] = []
+
+    def counted(layer: nn.Linear) -> nn.Module:
+        alive.append(sum(known() is not None for known in seen))
+        seen.append(weakref.ref(layer))
+        return Int8Linear(layer)
+
+    monkeypatch.setitem(FORMS, "int8", Form(counted))
+    model = load_text_encoder(resolve_base("tiny"), "t5", torch.float32).model
+    quantize(model, model, "int8", "cpu")
+    assert len(alive) > 10
+    assert max(alive) <= 1  # the one before
 
 
 class DependsOnValues(TorchDispatchMode):
