@@ -1,0 +1,311 @@
+"""Evaluations during training: what they draw, measure and keep, and that the training does not notice them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sd3tune.commands.infer import run_infer
+from sd3tune.commands.plan import make_run_plan
+from sd3tune.commands.train import run_training
+from sd3tune.config import Config
+from sd3tune.errors import ConfigError
+from sd3tune.evaluation import during_training
+from sd3tune.evaluation.lines import best_of, without_a_better_one
+from sd3tune.evaluation.target import find_target
+from sd3tune.inference.job import InferenceJob
+from sd3tune.measures.encoders import EncoderSpec, register, unregister
+from sd3tune.run.finished import Run
+from sd3tune.run.previews import run_of, step_of
+from sd3tune.training.checkpoint import list_checkpoints
+from tests.evaluation.conftest import OTHERS, SmallPictures
+
+WEIGHTS = "adapter/pytorch_lora_weights.safetensors"
+PROMPTS = ["sks dog on a beach", "a drawing of sks dog"]
+OF_CLASS = ["a dog on a beach", "a drawing of a dog"]
+MEASURED = "eval/measured"
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def make(quick_config, tiny_images: Path) -> Make:
+    """`make(run, "patience: 1", "train.steps=4")`: a run that is measured every two steps; None: it is not."""
+    source = f"data.sources=[{{path: {tiny_images}, prior: {{kind: prediction, prompt: a photo of a dog}}}}]"
+    without = ", ".join(f"{name}: none" for name in OTHERS)
+
+    def config(run: Path, settings: str | None, *overrides: str) -> Config:
+        own = f"every: 2, prompts: [{', '.join(PROMPTS)}], encoders: {{{without}}}"
+        measured = [] if settings is None else [f"eval={{{', '.join(filter(None, [own, settings]))}}}"]
+        common = ("data.trigger=sks", "train.steps=5", "checkpoint={every: 1, keep: 9}", "ema={decay: 0.5}")
+        return quick_config(run, source, *common, "preview={steps: 1, guidance: 2.0}", *measured, *overrides)
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[SmallPictures]:
+    encoder = SmallPictures()
+    register(EncoderSpec("small", "pixels", None, ("subject", "prompt")), lambda spec, device: encoder)
+    yield encoder
+    unregister("small")
+
+
+class Sizes:
+    """Features that are the size of a picture, so that all drawn pictures are equally like the photos."""
+
+    name, source = "sizes", "sizes"
+
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        return torch.nn.functional.normalize(torch.tensor([[*one.size, 1.0] for one in pictures]), dim=1)
+
+
+@pytest.fixture
+def sizes() -> Iterator[None]:
+    register(EncoderSpec("sizes", "sizes", None, ("subject",)), lambda spec, device: Sizes())
+    yield
+    unregister("sizes")
+
+
+@pytest.fixture(scope="module")
+def run(make: Make, small: SmallPictures, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A measured run, of which the best weights are kept by evaluation. Read only."""
+    folder = tmp_path_factory.mktemp("runs") / "measured"
+    run_training(make(folder, "seeds: 2", "checkpoint.best=eval"))
+    return folder
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+
+
+def picture(run: Path, row: str, kind: str, number: int, seed: int) -> Image.Image:
+    return Image.open(run / MEASURED / "pictures" / f"{row}-{kind}{number:02d}-seed{seed}.png")
+
+
+def test_it_measures_every_so_often_and_after_the_last_step(run: Path) -> None:
+    found = lines(run)
+    assert [line["step"] for line in found] == [2, 4, 5]
+    assert {(line["encoder"], line["prompt_encoder"], line["pictures"], line["weights"]) for line in found} == {
+        ("small", "small", 8, "ema")
+    }
+    assert len({line["likeness"] for line in found}) == 3
+    assert len({(line["base_likeness"], line["base_drift"], line["setting"]) for line in found}) == 1
+    assert Run(run).report["evaluation"]["last"] == found[-1]
+
+
+def test_the_figures_are_those_of_the_pictures_computed_apart(run: Path, tiny_images: Path) -> None:
+    def features(images: Sequence[Image.Image]) -> Tensor:
+        return SmallPictures().images(images).double()
+
+    photos = features([Image.open(path) for path in sorted(tiny_images.glob("*.png"))])
+    line = lines(run)[1]
+    for row, prefix in (("step-000004", ""), ("base", "base_")):
+        of = {
+            kind: features([picture(run, row, kind, number, seed) for number in (0, 1) for seed in (0, 1)])
+            for kind in ("prompt", "class")
+        }
+        assert line[f"{prefix}likeness"] == pytest.approx(float((of["prompt"] @ photos.T).mean()), abs=1e-6)
+        assert line[f"{prefix}drift"] == pytest.approx(float((of["class"] @ photos.T).mean()), abs=1e-6)
+        assert line[f"{prefix}diversity"] == pytest.approx(
+            float(1 - torch.stack([of["prompt"][0] @ of["prompt"][1], of["prompt"][2] @ of["prompt"][3]]).mean()),
+            abs=1e-6,
+        )
+    others = photos @ photos.T
+    among = float((others.sum() - others.trace()) / (len(photos) * (len(photos) - 1)))
+    assert line["photos_likeness"] == pytest.approx(among, abs=1e-6)
+    room = among - line["base_likeness"]
+    assert line["share"] == pytest.approx((line["likeness"] - line["base_likeness"]) / room, abs=1e-5)
+    assert line["drift_share"] == pytest.approx((line["drift"] - line["base_drift"]) / room, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("row", "scale", "kind", "prompt"),
+    [("step-000004", 1, "prompt", PROMPTS[1]), ("step-000004", 1, "class", OF_CLASS[1]), ("base", 0, "prompt", PROMPTS[1])],
+)
+def test_a_picture_is_what_infer_draws(
+    run: Path, tmp_path: Path, row: str, scale: int, kind: str, prompt: str
+) -> None:
+    adapter = f"{run / MEASURED / 'step-000004'}@{scale}"
+    (path,) = run_infer(InferenceJob.from_fields(loras=[adapter], prompt=prompt, out=tmp_path, seed=1, before=False))
+    assert Image.open(path).tobytes() == picture(run, row, kind, 1, 1).tobytes()
+
+
+def test_each_measured_adapter_is_kept_and_the_best_one_in_best(run: Path) -> None:
+    for step in (2, 4, 5):
+        name = f"step-{step:06d}"
+        file = run / MEASURED / name / WEIGHTS
+        assert file.read_bytes() == (run / "checkpoints" / name / WEIGHTS).read_bytes()
+        assert (run_of(file), step_of(file, run)) == (run, step)
+    best = best_of(lines(run), None)
+    assert best is not None
+    assert json.loads((run / "best" / "evaluation.json").read_text()) == best == Run(run).report["evaluation"]["best"]
+    assert (run / "best" / WEIGHTS).read_bytes() == (
+        run / "checkpoints" / f"step-{best['step']:06d}" / WEIGHTS
+    ).read_bytes()
+    assert step_of(run / "best" / WEIGHTS, run) == best["step"]
+    assert f"step {best['step']} was best: likeness to the photos {best['likeness']:.3f}" in (run / "README.md").read_text()
+
+
+def test_the_training_does_not_notice_and_needs_no_checkpoints_for_eval(
+    run: Path, make: Make, tmp_path: Path, assert_equal_runs
+) -> None:
+    run_training(make(tmp_path / "plain", None))
+    without = Path(shutil.copytree(run, tmp_path / "measured"))
+    shutil.rmtree(without / "eval")
+    shutil.rmtree(without / "best")
+    assert_equal_runs(without, tmp_path / "plain")
+    shutil.copytree(run / "eval", without / "eval")
+    shutil.rmtree(without / "checkpoints" / "step-000004")
+    assert [weights.step for weights in find_target(str(without), "all").weights] == [1, 2, 3, 4, 5]
+
+
+def test_a_resumed_run_ends_with_the_same_measurements(
+    run: Path, make: Make, tmp_path: Path, assert_equal_runs
+) -> None:
+    resumed = Path(shutil.copytree(run, tmp_path / "resumed"))
+    for step in (4, 5):
+        shutil.rmtree(resumed / "checkpoints" / f"step-{step:06d}")
+    (resumed / MEASURED / "pictures" / "step-000004-class00-seed1.png").unlink()
+    shutil.rmtree(resumed / MEASURED / "step-000005")
+    run_training(make(resumed, "seeds: 2", "checkpoint.best=eval"), resume=True)
+    assert lines(resumed) == lines(run)
+    assert_equal_runs(resumed, run)
+    for path in sorted((run / MEASURED / "pictures").iterdir()):
+        assert path.read_bytes() == (resumed / MEASURED / "pictures" / path.name).read_bytes()
+
+
+def test_a_fresh_start_forgets_what_an_attempt_without_checkpoint_measured(make: Make, small, tmp_path: Path) -> None:
+    def fail_at_2(view) -> None:
+        if view.step == 2:
+            raise ValueError("a callback of the caller")
+
+    config = make(tmp_path, "", "checkpoint.every=9", "train.steps=3")
+    with pytest.raises(ValueError, match="of the caller"):
+        run_training(config, callbacks=[fail_at_2])
+    own = tmp_path / MEASURED / "notes.txt"
+    own.write_text("mine")
+    stale = tmp_path / MEASURED / "step-000001" / WEIGHTS
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"")
+    run_training(make(tmp_path, None, "train.steps=1"))
+    assert not (tmp_path / "eval.jsonl").exists()
+    assert [path for path in (tmp_path / "eval").rglob("*") if path.is_file()] == [own]
+
+
+@pytest.mark.usefixtures("sizes")
+def test_patience_ends_a_run_which_is_then_finished_and_can_go_on(
+    make: Make, tmp_path: Path, assert_equal_runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "early"
+    early = ("patience: 1", "train.steps=9", "checkpoint={every: 3, keep: 1}")
+    run_training(make(folder, *early))
+    assert [line["step"] for line in lines(folder)] == [2, 4]
+    assert [path.name for path in list_checkpoints(folder)] == ["step-000004"]
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["stopped_early"] == {"step": 4, "patience": 1}
+    assert "steps | 4 of 9, stopped early" in (folder / "README.md").read_text()
+    assert "stopped early at step 4: 1 measurement without a better one than at step 2" in capsys.readouterr().out
+    run_training(make(folder, *early), resume=True)
+    assert "already finished, stopped early at step 4; nothing to do" in capsys.readouterr().out
+
+    run_training(make(folder, "", *early[1:]), resume=True)
+    run_training(make(tmp_path / "whole", "", *early[1:]))
+    assert_equal_runs(folder, tmp_path / "whole")
+    assert "stopped_early" not in json.loads((folder / "run.json").read_text())
+
+
+@pytest.mark.usefixtures("sizes")
+def test_a_run_killed_after_its_early_end_only_writes_its_result(make: Make, tmp_path: Path) -> None:
+    early = ("patience: 1", "train.steps=9", "checkpoint={every: 3, keep: 1}")
+    run_training(make(tmp_path, *early))
+    facts = json.loads((tmp_path / "run.json").read_text())
+    del facts["report"]
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    before = (tmp_path / WEIGHTS).read_bytes()
+    run_training(make(tmp_path, *early), resume=True)
+    assert json.loads((tmp_path / "run.json").read_text())["stopped_early"] == {"step": 4, "patience": 1}
+    assert (tmp_path / WEIGHTS).read_bytes() == before
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000004"]
+
+
+def test_without_an_encoder_or_memory_training_goes_on(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small
+) -> None:
+    (tmp_path / "empty").mkdir()
+    missing = f"eval.encoders={{dinov2: {tmp_path / 'empty'}, nano: none, small: none, clip: none, dino: none}}"
+    run_training(make(tmp_path / "offline", "", missing, "train.steps=4"))
+    out = capsys.readouterr().out
+    assert out.count("warning: eval: not measured: dinov2: ") == 1
+    assert out.count("warning: eval: no encoder of likeness can be loaded, so nothing is drawn or measured") == 1
+    assert not (tmp_path / "offline" / "eval").exists()
+
+    def exhausted(*arguments: object, **settings: object) -> list[Image.Image]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(during_training, "draw_prompts", exhausted)
+    run_training(make(tmp_path / "full", "", "train.steps=2"))
+    warning = "step 2: no evaluation, out of memory"
+    assert f"warning: {warning}; training continues" in capsys.readouterr().out
+    assert warning in json.loads((tmp_path / "full" / "run.json").read_text())["warnings"]
+
+
+def line(step: int, likeness: float, drift: float | None = None, **other: str) -> dict:
+    return {"step": step, "likeness": likeness, "drift_share": drift, "setting": "a", "encoder": "b", **other}
+
+
+def test_the_best_has_the_highest_likeness_within_the_drift_limit() -> None:
+    rising = [line(1, 0.5, 0.0), line(2, 0.6, 0.1), line(3, 0.7, 0.26), line(4, 0.6, 0.1)]
+    for limit, step in ((None, 2), (0.3, 3), (0.05, 1)):
+        best = best_of(rising, limit)
+        assert best is not None
+        assert best["step"] == step
+    assert best_of([line(1, 0.5, 0.3)], None) is None
+    assert best_of([line(1, 0.5), line(2, 0.4)], 0.01) == line(1, 0.5)
+    assert [without_a_better_one(rising[:count], None) for count in range(5)] == [0, 0, 0, 1, 2]
+    assert without_a_better_one([line(1, 0.5, 0.3), line(2, 0.6, 0.4)], None) == 2
+
+
+def test_lines_of_other_prompts_or_encoders_do_not_compete() -> None:
+    other = [line(1, 0.9, setting="other"), line(2, 0.9, encoder="other")]
+    assert best_of([*other, line(3, 0.5)], None) == line(3, 0.5)
+    assert without_a_better_one([*other, line(3, 0.5)], None) == 0
+
+
+def test_all_processes_end_as_the_first_one_decides(make: Make, tmp_path: Path) -> None:
+    from sd3tune.run.callbacks.base import Setup  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("settings", "overrides", "problem"),
+    [
+        (None, ["checkpoint.best=eval"], "checkpoint.best is eval but eval is null"),
+        ("", ["eval.encoders={dino2: none}"], "eval.encoders: encoder 'dino2': no such encoder"),
+        ("", ["eval.prompts=[a photo of a dog]"], "eval.prompts: the training uses all of them"),
+        ("", ["eval.patience=0"], "eval.patience"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_encoded(
+    make: Make, tmp_path: Path, settings: str | None, overrides: list[str], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        run_training(make(tmp_path / "run", settings, *overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_counts_pictures_texts_and_memory(make: Make, tmp_path: Path) -> None:
+    off, on = (make_run_plan(make(tmp_path, settings)) for settings in (None, "seeds: 2"))
+    assert "evaluate  3 x 8 pictures, and 8 of the base, each with 1 denoising steps" in str(on)
+    assert on.forecast.store is not None
+    assert off.forecast.store is not None
+    assert on.forecast.store.texts - off.forecast.store.texts == len([*PROMPTS, *OF_CLASS, ""])
+    phases = [row["phase"] for row in on.phases]
+    assert phases[-2:] == ["preview", "evaluate"]
+    assert "preview" not in [row["phase"] for row in off.phases]
