@@ -253,8 +253,8 @@ def _evaluation_lines(plan: Forecast) -> list[str]:
     each = (len(prompts.scored) + len(prompts.of_class)) * config.eval.seeds
     times = math.ceil(config.train.steps / config.eval.every)
     return [
-        f"evaluate  {times} x {each} pictures, and {each} of the base, each with {config.preview.steps} denoising steps, "
-        "for which training waits"
+        f"evaluate  {times} x {each} pictures, and {each} of the base, each of {config.preview.steps} denoising steps: "
+        "training waits for them"
     ]
 
 

@@ -224,9 +224,9 @@ class Evaluations(RunCallback):
         wanted = torch.tensor(float(waited >= patience), device=self.plan.device)
         self._ended = bool(self.processes.gather(wanted)[0])
         if self._ended and self.processes.is_main:
-            best = self._best()
+            best, measurements = self._best(), f"{waited} measurement{'s' * (waited != 1)}"
             than = "" if best is None else f" than at step {best['step']}"
-            say(f"stopped early at step {step}: {waited} measurements without a better one{than} (eval.patience)")
+            say(f"stopped early at step {step}: {measurements} without a better one{than} (eval.patience)")
 
     def _track(self, line: Line) -> None:
         self.trackers.log(line["step"], {"eval": {name: line[name] for name in CURVES if line.get(name) is not None}})

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,23 +14,34 @@ from PIL import Image
 from torch import Tensor
 
 from sd3tune.commands.infer import run_infer
-from sd3tune.commands.plan import make_run_plan
+from sd3tune.commands.plan import _length_lines
 from sd3tune.commands.train import run_training
 from sd3tune.config import Config
-from sd3tune.errors import ConfigError
+from sd3tune.config.sections.outputs import TrackingConfig
+from sd3tune.errors import UserError
 from sd3tune.evaluation import during_training
-from sd3tune.evaluation.lines import best_of, without_a_better_one
+from sd3tune.evaluation.during_training import Evaluations
+from sd3tune.evaluation.lines import best_of, measured_line, without_a_better_one
+from sd3tune.evaluation.measuring import CLASS_SUBJECT, SUBJECT, Measured
+from sd3tune.evaluation.pictures import OF_CLASS, SCORED, Picture
 from sd3tune.evaluation.target import find_target
+from sd3tune.forecast.forecast import forecast, forecast_inputs
 from sd3tune.inference.job import InferenceJob
 from sd3tune.measures.encoders import EncoderSpec, register, unregister
+from sd3tune.run.callbacks.base import Setup
 from sd3tune.run.finished import Run
+from sd3tune.run.preflight import make_plan
 from sd3tune.run.previews import run_of, step_of
+from sd3tune.runtime.processes import Processes
+from sd3tune.tracking.base import Start
+from sd3tune.tracking.trackers import Trackers
 from sd3tune.training.checkpoint import list_checkpoints
+from sd3tune.training.loop import View
 from tests.evaluation.conftest import OTHERS, SmallPictures
 
 WEIGHTS = "adapter/pytorch_lora_weights.safetensors"
 PROMPTS = ["sks dog on a beach", "a drawing of sks dog"]
-OF_CLASS = ["a dog on a beach", "a drawing of a dog"]
+CLASS_PROMPTS = ["a dog on a beach", "a drawing of a dog"]
 MEASURED = "eval/measured"
 
 Make = Callable[..., Config]
@@ -50,14 +62,6 @@ def make(quick_config, tiny_images: Path) -> Make:
     return config
 
 
-@pytest.fixture(scope="module")
-def small() -> Iterator[SmallPictures]:
-    encoder = SmallPictures()
-    register(EncoderSpec("small", "pixels", None, ("subject", "prompt")), lambda spec, device: encoder)
-    yield encoder
-    unregister("small")
-
-
 class Sizes:
     """Features that are the size of a picture, so that all drawn pictures are equally like the photos."""
 
@@ -75,10 +79,12 @@ def sizes() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def run(make: Make, small: SmallPictures, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A measured run, of which the best weights are kept by evaluation. Read only."""
     folder = tmp_path_factory.mktemp("runs") / "measured"
+    register(EncoderSpec("small", "pixels", None, ("subject", "prompt")), lambda spec, device: SmallPictures())
     run_training(make(folder, "seeds: 2", "checkpoint.best=eval"))
+    unregister("small")
     return folder
 
 
@@ -121,18 +127,17 @@ def test_the_figures_are_those_of_the_pictures_computed_apart(run: Path, tiny_im
     others = photos @ photos.T
     among = float((others.sum() - others.trace()) / (len(photos) * (len(photos) - 1)))
     assert line["photos_likeness"] == pytest.approx(among, abs=1e-6)
-    room = among - line["base_likeness"]
-    assert line["share"] == pytest.approx((line["likeness"] - line["base_likeness"]) / room, abs=1e-5)
-    assert line["drift_share"] == pytest.approx((line["drift"] - line["base_drift"]) / room, abs=1e-5)
 
 
 @pytest.mark.parametrize(
     ("row", "scale", "kind", "prompt"),
-    [("step-000004", 1, "prompt", PROMPTS[1]), ("step-000004", 1, "class", OF_CLASS[1]), ("base", 0, "prompt", PROMPTS[1])],
+    [
+        ("step-000004", 1, "prompt", PROMPTS[1]),
+        ("step-000004", 1, "class", CLASS_PROMPTS[1]),
+        ("base", 0, "prompt", PROMPTS[1]),
+    ],
 )
-def test_a_picture_is_what_infer_draws(
-    run: Path, tmp_path: Path, row: str, scale: int, kind: str, prompt: str
-) -> None:
+def test_a_picture_is_what_infer_draws(run: Path, tmp_path: Path, row: str, scale: int, kind: str, prompt: str) -> None:
     adapter = f"{run / MEASURED / 'step-000004'}@{scale}"
     (path,) = run_infer(InferenceJob.from_fields(loras=[adapter], prompt=prompt, out=tmp_path, seed=1, before=False))
     assert Image.open(path).tobytes() == picture(run, row, kind, 1, 1).tobytes()
@@ -151,7 +156,10 @@ def test_each_measured_adapter_is_kept_and_the_best_one_in_best(run: Path) -> No
         run / "checkpoints" / f"step-{best['step']:06d}" / WEIGHTS
     ).read_bytes()
     assert step_of(run / "best" / WEIGHTS, run) == best["step"]
-    assert f"step {best['step']} was best: likeness to the photos {best['likeness']:.3f}" in (run / "README.md").read_text()
+    assert (
+        f"step {best['step']} was best: likeness to the photos {best['likeness']:.3f}"
+        in (run / "README.md").read_text()
+    )
 
 
 def test_the_training_does_not_notice_and_needs_no_checkpoints_for_eval(
@@ -167,6 +175,7 @@ def test_the_training_does_not_notice_and_needs_no_checkpoints_for_eval(
     assert [weights.step for weights in find_target(str(without), "all").weights] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.usefixtures("small_encoder")
 def test_a_resumed_run_ends_with_the_same_measurements(
     run: Path, make: Make, tmp_path: Path, assert_equal_runs
 ) -> None:
@@ -182,7 +191,8 @@ def test_a_resumed_run_ends_with_the_same_measurements(
         assert path.read_bytes() == (resumed / MEASURED / "pictures" / path.name).read_bytes()
 
 
-def test_a_fresh_start_forgets_what_an_attempt_without_checkpoint_measured(make: Make, small, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_encoder")
+def test_a_fresh_start_forgets_what_an_attempt_without_checkpoint_measured(make: Make, tmp_path: Path) -> None:
     def fail_at_2(view) -> None:
         if view.step == 2:
             raise ValueError("a callback of the caller")
@@ -202,42 +212,39 @@ def test_a_fresh_start_forgets_what_an_attempt_without_checkpoint_measured(make:
 
 @pytest.mark.usefixtures("sizes")
 def test_patience_ends_a_run_which_is_then_finished_and_can_go_on(
-    make: Make, tmp_path: Path, assert_equal_runs, capsys: pytest.CaptureFixture[str]
+    run: Path, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "early"
-    early = ("patience: 1", "train.steps=9", "checkpoint={every: 3, keep: 1}")
-    run_training(make(folder, *early))
-    assert [line["step"] for line in lines(folder)] == [2, 4]
-    assert [path.name for path in list_checkpoints(folder)] == ["step-000004"]
-    facts = json.loads((folder / "run.json").read_text())
-    assert facts["stopped_early"] == {"step": 4, "patience": 1}
-    assert "steps | 4 of 9, stopped early" in (folder / "README.md").read_text()
-    assert "stopped early at step 4: 1 measurement without a better one than at step 2" in capsys.readouterr().out
-    run_training(make(folder, *early), resume=True)
-    assert "already finished, stopped early at step 4; nothing to do" in capsys.readouterr().out
+    def facts() -> dict:
+        return json.loads((tmp_path / "run.json").read_text())
 
-    run_training(make(folder, "", *early[1:]), resume=True)
-    run_training(make(tmp_path / "whole", "", *early[1:]))
-    assert_equal_runs(folder, tmp_path / "whole")
-    assert "stopped_early" not in json.loads((folder / "run.json").read_text())
+    early = ("eval.every=1", "checkpoint={every: 3, keep: 1}")
+    run_training(make(tmp_path, "patience: 1", *early))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002"]
+    assert facts()["stopped_early"] == {"step": 2, "patience": 1}
+    assert "steps | 2 of 5, stopped early" in (tmp_path / "README.md").read_text()
+    assert "stopped early at step 2: 1 measurement without a better one than at step 1" in capsys.readouterr().out
+    weights = (tmp_path / WEIGHTS).read_bytes()
+    assert weights == (run / MEASURED / "step-000002" / WEIGHTS).read_bytes()
 
+    run_training(make(tmp_path, "patience: 1", *early), resume=True)
+    assert "already finished, stopped early at step 2; nothing to do" in capsys.readouterr().out
 
-@pytest.mark.usefixtures("sizes")
-def test_a_run_killed_after_its_early_end_only_writes_its_result(make: Make, tmp_path: Path) -> None:
-    early = ("patience: 1", "train.steps=9", "checkpoint={every: 3, keep: 1}")
-    run_training(make(tmp_path, *early))
-    facts = json.loads((tmp_path / "run.json").read_text())
-    del facts["report"]
-    (tmp_path / "run.json").write_text(json.dumps(facts))
-    before = (tmp_path / WEIGHTS).read_bytes()
-    run_training(make(tmp_path, *early), resume=True)
-    assert json.loads((tmp_path / "run.json").read_text())["stopped_early"] == {"step": 4, "patience": 1}
-    assert (tmp_path / WEIGHTS).read_bytes() == before
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000004"]
+    (tmp_path / "run.json").write_text(json.dumps({name: of for name, of in facts().items() if name != "report"}))
+    run_training(make(tmp_path, "patience: 1", *early), resume=True)  # as if it was killed before its report
+    assert facts()["stopped_early"] == {"step": 2, "patience": 1}
+    assert (tmp_path / WEIGHTS).read_bytes() == weights
+
+    run_training(make(tmp_path, "", *early), resume=True)
+    assert "stopped_early" not in facts()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    for name in (WEIGHTS, "metrics.jsonl"):
+        assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
 
 
+@pytest.mark.usefixtures("small_encoder")
 def test_without_an_encoder_or_memory_training_goes_on(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
     missing = f"eval.encoders={{dinov2: {tmp_path / 'empty'}, nano: none, small: none, clip: none, dino: none}}"
@@ -279,8 +286,35 @@ def test_lines_of_other_prompts_or_encoders_do_not_compete() -> None:
     assert without_a_better_one([*other, line(3, 0.5)], None) == 0
 
 
+def test_likeness_and_drift_are_shares_of_the_way_to_the_photos() -> None:
+    def pictures(row: str, likeness: float, drift: float) -> dict[Picture, dict]:
+        of_class = Picture(row, OF_CLASS, 0, 0, Path(), "a dog", "a dog")
+        named = Picture(row, SCORED, 0, 0, Path(), "sks dog", "a dog")
+        return {named: {(SUBJECT, "e"): likeness}, of_class: {(CLASS_SUBJECT, "e"): drift}}
+
+    both = pictures("base", 0.5, 0.4) | pictures("step-000002", 0.6, 0.44)
+    photos = [{(SUBJECT, "e"): 0.7}, {(SUBJECT, "e"): 0.7}]
+    found = measured_line(Measured(list(both), list(both.values()), photos), 2, "step-000002")
+    assert found is not None
+    assert (found["share"], found["drift_share"]) == (pytest.approx(0.5), pytest.approx(0.2))
+    assert (found["prompt"], found["diversity"], found["likeness_low"]) == (None, None, None)
+    found = measured_line(Measured(list(both), list(both.values()), photos[:0]), 2, "step-000002")
+    assert found is not None
+    assert (found["share"], found["drift_share"], found["photos_likeness"]) == (None, None, None)
+    assert measured_line(Measured(list(both), [{} for _ in both], []), 2, "step-000002") is None
+
+
 def test_all_processes_end_as_the_first_one_decides(make: Make, tmp_path: Path) -> None:
-    from sd3tune.run.callbacks.base import Setup  # noqa: F401
+    plan = make_plan(make(tmp_path, "patience: 3"), torch.device("cpu"), resume=None)
+    for decided in (1.0, 0.0):
+        second = Processes(
+            1, 2, lambda t: t, lambda t, d=decided: torch.stack([torch.full_like(t, d), t]), lambda: None
+        )
+        trackers = Trackers(TrackingConfig(), Start("run", tmp_path, {}), print)
+        evaluations = Evaluations.make(Setup(plan, cast(Any, None), second, {}, trackers, 0))
+        assert evaluations is not None
+        evaluations(View(2, False, cast(Any, None), plan.method, {}))
+        assert evaluations.ended == bool(decided)
 
 
 @pytest.mark.parametrize(
@@ -295,17 +329,19 @@ def test_all_processes_end_as_the_first_one_decides(make: Make, tmp_path: Path) 
 def test_mistakes_are_named_before_anything_is_encoded(
     make: Make, tmp_path: Path, settings: str | None, overrides: list[str], problem: str
 ) -> None:
-    with pytest.raises(ConfigError, match=problem):
+    with pytest.raises(UserError, match=problem):
         run_training(make(tmp_path / "run", settings, *overrides))
     assert not (tmp_path / "run").exists()
 
 
 def test_the_plan_counts_pictures_texts_and_memory(make: Make, tmp_path: Path) -> None:
-    off, on = (make_run_plan(make(tmp_path, settings)) for settings in (None, "seeds: 2"))
-    assert "evaluate  3 x 8 pictures, and 8 of the base, each with 1 denoising steps" in str(on)
-    assert on.forecast.store is not None
-    assert off.forecast.store is not None
-    assert on.forecast.store.texts - off.forecast.store.texts == len([*PROMPTS, *OF_CLASS, ""])
-    phases = [row["phase"] for row in on.phases]
-    assert phases[-2:] == ["preview", "evaluate"]
-    assert "preview" not in [row["phase"] for row in off.phases]
+    off, on = (forecast(forecast_inputs(make(tmp_path, settings), torch.float32)) for settings in (None, "seeds: 2"))
+    assert off.store is not None
+    assert on.store is not None
+    assert on.store.texts - off.store.texts == len([*PROMPTS, *CLASS_PROMPTS, ""])
+    assert list(on.phases)[-2:] == ["preview", "evaluate"]
+    assert on.phases["preview"].peak > on.training.resident
+    assert not {"preview", "evaluate"} & off.phases.keys()
+    lines = "\n".join(_length_lines(on, None, 40))
+    assert "evaluate  3 x 8 pictures, and 8 of the base, each of 1 denoising steps" in lines
+    assert "evaluate" not in "\n".join(_length_lines(off, None, 40))
