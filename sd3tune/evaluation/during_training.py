@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -59,14 +58,13 @@ class Evaluations(RunCallback):
         self.contract, self.trackers = setup.contract, setup.trackers
         self.settings, self.prompts = settings, prompts
         self.folder = setup.plan.run / EVAL_FOLDER / MEASURED
-        self.specs: Sequence[EncoderSpec] | None = None
-        """The encoders that can be loaded; None until they were tried."""
         self.photos = Photos(
             evenly([record.image for record in self.plan.records], MOST_PHOTOS),
             evenly([record.image for record in self.plan.holdout], MOST_PHOTOS),
         )
         self.lines = [line for line in read_evaluations(self.plan.run) if line["step"] <= setup.from_step]
         self.setting = self._setting()
+        self.specs = self._usable() if self.processes.is_main else []
         self._asked = False
         self._ended = False
         for line in self.lines:
@@ -121,8 +119,6 @@ class Evaluations(RunCallback):
 
     def _measure(self, view: View) -> dict[str, Any] | None:
         """Draw what is missing, and measure it beside the base. Returns None if nothing can be measured."""
-        if self.specs is None:
-            self.specs = self._usable()
         if not any(SUBJECT in spec.measures for spec in self.specs):
             return None
         name = f"step-{view.step:06d}"
@@ -134,14 +130,15 @@ class Evaluations(RunCallback):
         return line and {**line, "weights": self.contract["weights"], "setting": self.setting}
 
     def _usable(self) -> list[EncoderSpec]:
-        """Return the encoders that can be loaded here, with a warning about each other one; nothing is drawn yet."""
+        """Return the encoders that can be loaded, and warn about the others, before the first step."""
         found = []
         for spec in self._specs():
             try:
                 with loaded(spec, torch.device("cpu")):
                     found.append(spec)
             except MeasureUnavailable as error:
-                self._warn(f"eval: not measured: {'; '.join(error.problems)}")
+                flag, item = f"--encoder {spec.name}=FOLDER", f"eval.encoders={{{spec.name}: FOLDER}}"
+                self._warn(f"eval: not measured: {'; '.join(error.problems).replace(flag, item)}")
         if not any(SUBJECT in spec.measures for spec in found):
             self._warn("eval: no encoder of likeness can be loaded, so nothing is drawn or measured")
         return found

@@ -16,7 +16,7 @@ from torch import Tensor
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.plan import _length_lines
 from sd3tune.commands.train import run_training
-from sd3tune.config import Config
+from sd3tune.config import Config, load_config
 from sd3tune.config.sections.outputs import TrackingConfig
 from sd3tune.errors import UserError
 from sd3tune.evaluation import during_training
@@ -251,6 +251,7 @@ def test_without_an_encoder_or_memory_training_goes_on(
     run_training(make(tmp_path / "offline", "", missing, "train.steps=4"))
     out = capsys.readouterr().out
     assert out.count("warning: eval: not measured: dinov2: ") == 1
+    assert "--encoder" not in out
     assert out.count("warning: eval: no encoder of likeness can be loaded, so nothing is drawn or measured") == 1
     assert not (tmp_path / "offline" / "eval").exists()
 
@@ -332,6 +333,16 @@ def test_mistakes_are_named_before_anything_is_encoded(
     with pytest.raises(UserError, match=problem):
         run_training(make(tmp_path / "run", settings, *overrides))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_local_encoder_is_relative_to_the_configuration_and_a_hub_id_is_not(tmp_path: Path) -> None:
+    (tmp_path / "near").mkdir()
+    encoders = "{dinov2: ./absent, dino: near, clip: openai/clip, nano: none}"
+    (tmp_path / "run.yaml").write_text(f"data: {{sources: [{{path: .}}]}}\neval: {{encoders: {encoders}}}\n")
+    settings = load_config(tmp_path / "run.yaml").config.eval
+    assert settings is not None
+    local = {"dinov2": str(tmp_path / "absent"), "dino": str(tmp_path / "near")}
+    assert settings.encoders == {**local, "clip": "openai/clip", "nano": "none"}
 
 
 def test_the_plan_counts_pictures_texts_and_memory(make: Make, tmp_path: Path) -> None:
