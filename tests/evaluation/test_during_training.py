@@ -217,7 +217,7 @@ def test_patience_ends_a_run_which_is_then_finished_and_can_go_on(
     def facts() -> dict:
         return json.loads((tmp_path / "run.json").read_text())
 
-    early = ("eval.every=1", "checkpoint={every: 3, keep: 1}")
+    early = ("eval.every=1", "checkpoint={every: 3, keep: 1, best: eval}")
     run_training(make(tmp_path, "patience: 1", *early))
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002"]
@@ -238,6 +238,8 @@ def test_patience_ends_a_run_which_is_then_finished_and_can_go_on(
     run_training(make(tmp_path, "", *early), resume=True)
     assert "stopped_early" not in facts()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    assert json.loads((tmp_path / "best" / "evaluation.json").read_text()) == lines(tmp_path)[0]  # of equal ones
+    assert (tmp_path / "best" / WEIGHTS).read_bytes() == (tmp_path / MEASURED / "step-000001" / WEIGHTS).read_bytes()
     for name in (WEIGHTS, "metrics.jsonl"):
         assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
 
