@@ -95,8 +95,8 @@ class Evaluations(RunCallback):
         best = self._best()
         if best is None:
             return ["best      by evaluation: none, all drift beyond eval.drift_limit"] if self.lines else []
-        kept = [f"in {BEST}/"] if self.plan.config.checkpoint.best == "eval" else []
-        return [f"best      by evaluation: {describe(best)}" + "".join(f"; {where}" for where in kept)]
+        kept = f"; kept in {BEST}/" * (self.plan.config.checkpoint.best == "eval")
+        return [f"best      by evaluation: {describe(best)}{kept}"]
 
     def _evaluate(self, view: View) -> None:
         started = time.monotonic()

@@ -38,9 +38,9 @@ BEST_FILE, BEST_EVALUATED = "validation.json", "evaluation.json"
 EVALUATIONS_FILE = "eval.jsonl"
 MEASURED = "measured"
 """The folder, in a run's `EVAL_FOLDER`, of weights that were measured during training."""
-MEASURED_PICTURE = re.compile(r"(base|step-\d+)-(prompt|class)\d+-seed\d+\.png")
 MEASURED_PICTURES = "pictures"
-
+"""The folder, in `MEASURED`, of the pictures that were measured."""
+_PICTURE = re.compile(r"(base|step-\d+)-(prompt|class)\d+-seed\d+\.png")
 
 _OUTPUTS = (LOGS, SAMPLES, BEST, VALIDATION_FILE, EVALUATIONS_FILE, f"{EVAL_FOLDER}/{MEASURED}")
 """What an attempt measures and draws."""
@@ -155,7 +155,7 @@ def _is_attempt_output(path: PurePath) -> bool:
 
 def _is_measured(folder: str, inside: PurePath) -> bool:
     if folder == MEASURED_PICTURES:
-        return len(inside.parts) == 1 and MEASURED_PICTURE.fullmatch(inside.name) is not None
+        return len(inside.parts) == 1 and _PICTURE.fullmatch(inside.name) is not None
     return re.fullmatch(r"step-\d+", folder) is not None and is_product_name(inside)
 
 
