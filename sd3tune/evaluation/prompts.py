@@ -26,9 +26,7 @@ def choose_prompts(request: EvalRequest, subject: Subject, previews: Sequence[st
     else:
         asked = [(text, {}) for text in default_prompts(subject, previews, nano)]
     if not asked:
-        raise ConfigError(
-            "the captions share no trigger word and no caption, so no prompts can be made; give --prompts FILE"
-        )
+        raise ConfigError("the captions share no words, so no prompts can be made; give --prompts FILE")
     prompts = sort_prompts(asked, subject)
     if not prompts.scored:
         where = f"--prompts {request.prompts}: " if request.prompts else ""

@@ -41,9 +41,7 @@ def evaluated_prompts(config: Config, records: Sequence[Record]) -> Prompts | No
     if not asked:
         asked = evenly(default_prompts(subject, config.preview.prompts, config.model.base == NANO), MOST_PROMPTS)
     if not asked:
-        raise ConfigError(
-            "eval.prompts: the captions share no trigger word and no caption, so no prompts can be made; list some"
-        )
+        raise ConfigError("eval.prompts: the captions share no words, so no prompts can be made; list some")
     prompts = sort_prompts([(text, {}) for text in asked], subject)
     if not prompts.scored:
         raise ConfigError(
