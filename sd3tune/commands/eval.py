@@ -24,15 +24,16 @@ from sd3tune.evaluation.pictures import (
     plan_drawings,
     seconds_each,
 )
-from sd3tune.evaluation.prompts import Prompts, choose_prompts
+from sd3tune.evaluation.prompts import choose_prompts
 from sd3tune.evaluation.report import Evaluation, Setting, values_of, write_files
 from sd3tune.evaluation.request import EvalRequest
 from sd3tune.evaluation.rows import RowName, rows_of
-from sd3tune.evaluation.subject import Subject
 from sd3tune.evaluation.table import text_table
 from sd3tune.evaluation.target import Target, Weights, find_target
 from sd3tune.invocation import command_line
 from sd3tune.measures.encoders import EncoderSpec, encoders_for
+from sd3tune.measures.prompts import Prompts
+from sd3tune.measures.subject import Subject
 from sd3tune.model.base.offline import NANO
 from sd3tune.publish.card.evaluated import EVAL_FOLDER
 from sd3tune.reporting import Reporter, result, say, using

@@ -239,6 +239,7 @@ def _length_lines(plan: Forecast, card: GpuSpec | None, utilisation: float) -> l
         lines.append("steps     not known yet: train.epochs needs the images")
     else:
         lines.append(f"steps     {train.steps} x {batch} image{'s' * (batch > 1)}, {train.steps * batch} images seen")
+    lines += _evaluation_lines(plan)
     lines.append(f"compute   {plan.training.flops / 1e12:.3g} TFLOP a step")
     seconds = step_seconds(plan, card, utilisation)
     if seconds is not None and card is not None:
@@ -250,6 +251,19 @@ def _length_lines(plan: Forecast, card: GpuSpec | None, utilisation: float) -> l
             f"{card.name}, which is an assumption"
         )
     return lines
+
+
+def _evaluation_lines(plan: Forecast) -> list[str]:
+    """Return the line with the number of pictures that `eval` draws; empty if it is off."""
+    config, prompts = plan.inputs.config, plan.inputs.evaluated
+    if config.eval is None or prompts is None or config.train.steps is None:
+        return []
+    each = (len(prompts.scored) + len(prompts.of_class)) * config.eval.seeds
+    times = math.ceil(config.train.steps / config.eval.every)
+    return [
+        f"evaluate  {times} x {each} pictures, and {each} of the base, each of {config.preview.steps} denoising steps: "
+        "training waits for them"
+    ]
 
 
 def step_seconds(plan: Forecast, card: GpuSpec | None, utilisation: float) -> float | None:

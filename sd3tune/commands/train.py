@@ -21,6 +21,7 @@ from sd3tune.forecast.fitting import fitted_plan
 from sd3tune.forecast.memory import describe_memory
 from sd3tune.model.compute.compiled import explain_compile_errors
 from sd3tune.run.batches import make_batches
+from sd3tune.run.callbacks.base import RunCallback
 from sd3tune.run.callbacks.uploads import Uploads, upload_finished
 from sd3tune.run.callbacks.wiring import RunCallbacks
 from sd3tune.run.card import write_card
@@ -57,6 +58,7 @@ from sd3tune.runtime.processes import Processes, closing_process_group, explain_
 from sd3tune.runtime.signals import StopSignals
 from sd3tune.training.ahead import with_modulations
 from sd3tune.training.batches import Batches
+from sd3tune.training.checkpoint import read_state
 from sd3tune.training.loop import Callback, exported_weights, train
 from sd3tune.training.metrics import Metrics
 from sd3tune.training.objective import make_objective
@@ -108,10 +110,14 @@ def carry_out_run(
     plan, chosen = fitted_plan(plan, processes)
     if resume and plan.start is None:
         say(f"nothing to resume in {plan.run}: starting afresh")
-    if plan.start is not None and is_finished(plan.run, plan.method.product, plan.config.train.total_steps):
+    if plan.start is not None and is_finished(
+        plan.run, plan.method.product, plan.config.train.total_steps, plan.config.patience
+    ):
         check_finished(plan, processes.world)
         if processes.is_main:
-            reporting.result(f"{plan.run}: already finished; nothing to do", **result_values(plan))
+            step = int(read_state(plan.start)["step"])
+            early = f", stopped early at step {step}" if step < plan.config.train.total_steps else ""
+            reporting.result(f"{plan.run}: already finished{early}; nothing to do", **result_values(plan, step))
         if plan.config.hub.push != "never":
             say(f"to upload it: {push_command(plan.run)}")
         return
@@ -183,6 +189,7 @@ def _train(
                 contract=attempt.contract,
                 callbacks=[*attempt.watching.callbacks, *callbacks],
                 stop_requested=lambda: signals is not None and signals.asked,
+                ended=attempt.watching.ended,
                 sink=attempt.watching.trackers.line,
                 save_when_interrupted=signals is None,
             )
@@ -226,7 +233,7 @@ def _begin(
     contract = make_contract(plan)
     batches = make_batches(plan, encoded, processes)
     stack.callback(batches.close)
-    watching = stack.enter_context(RunCallbacks(plan, encoded, processes, contract, state.step))
+    watching = stack.enter_context(RunCallbacks(plan, encoded, processes, contract, state.step, _measuring(plan)))
     return _Attempt(
         plan,
         processes,
@@ -242,6 +249,15 @@ def _begin(
     )
 
 
+def _measuring(plan: Plan) -> Sequence[type[RunCallback]]:
+    """Return the callbacks of rooms above the run's: measurement of pictures, if configured."""
+    if plan.config.eval is None:
+        return ()
+    from sd3tune.evaluation.during_training import Evaluations
+
+    return (Evaluations,)
+
+
 def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], say: Callable[[str], None]) -> None:
     """Write the result and the card, then `run.json`, whose report marks the run as finished; print a summary."""
     plan, state, watching = attempt.plan, attempt.state, attempt.watching
@@ -254,25 +270,26 @@ def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], s
         "timings": {name: round(value, 3) for name, value in seconds.items()},
         "skipped_steps": list(metrics.skipped),
         "warnings": [*attempt.encoded.warnings, *watching.warnings],
+        **({"stopped_early": {"step": state.step, "patience": plan.config.patience}} if watching.ended() else {}),
         "report": report,
     }
     if without_card := write_card(plan.run, plan.config, attempt.contract, described):
         say(without_card)
     write_json(plan.run / RUN_FILE, described)
-    steps = plan.config.train.total_steps - attempt.from_step
+    steps = state.step - attempt.from_step
     reporting.say("", *describe_speed(metrics.skipped, steps, seconds["train_s"]))
     reporting.say(*watching.summary(), *describe_learning(plan, report))
-    reporting.result(describe_product(plan, report), **result_values(plan))
+    reporting.result(describe_product(plan, report), **result_values(plan, state.step))
     reporting.say(*describe_next(plan))
     if not report["changes_output"]:
         way_out = f"raise optimizer.lr or train.steps, or check {plan.method.remedy}"
         raise RunError(f"{plan.run}: the {plan.method.product.name} changes nothing: {way_out}")
 
 
-def result_values(plan: Plan) -> dict[str, Any]:
-    """Return the values of a finished run for programs that read the JSON output."""
+def result_values(plan: Plan, step: int) -> dict[str, Any]:
+    """Return the values of a run that finished at `step`, for programs that read the JSON output."""
     product = plan.run / plan.method.product.name
-    return {"product": product, "run": plan.run, "steps": plan.config.train.total_steps}
+    return {"product": product, "run": plan.run, "steps": step}
 
 
 def _export(plan: Plan, state: TrainState, contract: Mapping[str, Any]) -> None:

@@ -20,7 +20,14 @@ from sd3tune.config.sections.key import FREE, TRAINING, Identity, Key, is_any_pa
 from sd3tune.config.sections.method import LoraConfig, MethodConfig
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.config.sections.optimizer import AdamWConfig, OptimizerConfig
-from sd3tune.config.sections.outputs import CheckpointConfig, HubConfig, PreviewConfig, TrackingConfig, ValidationConfig
+from sd3tune.config.sections.outputs import (
+    CheckpointConfig,
+    EvalConfig,
+    HubConfig,
+    PreviewConfig,
+    TrackingConfig,
+    ValidationConfig,
+)
 from sd3tune.config.sections.schedule import ConstantConfig, ScheduleConfig
 from sd3tune.config.sections.section import Section
 from sd3tune.config.sections.train import EmaConfig, TrainConfig
@@ -73,6 +80,7 @@ class Config(Section, metaclass=ConfigType):
             checkpoint: Values = ...,
             preview: Values = ...,
             validation: Values = ...,
+            eval: Values | None = ...,
             tracking: Values = ...,
             hub: Values = ...,
         ) -> None: ...
@@ -109,6 +117,9 @@ class Config(Section, metaclass=ConfigType):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints to resume from.")
     preview: PreviewConfig = Field(default_factory=PreviewConfig, description="Images drawn during training.")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="Held-out loss.")
+    eval: Annotated[EvalConfig | None, FREE] = Field(
+        None, description="Measurement of pictures during training; null is off, `{}` is on."
+    )
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Experiment trackers.")
     hub: HubConfig = Field(default_factory=HubConfig, description="Upload to the Hub.")
 
@@ -199,6 +210,20 @@ class Config(Section, metaclass=ConfigType):
                 "for tags; leave data.export_tags out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _best_by_evaluation_needs_eval(self) -> Config:
+        if self.checkpoint.best == "eval" and self.eval is None:
+            raise ValueError(
+                "checkpoint.best is eval but eval is null: measure during training, such as with eval={every: 200}, or "
+                "set checkpoint.best=loss"
+            )
+        return self
+
+    @property
+    def patience(self) -> int | None:
+        """`eval.patience`; None also if `eval` is off."""
+        return None if self.eval is None else self.eval.patience
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Config:

@@ -127,6 +127,8 @@ def paths_in(
         key, inner, path = key_of(field), value.get(name), (*prefix, name)
         if key is not None and key.path is not None and isinstance(inner, str):
             yield path, key.path
+        if key is not None and key.path is not None and isinstance(inner, dict):
+            yield from (((*path, entry), key.path) for entry, text in inner.items() if isinstance(text, str))
         item = item_of(field.annotation)
         entries = enumerate(inner) if item is not None and isinstance(inner, list) else [(None, inner)]
         for number, entry in entries:

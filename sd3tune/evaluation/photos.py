@@ -12,9 +12,11 @@ from sd3tune.data.records import load_records
 from sd3tune.data.sources.folder import list_folder
 from sd3tune.errors import ConfigError, DataError
 from sd3tune.evaluation.request import EvalRequest
-from sd3tune.evaluation.subject import Subject, read_subject
 from sd3tune.evaluation.target import Target
+from sd3tune.measures.prompts import evenly
+from sd3tune.measures.subject import Subject, read_subject
 from sd3tune.reporting import progress_bar, say
+from sd3tune.run.evaluated import subject_of
 from sd3tune.run.preflight import split_records
 
 MOST_PHOTOS = 1000
@@ -70,14 +72,11 @@ def find_subject(request: EvalRequest, target: Target, photos: Photos) -> Subjec
     if target.config is None:
         single = target.contract.get("instance_prompt")
         return read_subject([single] if single else [], (), target.contract.get("trigger"), request.class_word)
-    data = target.config.data
-    priors = [prompt for source in data.sources if source.prior for prompt in source.prior.prompts]
-    captions = photos.captions or [source.caption for source in data.sources if source.caption]
-    return read_subject(captions, priors, data.trigger, request.class_word)
+    return subject_of(target.config.data, photos.captions, request.class_word)
 
 
 def _at_most(photos: Sequence[ImageRef]) -> Sequence[ImageRef]:
     if len(photos) <= MOST_PHOTOS:
         return photos
     say(f"note: {MOST_PHOTOS} of the {len(photos)} photos are compared with, evenly spaced")
-    return [photos[number * len(photos) // MOST_PHOTOS] for number in range(MOST_PHOTOS)]
+    return evenly(photos, MOST_PHOTOS)

@@ -11,7 +11,6 @@ from typing import Any
 from sd3tune.config.run_folder import CONFIG_FILE, read_run_file
 from sd3tune.data.sources.folder import images_in
 from sd3tune.errors import RunError
-from sd3tune.evaluation.prompts import Prompts
 from sd3tune.evaluation.request import EvalRequest
 from sd3tune.evaluation.target import Target
 from sd3tune.inference.image_folder import ImageFolder, draw_missing
@@ -19,6 +18,7 @@ from sd3tune.inference.image_request import ImageRequest
 from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.prepare import PreparedJob, prepare
 from sd3tune.inference.recipes import Recipes, read_recipe
+from sd3tune.measures.prompts import Prompts
 from sd3tune.runtime.processes import Processes
 
 PICTURES = "pictures"

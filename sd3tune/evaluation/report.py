@@ -16,15 +16,15 @@ from sd3tune.evaluation.judge import Judgement, main_encoder
 from sd3tune.evaluation.measuring import PIXELS, Measured
 from sd3tune.evaluation.photos import Photos
 from sd3tune.evaluation.pictures import Picture
-from sd3tune.evaluation.prompts import Prompts
 from sd3tune.evaluation.rows import Row
-from sd3tune.evaluation.subject import Subject
 from sd3tune.evaluation.table import markdown_table, text_table
 from sd3tune.evaluation.views import checkpoints_sheet, drift_plot, nearest_sheet
 from sd3tune.files.atomic import write_json, write_text
 from sd3tune.files.png_recipe import save_png
 from sd3tune.measures.encoders import EncoderSpec
 from sd3tune.measures.intervals import Interval
+from sd3tune.measures.prompts import Prompts
+from sd3tune.measures.subject import Subject
 from sd3tune.publish.card.evaluated import EVAL_FILE, EVAL_VERSION
 from sd3tune.publish.card.markdown import code, table
 

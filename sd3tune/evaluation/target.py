@@ -19,12 +19,9 @@ from sd3tune.methods import products
 from sd3tune.methods.base import Product
 from sd3tune.model.base.parts import INDEX_FILE
 from sd3tune.publish.card.evaluated import EVAL_FOLDER
-from sd3tune.run.folder import BEST
+from sd3tune.run.folder import BEST, MEASURED
 from sd3tune.run.previews import run_of, step_of
 from sd3tune.training.checkpoint import list_checkpoints, read_state
-
-MEASURED = "measured"
-"""The folder, in a run's `EVAL_FOLDER`, of weights that were measured while training."""
 
 
 @dataclass(frozen=True)

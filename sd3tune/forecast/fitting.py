@@ -61,6 +61,7 @@ def fitted_plan(plan: Plan, processes: Processes) -> tuple[Plan, list[str]]:
         records=plan.records,
         holdout=plan.holdout,
         priors=plan.priors,
+        evaluated=plan.evaluated,
         missing=(),
     )
     budget = torch.tensor(memory_budget(memory, plan.device), device=plan.device)

@@ -26,17 +26,21 @@ from sd3tune.forecast.rehearsal import (
     rehearse_training,
     rehearse_vae,
 )
+from sd3tune.measures.prompts import Prompts
 from sd3tune.methods import METHODS, Method
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.resolve import shape_of_base
 from sd3tune.model.load.components import empty_transformer
 from sd3tune.run.buckets import bucket_of, buckets_of
 from sd3tune.run.encoding import texts_to_encode
+from sd3tune.run.evaluated import evaluated_prompts
 from sd3tune.run.preflight import check_installed, check_precision, check_size, resolve_epochs, split_records
 from sd3tune.run.priors import PlannedPrior, plan_priors
 
 CONTEXT = 600_000_000
 """Bytes of GPU memory that CUDA and its libraries take by themselves: an allowance, not a measurement."""
+ENCODER = 640_000_000
+"""Bytes of measuring a picture: an allowance for CLIP ViT-B/32, the largest default encoder, 151 M weights in fp32."""
 PHASES: tuple[Phase, Phase, Phase] = ("encode", "train", "draw")
 MARGIN = 0.05
 """Share of the peak for allocator fragmentation (1 to 4 % with `grow_segments`) and cuDNN workspaces: an allowance."""
@@ -56,6 +60,8 @@ class ForecastInputs:
     """None if the images are missing."""
     holdout: Sequence[Record]
     priors: Sequence[PlannedPrior]
+    evaluated: Prompts | None
+    """The prompts of `eval`; None if it is off, or if the images are missing."""
     missing: Sequence[str]
     """The problems found if the images are missing."""
 
@@ -93,6 +99,8 @@ class Forecast:
         found["train"] = MemoryUse(training.resident, training.working)
         if training.preview is not None:
             found["preview"] = MemoryUse(training.resident, training.preview)
+        if self.inputs.config.eval is not None:
+            found["evaluate"] = MemoryUse(training.resident, ENCODER)
         return found
 
     @property
@@ -120,17 +128,19 @@ def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
     records: list[Record] | None = None
     holdout: list[Record] = []
     priors: list[PlannedPrior] = []
+    evaluated: Prompts | None = None
     missing: Sequence[str] = ()
     used = buckets
     try:
         records, holdout = split_records(config, load_records(config.data))
         config = resolve_epochs(config, sum(record.repeats for record in records), 1)
         priors = plan_priors(config, records, buckets, base)
+        evaluated = evaluated_prompts(config, records)
         used = [bucket_of(record, buckets) for record in records]
     except DataError as error:
         records, missing = None, error.problems
     largest = max(used, key=lambda size: size[0] * size[1])
-    return ForecastInputs(config, base, dtype, buckets, largest, records, holdout, priors, missing)
+    return ForecastInputs(config, base, dtype, buckets, largest, records, holdout, priors, evaluated, missing)
 
 
 def forecast(inputs: ForecastInputs, like: Forecast | None = None) -> Forecast:
@@ -177,7 +187,8 @@ def _store(inputs: ForecastInputs, records: Sequence[Record], encoders: Sequence
     """
     config = inputs.config
     of_class = [record for prior in inputs.priors for record in prior.records]
-    texts = dict.fromkeys(texts_to_encode(config, [*records, *inputs.holdout, *of_class], bool(inputs.priors)))
+    every = [*records, *inputs.holdout, *of_class]
+    texts = dict.fromkeys(texts_to_encode(config, every, bool(inputs.priors), inputs.evaluated))
     a_text = sum(
         entry_bytes(inputs.base, encoder, inputs.dtype, tokens)
         for encoder in encoders

@@ -11,7 +11,7 @@ from sd3tune.run.preflight import Plan
 
 def describe_memory(plan: Plan) -> str:
     """Return a line with the expected peak memory of training, without previews and encoding (see `sd3tune plan`)."""
-    without_previews = plan.config.model_copy(update={"preview": PreviewConfig()})
+    without_previews = plan.config.model_copy(update={"preview": PreviewConfig(), "eval": None})
     largest = max((bucket_of(record, plan.buckets) for record in plan.records), key=lambda size: size[0] * size[1])
     training = rehearse_training(without_previews, plan.base, plan.method, largest, plan.dtype)
     return f"memory    about {megabytes(training.peak)} while training (`sd3tune plan` shows the rest)"

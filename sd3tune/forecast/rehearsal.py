@@ -82,7 +82,7 @@ class Training:
     flops: int
     """Operations of an optimizer step: all forward and backward passes."""
     preview: int | None
-    """Memory of drawing a preview, on top of `resident`; None without prompts."""
+    """Memory of drawing a preview or a picture of `eval`, on top of `resident`; None without either."""
 
     @property
     def resident(self) -> int:
@@ -161,7 +161,7 @@ class _NoOptimizer(torch.optim.Optimizer):
 def rehearse_training(
     config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype, like: Training | None = None
 ) -> Training:
-    """Rehearse an optimizer step and, if there are prompts, a preview. `size` is the images' (height, width).
+    """Rehearse an optimizer step and, if pictures are drawn, a preview. `size` is the images' (height, width).
 
     With `like`, its preview is used instead of a new rehearsal.
     """
@@ -199,7 +199,7 @@ def rehearse_training(
         step = _rehearse_step(config, state, thin, method, empty, saved)
     optimizer = rehearse_optimizer(config, values, state.fused.most_values if state.fused else None)
     preview = like.preview if like else None
-    if like is None and config.preview.prompts:
+    if like is None and (config.preview.prompts or config.eval is not None):
         preview = _rehearse_preview(config, base, method, thin, state, empty, modulation)
     return Training(
         parameters=parameters,

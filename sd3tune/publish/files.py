@@ -24,7 +24,7 @@ _MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 _PUBLIC_FACTS = (
     MARKER, "versions", "seed", "world_size", "device", "gpu", "dtype", "threads", "base", "images", "images_per_epoch",
     "captions", "held_out_images", "class_images", "modules", "git_commit", "resumes", "timings", "skipped_steps",
-    "report",
+    "stopped_early", "report",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from sd3tune.model.base.contract import spread_without_offset
 from sd3tune.model.lora.targets import CoverageRow
 from sd3tune.run.buckets import bucket_of, describe_buckets
 from sd3tune.run.earlier import began_in_llm_int8, drops_kept_captions
+from sd3tune.run.evaluated import describe_evaluation
 from sd3tune.run.preflight import Plan
 from sd3tune.run.priors import describe_prompts
 from sd3tune.run.sigmas import describe_sigmas
@@ -39,6 +40,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         *_describe_tags(plan),
         *_describe_priors(plan),
         *([f"held out  {_images(len(plan.holdout))}, measured every {every} steps"] if plan.holdout else []),
+        *describe_evaluation(config, plan.evaluated),
         *_describe_length(plan, cut, world),
         f"sigma     {describe_sigmas(config.flow, plan.shift)}",
         f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"

@@ -1,10 +1,11 @@
-"""Sampling within a run, from the store's embeddings: conditioning, the VAE decoder, and class images."""
+"""Sampling within a run, from the store's embeddings: conditioning, the VAE decoder, prompts, and class images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from diffusers import AutoencoderKL, SD3Transformer2DModel
+from PIL import Image
 
 from sd3tune.data.store import Store
 from sd3tune.encode.resources import release
@@ -38,6 +39,40 @@ def stored_conditioning(
 def load_decoder(plan: Plan) -> AutoencoderKL:
     """Load the VAE onto the device in the run's dtype, or in fp32 instead of fp16, in which it overflows."""
     return load_vae(plan.base, vae_dtype(plan.dtype), plan.device)
+
+
+def draw_prompts(
+    plan: Plan,
+    store: Store,
+    captions: Mapping[str, Mapping[str, str]],
+    transformer: SD3Transformer2DModel,
+    wanted: Sequence[tuple[str, int]],
+    *,
+    base: bool,
+    label: str,
+) -> list[Image.Image]:
+    """Return an image of each (prompt, seed), with steps, guidance and size of previews.
+
+    Denoises all of them with the transformer's present weights, then loads the VAE, decodes, and frees it. `base` is
+    True for the base's weights, whose shift and noise offset may differ. `label` names the progress bar.
+    """
+    side, settings = plan.config.data.resolution, plan.config.preview
+    offset = plan.base.noise_offset if base else plan.config.flow.noise_offset
+    sampler = SamplerSettings(settings.steps, settings.guidance, side, side, noise_offset=offset)
+    scheduler = load_scheduler(plan.base, None if base else plan.method.sampling_shift())
+    negative = stored_conditioning(plan, store, captions, NEGATIVE_PROMPT, transformer)
+    with progress_bar(total=settings.steps * len(wanted), desc=label, unit="step", leave=False, delay=2) as bar:
+        latents = []
+        for prompt, seed in wanted:
+            positive = stored_conditioning(plan, store, captions, prompt, transformer)
+            latents.append(
+                sample_latents(transformer, scheduler, positive, negative, sampler, [seed], on_step=bar.update)
+            )
+    vae = load_decoder(plan)
+    images = [to_image(vae, latent) for latent in latents]
+    del vae
+    release(plan.device)
+    return images
 
 
 def draw_class_images(

@@ -16,6 +16,7 @@ from sd3tune.encode.images import EncodedImage, encode_images
 from sd3tune.encode.inspect import inspect, warnings_about
 from sd3tune.encode.manifest import Manifest
 from sd3tune.encode.report import EncodeReport
+from sd3tune.measures.prompts import Prompts
 from sd3tune.run.drawing import NEGATIVE_PROMPT, draw_class_images
 from sd3tune.run.earlier import began_in_llm_int8
 from sd3tune.run.places import store_folder
@@ -33,7 +34,7 @@ class Encoded:
     examples: list[Example]
     """One per record, times its repeats in an epoch."""
     captions: Mapping[str, Mapping[str, str]]
-    """Encoder -> text -> key, including preview prompts and the negative prompt."""
+    """Encoder -> text -> key, including the prompts of previews and `eval`, and the negative prompt."""
     holdout: list[Example]
     """Examples for the held-out loss; none is trained on."""
     warnings: list[str]
@@ -94,17 +95,21 @@ def check_pictures(plan: Plan, progress: bool) -> list[str]:
     return warnings_about(there, inspect(there, Manifest.load(store_folder(plan.config)), progress))
 
 
-def texts_to_encode(config: Config, records: Sequence[Record], drawing: bool) -> list[str]:
-    """Return the captions, class prompts and preview prompts and, if needed, the empty prompt.
+def texts_to_encode(
+    config: Config, records: Sequence[Record], drawing: bool, evaluated: Prompts | None = None
+) -> list[str]:
+    """Return the captions, class prompts, and prompts of previews and of `eval` and, if needed, the empty prompt.
 
     `records` includes class images and held-out images. `drawing` is True if the run has class images.
     """
     priors = [prior for source in config.data.sources if (prior := source.prior) and prior.weight > 0]
-    needs_empty = bool(config.preview.prompts) or config.data.caption_dropout > 0 or drawing
+    measured = [prompt.text for prompt in (*evaluated.scored, *evaluated.of_class)] if evaluated else []
+    needs_empty = bool(config.preview.prompts or measured) or config.data.caption_dropout > 0 or drawing
     return [
         *(record.caption for record in records),
         *(prompt for prior in priors for prompt in prior.prompts),
         *config.preview.prompts,
+        *measured,
         *([NEGATIVE_PROMPT] if needs_empty else []),
     ]
 
@@ -114,7 +119,7 @@ def _encode_captions(
 ) -> tuple[Mapping[str, Mapping[str, str]], T5Lengths, EncodeReport]:
     config, model = plan.config, plan.config.model
     records = [*plan.records, *plan.holdout, *(record for prior in plan.priors for record in prior.records)]
-    texts = texts_to_encode(config, records, drawing=bool(plan.priors))
+    texts = texts_to_encode(config, records, bool(plan.priors), plan.evaluated)
     captions, report = encode_captions(
         plan.base,
         texts,

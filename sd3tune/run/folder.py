@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from sd3tune.config.run_folder import LAYOUT_VERSION, MARKER, RUN_FILE, is_run_f
 from sd3tune.encode.report import megabytes
 from sd3tune.errors import RunError
 from sd3tune.files.atomic import FULL, WriteError, is_temporary, remove_files, remove_unfinished, write_json
-from sd3tune.files.own_json import read_lines
+from sd3tune.files.own_json import is_whole_number, read_lines
 from sd3tune.methods import products
 from sd3tune.methods.base import Product
+from sd3tune.publish.card.evaluated import EVAL_FOLDER
 from sd3tune.publish.files import is_product_name
 from sd3tune.publish.previews import SAMPLES, is_preview_name
 from sd3tune.tracking.trackers import is_log
@@ -31,7 +33,17 @@ LOCK_FILE = ".lock"
 LOGS = "logs"
 VALIDATION_FILE = "validation.jsonl"
 BEST = "best"
-BEST_FILE = "validation.json"
+BEST_FILE, BEST_EVALUATED = "validation.json", "evaluation.json"
+"""The measurement of the weights in `BEST`, by held-out loss or by `eval`."""
+EVALUATIONS_FILE = "eval.jsonl"
+MEASURED = "measured"
+"""The folder, in a run's `EVAL_FOLDER`, of weights that were measured during training."""
+MEASURED_PICTURES = "pictures"
+"""The folder, in `MEASURED`, of the pictures that were measured."""
+_PICTURE = re.compile(r"(base|step-\d+)-(prompt|class)\d+-seed\d+\.png")
+
+_OUTPUTS = (LOGS, SAMPLES, BEST, VALIDATION_FILE, EVALUATIONS_FILE, f"{EVAL_FOLDER}/{MEASURED}")
+"""What an attempt measures and draws."""
 
 
 def starting_checkpoint(run: Path, resume: bool) -> Path | None:
@@ -57,6 +69,7 @@ def _start_in(run: Path, resume: bool) -> Path | None:
             )
         read_metrics(run / METRICS_FILE)  # checked before anything is encoded, as users may edit them
         read_validation(run)
+        read_evaluations(run)
         return checkpoints[-1]
     if checkpoints:
         step = read_state(checkpoints[-1])["step"]
@@ -76,7 +89,7 @@ def _start_in(run: Path, resume: bool) -> Path | None:
 
 def _check_clearable(run: Path) -> None:
     """Raise RunError if a fresh start would have to remove links or files that no run wrote."""
-    for path in (run / name for name in (LOGS, SAMPLES, BEST, VALIDATION_FILE)):
+    for path in (run / name for name in _OUTPUTS):
         if path.is_symlink():
             raise RunError(f"{path}: a link, and nothing is removed through links; remove it to start afresh here")
     for path in sorted((run / BEST).rglob("*")):
@@ -128,14 +141,22 @@ def _is_attempt_output(path: PurePath) -> bool:
     """Return whether a path in the run folder has the name of a log, preview or measurement."""
     folder, inside = path.parts[0], PurePath(*path.parts[1:])
     if not inside.parts:
-        return folder == VALIDATION_FILE
+        return folder in (VALIDATION_FILE, EVALUATIONS_FILE)
     if folder == LOGS:
         return is_log(inside)
     if folder == SAMPLES:
         return len(inside.parts) == 1 and is_preview_name(inside.name)
     if folder == BEST:
-        return inside == PurePath(BEST_FILE) or is_product_name(inside)
+        return str(inside) in (BEST_FILE, BEST_EVALUATED) or is_product_name(inside)
+    if folder == EVAL_FOLDER and inside.parts[0] == MEASURED and len(inside.parts) > 2:
+        return _is_measured(inside.parts[1], PurePath(*inside.parts[2:]))
     return False
+
+
+def _is_measured(folder: str, inside: PurePath) -> bool:
+    if folder == MEASURED_PICTURES:
+        return len(inside.parts) == 1 and _PICTURE.fullmatch(inside.name) is not None
+    return re.fullmatch(r"step-\d+", folder) is not None and is_product_name(inside)
 
 
 def read_validation(run: Path) -> list[Line]:
@@ -152,11 +173,34 @@ def _validation_problem(line: Line) -> str | None:
     return problem
 
 
-def is_finished(run: Path, product: Product, steps: int) -> bool:
-    """Return whether the run reached `steps` and has a report; a product alone may be older than an extension."""
+def read_evaluations(run: Path) -> list[Line]:
+    """Return the lines of `eval.jsonl`, oldest first; see `evaluation.lines`. Raises RunError for a damaged file."""
+    return read_lines(run / EVALUATIONS_FILE, _evaluation_problem)
+
+
+def _evaluation_problem(line: Line) -> str | None:
+    problem = problem_of_measurement(line, numbers=("likeness",), losses=("base_likeness", "photos_likeness", "drift"))
+    unnamed = [name for name in ("setting", "encoder") if not isinstance(line.get(name), str)]
+    return problem or (f"{unnamed[0]}: not text" if unnamed else None)
+
+
+def is_finished(run: Path, product: Product, steps: int, patience: int | None = None) -> bool:
+    """Return whether the run reached `steps`, or ended early by `patience` or less, and has a report.
+
+    A product alone may be older than an extension.
+    """
     checkpoints = list_checkpoints(run)
-    reached = bool(checkpoints) and int(read_state(checkpoints[-1])["step"]) >= steps
+    step = int(read_state(checkpoints[-1])["step"]) if checkpoints else -1
+    reached = step >= steps or _ended_early(run, step, patience)
     return reached and product.is_in(run) and holds_report(run)
+
+
+def _ended_early(run: Path, step: int, patience: int | None) -> bool:
+    """Return whether the run's last attempt ended at this step by `eval.patience`, which is no larger now."""
+    ended = read_run_file(run).get("stopped_early")
+    if patience is None or not isinstance(ended, dict) or ended.get("step") != step:
+        return False
+    return is_whole_number(ended.get("patience")) and patience <= ended["patience"]
 
 
 def holds_report(run: Path) -> bool:

@@ -20,14 +20,17 @@ from sd3tune.data.buckets import Size
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.seeds import derive
 from sd3tune.errors import ConfigError, DataError, RunError, UserError
+from sd3tune.measures.prompts import Prompts
 from sd3tune.methods import METHODS, Method
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.resolve import configured_base
 from sd3tune.model.load.components import empty_transformer, load_scheduler
 from sd3tune.model.load.quantized import missing_library
 from sd3tune.model.lora.targets import CoverageRow
+from sd3tune.publish.files import ADAPTERS
 from sd3tune.publish.repository import repository_of
 from sd3tune.run.buckets import buckets_of, largest_side
+from sd3tune.run.evaluated import evaluated_prompts
 from sd3tune.run.folder import check_disk_space, starting_checkpoint
 from sd3tune.run.priors import PlannedPrior, plan_priors
 from sd3tune.runtime.device import choose_dtype, gpu_of
@@ -73,6 +76,8 @@ class Plan:
     """Bucket sizes, (height, width) in pixels."""
     priors: Sequence[PlannedPrior]
     """Class images of each source that uses them."""
+    evaluated: Prompts | None = None
+    """The prompts of `eval`; None if it is off."""
     optimizer_fallback: OptimizerFallback | None = None
     """None if the configured optimizer is used."""
     warnings: Sequence[str] = ()
@@ -93,10 +98,15 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         problems += _upload_problems(config)
     records, holdout = list[Record](), list[Record]()
     start: Path | None = None
+    evaluated: Prompts | None = None
     run = Path(str(config.output_dir))
     try:
         records, holdout = split_records(config, load_records(config.data, warn=warnings.append), warnings.append)
         config = resolve_epochs(config, sum(record.repeats for record in records), world)
+    except UserError as error:
+        problems += error.problems
+    try:
+        evaluated = evaluated_prompts(config, records) if records else None
     except UserError as error:
         problems += error.problems
     try:
@@ -141,6 +151,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         start=start,
         buckets=buckets,
         priors=priors,
+        evaluated=evaluated,
         warnings=list(dict.fromkeys(warnings)),
     )
 
@@ -171,7 +182,10 @@ def _bytes_to_save(config: Config, method: Method, parameters: int, start: Path 
     average = config.ema is not None
     in_checkpoint = 4 * (1 + 2 + average) + method.exported_bytes  # master, Adam's moments and the average are fp32
     saved = 1 if start else min(config.checkpoint.keep, math.ceil(config.train.total_steps / config.checkpoint.every))
-    return parameters * (in_checkpoint * saved + method.exported_bytes * (1 + average))
+    measured = 0  # a resumed run has written some
+    if config.eval is not None and method.product.name == ADAPTERS[0] and start is None:
+        measured = math.ceil(config.train.total_steps / config.eval.every)
+    return parameters * (in_checkpoint * saved + method.exported_bytes * (1 + average + measured))
 
 
 def _images(count: int) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 from sd3tune.config.run_folder import read_run_file
 from sd3tune.files.own_json import is_whole_number, read_object
+from sd3tune.publish.card.evaluated import EVAL_FOLDER
 from sd3tune.publish.files import ADAPTERS
 from sd3tune.publish.previews import PREVIEW_NAME, SAMPLES, preview_recipe
-from sd3tune.run.folder import BEST, BEST_FILE, holds_report
+from sd3tune.run.folder import BEST, BEST_EVALUATED, BEST_FILE, MEASURED, holds_report
 from sd3tune.training.checkpoint import list_checkpoints
 
 
@@ -40,7 +41,7 @@ def previews_of(run: Path) -> list[Preview]:
 
 def run_of(adapter: Path) -> Path | None:
     """Return the run folder that contains an adapter file; None if there is none."""
-    return next((folder for folder in list(adapter.absolute().parents)[:4] if read_run_file(folder)), None)
+    return next((folder for folder in list(adapter.absolute().parents)[:5] if read_run_file(folder)), None)
 
 
 def step_of(adapter: Path, run: Path) -> int | None:
@@ -51,10 +52,13 @@ def step_of(adapter: Path, run: Path) -> int | None:
     file = adapter.absolute().relative_to(run)
     if file.parts[0] == "checkpoints":
         return int(file.parts[1].removeprefix("step-"))
+    if file.parts[:2] == (EVAL_FOLDER, MEASURED):
+        return int(file.parts[2].removeprefix("step-"))
     if file.parts[0] == BEST:
-        step = read_object(run / BEST / BEST_FILE)["step"]
+        name = next((name for name in (BEST_EVALUATED, BEST_FILE) if (run / BEST / name).exists()), BEST_FILE)
+        step = read_object(run / BEST / name)["step"]
         if not is_whole_number(step):
-            raise ValueError(f"{BEST}/{BEST_FILE}: step is not a whole number")
+            raise ValueError(f"{BEST}/{name}: step is not a whole number")
         return int(step)
     if file.parts[0] not in ADAPTERS or not holds_report(run):
         return None

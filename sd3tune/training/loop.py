@@ -64,10 +64,14 @@ def train(
     contract: Mapping[str, Any],
     callbacks: Sequence[Callback] = (),
     stop_requested: Callable[[], bool] = lambda: False,
+    ended: Callable[[], bool] = lambda: False,
     sink: Callable[[Line], object] = lambda line: None,
     save_when_interrupted: bool = False,
 ) -> Metrics:
     """Train from `state.step` to `config.train.total_steps`; the last step is always checkpointed.
+
+    If `ended` returns True after a step, on every rank, that step is the last: it is checkpointed, and the callbacks
+    are called once more, with `View.last`.
 
     Saves a checkpoint and raises KeyboardInterrupt when `stop_requested` returns True on any rank. Raises RunError when
     the gradient was not finite for `train.max_skipped` consecutive steps.
@@ -78,15 +82,15 @@ def train(
     known_skips = len(metrics.skipped)
     saver = _Saver(run, state, method, metrics, processes, identity, contract)
 
-    def view() -> View:
-        last, weights = state.step == config.train.total_steps, exported_weights(state)
-        return View(state.step, last, transformer, method, weights, metrics.last)
+    def view(last: bool | None = None) -> View:
+        last = state.step == config.train.total_steps if last is None else last
+        return View(state.step, last, transformer, method, exported_weights(state), metrics.last)
 
     guard = saver.saving_when_interrupted() if save_when_interrupted else contextlib.nullcontext()
     with _progress_bar(config, state.step, processes) as bar, guard:
         for callback in callbacks:
             callback(view())
-        while state.step < config.train.total_steps:
+        while state.step < config.train.total_steps and not ended():
             result = train_step(state, transformer, method, batches, objective, config, processes.reduce_mean)
             metrics.add(state.step, result, stop_requested())
             saver.measured = state.step
@@ -107,6 +111,11 @@ def train(
                 callback(view())
             if metrics.stop_requested and not last:
                 raise KeyboardInterrupt
+        if state.step < config.train.total_steps:
+            if saver.saved < state.step:
+                saver.save(config.checkpoint.keep)
+            for callback in callbacks:
+                callback(view(last=True))
     if processes.is_main:
         prune(run, config.checkpoint.keep)  # an earlier attempt may have ended before it could prune
     return metrics

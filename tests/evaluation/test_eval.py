@@ -18,9 +18,9 @@ from sd3tune.evaluation import pictures as drawing
 from sd3tune.evaluation.pictures import plan_drawings
 from sd3tune.evaluation.prompts import choose_prompts
 from sd3tune.evaluation.request import EvalRequest
-from sd3tune.evaluation.subject import read_subject
 from sd3tune.evaluation.target import Target, find_target
 from sd3tune.inference import image_folder
+from sd3tune.measures.subject import read_subject
 from sd3tune.publish.card import is_unchanged
 from sd3tune.run.card import card_to_upload, refresh_card
 from sd3tune.runtime.processes import Processes

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from sd3tune.errors import ConfigError
-from sd3tune.evaluation.prompts import MOST_CLASS_PROMPTS, SCENES, choose_prompts
+from sd3tune.evaluation.prompts import choose_prompts
 from sd3tune.evaluation.request import EvalRequest
-from sd3tune.evaluation.subject import read_subject
+from sd3tune.measures.prompts import MOST_CLASS_PROMPTS, SCENES
+from sd3tune.measures.subject import read_subject
 from sd3tune.nano.world import parse
 
 DOG = read_subject(["a photo of sks dog"], ["a photo of a dog"])

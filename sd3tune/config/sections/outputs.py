@@ -1,17 +1,23 @@
-"""`checkpoint`, `preview`, `validation`, `tracking` and `hub`: the outputs of a run."""
+"""`checkpoint`, `preview`, `validation`, `eval`, `tracking` and `hub`: the outputs of a run."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sd3tune.config.sections.key import FREE, Identity, Key, is_any_path
+from sd3tune.config.sections.key import FREE, Identity, Key, is_any_path, looks_like_a_path
 from sd3tune.config.sections.section import Section
 
 REPO_ID = re.compile(r"^(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?$", re.ASCII)
 REPO_ID_IN_WORDS = "write user/name, of letters, digits, '.', '_' and '-', no two '-' or '.' in a row"
+
+
+def _is_local(text: str, folder: Path) -> bool:
+    """Return True for a folder, and False for a Hub id."""
+    return looks_like_a_path(text) or (folder / text).exists()
 
 
 class CheckpointConfig(Section):
@@ -21,6 +27,11 @@ class CheckpointConfig(Section):
         500, ge=1, description="Steps between checkpoints; the last step is always saved."
     )
     keep: Annotated[int, FREE] = Field(3, ge=1, description="Number of newest checkpoints to keep.")
+    best: Annotated[Literal["loss", "eval"], FREE] = Field(
+        "loss",
+        description="Weights that `best/` keeps: `loss` those with the lowest held-out loss (`validation.holdout`), "
+        "`eval` those with the highest likeness under `eval.drift_limit`, which needs `eval`.",
+    )
 
 
 class PreviewConfig(Section):
@@ -49,7 +60,8 @@ class PreviewConfig(Section):
 class ValidationConfig(Section):
     """Held-out loss, at fixed noise and sigmas, of the base and of the trained weights.
 
-    `best/` in the run folder keeps the weights with the lowest held-out loss, which may not draw the best images.
+    `best/` in the run folder keeps the weights with the lowest held-out loss, which may not draw the best images; see
+    `checkpoint.best` for another choice.
     """
 
     holdout: Annotated[
@@ -61,6 +73,46 @@ class ValidationConfig(Section):
     )
     every: Annotated[int, FREE] = Field(
         100, ge=1, description="Steps between measurements; also before the first and after the last step."
+    )
+
+
+class EvalConfig(Section):
+    """Measurement of drawn pictures during training: likeness to the photos, prompt fidelity, drift.
+
+    Each measurement is a line of `eval.jsonl`, and each measured adapter stays in `eval/measured/`, for `sd3tune eval
+    RUN --checkpoints all`. Pictures have the steps, guidance and size of previews.
+    """
+
+    every: Annotated[int, FREE] = Field(
+        500,
+        ge=1,
+        description="Steps between measurements; also after the last step. Each draws `seeds` pictures of every prompt "
+        "and class prompt; the base's are drawn once.",
+    )
+    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], FREE] = Field(
+        default=[],
+        description="Prompts with the subject's name; an empty list takes eight of those that `sd3tune eval` chooses. "
+        "Class prompts, for drift, are made of them.",
+    )
+    seeds: Annotated[int, FREE] = Field(1, ge=1, le=16, description="Pictures of each prompt.")
+    class_word: Annotated[Annotated[str, Field(min_length=1)] | None, FREE] = Field(
+        None, description="Class of the subject, such as `dog`; null: as a prior's prompt names it, else no drift."
+    )
+    encoders: Annotated[dict[str, Annotated[str, Field(min_length=1)]], Key(Identity.FREE, path=_is_local)] = Field(
+        default={},
+        description="Encoder -> Hub id or local folder, such as `{dinov2: ./dinov2-small}`; `none` leaves it out.",
+    )
+    drift_limit: Annotated[float | None, FREE] = Field(
+        None,
+        gt=0,
+        description="Most drift of the best weights, a share of the way from the base's likeness to the photos' own; "
+        "null: as in the verdict of `sd3tune eval`, 0.25.",
+    )
+    patience: Annotated[int | None, FREE] = Field(
+        None,
+        ge=1,
+        description="End the run after this many measurements without a better one; null never does. A larger number, "
+        "or null, continues such a run on `--resume`.",
     )
 
 

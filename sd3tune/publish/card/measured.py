@@ -35,6 +35,7 @@ def _measured(trained: Trained) -> list[str]:
         "images that were trained on, it shows that something was learned, not that it generalises:",
         _fixed_noise(report["fixed_noise_loss"], trained),
         *_held_out(report.get("held_out"), trained),
+        *_evaluated(report.get("evaluation")),
         _changes(report, trained),
     ]
 
@@ -66,6 +67,24 @@ def _held_out(measured: Mapping[str, Any] | None, trained: Trained) -> list[str]
             "best can be another."
         )
     return lines
+
+
+def _evaluated(measured: Mapping[str, Any] | None) -> list[str]:
+    """Return a line with the best measurement of `eval`; empty without one."""
+    best = measured and measured["best"]
+    if not best:
+        return []
+    photos, base = (
+        "" if value is None else text.format(value)
+        for text, value in (
+            (", where the photos have {:.3f} among themselves", best["photos_likeness"]),
+            (" and the base {:.3f}", best["base_likeness"]),
+        )
+    )
+    return [
+        f"Of the steps that were evaluated during training, step {best['step']} was best: likeness to the photos "
+        f"{best['likeness']:.3f} by {best['encoder']}{photos}{base}."
+    ]
 
 
 def _changes(report: Mapping[str, Any], trained: Trained) -> str:

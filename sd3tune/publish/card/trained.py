@@ -86,7 +86,9 @@ class Trained:
 
     @property
     def steps(self) -> int:
-        return self.config.train.total_steps if self.step is None else self.step
+        early = self.run_facts.get("stopped_early")
+        last: int = early["step"] if early else self.config.train.total_steps
+        return last if self.step is None else self.step
 
     @property
     def drew_first_sample(self) -> bool:

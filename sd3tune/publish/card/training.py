@@ -41,7 +41,8 @@ def _data(trained: Trained) -> Iterator[Row]:
     yield "resolution", f"{contract['resolution']} px" + (", aspect buckets" if contract["buckets"] else ", squares")
     world = facts.get("world_size", 1)
     processes = f" x {world} processes" if world > 1 else ""
-    yield "steps", f"{trained.steps}, batch {train.batch_size} x {train.gradient_accumulation}{processes}"
+    early = f" of {train.total_steps}, stopped early" if facts.get("stopped_early") else ""
+    yield "steps", f"{trained.steps}{early}, batch {train.batch_size} x {train.gradient_accumulation}{processes}"
     if "images_per_epoch" in facts:
         seen = trained.steps * train.batch_size * train.gradient_accumulation * world
         yield "images seen", f"{seen:,}, {_epochs(seen / facts['images_per_epoch'])}"

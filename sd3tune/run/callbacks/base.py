@@ -28,7 +28,7 @@ class Setup:
 
 
 class RunCallback(ABC):
-    """A callback (see `training.loop.Callback`) that the configuration turns on; it must not affect training."""
+    """A callback (see `training.loop.Callback`) that the configuration turns on; it must not affect the weights."""
 
     timing: ClassVar[str | None] = None
     """Key of `seconds` in the timings of `run.json`, which has it for each run; None to count it as training time."""
@@ -46,6 +46,11 @@ class RunCallback(ABC):
 
     @abstractmethod
     def __call__(self, view: View) -> None: ...
+
+    @property
+    def ended(self) -> bool:
+        """True if the run should end with the present step; equal on every rank."""
+        return False
 
     def report(self) -> dict[str, Any]:
         """Return entries for the report in `run.json` and the card."""

@@ -11,17 +11,16 @@ from PIL import Image
 
 from sd3tune.encode.resources import release
 from sd3tune.files.png_recipe import RECIPE_KEY, save_png
-from sd3tune.model.load.components import load_scheduler
 from sd3tune.publish.previews import SAMPLES, SHEET
-from sd3tune.reporting import progress_bar, say
+from sd3tune.reporting import say
 from sd3tune.run.callbacks.base import RunCallback, Setup
-from sd3tune.run.drawing import NEGATIVE_PROMPT, load_decoder, stored_conditioning
+from sd3tune.run.drawing import draw_prompts
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.out_of_memory import is_out_of_memory
 from sd3tune.runtime.processes import Processes
 from sd3tune.sampling.contact_sheet import contact_sheet
-from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
+from sd3tune.sampling.sampler import fault_of
 from sd3tune.tracking.trackers import Trackers
 from sd3tune.training.loop import View
 
@@ -78,41 +77,19 @@ class Previews(RunCallback):
         if all(_has_recipe(path, self._recipe(number)) for number, path in enumerate(paths)):
             return
         with weights:
-            images = self._draw(name, view)
+            images = draw_prompts(
+                self.plan,
+                self.encoded.store,
+                self.encoded.captions,
+                view.transformer,
+                [(prompt, self.settings.seed + number) for number, prompt in enumerate(self.settings.prompts)],
+                base=name == BASE,
+                label=f"preview, {name}",
+            )
         for number, (path, image) in enumerate(zip(paths, images, strict=True)):
             save_png(image, path, self._recipe(number))
             if fault := fault_of(image):
                 say(f"warning: {path}: {fault}")
-
-    def _draw(self, name: str, view: View) -> list[Image.Image]:
-        """Denoise all prompts, then load the VAE, decode, and free it."""
-        side, settings = self.plan.config.data.resolution, self.settings
-        offset = self.plan.base.noise_offset if name == BASE else self.plan.config.flow.noise_offset
-        sampler = SamplerSettings(settings.steps, settings.guidance, side, side, noise_offset=offset)
-        scheduler = load_scheduler(self.plan.base, None if name == BASE else self.plan.method.sampling_shift())
-        negative = self._conditioning(NEGATIVE_PROMPT, view)
-        total = settings.steps * len(settings.prompts)
-        with progress_bar(total=total, desc=f"preview, {name}", unit="step", leave=False, delay=2) as bar:
-            latents = [
-                sample_latents(
-                    view.transformer,
-                    scheduler,
-                    self._conditioning(prompt, view),
-                    negative,
-                    sampler,
-                    [settings.seed + number],
-                    on_step=bar.update,
-                )
-                for number, prompt in enumerate(settings.prompts)
-            ]
-        vae = load_decoder(self.plan)
-        images = [to_image(vae, latent) for latent in latents]
-        del vae
-        release(self.plan.device)
-        return images
-
-    def _conditioning(self, prompt: str, view: View) -> Conditioning:
-        return stored_conditioning(self.plan, self.encoded.store, self.encoded.captions, prompt, view.transformer)
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / f"{name}-{number}.png"

@@ -42,8 +42,8 @@ class Validation(RunCallback):
     It runs before the first step, every `validation.every` steps and after the last. The loss is the squared error of
     the velocity, even if another loss is minimised, so that runs are comparable. It is measured for every held-out
     image at each of `SIGMAS`; the noise depends only on the image's number. The processes divide the images. Each
-    measurement is a line of `validation.jsonl`. The weights with the lowest mean loss are saved in `best/`; they do
-    not always draw best.
+    measurement is a line of `validation.jsonl`. The weights with the lowest mean loss are saved in `best/`, unless
+    `checkpoint.best` is `eval`; they do not always draw best.
     """
 
     timing = "validation_s"
@@ -78,6 +78,11 @@ class Validation(RunCallback):
         return cls(setup.plan, setup.encoded, setup.processes, setup.contract, setup.trackers, setup.from_step)
 
     @property
+    def keeps_best(self) -> bool:
+        """True if `best/` holds the weights with the lowest loss."""
+        return self.plan.config.checkpoint.best == "loss"
+
+    @property
     def best(self) -> dict[str, Any] | None:
         """The first line with the lowest loss; None without a finite loss."""
         finite = [line for line in self.lines if line["loss"] is not None]
@@ -92,8 +97,9 @@ class Validation(RunCallback):
         if not self.lines or self.best is None:
             return []
         last, best = self.lines[-1], self.best
-        lowest = f"the lowest held-out loss was {best['loss']:.4f} at step {best['step']}, kept in {BEST}/"
-        kept = f"the lowest held-out loss, also in {BEST}/" if best is last else lowest
+        lowest = f"the lowest held-out loss was {best['loss']:.4f} at step {best['step']}"
+        lowest += f", kept in {BEST}/" * self.keeps_best
+        kept = "the lowest held-out loss" + f", also in {BEST}/" * self.keeps_best if best is last else lowest
         return [f"held out  {describe(last)}; {kept}", f"          {LOWEST_IS_NOT_BEST}"]
 
     def __call__(self, view: View) -> None:
@@ -104,7 +110,7 @@ class Validation(RunCallback):
         line = self._measure(view)
         self.lines.append(line)
         if self.processes.is_main:
-            if self.best is line:
+            if self.best is line and self.keeps_best:
                 self._keep(view, line)
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
             say(describe(line) + ", the lowest so far" * (self.best is line and view.step > 0))

@@ -30,13 +30,21 @@ class RunCallbacks:
     """The callbacks of a run, as a context manager that closes them and the trackers."""
 
     def __init__(
-        self, plan: Plan, encoded: Encoded, processes: Processes, contract: Mapping[str, Any], from_step: int
+        self,
+        plan: Plan,
+        encoded: Encoded,
+        processes: Processes,
+        contract: Mapping[str, Any],
+        from_step: int,
+        more: Sequence[type[RunCallback]] = (),
     ) -> None:
+        """`more` are callbacks of rooms above this one."""
         config = plan.config
         start = Start(config.name, plan.run / LOGS, public_config(config))
         self.trackers = Trackers(config.tracking if processes.is_main else TrackingConfig(), start, say)
         setup = Setup(plan, encoded, processes, contract, self.trackers, from_step)
-        self.callbacks = [made for kind in CALLBACKS if (made := kind.make(setup))]
+        self._kinds = (*CALLBACKS, *more)
+        self.callbacks = [made for kind in self._kinds if (made := kind.make(setup))]
 
     def __enter__(self) -> RunCallbacks:
         return self
@@ -55,9 +63,13 @@ class RunCallbacks:
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds spent in each callback, by its key in `run.json`; not part of the training time."""
-        unused = {kind.timing: 0.0 for kind in CALLBACKS if kind.timing}
+        unused = {kind.timing: 0.0 for kind in self._kinds if kind.timing}
         spent = {callback.timing: callback.seconds for callback in self.callbacks if callback.timing}
         return {**unused, **spent, "tracking_s": self.trackers.seconds}
+
+    def ended(self) -> bool:
+        """Return True if a callback ends the run with the present step."""
+        return any(callback.ended for callback in self.callbacks)
 
     @property
     def warnings(self) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sd3tune.evaluation.subject import bare, read_subject
+from sd3tune.measures.subject import bare, read_subject
 
 DOGS = ("a photo of sks dog on grass", "sks dog in a room", "A close-up of SKS dog")
 NANO = ("a red sks shape on a white background", "a blue sks shape on a black background")
