@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from sd3tune.commands.cache import run_cache
-from sd3tune.commands.plan import after, components, gigabytes, knobs, plan_lines, planned_dtype
+from sd3tune.commands.plan import components, gigabytes, plan_lines, planned_dtype
 from sd3tune.config import Config, load_config, parse_config
 from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig
 from sd3tune.errors import ConfigError
 from sd3tune.forecast.forecast import forecast, forecast_inputs
 from sd3tune.forecast.gpus import GPUS
+from sd3tune.forecast.knobs import after, knobs
 from sd3tune.forecast.rehearsal import Training, rehearse_training
 from sd3tune.methods import METHODS, Method
 from sd3tune.model.base.resolve import resolve_base, shape_of_base

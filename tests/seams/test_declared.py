@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 import sd3tune
-from sd3tune.commands.plan import knobs
 from sd3tune.config.meaning import compared_when_finished, knobs_of
 from sd3tune.config.sections.key import Knob
 from sd3tune.config.sections.section import Section
 from sd3tune.config.shape import all_fields, alternatives, item_of, key_of, sections_of
 from sd3tune.forecast.forecast import forecast_inputs
+from sd3tune.forecast.knobs import knobs
 from sd3tune.methods import METHODS, LoraMethod
 from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 
