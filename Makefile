@@ -13,7 +13,7 @@ MINUTES ?= 10
 # no configuration of pip, such as a mirror's address: where it fails, pip installs.
 uv = { sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.txt && \
 	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r $(VENV)/uv.txt && \
-	$(BIN)/uv pip install --no-config --python $(BIN)/python $(1); } >> $(LOG) 2>&1
+	$(BIN)/uv pip install --no-config --compile-bytecode --python $(BIN)/python $(1); } >> $(LOG) 2>&1
 
 # pip's output goes into a log; its last lines are shown when pip fails.
 pip = $(BIN)/python -m pip install --disable-pip-version-check $(1) >> $(LOG) 2>&1 || { \
