@@ -1,0 +1,37 @@
+"""Scenes beyond the training mix of nano's transformer: with more texture, with subjects, and in styles."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from sd3tune.nano.world import STYLES, SUBJECTS, TEXTURES, Scene, Thing, random_scene
+
+
+def textured_scene(chance: random.Random) -> Scene:
+    """Return a scene of the mix whose things have a texture, two in three of them dots."""
+    scene = random_scene(chance)
+    things = [replace(thing, texture=chance.choice((*TEXTURES[1:], "dotted"))) for thing in scene.things]
+    return _with_things(scene, things)
+
+
+def subject_scene(chance: random.Random) -> Scene:
+    """Return a scene of the mix with a subject as its first thing, and in half of the pairs as its second."""
+    scene = random_scene(chance)
+    names = chance.sample(SUBJECTS, 2)
+    if scene.other and chance.random() < 0.5:
+        names[1] = scene.other.shape
+    return _with_things(
+        scene, [replace(thing, shape=name) for thing, name in zip(scene.things, names, strict=False)]
+    )
+
+
+def styled_scene(chance: random.Random) -> Scene:
+    """Return a scene in a style, without textures; one in three shows a subject."""
+    scene = subject_scene(chance) if chance.random() < 1 / 3 else random_scene(chance)
+    plain = _with_things(scene, [replace(thing, texture="") for thing in scene.things])
+    return replace(plain, style=chance.choice(STYLES[1:]))
+
+
+def _with_things(scene: Scene, things: list[Thing]) -> Scene:
+    return replace(scene, thing=things[0], other=things[1] if scene.other else None)
