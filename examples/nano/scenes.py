@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+from sd3tune.nano.figures import FIGURES
 from sd3tune.nano.world import STYLES, SUBJECTS, TEXTURES, Scene, Thing, random_scene
 
 
@@ -21,16 +22,23 @@ def subject_scene(chance: random.Random) -> Scene:
     names = chance.sample(SUBJECTS, 2)
     if scene.other and chance.random() < 0.5:
         names[1] = scene.other.shape
-    return _with_things(
-        scene, [replace(thing, shape=name) for thing, name in zip(scene.things, names, strict=False)]
-    )
+    return _with_things(scene, [_as(name, thing) for thing, name in zip(scene.things, names, strict=False)])
 
 
 def styled_scene(chance: random.Random) -> Scene:
-    """Return a scene in a style, without textures; one in three shows a subject."""
-    scene = subject_scene(chance) if chance.random() < 1 / 3 else random_scene(chance)
+    """Return a scene in a style, without textures; one in three shows a subject, and none small things in blocks."""
+    while True:
+        scene = subject_scene(chance) if chance.random() < 1 / 3 else random_scene(chance)
+        style = chance.choice(STYLES[1:])
+        if style != "pixelated" or not (scene.other or scene.thing.size == "small"):
+            break
     plain = _with_things(scene, [replace(thing, texture="") for thing in scene.things])
-    return replace(plain, style=chance.choice(STYLES[1:]))
+    return replace(plain, style=style)
+
+
+def _as(name: str, thing: Thing) -> Thing:
+    """Return the thing as that figure, whose own texture needs no word."""
+    return replace(thing, shape=name, texture="" if FIGURES[name].texture else thing.texture)
 
 
 def _with_things(scene: Scene, things: list[Thing]) -> Scene:
