@@ -54,13 +54,17 @@ def surface(pixels: Pixels, ground: Pixels, patch: Patch, form: Outlined, blocks
     covers = _painted(form, "", "", blocks, bare=True) / _LIGHT
     near = (covers[-1] > 0.02) | (patch.cover > 0)
     apart = float(np.linalg.norm(median(pixels[patch.core]) - ground))
-    mixtures = [_Mixture(pixels[near] - (1 - cover[near, None]) * ground, _weights(cover, apart)[near]) for cover in covers]
+    mixtures = [
+        _Mixture(pixels[near] - (1 - cover[near, None]) * ground, _weights(cover, apart)[near]) for cover in covers
+    ]
     plain = min((mixture.fit(cover[near]) for mixture, cover in zip(mixtures, covers, strict=True)), key=_error)
     best, least = None, (1 - _EXPLAINED) * plain.error
     for texture, style in _ways(blocks):
         seconds = (_LIGHT * covers - _painted(form, texture, style, blocks)) / (_LIGHT - _DARK)
         of_each_blur = zip(mixtures, covers, seconds, strict=True)
-        fit = min((mixture.fit((cover - second)[near], second[near]) for mixture, cover, second in of_each_blur), key=_error)
+        fit = min(
+            (mixture.fit((cover - second)[near], second[near]) for mixture, cover, second in of_each_blur), key=_error
+        )
         if fit.error < least and _contrast(fit.tones) > (_EDGE_CONTRAST if style == "outline" else _CONTRAST):
             best = Surface(base_colour(fit.tones), texture, "pixelated" if blocks else style)
             least = fit.error
