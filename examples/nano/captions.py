@@ -27,14 +27,15 @@ from sd3tune.nano.world import (
 
 _RARE = "sks ohwx zwx ukj xjy qpl vrk tok zorp blorp wug dax bixby rex momo luna kiki mochi nemo"
 _COMMON = (
-    "dog bird horse bear fox duck toy plush backpack boot vase can clock candle bowl robot man woman face car ball apple "
-    "hat diamond"
+    "dog bird horse bear fox duck toy plush backpack boot vase can clock candle bowl robot man woman face car ball "
+    "apple hat diamond"
 )
 RARE_NAMES, NOUNS = tuple(_RARE.split()), (*SUBJECTS, *_COMMON.split())
 """Names of a thing, in addition to or instead of its shape."""
 OTHER_NAME = "other"
 """Stands for all names whose letters form no word of the vocabulary."""
-_OTHER_STYLES = "oil watercolor cartoon pixel vintage abstract minimal simple beautiful bright".split()
+_STYLES = "oil watercolor cartoon pixel vintage abstract minimal simple beautiful bright"
+_OTHER_STYLES = tuple(_STYLES.split())
 SLOTS: dict[str, tuple[str, ...]] = {
     "colour": ("", *COLOURS),
     "shape": ("", *SHAPES, CLASS),

@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 from sd3tune.nano.figures import FIGURES
-from sd3tune.nano.world import STYLES, SUBJECTS, TEXTURES, Scene, Thing, random_scene
+from sd3tune.nano.world import STYLES, SUBJECTS, TEXTURES, Scene, Thing, complete, random_scene
 
 
 def textured_scene(chance: random.Random) -> Scene:
@@ -34,6 +34,13 @@ def styled_scene(chance: random.Random) -> Scene:
             break
     plain = _with_things(scene, [replace(thing, texture="") for thing in scene.things])
     return replace(plain, style=style)
+
+
+def any_scene(chance: random.Random) -> Scene:
+    """Return a scene of everything in the world, with all words, also in combinations that nano's training lacks."""
+    draw_scene = chance.choices((random_scene, textured_scene, subject_scene, styled_scene), (30, 15, 35, 20))[0]
+    scene = random_scene(chance, held_out=True) if chance.random() < 0.1 else draw_scene(chance)
+    return complete(scene, chance)
 
 
 def _as(name: str, thing: Thing) -> Thing:

@@ -28,7 +28,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of an earlier version, in the presence of a nano with other weights; the working directory is its parent."""
+    """A run of an earlier version, in the working directory; today's nano has other weights."""
     other, here = tmp_path / "other", tmp_path / "here"
     shutil.copytree(offline.offline_folder("nano-1"), other)
     save_file({name: tensor * 0.5 for name, tensor in load_file(other / WEIGHTS).items()}, other / WEIGHTS)
