@@ -42,5 +42,5 @@ class Checkpoint:
         if self._path is None or finished % EVERY:
             return
         state = {name: part.state_dict() for name, part in self._parts.items()}
-        with new_file(self._path) as temporary:
-            torch.save({**state, "finished": finished, "random": torch.get_rng_state()}, temporary)
+        with new_file(self._path) as temporary, temporary.open("wb") as file:
+            torch.save({**state, "finished": finished, "random": torch.get_rng_state()}, file)
