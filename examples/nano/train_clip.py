@@ -174,7 +174,7 @@ def write(model: CLIPModel, tokenizer: Any, out: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.nano.train_clip", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, in transformers' layout")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--pictures", type=int, default=24_000, help="how many are drawn and kept in memory")
     parser.add_argument("--seed", type=int, default=0)
