@@ -109,6 +109,12 @@ def loss_of(similarity: Tensor, fit: Tensor) -> Tensor:
     return (of_pictures.mean() + of_captions.mean()) / 2
 
 
+def learning_rate_share(step: int, steps: int) -> float:
+    """Return the share of the learning rate: from 0 to 1 in the first steps, then along a cosine to 0.02."""
+    warm_up = max(1, min(WARM_UP, steps // 10))
+    return min(1.0, (step + 1) / warm_up) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+
+
 def train(
     model: CLIPModel, tokenizer: Any, drawn: Pictures, steps: int, batch_size: int, seed: int, checkpoint: Path | None
 ) -> Tensor:
@@ -117,7 +123,10 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1, (step + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps))),
+        lambda step: (
+            min(1, (step + 1) / max(1, min(WARM_UP, steps // 10)))
+            * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+        ),
     )
     state = Checkpoint(checkpoint, model=model, optimizer=optimizer, schedule=schedule)
     start = state.load()
