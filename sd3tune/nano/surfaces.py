@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -11,17 +12,25 @@ from PIL import Image, ImageFilter
 from sd3tune.nano.colours import Pixels, median, nearest_colour
 from sd3tune.nano.figures import FIGURES
 from sd3tune.nano.patterns import base_colour
-from sd3tune.nano.segment import SIDE, Patch
+from sd3tune.nano.segment import SIDE, Mask, Patch
 from sd3tune.nano.shapes import BLOCKS, STYLED, Placed, paint, pixelated, second_tone
 from sd3tune.nano.silhouettes import Outlined
 from sd3tune.nano.world import COLOURS, TEXTURES
 
-_EXPLAINED = 0.4  # least share of a plain drawing's error that a pattern must remove
+_EXPLAINED = 0.4  # least share of a bare drawing's error that a pattern must remove
+_SETTLED = 1.0  # squared error per pixel, in units of what is expected, below which the pose needs no refinement
+_STEPS = (1.0, 0.5)  # of the refinement; a step of 1 is a pixel, 6 % of the radius, or 4 degrees
 _CONTRAST, _EDGE_CONTRAST = 0.35, 0.6  # least difference of the two tones, as a share of the drawn one
 _BLURS = (0.7, 1.0, 1.25, 1.6)  # pixels, of Gaussians: that of `looked_at`, and with a picture's own blur
-_BLOCKY = 0.8  # greatest ratio of steps inside blocks to steps between them; without blocks it is about 3
+_GRAIN = 25.0  # of 765, the step between neighbours that is no edge; more where the picture is noisy
+_BLOCKY = 0.6  # greatest ratio of steps inside blocks to steps between them; without blocks it is about 3
 _NOISE, _MISPLACED = 8.0, 0.5  # of 255; pixels
 _LIGHT, _DARK = 200, 100  # a grey, and its second tone
+
+
+Way = tuple[str, str]
+"""A texture and a style."""
+_PLAIN = ("", "")
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,8 @@ def is_pixelated(picture: Image.Image) -> bool:
     pixels = np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
     inside = between = 0.0
     for axis in (0, 1):
-        steps = np.abs(np.diff(pixels, axis=axis)).sum(axis=(1 - axis, 2))
+        steps = np.abs(np.diff(pixels, axis=axis)).sum(axis=2)
+        steps = np.maximum(steps - _GRAIN - 1.2 * np.median(steps), 0).sum(axis=1 - axis)
         at_edge = np.arange(1, SIDE) % (SIDE // BLOCKS) == 0
         inside, between = inside + float(steps[~at_edge].sum()), between + float(steps[at_edge].sum())
     return inside < _BLOCKY * between
@@ -51,52 +61,32 @@ def surface(pixels: Pixels, ground: Pixels, patch: Patch, form: Outlined, blocks
     the picture is pixelated.
     """
     figure = FIGURES[form.shape]
-    covers = _painted(form, "", "", blocks, bare=True) / _LIGHT
-    near = (covers[-1] > 0.02) | (patch.cover > 0)
-    apart = float(np.linalg.norm(median(pixels[patch.core]) - ground))
-    mixtures = [
-        _Mixture(pixels[near] - (1 - cover[near, None]) * ground, _weights(cover, apart)[near]) for cover in covers
+    view = _View(pixels, ground, patch.near, float(np.linalg.norm(median(pixels[patch.core]) - ground)), blocks)
+    fits = {way: view.fit(form, way) for way in _ways(blocks)}
+    bare = view.fit(form, None)
+    best = min(fits, key=lambda way: fits[way].error)
+    if fits[best].error > _SETTLED:
+        fits |= {way: view.refined(form, way) for way in {best, _PLAIN}}
+        bare = view.refined(form, None)
+    has_pattern = bool(figure.parts or figure.texture)
+    shown = [
+        way
+        for way, fit in fits.items()
+        if (way != _PLAIN or has_pattern)
+        and fit.error < (1 - _EXPLAINED) * bare.error
+        and _contrast(fit.tones) > (_EDGE_CONTRAST if way == ("", "outline") else _CONTRAST)
     ]
-    plain = min((mixture.fit(cover[near]) for mixture, cover in zip(mixtures, covers, strict=True)), key=_error)
-    best, least = None, (1 - _EXPLAINED) * plain.error
-    for texture, style in _ways(blocks):
-        seconds = (_LIGHT * covers - _painted(form, texture, style, blocks)) / (_LIGHT - _DARK)
-        of_each_blur = zip(mixtures, covers, seconds, strict=True)
-        fit = min(
-            (mixture.fit((cover - second)[near], second[near]) for mixture, cover, second in of_each_blur), key=_error
-        )
-        if fit.error < least and _contrast(fit.tones) > (_EDGE_CONTRAST if style == "outline" else _CONTRAST):
-            best = Surface(base_colour(fit.tones), texture, "pixelated" if blocks else style)
-            least = fit.error
-    if best is None and not (figure.parts or figure.texture):
-        return Surface(nearest_colour(plain.tones[0]), "", "pixelated" if blocks else "")
-    return best
+    if not shown:
+        return None if has_pattern else Surface(nearest_colour(bare.tones[0]), "", "pixelated" if blocks else "")
+    texture, style = way = min(shown, key=lambda way: fits[way].error)
+    return Surface(base_colour(fits[way].tones), texture, "pixelated" if blocks else style)
 
 
-def _ways(blocks: bool) -> Iterator[tuple[str, str]]:
-    """Yield (texture, style) of all surfaces; a pixelated picture has no other style."""
+def _ways(blocks: bool) -> Iterator[Way]:
+    """Yield all ways to draw a figure; a pixelated picture has no other style."""
     yield from ((texture, "") for texture in TEXTURES)
     if not blocks:
         yield from (("", style) for style in STYLED)
-
-
-def _painted(form: Outlined, texture: str, style: str, blocks: bool, bare: bool = False) -> Pixels:
-    """Draw the figure light on black, with a dark second tone unless `bare`: (blurs, SIDE, SIDE)."""
-    figure = FIGURES[form.shape]
-    placed = Placed(
-        figure.outline,
-        (form.x + 0.5) / SIDE,
-        (form.y + 0.5) / SIDE,
-        form.radius / SIDE,
-        form.angle,
-        (_LIGHT, _LIGHT, _LIGHT),
-        "" if bare else texture or figure.texture,
-        () if bare else figure.parts,
-        style,
-    )
-    picture = paint([placed], (0, 0, 0), SIDE)
-    picture = (pixelated(picture) if blocks else picture).getchannel(0)
-    return np.stack([np.asarray(picture.filter(ImageFilter.GaussianBlur(blur)), np.float32) for blur in _BLURS])
 
 
 @dataclass(frozen=True)
@@ -104,32 +94,75 @@ class _Fit:
     tones: Pixels
     """(tones, 3)"""
     error: float
-
-
-def _error(fit: _Fit) -> float:
-    return fit.error
+    """The mean squared error of a pixel, in units of what is expected."""
 
 
 @dataclass(frozen=True)
-class _Mixture:
-    """Colours (n, 3) that are to be mixed from tones, and the weight of each, (n,)."""
+class _View:
+    """The pixels around a thing, to which drawings are compared."""
 
-    colours: Pixels
-    weights: Pixels
+    pixels: Pixels
+    ground: Pixels
+    near: Mask
+    apart: float
+    """How far the thing's colour is from the background's."""
+    blocks: bool
 
-    def fit(self, *shares: Pixels) -> _Fit:
-        """Return the tones that fit best, and the weighted squared error; `shares` are those of each tone, (n,)."""
-        mixed = np.stack(shares, axis=1) * self.weights[:, None]
-        wanted = self.colours * self.weights[:, None]
-        tones, *_ = np.linalg.lstsq(mixed, wanted, rcond=None)
-        return _Fit(np.clip(tones, 0, 255), float(np.square(wanted - mixed @ tones).sum()))
+    def fit(self, form: Outlined, way: Way | None) -> _Fit:
+        """Return the best fit of a drawing over several blurs; None is a figure without parts or texture."""
+        covers = _painted(form, None, self.blocks) / _LIGHT
+        seconds = None if way is None else (_LIGHT * covers - _painted(form, way, self.blocks)) / (_LIGHT - _DARK)
+        fits = []
+        for n, cover in enumerate(covers):
+            shares = [cover] if seconds is None else [cover - seconds[n], seconds[n]]
+            weights = self._weights(cover)
+            mixed = np.stack([(share * weights)[self.near] for share in shares], axis=1)
+            wanted = ((self.pixels - (1 - cover[..., None]) * self.ground) * weights[..., None])[self.near]
+            tones, *_ = np.linalg.lstsq(mixed, wanted, rcond=None)
+            error = float(np.square(wanted - mixed @ tones).sum()) / len(wanted)
+            fits.append(_Fit(np.clip(tones, 0, 255), error))
+        return min(fits, key=lambda fit: fit.error)
+
+    def refined(self, form: Outlined, way: Way | None) -> _Fit:
+        """Return the best fit near a form, found by small steps in each direction."""
+        fit = self.fit(form, way)
+        for step, sign in itertools.product(_STEPS, (1, -1)):
+            for moved in (
+                replace(form, x=form.x + sign * step),
+                replace(form, y=form.y + sign * step),
+                replace(form, radius=form.radius * (1 + 0.06 * sign * step)),
+                replace(form, angle=form.angle + 4 * sign * step),
+            ):
+                moved_fit = self.fit(moved, way)
+                if moved_fit.error < fit.error:
+                    form, fit = moved, moved_fit
+        return fit
+
+    def _weights(self, cover: Pixels) -> Pixels:
+        """Return the inverse of the error expected in each pixel, from noise and from an edge that lies elsewhere."""
+        down, across = np.gradient(cover)
+        weights: Pixels = 1 / np.sqrt(_NOISE**2 + (_MISPLACED * self.apart) ** 2 * (down**2 + across**2))
+        return weights
 
 
-def _weights(cover: Pixels, apart: float) -> Pixels:
-    """Return the inverse of the error expected in each pixel, from noise and from an edge that lies elsewhere."""
-    down, across = np.gradient(cover)
-    weights: Pixels = 1 / np.sqrt(_NOISE**2 + (_MISPLACED * apart) ** 2 * (down**2 + across**2))
-    return weights
+def _painted(form: Outlined, way: Way | None, blocks: bool) -> Pixels:
+    """Draw the figure light on black, with a dark second tone if it is drawn in a way: (blurs, SIDE, SIDE)."""
+    figure = FIGURES[form.shape]
+    texture, style = way or _PLAIN
+    placed = Placed(
+        figure.outline,
+        (form.x + 0.5) / SIDE,
+        (form.y + 0.5) / SIDE,
+        form.radius / SIDE,
+        form.angle,
+        (_LIGHT, _LIGHT, _LIGHT),
+        "" if way is None else texture or figure.texture,
+        () if way is None else figure.parts,
+        style,
+    )
+    picture = paint([placed], (0, 0, 0), SIDE)
+    picture = (pixelated(picture) if blocks else picture).getchannel(0)
+    return np.stack([np.asarray(picture.filter(ImageFilter.GaussianBlur(blur)), np.float32) for blur in _BLURS])
 
 
 def _contrast(tones: Pixels) -> float:
