@@ -23,7 +23,7 @@ from examples.nano.text_encoders import ENCODERS
 from sd3tune.config import load_config
 from sd3tune.files.atomic import write_text
 from sd3tune.model.base.contract import CONTRACT_FILE
-from sd3tune.model.base.offline import EARLIER_NANOS, NANO, name_of_version, offline_folder
+from sd3tune.model.base.offline import NANO, name_of_version, offline_folder
 from sd3tune.model.base.parts import MODEL_INDEX
 from sd3tune.model.base.resolve import resolve_base
 
@@ -60,13 +60,13 @@ def _ship() -> None:
     """Replace the packaged nano. Raises SystemExit without a new one, or without a copy of the old weights."""
     if not (BUILT / "model_index.json").is_file():
         raise SystemExit(f"{BUILT}: not built yet; run without --ship")
-    packaged = resolve_base(NANO).fingerprint("transformer")
-    if packaged not in EARLIER_NANOS.values() or offline_folder(name_of_version(NANO, packaged)) == SHIPPED:
+    packaged = resolve_base(NANO).fingerprint("transformer") if SHIPPED.exists() else None
+    if packaged is not None and offline_folder(name_of_version(NANO, packaged)) == SHIPPED:
         raise SystemExit(
-            f"{SHIPPED}: runs and adapters name these weights; keep a copy as sd3tune/assets/nano-N, and add its name, "
-            f"fingerprint {packaged} and folder to sd3tune/model/base/offline.py"
+            f"{SHIPPED}: runs and adapters name these weights; move them to sd3tune/assets/nano-N, and give their "
+            f"fingerprint, {packaged}, that name and folder in sd3tune/model/base/offline.py"
         )
-    shutil.rmtree(SHIPPED)
+    shutil.rmtree(SHIPPED, ignore_errors=True)
     shutil.copytree(BUILT, SHIPPED)
     print(f"{SHIPPED}: replaced")
 
