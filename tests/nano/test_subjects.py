@@ -133,6 +133,20 @@ def test_everything_is_read_as_drawn(kind: str) -> None:
     assert sum(right) / len(right) >= 0.97  # measured over 1000 of each: see examples/nano/README.md
 
 
+@pytest.mark.parametrize(
+    ("caption", "seed"),
+    [
+        ("a small red boat at the top on a black background", 9),
+        ("a small white boat at the top on a green background", 65),
+        ("a blue moon right of an orange flower on a black background", 296),
+        ("a red boat left of a yellow flower on a black background", 297),
+    ],
+)
+def test_a_silhouette_that_is_found_a_little_beside_is_no_outline(caption: str, seed: int) -> None:
+    scene = parse(caption)
+    assert as_drawn(scene, render(scene, seed))
+
+
 @pytest.mark.parametrize("kind", ["subject", "textured"])
 def test_blur_is_no_outline(kind: str) -> None:
     scenes = scenes_of(kind, 15)
