@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sd3tune.commands.demo import SAMPLER, T5_LENGTH
 from sd3tune.inference.pipeline import ImagePipeline
@@ -37,8 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.nano.measure_nano", description=__doc__)
     parser.add_argument("base", help="a folder in diffusers' layout, or nano")
     parser.add_argument("--pictures", type=int, default=100, help="of each row")
+    parser.add_argument("--guidance", type=float, default=2.0)
     options = parser.parse_args(arguments)
-    pipeline = ImagePipeline(options.base, SAMPLER, t5_length=T5_LENGTH)
+    sampler = replace(SAMPLER, guidance=options.guidance)
+    pipeline = ImagePipeline(options.base, sampler, t5_length=T5_LENGTH)
     for name, make in (("plain", plain_tasks), ("rich", rich_tasks)):
         for held_out in (False, True):
             tasks = make(options.pictures, held_out, _SEED)

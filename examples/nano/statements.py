@@ -47,6 +47,12 @@ def _of_thing(thing: Thing) -> list[int]:
     ]
 
 
+def only_nouns(scene: Scene) -> Scene:
+    """Return the scene with the words for its shapes and their relation alone."""
+    other = Thing("", scene.other.shape) if scene.other else None
+    return Scene("", Thing("", scene.thing.shape), relation=scene.relation, other=other)
+
+
 def with_fewer_words(scene: Scene, chance: random.Random) -> Scene:
     """Return the scene with some of its words left out; the number of things and their relation stay."""
 
