@@ -146,7 +146,7 @@ def _pictures(images: Path | None, count: int, seed: int) -> Tensor:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.nano.train_vae", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, in diffusers' layout")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--pictures", type=int, default=25_000, help="how many are drawn or read, and kept in memory")
     parser.add_argument("--images", type=Path, help="a .parquet file whose images to learn instead of drawn ones")

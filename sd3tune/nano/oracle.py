@@ -102,8 +102,9 @@ def read(image: Image.Image, everything: bool = False) -> Reading:
     background = ground(pixels)
     found = patches(pixels, background)
     if everything:
-        blocks = is_pixelated(image)
-        things = tuple(_seen_among_all(pixels, background, patch, blocks) for patch in found[:2])
+        forms = [(patch, outlined(patch.cover, _ALL)) for patch in found[:2]]
+        blocks = bool(forms) and is_pixelated(image, pixels, background, *forms[0])
+        things = tuple(_seen_among_all(pixels, background, patch, form, blocks) for patch, form in forms)
     else:
         things = tuple(_seen(pixels, patch) for patch in found[:2])
     return Reading(nearest_colour(background), things, len(found))
@@ -162,8 +163,7 @@ def _seen(pixels: Pixels, patch: Patch) -> Seen:
     return _as_seen(form, outer.colour, outer.texture, shown=_is_clear(form))
 
 
-def _seen_among_all(pixels: Pixels, background: Pixels, patch: Patch, blocks: bool) -> Seen:
-    form = outlined(patch.cover, _ALL)
+def _seen_among_all(pixels: Pixels, background: Pixels, patch: Patch, form: Outlined, blocks: bool) -> Seen:
     inside = surface(pixels, background, patch, form, blocks)
     if inside is None:
         outer = look(pixels, patch.core, form.x, form.y)

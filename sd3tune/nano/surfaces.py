@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -20,10 +21,11 @@ from sd3tune.nano.world import COLOURS, TEXTURES
 _EXPLAINED = 0.4  # least share of a bare drawing's error that a pattern must remove
 _SETTLED = 1.0  # squared error per pixel, in units of what is expected, below which the pose needs no refinement
 _STEPS = (1.0, 0.5)  # of the refinement; a step of 1 is a pixel, 6 % of the radius, or 4 degrees
-_CONTRAST, _EDGE_CONTRAST = 0.35, 0.6  # least difference of the two tones, as a share of the drawn one
+_CONTRAST, _EDGE_CONTRAST = 0.35, 0.45  # least difference of the two tones, as a share of the drawn one
 _BLURS = (0.7, 1.0, 1.25, 1.6)  # pixels, of Gaussians: that of `looked_at`, and with a picture's own blur
 _GRAIN = 25.0  # of 765, the step between neighbours that is no edge; more where the picture is noisy
-_BLOCKY = 0.6  # greatest ratio of steps inside blocks to steps between them; without blocks it is about 3
+_SURELY_BLOCKS, _SURELY_NONE = 0.45, 2.2  # ratios of steps inside blocks to steps between them
+_BLOCKS_FIT = 2.4  # greatest error of a pixelated drawing of a pixelated thing, relative to the best other drawing
 _NOISE, _MISPLACED = 8.0, 0.5  # of 255; pixels
 _LIGHT, _DARK = 200, 100  # a grey, and its second tone
 
@@ -42,8 +44,8 @@ class Surface:
     style: str
 
 
-def is_pixelated(picture: Image.Image) -> bool:
-    """Return True if colours change between blocks rather than inside them."""
+def blockiness(picture: Image.Image) -> float:
+    """Return the ratio of steps inside blocks to steps between them: 0 for a pixelated picture, about 3 for others."""
     pixels = np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
     inside = between = 0.0
     for axis in (0, 1):
@@ -51,7 +53,19 @@ def is_pixelated(picture: Image.Image) -> bool:
         steps = np.maximum(steps - _GRAIN - 1.2 * np.median(steps), 0).sum(axis=1 - axis)
         at_edge = np.arange(1, SIDE) % (SIDE // BLOCKS) == 0
         inside, between = inside + float(steps[~at_edge].sum()), between + float(steps[at_edge].sum())
-    return inside < _BLOCKY * between
+    return inside / between if between else math.inf
+
+
+def is_pixelated(picture: Image.Image, pixels: Pixels, ground: Pixels, patch: Patch, form: Outlined) -> bool:
+    """Return True if the picture is pixelated, by its steps or, where these leave it open, by drawings of a thing."""
+    ratio = blockiness(picture)
+    if not _SURELY_BLOCKS < ratio < _SURELY_NONE:
+        return ratio <= _SURELY_BLOCKS
+    errors = []
+    for blocks in (True, False):
+        view = _View(pixels, ground, patch.near, 0.0, blocks)  # edges count in full
+        errors.append(min(view.refined(form, way).error for way in _ways(blocks)))
+    return errors[0] < _BLOCKS_FIT * errors[1]
 
 
 def surface(pixels: Pixels, ground: Pixels, patch: Patch, form: Outlined, blocks: bool) -> Surface | None:
@@ -105,7 +119,7 @@ class _View:
     ground: Pixels
     near: Mask
     apart: float
-    """How far the thing's colour is from the background's."""
+    """How far the thing's colour is from the background's; 0 weights edges like other pixels."""
     blocks: bool
 
     def fit(self, form: Outlined, way: Way | None) -> _Fit:
