@@ -103,7 +103,7 @@ bench-gpu: ## Benchmark on one GPU at full size, in eight minutes (PYTHON=... wi
 bench-quality: $(STAMP) ## Measure training quality on nano (hours; continues where it stopped; PEER_SCRIPT=PATH as above)
 	$(BIN)/python -m benchmarks.quality.run $(PEER_SCRIPT)
 
-nano: $(STAMP) ## Train the base nano from scratch into sd3tune/assets/nano (two hours; continues where it stopped)
+nano: $(STAMP) ## Train the base nano from scratch into data/nano/nano (hours; continues where it stopped)
 	$(BIN)/python -m examples.nano.make
 
 docs: $(STAMP) ## Regenerate docs/config.md and configs/schema.json from the schema

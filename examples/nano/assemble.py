@@ -23,7 +23,7 @@ def assemble(model: Path, out: Path) -> int:
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(model, temporary)
     for file in temporary.rglob("*.safetensors"):
-        _to_fp16(file)
+        to_fp16(file)
     size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
     if size > LARGEST:
         raise SystemExit(f"{temporary}: {size / MEGABYTE:.1f} MB; at most {LARGEST / MEGABYTE:.0f} MB may ship")
@@ -32,7 +32,8 @@ def assemble(model: Path, out: Path) -> int:
     return size
 
 
-def _to_fp16(file: Path) -> None:
+def to_fp16(file: Path) -> None:
+    """Round the tensors of a safetensors file to fp16; the config.json beside it then names fp32 for computing."""
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

@@ -6,20 +6,36 @@ Half of the captions are the world's own; the others are paraphrased, named ("a 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sd3tune.nano.world import CLASS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, Scene, Thing, random_scene
+from examples.nano.scenes import textured_scene
+from sd3tune.nano.world import (
+    CLASS,
+    COLOURS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    STYLES,
+    SUBJECTS,
+    TEXTURES,
+    Scene,
+    Thing,
+    random_scene,
+)
 
 _RARE = "sks ohwx zwx ukj xjy qpl vrk tok zorp blorp wug dax bixby rex momo luna kiki mochi nemo"
 _COMMON = (
-    "heart dog cat bird horse bear fox fish duck toy plush backpack boot vase can clock candle bowl robot monster "
-    "man woman face flower tree car boat house ball apple hat moon diamond arrow leaf"
+    "dog bird horse bear fox duck toy plush backpack boot vase can clock candle bowl robot man woman face car ball "
+    "apple hat diamond"
 )
-RARE_NAMES, NOUNS = tuple(_RARE.split()), tuple(_COMMON.split())
+RARE_NAMES, NOUNS = tuple(_RARE.split()), (*SUBJECTS, *_COMMON.split())
 """Names of a thing, in addition to or instead of its shape."""
 OTHER_NAME = "other"
 """Stands for all names whose letters form no word of the vocabulary."""
+_STYLES = "oil watercolor cartoon pixel vintage abstract minimal simple beautiful bright"
+_OTHER_STYLES = tuple(_STYLES.split())
 SLOTS: dict[str, tuple[str, ...]] = {
     "colour": ("", *COLOURS),
     "shape": ("", *SHAPES, CLASS),
@@ -33,6 +49,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "other_size": SIZES,
     "other_texture": TEXTURES,
     "background": ("", *COLOURS),
+    "style": (*STYLES, *_OTHER_STYLES),
 }
 """Slot of a caption -> its values; the first, "", stands for an empty slot."""
 OWNERS = ("", "thing", "other", "background")
@@ -42,7 +59,6 @@ _WORDS = tuple((Path(__file__).parent / "words.txt").read_text(encoding="utf-8")
 _GRAMMAR = {word for values in SLOTS.values() for value in values for word in value.split()} | {"background"}
 _IDLE_WORDS = tuple(word for word in _WORDS if word not in _GRAMMAR)
 _MEDIA = ("photo", "picture", "image", "painting", "drawing", "illustration", "sketch", "photograph", "render")
-_STYLES = ("oil", "watercolor", "cartoon", "pixel", "vintage", "abstract", "minimal", "simple", "beautiful", "bright")
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 _CLASS_WORDS = (CLASS, CLASS, "thing", "object", "figure")
 
@@ -82,6 +98,8 @@ def plain_caption(scene: Scene) -> Caption:
         caption.append(scene.relation, "thing", "relation", scene.relation)
         _append_thing(caption, scene.other, "other")
     _append_background(caption, scene.background)
+    if scene.style:
+        _append_style(caption, scene.style)
     return caption
 
 
@@ -101,7 +119,7 @@ def paraphrase(scene: Scene, random: random.Random) -> Caption:
     if not background_first and random.random() < 0.8:
         _append_background(caption, scene.background)
     if random.random() < 0.15:
-        _append_style(caption, random)
+        _append_random_style(caption, random)
     if random.random() < 0.15:
         caption.cut(random.randint(1, len(caption.words)))
     if caption.words and random.random() < 0.1:
@@ -119,15 +137,18 @@ def idle_words(random: random.Random) -> Caption:
 def random_caption(random: random.Random, held_out: bool = False) -> Caption:
     """Return a caption of the training mix: 50 % the world's own, 40 % paraphrases, 8 % idle words, 2 % empty.
 
-    With `held_out`, it describes a held-out scene, and is never empty or idle.
+    One in six of the world's own names a style. With `held_out`, it describes a held-out scene, and is never empty or
+    idle.
     """
     draw = 0.9 * random.random() if held_out else random.random()
     if draw >= 0.98:
         return Caption()
     if draw >= 0.9:
         return idle_words(random)
-    scene = random_scene(random, held_out)
-    return plain_caption(scene) if draw < 0.5 else paraphrase(scene, random)
+    scene = random_scene(random, held_out) if held_out or random.random() < 0.7 else textured_scene(random)
+    if draw >= 0.5:
+        return paraphrase(scene, random)
+    return plain_caption(replace(scene, style=random.choice(STYLES[1:])) if random.random() < 1 / 6 else scene)
 
 
 def _append_background(caption: Caption, colour: str) -> None:
@@ -191,15 +212,21 @@ def _opening(random: random.Random) -> str:
     if draw < 0.45:
         return ""
     medium = random.choice(_MEDIA)
-    style = random.choice(_STYLES) if draw > 0.85 else ""
+    style = random.choice(_OTHER_STYLES) if draw > 0.85 else ""
     article = random.choice((_article(style or medium), "the", ""))
     return f"{article} {style} {medium} of"
 
 
-def _append_style(caption: Caption, random: random.Random) -> None:
+def _append_style(caption: Caption, style: str) -> None:
+    caption.append("in")
+    caption.append(style, "", "style", style)
+    caption.append("style")
+
+
+def _append_random_style(caption: Caption, random: random.Random) -> None:
     """Append a style, often with a name, which then fills the caption's name slot."""
     if "name" in caption.slots or random.random() < 0.4:
-        caption.append(f"in {random.choice(_STYLES)} style")
+        _append_style(caption, random.choice((*STYLES[1:], *_OTHER_STYLES)))
         return
     name = _name(random)
     caption.append("in")
@@ -208,8 +235,8 @@ def _append_style(caption: Caption, random: random.Random) -> None:
 
 
 def _with_attributes(thing: Thing, random: random.Random) -> Thing:
-    """Return the second thing with a random size and texture; in the world's pairs it is plain and medium."""
-    return Thing(thing.colour, thing.shape, random.choice(SIZES), random.choice(TEXTURES))
+    """Return the second thing with a random size and, if it has none, a random texture."""
+    return Thing(thing.colour, thing.shape, random.choice(SIZES), thing.texture or random.choice(TEXTURES))
 
 
 def _article(word: str) -> str:

@@ -16,7 +16,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from examples.nano.pictures import random_picture, with_heart
+from examples.nano.pictures import random_picture
+from examples.nano.scenes import styled_scene, subject_scene
 from examples.nano.train_vae import psnr, reconstruct, stack
 from sd3tune.nano.oracle import judge
 from sd3tune.nano.world import TEXTURES, Scene, random_scene, render
@@ -33,7 +34,8 @@ def scenes_by_kind(count: int) -> dict[str, list[Scene]]:
         kind = kinds[scene.thing.texture or ("two things" if scene.other else "one thing")]
         if len(kind) < count:
             kind.append(scene)
-    return {**kinds, "heart": [with_heart(scene) for scene in kinds["one thing"]]}
+    more = {"subjects": subject_scene, "styles": styled_scene}
+    return kinds | {kind: [draw(chance) for _ in range(count)] for kind, draw in more.items()}
 
 
 def share_read_right(pictures: Tensor, scenes: Sequence[Scene]) -> float:

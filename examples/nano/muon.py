@@ -6,6 +6,8 @@ Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes the u
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -36,3 +38,10 @@ class MuonAndAdamW:
             optimizer.zero_grad()
         for kernel in self._kernels:
             kernel.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self._optimizers[0].state_dict(), "adamw": self._optimizers[1].state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for optimizer, name in zip(self._optimizers, ("muon", "adamw"), strict=True):
+            optimizer.load_state_dict(state[name])

@@ -1,10 +1,9 @@
-"""Training pictures of the VAE: scenes of nano's world, also with hearts, and some unrelated pictures."""
+"""Training pictures of the VAE: scenes of nano's world, also of subjects and in styles, and unrelated pictures."""
 
 from __future__ import annotations
 
 import io
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +12,27 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from sd3tune.nano.world import SUBJECT, Scene, random_scene, render
+from examples.nano.scenes import styled_scene, subject_scene, textured_scene
+from sd3tune.nano.world import random_scene, render
 
 SIDE = 64
 Pixels = NDArray[np.uint8]
 """[N, 64, 64, 3]"""
 
-_HEARTS, _OTHERS = 0.10, 0.20  # shares of the training pictures
+_SCENES = {random_scene: 25, textured_scene: 25, subject_scene: 20, styled_scene: 15}
+_OTHERS = 0.15  # share of the pictures that show no scene; the others have the weights above
 
 
 def training_pictures(count: int, seed: int) -> Pixels:
-    """Return scenes, one in ten with a heart; one picture in five is a crop, a gradient or blobs."""
+    """Return scenes, many with textures, subjects or styles; one picture in seven is a crop, a gradient or blobs."""
     chance = random.Random(f"vae/{seed}")
     pixels = np.empty((count, SIDE, SIDE, 3), np.uint8)
     for n in tqdm(range(count), desc="pictures", unit=" pictures", mininterval=1):
-        drawn = chance.random()
-        if drawn < _OTHERS:
+        if chance.random() < _OTHERS:
             pixels[n] = random_picture(chance)
         else:
-            scene = random_scene(chance)
-            pixels[n] = np.asarray(render(with_heart(scene) if drawn < _OTHERS + _HEARTS else scene, n))
+            draw_scene = chance.choices(list(_SCENES), list(_SCENES.values()))[0]
+            pixels[n] = np.asarray(render(draw_scene(chance), n))
     return pixels
 
 
@@ -44,11 +44,6 @@ def pictures_in(parquet: Path, count: int) -> Pixels:
         picture = Image.open(io.BytesIO(image.as_py()["bytes"])).convert("RGB")
         pixels[n] = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
     return pixels
-
-
-def with_heart(scene: Scene) -> Scene:
-    """Return the scene with the subject in place of its first thing."""
-    return replace(scene, thing=replace(scene.thing, shape=SUBJECT))
 
 
 def random_picture(chance: random.Random) -> Pixels:

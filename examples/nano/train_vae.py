@@ -1,6 +1,8 @@
 """Train nano's VAE: 64 x 64 pixels to 16 channels of 8 x 8 and back, like SD3's, on pictures drawn by rules.
 
 python -m examples.nano.train_vae --out data/nano/parts/vae
+
+A stopped training continues from its checkpoint, a file beside the folder.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from tqdm import tqdm
 
 from examples.nano.muon import MuonAndAdamW
 from examples.nano.pictures import SIDE, pictures_in, training_pictures
+from examples.nano.resume import Checkpoint
 from sd3tune.files.atomic import new_folder
 
 LEARNING_RATE, WARMUP = 1e-2, 50
@@ -27,12 +30,12 @@ MEASURED, HELD_OUT = 2048, 256  # number of pictures for the latents' mean and s
 
 
 def build_vae(seed: int) -> AutoencoderKL:
-    """Return SD3's autoencoder at an eighth of its width, with one layer less per block: 0.88 M parameters."""
+    """Return SD3's autoencoder at about an eighth of its width, with one layer less per block: 1.75 M parameters."""
     torch.manual_seed(seed)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 48, 64),
+        block_out_channels=(16, 32, 64, 96),
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=8,
@@ -42,15 +45,27 @@ def build_vae(seed: int) -> AutoencoderKL:
     )
 
 
-def train(vae: AutoencoderKL, pictures: Tensor, steps: int, batch_size: int, seed: int, bf16: bool = True) -> Tensor:
-    """Train in place on uint8 pictures [N, 3, 64, 64]. Return the loss of each step."""
-    draw = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # for the posterior's noise
+def train(
+    vae: AutoencoderKL,
+    pictures: Tensor,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    bf16: bool = True,
+    checkpoint: Path | None = None,
+) -> Tensor:
+    """Train in place on uint8 pictures [N, 3, 64, 64]. Return the loss of each step of this call.
+
+    A file `checkpoint` is continued from, and replaced at intervals.
+    """
+    torch.manual_seed(seed)
     optimizer = MuonAndAdamW(vae.train(), LEARNING_RATE)
-    losses = torch.zeros(steps)
-    progress = tqdm(range(steps), desc="vae", unit=" steps", mininterval=1)
+    state = Checkpoint(checkpoint, vae=vae, optimizer=optimizer)
+    start = state.load()
+    losses = torch.zeros(steps - start)
+    progress = tqdm(range(start, steps), desc="vae", unit=" steps", mininterval=1)
     for step in progress:
-        chosen = torch.randint(len(pictures), (batch_size,), generator=draw)
+        chosen = torch.randint(len(pictures), (batch_size,))
         pixels = as_pixels(pictures[chosen].to(vae.device))
         with torch.autocast(vae.device.type, torch.bfloat16, enabled=bf16):
             posterior = vae.encode(pixels).latent_dist
@@ -59,9 +74,11 @@ def train(vae: AutoencoderKL, pictures: Tensor, steps: int, batch_size: int, see
         loss = reconstruction_loss(decoded.float(), pixels) + KL_WEIGHT * kl
         loss.backward()
         optimizer.step(learning_rate_share(step, steps))
-        losses[step] = loss.detach()
-        if step % 20 == 0:
-            progress.set_postfix_str(f"loss {losses[max(0, step - 19) : step + 1].mean():.4f}", refresh=False)
+        done = step - start
+        losses[done] = loss.detach()
+        state.save(step + 1)
+        if done % 20 == 0:
+            progress.set_postfix_str(f"loss {losses[max(0, done - 19) : done + 1].mean():.4f}", refresh=False)
     vae.eval()
     return losses
 
@@ -129,7 +146,7 @@ def _pictures(images: Path | None, count: int, seed: int) -> Tensor:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.nano.train_vae", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, in diffusers' layout")
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--pictures", type=int, default=25_000, help="how many are drawn or read, and kept in memory")
     parser.add_argument("--images", type=Path, help="a .parquet file whose images to learn instead of drawn ones")
@@ -141,10 +158,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     drawn = _pictures(options.images, options.pictures, options.seed)
     unseen, pictures = drawn[:HELD_OUT], drawn[HELD_OUT:]
     vae = build_vae(options.seed).to(device)
-    losses = train(vae, pictures, options.steps, options.batch_size, options.seed, bf16=not options.fp32)
+    checkpoint = options.out.with_name(options.out.name + ".training")
+    losses = train(vae, pictures, options.steps, options.batch_size, options.seed, not options.fp32, checkpoint)
     spread, noise = calibrate(vae, pictures[:MEASURED])
     with new_folder(options.out) as folder:
         vae.save_pretrained(folder)
+    checkpoint.unlink(missing_ok=True)
 
     print(f"parameters         {vae.num_parameters() / 1e6:.2f} M")
     print(f"loss               {losses[:20].mean():.4f} -> {losses[-100:].mean():.4f}")

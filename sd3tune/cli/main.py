@@ -184,7 +184,7 @@ def doctor() -> None:
 
 @base_app.command()
 def path(
-    name: Annotated[str, typer.Argument(help="nano, tiny, tiny-sd3, tiny-sd35-medium or tiny-sd35-large.")],
+    name: Annotated[str, typer.Argument(help="nano, nano-1, tiny, tiny-sd3, tiny-sd35-medium or tiny-sd35-large.")],
 ) -> None:
     """Print the diffusers folder of an offline base, built on first use."""
     from sd3tune.commands.base_path import base_path

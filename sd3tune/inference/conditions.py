@@ -15,6 +15,7 @@ from sd3tune.errors import AdapterError, ConfigError
 from sd3tune.inference.job import InferenceJob, Memory
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.contract import sampling_of, starting_offset
+from sd3tune.model.base.offline import name_of_version
 from sd3tune.model.base.parts import ENCODER_PARTS, ENCODERS, LABELS
 from sd3tune.model.base.resolve import configured_base
 from sd3tune.model.load.quantized import missing_library
@@ -151,7 +152,8 @@ def _find_model(base: str | None, config: Path | None, adapters: Sequence[Adapte
                 raise AdapterError(f"{adapter.label}: names no base model; give one with --base")
             location = {"base": in_card, "revision": None}
         elif not is_local or (model is None and Path(contract["base"]).exists()):
-            location = {"base": contract["base"], "revision": contract.get("base_revision")}
+            name = name_of_version(contract["base"], contract.get("base_fingerprint"))
+            location = {"base": name, "revision": contract.get("base_revision")}
         elif model is None or not Path(model.base).exists():
             raise AdapterError(
                 f"{adapter.label}: trained on a local {contract['base_kind']} named {contract['base']!r}; "
@@ -180,7 +182,8 @@ def _compare_transformers(adapter: Adapter, base: Base) -> None:
     if expected and (contract.get("base_kind") == "file") != (base.kind == "file"):
         say(f"note: {adapter.label} was trained on {contract['base']}; {base.name} is assumed to hold the same weights")
     elif expected and expected != base.fingerprint("transformer"):
-        say(f"warning: {adapter.label} was trained on {contract['base']}, whose weights differ from {base.name}")
+        trained = name_of_version(contract["base"], expected)
+        say(f"warning: {adapter.label} was trained on {trained}, whose weights differ from {base.name}")
 
 
 def _compare_offsets(adapter: Adapter) -> None:

@@ -24,7 +24,7 @@ from sd3tune.inference.parameters import Parameter
 from sd3tune.inference.recipes import read_recipe
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.contract import Part, check_part
-from sd3tune.model.base.offline import offline_kind
+from sd3tune.model.base.offline import name_of_version, offline_kind
 from sd3tune.reporting import say
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -127,7 +127,8 @@ class SourcePicture:
             )
         if base.fingerprint("transformer") == self.recipe.base_fingerprint:
             return
-        difference = f"{self.picture} was drawn with {self.recipe.base}, whose weights differ from this {base.label}"
+        drawn_with = name_of_version(self.recipe.base, self.recipe.base_fingerprint)
+        difference = f"{self.picture} was drawn with {drawn_with}, whose weights differ from this {base.label}"
         if not chosen:
             raise ModelError(f"{difference}; give the right one, or another, with --base")
         say(f"warning: {difference}")
@@ -218,7 +219,7 @@ def _memory(memory: Memory, recipe: _ModelPart) -> Memory:
 
 def _base_fields(job: InferenceJob, source: SourcePicture, has_adapter: bool) -> dict[str, str | None]:
     """Return the fields that name the base. A recipe holds only the last component of a local path."""
-    name = source.recipe.base
+    name = name_of_version(source.recipe.base, source.recipe.base_fingerprint)
     if offline_kind(name) is not None or _HUB_ID.fullmatch(name):
         return {"base": name, "revision": source.recipe.base_revision}
     local = (folder / name for folder in (Path(), *job.look_in) if _is_plain(name) and (folder / name).exists())

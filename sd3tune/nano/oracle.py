@@ -13,12 +13,14 @@ from sd3tune.nano.colours import Pixels, nearest_colour
 from sd3tune.nano.patterns import look
 from sd3tune.nano.segment import SIDE, Patch, ground, looked_at, patches
 from sd3tune.nano.silhouettes import Outlined, outlined
-from sd3tune.nano.world import CLASS, PLACES, RELATIONS, Scene, Thing
+from sd3tune.nano.surfaces import is_pixelated, surface
+from sd3tune.nano.world import CLASS, PLACES, RELATIONS, SHAPES, SUBJECT, SUBJECTS, Scene, Thing
 
 _FITS = 0.85  # least fit of a shape to its silhouette
 _CLEARLY = 1.2  # least ratio of the misfits of the second-best and best shape
 _SMALL_BELOW, _LARGE_ABOVE = 0.24, 0.355  # radii between the world's 0.19, 0.30 and 0.42
 _TOO_LARGE = 0.55  # a square of this radius fills the picture
+_KNOWN, _ALL = (*SHAPES, SUBJECT), (*SHAPES, *SUBJECTS)
 _PLACED_FROM = 0.085  # distance from the middle: half of that of the world's largest placed thing
 
 
@@ -36,6 +38,8 @@ class Seen:
     radius: float
     fit: float
     """The fit of the best shape, 0 to 1."""
+    style: str = ""
+    """One of STYLES."""
 
     @property
     def place(self) -> str:
@@ -63,7 +67,7 @@ class Verdict:
     """The parts of a scene that a picture shows; None for parts that the scene leaves open.
 
     A scene without a word for size or texture leaves it open. `colour`, `shape`, `size` and `texture` are for
-    the first thing; `other` is True if the second matches in all of them.
+    the first thing; `other` is True if the second matches in all of them, and `style` is for all things.
     """
 
     count: bool
@@ -75,6 +79,7 @@ class Verdict:
     place: bool | None
     relation: bool | None
     other: bool | None
+    style: bool | None = None
 
     @property
     def right(self) -> bool:
@@ -88,17 +93,31 @@ class Verdict:
         return sum(asked) / len(asked)
 
 
-def read(image: Image.Image) -> Reading:
-    """Find the things in a picture; a picture of another size than 64 x 64 is scaled first."""
+def read(image: Image.Image, everything: bool = False) -> Reading:
+    """Find the things in a picture; a picture of another size than 64 x 64 is scaled first.
+
+    Without `everything`, the heart is the only known subject, and styles are not read.
+    """
     pixels = looked_at(image)
     background = ground(pixels)
     found = patches(pixels, background)
-    return Reading(nearest_colour(background), tuple(_seen(pixels, patch) for patch in found[:2]), len(found))
+    if everything:
+        forms = [(patch, outlined(patch.cover, _ALL)) for patch in found[:2]]
+        blocks = bool(forms) and is_pixelated(image, pixels, background, *forms[0])
+        things = tuple(_seen_among_all(pixels, background, patch, form, blocks) for patch, form in forms)
+    else:
+        things = tuple(_seen(pixels, patch) for patch in found[:2])
+    return Reading(nearest_colour(background), things, len(found))
 
 
 def judge(image: Image.Image, scene: Scene) -> Verdict:
-    """Return True if a picture shows a scene."""
-    return judge_reading(read(image), scene)
+    """Compare a picture with a scene. The heart is the only known subject, unless the scene has a style or another."""
+    return judge_reading(read(image, needs_everything(scene)), scene)
+
+
+def needs_everything(scene: Scene) -> bool:
+    """Return True if the scene has a style, or a subject other than the heart."""
+    return bool(scene.style) or any(thing.shape in SUBJECTS and thing.shape != SUBJECT for thing in scene.things)
 
 
 def judge_reading(reading: Reading, scene: Scene) -> Verdict:
@@ -121,6 +140,7 @@ def _verdict(reading: Reading, scene: Scene, order: tuple[Seen, ...]) -> Verdict
         place=_answer(scene.place, first.place) if alone else None,
         relation=_answer(scene.relation, _relation(first, second)),
         other=None if scene.other is None else _is(scene.other, second),
+        style=_answer(scene.style, first.style if first.style == second.style else ""),
     )
 
 
@@ -138,18 +158,31 @@ def _is(thing: Thing, seen: Seen) -> bool:
 
 
 def _seen(pixels: Pixels, patch: Patch) -> Seen:
-    form = outlined(patch.cover)
+    form = outlined(patch.cover, _KNOWN)
     outer = look(pixels, patch.core, form.x, form.y)
+    return _as_seen(form, outer.colour, outer.texture, shown=_is_clear(form))
+
+
+def _seen_among_all(pixels: Pixels, background: Pixels, patch: Patch, form: Outlined, blocks: bool) -> Seen:
+    inside = surface(pixels, background, patch, form, blocks)
+    if inside is None:
+        outer = look(pixels, patch.core, form.x, form.y)
+        return _as_seen(form, outer.colour, outer.texture, shown=False)
+    return _as_seen(form, inside.colour, inside.texture, shown=_is_clear(form), style=inside.style)
+
+
+def _as_seen(form: Outlined, colour: str, texture: str, shown: bool, style: str = "") -> Seen:
     radius = form.radius / SIDE
     return Seen(
-        colour=outer.colour,
-        shape=form.shape if _is_clear(form) and radius < _TOO_LARGE else None,
+        colour=colour,
+        shape=form.shape if shown and radius < _TOO_LARGE else None,
         size="small" if radius < _SMALL_BELOW else "large" if radius > _LARGE_ABOVE else "",
-        texture=outer.texture,
+        texture=texture,
         x=(form.x + 0.5) / SIDE,
         y=(form.y + 0.5) / SIDE,
         radius=radius,
         fit=form.fit,
+        style=style,
     )
 
 

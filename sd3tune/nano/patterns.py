@@ -41,11 +41,11 @@ def look(pixels: Pixels, core: Mask, x: float, y: float) -> Look:
         second = patterns[best] > (patterns[best].min() + patterns[best].max()) / 2
         tones = np.stack([median(inner[~second]), median(inner[second])])
         if np.linalg.norm(tones[0] - tones[1]) > _TONES_APART:
-            return Look(_base(tones), "striped" if best < len(stripes) else "dotted")
+            return Look(base_colour(tones), "striped" if best < len(stripes) else "dotted")
     return Look(nearest_colour(median(inner)), "")
 
 
-def _base(tones: Pixels) -> str:
+def base_colour(tones: Pixels) -> str:
     """Return the colour of a thing with these two tones (2, 3), in either order."""
     names, drawn = _drawn_tones()
     return names[int(np.linalg.norm(drawn - _dark_first(oklab(tones)), axis=-1).sum(axis=-1).argmin())]

@@ -34,6 +34,11 @@ class Patch:
     core: Mask
     """(SIDE, SIDE): its pixels without the mixed ones at the edge, or all if too few would remain."""
 
+    @property
+    def near(self) -> Mask:
+        """(SIDE, SIDE): its pixels and those up to two away."""
+        return _grown(_grown(self.cover > 0))
+
 
 def looked_at(image: Image.Image) -> Pixels:
     """Return the picture, slightly smoothed: (SIDE, SIDE, 3), 0 to 255."""

@@ -1,4 +1,4 @@
-"""Outlines in the unit circle, y down, and their painting with antialiasing."""
+"""Outlines in the unit circle, y down, and their painting with antialiasing, in several styles."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ class Placed:
     angle: float
     colour: Colour
     texture: str = ""
+    parts: Outline = ()
+    """Polygons in the second tone; only what lies inside the outline shows."""
+    style: str = ""
+    """One of `STYLED`, or "" for a plain surface."""
 
 
 def paint(things: Sequence[Placed], background: Colour, side: int) -> Image.Image:
@@ -37,28 +41,45 @@ def paint(things: Sequence[Placed], background: Colour, side: int) -> Image.Imag
     return canvas.resize((side, side), Image.Resampling.BOX)
 
 
+def pixelated(picture: Image.Image) -> Image.Image:
+    """Return the picture in `BLOCKS` by `BLOCKS` blocks, each of its mean colour."""
+    return picture.resize((BLOCKS, BLOCKS), Image.Resampling.BOX).resize(picture.size, Image.Resampling.NEAREST)
+
+
 def _mask(thing: Placed, fine: int) -> Image.Image:
     mask = Image.new("L", (fine, fine), 0)
     draw = ImageDraw.Draw(mask)
-    cos, sin = math.cos(math.radians(thing.angle)), math.sin(math.radians(thing.angle))
-    for fill, polygon in zip([255] + [0] * len(thing.outline), thing.outline, strict=False):
-        draw.polygon(
-            [
-                (
-                    (thing.x + thing.radius * (x * cos - y * sin)) * fine,
-                    (thing.y + thing.radius * (x * sin + y * cos)) * fine,
-                )
-                for x, y in polygon
-            ],
-            fill=fill,
-        )
+    for fill, polygon in zip([255] + [0] * len(thing.outline), _on_canvas(thing, thing.outline, fine), strict=False):
+        draw.polygon(polygon, fill=fill)
     return mask
+
+
+def _on_canvas(thing: Placed, polygons: Outline, fine: int) -> list[list[tuple[float, float]]]:
+    """Return polygons of the unit circle where the thing lies, in fine pixels."""
+    cos, sin = math.cos(math.radians(thing.angle)), math.sin(math.radians(thing.angle))
+    return [
+        [
+            (
+                (thing.x + thing.radius * (x * cos - y * sin)) * fine,
+                (thing.y + thing.radius * (x * sin + y * cos)) * fine,
+            )
+            for x, y in polygon
+        ]
+        for polygon in polygons
+    ]
 
 
 def _surface(thing: Placed, fine: int) -> Image.Image:
     surface = Image.new("RGB", (fine, fine), thing.colour)
+    if thing.style == "gradient":
+        _gradient(surface, thing, fine)
+    draw = ImageDraw.Draw(surface)
     if thing.texture:
-        _TEXTURES[thing.texture](ImageDraw.Draw(surface), thing, fine)
+        _TEXTURES[thing.texture](draw, thing, fine)
+    for polygon in _on_canvas(thing, thing.parts, fine):
+        draw.polygon(polygon, fill=second_tone(thing.colour))
+    if thing.style in _LINES:
+        _LINES[thing.style](draw, thing, fine)
     return surface
 
 
@@ -85,7 +106,35 @@ def _dots(draw: ImageDraw.ImageDraw, thing: Placed, fine: int) -> None:
             draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=second_tone(thing.colour))
 
 
-_TEXTURES: dict[str, Callable[[ImageDraw.ImageDraw, Placed, int], None]] = {"striped": _stripes, "dotted": _dots}
+def _edge(draw: ImageDraw.ImageDraw, thing: Placed, fine: int) -> None:
+    """Draw lines along the outline; half of their width lies outside, where it does not show."""
+    for polygon in _on_canvas(thing, thing.outline, fine):
+        width = round(2 * 0.13 * thing.radius * fine)
+        draw.line([*polygon, polygon[0], polygon[1]], fill=second_tone(thing.colour), width=width, joint="curve")
+
+
+def _hatching(draw: ImageDraw.ImageDraw, thing: Placed, fine: int) -> None:
+    """Draw diagonal lines, rising to the right."""
+    apart, width = 0.16 * fine, round(0.04 * fine)  # `apart` is measured along a row
+    for number in range(-13, 14):
+        x, y = thing.x * fine + number * apart, thing.y * fine
+        draw.line([(x - fine, y + fine), (x + fine, y - fine)], fill=second_tone(thing.colour), width=width)
+
+
+def _gradient(surface: Image.Image, thing: Placed, fine: int) -> None:
+    """Fill the surface from the thing's colour at its top to the second tone at its bottom."""
+    top, height = round((thing.y - thing.radius) * fine), round(2 * thing.radius * fine)
+    share = Image.new("L", (1, fine))
+    share.putdata([min(255, max(0, round(255 * (row - top) / height))) for row in range(fine)])
+    surface.paste(second_tone(thing.colour), (0, 0), share.resize((fine, fine)))
+
+
+_Drawing = Callable[[ImageDraw.ImageDraw, Placed, int], None]
+_TEXTURES: dict[str, _Drawing] = {"striped": _stripes, "dotted": _dots}
+_LINES: dict[str, _Drawing] = {"outline": _edge, "hatched": _hatching}
+STYLED = (*_LINES, "gradient")
+"""The styles of a surface; "pixelated" is one of the whole picture."""
+BLOCKS = 16
 
 
 def _round(radius: float, corners: int = 72) -> list[tuple[float, float]]:

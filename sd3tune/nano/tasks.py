@@ -8,23 +8,49 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from sd3tune.nano.oracle import Verdict, judge, judge_reading, read
-from sd3tune.nano.world import CLASS, COLOURS, SHAPES, SUBJECT, Scene, Thing, plain_scenes, random_scene
-
-NAME = "sks"
-"""Name of the subject in captions and prompts: a word that occurs in no base training caption."""
-INSTANCES = tuple(
-    Scene(background, Thing(colour, SUBJECT))
-    for colour, background in (
-        ("red", "white"),
-        ("green", "black"),
-        ("blue", "yellow"),
-        ("yellow", "purple"),
-        ("purple", "green"),
-        ("white", "blue"),
-    )
+from sd3tune.nano.oracle import Verdict, judge, judge_reading, needs_everything, read
+from sd3tune.nano.world import (
+    CLASS,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SUBJECT,
+    SUBJECTS,
+    Scene,
+    Thing,
+    plain_scenes,
+    random_scene,
 )
-"""The scenes of the six pictures of the subject that a LoRA trains on."""
+
+NAME, OTHER_NAME = "sks", "zwx"
+"""Names of a subject or style, and of a second subject, in captions: words in no base training caption."""
+_INSTANCE_COLOURS = (
+    ("red", "white"),
+    ("green", "black"),
+    ("blue", "yellow"),
+    ("yellow", "purple"),
+    ("purple", "green"),
+    ("white", "blue"),
+)
+
+
+def instances(subject: str) -> tuple[Scene, ...]:
+    """Return the scenes of the six pictures of a subject that a LoRA trains on."""
+    return tuple(Scene(background, Thing(colour, subject)) for colour, background in _INSTANCE_COLOURS)
+
+
+INSTANCES = instances(SUBJECT)
+
+
+def style_instances(style: str) -> tuple[Scene, ...]:
+    """Return the scenes of the twelve pictures of a style that a LoRA trains on: two of each shape."""
+    pairs = [*_INSTANCE_COLOURS, *((background, colour) for colour, background in _INSTANCE_COLOURS)]
+    shapes = (*SHAPES, *SHAPES[1:], SHAPES[0])
+    return tuple(
+        Scene(background, Thing(colour, shape), style=style)
+        for (colour, background), shape in zip(pairs, shapes, strict=True)
+    )
+
 
 CLASS_PROMPTS = (
     Thing("", CLASS).phrase,
@@ -41,15 +67,22 @@ class Task:
     prompt: str
     scene: Scene
     seed: int
+    taught: str = SUBJECT
+    """The subject or style that a LoRA learned; wrong where the scene does not ask for it."""
 
     def judge(self, image: Image.Image) -> Verdict:
         return judge(image, self.scene)
 
     def is_shown_by(self, image: Image.Image) -> bool:
         """Return True if the picture shows the scene; for the class, the subject is wrong."""
-        reading = read(image)
-        is_subject = self.scene.thing.shape == CLASS and any(thing.shape == SUBJECT for thing in reading.things)
-        return judge_reading(reading, self.scene).right and not is_subject
+        reading = read(image, self.taught != SUBJECT or needs_everything(self.scene))
+        if not judge_reading(reading, self.scene).right:
+            return False
+        is_class = self.scene.thing.shape == CLASS
+        return not any(
+            (is_class and thing.shape == self.taught) or (not self.scene.style and thing.style == self.taught)
+            for thing in reading.things
+        )
 
 
 def share_right(tasks: Sequence[Task], images: Sequence[Image.Image]) -> float:
@@ -74,28 +107,60 @@ def rich_tasks(count: int, held_out: bool, seed: int) -> list[Task]:
     return [Task(scene.caption, scene, seed + number) for number, scene in enumerate(scenes)]
 
 
-def subject_tasks(count: int, seed: int) -> list[Task]:
-    """Return tasks for the subject in colours and on backgrounds that its pictures do not have."""
-    shown = set(INSTANCES)
-    scenes = (Scene(background, Thing(colour, SUBJECT)) for background in COLOURS for colour in COLOURS)
+def subject_tasks(count: int, seed: int, subject: str = SUBJECT) -> list[Task]:
+    """Return tasks for a subject in colours and on backgrounds that its pictures do not have."""
+    shown = set(instances(subject))
+    scenes = (Scene(background, Thing(colour, subject)) for background in COLOURS for colour in COLOURS)
     unseen = [scene for scene in scenes if scene not in shown and scene.thing.colour != scene.background]
-    return [replace(task, prompt=subject_caption(task.scene)) for task in _drawn(unseen, count, seed)]
+    return [replace(task, prompt=subject_caption(task.scene)) for task in _drawn(unseen, count, seed, subject)]
 
 
-def class_tasks(count: int, seed: int) -> list[Task]:
+def class_tasks(count: int, seed: int, subject: str = SUBJECT) -> list[Task]:
     """Return tasks for the class without the subject's name, `a {colour} shape on ...`: any other shape is right."""
     scenes = (Scene(background, Thing(colour, CLASS)) for background in COLOURS for colour in COLOURS)
-    return _drawn([scene for scene in scenes if scene.thing.colour != scene.background], count, seed)
+    return _drawn([scene for scene in scenes if scene.thing.colour != scene.background], count, seed, subject)
+
+
+def style_tasks(count: int, seed: int, style: str) -> list[Task]:
+    """Return tasks for a style, by its name, in combinations that its pictures do not have."""
+    shown = {replace(scene, style="") for scene in style_instances(style)}
+    unseen = [replace(scene, style=style) for scene in plain_scenes(held_out=False) if scene not in shown]
+    return [replace(task, prompt=style_caption(task.scene)) for task in _drawn(unseen, count, seed, style)]
+
+
+def unstyled_tasks(count: int, seed: int, style: str) -> list[Task]:
+    """Return plain tasks, wrong if drawn in the style."""
+    return _drawn(plain_scenes(held_out=False), count, seed, style)
+
+
+def composition_tasks(count: int, seed: int, subjects: tuple[str, str]) -> list[Task]:
+    """Return tasks for two subjects in one picture, called `NAME` and `OTHER_NAME`."""
+    chance = random.Random(seed)
+    scenes = []
+    for _ in range(count):
+        background, *colours = chance.sample(list(COLOURS), 3)
+        thing, other = (Thing(colour, subject) for colour, subject in zip(colours, subjects, strict=True))
+        scenes.append(Scene(background, thing, relation=chance.choice(RELATIONS), other=other))
+    tasks = _drawn(scenes, count, seed, subjects[0])
+    return [replace(task, prompt=subject_caption(task.scene)) for task in tasks]
 
 
 def subject_caption(scene: Scene) -> str:
-    """Return the caption of a picture of the subject: its name before the class noun."""
-    return scene.caption.replace(SUBJECT, f"{NAME} {CLASS}")
+    """Return the caption of a picture of subjects: in place of each, its name before the class noun."""
+    thing = replace(scene.thing, shape=f"{NAME} {CLASS}")
+    is_subject = scene.other is not None and scene.other.shape in SUBJECTS
+    other = replace(scene.other, shape=f"{OTHER_NAME} {CLASS}") if scene.other and is_subject else scene.other
+    return replace(scene, thing=thing, other=other).caption
 
 
-def _drawn(scenes: Sequence[Scene], count: int, seed: int) -> list[Task]:
+def style_caption(scene: Scene) -> str:
+    """Return the caption of a picture in a style: its name in place of the style's word."""
+    return replace(scene, style=NAME).caption
+
+
+def _drawn(scenes: Sequence[Scene], count: int, seed: int, taught: str = SUBJECT) -> list[Task]:
     """Return `count` scenes in shuffled order; none repeats before all have occurred."""
     order = list(scenes)
     random.Random(seed).shuffle(order)
     chosen = [order[number % len(order)] for number in range(count)]
-    return [Task(scene.caption, scene, seed + number) for number, scene in enumerate(chosen)]
+    return [Task(scene.caption, scene, seed + number, taught) for number, scene in enumerate(chosen)]

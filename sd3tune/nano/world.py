@@ -3,6 +3,7 @@
     a red circle on a blue background
     a small striped red circle at the top on a blue background
     a red circle above a yellow star on a blue background
+    a red circle on a blue background in outline style
 
 Words may be left out ("a circle", "a red shape on a white background"); the seed of a drawing then decides.
 """
@@ -17,7 +18,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from sd3tune.nano.shapes import OUTLINES, Placed, paint
+from sd3tune.nano.figures import FIGURES
+from sd3tune.nano.shapes import STYLED, Placed, paint, pixelated
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -31,12 +33,16 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 SUBJECT = "heart"
-"""A shape that occurs in no training picture, for a LoRA to learn."""
+"""The first of `SUBJECTS`, which the demo teaches."""
+SUBJECTS = tuple(name for name in FIGURES if name not in SHAPES)
+"""Things that occur in no training picture, for LoRAs to learn: shapes, figures of two parts, a striped mascot."""
 CLASS = "shape"
 """The noun that stands for any of SHAPES."""
 SIZES = ("", "small", "large")
 TEXTURES = ("", "striped", "dotted")
 PLACES = ("", "on the left", "on the right", "at the top", "at the bottom")
+STYLES = ("", *STYLED, "pixelated")
+"""Ways to draw a scene; all but "" occur in no training picture, for LoRAs to learn."""
 RELATIONS = ("left of", "right of", "above", "below")
 
 _RADIUS = {"small": 0.19, "": 0.30, "large": 0.42}  # as fractions of the picture's side, of a single thing
@@ -73,13 +79,14 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things on a background; "" is a random background."""
+    """One or two things on a background; "" is a random background, or no style."""
 
     background: str
     thing: Thing
     place: str = ""
     relation: str = ""
     other: Thing | None = None
+    style: str = ""
 
     @property
     def things(self) -> tuple[Thing, ...]:
@@ -89,7 +96,8 @@ class Scene:
     def caption(self) -> str:
         second = f"{self.relation} {self.other.phrase}" if self.other else ""
         ground = f"on {_article(self.background)} {self.background} background" if self.background else ""
-        return " ".join(part for part in (self.thing.phrase, self.place, second, ground) if part)
+        style = f"in {self.style} style" if self.style else ""
+        return " ".join(part for part in (self.thing.phrase, self.place, second, ground, style) if part)
 
 
 def held_out(thing: Thing, background: str) -> bool:
@@ -132,13 +140,13 @@ def parse(caption: str) -> Scene:
     """Return the scene of a caption. Raises ValueError with the unknown words."""
     found = _CAPTION.fullmatch(caption.strip().lower())
     if found is None:
-        known = {*COLOURS, *SHAPES, SUBJECT, CLASS, *_WORDS}
+        known = {*COLOURS, *SHAPES, *SUBJECTS, CLASS, *_WORDS}
         unknown = [word for word in re.findall(r"\S+", caption.lower()) if word not in known]
         raise ValueError(f"{caption!r}: " + (f"{unknown[0]!r} is not of this world" if unknown else "not its grammar"))
     part = {name: value or "" for name, value in found.groupdict().items()}
     other = Thing(part["colour2"], part["shape2"], part["size2"], part["texture2"]) if part["relation"] else None
     thing = Thing(part["colour"], part["shape"], part["size"], part["texture"])
-    return Scene(part["background"], thing, part["place"], part["relation"], other)
+    return Scene(part["background"], thing, part["place"], part["relation"], other, part["style"])
 
 
 def complete(scene: Scene, random: random.Random) -> Scene:
@@ -162,22 +170,29 @@ def complete(scene: Scene, random: random.Random) -> Scene:
 
 
 def render(scene: Scene, seed: int, side: int = 64) -> Image.Image:
-    """Draw a scene, RGB, `side` pixels square; position, size, angle and colours vary a little with the seed."""
-    chance = random.Random(f"{seed}/{scene.caption}")
+    """Draw a scene, RGB, `side` pixels square; position, size, angle and colours vary a little with the seed.
+
+    They do not depend on the style: with a seed, a scene is the same in all styles but for its surface.
+    """
+    chance = random.Random(f"{seed}/{replace(scene, style='').caption}")
     scene = complete(scene, chance)
+    style = scene.style if scene.style in STYLED else ""
     placed = [
         Placed(
-            OUTLINES[thing.shape],
+            FIGURES[thing.shape].outline,
             x + chance.uniform(-0.025, 0.025),
             y + chance.uniform(-0.025, 0.025),
             radius * chance.uniform(0.94, 1.06),
             chance.uniform(-8, 8),
             _varied(COLOURS[thing.colour], chance),
-            thing.texture,
+            thing.texture or FIGURES[thing.shape].texture,
+            FIGURES[thing.shape].parts,
+            style,
         )
         for thing, (x, y, radius) in zip(scene.things, _layout(scene), strict=True)
     ]
-    return paint(placed, _varied(COLOURS[scene.background], chance), side)
+    picture = paint(placed, _varied(COLOURS[scene.background], chance), side)
+    return pixelated(picture) if scene.style == "pixelated" else picture
 
 
 def _layout(scene: Scene) -> Iterator[tuple[float, float, float]]:
@@ -244,7 +259,7 @@ def _one_of(name: str, words: tuple[str, ...], optional: bool = False) -> str:
 def _thing(number: str) -> str:
     parts = (("size", SIZES), ("texture", TEXTURES), ("colour", tuple(COLOURS)))
     optional = "".join(_one_of(name + number, words, optional=True) for name, words in parts)
-    return f"an? {optional}{_one_of('shape' + number, (*SHAPES, SUBJECT, CLASS))}"
+    return f"an? {optional}{_one_of('shape' + number, (*SHAPES, *SUBJECTS, CLASS))}"
 
 
 _CAPTION = re.compile(
@@ -252,7 +267,11 @@ _CAPTION = re.compile(
     + f"(?: {_one_of('place', PLACES)})?"
     + f"(?: {_one_of('relation', RELATIONS)} {_thing('2')})?"
     + f"(?: on an? {_one_of('background', tuple(COLOURS))} background)?"
+    + f"(?: in {_one_of('style', STYLES)} style)?"
 )
 _WORDS = {
-    word for words in (SIZES, TEXTURES, PLACES, RELATIONS, ("a an background",)) for w in words for word in w.split()
+    word
+    for words in (SIZES, TEXTURES, PLACES, RELATIONS, STYLES, ("a an background in style",))
+    for w in words
+    for word in w.split()
 }

@@ -18,9 +18,10 @@ from sd3tune.errors import ConfigError, RunError
 from sd3tune.model.base.contract import declared
 from sd3tune.model.base.parts import ENCODER_PARTS, VARIANTS
 from sd3tune.model.base.single_file_header import released_shape
-from sd3tune.run.earlier import began_in_llm_int8, drops_kept_captions, may_drop_kept, saved_identity
+from sd3tune.run.earlier import began_in_llm_int8, drops_kept_captions, may_drop_kept
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
+from sd3tune.run.saved import saved_identity
 from sd3tune.runtime.device import dtype_name, gpu_of, versions
 from sd3tune.training.checkpoint import differences
 

@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from sd3tune.config import Config
-from sd3tune.errors import RunError
 from sd3tune.run.preflight import Plan
-from sd3tune.training.checkpoint import read_state
-
-
-def saved_identity(checkpoint: Path) -> dict[str, Any]:
-    """Return the identity in a checkpoint. Raises RunError if it was edited or damaged."""
-    identity: dict[str, Any] = read_state(checkpoint)["identity"]
-    if not isinstance(identity.get("data"), dict):
-        raise RunError(
-            f"{checkpoint}: damaged (identity has no data); delete this folder to resume from the one before"
-        )
-    return identity
+from sd3tune.run.saved import saved_identity
 
 
 def drops_kept_captions(plan: Plan) -> bool:

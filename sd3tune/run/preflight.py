@@ -33,6 +33,7 @@ from sd3tune.run.buckets import buckets_of, largest_side
 from sd3tune.run.evaluated import evaluated_prompts
 from sd3tune.run.folder import check_disk_space, starting_checkpoint
 from sd3tune.run.priors import PlannedPrior, plan_priors
+from sd3tune.run.saved import with_saved_base
 from sd3tune.runtime.device import choose_dtype, gpu_of
 from sd3tune.tracking.trackers import missing_packages
 from sd3tune.training.objective import share_inside, shift_at
@@ -112,6 +113,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     try:
         check_installed(config)
         start = None if resume is None else starting_checkpoint(run, resume)
+        config = with_saved_base(config, start) if start else config
     except UserError as error:
         problems += error.problems
     try:

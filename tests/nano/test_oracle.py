@@ -177,6 +177,7 @@ def test_what_is_not_asked_is_not_judged():
         "place",
         "relation",
         "other",
+        "style",
     }
 
 

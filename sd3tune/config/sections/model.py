@@ -20,7 +20,7 @@ from sd3tune.config.sections.key import (
 )
 from sd3tune.config.sections.section import Section
 
-OFFLINE_BASES = ("tiny", "tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large", "nano")
+OFFLINE_BASES = ("tiny", "tiny-sd3", "tiny-sd35-medium", "tiny-sd35-large", "nano", "nano-1")
 """Values of `model.base` that need no download and never mean a folder."""
 
 
@@ -105,7 +105,8 @@ class ModelConfig(Section):
         "stabilityai/stable-diffusion-3.5-medium",
         min_length=1,
         description="A Hub id, a folder in diffusers' layout, a single `.safetensors` checkpoint, or an offline base: "
-        "`tiny` (= `tiny-sd35-medium`), `tiny-sd3`, `tiny-sd35-large`, with random weights; `nano`, trained.",
+        "`tiny` (= `tiny-sd35-medium`), `tiny-sd3`, `tiny-sd35-large`, with random weights; `nano`, "
+        "trained; `nano-1`, its first version.",
     )
     init: Annotated[Literal["pretrained", "random"], _RESOLVED] = Field(
         "pretrained",

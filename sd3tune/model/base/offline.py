@@ -21,19 +21,31 @@ TINY_SHAPES: dict[str, Literal["sd3", "sd35-medium", "sd35-large"]] = {
 TINY_RECIPE = 1  # part of the folder's name: increase it whenever `tiny.py` changes the files
 NANO: Literal["nano"] = "nano"
 NANO_FOLDER = Path(sd3tune.__file__).parent / "assets" / NANO
-OFFLINE = (*TINY_SHAPES, NANO)
+EARLIER_NANOS = {"nano-1": "e2de2265af9dcc50d9f82f5d77ae7576ad44c9ff54f4a9e6fc488e41df889997"}
+"""Name of an earlier version of nano -> the fingerprint of its transformer. Their files still name it `nano`."""
+_NANO_FOLDERS = {NANO: NANO_FOLDER, "nano-1": NANO_FOLDER}  # nano-1 is today's nano until that is trained anew
+OFFLINE = (*TINY_SHAPES, *_NANO_FOLDERS)
 
 
 def offline_kind(name: str) -> Literal["tiny", "nano"] | None:
     """Return the kind of an offline base; None for any other name."""
-    if name == NANO:
+    if name in _NANO_FOLDERS:
         return NANO
     return "tiny" if name in TINY_SHAPES else None
 
 
 def offline_folder(name: str) -> Path:
     """Return the folder of an offline base, in diffusers' layout. Raises ModelError if it cannot be built."""
-    return NANO_FOLDER if name == NANO else _tiny_folder(TINY_SHAPES[name])
+    return _NANO_FOLDERS[name] if name in _NANO_FOLDERS else _tiny_folder(TINY_SHAPES[name])
+
+
+def name_of_version(name: str, fingerprint: str | None) -> str:
+    """Return the name that a base has today, as written in a file beside the fingerprint of its transformer.
+
+    It differs for the earlier versions of nano only.
+    """
+    earlier = (version for version, weights in EARLIER_NANOS.items() if name == NANO and weights == fingerprint)
+    return next(earlier, name)
 
 
 def bases_dir() -> Path:
