@@ -114,6 +114,8 @@ def test_rank_correlation_of_known_cases() -> None:
 
 @pytest.fixture(scope="module")
 def clip() -> Clip:
+    if not SHIPPED.is_dir():
+        pytest.skip("nano's CLIP is not packaged yet: its training is not finished")
     return Clip(SHIPPED)
 
 
