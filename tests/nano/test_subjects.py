@@ -130,7 +130,7 @@ def scenes_of(name: str, count: int) -> list[Scene]:
 def test_everything_is_read_as_drawn(kind: str) -> None:
     scenes = scenes_of(kind, 40)
     right = [as_drawn(scene, render(scene, seed)) for seed, scene in enumerate(scenes)]
-    assert sum(right) / len(right) >= 0.97  # measured over 1000 of each: see examples/nano/README.md
+    assert sum(right) / len(right) >= 0.97  # measured: 0.98 to 1
 
 
 @pytest.mark.parametrize(
