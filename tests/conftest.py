@@ -39,6 +39,11 @@ def pytest_configure() -> None:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bits are compared, which holds on the CPU
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first, so that no process has only these left while the others are done."""
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/run/crash", "tests/nullgpu")))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One cache for the whole session: pytest-xdist's workers build each offline base once between them."""

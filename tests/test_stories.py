@@ -37,8 +37,8 @@ NEEDS_THE_HUB = {"user/rex", "zalando-datasets/fashion_mnist"}
 """Tested against a Hub on this machine, in tests/run/test_upload.py and tests/data."""
 NEEDS_HOURS = {"configs/nano_base.yaml", "configs/nano_long.yaml", "examples/fashion_mnist/fashion_mnist.yaml"}
 """And pictures that are drawn or downloaded first."""
-TAKES_MINUTES = {"demo"}
-"""Tested at a third of its steps in tests/commands/test_demo.py."""
+TAKES_MINUTES = {"demo", "eval"}
+"""Tested with fewer steps and pictures in tests/commands/test_demo.py and tests/evaluation."""
 
 
 def story(page: Path) -> list[list[str]]:

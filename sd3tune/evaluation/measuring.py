@@ -39,7 +39,7 @@ Key = tuple[str, str]
 
 @dataclass
 class Measured:
-    """What has been measured of each picture, by the encoders so far."""
+    """The figures of each picture, by the encoders so far."""
 
     pictures: Sequence[Picture]
     values: list[dict[Key, float]]

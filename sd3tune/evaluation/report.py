@@ -65,7 +65,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Setting:
-    """What was measured, and against what."""
+    """The inputs of an evaluation, for its report."""
 
     name: str
     protocol: str

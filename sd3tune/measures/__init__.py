@@ -1,1 +1,1 @@
-"""What pictures are measured by: encoders, similarities, distances between sets, intervals and a verdict."""
+"""Measures of pictures: encoders, similarities, distances between sets, intervals and a verdict."""

@@ -11,7 +11,7 @@ from sd3tune.measures.intervals import Interval, interval, paired
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured for one row. Tables are [prompts, seeds], the same ones in each row; NaN for missing ones."""
+    """The measurements of one row. Tables are [prompts, seeds], the same ones in each row; NaN for missing ones."""
 
     name: str
     """As it is called in a sentence: "step 600"."""

@@ -91,7 +91,7 @@ def with_article(noun: str) -> str:
 def _special_words(captions: Sequence[str], others: Iterable[str], noun: str) -> str | None:
     """Return the words that all captions share and that none of the other texts has; None without any.
 
-    Those right before the noun are preferred, as captions also share words about the setting.
+    Words right before the noun are preferred, because captions also share words about the setting.
     """
     known = _COMMON.union(*(plain(other).split() for other in others))
     first, *rest = (plain(caption).split() for caption in captions) if captions else ([],)

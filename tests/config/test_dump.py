@@ -84,6 +84,8 @@ def _consistent(values: dict[str, Any]) -> dict[str, Any]:
         values["train"]["fused_backward"] = False
     if values["flow"]["timesteps"]["kind"] == "cosmap":
         values["flow"]["weighting"] = {"kind": "none"}
+    if values["eval"] is None:
+        values["checkpoint"]["best"] = "loss"
     if values["train"]["steps"] is values["train"]["epochs"] is None:
         values["train"]["steps"] = 1000
     return values
@@ -171,7 +173,7 @@ def number(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
 @settings(
     max_examples=60,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 @given(config=configs())
 def test_load_of_dump_is_the_same_configuration(tmp_path: Path, config: Config) -> None:
