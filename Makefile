@@ -100,8 +100,8 @@ check-gpu: ## Check training on one GPU in four minutes: host waits, every path,
 bench-gpu: ## Benchmark on one GPU at full size, in eight minutes (PYTHON=... with torch; BUNDLE=DIR, PEER_SCRIPT=PATH)
 	$(PYTHON) -m benchmarks.gpu.run $(if $(BUNDLE),--bundle "$(BUNDLE)") $(if $(PEER_SCRIPT),--script "$(PEER_SCRIPT)")
 
-bench-quality: $(STAMP) ## Measure training quality on nano (hours; continues where it stopped; PEER_SCRIPT=PATH as above)
-	$(BIN)/python -m benchmarks.quality.run $(PEER_SCRIPT)
+bench-quality: $(STAMP) ## Measure training quality on nano (hours, QUICK=1: ten minutes; continues where it stopped; PEER_SCRIPT=PATH as above)
+	$(BIN)/python -m benchmarks.quality.run $(if $(QUICK),--quick) $(PEER_SCRIPT)
 
 nano: $(STAMP) ## Train the base nano from scratch into data/nano/nano (hours; continues where it stopped)
 	$(BIN)/python -m examples.nano.make

@@ -13,13 +13,14 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.quality.intervals import mean_and_half_width
 from benchmarks.quality.measure import train_quietly
 from benchmarks.quality.variants import WITH_CLASS_IMAGES, Variant
 from benchmarks.report import environment, provenance, replace_between
@@ -34,8 +35,6 @@ BF16 = {"model.dtype": "bf16"}
 """Precision of trainings and images: half the time of fp32 on a CPU that supports it, with equal shares."""
 PROMPTS = {T5_LENGTH: 72, 77: 24, 256: 24}
 """T5 length of the images -> number of prompts for the subject, and for other shapes."""
-T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""97.5 % quantile of Student's t by degrees of freedom."""
 
 Figures = Mapping[str, Mapping[str, float]]
 """`arm/seed` -> `subject at 16`, `others at 16` and so on: shares of pictures that show their prompt."""
@@ -100,18 +99,9 @@ def table(results: Mapping[str, Any]) -> str:
         for what, title in (("subject", "subject right"), ("others", "other shapes right")):
             one, two = ([100 * figures[f"{arm}/{seed}"][f"{what} at {length}"] for seed in seeds] for arm in (ONE, TWO))
             means = (f"{statistics.mean(of):.1f}" for of in (one, two))
-            lines.append(f"| {length} | {title} | {' | '.join(means)} | {_difference(one, two)} |")
+            difference = mean_and_half_width([b - a for a, b in zip(one, two, strict=True)], signed=True)
+            lines.append(f"| {length} | {title} | {' | '.join(means)} | {difference} |")
     return "\n".join(lines)
-
-
-def _difference(one: Iterable[float], two: Iterable[float]) -> str:
-    """Return `+51.2 +- 6.3`: the mean of the differences, and half of its 95 % interval."""
-    differences = [b - a for a, b in zip(one, two, strict=True)]
-    mean = f"{statistics.mean(differences):+.1f}"
-    if len(differences) - 1 not in T_95:
-        return mean
-    spread = statistics.stdev(differences) / len(differences) ** 0.5
-    return f"{mean} +- {T_95[len(differences) - 1] * spread:.1f}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.quality.variants import Variant
+from benchmarks.quality.variants import OTHER_SHAPES, PRIOR_SHAPES, Variant
 from sd3tune.commands.train import run_training
 from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.nano.oracle import read
@@ -27,25 +27,35 @@ class Panel:
 
     subject: Sequence[Task]
     named: Sequence[Task]
+    """Shapes that priors of several prompts name, in combinations that no prior names."""
+    others: Sequence[Task]
+    """Shapes that no prior names."""
     of_class: Sequence[Task]
 
     @classmethod
     def of(cls, count: int, seed: int) -> Panel:
-        """Return a panel of `count` prompts for the subject and for named shapes, and a third as many for the class."""
-        return cls(subject_tasks(count, seed), plain_tasks(count, False, seed), class_tasks(count // 3, seed))
+        """Return a panel of `count` prompts for the subject, half as many for each kind of shape, a third of the class.
+
+        No prior of the variants has one of these prompts.
+        """
+        named, others = (plain_tasks(count // 2, False, seed, shapes) for shapes in (PRIOR_SHAPES, OTHER_SHAPES))
+        return cls(subject_tasks(count, seed), named, others, class_tasks(count // 3, seed))
 
     @property
     def tasks(self) -> list[Task]:
-        return [*self.subject, *self.named, *self.of_class]
+        return [*self.subject, *self.named, *self.others, *self.of_class]
 
 
 def measure_panel(pipeline: ImagePipeline, panel: Panel, adapter: Path | None) -> Shares:
-    """Return shares: `subject` and `named` (other shapes) drawn right; `class_lost`, subjects drawn for the class."""
+    """Return shares: `subject`, `named` and `others` drawn right; `class_lost`, subjects drawn for the class."""
     images = iter(pipeline.draw([(task.prompt, task.seed) for task in panel.tasks], adapter))
-    subject, named, of_class = ([next(images) for _ in of] for of in (panel.subject, panel.named, panel.of_class))
+    subject, named, others, of_class = (
+        [next(images) for _ in of] for of in (panel.subject, panel.named, panel.others, panel.of_class)
+    )
     return {
         "subject": share_right(panel.subject, subject),
         "named": share_right(panel.named, named),
+        "others": share_right(panel.others, others),
         "class_lost": sum(_shows_subject(image) for image in of_class) / len(of_class),
     }
 

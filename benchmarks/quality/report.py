@@ -11,14 +11,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.variants import BESIDE_THE_SCRIPT, VARIANTS
+from benchmarks.quality.intervals import differs, mean_and_half_width
+from benchmarks.quality.variants import BESIDE_THE_SCRIPT, RECIPE, VARIANTS
 from benchmarks.report import environment, provenance, replace_between
 from sd3tune.files.atomic import write_json
 
 Figures = Mapping[str, Mapping[str, float]]
 """`kind/group/name/seed` or `kind/name/seed` -> share by name."""
 
-_SHARES = ("subject right, %", "other shapes lost, %", "class prompts that show the subject, %")
+_SHARES = (
+    "subject right, %", "shapes of the prior lost, %", "other shapes lost, %", "class prompts that show the subject, %"
+)  # fmt: skip
+BASE = "none/the base"
+REFERENCE = f"{RECIPE.group}/{RECIPE.name}"
+"""The row that others are compared with."""
 
 
 def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -72,17 +78,17 @@ def _asked(settings: Mapping[str, Any]) -> str:
 
 def _base_table(figures: Figures) -> list[str]:
     runs = _seeds_of(figures, "base/all").values()
-    rows = [[question, _spread([run[question] for run in runs])] for question in next(iter(runs))]
+    rows = [[question, mean_and_half_width([100 * run[question] for run in runs])] for question in next(iter(runs))]
     return _markdown(["nano is asked for", "drawn right, %"], rows)
 
 
 def _lora_table(figures: Figures) -> list[str]:
+    reference = _outcomes(figures, f"lora/{REFERENCE}")
     rows = []
-    for name in ("none/the base", *(f"{variant.group}/{variant.name}" for variant in VARIANTS)):
-        runs = _seeds_of(figures, f"lora/{name}")
-        if runs:
-            subject, lost = (_spread([run[key] for run in runs.values()]) for key in ("subject", "class_lost"))
-            rows.append([*name.split("/"), subject, _drift(figures, runs, "named"), lost])
+    for name in (BASE, *(f"{variant.group}/{variant.name}" for variant in VARIANTS)):
+        found = _outcomes(figures, f"lora/{name}")
+        if found:
+            rows.append([*name.split("/"), *_compared(found, reference if name not in (BASE, REFERENCE) else {})])
     return _markdown(["", "", *_SHARES], rows)
 
 
@@ -92,35 +98,52 @@ def _peer_table(figures: Figures) -> list[str]:
         runs = _seeds_of(figures, f"peer/{kind}")
         if not runs:
             continue
+        reference = _outcomes(figures, f"peer/{kind}", "ours: ")
         for side, title in (("ours", "sd3tune"), ("peer", "the script"), ("peer, as long", "the script, as long")):
             steps, seconds = (
                 f"{statistics.median(run[f'{side}: {name}'] for run in runs.values()):.0f}"
                 for name in ("steps", "cpu_s")
             )
-            subject, lost = (
-                _spread([run[f"{side}: {key}"] for run in runs.values()]) for key in ("subject", "class_lost")
-            )
-            rows.append([kind, title, steps, seconds, subject, _drift(figures, runs, f"{side}: named"), lost])
+            found = _outcomes(figures, f"peer/{kind}", f"{side}: ")
+            rows.append([kind, title, steps, seconds, *_compared(found, reference if side != "ours" else {})])
     return _markdown(["", "", "steps", "CPU s", *_SHARES], rows)
+
+
+Outcomes = Mapping[str, Sequence[float]]
+"""Seed -> the percentages of `_SHARES`."""
+
+
+def _outcomes(figures: Figures, name: str, prefix: str = "") -> Outcomes:
+    """Return the outcomes of a training for each seed for which the base was measured with the same prompts.
+
+    Lost shapes are the base's share minus the training's.
+    """
+    base = _seeds_of(figures, f"lora/{BASE}")
+    return {
+        seed: [
+            100 * run[f"{prefix}subject"],
+            *(100 * (base[seed][kind] - run[f"{prefix}{kind}"]) for kind in ("named", "others")),
+            100 * run[f"{prefix}class_lost"],
+        ]
+        for seed, run in _seeds_of(figures, name).items()
+        if seed in base
+    }
+
+
+def _compared(found: Outcomes, reference: Outcomes) -> list[str]:
+    """Return the mean of each outcome with its interval, and `*` where it differs from the reference, seed by seed."""
+    both = [seed for seed in found if seed in reference]
+    cells = []
+    for place in range(len(_SHARES)):
+        of, other = ([outcomes[seed][place] for seed in both] for outcomes in (found, reference))
+        mark = " *" if both and differs(of, other) else ""
+        cells.append(mean_and_half_width([outcome[place] for outcome in found.values()]) + mark)
+    return cells
 
 
 def _seeds_of(figures: Figures, name: str) -> dict[str, Mapping[str, float]]:
     """Return seed -> figures."""
     return {seed: figures[key] for key in sorted(figures) for at, _, seed in [key.rpartition("/")] if at == name}
-
-
-def _drift(figures: Figures, runs: Mapping[str, Mapping[str, float]], named: str) -> str:
-    """Return the loss of accuracy against the base, for equal prompts and seeds."""
-    base = _seeds_of(figures, "lora/none/the base")
-    return _spread([base[seed]["named"] - run[named] for seed, run in runs.items() if seed in base])
-
-
-def _spread(shares: Sequence[float]) -> str:
-    """Return mean and range over the seeds, in per cent."""
-    if not shares:
-        return ""
-    low, high = (100 * bound(shares) for bound in (min, max))
-    return f"{100 * statistics.mean(shares):.1f} ({low:.1f} to {high:.1f})"
 
 
 def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

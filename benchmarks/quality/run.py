@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks.quality import report
 
     options = _parser().parse_args(arguments)
+    if options.quick:
+        _make_quick(options)
     settings = _settings(options.prompts)
     done = {} if options.fresh else report.load(options.out, settings)
     with tempfile.TemporaryDirectory(prefix="sd3tune-quality-") as folder:
@@ -36,13 +38,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _make_quick(options: argparse.Namespace) -> None:
+    """Measure few trainings, seeds and prompts, beside the committed tables: ten minutes on two cores."""
+    from benchmarks.quality.report import BASE, REFERENCE
+    from benchmarks.quality.variants import WITH_CLASS_IMAGES as PRIOR
+
+    options.seeds, options.prompts, options.out = [0, 1, 2], 24, Path("build", "quality")
+    options.only = ["base/", f"lora/{BASE}/", f"lora/{REFERENCE}/", f"lora/{PRIOR.group}/{PRIOR.name}/"]
+    (options.out / "results").mkdir(parents=True, exist_ok=True)
+    readme = options.out / "README.md"
+    if not readme.exists():
+        readme.write_text("<!-- quality -->\n<!-- end of quality -->\n", encoding="utf-8")
+    print(f"tables: {readme}")
+
+
 def _settings(prompts: int) -> dict[str, Any]:
     """Return the settings that all figures of a table share."""
+    from benchmarks.quality.variants import PRIOR_PROMPTS
     from sd3tune.commands.demo import CONFIG, SAMPLER
     from sd3tune.model.base.resolve import resolve_base
 
     return {
         "prompts": prompts,
+        "prior prompts": PRIOR_PROMPTS,
         "sampler steps": SAMPLER.steps,
         "recipe": {
             "rank": CONFIG["method"]["rank"],
@@ -82,9 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("peer", nargs="?", type=Path, help="diffusers' train_dreambooth_lora_sd3.py")
     parser.add_argument("--only", nargs="+", default=[""], help="names that begin so, such as base or lora/rank")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="a training of each kind for each (0 1 2)"
+        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="a training of each kind for each (0 to 4)"
     )
     parser.add_argument("--prompts", type=int, default=72, help="prompts behind each share, per seed (72)")
+    parser.add_argument("--quick", action="store_true", help="few trainings into build/quality, in ten minutes")
     parser.add_argument("--fresh", action="store_true", help="forget what the JSON holds")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent, help="folder of README.md, results/")
     return parser

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -90,9 +90,9 @@ def share_right(tasks: Sequence[Task], images: Sequence[Image.Image]) -> float:
     return sum(task.is_shown_by(image) for task, image in zip(tasks, images, strict=True)) / len(tasks)
 
 
-def plain_tasks(count: int, held_out: bool, seed: int) -> list[Task]:
+def plain_tasks(count: int, held_out: bool, seed: int, shapes: Collection[str] = SHAPES) -> list[Task]:
     """Return tasks `a {colour} {shape} on a {colour} background`: combinations of the training, or held-out ones."""
-    return _drawn(plain_scenes(held_out), count, seed)
+    return _drawn([scene for scene in plain_scenes(held_out) if scene.thing.shape in shapes], count, seed)
 
 
 def rich_tasks(count: int, held_out: bool, seed: int) -> list[Task]:
@@ -116,9 +116,17 @@ def subject_tasks(count: int, seed: int, subject: str = SUBJECT) -> list[Task]:
 
 
 def class_tasks(count: int, seed: int, subject: str = SUBJECT) -> list[Task]:
-    """Return tasks for the class without the subject's name, `a {colour} shape on ...`: any other shape is right."""
-    scenes = (Scene(background, Thing(colour, CLASS)) for background in COLOURS for colour in COLOURS)
-    return _drawn([scene for scene in scenes if scene.thing.colour != scene.background], count, seed, subject)
+    """Return tasks for the class without the subject's name, `a {colour} shape on ...`: any other shape is right.
+
+    Colours and backgrounds are not those of the subject's pictures: priors name these.
+    """
+    scenes = (
+        Scene(background, Thing(colour, CLASS))
+        for background in COLOURS
+        for colour in COLOURS
+        if colour != background and (colour, background) not in _INSTANCE_COLOURS
+    )
+    return _drawn(list(scenes), count, seed, subject)
 
 
 def style_tasks(count: int, seed: int, style: str) -> list[Task]:
