@@ -30,7 +30,7 @@ MODELS = {
 SHORTER = {
     "train": ["model.base=tiny", "data.resolution=64", "train.steps=2", "train.batch_size=1",
               "train.gradient_accumulation=1", "preview.every=1", "preview.steps=1", "model.max_sequence_length=16"],
-    "infer": ["--steps", "2"],
+    "infer": ["--steps", "2", "--size", "64"],
     "plan": ["model.base=tiny", "data.resolution=64"],
 }  # fmt: skip
 NEEDS_THE_HUB = {"user/rex", "zalando-datasets/fashion_mnist"}
