@@ -4,7 +4,7 @@ The formulas are from Esser et al. 2024, "Scaling Rectified Flow Transformers fo
 
     z_t = (1 - sigma) z_0 + sigma noise            noisy latents
     v   = transformer(z_t, 1000 sigma, caption)    predicted velocity
-    L   = w(sigma) |v - (noise - z_0)|^2           loss of one sample, in fp32 (or Huber's loss)
+    L   = w(sigma) |v - (noise - z_0)|^2           loss of one sample, in fp32 (or another distance)
 
 The minimised loss is mean(L of the instances), plus weight * mean(L of the prior samples) if there are any.
 """
@@ -107,6 +107,7 @@ def train_step(
     """
     accumulation = config.train.gradient_accumulation
     lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.total_steps)
+    done = state.step / config.train.total_steps
     if state.fused is not None:
         state.updating = True
         state.fused.begin(lr, reduce_mean)
@@ -115,7 +116,7 @@ def train_step(
         batch = batches.fetch(state.step, micro)
         with method.regularised(transformer, batches.seed_for("dropout", state.step, micro)):
             targets = velocity_targets(transformer, method, batch)
-            losses = objective.loss(predict_velocity(transformer, method, batch), targets)
+            losses = objective.loss(predict_velocity(transformer, method, batch), targets, batch.sigma, done)
             weighted = objective.weight(batch.sigma) * batch.weights * losses
             loss = weighted.sum() / batch.instances
             extra = method.extra_loss(transformer, batch)

@@ -99,7 +99,8 @@ def test_a_moved_run_resumes_in_its_new_place_and_ends_as_if_it_had_stayed(
 VARIANTS = (
     "train.steps=6", "train.gradient_accumulation=2", "checkpoint={every: 2, keep: 2}", "method.dropout=0.2",
     "method.targets=attention+mlp", "method.rank_pattern={attn.to_k: 4}", "method.rslora=true", "method.init=eva",
-    "flow.timesteps.kind=mode", "flow.min_sigma=0.05", "flow.loss.kind=huber", "flow.noise_offset=0.1",
+    "flow.timesteps.kind=mixture", "flow.min_sigma=0.05", "flow.noise_offset=0.1",
+    "flow.loss={kind: pseudo_huber, last_delta: 0.1, over: steps}",
     "flow.weighting.kind=min_snr", "flow.shift=resolution",
 )  # fmt: skip
 

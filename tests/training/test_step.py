@@ -135,7 +135,7 @@ def test_losses_are_those_of_the_velocity(start) -> None:
     batch = training.batches.fetch(0, 0)
     with torch.no_grad():
         velocity = predict_velocity(training.transformer, training.method, batch)
-        losses = training.objective.loss(velocity, velocity_target(batch.latents, batch.noise))
+        losses = training.objective.loss(velocity, velocity_target(batch.latents, batch.noise), batch.sigma, 0.0)
         expected = PlainLoop(training).loss(batch)
     assert losses.shape == (2,)
     torch.testing.assert_close(losses.mean(), expected, rtol=1e-6, atol=0)
