@@ -140,13 +140,12 @@ class FullMethod(StoredText):
         return identity_of(self.settings, {})
 
     def savings(self, config: Config) -> Sequence[Saving]:
-        kind = "adamw8bit"
-        eight = Saving("optimizer", "kind", kind, "6 bytes less for each parameter", planned=False)
+        eight = Saving("optimizer", "kind", "adamw8bit", "6 bytes less for each parameter", planned=False)
         words = "no gradient of the whole model is kept, or clipped"
         fused = Saving("train", "fused_backward", True, words, needs={"max_grad_norm": None})
         is_open = not config.train.fused_backward and config.train.gradient_accumulation == 1
         can_fuse = is_open and config.optimizer.updates_in_slices
-        return (*[fused] * can_fuse, *[eight] * (config.optimizer.kind != kind))
+        return (*[fused] * can_fuse, *[eight] * config.optimizer.moments)
 
     def _untrained(self, transformer: SD3Transformer2DModel) -> dict[str, Tensor]:
         if self._cached_base is not None:

@@ -224,7 +224,12 @@ def check_installed(config: Config) -> None:
     if missing:
         raise RunError(*missing)
     kind = config.optimizer.kind
-    extra = OPTIMIZERS[kind].package
+    extra, needed = OPTIMIZERS[kind].package, OPTIMIZERS[kind].torch_class
+    if needed is not None and not hasattr(torch.optim, needed[0]):
+        raise RunError(
+            f"optimizer.kind: {kind} needs torch {needed[1]} or later, for torch.optim.{needed[0]}, and this is torch "
+            f"{torch.__version__}; update torch or set optimizer.kind=adamw"
+        )
     if extra is not None and importlib.util.find_spec(extra) is None:
         raise RunError(f"optimizer.kind: {kind} needs {extra}: pip install 'sd3tune[{extra}]'")
 

@@ -27,6 +27,7 @@ from sd3tune.training.batches import Batch, BatchSource
 from sd3tune.training.flat_master import FlatMaster, LossScale, clip_, ema_decay
 from sd3tune.training.fused_backward import FusedBackward
 from sd3tune.training.objective import Objective
+from sd3tune.training.optimizers import result_of
 from sd3tune.training.schedules import learning_rate
 
 
@@ -46,6 +47,10 @@ class TrainState:
     """With `train.fused_backward`: applies the gradients inside the backward pass."""
     updating: bool = False
     """True while an update runs: the tensors then belong to two steps, and must not be saved."""
+
+    def result(self) -> Tensor:
+        """Return the trained weights without the EMA: the master or, for some optimizers, their own average."""
+        return result_of(self.optimizer, self.master.master)
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[
         grad_norm = state.fused.finish()
     state.step += 1
     if config.ema is not None and state.ema is not None:
-        state.ema.lerp_(state.master.master.detach(), 1 - ema_decay(config.ema, state.step))
+        state.ema.lerp_(state.result(), 1 - ema_decay(config.ema, state.step))
     state.updating = False
     return grad_norm
 

@@ -136,6 +136,11 @@ OPTIMIZER_STATE = {
     "adamw": {"step", "exp_avg", "exp_avg_sq"},
     "adamw8bit": {"step", "state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"},
     "prodigy": {"step", "d", "numerator", "start", "s", "exp_avg", "exp_avg_sq"},
+    "lion": {"exp_avg"},
+    "muon": {"momentum_buffer"},
+    "adafactor": {"step", "row_var", "col_var"},
+    "schedulefree": {"z", "exp_avg_sq"},
+    "paged_adamw8bit": {"state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"},
 }
 
 
@@ -154,7 +159,8 @@ def test_every_optimizer_resumes_exactly_also_around_skipped_steps(
     d0 = ", d0: 1.0e-3" if kind == "prodigy" else ""
     settings = (
         f"optimizer={{kind: {kind}{d0}}}", "train.steps=6", "train.gradient_accumulation=2", "ema={decay: 0.8}",
-        "schedule={kind: cosine, warmup_steps: 2}", "checkpoint={every: 2, keep: 3}",
+        f"schedule={{kind: {'constant' if kind == 'schedulefree' else 'cosine'}, warmup_steps: 2}}",
+        "checkpoint={every: 2, keep: 3}", "method.blocks=[0, 1]",
     )  # fmt: skip
     run_training(quick_config(tmp_path / "straight", *settings))
     config = quick_config(tmp_path / "run", *settings)
@@ -164,11 +170,12 @@ def test_every_optimizer_resumes_exactly_also_around_skipped_steps(
     assert [line["step"] for line in lines_of(tmp_path / "run") if line["grad_norm"] is None] == [2, 5]
 
     checkpoint = load_file(tmp_path / "run" / "checkpoints" / "step-000006" / "state.safetensors")
-    saved = {name.removeprefix("optimizer."): one for name, one in checkpoint.items() if "optimizer." in name}
+    saved = {name.rpartition(".")[2]: one for name, one in checkpoint.items() if name.startswith("optimizer.")}
     assert saved.keys() == OPTIMIZER_STATE[kind]
-    assert saved["step"].item() == 4
+    if "step" in saved:
+        assert saved["step"].item() == 4
     quantised = {name for name, tensor in saved.items() if tensor.dtype == torch.uint8}
-    assert quantised == ({"state1", "state2"} if kind == "adamw8bit" else set())
+    assert quantised == ({"state1", "state2"} if kind.endswith("adamw8bit") else set())
 
 
 def test_a_run_may_be_stopped_more_than_once(quick_config, tmp_path: Path, straight: Path, assert_equal_runs) -> None:

@@ -293,7 +293,8 @@ class _NoHostSync(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "optimizer"), [("fp32", "adamw"), ("fp16", "adamw"), ("fp32", "adamw8bit"), ("fp32", "prodigy")]
+    ("dtype", "optimizer"),
+    [("fp32", "adamw"), ("fp16", "adamw"), ("fp32", "adamw8bit"), ("fp32", "prodigy"), ("fp32", "lion")],
 )
 def test_a_step_reads_no_value_back(start, dtype: str, optimizer: str) -> None:
     training = start(
