@@ -61,6 +61,14 @@ def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
     return noise + strength * offset[..., None, None]
 
 
+def perturbed_noise(noise: Tensor, perturbation: Tensor, strength: float) -> Tensor:
+    """Return `noise` plus `strength` times `perturbation`, standard normal in its shape (Ning et al. 2023, eq. 7).
+
+    The noisy latents are made of it; the target is still that of `noise`.
+    """
+    return noise + strength * perturbation
+
+
 def model_timestep(sigma: Tensor) -> Tensor:
     """Return the transformer's timestep input for `sigma` [B]."""
     return TRAIN_TIMESTEPS * sigma

@@ -76,7 +76,8 @@ class StepResult:
 def predict_velocity(transformer: SD3Transformer2DModel, method: Method, batch: Batch) -> Tensor:
     """Return the predicted velocity of the batch's noisy latents, [B, C, H, W] in the transformer's dtype."""
     prompt_embeds, pooled_prompt_embeds = method.conditioning(batch.embeddings, transformer)
-    noisy_latents = interpolate(batch.latents, batch.noise, batch.sigma)
+    noise = batch.noise if batch.input_noise is None else batch.input_noise
+    noisy_latents = interpolate(batch.latents, noise, batch.sigma)
     modulate(transformer, batch.modulation)
     velocity: Tensor = transformer(
         hidden_states=noisy_latents.to(prompt_embeds.dtype),

@@ -133,12 +133,13 @@ def test_saved_bytes_and_the_worst_moment_are_those_of_a_real_step(
         (torch.float32, ["optimizer={kind: muon}"]),
         (torch.float32, [FULL, "optimizer={kind: muon}"]),
         (torch.bfloat16, [FULL, "optimizer={kind: adafactor}"]),
+        (torch.bfloat16, [FULL, "method.blocks=[1-2]"]),
         (torch.float32, ["optimizer={kind: schedulefree}"]),
         (torch.float32, ["method.rank=64", "optimizer={kind: paged_adamw8bit}"]),
     ],
     ids=[
         *("lora", "ema in bf16", "adamw8bit", "prodigy", "full in bf16", "lion", "muon", "full with muon"),
-        *("full with adafactor", "schedulefree", "paged_adamw8bit"),
+        *("full with adafactor", "some blocks", "schedulefree", "paged_adamw8bit"),
     ],
 )
 def test_what_stays_in_memory_is_the_sum_of_a_real_runs_tensors(

@@ -267,6 +267,14 @@ class FlowConfig(Section):
         "% (0.05) to 60 % (0.01) of the spread of brightness at 1024 px.",
     )
 
+    input_perturbation: Annotated[float, RESOLVED] = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Strength of more noise that is added to the noise of the input, but not of the target (Ning et "
+        "al. 2023), as a model that samples sees its own errors; 0 turns it off, 0.1 is theirs.",
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> FlowConfig:
         if self.timesteps.kind == "cosmap" and self.weighting.kind == "cosmap":
