@@ -5,6 +5,7 @@ They call the run's own functions, so there are no formulas to keep up to date.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -260,6 +261,8 @@ def _rehearse_preview(
     left_out = thin.omitted_contribution(exported_bytes)
     rows = 2 if config.preview.guidance > 1 else 1
     side = config.data.resolution
+    sides = [(side, side), *(picture.sides[::-1] for picture in config.preview.pictures if picture.sides)]
+    size = max(sides, key=math.prod)
 
     def drawing(compute: Callable[[], object]) -> int:
         def draw(parts: Account) -> None:
@@ -269,10 +272,10 @@ def _rehearse_preview(
 
         return thin.measured(draw).peak
 
-    denoising = drawing(lambda: predict_velocity(transformer, method, batches.batch_of(rows, (side, side))))
+    denoising = drawing(lambda: predict_velocity(transformer, method, batches.batch_of(rows, size)))
     denoising += rows * config.preview.steps * row_bytes
     vae = load_vae(base, vae_dtype(dtype_of(transformer)), META)
-    latents = batches.batch_of(1, (side, side)).latents
+    latents = batches.batch_of(1, size).latents
     return max(denoising, bytes_of(tensors_of(vae)) + drawing(lambda: decode(vae, latents)))
 
 

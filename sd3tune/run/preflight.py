@@ -259,6 +259,13 @@ def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
     largest = largest_side(transformer)
     if config.data.resolution > largest:
         raise ConfigError(f"data.resolution: {config.data.resolution} is too large for this base; at most {largest}")
+    for number, picture in enumerate(config.preview.pictures):
+        where = f"preview.prompts.{number}"
+        if picture.sides and max(picture.sides) > largest:
+            raise ConfigError(f"{where}.size: {picture.size} is too large for this base; at most {largest}")
+        if picture.slg is not None and max(picture.slg_layers) >= there:
+            layers = ", ".join(map(str, picture.slg_layers))
+            raise ConfigError(f"{where}.slg_layers: {layers}: this base has the blocks 0 to {there - 1}")
 
 
 def check_precision(config: Config, dtype: torch.dtype) -> None:

@@ -124,7 +124,7 @@ def sample_latents(
         z0 = _normalised(start, posterior_noise).to(noise)
         latents = _noised(z0, noise, solver.sigmas[begin])
     mask = None if start is None or start.mask is None else start.mask.to(noise)
-    with velocity_of.ahead(dict(enumerate(solver.timesteps[begin:], start=begin))):
+    with velocity_of.ahead(dict(enumerate(solver.timesteps[begin:], start=begin)), count):
         for number, timestep in enumerate(solver.timesteps[begin:], start=begin):
             velocity = velocity_of(latents, timestep, number, count)
             latents = solver.step(velocity, timestep, latents, return_dict=False)[0].to(dtype)
@@ -147,6 +147,7 @@ class _Guided:
         self.transformer, self.settings, self.is_guided = transformer, settings, settings.guidance > 1
         device, dtype = transformer.device, transformer.dtype
         self.modulations: dict[int, Modulation] = {}
+        self.skipped_modulations: dict[int, Modulation] = {}
         self.embeds = positive.prompt_embeds.to(device, dtype)
         self.pooled = positive.pooled_prompt_embeds.to(device, dtype)
         if self.is_guided:
@@ -155,19 +156,35 @@ class _Guided:
             self.both_pooled = torch.cat([pooled.to(device, dtype).expand_as(self.pooled), self.pooled])
 
     @contextlib.contextmanager
-    def ahead(self, timesteps: Mapping[int, Tensor]) -> Iterator[None]:
-        """Compute the hoisted layers' outputs for all timesteps at once, and use them inside the context."""
+    def ahead(self, timesteps: Mapping[int, Tensor], count: int) -> Iterator[None]:
+        """Compute the hoisted layers' outputs for all timesteps at once, and use them inside the context.
+
+        `timesteps` are those of the evaluations that will run, by number; `count` is the number with all others.
+        """
         if not hoisted(self.transformer):
             yield
             return
         pooled = self.both_pooled if self.is_guided else self.pooled
-        conditions = [(timestep.expand(len(pooled)), pooled) for timestep in timesteps.values()]
-        self.modulations = dict(zip(timesteps, compute_ahead(self.transformer, conditions), strict=True))
+        skipping = [number for number in timesteps if self._skips_layers(number, count)]
+        made = compute_ahead(
+            self.transformer,
+            [
+                *((timestep.expand(len(pooled)), pooled) for timestep in timesteps.values()),
+                *((timesteps[number].expand(len(self.pooled)), self.pooled) for number in skipping),
+            ],
+        )
+        self.modulations = dict(zip(timesteps, made, strict=False))
+        self.skipped_modulations = dict(zip(skipping, made[len(timesteps) :], strict=True))
         try:
             yield
         finally:
-            self.modulations = {}
+            self.modulations, self.skipped_modulations = {}, {}
             modulate(self.transformer, None)
+
+    def _skips_layers(self, number: int, count: int) -> bool:
+        """Return whether evaluation `number` of `count` has skip-layer guidance."""
+        skip = self.settings.skip_layers
+        return skip is not None and self.is_guided and count * skip.start < number < count * skip.stop
 
     def __call__(self, latents: Tensor, timestep: Tensor, number: int, count: int) -> Tensor:
         """Return the guided velocity of evaluation `number` (0-based) of `count`."""
@@ -179,10 +196,10 @@ class _Guided:
         unconditional, conditional = doubled.chunk(2)
         velocity = unconditional + self.settings.guidance * (conditional - unconditional)
         skip = self.settings.skip_layers
-        if skip is None or not count * skip.start < number < count * skip.stop:
+        if skip is None or not self._skips_layers(number, count):
             return velocity
         if self.modulations:
-            modulate(self.transformer, [rows.chunk(2)[1] for rows in self.modulations[number]])
+            modulate(self.transformer, self.skipped_modulations[number])
         skipped = self._velocity(latents, timestep, self.embeds, self.pooled, skip_layers=list(skip.layers))
         return velocity + (conditional - skipped) * skip.scale
 

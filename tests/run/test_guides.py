@@ -198,9 +198,8 @@ def test_a_mask_of_another_shape_is_one_line(photo: Path, draw: Draw, tmp_path: 
     with pytest.raises(ConfigError) as caught:
         draw(image=photo, mask=tmp_path / "mask.png")
     (line,) = caught.value.problems
-    assert line == (
-        f"--mask {tmp_path / 'mask.png'}: is 96 x 120 px and {photo} is 120 x 96; draw the mask on a copy of the picture"
-    )
+    sizes = f"is 96 x 120 px and {photo} is 120 x 96"
+    assert line == f"--mask {tmp_path / 'mask.png'}: {sizes}; draw the mask on a copy of the picture"
 
 
 def test_a_line_of_a_file_may_have_a_mask(plain: Path, mask: Path, draw: Draw, tmp_path: Path) -> None:
