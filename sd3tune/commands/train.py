@@ -297,5 +297,5 @@ def _export(plan: Plan, state: TrainState, contract: Mapping[str, Any]) -> None:
     product = plan.method.product
     plan.method.export(plan.run / product.name, exported_weights(state), contract)
     if state.ema is not None:
-        raw = state.master.named(state.master.master)
+        raw = state.master.named(state.result())
         plan.method.export(plan.run / product.raw, raw, {**contract, "weights": "raw"})

@@ -226,6 +226,15 @@ class Config(Section, metaclass=ConfigType):
         return None if self.eval is None else self.eval.patience
 
     @model_validator(mode="after")
+    def _one_schedule(self) -> Config:
+        if self.optimizer.replaces_schedule and self.schedule.depends_on_length:
+            raise ValueError(
+                f"optimizer.kind is {self.optimizer.kind}, which averages weights instead of lowering the learning "
+                f"rate, and schedule.kind is {self.schedule.kind}; set schedule.kind=constant; it may have a warm-up"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_fits(self) -> Config:
         if self.train.steps is not None and not self.warmup_fits(self.train.steps):
             raise ValueError(

@@ -18,8 +18,8 @@ from sd3tune.data.records import Record, load_records
 from sd3tune.encode.captions import CLIP_LENGTH, entry_bytes
 from sd3tune.encode.images import bytes_per_pixel
 from sd3tune.errors import DataError
+from sd3tune.forecast.optimizer_memory import MemoryUse
 from sd3tune.forecast.rehearsal import (
-    MemoryUse,
     Training,
     rehearse_drawing,
     rehearse_text_encoder,

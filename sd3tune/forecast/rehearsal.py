@@ -5,6 +5,7 @@ They call the run's own functions, so there are no formulas to keep up to date.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from sd3tune.config import Config
 from sd3tune.data.buckets import Size
 from sd3tune.encode.captions import CLIP_LENGTH
 from sd3tune.forecast.footprint import Footprint, SavedTensors, bytes_of, peak_of, tensors_of
+from sd3tune.forecast.optimizer_memory import MemoryUse, matrix_state, rehearse_optimizer
 from sd3tune.forecast.thinning import Account, Thinned, thin_out
 from sd3tune.methods import Method
 from sd3tune.model.base.base import Base
@@ -31,28 +33,12 @@ from sd3tune.training.batches import Batch
 from sd3tune.training.flat_master import FlatMaster, LossScale
 from sd3tune.training.fused_backward import FusedBackward
 from sd3tune.training.objective import make_objective
-from sd3tune.training.optimizers import make_optimizer
-from sd3tune.training.step import TrainState, predict_velocity, train_step, update
+from sd3tune.training.step import TrainState, predict_velocity, train_step
 
 META = torch.device("meta")
 _SHIFT = 3.0  # arbitrary: it only changes the values of sigmas
-_TRIAL_SIZE = 1 << 16
-"""Number of parameters in the optimizer rehearsal. State is proportional to it, and so is an update's working memory,
-up to the optimizer's chunk."""
 _OMITTED = "left out"
 """Name of one parameter that stands for all trained parameters of the omitted blocks."""
-
-
-@dataclass(frozen=True)
-class MemoryUse:
-    """Bytes of one phase: `resident` throughout, and `working` on top of it at the peak."""
-
-    resident: int
-    working: int
-
-    @property
-    def peak(self) -> int:
-        return self.resident + self.working
 
 
 @dataclass(frozen=True)
@@ -197,7 +183,8 @@ def rehearse_training(
     saved = SavedTensors([*tensors_of(transformer), *frozen, *ahead, master.master])
     with saved.watching():
         step = _rehearse_step(config, state, thin, method, empty, saved)
-    optimizer = rehearse_optimizer(config, values, state.fused.most_values if state.fused else None)
+    most_values = state.fused.most_values if state.fused else None
+    optimizer = rehearse_optimizer(config, values, most_values, matrix_state(config, master.shapes, thin, _OMITTED))
     preview = like.preview if like else None
     if like is None and (config.preview.prompts or config.eval is not None):
         preview = _rehearse_preview(config, base, method, thin, state, empty, modulation)
@@ -249,22 +236,6 @@ def _rehearse_step(
     return thin.measured(step, saved)
 
 
-def rehearse_optimizer(config: Config, values: int, together: int | None = None) -> MemoryUse:
-    """Return the state for `values` parameters, and the working memory to update `together` of them, or all.
-
-    Both are measured for `_TRIAL_SIZE` parameters on the CPU.
-    """
-    master = FlatMaster({"probed": nn.Parameter(torch.zeros(_TRIAL_SIZE))}, torch.float32)
-    optimizer = make_optimizer(config.optimizer, master.master)
-    state = TrainState(0, master, optimizer, None, LossScale(master.master.device, enabled=False))
-    for _ in range(2):  # the first step creates the state
-        master.gradient.fill_(1.0)
-        footprint = peak_of(lambda: update(state, config, config.optimizer.lr, lambda gradient: gradient))
-    kept = [value for value in optimizer.state[master.master].values() if isinstance(value, Tensor) and value.ndim]
-    at_a_time = min(together or values, getattr(optimizer, "chunk", None) or values)
-    return MemoryUse(bytes_of(kept) * values // _TRIAL_SIZE, footprint.peak * at_a_time // _TRIAL_SIZE)
-
-
 def _rehearse_preview(
     config: Config,
     base: Base,
@@ -290,6 +261,8 @@ def _rehearse_preview(
     left_out = thin.omitted_contribution(exported_bytes)
     rows = 2 if config.preview.guidance > 1 else 1
     side = config.data.resolution
+    sides = [(side, side), *(picture.sides[::-1] for picture in config.preview.pictures if picture.sides)]
+    size = max(sides, key=math.prod)
 
     def drawing(compute: Callable[[], object]) -> int:
         def draw(parts: Account) -> None:
@@ -299,10 +272,10 @@ def _rehearse_preview(
 
         return thin.measured(draw).peak
 
-    denoising = drawing(lambda: predict_velocity(transformer, method, batches.batch_of(rows, (side, side))))
+    denoising = drawing(lambda: predict_velocity(transformer, method, batches.batch_of(rows, size)))
     denoising += rows * config.preview.steps * row_bytes
     vae = load_vae(base, vae_dtype(dtype_of(transformer)), META)
-    latents = batches.batch_of(1, (side, side)).latents
+    latents = batches.batch_of(1, size).latents
     return max(denoising, bytes_of(tensors_of(vae)) + drawing(lambda: decode(vae, latents)))
 
 

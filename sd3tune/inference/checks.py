@@ -63,6 +63,8 @@ def conflicts_of(request: ImageRequest, named: Named) -> list[str]:
         problems.append(
             f"{named('strength')} {request.strength:g}: no step of {request.steps} is left; at least {least:g}"
         )
+    if request.mask is not None and request.image is None:
+        problems.append(f"{named('mask')} {request.mask}: the part of {named('image')} that is redrawn; give both")
     if request.slg is not None and request.guidance <= 1:
         problems.append(f"{named('slg')} {request.slg:g}: needs guidance above 1; it is {request.guidance:g}")
     return problems

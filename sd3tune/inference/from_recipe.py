@@ -187,7 +187,7 @@ def _image_fields(job: InferenceJob, source: SourcePicture) -> dict[str, Any]:
             continue
         value = _entry(source.recipe, parameter)
         if isinstance(value, _File):
-            value = _found_image(job, source, value)
+            value = _found_image(job, source, value, parameter.flag)
         if value is not None:
             image_fields[name] = tuple(value) if isinstance(value, list) else value
     replaced = {"prompt"} if job.prompts is not None else set()
@@ -260,15 +260,15 @@ def _found_adapters(job: InferenceJob, source: SourcePicture) -> list[str]:
     return chosen
 
 
-def _found_image(job: InferenceJob, source: SourcePicture, image: _File) -> Path:
-    """Find the start image by content: near the picture, in the working directory or in a folder of `--look-in`."""
+def _found_image(job: InferenceJob, source: SourcePicture, image: _File, flag: str) -> Path:
+    """Find the start image or mask by content: near the picture, in the working directory or a `--look-in` folder."""
     for folder in (*_near(source.picture), Path.cwd(), *job.look_in):
         path = folder / image.name
         if _is_plain(image.name) and _has_content(path, image.sha256):
             return path
     raise ConfigError(
         f"--from {source.picture}: drawn from the picture {image.name!r} (sha256 {image.sha256[:12]}...), which is not "
-        "found near it; name its folder with --look-in, or give it with --image"
+        f"found near it; name its folder with --look-in, or give it with {flag}"
     )
 
 

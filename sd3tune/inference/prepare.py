@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sd3tune.adapter.derived import notes_of
@@ -115,9 +116,23 @@ def _check_against_base(named: Sequence[NamedRequest], conditions: Conditions, a
             )
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
-    for image in {request.image for request, _ in named if request.image is not None}:
-        check_header(image)
-        for warning in reading_warnings([(image, read_picture(image).reading)]):
+    files = {file for request, _ in named for file in (request.image, request.mask) if file is not None}
+    for file in files:
+        check_header(file)
+        for warning in reading_warnings([(file, read_picture(file).reading)]):
             say(f"warning: {warning}")
+    for image, mask in {(request.image, request.mask) for request, _ in named}:
+        if image is not None and mask is not None:
+            _check_shapes(image, mask)
     for adapter in adapters:
         match(skeleton, adapter)
+
+
+def _check_shapes(image: Path, mask: Path) -> None:
+    """Raise ConfigError if a mask has another aspect ratio than its picture, as both are scaled and cut alike."""
+    (height, width), (mask_height, mask_width) = (read_picture(file).size for file in (image, mask))
+    if height * mask_width != width * mask_height:
+        raise ConfigError(
+            f"--mask {mask}: is {mask_width} x {mask_height} px and {image} is {width} x {height}; draw the mask on a "
+            "copy of the picture"
+        )

@@ -62,7 +62,7 @@ def card_of(
     step: int | None = None,
 ) -> str:
     """Return the card for `repo_id`, or for the run folder if None. `step` marks a checkpoint of an unfinished run."""
-    samples = last_previews(run, config.preview.prompts)
+    samples = last_previews(run, config.preview.texts)
     sheet = f"{SAMPLES}/{SHEET}" if samples and (run / SAMPLES / SHEET).is_file() else None
     evaluation = _evaluation_of(run) if step is None else None
     return card(Trained(config, contract, run_facts, samples, sheet, repo_id, step, evaluation))
@@ -94,7 +94,8 @@ def last_previews(run: Path, prompts: Sequence[str]) -> list[Sample]:
 
 
 def _sample(preview: Preview) -> Sample:
-    drawing = Drawing(**{name: preview.recipe[name] for name in ("prompt", "steps", "guidance", "seed")})
+    names = ("prompt", "steps", "guidance", "seed", "negative", "size", "slg")
+    drawing = Drawing(**{name: preview.recipe[name] for name in names if name in preview.recipe})
     return Sample(f"{SAMPLES}/{preview.path.name}", preview.step, drawing)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from sd3tune import __version__
 from sd3tune.adapter.modelspec import tag_frequency
-from sd3tune.config import load_config
+from sd3tune.config import Config, load_config
 from sd3tune.config.meaning import compared_when_finished, contract_of, identity_of
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.data.store import key
@@ -48,6 +48,7 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "shift": plan.shift,
         "sigma_range": [config.flow.min_sigma, config.flow.max_sigma],
         **({"sampler_noise_offset": config.flow.noise_offset} if config.flow.noise_offset else {}),
+        **_input_perturbation(config),
         "dtype": dtype_name(plan.dtype),
         "weights": "raw" if config.ema is None else "ema",
     }
@@ -99,7 +100,7 @@ def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, A
 def _resolved(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return, by config key, the identity's entries that replace the configured value."""
     config = plan.config
-    extendable = not config.schedule.depends_on_length
+    extendable = not (config.schedule.depends_on_length or config.flow.loss.depends_on_length)
     return {
         "method": {},  # see `Method.identity`
         "model.base": {"base": plan.base.fingerprint("transformer")},
@@ -107,8 +108,14 @@ def _resolved(plan: Plan) -> dict[str, dict[str, Any]]:
         "model.extra_t5_lengths": _t5_lengths(config.model),
         "model.t5_quantize": _quantized(plan),
         "flow.shift": {"shift": _shift(plan)},
+        "flow.input_perturbation": _input_perturbation(config),
         "train.steps": {} if extendable else {"steps": config.train.steps},
     }
+
+
+def _input_perturbation(config: Config) -> dict[str, float]:
+    strength = config.flow.input_perturbation
+    return {"input_perturbation": strength} if strength else {}
 
 
 def _quantized(plan: Plan) -> dict[str, str]:

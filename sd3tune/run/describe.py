@@ -162,9 +162,10 @@ def _describe_objective(plan: Plan) -> list[str]:
             "warning: an earlier sd3tune began this run; as then, dropout of captions and encoders also acts on the "
             "samples that keep the base's prediction, so one input has two targets; a new run is better"
         )
-    if flow.loss.kind == "huber":
+    if not flow.loss.estimates_mean:
+        delta = f" (delta {flow.loss.delta:g})" if hasattr(flow.loss, "delta") else ""
         lines.append(
-            f"note: Huber's loss (delta {flow.loss.delta:g}) does not estimate a mean, so rare kinds of picture are "
+            f"note: flow.loss.kind {flow.loss.kind}{delta} does not estimate a mean, so rare kinds of picture are "
             "drawn less often than they occur; flow.loss.kind=mse draws each as often"
         )
     return lines

@@ -108,7 +108,7 @@ def texts_to_encode(
     return [
         *(record.caption for record in records),
         *(prompt for prior in priors for prompt in prior.prompts),
-        *config.preview.prompts,
+        *(text for one in config.preview.pictures for text in (one.prompt, one.negative) if text),
         *measured,
         *([NEGATIVE_PROMPT] if needs_empty else []),
     ]

@@ -224,7 +224,12 @@ def check_installed(config: Config) -> None:
     if missing:
         raise RunError(*missing)
     kind = config.optimizer.kind
-    extra = OPTIMIZERS[kind].package
+    extra, needed = OPTIMIZERS[kind].package, OPTIMIZERS[kind].torch_class
+    if needed is not None and not hasattr(torch.optim, needed[0]):
+        raise RunError(
+            f"optimizer.kind: {kind} needs torch {needed[1]} or later, for torch.optim.{needed[0]}, and this is torch "
+            f"{torch.__version__}; update torch or set optimizer.kind=adamw"
+        )
     if extra is not None and importlib.util.find_spec(extra) is None:
         raise RunError(f"optimizer.kind: {kind} needs {extra}: pip install 'sd3tune[{extra}]'")
 
@@ -254,6 +259,13 @@ def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
     largest = largest_side(transformer)
     if config.data.resolution > largest:
         raise ConfigError(f"data.resolution: {config.data.resolution} is too large for this base; at most {largest}")
+    for number, picture in enumerate(config.preview.pictures):
+        where = f"preview.prompts.{number}"
+        if picture.sides and max(picture.sides) > largest:
+            raise ConfigError(f"{where}.size: {picture.size} is too large for this base; at most {largest}")
+        if picture.slg is not None and max(picture.slg_layers) >= there:
+            layers = ", ".join(map(str, picture.slg_layers))
+            raise ConfigError(f"{where}.slg_layers: {layers}: this base has the blocks 0 to {there - 1}")
 
 
 def check_precision(config: Config, dtype: torch.dtype) -> None:

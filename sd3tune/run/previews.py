@@ -25,7 +25,8 @@ class Preview:
     number: int
     """Index of the prompt in `preview.prompts`."""
     recipe: Mapping[str, Any]
-    """`prompt`, `steps`, `guidance`, `seed`, `weights` (`raw` or `ema`) and, if set, `noise_offset`."""
+    """`prompt`, `steps`, `guidance`, `seed`, `weights` (`raw` or `ema`) and, if set, `noise_offset`,
+    `negative`, `size` and `slg`."""
 
 
 def previews_of(run: Path) -> list[Preview]:

@@ -17,7 +17,7 @@ from sd3tune.invocation import command_line
 from sd3tune.methods import Method
 from sd3tune.publish.card import DIVERGED, has_diverged
 from sd3tune.publish.files import CARD
-from sd3tune.publish.previews import SAMPLES, SHEET
+from sd3tune.publish.previews import SAMPLES, SHEET, guiding_options
 from sd3tune.run.preflight import Plan
 from sd3tune.training.ahead import modulated
 from sd3tune.training.batches import Batch, Batches
@@ -77,16 +77,17 @@ def next_command(plan: Plan) -> str:
     """Return the command that redraws the first prompt's last preview or, without prompts, draws a caption."""
     settings = plan.config.preview
     if settings.prompts:
-        return infer_command(plan.method, plan.run, settings.prompts[0], settings.seed)
+        first = settings.pictures[0].recipe
+        return infer_command(plan.method, plan.run, first["prompt"], settings.seed, guiding_options(first))
     return infer_command(plan.method, plan.run, plan.records[0].caption or "a photo")
 
 
-def infer_command(method: Method, run: Path, prompt: str, seed: int = 0) -> str:
+def infer_command(method: Method, run: Path, prompt: str, seed: int = 0, options: Sequence[str] = ()) -> str:
     """Return the `infer` command for a run; steps, guidance, size and T5 length come from its contract."""
     relative = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     what = method.infer_arguments(relative)
     seeded = ["--seed", str(seed)] if seed else []
-    words = [*what, "--prompt", prompt, *seeded, "--out", str(relative / "images")]
+    words = [*what, "--prompt", prompt, *seeded, *options, "--out", str(relative / "images")]
     return command_line("sd3tune", "infer", *words)
 
 

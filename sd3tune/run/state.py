@@ -43,7 +43,7 @@ def starting_state(
 
 def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainState:
     """Return the training state before the first step."""
-    optimizer = make_optimizer(config.optimizer, master.master)
+    optimizer = make_optimizer(config.optimizer, master.master, master.named(master.master))
     return TrainState(
         step=0,
         master=master,

@@ -15,7 +15,7 @@ from sd3tune.data.buckets import size_name
 from sd3tune.data.sampler import batch_samples, generator, index_at, step_slots, uniform
 from sd3tune.data.seeds import derive
 from sd3tune.data.store import Store
-from sd3tune.flow.objective import offset_noise
+from sd3tune.flow.objective import offset_noise, perturbed_noise
 from sd3tune.model.compute.hoist import Modulation
 from sd3tune.model.load.latents import sample_latents
 from sd3tune.training.examples import Example, Sample
@@ -71,6 +71,8 @@ class Batch:
     """Number of instances."""
     kept: slice
     """Samples whose target is the base's prediction: the last ones, if any."""
+    input_noise: Tensor | None = None
+    """The noise of the input, in the shape of `latents`, if it is perturbed; `noise` is that of the target."""
     modulation: Modulation | None = None
     """The adaLN modulations for `sigma` and the pooled text; None if the transformer computes them."""
 
@@ -87,6 +89,7 @@ class Batch:
             names=self.names[rows],
             instances=len(self.names[rows]),
             kept=slice(0, 0),
+            input_noise=None if self.input_noise is None else self.input_noise[rows],
             modulation=self.modulation and [tensor[rows] for tensor in self.modulation],
         )
 
@@ -141,6 +144,7 @@ class Batches:
         scaling: LatentScaling,
         sigma_of: Callable[[Tensor, int], Tensor],
         noise_offset: float = 0.0,
+        input_perturbation: float = 0.0,
         dropout: Dropout = Dropout(),
         t5_lengths: T5Lengths = (),
     ) -> None:
@@ -150,6 +154,7 @@ class Batches:
             self.buckets.setdefault(size_name(example.size), []).append(example)
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
         self.device, self.scaling, self.sigma_of, self.noise_offset = device, scaling, sigma_of, noise_offset
+        self.input_perturbation = input_perturbation
         self.with_prior = any(example.prior for example in examples)
         self._ahead: tuple[tuple[int, int], Future[_Loaded]] | None = None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
@@ -258,9 +263,14 @@ class Batches:
         if self.noise_offset:
             offsets = torch.stack([self._draw_offset(step, slot, mean.shape[1]) for slot in slots])
             noise = offset_noise(noise, offsets, self.noise_offset)
+        input_noise = None
+        if self.input_perturbation:
+            more = torch.stack([self._draw_perturbation(step, slot, mean.shape[1:]) for slot in slots])
+            input_noise = perturbed_noise(noise, more, self.input_perturbation)
         return Batch(
             latents=sample_latents(mean, std, eps, self.scaling.scaling_factor, self.scaling.shift_factor),
             noise=noise,
+            input_noise=input_noise,
             sigma=sigma,
             embeddings={
                 encoder: {key: value.to(self.device, non_blocking=True) for key, value in entry.items()}
@@ -280,6 +290,10 @@ class Batches:
     def _draw_offset(self, step: int, slot: int | str, channels: int) -> Tensor:
         source = generator(self.seed, step, slot, "noise_offset", device=self.device)
         return torch.randn(channels, generator=source, device=self.device)
+
+    def _draw_perturbation(self, step: int, slot: int | str, shape: torch.Size) -> Tensor:
+        source = generator(self.seed, step, slot, "input_perturbation", device=self.device)
+        return torch.randn(shape, generator=source, device=self.device)
 
 
 def _stack(entries: list[dict[str, Tensor]]) -> dict[str, Tensor]:

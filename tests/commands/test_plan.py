@@ -33,6 +33,7 @@ from sd3tune.run.setup import hoists, make_trainable
 from sd3tune.run.state import make_state
 from sd3tune.training.batches import Batch
 from sd3tune.training.flat_master import FlatMaster
+from sd3tune.training.optimizers import state_tensors
 from sd3tune.training.step import TrainState, predict_velocity, update
 
 ROOT = Path(__file__).parents[2]
@@ -128,8 +129,18 @@ def test_saved_bytes_and_the_worst_moment_are_those_of_a_real_step(
         (torch.bfloat16, ["method.rank=64", "optimizer={kind: adamw8bit}"]),
         (torch.float32, ["method.rank=8", "optimizer={kind: prodigy}"]),
         (torch.bfloat16, [FULL, "ema={decay: 0.9}"]),
+        (torch.bfloat16, ["optimizer={kind: lion}"]),
+        (torch.float32, ["optimizer={kind: muon}"]),
+        (torch.float32, [FULL, "optimizer={kind: muon}"]),
+        (torch.bfloat16, [FULL, "optimizer={kind: adafactor}"]),
+        (torch.bfloat16, [FULL, "method.blocks=[1-2]"]),
+        (torch.float32, ["optimizer={kind: schedulefree}"]),
+        (torch.float32, ["method.rank=64", "optimizer={kind: paged_adamw8bit}"]),
     ],
-    ids=["lora", "ema in bf16", "adamw8bit", "prodigy", "full in bf16"],
+    ids=[
+        *("lora", "ema in bf16", "adamw8bit", "prodigy", "full in bf16", "lion", "muon", "full with muon"),
+        *("full with adafactor", "some blocks", "schedulefree", "paged_adamw8bit"),
+    ],
 )
 def test_what_stays_in_memory_is_the_sum_of_a_real_runs_tensors(
     quick_config, tmp_path: Path, dtype: torch.dtype, overrides: list[str]
@@ -139,7 +150,7 @@ def test_what_stays_in_memory_is_the_sum_of_a_real_runs_tensors(
     transformer, _, state = real_model(config, dtype)
     master = state.master
     update(state, config, 1e-3, lambda gradient: gradient)
-    kept = [value for value in state.optimizer.state[master.master].values() if isinstance(value, Tensor)]
+    kept = list(state_tensors(state.optimizer, master.master).values())
 
     def nbytes(tensors: list[Tensor]) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

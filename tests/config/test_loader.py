@@ -73,7 +73,7 @@ def problems(text: str, *overrides: str) -> tuple[str, ...]:
         ("model: {extra_t5_lengths: 77}", "model.extra_t5_lengths: 77 is not a list"),
         ("flow: {max_sigma: 1.5}", "flow.max_sigma: 1.5 is too large; at most 1"),
         ("flow: {loss: {kind: huber, delta: 0}}", "flow.loss.delta: 0 is too small; must be above 0"),
-        ("flow: {loss: {kind: l1}}", "flow.loss.kind: 'l1' is not one of: mse, huber"),
+        ("flow: {loss: {kind: l1}}", "flow.loss.kind: 'l1' is not one of: mse, absolute, huber, pseudo_huber"),
         ("flow: {noise_offset: -0.1}", "flow.noise_offset: -0.1 is too small; at least 0"),
         ("lr: 1e-4", "lr: unknown key; did you mean 'optimizer.lr'?"),
         ("zzz: 1", "zzz: unknown key; the keys here are config_version, name"),

@@ -36,6 +36,7 @@ Alpha = Annotated[float, Field(gt=0)]
 ModuleName = Annotated[str, Field(min_length=1), AfterValidator(_valid_pattern)]
 Pattern = Annotated[str, Field(pattern="^re:."), AfterValidator(_valid_pattern)]
 BlockRange = Annotated[str, AfterValidator(_valid_range)]
+Blocks = list[Annotated[int, Field(ge=0)] | BlockRange]
 
 
 class MethodSection(Section):
@@ -71,7 +72,7 @@ class LoraConfig(MethodSection):
         "regular expression for full names, `re:transformer_blocks\\.\\d+\\.attn\\..*`. Modules that cannot learn are "
         "left out.",
     )
-    blocks: Annotated[list[Annotated[int, Field(ge=0)] | BlockRange] | None, _STATED] = Field(
+    blocks: Annotated[Blocks | None, _STATED] = Field(
         None,
         min_length=1,
         description="Transformer blocks to train, counted from 0, such as `[0, 3, 12-23]`; null trains all of them.",
@@ -157,6 +158,12 @@ class FullConfig(MethodSection):
 
     kind: Annotated[Literal["full"], WRITTEN] = Field(
         "full", description="Train the whole transformer, and write a whole model."
+    )
+    blocks: Annotated[Blocks | None, WRITTEN] = Field(
+        None,
+        min_length=1,
+        description="Transformer blocks to train, counted from 0, such as `[0, 3, 12-23]`; the rest of the transformer "
+        "is frozen. null trains everything.",
     )
     export_dtype: Annotated[Literal["fp32", "bf16", "fp16"], _STATED] = Field(
         "fp16",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -60,7 +60,7 @@ def select_modules(
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     never = untrainable_modules(transformer)
-    inside = _inside(transformer, blocks)
+    inside = inside_blocks(transformer, blocks)
     patterns = PRESETS.get(targets, (targets,)) if isinstance(targets, str) else targets
     problems = []
     for pattern in () if patterns in PRESETS.values() else patterns:
@@ -125,7 +125,7 @@ def coverage(transformer: nn.Module, ranks: Mapping[str, int]) -> list[CoverageR
 
 
 class _Inside:
-    """Predicate: True for a module in one of the selected blocks."""
+    """Predicate: True for a module or parameter in one of the selected blocks."""
 
     def __init__(self, numbers: set[int] | None) -> None:
         self.numbers = numbers
@@ -135,7 +135,11 @@ class _Inside:
         return self.numbers is None or (found is not None and int(found[1]) in self.numbers)
 
 
-def _inside(transformer: nn.Module, blocks: Sequence[int | str] | None) -> _Inside:
+def inside_blocks(transformer: nn.Module, blocks: Sequence[int | str] | None) -> Callable[[str], bool]:
+    """Return the test if a module or parameter lies in one of `blocks`, numbers or ranges like "0-11"; None: anywhere.
+
+    Raises AdapterError for a block that does not exist.
+    """
     if blocks is None:
         return _Inside(None)
     count = len(transformer.transformer_blocks)  # type: ignore[arg-type]

@@ -95,21 +95,43 @@ def _loading_adapter(trained: Trained) -> list[str]:
 def _drawing(trained: Trained) -> list[str]:
     """Return the code that draws the same picture as the `infer` command."""
     drawing = trained.drawing
-    side, length = trained.contract["resolution"], trained.contract["max_sequence_length"]
+    length = trained.contract["max_sequence_length"]
+    width, height = _sides(trained)
     noise, arguments = _starting_noise(trained)
     return [
         *noise,
         "image = pipe(",
         f"    {_python(drawing.prompt)},",
         f"    max_sequence_length={length},",
-        f"    height={side},",
-        f"    width={side},",
+        f"    height={height},",
+        f"    width={width},",
         f"    num_inference_steps={drawing.steps},",
         f"    guidance_scale={drawing.guidance},",
+        *_guiding(trained),
         *arguments,
         ").images[0]",
         'image.save("image.png")',
     ]
+
+
+def _sides(trained: Trained) -> tuple[int, int]:
+    """Return (width, height) of the example."""
+    side = trained.contract["resolution"]
+    width, height = trained.drawing.size or (side, side)
+    return width, height
+
+
+def _guiding(trained: Trained) -> list[str]:
+    drawing = trained.drawing
+    lines = [f"    negative_prompt={_python(drawing.negative)},"] if drawing.negative else []
+    if drawing.slg is not None:
+        lines += [
+            f"    skip_guidance_layers={list(drawing.slg['layers'])},",
+            f"    skip_layer_guidance_scale={drawing.slg['scale']},",
+            f"    skip_layer_guidance_start={drawing.slg['start']},",
+            f"    skip_layer_guidance_stop={drawing.slg['stop']},",
+        ]
+    return lines
 
 
 def _starting_noise(trained: Trained) -> tuple[list[str], list[str]]:
@@ -117,9 +139,9 @@ def _starting_noise(trained: Trained) -> tuple[list[str], list[str]]:
     seed, strength = trained.drawing.seed, trained.contract.get("sampler_noise_offset", 0.0)
     if not strength:
         return [], [f"    generator=torch.Generator().manual_seed({seed}),"]
-    side = trained.contract["resolution"] // 8
+    width, height = _sides(trained)
     return [
-        f"shape = (1, pipe.transformer.config.in_channels, {side}, {side})",
+        f"shape = (1, pipe.transformer.config.in_channels, {height // 8}, {width // 8})",
         f"noise = torch.randn(shape, generator=torch.Generator().manual_seed({seed}), dtype=dtype)",
         f"offset = torch.randn(shape[:2], generator=torch.Generator().manual_seed({2**63 - 1 - seed}))",
     ], [f"    latents=(noise + {strength!r} * offset[..., None, None]).to(dtype),"]

@@ -18,6 +18,11 @@ class Drawing:
     steps: int
     guidance: float
     seed: int = 0
+    negative: str = ""
+    size: Sequence[int] | None = None
+    """(width, height); None for the size of the training."""
+    slg: Mapping[str, Any] | None = None
+    """Skip-layer guidance: `scale`, `layers`, `start` and `stop`."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from sd3tune.publish.card.markdown import code, table
 from sd3tune.publish.card.trained import Trained
@@ -69,15 +70,28 @@ def _priors(trained: Trained) -> Iterator[Row]:
 def _mathematics(trained: Trained) -> Iterator[Row]:
     config, contract = trained.config, trained.contract
     sigma, optimizer = contract["timesteps"], config.optimizer
-    shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in sigma.items() if key != "kind"}
-    drawn = ", ".join(f"{key} {value}" for key, value in shown.items())
     yield "optimizer", f"{optimizer.kind}, learning rate {optimizer.lr:g}, {config.schedule.kind}"
     yield (
         "sigma",
-        f"{sigma['kind']}{f' ({drawn})' if drawn else ''}, shift {contract['shift']:g}, "
-        f"weighting {contract['weighting']['kind']}",
+        f"{_variant(sigma)}, shift {contract['shift']:g}, weighting {contract['weighting']['kind']}",
     )
     yield "dropout", f"caption {contract['caption_dropout']:g}, text encoder {contract['encoder_dropout']:g}"
+
+
+def _variant(settings: Mapping[str, Any]) -> str:
+    """Return e.g. `logit_normal (mean 0, std 1)`."""
+    shown = ", ".join(
+        f"{key} {_shown(value)}" for key, value in settings.items() if key != "kind" and value is not None
+    )
+    return f"{settings['kind']} ({shown})" if shown else str(settings["kind"])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " and ".join(map(_shown, value))
+    if isinstance(value, Mapping):
+        return _variant(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _text(trained: Trained) -> Iterator[Row]:

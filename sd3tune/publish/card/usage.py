@@ -11,6 +11,7 @@ from sd3tune.publish.card.markdown import code, fenced
 from sd3tune.publish.card.snippet import with_diffusers
 from sd3tune.publish.card.trained import Trained
 from sd3tune.publish.files import ADAPTERS
+from sd3tune.publish.previews import guiding_options
 
 
 def usage_section(trained: Trained) -> str:
@@ -74,3 +75,4 @@ def _drawing_arguments(trained: Trained) -> Iterator[str]:
         value = getattr(drawing, name)
         if value != getattr(usual, name):
             yield from (f"--{name}", f"{value}")
+    yield from guiding_options(vars(drawing))
