@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sd3tune.adapter.file import Adapter, contract_metadata, is_safetensors, peft_metadata, save_tensors
+import torch
+
+from sd3tune.adapter.file import Adapter, check_finite, contract_metadata, is_safetensors, peft_metadata, save_tensors
 from sd3tune.adapter.layouts import forms
 from sd3tune.adapter.low_rank import Truncated
 from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY
@@ -16,6 +18,7 @@ from sd3tune.adapter.modelspec import OF_THE_TENSORS, shown_metadata
 from sd3tune.adapter.rearrange import Pair, arrange
 from sd3tune.adapter.released import fitting_variants
 from sd3tune.errors import AdapterError, RunError
+from sd3tune.runtime.device import DTYPES
 
 _STALE = re.compile(r"format|ss_network_.*|ss_output_name|sshs_.*|modelspec\.(hash|implementation).*")
 """Metadata about the original tensors, which no longer applies."""
@@ -44,15 +47,16 @@ def write_form(
 ) -> None:
     """Write `out` from factors whose scale is folded into B; `metadata` comes from an earlier file.
 
-    Raises AdapterError if the form cannot express a module, or a value is not finite.
+    The dtype is the contract's `export_dtype`, else fp32. Raises AdapterError if the form cannot express a module, or a
+    value is not finite.
     """
     try:
         tensors = arrange(factors, form)
     except AdapterError as error:
         raise AdapterError(*(f"--to {form}: {problem}" for problem in error.problems)) from None
-    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise AdapterError(f"{out}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
+    dtype = DTYPES.get(str(contract.get("export_dtype")), torch.float32)
+    tensors = {key: tensor if key.endswith(".alpha") else tensor.to(dtype) for key, tensor in tensors.items()}
+    check_finite(out, tensors)
     kept = {key: text for key, text in metadata.items() if key not in (PEFT_KEY, CONTRACT_KEY) and not _is_stale(key)}
     if contract:
         kept[CONTRACT_KEY] = contract_metadata(contract)

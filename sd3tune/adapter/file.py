@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -110,20 +111,30 @@ def fold_scale(factors: Mapping[str, Tensor], scales: Mapping[str, float]) -> di
     }
 
 
-def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping[str, Any]) -> Path:
-    """Write `folder/pytorch_lora_weights.safetensors` from folded `factors` (see `fold_scale`), in fp32.
+def write_adapter(
+    folder: Path, factors: Mapping[str, Tensor], contract: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write `folder/pytorch_lora_weights.safetensors` from folded `factors` (see `fold_scale`), in `dtype`.
 
     Raises AdapterError, before anything is written, if a tensor is not finite.
     """
-    tensors = {f"{PREFIX}{name}.weight": value.detach().float().cpu().contiguous() for name, value in factors.items()}
-    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
-    if bad:
-        raise AdapterError(f"{folder}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
+    tensors = {
+        f"{PREFIX}{name}.weight": value.detach().to("cpu", dtype).contiguous() for name, value in factors.items()
+    }
+    check_finite(folder, tensors, dtype)
     ranks = {name.removesuffix(".lora_A"): len(value) for name, value in factors.items() if name.endswith(".lora_A")}
     path = folder / ADAPTER_FILE
     shown = shown_metadata("diffusers", contract.get("name"), contract)
     save_tensors(path, tensors, {**shown, PEFT_KEY: peft_metadata(ranks), CONTRACT_KEY: contract_metadata(contract)})
     return path
+
+
+def check_finite(place: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """Raise AdapterError if a tensor to be written in `dtype` is not finite."""
+    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if bad:
+        way_out = "; method.export_dtype=bf16 has a wider range" if dtype is torch.float16 else ""
+        raise AdapterError(f"{place}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}{way_out}")
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:

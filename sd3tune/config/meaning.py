@@ -88,6 +88,6 @@ def _selected(
         elif isinstance(inner, list) and any(isinstance(entry, Section) for entry in inner):
             entries = [_selected(entry, wanted) for entry in inner]
             found |= {name: entries} if any(entries) else {}
-        elif wanted(key_of(field) or WRITTEN):
+        elif wanted(key := key_of(field) or WRITTEN) and not (key.added and inner == field.default):
             found[name] = values[name]
     return found

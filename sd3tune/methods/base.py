@@ -124,6 +124,9 @@ class Method(Protocol):
         Results equal diffusers' to the bit, as the fast path is off. This also holds for `disabled`.
         """
 
+    def unrounded(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None] | None:
+        """Run the model as `as_exported` does, without the rounding of the file; None if it is not to be reported."""
+
     def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
         """Run the model as the untrained base, while the context lasts."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,19 +27,21 @@ from sd3tune.model.lora.dropout import SeededDropout
 from sd3tune.model.lora.eva import input_directions
 from sd3tune.model.lora.layers import ADAPTER_NAME, Layer, block_norms, inject_lora, lora_layers
 from sd3tune.model.lora.targets import CoverageRow, coverage, select_modules, values_by_pattern
+from sd3tune.runtime.device import DTYPES
 
 
 class LoraMethod(StoredText):
     """See `methods.base.Method`."""
 
     product = Product("adapter", adapter_io.ADAPTER_FILE)
-    exported_bytes = 4
     block_measure = "norm of the weight update per block"
     remedy = "method.targets"
 
     def __init__(self, config: Config, base: Base | None = None) -> None:
         super().__init__(config.model)
         self.settings = cast(LoraConfig, config.method)
+        self.export_dtype = DTYPES[self.settings.export_dtype]
+        self.exported_bytes = self.export_dtype.itemsize
 
     def select(self, transformer: nn.Module) -> list[str]:
         modules = select_modules(transformer, self.settings.targets, self.settings.blocks)
@@ -82,6 +84,9 @@ class LoraMethod(StoredText):
             adapted[name].lora_A[ADAPTER_NAME].weight.data.copy_(reduce_mean(directions.contiguous()))
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
+        return {name: value.to(self.export_dtype) for name, value in self._folded(weights).items()}
+
+    def _folded(self, weights: Weights) -> dict[str, Tensor]:
         layers = self._layers([name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")])
         return adapter_io.fold_scale(weights, {name: layer.scale for name, layer in layers.items()})
 
@@ -99,10 +104,17 @@ class LoraMethod(StoredText):
             for dropout in dropouts:
                 dropout.draw(None)
 
+    def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None]:
+        return self._computing_with(transformer, self.exported(weights))
+
+    def unrounded(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None] | None:
+        if self.export_dtype is torch.float32:
+            return None
+        return self._computing_with(transformer, self._folded(weights))
+
     @contextmanager
-    def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> Iterator[None]:
+    def _computing_with(self, transformer: SD3Transformer2DModel, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         # Parameters are repointed and restored: the live values are never written to.
-        tensors = self.exported(weights)
         live: list[tuple[nn.Parameter, Tensor]] = []
         layers = lora_layers(transformer)
         scales = {name: layer.scaling[ADAPTER_NAME] for name, layer in layers.items()}
@@ -136,7 +148,7 @@ class LoraMethod(StoredText):
         return block_norms(self.exported(weights))
 
     def export(self, folder: Path, weights: Weights, contract: Mapping[str, Any]) -> Path:
-        return adapter_io.write_adapter(folder, self.exported(weights), contract)
+        return adapter_io.write_adapter(folder, self.exported(weights), contract, self.export_dtype)
 
     def sampling_shift(self) -> float | None:
         return None  # an adapter does not change the scheduler

@@ -30,12 +30,14 @@ def _valid_range(blocks: str) -> str:
 
 _STATED = Key(Identity.WRITTEN, contract=True)
 _OF_RANKS = Key(Identity.WRITTEN, contract=True, of_ranks=True)
+_OF_THE_FILE = Key(Identity.WRITTEN, contract=True, of_ranks=True, added=True)
 
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Alpha = Annotated[float, Field(gt=0)]
 ModuleName = Annotated[str, Field(min_length=1), AfterValidator(_valid_pattern)]
 Pattern = Annotated[str, Field(pattern="^re:."), AfterValidator(_valid_pattern)]
 BlockRange = Annotated[str, AfterValidator(_valid_range)]
+ExportDtype = Literal["fp32", "bf16", "fp16"]
 
 
 class MethodSection(Section):
@@ -53,10 +55,9 @@ class MethodSection(Section):
         return False
 
 
-class LoraConfig(MethodSection):
-    """Low-rank adapters on the transformer's linear layers (LoRA, Hu et al. 2021)."""
+class AdapterSection(MethodSection):
+    """Keys of every adapter on the transformer's linear layers."""
 
-    kind: Annotated[Literal["lora"], WRITTEN] = Field("lora", description="Train a LoRA adapter.")
     rank: Annotated[Rank, _OF_RANKS] = Field(
         16, description="Rank of each adapter pair; file size is proportional to it."
     )
@@ -84,6 +85,32 @@ class LoraConfig(MethodSection):
     alpha_pattern: Annotated[dict[ModuleName, Alpha], _OF_RANKS] = Field(
         default={}, description="Other alphas for some modules, written like `rank_pattern`."
     )
+    export_dtype: Annotated[ExportDtype, _OF_THE_FILE] = Field(
+        "fp32",
+        description="Precision of the adapter file; previews and reports use the written weights. bf16 and fp16 have "
+        "half of fp32's size, fp16 with eight times the precision of bf16; checkpoints are always fp32.",
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _known_targets(cls, targets: Any) -> Any:
+        if targets == []:
+            raise ValueError("is empty: nothing would be trained; use `attention` or name at least one module")
+        presets = ("attention", "attention-image", "attention+mlp")
+        if not isinstance(targets, str | list):
+            raise ValueError("is not a preset, a list of module names or an expression that begins with re:")
+        if isinstance(targets, str) and targets not in presets and not targets.startswith("re:"):
+            raise ValueError(
+                f"is not one of: {', '.join(presets)}; put module names in a list, [{targets}], and begin a regular "
+                "expression with re:"
+            )
+        return targets
+
+
+class LoraConfig(AdapterSection):
+    """Low-rank adapters on the transformer's linear layers (LoRA, Hu et al. 2021)."""
+
+    kind: Annotated[Literal["lora"], WRITTEN] = Field("lora", description="Train a LoRA adapter.")
     rslora: Annotated[bool, _OF_RANKS] = Field(
         False,
         description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA, Kalajdzievski 2023), so that high "
@@ -112,21 +139,6 @@ class LoraConfig(MethodSection):
     @property
     def draws_in_blocks(self) -> bool:
         return self.dropout > 0
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _known_targets(cls, targets: Any) -> Any:
-        if targets == []:
-            raise ValueError("is empty: nothing would be trained; use `attention` or name at least one module")
-        presets = ("attention", "attention-image", "attention+mlp")
-        if not isinstance(targets, str | list):
-            raise ValueError("is not a preset, a list of module names or an expression that begins with re:")
-        if isinstance(targets, str) and targets not in presets and not targets.startswith("re:"):
-            raise ValueError(
-                f"is not one of: {', '.join(presets)}; put module names in a list, [{targets}], and begin a regular "
-                "expression with re:"
-            )
-        return targets
 
     @field_validator("init", mode="before")
     @classmethod
@@ -158,7 +170,7 @@ class FullConfig(MethodSection):
     kind: Annotated[Literal["full"], WRITTEN] = Field(
         "full", description="Train the whole transformer, and write a whole model."
     )
-    export_dtype: Annotated[Literal["fp32", "bf16", "fp16"], _STATED] = Field(
+    export_dtype: Annotated[ExportDtype, _STATED] = Field(
         "fp16",
         description="Precision of the transformer in `model/`; previews and reports use the written weights. fp16 has "
         "half of fp32's size and eight times the precision of bf16; checkpoints are always fp32.",
