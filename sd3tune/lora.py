@@ -36,8 +36,12 @@ def convert(
     out: str | os.PathLike[str],
     thumbnail: str | os.PathLike[str] | bool = True,
     transformer_only: bool = False,
+    rank: int | None = None,
+    base: str | None = None,
 ) -> Path:
-    """Write an adapter to the new file `out` in another tool's layout, `to`: diffusers, kohya or comfyui.
+    """Write an adapter to the new file `out` in another tool's layout, `to`: diffusers, kohya, comfyui or lycoris.
+
+    `rank` writes the nearest LoRA of that rank of a DoRA, LoHa or LoKr; `base` is by default the adapter's.
 
     `thumbnail` is the picture for UIs: a file, True for the run's last preview, False for none.
     `transformer_only` leaves out tensors for the text encoders. Raises UserError.
@@ -46,7 +50,7 @@ def convert(
 
     picture = None if isinstance(thumbnail, bool) else Path(thumbnail)
     result(*convert_lora(Path(adapter), to, Path(out), picture, thumbnail is not False,
-                         transformer_only=transformer_only))  # fmt: skip
+                         transformer_only=transformer_only, rank=rank, base=base))  # fmt: skip
     return Path(out)
 
 

@@ -60,3 +60,12 @@ def truncate(pair: Pair, rank: int | None = None, energy: float | None = None) -
     root = values[:kept].sqrt()
     shorter_up, shorter_down = rows @ u[:, :kept] * root, root[:, None] * (vh[:kept] @ columns.T)
     return Truncated((shorter_down.float(), shorter_up.float()), squares[kept:].sum().item(), total)
+
+
+def approximated(change: Tensor, rank: int) -> Truncated:
+    """Return the nearest product BA of `rank` to a matrix [out, in], by its SVD."""
+    u, values, vh = torch.linalg.svd(change.double(), full_matrices=False)
+    kept = min(rank, len(values))
+    root, squares = values[:kept].sqrt(), values.square()
+    pair = ((root[:, None] * vh[:kept]).float(), (u[:, :kept] * root).float())
+    return Truncated(pair, squares[kept:].sum().item(), squares.sum().item())

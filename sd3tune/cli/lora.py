@@ -51,14 +51,21 @@ def convert(
         typer.Option(metavar="PICTURE", help="Thumbnail for UIs; by default the run's last preview, if there is one."),
     ] = None,
     no_thumbnail: Annotated[bool, typer.Option("--no-thumbnail", help="Store no thumbnail in the file.")] = False,
+    rank: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="R", help="Write the nearest LoRA of this rank; for DoRA, LoHa and LoKr."),
+    ] = None,
+    base: Base = None,
 ) -> None:
-    """Write an adapter in another tool's layout; its output does not change."""
+    """Write an adapter in another tool's layout; its output does not change, except with --rank."""
     if thumbnail is not None and no_thumbnail:
         raise ConfigError(f"--thumbnail {thumbnail}: not with --no-thumbnail; leave one of the two out")
     with quick_imports(f"lora convert {path}"):
         from sd3tune.commands.lora_convert import convert_lora
 
-    for line in convert_lora(path, to, out, thumbnail, not no_thumbnail, transformer_only=transformer_only):
+    for line in convert_lora(
+        path, to, out, thumbnail, not no_thumbnail, transformer_only=transformer_only, rank=rank, base=base
+    ):
         result(line)
 
 

@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from sd3tune.adapter.attach import match
 from sd3tune.adapter.derived import notes_of
-from sd3tune.adapter.file import Adapter, match
+from sd3tune.adapter.file import Adapter
 from sd3tune.adapter.hub import load_adapter
 from sd3tune.data.images import check_header, read_picture, reading_warnings
 from sd3tune.errors import ConfigError
@@ -89,6 +90,7 @@ def _open_session(job: InferenceJob, adapters: Sequence[Adapter]) -> InferenceSe
     device = make_accelerator().device
     dtype = choose_dtype(job.dtype, gpu_of(device), "--dtype")
     memory = settle_memory(job.memory, adapters)
+    _check_form(adapters, memory.quantize)
     return InferenceSession(settle_conditions(job, adapters), adapters, dtype, device, job.batch, memory)
 
 
@@ -121,3 +123,13 @@ def _check_against_base(named: Sequence[NamedRequest], conditions: Conditions, a
             say(f"warning: {warning}")
     for adapter in adapters:
         match(skeleton, adapter)
+
+
+def _check_form(adapters: Sequence[Adapter], form: str | None) -> None:
+    """Raise ConfigError if PEFT cannot compute an adapter on a base in this form."""
+    packed = [adapter for adapter in adapters if form == "nf4" and not adapter.by_lora_layers]
+    if packed:
+        raise ConfigError(
+            f"--quantize nf4: {packed[0].label} is a {packed[0].kind}, whose change needs a base with whole rows; take "
+            "--quantize int8 or none"
+        )

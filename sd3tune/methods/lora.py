@@ -25,7 +25,15 @@ from sd3tune.model.base.base import Base
 from sd3tune.model.compute.fast import plain_path
 from sd3tune.model.lora.dropout import SeededDropout
 from sd3tune.model.lora.eva import input_directions
-from sd3tune.model.lora.layers import ADAPTER_NAME, Layer, block_norms, inject_lora, lora_layers
+from sd3tune.model.lora.layers import (
+    ADAPTER_NAME,
+    Layer,
+    adapter_layers,
+    block_norms,
+    inject_lora,
+    lora_layers,
+    parameters_of,
+)
 from sd3tune.model.lora.targets import CoverageRow, coverage, select_modules, values_by_pattern
 from sd3tune.runtime.device import DTYPES
 
@@ -36,6 +44,8 @@ class LoraMethod(StoredText):
     product = Product("adapter", adapter_io.ADAPTER_FILE)
     block_measure = "norm of the weight update per block"
     remedy = "method.targets"
+    dora = False
+    """True if each layer also has a trained magnitude for each output."""
 
     def __init__(self, config: Config, base: Base | None = None) -> None:
         super().__init__(config.model)
@@ -47,24 +57,30 @@ class LoraMethod(StoredText):
         modules = select_modules(transformer, self.settings.targets, self.settings.blocks)
         layers = self._layers(modules)
         if self._start:
-            check_start(self._start, transformer, layers)
+            check_start(self._start, transformer, layers, self.dora)
         return modules
 
     def coverage(self, transformer: nn.Module) -> list[CoverageRow]:
         layers = self._layers(self.select(transformer))
-        return coverage(transformer, {name: layer.rank for name, layer in layers.items()})
+        return coverage(transformer, {name: layer.rank for name, layer in layers.items()}, self.parameters_of_layer)
+
+    def parameters_of_layer(self, rank: int, inputs: int, outputs: int) -> int:
+        """Return the number of trained parameters for a linear layer of these sizes."""
+        return rank * (inputs + outputs)
 
     def title(self) -> str:
-        rank = self.settings.rank
+        kind, rank = self.settings.kind, self.settings.rank
         others = sorted(set(self.settings.rank_pattern.values()) - {rank})
-        return f"lora, rank {rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
+        return f"{kind}, rank {rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
 
     def inject(
         self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
     ) -> dict[str, nn.Parameter]:
         layers = self._layers(self.select(transformer))
         settings = self.settings
-        parameters = inject_lora(transformer, layers, generator, init=settings.init, dropout=settings.dropout)
+        parameters = inject_lora(
+            transformer, layers, generator, init=settings.init, dropout=settings.dropout, dora=self.dora
+        )
         if self._start:
             for name, factor in starting_factors(self._start, layers).items():
                 parameters[name].data = factor.to(parameters[name].device)
@@ -116,16 +132,13 @@ class LoraMethod(StoredText):
     def _computing_with(self, transformer: SD3Transformer2DModel, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         # Parameters are repointed and restored: the live values are never written to.
         live: list[tuple[nn.Parameter, Tensor]] = []
-        layers = lora_layers(transformer)
+        layers: dict[str, Any] = {**adapter_layers(transformer)}
         scales = {name: layer.scaling[ADAPTER_NAME] for name, layer in layers.items()}
         try:
             for name, layer in layers.items():
-                for parameter, value in (
-                    (layer.lora_A[ADAPTER_NAME].weight, tensors[f"{name}.lora_A"]),
-                    (layer.lora_B[ADAPTER_NAME].weight, tensors[f"{name}.lora_B"]),
-                ):
+                for part, parameter in parameters_of(layer).items():
                     live.append((parameter, parameter.data))
-                    parameter.data = value.to(parameter.dtype)
+                    parameter.data = tensors[f"{name}.{part}"].to(parameter.dtype)
                 layer.scaling[ADAPTER_NAME] = 1.0
             with plain_path(transformer):
                 yield
@@ -177,7 +190,7 @@ class LoraMethod(StoredText):
         settings = self.settings
         ranks = values_by_pattern(modules, settings.rank_pattern, settings.rank, "method.rank_pattern")
         alphas = values_by_pattern(modules, settings.alpha_pattern, settings.alpha, "method.alpha_pattern")
-        return {name: Layer(ranks[name], alphas[name], settings.rslora) for name in modules}
+        return {name: Layer(ranks[name], alphas[name], settings.rank_stabilised) for name in modules}
 
     @functools.cached_property
     def _start(self) -> adapter_io.Adapter | None:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sd3tune.adapter import file as adapter_io
+from sd3tune.adapter.attach import attach
 from sd3tune.data.sampler import generator
 from sd3tune.errors import UserError
 from sd3tune.methods import METHODS, LoraMethod
@@ -107,7 +108,7 @@ def test_the_exported_file_computes_what_was_trained(velocity, make, transformer
 
     file = method.export(tmp_path / "adapter", master.named(master.master), CONTRACT)
     loaded = load_transformer(resolve_base("tiny"), torch.float32)
-    match = adapter_io.attach(loaded, adapter_io.read_adapter(file), "default")
+    match = attach(loaded, adapter_io.read_adapter(file), "default")
     assert match.unmatched == ()
     torch.testing.assert_close(velocity(loaded), trained, rtol=0, atol=1e-5)
     with method.as_exported(transformer, master.named(master.master)):
@@ -215,7 +216,7 @@ def test_the_file_folds_each_modules_own_scale(velocity, make, transformer, tmp_
     trained = velocity(transformer)
     file = method.export(tmp_path, weights, CONTRACT)
     loaded = load_transformer(resolve_base("tiny"), torch.float32)
-    adapter_io.attach(loaded, adapter_io.read_adapter(file), "default")
+    attach(loaded, adapter_io.read_adapter(file), "default")
     torch.testing.assert_close(velocity(loaded), trained, rtol=0, atol=1e-5)
     with method.as_exported(transformer, weights):
         assert torch.equal(velocity(transformer), velocity(loaded))
@@ -301,7 +302,7 @@ def test_a_rounded_file_is_what_previews_compute(velocity, make, transformer, tm
     assert {factor.dtype for pair in adapter.factors.values() for factor in pair} == {dtype}
     assert adapter.contract["export_dtype"] == exported
     loaded = load_transformer(resolve_base("tiny"), torch.float32)
-    adapter_io.attach(loaded, adapter, "default")
+    attach(loaded, adapter, "default")
     with method.as_exported(transformer, weights):
         rounded = velocity(transformer)
     unrounded = method.unrounded(transformer, weights)

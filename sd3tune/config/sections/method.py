@@ -91,6 +91,11 @@ class AdapterSection(MethodSection):
         "half of fp32's size, fp16 with eight times the precision of bf16; checkpoints are always fp32.",
     )
 
+    @property
+    def rank_stabilised(self) -> bool:
+        """True if the scale is alpha / sqrt(rank) instead of alpha / rank."""
+        return False
+
     @field_validator("targets", mode="before")
     @classmethod
     def _known_targets(cls, targets: Any) -> Any:
@@ -137,6 +142,10 @@ class LoraConfig(AdapterSection):
     )
 
     @property
+    def rank_stabilised(self) -> bool:
+        return self.rslora
+
+    @property
     def draws_in_blocks(self) -> bool:
         return self.dropout > 0
 
@@ -161,6 +170,41 @@ class LoraConfig(AdapterSection):
         return self
 
 
+class DoraConfig(LoraConfig):
+    """LoRA with a trained magnitude for each output of a layer (DoRA, Liu et al. 2024)."""
+
+    kind: Annotated[Literal["dora"], WRITTEN] = Field(  # type: ignore[assignment]
+        "dora", description="Train a DoRA adapter."
+    )
+
+
+class LohaConfig(AdapterSection):
+    """The elementwise product of two low-rank matrices for each layer (LoHa; FedPara, Hyeon-Woo et al. 2022)."""
+
+    kind: Annotated[Literal["loha"], WRITTEN] = Field("loha", description="Train a LoHa adapter.")
+
+
+class LokrConfig(AdapterSection):
+    """The Kronecker product of a small and a larger, low-rank matrix for each layer (LoKr, Yeh et al. 2024)."""
+
+    kind: Annotated[Literal["lokr"], WRITTEN] = Field("lokr", description="Train a LoKr adapter.")
+    factor: Annotated[int, _OF_RANKS] = Field(
+        -1,
+        description="Rows and columns of the small matrix, where they divide the layer's; -1 takes the divisor nearest "
+        "to the square root. A smaller factor trains more parameters.",
+    )
+    decompose_both: Annotated[bool, _OF_RANKS] = Field(
+        False, description="Also give the small matrix a low rank, where that has fewer parameters."
+    )
+
+    @field_validator("factor")
+    @classmethod
+    def _factor_divides(cls, factor: int) -> int:
+        if factor < 2 and factor != -1:
+            raise ValueError("is not a divisor; give 2 or more, or -1 for the one nearest to the square root")
+        return factor
+
+
 class FullConfig(MethodSection):
     """Train every transformer parameter: full fine-tuning or, with `model.init: random`, training from scratch."""
 
@@ -177,4 +221,5 @@ class FullConfig(MethodSection):
     )
 
 
-MethodConfig = Annotated[LoraConfig | FullConfig, Field(discriminator="kind")]
+METHOD_SECTIONS = (LoraConfig, DoraConfig, LohaConfig, LokrConfig, FullConfig)
+MethodConfig = Annotated[LoraConfig | DoraConfig | LohaConfig | LokrConfig | FullConfig, Field(discriminator="kind")]

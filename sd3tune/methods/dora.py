@@ -1,0 +1,49 @@
+"""DoRA on the transformer: LoRA gives each layer its direction, and a magnitude per output is trained beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from sd3tune.adapter.dora import decomposed
+from sd3tune.methods.base import Weights
+from sd3tune.methods.lora import LoraMethod
+from sd3tune.model.load.quantized import weights_of
+from sd3tune.model.lora.layers import ADAPTER_NAME, MAGNITUDE, lora_layers, norms_by_block
+
+
+class DoraMethod(LoraMethod):
+    """See `methods.base.Method`. Layers compute with m (W + s B A) / |W + s B A|, norms and m per output."""
+
+    dora = True
+
+    def parameters_of_layer(self, rank: int, inputs: int, outputs: int) -> int:
+        return super().parameters_of_layer(rank, inputs, outputs) + outputs
+
+    def inject(
+        self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
+    ) -> dict[str, nn.Parameter]:
+        parameters = super().inject(transformer, generator)
+        known = self._start.magnitudes if self._start else {}
+        started = self._start.factors if self._start else {}
+        for name, layer in lora_layers(transformer).items():
+            parameter = parameters[f"{name}.{MAGNITUDE}"]
+            weight = weights_of(layer.base_layer, torch.float32)
+            if name in started:  # a plain LoRA has the norm of its sum
+                update = parameters[f"{name}.lora_B"].detach() @ parameters[f"{name}.lora_A"].detach()
+                weight = weight + layer.scaling[ADAPTER_NAME] * update
+            parameter.data = known[name].float().to(parameter.device) if name in known else weight.norm(dim=1)
+        return parameters
+
+    def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
+        return norms_by_block(self._changes(transformer, self.exported(weights)))
+
+    def _changes(self, transformer: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
+        for name, layer in lora_layers(transformer).items():
+            weight = weights_of(layer.base_layer, torch.float32).cpu()
+            down, up, magnitude = (tensors[f"{name}.{part}"].float().cpu() for part in ("lora_A", "lora_B", MAGNITUDE))
+            yield name, decomposed(weight, up @ down, magnitude) - weight
