@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from sd3tune.adapter.file import Adapter
 from sd3tune.adapter.kinds import change_of, update_of
 from sd3tune.adapter.layouts import MAGNITUDE
 from sd3tune.adapter.lycoris import Parts
-from sd3tune.adapter.lycoris_layers import attach_parts, base_weights, dense
+from sd3tune.adapter.lycoris_layers import attach_parts, base_weights, dense, several_adapters
 from sd3tune.adapter.metadata import PREFIX
 from sd3tune.adapter.rearrange import as_stored, first_of
 from sd3tune.errors import AdapterError
@@ -35,7 +35,7 @@ def match(transformer: nn.Module, adapter: Adapter) -> Match:
     Raises AdapterError if a shape differs, or if nothing matches, so that the file would load without effect.
     """
     sizes = {
-        name.partition(".base_layer")[0]: _size(module)
+        re.sub(r"(\.base_layer)+$", "", name): _size(module)
         for name, module in transformer.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
@@ -103,8 +103,7 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
         "alpha_pattern": {f"^{module}": alpha for module, alpha in alphas.items() if alpha != alphas[first]},
         "use_dora": bool(adapter.magnitudes),
     }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is intended
+    with several_adapters():
         transformer.load_lora_adapter(
             tensors, adapter_name=name, metadata={PREFIX + key: value for key, value in config.items()}
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,13 +28,21 @@ def dense(update: Tensor) -> dict[str, Tensor]:
     return {"lokr_w1": torch.ones(1, 1), "lokr_w2": update}
 
 
+@contextmanager
+def several_adapters() -> Iterator[None]:
+    """Silence PEFT's warning of a second adapter, which is intended."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        yield
+
+
 def attach_parts(transformer: Any, modules: Mapping[str, Parts], name: str) -> None:
     """Add LoHa or LoKr layers under `name`, with these parts of each module in the model's dtype.
 
     PEFT would choose the parts' shapes by its own rule, and other tools choose others; so its parts are replaced.
     """
     kind: type[Any] = LoHaConfig if kind_of(next(iter(modules.values()))) == "loha" else LoKrConfig
-    with torch.random.fork_rng(devices=[]):  # PEFT draws initial values
+    with several_adapters(), torch.random.fork_rng(devices=[]):  # PEFT draws initial values
         transformer.add_adapter(kind(r=1, alpha=1, target_modules=list(modules)), adapter_name=name)
     for module, parts in modules.items():
         layer: Any = transformer.get_submodule(module)

@@ -169,6 +169,15 @@ class Config(Section, metaclass=ConfigType):
         return self
 
     @model_validator(mode="after")
+    def _packed_base_fits_the_method(self) -> Config:
+        if self.model.quantize == "nf4" and not self.method.fits_packed_base:
+            raise ValueError(
+                f"model.quantize is nf4 and method.kind is {self.method.kind}: PEFT computes it only where the base's "
+                "weights have rows; set model.quantize=int8 or none, or method.kind=lora or dora"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _blocks_can_be_compiled(self) -> Config:
         if self.train.compile == "none":
             return self

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sd3tune.adapter.dora import decomposed
 from sd3tune.methods.base import Weights
 from sd3tune.methods.lora import LoraMethod
-from sd3tune.model.load.quantized import weights_of
+from sd3tune.model.load.quantized import dtype_of, weights_of
 from sd3tune.model.lora.layers import ADAPTER_NAME, MAGNITUDE, lora_layers, norms_by_block
 
 
@@ -32,7 +32,7 @@ class DoraMethod(LoraMethod):
         started = self._start.factors if self._start else {}
         for name, layer in lora_layers(transformer).items():
             parameter = parameters[f"{name}.{MAGNITUDE}"]
-            weight = weights_of(layer.base_layer, torch.float32)
+            weight = weights_of(layer.base_layer, dtype_of(layer.base_layer)).float()
             if name in started:  # a plain LoRA has the norm of its sum
                 update = parameters[f"{name}.lora_B"].detach() @ parameters[f"{name}.lora_A"].detach()
                 weight = weight + layer.scaling[ADAPTER_NAME] * update

@@ -48,6 +48,8 @@ class MethodSection(Section):
     """True if the base's weights never change, so that they can be quantised."""
     makes_adapter: ClassVar[bool] = True
     """True if the result is an adapter, False if it is a whole model."""
+    fits_packed_base: ClassVar[bool] = True
+    """True if it can be trained on weights in 4 bits, which are stored without their rows."""
 
     @property
     def draws_in_blocks(self) -> bool:
@@ -181,11 +183,15 @@ class DoraConfig(LoraConfig):
 class LohaConfig(AdapterSection):
     """The elementwise product of two low-rank matrices for each layer (LoHa; FedPara, Hyeon-Woo et al. 2022)."""
 
+    fits_packed_base: ClassVar[bool] = False
+
     kind: Annotated[Literal["loha"], WRITTEN] = Field("loha", description="Train a LoHa adapter.")
 
 
 class LokrConfig(AdapterSection):
     """The Kronecker product of a small and a larger, low-rank matrix for each layer (LoKr, Yeh et al. 2024)."""
+
+    fits_packed_base: ClassVar[bool] = False
 
     kind: Annotated[Literal["lokr"], WRITTEN] = Field("lokr", description="Train a LoKr adapter.")
     factor: Annotated[int, _OF_RANKS] = Field(
