@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,8 +37,21 @@ class DoraMethod(LoraMethod):
             if name in started:  # a plain LoRA has the norm of its sum
                 update = parameters[f"{name}.lora_B"].detach() @ parameters[f"{name}.lora_A"].detach()
                 weight = weight + layer.scaling[ADAPTER_NAME] * update
+            layer.training = False  # PEFT then adds to the layer's own result, as it does without dropout
             parameter.data = known[name].float().to(parameter.device) if name in known else weight.norm(dim=1)
         return parameters
+
+    @contextmanager
+    def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> Iterator[None]:
+        layers = lora_layers(transformer).values() if self.settings.dropout else ()
+        try:
+            for layer in layers:
+                layer.training = True  # PEFT drops no inputs of DoRA otherwise
+            with super().regularised(transformer, seed):
+                yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
         return norms_by_block(self._changes(transformer, self.exported(weights)))

@@ -80,7 +80,8 @@ QUANTISED = [("nf4", "none", 160), ("nf4", "block", 64), ("int8", "selective", 1
 @pytest.mark.parametrize(
     ("method", "checkpointing", "side"),
     [(method, *step) for method in (FULL, "method.rank=4") for step in STEPS]
-    + [(f"model.quantize={form}", *step) for form, *step in QUANTISED],
+    + [(f"model.quantize={form}", *step) for form, *step in QUANTISED]
+    + [(f"method={{kind: {kind}, rank: 4}}", "none", 160) for kind in ("dora", "loha", "lokr")],
 )
 def test_saved_bytes_and_the_worst_moment_are_those_of_a_real_step(
     quick_config, tmp_path: Path, method: str, checkpointing: str, side: int
@@ -128,8 +129,10 @@ def test_saved_bytes_and_the_worst_moment_are_those_of_a_real_step(
         (torch.bfloat16, ["method.rank=64", "optimizer={kind: adamw8bit}"]),
         (torch.float32, ["method.rank=8", "optimizer={kind: prodigy}"]),
         (torch.bfloat16, [FULL, "ema={decay: 0.9}"]),
+        (torch.bfloat16, ["method={kind: dora, rank: 4}"]),
+        (torch.bfloat16, ["method={kind: lokr, factor: 4}"]),
     ],
-    ids=["lora", "ema in bf16", "adamw8bit", "prodigy", "full in bf16"],
+    ids=["lora", "ema in bf16", "adamw8bit", "prodigy", "full in bf16", "dora in bf16", "lokr in bf16"],
 )
 def test_what_stays_in_memory_is_the_sum_of_a_real_runs_tensors(
     quick_config, tmp_path: Path, dtype: torch.dtype, overrides: list[str]
