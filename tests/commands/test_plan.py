@@ -116,7 +116,8 @@ def test_saved_bytes_and_the_worst_moment_are_those_of_a_real_step(
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    assert training.saved == pytest.approx(sum(saved.values()), rel=0.02)
+    counted = 0.05 if "dora" in method else 0.02  # PEFT forms B A of a DoRA with a graph, and frees that at once
+    assert training.saved == pytest.approx(sum(saved.values()), rel=counted)
     on_the_cpu = 0.1 if "int8" in method else 0.05  # there, bitsandbytes multiplies 8-bit codes as fp32
     assert training.working == pytest.approx(peak, rel=on_the_cpu)
 
