@@ -15,7 +15,7 @@ Adapter = str | os.PathLike[str]
 Weighted = Adapter | tuple[Adapter, float]
 """An adapter, or an adapter and its weight."""
 
-__all__ = ["convert", "inspect", "merge", "merge_into_base", "resize", "verify"]
+__all__ = ["convert", "extract", "inspect", "merge", "merge_into_base", "resize", "verify"]
 
 
 def inspect(adapter: Adapter, /) -> Lines:
@@ -124,6 +124,17 @@ def resize(
     from sd3tune.commands.lora_resize import resize_lora
 
     result(*resize_lora(Path(adapter), Path(out), rank, energy, transformer_only=transformer_only))
+    return Path(out)
+
+
+def extract(base: str, tuned: str, /, *, rank: int, out: str | os.PathLike[str], to: str = "diffusers") -> Path:
+    """Write the difference of two models, `tuned` - `base`, as a LoRA of `rank` to the new file `out`.
+
+    Each is a folder, a single file or a Hub id. Raises UserError.
+    """
+    from sd3tune.commands.lora_extract import extract_lora
+
+    result(*extract_lora(base, tuned, rank, Path(out), to))
     return Path(out)
 
 

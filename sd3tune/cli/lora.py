@@ -12,7 +12,7 @@ from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
 from sd3tune.reporting import result
 
-lora_app = typer.Typer(help="Inspect, convert, verify, merge and resize adapters.", no_args_is_help=True)
+lora_app = typer.Typer(help="Inspect, convert, verify, merge, resize and extract adapters.", no_args_is_help=True)
 
 Adapter = Annotated[Path, typer.Argument(metavar="PATH", help="A file, adapter folder, checkpoint or run.")]
 *_first, _last = forms()
@@ -138,4 +138,20 @@ def resize(
         from sd3tune.commands.lora_resize import resize_lora
 
     for line in resize_lora(path, out, rank, energy, transformer_only=transformer_only):
+        result(line)
+
+
+@lora_app.command()
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model before: a folder, a file or a Hub id.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The model after, of the same shape.")],
+    rank: Annotated[int, typer.Option(metavar="R", help="Maximum rank of each module.")],
+    out: Out,
+    to: Form = "diffusers",
+) -> None:
+    """Write the difference of two models as a LoRA, and print the approximation error."""
+    with quick_imports(f"lora extract {tuned}"):
+        from sd3tune.commands.lora_extract import extract_lora
+
+    for line in extract_lora(base, tuned, rank, out, to):
         result(line)

@@ -200,6 +200,12 @@ class Config(Section, metaclass=ConfigType):
                 f"train.swap_blocks is {self.train.swap_blocks} and method.kind is {self.method.kind}: only the blocks "
                 "of a frozen base can wait in system memory; leave train.swap_blocks out, or set method.kind=lora"
             )
+        if self.train.swap_blocks is not None and self.method.reads_base:
+            raise ValueError(
+                f"train.swap_blocks is {self.train.swap_blocks} and method.kind is {self.method.kind}: it needs all "
+                "weights' norms, and swapped ones wait in system memory; leave train.swap_blocks out, or set "
+                "method.kind=lora"
+            )
         return self
 
     @model_validator(mode="after")

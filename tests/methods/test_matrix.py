@@ -117,6 +117,11 @@ def test_nf4_is_refused_where_layers_need_rows(quick_config, tmp_path: Path, kin
         quick_config(tmp_path, *KINDS[kind], "model.quantize=nf4")
 
 
+def test_dora_and_swapped_blocks_are_refused_together(quick_config, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.swap_blocks is 3 and method\.kind is dora: it needs"):
+        quick_config(tmp_path, *KINDS["dora"], "train.swap_blocks=3")
+
+
 @long
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_a_quantised_base_is_drawn_on_as_it_was_trained_on(

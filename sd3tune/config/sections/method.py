@@ -50,6 +50,8 @@ class MethodSection(Section):
     """True if the result is an adapter, False if it is a whole model."""
     fits_packed_base: ClassVar[bool] = True
     """True if it can be trained on weights in 4 bits, which are stored without their rows."""
+    reads_base: ClassVar[bool] = False
+    """True if it needs the base's weights outside of a forward pass."""
 
     @property
     def draws_in_blocks(self) -> bool:
@@ -174,6 +176,8 @@ class LoraConfig(AdapterSection):
 
 class DoraConfig(LoraConfig):
     """LoRA with a trained magnitude for each output of a layer (DoRA, Liu et al. 2024)."""
+
+    reads_base: ClassVar[bool] = True
 
     kind: Annotated[Literal["dora"], WRITTEN] = Field(  # type: ignore[assignment]
         "dora", description="Train a DoRA adapter."
