@@ -215,6 +215,11 @@ class Config(Section, metaclass=ConfigType):
                 f"train.fused_backward is true and optimizer.kind is {self.optimizer.kind}, which needs the whole "
                 "gradient; set optimizer.kind=adamw or adamw8bit, or leave train.fused_backward out"
             )
+        if self.train.fused_backward and self.method.has_rates:
+            raise ValueError(
+                "train.fused_backward is true and method.loraplus_lr_ratio is not 1, which scales whole updates; leave "
+                "one of the two out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +97,9 @@ class Method(Protocol):
 
         `generator(name)` returns a seeded generator.
         """
+
+    def rates(self, names: Iterable[str]) -> dict[str, float]:
+        """Return the learning rates of trained parameters as multiples of `optimizer.lr`; those at 1 may be missing."""
 
     def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -71,7 +71,9 @@ class LoraMethod(StoredText):
     def title(self) -> str:
         kind, rank = self.settings.kind, self.settings.rank
         others = sorted(set(self.settings.rank_pattern.values()) - {rank})
-        return f"{kind}, rank {rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
+        some = f" (some {', '.join(map(str, others))})" if others else ""
+        ratio = getattr(self.settings, "loraplus_lr_ratio", 1)
+        return f"{kind}, rank {rank}{some}" + (f", B at {ratio:g} x the learning rate" if ratio != 1 else "")
 
     def inject(
         self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
@@ -85,6 +87,10 @@ class LoraMethod(StoredText):
             for name, factor in starting_factors(self._start, layers).items():
                 parameters[name].data = factor.to(parameters[name].device)
         return parameters
+
+    def rates(self, names: Iterable[str]) -> dict[str, float]:
+        ratio = self.settings.loraplus_lr_ratio
+        return {name: ratio for name in names if ratio != 1 and name.endswith(".lora_B")}
 
     def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]

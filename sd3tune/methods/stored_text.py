@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -38,6 +38,9 @@ class StoredText:
 
     def extra_loss(self, transformer: SD3Transformer2DModel, batch: Any) -> Tensor | None:
         return None
+
+    def rates(self, names: Iterable[str]) -> dict[str, float]:
+        return {}
 
     def unrounded(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None] | None:
         return None

@@ -30,6 +30,7 @@ def _valid_range(blocks: str) -> str:
 
 _STATED = Key(Identity.WRITTEN, contract=True)
 _OF_RANKS = Key(Identity.WRITTEN, contract=True, of_ranks=True)
+_ADDED = Key(Identity.WRITTEN, contract=True, added=True)
 _OF_THE_FILE = Key(Identity.WRITTEN, contract=True, of_ranks=True, added=True)
 
 Rank = Annotated[int, Field(ge=1, le=1024)]
@@ -56,6 +57,11 @@ class MethodSection(Section):
     @property
     def draws_in_blocks(self) -> bool:
         """True if training draws random numbers inside the transformer's blocks."""
+        return False
+
+    @property
+    def has_rates(self) -> bool:
+        """True if parameters differ in their learning rates."""
         return False
 
 
@@ -138,6 +144,12 @@ class LoraConfig(AdapterSection):
         "standard deviation 1 / rank; `orthogonal` (even ranks) also initialises B, orthogonal to A; `eva` uses the "
         "principal directions of each layer's input over some batches of the data.",
     )
+    loraplus_lr_ratio: Annotated[float, _ADDED] = Field(
+        1.0,
+        gt=0,
+        description="The learning rate of B as a multiple of `optimizer.lr`, A's (LoRA+, Hayou et al. 2024, who take "
+        "16); 1 trains both at one rate.",
+    )
     start_from: Annotated[str | None, Key(Identity.RESOLVED, path=is_any_path)] = Field(
         None,
         min_length=1,
@@ -148,6 +160,10 @@ class LoraConfig(AdapterSection):
     @property
     def rank_stabilised(self) -> bool:
         return self.rslora
+
+    @property
+    def has_rates(self) -> bool:
+        return self.loraplus_lr_ratio != 1
 
     @property
     def draws_in_blocks(self) -> bool:
