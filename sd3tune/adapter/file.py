@@ -12,20 +12,23 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
+from sd3tune.adapter.dora import OF_BASE, OF_BASE_KEY, per_output
+from sd3tune.adapter.layouts import MAGNITUDE
+from sd3tune.adapter.lycoris import Parts, kind_of, rank_of, scaled, size_of
 from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract
 from sd3tune.adapter.modelspec import shown_metadata
-from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_peft
-from sd3tune.adapter.rearrange import READABLE, Contents, Pair, as_stored, first_of, interpret, text_part
+from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig, read_peft
+from sd3tune.adapter.rearrange import READABLE, Contents, Pair, first_of, interpret, text_part
 from sd3tune.errors import AdapterError
 from sd3tune.files.atomic import new_file
 from sd3tune.files.tensor_header import BadHeader, read_header
@@ -75,6 +78,31 @@ class Adapter:
     """Notes for the user: an assumed alpha, ignored tensors."""
     for_diffusers: bool = True
     """True if diffusers' pipeline loads the file itself."""
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module name -> DoRA's magnitude: [out], or [1, in] for one per input."""
+    of_base: bool = False
+    """True if the magnitudes are for ComfyUI's norm (see `dora`)."""
+    lycoris: Mapping[str, Parts] = field(default_factory=dict)
+    """Module name -> its parts of LoHa or LoKr, with the scale in the first one."""
+
+    @property
+    def kind(self) -> str:
+        """`LoRA`, `LoHa` or `LoKr`; with magnitudes `DoRA`, or `LoKr with DoRA's magnitudes`."""
+        plain = {"loha": "LoHa", "lokr": "LoKr"}[kind_of(next(iter(self.lycoris.values())))] if self.lycoris else "LoRA"
+        if not self.magnitudes:
+            return plain
+        return "DoRA" if plain == "LoRA" else f"{plain} with DoRA's magnitudes"
+
+    @property
+    def by_lora_layers(self) -> bool:
+        """True if PEFT's LoRA layers compute it: not LoHa or LoKr, nor DoRA with one magnitude per input."""
+        return not self.lycoris and all(per_output(magnitude) for magnitude in self.magnitudes.values())
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Module name -> (outputs, inputs)."""
+        plain = {module: (len(up), down.shape[1]) for module, (down, up) in self.factors.items()}
+        return plain | {module: size_of(parts) for module, parts in self.lycoris.items()}
 
     @property
     def label(self) -> str:
@@ -91,15 +119,9 @@ class Adapter:
     @property
     def too_large(self) -> list[str]:
         """Modules whose factors are finite in the file, but not in fp32 with their scale."""
-        return [module for module, (_, up) in self.folded().items() if not up.isfinite().all()]
-
-
-@dataclass(frozen=True)
-class Match:
-    """The result of matching an adapter to a model: the number of matched tensors, and the unmatched modules."""
-
-    matched: int
-    unmatched: tuple[str, ...]
+        parts = {module: list(of.values()) for module, of in self.lycoris.items()}
+        scaled = parts | {module: [up] for module, (_, up) in self.folded().items()}
+        return [module for module, tensors in scaled.items() if not all(one.isfinite().all() for one in tensors)]
 
 
 def fold_scale(factors: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
@@ -110,20 +132,38 @@ def fold_scale(factors: Mapping[str, Tensor], scales: Mapping[str, float]) -> di
     }
 
 
-def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping[str, Any]) -> Path:
-    """Write `folder/pytorch_lora_weights.safetensors` from folded `factors` (see `fold_scale`), in fp32.
+def _key(name: str) -> str:
+    """Return a tensor's key in the file; LoRA's factors are modules in PEFT, and other tensors parameters."""
+    return PREFIX + name + ".weight" * name.endswith((".lora_A", ".lora_B"))
+
+
+def write_adapter(
+    folder: Path, factors: Mapping[str, Tensor], contract: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write `folder/pytorch_lora_weights.safetensors` from folded `factors` (see `fold_scale`), in `dtype`.
 
     Raises AdapterError, before anything is written, if a tensor is not finite.
     """
-    tensors = {f"{PREFIX}{name}.weight": value.detach().float().cpu().contiguous() for name, value in factors.items()}
+    tensors = {_key(name): value.detach().to("cpu", dtype).contiguous() for name, value in factors.items()}
+    check_finite(folder, tensors, dtype)
+    ranks = {name.removesuffix(".lora_A"): len(value) for name, value in factors.items() if name.endswith(".lora_A")}
+    peft = peft_metadata(ranks, dora=any(name.endswith(MAGNITUDE) for name in factors))
+    return write_described(folder / ADAPTER_FILE, tensors, peft, contract)
+
+
+def write_described(path: Path, tensors: dict[str, Tensor], peft: str, contract: Mapping[str, Any]) -> Path:
+    """Write an adapter's tensors with the metadata of its contract and PEFT's configuration. Return the path."""
+    shown = shown_metadata("diffusers", contract.get("name"), contract)
+    save_tensors(path, tensors, {**shown, PEFT_KEY: peft, CONTRACT_KEY: contract_metadata(contract)})
+    return path
+
+
+def check_finite(place: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """Raise AdapterError if a tensor to be written in `dtype` is not finite."""
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
-        raise AdapterError(f"{folder}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
-    ranks = {name.removesuffix(".lora_A"): len(value) for name, value in factors.items() if name.endswith(".lora_A")}
-    path = folder / ADAPTER_FILE
-    shown = shown_metadata("diffusers", contract.get("name"), contract)
-    save_tensors(path, tensors, {**shown, PEFT_KEY: peft_metadata(ranks), CONTRACT_KEY: contract_metadata(contract)})
-    return path
+        way_out = "; method.export_dtype=bf16 has a wider range" if dtype is torch.float16 else ""
+        raise AdapterError(f"{place}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}{way_out}")
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -136,7 +176,7 @@ def contract_metadata(contract: Mapping[str, Any]) -> str:
     return json.dumps({"contract_version": CONTRACT_VERSION, **contract}, sort_keys=True)
 
 
-def peft_metadata(ranks: Mapping[str, int]) -> str:
+def peft_metadata(ranks: Mapping[str, int], dora: bool = False) -> str:
     """Return PEFT's configuration of layers with these ranks and alpha = rank."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
     # Only fields that every PEFT version has: an unknown field stops another version from loading the file.
@@ -146,6 +186,8 @@ def peft_metadata(ranks: Mapping[str, int]) -> str:
     special = {f"^{module}": own for module, own in ranks.items() if own != rank}
     if special:
         peft |= {"rank_pattern": special, "alpha_pattern": special}
+    if dora:
+        peft["use_dora"] = True
     return json.dumps({PREFIX + key: value for key, value in peft.items()}, sort_keys=True)
 
 
@@ -207,7 +249,7 @@ def read_adapter(location: str | Path, *, transformer_only: bool = False) -> Ada
 def too_large(adapter: Adapter) -> str:
     """Return a message about alphas that make the scaled weights infinite."""
     module = adapter.too_large[0]
-    return f"alpha {adapter.alphas[module]:g} makes the weights of {first_of(adapter.too_large)} infinite"
+    return f"alpha {adapter.alphas.get(module, math.nan):g} makes the weights of {first_of(adapter.too_large)} infinite"
 
 
 def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
@@ -215,6 +257,8 @@ def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
     ranks = {module: len(down) for module, (down, _) in contents.factors.items()}
     contract = read_contract(file.path, file.metadata)
     peft = read_peft(file.path, file.metadata, contents.layout)
+    _check_kind(f"{peft.file or f'{file.path}: its metadata {PEFT_KEY!r}'}", peft, contents)
+    lycoris = {module: scaled(parts, peft.scale(module, rank_of(parts))) for module, parts in contents.lycoris.items()}
     stated = peft.alphas(ranks) | contents.alphas
     unstated = [] if contract else [module for module in ranks if module not in stated]
     notes = [_no_alpha(file.path, unstated, len(ranks))] if unstated else []
@@ -230,87 +274,25 @@ def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
         rslora=bool(peft.stated.use_rslora) and not contents.alphas,
         notes=tuple(notes),
         for_diffusers=contents.for_diffusers and peft.file is None and not peft.has_expressions,
+        magnitudes=contents.magnitudes,
+        of_base=file.metadata.get(OF_BASE_KEY) == OF_BASE,
+        lycoris=lycoris,
     )
+
+
+def _check_kind(where: str, peft: PeftConfig, contents: Contents) -> None:
+    """Raise AdapterError, a line that begins with `where`, if PEFT's configuration is for another kind of adapter."""
+    kind, stated = kind_of(next(iter(contents.lycoris.values()))) if contents.lycoris else "lora", peft.stated
+    if stated.peft_type not in (None, kind.upper()):
+        raise AdapterError(f'{where}: peft_type: "{stated.peft_type}" is not supported, as its tensors are of {kind}')
+    if stated.use_dora and not contents.magnitudes:
+        raise AdapterError(f"{where}: use_dora: true is not supported, as the file has no magnitudes")
 
 
 def _no_alpha(path: Path, modules: list[str], total: int) -> str:
     some = "" if len(modules) == total else f" for {first_of(modules)}"
     lacking = f"; {CONFIG_FILE}, which would state it, is not beside the file" if path.name == WEIGHTS_FILE else ""
     return f"no alpha stated{some}, taken as rank{lacking}"
-
-
-def match(transformer: nn.Module, adapter: Adapter) -> Match:
-    """Match the adapter's tensors to modules of `transformer` by name and shape, before anything is loaded.
-
-    Raises AdapterError if a shape differs, or if nothing matches, so that the file would load without effect.
-    """
-    sizes = {
-        name.removesuffix(".base_layer"): _size(module)
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
-    unmatched = tuple(name for name in adapter.factors if name not in sizes)
-    for name, (down, up) in adapter.factors.items():
-        found, needed = (len(up), down.shape[1]), sizes.get(name)
-        if needed is not None and found != needed:
-            raise AdapterError(
-                f"{adapter.path}: made for another base: {name} is {found[0]}x{found[1]} in the adapter and "
-                f"{needed[0]}x{needed[1]} in the model; give the right one with --base"
-            )
-    if len(unmatched) == len(adapter.factors):
-        raise AdapterError(
-            f"{adapter.path}: none of its {len(unmatched)} modules exists in this model, so it would have no effect "
-            f"(first: {unmatched[0]})"
-        )
-    return Match(2 * (len(adapter.factors) - len(unmatched)), unmatched)
-
-
-def _size(module: nn.Linear | nn.Conv2d) -> tuple[int, int]:
-    """Return (outputs, inputs); for a convolution, the inputs of one position."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return module.out_channels, module.in_channels * math.prod(module.kernel_size)
-
-
-def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
-    """Load `adapter` into `transformer` under `name`, in the model's dtype, and count the matched tensors.
-
-    `transformer` is an SD3Transformer2DModel; its active adapters are set by the caller (`set_adapters`).
-    """
-    counted = match(transformer, adapter)
-    loaded = {module: pair for module, pair in adapter.factors.items() if module not in counted.unmatched}
-    tensors = {
-        f"{PREFIX}{module}.lora_{letter}.weight": tensor.to(transformer.dtype)
-        for module, pair in loaded.items()
-        for letter, tensor in zip("AB", as_stored(module, pair), strict=True)
-    }
-    first = next(iter(loaded))
-    lost = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    if lost:
-        dtype = str(transformer.dtype).removeprefix("torch.")
-        raise AdapterError(
-            f"{adapter.path}: {first_of(lost)} is beyond what {dtype} holds; take a wider one, such as --dtype bf16"
-        )
-    ranks, alphas = (
-        {module: loaded[module][0].shape[0] for module in loaded},
-        {module: adapter.alphas[module] for module in loaded},
-    )
-    config = {
-        "r": ranks[first],
-        "lora_alpha": alphas[first],
-        "target_modules": list(loaded),
-        "rank_pattern": {f"^{module}": rank for module, rank in ranks.items() if rank != ranks[first]},
-        "alpha_pattern": {f"^{module}": alpha for module, alpha in alphas.items() if alpha != alphas[first]},
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is intended
-        transformer.load_lora_adapter(
-            tensors, adapter_name=name, metadata={PREFIX + key: value for key, value in config.items()}
-        )
-    carried = sum(name in getattr(module, "lora_A", {}) for module in transformer.modules())
-    if carried != len(loaded):
-        raise AdapterError(f"{adapter.path}: {carried} of {len(loaded)} modules took their weights")
-    return counted
 
 
 def _check(file: AdapterFile, contents: Contents, transformer_only: bool) -> None:
@@ -325,7 +307,12 @@ def _check(file: AdapterFile, contents: Contents, transformer_only: bool) -> Non
     if contents.broken:
         module, fault = next(iter(contents.broken.items()))
         raise AdapterError(f"{file.path}: {module}: {fault}")
-    if not contents.factors:
+    if contents.factors and contents.lycoris:
+        raise AdapterError(
+            f"{file.path}: {next(iter(contents.factors))} is LoRA and {next(iter(contents.lycoris))} is LoHa or LoKr; "
+            "files of several kinds are not read"
+        )
+    if not contents.sizes:
         raise AdapterError(f"{file.path}: has nothing for the transformer, only {text_part(contents.text)}")
     if contents.text and not transformer_only:
         raise AdapterError(

@@ -23,16 +23,18 @@ from sd3tune.model.base.contract import WAY_OUT, Part, check_part
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 """File names in a folder written by PEFT."""
 
-_APPLIED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_APPLIED = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 _OF_TRAINING = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
     *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights"),  # LoHa's and LoKr's
+    *("decompose_both", "decompose_factor", "use_effective_conv2d"),
 )
 """Keys that do not change the result of a saved LoRA; its modules follow from its tensors."""
 _PLAIN: dict[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
+    "peft_type": ("LORA", "LOHA", "LOKR"),
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),  # other values change the base's weights
 }
@@ -50,6 +52,9 @@ class _Peft(Part):
     rank_pattern: dict[str, int] | None = Field(None, max_length=_MOST_PATTERNS)
     alpha_pattern: dict[str, _Number] | None = Field(None, max_length=_MOST_PATTERNS)
     use_rslora: bool | None = None
+    use_dora: bool | None = None
+    peft_type: str | None = None
+    alpha: _Number | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,15 @@ class PeftConfig:
             if alpha is not None:
                 alphas[module] = alpha * (rank**0.5 if self.stated.use_rslora else 1)
         return alphas
+
+    def scale(self, module: str, rank: int | None) -> float:
+        """Return alpha / rank of a module of LoHa or LoKr, as PEFT scales it; 1 if none is stated.
+
+        `rank` is that of its tensors. PEFT also scales a LoKr of whole matrices, by the rank that was asked for.
+        """
+        alpha = _Patterns(self.stated.alpha_pattern).first_fit(module, self.stated.alpha)
+        asked = rank or _Patterns(self.stated.rank_pattern).first_fit(module, self.stated.r)
+        return 1.0 if alpha is None or asked is None else float(alpha) / asked
 
 
 class _Patterns:

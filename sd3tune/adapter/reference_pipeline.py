@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
 from sd3tune.adapter.file import Adapter
-from sd3tune.adapter.rearrange import arrange
+from sd3tune.adapter.rearrange import arrange, arrange_lycoris
 from sd3tune.errors import AdapterError
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.parts import ENCODER_PARTS
@@ -46,9 +46,24 @@ def text_pipeline(
 
 def load_into(pipeline: StableDiffusion3Pipeline, adapter: Adapter) -> None:
     """Load the adapter's file into the pipeline, converted to diffusers' layout if necessary. Raises AdapterError."""
-    weights = str(adapter.path) if adapter.for_diffusers else arrange(adapter.folded(), "diffusers")
+    if adapter.kind == "LoHa" or (adapter.magnitudes and not adapter.by_lora_layers):
+        raise AdapterError(
+            f"{adapter.path}: diffusers does not load this {adapter.kind}"
+            "; merge it into its base (`sd3tune lora merge --into-base`), or take the nearest LoRA "
+            "(`sd3tune lora convert --rank R`)"
+        )
+    if adapter.of_base:
+        raise AdapterError(
+            f"{adapter.path}: its magnitudes are for ComfyUI; `sd3tune lora convert --to diffusers` writes diffusers'"
+        )
     try:
-        pipeline.load_lora_weights(weights, adapter_name=NAME)
+        if adapter.lycoris:
+            found = str(adapter.path) if adapter.for_diffusers else arrange_lycoris(adapter.lycoris, "diffusers")
+            pipeline.transformer.load_lora_adapter(found, adapter_name=NAME)
+        else:
+            arranged = arrange(adapter.folded(), "diffusers", adapter.magnitudes)
+            weights = str(adapter.path) if adapter.for_diffusers else arranged
+            pipeline.load_lora_weights(weights, adapter_name=NAME)
     except Exception as error:  # two libraries may raise anything for a foreign file
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise AdapterError(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from sd3tune import __version__
+from sd3tune.adapter.attach import match
 from sd3tune.adapter.derived import check_out, losses, notes_of, write_form
-from sd3tune.adapter.file import Adapter, match, read_adapter
+from sd3tune.adapter.file import Adapter, read_adapter
+from sd3tune.adapter.kinds import change_of, require_lora
 from sd3tune.adapter.layouts import forms
 from sd3tune.adapter.low_rank import truncate, weighted_sum
 from sd3tune.adapter.rearrange import first_of
@@ -48,6 +50,8 @@ def merge_loras(
         raise RunError(f"--to {form}: one of {', '.join(forms())}")
     check_out(out)
     adapters = _read(wanted, transformer_only)
+    for adapter, _ in adapters:
+        require_lora(adapter, "lora merge without --into-base")
     factors = weighted_sum([(adapter.folded(), weight) for adapter, weight in adapters])
     lines = [*_disagreements(adapters), *_all_notes(adapters)]
     if rank is not None:
@@ -77,7 +81,7 @@ def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, trans
             raise AdapterError(f"{adapter.path}: {found.name} has no {first_of(unmatched)}, so it cannot be merged")
     dtype = stored_dtype(found)
     tensors = load_transformer(found, torch.float32).state_dict()
-    modules = {module for adapter, _ in adapters for module in adapter.factors}
+    modules = {module for adapter, _ in adapters for module in adapter.sizes}
     for module in modules:
         tensors[f"{module}.weight"] = _added(tensors[f"{module}.weight"], module, adapters)
     usual = {"encoders": list(ENCODERS), **found.contract}
@@ -97,9 +101,11 @@ def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, trans
 
 def _added(weight: Tensor, module: str, adapters: Weighted) -> Tensor:
     """Return the merged weight in fp32; the sum is in float64, so that it is rounded once."""
-    total = weight.double()
+    total = base = weight.double()
     for adapter, share in adapters:
-        if module in adapter.factors:
+        if adapter.kind != "LoRA" and module in adapter.sizes:
+            total = total + share * change_of(adapter, module, base)
+        elif module in adapter.factors:
             down, up = (factor.double() for factor in adapter.factors[module])
             change = share * adapter.alphas[module] / len(down) * up @ down
             total = total + change.reshape(total.shape)

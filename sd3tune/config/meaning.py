@@ -91,6 +91,6 @@ def _selected(
                 _selected(entry, wanted) if isinstance(entry, Section) else is_wanted and entry for entry in inner
             ]
             found |= {name: entries} if any(entries) else {}
-        elif wanted(key_of(field) or WRITTEN):
+        elif wanted(key := key_of(field) or WRITTEN) and not (key.added and inner == field.default):
             found[name] = values[name]
     return found

@@ -169,6 +169,15 @@ class Config(Section, metaclass=ConfigType):
         return self
 
     @model_validator(mode="after")
+    def _packed_base_fits_the_method(self) -> Config:
+        if self.model.quantize == "nf4" and not self.method.fits_packed_base:
+            raise ValueError(
+                f"model.quantize is nf4 and method.kind is {self.method.kind}: PEFT computes it only where the base's "
+                "weights have rows; set model.quantize=int8 or none, or method.kind=lora or dora"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _blocks_can_be_compiled(self) -> Config:
         if self.train.compile == "none":
             return self
@@ -191,6 +200,12 @@ class Config(Section, metaclass=ConfigType):
                 f"train.swap_blocks is {self.train.swap_blocks} and method.kind is {self.method.kind}: only the blocks "
                 "of a frozen base can wait in system memory; leave train.swap_blocks out, or set method.kind=lora"
             )
+        if self.train.swap_blocks is not None and self.method.reads_base:
+            raise ValueError(
+                f"train.swap_blocks is {self.train.swap_blocks} and method.kind is {self.method.kind}: it needs all "
+                "weights' norms, and swapped ones wait in system memory; leave train.swap_blocks out, or set "
+                "method.kind=lora"
+            )
         return self
 
     @model_validator(mode="after")
@@ -199,6 +214,11 @@ class Config(Section, metaclass=ConfigType):
             raise ValueError(
                 f"train.fused_backward is true and optimizer.kind is {self.optimizer.kind}, which needs the whole "
                 "gradient; set optimizer.kind=adamw or adamw8bit, or leave train.fused_backward out"
+            )
+        if self.train.fused_backward and self.method.has_rates:
+            raise ValueError(
+                "train.fused_backward is true and method.loraplus_lr_ratio is not 1, which scales whole updates; leave "
+                "one of the two out"
             )
         return self
 

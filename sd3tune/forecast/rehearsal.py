@@ -168,7 +168,8 @@ def rehearse_training(
     left_out = thin.omitted_sum(lambda block: sum(of.numel() for of in block.parameters() if of.requires_grad))
     if left_out:
         trained[_OMITTED] = nn.Parameter(torch.empty(left_out, device=META))
-    master = FlatMaster(trained, dtype, accumulates=not config.train.fused_backward)
+    rates = method.rates(trained)
+    master = FlatMaster(trained, dtype, accumulates=not config.train.fused_backward, rates=rates)
     values = master.master.numel()
     idle = _NoOptimizer([master.master], {"lr": 0.0})  # see `rehearse_optimizer` for the real one
     state = TrainState(
@@ -193,7 +194,7 @@ def rehearse_training(
         trained=values,
         frozen=bytes_of(frozen) + thin.omitted_sum(lambda block: bytes_of(_frozen(block))) - swapped,
         compute=0 if dtype is torch.float32 else bytes_of([master.compute]),
-        master=bytes_of([master.master]),
+        master=bytes_of([master.master, *([] if master.rates is None else [master.rates])]),
         gradient=bytes_of([master.gradient]),
         optimizer=optimizer.resident,
         ahead=bytes_of(ahead),

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sd3tune.adapter.file import attach, read_adapter
+from sd3tune.adapter.attach import attach
+from sd3tune.adapter.file import read_adapter
 from sd3tune.inference.image_request import Texts
 from sd3tune.inference.prompts import encode_prompts
 from sd3tune.model.base.parts import ENCODERS

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd3tune.adapter.attach import match
 from sd3tune.adapter.derived import notes_of
-from sd3tune.adapter.file import Adapter, match
+from sd3tune.adapter.file import Adapter
 from sd3tune.adapter.hub import load_adapter
 from sd3tune.data.images import check_header, read_picture, reading_warnings
 from sd3tune.errors import ConfigError
@@ -90,6 +91,7 @@ def _open_session(job: InferenceJob, adapters: Sequence[Adapter]) -> InferenceSe
     device = make_accelerator().device
     dtype = choose_dtype(job.dtype, gpu_of(device), "--dtype")
     memory = settle_memory(job.memory, adapters)
+    _check_form(adapters, memory.quantize)
     return InferenceSession(settle_conditions(job, adapters), adapters, dtype, device, job.batch, memory)
 
 
@@ -135,4 +137,14 @@ def _check_shapes(image: Path, mask: Path) -> None:
         raise ConfigError(
             f"--mask {mask}: is {mask_width} x {mask_height} px and {image} is {width} x {height}; draw the mask on a "
             "copy of the picture"
+        )
+
+
+def _check_form(adapters: Sequence[Adapter], form: str | None) -> None:
+    """Raise ConfigError if PEFT cannot compute an adapter on a base in this form."""
+    packed = [adapter for adapter in adapters if form == "nf4" and not adapter.by_lora_layers]
+    if packed:
+        raise ConfigError(
+            f"--quantize nf4: {packed[0].label} is a {packed[0].kind}, whose change needs a base with whole rows; take "
+            "--quantize int8 or none"
         )

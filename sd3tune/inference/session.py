@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
 from torch import nn
 
-from sd3tune.adapter.file import Adapter, attach
+from sd3tune.adapter.attach import attach
+from sd3tune.adapter.file import Adapter
 from sd3tune.encode.resources import release
 from sd3tune.inference.conditions import Conditions
 from sd3tune.inference.image_request import ImageRequest, Texts
@@ -250,7 +251,7 @@ def _load_transformer(session: InferenceSession, requests: Sequence[ImageRequest
     """Load the transformer with every adapter attached that the requests use."""
     form = session.memory.quantize or "none"
     device = session.idle_device if form == "none" else session.device  # layers are quantized on the GPU
-    trained = [module for adapter in session.adapters for module in adapter.factors]
+    trained = [module for adapter in session.adapters for module in adapter.sizes]
     hoisted = form != "none" and not session.memory.compiled and not any(map(is_modulation, trained))
     prepare = hoist if hoisted else None
     transformer = load_transformer_in(form, session.conditions.base, session.dtype, device, prepare)

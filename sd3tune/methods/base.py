@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +98,9 @@ class Method(Protocol):
         `generator(name)` returns a seeded generator.
         """
 
+    def rates(self, names: Iterable[str]) -> dict[str, float]:
+        """Return the learning rates of trained parameters as multiples of `optimizer.lr`; those at 1 may be missing."""
+
     def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
     ) -> None:
@@ -123,6 +126,9 @@ class Method(Protocol):
 
         Results equal diffusers' to the bit, as the fast path is off. This also holds for `disabled`.
         """
+
+    def unrounded(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None] | None:
+        """Run the model as `as_exported` does, without the rounding of the file; None if it is not to be reported."""
 
     def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
         """Run the model as the untrained base, while the context lasts."""

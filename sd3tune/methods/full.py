@@ -23,8 +23,7 @@ from sd3tune.model.base.parts import INDEX_FILE
 from sd3tune.model.compute.fast import plain_path
 from sd3tune.model.load.components import load_scheduler, load_transformer
 from sd3tune.model.lora.targets import ELSEWHERE, CoverageRow, block_of, inside_blocks
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from sd3tune.runtime.device import DTYPES
 
 
 class FullMethod(StoredText):
@@ -42,7 +41,7 @@ class FullMethod(StoredText):
         super().__init__(config.model)
         self.settings = cast(FullConfig, config.method)
         self.base, self.flow_shift = base, config.flow.shift
-        self.export_dtype = _DTYPES[self.settings.export_dtype]
+        self.export_dtype = DTYPES[self.settings.export_dtype]
         self.exported_bytes = self.export_dtype.itemsize
         self._caches_base = bool(config.data.own_predictions)
         self._cached_base: dict[str, Tensor] | None = None

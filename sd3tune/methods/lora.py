@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,48 +25,72 @@ from sd3tune.model.base.base import Base
 from sd3tune.model.compute.fast import plain_path
 from sd3tune.model.lora.dropout import SeededDropout
 from sd3tune.model.lora.eva import input_directions
-from sd3tune.model.lora.layers import ADAPTER_NAME, Layer, block_norms, inject_lora, lora_layers
+from sd3tune.model.lora.layers import (
+    ADAPTER_NAME,
+    Layer,
+    adapter_layers,
+    block_norms,
+    inject_lora,
+    lora_layers,
+    parameters_of,
+)
 from sd3tune.model.lora.targets import CoverageRow, coverage, select_modules, values_by_pattern
+from sd3tune.runtime.device import DTYPES
 
 
 class LoraMethod(StoredText):
     """See `methods.base.Method`."""
 
     product = Product("adapter", adapter_io.ADAPTER_FILE)
-    exported_bytes = 4
     block_measure = "norm of the weight update per block"
     remedy = "method.targets"
+    dora = False
+    """True if each layer also has a trained magnitude for each output."""
 
     def __init__(self, config: Config, base: Base | None = None) -> None:
         super().__init__(config.model)
         self.settings = cast(LoraConfig, config.method)
+        self.export_dtype = DTYPES[self.settings.export_dtype]
+        self.exported_bytes = self.export_dtype.itemsize
 
     def select(self, transformer: nn.Module) -> list[str]:
         modules = select_modules(transformer, self.settings.targets, self.settings.blocks)
         layers = self._layers(modules)
         if self._start:
-            check_start(self._start, transformer, layers)
+            check_start(self._start, transformer, layers, self.dora)
         return modules
 
     def coverage(self, transformer: nn.Module) -> list[CoverageRow]:
         layers = self._layers(self.select(transformer))
-        return coverage(transformer, {name: layer.rank for name, layer in layers.items()})
+        return coverage(transformer, {name: layer.rank for name, layer in layers.items()}, self.parameters_of_layer)
+
+    def parameters_of_layer(self, rank: int, inputs: int, outputs: int) -> int:
+        """Return the number of trained parameters for a linear layer of these sizes."""
+        return rank * (inputs + outputs)
 
     def title(self) -> str:
-        rank = self.settings.rank
+        kind, rank = self.settings.kind, self.settings.rank
         others = sorted(set(self.settings.rank_pattern.values()) - {rank})
-        return f"lora, rank {rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
+        some = f" (some {', '.join(map(str, others))})" if others else ""
+        ratio = getattr(self.settings, "loraplus_lr_ratio", 1)
+        return f"{kind}, rank {rank}{some}" + (f", B at {ratio:g} x the learning rate" if ratio != 1 else "")
 
     def inject(
         self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
     ) -> dict[str, nn.Parameter]:
         layers = self._layers(self.select(transformer))
         settings = self.settings
-        parameters = inject_lora(transformer, layers, generator, init=settings.init, dropout=settings.dropout)
+        parameters = inject_lora(
+            transformer, layers, generator, init=settings.init, dropout=settings.dropout, dora=self.dora
+        )
         if self._start:
             for name, factor in starting_factors(self._start, layers).items():
                 parameters[name].data = factor.to(parameters[name].device)
         return parameters
+
+    def rates(self, names: Iterable[str]) -> dict[str, float]:
+        ratio = self.settings.loraplus_lr_ratio
+        return {name: ratio for name in names if ratio != 1 and name.endswith(".lora_B")}
 
     def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
@@ -82,6 +106,9 @@ class LoraMethod(StoredText):
             adapted[name].lora_A[ADAPTER_NAME].weight.data.copy_(reduce_mean(directions.contiguous()))
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
+        return {name: value.to(self.export_dtype) for name, value in self._folded(weights).items()}
+
+    def _folded(self, weights: Weights) -> dict[str, Tensor]:
         layers = self._layers([name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")])
         return adapter_io.fold_scale(weights, {name: layer.scale for name, layer in layers.items()})
 
@@ -99,21 +126,25 @@ class LoraMethod(StoredText):
             for dropout in dropouts:
                 dropout.draw(None)
 
+    def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None]:
+        return self._computing_with(transformer, self.exported(weights))
+
+    def unrounded(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None] | None:
+        if self.export_dtype is torch.float32:
+            return None
+        return self._computing_with(transformer, self._folded(weights))
+
     @contextmanager
-    def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> Iterator[None]:
+    def _computing_with(self, transformer: SD3Transformer2DModel, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         # Parameters are repointed and restored: the live values are never written to.
-        tensors = self.exported(weights)
         live: list[tuple[nn.Parameter, Tensor]] = []
-        layers = lora_layers(transformer)
+        layers: dict[str, Any] = {**adapter_layers(transformer)}
         scales = {name: layer.scaling[ADAPTER_NAME] for name, layer in layers.items()}
         try:
             for name, layer in layers.items():
-                for parameter, value in (
-                    (layer.lora_A[ADAPTER_NAME].weight, tensors[f"{name}.lora_A"]),
-                    (layer.lora_B[ADAPTER_NAME].weight, tensors[f"{name}.lora_B"]),
-                ):
+                for part, parameter in parameters_of(layer).items():
                     live.append((parameter, parameter.data))
-                    parameter.data = value.to(parameter.dtype)
+                    parameter.data = tensors[f"{name}.{part}"].to(parameter.dtype)
                 layer.scaling[ADAPTER_NAME] = 1.0
             with plain_path(transformer):
                 yield
@@ -136,7 +167,7 @@ class LoraMethod(StoredText):
         return block_norms(self.exported(weights))
 
     def export(self, folder: Path, weights: Weights, contract: Mapping[str, Any]) -> Path:
-        return adapter_io.write_adapter(folder, self.exported(weights), contract)
+        return adapter_io.write_adapter(folder, self.exported(weights), contract, self.export_dtype)
 
     def sampling_shift(self) -> float | None:
         return None  # an adapter does not change the scheduler
@@ -165,7 +196,7 @@ class LoraMethod(StoredText):
         settings = self.settings
         ranks = values_by_pattern(modules, settings.rank_pattern, settings.rank, "method.rank_pattern")
         alphas = values_by_pattern(modules, settings.alpha_pattern, settings.alpha, "method.alpha_pattern")
-        return {name: Layer(ranks[name], alphas[name], settings.rslora) for name in modules}
+        return {name: Layer(ranks[name], alphas[name], settings.rank_stabilised) for name in modules}
 
     @functools.cached_property
     def _start(self) -> adapter_io.Adapter | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from sd3tune.adapter.dora import per_output
 from sd3tune.adapter.file import Adapter
 from sd3tune.adapter.layouts import PATCH_EMBEDDER
 from sd3tune.errors import AdapterError
@@ -13,11 +14,20 @@ from sd3tune.model.lora.layers import Layer
 from sd3tune.model.lora.targets import untrainable_modules
 
 
-def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, Layer]) -> None:
-    """Raise AdapterError if the adapter's modules, sizes or ranks do not match `layers`.
+def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, Layer], dora: bool = False) -> None:
+    """Raise AdapterError if the adapter's kind, modules, sizes or ranks do not match `layers`.
 
-    Modules that the adapter lacks are newly initialized. Modules whose output is unused are ignored.
+    Modules that the adapter lacks are newly initialized. Modules whose output is unused are ignored. With `dora`, it
+    may also be a DoRA whose magnitudes PEFT can train.
     """
+    trainable = dora and not adapter.of_base and all(per_output(one) for one in adapter.magnitudes.values())
+    if adapter.kind != "LoRA" and not (adapter.kind == "DoRA" and trainable):
+        raise AdapterError(
+            f"method.start_from: {adapter.path} is a {adapter.kind}, which this run cannot continue; merge it into its "
+            f"base (`sd3tune lora merge {adapter.path} --into-base --out FOLDER`) and train on the result"
+            + "; or set method.kind=dora"
+            * (adapter.kind == "DoRA" and not dora)
+        )
     if PATCH_EMBEDDER in adapter.factors:
         raise AdapterError(
             f"method.start_from: {adapter.path} also adapts {PATCH_EMBEDDER}, which sd3tune does not train; merge "

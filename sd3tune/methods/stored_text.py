@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.model import ModelConfig
-from sd3tune.methods.base import Embeddings, Saving
+from sd3tune.methods.base import Embeddings, Saving, Weights
 from sd3tune.model.load.text import assemble, pool
 
 
@@ -36,6 +37,12 @@ class StoredText:
         return prompt_embeds.to(dtype), pooled.to(dtype)
 
     def extra_loss(self, transformer: SD3Transformer2DModel, batch: Any) -> Tensor | None:
+        return None
+
+    def rates(self, names: Iterable[str]) -> dict[str, float]:
+        return {}
+
+    def unrounded(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None] | None:
         return None
 
     def savings(self, config: Config) -> Sequence[Saving]:

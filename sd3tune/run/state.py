@@ -32,7 +32,8 @@ def starting_state(
         plan.method.initialize_from_data(
             transformer, lambda: _observe(plan, encoded, transformer), processes.reduce_mean
         )
-    master = FlatMaster(parameters, plan.dtype, accumulates=not config.train.fused_backward)
+    rates = plan.method.rates(parameters)
+    master = FlatMaster(parameters, plan.dtype, accumulates=not config.train.fused_backward, rates=rates)
     state = make_state(config, master, plan.dtype)
     if plan.start is not None:
         restore(plan.start, state)

@@ -165,7 +165,8 @@ def _apply_gradient(state: TrainState, config: Config, lr: float, reduce_mean: C
     optimizer.param_groups[0]["lr"] = lr
     optimizer.found_inf = overflow.float()  # type: ignore[attr-defined]  # the optimizer skips its step unless 0
     master.master.grad = gradient
-    optimizer.step()
+    with master.at_own_rates():
+        optimizer.step()
     master.master.grad = None
     master.gradient.zero_()
     master.publish()

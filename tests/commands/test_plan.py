@@ -81,7 +81,8 @@ QUANTISED = [("nf4", "none", 160), ("nf4", "block", 64), ("int8", "selective", 1
 @pytest.mark.parametrize(
     ("method", "checkpointing", "side"),
     [(method, *step) for method in (FULL, "method.rank=4") for step in STEPS]
-    + [(f"model.quantize={form}", *step) for form, *step in QUANTISED],
+    + [(f"model.quantize={form}", *step) for form, *step in QUANTISED]
+    + [(f"method={{kind: {kind}, rank: 4}}", "none", 160) for kind in ("dora", "loha", "lokr")],
 )
 def test_saved_bytes_and_the_worst_moment_are_those_of_a_real_step(
     quick_config, tmp_path: Path, method: str, checkpointing: str, side: int
@@ -116,7 +117,8 @@ def test_saved_bytes_and_the_worst_moment_are_those_of_a_real_step(
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    assert training.saved == pytest.approx(sum(saved.values()), rel=0.02)
+    counted = 0.05 if "dora" in method else 0.02  # PEFT forms B A of a DoRA with a graph, and frees that at once
+    assert training.saved == pytest.approx(sum(saved.values()), rel=counted)
     on_the_cpu = 0.1 if "int8" in method else 0.05  # there, bitsandbytes multiplies 8-bit codes as fp32
     assert training.working == pytest.approx(peak, rel=on_the_cpu)
 
@@ -136,10 +138,12 @@ def test_saved_bytes_and_the_worst_moment_are_those_of_a_real_step(
         (torch.bfloat16, [FULL, "method.blocks=[1-2]"]),
         (torch.float32, ["optimizer={kind: schedulefree}"]),
         (torch.float32, ["method.rank=64", "optimizer={kind: paged_adamw8bit}"]),
+        (torch.bfloat16, ["method={kind: dora, rank: 4}"]),
+        (torch.bfloat16, ["method={kind: lokr, factor: 4}"]),
     ],
     ids=[
         *("lora", "ema in bf16", "adamw8bit", "prodigy", "full in bf16", "lion", "muon", "full with muon"),
-        *("full with adafactor", "some blocks", "schedulefree", "paged_adamw8bit"),
+        *("full with adafactor", "some blocks", "schedulefree", "paged_adamw8bit", "dora in bf16", "lokr in bf16"),
     ],
 )
 def test_what_stays_in_memory_is_the_sum_of_a_real_runs_tensors(

@@ -43,7 +43,7 @@ def problems(text: str, *overrides: str) -> tuple[str, ...]:
         ("train:", "train: is empty; leave it out or give it keys: steps, epochs, batch_size"),
         ("train: 5", "train: 5 is not a section; its keys are steps, epochs, batch_size"),
         ("method: {target_modules: x}", "method.target_modules: unknown key; did you mean 'targets'?"),
-        ("method: {kind: lokr}", "method.kind: 'lokr' is not one of: lora"),
+        ("method: {kind: ia3}", "method.kind: 'ia3' is not one of: lora, dora, loha, lokr, full"),
         ("method: {rank: 2000}", "method.rank: 2000 is too large; at most 1024"),
         ("method: {alpha: 0}", "method.alpha: 0 is too small; must be above 0"),
         ("method: {targets: 5}", "method.targets: 5 is not a preset, a list of module names or an expression"),

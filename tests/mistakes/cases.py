@@ -202,7 +202,7 @@ CASES = [
     Case("config", "an invalid learning rate", CHECK, "optimizer.lr", written(YAML + "optimizer: {lr: fast}\n")),
     Case("config", "not a number", CHECK, "optimizer.lr", written(YAML + "optimizer: {lr: .nan}\n")),
     Case("config", "three betas", CHECK, "optimizer.betas", written(YAML + "optimizer: {betas: [0.9, 0.99, 0.999]}\n")),
-    Case("config", "a method that does not exist", CHECK, "'lokr'", edited("rank: 2,", "kind: lokr, rank: 2,")),
+    Case("config", "a method that does not exist", CHECK, "'ia3'", edited("rank: 2,", "kind: ia3, rank: 2,")),
     Case(
         "config",
         "a key of another kind",

@@ -30,6 +30,8 @@ def _valid_range(blocks: str) -> str:
 
 _STATED = Key(Identity.WRITTEN, contract=True)
 _OF_RANKS = Key(Identity.WRITTEN, contract=True, of_ranks=True)
+_ADDED = Key(Identity.WRITTEN, contract=True, added=True)
+_OF_THE_FILE = Key(Identity.WRITTEN, contract=True, of_ranks=True, added=True)
 
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Alpha = Annotated[float, Field(gt=0)]
@@ -37,6 +39,7 @@ ModuleName = Annotated[str, Field(min_length=1), AfterValidator(_valid_pattern)]
 Pattern = Annotated[str, Field(pattern="^re:."), AfterValidator(_valid_pattern)]
 BlockRange = Annotated[str, AfterValidator(_valid_range)]
 Blocks = list[Annotated[int, Field(ge=0)] | BlockRange]
+ExportDtype = Literal["fp32", "bf16", "fp16"]
 
 
 class MethodSection(Section):
@@ -47,17 +50,25 @@ class MethodSection(Section):
     """True if the base's weights never change, so that they can be quantised."""
     makes_adapter: ClassVar[bool] = True
     """True if the result is an adapter, False if it is a whole model."""
+    fits_packed_base: ClassVar[bool] = True
+    """True if it can be trained on weights in 4 bits, which are stored without their rows."""
+    reads_base: ClassVar[bool] = False
+    """True if it needs the base's weights outside of a forward pass."""
 
     @property
     def draws_in_blocks(self) -> bool:
         """True if training draws random numbers inside the transformer's blocks."""
         return False
 
+    @property
+    def has_rates(self) -> bool:
+        """True if parameters differ in their learning rates."""
+        return False
 
-class LoraConfig(MethodSection):
-    """Low-rank adapters on the transformer's linear layers (LoRA, Hu et al. 2021)."""
 
-    kind: Annotated[Literal["lora"], WRITTEN] = Field("lora", description="Train a LoRA adapter.")
+class AdapterSection(MethodSection):
+    """Keys of every adapter on the transformer's linear layers."""
+
     rank: Annotated[Rank, _OF_RANKS] = Field(
         16, description="Rank of each adapter pair; file size is proportional to it."
     )
@@ -85,6 +96,37 @@ class LoraConfig(MethodSection):
     alpha_pattern: Annotated[dict[ModuleName, Alpha], _OF_RANKS] = Field(
         default={}, description="Other alphas for some modules, written like `rank_pattern`."
     )
+    export_dtype: Annotated[ExportDtype, _OF_THE_FILE] = Field(
+        "fp32",
+        description="Precision of the adapter file; previews and reports use the written weights. bf16 and fp16 have "
+        "half of fp32's size, fp16 with eight times the precision of bf16; checkpoints are always fp32.",
+    )
+
+    @property
+    def rank_stabilised(self) -> bool:
+        """True if the scale is alpha / sqrt(rank) instead of alpha / rank."""
+        return False
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _known_targets(cls, targets: Any) -> Any:
+        if targets == []:
+            raise ValueError("is empty: nothing would be trained; use `attention` or name at least one module")
+        presets = ("attention", "attention-image", "attention+mlp")
+        if not isinstance(targets, str | list):
+            raise ValueError("is not a preset, a list of module names or an expression that begins with re:")
+        if isinstance(targets, str) and targets not in presets and not targets.startswith("re:"):
+            raise ValueError(
+                f"is not one of: {', '.join(presets)}; put module names in a list, [{targets}], and begin a regular "
+                "expression with re:"
+            )
+        return targets
+
+
+class LoraConfig(AdapterSection):
+    """Low-rank adapters on the transformer's linear layers (LoRA, Hu et al. 2021)."""
+
+    kind: Annotated[Literal["lora"], WRITTEN] = Field("lora", description="Train a LoRA adapter.")
     rslora: Annotated[bool, _OF_RANKS] = Field(
         False,
         description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA, Kalajdzievski 2023), so that high "
@@ -103,6 +145,12 @@ class LoraConfig(MethodSection):
         "standard deviation 1 / rank; `orthogonal` (even ranks) also initialises B, orthogonal to A; `eva` uses the "
         "principal directions of each layer's input over some batches of the data.",
     )
+    loraplus_lr_ratio: Annotated[float, _ADDED] = Field(
+        1.0,
+        gt=0,
+        description="The learning rate of B as a multiple of `optimizer.lr`, A's (LoRA+, Hayou et al. 2024, who take "
+        "16); 1 trains both at one rate.",
+    )
     start_from: Annotated[str | None, Key(Identity.RESOLVED, path=is_any_path)] = Field(
         None,
         min_length=1,
@@ -111,23 +159,16 @@ class LoraConfig(MethodSection):
     )
 
     @property
+    def rank_stabilised(self) -> bool:
+        return self.rslora
+
+    @property
+    def has_rates(self) -> bool:
+        return self.loraplus_lr_ratio != 1
+
+    @property
     def draws_in_blocks(self) -> bool:
         return self.dropout > 0
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _known_targets(cls, targets: Any) -> Any:
-        if targets == []:
-            raise ValueError("is empty: nothing would be trained; use `attention` or name at least one module")
-        presets = ("attention", "attention-image", "attention+mlp")
-        if not isinstance(targets, str | list):
-            raise ValueError("is not a preset, a list of module names or an expression that begins with re:")
-        if isinstance(targets, str) and targets not in presets and not targets.startswith("re:"):
-            raise ValueError(
-                f"is not one of: {', '.join(presets)}; put module names in a list, [{targets}], and begin a regular "
-                "expression with re:"
-            )
-        return targets
 
     @field_validator("init", mode="before")
     @classmethod
@@ -150,6 +191,47 @@ class LoraConfig(MethodSection):
         return self
 
 
+class DoraConfig(LoraConfig):
+    """LoRA with a trained magnitude for each output of a layer (DoRA, Liu et al. 2024)."""
+
+    reads_base: ClassVar[bool] = True
+
+    kind: Annotated[Literal["dora"], WRITTEN] = Field(  # type: ignore[assignment]
+        "dora", description="Train a DoRA adapter."
+    )
+
+
+class LohaConfig(AdapterSection):
+    """The elementwise product of two low-rank matrices for each layer (LoHa; FedPara, Hyeon-Woo et al. 2022)."""
+
+    fits_packed_base: ClassVar[bool] = False
+
+    kind: Annotated[Literal["loha"], WRITTEN] = Field("loha", description="Train a LoHa adapter.")
+
+
+class LokrConfig(AdapterSection):
+    """The Kronecker product of a small and a larger, low-rank matrix for each layer (LoKr, Yeh et al. 2024)."""
+
+    fits_packed_base: ClassVar[bool] = False
+
+    kind: Annotated[Literal["lokr"], WRITTEN] = Field("lokr", description="Train a LoKr adapter.")
+    factor: Annotated[int, _OF_RANKS] = Field(
+        -1,
+        description="Rows and columns of the small matrix, where they divide the layer's; -1 takes the divisor nearest "
+        "to the square root. A smaller factor trains more parameters.",
+    )
+    decompose_both: Annotated[bool, _OF_RANKS] = Field(
+        False, description="Also give the small matrix a low rank, where that has fewer parameters."
+    )
+
+    @field_validator("factor")
+    @classmethod
+    def _factor_divides(cls, factor: int) -> int:
+        if factor < 2 and factor != -1:
+            raise ValueError("is not a divisor; give 2 or more, or -1 for the one nearest to the square root")
+        return factor
+
+
 class FullConfig(MethodSection):
     """Train every transformer parameter: full fine-tuning or, with `model.init: random`, training from scratch."""
 
@@ -165,11 +247,12 @@ class FullConfig(MethodSection):
         description="Transformer blocks to train, counted from 0, such as `[0, 3, 12-23]`; the rest of the transformer "
         "is frozen. null trains everything.",
     )
-    export_dtype: Annotated[Literal["fp32", "bf16", "fp16"], _STATED] = Field(
+    export_dtype: Annotated[ExportDtype, _STATED] = Field(
         "fp16",
         description="Precision of the transformer in `model/`; previews and reports use the written weights. fp16 has "
         "half of fp32's size and eight times the precision of bf16; checkpoints are always fp32.",
     )
 
 
-MethodConfig = Annotated[LoraConfig | FullConfig, Field(discriminator="kind")]
+METHOD_SECTIONS = (LoraConfig, DoraConfig, LohaConfig, LokrConfig, FullConfig)
+MethodConfig = Annotated[LoraConfig | DoraConfig | LohaConfig | LokrConfig | FullConfig, Field(discriminator="kind")]

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sd3tune.model.lora.dropout import SeededDropout
 from sd3tune.model.lora.targets import block_of
 
 ADAPTER_NAME = "default"
+MAGNITUDE = "lora_magnitude_vector"
+"""PEFT's name of DoRA's magnitudes."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,12 @@ def inject_lora(
     *,
     init: bool | str = True,
     dropout: float = 0.0,
+    dora: bool = False,
 ) -> dict[str, nn.Parameter]:
     """Add LoRA layers to the modules of `layers`. Return their fp32 parameters, `<module>.lora_A` and `.lora_B`.
 
     Factors are drawn in fp32 from `generator(module)`, so the initialization does not depend on the base's dtype or on
-    global state.
+    global state. With `dora`, `<module>.lora_magnitude_vector` [out] follows, in the base's dtype.
     """
     common = most_common(layers)
     config = LoraConfig(
@@ -86,6 +91,7 @@ def inject_lora(
         alpha_pattern={f"^{name}": layer.alpha for name, layer in layers.items() if layer.alpha != common.alpha},
         use_rslora=common.rslora,
         init_lora_weights=False,
+        use_dora=dora,
     )
     transformer.requires_grad_(False)
     transformer.add_adapter(config, adapter_name=ADAPTER_NAME)
@@ -97,6 +103,8 @@ def inject_lora(
         if dropout:
             layer.lora_dropout[ADAPTER_NAME] = SeededDropout(dropout, name)
         parameters[f"{name}.lora_A"], parameters[f"{name}.lora_B"] = down, up
+        if dora:
+            parameters[f"{name}.{MAGNITUDE}"] = layer.lora_magnitude_vector[ADAPTER_NAME].weight
     return parameters
 
 
@@ -110,6 +118,18 @@ def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
 
 
+def adapter_layers(transformer: nn.Module) -> dict[str, BaseTunerLayer]:
+    """Return the modules with adapters of any kind, by full name."""
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def parameters_of(layer: Any, adapter: str = ADAPTER_NAME) -> dict[str, nn.Parameter]:
+    """Return the parameters of a layer's adapter by PEFT's name of the part, such as `lora_A`."""
+    found = {part: getattr(layer, part) for part in layer.adapter_layer_names}
+    held = {part: holder[adapter] for part, holder in found.items() if adapter in holder}
+    return {part: one if isinstance(one, nn.Parameter) else one.weight for part, one in held.items()}
+
+
 def block_norms(factors: Mapping[str, Tensor]) -> dict[str, float]:
     """Return block -> Frobenius norm of BA over its modules, without forming BA: |BA|^2 = sum((B^T B) * (A A^T))."""
     squares: dict[str, float] = {}
@@ -120,3 +140,12 @@ def block_norms(factors: Mapping[str, Tensor]) -> dict[str, float]:
             block = block_of(name)
             squares[block] = squares.get(block, 0.0) + ((b.T @ b) * (a @ a.T)).sum().item()
     return {block: max(square, 0.0) ** 0.5 for block, square in squares.items()}
+
+
+def norms_by_block(updates: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
+    """Return block -> Frobenius norm over its modules, from (module, update of its weight)."""
+    squares: dict[str, float] = {}
+    for name, update in updates:
+        block = block_of(name)
+        squares[block] = squares.get(block, 0.0) + update.cpu().double().square().sum().item()
+    return {block: square**0.5 for block, square in squares.items()}

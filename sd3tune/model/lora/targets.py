@@ -109,17 +109,22 @@ def values_by_pattern(
     }
 
 
-def coverage(transformer: nn.Module, ranks: Mapping[str, int]) -> list[CoverageRow]:
-    """Group the modules of `ranks` by their place in a block, for the table at the start of a run."""
+def coverage(
+    transformer: nn.Module, ranks: Mapping[str, int], parameters: Callable[[int, int, int], int]
+) -> list[CoverageRow]:
+    """Group the modules of `ranks` by their place in a block, for the table at the start of a run.
+
+    `parameters(rank, inputs, outputs)` counts the trained parameters of a layer.
+    """
     rows: dict[str, CoverageRow] = {}
     for name, module in transformer.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         kind = _kind(name)
         row = rows.get(kind, CoverageRow(kind, 0, 0, 0))
-        parameters = ranks.get(name, 0) * (module.in_features + module.out_features)
+        trained = parameters(ranks[name], module.in_features, module.out_features) if name in ranks else 0
         rows[kind] = CoverageRow(
-            kind, row.trained + (name in ranks), row.present + 1, row.parameters + parameters, in_blocks=kind != name
+            kind, row.trained + (name in ranks), row.present + 1, row.parameters + trained, in_blocks=kind != name
         )
     return [row for row in rows.values() if row.trained]
 

@@ -19,8 +19,17 @@ def with_diffusers(trained: Trained) -> list[str]:
         ]
     return [
         _introduction(trained),
-        fenced("python", "\n".join([*base, *_loading_adapter(trained), *_drawing(trained)])),
+        fenced("python", "\n".join([*_with_imports(base, trained), *_loading_adapter(trained), *_drawing(trained)])),
     ]
+
+
+def _with_imports(lines: Sequence[str], trained: Trained) -> list[str]:
+    """Return the lines with the imports that LoHa also needs, after diffusers'."""
+    if trained.kind_of_adapter != "LoHa":
+        return list(lines)
+    place = next(number for number, line in enumerate(lines) if line.startswith("from diffusers")) + 1
+    first = ["import json"] if lines[0].startswith("import ") and lines[0] != "import torch" else ["import json", ""]
+    return [*first, *lines[:place], *_for_loha(trained), *lines[place:]]
 
 
 def _introduction(trained: Trained) -> str:
@@ -88,8 +97,30 @@ def _pipe(base: str, trained: Trained, more: Sequence[str] = ()) -> str:
 def _loading_adapter(trained: Trained) -> list[str]:
     if not trained.is_adapter:
         return []
+    if trained.kind_of_adapter == "LoHa":
+        return _loading_loha(trained)
     where = f'{_python(trained.repo_id)}, subfolder="adapter"' if trained.repo_id else '"adapter"'
-    return [f'pipe.load_lora_weights({where}, weight_name="{ADAPTER_FILE}")']
+    loads = "transformer.load_lora_adapter" if trained.kind_of_adapter == "LoKr" else "load_lora_weights"
+    return [f'pipe.{loads}({where}, weight_name="{ADAPTER_FILE}")']
+
+
+def _loading_loha(trained: Trained) -> list[str]:
+    """Return lines that load the file by PEFT: diffusers itself reads no LoHa."""
+    path = f"adapter/{ADAPTER_FILE}"
+    found = f'hf_hub_download({_python(trained.repo_id)}, "{path}")' if trained.repo_id else f'"{path}"'
+    return [
+        f'with safe_open({found}, "pt", device=device) as file:',
+        '    stated = json.loads(file.metadata()["lora_adapter_metadata"])',
+        '    tensors = {key.removeprefix("transformer."): file.get_tensor(key) for key in file.keys()}',
+        'settings = {key.removeprefix("transformer."): value for key, value in stated.items()}',
+        "pipe.transformer.add_adapter(LoHaConfig(**settings))",
+        "set_peft_model_state_dict(pipe.transformer, tensors)",
+    ]
+
+
+def _for_loha(trained: Trained) -> list[str]:
+    hub = ["from huggingface_hub import hf_hub_download"] if trained.repo_id else []
+    return [*hub, "from peft import LoHaConfig, set_peft_model_state_dict", "from safetensors import safe_open"]
 
 
 def _drawing(trained: Trained) -> list[str]:

@@ -62,6 +62,11 @@ class Trained:
         return "rank" in self.contract
 
     @property
+    def kind_of_adapter(self) -> str:
+        """`LoRA`, `DoRA`, `LoHa` or `LoKr`; methods from outside the package count as LoRA."""
+        return {"dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}.get(self.contract.get("method", ""), "LoRA")
+
+    @property
     def from_scratch(self) -> bool:
         return self.contract.get("init") == "random"
 

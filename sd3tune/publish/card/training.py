@@ -23,10 +23,17 @@ def _what(trained: Trained) -> Iterator[Row]:
     yield "base model", f"{code(contract['base'])}{revision}"
     if trained.is_adapter:
         yield "rank, alpha", f"{contract['rank']}, {contract['alpha']:g} (folded into the file: alpha = rank there)"
+        if "export_dtype" in contract:
+            yield "file", f"{contract['export_dtype']}{_rounding(trained)}"
     else:
         yield "trained", f"the whole transformer, in the file as {contract['export_dtype']}"
     raw = "" if trained.step else f"; as trained in `{'adapter' if trained.is_adapter else 'model'}_raw`"
     yield "weights", "as trained" if ema is None else f"exponential moving average, decay {ema.decay:g}{raw}"
+
+
+def _rounding(trained: Trained) -> str:
+    error = (trained.report or {}).get("rounding_error")
+    return "" if error is None else f"; the rounding changes one denoising step by {100 * error:.2g} %"
 
 
 def _data(trained: Trained) -> Iterator[Row]:

@@ -30,7 +30,13 @@ def _gate(trained: Trained) -> list[str]:
 
 
 def _other_tools(trained: Trained) -> list[str]:
-    return [f"ComfyUI reads `{ADAPTERS[0]}/{ADAPTER_FILE}` as it is."] if trained.is_adapter else []
+    if not trained.is_adapter:
+        return []
+    file = f"{ADAPTERS[0]}/{ADAPTER_FILE}"
+    if trained.kind_of_adapter != "DoRA":
+        return [f"ComfyUI reads `{file}` as it is."]
+    command = f"sd3tune lora convert {file} --to comfyui --out for_comfyui.safetensors"
+    return [f"ComfyUI would ignore the magnitudes in this file; {code(command)} writes one for it."]
 
 
 def _commands(trained: Trained) -> list[str]:
