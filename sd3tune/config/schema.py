@@ -203,6 +203,15 @@ class Config(Section, metaclass=ConfigType):
         return self
 
     @model_validator(mode="after")
+    def _fused_backward_has_one_rate(self) -> Config:
+        if self.train.fused_backward and self.method.trains_text:
+            raise ValueError(
+                "train.fused_backward is true and method.text_encoders trains text encoders, which have learning rates "
+                "of their own; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _exported_tags_need_adapter(self) -> Config:
         if self.data.export_tags and not self.method.makes_adapter:
             raise ValueError(

@@ -72,7 +72,13 @@ class Method(Protocol):
     resident: tuple[str, ...]
     """Components that stay in memory while training."""
     cached_encoders: tuple[str, ...]
-    """Frozen text encoders, whose output comes from the store."""
+    """Text encoders whose output, with the base's weights, comes from the store."""
+    trained_encoders: tuple[str, ...]
+    """Text encoders that are trained. Their entries in `Embeddings` also hold `tokens` [B, 77], int64 on the CPU; zeros
+    stand for a dropped caption."""
+    rates: Mapping[str, float]
+    """Prefix of parameter names -> their own peak learning rate. Each prefix is clipped by itself; its parameters
+    follow each other. The other parameters come first, with `optimizer.lr`."""
     product: Product
     exported_bytes: int
     """Bytes per trained parameter in the exported files."""
@@ -107,7 +113,10 @@ class Method(Protocol):
         """Return `prompt_embeds` [B, tokens, width] and `pooled_prompt_embeds` [B, width], in the model's dtype."""
 
     def pooled(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> Tensor:
-        """Return the `pooled_prompt_embeds` of `conditioning`; the embeddings need no `hidden`."""
+        """Return the `pooled_prompt_embeds` of `conditioning`; the embeddings need no `hidden`.
+
+        It is not called if `trained_encoders` names any.
+        """
 
     def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> AbstractContextManager[None]:
         """Enable training-only regularisation, such as dropout, drawn from `seed`, in forward and backward pass."""

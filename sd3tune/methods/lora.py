@@ -1,4 +1,4 @@
-"""LoRA on the transformer; the text encoders are frozen, and their output comes from the store."""
+"""LoRA on the transformer and, if configured, on CLIP text encoders; other text comes from the store."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from sd3tune.config.schema import Config
 from sd3tune.config.sections.method import LoraConfig
 from sd3tune.errors import AdapterError
 from sd3tune.files.regular import sha256_of
-from sd3tune.methods.base import Product, Saving, Weights
+from sd3tune.methods.base import Embeddings, Product, Saving, Weights
 from sd3tune.methods.start_from import check_start, starting_factors
 from sd3tune.methods.stored_text import StoredText
+from sd3tune.methods.text_encoders import TrainedEncoders
 from sd3tune.model.base.base import Base
 from sd3tune.model.compute.fast import plain_path
 from sd3tune.model.lora.dropout import SeededDropout
 from sd3tune.model.lora.eva import input_directions
-from sd3tune.model.lora.layers import ADAPTER_NAME, Layer, block_norms, inject_lora, lora_layers
+from sd3tune.model.lora.layers import ADAPTER_NAME, Layer, block_norms, inject_lora, lora_layers, other_factors
 from sd3tune.model.lora.targets import CoverageRow, coverage, select_modules, values_by_pattern
 
 
@@ -40,8 +41,16 @@ class LoraMethod(StoredText):
     def __init__(self, config: Config, base: Base | None = None) -> None:
         super().__init__(config.model)
         self.settings = cast(LoraConfig, config.method)
+        encoders = self.settings.text_encoders
+        self.text = TrainedEncoders({} if encoders is None else encoders.trained, base)
+        self.trained_encoders, self.rates = self.text.names, self.text.rates
+        self.resident = ("transformer", *self.trained_encoders)
 
     def select(self, transformer: nn.Module) -> list[str]:
+        return [*self._select(transformer), *self.text.select(self._start)]
+
+    def _select(self, transformer: nn.Module) -> list[str]:
+        """Return the names of the transformer's modules to train."""
         modules = select_modules(transformer, self.settings.targets, self.settings.blocks)
         layers = self._layers(modules)
         if self._start:
@@ -49,24 +58,27 @@ class LoraMethod(StoredText):
         return modules
 
     def coverage(self, transformer: nn.Module) -> list[CoverageRow]:
-        layers = self._layers(self.select(transformer))
-        return coverage(transformer, {name: layer.rank for name, layer in layers.items()})
+        layers = self._layers(self._select(transformer))
+        rows = coverage(transformer, {name: layer.rank for name, layer in layers.items()})
+        return [*rows, *self.text.coverage()]
 
     def title(self) -> str:
         rank = self.settings.rank
         others = sorted(set(self.settings.rank_pattern.values()) - {rank})
-        return f"lora, rank {rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
+        some = f" (some {', '.join(map(str, others))})" if others else ""
+        return f"lora, rank {rank}{some}{self.text.title()}"
 
     def inject(
         self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
     ) -> dict[str, nn.Parameter]:
-        layers = self._layers(self.select(transformer))
+        layers = self._layers(self._select(transformer))
         settings = self.settings
         parameters = inject_lora(transformer, layers, generator, init=settings.init, dropout=settings.dropout)
         if self._start:
             for name, factor in starting_factors(self._start, layers).items():
                 parameters[name].data = factor.to(parameters[name].device)
-        return parameters
+        dtype, device = next(transformer.parameters()).dtype, transformer.device
+        return {**parameters, **self.text.inject(generator, self._start, dtype, device)}
 
     def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
@@ -82,8 +94,13 @@ class LoraMethod(StoredText):
             adapted[name].lora_A[ADAPTER_NAME].weight.data.copy_(reduce_mean(directions.contiguous()))
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
-        layers = self._layers([name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")])
-        return adapter_io.fold_scale(weights, {name: layer.scale for name, layer in layers.items()})
+        own = {name: value for name, value in weights.items() if not name.startswith(tuple(self.rates))}
+        layers = self._layers([name.removesuffix(".lora_A") for name in own if name.endswith(".lora_A")])
+        folded = adapter_io.fold_scale(own, {name: layer.scale for name, layer in layers.items()})
+        return {**folded, **self.text.exported(weights)}
+
+    def conditioning(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> tuple[Tensor, Tensor]:
+        return super().conditioning(self.text.encoded(embeddings), transformer)
 
     @contextmanager
     def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> Iterator[None]:
@@ -101,39 +118,23 @@ class LoraMethod(StoredText):
 
     @contextmanager
     def as_exported(self, transformer: SD3Transformer2DModel, weights: Weights) -> Iterator[None]:
-        # Parameters are repointed and restored: the live values are never written to.
         tensors = self.exported(weights)
-        live: list[tuple[nn.Parameter, Tensor]] = []
-        layers = lora_layers(transformer)
-        scales = {name: layer.scaling[ADAPTER_NAME] for name, layer in layers.items()}
-        try:
-            for name, layer in layers.items():
-                for parameter, value in (
-                    (layer.lora_A[ADAPTER_NAME].weight, tensors[f"{name}.lora_A"]),
-                    (layer.lora_B[ADAPTER_NAME].weight, tensors[f"{name}.lora_B"]),
-                ):
-                    live.append((parameter, parameter.data))
-                    parameter.data = value.to(parameter.dtype)
-                layer.scaling[ADAPTER_NAME] = 1.0
-            with plain_path(transformer):
-                yield
-        finally:
-            for parameter, data in live:
-                parameter.data = data
-            for name, layer in layers.items():
-                layer.scaling[ADAPTER_NAME] = scales[name]
+        with other_factors(transformer, tensors), self.text.as_exported(tensors), plain_path(transformer):
+            yield
 
     @contextmanager
     def disabled(self, transformer: SD3Transformer2DModel) -> Iterator[None]:
         transformer.disable_adapters()
         try:
-            with plain_path(transformer):
+            with plain_path(transformer), self.text.disabled():
                 yield
         finally:
             transformer.enable_adapters()
 
     def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
-        return block_norms(self.exported(weights))
+        tensors = self.exported(weights)
+        own = {name: value for name, value in tensors.items() if not name.startswith(tuple(self.rates))}
+        return {**block_norms(own), **self.text.changes(tensors)}
 
     def export(self, folder: Path, weights: Weights, contract: Mapping[str, Any]) -> Path:
         return adapter_io.write_adapter(folder, self.exported(weights), contract)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
@@ -18,6 +18,8 @@ class StoredText:
     """Base class of methods that train only the transformer."""
 
     resident: tuple[str, ...] = ("transformer",)
+    trained_encoders: tuple[str, ...] = ()
+    rates: Mapping[str, float] = {}
 
     def __init__(self, model: ModelConfig) -> None:
         self.t5_length = model.max_sequence_length

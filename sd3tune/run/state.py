@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from diffusers import SD3Transformer2DModel
+from torch import nn
 
 from sd3tune.config import Config
 from sd3tune.model.compute.compiled import compile_blocks
@@ -16,7 +20,7 @@ from sd3tune.training.checkpoint import restore
 from sd3tune.training.flat_master import FlatMaster, LossScale
 from sd3tune.training.fused_backward import FusedBackward
 from sd3tune.training.optimizers import make_optimizer
-from sd3tune.training.step import TrainState, predict_velocity
+from sd3tune.training.step import Segment, TrainState, predict_velocity
 
 _OBSERVED_STEPS = 8
 """Number of batches for an initialisation from data."""
@@ -33,7 +37,7 @@ def starting_state(
             transformer, lambda: _observe(plan, encoded, transformer), processes.reduce_mean
         )
     master = FlatMaster(parameters, plan.dtype, accumulates=not config.train.fused_backward)
-    state = make_state(config, master, plan.dtype)
+    state = make_state(config, master, plan.dtype, plan.method.rates)
     if plan.start is not None:
         restore(plan.start, state)
     if config.train.compile == "blocks":
@@ -41,9 +45,17 @@ def starting_state(
     return state
 
 
-def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainState:
-    """Return the training state before the first step."""
-    optimizer = make_optimizer(config.optimizer, master.master)
+def make_state(
+    config: Config, master: FlatMaster, dtype: torch.dtype, rates: Mapping[str, float] = MappingProxyType({})
+) -> TrainState:
+    """Return the training state before the first step. See `Method.rates` for the parts with rates of their own."""
+    segments = []
+    for prefix, lr in rates.items():
+        part = master.part_of(prefix)
+        own = nn.Parameter(master.master.detach()[part])
+        segments.append(Segment(prefix.removesuffix("."), part, lr, make_optimizer(config.optimizer, own)))
+    rest = nn.Parameter(master.master.detach()[: segments[0].part.start]) if segments else master.master
+    optimizer = make_optimizer(config.optimizer, rest)
     return TrainState(
         step=0,
         master=master,
@@ -51,6 +63,7 @@ def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainS
         ema=master.master.detach().clone() if config.ema is not None else None,
         loss_scale=LossScale(master.master.device, enabled=dtype is torch.float16),
         fused=FusedBackward(master, optimizer) if config.train.fused_backward else None,
+        segments=segments,
     )
 
 

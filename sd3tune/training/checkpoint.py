@@ -39,8 +39,11 @@ def save_checkpoint(
         save_sorted(temporary / _TENSORS, tensors)
         digests = {name: digest(tensor) for name, tensor in tensors.items()}
         described = {"step": state.step, "identity": identity, "layout": _layout(state), "digests": digests}
-        if isinstance(state.optimizer, HostStepped):
-            described["optimizer"] = state.optimizer.numbers()
+        described |= {
+            f"{prefix}optimizer": optimizer.numbers()
+            for prefix, optimizer in _optimizers(state).items()
+            if isinstance(optimizer, HostStepped)
+        }
         write_json(temporary / _STATE, described)
         export(temporary)
     prune(run, keep)
@@ -92,11 +95,13 @@ def restore(checkpoint: Path, state: TrainState) -> None:
         tensors = load_file(checkpoint / _TENSORS, device="cpu")
     except (OSError, SafetensorError) as error:
         raise _damaged(checkpoint, str(error)) from error
-    expected, optimizer = _tensors(state), state.optimizer
-    if isinstance(optimizer, HostStepped):  # its state exists only after a step, so the file defines it
-        expected = {name: tensor for name, tensor in expected.items() if not name.startswith(_OPTIMIZER)}
-        expected |= {name: tensor for name, tensor in tensors.items() if name.startswith(_OPTIMIZER)}
-        _check_numbers(checkpoint, saved.get("optimizer"))
+    expected = _tensors(state)
+    stepped = {of: one for of, one in _optimizers(state).items() if isinstance(one, HostStepped)}
+    for prefix in stepped:  # its state exists only after a step, so the file defines it
+        begin = prefix + _OPTIMIZER
+        expected = {name: tensor for name, tensor in expected.items() if not name.startswith(begin)}
+        expected |= {name: tensor for name, tensor in tensors.items() if name.startswith(begin)}
+        _check_numbers(checkpoint, saved.get(f"{prefix}optimizer"))
     for name in sorted({*expected, *tensors}):
         stored, live = tensors.get(name), expected.get(name)
         if stored is None or live is None:
@@ -110,11 +115,12 @@ def restore(checkpoint: Path, state: TrainState) -> None:
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])
-    if isinstance(optimizer, HostStepped):
+    for prefix, optimizer in stepped.items():
+        begin = prefix + _OPTIMIZER
         optimizer_tensors = {
-            name.removeprefix(_OPTIMIZER): value for name, value in expected.items() if name.startswith(_OPTIMIZER)
+            name.removeprefix(begin): value for name, value in expected.items() if name.startswith(begin)
         }
-        optimizer.remember(optimizer_tensors, saved["optimizer"])
+        optimizer.remember(optimizer_tensors, saved[f"{prefix}optimizer"])
     state.step = saved["step"]
     state.master.publish()
 
@@ -157,6 +163,13 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
         tensors["ema"] = state.ema
     if state.loss_scale.enabled:
         tensors |= {"loss_scale": state.loss_scale.scale, "good_steps": state.loss_scale.good_steps}
-    optimizer = state.optimizer.state[state.master.master]
-    remembered = {name: value for name, value in optimizer.items() if isinstance(value, Tensor)}
-    return tensors | {f"{_OPTIMIZER}{name}": tensor for name, tensor in remembered.items()}
+    for prefix, optimizer in _optimizers(state).items():
+        (parameter,) = optimizer.param_groups[0]["params"]
+        remembered = {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
+        tensors |= {f"{prefix}{_OPTIMIZER}{name}": tensor for name, tensor in remembered.items()}
+    return tensors
+
+
+def _optimizers(state: TrainState) -> dict[str, torch.optim.Optimizer]:
+    """Return prefix of names in a checkpoint -> optimizer."""
+    return {"": state.optimizer, **{f"{segment.name}.": segment.optimizer for segment in state.segments}}

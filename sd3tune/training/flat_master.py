@@ -64,6 +64,12 @@ class FlatMaster:
         if self.compute.data_ptr() != self.master.data_ptr():
             self.compute[part].copy_(self.master.detach()[part])
 
+    def part_of(self, prefix: str) -> slice:
+        """Return the neighbouring values of the parameters whose names begin with `prefix`; empty without any."""
+        inside = [name.startswith(prefix) for name in self.shapes]
+        first = inside.index(True) if True in inside else len(inside)
+        return slice(sum(self.sizes[:first]), sum(self.sizes[: first + sum(inside)]))
+
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the named tensors of `flat`, which is laid out like the master; they are views of it."""
         views = flat.detach().split(self.sizes)

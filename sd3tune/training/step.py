@@ -12,7 +12,7 @@ The minimised loss is mean(L of the instances), plus weight * mean(L of the prio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,20 @@ from sd3tune.training.objective import Objective
 from sd3tune.training.schedules import learning_rate
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring values of the master with a learning rate and a clipped gradient norm of their own."""
+
+    name: str
+    """Its name in checkpoints."""
+    part: slice
+    """Its place in the master."""
+    lr: float
+    """Peak learning rate."""
+    optimizer: torch.optim.Optimizer
+    """The optimizer of these values, a parameter that shares their memory."""
+
+
 @dataclass
 class TrainState:
     """The state that changes during training: the contents of a checkpoint."""
@@ -39,6 +53,7 @@ class TrainState:
     master: FlatMaster
     """The trainable parameters in fp32, and their accumulated gradient."""
     optimizer: torch.optim.Optimizer
+    """The optimizer of the master or, with `segments`, of the values before them."""
     ema: Tensor | None
     """Moving average of the master, in its shape; None without `ema`."""
     loss_scale: LossScale
@@ -46,6 +61,8 @@ class TrainState:
     """With `train.fused_backward`: applies the gradients inside the backward pass."""
     updating: bool = False
     """True while an update runs: the tensors then belong to two steps, and must not be saved."""
+    segments: Sequence[Segment] = ()
+    """The last parts of the master, if they have rates of their own."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,7 @@ class StepResult:
     [3, 0] if no source has a prior.
     """
     grad_norm: Tensor
-    """Norm of the gradient before clipping, a scalar; not finite if the update was skipped."""
+    """Norm of the whole gradient before clipping, a scalar; not finite if the update was skipped."""
     learning_rate: float
 
 
@@ -106,7 +123,7 @@ def train_step(
     `reduce_mean` averages a tensor over the processes, in place.
     """
     accumulation = config.train.gradient_accumulation
-    lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.total_steps)
+    lr = _rate(config, config.optimizer.lr, state.step)
     if state.fused is not None:
         state.updating = True
         state.fused.begin(lr, reduce_mean)
@@ -151,19 +168,29 @@ def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[
 def _apply_gradient(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:
     master, optimizer = state.master, state.optimizer
     gradient = reduce_mean(master.gradient).div_(state.loss_scale.scale)
-    grad_norm = clip_(gradient, config.train.max_grad_norm)
+    others = [(of.optimizer, gradient[of.part], _rate(config, of.lr, state.step)) for of in state.segments]
+    first = gradient[: state.segments[0].part.start] if state.segments else gradient
+    parts = [(optimizer, first, lr), *others]
+    norms = [clip_(values, config.train.max_grad_norm) for _, values, _ in parts]
+    grad_norm = torch.stack(norms).norm() if others else norms[0]
     overflow = ~grad_norm.isfinite()
 
     state.updating = True
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.found_inf = overflow.float()  # type: ignore[attr-defined]  # the optimizer skips its step unless 0
-    master.master.grad = gradient
-    optimizer.step()
-    master.master.grad = None
+    for of, values, rate in parts:
+        of.param_groups[0]["lr"] = rate
+        of.found_inf = overflow.float()  # type: ignore[attr-defined]  # the optimizer skips its step unless 0
+        (parameter,) = of.param_groups[0]["params"]
+        parameter.grad = values
+        of.step()
+        parameter.grad = None
     master.gradient.zero_()
     master.publish()
     state.loss_scale.update(overflow)
     return grad_norm
+
+
+def _rate(config: Config, peak: float, step: int) -> float:
+    return learning_rate(config.schedule, peak, step, config.train.total_steps)
 
 
 def _padded(values: Tensor, columns: int) -> Tensor:

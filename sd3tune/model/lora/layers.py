@@ -1,17 +1,22 @@
-"""LoRA on the transformer: rank, scale and initialization of its layers, which PEFT creates."""
+"""LoRA on a model: rank, scale and initialization of its layers, which PEFT creates."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection
 
 from sd3tune.model.lora.dropout import SeededDropout
 from sd3tune.model.lora.targets import block_of
@@ -65,7 +70,7 @@ INITS: dict[bool | str, Init] = {True: kaiming, "gaussian": gaussian, "orthogona
 
 
 def inject_lora(
-    transformer: SD3Transformer2DModel,
+    model: SD3Transformer2DModel | CLIPTextModelWithProjection,
     layers: Mapping[str, Layer],
     generator: Callable[[str], torch.Generator],
     *,
@@ -87,10 +92,10 @@ def inject_lora(
         use_rslora=common.rslora,
         init_lora_weights=False,
     )
-    transformer.requires_grad_(False)
-    transformer.add_adapter(config, adapter_name=ADAPTER_NAME)
+    model.requires_grad_(False)
+    model.add_adapter(config, adapter_name=ADAPTER_NAME)
     parameters: dict[str, nn.Parameter] = {}
-    for name, layer in lora_layers(transformer).items():
+    for name, layer in lora_layers(model).items():
         down, up = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
         factors = INITS[init](down.shape[0], down.shape[1], up.shape[0], generator(name))
         down.data, up.data = (factor.to(up.device) for factor in factors)
@@ -105,9 +110,35 @@ def most_common(layers: Mapping[str, Layer]) -> Layer:
     return Counter(layers.values()).most_common(1)[0][0]
 
 
-def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Return the modules with adapters, by full name."""
-    return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+@contextmanager
+def other_factors(model: nn.Module, factors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Compute with other factors, `<module>.lora_A` and `.lora_B`, whose scale is folded in, inside the context.
+
+    Parameters are repointed and restored: the live values are never written to.
+    """
+    live: list[tuple[nn.Parameter, Tensor]] = []
+    layers = lora_layers(model)
+    scales = {name: layer.scaling[ADAPTER_NAME] for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            for parameter, value in (
+                (layer.lora_A[ADAPTER_NAME].weight, factors[f"{name}.lora_A"]),
+                (layer.lora_B[ADAPTER_NAME].weight, factors[f"{name}.lora_B"]),
+            ):
+                live.append((parameter, parameter.data))
+                parameter.data = value.to(parameter.dtype)
+            layer.scaling[ADAPTER_NAME] = 1.0
+        yield
+    finally:
+        for parameter, data in live:
+            parameter.data = data
+        for name, layer in layers.items():
+            layer.scaling[ADAPTER_NAME] = scales[name]
 
 
 def block_norms(factors: Mapping[str, Tensor]) -> dict[str, float]:
