@@ -104,6 +104,9 @@ class Method(Protocol):
         `generator(name)` returns a seeded generator.
         """
 
+    def companions(self) -> Sequence[nn.Module]:
+        """Return the other models that `inject` loads; they stay in memory while training."""
+
     def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
     ) -> None:

@@ -80,6 +80,9 @@ class LoraMethod(StoredText):
         dtype, device = next(transformer.parameters()).dtype, transformer.device
         return {**parameters, **self.text.inject(generator, self._start, dtype, device)}
 
+    def companions(self) -> Sequence[nn.Module]:
+        return [encoder.model for encoder in self.text.live.values()]
+
     def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
     ) -> None:
@@ -159,7 +162,9 @@ class LoraMethod(StoredText):
     def savings(self, config: Config) -> Sequence[Saving]:
         fewer = Saving("method", "targets", "attention", "half the trained parameters", planned=False)
         image = Saving("method", "targets", "attention-image")
-        return {"attention+mlp": (fewer, image), "attention": (image,)}.get(str(self.settings.targets), ())
+        modules = {"attention+mlp": (fewer, image), "attention": (image,)}.get(str(self.settings.targets), ())
+        frozen = Saving("method", "text_encoders", None, "the text encoders leave the device")
+        return (*modules, *[frozen] * bool(self.trained_encoders))
 
     def _layers(self, modules: Sequence[str]) -> dict[str, Layer]:
         """Return rank and alpha of each module. Raises AdapterError for a pattern that matches no module."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.model import ModelConfig
@@ -36,6 +36,9 @@ class StoredText:
         )
         dtype = next(transformer.parameters()).dtype  # `transformer.dtype` walks the whole model to find out
         return prompt_embeds.to(dtype), pooled.to(dtype)
+
+    def companions(self) -> Sequence[nn.Module]:
+        return ()
 
     def extra_loss(self, transformer: SD3Transformer2DModel, batch: Any) -> Tensor | None:
         return None
