@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sd3tune.adapter.file import Adapter, contract_metadata, is_safetensors, peft_metadata, save_tensors
+from sd3tune.adapter.file import Adapter, contract_metadata, is_safetensors, save_tensors
 from sd3tune.adapter.layouts import forms
 from sd3tune.adapter.low_rank import Truncated
 from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY
 from sd3tune.adapter.modelspec import OF_THE_TENSORS, shown_metadata
+from sd3tune.adapter.peft_config import peft_metadata
 from sd3tune.adapter.rearrange import Pair, arrange
 from sd3tune.adapter.released import fitting_variants
 from sd3tune.errors import AdapterError, RunError

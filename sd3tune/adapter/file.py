@@ -13,7 +13,6 @@ import json
 import math
 import shlex
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,8 +23,9 @@ from torch import Tensor, nn
 
 from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract
 from sd3tune.adapter.modelspec import shown_metadata
-from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_peft
+from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE, peft_arguments, peft_metadata, read_peft
 from sd3tune.adapter.rearrange import READABLE, Contents, Pair, as_stored, first_of, interpret, text_part
+from sd3tune.adapter.text_layouts import is_text, of_part, text_parts
 from sd3tune.errors import AdapterError
 from sd3tune.files.atomic import new_file
 from sd3tune.files.tensor_header import BadHeader, read_header
@@ -56,9 +56,9 @@ class Adapter:
 
     path: Path
     factors: dict[str, Pair]
-    """Module name -> (A [r, in], B [out, r])."""
+    """Module name of the transformer -> (A [r, in], B [out, r])."""
     alphas: dict[str, float]
-    """Module name -> alpha; the layer's output is scaled by alpha / r."""
+    """Module name -> alpha; the layer's output is scaled by alpha / r. Text encoders' modules are included."""
     contract: dict[str, Any]
     """The conditioning contract; empty if another tool wrote the file."""
     layout: str = "diffusers"
@@ -75,6 +75,8 @@ class Adapter:
     """Notes for the user: an assumed alpha, ignored tensors."""
     for_diffusers: bool = True
     """True if diffusers' pipeline loads the file itself."""
+    text_factors: Mapping[str, Pair] = field(default_factory=dict)
+    """The same as `factors` for the text encoders; names begin with their folder (see `text_layouts`)."""
 
     @property
     def label(self) -> str:
@@ -83,15 +85,33 @@ class Adapter:
 
     def folded(self) -> dict[str, Pair]:
         """Return the factors in fp32 with the scale folded into B, so that BA is added to the weight."""
+        return self._folded(self.factors)
+
+    def whole(self) -> dict[str, Pair]:
+        """Return `folded`, with the text encoders' modules."""
+        return self._folded({**self.factors, **self.text_factors})
+
+    def _folded(self, factors: Mapping[str, Pair]) -> dict[str, Pair]:
         return {
             module: (down.float(), up.float() * (self.alphas[module] / len(down)))
-            for module, (down, up) in self.factors.items()
+            for module, (down, up) in factors.items()
         }
+
+    @property
+    def text_parts(self) -> list[str]:
+        """Folders of the text encoders that it adapts, such as `text_encoder`."""
+        return text_parts(self.text_factors)
+
+    def of_part(self, part: str) -> Adapter:
+        """Return the adapter of one text encoder, with its modules as `factors`."""
+        return replace(
+            self, factors=of_part(self.text_factors, part), alphas=of_part(self.alphas, part), text_factors={}
+        )
 
     @property
     def too_large(self) -> list[str]:
         """Modules whose factors are finite in the file, but not in fp32 with their scale."""
-        return [module for module, (_, up) in self.folded().items() if not up.isfinite().all()]
+        return [module for module, (_, up) in self.whole().items() if not up.isfinite().all()]
 
 
 @dataclass(frozen=True)
@@ -115,7 +135,8 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping
 
     Raises AdapterError, before anything is written, if a tensor is not finite.
     """
-    tensors = {f"{PREFIX}{name}.weight": value.detach().float().cpu().contiguous() for name, value in factors.items()}
+    keys = {name: f"{'' if is_text(name) else PREFIX}{name}.weight" for name in factors}
+    tensors = {keys[name]: value.detach().float().cpu().contiguous() for name, value in factors.items()}
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
         raise AdapterError(f"{folder}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
@@ -134,19 +155,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, 
 
 def contract_metadata(contract: Mapping[str, Any]) -> str:
     return json.dumps({"contract_version": CONTRACT_VERSION, **contract}, sort_keys=True)
-
-
-def peft_metadata(ranks: Mapping[str, int]) -> str:
-    """Return PEFT's configuration of layers with these ranks and alpha = rank."""
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    # Only fields that every PEFT version has: an unknown field stops another version from loading the file.
-    peft: dict[str, Any] = {
-        "r": rank, "lora_alpha": rank, "target_modules": list(ranks), "lora_dropout": 0.0, "bias": "none",
-    }  # fmt: skip
-    special = {f"^{module}": own for module, own in ranks.items() if own != rank}
-    if special:
-        peft |= {"rank_pattern": special, "alpha_pattern": special}
-    return json.dumps({PREFIX + key: value for key, value in peft.items()}, sort_keys=True)
 
 
 def find_adapter(location: str | Path) -> Path:
@@ -191,12 +199,13 @@ def read_adapter(location: str | Path, *, transformer_only: bool = False) -> Ada
     """Read and check a LoRA file in any of the known layouts.
 
     With `transformer_only`, tensors for the text encoders are ignored and named in the adapter's notes. Raises
-    AdapterError for any other file that is not a complete, finite, plain LoRA of SD3's transformer.
+    AdapterError for any file that is not a complete, finite, plain LoRA of SD3's transformer and text encoders.
     """
     file = read_file(location)
     contents = interpret(file.tensors)
     if transformer_only:
         file = replace(file, tensors={key: value for key, value in file.tensors.items() if key not in contents.text})
+        contents = replace(contents, text_factors={}, unread=contents.text)
     _check(file, contents, transformer_only)
     adapter = as_adapter(file, contents)
     if adapter.too_large:
@@ -215,11 +224,13 @@ def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
     ranks = {module: len(down) for module, (down, _) in contents.factors.items()}
     contract = read_contract(file.path, file.metadata)
     peft = read_peft(file.path, file.metadata, contents.layout)
-    stated = peft.alphas(ranks) | contents.alphas
+    text_ranks = {module: len(down) for module, (down, _) in contents.text_factors.items()}
+    stated = peft.alphas(ranks) | _text_alphas(file, contents.layout, text_ranks) | contents.alphas
+    ranks |= text_ranks
     unstated = [] if contract else [module for module in ranks if module not in stated]
     notes = [_no_alpha(file.path, unstated, len(ranks))] if unstated else []
-    if contents.text:
-        notes.append(f"left out: {text_part(contents.text)}")
+    if contents.unread:
+        notes.append(f"left out: {text_part(contents.unread)}")
     return Adapter(
         file.path,
         contents.factors,
@@ -230,7 +241,17 @@ def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
         rslora=bool(peft.stated.use_rslora) and not contents.alphas,
         notes=tuple(notes),
         for_diffusers=contents.for_diffusers and peft.file is None and not peft.has_expressions,
+        text_factors=contents.text_factors,
     )
+
+
+def _text_alphas(file: AdapterFile, layout: str, ranks: Mapping[str, int]) -> dict[str, float]:
+    """Return the alphas of text encoders' modules that the file's metadata states."""
+    found: dict[str, float] = {}
+    for part in text_parts(ranks):
+        peft = read_peft(file.path, file.metadata, layout, part)
+        found |= {f"{part}.{module}": alpha for module, alpha in peft.alphas(of_part(ranks, part)).items()}
+    return found
 
 
 def _no_alpha(path: Path, modules: list[str], total: int) -> str:
@@ -284,24 +305,13 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
         for module, pair in loaded.items()
         for letter, tensor in zip("AB", as_stored(module, pair), strict=True)
     }
-    first = next(iter(loaded))
     lost = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if lost:
         dtype = str(transformer.dtype).removeprefix("torch.")
         raise AdapterError(
             f"{adapter.path}: {first_of(lost)} is beyond what {dtype} holds; take a wider one, such as --dtype bf16"
         )
-    ranks, alphas = (
-        {module: loaded[module][0].shape[0] for module in loaded},
-        {module: adapter.alphas[module] for module in loaded},
-    )
-    config = {
-        "r": ranks[first],
-        "lora_alpha": alphas[first],
-        "target_modules": list(loaded),
-        "rank_pattern": {f"^{module}": rank for module, rank in ranks.items() if rank != ranks[first]},
-        "alpha_pattern": {f"^{module}": alpha for module, alpha in alphas.items() if alpha != alphas[first]},
-    }
+    config = peft_arguments(loaded, adapter.alphas)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is intended
         transformer.load_lora_adapter(
@@ -327,9 +337,9 @@ def _check(file: AdapterFile, contents: Contents, transformer_only: bool) -> Non
         raise AdapterError(f"{file.path}: {module}: {fault}")
     if not contents.factors:
         raise AdapterError(f"{file.path}: has nothing for the transformer, only {text_part(contents.text)}")
-    if contents.text and not transformer_only:
+    if contents.unread and not transformer_only:
         raise AdapterError(
-            f"{file.path}: also has {text_part(contents.text)}, which sd3tune does not load; leave them out with "
+            f"{file.path}: also has {text_part(contents.unread)}, which sd3tune does not load; leave them out with "
             f"--transformer-only (infer and the lora commands), or write a file without them: `sd3tune lora convert "
             f"{shlex.quote(str(file.path))} --transformer-only --to diffusers --out NEW.safetensors`"
         )

@@ -147,15 +147,20 @@ def locate(key: str) -> tuple[Layout, str, str] | None:
 
     Between `lora_A` and `weight` PEFT writes the adapter's name, such as `default_0`, which is ignored.
     """
-    found = _KEY.fullmatch(key)
-    for layout in LAYOUTS if found else ():
-        assert found is not None
-        if found[1].startswith(layout.prefix):
-            name = found[1].removeprefix(layout.prefix)
-            module = name if layout.any_module else _known_name(name, layout)
+    name, part = split_key(key) or ("", "")
+    for layout in LAYOUTS if part else ():
+        if name.startswith(layout.prefix):
+            inside = name.removeprefix(layout.prefix)
+            module = inside if layout.any_module else _known_name(inside, layout)
             if module:
-                return layout, module, found[2] or _HALVES[found[3]]
+                return layout, module, part
     return None
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """Return the name of a module, as written, and the part (`A`, `B` or `alpha`); None for other keys."""
+    found = _KEY.fullmatch(key)
+    return (found[1], found[2] or _HALVES[found[3]]) if found else None
 
 
 def text_encoder_of(key: str) -> str | None:

@@ -31,6 +31,7 @@ from sd3tune.adapter.layouts import (
     stands_alone,
     text_encoder_of,
 )
+from sd3tune.adapter.text_layouts import is_text, locate_text, written_text
 from sd3tune.errors import AdapterError
 
 Pair = tuple[Tensor, Tensor]
@@ -66,8 +67,12 @@ class Contents:
     """Module, by its name in the file -> its fault."""
     text: dict[str, str]
     """Key of a text encoder's tensor -> the text encoder."""
+    text_factors: dict[str, Pair]
+    """Module of a text encoder, named as in `text_layouts` -> factors; `alphas` may have its alpha."""
+    unread: dict[str, str]
+    """The part of `text` that is no complete LoRA of known modules."""
     for_diffusers: bool
-    """True if all keys are diffusers' own for the transformer."""
+    """True if all keys are diffusers' own."""
 
 
 def interpret(tensors: Mapping[str, Tensor]) -> Contents:
@@ -75,6 +80,7 @@ def interpret(tensors: Mapping[str, Tensor]) -> Contents:
     stored: dict[tuple[Layout, str], dict[str, Tensor]] = {}
     unknown: dict[str, str] = {}
     text: dict[str, str] = {}
+    text_stored: dict[str, dict[str, tuple[str, Tensor]]] = {}
     twice: dict[str, str] = {}
     for key, tensor in tensors.items():
         found, encoder = locate(key), text_encoder_of(key)
@@ -86,11 +92,16 @@ def interpret(tensors: Mapping[str, Tensor]) -> Contents:
             parts[part] = tensor
         elif encoder is not None:
             text[key] = encoder
+            if (located := locate_text(key)) is not None:
+                text_stored.setdefault(located[0], {})[located[1]] = key, tensor
         else:
             unknown[key] = foreign(key)
     name = next((layout.name for layout, _ in stored), "")
-    for_diffusers = name == "diffusers" and all(key.startswith("transformer.") for key in tensors)
-    contents = Contents(name, {}, {}, unknown, {}, text, for_diffusers)
+    own = ("transformer.", "text_encoder.", "text_encoder_2.")
+    for_diffusers = name == "diffusers" and all(key.startswith(own) for key in tensors)
+    contents = Contents(name, {}, {}, unknown, {}, text, {}, dict(text), for_diffusers)
+    for module, of_module in text_stored.items():
+        _add_text(contents, module, of_module)
     for (layout, module), parts in stored.items():
         plain = _as_matrices(module, parts)
         fault = twice.get(module) or _fault(plain) or _add(contents, layout, module, plain)
@@ -99,15 +110,32 @@ def interpret(tensors: Mapping[str, Tensor]) -> Contents:
     return contents
 
 
+def _add_text(contents: Contents, module: str, stored: Mapping[str, tuple[str, Tensor]]) -> None:
+    """Add a text encoder's module to the contents, unless it is faulty: its keys then stay unread."""
+    parts = {half: tensor for half, (_, tensor) in stored.items()}
+    if _fault(parts):
+        return
+    contents.text_factors[module] = _widened(parts["A"]), _widened(parts["B"])
+    if "alpha" in parts:
+        contents.alphas[module] = parts["alpha"].item()
+    for key, _ in stored.values():
+        del contents.unread[key]
+
+
 def arrange(factors: Mapping[str, Pair], layout: str) -> dict[str, Tensor]:
     """Return key -> tensor (fp32) in a layout, a name of `names.forms`, for factors whose scale is folded into B.
 
-    Raises AdapterError for a module that the layout cannot express.
+    Names of text encoders' modules begin with their folder (see `text_layouts`). Raises AdapterError for a module that
+    the layout cannot express.
     """
     target = forms()[layout]
     tensors: dict[str, Tensor] = {}
-    for module, pair in (_to_original(factors) if target.original else factors).items():
-        name = target.written(module)
+    text = {module: pair for module, pair in factors.items() if is_text(module)}
+    own = {module: pair for module, pair in factors.items() if module not in text}
+    own = _to_original(own) if target.original else own
+    named = [(target.written(module), module, pair) for module, pair in own.items()]
+    named += [(written_text(module, layout), module, pair) for module, pair in text.items()]
+    for name, module, pair in named:
         for half, factor in zip(target.halves, as_stored(module, pair), strict=True):
             tensors[f"{name}.{half}.weight"] = _plain(factor)
         if target.writes_alpha:

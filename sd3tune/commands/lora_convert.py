@@ -10,6 +10,7 @@ from sd3tune.adapter.file import read_adapter
 from sd3tune.adapter.layouts import forms
 from sd3tune.adapter.modelspec import THUMBNAIL_KEY
 from sd3tune.adapter.rearrange import Pair, fused_ranks
+from sd3tune.adapter.text_layouts import by_encoder
 from sd3tune.errors import RunError
 from sd3tune.run.thumbnail import preview_of, thumbnail
 
@@ -33,7 +34,7 @@ def convert_lora(
         raise RunError(f"--to {form}: one of {', '.join(forms())}")
     check_out(out)
     adapter = read_adapter(source, transformer_only=transformer_only)
-    factors = adapter.folded()
+    factors = adapter.whole()
     metadata = {key: text for key, text in adapter.metadata.items() if with_picture or key != THUMBNAIL_KEY}
     if with_picture and (picture or THUMBNAIL_KEY not in metadata):
         picture = picture or preview_of(adapter.path)
@@ -43,7 +44,8 @@ def convert_lora(
         lines.append(f"thumbnail: {picture}; --no-thumbnail leaves it out")
     write_form(out, form, factors, adapter.contract, metadata)
     fusing = _fusing(factors) if forms()[form].original else []
-    return [f"{out}: {len(factors)} modules in {form} layout", *fusing, *lines, *notes_of(adapter)]
+    text = f", of which {by_encoder(adapter.text_factors)}" if adapter.text_factors else ""
+    return [f"{out}: {len(factors)} modules in {form} layout{text}", *fusing, *lines, *notes_of(adapter)]
 
 
 def _fusing(factors: Mapping[str, Pair]) -> list[str]:

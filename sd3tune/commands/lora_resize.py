@@ -30,10 +30,10 @@ def resize_lora(
         raise ConfigError(f"--energy {energy:g}: a share above 0 and up to 1, such as 0.99")
     check_out(out)
     adapter = read_adapter(source, transformer_only=transformer_only)
-    found = {module: truncate(pair, rank, energy) for module, pair in adapter.folded().items()}
+    found = {module: truncate(pair, rank, energy) for module, pair in adapter.whole().items()}
     factors = {module: truncated.pair for module, truncated in found.items()}
     write_form(out, form_of(adapter), factors, _contract(adapter.contract, found), adapter.metadata)
-    before = Counter(len(down) for down, _ in adapter.factors.values())
+    before = Counter(len(down) for down, _ in adapter.whole().values())
     after = Counter(len(down) for down, _ in factors.values())
     return [
         f"{out}: {len(found)} modules, rank {_ranks(before)} -> {_ranks(after)}",

@@ -13,12 +13,11 @@ from sd3tune.model.lora.layers import Layer
 from sd3tune.model.lora.targets import untrainable_modules
 
 
-def check_start(
-    adapter: Adapter, transformer: nn.Module, layers: Mapping[str, Layer], section: str = "method"
-) -> None:
+def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, Layer], section: str = "method") -> None:
     """Raise AdapterError if the adapter's modules, sizes or ranks do not match `layers`, which `section` configures.
 
-    `transformer` may also be a text encoder. Modules that the adapter lacks are newly initialized. Modules whose output is unused are ignored.
+    `transformer` may also be a text encoder. Modules that the adapter lacks are newly initialized. Modules whose output
+    is unused are ignored.
     """
     if PATCH_EMBEDDER in adapter.factors:
         raise AdapterError(
@@ -57,7 +56,8 @@ def check_start(
             raise AdapterError(
                 f"method.start_from: {adapter.path} has rank {rank} where this run has {layers[odd[0]].rank}: "
                 f"{_first(odd)}; set {section}.rank to {rank}"
-                + ", or method.rank_pattern for single modules" * (section == "method")
+                + ", or method.rank_pattern for single modules"
+                * (section == "method")
             )
 
 

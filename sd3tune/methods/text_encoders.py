@@ -71,9 +71,10 @@ class TrainedEncoders:
         rows = []
         for name, settings in self.settings.items():
             shape, layers = self._shape(name), self._layers(name)
-            linear = [shape.get_submodule(module) for module in layers]
-            sizes = [module.in_features + module.out_features for module in linear]  # type: ignore[operator]
             count = len(layers) // len(_TARGETS[settings.targets])
+            sizes = [
+                sum(weight.shape) for name, weight in shape.named_parameters() if name[: -len(".weight")] in layers
+            ]
             parameters = settings.rank * sum(sizes)
             rows.append(CoverageRow(f"{LABELS[name]} {settings.targets}", count, count, parameters))
         return rows
@@ -110,7 +111,10 @@ class TrainedEncoders:
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
         """Return the trained encoders' part of `weights`, with the scales folded in."""
-        scales = {f"{_part(n)}.{module}": layer.scale for n in self.settings for module, layer in self._layers(n).items()}
+        layers = {
+            f"{_part(name)}.{module}": one for name in self.settings for module, one in self._layers(name).items()
+        }
+        scales = {module: layer.scale for module, layer in layers.items()}
         return fold_scale(_of_parts(weights, self.rates), scales)
 
     @contextmanager
@@ -189,9 +193,7 @@ def _encode(encoder: TextEncoder, entry: Mapping[str, Tensor]) -> dict[str, Tens
     distinct, places = entry[TOKENS].unique(dim=0, return_inverse=True)
     names = [name for name in entry if name != TOKENS]
     rows = [
-        encoder.compute(tokens[None])
-        if tokens.any()
-        else {name: torch.zeros_like(entry[name][:1]) for name in names}
+        encoder.compute(tokens[None]) if tokens.any() else {name: torch.zeros_like(entry[name][:1]) for name in names}
         for tokens in distinct
     ]
     return {name: torch.cat([rows[place][name] for place in places.tolist()]) for name in names}

@@ -176,7 +176,7 @@ def describe_hoist(config: Config) -> list[str]:
     if not (config.train.hoist and config.method.trains_text):
         return []
     return [
-        "note: train.hoist has no effect: the trained text encoders change the pooled text, from which adaLN is computed"
+        "note: train.hoist has no effect: trained text encoders change the pooled text, so adaLN is not computed ahead"
     ]
 
 

@@ -72,9 +72,7 @@ def tokenize(tokenizer: Any, text: str, length: int) -> Tensor:
 
 def on_device(entry: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Return an encoder's tensors on the device, but for `tokens`, which are compared without waiting for it."""
-    return {
-        name: tensor if name == TOKENS else tensor.to(device, non_blocking=True) for name, tensor in entry.items()
-    }
+    return {name: tensor if name == TOKENS else tensor.to(device, non_blocking=True) for name, tensor in entry.items()}
 
 
 def count_tokens(tokenizer: Any, text: str) -> int:
