@@ -15,6 +15,7 @@ from sd3tune.adapter.file import Adapter, match, read_adapter
 from sd3tune.adapter.rearrange import arrange, first_of
 from sd3tune.adapter.reference_pipeline import NAME, drawing_pipeline, load_into
 from sd3tune.adapter.text_encoders import match_text
+from sd3tune.adapter.text_layouts import by_encoder
 from sd3tune.encode.resources import release
 from sd3tune.errors import AdapterError
 from sd3tune.inference.conditions import find_base
