@@ -78,10 +78,10 @@ class TextEncoderConfig(Section):
 class TextEncodersConfig(Section):
     """The trained text encoders. T5 is not trained."""
 
-    clip_l: TextEncoderConfig | None = Field(
+    clip_l: Annotated[TextEncoderConfig | None, _OF_TEXT] = Field(
         None, description="Train CLIP-L, in memory 0.25 GB in 16 bits; `{}` for the defaults, null leaves it frozen."
     )
-    clip_g: TextEncoderConfig | None = Field(
+    clip_g: Annotated[TextEncoderConfig | None, _OF_TEXT] = Field(
         None, description="Train CLIP-G, in memory 1.4 GB in 16 bits; `{}` for the defaults, null leaves it frozen."
     )
 
