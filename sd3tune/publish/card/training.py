@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from sd3tune.model.base.parts import LABELS
 from sd3tune.publish.card.markdown import code, table
 from sd3tune.publish.card.trained import Trained
 
@@ -22,10 +24,17 @@ def _what(trained: Trained) -> Iterator[Row]:
     yield "base model", f"{code(contract['base'])}{revision}"
     if trained.is_adapter:
         yield "rank, alpha", f"{contract['rank']}, {contract['alpha']:g} (folded into the file: alpha = rank there)"
+        if trained.trained_encoders:
+            yield "trained text encoders", "; ".join(map(_encoder, trained.trained_encoders.items()))
     else:
         yield "trained", f"the whole transformer, in the file as {contract['export_dtype']}"
     raw = "" if trained.step else f"; as trained in `{'adapter' if trained.is_adapter else 'model'}_raw`"
     yield "weights", "as trained" if ema is None else f"exponential moving average, decay {ema.decay:g}{raw}"
+
+
+def _encoder(trained: tuple[str, Mapping[str, Any]]) -> str:
+    name, settings = trained
+    return f"{LABELS[name]}, rank {settings['rank']}, {settings['targets']}, learning rate {settings['lr']:g}"
 
 
 def _data(trained: Trained) -> Iterator[Row]:

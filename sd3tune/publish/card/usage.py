@@ -29,7 +29,10 @@ def _gate(trained: Trained) -> list[str]:
 
 
 def _other_tools(trained: Trained) -> list[str]:
-    return [f"ComfyUI reads `{ADAPTERS[0]}/{ADAPTER_FILE}` as it is."] if trained.is_adapter else []
+    if not trained.is_adapter:
+        return []
+    both = " It adapts text encoders, too: connect CLIP to `Load LoRA`." if trained.trained_encoders else ""
+    return [f"ComfyUI reads `{ADAPTERS[0]}/{ADAPTER_FILE}` as it is.{both}"]
 
 
 def _commands(trained: Trained) -> list[str]:
