@@ -105,7 +105,8 @@ def _sections(section: type[Section], prefix: str) -> Iterator[str]:
                 default = " (the default)" if one is default_section(entry_field(item) if is_list else field) else ""
                 yield f"### {path}, kind `{kind_of(one)}`{default}\n"
                 yield inspect.cleandoc(one.__doc__ or "") + "\n"
-            yield _table({key: value for key, value in one.model_fields.items() if not _inner(value)})
+            plain = {key: value for key, value in one.model_fields.items() if not _inner(value)}
+            yield from [_table(plain)] * bool(plain)
         shared: dict[str, None] = {}  # variants have sections in common
         for one in inner:
             shared |= dict.fromkeys(["\n".join(_sections(one, path + "."))])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sd3tune.adapter.file import Adapter, fold_scale
-from sd3tune.config.sections.method import TextEncoderConfig, TextEncodersConfig
+from sd3tune.config.sections.method import EncoderLoraConfig, TrainedEncodersConfig
 from sd3tune.errors import AdapterError
 from sd3tune.methods.base import Embeddings, Weights
 from sd3tune.methods.start_from import check_start, starting_factors
@@ -36,7 +36,7 @@ class TrainedEncoders:
     `<part>` is the encoder's folder in diffusers' layout: `text_encoder` or `text_encoder_2`.
     """
 
-    def __init__(self, settings: Mapping[str, TextEncoderConfig], base: Base | None) -> None:
+    def __init__(self, settings: Mapping[str, EncoderLoraConfig], base: Base | None) -> None:
         self.settings, self.base = settings, base
         self.live: dict[str, TextEncoder] = {}
         """The encoders in memory, by name; empty before `inject`."""
@@ -179,7 +179,7 @@ def _not_trained(start: Adapter, name: str) -> str:
         f"`sd3tune lora convert {shlex.quote(str(start.path))} --transformer-only --to diffusers --out "
         "NEW.safetensors` writes a file without text encoders"
     )
-    if name not in TextEncodersConfig.model_fields:
+    if name not in TrainedEncodersConfig.model_fields:
         return f"{also}sd3tune does not train; {without}"
     return f"{also}this run does not train; set method.text_encoders.{name}, or leave it out: {without}"
 

@@ -55,14 +55,30 @@ def equal(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
     return all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
-def test_with_zero_adapters_the_conditioning_is_the_stores_to_the_bit(start) -> None:
-    training = start("train.batch_size=3", "data.encoder_dropout=0.4", "data.caption_dropout=0.3")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_with_zero_adapters_the_conditioning_is_the_stores_to_the_bit(start, dtype: str) -> None:
+    training = start(
+        "train.batch_size=3", "data.encoder_dropout=0.4", "data.caption_dropout=0.3", f"model.dtype={dtype}"
+    )
     dropped = 0
     for step in range(6):
         embeddings = training.batches.fetch(step, 0).embeddings
         assert equal(training.method.conditioning(embeddings, training.transformer), stored(training, embeddings))
         dropped += sum(int((~embeddings[name][TOKENS].any(dim=1)).sum()) for name in PARTS)
     assert dropped  # a dropped encoder is zeros, as from the store
+
+
+def test_in_fp16_every_segment_is_scaled_and_learns(start) -> None:
+    training = start("model.dtype=fp16")
+    before = training.state.master.master.detach().clone()
+    assert training.step().grad_norm.isfinite()
+    assert training.state.loss_scale.scale > 1
+    change = training.state.master.named(training.state.master.master.detach() - before)
+    for segment, lr in (("transformer_blocks", 0.01), ("text_encoder.", 0.002), ("text_encoder_2.", 0.03)):
+        of_up = [
+            value.abs().max().item() for name, value in change.items() if name.startswith(segment) and "_B" in name
+        ]
+        assert max(of_up) == pytest.approx(lr, rel=0.01)  # Adam's first step
 
 
 def test_learned_encoders_condition_otherwise_and_the_base_still_reads_the_store(start) -> None:

@@ -61,7 +61,7 @@ class MethodSection(Section):
 _OF_TEXT = Key(Identity.WRITTEN, phases=TRAINING)
 
 
-class TextEncoderConfig(Section):
+class EncoderLoraConfig(Section):
     """A low-rank adapter on one CLIP text encoder."""
 
     rank: Annotated[Rank, _OF_TEXT] = Field(16, description="Rank of each adapter pair.")
@@ -75,24 +75,24 @@ class TextEncoderConfig(Section):
     )
 
 
-class TextEncodersConfig(Section):
+class TrainedEncodersConfig(Section):
     """The trained text encoders. T5 is not trained."""
 
-    clip_l: Annotated[TextEncoderConfig | None, _OF_TEXT] = Field(
+    clip_l: Annotated[EncoderLoraConfig | None, _OF_TEXT] = Field(
         None, description="Train CLIP-L, in memory 0.25 GB in 16 bits; `{}` for the defaults, null leaves it frozen."
     )
-    clip_g: Annotated[TextEncoderConfig | None, _OF_TEXT] = Field(
+    clip_g: Annotated[EncoderLoraConfig | None, _OF_TEXT] = Field(
         None, description="Train CLIP-G, in memory 1.4 GB in 16 bits; `{}` for the defaults, null leaves it frozen."
     )
 
     @model_validator(mode="after")
-    def _names_an_encoder(self) -> TextEncodersConfig:
+    def _names_an_encoder(self) -> TrainedEncodersConfig:
         if not self.trained:
             raise ValueError("names no encoder to train; write {clip_l: {}, clip_g: {}} for both, or null for none")
         return self
 
     @property
-    def trained(self) -> dict[str, TextEncoderConfig]:
+    def trained(self) -> dict[str, EncoderLoraConfig]:
         """Encoder -> settings, for the trained encoders."""
         every = {"clip_l": self.clip_l, "clip_g": self.clip_g}
         return {name: settings for name, settings in every.items() if settings is not None}
@@ -154,7 +154,7 @@ class LoraConfig(MethodSection):
         "run; alpha may differ, as the training starts from the file's output.",
     )
     text_encoders: Annotated[
-        TextEncodersConfig | None, Key(Identity.WRITTEN, contract=True, of_ranks=True, phases=TRAINING)
+        TrainedEncodersConfig | None, Key(Identity.WRITTEN, contract=True, of_ranks=True, phases=TRAINING)
     ] = Field(
         None,
         description="CLIP encoders to train with adapters of their own, in the same file; null trains none. Their "
