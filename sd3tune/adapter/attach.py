@@ -17,6 +17,7 @@ from sd3tune.adapter.layouts import MAGNITUDE
 from sd3tune.adapter.lycoris import Parts
 from sd3tune.adapter.lycoris_layers import attach_parts, base_weights, dense, several_adapters
 from sd3tune.adapter.metadata import PREFIX
+from sd3tune.adapter.peft_config import peft_arguments
 from sd3tune.adapter.rearrange import as_stored, first_of
 from sd3tune.errors import AdapterError
 
@@ -84,25 +85,13 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
     if adapter.magnitudes:
         magnitudes = _magnitudes(transformer, adapter, loaded)
         tensors |= {f"{PREFIX}{module}.{MAGNITUDE}": one.to(transformer.dtype) for module, one in magnitudes.items()}
-    first = next(iter(loaded))
     lost = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if lost:
         dtype = str(transformer.dtype).removeprefix("torch.")
         raise AdapterError(
             f"{adapter.path}: {first_of(lost)} is beyond what {dtype} holds; take a wider one, such as --dtype bf16"
         )
-    ranks, alphas = (
-        {module: loaded[module][0].shape[0] for module in loaded},
-        {module: adapter.alphas[module] for module in loaded},
-    )
-    config = {
-        "r": ranks[first],
-        "lora_alpha": alphas[first],
-        "target_modules": list(loaded),
-        "rank_pattern": {f"^{module}": rank for module, rank in ranks.items() if rank != ranks[first]},
-        "alpha_pattern": {f"^{module}": alpha for module, alpha in alphas.items() if alpha != alphas[first]},
-        "use_dora": bool(adapter.magnitudes),
-    }
+    config = {**peft_arguments(loaded, adapter.alphas), "use_dora": bool(adapter.magnitudes)}
     with several_adapters():
         transformer.load_lora_adapter(
             tensors, adapter_name=name, metadata={PREFIX + key: value for key, value in config.items()}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,8 +26,9 @@ from sd3tune.adapter.layouts import MAGNITUDE
 from sd3tune.adapter.lycoris import Parts, kind_of, rank_of, scaled, size_of
 from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract
 from sd3tune.adapter.modelspec import shown_metadata
-from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig, read_peft
+from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig, peft_metadata, read_peft
 from sd3tune.adapter.rearrange import READABLE, Contents, Pair, first_of, interpret, text_part
+from sd3tune.adapter.text_layouts import is_text, of_part, text_parts
 from sd3tune.errors import AdapterError
 from sd3tune.files.atomic import new_file
 from sd3tune.files.tensor_header import BadHeader, read_header
@@ -59,9 +59,9 @@ class Adapter:
 
     path: Path
     factors: dict[str, Pair]
-    """Module name -> (A [r, in], B [out, r])."""
+    """Module name of the transformer -> (A [r, in], B [out, r])."""
     alphas: dict[str, float]
-    """Module name -> alpha; the layer's output is scaled by alpha / r."""
+    """Module name -> alpha; the layer's output is scaled by alpha / r. Text encoders' modules are included."""
     contract: dict[str, Any]
     """The conditioning contract; empty if another tool wrote the file."""
     layout: str = "diffusers"
@@ -84,6 +84,8 @@ class Adapter:
     """True if the magnitudes are for ComfyUI's norm (see `dora`)."""
     lycoris: Mapping[str, Parts] = field(default_factory=dict)
     """Module name -> its parts of LoHa or LoKr, with the scale in the first one."""
+    text_factors: Mapping[str, Pair] = field(default_factory=dict)
+    """The same as `factors` for the text encoders; names begin with their folder (see `text_layouts`)."""
 
     @property
     def kind(self) -> str:
@@ -111,16 +113,33 @@ class Adapter:
 
     def folded(self) -> dict[str, Pair]:
         """Return the factors in fp32 with the scale folded into B, so that BA is added to the weight."""
+        return self._folded(self.factors)
+
+    def whole(self) -> dict[str, Pair]:
+        """Return `folded`, with the text encoders' modules."""
+        return self._folded({**self.factors, **self.text_factors})
+
+    def _folded(self, factors: Mapping[str, Pair]) -> dict[str, Pair]:
         return {
             module: (down.float(), up.float() * (self.alphas[module] / len(down)))
-            for module, (down, up) in self.factors.items()
+            for module, (down, up) in factors.items()
         }
+
+    @property
+    def text_parts(self) -> list[str]:
+        """Folders of the text encoders that it adapts, such as `text_encoder`."""
+        return text_parts(self.text_factors)
+
+    def of_part(self, part: str) -> Adapter:
+        """Return the adapter of one text encoder, with its modules as `factors`."""
+        factors, alphas = of_part(self.text_factors, part), of_part(self.alphas, part)
+        return replace(self, factors=factors, alphas=alphas, text_factors={}, magnitudes={}, lycoris={})
 
     @property
     def too_large(self) -> list[str]:
         """Modules whose factors are finite in the file, but not in fp32 with their scale."""
         parts = {module: list(of.values()) for module, of in self.lycoris.items()}
-        scaled = parts | {module: [up] for module, (_, up) in self.folded().items()}
+        scaled = parts | {module: [up] for module, (_, up) in self.whole().items()}
         return [module for module, tensors in scaled.items() if not all(one.isfinite().all() for one in tensors)]
 
 
@@ -134,7 +153,7 @@ def fold_scale(factors: Mapping[str, Tensor], scales: Mapping[str, float]) -> di
 
 def _key(name: str) -> str:
     """Return a tensor's key in the file; LoRA's factors are modules in PEFT, and other tensors parameters."""
-    return PREFIX + name + ".weight" * name.endswith((".lora_A", ".lora_B"))
+    return PREFIX * (not is_text(name)) + name + ".weight" * name.endswith((".lora_A", ".lora_B"))
 
 
 def write_adapter(
@@ -174,21 +193,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, 
 
 def contract_metadata(contract: Mapping[str, Any]) -> str:
     return json.dumps({"contract_version": CONTRACT_VERSION, **contract}, sort_keys=True)
-
-
-def peft_metadata(ranks: Mapping[str, int], dora: bool = False) -> str:
-    """Return PEFT's configuration of layers with these ranks and alpha = rank."""
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    # Only fields that every PEFT version has: an unknown field stops another version from loading the file.
-    peft: dict[str, Any] = {
-        "r": rank, "lora_alpha": rank, "target_modules": list(ranks), "lora_dropout": 0.0, "bias": "none",
-    }  # fmt: skip
-    special = {f"^{module}": own for module, own in ranks.items() if own != rank}
-    if special:
-        peft |= {"rank_pattern": special, "alpha_pattern": special}
-    if dora:
-        peft["use_dora"] = True
-    return json.dumps({PREFIX + key: value for key, value in peft.items()}, sort_keys=True)
 
 
 def find_adapter(location: str | Path) -> Path:
@@ -233,12 +237,13 @@ def read_adapter(location: str | Path, *, transformer_only: bool = False) -> Ada
     """Read and check a LoRA file in any of the known layouts.
 
     With `transformer_only`, tensors for the text encoders are ignored and named in the adapter's notes. Raises
-    AdapterError for any other file that is not a complete, finite, plain LoRA of SD3's transformer.
+    AdapterError for any file that is not a complete, finite, plain LoRA of SD3's transformer and text encoders.
     """
     file = read_file(location)
     contents = interpret(file.tensors)
     if transformer_only:
         file = replace(file, tensors={key: value for key, value in file.tensors.items() if key not in contents.text})
+        contents = replace(contents, text_factors={}, unread=contents.text)
     _check(file, contents, transformer_only)
     adapter = as_adapter(file, contents)
     if adapter.too_large:
@@ -259,11 +264,13 @@ def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
     peft = read_peft(file.path, file.metadata, contents.layout)
     _check_kind(f"{peft.file or f'{file.path}: its metadata {PEFT_KEY!r}'}", peft, contents)
     lycoris = {module: scaled(parts, peft.scale(module, rank_of(parts))) for module, parts in contents.lycoris.items()}
-    stated = peft.alphas(ranks) | contents.alphas
+    text_ranks = {module: len(down) for module, (down, _) in contents.text_factors.items()}
+    stated = peft.alphas(ranks) | _text_alphas(file, contents.layout, text_ranks) | contents.alphas
+    ranks |= text_ranks
     unstated = [] if contract else [module for module in ranks if module not in stated]
     notes = [_no_alpha(file.path, unstated, len(ranks))] if unstated else []
-    if contents.text:
-        notes.append(f"left out: {text_part(contents.text)}")
+    if contents.unread:
+        notes.append(f"left out: {text_part(contents.unread)}")
     return Adapter(
         file.path,
         contents.factors,
@@ -274,6 +281,7 @@ def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
         rslora=bool(peft.stated.use_rslora) and not contents.alphas,
         notes=tuple(notes),
         for_diffusers=contents.for_diffusers and peft.file is None and not peft.has_expressions,
+        text_factors=contents.text_factors,
         magnitudes=contents.magnitudes,
         of_base=file.metadata.get(OF_BASE_KEY) == OF_BASE,
         lycoris=lycoris,
@@ -287,6 +295,15 @@ def _check_kind(where: str, peft: PeftConfig, contents: Contents) -> None:
         raise AdapterError(f'{where}: peft_type: "{stated.peft_type}" is not supported, as its tensors are of {kind}')
     if stated.use_dora and not contents.magnitudes:
         raise AdapterError(f"{where}: use_dora: true is not supported, as the file has no magnitudes")
+
+
+def _text_alphas(file: AdapterFile, layout: str, ranks: Mapping[str, int]) -> dict[str, float]:
+    """Return the alphas of text encoders' modules that the file's metadata states."""
+    found: dict[str, float] = {}
+    for part in text_parts(ranks):
+        peft = read_peft(file.path, file.metadata, layout, part)
+        found |= {f"{part}.{module}": alpha for module, alpha in peft.alphas(of_part(ranks, part)).items()}
+    return found
 
 
 def _no_alpha(path: Path, modules: list[str], total: int) -> str:
@@ -314,9 +331,9 @@ def _check(file: AdapterFile, contents: Contents, transformer_only: bool) -> Non
         )
     if not contents.sizes:
         raise AdapterError(f"{file.path}: has nothing for the transformer, only {text_part(contents.text)}")
-    if contents.text and not transformer_only:
+    if contents.unread and not transformer_only:
         raise AdapterError(
-            f"{file.path}: also has {text_part(contents.text)}, which sd3tune does not load; leave them out with "
+            f"{file.path}: also has {text_part(contents.unread)}, which sd3tune does not load; leave them out with "
             f"--transformer-only (infer and the lora commands), or write a file without them: `sd3tune lora convert "
             f"{shlex.quote(str(file.path))} --transformer-only --to diffusers --out NEW.safetensors`"
         )

@@ -159,15 +159,20 @@ def locate(key: str) -> tuple[Layout, str, str] | None:
     The part is `A`, `B`, `alpha`, `magnitude` (DoRA's), or one of LoHa or LoKr, such as `hada_w1_a`.
     Between `lora_A` and `weight` PEFT writes the adapter's name, such as `default_0`, which is ignored.
     """
-    found = _KEY.fullmatch(key)
-    for layout in LAYOUTS if found else ():
-        assert found is not None
-        if found[1].startswith(layout.prefix):
-            name = found[1].removeprefix(layout.prefix)
-            module = name if layout.any_module else _known_name(name, layout)
+    name, part = split_key(key) or ("", "")
+    for layout in LAYOUTS if part else ():
+        if name.startswith(layout.prefix):
+            inside = name.removeprefix(layout.prefix)
+            module = inside if layout.any_module else _known_name(inside, layout)
             if module:
-                return layout, module, "magnitude" if found[4] else found[2] or _HALVES[found[3]]
+                return layout, module, part
     return None
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """Return the name of a module, as written, and the part (see `locate`); None for other keys."""
+    found = _KEY.fullmatch(key)
+    return (found[1], "magnitude" if found[4] else found[2] or _HALVES[found[3]]) if found else None
 
 
 def text_encoder_of(key: str) -> str | None:

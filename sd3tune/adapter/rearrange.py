@@ -41,6 +41,7 @@ from sd3tune.adapter.original import (
     magnitude_pieces,
     renamed,
 )
+from sd3tune.adapter.text_layouts import is_text, locate_text, written_text
 from sd3tune.errors import AdapterError
 
 Pair = tuple[Tensor, Tensor]
@@ -73,8 +74,12 @@ class Contents:
     """Module, by its name in the file -> its fault."""
     text: dict[str, str]
     """Key of a text encoder's tensor -> the text encoder."""
+    text_factors: dict[str, Pair]
+    """Module of a text encoder, named as in `text_layouts` -> factors; `alphas` may have its alpha."""
+    unread: dict[str, str]
+    """The part of `text` that is no complete LoRA of known modules."""
     for_diffusers: bool
-    """True if all keys are diffusers' own for the transformer."""
+    """True if all keys are diffusers' own."""
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     """Module -> DoRA's magnitude: [out], or [1, in] for one per input."""
     lycoris: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -92,6 +97,7 @@ def interpret(tensors: Mapping[str, Tensor]) -> Contents:
     stored: dict[tuple[Layout, str], dict[str, Tensor]] = {}
     unknown: dict[str, str] = {}
     text: dict[str, str] = {}
+    text_stored: dict[str, dict[str, tuple[str, Tensor]]] = {}
     twice: dict[str, str] = {}
     for key, tensor in tensors.items():
         found, encoder = locate(key), text_encoder_of(key)
@@ -103,11 +109,16 @@ def interpret(tensors: Mapping[str, Tensor]) -> Contents:
             parts[part] = tensor
         elif encoder is not None:
             text[key] = encoder
+            if (located := locate_text(key)) is not None:
+                text_stored.setdefault(located[0], {})[located[1]] = key, tensor
         else:
             unknown[key] = foreign(key)
     name = next((layout.name for layout, _ in stored), "")
-    for_diffusers = name == "diffusers" and all(key.startswith("transformer.") for key in tensors)
-    contents = Contents(name, {}, {}, unknown, {}, text, for_diffusers)
+    own = ("transformer.", "text_encoder.", "text_encoder_2.")
+    for_diffusers = name == "diffusers" and all(key.startswith(own) for key in tensors)
+    contents = Contents(name, {}, {}, unknown, {}, text, {}, dict(text), for_diffusers)
+    for module, of_module in text_stored.items():
+        _add_text(contents, module, of_module)
     for (layout, module), parts in stored.items():
         plain = _as_matrices(module, parts)
         check, add = (lycoris_fault, _add_lycoris) if is_lycoris(parts) else (_fault, _add)
@@ -115,24 +126,44 @@ def interpret(tensors: Mapping[str, Tensor]) -> Contents:
         fault = fault or _add_magnitude(contents, layout, module, plain)
         if fault:
             contents.broken[module] = fault
+    if contents.lycoris:  # text encoders' LoRA beside another kind is not loaded
+        contents.text_factors.clear()
+        contents.unread.update(text)
     return contents
+
+
+def _add_text(contents: Contents, module: str, stored: Mapping[str, tuple[str, Tensor]]) -> None:
+    """Add a text encoder's module to the contents, unless it is faulty: its keys then stay unread."""
+    parts = {half: tensor for half, (_, tensor) in stored.items()}
+    if parts.keys() - {"A", "B", "alpha"} or _fault(parts):
+        return
+    contents.text_factors[module] = _widened(parts["A"]), _widened(parts["B"])
+    if "alpha" in parts:
+        contents.alphas[module] = parts["alpha"].item()
+    for key, _ in stored.values():
+        del contents.unread[key]
 
 
 def arrange(factors: Mapping[str, Pair], layout: str, magnitudes: Mapping[str, Tensor] = {}) -> dict[str, Tensor]:
     """Return key -> tensor (fp32) in a layout, a name of `layouts.forms`, for factors whose scale is folded into B.
 
-    DoRA's `magnitudes`, [out] by diffusers' names, must include the parts of each fused module (see `fused_parts`).
-    Raises AdapterError for a module that the layout cannot express.
+    Names of text encoders' modules begin with their folder (see `text_layouts`). DoRA's `magnitudes`, [out] by
+    diffusers' names, must include the parts of each fused module (see `fused_parts`). Raises AdapterError for a module
+    that the layout cannot express.
     """
     target = forms()[layout]
     tensors: dict[str, Tensor] = {}
-    for module, pair in (_to_original(factors) if target.original else factors).items():
-        name = target.written(module)
+    text = {module: pair for module, pair in factors.items() if is_text(module)}
+    own = {module: pair for module, pair in factors.items() if module not in text}
+    own = _to_original(own) if target.original else own
+    named = [(target.written(module), module, pair) for module, pair in own.items()]
+    named += [(written_text(module, layout), module, pair) for module, pair in text.items()]
+    for name, module, pair in named:
         for half, factor in zip(target.halves, as_stored(module, pair), strict=True):
             tensors[f"{name}.{half}.weight"] = _plain(factor)
         if target.writes_alpha:
             tensors[f"{name}.alpha"] = torch.tensor(float(len(pair[0])))
-        if magnitudes:
+        if magnitudes and not is_text(module):
             of_module = magnitude_of(module, magnitudes, target.original, pair[0].shape[1])
             column = of_module[:, None] if target.magnitude == DORA_SCALE else of_module
             tensors[f"{name}.{target.magnitude}"] = _plain(column)

@@ -10,6 +10,7 @@ from sd3tune.adapter.file import read_adapter
 from sd3tune.adapter.layouts import forms
 from sd3tune.adapter.modelspec import THUMBNAIL_KEY
 from sd3tune.adapter.rearrange import Pair, fused_ranks
+from sd3tune.adapter.text_layouts import by_encoder
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.inference.of_base import magnitudes_for, nearest_lora
 from sd3tune.run.thumbnail import preview_of, thumbnail
@@ -48,7 +49,7 @@ def convert_lora(
         picture = picture or preview_of(adapter.path)
     lines = []
     found = nearest_lora(adapter, rank, base) if rank is not None else {}
-    factors = {module: one.pair for module, one in found.items()} or adapter.folded()
+    factors = adapter.whole() | {module: one.pair for module, one in found.items()}
     contract = contract_of_ranks(adapter.contract, rank) if rank is not None else adapter.contract
     magnitudes = magnitudes_for(adapter, form, base) if adapter.magnitudes and rank is None else {}
     if picture is not None:
@@ -57,8 +58,15 @@ def convert_lora(
     lycoris = adapter.lycoris if rank is None else {}
     write_form(out, form, factors, contract, metadata, magnitudes=magnitudes, lycoris=lycoris)
     fusing = _fusing(factors) if forms()[form].original else []
+    text = f", of which {by_encoder(adapter.text_factors)}" if adapter.text_factors else ""
     errors = [f"a {adapter.kind} as LoRA of rank {rank}", *losses(found), *by_block(found)] if found else []
-    return [f"{out}: {len(adapter.sizes)} modules in {form} layout", *errors, *fusing, *lines, *notes_of(adapter)]
+    return [
+        f"{out}: {len({**adapter.sizes, **factors})} modules in {form} layout{text}",
+        *errors,
+        *fusing,
+        *lines,
+        *notes_of(adapter),
+    ]
 
 
 def _fusing(factors: Mapping[str, Pair]) -> list[str]:

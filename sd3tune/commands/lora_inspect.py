@@ -13,6 +13,7 @@ from sd3tune.adapter.lycoris import product, rank_of
 from sd3tune.adapter.modelspec import THUMBNAIL_KEY
 from sd3tune.adapter.rearrange import Contents, first_of, interpret, shown, text_part
 from sd3tune.adapter.released import fitting_variants
+from sd3tune.adapter.text_layouts import by_encoder
 from sd3tune.errors import AdapterError
 from sd3tune.model.lora.layers import block_norms, norms_by_block
 
@@ -33,6 +34,7 @@ def inspect_lora(location: Path) -> list[str]:
         *_base(adapter),
         *_sizes(adapter, contents),
         *_modules(adapter),
+        *_text(adapter),
         *_contract(adapter),
         *_norms(adapter),
         *(f"warning: {line}" for line in _warnings(file, contents, adapter)),
@@ -92,6 +94,13 @@ def _modules(adapter: Adapter) -> Iterator[str]:
         yield f"{'trained' if number == 0 else '':<10}{kind} in {count} place{'s' * (count != 1)}"
 
 
+def _text(adapter: Adapter) -> Iterator[str]:
+    """Yield a line with the modules and ranks of the text encoders, if it adapts any."""
+    if adapter.text_factors:
+        ranks = _counted(len(down) for down, _ in adapter.text_factors.values())
+        yield f"text      {by_encoder(adapter.text_factors)} modules, rank {ranks}"
+
+
 def _contract(adapter: Adapter) -> Iterator[str]:
     contract: Mapping[str, Any] = adapter.contract
     foreign = {name: adapter.metadata[key] for key, name in _KOHYA.items() if adapter.metadata.get(key)}
@@ -126,8 +135,8 @@ def _warnings(file: AdapterFile, contents: Contents, adapter: Adapter) -> Iterat
     for what in dict.fromkeys(contents.unknown.values()):
         keys = [key for key, reason in contents.unknown.items() if reason == what]
         yield f"{len(keys)} unknown key{'s' * (len(keys) != 1)}: {first_of(keys)}" + f", {what}" * bool(what)
-    if contents.text:
-        yield f"{text_part(contents.text)}; the other commands refuse the file without --transformer-only"
+    if contents.unread:
+        yield f"{text_part(contents.unread)}; the other commands refuse the file without --transformer-only"
     for module, fault in contents.broken.items():
         yield f"{module}: {fault}"
     if file.bad:

@@ -17,6 +17,7 @@ from sd3tune.adapter.kinds import change_of, require_lora
 from sd3tune.adapter.layouts import forms
 from sd3tune.adapter.low_rank import truncate, weighted_sum
 from sd3tune.adapter.rearrange import first_of
+from sd3tune.adapter.text_layouts import by_encoder
 from sd3tune.errors import AdapterError, ConfigError, RunError
 from sd3tune.files.regular import sha256_of
 from sd3tune.inference.conditions import find_base
@@ -52,7 +53,7 @@ def merge_loras(
     adapters = _read(wanted, transformer_only)
     for adapter, _ in adapters:
         require_lora(adapter, "lora merge without --into-base")
-    factors = weighted_sum([(adapter.folded(), weight) for adapter, weight in adapters])
+    factors = weighted_sum([(adapter.whole(), weight) for adapter, weight in adapters])
     lines = [*_disagreements(adapters), *_all_notes(adapters)]
     if rank is not None:
         found = {module: truncate(pair, rank) for module, pair in factors.items()}
@@ -76,6 +77,11 @@ def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, trans
     check_parts(found, "--into-base")
     skeleton = empty_transformer(found)
     for adapter, _ in adapters:
+        if adapter.text_factors:
+            raise AdapterError(
+                f"{adapter.path}: also adapts text encoders ({by_encoder(adapter.text_factors)}), which are not "
+                "merged into a base; leave them out: --transformer-only"
+            )
         unmatched = match(skeleton, adapter).unmatched
         if unmatched:
             raise AdapterError(f"{adapter.path}: {found.name} has no {first_of(unmatched)}, so it cannot be merged")

@@ -28,11 +28,11 @@ def resize_lora(
     check_out(out)
     adapter = read_adapter(source, transformer_only=transformer_only)
     require_lora(adapter, "lora resize")
-    found = {module: truncate(pair, rank, energy) for module, pair in adapter.folded().items()}
+    found = {module: truncate(pair, rank, energy) for module, pair in adapter.whole().items()}
     factors = {module: truncated.pair for module, truncated in found.items()}
     highest = max(len(down) for down, _ in factors.values())
     write_form(out, form_of(adapter), factors, contract_of_ranks(adapter.contract, highest), adapter.metadata)
-    before = Counter(len(down) for down, _ in adapter.factors.values())
+    before = Counter(len(down) for down, _ in adapter.whole().values())
     after = Counter(len(down) for down, _ in factors.values())
     return [
         f"{out}: {len(found)} modules, rank {_ranks(before)} -> {_ranks(after)}",

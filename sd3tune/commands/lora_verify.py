@@ -14,11 +14,14 @@ from sd3tune.adapter.derived import notes_of
 from sd3tune.adapter.file import Adapter, read_adapter
 from sd3tune.adapter.layouts import MAGNITUDE
 from sd3tune.adapter.lycoris import product
-from sd3tune.adapter.rearrange import first_of
+from sd3tune.adapter.rearrange import arrange, first_of
 from sd3tune.adapter.reference_pipeline import NAME, drawing_pipeline, load_into
+from sd3tune.adapter.text_encoders import match_text
+from sd3tune.adapter.text_layouts import by_encoder
 from sd3tune.encode.resources import release
 from sd3tune.errors import AdapterError
 from sd3tune.inference.conditions import find_base
+from sd3tune.model.base.parts import ENCODER_OF
 from sd3tune.model.load.components import empty_transformer
 from sd3tune.model.lora.layers import adapter_layers, parameters_of
 from sd3tune.run.verify_preview import compare_with_preview
@@ -46,10 +49,15 @@ def verify_lora(
             f"{adapter.path}: {len(counted.unmatched)} of {len(adapter.sizes)} modules are not in {found.name}: "
             f"{first_of(counted.unmatched)}; it was made for another base"
         )
-    pipeline = drawing_pipeline(found, torch_dtype, device)
+    match_text(found, adapter)
+    arrange(adapter.whole(), "diffusers")  # refuses T5 by name
+    encoders = [ENCODER_OF[part] for part in adapter.text_parts]
+    pipeline = drawing_pipeline(found, torch_dtype, device, encoders=encoders)
     before = _one_step(pipeline)
     load_into(pipeline, adapter)
     _check_layers(adapter, pipeline.transformer)
+    for part in adapter.text_parts:
+        _check_layers(adapter.of_part(part), getattr(pipeline, part))
     after = _one_step(pipeline)
     if not after.isfinite().all():
         raise AdapterError(
@@ -63,6 +71,7 @@ def verify_lora(
         f"{adapter.path}: {counted.matched} tensors of {len(adapter.sizes)} modules loaded by diffusers into "
         f"{found.name}, none left over",
         f"one step in {dtype_name(torch_dtype)}: finite, and {change:.2%} away from the base's",
+        *([f"also loaded into text encoders: {by_encoder(adapter.text_factors)} modules"] if encoders else []),
         *notes_of(adapter),
     ]
     del pipeline

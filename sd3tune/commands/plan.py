@@ -17,7 +17,7 @@ from sd3tune.forecast.knobs import after, knobs
 from sd3tune.forecast.rehearsal import Training
 from sd3tune.forecast.system import SystemMemory, machine_memory, system_memory
 from sd3tune.reporting import Lines
-from sd3tune.run.describe import describe_precision
+from sd3tune.run.describe import describe_hoist, describe_precision
 from sd3tune.runtime.device import DTYPES, choose_dtype, dtype_name, gpu_of
 
 UTILISATION = 40
@@ -163,6 +163,7 @@ def _base_lines(inputs: ForecastInputs) -> list[str]:
     return [
         f"base      {inputs.base.name}, {describe_precision(inputs.config, inputs.dtype)}",
         f"largest   {width}x{height} px, {batch}, gradient checkpointing {checkpointing}",
+        *describe_hoist(inputs.config),
     ]
 
 
@@ -194,6 +195,7 @@ def components(training: Training) -> list[tuple[str, int]]:
     millions = f"{training.trained / 1e6:.1f} M"
     return [
         (f"base, frozen (of {training.parameters / 1e9:.3f} B parameters)", training.frozen),
+        ("trained text encoders, frozen", training.encoders),
         (f"trainable parameters, {millions}, for computing", training.compute),
         ("their fp32 master", training.master),
         ("their gradients' fp32 sum", training.gradient),

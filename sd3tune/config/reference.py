@@ -106,7 +106,7 @@ def _sections(section: type[Section], prefix: str) -> Iterator[str]:
                 yield f"### {path}, kind `{kind_of(one)}`{default}\n"
                 yield inspect.cleandoc(one.__doc__ or "") + "\n"
             rows = {key: value for key, value in one.model_fields.items() if not _inner(value) or _also_plain(value)}
-            yield _table(rows)
+            yield from [_table(rows)] * bool(rows)
         shared: dict[str, None] = {}  # variants have sections in common
         for one in inner:
             shared |= dict.fromkeys(["\n".join(_sections(one, path + "."))])

@@ -217,8 +217,8 @@ class Config(Section, metaclass=ConfigType):
             )
         if self.train.fused_backward and self.method.has_rates:
             raise ValueError(
-                "train.fused_backward is true and method.loraplus_lr_ratio is not 1, which scales whole updates; leave "
-                "one of the two out"
+                "train.fused_backward is true, and method.text_encoders or method.loraplus_lr_ratio give parameters "
+                "learning rates of their own, which scale whole updates; leave one of them out"
             )
         return self
 

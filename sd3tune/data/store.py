@@ -74,6 +74,7 @@ class Store:
         self._unreadable: set[Path] = set()
         self._open: dict[Path, Any] = {}
         self._sound: set[str] = set()
+        self._noted: dict[str, dict[str, torch.Tensor]] = {}
         self._lock = threading.Lock()
         self._locked = False
         self._share()
@@ -110,7 +111,11 @@ class Store:
                 self._set_aside(entry.shard)
                 raise RunError(f"{entry.shard}: damaged on the disk; run again (with --resume) to encode it again")
             self._sound.add(key)
-        return tensors
+        return {**tensors, **self._noted[key]} if key in self._noted else tensors
+
+    def note(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Let `get` return further tensors of an entry, which are in memory only."""
+        self._noted[key] = dict(tensors)
 
     def check(self, keys: Iterable[str], nbytes: int = CHECKED_BYTES) -> list[str]:
         """Check entries against their digests, up to `nbytes` in all. Return the keys whose entries are lost.

@@ -27,6 +27,7 @@ from sd3tune.model.compute.swap import bytes_saved
 from sd3tune.model.load.components import empty_transformer, load_vae, text_encoder_shape, vae_dtype
 from sd3tune.model.load.latents import decode
 from sd3tune.model.load.quantized import load_transformer_in, quantize, statistics
+from sd3tune.model.load.text import TOKENS
 from sd3tune.run.setup import hoists, make_trainable
 from sd3tune.training.ahead import window_length, with_modulations
 from sd3tune.training.batches import Batch
@@ -51,6 +52,8 @@ class Training:
     """Number of trained parameters."""
     frozen: int
     """The base's frozen tensors on the device, in the compute dtype or quantized."""
+    encoders: int
+    """The frozen tensors of trained text encoders."""
     compute: int
     """The trained parameters in the compute dtype; 0 for fp32, which computes with the master."""
     master: int
@@ -72,7 +75,8 @@ class Training:
 
     @property
     def resident(self) -> int:
-        return self.frozen + self.compute + self.master + self.gradient + self.optimizer + self.average + self.ahead
+        models = self.frozen + self.encoders
+        return models + self.compute + self.master + self.gradient + self.optimizer + self.average + self.ahead
 
     @property
     def peak(self) -> int:
@@ -86,7 +90,7 @@ class MetaBatches:
     case.
     """
 
-    def __init__(self, config: Config, base: Base, encoders: tuple[str, ...], size: Size, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> None:
         priors = [prior for source in config.data.sources if (prior := source.prior) and prior.weight > 0]
         kept = bool(config.data.own_predictions)
         self.with_prior, self.instances = bool(priors), config.train.batch_size
@@ -95,7 +99,8 @@ class MetaBatches:
         self.size, self.dtype, self.channels = size, dtype, base.config("vae")["latent_channels"]
         self.batch_size, self.accumulation = config.train.batch_size, config.train.gradient_accumulation
         self.modulation: Modulation | None = None
-        self.shapes = {encoder: _entry_shapes(base, encoder, config) for encoder in encoders}
+        self.shapes = {encoder: _entry_shapes(base, encoder, config) for encoder in method.cached_encoders}
+        self.trained = method.trained_encoders
 
     def fetch(self, step: int, micro: int) -> Batch:
         return replace(self.batch_of(self.rows, self.size), modulation=self.modulation)
@@ -117,15 +122,21 @@ class MetaBatches:
             latents=torch.empty(shape, device=META),
             noise=torch.empty(shape, device=META),
             sigma=torch.empty(rows, device=META),
-            embeddings={encoder: self._entries(rows, shapes) for encoder, shapes in self.shapes.items()},
+            embeddings={encoder: self._entries(encoder, rows) for encoder in self.shapes},
             weights=torch.empty(rows, device=META),
             names=[""] * rows,
             instances=self.instances,
             kept=self.kept,
         )
 
-    def _entries(self, rows: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        return {name: torch.empty(rows, *shape, dtype=self.dtype, device=META) for name, shape in shapes.items()}
+    def _entries(self, encoder: str, rows: int) -> dict[str, Tensor]:
+        made = {
+            name: torch.empty(rows, *shape, dtype=self.dtype, device=META)
+            for name, shape in self.shapes[encoder].items()
+        }
+        if encoder in self.trained:  # a text for each image: the worst case
+            made[TOKENS] = torch.arange(1, 1 + rows)[:, None].expand(rows, CLIP_LENGTH)
+        return made
 
 
 def _entry_shapes(base: Base, encoder: str, config: Config) -> dict[str, tuple[int, ...]]:
@@ -154,7 +165,7 @@ def rehearse_training(
     whole = empty_transformer(base)
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     transformer = _load(config, base, method, dtype, whole)
-    empty = MetaBatches(config, base, method.cached_encoders, size, dtype)
+    empty = MetaBatches(config, base, method, size, dtype)
     batches = with_modulations(empty, transformer, method)
     with Footprint() as window:  # measured apart from the step, as it covers several steps
         ahead = list(batches.fetch(0, 0).modulation or ())
@@ -181,7 +192,8 @@ def rehearse_training(
         fused=FusedBackward(master, idle, without=_OMITTED) if config.train.fused_backward else None,
     )
     frozen = _frozen(transformer)
-    saved = SavedTensors([*tensors_of(transformer), *frozen, *ahead, master.master])
+    encoders = [tensor for model in method.companions() for tensor in _frozen(model)]
+    saved = SavedTensors([*tensors_of(transformer), *frozen, *encoders, *ahead, master.master])
     with saved.watching():
         step = _rehearse_step(config, state, thin, method, empty, saved)
     most_values = state.fused.most_values if state.fused else None
@@ -193,6 +205,7 @@ def rehearse_training(
         parameters=parameters,
         trained=values,
         frozen=bytes_of(frozen) + thin.omitted_sum(lambda block: bytes_of(_frozen(block))) - swapped,
+        encoders=bytes_of(encoders),
         compute=0 if dtype is torch.float32 else bytes_of([master.compute]),
         master=bytes_of([master.master, *([] if master.rates is None else [master.rates])]),
         gradient=bytes_of([master.gradient]),
@@ -303,7 +316,7 @@ def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dty
     """Rehearse drawing a class image with guidance. Transformer and VAE are in memory together."""
     transformer = _load(config, base, method, dtype, empty_transformer(base))
     vae = load_vae(base, vae_dtype(dtype), META)
-    batch = MetaBatches(config, base, method.cached_encoders, size, dtype).batch_of(2, size)
+    batch = MetaBatches(config, base, method, size, dtype).batch_of(2, size)
     resident = bytes_of([*tensors_of(transformer), *statistics(transformer), *tensors_of(vae)])
     resident -= bytes_saved(transformer, config.train.swap_blocks or 0)
     thin = thin_out(transformer, method, None)

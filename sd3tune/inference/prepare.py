@@ -12,6 +12,7 @@ from sd3tune.adapter.attach import match
 from sd3tune.adapter.derived import notes_of
 from sd3tune.adapter.file import Adapter
 from sd3tune.adapter.hub import load_adapter
+from sd3tune.adapter.text_encoders import match_text
 from sd3tune.data.images import check_header, read_picture, reading_warnings
 from sd3tune.errors import ConfigError
 from sd3tune.inference.checks import Named, check_job, conflicts_of, flag_of, problems_of, unsupported_by_base
@@ -24,6 +25,7 @@ from sd3tune.inference.lora_argument import parse_lora
 from sd3tune.inference.prompts_file import PromptLine, read_prompts
 from sd3tune.inference.session import InferenceSession
 from sd3tune.model.base.hub import no_downloads
+from sd3tune.model.base.parts import ENCODER_OF, LABELS
 from sd3tune.model.load.components import empty_transformer, load_scheduler
 from sd3tune.reporting import say
 from sd3tune.runtime.device import choose_dtype, gpu_of, make_accelerator
@@ -128,6 +130,11 @@ def _check_against_base(named: Sequence[NamedRequest], conditions: Conditions, a
             _check_shapes(image, mask)
     for adapter in adapters:
         match(skeleton, adapter)
+        match_text(conditions.base, adapter)
+        adapted = [ENCODER_OF[part] for part in adapter.text_parts]
+        unused = [LABELS[name] for name in adapted if name not in conditions.encoders]
+        if unused:
+            say(f"warning: {adapter.label} also adapts {', '.join(unused)}, which does not read the prompt here")
 
 
 def _check_shapes(image: Path, mask: Path) -> None:

@@ -19,7 +19,7 @@ from sd3tune.encode.resources import release
 from sd3tune.inference.conditions import Conditions
 from sd3tune.inference.image_request import ImageRequest, Texts
 from sd3tune.inference.job import IN_FULL, Memory
-from sd3tune.inference.prompts import encode_prompts
+from sd3tune.inference.prompts import Prompt, encode_prompts
 from sd3tune.inference.start_images import fitted, fitted_mask, latent_mask, pasted
 from sd3tune.model.base.parts import is_modulation
 from sd3tune.model.compute.hoist import hoist
@@ -87,8 +87,8 @@ def draw(
             return sample_latents(
                 model,
                 scheduler,
-                _concatenate([texts[request.texts] for request in group]),
-                _concatenate([texts[Texts(request.negative)] for request in group]),
+                _concatenate([texts[_prompt(session, request, request.texts)] for request in group]),
+                _concatenate([texts[_prompt(session, request, Texts(request.negative))] for request in group]),
                 replace(settings, steps=1, strength=None) if warm_up else settings,
                 [request.seed for request in group],
                 on_step=(lambda: None) if warm_up else partial(bar.update, len(group)),
@@ -142,9 +142,15 @@ def batched(requests: Iterable[ImageRequest], most: int) -> list[list[ImageReque
     return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
 
 
-def texts_of(requests: Sequence[ImageRequest]) -> list[Texts]:
+def prompts_of(session: InferenceSession, requests: Sequence[ImageRequest]) -> list[Prompt]:
     """Return the distinct prompts and negative prompts."""
-    return list(dict.fromkeys(texts for request in requests for texts in (request.texts, Texts(request.negative))))
+    both = [(request, texts) for request in requests for texts in (request.texts, Texts(request.negative))]
+    return list(dict.fromkeys(_prompt(session, request, texts) for request, texts in both))
+
+
+def _prompt(session: InferenceSession, request: ImageRequest, texts: Texts) -> Prompt:
+    of_text = (lora for lora in request.loras if session.adapters[lora[0]].text_parts)
+    return Prompt(texts, tuple(of_text))
 
 
 def _with_kept_pixels(request: ImageRequest, image: Image.Image) -> Image.Image:
@@ -191,15 +197,22 @@ class Component:
             release(self._session.device)
 
 
-def _encode_texts(session: InferenceSession, requests: Sequence[ImageRequest]) -> dict[Texts, Conditioning]:
-    texts, conditions = texts_of(requests), session.conditions
+def _encode_texts(session: InferenceSession, requests: Sequence[ImageRequest]) -> dict[Prompt, Conditioning]:
+    prompts, conditions = prompts_of(session, requests), session.conditions
     length = conditions.t5_length
     eight_bit = ["t5"] if session.memory.t5_8bit else []
     with explain_oom("encoding the prompts", lambda: _SMALLER_T5):
         encoded = encode_prompts(
-            conditions.base, conditions.encoders, texts, length, session.dtype, session.device, eight_bit
+            conditions.base,
+            conditions.encoders,
+            prompts,
+            length,
+            session.dtype,
+            session.device,
+            eight_bit,
+            session.adapters,
         )
-    return dict(zip(texts, encoded, strict=True))
+    return dict(zip(prompts, encoded, strict=True))
 
 
 def _encode_images(session: InferenceSession, requests: Sequence[ImageRequest]) -> Images:

@@ -72,7 +72,13 @@ class Method(Protocol):
     resident: tuple[str, ...]
     """Components that stay in memory while training."""
     cached_encoders: tuple[str, ...]
-    """Frozen text encoders, whose output comes from the store."""
+    """Text encoders whose output, with the base's weights, comes from the store."""
+    trained_encoders: tuple[str, ...]
+    """Text encoders that are trained. Their entries in `Embeddings` also hold `tokens` [B, 77], int64 on the CPU; zeros
+    stand for a dropped caption."""
+    segments: tuple[str, ...]
+    """Prefixes of parameter names whose gradients are clipped by themselves. The parameters of each follow each other,
+    after all others."""
     product: Product
     exported_bytes: int
     """Bytes per trained parameter in the exported files."""
@@ -101,6 +107,9 @@ class Method(Protocol):
     def rates(self, names: Iterable[str]) -> dict[str, float]:
         """Return the learning rates of trained parameters as multiples of `optimizer.lr`; those at 1 may be missing."""
 
+    def companions(self) -> Sequence[nn.Module]:
+        """Return the other models that `inject` loads; they stay in memory while training."""
+
     def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
     ) -> None:
@@ -110,7 +119,10 @@ class Method(Protocol):
         """Return `prompt_embeds` [B, tokens, width] and `pooled_prompt_embeds` [B, width], in the model's dtype."""
 
     def pooled(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> Tensor:
-        """Return the `pooled_prompt_embeds` of `conditioning`; the embeddings need no `hidden`."""
+        """Return the `pooled_prompt_embeds` of `conditioning`; the embeddings need no `hidden`.
+
+        It is not called if `trained_encoders` names any.
+        """
 
     def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> AbstractContextManager[None]:
         """Enable training-only regularisation, such as dropout, drawn from `seed`, in forward and backward pass."""

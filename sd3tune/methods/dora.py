@@ -54,7 +54,8 @@ class DoraMethod(LoraMethod):
                 layer.training = False
 
     def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
-        return norms_by_block(self._changes(transformer, self.exported(weights)))
+        tensors = self.exported(weights)
+        return norms_by_block(self._changes(transformer, tensors)) | self.text.changes(tensors)
 
     def _changes(self, transformer: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
         for name, layer in lora_layers(transformer).items():

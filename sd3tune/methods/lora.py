@@ -1,4 +1,4 @@
-"""LoRA on the transformer; the text encoders are frozen, and their output comes from the store."""
+"""LoRA on the transformer and, if configured, on CLIP text encoders; other text comes from the store."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from sd3tune.config.schema import Config
 from sd3tune.config.sections.method import LoraConfig
 from sd3tune.errors import AdapterError
 from sd3tune.files.regular import sha256_of
-from sd3tune.methods.base import Product, Saving, Weights
+from sd3tune.methods.base import Embeddings, Product, Saving, Weights
 from sd3tune.methods.start_from import check_start, starting_factors
 from sd3tune.methods.stored_text import StoredText
+from sd3tune.methods.text_encoders import TrainedEncoders
 from sd3tune.model.base.base import Base
 from sd3tune.model.compute.fast import plain_path
 from sd3tune.model.lora.dropout import SeededDropout
@@ -28,11 +29,10 @@ from sd3tune.model.lora.eva import input_directions
 from sd3tune.model.lora.layers import (
     ADAPTER_NAME,
     Layer,
-    adapter_layers,
     block_norms,
     inject_lora,
     lora_layers,
-    parameters_of,
+    other_parameters,
 )
 from sd3tune.model.lora.targets import CoverageRow, coverage, select_modules, values_by_pattern
 from sd3tune.runtime.device import DTYPES
@@ -52,17 +52,26 @@ class LoraMethod(StoredText):
         self.settings = cast(LoraConfig, config.method)
         self.export_dtype = DTYPES[self.settings.export_dtype]
         self.exported_bytes = self.export_dtype.itemsize
+        self.text = TrainedEncoders(self.settings.trained_encoders, base)
+        self.trained_encoders, self.segments = self.text.names, self.text.prefixes
+        self.peak = config.optimizer.lr
+        self.resident = ("transformer", *self.trained_encoders)
 
     def select(self, transformer: nn.Module) -> list[str]:
+        return [*self._select(transformer), *self.text.select(self._start)]
+
+    def _select(self, transformer: nn.Module) -> list[str]:
+        """Return the names of the transformer's modules to train."""
         modules = select_modules(transformer, self.settings.targets, self.settings.blocks)
         layers = self._layers(modules)
         if self._start:
-            check_start(self._start, transformer, layers, self.dora)
+            check_start(self._start, transformer, layers, dora=self.dora)
         return modules
 
     def coverage(self, transformer: nn.Module) -> list[CoverageRow]:
-        layers = self._layers(self.select(transformer))
-        return coverage(transformer, {name: layer.rank for name, layer in layers.items()}, self.parameters_of_layer)
+        layers = self._layers(self._select(transformer))
+        ranks = {name: layer.rank for name, layer in layers.items()}
+        return [*coverage(transformer, ranks, self.parameters_of_layer), *self.text.coverage()]
 
     def parameters_of_layer(self, rank: int, inputs: int, outputs: int) -> int:
         """Return the number of trained parameters for a linear layer of these sizes."""
@@ -73,12 +82,13 @@ class LoraMethod(StoredText):
         others = sorted(set(self.settings.rank_pattern.values()) - {rank})
         some = f" (some {', '.join(map(str, others))})" if others else ""
         ratio = getattr(self.settings, "loraplus_lr_ratio", 1)
-        return f"{kind}, rank {rank}{some}" + (f", B at {ratio:g} x the learning rate" if ratio != 1 else "")
+        faster = f", B at {ratio:g} x the learning rate" if ratio != 1 else ""
+        return f"{kind}, rank {rank}{some}{faster}{self.text.title()}"
 
     def inject(
         self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
     ) -> dict[str, nn.Parameter]:
-        layers = self._layers(self.select(transformer))
+        layers = self._layers(self._select(transformer))
         settings = self.settings
         parameters = inject_lora(
             transformer, layers, generator, init=settings.init, dropout=settings.dropout, dora=self.dora
@@ -86,11 +96,16 @@ class LoraMethod(StoredText):
         if self._start:
             for name, factor in starting_factors(self._start, layers).items():
                 parameters[name].data = factor.to(parameters[name].device)
-        return parameters
+        dtype, device = next(transformer.parameters()).dtype, transformer.device
+        return {**parameters, **self.text.inject(generator, self._start, dtype, device)}
+
+    def companions(self) -> Sequence[nn.Module]:
+        return [encoder.model for encoder in self.text.live.values()]
 
     def rates(self, names: Iterable[str]) -> dict[str, float]:
         ratio = self.settings.loraplus_lr_ratio
-        return {name: ratio for name in names if ratio != 1 and name.endswith(".lora_B")}
+        faster = {name: ratio for name in names if ratio != 1 and name.endswith(".lora_B")}
+        return faster | self.text.rates(names, self.peak)
 
     def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
@@ -109,8 +124,13 @@ class LoraMethod(StoredText):
         return {name: value.to(self.export_dtype) for name, value in self._folded(weights).items()}
 
     def _folded(self, weights: Weights) -> dict[str, Tensor]:
-        layers = self._layers([name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")])
-        return adapter_io.fold_scale(weights, {name: layer.scale for name, layer in layers.items()})
+        own = self.text.of_transformer(weights)
+        layers = self._layers([name.removesuffix(".lora_A") for name in own if name.endswith(".lora_A")])
+        folded = adapter_io.fold_scale(own, {name: layer.scale for name, layer in layers.items()})
+        return {**folded, **self.text.exported(weights)}
+
+    def conditioning(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> tuple[Tensor, Tensor]:
+        return super().conditioning(self.text.encoded(embeddings), transformer)
 
     @contextmanager
     def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> Iterator[None]:
@@ -136,35 +156,21 @@ class LoraMethod(StoredText):
 
     @contextmanager
     def _computing_with(self, transformer: SD3Transformer2DModel, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        # Parameters are repointed and restored: the live values are never written to.
-        live: list[tuple[nn.Parameter, Tensor]] = []
-        layers: dict[str, Any] = {**adapter_layers(transformer)}
-        scales = {name: layer.scaling[ADAPTER_NAME] for name, layer in layers.items()}
-        try:
-            for name, layer in layers.items():
-                for part, parameter in parameters_of(layer).items():
-                    live.append((parameter, parameter.data))
-                    parameter.data = tensors[f"{name}.{part}"].to(parameter.dtype)
-                layer.scaling[ADAPTER_NAME] = 1.0
-            with plain_path(transformer):
-                yield
-        finally:
-            for parameter, data in live:
-                parameter.data = data
-            for name, layer in layers.items():
-                layer.scaling[ADAPTER_NAME] = scales[name]
+        with other_parameters(transformer, tensors), self.text.as_exported(tensors), plain_path(transformer):
+            yield
 
     @contextmanager
     def disabled(self, transformer: SD3Transformer2DModel) -> Iterator[None]:
         transformer.disable_adapters()
         try:
-            with plain_path(transformer):
+            with plain_path(transformer), self.text.disabled():
                 yield
         finally:
             transformer.enable_adapters()
 
     def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
-        return block_norms(self.exported(weights))
+        tensors = self.exported(weights)
+        return {**block_norms(self.text.of_transformer(tensors)), **self.text.changes(tensors)}
 
     def export(self, folder: Path, weights: Weights, contract: Mapping[str, Any]) -> Path:
         return adapter_io.write_adapter(folder, self.exported(weights), contract, self.export_dtype)
@@ -189,7 +195,9 @@ class LoraMethod(StoredText):
     def savings(self, config: Config) -> Sequence[Saving]:
         fewer = Saving("method", "targets", "attention", "half the trained parameters", planned=False)
         image = Saving("method", "targets", "attention-image")
-        return {"attention+mlp": (fewer, image), "attention": (image,)}.get(str(self.settings.targets), ())
+        modules = {"attention+mlp": (fewer, image), "attention": (image,)}.get(str(self.settings.targets), ())
+        frozen = Saving("method", "text_encoders", None, "the text encoders leave the device")
+        return (*modules, *[frozen] * bool(self.trained_encoders))
 
     def _layers(self, modules: Sequence[str]) -> dict[str, Layer]:
         """Return rank and alpha of each module. Raises AdapterError for a pattern that matches no module."""

@@ -14,11 +14,19 @@ from sd3tune.model.lora.layers import Layer
 from sd3tune.model.lora.targets import untrainable_modules
 
 
-def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, Layer], dora: bool = False) -> None:
-    """Raise AdapterError if the adapter's kind, modules, sizes or ranks do not match `layers`.
+def check_start(
+    adapter: Adapter,
+    transformer: nn.Module,
+    layers: Mapping[str, Layer],
+    section: str = "method",
+    *,
+    dora: bool = False,
+) -> None:
+    """Raise AdapterError if the adapter's kind, modules, sizes or ranks do not match `layers`, which `section`
+    configures.
 
-    Modules that the adapter lacks are newly initialized. Modules whose output is unused are ignored. With `dora`, it
-    may also be a DoRA whose magnitudes PEFT can train.
+    `transformer` may also be a text encoder. Modules that the adapter lacks are newly initialized. Modules whose output
+    is unused are ignored. With `dora`, it may also be a DoRA whose magnitudes PEFT can train.
     """
     trainable = dora and not adapter.of_base and all(per_output(one) for one in adapter.magnitudes.values())
     if adapter.kind != "LoRA" and not (adapter.kind == "DoRA" and trainable):
@@ -43,9 +51,10 @@ def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, L
     ignored = untrainable_modules(transformer)
     left_out = [name for name in adapter.factors if name not in layers and name not in ignored]
     if left_out:
+        leaves_out = "method.targets and method.blocks leave" if section == "method" else f"{section}.targets leaves"
         raise AdapterError(
-            f"method.start_from: {adapter.path} also adapts {_first(left_out)}, which method.targets and method.blocks "
-            "leave out; without it the run would start from a different function"
+            f"method.start_from: {adapter.path} also adapts {_first(left_out)}, which {leaves_out} out; without it the "
+            "run would start from a different function"
         )
     shared = {name: (pair, layers[name]) for name, pair in adapter.factors.items() if name in layers}
     if not shared:
@@ -63,7 +72,9 @@ def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, L
         if odd:
             raise AdapterError(
                 f"method.start_from: {adapter.path} has rank {rank} where this run has {layers[odd[0]].rank}: "
-                f"{_first(odd)}; set method.rank to {rank}, or method.rank_pattern for single modules"
+                f"{_first(odd)}; set {section}.rank to {rank}"
+                + ", or method.rank_pattern for single modules"
+                * (section == "method")
             )
 
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.model import ModelConfig
@@ -19,6 +19,8 @@ class StoredText:
     """Base class of methods that train only the transformer."""
 
     resident: tuple[str, ...] = ("transformer",)
+    trained_encoders: tuple[str, ...] = ()
+    segments: tuple[str, ...] = ()
 
     def __init__(self, model: ModelConfig) -> None:
         self.t5_length = model.max_sequence_length
@@ -35,6 +37,9 @@ class StoredText:
         )
         dtype = next(transformer.parameters()).dtype  # `transformer.dtype` walks the whole model to find out
         return prompt_embeds.to(dtype), pooled.to(dtype)
+
+    def companions(self) -> Sequence[nn.Module]:
+        return ()
 
     def extra_loss(self, transformer: SD3Transformer2DModel, batch: Any) -> Tensor | None:
         return None

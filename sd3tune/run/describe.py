@@ -49,6 +49,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         f"{method.product.name:<9} {method.title()}: {parameters:,} parameters, "
         f"{method.exported_bytes * parameters / 1e6:.1f} MB, in {modules} module{'s' * (modules != 1)}",
         *(f"          {_describe_coverage(row)}" for row in plan.coverage),
+        *describe_hoist(config),
         *(["compile   blocks: the first step of each image size takes a minute or more"] if compiled else []),
         f"run       {plan.run}",
     ]
@@ -169,6 +170,15 @@ def _describe_objective(plan: Plan) -> list[str]:
             "drawn less often than they occur; flow.loss.kind=mse draws each as often"
         )
     return lines
+
+
+def describe_hoist(config: Config) -> list[str]:
+    """Return a note if trained text encoders turn `train.hoist` off."""
+    if not (config.train.hoist and config.method.trains_text):
+        return []
+    return [
+        "note: train.hoist has no effect: trained text encoders change the pooled text, so adaLN is not computed ahead"
+    ]
 
 
 def describe_precision(config: Config, dtype: torch.dtype) -> str:

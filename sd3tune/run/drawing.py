@@ -13,6 +13,7 @@ from sd3tune.data.store import Store
 from sd3tune.encode.resources import release
 from sd3tune.files.atomic import new_file, remove_stale
 from sd3tune.model.load.components import load_scheduler, load_vae, vae_dtype
+from sd3tune.model.load.text import on_device
 from sd3tune.reporting import progress_bar, say
 from sd3tune.run.preflight import Plan
 from sd3tune.run.setup import load_base
@@ -52,7 +53,7 @@ def stored_conditioning(
 ) -> Conditioning:
     """Return a prompt's conditioning from the store's embeddings; `captions` is encoder -> text -> key."""
     embeddings = {
-        encoder: {name: tensor[None].to(plan.device) for name, tensor in store.get(keys[prompt]).items()}
+        encoder: on_device({name: tensor[None] for name, tensor in store.get(keys[prompt]).items()}, plan.device)
         for encoder, keys in captions.items()
     }
     return Conditioning(*plan.method.conditioning(embeddings, transformer))

@@ -11,12 +11,14 @@ from sd3tune.config import Config
 from sd3tune.data.buckets import Size
 from sd3tune.data.records import Record, sample_indices
 from sd3tune.data.store import Store
-from sd3tune.encode.captions import LLM_INT8, caption_keys, encode_captions
+from sd3tune.encode.captions import CLIP_LENGTH, LLM_INT8, caption_keys, encode_captions
 from sd3tune.encode.images import EncodedImage, encode_images
 from sd3tune.encode.inspect import inspect, warnings_about
 from sd3tune.encode.manifest import Manifest
 from sd3tune.encode.report import EncodeReport
 from sd3tune.measures.prompts import Prompts
+from sd3tune.model.load.components import load_tokenizer
+from sd3tune.model.load.text import TOKENS, tokenize
 from sd3tune.run.drawing import NEGATIVE_PROMPT, draw_class_images
 from sd3tune.run.earlier import began_in_llm_int8
 from sd3tune.run.places import store_folder
@@ -140,7 +142,16 @@ def _encode_captions(
     )
     processes.wait()
     store.refresh()
+    _note_tokens(plan, store, captions)
     return captions, _t5_lengths(plan, captions), report
+
+
+def _note_tokens(plan: Plan, store: Store, captions: Mapping[str, Mapping[str, str]]) -> None:
+    """Add the tokens of every text to its entries of trained encoders."""
+    for encoder in plan.method.trained_encoders:
+        tokenizer = load_tokenizer(plan.base, encoder)
+        for text, key in captions[encoder].items():
+            store.note(key, {TOKENS: tokenize(tokenizer, text, CLIP_LENGTH)})
 
 
 def _t5_form_name(plan: Plan) -> str | None:

@@ -32,8 +32,14 @@ def starting_state(
         plan.method.initialize_from_data(
             transformer, lambda: _observe(plan, encoded, transformer), processes.reduce_mean
         )
-    rates = plan.method.rates(parameters)
-    master = FlatMaster(parameters, plan.dtype, accumulates=not config.train.fused_backward, rates=rates)
+    method = plan.method
+    master = FlatMaster(
+        parameters,
+        plan.dtype,
+        accumulates=not config.train.fused_backward,
+        rates=method.rates(parameters),
+        segments=method.segments,
+    )
     state = make_state(config, master, plan.dtype)
     if plan.start is not None:
         restore(plan.start, state)

@@ -107,6 +107,8 @@ def _draw(adapter: Adapter, base: Base, preview: Preview, dtype: torch.dtype, de
     """Redraw a preview with diffusers. Text encoders are freed before the transformer is loaded."""
     contract, recipe = adapter.contract, preview.recipe
     texts = text_pipeline(base, contract["encoders"], dtype, device)
+    if adapter.text_parts:
+        load_into(texts, adapter)
     embeds = texts.encode_prompt(
         recipe["prompt"], None, None, device=device, negative_prompt=recipe.get("negative", ""),
         do_classifier_free_guidance=recipe["guidance"] > 1, max_sequence_length=contract["max_sequence_length"],

@@ -18,6 +18,7 @@ from sd3tune.data.store import Store
 from sd3tune.flow.objective import offset_noise, perturbed_noise
 from sd3tune.model.compute.hoist import Modulation
 from sd3tune.model.load.latents import sample_latents
+from sd3tune.model.load.text import on_device
 from sd3tune.training.examples import Example, Sample
 
 
@@ -50,7 +51,7 @@ class LatentScaling:
 
 @dataclass(frozen=True)
 class Batch:
-    """The data of one micro-step, on the device. All fp32, except embeddings and modulations.
+    """The data of one micro-step, on the device but for tokens. All fp32, except embeddings and modulations.
 
     The instances come first, then the prior samples of those whose source has a prior: B samples in all.
     """
@@ -62,7 +63,7 @@ class Batch:
     sigma: Tensor
     """[B]: the final sigmas, drawn from the configured density and shifted."""
     embeddings: Mapping[str, Mapping[str, Tensor]]
-    """Encoder -> name -> tensor [B, ...], in the encoders' dtype."""
+    """Encoder -> name -> tensor [B, ...], in the encoders' dtype; see `Method.trained_encoders` for their tokens."""
     weights: Tensor
     """[B]: weights of the samples' losses."""
     names: Sequence[str]
@@ -272,10 +273,7 @@ class Batches:
             noise=noise,
             input_noise=input_noise,
             sigma=sigma,
-            embeddings={
-                encoder: {key: value.to(self.device, non_blocking=True) for key, value in entry.items()}
-                for encoder, entry in loaded.embeddings.items()
-            },
+            embeddings={encoder: on_device(entry, self.device) for encoder, entry in loaded.embeddings.items()},
             weights=loaded.weights.to(self.device, non_blocking=True),
             names=[sample.example.name for sample in loaded.samples],
             instances=loaded.instances,

@@ -6,7 +6,7 @@ small matrices nor, as in PEFT, the activations to fp32. Updates go to the fp32 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,7 +27,8 @@ class FlatMaster:
 
     `parameters` are fp32 tensors inside the model; they become views of `compute`, a copy of the master in `dtype`.
     With fp32, `compute` is the master itself, without a copy. Without `accumulates` there is no gradient: see
-    `fused_backward`. `rates` has the learning rates of parameters, as multiples, that differ from 1.
+    `fused_backward`. `rates` has the learning rates of parameters, as multiples, that differ from 1. `segments` are
+    prefixes of names (see `Method.segments`).
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class FlatMaster:
         dtype: torch.dtype,
         accumulates: bool = True,
         rates: Mapping[str, float] = {},
+        segments: Sequence[str] = (),
     ) -> None:
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.parameters = list(parameters.values())
@@ -49,11 +51,19 @@ class FlatMaster:
         self.rates = torch.ones_like(self.master.detach()) if rates else None
         for name, view in (self.named(self.rates) if self.rates is not None else {}).items():
             view.fill_(rates.get(name, 1.0))
+        self.clipped_parts = self._parts(segments)
+        """The parts of the master whose gradients are clipped by themselves."""
 
     @property
     def sizes(self) -> list[int]:
         """Number of elements of each parameter, in the master's order."""
         return [shape.numel() for shape in self.shapes.values()]
+
+    def _parts(self, segments: Sequence[str]) -> list[slice]:
+        """Return the values before the first segment, and those of each segment."""
+        firsts = [next((n for n, name in enumerate(self.shapes) if name.startswith(one)), None) for one in segments]
+        starts = [0, *(sum(self.sizes[:first]) for first in firsts if first is not None)]
+        return [slice(*ends) for ends in zip(starts, [*starts[1:], self.master.numel()], strict=True)]
 
     def collect_gradients(self) -> None:
         """Add the parameters' gradients to the fp32 sum, and clear them."""

@@ -69,7 +69,7 @@ class StepResult:
     [3, 0] if no source has a prior.
     """
     grad_norm: Tensor
-    """Norm of the gradient before clipping, a scalar; not finite if the update was skipped."""
+    """Norm of the whole gradient before clipping, a scalar; not finite if the update was skipped."""
     learning_rate: float
 
 
@@ -158,7 +158,8 @@ def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[
 def _apply_gradient(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:
     master, optimizer = state.master, state.optimizer
     gradient = reduce_mean(master.gradient).div_(state.loss_scale.scale)
-    grad_norm = clip_(gradient, config.train.max_grad_norm)
+    norms = [clip_(gradient[part], config.train.max_grad_norm) for part in master.clipped_parts]
+    grad_norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     overflow = ~grad_norm.isfinite()
 
     state.updating = True

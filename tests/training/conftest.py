@@ -61,7 +61,7 @@ def assembled() -> Iterator[Callable[[Config], Training]]:
             encoded = encode(plan, ALONE, lambda line: None)
             transformer = load_transformer(plan.base, plan.dtype)
             parameters = plan.method.inject(transformer, lambda name: generator(config.seed, "init", name))
-            state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
+            state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype, plan.method.rates)
             batches = make_batches(plan, encoded, ALONE)
             stack.callback(batches.close)
             objective = make_objective(config.flow, plan.shift)

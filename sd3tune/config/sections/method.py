@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from sd3tune.config.sections.key import WRITTEN, Identity, Key, is_any_path
+from sd3tune.config.sections.key import TRAINING, WRITTEN, Identity, Key, is_any_path
 from sd3tune.config.sections.section import Section
 
 
@@ -65,6 +65,51 @@ class MethodSection(Section):
         """True if parameters differ in their learning rates."""
         return False
 
+    @property
+    def trains_text(self) -> bool:
+        """True if text encoders are trained, so that the text of a later step is not known ahead."""
+        return False
+
+
+_OF_TEXT = Key(Identity.WRITTEN, phases=TRAINING)
+
+
+class EncoderLoraConfig(Section):
+    """A low-rank adapter on one CLIP text encoder."""
+
+    rank: Annotated[Rank, _OF_TEXT] = Field(16, description="Rank of each adapter pair.")
+    alpha: Annotated[Alpha, _OF_TEXT] = Field(16.0, description="The adapter's output is scaled by alpha / rank.")
+    lr: Annotated[float, _OF_TEXT] = Field(
+        5e-6, gt=0, description="Peak learning rate of this encoder; it follows `schedule`. With Prodigy, set 1."
+    )
+    targets: Annotated[Literal["attention", "attention+mlp"], _OF_TEXT] = Field(
+        "attention",
+        description="`attention`: the q, k, v and output projections; `attention+mlp`: also the feed-forward layers.",
+    )
+
+
+class TrainedEncodersConfig(Section):
+    """The trained text encoders. T5 is not trained."""
+
+    clip_l: Annotated[EncoderLoraConfig | None, _OF_TEXT] = Field(
+        None, description="Train CLIP-L, in memory 0.25 GB in 16 bits; `{}` for the defaults, null leaves it frozen."
+    )
+    clip_g: Annotated[EncoderLoraConfig | None, _OF_TEXT] = Field(
+        None, description="Train CLIP-G, in memory 1.4 GB in 16 bits; `{}` for the defaults, null leaves it frozen."
+    )
+
+    @model_validator(mode="after")
+    def _names_an_encoder(self) -> TrainedEncodersConfig:
+        if not self.trained:
+            raise ValueError("names no encoder to train; write {clip_l: {}, clip_g: {}} for both, or null for none")
+        return self
+
+    @property
+    def trained(self) -> dict[str, EncoderLoraConfig]:
+        """Encoder -> settings, for the trained encoders."""
+        every = {"clip_l": self.clip_l, "clip_g": self.clip_g}
+        return {name: settings for name, settings in every.items() if settings is not None}
+
 
 class AdapterSection(MethodSection):
     """Keys of every adapter on the transformer's linear layers."""
@@ -106,6 +151,11 @@ class AdapterSection(MethodSection):
     def rank_stabilised(self) -> bool:
         """True if the scale is alpha / sqrt(rank) instead of alpha / rank."""
         return False
+
+    @property
+    def trained_encoders(self) -> dict[str, EncoderLoraConfig]:
+        """Text encoder -> settings, for the trained encoders."""
+        return {}
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -157,6 +207,13 @@ class LoraConfig(AdapterSection):
         description="Adapter to continue from: a file, an adapter folder or a run folder. Its ranks must match this "
         "run; alpha may differ, as the training starts from the file's output.",
     )
+    text_encoders: Annotated[
+        TrainedEncodersConfig | None, Key(Identity.WRITTEN, contract=True, of_ranks=True, phases=TRAINING)
+    ] = Field(
+        None,
+        description="CLIP encoders to train with adapters of their own, in the same file; null trains none. Their "
+        "captions are encoded in every step, and `train.hoist` has no effect.",
+    )
 
     @property
     def rank_stabilised(self) -> bool:
@@ -164,11 +221,19 @@ class LoraConfig(AdapterSection):
 
     @property
     def has_rates(self) -> bool:
-        return self.loraplus_lr_ratio != 1
+        return self.loraplus_lr_ratio != 1 or self.text_encoders is not None
 
     @property
     def draws_in_blocks(self) -> bool:
         return self.dropout > 0
+
+    @property
+    def trained_encoders(self) -> dict[str, EncoderLoraConfig]:
+        return {} if self.text_encoders is None else self.text_encoders.trained
+
+    @property
+    def trains_text(self) -> bool:
+        return self.text_encoders is not None
 
     @field_validator("init", mode="before")
     @classmethod

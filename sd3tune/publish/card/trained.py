@@ -85,6 +85,11 @@ class Trained:
         return [used["file"] for used in self.contract.get("encoder_files", {}).values()]
 
     @property
+    def trained_encoders(self) -> Mapping[str, Mapping[str, Any]]:
+        """Text encoder -> settings of its adapter, for the trained ones."""
+        return {name: of for name, of in (self.contract.get("text_encoders") or {}).items() if of}
+
+    @property
     def base_is_local(self) -> bool:
         """True if the base, or a part of it, is a local file or folder of the training machine."""
         return self.contract["base_kind"] in ("folder", "file") or bool(self.encoder_files)

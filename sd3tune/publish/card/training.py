@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sd3tune.model.base.parts import LABELS
 from sd3tune.publish.card.markdown import code, table
 from sd3tune.publish.card.trained import Trained
 
@@ -25,6 +26,8 @@ def _what(trained: Trained) -> Iterator[Row]:
         yield "rank, alpha", f"{contract['rank']}, {contract['alpha']:g} (folded into the file: alpha = rank there)"
         if "export_dtype" in contract:
             yield "file", f"{contract['export_dtype']}{_rounding(trained)}"
+        if trained.trained_encoders:
+            yield "trained text encoders", "; ".join(map(_encoder, trained.trained_encoders.items()))
     else:
         yield "trained", f"the whole transformer, in the file as {contract['export_dtype']}"
     raw = "" if trained.step else f"; as trained in `{'adapter' if trained.is_adapter else 'model'}_raw`"
@@ -34,6 +37,11 @@ def _what(trained: Trained) -> Iterator[Row]:
 def _rounding(trained: Trained) -> str:
     error = (trained.report or {}).get("rounding_error")
     return "" if error is None else f"; the rounding changes one denoising step by {100 * error:.2g} %"
+
+
+def _encoder(trained: tuple[str, Mapping[str, Any]]) -> str:
+    name, settings = trained
+    return f"{LABELS[name]}, rank {settings['rank']}, {settings['targets']}, learning rate {settings['lr']:g}"
 
 
 def _data(trained: Trained) -> Iterator[Row]:

@@ -33,10 +33,11 @@ def _other_tools(trained: Trained) -> list[str]:
     if not trained.is_adapter:
         return []
     file = f"{ADAPTERS[0]}/{ADAPTER_FILE}"
+    both = " It adapts text encoders, too: connect CLIP to `Load LoRA`." if trained.trained_encoders else ""
     if trained.kind_of_adapter != "DoRA":
-        return [f"ComfyUI reads `{file}` as it is."]
+        return [f"ComfyUI reads `{file}` as it is.{both}"]
     command = f"sd3tune lora convert {file} --to comfyui --out for_comfyui.safetensors"
-    return [f"ComfyUI would ignore the magnitudes in this file; {code(command)} writes one for it."]
+    return [f"ComfyUI would ignore the magnitudes in this file; {code(command)} writes one for it.{both}"]
 
 
 def _commands(trained: Trained) -> list[str]:
