@@ -180,7 +180,8 @@ def rehearse_training(
     if left_out:
         trained[_OMITTED] = nn.Parameter(torch.empty(left_out, device=META))
     rates = method.rates(trained)
-    master = FlatMaster(trained, dtype, accumulates=not config.train.fused_backward, rates=rates)
+    accumulates = not config.train.fused_backward
+    master = FlatMaster(trained, dtype, accumulates, rates=rates, segments=method.segments)
     values = master.master.numel()
     idle = _NoOptimizer([master.master], {"lr": 0.0})  # see `rehearse_optimizer` for the real one
     state = TrainState(

@@ -245,7 +245,7 @@ def test_each_encoder_has_its_own_rate_and_is_clipped_by_itself(start, max_norm:
 def test_a_gradient_that_is_not_finite_anywhere_skips_all_updates(start) -> None:
     training = start("optimizer.kind=adamw8bit", learned=True)
     before = training.state.master.master.detach().clone()
-    place = training.state.segments[1].part.start
+    place = training.state.master.clipped_parts[2].start
     training.reduce_mean = lambda gradient: gradient.index_fill_(0, torch.tensor(place), math.nan)
     assert not training.step().grad_norm.isfinite()
     assert torch.equal(training.state.master.master, before)
@@ -303,6 +303,7 @@ def test_what_does_not_go_together_is_refused_in_a_line(quick_config, tmp_path) 
 def test_the_default_trains_no_encoder(quick_config, tmp_path, assembled) -> None:
     training = assembled(quick_config(tmp_path / "run"))
     assert training.method.trained_encoders == ()
-    assert not training.state.segments
+    assert len(training.state.master.clipped_parts) == 1
+    assert training.state.master.rates is None
     assert training.state.optimizer.param_groups[0]["params"] == [training.state.master.master]
     assert TOKENS not in training.batches.fetch(0, 0).embeddings["clip_l"]
