@@ -378,6 +378,13 @@ def test_a_constant_schedule_may_be_extended(quick_config, tmp_path: Path, asser
     assert_equal_runs(tmp_path / "long", tmp_path / "extended")
 
 
+def test_a_loss_that_follows_the_steps_fixes_their_number(quick_config, tmp_path: Path) -> None:
+    loss = "flow.loss={kind: pseudo_huber, last_delta: 0.1, over: steps}"
+    run_training(quick_config(tmp_path, loss, "train.steps=1"))
+    with pytest.raises(RunError, match=r"--resume: train\.steps: 1 in the run, 2 now"):
+        run_training(quick_config(tmp_path, loss, "train.steps=2"), resume=True)
+
+
 def test_an_extended_run_that_was_stopped_is_not_taken_for_finished(quick_config, tmp_path: Path, adapter_of) -> None:
     """Its folder holds the adapter of the shorter run."""
     run_training(quick_config(tmp_path, "train.steps=2"))
