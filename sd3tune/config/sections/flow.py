@@ -116,7 +116,7 @@ class MixtureConfig(TimestepsSection):
     def _share_for_each_part(self) -> MixtureConfig:
         if self.shares is not None and len(self.shares) != len(self.parts):
             raise ValueError(
-                f"shares has {len(self.shares)} numbers and parts {len(self.parts)}; give one to each part"
+                f"shares has length {len(self.shares)} and parts {len(self.parts)}; give each part one share"
             )
         return self
 
