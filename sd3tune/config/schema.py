@@ -250,7 +250,7 @@ class Config(Section, metaclass=ConfigType):
         if self.optimizer.replaces_schedule and self.schedule.depends_on_length:
             raise ValueError(
                 f"optimizer.kind is {self.optimizer.kind}, which averages weights instead of lowering the learning "
-                f"rate, and schedule.kind is {self.schedule.kind}; set schedule.kind=constant; it may have a warm-up"
+                f"rate, and schedule.kind is {self.schedule.kind}; set schedule.kind=constant (a warm-up is fine)"
             )
         return self
 

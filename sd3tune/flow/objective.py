@@ -62,7 +62,7 @@ def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
 
 
 def perturbed_noise(noise: Tensor, perturbation: Tensor, strength: float) -> Tensor:
-    """Return `noise` plus `strength` times `perturbation`, standard normal in its shape (Ning et al. 2023, eq. 7).
+    """Return `noise` plus `strength` times `perturbation`, standard normal in its shape (Ning et al. 2023).
 
     The noisy latents are made of it; the target is still that of `noise`.
     """

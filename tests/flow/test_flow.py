@@ -295,7 +295,7 @@ def test_offset_noise_moves_each_channel_as_a_whole():
 def test_absolute_is_the_mean_distance_and_its_optimum_the_median():
     prediction, target = torch.randn(2, 3, 16, 8, 8, dtype=torch.float64)
     assert torch.allclose(objective.absolute_loss(prediction, target), (prediction - target).abs().mean((1, 2, 3)))
-    assert drawn_share(objective.absolute_loss) < 0.06
+    assert drawn_share(objective.absolute_loss, steps=60) < 0.08
 
 
 @pytest.mark.parametrize("delta", [1e-3, 0.5, 3.0, 1e4])
@@ -331,10 +331,10 @@ def test_between_takes_equal_factors():
     assert objective.between(1.0, 0.01, progress).tolist() == pytest.approx([1.0, 0.1, 0.01], rel=1e-12)
 
 
-@pytest.mark.parametrize(("delta", "low", "high"), [(0.1, 0.0, 0.08), (1.0, 0.08, 0.17), (100.0, 0.19, 0.21)])
+@pytest.mark.parametrize(("delta", "low", "high"), [(0.1, 0.0, 0.09), (1.0, 0.09, 0.17), (100.0, 0.19, 0.21)])
 def test_the_optimum_of_pseudo_huber_lies_between_median_and_mean(delta, low, high):
     deltas = torch.tensor([delta]).double()
-    found = drawn_share(lambda prediction, target: objective.pseudo_huber_loss(prediction, target, deltas))
+    found = drawn_share(lambda prediction, target: objective.pseudo_huber_loss(prediction, target, deltas), steps=60)
     assert low < found < high
 
 

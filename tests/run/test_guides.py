@@ -19,6 +19,7 @@ from PIL import Image, ImageChops, ImageDraw
 from sd3tune.commands.infer import run_infer
 from sd3tune.errors import ConfigError, DataError, RunError, UserError
 from sd3tune.inference import session
+from sd3tune.inference.generate import generate
 from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.start_images import latent_mask
 from sd3tune.model.base.resolve import resolve_base
@@ -210,6 +211,12 @@ def test_a_line_of_a_file_may_have_a_mask(plain: Path, mask: Path, draw: Draw, t
     alone = draw(image=plain, mask=mask, strength=0.5, out=tmp_path / "alone")
     assert distance(opened(images / "part.png"), opened(alone)) == 0
     assert "mask" not in recipe_of(next(path for path in images.glob("*.png") if path.name != "part.png"))
+
+
+def test_generate_takes_a_mask(plain: Path, mask: Path, draw: Draw) -> None:
+    settings = {"image": plain, "mask": mask, "strength": 1.0, "steps": 4, "guidance": 4.0, "size": (64, 48)}
+    (image,) = generate(PROMPT, base="nano", seed=SEED, t5_tokens=T5_LENGTH, **settings)
+    assert distance(image, opened(draw(image=plain, mask=mask, strength=1.0))) == 0
 
 
 def test_grey_blends_and_counts_as_redrawn() -> None:

@@ -79,7 +79,7 @@ def test_a_mixture_draws_by_its_settings() -> None:
     even, mostly = (flow(timesteps={"kind": "mixture", "parts": [uniform, low], "shares": s}) for s in (None, [1, 9]))
     shares = [(sigma_of_u(settings, 1.0)(U) < 0.1).double().mean().item() for settings in (even, mostly)]
     assert shares == pytest.approx([0.5 * (1 + 0.1), 0.9 + 0.1 * 0.1], abs=1e-4)
-    with pytest.raises(ValueError, match="shares has 1 numbers and parts 2"):
+    with pytest.raises(ValueError, match="shares has length 1 and parts 2"):
         flow(timesteps={"kind": "mixture", "parts": [uniform, low], "shares": [1]})
 
 

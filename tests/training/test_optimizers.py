@@ -222,3 +222,18 @@ def test_lion_is_that_of_bitsandbytes() -> None:
         reference.step()
     torch.testing.assert_close(optimizer.state[ours]["exp_avg"], reference.state[theirs]["state1"], rtol=0, atol=1e-9)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+
+
+def test_lion_in_slices_is_lion_as_a_whole() -> None:
+    """So that `train.fused_backward` may take it."""
+    start, gradient = torch.randn(2, 1024, generator=torch.Generator().manual_seed(6))
+    whole, sliced = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers_of = [make_lion(LionConfig(), master) for master in (whole, sliced)]
+    for number in range(3):
+        whole.grad, optimizers_of[0].found_inf = gradient / (1 + number), torch.zeros(())
+        optimizers_of[0].step()
+        for first in (512, 0, 256, 768):  # in any order
+            optimizers_of[1].update_slice(first, whole.grad[first : first + 256].clone())
+        optimizers_of[1].finish()
+        assert torch.equal(whole, sliced)
+    assert torch.equal(optimizers_of[0].state[whole]["exp_avg"], optimizers_of[1].state[sliced]["exp_avg"])

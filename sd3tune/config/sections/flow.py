@@ -82,7 +82,7 @@ class BetaConfig(TimestepsSection):
     """sigma ~ Beta(alpha, beta), with mean alpha / (alpha + beta)."""
 
     kind: Annotated[Literal["beta"], WRITTEN] = Field(
-        "beta", description="Beta sigmas: a hump at either side, or both ends, as the two numbers say."
+        "beta", description="Beta sigmas: one hump, or mass at both ends if both numbers are below 1."
     )
     alpha: Annotated[float, WRITTEN] = Field(
         2.0, ge=0.05, le=100, description="Above `beta` means more noise; below 1, sigmas near 0 are the most likely."
@@ -116,7 +116,7 @@ class MixtureConfig(TimestepsSection):
     def _share_for_each_part(self) -> MixtureConfig:
         if self.shares is not None and len(self.shares) != len(self.parts):
             raise ValueError(
-                f"shares has {len(self.shares)} numbers and parts {len(self.parts)}; give one to each part"
+                f"shares has length {len(self.shares)} and parts {len(self.parts)}; give each part one share"
             )
         return self
 
@@ -266,13 +266,12 @@ class FlowConfig(Section):
         "brightness; 0 turns it off, 0.05 is strong. sd3tune also draws with it; other tools do not, and then reach 15 "
         "% (0.05) to 60 % (0.01) of the spread of brightness at 1024 px.",
     )
-
     input_perturbation: Annotated[float, RESOLVED] = Field(
         0.0,
         ge=0,
         le=1,
         description="Strength of more noise that is added to the noise of the input, but not of the target (Ning et "
-        "al. 2023), as a model that samples sees its own errors; 0 turns it off, 0.1 is theirs.",
+        "al. 2023), because a model that samples sees its own errors; 0 turns it off, 0.1 is theirs.",
     )
 
     @model_validator(mode="after")
