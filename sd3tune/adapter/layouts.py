@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from sd3tune.adapter.lycoris import PART
-
 IN_BLOCK = {
     "x_block.attn.proj": "attn.to_out.0",
     "x_block.attn2.proj": "attn2.to_out.0",
@@ -106,8 +104,9 @@ LAYOUTS = [
 ]
 """The layouts that are read: ComfyUI's list for SD3, and names without prefix. The first that fits a key applies."""
 
+_PART = r"(?:hada|lokr)_(?:w[12](?:_[ab])?|t[12])"  # of LoHa and LoKr
 _KEY = re.compile(
-    rf"(.+?)(?:\.(alpha|{PART})|[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.[^.]+)?\.weight"
+    rf"(.+?)(?:\.(alpha|{_PART})|[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.[^.]+)?\.weight"
     rf"|\.(dora_scale|{MAGNITUDE}(?:\.[^.]+){{0,2}}))",
     re.DOTALL,
 )

@@ -17,8 +17,6 @@ Parts = Mapping[str, Tensor]
 
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-PART = r"(?:hada|lokr)_(?:w[12](?:_[ab])?|t[12])"
-"""Expression for the name of a part."""
 
 
 def is_lycoris(parts: Mapping[str, object]) -> bool:

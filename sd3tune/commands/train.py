@@ -222,7 +222,10 @@ def _begin(
         say(f"resuming from {plan.start.name}")
     processes.wait()
 
+    planned = plan.method.title()
     state = starting_state(plan, encoded, transformer, processes)
+    if plan.method.title() != planned:
+        say(f"{plan.method.product.name:<9} {plan.method.title()}")
     described: dict[str, Any] = {}
     if processes.is_main:
         clear(plan.run, plan.start)

@@ -96,6 +96,17 @@ class Method(Protocol):
     def title(self) -> str:
         """Return the method in a few words, such as `lora, rank 16`."""
 
+    def prepare(
+        self,
+        transformer: SD3Transformer2DModel,
+        shapes: Mapping[str, Sequence[int]],
+        gradient_norms: Callable[[Sequence[str]], Mapping[str, float]],
+    ) -> None:
+        """Choose, before `inject`, what depends on data: as in a resumed run, whose trained tensors have these shapes.
+
+        Without shapes, `gradient_norms(modules)` measures the norm of the gradient by each module's weight.
+        """
+
     def inject(
         self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
     ) -> dict[str, nn.Parameter]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -34,6 +36,7 @@ from sd3tune.model.lora.layers import (
     lora_layers,
     other_parameters,
 )
+from sd3tune.model.lora.ranks import Cost, equal_ranks, least, ranks_by_need
 from sd3tune.model.lora.targets import CoverageRow, coverage, select_modules, values_by_pattern
 from sd3tune.runtime.device import DTYPES
 
@@ -56,6 +59,9 @@ class LoraMethod(StoredText):
         self.trained_encoders, self.segments = self.text.names, self.text.prefixes
         self.peak = config.optimizer.lr
         self.resident = ("transformer", *self.trained_encoders)
+        self._ranks: dict[str, int] = {}
+        """The ranks of `rank: auto`: equal ones until they are chosen."""
+        self._has_chosen = False
 
     def select(self, transformer: nn.Module) -> list[str]:
         return [*self._select(transformer), *self.text.select(self._start)]
@@ -63,10 +69,50 @@ class LoraMethod(StoredText):
     def _select(self, transformer: nn.Module) -> list[str]:
         """Return the names of the transformer's modules to train."""
         modules = select_modules(transformer, self.settings.targets, self.settings.blocks)
+        if self.is_automatic and not self._ranks:
+            self._ranks = equal_ranks(*self._within_budget(transformer, modules))
         layers = self._layers(modules)
         if self._start:
             check_start(self._start, transformer, layers, dora=self.dora)
         return modules
+
+    @property
+    def is_automatic(self) -> bool:
+        return self.settings.rank == "auto"
+
+    def _within_budget(self, transformer: nn.Module, modules: Sequence[str]) -> tuple[dict[str, Cost], int]:
+        """Return the costs of the modules, and the budget in parameters. Raises AdapterError if it is too small."""
+        costs = {}
+        for name in modules:
+            layer = transformer.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            none, one = (self.parameters_of_layer(rank, layer.in_features, layer.out_features) for rank in (0, 1))
+            costs[name] = Cost(none, one - none, min(layer.in_features, layer.out_features))
+        size = self.exported_bytes / 1e6
+        budget = int((getattr(self.settings, "budget_mb", None) or 0) / size)
+        if budget < least(costs):
+            raise AdapterError(
+                f"method.budget_mb: {self.settings.budget_mb:g} is too small: rank 1 in {len(costs)} modules takes "
+                f"{math.ceil(100 * size * least(costs)) / 100:g} MB; raise it, or choose fewer method.targets or "
+                "method.blocks"
+            )
+        return costs, budget
+
+    def prepare(
+        self,
+        transformer: SD3Transformer2DModel,
+        shapes: Mapping[str, Sequence[int]],
+        gradient_norms: Callable[[Sequence[str]], Mapping[str, float]],
+    ) -> None:
+        if not self.is_automatic:
+            return
+        modules = self._select(transformer)
+        self._has_chosen = True
+        if shapes:
+            self._ranks = {name: shapes[f"{name}.lora_A"][0] for name in modules if f"{name}.lora_A" in shapes}
+            return
+        costs, budget = self._within_budget(transformer, modules)
+        self._ranks = ranks_by_need(costs, gradient_norms(modules), budget)
 
     def coverage(self, transformer: nn.Module) -> list[CoverageRow]:
         layers = self._layers(self._select(transformer))
@@ -79,6 +125,10 @@ class LoraMethod(StoredText):
 
     def title(self) -> str:
         kind, rank = self.settings.kind, self.settings.rank
+        if self.is_automatic:
+            low, high = min(self._ranks.values()), max(self._ranks.values())
+            ranks = f"ranks {low} to {high}" if self._has_chosen else "ranks by gradients"
+            return f"{kind}, {ranks} within {self.settings.budget_mb:g} MB"
         others = sorted(set(self.settings.rank_pattern.values()) - {rank})
         some = f" (some {', '.join(map(str, others))})" if others else ""
         ratio = getattr(self.settings, "loraplus_lr_ratio", 1)
@@ -185,8 +235,9 @@ class LoraMethod(StoredText):
         given = self.settings.model_dump(exclude_defaults=True)
         special = {name: value for name, value in contract_of(self.settings).items() if name in given}
         started = {"start_from": sha256_of(self._start.path)} if self._start else {}
+        chosen = {"rank": Counter(self._ranks.values()).most_common(1)[0][0]} if self.is_automatic else {}
         ranks = {"rank": self.settings.rank, "alpha": self.settings.alpha}
-        return {"method": self.settings.kind, **ranks, **special, **started}
+        return {"method": self.settings.kind, **ranks, **special, **chosen, **started}
 
     def identity(self) -> dict[str, Any]:
         start = sha256_of(self._start.path) if self._start else None  # the digest of its content, not its path
@@ -202,7 +253,9 @@ class LoraMethod(StoredText):
     def _layers(self, modules: Sequence[str]) -> dict[str, Layer]:
         """Return rank and alpha of each module. Raises AdapterError for a pattern that matches no module."""
         settings = self.settings
-        ranks = values_by_pattern(modules, settings.rank_pattern, settings.rank, "method.rank_pattern")
+        ranks = self._ranks
+        if settings.rank != "auto":
+            ranks = values_by_pattern(modules, settings.rank_pattern, settings.rank, "method.rank_pattern")
         alphas = values_by_pattern(modules, settings.alpha_pattern, settings.alpha, "method.alpha_pattern")
         return {name: Layer(ranks[name], alphas[name], settings.rank_stabilised) for name in modules}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -43,6 +43,14 @@ class StoredText:
 
     def extra_loss(self, transformer: SD3Transformer2DModel, batch: Any) -> Tensor | None:
         return None
+
+    def prepare(
+        self,
+        transformer: SD3Transformer2DModel,
+        shapes: Mapping[str, Sequence[int]],
+        gradient_norms: Callable[[Sequence[str]], Mapping[str, float]],
+    ) -> None:
+        """Do nothing: no choice depends on data."""
 
     def rates(self, names: Iterable[str]) -> dict[str, float]:
         return {}

@@ -182,6 +182,10 @@ def test_converted_dora_is_read_back(velocity: Velocity, exported, tmp_path: Pat
     convert_lora(exported("dora"), form, tmp_path / "a.safetensors")
     expected = velocity(with_adapter(exported("dora")))
     torch.testing.assert_close(velocity(with_adapter(tmp_path / "a.safetensors")), expected, rtol=0, atol=1e-5)
+    before, after, base = read_adapter(exported("dora")), read_adapter(tmp_path / "a.safetensors"), fresh()
+    for name in before.sizes:
+        weight = base.get_submodule(name).weight.detach()
+        torch.testing.assert_close(change_of(after, name, weight), change_of(before, name, weight), rtol=0, atol=1e-6)
     convert_lora(tmp_path / "a.safetensors", "diffusers", tmp_path / "b.safetensors")
     first, again = load_file(exported("dora")), load_file(tmp_path / "b.safetensors")
     assert first.keys() == again.keys()

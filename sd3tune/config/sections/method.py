@@ -177,6 +177,14 @@ class LoraConfig(AdapterSection):
     """Low-rank adapters on the transformer's linear layers (LoRA, Hu et al. 2021)."""
 
     kind: Annotated[Literal["lora"], WRITTEN] = Field("lora", description="Train a LoRA adapter.")
+    rank: Annotated[Rank | Literal["auto"], _OF_RANKS] = Field(  # type: ignore[assignment]
+        16,
+        description="Rank of each adapter pair; file size is proportional to it. `auto` gives each module its own, by "
+        "the norm of its weight's gradient over a few images, within `budget_mb`.",
+    )
+    budget_mb: Annotated[float | None, Key(Identity.WRITTEN, contract=True, of_ranks=True, added=True)] = Field(
+        None, gt=0, description="With `rank: auto`, the size of the adapter's tensors in the file, in MB."
+    )
     rslora: Annotated[bool, _OF_RANKS] = Field(
         False,
         description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA, Kalajdzievski 2023), so that high "
@@ -250,9 +258,21 @@ class LoraConfig(AdapterSection):
 
     @model_validator(mode="after")
     def _orthogonal_has_even_ranks(self) -> LoraConfig:
-        odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % 2]
+        odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank == "auto" or rank % 2]
         if self.init == "orthogonal" and odd:
             raise ValueError(f"init: orthogonal gives half the rank to A and half to B; rank {odd[0]} is not even")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_is_for_automatic_ranks(self) -> LoraConfig:
+        if (self.rank == "auto") != (self.budget_mb is not None):
+            missing = "budget_mb is not set" if self.rank == "auto" else f"rank is {self.rank}"
+            raise ValueError(f"rank: auto and budget_mb go together, and {missing}; set both, or a number as rank")
+        given = [key for key in ("rank_pattern", "start_from") if getattr(self, key)]
+        if self.rank == "auto" and given:
+            raise ValueError(
+                f"rank: auto chooses all ranks, so it does not go with {given[0]}; leave one of the two out"
+            )
         return self
 
 
