@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +15,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from sd3tune.commands.plan import gigabytes
+from sd3tune.config import load_config
 from sd3tune.data.sampler import generator
 from sd3tune.errors import ConfigError
 from sd3tune.forecast.footprint import bytes_of, peak_of, tensors_of
+from sd3tune.forecast.forecast import forecast_inputs
 from sd3tune.forecast.rehearsal import rehearse_training
 from sd3tune.methods import METHODS
 from sd3tune.methods.stored_text import StoredText
@@ -27,6 +32,7 @@ from sd3tune.runtime.processes import Processes
 from sd3tune.training.batches import Batch
 from sd3tune.training.step import predict_velocity, velocity_targets
 
+ROOT = Path(__file__).parents[2]
 LEARNING = "method.text_encoders={clip_l: {rank: 4, alpha: 8.0, lr: 0.002}, clip_g: {rank: 2, alpha: 2.0, lr: 0.03}}"
 PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 
@@ -286,6 +292,20 @@ def test_the_plan_counts_encoders_activations_and_parameters(start, dtype: torch
     assert found.encoders == (frozen - indices) * dtype.itemsize // 4 + indices
     if dtype is torch.float32:
         assert found.working == pytest.approx(peak_of(training.step).peak, rel=0.05)
+
+
+def test_the_page_says_what_a_full_size_base_takes() -> None:
+    page = (ROOT / "docs" / "text-encoders.md").read_text()
+    rows = dict(re.findall(r"^\| ([^|]+) \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE))
+    overrides = ["method.text_encoders={clip_l: {}, clip_g: {}}"]
+    config = load_config(ROOT / "configs" / "dreambooth_sd35_medium.yaml", overrides).config
+    inputs = forecast_inputs(config, torch.bfloat16)
+    method = METHODS["lora"](inputs.config, inputs.base)
+    found = rehearse_training(inputs.config, inputs.base, method, inputs.largest, torch.bfloat16)
+    assert rows["training, resident"] == gigabytes(found.resident)
+    assert rows["training, peak"] == gigabytes(found.peak)
+    assert rows["operations of a step, TFLOP"] == f"{found.flops / 1e12:.1f}"
+    assert found.encoders == pytest.approx(1.64e9, rel=0.01)  # 123.7 and 694.7 million parameters
 
 
 def test_what_does_not_go_together_is_refused_in_a_line(quick_config, tmp_path) -> None:
