@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -40,6 +41,7 @@ ENCODERS = (
 PROMPT = "a photo of sks dog"
 PREVIEW = f"preview={{every: 2, prompts: [{PROMPT}], steps: 2, guidance: 4.0, seed: 11}}"
 OPTIONS = (ENCODERS, PREVIEW, "train.steps=3", "checkpoint={every: 1, keep: 9}", "ema={decay: 0.5}")
+LONG = pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="a part of `make check-long`")
 FILE = "adapter/pytorch_lora_weights.safetensors"
 
 
@@ -127,11 +129,14 @@ def test_the_contract_states_the_encoders_and_the_cards_code_draws_the_preview(
     assert Image.open("image.png").tobytes() == preview_of(run)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "prodigy"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw8bit", pytest.param("adamw", marks=LONG), pytest.param("prodigy", marks=LONG)]
+)
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(
     quick_config, tmp_path: Path, assert_equal_runs, optimizer: str
 ) -> None:
-    more = (f"optimizer={{kind: {optimizer}, lr: 0.5}}", "model.quantize=nf4", "data.caption_dropout=0.3")
+    more = (f"optimizer={{kind: {optimizer}, lr: 0.5}}", "model.quantize=nf4", "data.caption_dropout=0.3",
+            "preview={prompts: []}")  # fmt: skip
     configs = [quick_config(tmp_path / name, *OPTIONS, *more) for name in ("straight", "killed")]
     run_training(configs[0])
 
