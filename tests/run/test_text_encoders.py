@@ -27,6 +27,7 @@ from sd3tune.commands.lora_verify import verify_lora
 from sd3tune.commands.train import run_training
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError, RunError, UserError
+from sd3tune.files.png_recipe import RECIPE_KEY
 from sd3tune.inference.image_request import Texts
 from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.prompts import Prompt, encode_prompts
@@ -70,6 +71,18 @@ def test_infer_and_diffusers_draw_the_preview(run: Path, tmp_path: Path, capsys)
     checked = verify_lora(run, None, "auto")
     assert "also loaded into text encoders: CLIP-L 12, CLIP-G 18 modules" in checked
     assert checked[-1].endswith("drawn again by diffusers: equal to the pixel")
+
+
+def test_a_picture_is_drawn_again_with_the_encoders_or_without_as_it_was(run: Path, tmp_path: Path) -> None:
+    for name, only in (("whole", False), ("part", True)):
+        before = drawn(run, tmp_path / name, transformer_only=only)
+        (picture,) = (tmp_path / name).glob("*.png")
+        job = InferenceJob.from_fields(from_picture=picture, look_in=[run], out=tmp_path / f"{name} again")
+        again = Image.open(run_infer(job)[0])
+        assert again.tobytes() == before.tobytes()
+        recipes = [json.loads(image.info[RECIPE_KEY]) for image in (before, again)]
+        assert recipes[0] == recipes[1]
+        assert recipes[0].get("lora_encoders") == (None if only else ["clip_l", "clip_g"])
 
 
 def test_the_base_in_the_previews_is_the_untrained_one(run: Path, tmp_path: Path) -> None:

@@ -26,10 +26,15 @@ from sd3tune.forecast.rehearsal import rehearse_training
 from sd3tune.methods import METHODS
 from sd3tune.methods.stored_text import StoredText
 from sd3tune.model.compute.fast import use_fast_path
+from sd3tune.model.compute.hoist import hoisted
 from sd3tune.model.load.components import load_transformer
 from sd3tune.model.load.text import TOKENS
 from sd3tune.run.batches import make_batches
+from sd3tune.run.describe import describe
+from sd3tune.run.preflight import make_plan
+from sd3tune.run.setup import load_base
 from sd3tune.runtime.processes import Processes
+from sd3tune.training.ahead import with_modulations
 from sd3tune.training.batches import Batch
 from sd3tune.training.step import predict_velocity, velocity_targets
 
@@ -278,6 +283,18 @@ def test_two_processes_have_the_gradient_of_one(start) -> None:
         batches.close()
     whole = gradient_of(training.batches.fetch(0, 0))
     torch.testing.assert_close((gradients[0] + gradients[1]) / 2, whole, rtol=0, atol=1e-6 * whole.abs().max().item())
+
+
+def test_adaln_is_not_computed_ahead_and_the_run_says_so(start, quick_config, tmp_path) -> None:
+    training = start()
+    assert training.config.train.hoist
+    assert not hoisted(load_base(training.plan))
+    assert with_modulations(training.batches, training.transformer, training.method) is training.batches
+    note = "note: train.hoist has no effect: trained text encoders change the pooled text"
+    assert [line for line in describe(training.plan, 1) if line.startswith(note)]
+    plain = make_plan(quick_config(tmp_path / "plain"), torch.device("cpu"), resume=False)
+    assert hoisted(load_base(plain))
+    assert not [line for line in describe(plain, 1) if "train.hoist" in line]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
