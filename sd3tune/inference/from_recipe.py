@@ -73,6 +73,8 @@ class _ModelPart(Part):
     dtype: Literal["fp32", "bf16", "fp16"]
     loras: list[_Lora]
     clip_l_pooled: Literal["unprojected"] | None = None
+    lora_encoders: list[Literal["clip_l", "clip_g", "t5"]] = Field(default=[])
+    """The text encoders that the adapters change; empty in earlier pictures, whose adapters were without such parts."""
 
 
 def _entries() -> dict[str, Any]:
@@ -173,8 +175,8 @@ def fill_from_recipe(job: InferenceJob, source: SourcePicture) -> InferenceJob:
         missing["t5"] = "t5" in recipe.encoders
     if job.dtype == "auto":
         missing["dtype"] = recipe.dtype
-    # The picture was drawn with these files, so its author has already decided to ignore their text encoder tensors.
-    missing["transformer_only"] = job.transformer_only or not job.loras
+    # Found adapters are those of the picture: their tensors for text encoders were applied, or its author ignored them.
+    missing["transformer_only"] = job.transformer_only or not (job.loras or recipe.lora_encoders)
     return replace(job, given=given, loras=loras, memory=_memory(job.memory, recipe), before=False, **missing)
 
 

@@ -199,10 +199,14 @@ def _of_parts(tensors: Weights, prefixes: Sequence[str]) -> dict[str, Tensor]:
 
 def _encode(encoder: TextEncoder, entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the entry [B, ...] computed by the encoder. A row of zeros as tokens is a dropped caption: it is zeros."""
-    distinct, places = entry[TOKENS].unique(dim=0, return_inverse=True)
-    names = [name for name in entry if name != TOKENS]
-    rows = [
-        encoder.compute(tokens[None]) if tokens.any() else {name: torch.zeros_like(entry[name][:1]) for name in names}
-        for tokens in distinct
-    ]
-    return {name: torch.cat([rows[place][name] for place in places.tolist()]) for name in names}
+    tokens, names = entry[TOKENS], [name for name in entry if name != TOKENS]
+    texts = [tuple(row) for row in tokens.tolist()]
+    rows: dict[tuple[int, ...], Mapping[str, Tensor]] = {}
+    for number, text in enumerate(texts):
+        if text not in rows:
+            here = slice(number, number + 1)
+            if any(text):
+                rows[text] = encoder.compute(tokens[here])
+            else:
+                rows[text] = {name: torch.zeros_like(entry[name][here]) for name in names}
+    return {name: torch.cat([rows[text][name] for text in texts]) for name in names}

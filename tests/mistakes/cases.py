@@ -159,6 +159,14 @@ def pair(module: str, width: int = 64, value: float = 1.0) -> dict[str, torch.Te
     return {f"transformer.{module}.lora_A.weight": a, f"transformer.{module}.lora_B.weight": b}
 
 
+T5_QUERY = "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"
+
+
+def text_pair(layer: str, module: str = ".mlp.fc1") -> dict[str, torch.Tensor]:
+    a, b = torch.ones(2, 64), torch.ones(64, 2)
+    return {f"{layer}{module}.lora_A.weight": a, f"{layer}{module}.lora_B.weight": b}
+
+
 def method(text: str) -> Callable[[], object]:
     return edited("method: {rank: 2, alpha: 2}", f"method: {{rank: 2, alpha: 2, {text}}}")
 
@@ -256,6 +264,15 @@ CASES = [
     Case("config", "half an image held out", CHECK, "holdout", written(YAML + "validation: {holdout: 0.5}\n")),
     Case("config", "no targets", CHECK, "method.targets", method("targets: []")),
     Case("config", "a start that changes the base", CHECK, "pissa", method("init: pissa")),
+    Case("config", "no text encoder to train", CHECK, "names no encoder", method("text_encoders: {}")),
+    Case("config", "T5 to train", CHECK, "t5: unknown key", method("text_encoders: {t5: {}}")),
+    Case(
+        "config",
+        "text encoders updated in the backward pass",
+        (*CHECK, "train.fused_backward=true", "train.max_grad_norm=null"),
+        "learning rates of their own",
+        method("text_encoders: {clip_l: {}}"),
+    ),
     Case("config", "an EMA that never moves", CHECK, "ema.decay", written(YAML + "ema: {decay: 1.5}\n")),
     Case("config", "too many T5 tokens", CHECK, "max_sequence_length", edited("h: 16}", "h: 1000}")),
     Case(
@@ -600,6 +617,32 @@ CASES = [
             adapter({**pair("transformer_blocks.0.attn.to_q"), "bundle_emb.sks.clip_l": torch.ones(4, 2)}),
             method("start_from: ./lora.safetensors"),
         ),
+    ),
+    Case(
+        "adapters",
+        "a start of a text encoder that is frozen",
+        TRAIN,
+        "set method.text_encoders.clip_l",
+        steps(
+            adapter(
+                {**pair("transformer_blocks.0.attn.to_q"), **text_pair("text_encoder.text_model.encoder.layers.0")}
+            ),
+            method("start_from: ./lora.safetensors"),
+        ),
+    ),
+    Case(
+        "adapters",
+        "T5 for diffusers",
+        ("lora", "convert", "lora.safetensors", "--to", "diffusers", "--out", "new.safetensors"),
+        "diffusers loads no LoRA of T5",
+        adapter({**pair("transformer_blocks.0.attn.to_q"), **text_pair(T5_QUERY, "")}),
+    ),
+    Case(
+        "adapters",
+        "text encoders for a base",
+        ("lora", "merge", "lora.safetensors", "--into-base", "--base", "tiny", "--out", "new"),
+        "are not merged into a base",
+        adapter({**pair("transformer_blocks.0.attn.to_q"), **text_pair("text_encoder.text_model.encoder.layers.0")}),
     ),
     Case("adapters", "DoRA of PEFT", (*INFER, *LORA), "use_dora", peft_folder('{"r": 2, "use_dora": true}')),
     Case(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -26,6 +27,7 @@ from sd3tune.commands.lora_verify import verify_lora
 from sd3tune.commands.train import run_training
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError, RunError, UserError
+from sd3tune.files.png_recipe import RECIPE_KEY
 from sd3tune.inference.image_request import Texts
 from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.prompts import Prompt, encode_prompts
@@ -40,6 +42,7 @@ ENCODERS = (
 PROMPT = "a photo of sks dog"
 PREVIEW = f"preview={{every: 2, prompts: [{PROMPT}], steps: 2, guidance: 4.0, seed: 11}}"
 OPTIONS = (ENCODERS, PREVIEW, "train.steps=3", "checkpoint={every: 1, keep: 9}", "ema={decay: 0.5}")
+LONG = pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="a part of `make check-long`")
 FILE = "adapter/pytorch_lora_weights.safetensors"
 
 
@@ -68,6 +71,18 @@ def test_infer_and_diffusers_draw_the_preview(run: Path, tmp_path: Path, capsys)
     checked = verify_lora(run, None, "auto")
     assert "also loaded into text encoders: CLIP-L 12, CLIP-G 18 modules" in checked
     assert checked[-1].endswith("drawn again by diffusers: equal to the pixel")
+
+
+def test_a_picture_is_drawn_again_with_the_encoders_or_without_as_it_was(run: Path, tmp_path: Path) -> None:
+    for name, only in (("whole", False), ("part", True)):
+        before = drawn(run, tmp_path / name, transformer_only=only)
+        (picture,) = (tmp_path / name).glob("*.png")
+        job = InferenceJob.from_fields(from_picture=picture, look_in=[run], out=tmp_path / f"{name} again")
+        again = Image.open(run_infer(job)[0])
+        assert again.tobytes() == before.tobytes()
+        recipes = [json.loads(image.info[RECIPE_KEY]) for image in (before, again)]
+        assert recipes[0] == recipes[1]
+        assert recipes[0].get("lora_encoders") == (None if only else ["clip_l", "clip_g"])
 
 
 def test_the_base_in_the_previews_is_the_untrained_one(run: Path, tmp_path: Path) -> None:
@@ -127,11 +142,14 @@ def test_the_contract_states_the_encoders_and_the_cards_code_draws_the_preview(
     assert Image.open("image.png").tobytes() == preview_of(run)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "prodigy"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw8bit", pytest.param("adamw", marks=LONG), pytest.param("prodigy", marks=LONG)]
+)
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(
     quick_config, tmp_path: Path, assert_equal_runs, optimizer: str
 ) -> None:
-    more = (f"optimizer={{kind: {optimizer}, lr: 0.5}}", "model.quantize=nf4", "data.caption_dropout=0.3")
+    more = (f"optimizer={{kind: {optimizer}, lr: 0.5}}", "model.quantize=nf4", "data.caption_dropout=0.3",
+            "preview={prompts: []}")  # fmt: skip
     configs = [quick_config(tmp_path / name, *OPTIONS, *more) for name in ("straight", "killed")]
     run_training(configs[0])
 

@@ -70,5 +70,7 @@ def test_it_is_part_of_the_run_and_needs_the_whole_update(config, quick_config, 
     assert (method.identity()["loraplus_lr_ratio"], method.contract()["loraplus_lr_ratio"]) == (RATIO, RATIO)
     assert "loraplus_lr_ratio" not in plain.identity()
     assert plain.rates(SHAPES) == {}
-    with pytest.raises(UserError, match=r"train.fused_backward is true, and method.text_encoders or method.loraplus_lr_ratio"):
+    with pytest.raises(
+        UserError, match=r"train.fused_backward is true, and method.text_encoders or method.loraplus_lr_ratio"
+    ):
         config("train={fused_backward: true, max_grad_norm: null, steps: 3}")

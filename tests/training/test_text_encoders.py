@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,20 +16,29 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from sd3tune.commands.plan import gigabytes
+from sd3tune.config import load_config
 from sd3tune.data.sampler import generator
 from sd3tune.errors import ConfigError
 from sd3tune.forecast.footprint import bytes_of, peak_of, tensors_of
+from sd3tune.forecast.forecast import forecast_inputs
 from sd3tune.forecast.rehearsal import rehearse_training
 from sd3tune.methods import METHODS
 from sd3tune.methods.stored_text import StoredText
 from sd3tune.model.compute.fast import use_fast_path
+from sd3tune.model.compute.hoist import hoisted
 from sd3tune.model.load.components import load_transformer
 from sd3tune.model.load.text import TOKENS
 from sd3tune.run.batches import make_batches
+from sd3tune.run.describe import describe
+from sd3tune.run.preflight import make_plan
+from sd3tune.run.setup import load_base
 from sd3tune.runtime.processes import Processes
+from sd3tune.training.ahead import with_modulations
 from sd3tune.training.batches import Batch
 from sd3tune.training.step import predict_velocity, velocity_targets
 
+ROOT = Path(__file__).parents[2]
 LEARNING = "method.text_encoders={clip_l: {rank: 4, alpha: 8.0, lr: 0.002}, clip_g: {rank: 2, alpha: 2.0, lr: 0.03}}"
 PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 
@@ -273,6 +285,18 @@ def test_two_processes_have_the_gradient_of_one(start) -> None:
     torch.testing.assert_close((gradients[0] + gradients[1]) / 2, whole, rtol=0, atol=1e-6 * whole.abs().max().item())
 
 
+def test_adaln_is_not_computed_ahead_and_the_run_says_so(start, quick_config, tmp_path) -> None:
+    training = start()
+    assert training.config.train.hoist
+    assert not hoisted(load_base(training.plan))
+    assert with_modulations(training.batches, training.transformer, training.method) is training.batches
+    note = "note: train.hoist has no effect: trained text encoders change the pooled text"
+    assert [line for line in describe(training.plan, 1) if line.startswith(note)]
+    plain = make_plan(quick_config(tmp_path / "plain"), torch.device("cpu"), resume=False)
+    assert hoisted(load_base(plain))
+    assert not [line for line in describe(plain, 1) if "train.hoist" in line]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_plan_counts_encoders_activations_and_parameters(start, dtype: torch.dtype) -> None:
     """As a real step counts them, within a twentieth."""
@@ -286,6 +310,21 @@ def test_the_plan_counts_encoders_activations_and_parameters(start, dtype: torch
     assert found.encoders == (frozen - indices) * dtype.itemsize // 4 + indices
     if dtype is torch.float32:
         assert found.working == pytest.approx(peak_of(training.step).peak, rel=0.05)
+
+
+@pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="a part of `make check-long`")
+def test_the_page_says_what_a_full_size_base_takes() -> None:
+    page = (ROOT / "docs" / "text-encoders.md").read_text()
+    rows = dict(re.findall(r"^\| ([^|]+) \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE))
+    overrides = ["method.text_encoders={clip_l: {}, clip_g: {}}"]
+    config = load_config(ROOT / "configs" / "dreambooth_sd35_medium.yaml", overrides).config
+    inputs = forecast_inputs(config, torch.bfloat16)
+    method = METHODS["lora"](inputs.config, inputs.base)
+    found = rehearse_training(inputs.config, inputs.base, method, inputs.largest, torch.bfloat16)
+    assert rows["training, resident"] == gigabytes(found.resident)
+    assert rows["training, peak"] == gigabytes(found.peak)
+    assert rows["operations of a step, TFLOP"] == f"{found.flops / 1e12:.1f}"
+    assert found.encoders == pytest.approx(1.64e9, rel=0.01)  # 123.7 and 694.7 million parameters
 
 
 def test_what_does_not_go_together_is_refused_in_a_line(quick_config, tmp_path) -> None:

@@ -56,7 +56,7 @@ class TextEncoder:
 
     def compute(self, tokens: Tensor) -> dict[str, Tensor]:
         """Return `encode`'s tensors for `tokens` [B, T], as a batch on the encoder's device, with their gradients."""
-        ids = tokens.to(next(self.model.parameters()).device)
+        ids = tokens.to(next(self.model.parameters()).device, non_blocking=True)
         if self.name == "t5":
             return {"hidden": self.model(ids)[0].to(self.model.dtype)}
         output = self.model(ids, output_hidden_states=True)
