@@ -158,7 +158,7 @@ def fused_attention() -> Iterator[None]:
             return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]
         return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, False, 0.0, is_causal)[0]
 
-    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    F.scaled_dot_product_attention = attend
     try:
         yield
     finally:

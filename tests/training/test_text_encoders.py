@@ -215,7 +215,7 @@ def test_gradients_are_those_of_the_script(start, path: str) -> None:
     if path == "fast, recomputed":
         training.transformer.enable_gradient_checkpointing()
     velocity = predict_velocity(training.transformer, training.method, batch)
-    training.objective.loss(velocity, batch.noise - batch.latents).mean().backward()
+    training.objective.loss(velocity, batch.noise - batch.latents, batch.sigma, 0.0).mean().backward()
     assert training.parameters.keys() == script.factors.keys()
     for prefix in ("text_encoder.", "text_encoder_2.", "transformer_blocks."):
         names = [name for name in training.parameters if name.startswith(prefix)]
@@ -242,7 +242,7 @@ def test_each_encoder_has_its_own_rate_and_is_clipped_by_itself(start, max_norm:
     for step in range(3):
         batch = training.batches.fetch(step, 0)
         velocity = predict_velocity(training.transformer, training.method, batch)
-        training.objective.loss(velocity, batch.noise - batch.latents).mean().backward()
+        training.objective.loss(velocity, batch.noise - batch.latents, batch.sigma, 0.0).mean().backward()
         norms = []
         for own in plain.values():
             for name, value in own.items():
@@ -271,7 +271,7 @@ def test_two_processes_have_the_gradient_of_one(start) -> None:
 
     def gradient_of(batch: Batch) -> Tensor:
         velocity = predict_velocity(training.transformer, training.method, batch)
-        training.objective.loss(velocity, batch.noise - batch.latents).mean().backward()
+        training.objective.loss(velocity, batch.noise - batch.latents, batch.sigma, 0.0).mean().backward()
         training.state.master.collect_gradients()
         gradient, _ = training.state.master.gradient.clone(), training.state.master.gradient.zero_()
         return gradient
