@@ -61,9 +61,8 @@ def load_into(pipeline: StableDiffusion3Pipeline, adapter: Adapter) -> None:
             found = str(adapter.path) if adapter.for_diffusers else arrange_lycoris(adapter.lycoris, "diffusers")
             pipeline.transformer.load_lora_adapter(found, adapter_name=NAME)
         else:
-            arranged = arrange(adapter.folded(), "diffusers", adapter.magnitudes)
-            weights = str(adapter.path) if adapter.for_diffusers else arranged
-            pipeline.load_lora_weights(weights, adapter_name=NAME)
+            arranged = {} if adapter.for_diffusers else arrange(adapter.folded(), "diffusers", adapter.magnitudes)
+            pipeline.load_lora_weights(arranged or str(adapter.path), adapter_name=NAME)
     except Exception as error:  # two libraries may raise anything for a foreign file
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise AdapterError(
