@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,8 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
     counted = match(transformer, adapter)
     parts = _as_parts(transformer, adapter, counted.unmatched)
     if parts:
+        every = {f"{module}.{part}": tensor for module, of in parts.items() for part, tensor in of.items()}
+        _check_range(transformer, adapter, every)
         attach_parts(transformer, parts, name)
         return counted
     loaded = {module: pair for module, pair in adapter.factors.items() if module not in counted.unmatched}
@@ -85,12 +87,7 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
     if adapter.magnitudes:
         magnitudes = _magnitudes(transformer, adapter, loaded)
         tensors |= {f"{PREFIX}{module}.{MAGNITUDE}": one.to(transformer.dtype) for module, one in magnitudes.items()}
-    lost = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    if lost:
-        dtype = str(transformer.dtype).removeprefix("torch.")
-        raise AdapterError(
-            f"{adapter.path}: {first_of(lost)} is beyond what {dtype} holds; take a wider one, such as --dtype bf16"
-        )
+    _check_range(transformer, adapter, tensors)
     config = {**peft_arguments(loaded, adapter.alphas), "use_dora": bool(adapter.magnitudes)}
     with several_adapters():
         transformer.load_lora_adapter(
@@ -100,6 +97,16 @@ def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
     if carried != len(loaded):
         raise AdapterError(f"{adapter.path}: {carried} of {len(loaded)} modules took their weights")
     return counted
+
+
+def _check_range(transformer: Any, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError for a tensor that is infinite in the model's dtype."""
+    lost = [key for key, tensor in tensors.items() if not tensor.to(transformer.dtype).isfinite().all()]
+    if lost:
+        dtype = str(transformer.dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"{adapter.path}: {first_of(lost)} is beyond what {dtype} holds; take a wider one, such as --dtype bf16"
+        )
 
 
 def _as_parts(transformer: Any, adapter: Adapter, unmatched: Sequence[str]) -> dict[str, Parts]:
@@ -123,7 +130,7 @@ def _magnitudes(transformer: Any, adapter: Adapter, modules: Iterable[str]) -> d
         if module in adapter.magnitudes and not adapter.of_base:
             found[module] = adapter.magnitudes[module]
             continue
-        weight = base_weights(transformer, module).double()
+        weight = base_weights(transformer, module).cpu().double()  # a Mac's GPU has no float64
         magnitude = adapter.magnitudes.get(module, weight.norm(dim=1)).to(weight)
         found[module] = magnitude_for(weight, update_of(adapter, module).to(weight), magnitude, of_base=True)
     return found

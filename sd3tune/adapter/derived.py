@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sd3tune.adapter.contents import Pair
 from sd3tune.adapter.dora import OF_BASE, OF_BASE_KEY
 from sd3tune.adapter.file import Adapter, check_finite, contract_metadata, is_safetensors, save_tensors
 from sd3tune.adapter.layouts import DORA_SCALE, forms
@@ -19,7 +20,7 @@ from sd3tune.adapter.lycoris import Parts, size_of
 from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY
 from sd3tune.adapter.modelspec import OF_THE_TENSORS, shown_metadata
 from sd3tune.adapter.peft_config import peft_metadata
-from sd3tune.adapter.rearrange import Pair, arrange, arrange_lycoris
+from sd3tune.adapter.rearrange import arrange, arrange_lycoris
 from sd3tune.adapter.released import fitting_variants
 from sd3tune.config.meaning import keys_of_ranks
 from sd3tune.config.sections.method import METHOD_SECTIONS

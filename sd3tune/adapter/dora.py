@@ -14,6 +14,9 @@ OF_BASE_KEY, OF_BASE = "sd3tune_dora_scale", "for the norm of the base's weights
 """Metadata of a file whose magnitudes are made for ComfyUI's formula."""
 
 
+_LEAST = 1e-12  # a row of zeros stays zero
+
+
 def per_output(magnitude: Tensor) -> bool:
     """Return True for one magnitude per output, False for one per input."""
     return magnitude.ndim == 1
@@ -21,7 +24,8 @@ def per_output(magnitude: Tensor) -> bool:
 
 def norms(weight: Tensor, magnitude: Tensor) -> Tensor:
     """Return the norms of the rows [out, 1] of a weight, or of its columns [1, in] for a magnitude per input."""
-    return torch.linalg.vector_norm(weight, dim=1 if per_output(magnitude) else 0, keepdim=True)
+    found: Tensor = torch.linalg.vector_norm(weight, dim=1 if per_output(magnitude) else 0, keepdim=True)
+    return found.clamp(min=_LEAST)
 
 
 def decomposed(weight: Tensor, update: Tensor, magnitude: Tensor, of_base: bool = False) -> Tensor:

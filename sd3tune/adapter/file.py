@@ -10,7 +10,6 @@ contains no time, host or path.
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,13 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sd3tune.adapter.contents import Contents, Pair
 from sd3tune.adapter.dora import OF_BASE, OF_BASE_KEY, per_output
 from sd3tune.adapter.layouts import MAGNITUDE
 from sd3tune.adapter.lycoris import Parts, kind_of, rank_of, scaled, size_of
 from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract
 from sd3tune.adapter.modelspec import shown_metadata
 from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig, peft_metadata, read_peft
-from sd3tune.adapter.rearrange import READABLE, Contents, Pair, first_of, interpret, text_part
+from sd3tune.adapter.rearrange import READABLE, first_of, interpret, text_part
 from sd3tune.adapter.text_layouts import is_text, of_part, text_parts
 from sd3tune.errors import AdapterError
 from sd3tune.files.atomic import new_file
@@ -254,7 +254,8 @@ def read_adapter(location: str | Path, *, transformer_only: bool = False) -> Ada
 def too_large(adapter: Adapter) -> str:
     """Return a message about alphas that make the scaled weights infinite."""
     module = adapter.too_large[0]
-    return f"alpha {adapter.alphas.get(module, math.nan):g} makes the weights of {first_of(adapter.too_large)} infinite"
+    scale = f"alpha {adapter.alphas[module]:g}" if module in adapter.alphas else "the scale"
+    return f"{scale} makes the weights of {first_of(adapter.too_large)} infinite"
 
 
 def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sd3tune.adapter.rearrange import Pair
+from sd3tune.adapter.contents import Pair
 from sd3tune.errors import AdapterError
 
 

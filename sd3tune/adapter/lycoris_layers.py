@@ -46,6 +46,7 @@ def attach_parts(transformer: Any, modules: Mapping[str, Parts], name: str) -> N
         transformer.add_adapter(kind(r=1, alpha=1, target_modules=list(modules)), adapter_name=name)
     for module, parts in modules.items():
         layer: Any = transformer.get_submodule(module)
+        layer.training = False  # else PEFT draws in each step whether to leave the layer out, at a share of 0
         place = next(getattr(layer, part)[name] for part in layer.adapter_layer_names if name in getattr(layer, part))
         for part in layer.adapter_layer_names:
             if name in getattr(layer, part):

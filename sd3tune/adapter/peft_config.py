@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from sd3tune.adapter.contents import Pair
 from sd3tune.adapter.metadata import PEFT_KEY, PREFIX, parse_object
-from sd3tune.adapter.rearrange import Pair
 from sd3tune.adapter.text_layouts import is_text, of_part, text_parts
 from sd3tune.errors import AdapterError
 from sd3tune.files.json import NotJson, dotted, read_object

@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from sd3tune.adapter.contents import Contents, Pair
 from sd3tune.adapter.layouts import (
     DORA_SCALE,
     FUSED,
@@ -28,7 +28,7 @@ from sd3tune.adapter.layouts import (
     stands_alone,
     text_encoder_of,
 )
-from sd3tune.adapter.lycoris import Parts, is_lycoris, lycoris_fault, rank_of, size_of
+from sd3tune.adapter.lycoris import Parts, is_lycoris, lycoris_fault, rank_of
 from sd3tune.adapter.original import (
     DIFFUSERS_OF,
     FUSED_OF,
@@ -44,9 +44,6 @@ from sd3tune.adapter.original import (
 from sd3tune.adapter.text_layouts import is_text, locate_text, written_text
 from sd3tune.errors import AdapterError
 
-Pair = tuple[Tensor, Tensor]
-"""A [r, in] and B [out, r] of a module."""
-
 _PATCH_EMBEDDERS = (PATCH_EMBEDDER, "x_embedder.proj")
 _PATCH = 2
 """Side of a patch, in latents, in every SD3 model."""
@@ -56,40 +53,6 @@ READABLE = (
     *(torch.float8_e4m3fn, torch.float8_e5m2),
 )
 """Dtypes in which a LoRA's factors may be stored."""
-
-
-@dataclass(frozen=True)
-class Contents:
-    """The interpreted tensors of a file, and its faults."""
-
-    layout: str
-    """A name of `names.LAYOUTS`; empty if no key belongs to a known layout."""
-    factors: dict[str, Pair]
-    """diffusers' module name -> factors."""
-    alphas: dict[str, float]
-    """Module -> alpha stored as a tensor; the output is scaled by alpha / r."""
-    unknown: dict[str, str]
-    """Key that belongs to no module of SD3 -> its probable purpose."""
-    broken: dict[str, str]
-    """Module, by its name in the file -> its fault."""
-    text: dict[str, str]
-    """Key of a text encoder's tensor -> the text encoder."""
-    text_factors: dict[str, Pair]
-    """Module of a text encoder, named as in `text_layouts` -> factors; `alphas` may have its alpha."""
-    unread: dict[str, str]
-    """The part of `text` that is no complete LoRA of known modules."""
-    for_diffusers: bool
-    """True if all keys are diffusers' own."""
-    magnitudes: dict[str, Tensor] = field(default_factory=dict)
-    """Module -> DoRA's magnitude: [out], or [1, in] for one per input."""
-    lycoris: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """diffusers' module name -> its parts of LoHa or LoKr, with the scale in the first one."""
-
-    @property
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        """Module -> (outputs, inputs)."""
-        plain = {module: (len(up), down.shape[1]) for module, (down, up) in self.factors.items()}
-        return plain | {module: size_of(parts) for module, parts in self.lycoris.items()}
 
 
 def interpret(tensors: Mapping[str, Tensor]) -> Contents:
@@ -263,7 +226,7 @@ def _add(contents: Contents, layout: Layout, module: str, parts: Mapping[str, Te
     if layout.original and module.endswith(".qkv") and len(up) % 3:
         return f"{len(up)} rows cannot be cut into q, k and v"
     pieces = _from_original(module, down, up) if layout.original else {module: (down, up)}
-    twice = next((name for name in pieces if name in contents.sizes), None)
+    twice = next((name for name in pieces if name in contents), None)
     if twice:
         return f"{twice} is in the file twice"
     contents.factors.update(pieces)
@@ -277,7 +240,7 @@ def _add_lycoris(contents: Contents, layout: Layout, module: str, parts: Mapping
     pieces = lycoris_pieces(module, parts, layout.original)
     if isinstance(pieces, str):
         return pieces
-    twice = next((name for name in pieces if name in contents.sizes), None)
+    twice = next((name for name in pieces if name in contents), None)
     if twice:
         return f"{twice} is in the file twice"
     contents.lycoris.update(pieces)
@@ -290,10 +253,9 @@ def _add_magnitude(contents: Contents, layout: Layout, module: str, parts: Mappi
         return None
     if module in _PATCH_EMBEDDERS:
         return "DoRA of the patch embedder, a convolution, is not supported"
-    sizes = contents.sizes
     names = diffusers_names(module) if layout.original else [module]
-    present = [name for name in names if name in sizes]
-    pieces = magnitude_pieces(module, parts["magnitude"].float(), sizes[present[0]], layout.original)
+    present = [name for name in names if name in contents]
+    pieces = magnitude_pieces(module, parts["magnitude"].float(), contents.size(present[0]), layout.original)
     if isinstance(pieces, str):
         return pieces
     contents.magnitudes.update({name: pieces[name] for name in present})

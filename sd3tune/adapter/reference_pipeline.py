@@ -72,8 +72,8 @@ def load_into(pipeline: StableDiffusion3Pipeline, adapter: Adapter) -> None:
             found = str(adapter.path) if adapter.for_diffusers else arrange_lycoris(adapter.lycoris, "diffusers")
             pipeline.transformer.load_lora_adapter(found, adapter_name=NAME)
             return
-        arranged = arrange(adapter.whole(), "diffusers", adapter.magnitudes)
-        weights = str(adapter.path) if adapter.for_diffusers else arranged
+        arranged = {} if adapter.for_diffusers else arrange(adapter.whole(), "diffusers", adapter.magnitudes)
+        weights = arranged or str(adapter.path)
         if there == adapter.text_parts and not pipeline.transformer.pos_embed.proj.weight.is_meta:
             pipeline.load_lora_weights(weights, adapter_name=NAME)
         else:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from sd3tune.adapter.contents import Pair
 from sd3tune.adapter.derived import by_block, check_out, contract_of_ranks, losses, notes_of, write_form
 from sd3tune.adapter.file import read_adapter
 from sd3tune.adapter.layouts import forms
 from sd3tune.adapter.modelspec import THUMBNAIL_KEY
-from sd3tune.adapter.rearrange import Pair, fused_ranks
+from sd3tune.adapter.rearrange import fused_ranks
 from sd3tune.adapter.text_layouts import by_encoder
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.inference.of_base import magnitudes_for, nearest_lora
@@ -52,6 +53,8 @@ def convert_lora(
     factors = adapter.whole() | {module: one.pair for module, one in found.items()}
     contract = contract_of_ranks(adapter.contract, rank) if rank is not None else adapter.contract
     magnitudes = magnitudes_for(adapter, form, base) if adapter.magnitudes and rank is None else {}
+    if magnitudes and form == "kohya":
+        lines.append("note: ComfyUI reads the magnitudes (dora_scale) in this file; sd-scripts ignores them")
     if picture is not None:
         metadata |= thumbnail(picture)
         lines.append(f"thumbnail: {picture}; --no-thumbnail leaves it out")

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sd3tune.adapter.contents import Contents
 from sd3tune.adapter.file import Adapter, AdapterFile, as_adapter, read_file, too_large
 from sd3tune.adapter.lycoris import product, rank_of
 from sd3tune.adapter.modelspec import THUMBNAIL_KEY
-from sd3tune.adapter.rearrange import Contents, first_of, interpret, shown, text_part
+from sd3tune.adapter.rearrange import first_of, interpret, shown, text_part
 from sd3tune.adapter.released import fitting_variants
 from sd3tune.adapter.text_layouts import by_encoder
 from sd3tune.errors import AdapterError

@@ -37,7 +37,7 @@ from sd3tune.model.lora.layers import (
     other_parameters,
 )
 from sd3tune.model.lora.ranks import Cost, equal_ranks, least, ranks_by_need
-from sd3tune.model.lora.targets import CoverageRow, coverage, select_modules, values_by_pattern
+from sd3tune.model.lora.targets import CoverageRow, coverage, lora_parameters, select_modules, values_by_pattern
 from sd3tune.runtime.device import DTYPES
 
 
@@ -121,7 +121,7 @@ class LoraMethod(StoredText):
 
     def parameters_of_layer(self, rank: int, inputs: int, outputs: int) -> int:
         """Return the number of trained parameters for a linear layer of these sizes."""
-        return rank * (inputs + outputs)
+        return lora_parameters(rank, inputs, outputs)
 
     def title(self) -> str:
         kind, rank = self.settings.kind, self.settings.rank

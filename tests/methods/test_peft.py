@@ -88,3 +88,14 @@ def test_the_fast_path_falls_back_layer_by_layer(velocity: Velocity) -> None:
     use_fast_path(transformer)
     torch.testing.assert_close(velocity(transformer), before, rtol=0, atol=2e-6)
     assert not torch.allclose(before, velocity(fresh()), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_no_step_draws_from_global_state(velocity: Velocity, quick_config, tmp_path: Path, kind: str) -> None:
+    """PEFT's LoHa and LoKr draw in training mode, even where nothing is ever left out."""
+    config = quick_config(tmp_path, f"method={{kind: {kind}, rank: {RANK}}}")
+    transformer = fresh()
+    METHODS[kind](config, resolve_base("tiny")).inject(transformer, lambda name: generator(0, name))
+    state = torch.get_rng_state()
+    velocity(transformer)
+    assert torch.equal(torch.get_rng_state(), state)

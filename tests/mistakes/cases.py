@@ -324,6 +324,29 @@ CASES = [
     ),
     Case(
         "config",
+        "an adapter that needs the rows of a base in 4 bits",
+        CHECK,
+        "set model.quantize=int8",
+        lambda: Path("run.yaml").write_text(
+            YAML.replace("16}", "16, quantize: nf4}").replace("{rank: 2, alpha: 2}", "{kind: lokr}")
+        ),
+    ),
+    Case(
+        "config",
+        "a budget without automatic ranks",
+        CHECK,
+        "set both",
+        edited("rank: 2, alpha: 2", "rank: 2, budget_mb: 5"),
+    ),
+    Case(
+        "config",
+        "a budget below rank 1",
+        PLAN,
+        "raise it",
+        edited("rank: 2, alpha: 2", "rank: auto, budget_mb: 0.001"),
+    ),
+    Case(
+        "config",
         "a fused update of a clipped gradient",
         CHECK,
         "leave fused_backward out",
@@ -643,6 +666,13 @@ CASES = [
         ("lora", "merge", "lora.safetensors", "--into-base", "--base", "tiny", "--out", "new"),
         "are not merged into a base",
         adapter({**pair("transformer_blocks.0.attn.to_q"), **text_pair("text_encoder.text_model.encoder.layers.0")}),
+    ),
+    Case(
+        "adapters",
+        "a LoKr of which a part is missing",
+        (*INFER, *LORA),
+        "lokr_w2 is not complete",
+        adapter({"transformer.transformer_blocks.0.attn.to_q.lokr_w1": torch.ones(8, 8)}),
     ),
     Case("adapters", "DoRA of PEFT", (*INFER, *LORA), "use_dora", peft_folder('{"r": 2, "use_dora": true}')),
     Case(

@@ -52,6 +52,7 @@ def inject_lycoris(
         transformer.add_adapter(config, adapter_name=ADAPTER_NAME)
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in adapter_layers(transformer).items():
+        layer.training = False  # else PEFT draws in each step whether to leave the layer out, at a share of 0
         source = generator(name)
         for part, parameter in parameters_of(layer).items():
             value = torch.zeros(parameter.shape)

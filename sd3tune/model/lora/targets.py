@@ -109,8 +109,15 @@ def values_by_pattern(
     }
 
 
+def lora_parameters(rank: int, inputs: int, outputs: int) -> int:
+    """Return the number of parameters of LoRA on a linear layer of these sizes."""
+    return rank * (inputs + outputs)
+
+
 def coverage(
-    transformer: nn.Module, ranks: Mapping[str, int], parameters: Callable[[int, int, int], int]
+    transformer: nn.Module,
+    ranks: Mapping[str, int],
+    parameters: Callable[[int, int, int], int] = lora_parameters,
 ) -> list[CoverageRow]:
     """Group the modules of `ranks` by their place in a block, for the table at the start of a run.
 

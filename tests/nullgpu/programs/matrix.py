@@ -57,6 +57,9 @@ TRAININGS: dict[str, tuple[str, ...]] = {
     "swap": ("train.swap_blocks=3", IMAGES, *LOOKING, "train.gradient_checkpointing=block"),
     "scratch": ("method={kind: full}", "model.init=random", "ema=null"),
     "auto": ("train.memory=auto", "model.t5_device=cpu"),
+    "dora": ("method={kind: dora, rank: auto, budget_mb: 0.1, loraplus_lr_ratio: 16}", "model.quantize=int8"),
+    "loha": ("method={kind: loha}", "train.gradient_checkpointing=selective"),
+    "lokr": ("method={kind: lokr, export_dtype: bf16}", "train.swap_blocks=3"),
     "sd3": ("model.base=tiny-sd3", "method.init=eva", "method.targets=attention+mlp"),
     "large": ("model.base=tiny-sd35-large", "method.targets=re:.*norm1\\.linear"),
 }
