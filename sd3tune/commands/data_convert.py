@@ -12,7 +12,7 @@ from PIL import Image
 from sd3tune.config import parse_config
 from sd3tune.config.sections.data import DataConfig
 from sd3tune.data.formats import EXTENSIONS
-from sd3tune.data.images import ImageRef, image_bytes
+from sd3tune.data.images import ImageRef, file_of, image_bytes
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.sources.dataset import Row, write_parquet
 from sd3tune.data.sources.from_path import source_of
@@ -113,8 +113,8 @@ def _identity(name: PurePosixPath, flat: bool) -> str:
 
 def _own_name(image: ImageRef, root: Path) -> str | None:
     """Return the path relative to `root`, or the file name recorded in a dataset; never one that leaves the folder."""
-    if isinstance(image, Path):
-        return image.relative_to(root).as_posix()
+    if file := file_of(image):
+        return file.relative_to(root).as_posix()
     remembered = PurePosixPath((image.file_name if isinstance(image, Row) else None) or "")
     if remembered.is_absolute() or ".." in remembered.parts:
         remembered = PurePosixPath(remembered.name)

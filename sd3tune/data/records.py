@@ -14,7 +14,7 @@ import regex
 from sd3tune.config.sections.data import DataConfig, SourceConfig
 from sd3tune.data.ahead import in_pieces
 from sd3tune.data.captions import counted, read_sidecar, some
-from sd3tune.data.images import ImageRef, check_header
+from sd3tune.data.images import ImageRef, check_header, file_of
 from sd3tune.data.seeds import derive
 from sd3tune.data.sources.folder import Listing
 from sd3tune.data.sources.registry import SOURCES
@@ -128,7 +128,8 @@ def _examined(
         caption = _read_by_tokenizers(image, written_out(own, source.template, data.trigger))
     except DataError as error:
         problems = error.problems
-    return _Examined(Record(image, caption, source.repeats, number, source.weight), looked, problems, joined)
+    repeats = source.repeats * listing.repeats.get(image, 1)
+    return _Examined(Record(image, caption, repeats, number, source.weight), looked, problems, joined)
 
 
 def sample_indices(records: Sequence[Record]) -> list[int]:
@@ -193,7 +194,8 @@ def _caption(image: ImageRef, listed: str | None, sidecar: Path | None, source: 
     elif source.caption is not None:
         caption = source.caption
     else:
-        write = f"write one to {image.with_suffix('.txt').name}" if isinstance(image, Path) else "fill its column"
+        file = file_of(image)
+        write = f"write one to {file.with_suffix('.txt').name}" if file else "fill its column"
         raise DataError(f"{image}: has no caption; {write} or set the source's caption")
     return caption
 

@@ -169,6 +169,16 @@ class FolderSource(Source):
     """
 
     kind: Annotated[Literal["folder"], CONTENT] = Field("folder", description="A folder of images.")
+    recursive: Annotated[bool, CONTENT] = Field(
+        False,
+        description="Also read the subfolders and theirs, each with its own metadata and caption files. Hidden ones "
+        "are skipped, and links to folders are not followed. Messages name an image by its path in the source.",
+    )
+    layout: Annotated[Literal["plain", "kohya"], CONTENT] = Field(
+        "plain",
+        description="kohya reads the subfolders with names such as `10_sks dog`: 10 repeats, times `repeats`, and the "
+        "caption `sks dog` for images without their own. It reads nothing else; warnings list it.",
+    )
 
 
 class DatasetSource(Source):

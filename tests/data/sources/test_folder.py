@@ -83,7 +83,7 @@ def test_subfolders_with_pictures_are_named(folder: Path) -> None:
     picture(folder / "__MACOSX" / "._a.jpg")
     assert scanned(folder, caption="a dog").warnings == [
         "3 subfolders with pictures are not read: 10_sks dog, 2024, heic; "
-        f"name each as a source, such as {folder / '10_sks dog'}"
+        f"name each as a source, such as {folder / '10_sks dog'}, or set recursive: true, or layout: kohya"
     ]
 
 
