@@ -75,7 +75,7 @@ def load_data(what: str, overrides: Sequence[str] = (), caption: str | None = No
 def run_data_check(config: Config, sheet: Path) -> None:
     """Print the report and write the contact sheet. Raises DataError with every problem that prevents training."""
     _check_sheet(sheet)
-    scan = scan_records(config.data, progress=True, look=_inspect)
+    scan = scan_records(config.data, config.seed, progress=True, look=_inspect)
     problems = scan.problems
     buckets = _buckets(config)
     checked: list[_CheckedImage] = []

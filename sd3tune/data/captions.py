@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sd3tune.data.names import Names
 from sd3tune.data.sources.metadata import clean
+from sd3tune.data.written import READERS, Reader
 from sd3tune.errors import DataError
 from sd3tune.files.regular import complaint, read_regular
 from sd3tune.files.text import NotText, decode
@@ -23,6 +24,12 @@ def sidecars(image: Path, names: Names) -> list[Path]:
     """
     folder, stems = image.parent, (image.stem, image.name)
     return [found for ending in _ENDINGS for stem in stems for found in names.in_folder(folder, stem + ending)]
+
+
+def own_sidecars(image: Path, names: Names) -> dict[Reader, Path]:
+    """Return reader -> caption file that replaces the caption for it: `dog.clip.txt` and `dog.t5.txt`."""
+    found = {reader: names.in_folder(image.parent, f"{image.stem}.{reader}.txt") for reader in READERS}
+    return {reader: files[0] for reader, files in found.items() if files}
 
 
 def read_sidecar(sidecar: Path, image: Path) -> str:

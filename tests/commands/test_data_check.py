@@ -190,7 +190,8 @@ def test_what_is_passed_over_or_read_in_a_way_that_may_surprise_is_named(photos:
         ": 1 picture is passed over: IMG_1.HEIC; convert to JPEG or PNG",
         ": 1 file looks like captions and is not read: metadata.json1; write NAME.txt beside the picture, or "
         "metadata.jsonl",
-        ": 1 caption file has several lines, which are joined with spaces into one caption: 0.txt",
+        ": 1 caption file has several lines, which are joined with spaces into one caption: 0.txt; "
+        "captions: lines reads each line as a caption",
         "warning: 1 image has transparent parts, which are laid on white: clear.png",
         "/profile.png: its colour profile is damaged; its colours are taken as sRGB",
     ]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sd3tune.config.sections.data import FolderSource
-from sd3tune.data.captions import counted, sidecars, some, unread
+from sd3tune.data.captions import counted, own_sidecars, sidecars, some, unread
 from sd3tune.data.formats import EXTENSIONS, FORMATS, is_picture
 from sd3tune.data.images import FileBelow, ImageRef
 from sd3tune.data.names import Names
 from sd3tune.data.sources.metadata import metadata_files, read_metadata
 from sd3tune.data.sources.subfolders import Part, Parts, holds_pictures, is_kohya, parts_of
+from sd3tune.data.written import Listed, Reader, as_written
 from sd3tune.errors import DataError
 
 
@@ -21,12 +22,14 @@ from sd3tune.errors import DataError
 class Listing:
     """The images of a source, in their order."""
 
-    images: Sequence[tuple[ImageRef, str | None]]
-    """(image, caption in metadata or a column, or None)."""
+    images: Sequence[tuple[ImageRef, Listed]]
+    """(image, captions in metadata or columns, or None)."""
     sidecars: Mapping[ImageRef, Path] = field(default_factory=dict)
     """Image -> its caption file, if it has no caption in metadata."""
     warnings: Sequence[str] = ()
     """A line for each kind of skipped file."""
+    own_sidecars: Mapping[ImageRef, Mapping[Reader, Path]] = field(default_factory=dict)
+    """Image -> reader -> the file with the text that replaces the caption for it."""
     repeats: Mapping[ImageRef, int] = field(default_factory=dict)
     """Image -> factor on the source's repeats, if it is not 1."""
 
@@ -99,17 +102,21 @@ def _list_parts(source: FolderSource, found: Parts) -> Listing:
         why = why or "put pictures into it, or name another folder"
         raise DataError(f"{folder}: holds no images ({', '.join(FORMATS)}); {why}")
     chosen, beside = _caption_files(images, listed, names)
-    read = [*chosen.values(), *listed.files]
+    own = {path: files for path in images if (files := own_sidecars(path, names))}
+    read = [*chosen.values(), *listed.files, *(file for files in own.values() for file in files.values())]
     warnings = [*reasons, *(line for path in sorted({folder, *folders}) for line in unread(path, read, beside))]
     nested = source.recursive or source.layout == "kohya"
     ref_of: dict[Path, ImageRef] = {path: FileBelow(path, folder) if nested else path for path in images}
     return Listing(
         images=[
-            (ref_of[path], part_of[path].caption if path not in chosen and text is None else text)
+            (
+                ref_of[path],
+                listed.captions.get(path) if path in chosen else listed.with_caption(path, part_of[path].caption),
+            )
             for path in images
-            for text in [listed.captions.get(path)]
         ],
         sidecars={ref_of[path]: file for path, file in chosen.items()},
+        own_sidecars={ref_of[path]: files for path, files in own.items()},
         warnings=warnings,
         repeats={ref_of[path]: part.repeats for path, part in part_of.items() if part.repeats > 1},
     )
@@ -119,11 +126,16 @@ def _list_parts(source: FolderSource, found: Parts) -> Listing:
 class _Metadata:
     """The metadata of the source's folders."""
 
-    captions: dict[Path, str | None] = field(default_factory=dict)
-    """File -> caption; None for a row without one."""
+    captions: dict[Path, Listed] = field(default_factory=dict)
+    """File -> captions; None for a row without one."""
     files: list[Path] = field(default_factory=list)
     file_of: dict[Path, Path] = field(default_factory=dict)
     """Image -> the metadata that names it."""
+
+    def with_caption(self, image: Path, caption: str | None) -> Listed:
+        """Return the captions of an image, with `caption` if it has no text for all encoders."""
+        written = as_written(self.captions.get(image))
+        return (written if written.text or caption is None else replace(written, text=(caption,))).plain
 
     def add(self, folder: Path, names: Names) -> Collection[Path]:
         """Read a folder's metadata, and return its files. Raises DataError for a file in two folders' metadata."""
@@ -154,7 +166,7 @@ def _caption_files(
     replaced_by: dict[Path, Path] = {}
     for image in images:
         files = sidecars(image, names)
-        if listed.captions.get(image) is not None:
+        if as_written(listed.captions.get(image)).text:
             replaced_by |= dict.fromkeys(files, listed.file_of[image])
         elif files:
             chosen[image] = files[0]

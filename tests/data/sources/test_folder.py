@@ -176,7 +176,8 @@ def test_several_lines_are_one_caption_and_that_is_said(folder: Path) -> None:
     (folder / "1.caption").write_bytes(b"one\r\n\r\ntwo")
     assert captions(folder) == {"0.jpg": "sks dog on grass\nsks dog asleep", "1.jpg": "one\n\ntwo"}
     assert scanned(folder).warnings == [
-        "2 caption files have several lines, which are joined with spaces into one caption: 0.txt, 1.caption"
+        "2 caption files have several lines, which are joined with spaces into one caption: 0.txt, 1.caption; "
+        "captions: lines reads each line as a caption"
     ]
     (folder / "0.txt").write_text("one line\n\n")
     (folder / "1.caption").unlink()
