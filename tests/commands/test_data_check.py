@@ -179,7 +179,7 @@ def test_the_contact_sheet_replaces_itself_and_nothing_else(photos: Path, check,
 
 
 def test_what_is_passed_over_or_read_in_a_way_that_may_surprise_is_named(photos: Path, check) -> None:
-    (photos / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (photos / "IMG_1.JXL").write_bytes(b"\xff\x0a")
     (photos / "0.txt").write_text("a dog\nasleep")
     (photos / "metadata.json1").write_text("{}")
     Image.new("RGBA", (96, 64), (0, 0, 255, 0)).save(photos / "clear.png")
@@ -187,7 +187,7 @@ def test_what_is_passed_over_or_read_in_a_way_that_may_surprise_is_named(photos:
     lines, problems = check(configured(photos))
     assert problems == []
     assert [line.removeprefix(f"warning: {photos}") for line in lines if line.startswith("warning")] == [
-        ": 1 picture is passed over: IMG_1.HEIC; convert to JPEG or PNG",
+        ": 1 picture is passed over: IMG_1.JXL; convert to JPEG or PNG",
         ": 1 file looks like captions and is not read: metadata.json1; write NAME.txt beside the picture, or "
         "metadata.jsonl",
         ": 1 caption file has several lines, which are joined with spaces into one caption: 0.txt; "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sd3tune.config.sections.data import FolderSource
 from sd3tune.data.captions import counted, own_sidecars, sidecars, some, unread
-from sd3tune.data.formats import EXTENSIONS, FORMATS, is_picture
+from sd3tune.data.formats import EXTENSIONS, HEIC, HEIC_EXTRA, PILLOWS_FORMATS, is_picture
 from sd3tune.data.images import FileBelow, ImageRef
 from sd3tune.data.names import Names
 from sd3tune.data.sources.metadata import metadata_files, read_metadata
@@ -48,7 +48,8 @@ class _PassedOver:
         if self.unreadable:
             named = some(path.name for path in self.unreadable)
             are = counted(self.unreadable, "picture is", "pictures are")
-            found.append(f"{are} passed over: {named}; convert to JPEG or PNG")
+            heic = f"; HEIC needs {HEIC_EXTRA}" * any(path.suffix.lower() in HEIC for path in self.unreadable)
+            found.append(f"{are} passed over: {named}; convert to JPEG or PNG{heic}")
         if self.dangling:
             leads = counted(self.dangling, "link leads", "links lead")
             found.append(f"{leads} nowhere: {some(path.name for path in self.dangling)}; link or copy again")
@@ -100,7 +101,7 @@ def _list_parts(source: FolderSource, found: Parts) -> Listing:
     if not images:
         why = "; ".join(reason.removeprefix(f"{folder}: ") for reason in reasons)
         why = why or "put pictures into it, or name another folder"
-        raise DataError(f"{folder}: holds no images ({', '.join(FORMATS)}); {why}")
+        raise DataError(f"{folder}: holds no images ({', '.join(PILLOWS_FORMATS)}); {why}")
     chosen, beside = _caption_files(images, listed, names)
     own = {path: files for path in images if (files := own_sidecars(path, names))}
     read = [*chosen.values(), *listed.files, *(file for files in own.values() for file in files.values())]
