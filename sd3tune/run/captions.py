@@ -11,13 +11,14 @@ from sd3tune.data.records import Record
 from sd3tune.data.written import READERS, Reader
 from sd3tune.encode.captions import text_bytes, texts_read_by
 from sd3tune.encode.report import megabytes
+from sd3tune.files.text import weighted_words
 from sd3tune.model.base.base import Base
 
 
 def describe_captions(
     config: Config, records: Sequence[Record], base: Base, encoders: Sequence[str], dtype: torch.dtype
 ) -> list[str]:
-    """Return lines about captions that are more than one text per image, with their disk space; else no line."""
+    """Return lines about several captions an image, with their disk space, texts of single encoders, and weights."""
     lines = []
     if any(record.choices for record in records):
         each = {encoder: text_bytes(base, encoder, dtype, config.model.t5_lengths) for encoder in encoders}
@@ -35,6 +36,9 @@ def describe_captions(
             f"captions  {read} texts of {'their' if len(own) > 1 else 'its'} own; `infer` takes them with "
             f"{' and '.join(flags[reader] for reader in own)}, and previews use one prompt for all encoders"
         )
+    found = next(filter(None, map(weighted_words, config.preview.prompts)), None)
+    if found:
+        lines.append(f"note: preview.prompts: prompt weights such as {found!r} are read as plain text; leave them out")
     return lines
 
 

@@ -245,3 +245,18 @@ def test_names_that_are_not_utf8_reach_report_and_sheet(photos: Path, check, tmp
     assert [line.removeprefix(f"{photos}/") for line in check(configured(photos))[1]] == [
         r"caf\xe9\x1b[2J.png: is not an image, whatever its name says; replace or remove it"
     ]
+
+
+def test_several_captions_and_texts_of_single_encoders_are_told(photos: Path, check) -> None:
+    (photos / "0.txt").write_text("a dog\na puppy")
+    (photos / "0.t5.txt").write_text("A long text that is for T5 alone, of many words.")
+    lines, problems = check(configured(photos, captions="lines", caption="one"))
+    assert problems == []
+    (told,) = (number for number, line in enumerate(lines) if line.startswith("captions"))
+    count = int(lines[told].split()[1])
+    assert lines[told].endswith("; the first: 'a dog'")
+    assert lines[told + 1] == (
+        "          T5 reads texts of its own; the first: 'A long text that is for T5 alone, of many words.'"
+    )
+    assert lines[told + 2].startswith("tokens    CLIP: at most ")
+    assert count >= 2

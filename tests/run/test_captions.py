@@ -14,12 +14,14 @@ from PIL import Image
 
 from sd3tune.adapter.file import read_adapter
 from sd3tune.commands.data_convert import convert
+from sd3tune.commands.infer import run_infer
 from sd3tune.commands.plan import plan_lines
 from sd3tune.commands.train import run_training
 from sd3tune.config import parse_config
 from sd3tune.data.sources.from_path import source_of
 from sd3tune.data.store import Store
 from sd3tune.errors import RunError
+from sd3tune.inference.job import InferenceJob
 from sd3tune.model.load.components import load_text_encoder
 from sd3tune.run.batches import make_batches
 from sd3tune.run.contract import run_identity
@@ -183,6 +185,12 @@ def test_the_contract_states_which_encoders_read_texts_of_their_own(twelve, quic
     run_training(quick_config(tmp_path / "run", sources({"path": str(twelve)}), "train.steps=1"))
     assert read_adapter(tmp_path / "run").contract["own_texts"] == ["t5"]
     assert "captions  T5 reads texts of its own; `infer` takes them with --prompt-t5, and" in capsys.readouterr().out
+    for more, noted in (({}, True), ({"prompt_t5": "A dog."}, False)):
+        settings = {"loras": [str(tmp_path / "run")], "out": tmp_path / "images", "steps": 1, "before": False}
+        run_infer(InferenceJob.from_fields(**settings, prompt="a (red:1.2) dog", **more))
+        printed = capsys.readouterr().out
+        assert ("trained with texts of single encoders; --prompt-t5 can give them" in printed) == noted
+        assert printed.count("note: prompt weights such as '(red:1.2)' are read as plain text") == 1
     run_training(quick_config(tmp_path / "plain", "train.steps=1"))
     assert "own_texts" not in read_adapter(tmp_path / "plain").contract
     assert "captions  " not in capsys.readouterr().out
