@@ -14,6 +14,9 @@ from sd3tune.data.written import Caption
 _WILDCARD = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
 """A choice without another one inside; the innermost is resolved first."""
 
+_DEEPEST = 16
+"""Limit on wildcards inside wildcards; deeper ones are text."""
+
 Choose = Callable[[int, int], int]
 """(number of the wildcard in its text, number of alternatives) -> index of an alternative."""
 
@@ -61,7 +64,7 @@ def resolved(text: str, choose: Choose) -> str:
         alternatives = match[1].split("|")
         return alternatives[choose(next(numbers), len(alternatives))]
 
-    while _WILDCARD.search(text):
+    for _ in range(_DEEPEST):
         text = _WILDCARD.sub(alternative, text)
     return text
 

@@ -10,7 +10,7 @@ class NotText(ValueError):
     """Bytes that are not readable as text; the message names the file and the way out."""
 
 
-_WEIGHT = re.compile(r"\([^()\n]{1,100}:\s*\d*\.?\d+\s*\)", re.ASCII)
+_WEIGHT = re.compile(r"\([^()\n]{1,100}:\s{0,3}(?:\d{1,6}(?:\.\d{1,6})?|\.\d{1,6})\s{0,3}\)", re.ASCII)
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 

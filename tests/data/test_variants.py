@@ -11,6 +11,7 @@ import pytest
 from sd3tune.config.sections.data import FolderSource
 from sd3tune.data.variants import as_first, resolved, variants_of
 from sd3tune.data.written import Caption
+from sd3tune.files.text import weighted_words
 
 MANY = 4000
 
@@ -63,6 +64,14 @@ def test_alternatives_are_equally_likely_and_wildcards_independent() -> None:
 def test_wildcards_are_what_users_of_other_programs_know(text: str, first: str, last: str) -> None:
     assert resolved(text, lambda number, count: 0) == first
     assert resolved(text, lambda number, count: count - 1) == last
+
+
+def test_endless_nesting_and_numbers_take_no_time() -> None:
+    """Quadratic in their lengths they would take hours."""
+    deep = "{a|" * 20_000 + "b" + "}" * 20_000
+    assert len(resolved(deep, lambda number, count: 1)) == len(deep) - 16 * len("{a|}")
+    assert weighted_words("(a:" + "1" * 1_000_000) is None
+    assert weighted_words("(" * 100_000 + "a:1.3)") == "(a:1.3)"
 
 
 def test_variants_depend_on_the_seed_and_the_text_alone() -> None:

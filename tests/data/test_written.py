@@ -95,6 +95,14 @@ def test_an_encoder_without_a_text_of_its_own_reads_the_caption(folder: Path) ->
     assert the_record(folder, caption="a dog").drawn == (Caption("beside", t5="A long text."),)
 
 
+def test_the_caption_file_of_another_image_is_no_text_of_an_encoder(folder: Path) -> None:
+    Image.new("RGB", (32, 32), "red").save(folder / "a.clip.png")
+    (folder / "a.clip.txt").write_text("a hair clip")
+    assert [record.drawn for record in scanned(folder, caption="c").records] == [
+        (Caption("a hair clip"),), (Caption("c"),)
+    ]  # fmt: skip
+
+
 def test_captions_of_encoders_are_paired_in_order(folder: Path) -> None:
     row = {
         "file_name": "a.png",

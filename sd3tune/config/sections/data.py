@@ -152,7 +152,7 @@ class Source(Section):
     wildcards: Annotated[bool, CONTENT] = Field(
         False,
         description="Replace `{a|b}` in captions by one of the alternatives, as in sd-scripts and Dynamic Prompts; "
-        "they may be nested. The held-out loss uses the first ones.",
+        "they may be nested, 16 deep. The held-out loss uses the first ones.",
     )
     variants: Annotated[int, CONTENT] = Field(
         8,

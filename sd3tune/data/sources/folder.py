@@ -103,7 +103,7 @@ def _list_parts(source: FolderSource, found: Parts) -> Listing:
         why = why or "put pictures into it, or name another folder"
         raise DataError(f"{folder}: holds no images ({', '.join(PILLOWS_FORMATS)}); {why}")
     chosen, beside = _caption_files(images, listed, names)
-    own = {path: files for path in images if (files := own_sidecars(path, names))}
+    own = {path: own_sidecars(path, names, besides=set(chosen.values())) for path in images}
     read = [*chosen.values(), *listed.files, *(file for files in own.values() for file in files.values())]
     warnings = [*reasons, *(line for path in sorted({folder, *folders}) for line in unread(path, read, beside))]
     nested = source.recursive or source.layout == "kohya"
@@ -117,7 +117,7 @@ def _list_parts(source: FolderSource, found: Parts) -> Listing:
             for path in images
         ],
         sidecars={ref_of[path]: file for path, file in chosen.items()},
-        own_sidecars={ref_of[path]: files for path, files in own.items()},
+        own_sidecars={ref_of[path]: files for path, files in own.items() if files},
         warnings=warnings,
         repeats={ref_of[path]: part.repeats for path, part in part_of.items() if part.repeats > 1},
     )
