@@ -65,16 +65,14 @@ def encode_captions(
 ) -> tuple[Keys, EncodeReport]:
     """Encode what the store lacks; return encoder -> text -> key, and the report.
 
-    All encoders read the `texts`; of `captions`, each encoder reads its own text.
-
-    T5 also encodes each text at `extra_t5_lengths`, in tokens; `caption_keys` returns the keys of these entries.
-    Entries are {"hidden": [T, D]} and, for CLIP, {"pooled": [P]}, in `dtype`. An encoder is loaded only if entries are
-    missing, and freed before the next. T5 is loaded in `t5_form` (see `quantized.FORMS`), on `t5_device` if it is
-    given, else on `device`; see `caption_keys` for `t5_form_name`. With `records`, the report distinguishes changed
-    captions from new ones. `say` receives the
-    size of the entries to write. With `world` > 1 each rank encodes its share: wait for all ranks after this call, then
-    call `store.refresh()`. The keys are complete on every rank. Raises ModelError, and
-    RunError if the disk lacks space.
+    All encoders read the `texts`; of `captions`, each encoder reads its own text. T5 also encodes each text at
+    `extra_t5_lengths`, in tokens; `caption_keys` returns the keys of these entries. Entries are {"hidden": [T, D]} and,
+    for CLIP, {"pooled": [P]}, in `dtype`. An encoder is loaded only if entries are missing, and freed before the next.
+    T5 is loaded in `t5_form` (see `quantized.FORMS`), on `t5_device` if it is given, else on `device`; see
+    `caption_keys` for `t5_form_name`. With `records`, the report distinguishes changed captions from new ones. `say`
+    receives the size of the entries to write. With `world` > 1 each rank encodes its share: wait for all ranks after
+    this call, then call `store.refresh()`. The keys are complete on every rank. Raises ModelError, and RunError if the
+    disk lacks space.
     """
     texts, captions = list(texts), list(captions)
     read = {encoder: texts_read_by(encoder, texts, captions) for encoder in encoders}
@@ -103,13 +101,21 @@ def encode_captions(
 
     if rank == 0:
         Manifest.add(store.root, captions={str(record.image): record.caption for record in records}, texts=unique)
-    extent = f"{len(unique)} text{'s' * (len(unique) != 1)} x {len(encoders)} encoders"
-    if any(len(of) < len(unique) for of in read.values()):
-        extent = ", ".join(f"{len(of)} text{'s' * (len(of) != 1)} for {encoder}" for encoder, of in read.items())
-    extent += f", T5 at {', '.join(map(str, lengths))} tokens" * (len(lengths) > 1)
     keys = {encoder: next(iter(by_length.values())) for encoder, by_length in keys_of.items()}
     warnings = [*damage_warnings(damaged), *_warnings(cut)]
-    return keys, EncodeReport("captions", extent, len(unique), reasons, nbytes, warnings)
+    return keys, EncodeReport("captions", _extent(read, lengths), len(unique), reasons, nbytes, warnings)
+
+
+def _extent(read: Mapping[str, Sequence[str]], t5_lengths: Sequence[int]) -> str:
+    """Return the number of texts in words; `read` has those of each encoder."""
+    counts = {encoder: f"{len(texts)} text{'s' * (len(texts) != 1)}" for encoder, texts in read.items()}
+    alike = len({tuple(texts) for texts in read.values()}) == 1
+    extent = (
+        f"{next(iter(counts.values()))} x {len(counts)} encoders"
+        if alike
+        else ", ".join(f"{count} for {encoder}" for encoder, count in counts.items())
+    )
+    return extent + f", T5 at {', '.join(map(str, t5_lengths))} tokens" * (len(t5_lengths) > 1)
 
 
 def texts_read_by(encoder: str, texts: Iterable[str], captions: Iterable[Caption]) -> list[str]:

@@ -401,6 +401,18 @@ CASES = [
     Case("data", "a photo that breaks off", TRAIN, "cut.jpg", truncated_photo),
     Case("data", "no caption", TRAIN, "0.png: has no caption", NO_CAPTION),
     Case("data", "an empty caption", TRAIN, "is empty", steps(NO_CAPTION, written("", "photos/0.txt"))),
+    Case("data", "kohya's layout without its folders", TRAIN, "10_sks dog", source("{path: photos, layout: kohya}")),
+    Case(
+        "data",
+        "unequal numbers of captions",
+        TRAIN,
+        "2 in text_t5",
+        steps(
+            written("a\nb\nc", "photos/0.txt"),
+            written("A.\nB.", "photos/0.t5.txt"),
+            source("{path: photos, captions: lines}"),
+        ),
+    ),
     Case(
         "data",
         "a caption in UTF-16 without its mark",
