@@ -103,7 +103,8 @@ def _list_parts(source: FolderSource, found: Parts) -> Listing:
         why = why or "put pictures into it, or name another folder"
         raise DataError(f"{folder}: holds no images ({', '.join(PILLOWS_FORMATS)}); {why}")
     chosen, beside = _caption_files(images, listed, names)
-    own = {path: own_sidecars(path, names, besides=set(chosen.values())) for path in images}
+    taken = set(chosen.values())
+    own = {path: own_sidecars(path, names, besides=taken) for path in images}
     read = [*chosen.values(), *listed.files, *(file for files in own.values() for file in files.values())]
     warnings = [*reasons, *(line for path in sorted({folder, *folders}) for line in unread(path, read, beside))]
     nested = source.recursive or source.layout == "kohya"
