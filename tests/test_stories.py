@@ -77,7 +77,8 @@ def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for folder in ("configs", "sd3tune"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    for photos in ("photos/rex", "rex"):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for photos in ("photos/rex", "rex", "train/10_sks dog", "train/2_dog"):
         (tmp_path / photos).mkdir(parents=True)
         for picture in sorted(tiny_images.glob("*.png")):
             shutil.copy(picture, tmp_path / photos)

@@ -16,7 +16,9 @@ from sd3tune.forecast.gpus import GpuSpec, find_gpu
 from sd3tune.forecast.knobs import after, knobs
 from sd3tune.forecast.rehearsal import Training
 from sd3tune.forecast.system import SystemMemory, machine_memory, system_memory
+from sd3tune.methods import METHODS
 from sd3tune.reporting import Lines
+from sd3tune.run.captions import describe_captions
 from sd3tune.run.describe import describe_hoist, describe_precision
 from sd3tune.runtime.device import DTYPES, choose_dtype, dtype_name, gpu_of
 
@@ -232,6 +234,9 @@ def _length_lines(plan: Forecast, card: GpuSpec | None, utilisation: float) -> l
         lines.append(
             f"store     {gigabytes(store.nbytes)}: {store.texts} texts and {store.images} images, encoded once"
         )
+        inputs = plan.inputs
+        encoders = METHODS[inputs.config.method.kind](inputs.config, inputs.base).cached_encoders
+        lines += describe_captions(inputs.config, inputs.records or (), inputs.base, encoders, inputs.dtype)
     if train.steps is None:
         lines.append("steps     not known yet: train.epochs needs the images")
     else:

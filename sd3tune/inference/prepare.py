@@ -15,11 +15,12 @@ from sd3tune.adapter.hub import load_adapter
 from sd3tune.adapter.text_encoders import match_text
 from sd3tune.data.images import check_header, read_picture, reading_warnings
 from sd3tune.errors import ConfigError
+from sd3tune.files.text import weighted_words
 from sd3tune.inference.checks import Named, check_job, conflicts_of, flag_of, problems_of, unsupported_by_base
 from sd3tune.inference.conditions import Conditions, settle_conditions, settle_memory
 from sd3tune.inference.from_recipe import fill_from_recipe, read_source
 from sd3tune.inference.grid import Grid, read_grid
-from sd3tune.inference.image_request import ImageRequest, seeded
+from sd3tune.inference.image_request import PROMPT_OF, ImageRequest, seeded
 from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.lora_argument import parse_lora
 from sd3tune.inference.prompts_file import PromptLine, read_prompts
@@ -120,6 +121,7 @@ def _check_against_base(named: Sequence[NamedRequest], conditions: Conditions, a
             )
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
+    _note_texts([request for request, _ in named], adapters)
     files = {file for request, _ in named for file in (request.image, request.mask) if file is not None}
     for file in files:
         check_header(file)
@@ -155,3 +157,22 @@ def _check_form(adapters: Sequence[Adapter], form: str | None) -> None:
             f"--quantize nf4: {packed[0].label} is a {packed[0].kind}, whose change needs a base with whole rows; take "
             "--quantize int8 or none"
         )
+
+
+def _note_texts(requests: Sequence[ImageRequest], adapters: Sequence[Adapter]) -> None:
+    """Say if a prompt has weights such as `(dog:1.3)`, or lacks a text that an adapter's encoder had in training."""
+    texts = (
+        getattr(request, name) or "" for request in requests for name in ("prompt", "negative", *PROMPT_OF.values())
+    )
+    found = next(filter(None, map(weighted_words, texts)), None)
+    if found:
+        say(f"note: prompt weights such as {found!r} are read as plain text; leave them out")
+    for adapter in adapters:
+        own = {"clip": ("clip_l", "clip_g"), "t5": ("t5",)}
+        fields = [PROMPT_OF[encoder] for reader in adapter.contract.get("own_texts", []) for encoder in own[reader]]
+        lacking = [flag_of(name) for name in fields if all(getattr(request, name) is None for request in requests)]
+        if lacking:
+            say(
+                f"note: {adapter.label} was trained with texts of single encoders; {', '.join(lacking)} can give them, "
+                "else all read the prompt"
+            )

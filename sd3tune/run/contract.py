@@ -18,11 +18,13 @@ from sd3tune.errors import ConfigError, RunError
 from sd3tune.model.base.contract import declared
 from sd3tune.model.base.parts import ENCODER_PARTS, VARIANTS
 from sd3tune.model.base.single_file_header import released_shape
+from sd3tune.run.captions import own_readers
 from sd3tune.run.earlier import began_in_llm_int8, drops_kept_captions, may_drop_kept, saved_identity
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.device import dtype_name, gpu_of, versions
 from sd3tune.training.checkpoint import differences
+from sd3tune.training.examples import content_of
 
 
 def make_contract(plan: Plan) -> dict[str, Any]:
@@ -31,7 +33,7 @@ def make_contract(plan: Plan) -> dict[str, Any]:
     `model.base.contract.Contract` declares its keys; those of a method are declared on its section.
     """
     config = plan.config
-    captions = sorted({record.caption for record in plan.records})
+    captions = sorted({caption.text for record in plan.records for caption in record.drawn})
     of_the_run = {
         "sd3tune_version": __version__,
         "base": plan.base.label,
@@ -43,6 +45,7 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "base_released_as": VARIANTS.get(str(released_shape(plan.base.config("transformer")))),
         **_encoder_files(plan),
         **_tags(plan),
+        **_own_texts(plan),
         **config.model.fewer_bits,
         "instance_prompt": captions[0] if len(captions) == 1 else None,
         "shift": plan.shift,
@@ -76,6 +79,12 @@ def _tags(plan: Plan) -> dict[str, Any]:
     if not plan.config.data.export_tags:
         return {}
     return {"tag_frequency": tag_frequency(record.caption for record in plan.records)}
+
+
+def _own_texts(plan: Plan) -> dict[str, Any]:
+    """Return the encoders that read texts of their own in training; empty if all read the same captions."""
+    readers = own_readers(plan.records)
+    return {"own_texts": readers} if readers else {}
 
 
 def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, Any]:
@@ -125,7 +134,7 @@ def _quantized(plan: Plan) -> dict[str, str]:
 
 
 def _content(encoded: Encoded) -> dict[str, str]:
-    captions = [dict(example.captions) for example in encoded.examples]
+    captions = [content_of(example) for example in encoded.examples]
     priors = [example.prior.facts() for example in encoded.examples if example.prior]
     return {
         "images": _digest_of_images(encoded, {}),
@@ -229,7 +238,7 @@ def start_facts(plan: Plan, world: int) -> dict[str, Any]:
         },
         "images": len(plan.records),
         "images_per_epoch": plan.images_per_epoch,
-        "captions": len({record.caption for record in plan.records}),
+        "captions": len({caption for record in plan.records for caption in record.drawn}),
         "held_out_images": len(plan.holdout),
         "class_images": sum(len(prior.records) for prior in plan.priors),
         "modules": len(plan.modules),

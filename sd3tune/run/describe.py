@@ -15,6 +15,7 @@ from sd3tune.data.sampler import times_seen
 from sd3tune.model.base.contract import spread_without_offset
 from sd3tune.model.lora.targets import CoverageRow
 from sd3tune.run.buckets import bucket_of, describe_buckets
+from sd3tune.run.captions import describe_captions
 from sd3tune.run.earlier import began_in_llm_int8, drops_kept_captions
 from sd3tune.run.evaluated import describe_evaluation
 from sd3tune.run.preflight import Plan
@@ -37,6 +38,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         f"data      {_images(len(plan.records))}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
         *(f"warning: {warning}" for warning in plan.warnings),
         *describe_buckets(cut),
+        *describe_captions(config, plan.records, plan.base, method.cached_encoders, plan.dtype),
         *_describe_tags(plan),
         *_describe_priors(plan),
         *([f"held out  {_images(len(plan.holdout))}, measured every {every} steps"] if plan.holdout else []),

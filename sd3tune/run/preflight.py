@@ -101,7 +101,9 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     evaluated: Prompts | None = None
     run = Path(str(config.output_dir))
     try:
-        records, holdout = split_records(config, load_records(config.data, warn=warnings.append), warnings.append)
+        records, holdout = split_records(
+            config, load_records(config.data, config.seed, warn=warnings.append), warnings.append
+        )
         config = resolve_epochs(config, sum(record.repeats for record in records), world)
     except UserError as error:
         problems += error.problems
@@ -199,7 +201,13 @@ def split_records(
     holdout = config.validation.holdout
     if isinstance(holdout, str):
         first = config.data.sources[0]
-        folder = FolderSource(path=holdout, caption=first.caption, template=first.template)
+        folder = FolderSource(
+            path=holdout,
+            caption=first.caption,
+            captions=first.captions,
+            wildcards=first.wildcards,
+            template=first.template,
+        )
         try:
             return records, load_records(DataConfig(sources=[folder], trigger=config.data.trigger), warn=warn)
         except DataError as error:

@@ -241,7 +241,7 @@ class Batches:
         return self.sigma_of(torch.tensor(uniforms, dtype=torch.float64) / 2**52, height * width).float()
 
     def _embedding(self, encoder: str, sample: Sample, step: int) -> dict[str, Tensor]:
-        dropout, captions, slot = self.dropout, sample.example.captions, sample.slot
+        dropout, captions, slot = self.dropout, sample.captions(self.seed, step), sample.slot
         is_exempt = sample.is_kept and not dropout.kept
         if not is_exempt and dropout.caption > uniform(self.seed, step, slot, "caption dropout"):
             captions = dropout.empty

@@ -193,7 +193,7 @@ def clip_in_a_file() -> None:
     Path("run.yaml").write_text(changed.replace("base: tiny,", f"base: tiny, {encoders},"))
 
 
-HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+JXL = b"\xff\x0a" + bytes(40)
 NO_CAPTION = source("{path: photos}")
 LORA = ("--lora", "lora.safetensors", "--base", "tiny", "--size", "64")
 
@@ -456,12 +456,24 @@ CASES = [
         written("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "photos/a.jpg"),
     ),
     Case("data", "a photo that is a web page", TRAIN, "HTML", written("<!DOCTYPE html>\n<html>", "photos/a.jpg")),
-    Case("data", "a HEIC that is called .jpg", TRAIN, "HEIC", written(HEIC, "photos/a.jpg")),
-    Case("data", "HEICs only", TRAIN, "IMG_1.HEIC", steps(no_photos, written(HEIC, "photos/IMG_1.HEIC"))),
+    Case("data", "a JPEG XL that is called .jpg", TRAIN, "JPEG XL", written(JXL, "photos/a.jpg")),
+    Case("data", "JPEG XLs only", TRAIN, "IMG_1.jxl", steps(no_photos, written(JXL, "photos/IMG_1.jxl"))),
     Case("data", "an empty image", TRAIN, "empty", written("", "photos/nothing.png")),
     Case("data", "a photo that breaks off", TRAIN, "cut.jpg", truncated_photo),
     Case("data", "no caption", TRAIN, "0.png: has no caption", NO_CAPTION),
     Case("data", "an empty caption", TRAIN, "is empty", steps(NO_CAPTION, written("", "photos/0.txt"))),
+    Case("data", "kohya's layout without its folders", TRAIN, "10_sks dog", source("{path: photos, layout: kohya}")),
+    Case(
+        "data",
+        "unequal numbers of captions",
+        TRAIN,
+        "2 in text_t5",
+        steps(
+            written("a\nb\nc", "photos/0.txt"),
+            written("A.\nB.", "photos/0.t5.txt"),
+            source("{path: photos, captions: lines}"),
+        ),
+    ),
     Case(
         "data",
         "a caption in UTF-16 without its mark",

@@ -104,6 +104,7 @@ class Contract(Part):
     rank: Annotated[int | None, FACT] = Field(None, ge=1)
     alpha: Annotated[float | None, FACT] = Field(None, allow_inf_nan=False)
     tag_frequency: Annotated[dict[str, int] | None, FACT] = None
+    own_texts: Annotated[list[Literal["clip", "t5"]], FACT] = Field(default=[])
 
 
 def _declarations() -> dict[str, ContractKey]:
