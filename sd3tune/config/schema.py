@@ -206,8 +206,8 @@ class Config(Section, metaclass=ConfigType):
     def _fused_backward_has_one_rate(self) -> Config:
         if self.train.fused_backward and self.method.trains_text:
             raise ValueError(
-                "train.fused_backward is true and method.text_encoders trains text encoders, which have learning rates "
-                "of their own; leave one of them out"
+                f"train.fused_backward is true and method.kind {self.method.kind} trains text encoders, which have "
+                "updates of their own; leave train.fused_backward out"
             )
         return self
 

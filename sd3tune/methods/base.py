@@ -121,6 +121,12 @@ class Method(Protocol):
         It is not called if `trained_encoders` names any.
         """
 
+    def stored_text(self, text: str) -> str:
+        """Return the text that the store encodes, and that the untrained base reads, for a caption or prompt."""
+
+    def tokens(self, tokenizer: Any, text: str) -> Tensor:
+        """Return the tokens of a text for a trained encoder, [77] int64, given its own tokenizer."""
+
     def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> AbstractContextManager[None]:
         """Enable training-only regularisation, such as dropout, drawn from `seed`, in forward and backward pass."""
 

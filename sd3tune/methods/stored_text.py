@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.methods.base import Embeddings, Saving
-from sd3tune.model.load.text import assemble, pool
+from sd3tune.model.load.text import assemble, pool, tokenize
 
 
 class StoredText:
@@ -36,6 +36,12 @@ class StoredText:
         )
         dtype = next(transformer.parameters()).dtype  # `transformer.dtype` walks the whole model to find out
         return prompt_embeds.to(dtype), pooled.to(dtype)
+
+    def stored_text(self, text: str) -> str:
+        return text
+
+    def tokens(self, tokenizer: Any, text: str) -> Tensor:
+        return tokenize(tokenizer, text, tokenizer.model_max_length)
 
     def companions(self) -> Sequence[nn.Module]:
         return ()

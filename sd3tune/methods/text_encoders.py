@@ -106,7 +106,7 @@ class TrainedEncoders:
         with torch.no_grad() if self._exported else nullcontext():
             return {
                 **embeddings,
-                **{name: _encode(encoder, embeddings[name]) for name, encoder in self.live.items()},
+                **{name: encode_entries(encoder, embeddings[name]) for name, encoder in self.live.items()},
             }
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ def _of_parts(tensors: Weights, prefixes: Sequence[str] | Mapping[str, object]) 
     return {key: tensor for key, tensor in tensors.items() if key.startswith(tuple(prefixes))}
 
 
-def _encode(encoder: TextEncoder, entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def encode_entries(encoder: TextEncoder, entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the entry [B, ...] computed by the encoder. A row of zeros as tokens is a dropped caption: it is zeros."""
     tokens, names = entry[TOKENS], [name for name in entry if name != TOKENS]
     texts = [tuple(row) for row in tokens.tolist()]

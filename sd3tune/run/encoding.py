@@ -10,15 +10,15 @@ from pathlib import Path
 from sd3tune.config import Config
 from sd3tune.data.buckets import Size
 from sd3tune.data.records import Record, sample_indices
-from sd3tune.data.store import Store
-from sd3tune.encode.captions import CLIP_LENGTH, LLM_INT8, caption_keys, encode_captions
+from sd3tune.data.store import Store, key
+from sd3tune.encode.captions import LLM_INT8, caption_keys, encode_captions
 from sd3tune.encode.images import EncodedImage, encode_images
 from sd3tune.encode.inspect import inspect, warnings_about
 from sd3tune.encode.manifest import Manifest
 from sd3tune.encode.report import EncodeReport
 from sd3tune.measures.prompts import Prompts
 from sd3tune.model.load.components import load_tokenizer
-from sd3tune.model.load.text import TOKENS, tokenize
+from sd3tune.model.load.text import TOKENS
 from sd3tune.run.drawing import NEGATIVE_PROMPT, draw_class_images
 from sd3tune.run.earlier import began_in_llm_int8
 from sd3tune.run.places import store_folder
@@ -121,10 +121,11 @@ def _encode_captions(
 ) -> tuple[Mapping[str, Mapping[str, str]], T5Lengths, EncodeReport]:
     config, model = plan.config, plan.config.model
     records = [*plan.records, *plan.holdout, *(record for prior in plan.priors for record in prior.records)]
-    texts = texts_to_encode(config, records, bool(plan.priors), plan.evaluated)
-    captions, report = encode_captions(
+    texts = dict.fromkeys(texts_to_encode(config, records, bool(plan.priors), plan.evaluated))
+    stored = {text: plan.method.stored_text(text) for text in texts}
+    keys, report = encode_captions(
         plan.base,
-        texts,
+        stored.values(),
         store,
         encoders=plan.method.cached_encoders,
         dtype=plan.dtype,
@@ -142,16 +143,19 @@ def _encode_captions(
     )
     processes.wait()
     store.refresh()
-    _note_tokens(plan, store, captions)
-    return captions, _t5_lengths(plan, captions), report
+    captions = {encoder: {text: of[stored[text]] for text in texts} for encoder, of in keys.items()}
+    captions |= {encoder: _noted(plan, store, encoder, captions[encoder]) for encoder in plan.method.trained_encoders}
+    return captions, _t5_lengths(plan, keys), report
 
 
-def _note_tokens(plan: Plan, store: Store, captions: Mapping[str, Mapping[str, str]]) -> None:
-    """Add the tokens of every text to its entries of trained encoders."""
-    for encoder in plan.method.trained_encoders:
-        tokenizer = load_tokenizer(plan.base, encoder)
-        for text, key in captions[encoder].items():
-            store.note(key, {TOKENS: tokenize(tokenizer, text, CLIP_LENGTH)})
+def _noted(plan: Plan, store: Store, encoder: str, keys: Mapping[str, str]) -> dict[str, str]:
+    """Add the tokens of every text to its entry of a trained encoder. Return text -> key."""
+    tokenizer = load_tokenizer(plan.base, encoder)
+    found = {}
+    for text, of in keys.items():
+        found[text] = of if plan.method.stored_text(text) == text else key("learned", text=text, of=of)
+        store.note(found[text], of, {TOKENS: plan.method.tokens(tokenizer, text)})
+    return found
 
 
 def _t5_form_name(plan: Plan) -> str | None:
