@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from sd3tune.adapter.file import contract_metadata, is_safetensors, save_tensors
 from sd3tune.adapter.metadata import CONTRACT_KEY, read_contract
 from sd3tune.errors import AdapterError
 from sd3tune.files.tensor_header import BadHeader, read_header
+from sd3tune.model.load.learned_tokens import add_tokens, learn, names_of, written_out
+from sd3tune.model.load.text import TextEncoder
 
 EMBEDDING_FILE = "learned_embeds.safetensors"
 NAMES = ("clip_l", "clip_g")
@@ -84,3 +87,23 @@ def read_embedding(location: Path) -> Embedding:
     token = str(contract.get("token") or path.stem)
     words = contract.get("t5_caption")
     return Embedding(path, rows, token, path.stem if words is None else str(words), contract)
+
+
+def as_read(encoder: str, text: str, embeddings: Sequence[Embedding]) -> str:
+    """Return the text that an encoder reads: the token's vectors written out for CLIP, other words for T5."""
+    for one in sorted(embeddings, key=lambda one: -len(one.token)):  # a token may begin with another
+        text = text.replace(one.token, one.t5_caption) if encoder == "t5" else written_out(text, one.token, one.vectors)
+    return text
+
+
+def attach_embeddings(encoder: TextEncoder, embeddings: Sequence[Embedding]) -> None:
+    """Let a CLIP encoder and its tokenizer know the tokens. Raises AdapterError for a word that CLIP knows already."""
+    for one in embeddings:
+        try:
+            add_tokens(encoder.tokenizer, names_of(one.token, one.vectors))
+        except ValueError:
+            raise AdapterError(
+                f"{one.path}: {one.token!r} is a word that {encoder.name} knows; rename the file, which names the token"
+            ) from None
+    rows = torch.cat([one.rows[encoder.name] for one in embeddings])
+    encoder.learned = learn(encoder.model, rows.to(next(encoder.model.parameters()).device))

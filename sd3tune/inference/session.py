@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
 from torch import nn
 
+from sd3tune.adapter.embedding import Embedding
 from sd3tune.adapter.file import Adapter, attach
 from sd3tune.encode.resources import release
 from sd3tune.inference.conditions import Conditions
@@ -56,6 +57,8 @@ class InferenceSession:
     batch: int = 1
     """Images that are denoised at once. The batch size changes the last bits of an image."""
     memory: Memory = IN_FULL
+    embeddings: Sequence[Embedding] = ()
+    """Learned tokens of the prompts."""
 
     @property
     def idle_device(self) -> torch.device:
@@ -202,6 +205,7 @@ def _encode_texts(session: InferenceSession, requests: Sequence[ImageRequest]) -
             session.device,
             eight_bit,
             session.adapters,
+            session.embeddings,
         )
     return dict(zip(prompts, encoded, strict=True))
 
