@@ -20,6 +20,17 @@ from sd3tune.model.load.text import TextEncoder
 
 EMBEDDING_FILE = "learned_embeds.safetensors"
 NAMES = ("clip_l", "clip_g")
+__all__ = [
+    "EMBEDDING_FILE",
+    "NAMES",
+    "Embedding",
+    "as_read",
+    "attach_embeddings",
+    "find_embedding",
+    "names_of",
+    "read_embedding",
+    "write_embedding",
+]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +120,9 @@ class Method(Protocol):
 
         It is not called if `trained_encoders` names any.
         """
+
+    def problems_of(self, captions: Collection[str]) -> Sequence[str]:
+        """Return a line for each reason why these captions cannot be trained on."""
 
     def stored_text(self, text: str) -> str:
         """Return the text that the store encodes, and that the untrained base reads, for a caption or prompt."""

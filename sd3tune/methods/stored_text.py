@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
@@ -36,6 +36,9 @@ class StoredText:
         )
         dtype = next(transformer.parameters()).dtype  # `transformer.dtype` walks the whole model to find out
         return prompt_embeds.to(dtype), pooled.to(dtype)
+
+    def problems_of(self, captions: Collection[str]) -> Sequence[str]:
+        return ()
 
     def stored_text(self, text: str) -> str:
         return text

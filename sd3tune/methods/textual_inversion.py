@@ -6,7 +6,7 @@ captions with the class words in place of the token, for T5 and for the untraine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -112,6 +112,12 @@ class TextualInversionMethod(StoredText):
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
     ) -> None:
         """Do nothing: the first vectors do not depend on data."""
+
+    def problems_of(self, captions: Collection[str]) -> Sequence[str]:
+        token = self.settings.token
+        if any(token in caption for caption in captions):
+            return ()
+        return [f"method.token: {token} is in no caption, so it would learn nothing; write it in the captions"]
 
     def stored_text(self, text: str) -> str:
         return text.replace(self.settings.token, self.settings.class_words)

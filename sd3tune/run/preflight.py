@@ -120,6 +120,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         method = METHODS[config.method.kind](config, base)
         base.check_encoders(method.cached_encoders)
         modules = method.select(transformer)
+        problems += method.problems_of({record.caption for record in records}) if records else ()
         check_size(config, transformer.config)
         dtype = choose_dtype(config.model.dtype, gpu_of(device))
         check_precision(config, dtype)
