@@ -112,7 +112,7 @@ def _check_embeddings(embeddings: Sequence[Embedding], conditions: Conditions) -
     ]
     for token, count in Counter(one.token for one in embeddings).items():
         if count > 1:
-            problems.append(f"--embedding: {count} files are for the token {token}; rename the token in one of them")
+            problems.append(f"--embedding: {count} files are for the token {token}; give one of them")
     if problems:
         raise AdapterError(*problems)
 

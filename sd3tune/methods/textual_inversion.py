@@ -19,7 +19,7 @@ from sd3tune.adapter.embedding import EMBEDDING_FILE, NAMES, write_embedding
 from sd3tune.config.meaning import contract_of, identity_of
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.method import TextualInversionConfig
-from sd3tune.errors import ModelError
+from sd3tune.errors import ConfigError, ModelError
 from sd3tune.methods.base import Embeddings, Product, Weights
 from sd3tune.methods.stored_text import StoredText
 from sd3tune.methods.text_encoders import encode_entries
@@ -124,8 +124,13 @@ class TextualInversionMethod(StoredText):
 
     def tokens(self, tokenizer: Any, text: str) -> Tensor:
         names = names_of(self.settings.token, self.settings.vectors)
-        if names[-1] not in tokenizer.get_vocab():
-            add_tokens(tokenizer, names)
+        if names[-1] not in tokenizer.get_added_vocab():
+            try:
+                add_tokens(tokenizer, names)
+            except ValueError:
+                raise ConfigError(
+                    f"method.token: {names[0]} is a word that CLIP knows; take a new one, such as <{names[0]}>"
+                ) from None
         return super().tokens(tokenizer, written_out(text, self.settings.token, self.settings.vectors))
 
     def conditioning(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> tuple[Tensor, Tensor]:

@@ -176,5 +176,10 @@ def test_mistakes_are_one_line(run: Path, make, tmp_path: Path) -> None:
         find_target(str(run), "last")
     with pytest.raises(UserError, match=r"method\.token: <max> is in no caption"):
         run_training(make(tmp_path / "x", METHOD.replace("<rex>", "<max>")))
+    with pytest.raises(ConfigError, match=r"method\.token: a is a word that CLIP knows; take a new one, such as <a>"):
+        run_training(make(tmp_path / "y", METHOD.replace("<rex>", "a")))
+    save_file({"clip_l": torch.ones(1, 16), "clip_g": torch.ones(1, 32)}, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="'a' is a word that clip_l knows; rename the file"):
+        drawn(tmp_path / "out", tmp_path / "a.safetensors", base="tiny")
     with pytest.raises(ConfigError, match="trains text encoders"):
         make(tmp_path / "x", "train.fused_backward=true", "train.max_grad_norm=null")

@@ -27,7 +27,9 @@ def written_out(text: str, token: str, vectors: int) -> str:
 
 def add_tokens(tokenizer: Any, names: Sequence[str]) -> None:
     """Add new tokens, which are numbered from the size of the vocabulary on. Raises ValueError for a known one."""
-    if tokenizer.add_tokens(list(names)) != len(names):
+    first = len(tokenizer)
+    tokenizer.add_tokens(list(names))
+    if tokenizer.convert_tokens_to_ids(list(names)) != list(range(first, first + len(names))):
         raise ValueError(f"{names[0]} is in the vocabulary already")
 
 
