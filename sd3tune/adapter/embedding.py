@@ -15,6 +15,7 @@ from sd3tune.adapter.file import contract_metadata, is_safetensors, save_tensors
 from sd3tune.adapter.metadata import CONTRACT_KEY, read_contract
 from sd3tune.errors import AdapterError
 from sd3tune.files.tensor_header import BadHeader, read_header
+from sd3tune.model.base.contract import WAY_OUT
 from sd3tune.model.load.learned_tokens import add_tokens, learn, names_of, written_out
 from sd3tune.model.load.text import TextEncoder
 
@@ -95,9 +96,10 @@ def read_embedding(location: Path) -> Embedding:
     if not all(value.isfinite().all() for value in rows.values()):
         raise AdapterError(f"{path}: holds values that are NaN or infinite")
     contract = read_contract(path, metadata)
-    token = str(contract.get("token") or path.stem)
-    words = contract.get("t5_caption")
-    return Embedding(path, rows, token, path.stem if words is None else str(words), contract)
+    token, words = contract.get("token", path.stem), contract.get("t5_caption", path.stem)
+    if not (isinstance(token, str) and token.strip() and isinstance(words, str)):
+        raise AdapterError(f"{path}: its metadata states no token, or no words for T5{WAY_OUT}")
+    return Embedding(path, rows, token, words, contract)
 
 
 def as_read(encoder: str, text: str, embeddings: Sequence[Embedding]) -> str:

@@ -94,8 +94,8 @@ def prepare(asked: InferenceJob) -> PreparedJob:
 def _open_session(job: InferenceJob, adapters: Sequence[Adapter], embeddings: Sequence[Embedding]) -> InferenceSession:
     device = make_accelerator().device
     dtype = choose_dtype(job.dtype, gpu_of(device), "--dtype")
-    memory = settle_memory(job.memory, adapters)
     stating = [*adapters, *(Adapter(one.path, {}, {}, dict(one.contract)) for one in embeddings)]
+    memory = settle_memory(job.memory, stating)
     conditions = settle_conditions(job, stating)
     _check_embeddings(embeddings, conditions)
     return InferenceSession(conditions, adapters, dtype, device, job.batch, memory, embeddings)

@@ -162,11 +162,14 @@ def test_mistakes_are_one_line(run: Path, make, tmp_path: Path) -> None:
     wide, half = tmp_path / "wide.safetensors", tmp_path / "half.safetensors"
     save_file({"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280)}, wide)
     save_file({"clip_l": torch.ones(1, 16)}, half)
+    blank, rows = tmp_path / "blank.safetensors", {"clip_l": torch.ones(1, 16), "clip_g": torch.ones(1, 32)}
+    save_file(rows, blank, {"sd3tune": json.dumps({"token": " ", "t5_caption": "dog"})})
     for files, says in (
         ([wide], "made for another base: clip_l has vectors of 768 numbers, and in tiny they have 16"),
         ([half], "no embedding for SD3: its tensors must be clip_l and clip_g, and they are clip_l"),
         ([run, run], "2 files are for the token <rex>"),
         ([tmp_path / "none"], "no such file"),
+        ([blank], "its metadata states no token"),
     ):
         with pytest.raises(AdapterError) as caught:
             drawn(tmp_path / "out", *files, base="tiny")
@@ -178,7 +181,7 @@ def test_mistakes_are_one_line(run: Path, make, tmp_path: Path) -> None:
         run_training(make(tmp_path / "x", METHOD.replace("<rex>", "<max>")))
     with pytest.raises(ConfigError, match=r"method\.token: a is a word that CLIP knows; take a new one, such as <a>"):
         run_training(make(tmp_path / "y", METHOD.replace("<rex>", "a")))
-    save_file({"clip_l": torch.ones(1, 16), "clip_g": torch.ones(1, 32)}, tmp_path / "a.safetensors")
+    save_file(rows, tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match="'a' is a word that clip_l knows; rename the file"):
         drawn(tmp_path / "out", tmp_path / "a.safetensors", base="tiny")
     with pytest.raises(ConfigError, match="trains text encoders"):
