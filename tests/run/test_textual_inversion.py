@@ -116,7 +116,14 @@ def test_the_cards_code_draws_the_preview_with_equal_embeddings(run: Path, tmp_p
     assert "| trained | 3 vectors for `<rex>` in CLIP-L and CLIP-G, from the words `a dog` |" in card
     assert "sd3tune infer --embedding . --prompt" in card
     code = card.partition("```python\n")[2].partition("```")[0]
-    code = re.sub("(?m)^base = .*$", f"base = {str(resolve_base('tiny').path)!r}", code)
+    base = shutil.copytree(resolve_base("tiny").path, tmp_path / "base")
+    for part in (
+        "text_encoder",
+        "text_encoder_2",
+    ):  # as published: CLIP then takes the highest token for the text's end
+        config = base / part / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": 2}))
+    code = re.sub("(?m)^base = .*$", f"base = {str(base)!r}", code)
     shutil.copytree(run / "embedding", tmp_path / "embedding")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
