@@ -220,6 +220,11 @@ class Config(Section, metaclass=ConfigType):
                 "train.fused_backward is true, and method.text_encoders or method.loraplus_lr_ratio give parameters "
                 "learning rates of their own, which scale whole updates; leave one of them out"
             )
+        if self.train.fused_backward and self.method.trains_text:
+            raise ValueError(
+                f"train.fused_backward is true and method.kind is {self.method.kind}, which trains only a few vectors; "
+                "leave train.fused_backward out"
+            )
         return self
 
     @model_validator(mode="after")

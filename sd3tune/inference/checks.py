@@ -28,7 +28,7 @@ def check_job(job: InferenceJob) -> None:
     """Raise ConfigError with a line for each problem that the fields alone show."""
     given, problems = job.given, []
     varied = {axis.partition("=")[0] for axis in job.grid}
-    if not job.loras and job.base is None and job.config is None and "lora" not in varied:
+    if not (job.loras or job.embeddings) and job.base is None and job.config is None and "lora" not in varied:
         problems.append("give --lora PATH, or --base (or --config) to draw with a base model alone")
     if job.grid and (job.prompts is not None or job.num != 1):
         flag = "--num" if job.prompts is None else "--prompts"

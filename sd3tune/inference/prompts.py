@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from sd3tune.adapter.embedding import Embedding, as_read, attach_embeddings
 from sd3tune.adapter.file import Adapter
 from sd3tune.adapter.text_encoders import attach_text, use_adapters
 from sd3tune.encode.resources import release
@@ -40,11 +42,12 @@ def encode_prompts(
     device: torch.device,
     eight_bit: Collection[str] = (),
     adapters: Sequence[Adapter] = (),
+    embeddings: Sequence[Embedding] = (),
 ) -> list[Conditioning]:
     """Return the conditioning of each prompt, as in `StableDiffusion3Pipeline`. Each text is encoded once, by itself.
 
     Encoders named in `eight_bit` are loaded in 8 bits. Warns of texts that are cut off. `adapters` are indexed by
-    `Prompt.loras`; each encoder uses its own part of them.
+    `Prompt.loras`; each encoder uses its own part of them. For the tokens of `embeddings`, T5 reads other words.
     """
     entries: dict[str, dict[tuple[str, Loras], dict[str, torch.Tensor]]] = {}
     for name in progress_bar(encoders, desc="encoding prompts", unit="encoder", leave=False, delay=2):
@@ -53,14 +56,17 @@ def encode_prompts(
         for number, adapter in enumerate(adapters):
             if tensors := attach_text(name, encoder.model, adapter, str(number)):
                 say(f"{adapter.label}: {tensors} tensors loaded into {LABELS[name]}")
+        if embeddings and name != "t5":
+            attach_embeddings(encoder, embeddings)
+        read = partial(as_read, name, embeddings=embeddings)
         entries[name] = {}
         for loras in dict.fromkeys(prompt.loras for prompt in prompts):
             use_adapters(encoder.model, {str(number): weight for number, weight in loras})
             texts = list(dict.fromkeys(prompt.texts.read_by(name) for prompt in prompts if prompt.loras == loras))
-            encoded = encoder.encode(texts)
+            encoded = encoder.encode([read(text) for text in texts])
             entries[name] |= {(text, loras): entry for text, entry in zip(texts, encoded, strict=True)}
         for text in dict.fromkeys(prompt.texts.read_by(name) for prompt in prompts):
-            lost = encoder.truncated(text)
+            lost = encoder.truncated(read(text))
             if lost:
                 shown = textwrap.shorten(text, 60, placeholder=" ...")
                 say(f"warning: {name} reads {encoder.max_length} tokens; the last {lost} of {shown!r} are cut off")

@@ -34,7 +34,7 @@ class Recipes:
     def recipe(self, request: ImageRequest) -> dict[str, Any]:
         """Return the recipe of an image. It names adapters by name and hash, never by path."""
         conditions = self.session.conditions
-        model = {
+        model: dict[str, Any] = {
             "base": conditions.base.label,
             "base_revision": conditions.base.revision,
             "base_fingerprint": self._fingerprint,
@@ -43,6 +43,10 @@ class Recipes:
             "dtype": dtype_name(self.session.dtype),
             "loras": [{**self._named[number], "weight": weight} for number, weight in request.loras],
         }
+        if self.session.embeddings:
+            model["embeddings"] = [
+                {"name": one.path.name, "sha256": sha256_of(one.path)} for one in self.session.embeddings
+            ]
         if encoders := self._adapted_encoders(request):
             model["lora_encoders"] = encoders
         always, optional = self._image_entries(request)

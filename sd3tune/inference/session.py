@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from sd3tune.adapter.attach import attach
+from sd3tune.adapter.embedding import Embedding
 from sd3tune.adapter.file import Adapter
 from sd3tune.encode.resources import release
 from sd3tune.inference.conditions import Conditions
@@ -57,6 +58,8 @@ class InferenceSession:
     batch: int = 1
     """Images that are denoised at once. The batch size changes the last bits of an image."""
     memory: Memory = IN_FULL
+    embeddings: Sequence[Embedding] = ()
+    """Learned tokens of the prompts."""
 
     @property
     def idle_device(self) -> torch.device:
@@ -211,6 +214,7 @@ def _encode_texts(session: InferenceSession, requests: Sequence[ImageRequest]) -
             session.device,
             eight_bit,
             session.adapters,
+            session.embeddings,
         )
     return dict(zip(prompts, encoded, strict=True))
 

@@ -13,6 +13,7 @@ from sd3tune.methods.full import FullMethod
 from sd3tune.methods.loha import LohaMethod
 from sd3tune.methods.lokr import LokrMethod
 from sd3tune.methods.lora import LoraMethod
+from sd3tune.methods.textual_inversion import TextualInversionMethod
 from sd3tune.model.base.base import Base
 
 
@@ -25,7 +26,15 @@ class MethodClass(Protocol):
 
 
 METHODS: Registry[MethodClass] = Registry(
-    METHOD, {"lora": LoraMethod, "dora": DoraMethod, "loha": LohaMethod, "lokr": LokrMethod, "full": FullMethod}
+    METHOD,
+    {
+        "lora": LoraMethod,
+        "dora": DoraMethod,
+        "loha": LohaMethod,
+        "lokr": LokrMethod,
+        "full": FullMethod,
+        "textual_inversion": TextualInversionMethod,
+    },
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +134,15 @@ class Method(Protocol):
 
         It is not called if `trained_encoders` names any.
         """
+
+    def problems_of(self, captions: Collection[str]) -> Sequence[str]:
+        """Return a line for each reason why these captions cannot be trained on."""
+
+    def stored_text(self, text: str) -> str:
+        """Return the text that the store encodes, and that the untrained base reads, for a caption or prompt."""
+
+    def tokens(self, tokenizer: Any, text: str) -> Tensor:
+        """Return the tokens of a text for a trained encoder, [77] int64, given its own tokenizer."""
 
     def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> AbstractContextManager[None]:
         """Enable training-only regularisation, such as dropout, drawn from `seed`, in forward and backward pass."""

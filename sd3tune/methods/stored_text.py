@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.methods.base import Embeddings, Saving, Weights
-from sd3tune.model.load.text import assemble, pool
+from sd3tune.model.load.text import assemble, pool, tokenize
 
 
 class StoredText:
@@ -37,6 +37,15 @@ class StoredText:
         )
         dtype = next(transformer.parameters()).dtype  # `transformer.dtype` walks the whole model to find out
         return prompt_embeds.to(dtype), pooled.to(dtype)
+
+    def problems_of(self, captions: Collection[str]) -> Sequence[str]:
+        return ()
+
+    def stored_text(self, text: str) -> str:
+        return text
+
+    def tokens(self, tokenizer: Any, text: str) -> Tensor:
+        return tokenize(tokenizer, text, tokenizer.model_max_length)
 
     def companions(self) -> Sequence[nn.Module]:
         return ()

@@ -6,6 +6,7 @@ encoded once, by itself, so that with zero adapters its embedding equals the sto
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -72,19 +73,18 @@ class TrainedEncoders:
             name = ENCODER_OF[part]
             if name not in self.settings:
                 raise AdapterError(_not_trained(start, name))
-            check_start(start.of_part(part), self._shape(name), self._layers(name), f"method.text_encoders.{name}")
+            check_start(start.of_part(part), self._shapes[name], self._layers(name), f"method.text_encoders.{name}")
         return [f"{_part(name)}.{module}" for name in self.settings for module in self._layers(name)]
 
     def coverage(self) -> list[CoverageRow]:
         """Return a row for each trained encoder."""
         rows = []
         for name, settings in self.settings.items():
-            shape, layers = self._shape(name), self._layers(name)
+            layers, weights = self._layers(name), self._shapes[name].named_parameters()
             count = len(layers) // len(_TARGETS[settings.targets])
-            sizes = [
-                sum(weight.shape) for name, weight in shape.named_parameters() if name[: -len(".weight")] in layers
-            ]
-            parameters = settings.rank * sum(sizes)
+            parameters = settings.rank * sum(
+                sum(weight.shape) for key, weight in weights if key.removesuffix(".weight") in layers
+            )
             rows.append(CoverageRow(f"{LABELS[name]} {settings.targets}", count, count, parameters))
         return rows
 
@@ -115,7 +115,7 @@ class TrainedEncoders:
         with torch.no_grad() if self._exported else nullcontext():
             return {
                 **embeddings,
-                **{name: _encode(encoder, embeddings[name]) for name, encoder in self.live.items()},
+                **{name: encode_entries(encoder, embeddings[name]) for name, encoder in self.live.items()},
             }
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
@@ -161,15 +161,17 @@ class TrainedEncoders:
         assert self.base is not None
         return self.base
 
-    def _shape(self, name: str) -> nn.Module:
-        return text_encoder_shape(self._base, name, torch.float32)
+    @functools.cached_property
+    def _shapes(self) -> dict[str, nn.Module]:
+        """The trained encoders without weights."""
+        return {name: text_encoder_shape(self._base, name, torch.float32) for name in self.settings}
 
     def _layers(self, name: str) -> dict[str, Layer]:
         settings = self.settings[name]
         layer = Layer(settings.rank, settings.alpha)
         return {
             module: layer
-            for module, _ in self._shape(name).named_modules()
+            for module, _ in self._shapes[name].named_modules()
             if module.endswith(tuple(f".{target}" for target in _TARGETS[settings.targets]))
         }
 
@@ -197,7 +199,7 @@ def _of_parts(tensors: Weights, prefixes: Sequence[str]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in tensors.items() if key.startswith(tuple(prefixes))}
 
 
-def _encode(encoder: TextEncoder, entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def encode_entries(encoder: TextEncoder, entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the entry [B, ...] computed by the encoder. A row of zeros as tokens is a dropped caption: it is zeros."""
     tokens, names = entry[TOKENS], [name for name in entry if name != TOKENS]
     texts = [tuple(row) for row in tokens.tolist()]

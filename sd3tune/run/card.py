@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sd3tune.adapter.embedding import EMBEDDING_FILE, read_embedding
 from sd3tune.adapter.file import ADAPTER_FILE, read_adapter
 from sd3tune.config import Config, load_config
 from sd3tune.config.run_folder import read_run_file
@@ -16,7 +17,7 @@ from sd3tune.files.own_json import read_object
 from sd3tune.model.base.contract import CONTRACT_FILE
 from sd3tune.publish.card import Drawing, Sample, Trained, card, is_unchanged
 from sd3tune.publish.card.evaluated import EVAL_FILE, EVAL_FOLDER
-from sd3tune.publish.files import ADAPTERS, CARD, MODELS
+from sd3tune.publish.files import ADAPTERS, CARD, EMBEDDINGS, MODELS
 from sd3tune.publish.previews import SAMPLES, SHEET
 from sd3tune.run.previews import Preview, previews_of
 
@@ -102,6 +103,8 @@ def _sample(preview: Preview) -> Sample:
 def _contract_of(run: Path) -> dict[str, Any]:
     if (run / ADAPTERS[0] / ADAPTER_FILE).is_file():
         return read_adapter(run).contract
+    if (run / EMBEDDINGS[0] / EMBEDDING_FILE).is_file():
+        return dict(read_embedding(run).contract)
     return read_object(run / MODELS[0] / CONTRACT_FILE)
 
 

@@ -10,16 +10,16 @@ from pathlib import Path
 from sd3tune.config import Config
 from sd3tune.data.buckets import Size
 from sd3tune.data.records import Record, sample_indices
-from sd3tune.data.store import Store
+from sd3tune.data.store import Store, key
 from sd3tune.data.written import Caption
-from sd3tune.encode.captions import CLIP_LENGTH, LLM_INT8, caption_keys, encode_captions
+from sd3tune.encode.captions import LLM_INT8, caption_keys, encode_captions, texts_read_by
 from sd3tune.encode.images import EncodedImage, encode_images
 from sd3tune.encode.inspect import inspect, warnings_about
 from sd3tune.encode.manifest import Manifest
 from sd3tune.encode.report import EncodeReport
 from sd3tune.measures.prompts import Prompts
 from sd3tune.model.load.components import load_tokenizer
-from sd3tune.model.load.text import TOKENS, tokenize
+from sd3tune.model.load.text import TOKENS
 from sd3tune.run.drawing import NEGATIVE_PROMPT, draw_class_images
 from sd3tune.run.earlier import began_in_llm_int8
 from sd3tune.run.places import store_folder
@@ -126,11 +126,14 @@ def _encode_captions(
 ) -> tuple[Mapping[str, Mapping[str, str]], T5Lengths, EncodeReport]:
     config, model = plan.config, plan.config.model
     others = [*plan.holdout, *(record for prior in plan.priors for record in prior.records)]
-    captions, report = encode_captions(
+    prompts = prompts_to_encode(config, bool(plan.priors), plan.evaluated)
+    written = captions_to_encode(plan.records, others)
+    stored = plan.method.stored_text
+    keys, report = encode_captions(
         plan.base,
-        prompts_to_encode(config, bool(plan.priors), plan.evaluated),
+        map(stored, prompts),
         store,
-        captions=captions_to_encode(plan.records, others),
+        captions=[caption.map(stored) for caption in written],
         encoders=plan.method.cached_encoders,
         dtype=plan.dtype,
         device=plan.device,
@@ -147,16 +150,22 @@ def _encode_captions(
     )
     processes.wait()
     store.refresh()
-    _note_tokens(plan, store, captions)
-    return captions, _t5_lengths(plan, captions), report
+    captions = {
+        encoder: {text: of[stored(text)] for text in texts_read_by(encoder, prompts, written)}
+        for encoder, of in keys.items()
+    }
+    captions |= {encoder: _noted(plan, store, encoder, captions[encoder]) for encoder in plan.method.trained_encoders}
+    return captions, _t5_lengths(plan, keys), report
 
 
-def _note_tokens(plan: Plan, store: Store, captions: Mapping[str, Mapping[str, str]]) -> None:
-    """Add the tokens of every text to its entries of trained encoders."""
-    for encoder in plan.method.trained_encoders:
-        tokenizer = load_tokenizer(plan.base, encoder)
-        for text, key in captions[encoder].items():
-            store.note(key, {TOKENS: tokenize(tokenizer, text, CLIP_LENGTH)})
+def _noted(plan: Plan, store: Store, encoder: str, keys: Mapping[str, str]) -> dict[str, str]:
+    """Add the tokens of every text to its entry of a trained encoder. Return text -> key."""
+    tokenizer = load_tokenizer(plan.base, encoder)
+    found = {}
+    for text, of in keys.items():
+        found[text] = of if plan.method.stored_text(text) == text else key("learned", text=text, of=of)
+        store.note(found[text], of, {TOKENS: plan.method.tokens(tokenizer, text)})
+    return found
 
 
 def _t5_form_name(plan: Plan) -> str | None:

@@ -122,6 +122,8 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         method = METHODS[config.method.kind](config, base)
         base.check_encoders(method.cached_encoders)
         modules = method.select(transformer)
+        texts = {text for record in records for caption in record.drawn for text in caption.texts}
+        problems += method.problems_of(texts) if records else ()
         check_size(config, transformer.config)
         dtype = choose_dtype(config.model.dtype, gpu_of(device))
         check_precision(config, dtype)

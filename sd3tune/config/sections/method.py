@@ -339,5 +339,39 @@ class FullConfig(MethodSection):
     )
 
 
-METHOD_SECTIONS = (LoraConfig, DoraConfig, LohaConfig, LokrConfig, FullConfig)
-MethodConfig = Annotated[LoraConfig | DoraConfig | LohaConfig | LokrConfig | FullConfig, Field(discriminator="kind")]
+class TextualInversionConfig(MethodSection):
+    """New words for CLIP-L and CLIP-G: a few embedding vectors; transformer and encoders stay as they are."""
+
+    makes_adapter: ClassVar[bool] = False
+
+    kind: Annotated[Literal["textual_inversion"], WRITTEN] = Field(
+        "textual_inversion", description="Learn the embedding of a token."
+    )
+    token: Annotated[str, Field(pattern=r"^\S+$"), _STATED] = Field(
+        "<thing>", description="The new token; write it in captions and prompts. It must not be a word that CLIP knows."
+    )
+    vectors: Annotated[int, _STATED] = Field(
+        4, ge=1, le=64, description="Number of vectors; each takes one of CLIP's 75 places for words."
+    )
+    init: Annotated[str, Field(pattern=r"\S"), _STATED] = Field(
+        "thing", description="Words whose embeddings the vectors start from, in turn."
+    )
+    t5_caption: Annotated[str | None, _STATED] = Field(
+        None, description="What T5 reads in place of the token, such as the word for its class; null: `init`."
+    )
+
+    @property
+    def trains_text(self) -> bool:
+        return True
+
+    @property
+    def class_words(self) -> str:
+        """What T5, and the untrained base, read in place of the token."""
+        return self.init if self.t5_caption is None else self.t5_caption
+
+
+METHOD_SECTIONS = (LoraConfig, DoraConfig, LohaConfig, LokrConfig, FullConfig, TextualInversionConfig)
+MethodConfig = Annotated[
+    LoraConfig | DoraConfig | LohaConfig | LokrConfig | FullConfig | TextualInversionConfig,
+    Field(discriminator="kind"),
+]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd3tune.errors import ModelError
+from sd3tune.model.load.learned_tokens import LearnedEmbedding
 
 TOKENS = "tokens"
 """Name of a text's tokens beside its embeddings, for an encoder that is trained."""
@@ -27,6 +28,8 @@ class TextEncoder:
         self.model = model
         self.max_length = max_length
         """Number of tokens per prompt, with special tokens and padding; a longer prompt is truncated."""
+        self.learned: LearnedEmbedding | None = None
+        """Learned tokens beyond the vocabulary; None without any."""
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> list[dict[str, Tensor]]:
@@ -57,6 +60,7 @@ class TextEncoder:
     def compute(self, tokens: Tensor) -> dict[str, Tensor]:
         """Return `encode`'s tensors for `tokens` [B, T], as a batch on the encoder's device, with their gradients."""
         ids = tokens.to(next(self.model.parameters()).device, non_blocking=True)
+        ids = ids if self.learned is None else self.learned.take(ids)
         if self.name == "t5":
             return {"hidden": self.model(ids)[0].to(self.model.dtype)}
         output = self.model(ids, output_hidden_states=True)

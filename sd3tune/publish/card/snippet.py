@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sd3tune.adapter.embedding import EMBEDDING_FILE
 from sd3tune.adapter.file import ADAPTER_FILE
 from sd3tune.publish.card.markdown import code, fenced
 from sd3tune.publish.card.trained import Trained
@@ -34,7 +35,7 @@ def _with_imports(lines: Sequence[str], trained: Trained) -> list[str]:
 
 def _introduction(trained: Trained) -> str:
     base, kind = code(trained.contract["base"]), trained.contract["base_kind"]
-    if not trained.is_adapter:
+    if not trained.is_for_a_base:
         return "Or with diffusers alone:"
     if kind in ("tiny", "nano"):
         return f"Or with diffusers; {base} comes with sd3tune:"
@@ -45,15 +46,15 @@ def _introduction(trained: Trained) -> str:
 
 def _loading_base(trained: Trained) -> list[str] | None:
     """Return the lines up to a `pipe` without adapter; None if diffusers cannot load the base."""
-    if not trained.is_adapter:
+    if not trained.is_for_a_base:
         return _loading_model(trained)
     contract, name = trained.contract, trained.contract["base"]
     if contract["base_kind"] in ("tiny", "nano"):
         found = [f'command = [sys.executable, "-m", "sd3tune", "base", "path", {_python(name)}]']
         found += ["base = subprocess.check_output(command, text=True).strip()"]
-        return [*_imports(["subprocess", "sys"]), *found, _pipe("base", trained)]
+        return [*_imports(["subprocess", "sys"], more=_more(trained)), *found, _pipe("base", trained)]
     if contract["base_kind"] != "file":
-        return [*_imports(), _pipe(_python(name), trained)]
+        return [*_imports(more=_more(trained)), _pipe(_python(name), trained)]
     released = contract["base_released_as"]
     if released is None:
         return None
@@ -61,7 +62,7 @@ def _loading_base(trained: Trained) -> list[str] | None:
         "transformer = SD3Transformer2DModel.from_single_file("
         f'{_python(name)}, config={_python(released)}, subfolder="transformer", dtype=dtype)'
     )
-    imports = _imports(classes=["SD3Transformer2DModel", "StableDiffusion3Pipeline"])
+    imports = _imports(classes=["SD3Transformer2DModel", "StableDiffusion3Pipeline"], more=_more(trained))
     return [*imports, transformer, _pipe(_python(released), trained, ["transformer=transformer"])]
 
 
@@ -88,6 +89,14 @@ def _imports(
     ]
 
 
+def _more(trained: Trained) -> list[str]:
+    """Return the imports that loading an embedding needs."""
+    if not trained.is_embedding:
+        return []
+    hub = ["from huggingface_hub import hf_hub_download"] if trained.repo_id else []
+    return [*hub, "from safetensors.torch import load_file"]
+
+
 def _pipe(base: str, trained: Trained, more: Sequence[str] = ()) -> str:
     without = [] if trained.uses_t5 else ["text_encoder_3=None", "tokenizer_3=None"]
     arguments = ", ".join([base, "dtype=dtype", *more, *without])
@@ -95,6 +104,8 @@ def _pipe(base: str, trained: Trained, more: Sequence[str] = ()) -> str:
 
 
 def _loading_adapter(trained: Trained) -> list[str]:
+    if trained.is_embedding:
+        return _loading_embedding(trained)
     if not trained.is_adapter:
         return []
     if trained.kind_of_adapter == "LoHa":
@@ -123,6 +134,35 @@ def _for_loha(trained: Trained) -> list[str]:
     return [*hub, "from peft import LoHaConfig, set_peft_model_state_dict", "from safetensors import safe_open"]
 
 
+def _loading_embedding(trained: Trained) -> list[str]:
+    """Return the code that adds the tokens and their rows: the pipeline for SD3 loads no embeddings itself."""
+    file = f'"{trained.folder}/{EMBEDDING_FILE}"'
+    where = f"hf_hub_download({_python(trained.repo_id)}, {file})" if trained.repo_id else file
+    return [
+        "",
+        f"rows = load_file({where})",
+        f"names = [{', '.join(map(_python, trained.token_names))}]",
+        'encoders = {"clip_l": (pipe.tokenizer, pipe.text_encoder), "clip_g": (pipe.tokenizer_2, pipe.text_encoder_2)}',
+        "for name, (tokenizer, encoder) in encoders.items():",
+        "    tokenizer.add_tokens(names)",
+        "    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)",
+        "    table = encoder.get_input_embeddings().weight.data",
+        "    table[-len(names) :] = rows[name].to(table)",
+        "    encoder.text_model.eos_token_id = tokenizer.eos_token_id  # where the pooled vector is taken",
+        "",
+    ]
+
+
+def _prompt(trained: Trained) -> list[str]:
+    """Return the prompt's arguments. A learned token is written out for CLIP, and T5 reads other words."""
+    prompt = trained.drawing.prompt
+    if not trained.is_embedding:
+        return [f"    {_python(prompt)},"]
+    token, words = trained.contract["token"], trained.contract["t5_caption"]
+    for_t5 = [f"    prompt_3={_python(prompt.replace(token, words))},"] if trained.uses_t5 else []
+    return [f"    {_python(prompt.replace(token, ' '.join(trained.token_names)))},", *for_t5]
+
+
 def _drawing(trained: Trained) -> list[str]:
     """Return the code that draws the same picture as the `infer` command."""
     drawing = trained.drawing
@@ -132,7 +172,7 @@ def _drawing(trained: Trained) -> list[str]:
     return [
         *noise,
         "image = pipe(",
-        f"    {_python(drawing.prompt)},",
+        *_prompt(trained),
         f"    max_sequence_length={length},",
         f"    height={height},",
         f"    width={width},",

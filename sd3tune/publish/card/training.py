@@ -28,9 +28,13 @@ def _what(trained: Trained) -> Iterator[Row]:
             yield "file", f"{contract['export_dtype']}{_rounding(trained)}"
         if trained.trained_encoders:
             yield "trained text encoders", "; ".join(map(_encoder, trained.trained_encoders.items()))
+    elif trained.is_embedding:
+        vectors = f"{_count(contract['vectors'], 'vector')} for {code(contract['token'])} in CLIP-L and CLIP-G"
+        yield "trained", f"{vectors}, from the words {code(contract['init'])}"
+        yield "T5 reads", f"{code(contract['t5_caption'])} in its place"
     else:
         yield "trained", f"the whole transformer, in the file as {contract['export_dtype']}"
-    raw = "" if trained.step else f"; as trained in `{'adapter' if trained.is_adapter else 'model'}_raw`"
+    raw = "" if trained.step else f"; as trained in `{trained.folder}_raw`"
     yield "weights", "as trained" if ema is None else f"exponential moving average, decay {ema.decay:g}{raw}"
 
 

@@ -38,12 +38,14 @@ IMAGES = "data.sources.0.prior={kind: images, prompt: a photo, images: 2, steps:
 PREDICTION = "data.sources.0.prior={kind: prediction, prompt: a photo}"
 
 TEXT = "method.text_encoders={clip_l: {}, clip_g: {targets: attention+mlp}}"
+WORDS = "method={kind: textual_inversion, token: robot, vectors: 2, init: photo}"
 
 TRAININGS: dict[str, tuple[str, ...]] = {
     "lora": (*LOOKING, IMAGES, "train.gradient_accumulation=2"),
     "selective": ("train.gradient_checkpointing=selective", PREDICTION, "flow.noise_offset=0.1"),
     "block": ("train.gradient_checkpointing=block", "flow.loss={kind: huber}", "flow.weighting={kind: min_snr}"),
     "text": (TEXT, *LOOKING, PREDICTION, "optimizer={kind: adamw8bit}"),
+    "words": (WORDS, *LOOKING, PREDICTION),
     "fp16": ("model.dtype=fp16", "ema=null", "method.init=orthogonal"),
     "plain": ("model.dtype=fp32", "train.fast_path=false", "train.hoist=false", "method.dropout=0.1"),
     "nf4": ("model.quantize=nf4", "optimizer={kind: adamw8bit}", "train.gradient_checkpointing=selective"),
