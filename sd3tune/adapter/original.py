@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from sd3tune.adapter.contents import Pair
 from sd3tune.adapter.layouts import FUSED, IN_BLOCK, OUTSIDE, PARTS_OF_FUSED
 from sd3tune.adapter.lycoris import LOHA, LOKR, rank_of, rows_of, scaled, size_of, with_halves_swapped
 
@@ -94,3 +95,14 @@ def fused_parts(modules: Iterable[str]) -> list[str]:
         fused = FUSED_OF.get(inside) if container else None
         found += [f"{container}{part}" for part in FUSED[fused[0]]] if fused else [module]
     return list(dict.fromkeys(found))
+
+
+def fused_ranks(factors: Mapping[str, Pair]) -> dict[str, list[int]]:
+    """Return fused module of the original layout -> ranks of its q, k and v; 0 for a part without adapter."""
+    ranks: dict[str, list[int]] = {}
+    for module, (down, _) in factors.items():
+        container, inside = cut(module, "transformer_blocks")
+        if container and inside in FUSED_OF:
+            name, number = FUSED_OF[inside]
+            ranks.setdefault(f"{container}{name}", [0, 0, 0])[number] = len(down)
+    return ranks

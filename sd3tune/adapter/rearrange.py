@@ -173,17 +173,6 @@ def text_part(text: Mapping[str, str]) -> str:
     )
 
 
-def fused_ranks(factors: Mapping[str, Pair]) -> dict[str, list[int]]:
-    """Return fused module of the original layout -> ranks of its q, k and v; 0 for a part without adapter."""
-    ranks: dict[str, list[int]] = {}
-    for module, (down, _) in factors.items():
-        container, inside = cut(module, "transformer_blocks")
-        if container and inside in FUSED_OF:
-            name, number = FUSED_OF[inside]
-            ranks.setdefault(f"{container}{name}", [0, 0, 0])[number] = len(down)
-    return ranks
-
-
 def _as_matrices(module: str, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return a module's factors as matrices, also for a convolution over patches (see `as_stored`)."""
     if module not in _PATCH_EMBEDDERS:

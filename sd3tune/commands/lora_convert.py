@@ -10,7 +10,7 @@ from sd3tune.adapter.derived import by_block, check_out, contract_of_ranks, loss
 from sd3tune.adapter.file import read_adapter
 from sd3tune.adapter.layouts import forms
 from sd3tune.adapter.modelspec import THUMBNAIL_KEY
-from sd3tune.adapter.rearrange import fused_ranks
+from sd3tune.adapter.original import fused_ranks
 from sd3tune.adapter.text_layouts import by_encoder
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.inference.of_base import magnitudes_for, nearest_lora

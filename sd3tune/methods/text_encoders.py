@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sd3tune.adapter.file import Adapter, fold_scale
-from sd3tune.config.sections.method import EncoderLoraConfig, TrainedEncodersConfig
+from sd3tune.config.sections.text_encoders import EncoderLoraConfig, TrainedEncodersConfig
 from sd3tune.errors import AdapterError
 from sd3tune.methods.base import Embeddings, Weights
 from sd3tune.methods.start_from import check_start, starting_factors
