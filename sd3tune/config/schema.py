@@ -228,6 +228,16 @@ class Config(Section, metaclass=ConfigType):
         return self
 
     @model_validator(mode="after")
+    def _averages_follow_one_rate(self) -> Config:
+        if self.optimizer.replaces_schedule and self.method.has_rates:
+            raise ValueError(
+                f"optimizer.kind is {self.optimizer.kind}, whose averages follow one learning rate, and "
+                "method.text_encoders or method.loraplus_lr_ratio give parameters rates of their own; take another "
+                "optimizer, or leave these keys out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _exported_tags_need_adapter(self) -> Config:
         if self.data.export_tags and not self.method.makes_adapter:
             raise ValueError(

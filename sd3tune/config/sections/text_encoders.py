@@ -20,7 +20,10 @@ class EncoderLoraConfig(Section):
     rank: Annotated[Rank, _OF_TEXT] = Field(16, description="Rank of each adapter pair.")
     alpha: Annotated[Alpha, _OF_TEXT] = Field(16.0, description="The adapter's output is scaled by alpha / rank.")
     lr: Annotated[float, _OF_TEXT] = Field(
-        5e-6, gt=0, description="Peak learning rate of this encoder; it follows `schedule`. With Prodigy, set 1."
+        5e-6,
+        gt=0,
+        description="Peak learning rate of this encoder; it follows `schedule`. With Prodigy, a share of the estimated "
+        "rate, such as 0.05.",
     )
     targets: Annotated[Literal["attention", "attention+mlp"], _OF_TEXT] = Field(
         "attention",
