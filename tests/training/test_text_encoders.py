@@ -331,7 +331,8 @@ def test_what_does_not_go_together_is_refused_in_a_line(quick_config, tmp_path) 
     for overrides, says in (
         (["method.text_encoders={}"], "names no encoder to train"),
         (["method.text_encoders={t5: {}}"], "t5: unknown key"),
-        ([LEARNING, "train.fused_backward=true", "train.max_grad_norm=null"], "updates of their own"),
+        ([LEARNING, "train.fused_backward=true", "train.max_grad_norm=null"], "learning rates of their own"),
+        ([LEARNING, "optimizer.kind=schedulefree"], "rates of their own"),
     ):
         with pytest.raises(ConfigError) as caught:
             quick_config(tmp_path, *overrides)
