@@ -130,13 +130,10 @@ class MetaBatches:
         )
 
     def _entries(self, encoder: str, rows: int) -> dict[str, Tensor]:
-        made = {
-            name: torch.empty(rows, *shape, dtype=self.dtype, device=META)
-            for name, shape in self.shapes[encoder].items()
-        }
-        if encoder in self.trained:  # a text for each image: the worst case
-            made[TOKENS] = torch.arange(1, 1 + rows)[:, None].expand(rows, CLIP_LENGTH)
-        return made
+        shapes = self.shapes[encoder].items()
+        made = {name: torch.empty(rows, *shape, dtype=self.dtype, device=META) for name, shape in shapes}
+        texts = torch.arange(1, 1 + rows)[:, None].expand(rows, CLIP_LENGTH)  # one for each image: the worst case
+        return {**made, TOKENS: texts} if encoder in self.trained else made
 
 
 def _entry_shapes(base: Base, encoder: str, config: Config) -> dict[str, tuple[int, ...]]:
@@ -325,7 +322,3 @@ def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dty
         denoising = thin.measured(lambda _: predict_velocity(transformer, method, batch))
         decoding = peak_of(lambda: decode(vae, batch.latents[:1]))
     return MemoryUse(resident, max(denoising.peak, decoding.peak))
-
-
-def dtype_of(transformer: nn.Module) -> torch.dtype:
-    return next(transformer.parameters()).dtype
