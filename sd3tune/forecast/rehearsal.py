@@ -286,7 +286,7 @@ def _rehearse_preview(
 
     denoising = drawing(lambda: predict_velocity(transformer, method, batches.batch_of(rows, size)))
     denoising += rows * config.preview.steps * row_bytes
-    vae = load_vae(base, vae_dtype(dtype_of(transformer)), META)
+    vae = load_vae(base, vae_dtype(next(transformer.parameters()).dtype), META)
     latents = batches.batch_of(1, size).latents
     return max(denoising, bytes_of(tensors_of(vae)) + drawing(lambda: decode(vae, latents)))
 
