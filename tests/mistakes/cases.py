@@ -277,7 +277,7 @@ CASES = [
         "config",
         "text encoders updated in the backward pass",
         (*CHECK, "train.fused_backward=true", "train.max_grad_norm=null"),
-        "updates of their own",
+        "learning rates of their own",
         method("text_encoders: {clip_l: {}}"),
     ),
     Case("config", "an EMA that never moves", CHECK, "ema.decay", written(YAML + "ema: {decay: 1.5}\n")),

@@ -191,5 +191,5 @@ def test_mistakes_are_one_line(run: Path, make, tmp_path: Path) -> None:
     save_file(rows, tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match="'a' is a word that clip_l knows; rename the file"):
         drawn(tmp_path / "out", tmp_path / "a.safetensors", base="tiny")
-    with pytest.raises(ConfigError, match="trains text encoders"):
+    with pytest.raises(ConfigError, match="trains only a few vectors"):
         make(tmp_path / "x", "train.fused_backward=true", "train.max_grad_norm=null")
