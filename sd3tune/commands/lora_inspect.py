@@ -69,8 +69,9 @@ def _base(adapter: Adapter) -> Iterator[str]:
 
 def _sizes(adapter: Adapter, contents: Contents) -> Iterator[str]:
     tensors = [tensor for parts in contents.lycoris.values() for tensor in parts.values()]
-    tensors += [factor for pair in adapter.factors.values() for factor in pair] + [*adapter.magnitudes.values()]
-    parameters = sum(tensor.numel() for tensor in tensors)
+    tensors += [factor for pair in adapter.factors.values() for factor in pair]
+    parameters = sum(tensor.numel() for tensor in (*tensors, *adapter.magnitudes.values()))
+    # Magnitudes are read as fp32, whatever the file holds.
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
     yield f"modules   {len(adapter.sizes)}, {parameters:,} parameters, {dtypes}"
     if adapter.lycoris:
