@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sd3tune.adapter.contents import Pair
 from sd3tune.adapter.dora import OF_BASE, OF_BASE_KEY
-from sd3tune.adapter.file import Adapter, check_finite, contract_metadata, is_safetensors, save_tensors
+from sd3tune.adapter.file import Adapter, check_finite, contract_metadata, in_dtype, is_safetensors, save_tensors
 from sd3tune.adapter.layouts import DORA_SCALE, forms
 from sd3tune.adapter.low_rank import Truncated
 from sd3tune.adapter.lycoris import Parts, size_of
@@ -73,7 +73,9 @@ def write_form(
     except AdapterError as error:
         raise AdapterError(*(f"--to {form}: {problem}" for problem in error.problems)) from None
     dtype = DTYPES.get(str(contract.get("export_dtype")), torch.float32)
-    tensors = {key: tensor if key.endswith(".alpha") else tensor.to(dtype) for key, tensor in tensors.items()}
+    tensors = {
+        key: tensor if key.endswith(".alpha") else in_dtype(key, tensor, dtype) for key, tensor in tensors.items()
+    }
     check_finite(out, tensors)
     remade = (PEFT_KEY, CONTRACT_KEY, OF_BASE_KEY)
     kept = {key: text for key, text in metadata.items() if key not in remade and not _is_stale(key)}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sd3tune.adapter.contents import Contents, Pair
 from sd3tune.adapter.dora import OF_BASE, OF_BASE_KEY, per_output
-from sd3tune.adapter.layouts import MAGNITUDE
+from sd3tune.adapter.layouts import DORA_SCALE, MAGNITUDE
 from sd3tune.adapter.lycoris import Parts, kind_of, rank_of, scaled, size_of
 from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract
 from sd3tune.adapter.modelspec import shown_metadata
@@ -156,6 +156,14 @@ def _key(name: str) -> str:
     return PREFIX * (not is_text(name)) + name + ".weight" * name.endswith((".lora_A", ".lora_B"))
 
 
+def in_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor as a file in `dtype` holds it.
+
+    DoRA's magnitudes stay fp32: they are as large as norms of weights, and training changes them by little.
+    """
+    return value.float() if name.endswith((MAGNITUDE, DORA_SCALE)) else value.to(dtype)
+
+
 def write_adapter(
     folder: Path, factors: Mapping[str, Tensor], contract: Mapping[str, Any], dtype: torch.dtype = torch.float32
 ) -> Path:
@@ -163,7 +171,7 @@ def write_adapter(
 
     Raises AdapterError, before anything is written, if a tensor is not finite.
     """
-    tensors = {_key(name): value.detach().to("cpu", dtype).contiguous() for name, value in factors.items()}
+    tensors = {_key(name): in_dtype(name, value.detach().cpu(), dtype).contiguous() for name, value in factors.items()}
     check_finite(folder, tensors, dtype)
     ranks = {name.removesuffix(".lora_A"): len(value) for name, value in factors.items() if name.endswith(".lora_A")}
     peft = peft_metadata(ranks, dora=any(name.endswith(MAGNITUDE) for name in factors))
@@ -201,6 +209,8 @@ def find_adapter(location: str | Path) -> Path:
     for candidate in (path, path / ADAPTER_FILE, path / "adapter" / ADAPTER_FILE, path / WEIGHTS_FILE):
         if candidate.is_file():
             return candidate
+    if (path / "embedding").is_dir():
+        raise AdapterError(f"{path}: holds the embedding of a token and no adapter; draw with --embedding {path}")
     if (path / "model" / "model_index.json").is_file():
         raise AdapterError(f"{path}: holds a whole model and no adapter; draw with --base {path / 'model'}")
     if path.is_dir():

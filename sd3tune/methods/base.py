@@ -165,6 +165,9 @@ class Method(Protocol):
     def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
         """Run the model as the untrained base, while the context lasts."""
 
+    def untrained(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
+        """Run the model as before the first step: the reference of a report, usually `disabled`."""
+
     def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
         """Return the change of each block by these weights, in the measure `block_measure`."""
 

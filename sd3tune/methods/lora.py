@@ -171,7 +171,8 @@ class LoraMethod(StoredText):
             adapted[name].lora_A[ADAPTER_NAME].weight.data.copy_(reduce_mean(directions.contiguous()))
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
-        return {name: value.to(self.export_dtype) for name, value in self._folded(weights).items()}
+        folded = self._folded(weights)
+        return {name: adapter_io.in_dtype(name, value, self.export_dtype) for name, value in folded.items()}
 
     def _folded(self, weights: Weights) -> dict[str, Tensor]:
         own = self.text.of_transformer(weights)

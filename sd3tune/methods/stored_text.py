@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -63,6 +64,13 @@ class StoredText:
 
     def rates(self, names: Iterable[str]) -> dict[str, float]:
         return {}
+
+    @abstractmethod
+    def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
+        """See `methods.base.Method`."""
+
+    def untrained(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
+        return self.disabled(transformer)
 
     def unrounded(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None] | None:
         return None

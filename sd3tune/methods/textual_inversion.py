@@ -168,6 +168,9 @@ class TextualInversionMethod(StoredText):
         finally:
             self._reads_store = before
 
+    def untrained(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
+        return self.as_exported(transformer, self._start)  # the class words of the base would count as a change
+
     def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
         starts = {name: self._start[_parameter(name)] for name in NAMES}
         rows = self.exported(weights)

@@ -41,7 +41,7 @@ def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], 
     with plan.method.as_exported(transformer, weights):
         trained = _velocities(plan, transformer, probes)
     rounding = _rounding_error(plan, transformer, weights, probes, trained)
-    with plan.method.disabled(transformer):
+    with plan.method.untrained(transformer):
         base = _velocities(plan, transformer, probes)
     size = _total_norm(base) or _total_norm(trained)  # untrained random weights predict zeros
     change = sum((a - b).norm().item() for a, b in zip(trained, base, strict=True)) / size if size else math.nan

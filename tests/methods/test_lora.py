@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sd3tune.adapter import file as adapter_io
@@ -327,3 +328,17 @@ def test_a_value_beyond_fp16_is_not_written(make, transformer, tmp_path: Path) -
         master.master[3] = 1e6
     with pytest.raises(adapter_io.AdapterError, match="a wider range"):
         method.export(tmp_path / "adapter", master.named(master.master), CONTRACT)
+
+
+def test_magnitudes_are_not_rounded(quick_config, transformer, tmp_path: Path) -> None:
+    """As large as norms of weights, they would lose a training that changes them by less than a bf16 digit."""
+    config = quick_config(tmp_path / "run", "method={kind: dora, rank: 2, export_dtype: bf16}")
+    method = METHODS["dora"](config, resolve_base("tiny"))
+    parameters = method.inject(transformer, lambda name: generator(0, name))
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    saved = load_file(method.export(tmp_path, weights, CONTRACT))
+    magnitudes = {key: value for key, value in saved.items() if "magnitude" in key}
+    assert {value.dtype for value in magnitudes.values()} == {torch.float32}
+    assert {value.dtype for key, value in saved.items() if key not in magnitudes} == {torch.bfloat16}
+    for name, value in method.exported(weights).items():
+        assert "magnitude" not in name or torch.equal(value, weights[name])

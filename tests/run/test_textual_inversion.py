@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sd3tune.adapter.embedding import read_embedding
+from sd3tune.adapter.file import read_adapter
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
 from sd3tune.errors import AdapterError, ConfigError, RunError, UserError
@@ -193,3 +194,14 @@ def test_mistakes_are_one_line(run: Path, make, tmp_path: Path) -> None:
         drawn(tmp_path / "out", tmp_path / "a.safetensors", base="tiny")
     with pytest.raises(ConfigError, match="trains only a few vectors"):
         make(tmp_path / "x", "train.fused_backward=true", "train.max_grad_norm=null")
+
+
+def test_the_report_compares_with_the_first_vectors(make, tmp_path: Path) -> None:
+    """Not with the class words, which the base reads: without training, nothing has changed but rounding."""
+    run_training(make(tmp_path / "run", "optimizer={lr: 1.0e-7, weight_decay: 0}", "train.steps=1", "ema=null"))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["report"]["velocity_change"] < 1e-4
+
+
+def test_a_lora_command_names_the_option_for_a_learned_word(run: Path) -> None:
+    with pytest.raises(AdapterError, match=r"holds the embedding of a token and no adapter; draw with --embedding"):
+        read_adapter(run)
