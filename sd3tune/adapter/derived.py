@@ -13,11 +13,11 @@ from torch import Tensor
 
 from sd3tune.adapter.contents import Pair
 from sd3tune.adapter.dora import OF_BASE, OF_BASE_KEY
-from sd3tune.adapter.file import Adapter, check_finite, contract_metadata, in_dtype, is_safetensors, save_tensors
+from sd3tune.adapter.file import Adapter, check_finite, contract_metadata, in_dtype, save_tensors
 from sd3tune.adapter.layouts import DORA_SCALE, forms
 from sd3tune.adapter.low_rank import Truncated
 from sd3tune.adapter.lycoris import Parts, size_of
-from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY
+from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY, is_safetensors
 from sd3tune.adapter.modelspec import OF_THE_TENSORS, shown_metadata
 from sd3tune.adapter.peft_config import peft_metadata
 from sd3tune.adapter.rearrange import arrange, arrange_lycoris

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sd3tune.adapter.file import contract_metadata, is_safetensors, save_tensors
-from sd3tune.adapter.metadata import CONTRACT_KEY, read_contract
+from sd3tune.adapter.file import contract_metadata, save_tensors
+from sd3tune.adapter.metadata import CONTRACT_KEY, read_contract, read_tensors
 from sd3tune.errors import AdapterError
-from sd3tune.files.tensor_header import BadHeader, read_header
 from sd3tune.model.base.contract import WAY_OUT
 from sd3tune.model.load.learned_tokens import add_tokens, learn, names_of, written_out
 from sd3tune.model.load.text import TextEncoder
@@ -44,7 +42,7 @@ class Embedding:
     token: str
     """The word of prompts that it stands for: the contract's, or the file's name."""
     t5_caption: str
-    """What T5 reads in its place."""
+    """The words that T5 reads in place of the token."""
     contract: Mapping[str, Any]
     """The conditioning contract; empty if another tool wrote the file."""
 
@@ -75,14 +73,7 @@ def find_embedding(location: Path) -> Path:
 def read_embedding(location: Path) -> Embedding:
     """Return the learned token of a file. Raises AdapterError for any other file."""
     path = find_embedding(location)
-    if not is_safetensors(path.name):
-        raise AdapterError(f"{path}: embeddings are read as safetensors only; pickled files can run any code")
-    try:
-        metadata = read_header(path).metadata
-        with safe_open(path, framework="pt") as file:
-            rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (BadHeader, SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: not a readable safetensors file: {error}") from error
+    rows, metadata = read_tensors(path, "embeddings")
     if set(rows) != set(NAMES):
         raise AdapterError(f"{path}: no embedding for SD3: its tensors must be clip_l and clip_g, and they are "
                            f"{', '.join(sorted(rows)[:4]) or 'none'}")  # fmt: skip

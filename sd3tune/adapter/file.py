@@ -17,21 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sd3tune.adapter.contents import Contents, Pair
 from sd3tune.adapter.dora import OF_BASE, OF_BASE_KEY, per_output
 from sd3tune.adapter.layouts import DORA_SCALE, MAGNITUDE
 from sd3tune.adapter.lycoris import Parts, kind_of, rank_of, scaled, size_of
-from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract
+from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, is_safetensors, read_contract, read_tensors
 from sd3tune.adapter.modelspec import shown_metadata
 from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig, peft_metadata, read_peft
 from sd3tune.adapter.rearrange import READABLE, first_of, interpret, text_part
 from sd3tune.adapter.text_layouts import is_text, of_part, text_parts
 from sd3tune.errors import AdapterError
 from sd3tune.files.atomic import new_file
-from sd3tune.files.tensor_header import BadHeader, read_header
 from sd3tune.files.tensors import save_sorted
 from sd3tune.model.base.contract import CONTRACT_VERSION, WAY_OUT
 
@@ -224,22 +222,10 @@ def find_adapter(location: str | Path) -> Path:
     raise AdapterError(f"{path}: no such file or folder")
 
 
-def is_safetensors(name: str) -> bool:
-    """Return True if a file's name ends with `.safetensors`, in any case."""
-    return name.lower().endswith(".safetensors")
-
-
 def read_file(location: str | Path) -> AdapterFile:
     """Return the tensors and metadata of a safetensors file. Raises AdapterError."""
     path = find_adapter(location)
-    if not is_safetensors(path.name):
-        raise AdapterError(f"{path}: adapters are read as safetensors only; pickled files can run any code")
-    try:
-        metadata = read_header(path).metadata
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (BadHeader, SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: not a readable safetensors file: {error}") from error
+    tensors, metadata = read_tensors(path, "adapters")
     return AdapterFile(path, metadata, tensors)
 
 

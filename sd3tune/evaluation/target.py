@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd3tune.adapter.file import find_adapter, is_safetensors
+from sd3tune.adapter.file import find_adapter
 from sd3tune.adapter.hub import load_adapter
+from sd3tune.adapter.metadata import is_safetensors
 from sd3tune.config import Config, load_config
 from sd3tune.config.run_folder import CONFIG_FILE, is_run_folder, read_run_file
 from sd3tune.data.sources.folder import images_in

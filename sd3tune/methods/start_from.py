@@ -28,14 +28,7 @@ def check_start(
     `transformer` may also be a text encoder. Modules that the adapter lacks are newly initialized. Modules whose output
     is unused are ignored. With `dora`, it may also be a DoRA whose magnitudes PEFT can train.
     """
-    trainable = dora and not adapter.of_base and all(per_output(one) for one in adapter.magnitudes.values())
-    if adapter.kind != "LoRA" and not (adapter.kind == "DoRA" and trainable):
-        raise AdapterError(
-            f"method.start_from: {adapter.path} is a {adapter.kind}, which this run cannot continue; merge it into its "
-            f"base (`sd3tune lora merge {adapter.path} --into-base --out FOLDER`) and train on the result"
-            + "; or set method.kind=dora"
-            * (adapter.kind == "DoRA" and not dora)
-        )
+    _check_kind(adapter, dora)
     if PATCH_EMBEDDER in adapter.factors:
         raise AdapterError(
             f"method.start_from: {adapter.path} also adapts {PATCH_EMBEDDER}, which sd3tune does not train; merge "
@@ -76,6 +69,18 @@ def check_start(
                 + ", or method.rank_pattern for single modules"
                 * (section == "method")
             )
+
+
+def _check_kind(adapter: Adapter, dora: bool) -> None:
+    """Raise AdapterError for LoHa and LoKr, and for a DoRA that PEFT's layers cannot train."""
+    trainable = dora and not adapter.of_base and all(per_output(one) for one in adapter.magnitudes.values())
+    if adapter.kind != "LoRA" and not (adapter.kind == "DoRA" and trainable):
+        raise AdapterError(
+            f"method.start_from: {adapter.path} is a {adapter.kind}, which this run cannot continue; merge it into its "
+            f"base (`sd3tune lora merge {adapter.path} --into-base --out FOLDER`) and train on the result"
+            + "; or set method.kind=dora"
+            * (adapter.kind == "DoRA" and not dora)
+        )
 
 
 def starting_factors(adapter: Adapter, layers: Mapping[str, Layer]) -> dict[str, Tensor]:

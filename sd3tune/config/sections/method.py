@@ -316,7 +316,7 @@ class TextualInversionConfig(MethodSection):
         "thing", description="Words whose embeddings the vectors start from, in turn."
     )
     t5_caption: Annotated[str | None, _STATED] = Field(
-        None, description="What T5 reads in place of the token, such as the word for its class; null: `init`."
+        None, description="Words that T5 reads in place of the token, such as its class; null takes `init`."
     )
 
     @property
@@ -325,7 +325,7 @@ class TextualInversionConfig(MethodSection):
 
     @property
     def class_words(self) -> str:
-        """What T5, and the untrained base, read in place of the token."""
+        """The words that T5 and the untrained base read in place of the token."""
         return self.init if self.t5_caption is None else self.t5_caption
 
 
