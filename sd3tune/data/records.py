@@ -18,7 +18,7 @@ from sd3tune.data.images import ImageRef, check_header, file_of
 from sd3tune.data.seeds import derive
 from sd3tune.data.sources.folder import Listing
 from sd3tune.data.sources.registry import SOURCES
-from sd3tune.data.variants import as_first, variants_of
+from sd3tune.data.variants import as_first, unclosed, variants_of
 from sd3tune.data.written import (
     READERS,
     Caption,
@@ -166,6 +166,9 @@ def _examined(
     try:
         sidecar = None if as_written(listed).text else listing.sidecars.get(image)
         captions = _captions(image, listed, sidecar, listing, source)
+        broken = (unclosed(text) for caption in captions for text in caption.texts) if source.wildcards else ()
+        if part := next(filter(None, broken), None):
+            raise DataError(f"{image}: its caption has a wildcard without one of its braces: {part[:60]!r}; close it")
         finish = functools.partial(_finished, image, source.template, data.trigger)
         first = as_first(captions[0], source).map(finish)
         choices = variants_of(captions, source, seed) or tuple(captions)

@@ -69,6 +69,13 @@ def resolved(text: str, choose: Choose) -> str:
     return text
 
 
+def unclosed(text: str) -> str | None:
+    """Return the part of the text that looks like a wildcard without one of its braces; None without any."""
+    parts = re.split(r"([{}])", resolved(text, lambda number, count: 0))
+    around = zip(["", *parts[1::2]], parts[::2], [*parts[1::2], ""], strict=True)
+    return next((part.strip() for left, part, right in around if "|" in part and (left == "{" or right == "}")), None)
+
+
 def mixed_tags(text: str, tags: TagsConfig, seed: int) -> str:
     """Return the text with its tags after the first `tags.keep` dropped and shuffled, as configured."""
     separator = tags.separator

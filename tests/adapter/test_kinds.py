@@ -144,7 +144,7 @@ def test_layers_compute_what_the_formulas_say(velocity: Velocity, exported, kind
 
 
 def comfyui(weight: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """What ComfyUI (v0.3.77, comfy/weight_adapter) makes of a weight: for one `dora_scale` per output it divides by
+    """A weight as ComfyUI changes it (v0.3.77, comfy/weight_adapter): for one `dora_scale` per output it divides by
     the norm of the weight before the change."""
     update = tensors[f"{name}.lora_up.weight"].double() @ tensors[f"{name}.lora_down.weight"].double()
     update *= tensors[f"{name}.alpha"].item() / len(tensors[f"{name}.lora_down.weight"])

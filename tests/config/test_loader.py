@@ -68,6 +68,10 @@ def problems(text: str, *overrides: str) -> tuple[str, ...]:
             "flow: {timesteps: {kind: cosmap}, weighting: {kind: cosmap}}",
             "flow: cosmap timesteps with cosmap weighting",
         ),
+        (
+            "flow: {timesteps: {kind: mixture, parts: [{kind: cosmap}, {kind: cosmap}]}, weighting: {kind: cosmap}}",
+            "flow: cosmap timesteps with cosmap weighting",
+        ),
         ("flow: {min_sigma: 0.5, max_sigma: 0.5}", "flow: min_sigma 0.5 must be below max_sigma 0.5"),
         ("model: {extra_t5_lengths: [77, 513]}", "model.extra_t5_lengths.1: 513 is too large; at most 512"),
         ("model: {extra_t5_lengths: 77}", "model.extra_t5_lengths: 77 is not a list"),

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping
 import pytest
 
 from sd3tune.config.sections.data import FolderSource
-from sd3tune.data.variants import as_first, resolved, variants_of
+from sd3tune.data.variants import as_first, resolved, unclosed, variants_of
 from sd3tune.data.written import Caption
 from sd3tune.files.text import weighted_words
 
@@ -110,3 +110,15 @@ def test_the_texts_of_encoders_choose_alike_and_t5s_own_text_is_not_shuffled() -
 def test_tags_are_joined_by_their_separator(separator: str, text: str, expected: str) -> None:
     settings = source(tags={"separator": separator, "shuffle": False, "dropout": 0.5}, variants=50)
     assert expected in [caption.text for caption in variants_of([Caption(text)], settings, 0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a {red|blue} dog | cat {x}", None), ("a {photo|{big|small} of x", "photo|big of x"),
+        ("red|blue} dog", "red|blue"),
+        ("{a|{b|c}}", None), ("a | b", None), ("{", None), ("} a | b {", None), ("{a {b} | c}", "| c"),
+    ],
+)  # fmt: skip
+def test_a_wildcard_without_a_brace_is_found(text: str, part: str | None) -> None:
+    assert unclosed(text) == part

@@ -174,3 +174,11 @@ def test_prompt_weights_are_named_once(folder: Path) -> None:
         f"{folder}: 2 captions have prompt weights such as '(red:1.3)', which are read as plain text; remove them"
     ]
     assert scan.records[0].caption == "a (red:1.3) dog, (small:0.5)"
+
+
+def test_a_wildcard_without_a_brace_is_named(folder: Path) -> None:
+    (folder / "a.txt").write_text("a {red|blue dog")
+    assert scanned(folder, wildcards=True).problems == [
+        f"{folder}/a.png: its caption has a wildcard without one of its braces: 'red|blue dog'; close it"
+    ]
+    assert not scanned(folder).problems

@@ -23,7 +23,7 @@ from sd3tune.training.examples import Example
 IMAGES, VARIANTS = 5, 4
 ONE_SIZE = ((16, 16),) * IMAGES
 MIXED = ((16, 16), (8, 24), (16, 16), (24, 8), (8, 24))
-"""Of each image, in pixels: two in one bucket, two in another, one alone."""
+"""The size of each image, in pixels: two in one bucket, two in another, one alone."""
 ENCODERS = ("clip_l", "clip_g", "t5")
 
 

@@ -12,7 +12,7 @@ from sd3tune.training.batches import Batch, Batches, Dropout, LatentScaling
 from sd3tune.training.examples import Example, OwnPrediction, Sample
 
 SIZES = ((16, 16), (8, 24), (16, 16), (8, 24), (8, 24))
-"""Of each image, in pixels. Image n holds 10 n everywhere; its caption c has embeddings of 10 n + c + 1."""
+"""The size of each image, in pixels. Image n holds 10 n everywhere; its caption c has embeddings of 10 n + c + 1."""
 CAPTIONS = 3
 ENCODERS = ("clip_l", "clip_g", "t5")
 

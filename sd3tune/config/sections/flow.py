@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -16,6 +17,11 @@ class TimestepsSection(Section):
     """Fields shared by all densities of sigma."""
 
     kind: str
+
+    @property
+    def densities(self) -> Sequence[TimestepsSection]:
+        """The densities that it consists of."""
+        return [self]
 
 
 class WeightingSection(Section):
@@ -111,6 +117,10 @@ class MixtureConfig(TimestepsSection):
     shares: Annotated[list[Annotated[float, Field(gt=0)]] | None, WRITTEN] = Field(
         None, description="How often each part is drawn, such as `[3, 1]`, as relative numbers; null: equally often."
     )
+
+    @property
+    def densities(self) -> Sequence[TimestepsSection]:
+        return self.parts
 
     @model_validator(mode="after")
     def _share_for_each_part(self) -> MixtureConfig:
@@ -276,7 +286,7 @@ class FlowConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> FlowConfig:
-        if self.timesteps.kind == "cosmap" and self.weighting.kind == "cosmap":
+        if {one.kind for one in self.timesteps.densities} == {self.weighting.kind} == {"cosmap"}:
             raise ValueError("cosmap timesteps with cosmap weighting apply the same weight twice; change one of them")
         if self.min_sigma >= self.max_sigma:
             raise ValueError(f"min_sigma {self.min_sigma:g} must be below max_sigma {self.max_sigma:g}")
