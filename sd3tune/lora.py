@@ -15,7 +15,7 @@ Adapter = str | os.PathLike[str]
 Weighted = Adapter | tuple[Adapter, float]
 """An adapter, or an adapter and its weight."""
 
-__all__ = ["convert", "inspect", "merge", "merge_into_base", "resize", "verify"]
+__all__ = ["convert", "extract", "inspect", "merge", "merge_into_base", "resize", "verify"]
 
 
 def inspect(adapter: Adapter, /) -> Lines:
@@ -36,8 +36,12 @@ def convert(
     out: str | os.PathLike[str],
     thumbnail: str | os.PathLike[str] | bool = True,
     transformer_only: bool = False,
+    rank: int | None = None,
+    base: str | None = None,
 ) -> Path:
-    """Write an adapter to the new file `out` in another tool's layout, `to`: diffusers, kohya or comfyui.
+    """Write an adapter to the new file `out` in another tool's layout, `to`: diffusers, kohya, comfyui or lycoris.
+
+    `rank` writes the nearest LoRA of that rank of a DoRA, LoHa or LoKr; `base` is by default the adapter's.
 
     `thumbnail` is the picture for UIs: a file, True for the run's last preview, False for none.
     `transformer_only` leaves out tensors for the text encoders. Raises UserError.
@@ -46,7 +50,7 @@ def convert(
 
     picture = None if isinstance(thumbnail, bool) else Path(thumbnail)
     result(*convert_lora(Path(adapter), to, Path(out), picture, thumbnail is not False,
-                         transformer_only=transformer_only))  # fmt: skip
+                         transformer_only=transformer_only, rank=rank, base=base))  # fmt: skip
     return Path(out)
 
 
@@ -120,6 +124,17 @@ def resize(
     from sd3tune.commands.lora_resize import resize_lora
 
     result(*resize_lora(Path(adapter), Path(out), rank, energy, transformer_only=transformer_only))
+    return Path(out)
+
+
+def extract(base: str, tuned: str, /, *, rank: int, out: str | os.PathLike[str], to: str = "diffusers") -> Path:
+    """Write the difference of two models, `tuned` - `base`, as a LoRA of `rank` to the new file `out`.
+
+    Each is a folder, a single file or a Hub id. Raises UserError.
+    """
+    from sd3tune.commands.lora_extract import extract_lora
+
+    result(*extract_lora(base, tuned, rank, Path(out), to))
     return Path(out)
 
 

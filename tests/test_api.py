@@ -53,7 +53,15 @@ def test_the_public_names_are_these() -> None:
         "train",
     ]
     assert set(sd3tune.__all__) <= set(dir(sd3tune))
-    assert sorted(sd3tune.lora.__all__) == ["convert", "inspect", "merge", "merge_into_base", "resize", "verify"]
+    assert sorted(sd3tune.lora.__all__) == [
+        "convert",
+        "extract",
+        "inspect",
+        "merge",
+        "merge_into_base",
+        "resize",
+        "verify",
+    ]
 
 
 def test_public_names_stay_what_they_are_when_every_module_has_been_imported() -> None:

@@ -6,11 +6,12 @@ What a test cannot have is replaced: the gated models by `tiny`, thousands of st
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sd3tune.adapter.file import ADAPTER_FILE
@@ -30,7 +31,7 @@ MODELS = {
 SHORTER = {
     "train": ["model.base=tiny", "data.resolution=64", "train.steps=2", "train.batch_size=1",
               "train.gradient_accumulation=1", "preview.every=1", "preview.steps=1", "model.max_sequence_length=16"],
-    "infer": ["--steps", "2"],
+    "infer": ["--steps", "2", "--size", "64"],
     "plan": ["model.base=tiny", "data.resolution=64"],
 }  # fmt: skip
 NEEDS_THE_HUB = {"user/rex", "zalando-datasets/fashion_mnist"}
@@ -70,6 +71,25 @@ def trained(quick_config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def other_methods(quick_config, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Path], object]:
+    """`other_methods(page, folder)` adds the result of another method, for a page about that method."""
+
+    def train(kind: str, *settings: str) -> Path:
+        run = tmp_path_factory.mktemp("stories") / kind
+        run_training(quick_config(run, f"method={{kind: {kind}}}", "train.steps=1", *settings))
+        return run
+
+    def add(page: Path, folder: Path) -> None:
+        if page.name == "adapters.md":
+            shutil.copy(train("dora") / "adapter" / ADAPTER_FILE, folder / "dog_dora.safetensors")
+        if page.name == "textual-inversion.md":
+            learned = train("textual_inversion", "method.token=<rex>", "data.trigger=<rex>")
+            shutil.copytree(learned, folder / "runs" / "rex")
+
+    return add
+
+
 @pytest.fixture
 def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch) -> Iterator[Path]:
     """Photos, a run, adapters and a file of prompts under the names that the pages use."""
@@ -77,11 +97,15 @@ def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for folder in ("configs", "sd3tune"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    for photos in ("photos/rex", "rex"):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for photos in ("photos/rex", "rex", "train/10_sks dog", "train/2_dog"):
         (tmp_path / photos).mkdir(parents=True)
         for picture in sorted(tiny_images.glob("*.png")):
             shutil.copy(picture, tmp_path / photos)
-    shutil.copy(next(tiny_images.glob("*.png")), "rex.jpg")
+    for photo in ("rex.jpg", "yard.jpg"):
+        shutil.copy(next(tiny_images.glob("*.png")), photo)
+    with Image.open("yard.jpg") as yard:
+        Image.new("L", yard.size, 255).save("yard-mask.png")
     for adapter in ("dog", "style"):
         shutil.copy(trained / "adapter" / ADAPTER_FILE, f"{adapter}.safetensors")
     save_file(load_file("dog.safetensors") | TEXT_ENCODER, "found.safetensors")
@@ -90,9 +114,12 @@ def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("page", STORIES, ids=name_of)
-def test_the_commands_of_a_page_work_one_after_the_other(page: Path, readers_folder: Path, trained: Path) -> None:
+def test_the_commands_of_a_page_work_one_after_the_other(
+    page: Path, readers_folder: Path, trained: Path, other_methods: Callable[[Path, Path], object]
+) -> None:
     words_of = [[MODELS.get(word, word) for word in words] for words in story(page)]
-    if not any(words[:2] == ["train", "rex.yaml"] for words in words_of):
+    other_methods(page, readers_folder)
+    if not (readers_folder / "runs").exists() and not any(words[:2] == ["train", "rex.yaml"] for words in words_of):
         shutil.copytree(trained, readers_folder / "runs" / "rex")
     typed = set[frozenset[str]]()
     for words in words_of:

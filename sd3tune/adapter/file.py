@@ -10,25 +10,26 @@ contains no time, host or path.
 from __future__ import annotations
 
 import json
-import math
 import shlex
-import warnings
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, read_contract
+from sd3tune.adapter.contents import Contents, Pair
+from sd3tune.adapter.dora import OF_BASE, OF_BASE_KEY, per_output
+from sd3tune.adapter.layouts import DORA_SCALE, MAGNITUDE
+from sd3tune.adapter.lycoris import Parts, kind_of, rank_of, scaled, size_of
+from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, is_safetensors, read_contract, read_tensors
 from sd3tune.adapter.modelspec import shown_metadata
-from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_peft
-from sd3tune.adapter.rearrange import READABLE, Contents, Pair, as_stored, first_of, interpret, text_part
+from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig, peft_metadata, read_peft
+from sd3tune.adapter.rearrange import READABLE, first_of, interpret, text_part
+from sd3tune.adapter.text_layouts import is_text, of_part, text_parts
 from sd3tune.errors import AdapterError
 from sd3tune.files.atomic import new_file
-from sd3tune.files.tensor_header import BadHeader, read_header
 from sd3tune.files.tensors import save_sorted
 from sd3tune.model.base.contract import CONTRACT_VERSION, WAY_OUT
 
@@ -56,9 +57,9 @@ class Adapter:
 
     path: Path
     factors: dict[str, Pair]
-    """Module name -> (A [r, in], B [out, r])."""
+    """Module name of the transformer -> (A [r, in], B [out, r])."""
     alphas: dict[str, float]
-    """Module name -> alpha; the layer's output is scaled by alpha / r."""
+    """Module name -> alpha; the layer's output is scaled by alpha / r. Text encoders' modules are included."""
     contract: dict[str, Any]
     """The conditioning contract; empty if another tool wrote the file."""
     layout: str = "diffusers"
@@ -75,6 +76,33 @@ class Adapter:
     """Notes for the user: an assumed alpha, ignored tensors."""
     for_diffusers: bool = True
     """True if diffusers' pipeline loads the file itself."""
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module name -> DoRA's magnitude: [out], or [1, in] for one per input."""
+    of_base: bool = False
+    """True if the magnitudes are for ComfyUI's norm (see `dora`)."""
+    lycoris: Mapping[str, Parts] = field(default_factory=dict)
+    """Module name -> its parts of LoHa or LoKr, with the scale in the first one."""
+    text_factors: Mapping[str, Pair] = field(default_factory=dict)
+    """The same as `factors` for the text encoders; names begin with their folder (see `text_layouts`)."""
+
+    @property
+    def kind(self) -> str:
+        """`LoRA`, `LoHa` or `LoKr`; with magnitudes `DoRA`, or `LoKr with DoRA's magnitudes`."""
+        plain = {"loha": "LoHa", "lokr": "LoKr"}[kind_of(next(iter(self.lycoris.values())))] if self.lycoris else "LoRA"
+        if not self.magnitudes:
+            return plain
+        return "DoRA" if plain == "LoRA" else f"{plain} with DoRA's magnitudes"
+
+    @property
+    def by_lora_layers(self) -> bool:
+        """True if PEFT's LoRA layers compute it: not LoHa or LoKr, nor DoRA with one magnitude per input."""
+        return not self.lycoris and all(per_output(magnitude) for magnitude in self.magnitudes.values())
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Module name -> (outputs, inputs)."""
+        plain = {module: (len(up), down.shape[1]) for module, (down, up) in self.factors.items()}
+        return plain | {module: size_of(parts) for module, parts in self.lycoris.items()}
 
     @property
     def label(self) -> str:
@@ -83,23 +111,34 @@ class Adapter:
 
     def folded(self) -> dict[str, Pair]:
         """Return the factors in fp32 with the scale folded into B, so that BA is added to the weight."""
+        return self._folded(self.factors)
+
+    def whole(self) -> dict[str, Pair]:
+        """Return `folded`, with the text encoders' modules."""
+        return self._folded({**self.factors, **self.text_factors})
+
+    def _folded(self, factors: Mapping[str, Pair]) -> dict[str, Pair]:
         return {
             module: (down.float(), up.float() * (self.alphas[module] / len(down)))
-            for module, (down, up) in self.factors.items()
+            for module, (down, up) in factors.items()
         }
+
+    @property
+    def text_parts(self) -> list[str]:
+        """Folders of the text encoders that it adapts, such as `text_encoder`."""
+        return text_parts(self.text_factors)
+
+    def of_part(self, part: str) -> Adapter:
+        """Return the adapter of one text encoder, with its modules as `factors`."""
+        factors, alphas = of_part(self.text_factors, part), of_part(self.alphas, part)
+        return replace(self, factors=factors, alphas=alphas, text_factors={}, magnitudes={}, lycoris={})
 
     @property
     def too_large(self) -> list[str]:
         """Modules whose factors are finite in the file, but not in fp32 with their scale."""
-        return [module for module, (_, up) in self.folded().items() if not up.isfinite().all()]
-
-
-@dataclass(frozen=True)
-class Match:
-    """The result of matching an adapter to a model: the number of matched tensors, and the unmatched modules."""
-
-    matched: int
-    unmatched: tuple[str, ...]
+        parts = {module: list(of.values()) for module, of in self.lycoris.items()}
+        scaled = parts | {module: [up] for module, (_, up) in self.whole().items()}
+        return [module for module, tensors in scaled.items() if not all(one.isfinite().all() for one in tensors)]
 
 
 def fold_scale(factors: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
@@ -110,20 +149,46 @@ def fold_scale(factors: Mapping[str, Tensor], scales: Mapping[str, float]) -> di
     }
 
 
-def write_adapter(folder: Path, factors: Mapping[str, Tensor], contract: Mapping[str, Any]) -> Path:
-    """Write `folder/pytorch_lora_weights.safetensors` from folded `factors` (see `fold_scale`), in fp32.
+def _key(name: str) -> str:
+    """Return a tensor's key in the file; LoRA's factors are modules in PEFT, and other tensors parameters."""
+    return PREFIX * (not is_text(name)) + name + ".weight" * name.endswith((".lora_A", ".lora_B"))
+
+
+def in_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor as a file in `dtype` holds it.
+
+    DoRA's magnitudes stay fp32: they are as large as norms of weights, and training changes them by little.
+    """
+    return value.float() if name.endswith((MAGNITUDE, DORA_SCALE)) else value.to(dtype)
+
+
+def write_adapter(
+    folder: Path, factors: Mapping[str, Tensor], contract: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write `folder/pytorch_lora_weights.safetensors` from folded `factors` (see `fold_scale`), in `dtype`.
 
     Raises AdapterError, before anything is written, if a tensor is not finite.
     """
-    tensors = {f"{PREFIX}{name}.weight": value.detach().float().cpu().contiguous() for name, value in factors.items()}
+    tensors = {_key(name): in_dtype(name, value.detach().cpu(), dtype).contiguous() for name, value in factors.items()}
+    check_finite(folder, tensors, dtype)
+    ranks = {name.removesuffix(".lora_A"): len(value) for name, value in factors.items() if name.endswith(".lora_A")}
+    peft = peft_metadata(ranks, dora=any(name.endswith(MAGNITUDE) for name in factors))
+    return write_described(folder / ADAPTER_FILE, tensors, peft, contract)
+
+
+def write_described(path: Path, tensors: dict[str, Tensor], peft: str, contract: Mapping[str, Any]) -> Path:
+    """Write an adapter's tensors with the metadata of its contract and PEFT's configuration. Return the path."""
+    shown = shown_metadata("diffusers", contract.get("name"), contract)
+    save_tensors(path, tensors, {**shown, PEFT_KEY: peft, CONTRACT_KEY: contract_metadata(contract)})
+    return path
+
+
+def check_finite(place: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """Raise AdapterError if a tensor to be written in `dtype` is not finite."""
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
-        raise AdapterError(f"{folder}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}")
-    ranks = {name.removesuffix(".lora_A"): len(value) for name, value in factors.items() if name.endswith(".lora_A")}
-    path = folder / ADAPTER_FILE
-    shown = shown_metadata("diffusers", contract.get("name"), contract)
-    save_tensors(path, tensors, {**shown, PEFT_KEY: peft_metadata(ranks), CONTRACT_KEY: contract_metadata(contract)})
-    return path
+        way_out = "; method.export_dtype=bf16 has a wider range" if dtype is torch.float16 else ""
+        raise AdapterError(f"{place}: not written: {len(bad)} tensors are NaN or infinite, first {bad[0]}{way_out}")
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -136,25 +201,14 @@ def contract_metadata(contract: Mapping[str, Any]) -> str:
     return json.dumps({"contract_version": CONTRACT_VERSION, **contract}, sort_keys=True)
 
 
-def peft_metadata(ranks: Mapping[str, int]) -> str:
-    """Return PEFT's configuration of layers with these ranks and alpha = rank."""
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    # Only fields that every PEFT version has: an unknown field stops another version from loading the file.
-    peft: dict[str, Any] = {
-        "r": rank, "lora_alpha": rank, "target_modules": list(ranks), "lora_dropout": 0.0, "bias": "none",
-    }  # fmt: skip
-    special = {f"^{module}": own for module, own in ranks.items() if own != rank}
-    if special:
-        peft |= {"rank_pattern": special, "alpha_pattern": special}
-    return json.dumps({PREFIX + key: value for key, value in peft.items()}, sort_keys=True)
-
-
 def find_adapter(location: str | Path) -> Path:
     """Return the adapter file at a file, adapter folder, checkpoint or run folder. Raises AdapterError."""
     path = Path(location).expanduser()
     for candidate in (path, path / ADAPTER_FILE, path / "adapter" / ADAPTER_FILE, path / WEIGHTS_FILE):
         if candidate.is_file():
             return candidate
+    if (path / "embedding").is_dir():
+        raise AdapterError(f"{path}: holds the embedding of a token and no adapter; draw with --embedding {path}")
     if (path / "model" / "model_index.json").is_file():
         raise AdapterError(f"{path}: holds a whole model and no adapter; draw with --base {path / 'model'}")
     if path.is_dir():
@@ -168,22 +222,10 @@ def find_adapter(location: str | Path) -> Path:
     raise AdapterError(f"{path}: no such file or folder")
 
 
-def is_safetensors(name: str) -> bool:
-    """Return True if a file's name ends with `.safetensors`, in any case."""
-    return name.lower().endswith(".safetensors")
-
-
 def read_file(location: str | Path) -> AdapterFile:
     """Return the tensors and metadata of a safetensors file. Raises AdapterError."""
     path = find_adapter(location)
-    if not is_safetensors(path.name):
-        raise AdapterError(f"{path}: adapters are read as safetensors only; pickled files can run any code")
-    try:
-        metadata = read_header(path).metadata
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (BadHeader, SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: not a readable safetensors file: {error}") from error
+    tensors, metadata = read_tensors(path, "adapters")
     return AdapterFile(path, metadata, tensors)
 
 
@@ -191,12 +233,13 @@ def read_adapter(location: str | Path, *, transformer_only: bool = False) -> Ada
     """Read and check a LoRA file in any of the known layouts.
 
     With `transformer_only`, tensors for the text encoders are ignored and named in the adapter's notes. Raises
-    AdapterError for any other file that is not a complete, finite, plain LoRA of SD3's transformer.
+    AdapterError for any file that is not a complete, finite, plain LoRA of SD3's transformer and text encoders.
     """
     file = read_file(location)
     contents = interpret(file.tensors)
     if transformer_only:
         file = replace(file, tensors={key: value for key, value in file.tensors.items() if key not in contents.text})
+        contents = replace(contents, text_factors={}, unread=contents.text)
     _check(file, contents, transformer_only)
     adapter = as_adapter(file, contents)
     if adapter.too_large:
@@ -207,7 +250,8 @@ def read_adapter(location: str | Path, *, transformer_only: bool = False) -> Ada
 def too_large(adapter: Adapter) -> str:
     """Return a message about alphas that make the scaled weights infinite."""
     module = adapter.too_large[0]
-    return f"alpha {adapter.alphas[module]:g} makes the weights of {first_of(adapter.too_large)} infinite"
+    scale = f"alpha {adapter.alphas[module]:g}" if module in adapter.alphas else "the scale"
+    return f"{scale} makes the weights of {first_of(adapter.too_large)} infinite"
 
 
 def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
@@ -215,11 +259,15 @@ def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
     ranks = {module: len(down) for module, (down, _) in contents.factors.items()}
     contract = read_contract(file.path, file.metadata)
     peft = read_peft(file.path, file.metadata, contents.layout)
-    stated = peft.alphas(ranks) | contents.alphas
+    _check_kind(f"{peft.file or f'{file.path}: its metadata {PEFT_KEY!r}'}", peft, contents)
+    lycoris = {module: scaled(parts, peft.scale(module, rank_of(parts))) for module, parts in contents.lycoris.items()}
+    text_ranks = {module: len(down) for module, (down, _) in contents.text_factors.items()}
+    stated = peft.alphas(ranks) | _text_alphas(file, contents.layout, text_ranks) | contents.alphas
+    ranks |= text_ranks
     unstated = [] if contract else [module for module in ranks if module not in stated]
     notes = [_no_alpha(file.path, unstated, len(ranks))] if unstated else []
-    if contents.text:
-        notes.append(f"left out: {text_part(contents.text)}")
+    if contents.unread:
+        notes.append(f"left out: {text_part(contents.unread)}")
     return Adapter(
         file.path,
         contents.factors,
@@ -230,87 +278,35 @@ def as_adapter(file: AdapterFile, contents: Contents) -> Adapter:
         rslora=bool(peft.stated.use_rslora) and not contents.alphas,
         notes=tuple(notes),
         for_diffusers=contents.for_diffusers and peft.file is None and not peft.has_expressions,
+        text_factors=contents.text_factors,
+        magnitudes=contents.magnitudes,
+        of_base=file.metadata.get(OF_BASE_KEY) == OF_BASE,
+        lycoris=lycoris,
     )
+
+
+def _check_kind(where: str, peft: PeftConfig, contents: Contents) -> None:
+    """Raise AdapterError, a line that begins with `where`, if PEFT's configuration is for another kind of adapter."""
+    kind, stated = kind_of(next(iter(contents.lycoris.values()))) if contents.lycoris else "lora", peft.stated
+    if stated.peft_type not in (None, kind.upper()):
+        raise AdapterError(f'{where}: peft_type: "{stated.peft_type}" is not supported, as its tensors are of {kind}')
+    if stated.use_dora and not contents.magnitudes:
+        raise AdapterError(f"{where}: use_dora: true is not supported, as the file has no magnitudes")
+
+
+def _text_alphas(file: AdapterFile, layout: str, ranks: Mapping[str, int]) -> dict[str, float]:
+    """Return the alphas of text encoders' modules that the file's metadata states."""
+    found: dict[str, float] = {}
+    for part in text_parts(ranks):
+        peft = read_peft(file.path, file.metadata, layout, part)
+        found |= {f"{part}.{module}": alpha for module, alpha in peft.alphas(of_part(ranks, part)).items()}
+    return found
 
 
 def _no_alpha(path: Path, modules: list[str], total: int) -> str:
     some = "" if len(modules) == total else f" for {first_of(modules)}"
     lacking = f"; {CONFIG_FILE}, which would state it, is not beside the file" if path.name == WEIGHTS_FILE else ""
     return f"no alpha stated{some}, taken as rank{lacking}"
-
-
-def match(transformer: nn.Module, adapter: Adapter) -> Match:
-    """Match the adapter's tensors to modules of `transformer` by name and shape, before anything is loaded.
-
-    Raises AdapterError if a shape differs, or if nothing matches, so that the file would load without effect.
-    """
-    sizes = {
-        name.removesuffix(".base_layer"): _size(module)
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
-    unmatched = tuple(name for name in adapter.factors if name not in sizes)
-    for name, (down, up) in adapter.factors.items():
-        found, needed = (len(up), down.shape[1]), sizes.get(name)
-        if needed is not None and found != needed:
-            raise AdapterError(
-                f"{adapter.path}: made for another base: {name} is {found[0]}x{found[1]} in the adapter and "
-                f"{needed[0]}x{needed[1]} in the model; give the right one with --base"
-            )
-    if len(unmatched) == len(adapter.factors):
-        raise AdapterError(
-            f"{adapter.path}: none of its {len(unmatched)} modules exists in this model, so it would have no effect "
-            f"(first: {unmatched[0]})"
-        )
-    return Match(2 * (len(adapter.factors) - len(unmatched)), unmatched)
-
-
-def _size(module: nn.Linear | nn.Conv2d) -> tuple[int, int]:
-    """Return (outputs, inputs); for a convolution, the inputs of one position."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return module.out_channels, module.in_channels * math.prod(module.kernel_size)
-
-
-def attach(transformer: Any, adapter: Adapter, name: str) -> Match:
-    """Load `adapter` into `transformer` under `name`, in the model's dtype, and count the matched tensors.
-
-    `transformer` is an SD3Transformer2DModel; its active adapters are set by the caller (`set_adapters`).
-    """
-    counted = match(transformer, adapter)
-    loaded = {module: pair for module, pair in adapter.factors.items() if module not in counted.unmatched}
-    tensors = {
-        f"{PREFIX}{module}.lora_{letter}.weight": tensor.to(transformer.dtype)
-        for module, pair in loaded.items()
-        for letter, tensor in zip("AB", as_stored(module, pair), strict=True)
-    }
-    first = next(iter(loaded))
-    lost = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    if lost:
-        dtype = str(transformer.dtype).removeprefix("torch.")
-        raise AdapterError(
-            f"{adapter.path}: {first_of(lost)} is beyond what {dtype} holds; take a wider one, such as --dtype bf16"
-        )
-    ranks, alphas = (
-        {module: loaded[module][0].shape[0] for module in loaded},
-        {module: adapter.alphas[module] for module in loaded},
-    )
-    config = {
-        "r": ranks[first],
-        "lora_alpha": alphas[first],
-        "target_modules": list(loaded),
-        "rank_pattern": {f"^{module}": rank for module, rank in ranks.items() if rank != ranks[first]},
-        "alpha_pattern": {f"^{module}": alpha for module, alpha in alphas.items() if alpha != alphas[first]},
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is intended
-        transformer.load_lora_adapter(
-            tensors, adapter_name=name, metadata={PREFIX + key: value for key, value in config.items()}
-        )
-    carried = sum(name in getattr(module, "lora_A", {}) for module in transformer.modules())
-    if carried != len(loaded):
-        raise AdapterError(f"{adapter.path}: {carried} of {len(loaded)} modules took their weights")
-    return counted
 
 
 def _check(file: AdapterFile, contents: Contents, transformer_only: bool) -> None:
@@ -325,11 +321,16 @@ def _check(file: AdapterFile, contents: Contents, transformer_only: bool) -> Non
     if contents.broken:
         module, fault = next(iter(contents.broken.items()))
         raise AdapterError(f"{file.path}: {module}: {fault}")
-    if not contents.factors:
-        raise AdapterError(f"{file.path}: has nothing for the transformer, only {text_part(contents.text)}")
-    if contents.text and not transformer_only:
+    if contents.factors and contents.lycoris:
         raise AdapterError(
-            f"{file.path}: also has {text_part(contents.text)}, which sd3tune does not load; leave them out with "
+            f"{file.path}: {next(iter(contents.factors))} is LoRA and {next(iter(contents.lycoris))} is LoHa or LoKr; "
+            "files of several kinds are not read"
+        )
+    if not contents.sizes:
+        raise AdapterError(f"{file.path}: has nothing for the transformer, only {text_part(contents.text)}")
+    if contents.unread and not transformer_only:
+        raise AdapterError(
+            f"{file.path}: also has {text_part(contents.unread)}, which sd3tune does not load; leave them out with "
             f"--transformer-only (infer and the lora commands), or write a file without them: `sd3tune lora convert "
             f"{shlex.quote(str(file.path))} --transformer-only --to diffusers --out NEW.safetensors`"
         )

@@ -7,7 +7,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from sd3tune.adapter.file import ADAPTER_FILE, Adapter, is_safetensors, read_adapter
+from sd3tune.adapter.file import ADAPTER_FILE, Adapter, read_adapter
+from sd3tune.adapter.metadata import is_safetensors
 from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from sd3tune.config.yaml12 import YamlError, parse
 from sd3tune.errors import AdapterError, ModelError

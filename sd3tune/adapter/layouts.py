@@ -42,6 +42,9 @@ PARTS_OF_FUSED = {f"{fused}.{number}": part for fused, parts in FUSED.items() fo
 _ORIGINAL_NAMES = (*IN_BLOCK, *FUSED, *PARTS_OF_FUSED, *OUTSIDE)
 _DIFFUSERS_NAMES = (*IN_BLOCK.values(), *(part for parts in FUSED.values() for part in parts), *OUTSIDE.values())
 
+MAGNITUDE, DORA_SCALE = "lora_magnitude_vector", "dora_scale"
+"""PEFT's name of DoRA's magnitude, and other tools'."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -60,6 +63,8 @@ class Layout:
     """Its name for `sd3tune lora convert --to`; None for a layout that is only read."""
     halves: tuple[str, str] = ("lora_A", "lora_B")
     """The names of A and B."""
+    magnitude: str = DORA_SCALE
+    """The name of DoRA's magnitude."""
     writes_alpha: bool = False
     """True if a written file has a tensor of alpha, equal to the rank, for each module."""
     has_peft_metadata: bool = False
@@ -79,7 +84,7 @@ _SD_SCRIPTS = {"ss_network_module": "networks.lora_sd3", "ss_network_dim": "{ran
 LAYOUTS = [
     Layout("PEFT", "transformer.base_model.model.", any_module=True),  # SimpleTuner's first files
     Layout("OneTrainer", "transformer.", original=True),
-    Layout("diffusers", "transformer.", any_module=True, form="diffusers", has_peft_metadata=True),
+    Layout("diffusers", "transformer.", any_module=True, form="diffusers", magnitude=MAGNITUDE, has_peft_metadata=True),
     Layout("PEFT", "base_model.model.", any_module=True),
     Layout(
         "kohya",
@@ -93,13 +98,18 @@ LAYOUTS = [
     ),
     Layout("ComfyUI", "diffusion_model.", original=True, form="comfyui", implementation=_COMFYUI),
     Layout("OneTrainer", "lora_transformer_", flat=True),
-    Layout("LyCORIS", "lycoris_", flat=True),
+    Layout("LyCORIS", "lycoris_", flat=True, form="lycoris", halves=("lora_down", "lora_up"), writes_alpha=True),
     Layout("diffusers", ""),  # `transformer.save_lora_adapter()`
     Layout("OneTrainer", "", original=True),
 ]
 """The layouts that are read: ComfyUI's list for SD3, and names without prefix. The first that fits a key applies."""
 
-_KEY = re.compile(r"(.+?)(?:\.(alpha)|[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.[^.]+)?\.weight)", re.DOTALL)
+_PART = r"(?:hada|lokr)_(?:w[12](?:_[ab])?|t[12])"  # of LoHa and LoKr
+_KEY = re.compile(
+    rf"(.+?)(?:\.(alpha|{_PART})|[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.[^.]+)?\.weight"
+    rf"|\.(dora_scale|{MAGNITUDE}(?:\.[^.]+){{0,2}}))",
+    re.DOTALL,
+)
 _HALVES = {"A": "A", "down": "A", "B": "B", "up": "B"}
 _TEXT = (
     (r"lora_te1_|text_encoder\.|text_encoders\.clip_l\.|clip_l\.", "CLIP-L"),
@@ -109,8 +119,8 @@ _TEXT = (
     (r"lora_te\d?_|text_encoder|lora_prior_te", "a text encoder"),
 )
 _FOREIGN = (  # (pattern of a key without known layout, its meaning); the first match applies
-    (r"dora_scale|lora_magnitude_vector", "DoRA, which is not supported yet"),
-    (r"\.(hada|lokr)_|\.lora_mid|\.(a1|b1)\.weight", "LoHa, LoKr or another kind of adapter than LoRA"),
+    (r"dora_scale|lora_magnitude_vector", "DoRA of a module that SD3 lacks"),
+    (r"\.(hada|lokr)_|\.lora_mid|\.(a1|b1)\.weight", "a kind of adapter, or a module, that sd3tune does not read"),
     (r"\.(diff|diff_b|w_norm|b_norm)$", "differences of whole weights, which is no LoRA"),
     (r"double_blocks|single_blocks|single_transformer_blocks", "for another architecture (Flux or the like)"),
     (r"down_blocks|up_blocks|mid_block|(in|out)put_blocks|middle_block", "for a Stable Diffusion 1, 2 or XL model"),
@@ -143,19 +153,25 @@ def forms() -> dict[str, Layout]:
 
 
 def locate(key: str) -> tuple[Layout, str, str] | None:
-    """Return layout, module (dotted, in the layout's names) and part (`A`, `B` or `alpha`) of a key; None for others.
+    """Return layout, module (dotted, in the layout's names) and part of a key; None for others.
 
+    The part is `A`, `B`, `alpha`, `magnitude` (DoRA's), or one of LoHa or LoKr, such as `hada_w1_a`.
     Between `lora_A` and `weight` PEFT writes the adapter's name, such as `default_0`, which is ignored.
     """
-    found = _KEY.fullmatch(key)
-    for layout in LAYOUTS if found else ():
-        assert found is not None
-        if found[1].startswith(layout.prefix):
-            name = found[1].removeprefix(layout.prefix)
-            module = name if layout.any_module else _known_name(name, layout)
+    name, part = split_key(key) or ("", "")
+    for layout in LAYOUTS if part else ():
+        if name.startswith(layout.prefix):
+            inside = name.removeprefix(layout.prefix)
+            module = inside if layout.any_module else _known_name(inside, layout)
             if module:
-                return layout, module, found[2] or _HALVES[found[3]]
+                return layout, module, part
     return None
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """Return the name of a module, as written, and the part (see `locate`); None for other keys."""
+    found = _KEY.fullmatch(key)
+    return (found[1], "magnitude" if found[4] else found[2] or _HALVES[found[3]]) if found else None
 
 
 def text_encoder_of(key: str) -> str | None:

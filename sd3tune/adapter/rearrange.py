@@ -10,19 +10,16 @@ has one A, which its three parts share.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sd3tune.adapter.contents import Contents, Pair
 from sd3tune.adapter.layouts import (
+    DORA_SCALE,
     FUSED,
-    IN_BLOCK,
-    OUTSIDE,
-    PARTS_OF_FUSED,
     PATCH_EMBEDDER,
     Layout,
     foreign,
@@ -31,14 +28,22 @@ from sd3tune.adapter.layouts import (
     stands_alone,
     text_encoder_of,
 )
+from sd3tune.adapter.lycoris import Parts, is_lycoris, lycoris_fault, rank_of
+from sd3tune.adapter.original import (
+    DIFFUSERS_OF,
+    FUSED_OF,
+    ORIGINAL_OF,
+    cut,
+    diffusers_names,
+    is_swapped,
+    lycoris_pieces,
+    magnitude_of,
+    magnitude_pieces,
+    renamed,
+)
+from sd3tune.adapter.text_layouts import is_text, locate_text, written_text
 from sd3tune.errors import AdapterError
 
-Pair = tuple[Tensor, Tensor]
-"""A [r, in] and B [out, r] of a module."""
-
-_ORIGINAL_OF = {theirs: original for original, theirs in (*IN_BLOCK.items(), *OUTSIDE.items())}
-_DIFFUSERS_OF = {**IN_BLOCK, **OUTSIDE, **PARTS_OF_FUSED}
-_FUSED_OF = {part: (fused, parts.index(part)) for fused, parts in FUSED.items() for part in parts}
 _PATCH_EMBEDDERS = (PATCH_EMBEDDER, "x_embedder.proj")
 _PATCH = 2
 """Side of a patch, in latents, in every SD3 model."""
@@ -50,31 +55,12 @@ READABLE = (
 """Dtypes in which a LoRA's factors may be stored."""
 
 
-@dataclass(frozen=True)
-class Contents:
-    """The interpreted tensors of a file, and its faults."""
-
-    layout: str
-    """A name of `names.LAYOUTS`; empty if no key belongs to a known layout."""
-    factors: dict[str, Pair]
-    """diffusers' module name -> factors."""
-    alphas: dict[str, float]
-    """Module -> alpha stored as a tensor; the output is scaled by alpha / r."""
-    unknown: dict[str, str]
-    """Key that belongs to no module of SD3 -> its probable purpose."""
-    broken: dict[str, str]
-    """Module, by its name in the file -> its fault."""
-    text: dict[str, str]
-    """Key of a text encoder's tensor -> the text encoder."""
-    for_diffusers: bool
-    """True if all keys are diffusers' own for the transformer."""
-
-
 def interpret(tensors: Mapping[str, Tensor]) -> Contents:
     """Sort a file's tensors into modules with diffusers' names. Faults are returned, not raised."""
     stored: dict[tuple[Layout, str], dict[str, Tensor]] = {}
     unknown: dict[str, str] = {}
     text: dict[str, str] = {}
+    text_stored: dict[str, dict[str, tuple[str, Tensor]]] = {}
     twice: dict[str, str] = {}
     for key, tensor in tensors.items():
         found, encoder = locate(key), text_encoder_of(key)
@@ -86,32 +72,84 @@ def interpret(tensors: Mapping[str, Tensor]) -> Contents:
             parts[part] = tensor
         elif encoder is not None:
             text[key] = encoder
+            if (located := locate_text(key)) is not None:
+                text_stored.setdefault(located[0], {})[located[1]] = key, tensor
         else:
             unknown[key] = foreign(key)
     name = next((layout.name for layout, _ in stored), "")
-    for_diffusers = name == "diffusers" and all(key.startswith("transformer.") for key in tensors)
-    contents = Contents(name, {}, {}, unknown, {}, text, for_diffusers)
+    own = ("transformer.", "text_encoder.", "text_encoder_2.")
+    for_diffusers = name == "diffusers" and all(key.startswith(own) for key in tensors)
+    contents = Contents(name, {}, {}, unknown, {}, text, {}, dict(text), for_diffusers)
+    for module, of_module in text_stored.items():
+        _add_text(contents, module, of_module)
     for (layout, module), parts in stored.items():
         plain = _as_matrices(module, parts)
-        fault = twice.get(module) or _fault(plain) or _add(contents, layout, module, plain)
+        check, add = (lycoris_fault, _add_lycoris) if is_lycoris(parts) else (_fault, _add)
+        fault = twice.get(module) or check(plain) or _type_fault(plain) or add(contents, layout, module, plain)
+        fault = fault or _add_magnitude(contents, layout, module, plain)
         if fault:
             contents.broken[module] = fault
+    if contents.lycoris:  # text encoders' LoRA beside another kind is not loaded
+        contents.text_factors.clear()
+        contents.unread.update(text)
     return contents
 
 
-def arrange(factors: Mapping[str, Pair], layout: str) -> dict[str, Tensor]:
-    """Return key -> tensor (fp32) in a layout, a name of `names.forms`, for factors whose scale is folded into B.
+def _add_text(contents: Contents, module: str, stored: Mapping[str, tuple[str, Tensor]]) -> None:
+    """Add a text encoder's module to the contents, unless it is faulty: its keys then stay unread."""
+    parts = {half: tensor for half, (_, tensor) in stored.items()}
+    if parts.keys() - {"A", "B", "alpha"} or _fault(parts):
+        return
+    contents.text_factors[module] = _widened(parts["A"]), _widened(parts["B"])
+    if "alpha" in parts:
+        contents.alphas[module] = parts["alpha"].item()
+    for key, _ in stored.values():
+        del contents.unread[key]
 
-    Raises AdapterError for a module that the layout cannot express.
+
+def arrange(factors: Mapping[str, Pair], layout: str, magnitudes: Mapping[str, Tensor] = {}) -> dict[str, Tensor]:
+    """Return key -> tensor (fp32) in a layout, a name of `layouts.forms`, for factors whose scale is folded into B.
+
+    Names of text encoders' modules begin with their folder (see `text_layouts`). DoRA's `magnitudes`, [out] by
+    diffusers' names, must include the parts of each fused module (see `fused_parts`). Raises AdapterError for a module
+    that the layout cannot express.
     """
     target = forms()[layout]
     tensors: dict[str, Tensor] = {}
-    for module, pair in (_to_original(factors) if target.original else factors).items():
-        name = target.written(module)
+    text = {module: pair for module, pair in factors.items() if is_text(module)}
+    own = {module: pair for module, pair in factors.items() if module not in text}
+    own = _to_original(own) if target.original else own
+    named = [(target.written(module), module, pair) for module, pair in own.items()]
+    named += [(written_text(module, layout), module, pair) for module, pair in text.items()]
+    for name, module, pair in named:
         for half, factor in zip(target.halves, as_stored(module, pair), strict=True):
             tensors[f"{name}.{half}.weight"] = _plain(factor)
         if target.writes_alpha:
             tensors[f"{name}.alpha"] = torch.tensor(float(len(pair[0])))
+        if magnitudes and not is_text(module):
+            of_module = magnitude_of(module, magnitudes, target.original, pair[0].shape[1])
+            column = of_module[:, None] if target.magnitude == DORA_SCALE else of_module
+            tensors[f"{name}.{target.magnitude}"] = _plain(column)
+    return tensors
+
+
+def arrange_lycoris(modules: Mapping[str, Parts], layout: str) -> dict[str, Tensor]:
+    """Return key -> tensor (fp32) in a layout, for parts of LoHa or LoKr with the scale in the first one.
+
+    Raises AdapterError for a layout of the original modules, in which q, k and v are one.
+    """
+    target = forms()[layout]
+    if target.original:
+        raise AdapterError(
+            "q, k and v are one module there, which LoHa and LoKr cannot express; write --to lycoris, which ComfyUI "
+            "reads, or a LoRA with --rank R"
+        )
+    tensors: dict[str, Tensor] = {}
+    for module, parts in modules.items():
+        name = target.written(module)
+        tensors |= {f"{name}.{part}": _plain(tensor) for part, tensor in parts.items()}
+        if target.writes_alpha:
+            tensors[f"{name}.alpha"] = torch.tensor(float(rank_of(parts) or 1))
     return tensors
 
 
@@ -135,17 +173,6 @@ def text_part(text: Mapping[str, str]) -> str:
     )
 
 
-def fused_ranks(factors: Mapping[str, Pair]) -> dict[str, list[int]]:
-    """Return fused module of the original layout -> ranks of its q, k and v; 0 for a part without adapter."""
-    ranks: dict[str, list[int]] = {}
-    for module, (down, _) in factors.items():
-        container, inside = _cut(module, "transformer_blocks")
-        if container and inside in _FUSED_OF:
-            name, number = _FUSED_OF[inside]
-            ranks.setdefault(f"{container}{name}", [0, 0, 0])[number] = len(down)
-    return ranks
-
-
 def _as_matrices(module: str, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return a module's factors as matrices, also for a convolution over patches (see `as_stored`)."""
     if module not in _PATCH_EMBEDDERS:
@@ -161,7 +188,11 @@ def _fault(parts: Mapping[str, Tensor]) -> str | None:
         return "lora_A and lora_B are not a pair of matrices of one rank"
     if not min(*parts["A"].shape, *parts["B"].shape):
         return "lora_A or lora_B is empty"
-    odd = next((parts[letter] for letter in "AB" if parts[letter].dtype not in READABLE), None)
+    return None
+
+
+def _type_fault(parts: Mapping[str, Tensor]) -> str | None:
+    odd = next((one for part, one in parts.items() if part != "alpha" and one.dtype not in READABLE), None)
     if odd is not None:
         return f"{str(odd.dtype).removeprefix('torch.')} is no type for the weights of a LoRA"
     if "alpha" in parts and not _is_number(parts["alpha"]):
@@ -184,7 +215,7 @@ def _add(contents: Contents, layout: Layout, module: str, parts: Mapping[str, Te
     if layout.original and module.endswith(".qkv") and len(up) % 3:
         return f"{len(up)} rows cannot be cut into q, k and v"
     pieces = _from_original(module, down, up) if layout.original else {module: (down, up)}
-    twice = next((name for name in pieces if name in contents.factors), None)
+    twice = next((name for name in pieces if name in contents), None)
     if twice:
         return f"{twice} is in the file twice"
     contents.factors.update(pieces)
@@ -193,12 +224,39 @@ def _add(contents: Contents, layout: Layout, module: str, parts: Mapping[str, Te
     return None
 
 
+def _add_lycoris(contents: Contents, layout: Layout, module: str, parts: Mapping[str, Tensor]) -> str | None:
+    """Add a module of LoHa or LoKr to the contents under diffusers' names. Return its fault, or None."""
+    pieces = lycoris_pieces(module, parts, layout.original)
+    if isinstance(pieces, str):
+        return pieces
+    twice = next((name for name in pieces if name in contents), None)
+    if twice:
+        return f"{twice} is in the file twice"
+    contents.lycoris.update(pieces)
+    return None
+
+
+def _add_magnitude(contents: Contents, layout: Layout, module: str, parts: Mapping[str, Tensor]) -> str | None:
+    """Add DoRA's magnitude of a module that was just added, under diffusers' names. Return its fault, or None."""
+    if "magnitude" not in parts:
+        return None
+    if module in _PATCH_EMBEDDERS:
+        return "DoRA of the patch embedder, a convolution, is not supported"
+    names = diffusers_names(module) if layout.original else [module]
+    present = [name for name in names if name in contents]
+    pieces = magnitude_pieces(module, parts["magnitude"].float(), contents.size(present[0]), layout.original)
+    if isinstance(pieces, str):
+        return pieces
+    contents.magnitudes.update({name: pieces[name] for name in present})
+    return None
+
+
 def _from_original(module: str, down: Tensor, up: Tensor) -> dict[str, Pair]:
-    container, inside = _cut(module, "joint_blocks")
+    container, inside = cut(module, "joint_blocks")
     if inside not in FUSED:
-        name = _DIFFUSERS_OF[inside]
-        return {f"{_renamed(container)}{name}": (down, _swapped(inside, down, up))}
-    names = [f"{_renamed(container)}{name}" for name in FUSED[inside]]
+        name = DIFFUSERS_OF[inside]
+        return {f"{renamed(container)}{name}": (down, _swapped(inside, down, up))}
+    names = [f"{renamed(container)}{name}" for name in FUSED[inside]]
     ups = up.chunk(3)
     if len(down) % 3 or not _is_block_diagonal(up):
         return {name: (down, own) for name, own in zip(names, ups, strict=True)}
@@ -213,14 +271,14 @@ def _to_original(factors: Mapping[str, Pair]) -> dict[str, Pair]:
     modules: dict[str, Pair] = {}
     fused: dict[str, dict[int, Pair]] = {}
     for module, (down, up) in factors.items():
-        container, inside = _cut(module, "transformer_blocks")
+        container, inside = cut(module, "transformer_blocks")
         place = container.replace("transformer_blocks", "joint_blocks")
-        if container and inside in _FUSED_OF:
-            name, number = _FUSED_OF[inside]
+        if container and inside in FUSED_OF:
+            name, number = FUSED_OF[inside]
             fused.setdefault(f"{place}{name}", {})[number] = (down, up)
             modules.setdefault(f"{place}{name}", (down, up))  # keeps the module's position in the order
-        elif inside in _ORIGINAL_OF and bool(container) != stands_alone(inside):
-            name = _ORIGINAL_OF[inside]
+        elif inside in ORIGINAL_OF and bool(container) != stands_alone(inside):
+            name = ORIGINAL_OF[inside]
             modules[f"{place}{name}"] = (down, _swapped(name, down, up))
         else:
             raise AdapterError(f"{module}: the original layout has no such linear layer, so neither kohya's nor "
@@ -260,20 +318,7 @@ def _swapped(original: str, down: Tensor, up: Tensor) -> Tensor:
 
     That applies to the final layer, and to the last block's text stream, recognized by having only these two.
     """
-    two = original == "final_layer.adaLN_modulation.1" or (
-        original == "context_block.adaLN_modulation.1" and len(up) == 2 * down.shape[1]
-    )
-    return torch.cat(up.chunk(2)[::-1]) if two and len(up) % 2 == 0 else up
-
-
-def _cut(module: str, container: str) -> tuple[str, str]:
-    """Split `joint_blocks.3.x_block.mlp.fc1` into `joint_blocks.3.` and the rest; outside of blocks the first is ''."""
-    found = re.fullmatch(rf"({container}\.\d+\.)(.+)", module)
-    return (found[1], found[2]) if found else ("", module)
-
-
-def _renamed(container: str) -> str:
-    return container.replace("joint_blocks", "transformer_blocks")
+    return torch.cat(up.chunk(2)[::-1]) if is_swapped(original, len(up), down.shape[1]) else up
 
 
 def _widened(factor: Tensor) -> Tensor:

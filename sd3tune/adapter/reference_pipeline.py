@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
 from sd3tune.adapter.file import Adapter
-from sd3tune.adapter.rearrange import arrange
+from sd3tune.adapter.rearrange import arrange, arrange_lycoris
 from sd3tune.errors import AdapterError
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.parts import ENCODER_PARTS
@@ -20,12 +21,18 @@ _NO_TEXT = dict.fromkeys((part for parts in ENCODER_PARTS.values() for part in p
 
 
 def drawing_pipeline(
-    base: Base, dtype: torch.dtype, device: torch.device, vae: AutoencoderKL | None = None
+    base: Base,
+    dtype: torch.dtype,
+    device: torch.device,
+    vae: AutoencoderKL | None = None,
+    encoders: Sequence[str] = (),
 ) -> StableDiffusion3Pipeline:
-    """Return the pipeline without text encoders, to draw from embeddings."""
+    """Return the pipeline to draw from embeddings; of its text encoders it has only `encoders`, without tokenizers."""
+    models = {ENCODER_PARTS[name][1]: load_text_encoder(base, name, dtype, device).model for name in encoders}
     pipeline = StableDiffusion3Pipeline(
-        transformer=load_transformer(base, dtype, device), scheduler=load_scheduler(base), vae=vae, **_NO_TEXT
-    )
+        transformer=load_transformer(base, dtype, device), scheduler=load_scheduler(base), vae=vae,
+        **{**_NO_TEXT, **models},
+    )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -45,13 +52,46 @@ def text_pipeline(
 
 
 def load_into(pipeline: StableDiffusion3Pipeline, adapter: Adapter) -> None:
-    """Load the adapter's file into the pipeline, converted to diffusers' layout if necessary. Raises AdapterError."""
-    weights = str(adapter.path) if adapter.for_diffusers else arrange(adapter.folded(), "diffusers")
+    """Load the adapter's file into the pipeline, converted to diffusers' layout if necessary. Raises AdapterError.
+
+    Parts for text encoders that the pipeline lacks, or for its transformer without weights, are left out.
+    """
+    if adapter.kind == "LoHa" or (adapter.magnitudes and not adapter.by_lora_layers):
+        raise AdapterError(
+            f"{adapter.path}: diffusers does not load this {adapter.kind}"
+            "; merge it into its base (`sd3tune lora merge --into-base`), or take the nearest LoRA "
+            "(`sd3tune lora convert --rank R`)"
+        )
+    if adapter.of_base:
+        raise AdapterError(
+            f"{adapter.path}: its magnitudes are for ComfyUI; `sd3tune lora convert --to diffusers` writes diffusers'"
+        )
+    there = [part for part in adapter.text_parts if getattr(pipeline, part) is not None]
     try:
-        pipeline.load_lora_weights(weights, adapter_name=NAME)
+        if adapter.lycoris:
+            found = str(adapter.path) if adapter.for_diffusers else arrange_lycoris(adapter.lycoris, "diffusers")
+            pipeline.transformer.load_lora_adapter(found, adapter_name=NAME)
+            return
+        arranged = {} if adapter.for_diffusers else arrange(adapter.whole(), "diffusers", adapter.magnitudes)
+        weights = arranged or str(adapter.path)
+        if there == adapter.text_parts and not pipeline.transformer.pos_embed.proj.weight.is_meta:
+            pipeline.load_lora_weights(weights, adapter_name=NAME)
+        else:
+            _load_parts(pipeline, weights, there)
     except Exception as error:  # two libraries may raise anything for a foreign file
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise AdapterError(
             f"{adapter.path}: diffusers does not load it: {reason}; `sd3tune lora convert --to diffusers` writes what "
             "it takes"
         ) from error
+
+
+def _load_parts(pipeline: StableDiffusion3Pipeline, weights: Any, parts: Sequence[str]) -> None:
+    """Load what `load_lora_weights` loads, into the text encoders `parts` or, without any, into the transformer."""
+    tensors, metadata = pipeline.lora_state_dict(weights, return_lora_metadata=True)
+    if not parts:
+        pipeline.load_lora_into_transformer(tensors, pipeline.transformer, adapter_name=NAME, metadata=metadata)
+    for part in parts:
+        pipeline.load_lora_into_text_encoder(
+            tensors, None, getattr(pipeline, part), prefix=part, adapter_name=NAME, metadata=metadata
+        )

@@ -5,22 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from sd3tune.adapter.rearrange import Pair
 from sd3tune.model.base.parts import CONFIGS, VARIANTS
 from sd3tune.model.base.weights import read_json
 
 _IN_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 
 
-def fitting_variants(factors: Mapping[str, Pair]) -> list[str]:
-    """Return the keys of `VARIANTS` with the factors' width and all of their blocks and `attn2` layers."""
+def fitting_variants(inputs: Mapping[str, int]) -> list[str]:
+    """Return the keys of `VARIANTS` with the modules' widths and all of their blocks and `attn2` layers.
+
+    `inputs` has each module's number of inputs.
+    """
     blocks, widths, dual = set(), set(), set()
-    for name, (down, _) in factors.items():
+    for name, width in inputs.items():
         found = _IN_BLOCK.fullmatch(name)
         if found:
             blocks.add(int(found[1]))
             if not found[2].endswith("net.2"):  # the only layers whose input is not the stream
-                widths.add(down.shape[1])
+                widths.add(width)
             if found[2].startswith("attn2."):
                 dual.add(int(found[1]))
     fitting = []

@@ -12,7 +12,7 @@ from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
 from sd3tune.reporting import result
 
-lora_app = typer.Typer(help="Inspect, convert, verify, merge and resize adapters.", no_args_is_help=True)
+lora_app = typer.Typer(help="Inspect, convert, verify, merge, resize and extract adapters.", no_args_is_help=True)
 
 Adapter = Annotated[Path, typer.Argument(metavar="PATH", help="A file, adapter folder, checkpoint or run.")]
 *_first, _last = forms()
@@ -51,14 +51,21 @@ def convert(
         typer.Option(metavar="PICTURE", help="Thumbnail for UIs; by default the run's last preview, if there is one."),
     ] = None,
     no_thumbnail: Annotated[bool, typer.Option("--no-thumbnail", help="Store no thumbnail in the file.")] = False,
+    rank: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="R", help="Write the nearest LoRA of this rank; for DoRA, LoHa and LoKr."),
+    ] = None,
+    base: Base = None,
 ) -> None:
-    """Write an adapter in another tool's layout; its output does not change."""
+    """Write an adapter in another tool's layout; its output does not change, except with --rank."""
     if thumbnail is not None and no_thumbnail:
         raise ConfigError(f"--thumbnail {thumbnail}: not with --no-thumbnail; leave one of the two out")
     with quick_imports(f"lora convert {path}"):
         from sd3tune.commands.lora_convert import convert_lora
 
-    for line in convert_lora(path, to, out, thumbnail, not no_thumbnail, transformer_only=transformer_only):
+    for line in convert_lora(
+        path, to, out, thumbnail, not no_thumbnail, transformer_only=transformer_only, rank=rank, base=base
+    ):
         result(line)
 
 
@@ -131,4 +138,20 @@ def resize(
         from sd3tune.commands.lora_resize import resize_lora
 
     for line in resize_lora(path, out, rank, energy, transformer_only=transformer_only):
+        result(line)
+
+
+@lora_app.command()
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model before: a folder, a file or a Hub id.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The model after, of the same shape.")],
+    rank: Annotated[int, typer.Option(metavar="R", help="Maximum rank of each module.")],
+    out: Out,
+    to: Form = "diffusers",
+) -> None:
+    """Write the difference of two models as a LoRA, and print the approximation error."""
+    with quick_imports(f"lora extract {tuned}"):
+        from sd3tune.commands.lora_extract import extract_lora
+
+    for line in extract_lora(base, tuned, rank, out, to):
         result(line)

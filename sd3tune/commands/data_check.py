@@ -21,6 +21,7 @@ from sd3tune.data.duplicates import LEAST_SIDE, near_duplicates, thumbnail
 from sd3tune.data.images import ImageRef, check_header, check_shape, is_smaller, read_picture, reading_warnings
 from sd3tune.data.records import Record, scan_records
 from sd3tune.data.sources.from_path import source_of
+from sd3tune.data.written import Caption
 from sd3tune.errors import ConfigError, DataError, ModelError, RunError
 from sd3tune.files.atomic import new_file
 from sd3tune.model.base.base import Base
@@ -75,7 +76,7 @@ def load_data(what: str, overrides: Sequence[str] = (), caption: str | None = No
 def run_data_check(config: Config, sheet: Path) -> None:
     """Print the report and write the contact sheet. Raises DataError with every problem that prevents training."""
     _check_sheet(sheet)
-    scan = scan_records(config.data, progress=True, look=_inspect)
+    scan = scan_records(config.data, config.seed, progress=True, look=_inspect)
     problems = scan.problems
     buckets = _buckets(config)
     checked: list[_CheckedImage] = []
@@ -130,15 +131,21 @@ def _report(config: Config, buckets: Sequence[Size], checked: Sequence[_CheckedI
         yield f"source {number}  {source.path}: {', '.join(extras)}"
     if not checked:
         return
-    captions = list(dict.fromkeys(one.record.caption for one in checked if one.record.caption))
+    captions = list(dict.fromkeys(caption for one in checked for caption in one.record.drawn if any(caption.texts)))
     if captions:
-        yield from _captions(config, captions)
+        yield from _captions(config, captions, len(checked))
     yield from _sizes(buckets, checked)
     yield from _duplicates(checked)
 
 
-def _captions(config: Config, captions: Sequence[str]) -> Iterator[str]:
-    yield f"captions  {len(captions)} different; the first: {captions[0][:80]!r}"
+def _captions(config: Config, captions: Sequence[Caption], images: int) -> Iterator[str]:
+    """Yield lines on the captions that training draws from, with their numbers of tokens."""
+    several = f" for {images} image{'s' * (images != 1)}" * (len(captions) > images)
+    yield f"captions  {len(captions)} different{several}; the first: {captions[0].text[:80]!r}"
+    for reader, name in (("clip", "CLIP"), ("t5", "T5")):
+        own = next((text for caption in captions if (text := getattr(caption, reader)) is not None), None)
+        if own is not None:
+            yield f"          {name} reads texts of its own; the first: {own[:80]!r}"
     try:
         base = local_base(config.model)
         limits = {"CLIP": ("clip_l", _CLIP_TOKENS)}
@@ -152,7 +159,7 @@ def _captions(config: Config, captions: Sequence[str]) -> Iterator[str]:
         yield f"tokens    not counted: the tokenizers of {config.model.base} are not on this machine yet"
     for name, count_tokens in counters.items():
         limit = limits[name][1]
-        counts = {caption: count_tokens(caption) for caption in captions}
+        counts = {text: count_tokens(text) for text in (caption.read_by(limits[name][0]) for caption in captions)}
         longest = max(counts, key=lambda caption: counts[caption])
         yield f"tokens    {name}: at most {counts[longest]} of {limit}"
         beyond = sum(count > limit for count in counts.values())

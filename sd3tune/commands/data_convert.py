@@ -12,11 +12,11 @@ from PIL import Image
 from sd3tune.config import parse_config
 from sd3tune.config.sections.data import DataConfig
 from sd3tune.data.formats import EXTENSIONS
-from sd3tune.data.images import ImageRef, image_bytes
+from sd3tune.data.images import ImageRef, file_of, image_bytes
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.sources.dataset import Row, write_parquet
 from sd3tune.data.sources.from_path import source_of
-from sd3tune.data.sources.metadata import CSV, JSONL, write_csv, write_jsonl
+from sd3tune.data.sources.metadata import CSV, JSONL, as_lines, cells_of, write_csv, write_jsonl
 from sd3tune.errors import DataError, RunError
 from sd3tune.files.atomic import new_file, new_folder
 
@@ -62,21 +62,27 @@ def convert(data: DataConfig, form: str, out: Path) -> str:
 def _sidecars(folder: Path, named: _Named) -> None:
     _copy(folder, named)
     for name, record in named:
-        (folder / name).with_suffix(".txt").write_text(record.caption + "\n", encoding="utf-8", newline="\n")
+        for column, texts in cells_of(record.written).items():
+            ending = column.removeprefix("text").replace("_", ".") + ".txt"
+            text = as_lines(texts) + "\n"
+            (folder / name).with_suffix(ending).write_text(text, encoding="utf-8", newline="\n")
 
 
 def _jsonl(folder: Path, named: _Named) -> None:
     _copy(folder, named)
-    write_jsonl(folder / JSONL, ((name, record.caption) for name, record in named))
+    write_jsonl(folder / JSONL, ((name, record.written) for name, record in named))
 
 
 def _csv(folder: Path, named: _Named) -> None:
     _copy(folder, named)
-    write_csv(folder / CSV, ((name, record.caption) for name, record in named))
+    write_csv(folder / CSV, ((name, record.written) for name, record in named))
 
 
 def _parquet(file: Path, named: _Named) -> None:
-    write_parquet(file, ((name, image_bytes(record.image), record.caption) for name, record in named))
+    cells = [cells_of(record.written) for _, record in named]
+    used = dict.fromkeys(column for of in cells for column in of)
+    columns = {column: any(len(of.get(column, ())) > 1 for of in cells) for column in used}
+    write_parquet(file, ((name, image_bytes(record.image), record.written) for name, record in named), columns)
 
 
 _FORMS: dict[str, _Write] = {"sidecar": _sidecars, "jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
@@ -113,8 +119,8 @@ def _identity(name: PurePosixPath, flat: bool) -> str:
 
 def _own_name(image: ImageRef, root: Path) -> str | None:
     """Return the path relative to `root`, or the file name recorded in a dataset; never one that leaves the folder."""
-    if isinstance(image, Path):
-        return image.relative_to(root).as_posix()
+    if file := file_of(image):
+        return file.relative_to(root).as_posix()
     remembered = PurePosixPath((image.file_name if isinstance(image, Row) else None) or "")
     if remembered.is_absolute() or ".." in remembered.parts:
         remembered = PurePosixPath(remembered.name)

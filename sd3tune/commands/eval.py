@@ -105,7 +105,7 @@ def _prepare(request: EvalRequest) -> _Prepared:
     out = request.out or target.default_out
     if not target.weights:
         return _Prepared(target, photos, subject, specs, out, None, [])
-    previews = target.config.preview.prompts if target.config else []
+    previews = target.config.preview.texts if target.config else []
     prompts = choose_prompts(request, subject, previews, base == NANO)
     return _Prepared(target, photos, subject, specs, out, prompts, plan_drawings(request, target, prompts, out))
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from sd3tune.adapter.derived import check_out, notes_of, write_form
+from sd3tune.adapter.contents import Pair
+from sd3tune.adapter.derived import by_block, check_out, contract_of_ranks, losses, notes_of, write_form
 from sd3tune.adapter.file import read_adapter
 from sd3tune.adapter.layouts import forms
 from sd3tune.adapter.modelspec import THUMBNAIL_KEY
-from sd3tune.adapter.rearrange import Pair, fused_ranks
-from sd3tune.errors import RunError
+from sd3tune.adapter.original import fused_ranks
+from sd3tune.adapter.text_layouts import by_encoder
+from sd3tune.errors import ConfigError, RunError
+from sd3tune.inference.of_base import magnitudes_for, nearest_lora
 from sd3tune.run.thumbnail import preview_of, thumbnail
 
 
@@ -22,8 +25,13 @@ def convert_lora(
     with_picture: bool = True,
     *,
     transformer_only: bool = False,
+    rank: int | None = None,
+    base: str | None = None,
 ) -> list[str]:
     """Write the adapter to `out` in `form`, a name of `adapter.names.forms`, and return summary lines.
+
+    `rank` writes the nearest LoRA of that rank instead of another kind of adapter. DoRA needs the base's weights for
+    it, and for other tools' magnitudes: by default those of the base that the adapter names.
 
     `picture` is the thumbnail for UIs: by default the file's own, else the preview of these weights in their run.
     Raises AdapterError for a file that cannot be read or stored in `form`, DataError for an unreadable picture, and
@@ -31,19 +39,37 @@ def convert_lora(
     """
     if form not in forms():
         raise RunError(f"--to {form}: one of {', '.join(forms())}")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank {rank}: at least 1")
     check_out(out)
     adapter = read_adapter(source, transformer_only=transformer_only)
-    factors = adapter.folded()
+    if rank is not None and adapter.kind == "LoRA":
+        raise ConfigError(f"--rank {rank}: {adapter.path} is a LoRA already; `sd3tune lora resize` changes its rank")
     metadata = {key: text for key, text in adapter.metadata.items() if with_picture or key != THUMBNAIL_KEY}
     if with_picture and (picture or THUMBNAIL_KEY not in metadata):
         picture = picture or preview_of(adapter.path)
     lines = []
+    found = nearest_lora(adapter, rank, base) if rank is not None else {}
+    factors = adapter.whole() | {module: one.pair for module, one in found.items()}
+    contract = contract_of_ranks(adapter.contract, rank) if rank is not None else adapter.contract
+    magnitudes = magnitudes_for(adapter, form, base) if adapter.magnitudes and rank is None else {}
+    if magnitudes and form == "kohya":
+        lines.append("note: ComfyUI reads the magnitudes (dora_scale) in this file; sd-scripts ignores them")
     if picture is not None:
         metadata |= thumbnail(picture)
         lines.append(f"thumbnail: {picture}; --no-thumbnail leaves it out")
-    write_form(out, form, factors, adapter.contract, metadata)
+    lycoris = adapter.lycoris if rank is None else {}
+    write_form(out, form, factors, contract, metadata, magnitudes=magnitudes, lycoris=lycoris)
     fusing = _fusing(factors) if forms()[form].original else []
-    return [f"{out}: {len(factors)} modules in {form} layout", *fusing, *lines, *notes_of(adapter)]
+    text = f", of which {by_encoder(adapter.text_factors)}" if adapter.text_factors else ""
+    errors = [f"a {adapter.kind} as LoRA of rank {rank}", *losses(found), *by_block(found)] if found else []
+    return [
+        f"{out}: {len({**adapter.sizes, **factors})} modules in {form} layout{text}",
+        *errors,
+        *fusing,
+        *lines,
+        *notes_of(adapter),
+    ]
 
 
 def _fusing(factors: Mapping[str, Pair]) -> list[str]:

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sd3tune.adapter.contents import Contents
 from sd3tune.adapter.file import Adapter, AdapterFile, as_adapter, read_file, too_large
+from sd3tune.adapter.lycoris import product, rank_of
 from sd3tune.adapter.modelspec import THUMBNAIL_KEY
-from sd3tune.adapter.rearrange import Contents, first_of, interpret, shown, text_part
+from sd3tune.adapter.rearrange import first_of, interpret, shown, text_part
 from sd3tune.adapter.released import fitting_variants
+from sd3tune.adapter.text_layouts import by_encoder
 from sd3tune.errors import AdapterError
-from sd3tune.model.lora.layers import block_norms
+from sd3tune.model.lora.layers import block_norms, norms_by_block
 
 _PRINTED_ELSEWHERE = ("contract_version", "base", "base_kind", "base_revision", "base_fingerprint", "trigger", "name")
 _KOHYA = {"ss_output_name": "name", "ss_base_model_version": "base", "modelspec.trigger_phrase": "trigger"}
@@ -24,14 +27,15 @@ def inspect_lora(location: Path) -> list[str]:
     """Return lines that describe a valid or invalid file. Raises AdapterError if it is not a LoRA for SD3 at all."""
     file = read_file(location)
     contents = interpret(file.tensors)
-    if not contents.factors:
+    if not contents.sizes:
         raise AdapterError(f"{file.path}: not a LoRA for SD3's transformer: {_why_empty(contents)}")
     adapter = as_adapter(file, contents)
     return [
-        f"{file.path}: a LoRA in {adapter.layout}'{'s' * (adapter.layout[-1] != 's')} layout",
+        f"{file.path}: a {adapter.kind} in {adapter.layout}'{'s' * (adapter.layout[-1] != 's')} layout",
         *_base(adapter),
-        *_sizes(adapter),
+        *_sizes(adapter, contents),
         *_modules(adapter),
+        *_text(adapter),
         *_contract(adapter),
         *_norms(adapter),
         *(f"warning: {line}" for line in _warnings(file, contents, adapter)),
@@ -50,7 +54,10 @@ def _why_empty(contents: Contents) -> str:
 
 def _base(adapter: Adapter) -> Iterator[str]:
     contract = adapter.contract
-    variants = " or ".join(fitting_variants(adapter.factors)) or "none of the released bases"
+    variants = (
+        " or ".join(fitting_variants({module: inputs for module, (_, inputs) in adapter.sizes.items()}))
+        or "none of the released bases"
+    )
     if contract.get("base") is None:
         yield f"base      not stated; its sizes fit {variants}"
     else:
@@ -60,12 +67,18 @@ def _base(adapter: Adapter) -> Iterator[str]:
         yield f"base      {shown(contract['base'])} ({kind}{revision}{fingerprint})"
 
 
-def _sizes(adapter: Adapter) -> Iterator[str]:
-    pairs = adapter.factors.values()
-    parameters = sum(factor.numel() for pair in pairs for factor in pair)
-    dtypes = ", ".join(sorted({str(factor.dtype).removeprefix("torch.") for pair in pairs for factor in pair}))
-    yield f"modules   {len(pairs)}, {parameters:,} parameters, {dtypes}"
-    yield f"rank      {_counted(len(down) for down, _ in pairs)}"
+def _sizes(adapter: Adapter, contents: Contents) -> Iterator[str]:
+    tensors = [tensor for parts in contents.lycoris.values() for tensor in parts.values()]
+    tensors += [factor for pair in adapter.factors.values() for factor in pair]
+    parameters = sum(tensor.numel() for tensor in (*tensors, *adapter.magnitudes.values()))
+    # Magnitudes are read as fp32, whatever the file holds.
+    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+    yield f"modules   {len(adapter.sizes)}, {parameters:,} parameters, {dtypes}"
+    if adapter.lycoris:
+        of_parts = [rank_of(parts) for parts in adapter.lycoris.values()]
+        yield f"rank      {_counted('whole matrices' if rank is None else rank for rank in of_parts)}"
+        return
+    yield f"rank      {_counted(len(down) for down, _ in adapter.factors.values())}"
     ranks = {module: len(down) for module, (down, _) in adapter.factors.items()}
     scales = {module: adapter.alphas[module] / rank for module, rank in ranks.items()}
     stated = {module: scale * (ranks[module] ** 0.5 if adapter.rslora else ranks[module])
@@ -78,9 +91,16 @@ def _sizes(adapter: Adapter) -> Iterator[str]:
 
 def _modules(adapter: Adapter) -> Iterator[str]:
     """Yield a line per kind of adapted module with its count."""
-    kinds = Counter(re.sub(r"^transformer_blocks\.\d+\.", "", module) for module in adapter.factors)
+    kinds = Counter(re.sub(r"^transformer_blocks\.\d+\.", "", module) for module in adapter.sizes)
     for number, (kind, count) in enumerate(kinds.items()):
         yield f"{'trained' if number == 0 else '':<10}{kind} in {count} place{'s' * (count != 1)}"
+
+
+def _text(adapter: Adapter) -> Iterator[str]:
+    """Yield a line with the modules and ranks of the text encoders, if it adapts any."""
+    if adapter.text_factors:
+        ranks = _counted(len(down) for down, _ in adapter.text_factors.values())
+        yield f"text      {by_encoder(adapter.text_factors)} modules, rank {ranks}"
 
 
 def _contract(adapter: Adapter) -> Iterator[str]:
@@ -108,16 +128,17 @@ def _norms(adapter: Adapter) -> Iterator[str]:
         for module, pair in adapter.folded().items()
         for letter, factor in zip("AB", pair, strict=True)
     }
-    for number, (block, norm) in enumerate(block_norms(folded).items()):
-        yield f"{'|BA|' if number == 0 else '':<10}{block}: {norm:.4g}"
+    norms = block_norms(folded) or norms_by_block((name, product(of)) for name, of in adapter.lycoris.items())
+    for number, (block, norm) in enumerate(norms.items()):
+        yield f"{('|BA|' if folded else '|update|') if number == 0 else '':<10}{block}: {norm:.4g}"
 
 
 def _warnings(file: AdapterFile, contents: Contents, adapter: Adapter) -> Iterator[str]:
     for what in dict.fromkeys(contents.unknown.values()):
         keys = [key for key, reason in contents.unknown.items() if reason == what]
         yield f"{len(keys)} unknown key{'s' * (len(keys) != 1)}: {first_of(keys)}" + f", {what}" * bool(what)
-    if contents.text:
-        yield f"{text_part(contents.text)}; the other commands refuse the file without --transformer-only"
+    if contents.unread:
+        yield f"{text_part(contents.unread)}; the other commands refuse the file without --transformer-only"
     for module, fault in contents.broken.items():
         yield f"{module}: {fault}"
     if file.bad:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from sd3tune import __version__
+from sd3tune.adapter.attach import match
 from sd3tune.adapter.derived import check_out, losses, notes_of, write_form
-from sd3tune.adapter.file import Adapter, match, read_adapter
+from sd3tune.adapter.file import Adapter, read_adapter
+from sd3tune.adapter.kinds import change_of, require_lora
 from sd3tune.adapter.layouts import forms
 from sd3tune.adapter.low_rank import truncate, weighted_sum
 from sd3tune.adapter.rearrange import first_of
+from sd3tune.adapter.text_layouts import by_encoder
 from sd3tune.errors import AdapterError, ConfigError, RunError
 from sd3tune.files.regular import sha256_of
 from sd3tune.inference.conditions import find_base
@@ -48,7 +51,9 @@ def merge_loras(
         raise RunError(f"--to {form}: one of {', '.join(forms())}")
     check_out(out)
     adapters = _read(wanted, transformer_only)
-    factors = weighted_sum([(adapter.folded(), weight) for adapter, weight in adapters])
+    for adapter, _ in adapters:
+        require_lora(adapter, "lora merge without --into-base")
+    factors = weighted_sum([(adapter.whole(), weight) for adapter, weight in adapters])
     lines = [*_disagreements(adapters), *_all_notes(adapters)]
     if rank is not None:
         found = {module: truncate(pair, rank) for module, pair in factors.items()}
@@ -72,12 +77,17 @@ def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, trans
     check_parts(found, "--into-base")
     skeleton = empty_transformer(found)
     for adapter, _ in adapters:
+        if adapter.text_factors:
+            raise AdapterError(
+                f"{adapter.path}: also adapts text encoders ({by_encoder(adapter.text_factors)}), which are not "
+                "merged into a base; leave them out: --transformer-only"
+            )
         unmatched = match(skeleton, adapter).unmatched
         if unmatched:
             raise AdapterError(f"{adapter.path}: {found.name} has no {first_of(unmatched)}, so it cannot be merged")
     dtype = stored_dtype(found)
     tensors = load_transformer(found, torch.float32).state_dict()
-    modules = {module for adapter, _ in adapters for module in adapter.factors}
+    modules = {module for adapter, _ in adapters for module in adapter.sizes}
     for module in modules:
         tensors[f"{module}.weight"] = _added(tensors[f"{module}.weight"], module, adapters)
     usual = {"encoders": list(ENCODERS), **found.contract}
@@ -97,9 +107,11 @@ def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, trans
 
 def _added(weight: Tensor, module: str, adapters: Weighted) -> Tensor:
     """Return the merged weight in fp32; the sum is in float64, so that it is rounded once."""
-    total = weight.double()
+    total = base = weight.double()
     for adapter, share in adapters:
-        if module in adapter.factors:
+        if adapter.kind != "LoRA" and module in adapter.sizes:
+            total = total + share * change_of(adapter, module, base)
+        elif module in adapter.factors:
             down, up = (factor.double() for factor in adapter.factors[module])
             change = share * adapter.alphas[module] / len(down) * up @ down
             total = total + change.reshape(total.shape)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from sd3tune.adapter.derived import check_out, form_of, losses, notes_of, write_form
+from sd3tune.adapter.derived import check_out, contract_of_ranks, form_of, losses, notes_of, write_form
 from sd3tune.adapter.file import read_adapter
-from sd3tune.adapter.low_rank import Truncated, truncate
-from sd3tune.config.meaning import keys_of_ranks
-from sd3tune.config.sections.method import LoraConfig
+from sd3tune.adapter.kinds import require_lora
+from sd3tune.adapter.low_rank import truncate
 from sd3tune.errors import ConfigError
 
 
@@ -30,25 +27,18 @@ def resize_lora(
         raise ConfigError(f"--energy {energy:g}: a share above 0 and up to 1, such as 0.99")
     check_out(out)
     adapter = read_adapter(source, transformer_only=transformer_only)
-    found = {module: truncate(pair, rank, energy) for module, pair in adapter.folded().items()}
+    require_lora(adapter, "lora resize")
+    found = {module: truncate(pair, rank, energy) for module, pair in adapter.whole().items()}
     factors = {module: truncated.pair for module, truncated in found.items()}
-    write_form(out, form_of(adapter), factors, _contract(adapter.contract, found), adapter.metadata)
-    before = Counter(len(down) for down, _ in adapter.factors.values())
+    highest = max(len(down) for down, _ in factors.values())
+    write_form(out, form_of(adapter), factors, contract_of_ranks(adapter.contract, highest), adapter.metadata)
+    before = Counter(len(down) for down, _ in adapter.whole().values())
     after = Counter(len(down) for down, _ in factors.values())
     return [
         f"{out}: {len(found)} modules, rank {_ranks(before)} -> {_ranks(after)}",
         *losses(found),
         *notes_of(adapter),
     ]
-
-
-def _contract(contract: Mapping[str, Any], found: Mapping[str, Truncated]) -> dict[str, Any]:
-    if not contract:
-        return {}
-    rank = max(len(one.pair[0]) for one in found.values())
-    of_ranks = keys_of_ranks(LoraConfig)
-    kept = {key: value for key, value in contract.items() if key not in of_ranks}
-    return {**kept, "rank": rank, "alpha": rank}
 
 
 def _ranks(counts: Counter[int]) -> str:

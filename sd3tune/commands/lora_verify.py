@@ -7,17 +7,23 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from sd3tune.adapter.attach import match
 from sd3tune.adapter.derived import notes_of
-from sd3tune.adapter.file import Adapter, match, read_adapter
-from sd3tune.adapter.rearrange import first_of
+from sd3tune.adapter.file import Adapter, read_adapter
+from sd3tune.adapter.layouts import MAGNITUDE
+from sd3tune.adapter.lycoris import product
+from sd3tune.adapter.rearrange import arrange, first_of
 from sd3tune.adapter.reference_pipeline import NAME, drawing_pipeline, load_into
+from sd3tune.adapter.text_encoders import match_text
+from sd3tune.adapter.text_layouts import by_encoder
 from sd3tune.encode.resources import release
 from sd3tune.errors import AdapterError
 from sd3tune.inference.conditions import find_base
+from sd3tune.model.base.parts import ENCODER_OF
 from sd3tune.model.load.components import empty_transformer
+from sd3tune.model.lora.layers import adapter_layers, parameters_of
 from sd3tune.run.verify_preview import compare_with_preview
 from sd3tune.runtime.device import choose_dtype, dtype_name, gpu_of, make_accelerator
 
@@ -40,13 +46,18 @@ def verify_lora(
     counted = match(empty_transformer(found), adapter)
     if counted.unmatched:
         raise AdapterError(
-            f"{adapter.path}: {len(counted.unmatched)} of {len(adapter.factors)} modules are not in {found.name}: "
+            f"{adapter.path}: {len(counted.unmatched)} of {len(adapter.sizes)} modules are not in {found.name}: "
             f"{first_of(counted.unmatched)}; it was made for another base"
         )
-    pipeline = drawing_pipeline(found, torch_dtype, device)
+    match_text(found, adapter)
+    arrange(adapter.whole(), "diffusers")  # refuses T5 by name
+    encoders = [ENCODER_OF[part] for part in adapter.text_parts]
+    pipeline = drawing_pipeline(found, torch_dtype, device, encoders=encoders)
     before = _one_step(pipeline)
     load_into(pipeline, adapter)
     _check_layers(adapter, pipeline.transformer)
+    for part in adapter.text_parts:
+        _check_layers(adapter.of_part(part), getattr(pipeline, part))
     after = _one_step(pipeline)
     if not after.isfinite().all():
         raise AdapterError(
@@ -57,9 +68,10 @@ def verify_lora(
         raise AdapterError(f"{adapter.path}: it does not change the prediction of {found.name}: its B are zero, or too "
                            f"small for {dtype_name(torch_dtype)}")  # fmt: skip
     lines = [
-        f"{adapter.path}: {counted.matched} tensors of {len(adapter.factors)} modules loaded by diffusers into "
+        f"{adapter.path}: {counted.matched} tensors of {len(adapter.sizes)} modules loaded by diffusers into "
         f"{found.name}, none left over",
         f"one step in {dtype_name(torch_dtype)}: finite, and {change:.2%} away from the base's",
+        *([f"also loaded into text encoders: {by_encoder(adapter.text_factors)} modules"] if encoders else []),
         *notes_of(adapter),
     ]
     del pipeline
@@ -69,15 +81,21 @@ def verify_lora(
 
 def _check_layers(adapter: Adapter, transformer: Any) -> None:
     """Raise AdapterError unless diffusers has adapted exactly the file's modules, with its weights."""
-    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    layers = adapter_layers(transformer)
     folded = adapter.folded()
-    missed = [name for name in folded if name not in layers or NAME not in layers[name].lora_A]
-    more = [name for name in layers if name not in folded]
+    missed = [name for name in adapter.sizes if name not in layers or not parameters_of(layers[name], NAME)]
+    more = [name for name in layers if name not in adapter.sizes]
     if missed or more:
         what = f"skipped {first_of(missed)}" if missed else f"also adapted {first_of(more)}"
         raise AdapterError(f"{adapter.path}: diffusers {what}")
+    for name, parts in adapter.lycoris.items():
+        if not _close(layers[name].get_delta_weight(NAME).float().cpu(), product(parts)):
+            raise AdapterError(f"{adapter.path}: {name}: diffusers loaded other weights or another alpha")
+    for name, magnitude in adapter.magnitudes.items():
+        if not _close(parameters_of(layers[name], NAME)[MAGNITUDE].float().cpu(), magnitude):
+            raise AdapterError(f"{adapter.path}: {name}: diffusers loaded another magnitude")
     for name, (down, up) in folded.items():
-        layer = layers[name]
+        layer: Any = layers[name]
         held = layer.lora_B[NAME].weight.float().cpu() * layer.scaling[NAME]
         if not (_close(held.flatten(1), up) and _close(layer.lora_A[NAME].weight.float().cpu().flatten(1), down)):
             raise AdapterError(f"{adapter.path}: {name}: diffusers loaded other weights or another alpha")

@@ -16,8 +16,10 @@ from sd3tune.forecast.gpus import GpuSpec, find_gpu
 from sd3tune.forecast.knobs import after, knobs
 from sd3tune.forecast.rehearsal import Training
 from sd3tune.forecast.system import SystemMemory, machine_memory, system_memory
+from sd3tune.methods import METHODS
 from sd3tune.reporting import Lines
-from sd3tune.run.describe import describe_precision
+from sd3tune.run.captions import describe_captions
+from sd3tune.run.describe import describe_hoist, describe_precision
 from sd3tune.runtime.device import DTYPES, choose_dtype, dtype_name, gpu_of
 
 UTILISATION = 40
@@ -163,6 +165,7 @@ def _base_lines(inputs: ForecastInputs) -> list[str]:
     return [
         f"base      {inputs.base.name}, {describe_precision(inputs.config, inputs.dtype)}",
         f"largest   {width}x{height} px, {batch}, gradient checkpointing {checkpointing}",
+        *describe_hoist(inputs.config),
     ]
 
 
@@ -194,6 +197,7 @@ def components(training: Training) -> list[tuple[str, int]]:
     millions = f"{training.trained / 1e6:.1f} M"
     return [
         (f"base, frozen (of {training.parameters / 1e9:.3f} B parameters)", training.frozen),
+        ("trained text encoders, frozen", training.encoders),
         (f"trainable parameters, {millions}, for computing", training.compute),
         ("their fp32 master", training.master),
         ("their gradients' fp32 sum", training.gradient),
@@ -230,6 +234,9 @@ def _length_lines(plan: Forecast, card: GpuSpec | None, utilisation: float) -> l
         lines.append(
             f"store     {gigabytes(store.nbytes)}: {store.texts} texts and {store.images} images, encoded once"
         )
+        inputs = plan.inputs
+        encoders = METHODS[inputs.config.method.kind](inputs.config, inputs.base).cached_encoders
+        lines += describe_captions(inputs.config, inputs.records or (), inputs.base, encoders, inputs.dtype)
     if train.steps is None:
         lines.append("steps     not known yet: train.epochs needs the images")
     else:

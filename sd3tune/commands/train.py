@@ -222,7 +222,10 @@ def _begin(
         say(f"resuming from {plan.start.name}")
     processes.wait()
 
+    planned = plan.method.title()
     state = starting_state(plan, encoded, transformer, processes)
+    if plan.method.title() != planned:
+        say(f"{plan.method.product.name:<9} {plan.method.title()}")
     described: dict[str, Any] = {}
     if processes.is_main:
         clear(plan.run, plan.start)
@@ -297,5 +300,5 @@ def _export(plan: Plan, state: TrainState, contract: Mapping[str, Any]) -> None:
     product = plan.method.product
     plan.method.export(plan.run / product.name, exported_weights(state), contract)
     if state.ema is not None:
-        raw = state.master.named(state.master.master)
+        raw = state.master.named(state.result())
         plan.method.export(plan.run / product.raw, raw, {**contract, "weights": "raw"})

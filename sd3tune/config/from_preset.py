@@ -67,7 +67,7 @@ def _caption(edited: _Text, caption: str) -> None:
     prompts: KeyPath = ("preview", "prompts")
     for number in range(edited.length(prompts)):
         prompt = edited.value((*prompts, number))
-        if former in prompt:
+        if isinstance(prompt, str) and former in prompt:
             edited.replace((*prompts, number), prompt.replace(former, caption))
 
 

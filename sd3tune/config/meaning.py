@@ -86,8 +86,11 @@ def _selected(
             inside = _selected(inner, wanted, resolved, f"{path}.")
             found |= {name: inside} if inside else {}
         elif isinstance(inner, list) and any(isinstance(entry, Section) for entry in inner):
-            entries = [_selected(entry, wanted) for entry in inner]
+            is_wanted = wanted(key_of(field) or WRITTEN)
+            entries = [
+                _selected(entry, wanted) if isinstance(entry, Section) else is_wanted and entry for entry in inner
+            ]
             found |= {name: entries} if any(entries) else {}
-        elif wanted(key_of(field) or WRITTEN):
+        elif wanted(key := key_of(field) or WRITTEN) and not (key.added and inner == field.default):
             found[name] = values[name]
     return found

@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.section import Section
-from sd3tune.config.shape import default_section, entry_field, item_of, kind_of, sections_of
+from sd3tune.config.shape import alternatives, default_section, entry_field, item_of, kind_of, sections_of
 
 _INTRODUCTION = """\
 # Configuration
@@ -105,7 +105,8 @@ def _sections(section: type[Section], prefix: str) -> Iterator[str]:
                 default = " (the default)" if one is default_section(entry_field(item) if is_list else field) else ""
                 yield f"### {path}, kind `{kind_of(one)}`{default}\n"
                 yield inspect.cleandoc(one.__doc__ or "") + "\n"
-            yield _table({key: value for key, value in one.model_fields.items() if not _inner(value)})
+            rows = {key: value for key, value in one.model_fields.items() if not _inner(value) or _also_plain(value)}
+            yield from [_table(rows)] * bool(rows)
         shared: dict[str, None] = {}  # variants have sections in common
         for one in inner:
             shared |= dict.fromkeys(["\n".join(_sections(one, path + "."))])
@@ -115,6 +116,12 @@ def _sections(section: type[Section], prefix: str) -> Iterator[str]:
 def _inner(field: FieldInfo) -> list[type[Section]]:
     item = item_of(field.annotation)
     return sections_of(field.annotation if item is None else item)
+
+
+def _also_plain(field: FieldInfo) -> bool:
+    """Return whether the entries of a list may also be plain values, which the section's own table describes."""
+    item = item_of(field.annotation)
+    return item is not None and len(alternatives(item)) > len(sections_of(item))
 
 
 def _presence(field: FieldInfo) -> str:
@@ -139,7 +146,7 @@ def _default(field: FieldInfo) -> str:
         return "null"
     if isinstance(field.default, bool):
         return f"`{str(field.default).lower()}`"
-    return f"`{field.default}`"
+    return f"`{field.default}`" if field.default != "" else '`""`'
 
 
 def _value(annotation: Any, metadata: list[Any]) -> str:
@@ -156,6 +163,8 @@ def _value(annotation: Any, metadata: list[Any]) -> str:
         return f"mapping of names to {_value(get_args(annotation)[1], [])}"
     if get_origin(annotation) is not None:  # a union
         return " or ".join(_value(member, metadata) for member in get_args(annotation))
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "a section of keys"
     names = {int: "integer", float: "number", str: "text", bool: "`true` or `false`", type(None): "null"}
     bounds = _bounds(metadata) if annotation in (int, float) else ""
     return names[annotation] + bounds

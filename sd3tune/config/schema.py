@@ -169,6 +169,15 @@ class Config(Section, metaclass=ConfigType):
         return self
 
     @model_validator(mode="after")
+    def _packed_base_fits_the_method(self) -> Config:
+        if self.model.quantize == "nf4" and not self.method.fits_packed_base:
+            raise ValueError(
+                f"model.quantize is nf4 and method.kind is {self.method.kind}: PEFT computes it only where the base's "
+                "weights have rows; set model.quantize=int8 or none, or method.kind=lora or dora"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _blocks_can_be_compiled(self) -> Config:
         if self.train.compile == "none":
             return self
@@ -191,6 +200,12 @@ class Config(Section, metaclass=ConfigType):
                 f"train.swap_blocks is {self.train.swap_blocks} and method.kind is {self.method.kind}: only the blocks "
                 "of a frozen base can wait in system memory; leave train.swap_blocks out, or set method.kind=lora"
             )
+        if self.train.swap_blocks is not None and self.method.reads_base:
+            raise ValueError(
+                f"train.swap_blocks is {self.train.swap_blocks} and method.kind is {self.method.kind}: it needs all "
+                "weights' norms, and swapped ones wait in system memory; leave train.swap_blocks out, or set "
+                "method.kind=lora"
+            )
         return self
 
     @model_validator(mode="after")
@@ -199,6 +214,26 @@ class Config(Section, metaclass=ConfigType):
             raise ValueError(
                 f"train.fused_backward is true and optimizer.kind is {self.optimizer.kind}, which needs the whole "
                 "gradient; set optimizer.kind=adamw or adamw8bit, or leave train.fused_backward out"
+            )
+        if self.train.fused_backward and self.method.has_rates:
+            raise ValueError(
+                "train.fused_backward is true, and method.text_encoders or method.loraplus_lr_ratio give parameters "
+                "learning rates of their own, which scale whole updates; leave one of them out"
+            )
+        if self.train.fused_backward and self.method.trains_text:
+            raise ValueError(
+                f"train.fused_backward is true and method.kind is {self.method.kind}, which trains only a few vectors; "
+                "leave train.fused_backward out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _averages_follow_one_rate(self) -> Config:
+        if self.optimizer.replaces_schedule and self.method.has_rates:
+            raise ValueError(
+                f"optimizer.kind is {self.optimizer.kind}, whose averages follow one learning rate, and "
+                "method.text_encoders or method.loraplus_lr_ratio give parameters rates of their own; take another "
+                "optimizer, or leave these keys out"
             )
         return self
 
@@ -224,6 +259,15 @@ class Config(Section, metaclass=ConfigType):
     def patience(self) -> int | None:
         """`eval.patience`; None also if `eval` is off."""
         return None if self.eval is None else self.eval.patience
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> Config:
+        if self.optimizer.replaces_schedule and self.schedule.depends_on_length:
+            raise ValueError(
+                f"optimizer.kind is {self.optimizer.kind}, which averages weights instead of lowering the learning "
+                f"rate, and schedule.kind is {self.schedule.kind}; set schedule.kind=constant (a warm-up is fine)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Config:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.data import DataConfig, Source
-from sd3tune.config.sections.flow import FlowConfig, TimestepsSection, WeightingSection
+from sd3tune.config.sections.flow import FlowConfig, LossSection, TimestepsSection, WeightingSection
 from sd3tune.config.sections.method import MethodSection
 from sd3tune.config.sections.optimizer import OptimizerSection
 from sd3tune.config.sections.schedule import ScheduleSection
@@ -51,6 +51,7 @@ OPTIMIZER = VariantField(Config, "optimizer", OptimizerSection)
 SCHEDULE = VariantField(Config, "schedule", ScheduleSection)
 TIMESTEPS = VariantField(FlowConfig, "timesteps", TimestepsSection)
 WEIGHTING = VariantField(FlowConfig, "weighting", WeightingSection)
+LOSS = VariantField(FlowConfig, "loss", LossSection)
 SOURCE = VariantField(DataConfig, "sources", Source)
 
 

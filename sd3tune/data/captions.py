@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from sd3tune.data.names import Names
 from sd3tune.data.sources.metadata import clean
+from sd3tune.data.written import READERS, Reader
 from sd3tune.errors import DataError
 from sd3tune.files.regular import complaint, read_regular
 from sd3tune.files.text import NotText, decode
@@ -23,6 +24,15 @@ def sidecars(image: Path, names: Names) -> list[Path]:
     """
     folder, stems = image.parent, (image.stem, image.name)
     return [found for ending in _ENDINGS for stem in stems for found in names.in_folder(folder, stem + ending)]
+
+
+def own_sidecars(image: Path, names: Names, besides: Collection[Path]) -> dict[Reader, Path]:
+    """Return reader -> caption file that replaces the caption for it: `dog.clip.txt` and `dog.t5.txt`.
+
+    `besides` are the caption files of images, such as that of `dog.clip.jpg`.
+    """
+    found = {reader: names.in_folder(image.parent, f"{image.stem}.{reader}.txt") for reader in READERS}
+    return {reader: files[0] for reader, files in found.items() if files and files[0] not in besides}
 
 
 def read_sidecar(sidecar: Path, image: Path) -> str:

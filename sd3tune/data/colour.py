@@ -39,8 +39,8 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, Reading]:
     if image.mode == "F" or image.mode.startswith("I"):
         image, rescaled = _levels(image)
         marks += ["range"] * rescaled
-    transparent = image.has_transparency_data
-    mode = "RGBA" if transparent else "RGB"
+    has_alpha, transparent = image.has_transparency_data, False
+    mode = "RGBA" if has_alpha else "RGB"
     rgb = image if image.mode == mode else image.convert(mode)  # which would copy it
     if profile:
         try:
@@ -52,7 +52,8 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, Reading]:
         else:
             marks += ["sRGB"] * (converted is not None)
             rgb = converted or rgb
-    if transparent:
+    if has_alpha:
+        transparent = bool(np.asarray(rgb.getchannel("A")).min() < 255)
         rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
     return rgb, Reading("+".join(marks), transparent, trouble)
 

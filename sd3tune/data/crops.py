@@ -48,11 +48,20 @@ def _cover_size(image_size: tuple[int, int], target: tuple[int, int]) -> tuple[i
     return max(target[0], round(height * scale)), max(target[1], round(width * scale))
 
 
-def cover(image: Image.Image, target: tuple[int, int]) -> Image.Image:
-    """Return the image scaled (Lanczos) to just cover `target`, with its aspect ratio kept."""
+def cover(
+    image: Image.Image, target: tuple[int, int], interpolation: InterpolationMode = InterpolationMode.LANCZOS
+) -> Image.Image:
+    """Return the image scaled to just cover `target`, with its aspect ratio kept."""
     height, width = _cover_size((image.height, image.width), target)
-    scaled: Image.Image = transforms.resize(image, [height, width], InterpolationMode.LANCZOS)
+    scaled: Image.Image = transforms.resize(image, [height, width], interpolation)
     return scaled
+
+
+def cut(image: Image.Image, crop: Crop, interpolation: InterpolationMode = InterpolationMode.LANCZOS) -> Image.Image:
+    """Return the crop as a picture; `image` may already be scaled by `cover`."""
+    left, top, _, _ = crop.box
+    part: Image.Image = transforms.crop(cover(image, crop.size, interpolation), top, left, *crop.size)
+    return transforms.horizontal_flip(part) if crop.flip else part
 
 
 def pixels(image: Image.Image, crop: Crop) -> torch.Tensor:
@@ -61,9 +70,5 @@ def pixels(image: Image.Image, crop: Crop) -> torch.Tensor:
     The memory layout is the same too, channels last, as convolutions round differently in another. `image` may already
     be scaled by `cover`, to avoid scaling it for every crop.
     """
-    left, top, _, _ = crop.box
-    cut = transforms.crop(cover(image, crop.size), top, left, *crop.size)
-    if crop.flip:
-        cut = transforms.horizontal_flip(cut)
-    scaled = np.array(cut)[None].astype(np.float32) / 255.0
+    scaled = np.array(cut(image, crop))[None].astype(np.float32) / 255.0
     return 2.0 * torch.from_numpy(scaled.transpose(0, 3, 1, 2)) - 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import re
 import warnings
@@ -17,17 +19,24 @@ warnings.filterwarnings("ignore", module="PIL")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 Image.init()  # imports the plugins, which register the formats of this build
+with contextlib.suppress(ImportError):
+    importlib.import_module("pillow_heif").register_heif_opener()
 _TRUSTED = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # no format that runs a program, as EPS does
 _SUFFIXES: Mapping[str, str] = Image.registered_extensions()
 """File name extension -> format. Pillow registers WebP and AVIF only if it has their codecs."""
 
-FORMATS = tuple(name for name in _TRUSTED if name in _SUFFIXES.values())
+PILLOWS_FORMATS = tuple(name for name in _TRUSTED if name in _SUFFIXES.values())
+READS_HEIC = "HEIF" in _SUFFIXES.values()
+"""True if pillow-heif is installed; it turns images upright itself."""
+FORMATS = (*PILLOWS_FORMATS, *(["HEIF"] if READS_HEIC else []))
 """The formats that are read, regardless of a file's name."""
 
 EXTENSIONS = tuple(end for end, name in _SUFFIXES.items() if name in (*FORMATS, "MPO"))  # MPO: a sequence of JPEGs
 """The extensions of files that are read, in lower case."""
 
-_UNREAD = {".heic", ".heif", ".hif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"} | {
+HEIC = (".heic", ".heif", ".hif")
+HEIC_EXTRA = "pip install 'sd3tune[heic]'"
+_UNREAD = {*HEIC, ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"} | {
     end for end, name in _SUFFIXES.items() if Image.MIME.get(name, "").startswith("image/")
 } | {".avif", ".webp", ".dds", ".exr", ".hdr"}  # fmt: skip
 
@@ -36,7 +45,7 @@ _SIGNATURES = [
     (rb"version https://git-lfs", "a Git LFS pointer and not the picture; fetch it with `git lfs pull`"),
     (rb"/annex/objects/", "a git-annex pointer and not the picture; fetch it with `git annex get`"),
     (_WEB_PAGE, "a web page (HTML) and not a picture; download the picture itself"),
-    (rb"....ftyp(?:hei|hev|(?:mif1|msf1)(?!.{4,40}?avi[fs]))", "a HEIC picture, which cannot be read; {convert}"),
+    (rb"....ftyp(?:hei|hev|(?:mif1|msf1)(?!.{4,40}?avi[fs]))", "a HEIC picture, {heic}"),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture, which cannot be read; {convert}"),
     (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 picture, which cannot be read; {convert}"),
     (rb"8BPS", "a Photoshop document, which cannot be read; {convert}"),
@@ -62,7 +71,11 @@ def describe(head: bytes) -> str:
     """Return the kind of a file that Pillow cannot open, and the remedy, to follow `photo.jpg: is `."""
     for signature, text in _SIGNATURES:
         if re.match(signature, head, re.DOTALL | re.IGNORECASE):
-            return text.format(convert="convert it to JPEG or PNG")
+            convert = "convert it to JPEG or PNG"
+            needs = f"which needs pillow-heif: {HEIC_EXTRA}, or {convert}"
+            return text.format(
+                convert=convert, heic=f"damaged or of an unusual kind; {convert}" if READS_HEIC else needs
+            )
     for name in set(_TRUSTED) & Image.OPEN.keys():
         accept = Image.OPEN[name][1]
         answer = accept is not None and accept(head)

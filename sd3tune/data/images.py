@@ -27,12 +27,35 @@ _EXIF_IN_PNG = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 
 
 class ImageRef(Protocol):
-    """The location of an image: a `Path`, or the row of a dataset. Its `str` names it in messages."""
+    """The location of an image: a `Path`, a `FileBelow`, or the row of a dataset. Its `str` names it in messages."""
 
     @property
     def name(self) -> str: ...
 
     def read_bytes(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class FileBelow:
+    """An image file in or below a source's folder, named by its path in that folder."""
+
+    path: Path
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.relative_to(self.folder).as_posix()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read_bytes(self) -> bytes:
+        return read_regular(self.path)
+
+
+def file_of(image: ImageRef) -> Path | None:
+    """Return the file of an image; None for an image inside a dataset."""
+    return image.path if isinstance(image, FileBelow) else image if isinstance(image, Path) else None
 
 
 @dataclass(frozen=True)
@@ -148,7 +171,8 @@ def _orientation(image: Image.Image) -> int:
 def _opened(image: ImageRef) -> Iterator[Image.Image]:
     """Open the image without decoding; only the first bytes of a file are read. Raises DataError."""
     try:
-        file = open_regular(image) if isinstance(image, Path) else io.BytesIO(image.read_bytes())
+        path = file_of(image)
+        file = open_regular(path) if path else io.BytesIO(image.read_bytes())
     except OSError as error:
         raise DataError(f"{image}: {complaint(error)}") from None
     with file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +14,24 @@ import regex
 from sd3tune.config.sections.data import DataConfig, SourceConfig
 from sd3tune.data.ahead import in_pieces
 from sd3tune.data.captions import counted, read_sidecar, some
-from sd3tune.data.images import ImageRef, check_header
+from sd3tune.data.images import ImageRef, check_header, file_of
 from sd3tune.data.seeds import derive
 from sd3tune.data.sources.folder import Listing
 from sd3tune.data.sources.registry import SOURCES
+from sd3tune.data.variants import as_first, unclosed, variants_of
+from sd3tune.data.written import (
+    READERS,
+    Caption,
+    Listed,
+    UnequalCaptions,
+    Written,
+    as_listed,
+    as_written,
+    lines_of,
+    paired,
+)
 from sd3tune.errors import DataError
-from sd3tune.files.text import flaw
+from sd3tune.files.text import flaw, weighted_words
 from sd3tune.reporting import progress_bar
 
 _Item = TypeVar("_Item")
@@ -31,11 +43,30 @@ class Record:
 
     image: ImageRef
     caption: str
-    """The caption to encode, with template and trigger applied."""
+    """The first caption, with template and trigger applied; no variant of it."""
     repeats: int
     source: int
     weight: float = 1.0
     """Factor on this image's loss."""
+    own: Caption | None = None
+    """The first caption, if single encoders read texts of their own."""
+    choices: tuple[Caption, ...] = ()
+    """The captions to train on, of which each step draws one; empty if there is only the first."""
+
+    @property
+    def first(self) -> Caption:
+        """The caption for the held-out loss."""
+        return self.own or Caption(self.caption)
+
+    @property
+    def drawn(self) -> tuple[Caption, ...]:
+        """The captions to train on, at least one."""
+        return self.choices or (self.first,)
+
+    @property
+    def written(self) -> Listed:
+        """The captions to train on, in the form that a source lists them."""
+        return as_listed(self.drawn)
 
 
 @dataclass
@@ -52,13 +83,14 @@ class Scan:
 
 
 def load_records(
-    data: DataConfig, progress: bool = False, warn: Callable[[str], None] = lambda line: None
+    data: DataConfig, seed: int = 0, progress: bool = False, warn: Callable[[str], None] = lambda line: None
 ) -> list[Record]:
     """Return all images in the order of the sources; within a folder by name, within a dataset by row.
 
-    `warn` receives a line for everything that is skipped. Raises DataError with all problems (see `scan_records`).
+    `seed` is the run's, from which the variants of captions are drawn. `warn` receives a line for everything that is
+    skipped. Raises DataError with all problems (see `scan_records`).
     """
-    scan = scan_records(data, progress)
+    scan = scan_records(data, seed, progress)
     if scan.problems:
         raise DataError(*scan.problems)
     for line in scan.warnings:
@@ -66,7 +98,9 @@ def load_records(
     return scan.records
 
 
-def scan_records(data: DataConfig, progress: bool = False, look: Callable[[ImageRef], Any] = check_header) -> Scan:
+def scan_records(
+    data: DataConfig, seed: int = 0, progress: bool = False, look: Callable[[ImageRef], Any] = check_header
+) -> Scan:
     """Return the usable images, the problems, and warnings about skipped files.
 
     Problems are missing, empty or unreadable sources, files whose first bytes are not an image's, and images without a
@@ -81,8 +115,8 @@ def scan_records(data: DataConfig, progress: bool = False, look: Callable[[Image
             scan.problems += error.problems
             continue
         scan.warnings += listing.warnings
-        chosen, multiline = _chosen(listing.images, source.max_samples), list[Path]()
-        examine = functools.partial(_examined, data, number, listing, look)
+        chosen, multiline, weighted = _chosen(listing.images, source.max_samples), list[Path](), list[str]()
+        examine = functools.partial(_examined, data, seed, number, listing, look)
         bar = progress_bar(
             in_pieces(examine, chosen, _PIECE),
             desc=f"reading {source.path}",
@@ -97,7 +131,8 @@ def scan_records(data: DataConfig, progress: bool = False, look: Callable[[Image
                 scan.records.append(found.record)
                 scan.looked.append(found.looked)
             multiline += [found.joined] if found.joined else []
-        scan.warnings += _joined(source.path, multiline)
+            weighted += [found.weight] if found.weight else []
+        scan.warnings += [*_joined(source.path, multiline), *_weighted(source.path, weighted)]
     scan.warnings = list(dict.fromkeys(scan.warnings))  # a folder may belong to two sources
     return scan
 
@@ -109,26 +144,46 @@ class _Examined:
     problems: Sequence[str] = ()
     joined: Path | None = None
     """The caption file, if its several lines were joined."""
+    weight: str | None = None
+    """A prompt weight in a caption, such as `(dog:1.3)`."""
 
 
 def _examined(
-    data: DataConfig, number: int, listing: Listing, look: Callable[[ImageRef], Any], item: tuple[ImageRef, str | None]
+    data: DataConfig,
+    seed: int,
+    number: int,
+    listing: Listing,
+    look: Callable[[ImageRef], Any],
+    item: tuple[ImageRef, Listed],
 ) -> _Examined:
-    """Examine one (image, listed caption) of source `number`."""
-    source, (image, text) = data.sources[number], item
+    """Examine one (image, listed captions) of source `number`."""
+    source, (image, listed) = data.sources[number], item
     try:
         looked = look(image)
     except DataError as error:
         return _Examined(None, problems=error.problems)
-    sidecar = None if text is not None else listing.sidecars.get(image)
-    caption, joined, problems = "", None, tuple[str, ...]()
+    record = Record(image, "", source.repeats * listing.repeats.get(image, 1), number, source.weight)
     try:
-        own = _caption(image, text, sidecar, source)
-        joined = sidecar if "\n" in own else None
-        caption = _read_by_tokenizers(image, written_out(own, source.template, data.trigger))
+        sidecar = None if as_written(listed).text else listing.sidecars.get(image)
+        captions = _captions(image, listed, sidecar, listing, source)
+        broken = (unclosed(text) for caption in captions for text in caption.texts) if source.wildcards else ()
+        if part := next(filter(None, broken), None):
+            raise DataError(f"{image}: its caption has a wildcard without one of its braces: {part[:60]!r}; close it")
+        finish = functools.partial(_finished, image, source.template, data.trigger)
+        first = as_first(captions[0], source).map(finish)
+        choices = variants_of(captions, source, seed) or tuple(captions)
+        choices = tuple(caption.map(finish) for caption in choices)
     except DataError as error:
-        problems = error.problems
-    return _Examined(Record(image, caption, source.repeats, number, source.weight), looked, problems, joined)
+        return _Examined(record, looked, error.problems)
+    record = replace(
+        record,
+        caption=first.text,
+        own=first if len(first.texts) > 1 else None,
+        choices=() if choices == (first,) else choices,
+    )
+    weights = (weighted_words(text) for caption in captions for text in caption.texts)
+    joined = sidecar if "\n" in captions[0].text else None
+    return _Examined(record, looked, (), joined, next(filter(None, weights), None))
 
 
 def sample_indices(records: Sequence[Record]) -> list[int]:
@@ -181,21 +236,52 @@ def _joined(place: str, multiline: list[Path]) -> list[str]:
         return []
     have = counted(multiline, "caption file has several lines", "caption files have several lines")
     named = some(path.name for path in multiline)
-    return [f"{place}: {have}, which are joined with spaces into one caption: {named}"]
+    return [
+        f"{place}: {have}, which are joined with spaces into one caption: {named}; captions: lines "
+        "reads each line as a caption"
+    ]
 
 
-def _caption(image: ImageRef, listed: str | None, sidecar: Path | None, source: SourceConfig) -> str:
-    """Return the caption of the listing, else of the image's caption file, else of the source."""
-    if listed is not None:
-        caption = listed
-    elif sidecar is not None:
-        caption = read_sidecar(sidecar, Path(image.name))
-    elif source.caption is not None:
-        caption = source.caption
-    else:
-        write = f"write one to {image.with_suffix('.txt').name}" if isinstance(image, Path) else "fill its column"
-        raise DataError(f"{image}: has no caption; {write} or set the source's caption")
-    return caption
+def _weighted(place: str, weights: list[str]) -> list[str]:
+    if not weights:
+        return []
+    have = "1 caption has" if len(weights) == 1 else f"{len(weights)} captions have"
+    return [f"{place}: {have} prompt weights such as {weights[0]!r}, which are read as plain text; remove them"]
+
+
+def _captions(
+    image: ImageRef, listed: Listed, sidecar: Path | None, listing: Listing, source: SourceConfig
+) -> list[Caption]:
+    """Return an image's captions: the listed ones, else those of its caption file, else the source's. Raises DataError.
+
+    `sidecar` is None if a caption is listed. Texts of single encoders are the listed ones, else in their own files.
+    """
+    written, name = as_written(listed), Path(image.name)
+    own = listing.own_sidecars.get(image, {})
+    found: dict[str, tuple[str, ...]] = {
+        "text": written.text or ((read_sidecar(sidecar, name),) if sidecar else ()),
+        **{
+            reader: getattr(written, reader) or ((read_sidecar(own[reader], name),) if reader in own else ())
+            for reader in READERS
+        },
+    }
+    if not found["text"] and not (found["clip"] and found["t5"]):
+        if source.caption is None:
+            file = file_of(image)
+            write = f"write one to {file.with_suffix('.txt').name}" if file else "fill its column"
+            raise DataError(f"{image}: has no caption; {write} or set the source's caption")
+        found["text"] = (source.caption,)
+    if source.captions == "lines":
+        found = {name: lines_of(texts) for name, texts in found.items()}
+    try:
+        return paired(Written(**found))
+    except UnequalCaptions as error:
+        raise DataError(f"{image}: has {error}; give each as many captions, or one") from None
+
+
+def _finished(image: ImageRef, template: str | None, trigger: str | None, text: str) -> str:
+    """Return a caption with template and trigger. Raises DataError for one that no tokenizer reads."""
+    return _read_by_tokenizers(image, written_out(text, template, trigger))
 
 
 def _read_by_tokenizers(image: ImageRef, caption: str) -> str:

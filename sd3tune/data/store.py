@@ -74,6 +74,7 @@ class Store:
         self._unreadable: set[Path] = set()
         self._open: dict[Path, Any] = {}
         self._sound: set[str] = set()
+        self._noted: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
         self._lock = threading.Lock()
         self._locked = False
         self._share()
@@ -103,6 +104,16 @@ class Store:
 
         Raises KeyError for a key without an entry, and RunError if its shard was deleted or the entry is damaged.
         """
+        if key in self._noted:
+            of, noted = self._noted[key]
+            return {**self._stored(of), **noted}
+        return self._stored(key)
+
+    def note(self, key: str, of: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Let `get(key)` return the entry `of` with further tensors, which are in memory only."""
+        self._noted[key] = of, dict(tensors)
+
+    def _stored(self, key: str) -> dict[str, torch.Tensor]:
         entry = self._index[key]
         tensors = self._read(key, entry)
         if entry.digest is not None and key not in self._sound:

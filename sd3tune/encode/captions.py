@@ -11,6 +11,7 @@ import torch
 
 from sd3tune.data.records import Record
 from sd3tune.data.store import Store, key
+from sd3tune.data.written import Caption
 from sd3tune.encode.manifest import Manifest
 from sd3tune.encode.report import (
     CAPTION_CHANGED,
@@ -47,6 +48,7 @@ def encode_captions(
     texts: Iterable[str],
     store: Store,
     *,
+    captions: Iterable[Caption] = (),
     encoders: Sequence[str] = ENCODERS,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
@@ -61,21 +63,23 @@ def encode_captions(
     world: int = 1,
     say: Callable[[str], None] = logger.info,
 ) -> tuple[Keys, EncodeReport]:
-    """Encode the `texts` that the store lacks; return encoder -> text -> key, and the report.
+    """Encode what the store lacks; return encoder -> text -> key, and the report.
 
-    T5 also encodes each text at `extra_t5_lengths`, in tokens; `caption_keys` returns the keys of these entries.
-    Entries are {"hidden": [T, D]} and, for CLIP, {"pooled": [P]}, in `dtype`. An encoder is loaded only if entries are
-    missing, and freed before the next. T5 is loaded in `t5_form` (see `quantized.FORMS`), on `t5_device` if it is
-    given, else on `device`; see `caption_keys` for `t5_form_name`. With `records`, the report distinguishes changed
-    captions from new ones. `say` receives the
-    size of the entries to write. With `world` > 1 each rank encodes its share: wait for all ranks after this call, then
-    call `store.refresh()`. The keys are complete on every rank. Raises ModelError, and
-    RunError if the disk lacks space.
+    All encoders read the `texts`; of `captions`, each encoder reads its own text. T5 also encodes each text at
+    `extra_t5_lengths`, in tokens; `caption_keys` returns the keys of these entries. Entries are {"hidden": [T, D]} and,
+    for CLIP, {"pooled": [P]}, in `dtype`. An encoder is loaded only if entries are missing, and freed before the next.
+    T5 is loaded in `t5_form` (see `quantized.FORMS`), on `t5_device` if it is given, else on `device`; see
+    `caption_keys` for `t5_form_name`. With `records`, the report distinguishes changed captions from new ones. `say`
+    receives the size of the entries to write. With `world` > 1 each rank encodes its share: wait for all ranks after
+    this call, then call `store.refresh()`. The keys are complete on every rank. Raises ModelError, and RunError if the
+    disk lacks space.
     """
-    unique = list(dict.fromkeys(texts))
+    texts, captions = list(texts), list(captions)
+    read = {encoder: texts_read_by(encoder, texts, captions) for encoder in encoders}
+    unique = list(dict.fromkeys(text for of in read.values() for text in of))
     lengths = list(dict.fromkeys([max_sequence_length, *(extra_t5_lengths if "t5" in encoders else ())]))
-    keys_at = functools.partial(caption_keys, base, unique, dtype=dtype, t5_form=t5_form, t5_form_name=t5_form_name)
-    keys_of = {encoder: _by_length(keys_at, encoder, lengths) for encoder in encoders}
+    keys_at = functools.partial(caption_keys, base, dtype=dtype, t5_form=t5_form, t5_form_name=t5_form_name)
+    keys_of = {encoder: _by_length(functools.partial(keys_at, read[encoder]), encoder, lengths) for encoder in encoders}
     damaged = _damaged(keys_of, store)
     missing = {encoder: _without(keys, lambda key: key in store) for encoder, keys in keys_of.items()}
     passes = [(encoder, tokens, lacking) for encoder, keys in missing.items() for tokens, lacking in keys.items()]
@@ -97,11 +101,26 @@ def encode_captions(
 
     if rank == 0:
         Manifest.add(store.root, captions={str(record.image): record.caption for record in records}, texts=unique)
-    extent = f"{len(unique)} text{'s' * (len(unique) != 1)} x {len(encoders)} encoders"
-    extent += f", T5 at {', '.join(map(str, lengths))} tokens" * (len(lengths) > 1)
     keys = {encoder: next(iter(by_length.values())) for encoder, by_length in keys_of.items()}
     warnings = [*damage_warnings(damaged), *_warnings(cut)]
-    return keys, EncodeReport("captions", extent, len(unique), reasons, nbytes, warnings)
+    return keys, EncodeReport("captions", _extent(read, lengths), len(unique), reasons, nbytes, warnings)
+
+
+def _extent(read: Mapping[str, Sequence[str]], t5_lengths: Sequence[int]) -> str:
+    """Return the number of texts in words; `read` has those of each encoder."""
+    counts = {encoder: f"{len(texts)} text{'s' * (len(texts) != 1)}" for encoder, texts in read.items()}
+    alike = len({tuple(texts) for texts in read.values()}) == 1
+    extent = (
+        f"{next(iter(counts.values()))} x {len(counts)} encoders"
+        if alike
+        else ", ".join(f"{count} for {encoder}" for encoder, count in counts.items())
+    )
+    return extent + f", T5 at {', '.join(map(str, t5_lengths))} tokens" * (len(t5_lengths) > 1)
+
+
+def texts_read_by(encoder: str, texts: Iterable[str], captions: Iterable[Caption]) -> list[str]:
+    """Return the different texts that an encoder reads: the captions' own, then `texts`."""
+    return list(dict.fromkeys([*(caption.read_by(encoder) for caption in captions), *texts]))
 
 
 def _damaged(keys_of: Mapping[str, KeysAt], store: Store) -> list[str]:
@@ -183,6 +202,13 @@ def entry_bytes(base: Base, encoder: str, dtype: torch.dtype, max_sequence_lengt
     if encoder == "t5":
         return max_sequence_length * config["d_model"] * dtype.itemsize
     return (CLIP_LENGTH * config["hidden_size"] + config["projection_dim"]) * dtype.itemsize
+
+
+def text_bytes(base: Base, encoder: str, dtype: torch.dtype, t5_lengths: Sequence[int]) -> int:
+    """Return the bytes of a text's entries for one encoder, at all lengths."""
+    return sum(
+        entry_bytes(base, encoder, dtype, tokens) for tokens in (t5_lengths if encoder == "t5" else [CLIP_LENGTH])
+    )
 
 
 def _reasons(missing: Iterable[str], records: Sequence[Record], store: Store) -> dict[str, int]:

@@ -26,7 +26,7 @@ from sd3tune.publish.card.evaluated import EVAL_FOLDER
 from sd3tune.publish.files import ADAPTERS
 from sd3tune.reporting import say
 from sd3tune.run.callbacks.base import RunCallback, Setup
-from sd3tune.run.drawing import draw_prompts
+from sd3tune.run.drawing import Wanted, draw_prompts
 from sd3tune.run.folder import (
     BEST,
     BEST_EVALUATED,
@@ -159,7 +159,7 @@ class Evaluations(RunCallback):
                     self.encoded.store,
                     self.encoded.captions,
                     view.transformer,
-                    [(one.prompt or "", one.seed) for one in missing],
+                    [Wanted(one.prompt or "", one.seed) for one in missing],
                     base=row == BASE_ROW,
                     label=f"evaluation, {row}",
                 )

@@ -40,7 +40,7 @@ def find_photos(request: EvalRequest, target: Target) -> Photos:
     held_out: Sequence[ImageRef] = ()
     if target.config is not None and (request.photos is None or target.weights):
         try:
-            records, holdout = split_records(target.config, load_records(target.config.data))
+            records, holdout = split_records(target.config, load_records(target.config.data, target.config.seed))
         except DataError as error:
             if request.photos is None:
                 hint = "the run's photos are read again to compare with; give them with --photos DIR"

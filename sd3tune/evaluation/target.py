@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd3tune.adapter.file import find_adapter, is_safetensors
+from sd3tune.adapter.file import find_adapter
 from sd3tune.adapter.hub import load_adapter
+from sd3tune.adapter.metadata import is_safetensors
 from sd3tune.config import Config, load_config
 from sd3tune.config.run_folder import CONFIG_FILE, is_run_folder, read_run_file
 from sd3tune.data.sources.folder import images_in
@@ -19,6 +20,7 @@ from sd3tune.methods import products
 from sd3tune.methods.base import Product
 from sd3tune.model.base.parts import INDEX_FILE
 from sd3tune.publish.card.evaluated import EVAL_FOLDER
+from sd3tune.publish.files import EMBEDDINGS
 from sd3tune.run.folder import BEST, MEASURED
 from sd3tune.run.previews import run_of, step_of
 from sd3tune.training.checkpoint import list_checkpoints, read_state
@@ -101,6 +103,8 @@ def _run(run: Path, checkpoints: str) -> Target:
     found: dict[int | None, Weights] = {}
     for folder in _folders(run) if checkpoints == "all" else [run]:
         product = next((product for product in products() if product.is_in(folder)), None)
+        if product is not None and product.name == EMBEDDINGS[0]:
+            raise RunError(f"{run}: trained an embedding, and eval measures adapters and models only; draw with infer")
         if product is not None:
             weights = _weights(run, folder, product)
             found[weights.step] = weights

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import re
 
 
 class NotText(ValueError):
     """Bytes that are not readable as text; the message names the file and the way out."""
 
 
+_WEIGHT = re.compile(r"\([^()\n]{1,100}:\s{0,3}(?:\d{1,6}(?:\.\d{1,6})?|\.\d{1,6})\s{0,3}\)", re.ASCII)
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -44,6 +46,12 @@ def flaw(text: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"holds half a character ({ascii(text[error.start])[1:-1]}); write it as UTF-8"
     return None
+
+
+def weighted_words(text: str) -> str | None:
+    """Return the first prompt weight in a text, such as `(dog:1.3)`, which other programs interpret; else None."""
+    found = _WEIGHT.search(text)
+    return found[0] if found else None
 
 
 def _with_nul(data: bytes, name: object) -> str:

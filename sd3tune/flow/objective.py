@@ -35,9 +35,38 @@ def huber_loss(prediction: Tensor, target: Tensor, delta: float) -> Tensor:
     return F.huber_loss(prediction.to(target.dtype), target, reduction="none", delta=delta).flatten(1).mean(1)
 
 
+def absolute_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the mean absolute error per sample in fp32; its optimum is the median of the target, value by value."""
+    return (prediction.to(target.dtype) - target).abs().flatten(1).mean(1)
+
+
+def pseudo_huber_loss(prediction: Tensor, target: Tensor, delta: Tensor) -> Tensor:
+    """Return the mean of delta^2 (sqrt(1 + (d / delta)^2) - 1) per sample in fp32 (Charbonnier et al. 1997).
+
+    It is d^2 / 2 for |d| far below delta, and delta |d| far above. `delta` has shape [B], or [1] for one value.
+    """
+    square = (prediction.to(target.dtype) - target).square()
+    delta = per_sample(delta.to(target), square)
+    # The same value without cancellation: sqrt(1 + x) - 1 = x / (sqrt(1 + x) + 1).
+    return (square / ((1 + square / delta.square()).sqrt() + 1)).flatten(1).mean(1)
+
+
+def between(first: float, last: float, progress: Tensor) -> Tensor:
+    """Return first^(1 - progress) last^progress: equal factors for equal parts of the way from `first` to `last`."""
+    return first * (last / first) ** progress
+
+
 def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
     """Return `noise` [..., C, H, W] plus `strength` times `offset` [..., C], a constant per channel."""
     return noise + strength * offset[..., None, None]
+
+
+def perturbed_noise(noise: Tensor, perturbation: Tensor, strength: float) -> Tensor:
+    """Return `noise` plus `strength` times `perturbation`, standard normal in its shape (Ning et al. 2023).
+
+    The noisy latents are made of it; the target is still that of `noise`.
+    """
+    return noise + strength * perturbation
 
 
 def model_timestep(sigma: Tensor) -> Tensor:

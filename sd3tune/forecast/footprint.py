@@ -142,22 +142,27 @@ def fused_attention() -> Iterator[None]:
     """
     plain = F.scaled_dot_product_attention
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, *masks: Any, **options: Any) -> Tensor:
-        if not (query.is_meta and _is_plain(*masks, **options)):
-            return plain(query, key, value, *masks, **options)
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if not query.is_meta or attn_mask is not None or dropout_p:
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if query.shape[-1] <= _WIDEST_FLASH:
-            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, False)[0]
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, False, 0.0, is_causal)[0]
 
     F.scaled_dot_product_attention = attend
     try:
         yield
     finally:
         F.scaled_dot_product_attention = plain
-
-
-def _is_plain(attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, **_: object) -> bool:
-    return attn_mask is None and not dropout_p and not is_causal
 
 
 class SavedTensors:

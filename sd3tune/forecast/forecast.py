@@ -15,11 +15,11 @@ from sd3tune.data.buckets import Size
 from sd3tune.data.crops import Crop, crops
 from sd3tune.data.images import file_digest, upright_size
 from sd3tune.data.records import Record, load_records
-from sd3tune.encode.captions import CLIP_LENGTH, entry_bytes
+from sd3tune.encode.captions import text_bytes, texts_read_by
 from sd3tune.encode.images import bytes_per_pixel
 from sd3tune.errors import DataError
+from sd3tune.forecast.optimizer_memory import MemoryUse
 from sd3tune.forecast.rehearsal import (
-    MemoryUse,
     Training,
     rehearse_drawing,
     rehearse_text_encoder,
@@ -32,7 +32,7 @@ from sd3tune.model.base.base import Base
 from sd3tune.model.base.resolve import shape_of_base
 from sd3tune.model.load.components import empty_transformer
 from sd3tune.run.buckets import bucket_of, buckets_of
-from sd3tune.run.encoding import texts_to_encode
+from sd3tune.run.encoding import captions_to_encode, prompts_to_encode
 from sd3tune.run.evaluated import evaluated_prompts
 from sd3tune.run.preflight import check_installed, check_precision, check_size, resolve_epochs, split_records
 from sd3tune.run.priors import PlannedPrior, plan_priors
@@ -132,7 +132,7 @@ def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
     missing: Sequence[str] = ()
     used = buckets
     try:
-        records, holdout = split_records(config, load_records(config.data))
+        records, holdout = split_records(config, load_records(config.data, config.seed))
         config = resolve_epochs(config, sum(record.repeats for record in records), 1)
         priors = plan_priors(config, records, buckets, base)
         evaluated = evaluated_prompts(config, records)
@@ -187,18 +187,18 @@ def _store(inputs: ForecastInputs, records: Sequence[Record], encoders: Sequence
     """
     config = inputs.config
     of_class = [record for prior in inputs.priors for record in prior.records]
-    every = [*records, *inputs.holdout, *of_class]
-    texts = dict.fromkeys(texts_to_encode(config, every, bool(inputs.priors), inputs.evaluated))
-    a_text = sum(
-        entry_bytes(inputs.base, encoder, inputs.dtype, tokens)
-        for encoder in encoders
-        for tokens in (config.model.t5_lengths if encoder == "t5" else [CLIP_LENGTH])
+    captions = captions_to_encode(records, [*inputs.holdout, *of_class])
+    prompts = prompts_to_encode(config, bool(inputs.priors), inputs.evaluated)
+    read = {encoder: texts_read_by(encoder, prompts, captions) for encoder in encoders}
+    of_texts = sum(
+        text_bytes(inputs.base, encoder, inputs.dtype, config.model.t5_lengths) * len(texts)
+        for encoder, texts in read.items()
     )
     sizes = [cut.size for record in records for cut in _cuts(inputs, record)]
     sizes += [bucket_of(record, inputs.buckets) for record in inputs.holdout] + [inputs.largest] * len(of_class)
     pixels = sum(height * width for height, width in sizes)
-    nbytes = a_text * len(texts) + round(pixels * bytes_per_pixel(inputs.base))
-    return Store(len(texts), len(sizes), nbytes)
+    nbytes = of_texts + round(pixels * bytes_per_pixel(inputs.base))
+    return Store(len({text for texts in read.values() for text in texts}), len(sizes), nbytes)
 
 
 def _cuts(inputs: ForecastInputs, record: Record) -> set[Crop]:

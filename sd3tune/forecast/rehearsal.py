@@ -5,6 +5,7 @@ They call the run's own functions, so there are no formulas to keep up to date.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from sd3tune.config import Config
 from sd3tune.data.buckets import Size
 from sd3tune.encode.captions import CLIP_LENGTH
 from sd3tune.forecast.footprint import Footprint, SavedTensors, bytes_of, peak_of, tensors_of
+from sd3tune.forecast.optimizer_memory import MemoryUse, matrix_state, rehearse_optimizer
 from sd3tune.forecast.thinning import Account, Thinned, thin_out
 from sd3tune.methods import Method
 from sd3tune.model.base.base import Base
@@ -25,34 +27,19 @@ from sd3tune.model.compute.swap import bytes_saved
 from sd3tune.model.load.components import empty_transformer, load_vae, text_encoder_shape, vae_dtype
 from sd3tune.model.load.latents import decode
 from sd3tune.model.load.quantized import load_transformer_in, quantize, statistics
+from sd3tune.model.load.text import TOKENS
 from sd3tune.run.setup import hoists, make_trainable
 from sd3tune.training.ahead import window_length, with_modulations
 from sd3tune.training.batches import Batch
 from sd3tune.training.flat_master import FlatMaster, LossScale
 from sd3tune.training.fused_backward import FusedBackward
 from sd3tune.training.objective import make_objective
-from sd3tune.training.optimizers import make_optimizer
-from sd3tune.training.step import TrainState, predict_velocity, train_step, update
+from sd3tune.training.step import TrainState, predict_velocity, train_step
 
 META = torch.device("meta")
 _SHIFT = 3.0  # arbitrary: it only changes the values of sigmas
-_TRIAL_SIZE = 1 << 16
-"""Number of parameters in the optimizer rehearsal. State is proportional to it, and so is an update's working memory,
-up to the optimizer's chunk."""
 _OMITTED = "left out"
 """Name of one parameter that stands for all trained parameters of the omitted blocks."""
-
-
-@dataclass(frozen=True)
-class MemoryUse:
-    """Bytes of one phase: `resident` throughout, and `working` on top of it at the peak."""
-
-    resident: int
-    working: int
-
-    @property
-    def peak(self) -> int:
-        return self.resident + self.working
 
 
 @dataclass(frozen=True)
@@ -65,6 +52,8 @@ class Training:
     """Number of trained parameters."""
     frozen: int
     """The base's frozen tensors on the device, in the compute dtype or quantized."""
+    encoders: int
+    """The frozen tensors of trained text encoders."""
     compute: int
     """The trained parameters in the compute dtype; 0 for fp32, which computes with the master."""
     master: int
@@ -86,7 +75,8 @@ class Training:
 
     @property
     def resident(self) -> int:
-        return self.frozen + self.compute + self.master + self.gradient + self.optimizer + self.average + self.ahead
+        models = self.frozen + self.encoders
+        return models + self.compute + self.master + self.gradient + self.optimizer + self.average + self.ahead
 
     @property
     def peak(self) -> int:
@@ -100,7 +90,7 @@ class MetaBatches:
     case.
     """
 
-    def __init__(self, config: Config, base: Base, encoders: tuple[str, ...], size: Size, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> None:
         priors = [prior for source in config.data.sources if (prior := source.prior) and prior.weight > 0]
         kept = bool(config.data.own_predictions)
         self.with_prior, self.instances = bool(priors), config.train.batch_size
@@ -109,7 +99,8 @@ class MetaBatches:
         self.size, self.dtype, self.channels = size, dtype, base.config("vae")["latent_channels"]
         self.batch_size, self.accumulation = config.train.batch_size, config.train.gradient_accumulation
         self.modulation: Modulation | None = None
-        self.shapes = {encoder: _entry_shapes(base, encoder, config) for encoder in encoders}
+        self.shapes = {encoder: _entry_shapes(base, encoder, config) for encoder in method.cached_encoders}
+        self.trained = method.trained_encoders
 
     def fetch(self, step: int, micro: int) -> Batch:
         return replace(self.batch_of(self.rows, self.size), modulation=self.modulation)
@@ -131,15 +122,18 @@ class MetaBatches:
             latents=torch.empty(shape, device=META),
             noise=torch.empty(shape, device=META),
             sigma=torch.empty(rows, device=META),
-            embeddings={encoder: self._entries(rows, shapes) for encoder, shapes in self.shapes.items()},
+            embeddings={encoder: self._entries(encoder, rows) for encoder in self.shapes},
             weights=torch.empty(rows, device=META),
             names=[""] * rows,
             instances=self.instances,
             kept=self.kept,
         )
 
-    def _entries(self, rows: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        return {name: torch.empty(rows, *shape, dtype=self.dtype, device=META) for name, shape in shapes.items()}
+    def _entries(self, encoder: str, rows: int) -> dict[str, Tensor]:
+        shapes = self.shapes[encoder].items()
+        made = {name: torch.empty(rows, *shape, dtype=self.dtype, device=META) for name, shape in shapes}
+        texts = torch.arange(1, 1 + rows)[:, None].expand(rows, CLIP_LENGTH)  # one for each image: the worst case
+        return {**made, TOKENS: texts} if encoder in self.trained else made
 
 
 def _entry_shapes(base: Base, encoder: str, config: Config) -> dict[str, tuple[int, ...]]:
@@ -168,7 +162,7 @@ def rehearse_training(
     whole = empty_transformer(base)
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     transformer = _load(config, base, method, dtype, whole)
-    empty = MetaBatches(config, base, method.cached_encoders, size, dtype)
+    empty = MetaBatches(config, base, method, size, dtype)
     batches = with_modulations(empty, transformer, method)
     with Footprint() as window:  # measured apart from the step, as it covers several steps
         ahead = list(batches.fetch(0, 0).modulation or ())
@@ -182,7 +176,9 @@ def rehearse_training(
     left_out = thin.omitted_sum(lambda block: sum(of.numel() for of in block.parameters() if of.requires_grad))
     if left_out:
         trained[_OMITTED] = nn.Parameter(torch.empty(left_out, device=META))
-    master = FlatMaster(trained, dtype, accumulates=not config.train.fused_backward)
+    rates = method.rates(trained)
+    accumulates = not config.train.fused_backward
+    master = FlatMaster(trained, dtype, accumulates, rates=rates, segments=method.segments)
     values = master.master.numel()
     idle = _NoOptimizer([master.master], {"lr": 0.0})  # see `rehearse_optimizer` for the real one
     state = TrainState(
@@ -194,10 +190,12 @@ def rehearse_training(
         fused=FusedBackward(master, idle, without=_OMITTED) if config.train.fused_backward else None,
     )
     frozen = _frozen(transformer)
-    saved = SavedTensors([*tensors_of(transformer), *frozen, *ahead, master.master])
+    encoders = [tensor for model in method.companions() for tensor in _frozen(model)]
+    saved = SavedTensors([*tensors_of(transformer), *frozen, *encoders, *ahead, master.master])
     with saved.watching():
         step = _rehearse_step(config, state, thin, method, empty, saved)
-    optimizer = rehearse_optimizer(config, values, state.fused.most_values if state.fused else None)
+    most_values = state.fused.most_values if state.fused else None
+    optimizer = rehearse_optimizer(config, values, most_values, matrix_state(config, master.shapes, thin, _OMITTED))
     preview = like.preview if like else None
     if like is None and (config.preview.prompts or config.eval is not None):
         preview = _rehearse_preview(config, base, method, thin, state, empty, modulation)
@@ -205,8 +203,9 @@ def rehearse_training(
         parameters=parameters,
         trained=values,
         frozen=bytes_of(frozen) + thin.omitted_sum(lambda block: bytes_of(_frozen(block))) - swapped,
+        encoders=bytes_of(encoders),
         compute=0 if dtype is torch.float32 else bytes_of([master.compute]),
-        master=bytes_of([master.master]),
+        master=bytes_of([master.master, *([] if master.rates is None else [master.rates])]),
         gradient=bytes_of([master.gradient]),
         optimizer=optimizer.resident,
         ahead=bytes_of(ahead),
@@ -249,22 +248,6 @@ def _rehearse_step(
     return thin.measured(step, saved)
 
 
-def rehearse_optimizer(config: Config, values: int, together: int | None = None) -> MemoryUse:
-    """Return the state for `values` parameters, and the working memory to update `together` of them, or all.
-
-    Both are measured for `_TRIAL_SIZE` parameters on the CPU.
-    """
-    master = FlatMaster({"probed": nn.Parameter(torch.zeros(_TRIAL_SIZE))}, torch.float32)
-    optimizer = make_optimizer(config.optimizer, master.master)
-    state = TrainState(0, master, optimizer, None, LossScale(master.master.device, enabled=False))
-    for _ in range(2):  # the first step creates the state
-        master.gradient.fill_(1.0)
-        footprint = peak_of(lambda: update(state, config, config.optimizer.lr, lambda gradient: gradient))
-    kept = [value for value in optimizer.state[master.master].values() if isinstance(value, Tensor) and value.ndim]
-    at_a_time = min(together or values, getattr(optimizer, "chunk", None) or values)
-    return MemoryUse(bytes_of(kept) * values // _TRIAL_SIZE, footprint.peak * at_a_time // _TRIAL_SIZE)
-
-
 def _rehearse_preview(
     config: Config,
     base: Base,
@@ -290,6 +273,8 @@ def _rehearse_preview(
     left_out = thin.omitted_contribution(exported_bytes)
     rows = 2 if config.preview.guidance > 1 else 1
     side = config.data.resolution
+    sides = [(side, side), *(picture.sides[::-1] for picture in config.preview.pictures if picture.sides)]
+    size = max(sides, key=math.prod)
 
     def drawing(compute: Callable[[], object]) -> int:
         def draw(parts: Account) -> None:
@@ -299,10 +284,10 @@ def _rehearse_preview(
 
         return thin.measured(draw).peak
 
-    denoising = drawing(lambda: predict_velocity(transformer, method, batches.batch_of(rows, (side, side))))
+    denoising = drawing(lambda: predict_velocity(transformer, method, batches.batch_of(rows, size)))
     denoising += rows * config.preview.steps * row_bytes
-    vae = load_vae(base, vae_dtype(dtype_of(transformer)), META)
-    latents = batches.batch_of(1, (side, side)).latents
+    vae = load_vae(base, vae_dtype(next(transformer.parameters()).dtype), META)
+    latents = batches.batch_of(1, size).latents
     return max(denoising, bytes_of(tensors_of(vae)) + drawing(lambda: decode(vae, latents)))
 
 
@@ -329,7 +314,7 @@ def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dty
     """Rehearse drawing a class image with guidance. Transformer and VAE are in memory together."""
     transformer = _load(config, base, method, dtype, empty_transformer(base))
     vae = load_vae(base, vae_dtype(dtype), META)
-    batch = MetaBatches(config, base, method.cached_encoders, size, dtype).batch_of(2, size)
+    batch = MetaBatches(config, base, method, size, dtype).batch_of(2, size)
     resident = bytes_of([*tensors_of(transformer), *statistics(transformer), *tensors_of(vae)])
     resident -= bytes_saved(transformer, config.train.swap_blocks or 0)
     thin = thin_out(transformer, method, None)
@@ -337,7 +322,3 @@ def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dty
         denoising = thin.measured(lambda _: predict_velocity(transformer, method, batch))
         decoding = peak_of(lambda: decode(vae, batch.latents[:1]))
     return MemoryUse(resident, max(denoising.peak, decoding.peak))
-
-
-def dtype_of(transformer: nn.Module) -> torch.dtype:
-    return next(transformer.parameters()).dtype

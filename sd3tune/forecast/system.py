@@ -12,7 +12,7 @@ import torch
 
 from sd3tune.forecast.footprint import bytes_of, tensors_of
 from sd3tune.forecast.forecast import LABELS, Forecast
-from sd3tune.forecast.rehearsal import MemoryUse
+from sd3tune.forecast.optimizer_memory import MemoryUse
 from sd3tune.methods import METHODS
 from sd3tune.model.compute.hoist import hoist
 from sd3tune.model.compute.swap import stored_bytes

@@ -28,7 +28,7 @@ def check_job(job: InferenceJob) -> None:
     """Raise ConfigError with a line for each problem that the fields alone show."""
     given, problems = job.given, []
     varied = {axis.partition("=")[0] for axis in job.grid}
-    if not job.loras and job.base is None and job.config is None and "lora" not in varied:
+    if not (job.loras or job.embeddings) and job.base is None and job.config is None and "lora" not in varied:
         problems.append("give --lora PATH, or --base (or --config) to draw with a base model alone")
     if job.grid and (job.prompts is not None or job.num != 1):
         flag = "--num" if job.prompts is None else "--prompts"
@@ -63,6 +63,8 @@ def conflicts_of(request: ImageRequest, named: Named) -> list[str]:
         problems.append(
             f"{named('strength')} {request.strength:g}: no step of {request.steps} is left; at least {least:g}"
         )
+    if request.mask is not None and request.image is None:
+        problems.append(f"{named('mask')} {request.mask}: the part of {named('image')} that is redrawn; give both")
     if request.slg is not None and request.guidance <= 1:
         problems.append(f"{named('slg')} {request.slg:g}: needs guidance above 1; it is {request.guidance:g}")
     return problems

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, create_model
 from safetensors import SafetensorError
 
 from sd3tune import __version__
+from sd3tune.adapter.embedding import EMBEDDING_FILE
 from sd3tune.adapter.file import ADAPTER_FILE, Adapter, find_adapter
 from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.errors import AdapterError, ConfigError, ModelError
@@ -73,6 +74,9 @@ class _ModelPart(Part):
     dtype: Literal["fp32", "bf16", "fp16"]
     loras: list[_Lora]
     clip_l_pooled: Literal["unprojected"] | None = None
+    embeddings: list[_File] = Field(default=[])
+    lora_encoders: list[Literal["clip_l", "clip_g", "t5"]] = Field(default=[])
+    """The text encoders that the adapters change; empty in earlier pictures, whose adapters were without such parts."""
 
 
 def _entries() -> dict[str, Any]:
@@ -174,8 +178,9 @@ def fill_from_recipe(job: InferenceJob, source: SourcePicture) -> InferenceJob:
         missing["t5"] = "t5" in recipe.encoders
     if job.dtype == "auto":
         missing["dtype"] = recipe.dtype
-    # The picture was drawn with these files, so its author has already decided to ignore their text encoder tensors.
-    missing["transformer_only"] = job.transformer_only or not job.loras
+    missing["embeddings"] = job.embeddings or [str(_found_embedding(job, source, one)) for one in recipe.embeddings]
+    # Found adapters are those of the picture: their tensors for text encoders were applied, or its author ignored them.
+    missing["transformer_only"] = job.transformer_only or not (job.loras or recipe.lora_encoders)
     return replace(job, given=given, loras=loras, memory=_memory(job.memory, recipe), before=False, **missing)
 
 
@@ -188,7 +193,7 @@ def _image_fields(job: InferenceJob, source: SourcePicture) -> dict[str, Any]:
             continue
         value = _entry(source.recipe, parameter)
         if isinstance(value, _File):
-            value = _found_image(job, source, value)
+            value = _found_image(job, source, value, parameter.flag)
         if value is not None:
             image_fields[name] = tuple(value) if isinstance(value, list) else value
     replaced = {"prompt"} if job.prompts is not None else set()
@@ -261,15 +266,30 @@ def _found_adapters(job: InferenceJob, source: SourcePicture) -> list[str]:
     return chosen
 
 
-def _found_image(job: InferenceJob, source: SourcePicture, image: _File) -> Path:
-    """Find the start image by content: near the picture, in the working directory or in a folder of `--look-in`."""
+def _found_embedding(job: InferenceJob, source: SourcePicture, embedding: _File) -> Path:
+    """Find a file of learned tokens by content: near the picture, in the working directory, `--look-in` or `runs/`."""
+    names = [EMBEDDING_FILE, *([embedding.name] if _is_plain(embedding.name) else [])]
+    for root in (*_near(source.picture), Path.cwd(), *job.look_in, *sorted(Path("runs").glob("*"))):
+        checkpoints = sorted((root / "checkpoints").glob("*/embedding"))
+        for folder in (root, root / "embedding", root / "embedding_raw", *checkpoints):
+            for path in (folder / name for name in names):
+                if _has_content(path, embedding.sha256):
+                    return path
+    raise AdapterError(
+        f"--from {source.picture}: drawn with the embedding {embedding.name!r} (sha256 {embedding.sha256[:12]}...), "
+        "which is not found near it or in runs/; name its folder with --look-in, or give it with --embedding"
+    )
+
+
+def _found_image(job: InferenceJob, source: SourcePicture, image: _File, flag: str) -> Path:
+    """Find the start image or mask by content: near the picture, in the working directory or a `--look-in` folder."""
     for folder in (*_near(source.picture), Path.cwd(), *job.look_in):
         path = folder / image.name
         if _is_plain(image.name) and _has_content(path, image.sha256):
             return path
     raise ConfigError(
         f"--from {source.picture}: drawn from the picture {image.name!r} (sha256 {image.sha256[:12]}...), which is not "
-        "found near it; name its folder with --look-in, or give it with --image"
+        f"found near it; name its folder with --look-in, or give it with {flag}"
     )
 
 

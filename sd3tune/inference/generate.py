@@ -39,7 +39,7 @@ def generate(
     `lora` is a run, a path, a checkpoint or a Hub repository, `PATH@0.8` or (path, 0.8) with a weight, or a list of
     these; without one, `base` draws alone. `base` is the name, folder or file of a base, or a run that trained one.
     `num` images have the seeds `seed` (0), `seed + 1` and so on. `fields` are any other options of `sd3tune infer` by
-    their names in Python, such as `steps`, `guidance`, `size=(1152, 896)`, `negative`, `sampler`, `image`,
+    their names in Python, such as `steps`, `guidance`, `size=(1152, 896)`, `negative`, `sampler`, `image`, `mask`,
     `prompts="file.csv"`, `grid=["weight=0,1"]` or `from_picture`; see `job.ALL_PARAMETERS`.
 
     Returns RGB images in the order of their seeds, lines or rows, equal to the files that `sd3tune infer` writes. The

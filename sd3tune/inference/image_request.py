@@ -210,6 +210,14 @@ class ImageRequest:
         recipe="image",
         optional=True,
     )
+    mask: Path | None = parameter(
+        None,
+        "A picture of the same shape as --image: white is redrawn, black is kept, grey blends.",
+        panel=IMAGE,
+        column=True,
+        recipe="mask",
+        optional=True,
+    )
     strength: float = parameter(
         0.6,
         "Share of the start picture to redraw (0.6); 1 is all of it.",

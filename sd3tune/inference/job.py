@@ -123,6 +123,14 @@ class InferenceJob:
         panel=MODEL,
         recipe="loras",
     )
+    embeddings: Sequence[str] = parameter(
+        (),
+        "Learned tokens: a file with clip_l and clip_g, its folder, a checkpoint or a run. Repeatable.",
+        flags="--embedding",
+        metavar="PATH",
+        panel=MODEL,
+        recipe="embeddings",
+    )
     transformer_only: bool = parameter(
         False, "Ignore a file's tensors for the text encoders.", flags="--transformer-only", panel=MODEL
     )

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from sd3tune.adapter.attach import match
 from sd3tune.adapter.derived import notes_of
-from sd3tune.adapter.file import Adapter, match
+from sd3tune.adapter.embedding import Embedding, read_embedding
+from sd3tune.adapter.file import Adapter
 from sd3tune.adapter.hub import load_adapter
+from sd3tune.adapter.text_encoders import match_text
 from sd3tune.data.images import check_header, read_picture, reading_warnings
-from sd3tune.errors import ConfigError
+from sd3tune.errors import AdapterError, ConfigError
+from sd3tune.files.text import weighted_words
 from sd3tune.inference.checks import Named, check_job, conflicts_of, flag_of, problems_of, unsupported_by_base
 from sd3tune.inference.conditions import Conditions, settle_conditions, settle_memory
 from sd3tune.inference.from_recipe import fill_from_recipe, read_source
 from sd3tune.inference.grid import Grid, read_grid
-from sd3tune.inference.image_request import ImageRequest, seeded
+from sd3tune.inference.image_request import PROMPT_OF, ImageRequest, seeded
 from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.lora_argument import parse_lora
 from sd3tune.inference.prompts_file import PromptLine, read_prompts
 from sd3tune.inference.session import InferenceSession
 from sd3tune.model.base.hub import no_downloads
+from sd3tune.model.base.parts import ENCODER_OF, ENCODER_PARTS, LABELS
 from sd3tune.model.load.components import empty_transformer, load_scheduler
 from sd3tune.reporting import say
 from sd3tune.runtime.device import choose_dtype, gpu_of, make_accelerator
@@ -67,7 +74,8 @@ def prepare(asked: InferenceJob) -> PreparedJob:
     adapters = [load_adapter(path, transformer_only=job.transformer_only) for path, _ in weighted]
     for line in (line for adapter in adapters for line in notes_of(adapter)):
         say(line)
-    session = _open_session(job, adapters)
+    embeddings = [read_embedding(Path(path)) for path in job.embeddings]
+    session = _open_session(job, adapters, embeddings)
     if source is not None:
         if not asked.loras:
             source.check_adapters(adapters[: len(job.loras)])
@@ -85,11 +93,31 @@ def prepare(asked: InferenceJob) -> PreparedJob:
     return PreparedJob(job, session, rows, grid)
 
 
-def _open_session(job: InferenceJob, adapters: Sequence[Adapter]) -> InferenceSession:
+def _open_session(job: InferenceJob, adapters: Sequence[Adapter], embeddings: Sequence[Embedding]) -> InferenceSession:
     device = make_accelerator().device
     dtype = choose_dtype(job.dtype, gpu_of(device), "--dtype")
-    memory = settle_memory(job.memory, adapters)
-    return InferenceSession(settle_conditions(job, adapters), adapters, dtype, device, job.batch, memory)
+    stating = [*adapters, *(Adapter(one.path, {}, {}, dict(one.contract)) for one in embeddings)]
+    memory = settle_memory(job.memory, stating)
+    _check_form(adapters, memory.quantize)
+    conditions = settle_conditions(job, stating)
+    _check_embeddings(embeddings, conditions)
+    return InferenceSession(conditions, adapters, dtype, device, job.batch, memory, embeddings)
+
+
+def _check_embeddings(embeddings: Sequence[Embedding], conditions: Conditions) -> None:
+    """Raise AdapterError for vectors of other widths than the base's, and for two files with one token."""
+    problems = [
+        f"{one.path}: made for another base: {name} has vectors of {rows.shape[1]} numbers, and in "
+        f"{conditions.base.name} they have {width}"
+        for one in embeddings
+        for name, rows in one.rows.items()
+        if rows.shape[1] != (width := conditions.base.config(ENCODER_PARTS[name][1])["hidden_size"])
+    ]
+    for token, count in Counter(one.token for one in embeddings).items():
+        if count > 1:
+            problems.append(f"--embedding: {count} files are for the token {token}; give one of them")
+    if problems:
+        raise AdapterError(*problems)
 
 
 def _named_requests(lines: Sequence[PromptLine], common: Mapping[str, Any], num: int) -> list[NamedRequest]:
@@ -115,9 +143,58 @@ def _check_against_base(named: Sequence[NamedRequest], conditions: Conditions, a
             )
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
-    for image in {request.image for request, _ in named if request.image is not None}:
-        check_header(image)
-        for warning in reading_warnings([(image, read_picture(image).reading)]):
+    _note_texts([request for request, _ in named], adapters)
+    files = {file for request, _ in named for file in (request.image, request.mask) if file is not None}
+    for file in files:
+        check_header(file)
+        for warning in reading_warnings([(file, read_picture(file).reading)]):
             say(f"warning: {warning}")
+    for image, mask in {(request.image, request.mask) for request, _ in named}:
+        if image is not None and mask is not None:
+            _check_shapes(image, mask)
     for adapter in adapters:
         match(skeleton, adapter)
+        match_text(conditions.base, adapter)
+        adapted = [ENCODER_OF[part] for part in adapter.text_parts]
+        unused = [LABELS[name] for name in adapted if name not in conditions.encoders]
+        if unused:
+            say(f"warning: {adapter.label} also adapts {', '.join(unused)}, which does not read the prompt here")
+
+
+def _check_shapes(image: Path, mask: Path) -> None:
+    """Raise ConfigError if a mask has another aspect ratio than its picture, as both are scaled and cut alike."""
+    (height, width), (mask_height, mask_width) = (read_picture(file).size for file in (image, mask))
+    if height * mask_width != width * mask_height:
+        raise ConfigError(
+            f"--mask {mask}: is {mask_width} x {mask_height} px and {image} is {width} x {height}; draw the mask on a "
+            "copy of the picture"
+        )
+
+
+def _check_form(adapters: Sequence[Adapter], form: str | None) -> None:
+    """Raise ConfigError if PEFT cannot compute an adapter on a base in this form."""
+    packed = [adapter for adapter in adapters if form == "nf4" and not adapter.by_lora_layers]
+    if packed:
+        raise ConfigError(
+            f"--quantize nf4: {packed[0].label} is a {packed[0].kind}, whose change needs a base with whole rows; take "
+            "--quantize int8 or none"
+        )
+
+
+def _note_texts(requests: Sequence[ImageRequest], adapters: Sequence[Adapter]) -> None:
+    """Say if a prompt has weights such as `(dog:1.3)`, or lacks a text that an adapter's encoder had in training."""
+    texts = (
+        getattr(request, name) or "" for request in requests for name in ("prompt", "negative", *PROMPT_OF.values())
+    )
+    found = next(filter(None, map(weighted_words, texts)), None)
+    if found:
+        say(f"note: prompt weights such as {found!r} are read as plain text; leave them out")
+    for adapter in adapters:
+        own = {"clip": ("clip_l", "clip_g"), "t5": ("t5",)}
+        fields = [PROMPT_OF[encoder] for reader in adapter.contract.get("own_texts", []) for encoder in own[reader]]
+        lacking = [flag_of(name) for name in fields if all(getattr(request, name) is None for request in requests)]
+        if lacking:
+            say(
+                f"note: {adapter.label} was trained with texts of single encoders; {', '.join(lacking)} can give them, "
+                "else all read the prompt"
+            )

@@ -49,8 +49,7 @@ def read_prompts(path: Path) -> list[PromptLine]:
     for number, values in kinds[path.suffix.lower()](path, text):
         place = f"{path}:{number}"
         fields, faults = _checked(place, values)
-        if "image" in fields:
-            fields["image"] = path.parent / fields["image"]
+        fields |= {name: path.parent / value for name, value in fields.items() if isinstance(value, Path)}
         rows.append(PromptLine(place, fields))
         problems += faults
     if not rows and not problems:

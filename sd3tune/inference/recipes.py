@@ -19,6 +19,7 @@ from sd3tune.inference.image_request import ImageRequest
 from sd3tune.inference.job import MEMORY_PARAMETERS
 from sd3tune.inference.parameters import Parameter
 from sd3tune.inference.session import InferenceSession
+from sd3tune.model.base.parts import ENCODER_PARTS
 from sd3tune.model.load.components import load_scheduler
 from sd3tune.runtime.device import dtype_name
 
@@ -33,7 +34,7 @@ class Recipes:
     def recipe(self, request: ImageRequest) -> dict[str, Any]:
         """Return the recipe of an image. It names adapters by name and hash, never by path."""
         conditions = self.session.conditions
-        model = {
+        model: dict[str, Any] = {
             "base": conditions.base.label,
             "base_revision": conditions.base.revision,
             "base_fingerprint": self._fingerprint,
@@ -42,6 +43,12 @@ class Recipes:
             "dtype": dtype_name(self.session.dtype),
             "loras": [{**self._named[number], "weight": weight} for number, weight in request.loras],
         }
+        if self.session.embeddings:
+            model["embeddings"] = [
+                {"name": one.path.name, "sha256": sha256_of(one.path)} for one in self.session.embeddings
+            ]
+        if encoders := self._adapted_encoders(request):
+            model["lora_encoders"] = encoders
         always, optional = self._image_entries(request)
         batch = {"batch": self.session.batch} if self.session.batch > 1 else {}
         pooled = {"clip_l_pooled": "unprojected"} if self._ignores_projection else {}
@@ -50,6 +57,11 @@ class Recipes:
     def text(self, request: ImageRequest) -> str:
         """Return the recipe as JSON, as it is written into a PNG."""
         return as_text(self.recipe(request))
+
+    def _adapted_encoders(self, request: ImageRequest) -> list[str]:
+        """Return the text encoders that the request's adapters change."""
+        parts = {part for number, _ in request.loras for part in self.session.adapters[number].text_parts}
+        return [name for name in self.session.conditions.encoders if ENCODER_PARTS[name][1] in parts]
 
     def _image_entries(self, request: ImageRequest) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the entries that every recipe has, and the optional ones."""

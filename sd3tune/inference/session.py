@@ -13,13 +13,15 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
 from torch import nn
 
-from sd3tune.adapter.file import Adapter, attach
+from sd3tune.adapter.attach import attach
+from sd3tune.adapter.embedding import Embedding
+from sd3tune.adapter.file import Adapter
 from sd3tune.encode.resources import release
 from sd3tune.inference.conditions import Conditions
 from sd3tune.inference.image_request import ImageRequest, Texts
 from sd3tune.inference.job import IN_FULL, Memory
-from sd3tune.inference.prompts import encode_prompts
-from sd3tune.inference.start_images import fitted
+from sd3tune.inference.prompts import Prompt, encode_prompts
+from sd3tune.inference.start_images import fitted, fitted_mask, latent_mask, pasted
 from sd3tune.model.base.parts import is_modulation
 from sd3tune.model.compute.hoist import hoist
 from sd3tune.model.load.components import load_scheduler, load_vae, vae_dtype
@@ -40,8 +42,8 @@ Result = TypeVar("Result")
 _SMALLER_T5 = "hold T5 in 8 bits with --t5-8bit, or do without it with --no-t5"
 _SMALLER_TRANSFORMER = "hold the transformer in 4 bits with --quantize nf4, or draw with a smaller --size or --batch"
 _SMALLER_VAE = "decode in tiles with --vae-tiling, or send the transformer away meanwhile with --offload"
-Images = dict[tuple[Path, tuple[int, int]], Start]
-"""(file, size) -> the encoded picture, cut to that size."""
+Images = dict[tuple[Path, Path | None, tuple[int, int]], Start]
+"""(file, mask or None, size) -> the encoded picture, cut to that size, with its mask."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class InferenceSession:
     batch: int = 1
     """Images that are denoised at once. The batch size changes the last bits of an image."""
     memory: Memory = IN_FULL
+    embeddings: Sequence[Embedding] = ()
+    """Learned tokens of the prompts."""
 
     @property
     def idle_device(self) -> torch.device:
@@ -86,8 +90,8 @@ def draw(
             return sample_latents(
                 model,
                 scheduler,
-                _concatenate([texts[request.texts] for request in group]),
-                _concatenate([texts[Texts(request.negative)] for request in group]),
+                _concatenate([texts[_prompt(session, request, request.texts)] for request in group]),
+                _concatenate([texts[_prompt(session, request, Texts(request.negative))] for request in group]),
                 replace(settings, steps=1, strength=None) if warm_up else settings,
                 [request.seed for request in group],
                 on_step=(lambda: None) if warm_up else partial(bar.update, len(group)),
@@ -108,7 +112,8 @@ def draw(
                 transformer.free()
             while waiting and (one_by_one or is_last):
                 drawn, latents = waiting.pop(0)
-                yield from zip(drawn, vae.run(_decode, latents), strict=True)
+                for request, image in zip(drawn, vae.run(_decode, latents), strict=True):
+                    yield request, _with_kept_pixels(request, image)
 
 
 def sampler_settings(request: ImageRequest) -> SamplerSettings:
@@ -136,13 +141,26 @@ def batched(requests: Iterable[ImageRequest], most: int) -> list[list[ImageReque
     """Group requests with equal adapters and settings, at most `most` in a group."""
     groups: dict[tuple[object, ...], list[ImageRequest]] = {}
     for request in requests:
-        groups.setdefault((request.loras, sampler_settings(request)), []).append(request)
+        groups.setdefault((request.loras, request.mask is None, sampler_settings(request)), []).append(request)
     return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
 
 
-def texts_of(requests: Sequence[ImageRequest]) -> list[Texts]:
+def prompts_of(session: InferenceSession, requests: Sequence[ImageRequest]) -> list[Prompt]:
     """Return the distinct prompts and negative prompts."""
-    return list(dict.fromkeys(texts for request in requests for texts in (request.texts, Texts(request.negative))))
+    both = [(request, texts) for request in requests for texts in (request.texts, Texts(request.negative))]
+    return list(dict.fromkeys(_prompt(session, request, texts) for request, texts in both))
+
+
+def _prompt(session: InferenceSession, request: ImageRequest, texts: Texts) -> Prompt:
+    of_text = (lora for lora in request.loras if session.adapters[lora[0]].text_parts)
+    return Prompt(texts, tuple(of_text))
+
+
+def _with_kept_pixels(request: ImageRequest, image: Image.Image) -> Image.Image:
+    """Return the image with the start image's own pixels outside the mask, which the VAE would change a little."""
+    if request.mask is None or request.image is None:
+        return image
+    return pasted(image, request.image, fitted_mask(request.mask, image.size))
 
 
 def _decode(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
@@ -182,28 +200,37 @@ class Component:
             release(self._session.device)
 
 
-def _encode_texts(session: InferenceSession, requests: Sequence[ImageRequest]) -> dict[Texts, Conditioning]:
-    texts, conditions = texts_of(requests), session.conditions
+def _encode_texts(session: InferenceSession, requests: Sequence[ImageRequest]) -> dict[Prompt, Conditioning]:
+    prompts, conditions = prompts_of(session, requests), session.conditions
     length = conditions.t5_length
     eight_bit = ["t5"] if session.memory.t5_8bit else []
     with explain_oom("encoding the prompts", lambda: _SMALLER_T5):
         encoded = encode_prompts(
-            conditions.base, conditions.encoders, texts, length, session.dtype, session.device, eight_bit
+            conditions.base,
+            conditions.encoders,
+            prompts,
+            length,
+            session.dtype,
+            session.device,
+            eight_bit,
+            session.adapters,
+            session.embeddings,
         )
-    return dict(zip(texts, encoded, strict=True))
+    return dict(zip(prompts, encoded, strict=True))
 
 
 def _encode_images(session: InferenceSession, requests: Sequence[ImageRequest]) -> Images:
     """Encode the start images with the VAE, and free it."""
-    sources = dict.fromkeys((request.image, request.size) for request in requests)
+    sources = dict.fromkeys((request.image, request.mask, request.size) for request in requests)
     images: Images = {}
     vae = None
-    for path, size in sources:
+    for path, mask, size in sources:
         if path is None or size is None:
             continue
         vae = vae or _load_vae(session)
         mean, std = encode_moments(vae, fitted(path, size))
-        images[path, size] = Start(mean, std, vae.config.scaling_factor, vae.config.shift_factor)
+        redrawn = None if mask is None else latent_mask(fitted_mask(mask, size))
+        images[path, mask, size] = Start(mean, std, vae.config.scaling_factor, vae.config.shift_factor, redrawn)
     del vae
     release(session.device)
     return images
@@ -211,14 +238,15 @@ def _encode_images(session: InferenceSession, requests: Sequence[ImageRequest]) 
 
 def _start_images(together: Sequence[ImageRequest], images: Images) -> Start | None:
     starts = [
-        images[request.image, request.size]
+        images[request.image, request.mask, request.size]
         for request in together
         if request.image is not None and request.size is not None
     ]
     if not starts:
         return None
     means, stds = torch.cat([start.mean for start in starts]), torch.cat([start.std for start in starts])
-    return replace(starts[0], mean=means, std=stds)
+    masks = [start.mask for start in starts if start.mask is not None]
+    return replace(starts[0], mean=means, std=stds, mask=torch.cat(masks) if masks else None)
 
 
 def _load_vae(session: InferenceSession) -> AutoencoderKL:
@@ -240,7 +268,7 @@ def _load_transformer(session: InferenceSession, requests: Sequence[ImageRequest
     """Load the transformer with every adapter attached that the requests use."""
     form = session.memory.quantize or "none"
     device = session.idle_device if form == "none" else session.device  # layers are quantized on the GPU
-    trained = [module for adapter in session.adapters for module in adapter.factors]
+    trained = [module for adapter in session.adapters for module in adapter.sizes]
     hoisted = form != "none" and not session.memory.compiled and not any(map(is_modulation, trained))
     prepare = hoist if hoisted else None
     transformer = load_transformer_in(form, session.conditions.base, session.dtype, device, prepare)

@@ -8,8 +8,12 @@ from sd3tune.config.schema import Config
 from sd3tune.config.sections.method import MethodSection
 from sd3tune.config.variants import METHOD, Registry
 from sd3tune.methods.base import Method, Product
+from sd3tune.methods.dora import DoraMethod
 from sd3tune.methods.full import FullMethod
+from sd3tune.methods.loha import LohaMethod
+from sd3tune.methods.lokr import LokrMethod
 from sd3tune.methods.lora import LoraMethod
+from sd3tune.methods.textual_inversion import TextualInversionMethod
 from sd3tune.model.base.base import Base
 
 
@@ -21,7 +25,17 @@ class MethodClass(Protocol):
     def __call__(self, config: Config, base: Base) -> Method: ...
 
 
-METHODS: Registry[MethodClass] = Registry(METHOD, {"lora": LoraMethod, "full": FullMethod})
+METHODS: Registry[MethodClass] = Registry(
+    METHOD,
+    {
+        "lora": LoraMethod,
+        "dora": DoraMethod,
+        "loha": LohaMethod,
+        "lokr": LokrMethod,
+        "full": FullMethod,
+        "textual_inversion": TextualInversionMethod,
+    },
+)
 
 
 def products() -> list[Product]:

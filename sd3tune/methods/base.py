@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +72,13 @@ class Method(Protocol):
     resident: tuple[str, ...]
     """Components that stay in memory while training."""
     cached_encoders: tuple[str, ...]
-    """Frozen text encoders, whose output comes from the store."""
+    """Text encoders whose output, with the base's weights, comes from the store."""
+    trained_encoders: tuple[str, ...]
+    """Text encoders that are trained. Their entries in `Embeddings` also hold `tokens` [B, 77], int64 on the CPU; zeros
+    stand for a dropped caption."""
+    segments: tuple[str, ...]
+    """Prefixes of parameter names whose gradients are clipped by themselves. The parameters of each follow each other,
+    after all others."""
     product: Product
     exported_bytes: int
     """Bytes per trained parameter in the exported files."""
@@ -90,6 +96,17 @@ class Method(Protocol):
     def title(self) -> str:
         """Return the method in a few words, such as `lora, rank 16`."""
 
+    def prepare(
+        self,
+        transformer: SD3Transformer2DModel,
+        shapes: Mapping[str, Sequence[int]],
+        gradient_norms: Callable[[Sequence[str]], Mapping[str, float]],
+    ) -> None:
+        """Choose, before `inject`, what depends on data: as in a resumed run, whose trained tensors have these shapes.
+
+        Without shapes, `gradient_norms(modules)` measures the norm of the gradient by each module's weight.
+        """
+
     def inject(
         self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
     ) -> dict[str, nn.Parameter]:
@@ -97,6 +114,12 @@ class Method(Protocol):
 
         `generator(name)` returns a seeded generator.
         """
+
+    def rates(self, names: Iterable[str]) -> dict[str, float]:
+        """Return the learning rates of trained parameters as multiples of `optimizer.lr`; those at 1 may be missing."""
+
+    def companions(self) -> Sequence[nn.Module]:
+        """Return the other models that `inject` loads; they stay in memory while training."""
 
     def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
@@ -107,7 +130,19 @@ class Method(Protocol):
         """Return `prompt_embeds` [B, tokens, width] and `pooled_prompt_embeds` [B, width], in the model's dtype."""
 
     def pooled(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> Tensor:
-        """Return the `pooled_prompt_embeds` of `conditioning`; the embeddings need no `hidden`."""
+        """Return the `pooled_prompt_embeds` of `conditioning`; the embeddings need no `hidden`.
+
+        It is not called if `trained_encoders` names any.
+        """
+
+    def problems_of(self, captions: Collection[str]) -> Sequence[str]:
+        """Return a line for each reason why these captions cannot be trained on."""
+
+    def stored_text(self, text: str) -> str:
+        """Return the text that the store encodes, and that the untrained base reads, for a caption or prompt."""
+
+    def tokens(self, tokenizer: Any, text: str) -> Tensor:
+        """Return the tokens of a text for a trained encoder, [77] int64, given its own tokenizer."""
 
     def regularised(self, transformer: SD3Transformer2DModel, seed: int) -> AbstractContextManager[None]:
         """Enable training-only regularisation, such as dropout, drawn from `seed`, in forward and backward pass."""
@@ -124,8 +159,14 @@ class Method(Protocol):
         Results equal diffusers' to the bit, as the fast path is off. This also holds for `disabled`.
         """
 
+    def unrounded(self, transformer: SD3Transformer2DModel, weights: Weights) -> AbstractContextManager[None] | None:
+        """Run the model as `as_exported` does, without the rounding of the file; None if it is not to be reported."""
+
     def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
         """Run the model as the untrained base, while the context lasts."""
+
+    def untrained(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
+        """Run the model as before the first step: the reference of a report, usually `disabled`."""
 
     def block_changes(self, transformer: SD3Transformer2DModel, weights: Weights) -> dict[str, float]:
         """Return the change of each block by these weights, in the measure `block_measure`."""

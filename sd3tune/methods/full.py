@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -22,9 +22,8 @@ from sd3tune.model.base.folder import check_parts, write_model
 from sd3tune.model.base.parts import INDEX_FILE
 from sd3tune.model.compute.fast import plain_path
 from sd3tune.model.load.components import load_scheduler, load_transformer
-from sd3tune.model.lora.targets import ELSEWHERE, CoverageRow, block_of
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from sd3tune.model.lora.targets import ELSEWHERE, CoverageRow, block_of, inside_blocks
+from sd3tune.runtime.device import DTYPES
 
 
 class FullMethod(StoredText):
@@ -42,7 +41,7 @@ class FullMethod(StoredText):
         super().__init__(config.model)
         self.settings = cast(FullConfig, config.method)
         self.base, self.flow_shift = base, config.flow.shift
-        self.export_dtype = _DTYPES[self.settings.export_dtype]
+        self.export_dtype = DTYPES[self.settings.export_dtype]
         self.exported_bytes = self.export_dtype.itemsize
         self._caches_base = bool(config.data.own_predictions)
         self._cached_base: dict[str, Tensor] | None = None
@@ -50,19 +49,23 @@ class FullMethod(StoredText):
 
     def select(self, transformer: nn.Module) -> list[str]:
         check_parts(self.base)
-        return [name for name, module in transformer.named_modules() if list(module.parameters(recurse=False))]
+        inside = inside_blocks(transformer, self.settings.blocks)
+        owners = [name for name, module in transformer.named_modules() if list(module.parameters(recurse=False))]
+        return [name for name in owners if inside(name)]
 
     def coverage(self, transformer: nn.Module) -> list[CoverageRow]:
-        rows: dict[str, CoverageRow] = {}
-        blocks: dict[str, set[str]] = {}
+        inside = inside_blocks(transformer, self.settings.blocks)
+        parts: dict[str, list[tuple[str, int, bool]]] = {}  # block, parameters, whether they are trained
         for name, parameter in transformer.named_parameters():
             block = block_of(name)
-            in_blocks = block != ELSEWHERE
-            part = name.split(".")[2] if in_blocks else ELSEWHERE
-            blocks.setdefault(part, set()).add(block)
-            parameters = parameter.numel() + (rows[part].parameters if part in rows else 0)
-            rows[part] = CoverageRow(part, len(blocks[part]), len(blocks[part]), parameters, in_blocks)
-        return list(rows.values())
+            part = ELSEWHERE if block == ELSEWHERE else name.split(".")[2]
+            parts.setdefault(part, []).append((block, parameter.numel(), inside(name)))
+        rows = []
+        for part, found in parts.items():
+            present, trained = {block for block, _, _ in found}, {block for block, _, inside in found if inside}
+            parameters = sum(count for _, count, inside in found if inside)
+            rows.append(CoverageRow(part, len(trained), len(present), parameters, part != ELSEWHERE))
+        return [row for row in rows if row.trained]
 
     def title(self) -> str:
         return "full, from scratch" if self.base.random else "full"
@@ -70,22 +73,30 @@ class FullMethod(StoredText):
     def inject(
         self, transformer: SD3Transformer2DModel, generator: Callable[[str], torch.Generator]
     ) -> dict[str, nn.Parameter]:
-        """Make all parameters trainable. The fp32 master starts from the base's exact values, not from rounded ones."""
+        """Make the parameters trainable. The fp32 master starts from the base's exact values, not from rounded ones.
+
+        With `blocks`, the others are frozen, and rounded as they are exported.
+        """
         dtype = transformer.dtype
         exact = transformer
         if dtype is not torch.float32:
             exact = load_transformer(self.base, torch.float32, transformer.device)
-        parameters = dict(transformer.named_parameters())
+        inside = inside_blocks(transformer, self.settings.blocks)
+        trained: dict[str, nn.Parameter] = {}
         exact_parameters = dict(exact.named_parameters())
-        for name, parameter in parameters.items():  # a rehearsal leaves blocks out
-            parameter.data = exact_parameters[name].data
-            parameter.requires_grad_(True)
+        for name, parameter in transformer.named_parameters():  # a rehearsal leaves blocks out
+            parameter.requires_grad_(inside(name))
+            if inside(name):
+                trained[name] = parameter
+                parameter.data = exact_parameters[name].data
+            else:
+                parameter.data = exact_parameters[name].data.to(self.export_dtype).to(dtype)
         saved = exact.state_dict()
         live = dict(transformer.named_buffers())
         for name in (name for name in live if name in saved):
             self._buffers[name] = self._for_export(saved[name])
             live[name].data = saved[name].to(self.export_dtype).to(dtype)
-        return parameters
+        return trained
 
     def initialize_from_data(
         self, transformer: SD3Transformer2DModel, observe: Callable[[], object], reduce_mean: Callable[[Tensor], Tensor]
@@ -96,7 +107,15 @@ class FullMethod(StoredText):
         return nullcontext()
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
-        return {name: self._for_export(value) for name, value in weights.items()} | self._buffers
+        trained = {name: self._for_export(value) for name, value in weights.items()}
+        return self._frozen_parameters(trained.keys()) | trained | self._buffers
+
+    def _frozen_parameters(self, trained: Collection[str]) -> dict[str, Tensor]:
+        """Return the base's other parameters as they are exported."""
+        if self.settings.blocks is None:
+            return {}
+        base = load_transformer(self.base, self.export_dtype)
+        return {name: parameter.data for name, parameter in base.named_parameters() if name not in trained}
 
     def _for_export(self, value: Tensor) -> Tensor:
         """Return a tensor as it is exported, in system memory: the GPU may lack the room for all of them."""
@@ -116,6 +135,8 @@ class FullMethod(StoredText):
         changes: dict[str, float] = {}
         sizes: dict[str, float] = {}
         for name, start in load_transformer(self.base, torch.float32).named_parameters():
+            if name not in weights:
+                continue
             block = block_of(name)
             change = weights[name].cpu() - start
             changes[block] = changes.get(block, 0.0) + change.double().square().sum().item()
@@ -134,19 +155,19 @@ class FullMethod(StoredText):
 
     def contract(self) -> dict[str, Any]:
         start = "random" if self.base.random else "pretrained"
-        return {"method": self.settings.kind, "init": start, **contract_of(self.settings)}
+        blocks = {} if self.settings.blocks is None else {"blocks": self.settings.blocks}
+        return {"method": self.settings.kind, "init": start, **contract_of(self.settings), **blocks}
 
     def identity(self) -> dict[str, Any]:
-        return identity_of(self.settings, {})
+        return identity_of(self.settings, {"blocks": {}} if self.settings.blocks is None else {})
 
     def savings(self, config: Config) -> Sequence[Saving]:
-        kind = "adamw8bit"
-        eight = Saving("optimizer", "kind", kind, "6 bytes less for each parameter", planned=False)
+        eight = Saving("optimizer", "kind", "adamw8bit", "6 bytes less for each parameter", planned=False)
         words = "no gradient of the whole model is kept, or clipped"
         fused = Saving("train", "fused_backward", True, words, needs={"max_grad_norm": None})
         is_open = not config.train.fused_backward and config.train.gradient_accumulation == 1
         can_fuse = is_open and config.optimizer.updates_in_slices
-        return (*[fused] * can_fuse, *[eight] * (config.optimizer.kind != kind))
+        return (*[fused] * can_fuse, *[eight] * config.optimizer.moments)
 
     def _untrained(self, transformer: SD3Transformer2DModel) -> dict[str, Tensor]:
         if self._cached_base is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from sd3tune.adapter.dora import per_output
 from sd3tune.adapter.file import Adapter
 from sd3tune.adapter.layouts import PATCH_EMBEDDER
 from sd3tune.errors import AdapterError
@@ -13,11 +14,21 @@ from sd3tune.model.lora.layers import Layer
 from sd3tune.model.lora.targets import untrainable_modules
 
 
-def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, Layer]) -> None:
-    """Raise AdapterError if the adapter's modules, sizes or ranks do not match `layers`.
+def check_start(
+    adapter: Adapter,
+    transformer: nn.Module,
+    layers: Mapping[str, Layer],
+    section: str = "method",
+    *,
+    dora: bool = False,
+) -> None:
+    """Raise AdapterError if the adapter's kind, modules, sizes or ranks do not match `layers`, which `section`
+    configures.
 
-    Modules that the adapter lacks are newly initialized. Modules whose output is unused are ignored.
+    `transformer` may also be a text encoder. Modules that the adapter lacks are newly initialized. Modules whose output
+    is unused are ignored. With `dora`, it may also be a DoRA whose magnitudes PEFT can train.
     """
+    _check_kind(adapter, dora)
     if PATCH_EMBEDDER in adapter.factors:
         raise AdapterError(
             f"method.start_from: {adapter.path} also adapts {PATCH_EMBEDDER}, which sd3tune does not train; merge "
@@ -33,9 +44,10 @@ def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, L
     ignored = untrainable_modules(transformer)
     left_out = [name for name in adapter.factors if name not in layers and name not in ignored]
     if left_out:
+        leaves_out = "method.targets and method.blocks leave" if section == "method" else f"{section}.targets leaves"
         raise AdapterError(
-            f"method.start_from: {adapter.path} also adapts {_first(left_out)}, which method.targets and method.blocks "
-            "leave out; without it the run would start from a different function"
+            f"method.start_from: {adapter.path} also adapts {_first(left_out)}, which {leaves_out} out; without it the "
+            "run would start from a different function"
         )
     shared = {name: (pair, layers[name]) for name, pair in adapter.factors.items() if name in layers}
     if not shared:
@@ -53,8 +65,22 @@ def check_start(adapter: Adapter, transformer: nn.Module, layers: Mapping[str, L
         if odd:
             raise AdapterError(
                 f"method.start_from: {adapter.path} has rank {rank} where this run has {layers[odd[0]].rank}: "
-                f"{_first(odd)}; set method.rank to {rank}, or method.rank_pattern for single modules"
+                f"{_first(odd)}; set {section}.rank to {rank}"
+                + ", or method.rank_pattern for single modules"
+                * (section == "method")
             )
+
+
+def _check_kind(adapter: Adapter, dora: bool) -> None:
+    """Raise AdapterError for LoHa and LoKr, and for a DoRA that PEFT's layers cannot train."""
+    trainable = dora and not adapter.of_base and all(per_output(one) for one in adapter.magnitudes.values())
+    if adapter.kind != "LoRA" and not (adapter.kind == "DoRA" and trainable):
+        raise AdapterError(
+            f"method.start_from: {adapter.path} is a {adapter.kind}, which this run cannot continue; merge it into its "
+            f"base (`sd3tune lora merge {adapter.path} --into-base --out FOLDER`) and train on the result"
+            + "; or set method.kind=dora"
+            * (adapter.kind == "DoRA" and not dora)
+        )
 
 
 def starting_factors(adapter: Adapter, layers: Mapping[str, Layer]) -> dict[str, Tensor]:

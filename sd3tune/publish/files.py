@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from sd3tune.adapter.embedding import EMBEDDING_FILE
 from sd3tune.adapter.file import ADAPTER_FILE
 from sd3tune.config import load_config
 from sd3tune.config.dump import dump_values
@@ -20,6 +21,7 @@ Upload = Mapping[str, Path | bytes]
 CARD, CONFIG = "README.md", "config.yaml"
 ADAPTERS = ("adapter", "adapter_raw")
 MODELS = ("model", "model_raw")
+EMBEDDINGS = ("embedding", "embedding_raw")
 _MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 _PUBLIC_FACTS = (
     MARKER, "versions", "seed", "world_size", "device", "gpu", "dtype", "threads", "base", "images", "images_per_epoch",
@@ -67,7 +69,8 @@ def files_of_product(folder: Path) -> Mapping[str, Path]:
 def is_product_name(path: PurePath) -> bool:
     """Return whether a path, relative to a run folder or checkpoint, is a name that runs give to trained weights."""
     folder, inside = path.parts[0], path.parts[1:]
-    return inside == (ADAPTER_FILE,) if folder in ADAPTERS else folder in MODELS and path.suffix in _MODEL_SUFFIXES
+    single = {**dict.fromkeys(ADAPTERS, ADAPTER_FILE), **dict.fromkeys(EMBEDDINGS, EMBEDDING_FILE)}
+    return inside == (single[folder],) if folder in single else folder in MODELS and path.suffix in _MODEL_SUFFIXES
 
 
 def public_facts(run_facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,6 +83,9 @@ def _product(folder: Path) -> Iterator[Path]:
     for name in ADAPTERS:
         if _is_plain_file(folder / name / ADAPTER_FILE):
             yield folder / name / ADAPTER_FILE
+    for name in EMBEDDINGS:
+        if _is_plain_file(folder / name / EMBEDDING_FILE):
+            yield folder / name / EMBEDDING_FILE
     for name in MODELS:
         for path in sorted((folder / name).rglob("*")):
             if path.suffix in _MODEL_SUFFIXES and _is_plain_file(path):

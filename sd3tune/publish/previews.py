@@ -29,13 +29,43 @@ def is_preview_name(name: str) -> bool:
 def preview_recipe(path: Path) -> dict[str, Any] | None:
     """Return the recipe in a preview; None for any other file.
 
-    Its keys are `prompt`, `steps`, `guidance`, `seed`, `weights` and, if set, `noise_offset`.
+    Its keys are `prompt`, `steps`, `guidance`, `seed`, `weights` and, if set, `noise_offset`, `negative`, `size` and
+    `slg`.
     """
     recipe = read_recipe(path)
     if not isinstance(recipe, dict) or recipe.get("weights") not in _WEIGHTS:
         return None
     typed = all(type(recipe.get(name)) in types for name, types in _TYPES.items())
-    return recipe if typed and type(recipe.get("noise_offset", 0.0)) in (int, float) else None
+    typed = typed and type(recipe.get("noise_offset", 0.0)) in (int, float) and type(recipe.get("negative", "")) is str
+    return recipe if typed and _is_size(recipe.get("size")) and _is_slg(recipe.get("slg")) else None
+
+
+def guiding_options(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the options of `sd3tune infer` for a preview's own settings: `negative`, `size` and `slg`."""
+    words = []
+    if recipe.get("negative"):
+        words += ["--negative", recipe["negative"]]
+    if recipe.get("size"):
+        words += ["--size", "x".join(map(str, recipe["size"]))]
+    if slg := recipe.get("slg"):
+        layers = ",".join(map(str, slg["layers"]))
+        words += ["--slg", str(slg["scale"]), "--slg-layers", layers]
+        words += ["--slg-start", str(slg["start"]), "--slg-stop", str(slg["stop"])]
+    return words
+
+
+def _is_size(value: Any) -> bool:
+    whole = isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value)
+    return value is None or whole
+
+
+def _is_slg(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not isinstance(value.get("layers"), list):
+        return False
+    numbers = [value.get(name) for name in ("scale", "start", "stop")]
+    return all(type(one) in (int, float) for one in numbers) and all(type(layer) is int for layer in value["layers"])
 
 
 def is_preview(path: Path) -> bool:

@@ -27,6 +27,7 @@ def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
         scaling=LatentScaling(vae["scaling_factor"], vae["shift_factor"]),
         sigma_of=sigma_map(flow, plan.model_shift),
         noise_offset=flow.noise_offset,
+        input_perturbation=flow.input_perturbation,
         dropout=Dropout(
             plan.config.data.caption_dropout,
             plan.config.data.encoder_dropout,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sd3tune.adapter.embedding import EMBEDDING_FILE, read_embedding
 from sd3tune.adapter.file import ADAPTER_FILE, read_adapter
 from sd3tune.config import Config, load_config
 from sd3tune.config.run_folder import read_run_file
@@ -16,7 +17,7 @@ from sd3tune.files.own_json import read_object
 from sd3tune.model.base.contract import CONTRACT_FILE
 from sd3tune.publish.card import Drawing, Sample, Trained, card, is_unchanged
 from sd3tune.publish.card.evaluated import EVAL_FILE, EVAL_FOLDER
-from sd3tune.publish.files import ADAPTERS, CARD, MODELS
+from sd3tune.publish.files import ADAPTERS, CARD, EMBEDDINGS, MODELS
 from sd3tune.publish.previews import SAMPLES, SHEET
 from sd3tune.run.previews import Preview, previews_of
 
@@ -62,7 +63,7 @@ def card_of(
     step: int | None = None,
 ) -> str:
     """Return the card for `repo_id`, or for the run folder if None. `step` marks a checkpoint of an unfinished run."""
-    samples = last_previews(run, config.preview.prompts)
+    samples = last_previews(run, config.preview.texts)
     sheet = f"{SAMPLES}/{SHEET}" if samples and (run / SAMPLES / SHEET).is_file() else None
     evaluation = _evaluation_of(run) if step is None else None
     return card(Trained(config, contract, run_facts, samples, sheet, repo_id, step, evaluation))
@@ -94,13 +95,16 @@ def last_previews(run: Path, prompts: Sequence[str]) -> list[Sample]:
 
 
 def _sample(preview: Preview) -> Sample:
-    drawing = Drawing(**{name: preview.recipe[name] for name in ("prompt", "steps", "guidance", "seed")})
+    names = ("prompt", "steps", "guidance", "seed", "negative", "size", "slg")
+    drawing = Drawing(**{name: preview.recipe[name] for name in names if name in preview.recipe})
     return Sample(f"{SAMPLES}/{preview.path.name}", preview.step, drawing)
 
 
 def _contract_of(run: Path) -> dict[str, Any]:
     if (run / ADAPTERS[0] / ADAPTER_FILE).is_file():
         return read_adapter(run).contract
+    if (run / EMBEDDINGS[0] / EMBEDDING_FILE).is_file():
+        return dict(read_embedding(run).contract)
     return read_object(run / MODELS[0] / CONTRACT_FILE)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from sd3tune import __version__
 from sd3tune.adapter.modelspec import tag_frequency
-from sd3tune.config import load_config
+from sd3tune.config import Config, load_config
 from sd3tune.config.meaning import compared_when_finished, contract_of, identity_of
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.data.store import key
@@ -18,12 +18,14 @@ from sd3tune.errors import ConfigError, RunError
 from sd3tune.model.base.contract import declared
 from sd3tune.model.base.parts import ENCODER_PARTS, VARIANTS
 from sd3tune.model.base.single_file_header import released_shape
+from sd3tune.run.captions import own_readers
 from sd3tune.run.earlier import began_in_llm_int8, drops_kept_captions, may_drop_kept
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
 from sd3tune.run.saved import saved_identity
 from sd3tune.runtime.device import dtype_name, gpu_of, versions
 from sd3tune.training.checkpoint import differences
+from sd3tune.training.examples import content_of
 
 
 def make_contract(plan: Plan) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def make_contract(plan: Plan) -> dict[str, Any]:
     `model.base.contract.Contract` declares its keys; those of a method are declared on its section.
     """
     config = plan.config
-    captions = sorted({record.caption for record in plan.records})
+    captions = sorted({caption.text for record in plan.records for caption in record.drawn})
     of_the_run = {
         "sd3tune_version": __version__,
         "base": plan.base.label,
@@ -44,11 +46,13 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "base_released_as": VARIANTS.get(str(released_shape(plan.base.config("transformer")))),
         **_encoder_files(plan),
         **_tags(plan),
+        **_own_texts(plan),
         **config.model.fewer_bits,
         "instance_prompt": captions[0] if len(captions) == 1 else None,
         "shift": plan.shift,
         "sigma_range": [config.flow.min_sigma, config.flow.max_sigma],
         **({"sampler_noise_offset": config.flow.noise_offset} if config.flow.noise_offset else {}),
+        **_input_perturbation(config),
         "dtype": dtype_name(plan.dtype),
         "weights": "raw" if config.ema is None else "ema",
     }
@@ -78,6 +82,12 @@ def _tags(plan: Plan) -> dict[str, Any]:
     return {"tag_frequency": tag_frequency(record.caption for record in plan.records)}
 
 
+def _own_texts(plan: Plan) -> dict[str, Any]:
+    """Return the encoders that read texts of their own in training; empty if all read the same captions."""
+    readers = own_readers(plan.records)
+    return {"own_texts": readers} if readers else {}
+
+
 def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, Any]:
     """Return the facts that a resumed run must share with its checkpoint; without `encoded`, no digests of the data."""
     config = plan.config
@@ -100,7 +110,7 @@ def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, A
 def _resolved(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return, by config key, the identity's entries that replace the configured value."""
     config = plan.config
-    extendable = not config.schedule.depends_on_length
+    extendable = not (config.schedule.depends_on_length or config.flow.loss.depends_on_length)
     return {
         "method": {},  # see `Method.identity`
         "model.base": {"base": plan.base.fingerprint("transformer")},
@@ -108,8 +118,14 @@ def _resolved(plan: Plan) -> dict[str, dict[str, Any]]:
         "model.extra_t5_lengths": _t5_lengths(config.model),
         "model.t5_quantize": _quantized(plan),
         "flow.shift": {"shift": _shift(plan)},
+        "flow.input_perturbation": _input_perturbation(config),
         "train.steps": {} if extendable else {"steps": config.train.steps},
     }
+
+
+def _input_perturbation(config: Config) -> dict[str, float]:
+    strength = config.flow.input_perturbation
+    return {"input_perturbation": strength} if strength else {}
 
 
 def _quantized(plan: Plan) -> dict[str, str]:
@@ -119,7 +135,7 @@ def _quantized(plan: Plan) -> dict[str, str]:
 
 
 def _content(encoded: Encoded) -> dict[str, str]:
-    captions = [dict(example.captions) for example in encoded.examples]
+    captions = [content_of(example) for example in encoded.examples]
     priors = [example.prior.facts() for example in encoded.examples if example.prior]
     return {
         "images": _digest_of_images(encoded, {}),
@@ -223,7 +239,7 @@ def start_facts(plan: Plan, world: int) -> dict[str, Any]:
         },
         "images": len(plan.records),
         "images_per_epoch": plan.images_per_epoch,
-        "captions": len({record.caption for record in plan.records}),
+        "captions": len({caption for record in plan.records for caption in record.drawn}),
         "held_out_images": len(plan.holdout),
         "class_images": sum(len(prior.records) for prior in plan.priors),
         "modules": len(plan.modules),

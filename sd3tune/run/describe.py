@@ -15,6 +15,7 @@ from sd3tune.data.sampler import times_seen
 from sd3tune.model.base.contract import spread_without_offset
 from sd3tune.model.lora.targets import CoverageRow
 from sd3tune.run.buckets import bucket_of, describe_buckets
+from sd3tune.run.captions import describe_captions
 from sd3tune.run.earlier import began_in_llm_int8, drops_kept_captions
 from sd3tune.run.evaluated import describe_evaluation
 from sd3tune.run.preflight import Plan
@@ -37,6 +38,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         f"data      {_images(len(plan.records))}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
         *(f"warning: {warning}" for warning in plan.warnings),
         *describe_buckets(cut),
+        *describe_captions(config, plan.records, plan.base, method.cached_encoders, plan.dtype),
         *_describe_tags(plan),
         *_describe_priors(plan),
         *([f"held out  {_images(len(plan.holdout))}, measured every {every} steps"] if plan.holdout else []),
@@ -49,6 +51,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         f"{method.product.name:<9} {method.title()}: {parameters:,} parameters, "
         f"{method.exported_bytes * parameters / 1e6:.1f} MB, in {modules} module{'s' * (modules != 1)}",
         *(f"          {_describe_coverage(row)}" for row in plan.coverage),
+        *describe_hoist(config),
         *(["compile   blocks: the first step of each image size takes a minute or more"] if compiled else []),
         f"run       {plan.run}",
     ]
@@ -162,12 +165,22 @@ def _describe_objective(plan: Plan) -> list[str]:
             "warning: an earlier sd3tune began this run; as then, dropout of captions and encoders also acts on the "
             "samples that keep the base's prediction, so one input has two targets; a new run is better"
         )
-    if flow.loss.kind == "huber":
+    if not flow.loss.estimates_mean:
+        delta = f" (delta {flow.loss.delta:g})" if hasattr(flow.loss, "delta") else ""
         lines.append(
-            f"note: Huber's loss (delta {flow.loss.delta:g}) does not estimate a mean, so rare kinds of picture are "
+            f"note: flow.loss.kind {flow.loss.kind}{delta} does not estimate a mean, so rare kinds of picture are "
             "drawn less often than they occur; flow.loss.kind=mse draws each as often"
         )
     return lines
+
+
+def describe_hoist(config: Config) -> list[str]:
+    """Return a note if trained text encoders turn `train.hoist` off."""
+    if not (config.train.hoist and config.method.trains_text):
+        return []
+    return [
+        "note: train.hoist has no effect: trained text encoders change the pooled text, so adaLN is not computed ahead"
+    ]
 
 
 def describe_precision(config: Config, dtype: torch.dtype) -> str:

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
 
+from sd3tune.config.sections.outputs import PreviewPrompt
 from sd3tune.data.store import Store
 from sd3tune.encode.resources import release
 from sd3tune.files.atomic import new_file, remove_stale
 from sd3tune.model.load.components import load_scheduler, load_vae, vae_dtype
+from sd3tune.model.load.text import on_device
 from sd3tune.reporting import progress_bar, say
 from sd3tune.run.preflight import Plan
 from sd3tune.run.setup import load_base
 from sd3tune.runtime.processes import Processes
-from sd3tune.sampling.sampler import Conditioning, SamplerSettings, fault_of, sample_latents, to_image
+from sd3tune.sampling.sampler import Conditioning, SamplerSettings, SkipLayers, fault_of, sample_latents, to_image
 
 NEGATIVE_PROMPT = ""
 """The unconditional prompt, and a dropped caption: the empty string's encoding, never zeros."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A picture to draw within a run."""
+
+    prompt: str
+    seed: int
+    negative: str = NEGATIVE_PROMPT
+    sides: tuple[int, int] | None = None
+    """(width, height) in pixels; None for the size of the training."""
+    skip_layers: SkipLayers | None = None
+
+
+def wanted_preview(settings: PreviewPrompt, seed: int) -> Wanted:
+    """Return the picture of a preview prompt."""
+    skip = None
+    if settings.slg is not None:
+        skip = SkipLayers(settings.slg, tuple(settings.slg_layers), settings.slg_start, settings.slg_stop)
+    return Wanted(settings.prompt, seed, settings.negative, settings.sides, skip)
 
 
 def stored_conditioning(
@@ -30,7 +53,7 @@ def stored_conditioning(
 ) -> Conditioning:
     """Return a prompt's conditioning from the store's embeddings; `captions` is encoder -> text -> key."""
     embeddings = {
-        encoder: {name: tensor[None].to(plan.device) for name, tensor in store.get(keys[prompt]).items()}
+        encoder: on_device({name: tensor[None] for name, tensor in store.get(keys[prompt]).items()}, plan.device)
         for encoder, keys in captions.items()
     }
     return Conditioning(*plan.method.conditioning(embeddings, transformer))
@@ -46,27 +69,31 @@ def draw_prompts(
     store: Store,
     captions: Mapping[str, Mapping[str, str]],
     transformer: SD3Transformer2DModel,
-    wanted: Sequence[tuple[str, int]],
+    wanted: Sequence[Wanted],
     *,
     base: bool,
     label: str,
 ) -> list[Image.Image]:
-    """Return an image of each (prompt, seed), with steps, guidance and size of previews.
+    """Return an image for each of `wanted`, with steps and guidance of previews.
 
     Denoises all of them with the transformer's present weights, then loads the VAE, decodes, and frees it. `base` is
     True for the base's weights, whose shift and noise offset may differ. `label` names the progress bar.
     """
     side, settings = plan.config.data.resolution, plan.config.preview
     offset = plan.base.noise_offset if base else plan.config.flow.noise_offset
-    sampler = SamplerSettings(settings.steps, settings.guidance, side, side, noise_offset=offset)
     scheduler = load_scheduler(plan.base, None if base else plan.method.sampling_shift())
-    negative = stored_conditioning(plan, store, captions, NEGATIVE_PROMPT, transformer)
     with progress_bar(total=settings.steps * len(wanted), desc=label, unit="step", leave=False, delay=2) as bar:
         latents = []
-        for prompt, seed in wanted:
-            positive = stored_conditioning(plan, store, captions, prompt, transformer)
+        for one in wanted:
+            width, height = one.sides or (side, side)
+            sampler = SamplerSettings(
+                settings.steps, settings.guidance, height, width, skip_layers=one.skip_layers, noise_offset=offset
+            )
+            positive, negative = (
+                stored_conditioning(plan, store, captions, text, transformer) for text in (one.prompt, one.negative)
+            )
             latents.append(
-                sample_latents(transformer, scheduler, positive, negative, sampler, [seed], on_step=bar.update)
+                sample_latents(transformer, scheduler, positive, negative, sampler, [one.seed], on_step=bar.update)
             )
     vae = load_decoder(plan)
     images = [to_image(vae, latent) for latent in latents]

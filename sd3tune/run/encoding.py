@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sd3tune.config import Config
 from sd3tune.data.buckets import Size
 from sd3tune.data.records import Record, sample_indices
-from sd3tune.data.store import Store
-from sd3tune.encode.captions import LLM_INT8, caption_keys, encode_captions
+from sd3tune.data.store import Store, key
+from sd3tune.data.written import Caption
+from sd3tune.encode.captions import LLM_INT8, caption_keys, encode_captions, texts_read_by
 from sd3tune.encode.images import EncodedImage, encode_images
 from sd3tune.encode.inspect import inspect, warnings_about
 from sd3tune.encode.manifest import Manifest
 from sd3tune.encode.report import EncodeReport
 from sd3tune.measures.prompts import Prompts
+from sd3tune.model.load.components import load_tokenizer
+from sd3tune.model.load.text import TOKENS
 from sd3tune.run.drawing import NEGATIVE_PROMPT, draw_class_images
 from sd3tune.run.earlier import began_in_llm_int8
 from sd3tune.run.places import store_folder
@@ -63,7 +66,9 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
         reports.append(report)
         for image in images:
             earlier.update((now, then) for now, then in zip(image.keys, image.earlier_keys, strict=True) if now != then)
-        return [_example(record, image, captions) for record, image in zip(records, images, strict=True)]
+        return [
+            _example(record, image, captions, trained=varied) for record, image in zip(records, images, strict=True)
+        ]
 
     once = examples_of("images", plan.records, plan.buckets, varied=True)
     pictures = [examples_of("class images", prior.records, prior.sizes) for prior in plan.priors]
@@ -95,20 +100,22 @@ def check_pictures(plan: Plan, progress: bool) -> list[str]:
     return warnings_about(there, inspect(there, Manifest.load(store_folder(plan.config)), progress))
 
 
-def texts_to_encode(
-    config: Config, records: Sequence[Record], drawing: bool, evaluated: Prompts | None = None
-) -> list[str]:
-    """Return the captions, class prompts, and prompts of previews and of `eval` and, if needed, the empty prompt.
+def captions_to_encode(records: Iterable[Record], others: Iterable[Record]) -> list[Caption]:
+    """Return all captions of the training images, and the first caption of each class image and held-out image."""
+    return [*(caption for record in records for caption in record.drawn), *(record.first for record in others)]
 
-    `records` includes class images and held-out images. `drawing` is True if the run has class images.
+
+def prompts_to_encode(config: Config, drawing: bool, evaluated: Prompts | None = None) -> list[str]:
+    """Return class prompts, and the prompts of previews and of `eval` and, if needed, the empty prompt.
+
+    `drawing` is True if the run has class images.
     """
     priors = [prior for source in config.data.sources if (prior := source.prior) and prior.weight > 0]
     measured = [prompt.text for prompt in (*evaluated.scored, *evaluated.of_class)] if evaluated else []
     needs_empty = bool(config.preview.prompts or measured) or config.data.caption_dropout > 0 or drawing
     return [
-        *(record.caption for record in records),
         *(prompt for prior in priors for prompt in prior.prompts),
-        *config.preview.prompts,
+        *(text for one in config.preview.pictures for text in (one.prompt, one.negative) if text),
         *measured,
         *([NEGATIVE_PROMPT] if needs_empty else []),
     ]
@@ -118,12 +125,15 @@ def _encode_captions(
     plan: Plan, store: Store, processes: Processes, say: Callable[[str], None]
 ) -> tuple[Mapping[str, Mapping[str, str]], T5Lengths, EncodeReport]:
     config, model = plan.config, plan.config.model
-    records = [*plan.records, *plan.holdout, *(record for prior in plan.priors for record in prior.records)]
-    texts = texts_to_encode(config, records, bool(plan.priors), plan.evaluated)
-    captions, report = encode_captions(
+    others = [*plan.holdout, *(record for prior in plan.priors for record in prior.records)]
+    prompts = prompts_to_encode(config, bool(plan.priors), plan.evaluated)
+    written = captions_to_encode(plan.records, others)
+    stored = plan.method.stored_text
+    keys, report = encode_captions(
         plan.base,
-        texts,
+        map(stored, prompts),
         store,
+        captions=[caption.map(stored) for caption in written],
         encoders=plan.method.cached_encoders,
         dtype=plan.dtype,
         device=plan.device,
@@ -133,14 +143,29 @@ def _encode_captions(
         t5_form_name=_t5_form_name(plan),
         t5_device="cpu" if config.model.t5_device == "cpu" else None,
         progress=processes.is_main,
-        records=records,
+        records=[*plan.records, *others],
         rank=processes.rank,
         world=processes.world,
         say=say,
     )
     processes.wait()
     store.refresh()
-    return captions, _t5_lengths(plan, captions), report
+    captions = {
+        encoder: {text: of[stored(text)] for text in texts_read_by(encoder, prompts, written)}
+        for encoder, of in keys.items()
+    }
+    captions |= {encoder: _noted(plan, store, encoder, captions[encoder]) for encoder in plan.method.trained_encoders}
+    return captions, _t5_lengths(plan, keys), report
+
+
+def _noted(plan: Plan, store: Store, encoder: str, keys: Mapping[str, str]) -> dict[str, str]:
+    """Add the tokens of every text to its entry of a trained encoder. Return text -> key."""
+    tokenizer = load_tokenizer(plan.base, encoder)
+    found = {}
+    for text, of in keys.items():
+        found[text] = of if plan.method.stored_text(text) == text else key("learned", text=text, of=of)
+        store.note(found[text], of, {TOKENS: plan.method.tokens(tokenizer, text)})
+    return found
 
 
 def _t5_form_name(plan: Plan) -> str | None:
@@ -188,8 +213,15 @@ def _encode_images(
     )
 
 
-def _example(record: Record, image: EncodedImage, captions: Mapping[str, Mapping[str, str]]) -> Example:
-    return Example(record.image.name, image.keys, _keys_of(record.caption, captions), image.size)
+def _example(record: Record, image: EncodedImage, captions: Mapping[str, Mapping[str, str]], trained: bool) -> Example:
+    """Return a record's example. `trained` ones draw from all captions, others have the first one."""
+
+    def keys_of(caption: Caption) -> dict[str, str]:
+        return {encoder: of[caption.read_by(encoder)] for encoder, of in captions.items()}
+
+    drawn = [keys_of(caption) for caption in (record.drawn if trained else [record.first])]
+    choices = tuple(drawn) if len(drawn) > 1 else ()
+    return Example(record.image.name, image.keys, drawn[0], image.size, choices=choices)
 
 
 def _keys_of(text: str, captions: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -39,7 +39,7 @@ def evaluated_prompts(config: Config, records: Sequence[Record]) -> Prompts | No
     subject = subject_of(config.data, [record.caption for record in records], settings.class_word)
     asked: Sequence[str] = settings.prompts
     if not asked:
-        asked = evenly(default_prompts(subject, config.preview.prompts, config.model.base == NANO), MOST_PROMPTS)
+        asked = evenly(default_prompts(subject, config.preview.texts, config.model.base == NANO), MOST_PROMPTS)
     if not asked:
         raise ConfigError("eval.prompts: the captions share no words, so no prompts can be made; list some")
     prompts = sort_prompts([(text, {}) for text in asked], subject)

@@ -102,7 +102,9 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     evaluated: Prompts | None = None
     run = Path(str(config.output_dir))
     try:
-        records, holdout = split_records(config, load_records(config.data, warn=warnings.append), warnings.append)
+        records, holdout = split_records(
+            config, load_records(config.data, config.seed, warn=warnings.append), warnings.append
+        )
         config = resolve_epochs(config, sum(record.repeats for record in records), world)
     except UserError as error:
         problems += error.problems
@@ -122,6 +124,8 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         method = METHODS[config.method.kind](config, base)
         base.check_encoders(method.cached_encoders)
         modules = method.select(transformer)
+        texts = {text for record in records for caption in record.drawn for text in caption.texts}
+        problems += method.problems_of(texts) if records else ()
         check_size(config, transformer.config)
         dtype = choose_dtype(config.model.dtype, gpu_of(device))
         check_precision(config, dtype)
@@ -201,7 +205,13 @@ def split_records(
     holdout = config.validation.holdout
     if isinstance(holdout, str):
         first = config.data.sources[0]
-        folder = FolderSource(path=holdout, caption=first.caption, template=first.template)
+        folder = FolderSource(
+            path=holdout,
+            caption=first.caption,
+            captions=first.captions,
+            wildcards=first.wildcards,
+            template=first.template,
+        )
         try:
             return records, load_records(DataConfig(sources=[folder], trigger=config.data.trigger), warn=warn)
         except DataError as error:
@@ -226,7 +236,12 @@ def check_installed(config: Config) -> None:
     if missing:
         raise RunError(*missing)
     kind = config.optimizer.kind
-    extra = OPTIMIZERS[kind].package
+    extra, needed = OPTIMIZERS[kind].package, OPTIMIZERS[kind].torch_class
+    if needed is not None and not hasattr(torch.optim, needed[0]):
+        raise RunError(
+            f"optimizer.kind: {kind} needs torch {needed[1]} or later, for torch.optim.{needed[0]}, and this is torch "
+            f"{torch.__version__}; update torch or set optimizer.kind=adamw"
+        )
     if extra is not None and importlib.util.find_spec(extra) is None:
         raise RunError(f"optimizer.kind: {kind} needs {extra}: pip install 'sd3tune[{extra}]'")
 
@@ -256,6 +271,13 @@ def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
     largest = largest_side(transformer)
     if config.data.resolution > largest:
         raise ConfigError(f"data.resolution: {config.data.resolution} is too large for this base; at most {largest}")
+    for number, picture in enumerate(config.preview.pictures):
+        where = f"preview.prompts.{number}"
+        if picture.sides and max(picture.sides) > largest:
+            raise ConfigError(f"{where}.size: {picture.size} is too large for this base; at most {largest}")
+        if picture.slg is not None and max(picture.slg_layers) >= there:
+            layers = ", ".join(map(str, picture.slg_layers))
+            raise ConfigError(f"{where}.slg_layers: {layers}: this base has the blocks 0 to {there - 1}")
 
 
 def check_precision(config: Config, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from sd3tune.config.run_folder import read_run_file
 from sd3tune.files.own_json import is_whole_number, read_object
 from sd3tune.publish.card.evaluated import EVAL_FOLDER
-from sd3tune.publish.files import ADAPTERS
+from sd3tune.publish.files import ADAPTERS, EMBEDDINGS
 from sd3tune.publish.previews import PREVIEW_NAME, SAMPLES, preview_recipe
 from sd3tune.run.folder import BEST, BEST_EVALUATED, BEST_FILE, MEASURED, holds_report
 from sd3tune.training.checkpoint import list_checkpoints
@@ -25,7 +25,8 @@ class Preview:
     number: int
     """Index of the prompt in `preview.prompts`."""
     recipe: Mapping[str, Any]
-    """`prompt`, `steps`, `guidance`, `seed`, `weights` (`raw` or `ema`) and, if set, `noise_offset`."""
+    """`prompt`, `steps`, `guidance`, `seed`, `weights` (`raw` or `ema`) and, if set, `noise_offset`,
+    `negative`, `size` and `slg`."""
 
 
 def previews_of(run: Path) -> list[Preview]:
@@ -60,6 +61,6 @@ def step_of(adapter: Path, run: Path) -> int | None:
         if not is_whole_number(step):
             raise ValueError(f"{BEST}/{name}: step is not a whole number")
         return int(step)
-    if file.parts[0] not in ADAPTERS or not holds_report(run):
+    if file.parts[0] not in (*ADAPTERS, *EMBEDDINGS) or not holds_report(run):
         return None
     return int(list_checkpoints(run)[-1].name.removeprefix("step-"))

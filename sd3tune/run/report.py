@@ -17,7 +17,7 @@ from sd3tune.invocation import command_line
 from sd3tune.methods import Method
 from sd3tune.publish.card import DIVERGED, has_diverged
 from sd3tune.publish.files import CARD
-from sd3tune.publish.previews import SAMPLES, SHEET
+from sd3tune.publish.previews import SAMPLES, SHEET, guiding_options
 from sd3tune.run.preflight import Plan
 from sd3tune.training.ahead import modulated
 from sd3tune.training.batches import Batch, Batches
@@ -33,11 +33,15 @@ NO_CHANGE = 1e-7
 
 @torch.no_grad()
 def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], batches: Batches) -> dict[str, Any]:
-    """Measure the change of each block and of one denoising step, and the loss of base and result at fixed noise."""
+    """Measure the change of each block and of one denoising step, and the loss of base and result at fixed noise.
+
+    If `method.export_dtype` rounds an adapter's weights, also measure the error of one denoising step.
+    """
     probes = _probes(batches)
     with plan.method.as_exported(transformer, weights):
         trained = _velocities(plan, transformer, probes)
-    with plan.method.disabled(transformer):
+    rounding = _rounding_error(plan, transformer, weights, probes, trained)
+    with plan.method.untrained(transformer):
         base = _velocities(plan, transformer, probes)
     size = _total_norm(base) or _total_norm(trained)  # untrained random weights predict zeros
     change = sum((a - b).norm().item() for a, b in zip(trained, base, strict=True)) / size if size else math.nan
@@ -46,6 +50,7 @@ def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], 
         "weights": "raw" if plan.config.ema is None else "ema",
         "block_changes": block_changes,
         "velocity_change": change,
+        **({} if rounding is None else {"rounding_error": rounding}),
         # False for NaN, too. Equal weights can differ by more at another address, so the weights must differ as well.
         "changes_output": change > NO_CHANGE and any(block_changes.values()),
         "fixed_noise_loss": {
@@ -54,6 +59,19 @@ def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], 
             "trained": _losses(trained, probes),
         },
     }
+
+
+def _rounding_error(
+    plan: Plan, transformer: Any, weights: Mapping[str, Tensor], probes: Sequence[Batch], rounded: Sequence[Tensor]
+) -> float | None:
+    """Return the relative error of `rounded`, the exported weights' velocities; None if the file does not round."""
+    unrounded = plan.method.unrounded(transformer, weights)
+    if unrounded is None:
+        return None
+    with unrounded:
+        exact = _velocities(plan, transformer, probes)
+    size = _total_norm(exact)
+    return sum((a - b).norm().item() for a, b in zip(rounded, exact, strict=True)) / size if size else math.nan
 
 
 def _velocities(plan: Plan, transformer: Any, probes: Sequence[Batch]) -> list[Tensor]:
@@ -77,16 +95,17 @@ def next_command(plan: Plan) -> str:
     """Return the command that redraws the first prompt's last preview or, without prompts, draws a caption."""
     settings = plan.config.preview
     if settings.prompts:
-        return infer_command(plan.method, plan.run, settings.prompts[0], settings.seed)
+        first = settings.pictures[0].recipe
+        return infer_command(plan.method, plan.run, first["prompt"], settings.seed, guiding_options(first))
     return infer_command(plan.method, plan.run, plan.records[0].caption or "a photo")
 
 
-def infer_command(method: Method, run: Path, prompt: str, seed: int = 0) -> str:
+def infer_command(method: Method, run: Path, prompt: str, seed: int = 0, options: Sequence[str] = ()) -> str:
     """Return the `infer` command for a run; steps, guidance, size and T5 length come from its contract."""
     relative = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     what = method.infer_arguments(relative)
     seeded = ["--seed", str(seed)] if seed else []
-    words = [*what, "--prompt", prompt, *seeded, "--out", str(relative / "images")]
+    words = [*what, "--prompt", prompt, *seeded, *options, "--out", str(relative / "images")]
     return command_line("sd3tune", "infer", *words)
 
 
@@ -114,6 +133,7 @@ def describe_learning(plan: Plan, report: Mapping[str, Any]) -> list[str]:
     return [
         f"learned   one denoising step changes by {100 * report['velocity_change']:.3g} %; "
         f"{plan.method.block_measure} |{bars}|, at most {max(changes.values()):.3g}",
+        *_describe_rounding(plan, report),
         *_divergence(plan, report),
         f"loss      on training images at fixed noise, by sigma: {by_sigma}",
     ]
@@ -136,6 +156,13 @@ def describe_next(plan: Plan) -> list[str]:
         "next:",
         f"  {next_command(plan)}",
     ]
+
+
+def _describe_rounding(plan: Plan, report: Mapping[str, Any]) -> list[str]:
+    if "rounding_error" not in report:
+        return []
+    error, written = 100 * report["rounding_error"], plan.method.contract()["export_dtype"]
+    return [f"rounding  {written} in the file changes one denoising step by {error:.2g} %"]
 
 
 def _divergence(plan: Plan, report: Mapping[str, Any]) -> list[str]:

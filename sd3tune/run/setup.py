@@ -32,8 +32,11 @@ def load_base(plan: Plan) -> SD3Transformer2DModel:
 
 
 def hoists(config: Config, modules: Sequence[str]) -> bool:
-    """Return whether adaLN modulations are computed ahead: if configured, and if no trained module produces them."""
-    return config.train.hoist and not any(is_modulation(name) for name in modules)
+    """Return whether adaLN modulations are computed ahead: if configured, and if nothing that makes them is trained.
+
+    They are made by the adaLN linears from the pooled text.
+    """
+    return config.train.hoist and not config.method.trains_text and not any(is_modulation(name) for name in modules)
 
 
 def make_trainable(config: Config, method: Method, transformer: SD3Transformer2DModel) -> dict[str, nn.Parameter]:

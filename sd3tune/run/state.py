@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from diffusers import SD3Transformer2DModel
 
@@ -9,10 +11,11 @@ from sd3tune.config import Config
 from sd3tune.model.compute.compiled import compile_blocks
 from sd3tune.run.batches import make_batches
 from sd3tune.run.encoding import Encoded
+from sd3tune.run.gradients import gradient_norms
 from sd3tune.run.preflight import Plan
 from sd3tune.run.setup import make_trainable
 from sd3tune.runtime.processes import ALONE, Processes
-from sd3tune.training.checkpoint import restore
+from sd3tune.training.checkpoint import read_state, restore
 from sd3tune.training.flat_master import FlatMaster, LossScale
 from sd3tune.training.fused_backward import FusedBackward
 from sd3tune.training.optimizers import make_optimizer
@@ -27,12 +30,21 @@ def starting_state(
 ) -> TrainState:
     """Make the model trainable, and return the state of the checkpoint to resume from, or of step 0."""
     config = plan.config
+    shapes = {} if plan.start is None else read_state(plan.start)["layout"]
+    plan.method.prepare(transformer, shapes, partial(gradient_norms, plan, encoded, transformer, processes))
     parameters = make_trainable(config, plan.method, transformer)
     if plan.start is None:
         plan.method.initialize_from_data(
             transformer, lambda: _observe(plan, encoded, transformer), processes.reduce_mean
         )
-    master = FlatMaster(parameters, plan.dtype, accumulates=not config.train.fused_backward)
+    method = plan.method
+    master = FlatMaster(
+        parameters,
+        plan.dtype,
+        accumulates=not config.train.fused_backward,
+        rates=method.rates(parameters),
+        segments=method.segments,
+    )
     state = make_state(config, master, plan.dtype)
     if plan.start is not None:
         restore(plan.start, state)
@@ -43,7 +55,7 @@ def starting_state(
 
 def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainState:
     """Return the training state before the first step."""
-    optimizer = make_optimizer(config.optimizer, master.master)
+    optimizer = make_optimizer(config.optimizer, master.master, master.named(master.master))
     return TrainState(
         step=0,
         master=master,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,10 @@ def _draw(adapter: Adapter, base: Base, preview: Preview, dtype: torch.dtype, de
     """Redraw a preview with diffusers. Text encoders are freed before the transformer is loaded."""
     contract, recipe = adapter.contract, preview.recipe
     texts = text_pipeline(base, contract["encoders"], dtype, device)
+    if adapter.text_parts:
+        load_into(texts, adapter)
     embeds = texts.encode_prompt(
-        recipe["prompt"], None, None, device=device, negative_prompt="",
+        recipe["prompt"], None, None, device=device, negative_prompt=recipe.get("negative", ""),
         do_classifier_free_guidance=recipe["guidance"] > 1, max_sequence_length=contract["max_sequence_length"],
     )  # fmt: skip
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -117,14 +120,25 @@ def _draw(adapter: Adapter, base: Base, preview: Preview, dtype: torch.dtype, de
     pipeline = drawing_pipeline(base, dtype, device, vae)
     load_into(pipeline, adapter)
     start, offset = torch.Generator().manual_seed(recipe["seed"]), recipe.get("noise_offset", 0.0)
-    shape = (1, pipeline.transformer.config.in_channels, *[contract["resolution"] // pipeline.vae_scale_factor] * 2)
+    width, height = recipe.get("size", [contract["resolution"]] * 2)
+    factor = pipeline.vae_scale_factor
+    shape = (1, pipeline.transformer.config.in_channels, height // factor, width // factor)
     noise = torch.randn(shape, generator=start, dtype=dtype)
     latents = pipeline(
-        **dict(zip(names, embeds, strict=True)), height=contract["resolution"], width=contract["resolution"],
+        **dict(zip(names, embeds, strict=True)), height=height, width=width,
         num_inference_steps=recipe["steps"], guidance_scale=recipe["guidance"],
-        latents=add_offset(noise, [recipe["seed"]], offset), output_type="latent",
+        latents=add_offset(noise, [recipe["seed"]], offset), output_type="latent", **_skipped_layers(recipe),
     ).images  # fmt: skip
     return _decode(vae, latents, pipeline.image_processor)
+
+
+def _skipped_layers(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pipeline's arguments for skip-layer guidance, if the preview has it."""
+    slg = recipe.get("slg")
+    if slg is None:
+        return {}
+    shares = {f"skip_layer_guidance_{name}": slg[name] for name in ("scale", "start", "stop")}
+    return {"skip_guidance_layers": slg["layers"], **shares}
 
 
 def _decode(vae: AutoencoderKL, latents: torch.Tensor, processor: Any) -> Image.Image:

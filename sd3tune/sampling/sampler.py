@@ -82,6 +82,8 @@ class Start:
     std: Tensor
     scaling_factor: float
     shift_factor: float
+    mask: Tensor | None = None
+    """[n, 1, h, w] fp32: 1 where the image is redrawn, 0 where it is kept. None redraws all of it."""
 
 
 @torch.no_grad()
@@ -101,7 +103,8 @@ def sample_latents(
     There are n prompts and seeds, and n negative prompts or one for all. The noise of an image comes from a CPU
     generator with its seed, so it is the same on every device and in every batch. The batch size still changes the last
     bits of an image. `scheduler` is the base's; `on_step` is called after each of `settings.evaluations`. `start` is
-    used with `settings.strength`: its images are noised to the sigma of the first remaining step.
+    used with `settings.strength`: its images are noised to the sigma of the first remaining step. Where its mask is 0,
+    each step ends with the start images, noised to the step's last sigma.
     """
     device, dtype = transformer.device, transformer.dtype
     shape = (transformer.config.in_channels, settings.height // latent_side, settings.width // latent_side)
@@ -116,12 +119,17 @@ def sample_latents(
     solver.set_timesteps(settings.steps, device=device, **_dynamic_shift(solver, transformer, latents))
     begin, count = settings.first_step * SAMPLERS[settings.sampler].order, len(solver.timesteps)
     solver.set_begin_index(begin)  # or diffusers would look it up by value, for which the host waits
+    noise, z0 = latents, None
     if start is not None and posterior_noise is not None:
-        latents = _noised(start, posterior_noise, latents, solver.sigmas[begin])
-    with velocity_of.ahead(dict(enumerate(solver.timesteps[begin:], start=begin))):
+        z0 = _normalised(start, posterior_noise).to(noise)
+        latents = _noised(z0, noise, solver.sigmas[begin])
+    mask = None if start is None or start.mask is None else start.mask.to(noise)
+    with velocity_of.ahead(dict(enumerate(solver.timesteps[begin:], start=begin)), count):
         for number, timestep in enumerate(solver.timesteps[begin:], start=begin):
             velocity = velocity_of(latents, timestep, number, count)
             latents = solver.step(velocity, timestep, latents, return_dict=False)[0].to(dtype)
+            if z0 is not None and mask is not None:
+                latents = (1 - mask) * _noised(z0, noise, solver.sigmas[number + 1]) + mask * latents
             on_step()
     return latents
 
@@ -139,6 +147,7 @@ class _Guided:
         self.transformer, self.settings, self.is_guided = transformer, settings, settings.guidance > 1
         device, dtype = transformer.device, transformer.dtype
         self.modulations: dict[int, Modulation] = {}
+        self.skipped_modulations: dict[int, Modulation] = {}
         self.embeds = positive.prompt_embeds.to(device, dtype)
         self.pooled = positive.pooled_prompt_embeds.to(device, dtype)
         if self.is_guided:
@@ -147,19 +156,35 @@ class _Guided:
             self.both_pooled = torch.cat([pooled.to(device, dtype).expand_as(self.pooled), self.pooled])
 
     @contextlib.contextmanager
-    def ahead(self, timesteps: Mapping[int, Tensor]) -> Iterator[None]:
-        """Compute the hoisted layers' outputs for all timesteps at once, and use them inside the context."""
+    def ahead(self, timesteps: Mapping[int, Tensor], count: int) -> Iterator[None]:
+        """Compute the hoisted layers' outputs for all timesteps at once, and use them inside the context.
+
+        `timesteps` are those of the evaluations that will run, by number; `count` is the number with all others.
+        """
         if not hoisted(self.transformer):
             yield
             return
         pooled = self.both_pooled if self.is_guided else self.pooled
-        conditions = [(timestep.expand(len(pooled)), pooled) for timestep in timesteps.values()]
-        self.modulations = dict(zip(timesteps, compute_ahead(self.transformer, conditions), strict=True))
+        skipping = [number for number in timesteps if self._skips_layers(number, count)]
+        made = compute_ahead(
+            self.transformer,
+            [
+                *((timestep.expand(len(pooled)), pooled) for timestep in timesteps.values()),
+                *((timesteps[number].expand(len(self.pooled)), self.pooled) for number in skipping),
+            ],
+        )
+        self.modulations = dict(zip(timesteps, made, strict=False))
+        self.skipped_modulations = dict(zip(skipping, made[len(timesteps) :], strict=True))
         try:
             yield
         finally:
-            self.modulations = {}
+            self.modulations, self.skipped_modulations = {}, {}
             modulate(self.transformer, None)
+
+    def _skips_layers(self, number: int, count: int) -> bool:
+        """Return whether evaluation `number` of `count` has skip-layer guidance."""
+        skip = self.settings.skip_layers
+        return skip is not None and self.is_guided and count * skip.start < number < count * skip.stop
 
     def __call__(self, latents: Tensor, timestep: Tensor, number: int, count: int) -> Tensor:
         """Return the guided velocity of evaluation `number` (0-based) of `count`."""
@@ -171,10 +196,10 @@ class _Guided:
         unconditional, conditional = doubled.chunk(2)
         velocity = unconditional + self.settings.guidance * (conditional - unconditional)
         skip = self.settings.skip_layers
-        if skip is None or not count * skip.start < number < count * skip.stop:
+        if skip is None or not self._skips_layers(number, count):
             return velocity
         if self.modulations:
-            modulate(self.transformer, [rows.chunk(2)[1] for rows in self.modulations[number]])
+            modulate(self.transformer, self.skipped_modulations[number])
         skipped = self._velocity(latents, timestep, self.embeds, self.pooled, skip_layers=list(skip.layers))
         return velocity + (conditional - skipped) * skip.scale
 
@@ -207,12 +232,16 @@ def add_offset(noise: Tensor, seeds: Sequence[int], strength: float) -> Tensor:
     return offset_noise(noise.float(), offsets, strength).to(noise.dtype)
 
 
-def _noised(start: Start, posterior_noise: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Return sigma * noise + (1 - sigma) * z0, with z0 = mean + std * `posterior_noise`, normalised."""
+def _normalised(start: Start, posterior_noise: Tensor) -> Tensor:
+    """Return z0 = mean + std * `posterior_noise`, normalised."""
     eps = posterior_noise.to(start.mean)
-    latents = from_posterior(start.mean, start.std, eps, start.scaling_factor, start.shift_factor).to(noise)
+    return from_posterior(start.mean, start.std, eps, start.scaling_factor, start.shift_factor)
+
+
+def _noised(z0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Return sigma * noise + (1 - sigma) * z0."""
     sigma = sigma.to(noise)
-    return sigma * noise + (1.0 - sigma) * latents
+    return sigma * noise + (1.0 - sigma) * z0
 
 
 def to_image(vae: AutoencoderKL, latents: Tensor) -> Image.Image:

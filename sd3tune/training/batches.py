@@ -15,9 +15,10 @@ from sd3tune.data.buckets import size_name
 from sd3tune.data.sampler import batch_samples, generator, index_at, step_slots, uniform
 from sd3tune.data.seeds import derive
 from sd3tune.data.store import Store
-from sd3tune.flow.objective import offset_noise
+from sd3tune.flow.objective import offset_noise, perturbed_noise
 from sd3tune.model.compute.hoist import Modulation
 from sd3tune.model.load.latents import sample_latents
+from sd3tune.model.load.text import on_device
 from sd3tune.training.examples import Example, Sample
 
 
@@ -50,7 +51,7 @@ class LatentScaling:
 
 @dataclass(frozen=True)
 class Batch:
-    """The data of one micro-step, on the device. All fp32, except embeddings and modulations.
+    """The data of one micro-step, on the device but for tokens. All fp32, except embeddings and modulations.
 
     The instances come first, then the prior samples of those whose source has a prior: B samples in all.
     """
@@ -62,7 +63,7 @@ class Batch:
     sigma: Tensor
     """[B]: the final sigmas, drawn from the configured density and shifted."""
     embeddings: Mapping[str, Mapping[str, Tensor]]
-    """Encoder -> name -> tensor [B, ...], in the encoders' dtype."""
+    """Encoder -> name -> tensor [B, ...], in the encoders' dtype; see `Method.trained_encoders` for their tokens."""
     weights: Tensor
     """[B]: weights of the samples' losses."""
     names: Sequence[str]
@@ -71,6 +72,8 @@ class Batch:
     """Number of instances."""
     kept: slice
     """Samples whose target is the base's prediction: the last ones, if any."""
+    input_noise: Tensor | None = None
+    """The noise of the input, in the shape of `latents`, if it is perturbed; `noise` is that of the target."""
     modulation: Modulation | None = None
     """The adaLN modulations for `sigma` and the pooled text; None if the transformer computes them."""
 
@@ -87,6 +90,7 @@ class Batch:
             names=self.names[rows],
             instances=len(self.names[rows]),
             kept=slice(0, 0),
+            input_noise=None if self.input_noise is None else self.input_noise[rows],
             modulation=self.modulation and [tensor[rows] for tensor in self.modulation],
         )
 
@@ -141,6 +145,7 @@ class Batches:
         scaling: LatentScaling,
         sigma_of: Callable[[Tensor, int], Tensor],
         noise_offset: float = 0.0,
+        input_perturbation: float = 0.0,
         dropout: Dropout = Dropout(),
         t5_lengths: T5Lengths = (),
     ) -> None:
@@ -150,6 +155,7 @@ class Batches:
             self.buckets.setdefault(size_name(example.size), []).append(example)
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
         self.device, self.scaling, self.sigma_of, self.noise_offset = device, scaling, sigma_of, noise_offset
+        self.input_perturbation = input_perturbation
         self.with_prior = any(example.prior for example in examples)
         self._ahead: tuple[tuple[int, int], Future[_Loaded]] | None = None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
@@ -235,7 +241,7 @@ class Batches:
         return self.sigma_of(torch.tensor(uniforms, dtype=torch.float64) / 2**52, height * width).float()
 
     def _embedding(self, encoder: str, sample: Sample, step: int) -> dict[str, Tensor]:
-        dropout, captions, slot = self.dropout, sample.example.captions, sample.slot
+        dropout, captions, slot = self.dropout, sample.captions(self.seed, step), sample.slot
         is_exempt = sample.is_kept and not dropout.kept
         if not is_exempt and dropout.caption > uniform(self.seed, step, slot, "caption dropout"):
             captions = dropout.empty
@@ -258,14 +264,16 @@ class Batches:
         if self.noise_offset:
             offsets = torch.stack([self._draw_offset(step, slot, mean.shape[1]) for slot in slots])
             noise = offset_noise(noise, offsets, self.noise_offset)
+        input_noise = None
+        if self.input_perturbation:
+            more = torch.stack([self._draw_perturbation(step, slot, mean.shape[1:]) for slot in slots])
+            input_noise = perturbed_noise(noise, more, self.input_perturbation)
         return Batch(
             latents=sample_latents(mean, std, eps, self.scaling.scaling_factor, self.scaling.shift_factor),
             noise=noise,
+            input_noise=input_noise,
             sigma=sigma,
-            embeddings={
-                encoder: {key: value.to(self.device, non_blocking=True) for key, value in entry.items()}
-                for encoder, entry in loaded.embeddings.items()
-            },
+            embeddings={encoder: on_device(entry, self.device) for encoder, entry in loaded.embeddings.items()},
             weights=loaded.weights.to(self.device, non_blocking=True),
             names=[sample.example.name for sample in loaded.samples],
             instances=loaded.instances,
@@ -280,6 +288,10 @@ class Batches:
     def _draw_offset(self, step: int, slot: int | str, channels: int) -> Tensor:
         source = generator(self.seed, step, slot, "noise_offset", device=self.device)
         return torch.randn(channels, generator=source, device=self.device)
+
+    def _draw_perturbation(self, step: int, slot: int | str, shape: torch.Size) -> Tensor:
+        source = generator(self.seed, step, slot, "input_perturbation", device=self.device)
+        return torch.randn(shape, generator=source, device=self.device)
 
 
 def _stack(entries: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from sd3tune.errors import RunError
 from sd3tune.files.atomic import new_folder, remove_folder, write_json
 from sd3tune.files.json import NotJson, read_object
 from sd3tune.files.tensors import digest, save_sorted
-from sd3tune.training.optimizers import HostStepped
+from sd3tune.training.host_stepped import HostStepped
+from sd3tune.training.optimizers import state_tensors
 from sd3tune.training.step import TrainState
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
@@ -96,7 +97,7 @@ def restore(checkpoint: Path, state: TrainState) -> None:
     if isinstance(optimizer, HostStepped):  # its state exists only after a step, so the file defines it
         expected = {name: tensor for name, tensor in expected.items() if not name.startswith(_OPTIMIZER)}
         expected |= {name: tensor for name, tensor in tensors.items() if name.startswith(_OPTIMIZER)}
-        _check_numbers(checkpoint, saved.get("optimizer"))
+        _check_numbers(checkpoint, saved.get("optimizer"), optimizer, tensors)
     for name in sorted({*expected, *tensors}):
         stored, live = tensors.get(name), expected.get(name)
         if stored is None or live is None:
@@ -119,11 +120,15 @@ def restore(checkpoint: Path, state: TrainState) -> None:
     state.master.publish()
 
 
-def _check_numbers(checkpoint: Path, numbers: Any) -> None:
-    """Raise RunError unless `numbers` has the form that `HostStepped.numbers` returns."""
+def _check_numbers(checkpoint: Path, numbers: Any, optimizer: HostStepped, tensors: Mapping[str, Tensor]) -> None:
+    """Raise RunError unless `numbers` has the form that `HostStepped.numbers` returns, and all names are known."""
     forms = {"state": dict, "group": dict, "on_the_host": list}
     if not isinstance(numbers, dict) or any(type(numbers.get(name)) is not form for name, form in forms.items()):
         raise _damaged(checkpoint, f"{_STATE} has no numbers of the optimizer")
+    names = [name.removeprefix(_OPTIMIZER) for name in tensors if name.startswith(_OPTIMIZER)]
+    for name in (*names, *numbers["state"]):
+        if not optimizer.knows(name):
+            raise _damaged(checkpoint, f"{_OPTIMIZER}{name}: not a value of this run")
 
 
 def _damaged(checkpoint: Path, reason: str) -> RunError:
@@ -157,6 +162,5 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
         tensors["ema"] = state.ema
     if state.loss_scale.enabled:
         tensors |= {"loss_scale": state.loss_scale.scale, "good_steps": state.loss_scale.good_steps}
-    optimizer = state.optimizer.state[state.master.master]
-    remembered = {name: value for name, value in optimizer.items() if isinstance(value, Tensor)}
+    remembered = state_tensors(state.optimizer, state.master.master)
     return tensors | {f"{_OPTIMIZER}{name}": tensor for name, tensor in remembered.items()}

@@ -19,12 +19,19 @@ class Example:
     images: tuple[str, ...]
     """Store key of each crop variant."""
     captions: Mapping[str, str]
-    """Text encoder -> store key of the encoded caption."""
+    """Text encoder -> store key of the encoded caption; of several captions, the first."""
     size: Size
     """(height, width) in pixels; images of one size form a bucket."""
     weight: float = 1.0
     """Factor on its loss."""
     prior: Prior | None = None
+    choices: tuple[Mapping[str, str], ...] = ()
+    """`captions` of each caption, of which each step draws one; empty if there is only one."""
+
+
+def content_of(example: Example) -> dict[str, str] | list[dict[str, str]]:
+    """Return the captions of an example as JSON: encoder -> store key; a list of these for several captions."""
+    return [dict(captions) for captions in example.choices] or dict(example.captions)
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,11 @@ class Sample:
     slot: int | str
     is_kept: bool = False
     """True if the target is the base model's prediction instead of the true velocity."""
+
+    def captions(self, seed: int, step: int) -> Mapping[str, str]:
+        """Return encoder -> store key of the step's caption: each of the example's is equally likely."""
+        choices = self.example.choices
+        return choices[derive(seed, step, self.slot, "caption") % len(choices)] if choices else self.example.captions
 
 
 class Prior(Protocol):
@@ -64,8 +76,7 @@ class ClassImages:
 
     def facts(self) -> dict[str, Any]:
         pools = [
-            [[example.images, dict(example.captions), example.weight] for example in pool]
-            for pool in self.pools.values()
+            [[example.images, content_of(example), example.weight] for example in pool] for pool in self.pools.values()
         ]
         return {"kind": "images", "pools": pools}
 
@@ -81,7 +92,7 @@ class OwnPrediction:
     def companion_sample(self, instance: Sample, seed: int, position: int) -> Sample:
         stream = derive(seed, "class captions", size_name(instance.example.size))
         captions = self.captions[index_at(stream, position, len(self.captions))]
-        kept = replace(instance.example, captions=captions, weight=self.weight, prior=None)
+        kept = replace(instance.example, captions=captions, choices=(), weight=self.weight, prior=None)
         return Sample(kept, instance.slot, is_kept=True)
 
     def facts(self) -> dict[str, Any]:

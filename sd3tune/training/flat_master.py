@@ -6,7 +6,8 @@ small matrices nor, as in PEFT, the activations to fp32. Updates go to the fp32 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,18 @@ class FlatMaster:
 
     `parameters` are fp32 tensors inside the model; they become views of `compute`, a copy of the master in `dtype`.
     With fp32, `compute` is the master itself, without a copy. Without `accumulates` there is no gradient: see
-    `fused_backward`.
+    `fused_backward`. `rates` has the learning rates of parameters, as multiples, that differ from 1. `segments` are
+    prefixes of names (see `Method.segments`).
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, accumulates: bool = True) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        dtype: torch.dtype,
+        accumulates: bool = True,
+        rates: Mapping[str, float] = {},
+        segments: Sequence[str] = (),
+    ) -> None:
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.parameters = list(parameters.values())
         self.master = nn.Parameter(torch.cat([p.detach().float().reshape(-1) for p in self.parameters]))
@@ -39,11 +48,22 @@ class FlatMaster:
         self.gradient = torch.zeros_like(self.master) if accumulates else self.master.new_empty(0)
         for parameter, view in zip(self.parameters, self.named(self.compute).values(), strict=True):
             parameter.data = view
+        self.rates = torch.ones_like(self.master.detach()) if rates else None
+        for name, view in (self.named(self.rates) if self.rates is not None else {}).items():
+            view.fill_(rates.get(name, 1.0))
+        self.clipped_parts = self._parts(segments)
+        """The parts of the master whose gradients are clipped by themselves."""
 
     @property
     def sizes(self) -> list[int]:
         """Number of elements of each parameter, in the master's order."""
         return [shape.numel() for shape in self.shapes.values()]
+
+    def _parts(self, segments: Sequence[str]) -> list[slice]:
+        """Return the values before the first segment, and those of each segment."""
+        firsts = [next((n for n, name in enumerate(self.shapes) if name.startswith(one)), None) for one in segments]
+        starts = [0, *(sum(self.sizes[:first]) for first in firsts if first is not None)]
+        return [slice(*ends) for ends in zip(starts, [*starts[1:], self.master.numel()], strict=True)]
 
     def collect_gradients(self) -> None:
         """Add the parameters' gradients to the fp32 sum, and clear them."""
@@ -53,6 +73,20 @@ class FlatMaster:
         self.gradient += torch.cat([p.grad.reshape(-1) for p in self.parameters])  # type: ignore[union-attr]
         for parameter in self.parameters:
             parameter.grad = None
+
+    @contextmanager
+    def at_own_rates(self) -> Iterator[None]:
+        """Multiply the update that is made in the context by the parameters' learning rates.
+
+        An optimizer whose update is proportional to its rate then updates each parameter at its own.
+        """
+        if self.rates is None:
+            yield
+            return
+        before = self.master.detach().clone()
+        yield
+        with torch.no_grad():
+            self.master.copy_(torch.addcmul(before, self.rates, self.master - before))
 
     def publish(self, part: slice = slice(None)) -> None:
         """Copy a part of the master to the model's parameters.

@@ -177,8 +177,8 @@ class _Saver:
 
 
 def exported_weights(state: TrainState) -> dict[str, Tensor]:
-    """Return the weights to export and preview: the EMA if there is one, else the master."""
-    return state.master.named(state.master.master if state.ema is None else state.ema)
+    """Return the weights to export and preview: the EMA if there is one, else the optimizer's result."""
+    return state.master.named(state.result() if state.ema is None else state.ema)
 
 
 def _progress_bar(config: Config, step: int, processes: Processes) -> Bar:

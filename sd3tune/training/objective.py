@@ -9,12 +9,31 @@ from typing import Any
 
 from torch import Tensor
 
-from sd3tune.config.sections.flow import FlowConfig, TimestepsSection, WeightingSection
-from sd3tune.config.variants import TIMESTEPS, WEIGHTING, Registry
+from sd3tune.config.sections.flow import (
+    FlowConfig,
+    LossSection,
+    MixtureConfig,
+    PseudoHuberConfig,
+    TimestepsSection,
+    WeightingSection,
+)
+from sd3tune.config.variants import LOSS, TIMESTEPS, WEIGHTING, Registry
 from sd3tune.flow import objective, timesteps, weighting
 
 OfSigma = Callable[[Any, Tensor], Tensor]
 """(settings of the kind, float64 values of any shape) -> values of the same shape."""
+Distance = Callable[[Any, Tensor, Tensor, Tensor, float], Tensor]
+"""(settings of the kind, predicted velocity [B, C, H, W], target in fp32, sigma [B], share of the steps done) ->
+loss of each sample, [B] fp32."""
+
+
+@functools.lru_cache(maxsize=8)
+def _mixture(written: str) -> Callable[[Tensor], Tensor]:
+    """Return the inverse CDF of a mixture, given by its settings in JSON."""
+    settings = MixtureConfig.model_validate_json(written)
+    parts = [functools.partial(DENSITIES[part.kind], part) for part in settings.parts]
+    return timesteps.mixture(parts, settings.shares or [1.0] * len(parts))
+
 
 DENSITIES: Registry[OfSigma] = Registry(
     TIMESTEPS,
@@ -23,6 +42,8 @@ DENSITIES: Registry[OfSigma] = Registry(
         "uniform": lambda settings, u: timesteps.uniform(u),
         "mode": lambda settings, u: timesteps.mode(u, settings.scale),
         "cosmap": lambda settings, u: timesteps.cosmap(u),
+        "beta": lambda settings, u: timesteps.beta(u, settings.alpha, settings.beta),
+        "mixture": lambda settings, u: _mixture(settings.model_dump_json())(u),
     },
 )
 WEIGHTS: Registry[OfSigma] = Registry(
@@ -34,10 +55,19 @@ WEIGHTS: Registry[OfSigma] = Registry(
         "cosmap": lambda settings, sigma: weighting.cosmap(sigma),
     },
 )
-LOSSES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
-    "mse": lambda settings, prediction, target: objective.velocity_loss(prediction, target),
-    "huber": lambda settings, prediction, target: objective.huber_loss(prediction, target, settings.delta),
-}
+LOSSES: Registry[Distance] = Registry(
+    LOSS,
+    {
+        "mse": lambda settings, prediction, target, sigma, done: objective.velocity_loss(prediction, target),
+        "absolute": lambda settings, prediction, target, sigma, done: objective.absolute_loss(prediction, target),
+        "huber": lambda settings, prediction, target, sigma, done: objective.huber_loss(
+            prediction, target, settings.delta
+        ),
+        "pseudo_huber": lambda settings, prediction, target, sigma, done: objective.pseudo_huber_loss(
+            prediction, target, _delta(settings, sigma, done)
+        ),
+    },
+)
 BASE_PIXELS = 1024**2
 """The image size, in pixels, that the base scheduler's shift is meant for."""
 
@@ -58,12 +88,20 @@ def register_weighting(section: type[WeightingSection], weight: OfSigma) -> None
     WEIGHTS.register(section, weight)
 
 
+def register_loss(section: type[LossSection], distance: Distance) -> None:
+    """Add a distance between the predicted and the target velocity: see `Distance`.
+
+    Raises ValueError for a kind that is already registered.
+    """
+    LOSSES.register(section, distance)
+
+
 @dataclass(frozen=True)
 class Objective:
-    """The objective: the mean over samples of `weight(sigma) * loss(prediction, target)` is minimised."""
+    """The objective: the mean over samples of `weight(sigma) * loss(prediction, target, ...)` is minimised."""
 
-    loss: Callable[[Tensor, Tensor], Tensor]
-    """(predicted velocity, target), both [B, C, H, W] -> [B] fp32."""
+    loss: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    """(predicted velocity, target, both [B, C, H, W], sigma [B], share of the steps done) -> [B] fp32."""
     weight: Callable[[Tensor], Tensor]
     """sigma [B] -> [B]."""
 
@@ -72,9 +110,17 @@ def make_objective(flow: FlowConfig, shift: float) -> Objective:
     """Return the configured loss and weight under the given shift (see `shift_at`)."""
     settings = flow.loss
     return Objective(
-        loss=lambda prediction, target: LOSSES[settings.kind](settings, prediction, target),
+        loss=functools.partial(LOSSES[settings.kind], settings),
         weight=make_weight(flow, shift),
     )
+
+
+def _delta(settings: PseudoHuberConfig, sigma: Tensor, done: float) -> Tensor:
+    """Return the delta of each sample, [B], or [1] for one value."""
+    if settings.last_delta is None:
+        return sigma.new_tensor([settings.delta])
+    progress = sigma if settings.over == "sigma" else sigma.new_tensor([done])
+    return objective.between(settings.delta, settings.last_delta, progress)
 
 
 def shift_at(flow: FlowConfig, model_shift: float, pixels: int) -> float:

@@ -1,13 +1,15 @@
 """The optimizers. Each updates the flat master and keeps its state as tensors in `state[master]`.
 
 A step with a non-finite gradient is skipped on the device: if the scalar `found_inf` is not 0, master and state keep
-their values, and the host does not wait. torch's fused AdamW has this built in. The others are rules, pure functions of
-tensors, between whose old and new values `RuleOptimizer` selects. Any other torch optimizer can be registered (see
-`HostStepped`). Optimizers that treat each weight apart can also update a part of the master at a time (see `Sliced`).
+their values, and the host does not wait. torch's fused AdamW has this built in. Others are rules, pure functions of
+tensors, between whose old and new values `RuleOptimizer` selects. Any other torch optimizer can be registered; it waits
+for the device (see `HostStepped`), as those of `library_optimizers` do. Optimizers that treat each weight apart can
+also update a part of the master at a time (see `Sliced`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,9 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig, OptimizerSection, ProdigyConfig
+from sd3tune.config.sections.optimizer import (
+    AdamW8bitConfig,
+    AdamWConfig,
+    LionConfig,
+    OptimizerSection,
+    ProdigyConfig,
+)
 from sd3tune.config.variants import OPTIMIZER, Registry
-from sd3tune.errors import RunError
+from sd3tune.training import library_optimizers as library
+from sd3tune.training.host_stepped import HostStepped
 
 WITHOUT_FLOAT64 = ("mps",)
 """Types of devices that have no float64."""
@@ -235,71 +244,36 @@ def _scalar(value: float, master: Tensor) -> Tensor:
     return torch.tensor(float(value), dtype=dtype, device=master.device)
 
 
-class HostStepped(torch.optim.Optimizer):
-    """Wrapper for any torch optimizer, even without `found_inf` and with state created in later steps.
+def make_lion(config: LionConfig, master: nn.Parameter) -> torch.optim.Optimizer:
+    """Return Lion (Chen et al. 2023, algorithm 2), equal to bitsandbytes' 32-bit Lion, but without waiting."""
+    beta1, beta2 = config.betas
 
-    Each step therefore waits for the device to learn if the gradient is finite. A resumed run takes the state from the
-    checkpoint as it is: tensors, numbers and texts.
-    """
+    def rule(master: Tensor, gradient: Tensor, state: State, lr: float) -> tuple[Tensor, State]:
+        direction = (beta1 * state["exp_avg"] + (1 - beta1) * gradient).sign()
+        exp_avg = beta2 * state["exp_avg"] + (1 - beta2) * gradient
+        return master * (1 - lr * config.weight_decay) - lr * direction, {"exp_avg": exp_avg}
 
-    found_inf: Tensor
-    """See `RuleOptimizer.found_inf`."""
-
-    def __init__(self, inner: torch.optim.Optimizer) -> None:
-        super().__init__(inner.param_groups, inner.defaults)
-        self.inner, self.state = inner, inner.state
-        (self.group,) = inner.param_groups
-        (self.master,) = self.group["params"]
-        self.configured = dict(self.group)
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        if not self.found_inf.item():
-            self.inner.step()
-
-    def numbers(self) -> dict[str, Any]:
-        """Return the optimizer's state without tensors, for JSON. Raises RunError for a value that JSON cannot hold."""
-        remembered = self.state[self.master]
-        plain = {name: value for name, value in remembered.items() if not isinstance(value, Tensor)}
-        changed = {
-            name: value
-            for name, value in self.group.items()
-            if name != "params"
-            and value is not self.configured.get(name)  # unchanged values follow from the configuration
-        }
-        odd = next((name for name, value in {**plain, **changed}.items() if not _fits_json(value)), None)
-        if odd is not None:
-            raise RunError(
-                f"optimizer: {type(self.inner).__name__} remembers {odd!r}, and a checkpoint holds tensors, texts and "
-                "finite numbers only; choose another optimizer"
-            )
-        on_the_host = [name for name, value in remembered.items() if name not in plain and value.device.type == "cpu"]
-        return {"state": plain, "group": changed, "on_the_host": on_the_host}
-
-    def remember(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Restore the state from the result of `numbers` and the tensors, which are copied to their devices."""
-        placed = {
-            name: tensor.clone() if name in numbers["on_the_host"] else tensor.to(self.master.device, copy=True)
-            for name, tensor in tensors.items()
-        }
-        self.state[self.master] = {**placed, **numbers["state"]}
-        self.group.update(numbers["group"])
-
-
-def _fits_json(value: object) -> bool:
-    return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
+    return RuleOptimizer(master, config.lr, {"exp_avg": torch.zeros_like(master).detach()}, rule, {"exp_avg": 1})
 
 
 @dataclass(frozen=True)
 class OptimizerKind:
     """An optimizer that a configuration can name."""
 
-    make: Callable[[Any, nn.Parameter], torch.optim.Optimizer]
-    """(settings, the flat fp32 master) -> an optimizer of that one parameter."""
+    make: Callable[[Any, Any], Any]
+    """(settings, the flat fp32 master) -> an optimizer of that one parameter. With `matrix_values`, (settings, views of
+    the master by name) -> optimizers that update all of them."""
     skips_on_device: bool = True
     """True if it skips non-finite gradients by `found_inf`, without waiting for the device, and allocates all of its
     state at the start, as tensors. Any other optimizer is wrapped in `HostStepped`."""
+    matrix_values: Callable[[torch.Size], int] | None = None
+    """For an optimizer that treats each matrix as a whole: the number of fp32 values in its state for one shape."""
+    averaged: Callable[[Any, Tensor, Mapping[str, Tensor]], Tensor] | None = None
+    """(settings, master, state's tensors) -> the weights to export, if the master holds others."""
     package: str | None = None
     """Optional package that it needs; the extra to install has the same name."""
+    torch_class: tuple[str, str] | None = None
+    """Class of `torch.optim` that it needs, and the first torch version that has it, if that is not the oldest one."""
     fallback: type[OptimizerSection] | None = None
     """Replacement, with the same settings, on a device that does not support it."""
 
@@ -310,15 +284,41 @@ OPTIMIZERS: Registry[OptimizerKind] = Registry(
         "adamw": OptimizerKind(make_adamw),
         "adamw8bit": OptimizerKind(make_adamw8bit, package="bitsandbytes", fallback=AdamWConfig),
         "prodigy": OptimizerKind(make_prodigy),
+        "lion": OptimizerKind(make_lion),
+        "muon": OptimizerKind(library.make_muon, False, matrix_values=library.muon_values, torch_class=("Muon", "2.9")),
+        "adafactor": OptimizerKind(library.make_adafactor, False, matrix_values=library.adafactor_values),
+        "schedulefree": OptimizerKind(
+            library.make_schedule_free, False, averaged=library.averaged, package="schedulefree"
+        ),
+        "paged_adamw8bit": OptimizerKind(library.make_paged_adamw8bit, False, package="bitsandbytes"),
     },
 )
 
 
-def make_optimizer(settings: OptimizerSection, master: nn.Parameter) -> torch.optim.Optimizer:
-    """Return the configured optimizer of the flat fp32 master."""
+def make_optimizer(
+    settings: OptimizerSection, master: nn.Parameter, views: Mapping[str, Tensor] | None = None
+) -> torch.optim.Optimizer:
+    """Return the configured optimizer of the flat fp32 master; `views` are its matrices by name (default: one)."""
     kind = OPTIMIZERS[settings.kind]
-    optimizer = kind.make(settings, master)
-    return optimizer if kind.skips_on_device else HostStepped(optimizer)
+    if kind.matrix_values is not None:
+        matrices = {name: nn.Parameter(view) for name, view in (views or {"master": master.detach()}).items()}
+        return HostStepped(*kind.make(settings, matrices), master=master, parts=matrices)
+    optimizer: torch.optim.Optimizer = kind.make(settings, master)
+    if kind.skips_on_device:
+        return optimizer
+    return HostStepped(optimizer, average=functools.partial(kind.averaged, settings) if kind.averaged else None)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, master: nn.Parameter) -> dict[str, Tensor]:
+    """Return the tensors of the optimizer's state by name; not copies."""
+    if isinstance(optimizer, HostStepped):
+        return optimizer.tensors()
+    return {name: value for name, value in optimizer.state[master].items() if isinstance(value, Tensor)}
+
+
+def result_of(optimizer: torch.optim.Optimizer, master: nn.Parameter) -> Tensor:
+    """Return the weights to export, in the master's shape: the master or, for some optimizers, an average."""
+    return optimizer.result() if isinstance(optimizer, HostStepped) else master.detach()
 
 
 def register_optimizer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sd3tune.config.sections.schedule import ScheduleSection
@@ -18,6 +18,22 @@ def learning_rate(schedule: ScheduleSection, peak: float, step: int, steps: int)
     return peak * SCHEDULES[schedule.kind](schedule, progress)
 
 
+def half_cosine(progress: float) -> float:
+    """Return (1 + cos(pi progress)) / 2, which falls from 1 to 0 (Loshchilov & Hutter 2017)."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def _towards(last: float, factor: float) -> float:
+    return last + (1 - last) * factor
+
+
+DECAYS: Mapping[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": half_cosine,
+    "1-sqrt": lambda progress: 1 - math.sqrt(progress),
+}
+"""Decays of `warmup_stable_decay`: share of the decay -> factor, from 1 to 0."""
+
 Schedule = Callable[[Any, float], float]
 """(settings of the kind, share of the steps after the warm-up, in [0, 1)) -> factor on the peak learning rate."""
 
@@ -25,7 +41,13 @@ SCHEDULES: Registry[Schedule] = Registry(
     SCHEDULE,
     {
         "constant": lambda settings, progress: 1.0,
-        "cosine": lambda settings, progress: (1 + math.cos(math.pi * progress)) / 2,
+        "cosine": lambda settings, progress: half_cosine(progress),
+        "linear": lambda settings, progress: _towards(settings.last, 1 - progress),
+        "polynomial": lambda settings, progress: _towards(settings.last, (1 - progress) ** settings.power),
+        "cosine_restarts": lambda settings, progress: half_cosine(settings.cycles * progress % 1),
+        "warmup_stable_decay": lambda settings, progress: _towards(
+            settings.last, DECAYS[settings.shape](max(0.0, 1 - (1 - progress) / settings.decay))
+        ),
     },
 )
 

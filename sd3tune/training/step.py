@@ -4,7 +4,7 @@ The formulas are from Esser et al. 2024, "Scaling Rectified Flow Transformers fo
 
     z_t = (1 - sigma) z_0 + sigma noise            noisy latents
     v   = transformer(z_t, 1000 sigma, caption)    predicted velocity
-    L   = w(sigma) |v - (noise - z_0)|^2           loss of one sample, in fp32 (or Huber's loss)
+    L   = w(sigma) |v - (noise - z_0)|^2           loss of one sample, in fp32 (or another distance)
 
 The minimised loss is mean(L of the instances), plus weight * mean(L of the prior samples) if there are any.
 """
@@ -27,6 +27,7 @@ from sd3tune.training.batches import Batch, BatchSource
 from sd3tune.training.flat_master import FlatMaster, LossScale, clip_, ema_decay
 from sd3tune.training.fused_backward import FusedBackward
 from sd3tune.training.objective import Objective
+from sd3tune.training.optimizers import result_of
 from sd3tune.training.schedules import learning_rate
 
 
@@ -47,6 +48,10 @@ class TrainState:
     updating: bool = False
     """True while an update runs: the tensors then belong to two steps, and must not be saved."""
 
+    def result(self) -> Tensor:
+        """Return the trained weights without the EMA: the master or, for some optimizers, their own average."""
+        return result_of(self.optimizer, self.master.master)
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -64,14 +69,15 @@ class StepResult:
     [3, 0] if no source has a prior.
     """
     grad_norm: Tensor
-    """Norm of the gradient before clipping, a scalar; not finite if the update was skipped."""
+    """Norm of the whole gradient before clipping, a scalar; not finite if the update was skipped."""
     learning_rate: float
 
 
 def predict_velocity(transformer: SD3Transformer2DModel, method: Method, batch: Batch) -> Tensor:
     """Return the predicted velocity of the batch's noisy latents, [B, C, H, W] in the transformer's dtype."""
     prompt_embeds, pooled_prompt_embeds = method.conditioning(batch.embeddings, transformer)
-    noisy_latents = interpolate(batch.latents, batch.noise, batch.sigma)
+    noise = batch.noise if batch.input_noise is None else batch.input_noise
+    noisy_latents = interpolate(batch.latents, noise, batch.sigma)
     modulate(transformer, batch.modulation)
     velocity: Tensor = transformer(
         hidden_states=noisy_latents.to(prompt_embeds.dtype),
@@ -107,6 +113,7 @@ def train_step(
     """
     accumulation = config.train.gradient_accumulation
     lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.total_steps)
+    done = state.step / config.train.total_steps
     if state.fused is not None:
         state.updating = True
         state.fused.begin(lr, reduce_mean)
@@ -115,7 +122,7 @@ def train_step(
         batch = batches.fetch(state.step, micro)
         with method.regularised(transformer, batches.seed_for("dropout", state.step, micro)):
             targets = velocity_targets(transformer, method, batch)
-            losses = objective.loss(predict_velocity(transformer, method, batch), targets)
+            losses = objective.loss(predict_velocity(transformer, method, batch), targets, batch.sigma, done)
             weighted = objective.weight(batch.sigma) * batch.weights * losses
             loss = weighted.sum() / batch.instances
             extra = method.extra_loss(transformer, batch)
@@ -143,7 +150,7 @@ def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[
         grad_norm = state.fused.finish()
     state.step += 1
     if config.ema is not None and state.ema is not None:
-        state.ema.lerp_(state.master.master.detach(), 1 - ema_decay(config.ema, state.step))
+        state.ema.lerp_(state.result(), 1 - ema_decay(config.ema, state.step))
     state.updating = False
     return grad_norm
 
@@ -151,14 +158,16 @@ def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[
 def _apply_gradient(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:
     master, optimizer = state.master, state.optimizer
     gradient = reduce_mean(master.gradient).div_(state.loss_scale.scale)
-    grad_norm = clip_(gradient, config.train.max_grad_norm)
+    norms = [clip_(gradient[part], config.train.max_grad_norm) for part in master.clipped_parts]
+    grad_norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     overflow = ~grad_norm.isfinite()
 
     state.updating = True
     optimizer.param_groups[0]["lr"] = lr
     optimizer.found_inf = overflow.float()  # type: ignore[attr-defined]  # the optimizer skips its step unless 0
     master.master.grad = gradient
-    optimizer.step()
+    with master.at_own_rates():
+        optimizer.step()
     master.master.grad = None
     master.gradient.zero_()
     master.publish()

@@ -19,15 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd3tune.adapter.file import (
-    Adapter,
-    attach,
-    find_adapter,
-    fold_scale,
-    match,
-    read_adapter,
-    write_adapter,
-)
+from sd3tune.adapter.attach import attach, match
+from sd3tune.adapter.file import Adapter, find_adapter, fold_scale, read_adapter, write_adapter
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError
 from sd3tune.model.base.resolve import resolve_base

@@ -223,8 +223,8 @@ def test_every_flat_name_means_one_module() -> None:
 @pytest.mark.parametrize(
     ("key", "says"),
     [
-        ("lora_unet_joint_blocks_0_x_block_attn_qkv.dora_scale", "DoRA"),
-        ("lora_unet_joint_blocks_0_x_block_attn_qkv.lokr_w1", "another kind of adapter"),
+        ("lora_unet_joint_blocks_0_x_block_attn_of.dora_scale", "DoRA"),
+        ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_mid.weight", "a kind of adapter"),
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "another architecture"),
         ("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "Stable Diffusion 1, 2 or XL"),
         ("diffusion_model.joint_blocks.0.x_block.attn.proj.diff", "no LoRA"),

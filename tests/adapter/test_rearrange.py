@@ -13,7 +13,8 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd3tune.adapter.file import attach, read_adapter, write_adapter
+from sd3tune.adapter.attach import attach
+from sd3tune.adapter.file import read_adapter, write_adapter
 from sd3tune.adapter.layouts import PATCH_EMBEDDER
 from sd3tune.adapter.rearrange import arrange, interpret
 from sd3tune.commands.lora_merge import merge_into_base

@@ -173,7 +173,7 @@ run()
 """
     finished = python("-c", code)
     assert finished.returncode == 0, finished.stderr
-    assert "mytool, diffusers, kohya or comfyui." in finished.stdout
+    assert "mytool, diffusers, kohya, comfyui or lycoris." in finished.stdout
 
 
 def test_config_show_prints_what_can_be_loaded_again(command: Command, config_file: Path, tmp_path: Path) -> None:

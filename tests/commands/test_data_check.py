@@ -179,7 +179,7 @@ def test_the_contact_sheet_replaces_itself_and_nothing_else(photos: Path, check,
 
 
 def test_what_is_passed_over_or_read_in_a_way_that_may_surprise_is_named(photos: Path, check) -> None:
-    (photos / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (photos / "IMG_1.JXL").write_bytes(b"\xff\x0a")
     (photos / "0.txt").write_text("a dog\nasleep")
     (photos / "metadata.json1").write_text("{}")
     Image.new("RGBA", (96, 64), (0, 0, 255, 0)).save(photos / "clear.png")
@@ -187,10 +187,11 @@ def test_what_is_passed_over_or_read_in_a_way_that_may_surprise_is_named(photos:
     lines, problems = check(configured(photos))
     assert problems == []
     assert [line.removeprefix(f"warning: {photos}") for line in lines if line.startswith("warning")] == [
-        ": 1 picture is passed over: IMG_1.HEIC; convert to JPEG or PNG",
+        ": 1 picture is passed over: IMG_1.JXL; convert to JPEG or PNG",
         ": 1 file looks like captions and is not read: metadata.json1; write NAME.txt beside the picture, or "
         "metadata.jsonl",
-        ": 1 caption file has several lines, which are joined with spaces into one caption: 0.txt",
+        ": 1 caption file has several lines, which are joined with spaces into one caption: 0.txt; "
+        "captions: lines reads each line as a caption",
         "warning: 1 image has transparent parts, which are laid on white: clear.png",
         "/profile.png: its colour profile is damaged; its colours are taken as sRGB",
     ]
@@ -244,3 +245,18 @@ def test_names_that_are_not_utf8_reach_report_and_sheet(photos: Path, check, tmp
     assert [line.removeprefix(f"{photos}/") for line in check(configured(photos))[1]] == [
         r"caf\xe9\x1b[2J.png: is not an image, whatever its name says; replace or remove it"
     ]
+
+
+def test_several_captions_and_texts_of_single_encoders_are_told(photos: Path, check) -> None:
+    (photos / "0.txt").write_text("a dog\na puppy")
+    (photos / "0.t5.txt").write_text("A long text that is for T5 alone, of many words.")
+    lines, problems = check(configured(photos, captions="lines", caption="one"))
+    assert problems == []
+    (told,) = (number for number, line in enumerate(lines) if line.startswith("captions"))
+    count = int(lines[told].split()[1])
+    assert lines[told].endswith("; the first: 'a dog'")
+    assert lines[told + 1] == (
+        "          T5 reads texts of its own; the first: 'A long text that is for T5 alone, of many words.'"
+    )
+    assert lines[told + 2].startswith("tokens    CLIP: at most ")
+    assert count >= 2

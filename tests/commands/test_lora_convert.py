@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd3tune.adapter.file import attach, read_adapter
+from sd3tune.adapter.attach import attach
+from sd3tune.adapter.file import read_adapter
 from sd3tune.commands.lora_convert import convert_lora
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError, RunError

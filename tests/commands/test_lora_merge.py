@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sd3tune.adapter.file import attach, read_adapter, write_adapter
+from sd3tune.adapter.attach import attach
+from sd3tune.adapter.file import read_adapter, write_adapter
 from sd3tune.commands.lora_merge import merge_into_base, merge_loras
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError, ConfigError, ModelError, RunError

@@ -33,6 +33,7 @@ from sd3tune.run.setup import hoists, make_trainable
 from sd3tune.run.state import make_state
 from sd3tune.training.batches import Batch
 from sd3tune.training.flat_master import FlatMaster
+from sd3tune.training.optimizers import state_tensors
 from sd3tune.training.step import TrainState, predict_velocity, update
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +81,8 @@ QUANTISED = [("nf4", "none", 160), ("nf4", "block", 64), ("int8", "selective", 1
 @pytest.mark.parametrize(
     ("method", "checkpointing", "side"),
     [(method, *step) for method in (FULL, "method.rank=4") for step in STEPS]
-    + [(f"model.quantize={form}", *step) for form, *step in QUANTISED],
+    + [(f"model.quantize={form}", *step) for form, *step in QUANTISED]
+    + [(f"method={{kind: {kind}, rank: 4}}", "none", 160) for kind in ("dora", "loha", "lokr")],
 )
 def test_saved_bytes_and_the_worst_moment_are_those_of_a_real_step(
     quick_config, tmp_path: Path, method: str, checkpointing: str, side: int
@@ -115,7 +117,8 @@ def test_saved_bytes_and_the_worst_moment_are_those_of_a_real_step(
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    assert training.saved == pytest.approx(sum(saved.values()), rel=0.02)
+    counted = 0.05 if "dora" in method else 0.02  # PEFT forms B A of a DoRA with a graph, and frees that at once
+    assert training.saved == pytest.approx(sum(saved.values()), rel=counted)
     on_the_cpu = 0.1 if "int8" in method else 0.05  # there, bitsandbytes multiplies 8-bit codes as fp32
     assert training.working == pytest.approx(peak, rel=on_the_cpu)
 
@@ -128,8 +131,20 @@ def test_saved_bytes_and_the_worst_moment_are_those_of_a_real_step(
         (torch.bfloat16, ["method.rank=64", "optimizer={kind: adamw8bit}"]),
         (torch.float32, ["method.rank=8", "optimizer={kind: prodigy}"]),
         (torch.bfloat16, [FULL, "ema={decay: 0.9}"]),
+        (torch.bfloat16, ["optimizer={kind: lion}"]),
+        (torch.float32, ["optimizer={kind: muon}"]),
+        (torch.float32, [FULL, "optimizer={kind: muon}"]),
+        (torch.bfloat16, [FULL, "optimizer={kind: adafactor}"]),
+        (torch.bfloat16, [FULL, "method.blocks=[1-2]"]),
+        (torch.float32, ["optimizer={kind: schedulefree}"]),
+        (torch.float32, ["method.rank=64", "optimizer={kind: paged_adamw8bit}"]),
+        (torch.bfloat16, ["method={kind: dora, rank: 4}"]),
+        (torch.bfloat16, ["method={kind: lokr, factor: 4}"]),
     ],
-    ids=["lora", "ema in bf16", "adamw8bit", "prodigy", "full in bf16"],
+    ids=[
+        *("lora", "ema in bf16", "adamw8bit", "prodigy", "full in bf16", "lion", "muon", "full with muon"),
+        *("full with adafactor", "some blocks", "schedulefree", "paged_adamw8bit", "dora in bf16", "lokr in bf16"),
+    ],
 )
 def test_what_stays_in_memory_is_the_sum_of_a_real_runs_tensors(
     quick_config, tmp_path: Path, dtype: torch.dtype, overrides: list[str]
@@ -139,7 +154,7 @@ def test_what_stays_in_memory_is_the_sum_of_a_real_runs_tensors(
     transformer, _, state = real_model(config, dtype)
     master = state.master
     update(state, config, 1e-3, lambda gradient: gradient)
-    kept = [value for value in state.optimizer.state[master.master].values() if isinstance(value, Tensor)]
+    kept = list(state_tensors(state.optimizer, master.master).values())
 
     def nbytes(tensors: list[Tensor]) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

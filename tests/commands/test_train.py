@@ -273,11 +273,11 @@ def test_what_is_passed_over_is_said_at_the_start_and_in_the_run(
     quick_config, write_images, tmp_path: Path, capsys
 ) -> None:
     pictures = write_images(tmp_path / "pictures", 3)
-    (pictures / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (pictures / "IMG_1.JXL").write_bytes(b"\xff\x0a")
     Image.new("RGBA", (96, 80), (9, 9, 9, 100)).save(pictures / "2.png")
     config = quick_config(tmp_path / "run", f"data.sources=[{{path: {pictures}}}]")
     run_training(config, dry_run=True)
-    passed_over = f"{pictures}: 1 picture is passed over: IMG_1.HEIC; convert to JPEG or PNG"
+    passed_over = f"{pictures}: 1 picture is passed over: IMG_1.JXL; convert to JPEG or PNG"
     clear = "1 image has transparent parts, which are laid on white: 2.png"
     printed = capsys.readouterr().out.splitlines()
     assert {f"warning: {passed_over}", f"warning: {clear}"} <= set(printed)

@@ -137,6 +137,14 @@ def test_colours_are_converted_before_they_are_laid_on_white(tmp_path: Path) -> 
     assert picture.reading.transparent
 
 
+def test_an_opaque_alpha_channel_is_not_called_transparent(tmp_path: Path) -> None:
+    opaque, half = (Image.new("RGBA", (48, 64), (9, 99, 199, alpha)) for alpha in (255, 254))
+    picture = read_picture(saved(tmp_path, opaque))
+    assert not picture.reading.transparent
+    assert (levels(picture) == (9, 99, 199)).all()
+    assert read_picture(saved(tmp_path, half)).reading.transparent
+
+
 def cmyk_profile(black: float = 0.0) -> bytes:
     """Inks that absorb, down to `black`: a table of 3 steps an ink, from CMYK to XYZ, as version 2 has it."""
     steps = np.linspace(0, 1, 3)

@@ -65,7 +65,7 @@ MIF1_OF_HEIC = b"\0\0\0\x1cftypmif1\0\0\0\0mif1heicmiaf" + bytes(40)
         (b"<!DOCTYPE html>\n<html lang=en><head>", "is a web page (HTML) and not a picture"),
         (b"\n  <HTML><body>404</body></HTML>", "is a web page (HTML) and not a picture"),
         (b"<!-- saved from -->\n<html>", "is a web page (HTML) and not a picture"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "is a HEIC picture, which cannot be read; convert it to"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "is a HEIC picture"),
         (b"\0\0\0\x18ftyphevc\0\0\0\0mif1heic" + bytes(40), "is a HEIC picture"),
         (MIF1_OF_HEIC, "is a HEIC picture"),
         (b"\xff\x0a" + bytes(40), "is a JPEG XL picture"),

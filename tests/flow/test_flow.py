@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath  # comes with torch
 import pytest
 import torch
 from hypothesis import given
@@ -289,3 +290,85 @@ def test_offset_noise_moves_each_channel_as_a_whole():
     noise, offset = torch.randn(2, 16, 8, 8), torch.randn(2, 16)
     moved = objective.offset_noise(noise, offset, 0.1) - noise
     assert torch.allclose(moved, (0.1 * offset)[:, :, None, None].expand_as(noise), atol=1e-6)
+
+
+def test_absolute_is_the_mean_distance_and_its_optimum_the_median():
+    prediction, target = torch.randn(2, 3, 16, 8, 8, dtype=torch.float64)
+    assert torch.allclose(objective.absolute_loss(prediction, target), (prediction - target).abs().mean((1, 2, 3)))
+    assert drawn_share(objective.absolute_loss, steps=60) < 0.08
+
+
+@pytest.mark.parametrize("delta", [1e-3, 0.5, 3.0, 1e4])
+def test_pseudo_huber_is_its_formula_without_cancellation(delta):
+    d = 2 * torch.randn(3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    target = torch.zeros_like(d)
+    by_hand = [
+        sum(mpmath.mpf(delta) ** 2 * (mpmath.sqrt(1 + (mpmath.mpf(x) / delta) ** 2) - 1) for x in row) / len(row)
+        for row in d.flatten(1).tolist()
+    ]
+    expected = torch.tensor([float(value) for value in by_hand], dtype=torch.float64)
+    deltas = torch.tensor([delta], dtype=torch.float64)
+    assert torch.allclose(objective.pseudo_huber_loss(d, target, deltas), expected, rtol=1e-13)
+    single = objective.pseudo_huber_loss(d.bfloat16(), target.float(), deltas)
+    assert single.dtype is torch.float32
+    assert torch.allclose(single.double(), expected, rtol=2e-2)
+
+
+def test_pseudo_huber_takes_a_delta_per_sample():
+    prediction, target = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
+    deltas = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)
+    together = objective.pseudo_huber_loss(prediction, target, deltas)
+    apart = [objective.pseudo_huber_loss(prediction[i : i + 1], target[i : i + 1], deltas[i : i + 1]) for i in range(3)]
+    assert torch.equal(together, torch.cat(apart))
+    assert torch.allclose(  # half the square for a large delta, as Huber's
+        objective.pseudo_huber_loss(prediction, target, torch.tensor([1e6]).double()),
+        objective.velocity_loss(prediction, target) / 2,
+    )
+
+
+def test_between_takes_equal_factors():
+    progress = torch.tensor([0.0, 0.5, 1.0]).double()
+    assert objective.between(1.0, 0.01, progress).tolist() == pytest.approx([1.0, 0.1, 0.01], rel=1e-12)
+
+
+@pytest.mark.parametrize(("delta", "low", "high"), [(0.1, 0.0, 0.09), (1.0, 0.09, 0.17), (100.0, 0.19, 0.21)])
+def test_the_optimum_of_pseudo_huber_lies_between_median_and_mean(delta, low, high):
+    deltas = torch.tensor([delta]).double()
+    found = drawn_share(lambda prediction, target: objective.pseudo_huber_loss(prediction, target, deltas), steps=60)
+    assert low < found < high
+
+
+@pytest.mark.parametrize(("a", "b"), [(2.0, 2.0), (0.5, 0.5), (5.0, 1.5), (1.0, 1.0), (0.05, 3.0), (100.0, 40.0)])
+def test_beta_inverts_the_regularised_incomplete_beta_function(a, b):
+    """The CDF from mpmath, on both sides of the drawn sigma: so far off it may be."""
+    u = torch.linspace(0.001, 0.999, 41, dtype=torch.float64)
+    slack = 1e-7 * max(a, b, 1)
+    for share, sigma in zip(u.tolist(), timesteps.beta(u, a, b).tolist(), strict=True):
+        low, high = (
+            mpmath.betainc(a, b, 0, min(max(x, 0), 1), regularized=True) for x in (sigma - slack, sigma + slack)
+        )
+        assert low <= share <= high
+
+
+def test_beta_reaches_both_ends_and_rises():
+    sigma = timesteps.beta(torch.linspace(0, 1, 10001, dtype=torch.float64), 2.0, 3.0)
+    assert 0 <= sigma[0] < 1e-6
+    assert 1 - 1e-4 < sigma[-1] <= 1
+    assert (sigma.diff() > 0).all()
+    assert sigma.mean().item() == pytest.approx(2 / 5, abs=1e-4)
+
+
+def test_a_mixture_has_the_shares_of_its_parts_below_every_sigma():
+    sigma = timesteps.mixture([lambda u: timesteps.logit_normal(u, 1.0, 0.5), timesteps.uniform], [1.0, 3.0])(U)
+    for threshold in (0.1, 0.5, 0.75, 0.9):
+        z = (math.log(threshold / (1 - threshold)) - 1) / 0.5
+        cdf = 0.25 * 0.5 * (1 + math.erf(z / math.sqrt(2))) + 0.75 * threshold
+        assert (sigma < threshold).double().mean().item() == pytest.approx(cdf, abs=2e-5)
+    assert (sigma.diff() > 0).all()
+
+
+def test_a_mixture_of_one_density_with_itself_is_that_density():
+    def draw(u):
+        return timesteps.logit_normal(u, 0.4, 1.3)
+
+    assert torch.allclose(timesteps.mixture([draw, draw], [1.0, 2.0])(U), draw(U), atol=1e-7)

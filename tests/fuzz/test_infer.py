@@ -60,6 +60,7 @@ FURTHER = (
     "prompt_t5",
     "slg",
     "image",
+    "mask",
     "strength",
     "name",
     "promt",

@@ -71,7 +71,19 @@ FLAGS = (
         "slg",
         "slg-layers",
     ),
-    *("slg-start", "slg-stop", "image", "strength", "num", "t5-tokens", "dtype", "quantize", "prompt-t5", "revision"),
+    *(
+        "slg-start",
+        "slg-stop",
+        "image",
+        "mask",
+        "strength",
+        "num",
+        "t5-tokens",
+        "dtype",
+        "quantize",
+        "prompt-t5",
+        "revision",
+    ),
 )
 """Of `infer`."""
 AXES = st.builds(

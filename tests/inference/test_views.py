@@ -47,7 +47,7 @@ def test_columns_and_axes_are_the_fields_that_say_so() -> None:
 def test_every_field_of_an_image_but_its_name_is_in_the_recipe() -> None:
     assert {name for name, one in image_request.PARAMETERS.items() if one.recipe is None} == {"name"}
     keys = {one.recipe.partition(".")[0] for one in ALL_PARAMETERS.values() if one.recipe is not None}
-    assert (keys - {"batch"}) | OF_THE_MODEL | {"clip_l_pooled"} == set(Recipe.model_fields)
+    assert (keys - {"batch"}) | OF_THE_MODEL | {"clip_l_pooled", "lora_encoders"} == set(Recipe.model_fields)
 
 
 def test_a_call_takes_every_field_but_those_about_files() -> None:

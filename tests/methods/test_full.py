@@ -10,7 +10,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from sd3tune.data.sampler import generator
-from sd3tune.errors import ModelError, RunError
+from sd3tune.errors import AdapterError, ModelError, RunError
 from sd3tune.methods import METHODS, FullMethod, full
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.resolve import configured_base, resolve_base
@@ -56,6 +56,41 @@ def test_all_parameters_are_trained_and_no_buffer(make) -> None:
     assert sum(row.parameters for row in method.coverage(skeleton)) == master.master.numel()
     owners = {name.rpartition(".")[0] for name in master.shapes}
     assert set(method.select(skeleton)) == owners
+
+
+def test_only_the_blocks_that_are_named_are_trained(make, velocity, tmp_path: Path) -> None:
+    method = make("method.blocks=[0, 2-3]")
+    transformer, master = injected(method, torch.bfloat16)
+    inside = [name for name, _ in transformer.named_parameters() if name.split(".")[1] in ("0", "2", "3")]
+    inside = [name for name in inside if name.startswith("transformer_blocks.")]
+    assert list(master.shapes) == inside
+    assert [name for name, parameter in transformer.named_parameters() if parameter.requires_grad] == inside
+    skeleton = empty_transformer(method.base)
+    assert set(method.select(skeleton)) == {name.rpartition(".")[0] for name in inside}
+    rows = method.coverage(skeleton)
+    assert sum(row.parameters for row in rows) == master.master.numel()
+    assert {(row.trained, row.present) for row in rows if row.module == "attn"} == {(3, 4)}
+    base = load_transformer(method.base, torch.float32).state_dict()
+    weights = changed(master)
+    with torch.no_grad(), method.as_exported(transformer, weights):
+        seen = velocity(transformer)
+    method.export(tmp_path / "model", weights, CONTRACT)
+    stored = load_transformer(resolve_base(str(tmp_path / "model")), torch.float32).state_dict()
+    assert stored.keys() == base.keys()
+    for name, value in stored.items():
+        assert torch.equal(value, weights.get(name, base[name]).half().float()), name
+    assert torch.equal(velocity(load_transformer(resolve_base(str(tmp_path / "model")), torch.bfloat16)), seen)
+    assert list(method.block_changes(transformer, weights)) == ["block 0", "block 2", "block 3"]
+    with torch.no_grad(), method.disabled(transformer):
+        assert torch.equal(velocity(transformer), velocity(load_transformer(method.base, torch.bfloat16)))
+    assert method.contract()["blocks"] == [0, "2-3"]
+    assert method.identity()["blocks"] == [0, "2-3"]
+
+
+def test_a_block_that_does_not_exist_is_refused(make) -> None:
+    method = make("method.blocks=[9]")
+    with pytest.raises(AdapterError, match=r"method\.blocks: 9 is out of range; this base has 4 blocks, 0 to 3"):
+        method.select(empty_transformer(method.base))
 
 
 @pytest.mark.parametrize("random", [False, True])

@@ -9,9 +9,11 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sd3tune.adapter import file as adapter_io
+from sd3tune.adapter.attach import attach
 from sd3tune.data.sampler import generator
 from sd3tune.errors import UserError
 from sd3tune.methods import METHODS, LoraMethod
@@ -107,7 +109,7 @@ def test_the_exported_file_computes_what_was_trained(velocity, make, transformer
 
     file = method.export(tmp_path / "adapter", master.named(master.master), CONTRACT)
     loaded = load_transformer(resolve_base("tiny"), torch.float32)
-    match = adapter_io.attach(loaded, adapter_io.read_adapter(file), "default")
+    match = attach(loaded, adapter_io.read_adapter(file), "default")
     assert match.unmatched == ()
     torch.testing.assert_close(velocity(loaded), trained, rtol=0, atol=1e-5)
     with method.as_exported(transformer, master.named(master.master)):
@@ -215,7 +217,7 @@ def test_the_file_folds_each_modules_own_scale(velocity, make, transformer, tmp_
     trained = velocity(transformer)
     file = method.export(tmp_path, weights, CONTRACT)
     loaded = load_transformer(resolve_base("tiny"), torch.float32)
-    adapter_io.attach(loaded, adapter_io.read_adapter(file), "default")
+    attach(loaded, adapter_io.read_adapter(file), "default")
     torch.testing.assert_close(velocity(loaded), trained, rtol=0, atol=1e-5)
     with method.as_exported(transformer, weights):
         assert torch.equal(velocity(transformer), velocity(loaded))
@@ -289,3 +291,54 @@ def test_dropout_is_on_the_adapters_input(make, transformer) -> None:
         assert not torch.equal(dropped, x)
         a, b = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
         torch.testing.assert_close(layer(x), layer.base_layer(x) + 1.5 * dropped @ a.T @ b.T)
+
+
+@pytest.mark.parametrize(("exported", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_rounded_file_is_what_previews_compute(velocity, make, transformer, tmp_path, exported, dtype) -> None:
+    method = make("method.alpha=3.0", f"method.export_dtype={exported}")
+    master = inject(method, transformer)
+    weights = master.named(master.master)
+    file = method.export(tmp_path / "adapter", weights, {**method.contract(), **CONTRACT})
+    adapter = adapter_io.read_adapter(file)
+    assert {factor.dtype for pair in adapter.factors.values() for factor in pair} == {dtype}
+    assert adapter.contract["export_dtype"] == exported
+    loaded = load_transformer(resolve_base("tiny"), torch.float32)
+    attach(loaded, adapter, "default")
+    with method.as_exported(transformer, weights):
+        rounded = velocity(transformer)
+    unrounded = method.unrounded(transformer, weights)
+    assert unrounded is not None
+    with unrounded:
+        assert not torch.equal(rounded, velocity(transformer))
+    assert torch.equal(rounded, velocity(loaded))
+
+
+def test_the_default_precision_is_neither_stated_nor_compared(make) -> None:
+    method = make()
+    assert (method.exported_bytes, method.unrounded(None, {})) == (4, None)
+    assert "export_dtype" not in method.contract()
+    assert "export_dtype" not in method.identity()  # earlier versions did not write it, and their runs resume
+    assert make("method.export_dtype=bf16").identity()["export_dtype"] == "bf16"
+
+
+def test_a_value_beyond_fp16_is_not_written(make, transformer, tmp_path: Path) -> None:
+    method = make("method.export_dtype=fp16")
+    master = inject(method, transformer)
+    with torch.no_grad():
+        master.master[3] = 1e6
+    with pytest.raises(adapter_io.AdapterError, match="a wider range"):
+        method.export(tmp_path / "adapter", master.named(master.master), CONTRACT)
+
+
+def test_magnitudes_are_not_rounded(quick_config, transformer, tmp_path: Path) -> None:
+    """As large as norms of weights, they would lose a training that changes them by less than a bf16 digit."""
+    config = quick_config(tmp_path / "run", "method={kind: dora, rank: 2, export_dtype: bf16}")
+    method = METHODS["dora"](config, resolve_base("tiny"))
+    parameters = method.inject(transformer, lambda name: generator(0, name))
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    saved = load_file(method.export(tmp_path, weights, CONTRACT))
+    magnitudes = {key: value for key, value in saved.items() if "magnitude" in key}
+    assert {value.dtype for value in magnitudes.values()} == {torch.float32}
+    assert {value.dtype for key, value in saved.items() if key not in magnitudes} == {torch.bfloat16}
+    for name, value in method.exported(weights).items():
+        assert "magnitude" not in name or torch.equal(value, weights[name])

@@ -10,7 +10,8 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd3tune.adapter.file import attach, read_adapter, write_adapter
+from sd3tune.adapter.attach import attach
+from sd3tune.adapter.file import read_adapter, write_adapter
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError
 from sd3tune.methods import LoraMethod

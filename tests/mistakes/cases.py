@@ -159,6 +159,14 @@ def pair(module: str, width: int = 64, value: float = 1.0) -> dict[str, torch.Te
     return {f"transformer.{module}.lora_A.weight": a, f"transformer.{module}.lora_B.weight": b}
 
 
+T5_QUERY = "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"
+
+
+def text_pair(layer: str, module: str = ".mlp.fc1") -> dict[str, torch.Tensor]:
+    a, b = torch.ones(2, 64), torch.ones(64, 2)
+    return {f"{layer}{module}.lora_A.weight": a, f"{layer}{module}.lora_B.weight": b}
+
+
 def method(text: str) -> Callable[[], object]:
     return edited("method: {rank: 2, alpha: 2}", f"method: {{rank: 2, alpha: 2, {text}}}")
 
@@ -185,7 +193,7 @@ def clip_in_a_file() -> None:
     Path("run.yaml").write_text(changed.replace("base: tiny,", f"base: tiny, {encoders},"))
 
 
-HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+JXL = b"\xff\x0a" + bytes(40)
 NO_CAPTION = source("{path: photos}")
 LORA = ("--lora", "lora.safetensors", "--base", "tiny", "--size", "64")
 
@@ -202,7 +210,7 @@ CASES = [
     Case("config", "an invalid learning rate", CHECK, "optimizer.lr", written(YAML + "optimizer: {lr: fast}\n")),
     Case("config", "not a number", CHECK, "optimizer.lr", written(YAML + "optimizer: {lr: .nan}\n")),
     Case("config", "three betas", CHECK, "optimizer.betas", written(YAML + "optimizer: {betas: [0.9, 0.99, 0.999]}\n")),
-    Case("config", "a method that does not exist", CHECK, "'lokr'", edited("rank: 2,", "kind: lokr, rank: 2,")),
+    Case("config", "a method that does not exist", CHECK, "'ia3'", edited("rank: 2,", "kind: ia3, rank: 2,")),
     Case(
         "config",
         "a key of another kind",
@@ -225,6 +233,27 @@ CASES = [
     Case("config", "no data", CHECK, "data", written("name: mistake\n")),
     Case("config", "no sources", CHECK, "data.sources", written("data: {sources: []}\n")),
     Case("config", "a name with a slash", CHECK, "name", edited("name: mistake", "name: a/b")),
+    Case(
+        "config",
+        "a schedule for an optimizer that needs none",
+        CHECK,
+        "schedule.kind=constant",
+        written(YAML + "optimizer: {kind: schedulefree}\nschedule: {kind: cosine}\n"),
+    ),
+    Case(
+        "config",
+        "a mixture with a share too few",
+        CHECK,
+        "shares",
+        written(YAML + "flow: {timesteps: {kind: mixture, shares: [1]}}\n"),
+    ),
+    Case(
+        "config",
+        "a preview of an odd size",
+        CHECK,
+        "multiples of 16",
+        written(YAML + "preview: {prompts: [{prompt: a dog, size: 1000}]}\n"),
+    ),
     Case("config", "a warm-up as long as the run", CHECK, "warmup", written(YAML + "schedule: {warmup_steps: 2}\n")),
     Case("config", "a prior without a prompt", CHECK, "prior.prompt: missing", edited("a photo}", PROMPTLESS)),
     Case("config", "class images in a prior that has none", CHECK, "kind images", edited("a photo}", PREDICTION)),
@@ -235,6 +264,22 @@ CASES = [
     Case("config", "half an image held out", CHECK, "holdout", written(YAML + "validation: {holdout: 0.5}\n")),
     Case("config", "no targets", CHECK, "method.targets", method("targets: []")),
     Case("config", "a start that changes the base", CHECK, "pissa", method("init: pissa")),
+    Case("config", "no text encoder to train", CHECK, "names no encoder", method("text_encoders: {}")),
+    Case(
+        "config",
+        "a token in no caption",
+        TRAIN,
+        "is in no caption",
+        edited("{rank: 2, alpha: 2}", "{kind: textual_inversion, token: <rex>, init: dog}"),
+    ),
+    Case("config", "T5 to train", CHECK, "t5: unknown key", method("text_encoders: {t5: {}}")),
+    Case(
+        "config",
+        "text encoders updated in the backward pass",
+        (*CHECK, "train.fused_backward=true", "train.max_grad_norm=null"),
+        "learning rates of their own",
+        method("text_encoders: {clip_l: {}}"),
+    ),
     Case("config", "an EMA that never moves", CHECK, "ema.decay", written(YAML + "ema: {decay: 1.5}\n")),
     Case("config", "too many T5 tokens", CHECK, "max_sequence_length", edited("h: 16}", "h: 1000}")),
     Case(
@@ -283,6 +328,29 @@ CASES = [
         lambda: Path("run.yaml").write_text(
             YAML.replace("steps: 2", "steps: 2, swap_blocks: 3").replace("{rank: 2, alpha: 2}", "{kind: full}")
         ),
+    ),
+    Case(
+        "config",
+        "an adapter that needs the rows of a base in 4 bits",
+        CHECK,
+        "set model.quantize=int8",
+        lambda: Path("run.yaml").write_text(
+            YAML.replace("16}", "16, quantize: nf4}").replace("{rank: 2, alpha: 2}", "{kind: lokr}")
+        ),
+    ),
+    Case(
+        "config",
+        "a budget without automatic ranks",
+        CHECK,
+        "set both",
+        edited("rank: 2, alpha: 2", "rank: 2, budget_mb: 5"),
+    ),
+    Case(
+        "config",
+        "a budget below rank 1",
+        PLAN,
+        "raise it",
+        edited("rank: 2, alpha: 2", "rank: auto, budget_mb: 0.001"),
     ),
     Case(
         "config",
@@ -395,12 +463,24 @@ CASES = [
         written("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "photos/a.jpg"),
     ),
     Case("data", "a photo that is a web page", TRAIN, "HTML", written("<!DOCTYPE html>\n<html>", "photos/a.jpg")),
-    Case("data", "a HEIC that is called .jpg", TRAIN, "HEIC", written(HEIC, "photos/a.jpg")),
-    Case("data", "HEICs only", TRAIN, "IMG_1.HEIC", steps(no_photos, written(HEIC, "photos/IMG_1.HEIC"))),
+    Case("data", "a JPEG XL that is called .jpg", TRAIN, "JPEG XL", written(JXL, "photos/a.jpg")),
+    Case("data", "JPEG XLs only", TRAIN, "IMG_1.jxl", steps(no_photos, written(JXL, "photos/IMG_1.jxl"))),
     Case("data", "an empty image", TRAIN, "empty", written("", "photos/nothing.png")),
     Case("data", "a photo that breaks off", TRAIN, "cut.jpg", truncated_photo),
     Case("data", "no caption", TRAIN, "0.png: has no caption", NO_CAPTION),
     Case("data", "an empty caption", TRAIN, "is empty", steps(NO_CAPTION, written("", "photos/0.txt"))),
+    Case("data", "kohya's layout without its folders", TRAIN, "10_sks dog", source("{path: photos, layout: kohya}")),
+    Case(
+        "data",
+        "unequal numbers of captions",
+        TRAIN,
+        "2 in text_t5",
+        steps(
+            written("a\nb\nc", "photos/0.txt"),
+            written("A.\nB.", "photos/0.t5.txt"),
+            source("{path: photos, captions: lines}"),
+        ),
+    ),
     Case(
         "data",
         "a caption in UTF-16 without its mark",
@@ -580,6 +660,46 @@ CASES = [
             method("start_from: ./lora.safetensors"),
         ),
     ),
+    Case(
+        "adapters",
+        "a start of a text encoder that is frozen",
+        TRAIN,
+        "set method.text_encoders.clip_l",
+        steps(
+            adapter(
+                {**pair("transformer_blocks.0.attn.to_q"), **text_pair("text_encoder.text_model.encoder.layers.0")}
+            ),
+            method("start_from: ./lora.safetensors"),
+        ),
+    ),
+    Case(
+        "adapters",
+        "T5 for diffusers",
+        ("lora", "convert", "lora.safetensors", "--to", "diffusers", "--out", "new.safetensors"),
+        "diffusers loads no LoRA of T5",
+        adapter({**pair("transformer_blocks.0.attn.to_q"), **text_pair(T5_QUERY, "")}),
+    ),
+    Case(
+        "adapters",
+        "text encoders for a base",
+        ("lora", "merge", "lora.safetensors", "--into-base", "--base", "tiny", "--out", "new"),
+        "are not merged into a base",
+        adapter({**pair("transformer_blocks.0.attn.to_q"), **text_pair("text_encoder.text_model.encoder.layers.0")}),
+    ),
+    Case(
+        "adapters",
+        "a LoKr of which a part is missing",
+        (*INFER, *LORA),
+        "lokr_w2 is not complete",
+        adapter({"transformer.transformer_blocks.0.attn.to_q.lokr_w1": torch.ones(8, 8)}),
+    ),
+    Case(
+        "adapters",
+        "an embedding for another model",
+        (*INFER, "--embedding", "lora.safetensors"),
+        "must be clip_l and clip_g",
+        adapter({"emb_params": torch.ones(2, 64)}),
+    ),
     Case("adapters", "DoRA of PEFT", (*INFER, *LORA), "use_dora", peft_folder('{"r": 2, "use_dora": true}')),
     Case(
         "adapters",
@@ -707,6 +827,7 @@ CASES = [
         "is not an image",
     ),
     Case("flags", "strength without a picture", (*INFER, "--base", "tiny", "--strength", "0.5"), "--image"),
+    Case("flags", "a mask without a picture", (*INFER, "--base", "tiny", "--mask", "photos/0.png"), "give both"),
     Case("flags", "layers that are words", (*INFER, "--base", "tiny", "--slg", "2", "--slg-layers", "all"), "7,8,9"),
     Case("flags", "layers beyond the base", (*INFER, "--base", "tiny", "--slg", "2"), "this base has the blocks"),
     Case("flags", "too many tokens for T5", (*INFER, "--base", "tiny", "--t5-tokens", "999"), "from 1 to 512"),

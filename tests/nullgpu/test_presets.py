@@ -59,7 +59,7 @@ def test_so_does_every_preset(null_gpu, base_of, tmp_path: Path, preset: tuple[s
 
 @pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="slow; make check-long runs it")
 def test_so_does_a_whole_model_with_previews_validation_and_checkpoints(null_gpu, tmp_path: Path) -> None:
-    """Of six blocks, updated in the backward pass: as on 24 GB with all 24, which would write 22 GB of checkpoints."""
+    """Six blocks, updated in the backward pass: as on 24 GB with all 24, which would write 22 GB of checkpoints."""
     base = write_sparse_base(tmp_path / "base", "sd35-medium", torch.bfloat16, blocks=6)
     more = (
         "method={kind: full}", "ema=null", "optimizer.kind=adamw8bit", "train.gradient_checkpointing=block",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from sd3tune.methods import products
-from sd3tune.publish.files import ADAPTERS, MODELS, files_of_product, public_facts
+from sd3tune.publish.files import ADAPTERS, EMBEDDINGS, MODELS, files_of_product, public_facts
 
 
 def test_every_product_is_on_the_list() -> None:
     names = {name for product in products() for name in (product.name, product.raw)}
-    assert names == {*ADAPTERS, *MODELS}
+    assert names == {*ADAPTERS, *EMBEDDINGS, *MODELS}
 
 
 def test_beside_a_product_nothing_goes_up(tmp_path: Path) -> None:

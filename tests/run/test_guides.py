@@ -8,17 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    FlowMatchHeunDiscreteScheduler,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusion3Pipeline,
+)
 from PIL import Image, ImageChops, ImageDraw
 
 from sd3tune.commands.infer import run_infer
 from sd3tune.errors import ConfigError, DataError, RunError, UserError
 from sd3tune.inference import session
+from sd3tune.inference.generate import generate
 from sd3tune.inference.job import InferenceJob
+from sd3tune.inference.start_images import latent_mask
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_pipeline
 from sd3tune.nano.oracle import judge
 from sd3tune.nano.world import parse
+from sd3tune.sampling.sampler import to_image
 from tests.pictures import distance, opened
 
 PROMPT, T5_LENGTH, SEED = "a red circle on a blue background", 16, 3
@@ -111,6 +119,110 @@ def test_each_line_of_a_file_may_start_from_its_own_picture(photo: Path, draw: D
     prompts.write_text(f"prompt,image,strength\n{PROMPT},photo.jpg,0.5\n")
     path = draw(prompt=None, prompts=prompts)
     assert distance(opened(path), opened(draw(image=photo, strength=0.5, out=tmp_path / "alone"))) == 0
+
+
+# A picture of which a part is redrawn.
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> Path:
+    """White in whole latent positions of what is drawn, on a copy of the photo's shape."""
+    mask = Image.new("L", (64, 48))
+    mask.paste(255, (16, 8, 48, 32))
+    mask.save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+@pytest.fixture
+def plain(photo: Path, tmp_path: Path) -> Path:
+    """The photo as it is drawn over, so that nothing is scaled."""
+    cut(photo).save(tmp_path / "plain.png")
+    return tmp_path / "plain.png"
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainting_is_the_pipelines_apart_from_its_decoding(
+    strength: float, pipeline, plain: Path, mask: Path, draw: Draw
+) -> None:
+    """diffusers 0.42.1 decodes `latents / scaling_factor` there, and leaves `+ shift_factor` out."""
+    other = StableDiffusion3InpaintPipeline(**pipeline.components)
+    other.set_progress_bar_config(disable=True)
+    options = {"image": opened(plain), "mask_image": opened(mask), "strength": strength}
+    latents = theirs(other, **options, output_type="latent")[None]
+    drawn = to_image(pipeline.vae, latents)
+    expected = Image.composite(drawn, opened(plain), opened(mask))
+    path = draw(image=plain, mask=mask, strength=strength)
+    assert distance(opened(path), expected) == 0
+    assert pipeline.vae.config.shift_factor != 0
+    assert distance(drawn, theirs(other, **options)) > 0.3
+    assert ImageChops.difference(drawn, opened(plain)).getbbox() == (0, 0, 64, 48)  # the VAE changes every part
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp"])
+def test_what_is_masked_is_redrawn_and_the_rest_kept_to_the_pixel(
+    sampler: str, plain: Path, mask: Path, draw: Draw
+) -> None:
+    found = ImageChops.difference(opened(draw(image=plain, mask=mask, strength=1.0, sampler=sampler)), opened(plain))
+    assert found.getbbox() is not None
+    kept = ImageChops.multiply(found, ImageChops.invert(opened(mask)).convert("RGB"))
+    assert kept.getbbox() is None
+    redrawn = draw(image=plain, mask=mask, strength=1.0, sampler=sampler, prompt="a yellow star on a green background")
+    assert distance(opened(redrawn), opened(plain)) > 2
+
+
+def test_a_mask_is_scaled_and_cut_like_its_picture(photo: Path, draw: Draw, tmp_path: Path) -> None:
+    """At half the photo's size: still the same part of it."""
+    mask = Image.new("L", (60, 48))
+    mask.paste(255, (0, 0, 30, 48))
+    mask.save(tmp_path / "half.png")
+    drawn = opened(draw(image=photo, mask=tmp_path / "half.png", strength=1.0))
+    difference = ImageChops.difference(drawn, cut(photo))
+    assert difference.crop((33, 0, 64, 48)).getbbox() is None
+    assert difference.crop((0, 0, 32, 48)).getbbox() is not None
+
+
+def test_a_masked_picture_is_drawn_again_from_its_recipe(plain: Path, mask: Path, draw: Draw) -> None:
+    path = draw(image=plain, mask=mask, strength=0.75)
+    recipe = recipe_of(path)
+    assert (recipe["image"]["name"], recipe["mask"]["name"]) == ("plain.png", "mask.png")
+    fresh = dict.fromkeys(("prompt", "base", "seed", "steps", "guidance", "size", "t5_tokens"))
+    again = draw(**fresh, from_picture=path)
+    assert distance(opened(again), opened(path)) == 0
+    assert recipe_of(again) == recipe
+    Image.new("L", (64, 48)).save(mask)
+    with pytest.raises(ConfigError, match=r"drawn from the picture 'mask.png' .* give it with --mask$"):
+        draw(**fresh, from_picture=path)
+
+
+def test_a_mask_of_another_shape_is_one_line(photo: Path, draw: Draw, tmp_path: Path) -> None:
+    Image.new("L", (96, 120)).save(tmp_path / "mask.png")  # the photo lies on its side
+    with pytest.raises(ConfigError) as caught:
+        draw(image=photo, mask=tmp_path / "mask.png")
+    (line,) = caught.value.problems
+    sizes = f"is 96 x 120 px and {photo} is 120 x 96"
+    assert line == f"--mask {tmp_path / 'mask.png'}: {sizes}; draw the mask on a copy of the picture"
+
+
+def test_a_line_of_a_file_may_have_a_mask(plain: Path, mask: Path, draw: Draw, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    line = {"prompt": PROMPT, "image": "plain.png", "strength": 0.5}
+    prompts.write_text(json.dumps({**line, "name": "part", "mask": "mask.png"}) + "\n" + json.dumps(line))
+    images = draw(prompt=None, prompts=prompts, batch=2).parent
+    alone = draw(image=plain, mask=mask, strength=0.5, out=tmp_path / "alone")
+    assert distance(opened(images / "part.png"), opened(alone)) == 0
+    assert "mask" not in recipe_of(next(path for path in images.glob("*.png") if path.name != "part.png"))
+
+
+def test_generate_takes_a_mask(plain: Path, mask: Path, draw: Draw) -> None:
+    settings = {"image": plain, "mask": mask, "strength": 1.0, "steps": 4, "guidance": 4.0, "size": (64, 48)}
+    (image,) = generate(PROMPT, base="nano", seed=SEED, t5_tokens=T5_LENGTH, **settings)
+    assert distance(image, opened(draw(image=plain, mask=mask, strength=1.0))) == 0
+
+
+def test_grey_blends_and_counts_as_redrawn() -> None:
+    mask = Image.new("L", (16, 16))
+    mask.putpixel((9, 3), 1)
+    assert latent_mask(mask).tolist() == [[[[0.0, 1.0], [0.0, 0.0]]]]
 
 
 # Skip-layer guidance.
@@ -238,6 +350,7 @@ def test_running_out_of_memory_is_one_line_with_what_to_try(where: str, said: st
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"mask": "photo.jpg"}, "--mask photo.jpg: the part of --image that is redrawn; give both"),
         ({"strength": 0.5}, "--strength 0.5: the share of --image that is redrawn; give --image, too"),
         ({"image": "photo.jpg", "strength": 0.0}, "--strength 0: above 0, and at most 1"),
         ({"image": "photo.jpg", "strength": 0.1}, "--strength 0.1: no step of 4 is left; at least 0.25"),

@@ -227,3 +227,31 @@ def test_an_empty_caption_is_replaced_in_the_next_command(plan: Plan) -> None:
         "fixed_noise_loss": {"sigma": [0.5], "base": [1.0], "trained": [1.0]},
     }  # fmt: skip
     assert "--prompt 'a photo'" in summary(wordless, report)[-1]
+
+
+def test_the_error_of_a_rounded_file_is_reported(quick_config, tmp_path: Path) -> None:
+    """Recomputed with the rounded factors, and with the exact ones, added to the weights."""
+    config = quick_config(tmp_path / "run", f"method.alpha={ALPHA}", "method.export_dtype=bf16")
+    plan = make_plan(config, torch.device("cpu"), resume=None)
+    batches = make_batches(plan, encode(plan, ALONE, lambda line: None), ALONE)
+    transformer, weights = injected(plan)
+    report = closing_report(plan, transformer, weights, batches)
+
+    def with_factors(rounded: bool) -> list[Tensor]:
+        model = load_transformer(plan.base, torch.float32)
+        for module in plan.modules:
+            up, down = ALPHA / RANK * weights[f"{module}.lora_B"], weights[f"{module}.lora_A"]
+            product = up.bfloat16().double() @ down.bfloat16().double() if rounded else up.double() @ down.double()
+            weight = model.get_submodule(module).weight
+            weight.data = (weight.double() + product).float()
+        return [velocity for velocity, _ in velocities(plan, model, batches)]
+
+    exact, rounded = with_factors(False), with_factors(True)
+    error = sum((a - b).norm().item() for a, b in zip(exact, rounded, strict=True)) / sum(
+        v.norm().item() for v in exact
+    )
+    assert report["rounding_error"] == pytest.approx(error, rel=1e-2)
+    assert 1e-5 < error < 1e-1
+    line = f"rounding  bf16 in the file changes one denoising step by {100 * error:.2g} %"
+    assert line in describe_learning(plan, report)
+    batches.close()

@@ -99,7 +99,8 @@ def test_a_moved_run_resumes_in_its_new_place_and_ends_as_if_it_had_stayed(
 VARIANTS = (
     "train.steps=6", "train.gradient_accumulation=2", "checkpoint={every: 2, keep: 2}", "method.dropout=0.2",
     "method.targets=attention+mlp", "method.rank_pattern={attn.to_k: 4}", "method.rslora=true", "method.init=eva",
-    "flow.timesteps.kind=mode", "flow.min_sigma=0.05", "flow.loss.kind=huber", "flow.noise_offset=0.1",
+    "flow.timesteps.kind=mixture", "flow.min_sigma=0.05", "flow.noise_offset=0.1", "flow.input_perturbation=0.1",
+    "flow.loss={kind: pseudo_huber, last_delta: 0.1, over: steps}",
     "flow.weighting.kind=min_snr", "flow.shift=resolution",
 )  # fmt: skip
 
@@ -135,10 +136,19 @@ OPTIMIZER_STATE = {
     "adamw": {"step", "exp_avg", "exp_avg_sq"},
     "adamw8bit": {"step", "state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"},
     "prodigy": {"step", "d", "numerator", "start", "s", "exp_avg", "exp_avg_sq"},
+    "lion": {"exp_avg"},
+    "muon": {"momentum_buffer"},
+    "adafactor": {"step", "row_var", "col_var"},
+    "schedulefree": {"z", "exp_avg_sq"},
+    "paged_adamw8bit": {"state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"},
 }
 
 
-@pytest.mark.parametrize("kind", OPTIMIZER_STATE)
+LONG = {"lion", "adafactor", "paged_adamw8bit"}
+"""Optimizers that only `make check-long` resumes in whole runs; tests/training/test_checkpoint.py has all of them."""
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OPTIMIZER_STATE if kind not in LONG or "SD3TUNE_LONG" in os.environ])
 def test_every_optimizer_resumes_exactly_also_around_skipped_steps(
     quick_config, tmp_path: Path, assert_equal_runs, lines_of, monkeypatch, kind: str
 ) -> None:
@@ -153,7 +163,8 @@ def test_every_optimizer_resumes_exactly_also_around_skipped_steps(
     d0 = ", d0: 1.0e-3" if kind == "prodigy" else ""
     settings = (
         f"optimizer={{kind: {kind}{d0}}}", "train.steps=6", "train.gradient_accumulation=2", "ema={decay: 0.8}",
-        "schedule={kind: cosine, warmup_steps: 2}", "checkpoint={every: 2, keep: 3}",
+        f"schedule={{kind: {'constant' if kind == 'schedulefree' else 'cosine'}, warmup_steps: 2}}",
+        "checkpoint={every: 2, keep: 3}", "method.blocks=[0, 1]",
     )  # fmt: skip
     run_training(quick_config(tmp_path / "straight", *settings))
     config = quick_config(tmp_path / "run", *settings)
@@ -163,11 +174,36 @@ def test_every_optimizer_resumes_exactly_also_around_skipped_steps(
     assert [line["step"] for line in lines_of(tmp_path / "run") if line["grad_norm"] is None] == [2, 5]
 
     checkpoint = load_file(tmp_path / "run" / "checkpoints" / "step-000006" / "state.safetensors")
-    saved = {name.removeprefix("optimizer."): one for name, one in checkpoint.items() if "optimizer." in name}
+    saved = {name.rpartition(".")[2]: one for name, one in checkpoint.items() if name.startswith("optimizer.")}
     assert saved.keys() == OPTIMIZER_STATE[kind]
-    assert saved["step"].item() == 4
+    if "step" in saved:
+        assert saved["step"].item() == 4
     quantised = {name for name, tensor in saved.items() if tensor.dtype == torch.uint8}
-    assert quantised == ({"state1", "state2"} if kind == "adamw8bit" else set())
+    assert quantised == ({"state1", "state2"} if kind.endswith("adamw8bit") else set())
+
+
+def test_a_full_run_of_some_blocks_resumes_exactly_with_muon(quick_config, tmp_path: Path, assert_equal_runs) -> None:
+    """Biases and scales have AdamW's state there, matrices a momentum."""
+    settings = ("method={kind: full, blocks: [1, 3]}", "optimizer={kind: muon}", "train.steps=4", "ema={decay: 0.8}")
+    run_training(quick_config(tmp_path / "straight", *settings))
+    config = quick_config(tmp_path / "run", *settings, "checkpoint.every=2")
+    stopped(config, 3)
+    run_training(config, resume=True)
+    for product in ("model", "model_raw"):
+        file = f"{product}/transformer/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-000004" / "state.safetensors")
+    assert "optimizer.transformer_blocks.1.attn.to_q.weight.momentum_buffer" in saved
+    assert "optimizer.transformer_blocks.3.attn.to_q.bias.exp_avg" in saved
+
+
+def test_a_schedule_free_run_saves_the_average(quick_config, tmp_path: Path, adapter_of) -> None:
+    run_training(quick_config(tmp_path, "optimizer={kind: schedulefree, lr: 1.0e-2}", "train.steps=3"))
+    saved = load_file(tmp_path / "checkpoints" / "step-000003" / "state.safetensors")
+    average = saved["master"].lerp(saved["optimizer.z"], 1 - 1 / 0.9)
+    exported = torch.cat([tensor.flatten() for tensor in adapter_of(tmp_path).values()])
+    assert torch.equal(exported.sort().values, average.sort().values)  # alpha = rank, so that nothing is folded in
+    assert not torch.equal(average, saved["master"])
 
 
 def test_a_run_may_be_stopped_more_than_once(quick_config, tmp_path: Path, straight: Path, assert_equal_runs) -> None:
@@ -342,6 +378,13 @@ def test_a_constant_schedule_may_be_extended(quick_config, tmp_path: Path, asser
     assert_equal_runs(tmp_path / "long", tmp_path / "extended")
 
 
+def test_a_loss_that_follows_the_steps_fixes_their_number(quick_config, tmp_path: Path) -> None:
+    loss = "flow.loss={kind: pseudo_huber, last_delta: 0.1, over: steps}"
+    run_training(quick_config(tmp_path, loss, "train.steps=1"))
+    with pytest.raises(RunError, match=r"--resume: train\.steps: 1 in the run, 2 now"):
+        run_training(quick_config(tmp_path, loss, "train.steps=2"), resume=True)
+
+
 def test_an_extended_run_that_was_stopped_is_not_taken_for_finished(quick_config, tmp_path: Path, adapter_of) -> None:
     """Its folder holds the adapter of the shorter run."""
     run_training(quick_config(tmp_path, "train.steps=2"))
@@ -382,6 +425,7 @@ COSINE = ("train.steps=4", "schedule.kind=cosine", "checkpoint.every=2")
         ("method.init=gaussian", 'method.init: true in the run, "gaussian" now'),
         ("flow.min_sigma=0.1", "flow.min_sigma: 0.0 in the run, 0.1 now"),
         ("flow.loss.kind=huber", 'flow.loss.kind: "mse" in the run, "huber" now'),
+        ("flow.input_perturbation=0.1", "flow.input_perturbation: null in the run, 0.1 now"),
         ("flow.noise_offset=0.1", "flow.noise_offset: 0.0 in the run, 0.1 now"),
         ("flow.shift=resolution", 'flow.shift: 1.0 in the run, "by resolution, 3 at 1024 px" now'),
         ("ema={decay: 0.9}", 'ema: null in the run, {"decay": 0.9} now'),

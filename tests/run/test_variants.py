@@ -57,6 +57,13 @@ VARIANTS = {
     "mode": ("flow.timesteps={kind: mode, scale: 1.29}", "flow.weighting.kind=cosmap"),
     "cosmap": ("flow.timesteps.kind=cosmap", "flow.weighting.kind=min_snr", "flow.shift=resolution"),
     "sigma_sqrt": ("flow.weighting.kind=sigma_sqrt", "flow.min_sigma=0.3", "flow.max_sigma=0.9"),
+    "perturbed": ("flow.input_perturbation=0.1",),
+    "absolute": ("flow.loss.kind=absolute", "flow.timesteps={kind: beta, alpha: 1.5, beta: 3.0}"),
+    "pseudo_huber": (
+        "flow.loss={kind: pseudo_huber, delta: 2.0, last_delta: 0.1, over: steps}",
+        "flow.timesteps={kind: mixture, shares: [1.0, 3.0]}",
+        "flow.max_sigma=0.9",
+    ),
     "huber": ("flow.loss={kind: huber, delta: 0.5}", "flow.noise_offset=0.05"),
 }
 

@@ -16,6 +16,7 @@ from sd3tune.config import dump_config
 from sd3tune.errors import RunError
 from sd3tune.run.folder import locked
 from sd3tune.runtime.launch import _PROGRAM, _on_gpus, relaunch, without_option
+from tests.runtime.two_processes import OPTIMIZERS_OF_LIBRARIES
 
 ROOT = Path(__file__).parents[2]
 ACCELERATE = (str(Path(sys.executable).with_name("accelerate")), "launch")
@@ -116,7 +117,15 @@ def test_two_processes_equal_one_with_twice_the_batch(
 
 
 def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
-    quick_config, scratch_config, write_config, tmp_path: Path, assert_equal_runs, lines_of, start_cli, monkeypatch
+    quick_config,
+    scratch_config,
+    write_config,
+    tmp_path: Path,
+    assert_equal_runs,
+    lines_of,
+    start_cli,
+    adapter_of,
+    monkeypatch,
 ) -> None:
     settings = (
         "train.steps=7", "train.gradient_accumulation=2", "data.crop_variants=2", "data.flip=true",
@@ -131,6 +140,8 @@ def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
     )
     write_config("prodigy", *prodigy)
     (tmp_path / "scratch.yaml").write_text(dump_config(scratch_config(tmp_path / "scratch", *LOOKING)))
+    for kind in OPTIMIZERS_OF_LIBRARIES:
+        write_config(kind, f"optimizer={{kind: {kind}}}", "train.steps=3", "ema={decay: 0.8}")
     write_config("broken", "optimizer={kind: adamw8bit, lr: 0.01}", "train.steps=2")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     prefix = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -147,7 +158,7 @@ def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
     with pytest.raises(RunError, match="--resume: processes: 2 in the run, 1 now"):
         run_training(quick_config(tmp_path / "stopped", *settings, "train.steps=8"), resume=True)
 
-    for name in ("prodigy", "scratch", "broken"):
+    for name in ("prodigy", *OPTIMIZERS_OF_LIBRARIES, "scratch", "broken"):
         one, other = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1))
         assert all(torch.equal(one[key], tensor) for key, tensor in other.items())
 
@@ -158,6 +169,12 @@ def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
         new, two = (lines_of(tmp_path / run, name) for run in ("new", "scratch"))
         assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in new], rel=1e-4)
     alone, both = load_file(tmp_path / "alone" / last), load_file(tmp_path / "prodigy" / last)
+    for kind in OPTIMIZERS_OF_LIBRARIES:
+        settings = (f"optimizer={{kind: {kind}}}", "train.steps=3", "ema={decay: 0.8}", "train.batch_size=2")
+        run_training(quick_config(tmp_path / f"{kind}-alone", *settings))
+        one, two = adapter_of(tmp_path / f"{kind}-alone"), adapter_of(tmp_path / kind)
+        for key, tensor in one.items():
+            torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-4, msg=f"{kind}, {key}")
     assert alone["optimizer.d"].item() > 1e-4
     assert both["optimizer.d"].item() == pytest.approx(alone["optimizer.d"].item(), rel=1e-3)
 

@@ -23,6 +23,10 @@ from sd3tune.errors import RunError
 from sd3tune.methods import LoraMethod
 from sd3tune.training.loop import View
 
+OPTIMIZERS_OF_LIBRARIES = ("muon", "schedulefree")
+if os.environ.get("SD3TUNE_LONG"):
+    OPTIMIZERS_OF_LIBRARIES += ("lion", "adafactor", "paged_adamw8bit")
+
 
 def stop(view: View) -> None:
     if view.step == 3:
@@ -59,7 +63,7 @@ def main(folder: Path) -> None:
     with contextlib.suppress(RunError):
         train.run_training(config("stopped"), resume=True, callbacks=[terminate_the_second])
     train.run_training(config("stopped"), resume=True)
-    for name in ("prodigy", "scratch", "broken"):
+    for name in ("prodigy", *OPTIMIZERS_OF_LIBRARIES, "scratch", "broken"):
         if name == "broken" and os.environ["RANK"] == "1":
             import bitsandbytes.functional
 

@@ -14,7 +14,7 @@ from torch import nn
 from sd3tune.errors import RunError
 from sd3tune.training.checkpoint import restore, save_checkpoint
 from sd3tune.training.flat_master import FlatMaster, LossScale
-from sd3tune.training.optimizers import HostStepped
+from sd3tune.training.host_stepped import HostStepped
 from sd3tune.training.step import TrainState, update
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

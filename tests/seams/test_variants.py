@@ -26,7 +26,7 @@ from sd3tune.commands.lora_convert import convert_lora
 from sd3tune.commands.train import run_training
 from sd3tune.config import Config, json_schema, load_config, parse_config
 from sd3tune.config.sections.data import Source
-from sd3tune.config.sections.flow import TimestepsSection, WeightingSection
+from sd3tune.config.sections.flow import LossSection, TimestepsSection, WeightingSection
 from sd3tune.config.sections.key import CONTENT, WRITTEN, Identity, Key
 from sd3tune.config.sections.method import LoraConfig
 from sd3tune.config.sections.optimizer import OptimizerSection
@@ -38,12 +38,19 @@ from sd3tune.forecast.forecast import forecast, forecast_inputs
 from sd3tune.measures.encoders import REGISTERED, unregister
 from sd3tune.methods import METHODS, LoraMethod, register
 from sd3tune.training.loop import View
-from sd3tune.training.objective import DENSITIES, WEIGHTS, register_timesteps, register_weighting
+from sd3tune.training.objective import (
+    DENSITIES,
+    LOSSES,
+    WEIGHTS,
+    register_loss,
+    register_timesteps,
+    register_weighting,
+)
 from sd3tune.training.optimizers import OPTIMIZERS, register_optimizer
 from sd3tune.training.schedules import SCHEDULES, register_schedule
 
 ROOT = Path(__file__).parents[2]
-REGISTRIES = (METHODS, OPTIMIZERS, SCHEDULES, DENSITIES, WEIGHTS, SOURCES)
+REGISTRIES = (METHODS, OPTIMIZERS, SCHEDULES, DENSITIES, WEIGHTS, LOSSES, SOURCES)
 
 
 class DecayedConfig(LoraConfig):
@@ -88,6 +95,19 @@ class RisingConfig(WeightingSection):
 
     kind: Literal["rising"] = "rising"
     power: float = Field(1.0, gt=0)
+
+
+class QuarticConfig(LossSection):
+    """|v - target|^power."""
+
+    kind: Literal["quartic"] = "quartic"
+    power: float = Field(4.0, gt=0)
+
+
+def quartic(settings: QuarticConfig, prediction: Tensor, target: Tensor, sigma: Tensor, done: float) -> Tensor:
+    assert sigma.shape == (len(target),)
+    assert 0 <= done < 1
+    return (prediction - target).abs().pow(settings.power).flatten(1).mean(1)
 
 
 class PaletteConfig(Source):
@@ -136,6 +156,8 @@ def registered() -> Iterator[None]:
         stack.callback(DENSITIES.unregister, "squared")
         register_weighting(RisingConfig, lambda settings, sigma: sigma**settings.power)
         stack.callback(WEIGHTS.unregister, "rising")
+        register_loss(QuarticConfig, quartic)
+        stack.callback(LOSSES.unregister, "quartic")
         register_source(PaletteConfig, swatches)
         stack.callback(SOURCES.unregister, "palette")
         register_layout(BACKWARDS)
@@ -144,7 +166,7 @@ def registered() -> Iterator[None]:
     assert [dict(registry) for registry in REGISTRIES] == before
     assert BACKWARDS not in LAYOUTS
     assert json_schema() == schema
-    with pytest.raises(ConfigError, match="'foreign' is not one of: adamw, adamw8bit, prodigy"):
+    with pytest.raises(ConfigError, match="'foreign' is not one of: adamw, adamw8bit, prodigy, lion"):
         parse_config({**VALUES, "method": {}, "optimizer": {"kind": "foreign"}})
 
 
@@ -153,7 +175,12 @@ VALUES: dict[str, Any] = {
     "model": {"base": "tiny", "max_sequence_length": 16, "t5": False},
     "method": {"kind": "decayed", "rank": 2, "decay": 0.1},
     "data": {"sources": [{"kind": "palette", "colours": ["red", "blue"]}], "resolution": 64},
-    "flow": {"shift": 1.0, "timesteps": {"kind": "squared", "power": 3.0}, "weighting": {"kind": "rising"}},
+    "flow": {
+        "shift": 1.0,
+        "timesteps": {"kind": "squared", "power": 3.0},
+        "weighting": {"kind": "rising"},
+        "loss": {"kind": "quartic", "power": 3.0},
+    },
     "optimizer": {"kind": "foreign"},
     "schedule": {"kind": "stairs", "drop": 0.25},
     "train": {"steps": 4, "log_every": 1},
@@ -178,6 +205,7 @@ def test_a_run_of_variants_from_outside_says_what_it_used(run: Path, lines_of) -
     assert adapter.contract["decay"] == 0.1
     assert adapter.contract["timesteps"] == {"kind": "squared", "power": 3.0}
     assert adapter.contract["weighting"] == {"kind": "rising", "power": 1.0}
+    assert adapter.contract["loss"] == {"kind": "quartic", "power": 3.0}
     assert [line["lr"] for line in lines] == [1.0, 1.0, 0.25, 0.25]
     assert any(up.any() for _, up in adapter.factors.values())
     assert "squared (power 3)" in (run / "README.md").read_text()
@@ -234,7 +262,7 @@ def test_the_layout_is_written_and_read(run: Path, tmp_path: Path) -> None:
     [
         ("schedule.drop=-1", "schedule.drop=-1: -1 is too small; must be above 0"),
         ("schedule.dorp=1", "schedule.dorp=1: unknown key; did you mean 'drop'?"),
-        ("optimizer.kind=foriegn", "is not one of: adamw, adamw8bit, prodigy, foreign"),
+        ("optimizer.kind=foriegn", "adafactor, schedulefree, paged_adamw8bit, foreign"),
         (
             "optimizer.betas=[0.9, 0.9]",
             "optimizer.betas=[0.9, 0.9]: unknown key with kind foreign; it belongs to kind adamw",
@@ -269,7 +297,8 @@ def test_what_cannot_be_registered_is_refused() -> None:
     for layout, problem in ((flat, "already"), (Layout("x", "x_", form="x", halves=("down", "up")), "not read as one")):
         with pytest.raises(ValueError, match=problem):
             register_layout(layout)
-    assert list(SCHEDULES) == ["constant", "cosine", "stairs"]
+    assert list(SCHEDULES)[:2] == ["constant", "cosine"]
+    assert list(SCHEDULES)[-1] == "stairs"
     assert LAYOUTS[0] == BACKWARDS
 
 

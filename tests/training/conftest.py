@@ -61,7 +61,9 @@ def assembled() -> Iterator[Callable[[Config], Training]]:
             encoded = encode(plan, ALONE, lambda line: None)
             transformer = load_transformer(plan.base, plan.dtype)
             parameters = plan.method.inject(transformer, lambda name: generator(config.seed, "init", name))
-            state = make_state(config, FlatMaster(parameters, plan.dtype), plan.dtype)
+            rates, segments = plan.method.rates(parameters), plan.method.segments
+            master = FlatMaster(parameters, plan.dtype, rates=rates, segments=segments)
+            state = make_state(config, master, plan.dtype)
             batches = make_batches(plan, encoded, ALONE)
             stack.callback(batches.close)
             objective = make_objective(config.flow, plan.shift)

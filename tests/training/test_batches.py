@@ -23,7 +23,7 @@ from sd3tune.training.examples import Example
 IMAGES, VARIANTS = 5, 4
 ONE_SIZE = ((16, 16),) * IMAGES
 MIXED = ((16, 16), (8, 24), (16, 16), (24, 8), (8, 24))
-"""Of each image, in pixels: two in one bucket, two in another, one alone."""
+"""The size of each image, in pixels: two in one bucket, two in another, one alone."""
 ENCODERS = ("clip_l", "clip_g", "t5")
 
 
@@ -356,3 +356,23 @@ def test_other_seeds_differ_by_purpose_step_micro_step_rank_and_run(store) -> No
         for rank in (0, 1) for seed in (1, 2) for purpose in ("a", "b") for step in (0, 1) for micro in (0, 1)
     ]  # fmt: skip
     assert len(set(seeds)) == 32
+
+
+def test_input_perturbation_moves_the_input_and_not_the_target(store) -> None:
+    plain = fetch_all(make_batches(store, batch_size=2), 50)
+    perturbed = fetch_all(make_batches(store, batch_size=2, input_perturbation=0.1), 50)
+    added = []
+    for one, other in zip(plain, perturbed, strict=True):
+        assert one.input_noise is None
+        assert torch.equal(one.noise, other.noise)
+        added.append(other.input_noise - other.noise)
+    assert torch.cat(added).std().item() == pytest.approx(0.1, rel=0.05)
+    drawn = torch.cat([batch.noise for batch in perturbed]).flatten()
+    assert abs(torch.corrcoef(torch.stack([drawn, torch.cat(added).flatten()]))[0, 1]) < 0.05
+
+
+def test_input_perturbation_follows_from_seed_step_and_slot(store) -> None:
+    one = make_batches(store, batch_size=2, input_perturbation=0.1).fetch(3, 0)
+    ranks = [make_batches(store, rank=rank, world=2, input_perturbation=0.1).fetch(3, 0) for rank in (0, 1)]
+    assert torch.equal(torch.cat([batch.input_noise for batch in ranks]), one.input_noise)
+    assert torch.equal(one.rows(slice(1, 2)).input_noise, one.input_noise[1:])

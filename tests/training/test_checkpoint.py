@@ -16,6 +16,7 @@ from sd3tune.errors import RunError
 from sd3tune.run.state import make_state
 from sd3tune.training.checkpoint import differences, list_checkpoints, read_state, restore, save_checkpoint
 from sd3tune.training.flat_master import FlatMaster
+from sd3tune.training.optimizers import OPTIMIZERS, state_tensors
 from sd3tune.training.step import TrainState, update
 
 IDENTITY = {"seed": 0, "train": {"batch_size": 1}}
@@ -26,7 +27,7 @@ def config(quick_config, tmp_path) -> Config:
     return quick_config(tmp_path / "run", "ema={decay: 0.9}")
 
 
-@pytest.fixture(params=["adamw", "adamw8bit", "prodigy"])
+@pytest.fixture(params=sorted(OPTIMIZERS))
 def any_config(request, quick_config, tmp_path) -> Config:
     return quick_config(tmp_path / "run", "ema={decay: 0.9}", f"optimizer={{kind: {request.param}}}")
 
@@ -50,7 +51,7 @@ def save(run: Path, state: TrainState, keep: int = 3) -> Path:
 
 
 def tensors_of(state: TrainState) -> dict[str, torch.Tensor]:
-    optimizer = state.optimizer.state[state.master.master]
+    optimizer = state_tensors(state.optimizer, state.master.master)
     scale = {"scale": state.loss_scale.scale, "good": state.loss_scale.good_steps}
     return {"master": state.master.master.detach(), "ema": state.ema, **optimizer, **scale}
 

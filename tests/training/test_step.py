@@ -135,7 +135,7 @@ def test_losses_are_those_of_the_velocity(start) -> None:
     batch = training.batches.fetch(0, 0)
     with torch.no_grad():
         velocity = predict_velocity(training.transformer, training.method, batch)
-        losses = training.objective.loss(velocity, velocity_target(batch.latents, batch.noise))
+        losses = training.objective.loss(velocity, velocity_target(batch.latents, batch.noise), batch.sigma, 0.0)
         expected = PlainLoop(training).loss(batch)
     assert losses.shape == (2,)
     torch.testing.assert_close(losses.mean(), expected, rtol=1e-6, atol=0)
@@ -293,7 +293,8 @@ class _NoHostSync(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "optimizer"), [("fp32", "adamw"), ("fp16", "adamw"), ("fp32", "adamw8bit"), ("fp32", "prodigy")]
+    ("dtype", "optimizer"),
+    [("fp32", "adamw"), ("fp16", "adamw"), ("fp32", "adamw8bit"), ("fp32", "prodigy"), ("fp32", "lion")],
 )
 def test_a_step_reads_no_value_back(start, dtype: str, optimizer: str) -> None:
     training = start(
@@ -357,3 +358,19 @@ def count_forwards(transformer: SD3Transformer2DModel) -> list[None]:
     calls: list[None] = []
     transformer.transformer_blocks[0].attn.to_q.register_forward_hook(lambda *_: calls.append(None))
     return calls
+
+
+def test_a_perturbed_input_keeps_its_target(start) -> None:
+    """Ning et al. 2023: the model sees more noise than the target says."""
+    training = start("flow.input_perturbation=0.3")
+    batch = training.batches.fetch(0, 0)
+    assert torch.equal(velocity_target(batch.latents, batch.noise), batch.noise - batch.latents)
+    seen: list[Tensor] = []
+    hook = training.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    training.step()
+    hook.remove()
+    sigma = batch.sigma[:, None, None, None]
+    torch.testing.assert_close(seen[0], (1 - sigma) * batch.latents + sigma * batch.input_noise)
+    assert not torch.allclose(batch.input_noise, batch.noise)

@@ -122,12 +122,45 @@ class OwnPredictionConfig(Prior):
 PriorConfig: TypeAlias = Annotated[ClassImagesConfig | OwnPredictionConfig, Field(discriminator="kind")]
 
 
+class TagsConfig(Section):
+    """Captions are tags, which variants shuffle and drop."""
+
+    separator: Annotated[str, CONTENT] = Field(",", min_length=1, description="Text between two tags.")
+    shuffle: Annotated[bool, CONTENT] = Field(True, description="Give the tags another order in each variant.")
+    keep: Annotated[int, CONTENT] = Field(
+        0, ge=0, description="Number of first tags that stay first and are never dropped, such as the subject's name."
+    )
+    dropout: Annotated[float, CONTENT] = Field(
+        0.0, ge=0, le=1, description="Probability of leaving out a tag, independent for each tag and variant."
+    )
+
+
 class Source(Section):
     """Fields shared by all sources."""
 
     kind: str
     path: Annotated[str, _FOLDER] = Field(min_length=1, examples=["./photos"], description="Location of the images.")
     caption: Annotated[str | None, CONTENT] = Field(None, description="Caption for images without their own.")
+    captions: Annotated[Literal["one", "lines"], CONTENT] = Field(
+        "one",
+        description="lines makes each line of a caption file, a column or `caption` a caption of its own. Of several, "
+        "each step draws one; previews have their own prompts, and the held-out loss uses the first.",
+    )
+    tags: Annotated[TagsConfig | None, CONTENT] = Field(
+        None, description="Shuffle and drop the tags of captions; texts of T5's own stay as they are."
+    )
+    wildcards: Annotated[bool, CONTENT] = Field(
+        False,
+        description="Replace `{a|b}` in captions by one of the alternatives, as in sd-scripts and Dynamic Prompts; "
+        "they may be nested, 16 deep. The held-out loss uses the first ones.",
+    )
+    variants: Annotated[int, CONTENT] = Field(
+        8,
+        ge=1,
+        le=10_000,
+        description="Variants per caption with `tags` or `wildcards`, drawn from the seed. Each different one is "
+        "encoded once; `sd3tune plan` shows the disk space.",
+    )
     template: Annotated[str | None, CONTENT] = Field(
         None,
         examples=['"a photo of {trigger}: {caption}"'],
@@ -164,11 +197,22 @@ class Source(Section):
 class FolderSource(Source):
     """A folder of images. A caption comes from `metadata.jsonl` or `metadata.csv` in the folder (columns `file_name`
     and `text`), else from a caption file, else from `caption`. The caption file of `dog.jpg` is the first of `dog.txt`,
-    `dog.jpg.txt`, `dog.caption` and `dog.jpg.caption`; case and Unicode normalisation of names are ignored. Warnings
-    list unreadable images, subfolders with images, and other files that look like captions.
+    `dog.jpg.txt`, `dog.caption` and `dog.jpg.caption`; case and Unicode normalisation of names are ignored. The columns
+    `text_clip` and `text_t5`, or the files `dog.clip.txt` and `dog.t5.txt`, replace the caption for these encoders.
+    Warnings list unreadable images, subfolders with images, and other files that look like captions.
     """
 
     kind: Annotated[Literal["folder"], CONTENT] = Field("folder", description="A folder of images.")
+    recursive: Annotated[bool, CONTENT] = Field(
+        False,
+        description="Also read the subfolders and theirs, each with its own metadata and caption files. Hidden ones "
+        "are skipped, and links to folders are not followed. Messages name an image by its path in the source.",
+    )
+    layout: Annotated[Literal["plain", "kohya"], CONTENT] = Field(
+        "plain",
+        description="kohya reads the subfolders with names such as `10_sks dog`: 10 repeats, times `repeats`, and the "
+        "caption `sks dog` for images without their own. It reads nothing else; warnings list it.",
+    )
 
 
 class DatasetSource(Source):
@@ -191,8 +235,21 @@ class DatasetSource(Source):
     caption_column: Annotated[str | None, CONTENT] = Field(
         "text",
         min_length=1,
-        description="Column with the captions: text, or class labels, whose names are used. null uses `caption` for "
-        "all.",
+        description="Column with the captions: text, lists of texts, or class labels, whose names are used. null uses "
+        "`caption` for all.",
+    )
+    clip_column: Annotated[str | None, CONTENT] = Field(
+        None, min_length=1, description="Column with texts that only CLIP reads; null: `text_clip`, if there is one."
+    )
+    t5_column: Annotated[str | None, CONTENT] = Field(
+        None, min_length=1, description="Column with texts that only T5 reads; null: `text_t5`, if there is one."
+    )
+    class_names: Annotated[list[str] | None, CONTENT] = Field(
+        None,
+        min_length=1,
+        examples=["[T-shirt, trousers, pullover]"],
+        description="Names of the classes 0, 1, ..., if `caption_column` holds whole numbers. null uses the dataset's "
+        "own names. `template` makes captions of them.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -17,6 +18,11 @@ class TimestepsSection(Section):
 
     kind: str
 
+    @property
+    def densities(self) -> Sequence[TimestepsSection]:
+        """The densities that it consists of."""
+        return [self]
+
 
 class WeightingSection(Section):
     """Fields shared by all weightings."""
@@ -24,6 +30,19 @@ class WeightingSection(Section):
     kind: str
     normalised: ClassVar[bool] = True
     """True if the weight is divided by its mean over the training sigmas."""
+
+
+class LossSection(Section):
+    """Fields shared by all losses."""
+
+    kind: str
+    estimates_mean: ClassVar[bool] = False
+    """True if the optimum is the mean velocity, which the flow needs."""
+
+    @property
+    def depends_on_length(self) -> bool:
+        """True if the loss depends on the length of the run, which then cannot be extended."""
+        return False
 
 
 class LogitNormalConfig(TimestepsSection):
@@ -65,7 +84,57 @@ class CosmapConfig(TimestepsSection):
     kind: Annotated[Literal["cosmap"], WRITTEN] = Field("cosmap", description="The noise levels of a cosine schedule.")
 
 
-TimestepsConfig = Annotated[LogitNormalConfig | UniformConfig | ModeConfig | CosmapConfig, Field(discriminator="kind")]
+class BetaConfig(TimestepsSection):
+    """sigma ~ Beta(alpha, beta), with mean alpha / (alpha + beta)."""
+
+    kind: Annotated[Literal["beta"], WRITTEN] = Field(
+        "beta", description="Beta sigmas: one hump, or mass at both ends if both numbers are below 1."
+    )
+    alpha: Annotated[float, WRITTEN] = Field(
+        2.0, ge=0.05, le=100, description="Above `beta` means more noise; below 1, sigmas near 0 are the most likely."
+    )
+    beta: Annotated[float, WRITTEN] = Field(
+        2.0, ge=0.05, le=100, description="Above `alpha` means less noise; below 1, sigmas near 1 are the most likely."
+    )
+
+
+Density = Annotated[
+    LogitNormalConfig | UniformConfig | ModeConfig | CosmapConfig | BetaConfig, Field(discriminator="kind")
+]
+
+
+class MixtureConfig(TimestepsSection):
+    """Each sigma comes from one of several densities, which all precede the shift."""
+
+    kind: Annotated[Literal["mixture"], WRITTEN] = Field(
+        "mixture", description="Several densities; half logit-normal, half uniform unless told otherwise."
+    )
+    parts: Annotated[list[Density], WRITTEN] = Field(
+        default=[LogitNormalConfig(), UniformConfig()],
+        min_length=2,
+        description="The densities, such as `[{kind: logit_normal, mean: -0.5}, {kind: uniform}]`.",
+    )
+    shares: Annotated[list[Annotated[float, Field(gt=0)]] | None, WRITTEN] = Field(
+        None, description="How often each part is drawn, such as `[3, 1]`, as relative numbers; null: equally often."
+    )
+
+    @property
+    def densities(self) -> Sequence[TimestepsSection]:
+        return self.parts
+
+    @model_validator(mode="after")
+    def _share_for_each_part(self) -> MixtureConfig:
+        if self.shares is not None and len(self.shares) != len(self.parts):
+            raise ValueError(
+                f"shares has length {len(self.shares)} and parts {len(self.parts)}; give each part one share"
+            )
+        return self
+
+
+TimestepsConfig = Annotated[
+    LogitNormalConfig | UniformConfig | ModeConfig | CosmapConfig | BetaConfig | MixtureConfig,
+    Field(discriminator="kind"),
+]
 
 
 class NoWeightingConfig(WeightingSection):
@@ -110,13 +179,23 @@ WeightingConfig = Annotated[
 ]
 
 
-class MseConfig(Section):
-    """Mean of (v - target)^2."""
+class MseConfig(LossSection):
+    """Mean of (v - target)^2. The optimum is the mean velocity, which the flow needs."""
+
+    estimates_mean: ClassVar[bool] = True
 
     kind: Annotated[Literal["mse"], WRITTEN] = Field("mse", description="Squared error.")
 
 
-class HuberConfig(Section):
+class AbsoluteConfig(LossSection):
+    """Mean of |v - target|. The optimum is the median velocity, value by value: rare kinds of image may be lost."""
+
+    kind: Annotated[Literal["absolute"], WRITTEN] = Field(
+        "absolute", description="Absolute error: outliers count no more than others, and rare kinds of image vanish."
+    )
+
+
+class HuberConfig(LossSection):
     """Mean of d^2 / 2 where |d| < delta, else of delta (|d| - delta / 2), with d = v - target (Huber 1964). The optimum
     is not the mean velocity that the flow needs: at delta 1, a kind of 20 % of the images is drawn 9 % of the time.
     """
@@ -133,7 +212,35 @@ class HuberConfig(Section):
     )
 
 
-LossConfig = Annotated[MseConfig | HuberConfig, Field(discriminator="kind")]
+class PseudoHuberConfig(LossSection):
+    """Mean of delta^2 (sqrt(1 + (d / delta)^2) - 1) with d = v - target, smooth everywhere: d^2 / 2 for small d, delta
+    |d| for large. The optimum lies between the mean velocity (large delta) and the median (small delta).
+    """
+
+    kind: Annotated[Literal["pseudo_huber"], WRITTEN] = Field(
+        "pseudo_huber", description="Smooth form of Huber's loss, whose delta may change with sigma or over the steps."
+    )
+    delta: Annotated[float, WRITTEN] = Field(
+        1.0, gt=0, description="Error at which the loss turns from a square to a line; with `last_delta`, the first."
+    )
+    last_delta: Annotated[float | None, WRITTEN] = Field(
+        None,
+        gt=0,
+        description="Delta at sigma 1 or at the end of the run, reached by equal factors; null keeps `delta`. A small "
+        "delta also makes the loss small, and so weighs those samples less.",
+    )
+    over: Annotated[Literal["sigma", "steps"], WRITTEN] = Field(
+        "sigma",
+        description="`sigma`: from `delta` at sigma 0 to `last_delta` at sigma 1; `steps`: from the first step to the "
+        "last.",
+    )
+
+    @property
+    def depends_on_length(self) -> bool:
+        return self.last_delta is not None and self.over == "steps"
+
+
+LossConfig = Annotated[MseConfig | AbsoluteConfig | HuberConfig | PseudoHuberConfig, Field(discriminator="kind")]
 
 
 class FlowConfig(Section):
@@ -169,10 +276,17 @@ class FlowConfig(Section):
         "brightness; 0 turns it off, 0.05 is strong. sd3tune also draws with it; other tools do not, and then reach 15 "
         "% (0.05) to 60 % (0.01) of the spread of brightness at 1024 px.",
     )
+    input_perturbation: Annotated[float, RESOLVED] = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Strength of more noise that is added to the noise of the input, but not of the target (Ning et "
+        "al. 2023), because a model that samples sees its own errors; 0 turns it off, 0.1 is theirs.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> FlowConfig:
-        if self.timesteps.kind == "cosmap" and self.weighting.kind == "cosmap":
+        if {one.kind for one in self.timesteps.densities} == {self.weighting.kind} == {"cosmap"}:
             raise ValueError("cosmap timesteps with cosmap weighting apply the same weight twice; change one of them")
         if self.min_sigma >= self.max_sigma:
             raise ValueError(f"min_sigma {self.min_sigma:g} must be below max_sigma {self.max_sigma:g}")

@@ -51,6 +51,8 @@ class Key:
     """True if the adapter's contract states the written value; a text is the key's name in the contract."""
     of_ranks: bool = False
     """True if the value describes ranks and scales, so that an adapter with other ranks no longer has it."""
+    added: bool = False
+    """True if earlier versions lack the key: runs are compared without it while it has its default."""
     path: Callable[[str, Path], bool] | None = None
     """Test if a text, in a file of the given folder, is a path; paths are made absolute."""
     phases: frozenset[Phase] = frozenset[Phase](("draw", "train"))

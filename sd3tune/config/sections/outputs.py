@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -34,14 +34,76 @@ class CheckpointConfig(Section):
     )
 
 
+class PreviewPrompt(Section):
+    """A prompt with settings of its own; the keys are named like the options of `infer`."""
+
+    prompt: Annotated[str, FREE] = Field(min_length=1, description="What to draw.", examples=["a photo of sks dog"])
+    negative: Annotated[str, FREE] = Field("", description="What to steer away from.")
+    size: Annotated[int | str | None, FREE] = Field(
+        None, description="Side in pixels, or WIDTHxHEIGHT such as `1152x896`; null is `data.resolution`."
+    )
+    slg: Annotated[float | None, FREE] = Field(
+        None, description="Scale of skip-layer guidance; for SD3.5 medium, use 2.8. null turns it off."
+    )
+    slg_layers: Annotated[list[Annotated[int, Field(ge=0)]], FREE] = Field(
+        default=[7, 8, 9], min_length=1, description="The skipped blocks."
+    )
+    slg_start: Annotated[float, FREE] = Field(
+        0.01, ge=0, le=1, description="Where skip-layer guidance starts, as a share of the steps."
+    )
+    slg_stop: Annotated[float, FREE] = Field(
+        0.2, ge=0, le=1, description="Where skip-layer guidance stops, as a share of the steps."
+    )
+
+    @field_validator("size")
+    @classmethod
+    def _multiples_of_16(cls, size: int | str | None) -> int | str | None:
+        if size is not None and _sides(size) is None:
+            raise ValueError("is no side such as 1024, or WIDTHxHEIGHT such as 1152x896, in multiples of 16")
+        return size
+
+    @model_validator(mode="after")
+    def _starts_before_it_stops(self) -> PreviewPrompt:
+        if self.slg_start >= self.slg_stop:
+            raise ValueError(f"slg_start {self.slg_start:g} must be below slg_stop {self.slg_stop:g}")
+        return self
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """(width, height) in pixels; None for the size of the training."""
+        return None if self.size is None else _sides(self.size)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The entries of a picture's recipe; without settings of its own, the prompt alone."""
+        slg = {"scale": self.slg, "layers": self.slg_layers, "start": self.slg_start, "stop": self.slg_stop}
+        return {
+            "prompt": self.prompt,
+            **({"negative": self.negative} if self.negative else {}),
+            **({"size": list(self.sides)} if self.sides else {}),
+            **({"slg": slg} if self.slg is not None else {}),
+        }
+
+
+def _sides(size: int | str) -> tuple[int, int] | None:
+    """Return (width, height); None for anything else, and for sides that are no multiples of 16."""
+    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(size), re.ASCII)
+    if found is None:
+        return None
+    width, height = int(found[1]), int(found[2] or found[1])
+    return (width, height) if min(width, height) >= 16 and not (width % 16 or height % 16) else None
+
+
 class PreviewConfig(Section):
     """Images drawn during training, with the sampler of `infer`."""
 
     every: Annotated[int, FREE] = Field(
         100, ge=1, description="Steps between previews; also before the first and after the last step."
     )
-    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], FREE] = Field(
-        default=[], description="Prompts, one image each; an empty list draws nothing."
+    prompts: Annotated[list[Annotated[str, Field(min_length=1)] | PreviewPrompt], FREE] = Field(
+        default=[],
+        description="Prompts, one image each; an empty list draws nothing. An entry may have settings of its own: "
+        "`{prompt: a dog, negative: blurry, size: 768x1024, slg: 2.8}`.",
     )
     steps: Annotated[int, Key(Identity.FREE, contract="sampling_steps")] = Field(
         28, ge=1, le=1000, description="Denoising steps per image; stored with the result as the default of `infer`."
@@ -55,6 +117,22 @@ class PreviewConfig(Section):
     seed: Annotated[int, FREE] = Field(
         0, ge=0, lt=2**63, description="Noise seed of the first prompt; the next prompt uses seed + 1."
     )
+
+    @model_validator(mode="after")
+    def _skips_layers_with_guidance(self) -> PreviewConfig:
+        if self.guidance <= 1 and any(one.slg is not None for one in self.pictures):
+            raise ValueError(f"slg of a prompt needs guidance above 1; it is {self.guidance:g}")
+        return self
+
+    @property
+    def pictures(self) -> list[PreviewPrompt]:
+        """The prompts with their settings."""
+        return [PreviewPrompt(prompt=one) if isinstance(one, str) else one for one in self.prompts]
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts alone."""
+        return [one.prompt for one in self.pictures]
 
 
 class ValidationConfig(Section):

@@ -75,7 +75,7 @@ class TrainConfig(Section):
         True,
         description="Keep layers that depend only on timestep and pooled text (adaLN, a third of the base) off the "
         "device and compute them for many steps at once; keep only the needed part of the position grid. Equal up to "
-        "rounding. No effect if those layers are trained.",
+        "rounding. No effect if those layers or text encoders are trained.",
     )
     max_skipped: Annotated[int, FREE] = Field(
         20,

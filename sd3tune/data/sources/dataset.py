@@ -15,13 +15,14 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sd3tune.config.sections.data import DatasetSource
-from sd3tune.data.sources.metadata import clean
+from sd3tune.data.sources.metadata import cells_of, clean
+from sd3tune.data.written import READERS, Listed, Written, column_of
 from sd3tune.errors import DataError
 from sd3tune.files.regular import LARGEST, Refused, open_regular, read_regular
 
@@ -100,17 +101,18 @@ def _member(archive: Path, name: str) -> bytes:
             raise OSError(None, f"{archive.name}: {error}") from None
 
 
-def list_rows(source: DatasetSource) -> list[tuple[Row, str | None]]:
+def list_rows(source: DatasetSource) -> list[tuple[Row, Listed]]:
     """Return all rows of the dataset with their captions, None for a row without one. Raises DataError."""
     place = source.path if source.path.endswith(".parquet") else f"{source.path}:{source.split}"
     dataset = _load(source).with_format(None)
     images = _image_column(dataset, source.image_column, place)
-    captions = _caption_column(dataset, source.caption_column, place)
+    captions = _captions(dataset, source, place)
     if not len(dataset):
         raise DataError(f"{place}: has no rows")
     folders, loaded = _folders(source), not (source.path.endswith(".parquet") or is_dataset(Path(source.path)))
     return [
-        (Row(images, source.image_column, place, index, folders, loaded), text) for index, text in enumerate(captions)
+        (Row(images, source.image_column, place, index, folders, loaded), written.plain)
+        for index, written in enumerate(captions)
     ]
 
 
@@ -130,13 +132,20 @@ def _folders(source: DatasetSource) -> tuple[Path, ...]:
     return Path(constants.HF_HUB_CACHE, repository), Path(config.EXTRACTED_DATASETS_PATH)
 
 
-def write_parquet(path: Path, rows: Iterable[tuple[str, bytes, str]]) -> None:
-    """Write (file name, image bytes, caption) rows, in parts, to a file that `datasets` reads as images."""
+def write_parquet(
+    path: Path, rows: Iterable[tuple[str, bytes, Listed]], columns: Mapping[str, bool] = {"text": False}
+) -> None:
+    """Write (file name, image bytes, captions) rows, in parts, to a file that `datasets` reads as images.
+
+    `columns` are the columns of texts, each with True if it holds lists.
+    """
     import pyarrow
     import pyarrow.parquet
 
     datasets = _library()
-    schema = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")}).arrow_schema
+    text = datasets.Value("string")
+    features = {name: datasets.List(text) if has_lists else text for name, has_lists in columns.items()}
+    schema = datasets.Features({"image": datasets.Image(), **features}).arrow_schema
     batch: list[dict[str, Any]] = []
     nbytes = 0
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
@@ -145,8 +154,13 @@ def write_parquet(path: Path, rows: Iterable[tuple[str, bytes, str]]) -> None:
             writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
             batch.clear()
 
-        for name, data, text in rows:
-            batch.append({"image": {"bytes": data, "path": name}, "text": text})
+        for name, data, listed in rows:
+            cells = cells_of(listed)
+            texts = {column: cells.get(column, ()) for column in columns}
+            batch.append(
+                {"image": {"bytes": data, "path": name}}
+                | {column: list(of) if columns[column] else of[0] if of else None for column, of in texts.items()}
+            )
             nbytes += len(data)
             if nbytes >= _BATCH_BYTES or len(batch) >= _BATCH_ROWS:
                 flush()
@@ -227,20 +241,60 @@ def _image_column(dataset: Any, column: str, place: str) -> Any:
     return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
 
-def _caption_column(dataset: Any, column: str | None, place: str) -> list[str | None]:
-    if column is None:
-        return [None] * len(dataset)
-    feature = _feature(dataset, column, place, "caption_column")
-    is_label = isinstance(feature, _library().ClassLabel)
-    if not is_label and getattr(feature, "dtype", None) not in ("string", "large_string"):
-        raise DataError(f"{place}: column {column!r} holds {_kind(feature)}, not text; {_columns(dataset)}")
-    cells = dataset.select_columns([column])[:][column]
-    return [_class_name(feature, cell) if is_label else clean(cell or "") or None for cell in cells]
+def _captions(dataset: Any, source: DatasetSource, place: str) -> list[Written]:
+    """Return the captions of each row. Raises DataError for a column that is missing, or holds something else."""
+    configured = {"text": source.caption_column, "clip": source.clip_column, "t5": source.t5_column}
+    keys = {"text": "caption_column", "clip": "clip_column", "t5": "t5_column"}
+    found = {}
+    for name, column in configured.items():
+        if column is None and name in READERS and column_of(name) in dataset.features:
+            column = column_of(name)
+        if column is not None:
+            feature = _feature(dataset, column, place, keys[name])
+            read = _reader(feature, source.class_names if name == "text" else None)
+            if read is None:
+                hint = "; set class_names for numbers" * (name == "text" and "int" in _kind(feature))
+                raise DataError(
+                    f"{place}: column {column!r} holds {_kind(feature)}, not text{hint}; {_columns(dataset)}"
+                )
+            found[name] = [
+                read(f"{place}[{row}]", cell) for row, cell in enumerate(dataset.select_columns([column])[:][column])
+            ]
+    return [Written(**{name: cells[row] for name, cells in found.items()}) for row in range(len(dataset))]
 
 
-def _class_name(feature: Any, label: int | None) -> str | None:
-    """Return the class name of a label; `datasets` uses -1 for a row without one."""
-    return None if label is None or label < 0 else clean(feature.int2str(label)) or None
+_Read = Callable[[str, Any], tuple[str, ...]]
+"""(row in messages, cell) -> its texts, without empty ones."""
+
+
+def _reader(feature: Any, class_names: Sequence[str] | None) -> _Read | None:
+    """Return the function that reads a column's cells; None for a column without texts."""
+    datasets = _library()
+    dtype = str(getattr(feature, "dtype", ""))
+    if dtype.removeprefix("u").startswith("int") and (class_names or isinstance(feature, datasets.ClassLabel)):
+        names = class_names or feature.names
+        return lambda row, cell: _class_name(row, names, cell)
+    if _is_text(feature):
+        return lambda row, cell: _cleaned([cell])
+    inside = getattr(feature, "feature", None) or (feature[0] if isinstance(feature, list) and feature else None)
+    return (lambda row, cell: _cleaned(cell or ())) if _is_text(inside) else None
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _cleaned(texts: Iterable[str | None]) -> tuple[str, ...]:
+    return tuple(cleaned for text in texts if (cleaned := clean(text or "")))
+
+
+def _class_name(row: str, names: Sequence[str], label: int | None) -> tuple[str, ...]:
+    """Return the class name of a label, if any; `datasets` uses -1 for a row without one. Raises DataError."""
+    if label is None or label < 0:
+        return ()
+    if label >= len(names):
+        raise DataError(f"{row}: has the class {label}, and class_names ends at {len(names) - 1}; add its name")
+    return _cleaned([names[label]])
 
 
 def _feature(dataset: Any, column: str, place: str, key: str) -> Any:

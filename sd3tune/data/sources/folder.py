@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sd3tune.config.sections.data import FolderSource
-from sd3tune.data.captions import counted, sidecars, some, unread
-from sd3tune.data.formats import EXTENSIONS, FORMATS, is_picture
-from sd3tune.data.images import ImageRef
+from sd3tune.data.captions import counted, own_sidecars, sidecars, some, unread
+from sd3tune.data.formats import EXTENSIONS, HEIC, HEIC_EXTRA, PILLOWS_FORMATS, is_picture
+from sd3tune.data.images import FileBelow, ImageRef
 from sd3tune.data.names import Names
 from sd3tune.data.sources.metadata import metadata_files, read_metadata
+from sd3tune.data.sources.subfolders import Part, Parts, holds_pictures, is_kohya, parts_of
+from sd3tune.data.written import Listed, Reader, as_written
 from sd3tune.errors import DataError
 
 
@@ -20,12 +22,16 @@ from sd3tune.errors import DataError
 class Listing:
     """The images of a source, in their order."""
 
-    images: Sequence[tuple[ImageRef, str | None]]
-    """(image, caption in metadata or a column, or None)."""
+    images: Sequence[tuple[ImageRef, Listed]]
+    """(image, captions in metadata or columns, or None)."""
     sidecars: Mapping[ImageRef, Path] = field(default_factory=dict)
     """Image -> its caption file, if it has no caption in metadata."""
     warnings: Sequence[str] = ()
     """A line for each kind of skipped file."""
+    own_sidecars: Mapping[ImageRef, Mapping[Reader, Path]] = field(default_factory=dict)
+    """Image -> reader -> the file with the text that replaces the caption for it."""
+    repeats: Mapping[ImageRef, int] = field(default_factory=dict)
+    """Image -> factor on the source's repeats, if it is not 1."""
 
 
 @dataclass
@@ -42,7 +48,8 @@ class _PassedOver:
         if self.unreadable:
             named = some(path.name for path in self.unreadable)
             are = counted(self.unreadable, "picture is", "pictures are")
-            found.append(f"{are} passed over: {named}; convert to JPEG or PNG")
+            heic = f"; HEIC needs {HEIC_EXTRA}" * any(path.suffix.lower() in HEIC for path in self.unreadable)
+            found.append(f"{are} passed over: {named}; convert to JPEG or PNG{heic}")
         if self.dangling:
             leads = counted(self.dangling, "link leads", "links lead")
             found.append(f"{leads} nowhere: {some(path.name for path in self.dangling)}; link or copy again")
@@ -52,14 +59,18 @@ class _PassedOver:
         if self.subfolders:
             named = some(path.name for path in self.subfolders)
             are = counted(self.subfolders, "subfolder with pictures is", "subfolders with pictures are")
-            found.append(f"{are} not read: {named}; name each as a source, such as {self.subfolders[0]}")
+            kohya = ", or layout: kohya" * any(is_kohya(path.name) for path in self.subfolders)
+            found.append(
+                f"{are} not read: {named}; name each as a source, such as {self.subfolders[0]}, or set recursive: "
+                f"true{kohya}"
+            )
         return found
 
 
 def list_folder(source: FolderSource) -> Listing:
-    """Return the images in the folder, and images in subfolders that its metadata names, without hidden files.
+    """Return the images in the source's folders, and images that their metadata names, without hidden files.
 
-    Raises DataError for a folder without images, for invalid metadata, and for a folder that cannot be read.
+    Raises DataError for a source without images, for invalid metadata, and for a folder that cannot be read.
     """
     folder = Path(source.path)
     if not folder.exists():
@@ -67,20 +78,78 @@ def list_folder(source: FolderSource) -> Listing:
     if not folder.is_dir():
         dataset = "; for a dataset set kind: dataset" if folder.suffix == ".parquet" else ""
         raise DataError(f"{folder}: is a file; data.sources takes folders of images{dataset}")
-    names = Names()
     try:
-        listed = read_metadata(folder, names)
-        found = sorted({*images_in(folder), *listed}, key=lambda path: path.parts)
-        passed_over = _passed_over(folder, set(listed))
-        if not found:
-            why = "; ".join(passed_over.reasons()) or "put pictures into it, or name another folder"
-            raise DataError(f"{folder}: holds no images ({', '.join(FORMATS)}); {why}")
-        chosen, beside = _caption_files(folder, found, listed, names)
-        warnings = [f"{folder}: {reason}" for reason in passed_over.reasons()]
-        warnings += unread(folder, [*chosen.values(), *metadata_files(folder, names)], beside)
+        return _list_parts(source, parts_of(source))
     except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from None
-    return Listing([(path, listed.get(path)) for path in found], chosen, warnings)
+        raise DataError(
+            f"{error.filename or folder}: cannot be listed ({error.strerror}); check its permissions"
+        ) from None
+
+
+def _list_parts(source: FolderSource, found: Parts) -> Listing:
+    folder, folders, names = Path(source.path), {part.folder for part in found.parts}, Names()
+    part_of: dict[Path, Part] = {}
+    listed = _Metadata()
+    for part in found.parts:
+        in_metadata = listed.add(part.folder, names)
+        part_of |= dict.fromkeys([*in_metadata, *images_in(part.folder)], part)
+    images = sorted(part_of, key=lambda path: path.parts)
+    reasons = [f"{folder}: {note}" for note in found.passed_over]
+    for path in sorted(folders):
+        passed_over = _passed_over(path, folders.union(found.links), set(listed.captions))
+        reasons += [f"{path}: {reason}" for reason in passed_over.reasons()]
+    if not images:
+        why = "; ".join(reason.removeprefix(f"{folder}: ") for reason in reasons)
+        why = why or "put pictures into it, or name another folder"
+        raise DataError(f"{folder}: holds no images ({', '.join(PILLOWS_FORMATS)}); {why}")
+    chosen, beside = _caption_files(images, listed, names)
+    taken = set(chosen.values())
+    own = {path: own_sidecars(path, names, besides=taken) for path in images}
+    read = [*chosen.values(), *listed.files, *(file for files in own.values() for file in files.values())]
+    warnings = [*reasons, *(line for path in sorted({folder, *folders}) for line in unread(path, read, beside))]
+    nested = source.recursive or source.layout == "kohya"
+    ref_of: dict[Path, ImageRef] = {path: FileBelow(path, folder) if nested else path for path in images}
+    return Listing(
+        images=[
+            (
+                ref_of[path],
+                listed.captions.get(path) if path in chosen else listed.with_caption(path, part_of[path].caption),
+            )
+            for path in images
+        ],
+        sidecars={ref_of[path]: file for path, file in chosen.items()},
+        own_sidecars={ref_of[path]: files for path, files in own.items() if files},
+        warnings=warnings,
+        repeats={ref_of[path]: part.repeats for path, part in part_of.items() if part.repeats > 1},
+    )
+
+
+@dataclass
+class _Metadata:
+    """The metadata of the source's folders."""
+
+    captions: dict[Path, Listed] = field(default_factory=dict)
+    """File -> captions; None for a row without one."""
+    files: list[Path] = field(default_factory=list)
+    file_of: dict[Path, Path] = field(default_factory=dict)
+    """Image -> the metadata that names it."""
+
+    def with_caption(self, image: Path, caption: str | None) -> Listed:
+        """Return the captions of an image, with `caption` if it has no text for all encoders."""
+        written = as_written(self.captions.get(image))
+        return (written if written.text or caption is None else replace(written, text=(caption,))).plain
+
+    def add(self, folder: Path, names: Names) -> Collection[Path]:
+        """Read a folder's metadata, and return its files. Raises DataError for a file in two folders' metadata."""
+        rows = read_metadata(folder, names)
+        files = metadata_files(folder, names)
+        twice = [path for path in rows if path in self.captions]
+        if twice:
+            raise DataError(f"{files[0]}: names {twice[0]}, as {self.file_of[twice[0]]} does; keep one of the two rows")
+        self.captions |= rows
+        self.files += files
+        self.file_of |= dict.fromkeys(rows, files[0]) if rows else {}
+        return rows
 
 
 def images_in(folder: Path) -> Iterator[Path]:
@@ -92,24 +161,25 @@ def images_in(folder: Path) -> Iterator[Path]:
 
 
 def _caption_files(
-    folder: Path, images: list[Path], listed: dict[Path, str | None], names: Names
-) -> tuple[dict[ImageRef, Path], dict[Path, Path]]:
+    images: Sequence[Path], listed: _Metadata, names: Names
+) -> tuple[dict[Path, Path], dict[Path, Path]]:
     """Return image -> its caption file, and each other caption file of an image -> the file used instead."""
-    chosen: dict[ImageRef, Path] = {}
+    chosen: dict[Path, Path] = {}
     replaced_by: dict[Path, Path] = {}
     for image in images:
         files = sidecars(image, names)
-        if listed.get(image) is not None:
-            replaced_by |= dict.fromkeys(files, metadata_files(folder, names)[0])
+        if as_written(listed.captions.get(image)).text:
+            replaced_by |= dict.fromkeys(files, listed.file_of[image])
         elif files:
             chosen[image] = files[0]
             replaced_by |= dict.fromkeys(files[1:], files[0])
     return chosen, replaced_by
 
 
-def _passed_over(folder: Path, listed: set[Path]) -> _PassedOver:
+def _passed_over(folder: Path, read: Set[Path], listed: set[Path]) -> _PassedOver:
+    """Return what is not read in a folder. `read` has the folders of the source, `listed` the files in metadata."""
     found = _PassedOver()
-    read_in = {parent for path in listed for parent in path.parents}
+    read_in = {parent for path in listed for parent in path.parents} | read
     with os.scandir(folder) as entries:
         kept = [entry for entry in entries if not entry.name.startswith(".")]
     for entry in sorted(kept, key=lambda entry: entry.name):
@@ -117,7 +187,7 @@ def _passed_over(folder: Path, listed: set[Path]) -> _PassedOver:
             continue
         path = folder / entry.name
         if path.is_dir():
-            if path not in read_in and _holds_pictures(path):
+            if path not in read_in and holds_pictures(path):
                 found.subfolders.append(path)
         elif is_picture(path.name) and path not in listed:
             if not path.exists():
@@ -132,12 +202,3 @@ def _passed_over(folder: Path, listed: set[Path]) -> _PassedOver:
 def _is_file(entry: os.DirEntry[str]) -> bool:
     """Return True for a regular file or a link to one; only a link needs a system call."""
     return Path(entry.path).is_file() if entry.is_symlink() else entry.is_file()
-
-
-def _holds_pictures(folder: Path) -> bool:
-    """Return True if the folder or a subfolder contains an image. Ignores hidden files; does not follow links."""
-    for _, subfolders, files in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        if any(is_picture(name) and not name.startswith(".") for name in files):
-            return True
-    return False

@@ -6,11 +6,12 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sd3tune.data.names import Names
+from sd3tune.data.written import READERS, Listed, Written, as_written, column_of
 from sd3tune.errors import DataError
 from sd3tune.files.json import NotJson, parse
 from sd3tune.files.regular import complaint, read_regular
@@ -18,6 +19,7 @@ from sd3tune.files.text import NotText, decode
 
 JSONL, CSV = "metadata.jsonl", "metadata.csv"
 FILE_COLUMN, TEXT_COLUMN = "file_name", "text"
+_TEXT_COLUMNS = {name: column_of(name) for name in (TEXT_COLUMN, *READERS)}
 
 _Row = tuple[int, dict[str, Any]]
 """(line number where the row begins, row)."""
@@ -29,10 +31,11 @@ def metadata_files(folder: Path, names: Names) -> list[Path]:
     return [path for of in found for path in of]
 
 
-def read_metadata(folder: Path, names: Names) -> dict[Path, str | None]:
-    """Return file -> caption (None for a row without one) from the folder's metadata; empty without metadata.
+def read_metadata(folder: Path, names: Names) -> dict[Path, Listed]:
+    """Return file -> captions (None for a row without one) from the folder's metadata; empty without metadata.
 
-    Other columns are ignored. Raises DataError, with a line of the metadata for each problem.
+    A text may be a list of them. Columns besides `text`, `text_clip` and `text_t5` are ignored. Raises DataError, with
+    a line of the metadata for each problem.
     """
     present = metadata_files(folder, names)
     if not present:
@@ -51,19 +54,33 @@ def read_metadata(folder: Path, names: Names) -> dict[Path, str | None]:
     return _captions(path, rows, names)
 
 
-def write_jsonl(path: Path, captions: Iterable[tuple[str, str]]) -> None:
-    """Write (file name, caption) pairs."""
+def write_jsonl(path: Path, captions: Iterable[tuple[str, Listed]]) -> None:
+    """Write (file name, captions) pairs; several captions become a list."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        for name, text in captions:
-            file.write(json.dumps({FILE_COLUMN: name, TEXT_COLUMN: text}, ensure_ascii=False) + "\n")
+        for name, listed in captions:
+            cells = {column: texts[0] if len(texts) == 1 else texts for column, texts in cells_of(listed).items()}
+            file.write(json.dumps({FILE_COLUMN: name, **cells}, ensure_ascii=False) + "\n")
 
 
-def write_csv(path: Path, captions: Iterable[tuple[str, str]]) -> None:
-    """Write (file name, caption) pairs."""
+def write_csv(path: Path, captions: Iterable[tuple[str, Listed]]) -> None:
+    """Write (file name, captions) pairs; several captions become lines of a cell."""
+    rows = [(name, cells_of(listed)) for name, listed in captions]
+    columns = [column for column in _TEXT_COLUMNS.values() if any(column in cells for _, cells in rows)]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([FILE_COLUMN, TEXT_COLUMN])
-        writer.writerows(captions)
+        writer.writerow([FILE_COLUMN, *(columns or [TEXT_COLUMN])])
+        writer.writerows([name, *(as_lines(cells.get(column, ())) for column in columns)] for name, cells in rows)
+
+
+def cells_of(listed: Listed) -> dict[str, tuple[str, ...]]:
+    """Return column -> texts, for the columns with any."""
+    written = as_written(listed)
+    return {column: texts for name, column in _TEXT_COLUMNS.items() if (texts := getattr(written, name))}
+
+
+def as_lines(texts: Sequence[str]) -> str:
+    """Return a single text unchanged, and several as lines, for `captions: lines`."""
+    return texts[0] if len(texts) == 1 else "\n".join(" ".join(text.split("\n")) for text in texts)
 
 
 def clean(text: str) -> str:
@@ -108,13 +125,14 @@ def _check_columns(path: Path, rows: list[_Row]) -> None:
     if not rows:
         raise DataError(f"{path}: has no rows; fill it or delete it")
     columns = dict.fromkeys(column for _, row in rows for column in row)
-    for wanted in (FILE_COLUMN, TEXT_COLUMN):
-        if wanted not in columns:
+    texts = TEXT_COLUMN if columns.keys().isdisjoint(_TEXT_COLUMNS.values()) else None
+    for wanted in (FILE_COLUMN, texts):
+        if wanted is not None and wanted not in columns:
             raise DataError(f"{path}: has no column {wanted!r}; its columns are {', '.join(columns)}")
 
 
-def _captions(path: Path, rows: list[_Row], names: Names) -> dict[Path, str | None]:
-    captions: dict[Path, str | None] = {}
+def _captions(path: Path, rows: list[_Row], names: Names) -> dict[Path, Listed]:
+    captions: dict[Path, Listed] = {}
     line_of: dict[Path, int] = {}
     problems = []
     for number, row in rows:
@@ -123,7 +141,7 @@ def _captions(path: Path, rows: list[_Row], names: Names) -> dict[Path, str | No
             if file in line_of:
                 raise DataError(f"{row[FILE_COLUMN]} was named on line {line_of[file]} already; keep one of them")
             line_of[file] = number
-            captions[file] = _text(row.get(TEXT_COLUMN))
+            captions[file] = Written(**{name: _texts(row, column) for name, column in _TEXT_COLUMNS.items()}).plain
         except DataError as error:
             problems += [f"{path}:{number}: {problem}" for problem in error.problems]
     if problems:
@@ -146,7 +164,11 @@ def _file(folder: Path, name: Any, names: Names) -> Path:
     return file
 
 
-def _text(text: Any) -> str | None:
-    if text is not None and not isinstance(text, str):
-        raise DataError(f"{TEXT_COLUMN} is {json.dumps(text)[:60]}, not text; put it in quotes")
-    return clean(text or "") or None
+def _texts(row: dict[str, Any], column: str) -> tuple[str, ...]:
+    """Return the texts of a cell, without empty ones. Raises DataError."""
+    cell = row.get(column)
+    texts = cell if isinstance(cell, list) else [] if cell is None else [cell]
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"{column} is {json.dumps(text)[:60]}, not text; put it in quotes")
+    return tuple(cleaned for text in texts if (cleaned := clean(text)))

@@ -22,8 +22,8 @@ SOURCES: Registry[Callable[[Any], Listing]] = Registry(
 def register_source(section: type[Source], list_images: Callable[[Any], Listing]) -> None:
     """Add a kind of source.
 
-    `list_images(settings)` returns its images in a stable order, each with its caption or None, and raises DataError
-    for faults. An image is a `Path` or any other `data.images.ImageRef`. Raises ValueError for a kind that is already
-    registered.
+    `list_images(settings)` returns its images in a stable order, each with its caption, a `data.written.Written` for
+    several, or None, and raises DataError for faults. An image is a `Path` or any other `data.images.ImageRef`. Raises
+    ValueError for a kind that is already registered.
     """
     SOURCES.register(section, list_images)

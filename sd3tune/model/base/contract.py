@@ -80,6 +80,7 @@ class Contract(Part):
     ] = Field(default=["clip_l", "clip_g"], min_length=2)
     noise_offset: Annotated[float, FACT] = Field(0.0, ge=0, allow_inf_nan=False)
     sampler_noise_offset: Annotated[float, FACT] = Field(0.0, ge=0, le=1)
+    input_perturbation: Annotated[float, FACT] = Field(0.0, ge=0, le=1)
     encoder_files: Annotated[dict[Literal["clip_l", "clip_g", "t5"], _EncoderFile], SETTING] = Field(default={})
     sampling_steps: Annotated[int, SETTING] = Field(EARLIER_STEPS, ge=1, le=1000)
     guidance: Annotated[float, SETTING] = Field(EARLIER_GUIDANCE, ge=0, allow_inf_nan=False)
@@ -103,6 +104,7 @@ class Contract(Part):
     rank: Annotated[int | None, FACT] = Field(None, ge=1)
     alpha: Annotated[float | None, FACT] = Field(None, allow_inf_nan=False)
     tag_frequency: Annotated[dict[str, int] | None, FACT] = None
+    own_texts: Annotated[list[Literal["clip", "t5"]], FACT] = Field(default=[])
 
 
 def _declarations() -> dict[str, ContractKey]:

@@ -108,10 +108,12 @@ def load_text_encoder(
 ) -> TextEncoder:
     """Load a text encoder (`clip_l`, `clip_g` or `t5`) with its tokenizer.
 
-    `max_sequence_length` is T5's length in tokens; CLIP always has 77.
+    `max_sequence_length` is T5's length in tokens; CLIP always has 77. On the meta device there is no tokenizer.
     """
     from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
+    if _is_meta(device):
+        return TextEncoder(encoder, None, text_encoder_shape(base, encoder, dtype), max_sequence_length)
     tokenizer = load_tokenizer(base, encoder)
     model_class = T5EncoderModel if encoder == "t5" else CLIPTextModelWithProjection
     model = _load_model(model_class, base, ENCODER_PARTS[encoder][1], dtype, device)

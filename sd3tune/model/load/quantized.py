@@ -177,6 +177,15 @@ class Int8Linear(nn.Linear):
     def read_back(self, dtype: torch.dtype) -> Tensor:
         return self.weight.to(dtype).mul_(self.scale)
 
+    @property
+    def W_q(self) -> Tensor:
+        """The stored weights. By this name PEFT knows that DoRA has to call `dequantize`; else it takes the codes."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        dtype: torch.dtype = self.compute_dtype  # type: ignore[assignment]
+        return self.read_back(dtype)
+
 
 def _with_bias(quantized: Any, layer: nn.Linear) -> nn.Module:
     quantized.compute_dtype = layer.weight.dtype  # PEFT takes the dtype of an adapter from it

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd3tune.errors import ModelError
+from sd3tune.model.load.learned_tokens import LearnedEmbedding
+
+TOKENS = "tokens"
+"""Name of a text's tokens beside its embeddings, for an encoder that is trained."""
 
 
 class TextEncoder:
@@ -24,6 +28,8 @@ class TextEncoder:
         self.model = model
         self.max_length = max_length
         """Number of tokens per prompt, with special tokens and padding; a longer prompt is truncated."""
+        self.learned: LearnedEmbedding | None = None
+        """Learned tokens beyond the vocabulary; None without any."""
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> list[dict[str, Tensor]]:
@@ -48,27 +54,34 @@ class TextEncoder:
         return entry
 
     def _encode(self, text: str) -> dict[str, Tensor]:
-        tokens = self.tokenizer(
-            [text], padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        )
-        parameter = next(self.model.parameters())
-        ids = tokens.input_ids.to(parameter.device)
+        computed = self.compute(tokenize(self.tokenizer, text, self.max_length)[None])
+        return {name: batch[0].cpu().contiguous() for name, batch in computed.items()}
+
+    def compute(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Return `encode`'s tensors for `tokens` [B, T], as a batch on the encoder's device, with their gradients."""
+        ids = tokens.to(next(self.model.parameters()).device, non_blocking=True)
+        ids = ids if self.learned is None else self.learned.take(ids)
         if self.name == "t5":
-            return {"hidden": _first(self.model(ids)[0], self.model.dtype)}
+            return {"hidden": self.model(ids)[0].to(self.model.dtype)}
         output = self.model(ids, output_hidden_states=True)
-        return {
-            "hidden": _first(output.hidden_states[-2], self.model.dtype),
-            "pooled": _first(output[0], self.model.dtype),
-        }
+        return {"hidden": output.hidden_states[-2].to(self.model.dtype), "pooled": output[0].to(self.model.dtype)}
+
+
+def tokenize(tokenizer: Any, text: str, length: int) -> Tensor:
+    """Return the text's tokens [length], int64, truncated or padded."""
+    tokens = tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    ids: Tensor = tokens.input_ids[0]
+    return ids
+
+
+def on_device(entry: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return an encoder's tensors on the device, but for `tokens`, which are compared without waiting for it."""
+    return {name: tensor if name == TOKENS else tensor.to(device, non_blocking=True) for name, tensor in entry.items()}
 
 
 def count_tokens(tokenizer: Any, text: str) -> int:
     """Return the number of tokens of the whole text, with special tokens."""
     return len(tokenizer(text).input_ids)
-
-
-def _first(batch: Tensor, dtype: Any) -> Tensor:
-    return batch[0].to(dtype=dtype, device="cpu").contiguous()
 
 
 def assemble(

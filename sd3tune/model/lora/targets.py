@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -60,7 +60,7 @@ def select_modules(
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     never = untrainable_modules(transformer)
-    inside = _inside(transformer, blocks)
+    inside = inside_blocks(transformer, blocks)
     patterns = PRESETS.get(targets, (targets,)) if isinstance(targets, str) else targets
     problems = []
     for pattern in () if patterns in PRESETS.values() else patterns:
@@ -109,23 +109,35 @@ def values_by_pattern(
     }
 
 
-def coverage(transformer: nn.Module, ranks: Mapping[str, int]) -> list[CoverageRow]:
-    """Group the modules of `ranks` by their place in a block, for the table at the start of a run."""
+def lora_parameters(rank: int, inputs: int, outputs: int) -> int:
+    """Return the number of parameters of LoRA on a linear layer of these sizes."""
+    return rank * (inputs + outputs)
+
+
+def coverage(
+    transformer: nn.Module,
+    ranks: Mapping[str, int],
+    parameters: Callable[[int, int, int], int] = lora_parameters,
+) -> list[CoverageRow]:
+    """Group the modules of `ranks` by their place in a block, for the table at the start of a run.
+
+    `parameters(rank, inputs, outputs)` counts the trained parameters of a layer.
+    """
     rows: dict[str, CoverageRow] = {}
     for name, module in transformer.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         kind = _kind(name)
         row = rows.get(kind, CoverageRow(kind, 0, 0, 0))
-        parameters = ranks.get(name, 0) * (module.in_features + module.out_features)
+        trained = parameters(ranks[name], module.in_features, module.out_features) if name in ranks else 0
         rows[kind] = CoverageRow(
-            kind, row.trained + (name in ranks), row.present + 1, row.parameters + parameters, in_blocks=kind != name
+            kind, row.trained + (name in ranks), row.present + 1, row.parameters + trained, in_blocks=kind != name
         )
     return [row for row in rows.values() if row.trained]
 
 
 class _Inside:
-    """Predicate: True for a module in one of the selected blocks."""
+    """Predicate: True for a module or parameter in one of the selected blocks."""
 
     def __init__(self, numbers: set[int] | None) -> None:
         self.numbers = numbers
@@ -135,7 +147,11 @@ class _Inside:
         return self.numbers is None or (found is not None and int(found[1]) in self.numbers)
 
 
-def _inside(transformer: nn.Module, blocks: Sequence[int | str] | None) -> _Inside:
+def inside_blocks(transformer: nn.Module, blocks: Sequence[int | str] | None) -> Callable[[str], bool]:
+    """Return the test if a module or parameter lies in one of `blocks`, numbers or ranges like "0-11"; None: anywhere.
+
+    Raises AdapterError for a block that does not exist.
+    """
     if blocks is None:
         return _Inside(None)
     count = len(transformer.transformer_blocks)  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def _base(trained: Trained) -> dict[str, str]:
     """Return the base's metadata; empty for a local file, whose weights are unproven, and for training from scratch."""
     if trained.contract["base_kind"] != "hub" or trained.from_scratch:
         return {}
-    relation = "adapter" if trained.is_adapter else "finetune"
+    relation = "adapter" if trained.is_for_a_base else "finetune"
     return {"base_model": trained.contract["base"], "base_model_relation": relation}
 
 

@@ -66,7 +66,9 @@ def _product(trained: Trained) -> str:
     if contract["base_kind"] == "hub":
         base = f"[{contract['base']}](https://huggingface.co/{contract['base']})"
     if trained.is_adapter:
-        return f"A LoRA adapter for {base}"
+        return f"A {trained.kind_of_adapter} adapter for {base}"
+    if trained.is_embedding:
+        return f"The embedding of the token {code(contract['token'])} for {base}"
     if trained.from_scratch:
         return f"A model of Stable Diffusion 3's kind, from scratch, with the text encoders and the VAE of {base}"
     return f"{base}, all of its transformer fine-tuned"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sd3tune.adapter.embedding import names_of
 from sd3tune.config import Config
 from sd3tune.model.base.contract import sampling_of
 
@@ -18,6 +19,11 @@ class Drawing:
     steps: int
     guidance: float
     seed: int = 0
+    negative: str = ""
+    size: Sequence[int] | None = None
+    """(width, height); None for the size of the training."""
+    slg: Mapping[str, Any] | None = None
+    """Skip-layer guidance: `scale`, `layers`, `start` and `stop`."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,31 @@ class Trained:
         return "rank" in self.contract
 
     @property
+    def kind_of_adapter(self) -> str:
+        """`LoRA`, `DoRA`, `LoHa` or `LoKr`; methods from outside the package count as LoRA."""
+        return {"dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}.get(self.contract.get("method", ""), "LoRA")
+
+    @property
+    def is_embedding(self) -> bool:
+        """True for the embedding of a learned token."""
+        return "token" in self.contract
+
+    @property
+    def is_for_a_base(self) -> bool:
+        """True for a product that is used together with its base."""
+        return self.is_adapter or self.is_embedding
+
+    @property
+    def folder(self) -> str:
+        """Folder of the product in the repository."""
+        return "adapter" if self.is_adapter else "embedding" if self.is_embedding else "model"
+
+    @property
+    def token_names(self) -> list[str]:
+        """The names of a learned token's vectors."""
+        return names_of(self.contract["token"], self.contract["vectors"])
+
+    @property
     def from_scratch(self) -> bool:
         return self.contract.get("init") == "random"
 
@@ -73,6 +104,11 @@ class Trained:
     def encoder_files(self) -> list[str]:
         """Names of the separate files that text encoders were loaded from."""
         return [used["file"] for used in self.contract.get("encoder_files", {}).values()]
+
+    @property
+    def trained_encoders(self) -> Mapping[str, Mapping[str, Any]]:
+        """Text encoder -> settings of its adapter, for the trained ones."""
+        return {name: of for name, of in (self.contract.get("text_encoders") or {}).items() if of}
 
     @property
     def base_is_local(self) -> bool:

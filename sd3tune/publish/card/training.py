@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from sd3tune.model.base.parts import LABELS
 from sd3tune.publish.card.markdown import code, table
 from sd3tune.publish.card.trained import Trained
 
@@ -22,10 +24,28 @@ def _what(trained: Trained) -> Iterator[Row]:
     yield "base model", f"{code(contract['base'])}{revision}"
     if trained.is_adapter:
         yield "rank, alpha", f"{contract['rank']}, {contract['alpha']:g} (folded into the file: alpha = rank there)"
+        if "export_dtype" in contract:
+            yield "file", f"{contract['export_dtype']}{_rounding(trained)}"
+        if trained.trained_encoders:
+            yield "trained text encoders", "; ".join(map(_encoder, trained.trained_encoders.items()))
+    elif trained.is_embedding:
+        vectors = f"{_count(contract['vectors'], 'vector')} for {code(contract['token'])} in CLIP-L and CLIP-G"
+        yield "trained", f"{vectors}, from the words {code(contract['init'])}"
+        yield "T5 reads", f"{code(contract['t5_caption'])} in its place"
     else:
         yield "trained", f"the whole transformer, in the file as {contract['export_dtype']}"
-    raw = "" if trained.step else f"; as trained in `{'adapter' if trained.is_adapter else 'model'}_raw`"
+    raw = "" if trained.step else f"; as trained in `{trained.folder}_raw`"
     yield "weights", "as trained" if ema is None else f"exponential moving average, decay {ema.decay:g}{raw}"
+
+
+def _rounding(trained: Trained) -> str:
+    error = (trained.report or {}).get("rounding_error")
+    return "" if error is None else f"; the rounding changes one denoising step by {100 * error:.2g} %"
+
+
+def _encoder(trained: tuple[str, Mapping[str, Any]]) -> str:
+    name, settings = trained
+    return f"{LABELS[name]}, rank {settings['rank']}, {settings['targets']}, learning rate {settings['lr']:g}"
 
 
 def _data(trained: Trained) -> Iterator[Row]:
@@ -69,15 +89,28 @@ def _priors(trained: Trained) -> Iterator[Row]:
 def _mathematics(trained: Trained) -> Iterator[Row]:
     config, contract = trained.config, trained.contract
     sigma, optimizer = contract["timesteps"], config.optimizer
-    shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in sigma.items() if key != "kind"}
-    drawn = ", ".join(f"{key} {value}" for key, value in shown.items())
     yield "optimizer", f"{optimizer.kind}, learning rate {optimizer.lr:g}, {config.schedule.kind}"
     yield (
         "sigma",
-        f"{sigma['kind']}{f' ({drawn})' if drawn else ''}, shift {contract['shift']:g}, "
-        f"weighting {contract['weighting']['kind']}",
+        f"{_variant(sigma)}, shift {contract['shift']:g}, weighting {contract['weighting']['kind']}",
     )
     yield "dropout", f"caption {contract['caption_dropout']:g}, text encoder {contract['encoder_dropout']:g}"
+
+
+def _variant(settings: Mapping[str, Any]) -> str:
+    """Return e.g. `logit_normal (mean 0, std 1)`."""
+    shown = ", ".join(
+        f"{key} {_shown(value)}" for key, value in settings.items() if key != "kind" and value is not None
+    )
+    return f"{settings['kind']} ({shown})" if shown else str(settings["kind"])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " and ".join(map(_shown, value))
+    if isinstance(value, Mapping):
+        return _variant(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _text(trained: Trained) -> Iterator[Row]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
+from sd3tune.adapter.embedding import EMBEDDING_FILE
 from sd3tune.adapter.file import ADAPTER_FILE
 from sd3tune.publish.card.licences import licence_of
 from sd3tune.publish.card.markdown import code, fenced
 from sd3tune.publish.card.snippet import with_diffusers
 from sd3tune.publish.card.trained import Trained
 from sd3tune.publish.files import ADAPTERS
+from sd3tune.publish.previews import guiding_options
 
 
 def usage_section(trained: Trained) -> str:
@@ -22,14 +24,24 @@ def usage_section(trained: Trained) -> str:
 def _gate(trained: Trained) -> list[str]:
     """Return the note on accepting the licence, for gated bases on the Hub."""
     base, licence = trained.contract["base"], licence_of(trained.contract)
-    if not trained.is_adapter or licence is None or licence.link is None:
+    if not trained.is_for_a_base or licence is None or licence.link is None:
         return []
     page = f"[its page](https://huggingface.co/{base})"
     return [f"The base is loaded from the Hub, once its licence was accepted on {page} and `hf auth login` has run."]
 
 
 def _other_tools(trained: Trained) -> list[str]:
-    return [f"ComfyUI reads `{ADAPTERS[0]}/{ADAPTER_FILE}` as it is."] if trained.is_adapter else []
+    if trained.is_embedding:
+        where = f"`{trained.folder}/{EMBEDDING_FILE}`, copied to `models/embeddings/NAME.safetensors`"
+        return [f"ComfyUI reads {where}, as `embedding:NAME` in the prompt."]
+    if not trained.is_adapter:
+        return []
+    file = f"{ADAPTERS[0]}/{ADAPTER_FILE}"
+    both = " It adapts text encoders, too: connect CLIP to `Load LoRA`." if trained.trained_encoders else ""
+    if trained.kind_of_adapter != "DoRA":
+        return [f"ComfyUI reads `{file}` as it is.{both}"]
+    command = f"sd3tune lora convert {file} --to comfyui --out for_comfyui.safetensors"
+    return [f"ComfyUI would ignore the magnitudes in this file; {code(command)} writes one for it.{both}"]
 
 
 def _commands(trained: Trained) -> list[str]:
@@ -53,13 +65,15 @@ def _files_of_base(trained: Trained) -> list[str]:
 
 
 def _download(trained: Trained) -> list[str]:
-    """Return the download of a whole model: by its id, the Hub's libraries do not load from a subfolder."""
+    """Return the download of a whole model or an embedding: `infer` takes their folders."""
     if trained.is_adapter or trained.repo_id is None:
         return []
-    return [shlex.join(["hf", "download", trained.repo_id, "--include", "model/*", "--local-dir", "."])]
+    return [shlex.join(["hf", "download", trained.repo_id, "--include", f"{trained.folder}/*", "--local-dir", "."])]
 
 
 def _infer_arguments(trained: Trained) -> list[str]:
+    if trained.is_embedding:
+        return ["--embedding", "."]
     if not trained.is_adapter:
         return ["--base", "model"]
     config = ["--config", "config.yaml"] if trained.repo_id and trained.base_is_local else []
@@ -74,3 +88,4 @@ def _drawing_arguments(trained: Trained) -> Iterator[str]:
         value = getattr(drawing, name)
         if value != getattr(usual, name):
             yield from (f"--{name}", f"{value}")
+    yield from guiding_options(vars(drawing))

@@ -14,7 +14,7 @@ from sd3tune.files.png_recipe import RECIPE_KEY, save_png
 from sd3tune.publish.previews import SAMPLES, SHEET
 from sd3tune.reporting import say
 from sd3tune.run.callbacks.base import RunCallback, Setup
-from sd3tune.run.drawing import draw_prompts
+from sd3tune.run.drawing import draw_prompts, wanted_preview
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.out_of_memory import is_out_of_memory
@@ -39,6 +39,7 @@ class Previews(RunCallback):
         super().__init__()
         self.plan, self.encoded, self.processes, self.trackers = plan, encoded, processes, trackers
         self.settings = plan.config.preview
+        self.pictures = self.settings.pictures
         self.folder = plan.run / SAMPLES
         self._drawn: set[int] = set()
         self._sent: set[Path] = set()
@@ -73,7 +74,7 @@ class Previews(RunCallback):
 
     def _draw_missing(self, name: str, view: View, weights: AbstractContextManager[None]) -> None:
         """Draw and save one image per prompt, unless an earlier attempt did."""
-        paths = [self._path(name, number) for number in range(len(self.settings.prompts))]
+        paths = [self._path(name, number) for number in range(len(self.pictures))]
         if all(_has_recipe(path, self._recipe(number)) for number, path in enumerate(paths)):
             return
         with weights:
@@ -82,7 +83,7 @@ class Previews(RunCallback):
                 self.encoded.store,
                 self.encoded.captions,
                 view.transformer,
-                [(prompt, self.settings.seed + number) for number, prompt in enumerate(self.settings.prompts)],
+                [wanted_preview(one, self.settings.seed + number) for number, one in enumerate(self.pictures)],
                 base=name == BASE,
                 label=f"preview, {name}",
             )
@@ -100,7 +101,7 @@ class Previews(RunCallback):
 
     def _send(self, name: str) -> None:
         """Send a step's new pictures to the trackers."""
-        for number, prompt in enumerate(self.settings.prompts):
+        for number, prompt in enumerate(self.settings.texts):
             path = self._path(name, number)
             if path not in self._sent and _has_recipe(path, self._recipe(number)):
                 self._sent.add(path)
@@ -115,13 +116,13 @@ class Previews(RunCallback):
         columns = {BASE: BASE} | {name: f"step {_step(name)}" for name in self._names()}
         paths = [
             [path if _has_recipe(path := self._path(name, number), self._recipe(number)) else None for name in columns]
-            for number in range(len(self.settings.prompts))
+            for number in range(len(self.pictures))
         ]
-        recipe = json.dumps([[path and path.name for path in row] for row in paths] + self.settings.prompts)
+        recipe = json.dumps([[path and path.name for path in row] for row in paths] + self.settings.texts)
         if _has_recipe(self.folder / SHEET, recipe):
             return
         images = [[Image.open(path) if path else None for path in row] for row in paths]
-        sheet = contact_sheet(images, columns=list(columns.values()), rows=self.settings.prompts)
+        sheet = contact_sheet(images, columns=list(columns.values()), rows=self.settings.texts)
         save_png(sheet, self.folder / SHEET, recipe)
 
     def _recipe(self, number: int) -> str:
@@ -129,7 +130,7 @@ class Previews(RunCallback):
         settings, offset = self.settings, self.plan.config.flow.noise_offset
         return json.dumps(
             {
-                "prompt": settings.prompts[number],
+                **self.pictures[number].recipe,
                 "steps": settings.steps,
                 "guidance": settings.guidance,
                 "seed": settings.seed + number,

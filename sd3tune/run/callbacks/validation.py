@@ -17,6 +17,7 @@ from sd3tune.files.atomic import new_folder, write_json, write_text
 from sd3tune.flow.objective import offset_noise, velocity_loss, velocity_target
 from sd3tune.model.load.components import vae_config
 from sd3tune.model.load.latents import sample_latents
+from sd3tune.model.load.text import on_device
 from sd3tune.reporting import progress_bar, say
 from sd3tune.run.callbacks.base import RunCallback, Setup
 from sd3tune.run.encoding import Encoded
@@ -165,7 +166,7 @@ class Validation(RunCallback):
         eps, noise = (drawn.to(device) for drawn in (eps, offset_noise(plain, offset, self.noise_offset)))
         latents = sample_latents(entry["mean"], entry["std"], eps, vae["scaling_factor"], vae["shift_factor"])
         embeddings = {
-            encoder: {name: tensor[None].to(device) for name, tensor in self.store.get(key).items()}
+            encoder: on_device({name: tensor[None] for name, tensor in self.store.get(key).items()}, device)
             for encoder, key in example.captions.items()
         }
         one = torch.ones(1, device=device)

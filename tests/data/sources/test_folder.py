@@ -14,7 +14,7 @@ from sd3tune.data.records import Scan, scan_records
 from sd3tune.data.sources.metadata import write_jsonl
 from sd3tune.errors import DataError
 
-HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
+JXL = b"\xff\x0a" + bytes(40)
 
 
 def scanned(folder: Path, **source: object) -> Scan:
@@ -54,14 +54,14 @@ def test_all_that_pillow_reads_is_read(folder: Path) -> None:
 
 
 def test_pictures_that_cannot_be_read_are_named(folder: Path) -> None:
-    for name in ("IMG_1.HEIC", "a.jxl", "b.jp2", "c.heif", "d.psd", "e.CR2", "f.heic"):
-        (folder / name).write_bytes(HEIC)
-    (folder / ".hidden.heic").write_bytes(HEIC)
+    for name in ("IMG_1.JXL", "a.jxl", "b.jp2", "c.dng", "d.psd", "e.CR2", "f.jxl"):
+        (folder / name).write_bytes(JXL)
+    (folder / ".hidden.jxl").write_bytes(JXL)
     (folder / "notes.md").write_text("x")
     scan = scanned(folder, caption="a dog")
     assert len(scan.records) == 2
     assert scan.warnings == [
-        "7 pictures are passed over: IMG_1.HEIC, a.jxl, b.jp2, c.heif, d.psd, ...; convert to JPEG or PNG"
+        "7 pictures are passed over: IMG_1.JXL, a.jxl, b.jp2, c.dng, d.psd, ...; convert to JPEG or PNG"
     ]
 
 
@@ -76,14 +76,14 @@ def test_links_that_lead_nowhere_are_named(folder: Path) -> None:
 def test_subfolders_with_pictures_are_named(folder: Path) -> None:
     picture(folder / "10_sks dog" / "a.jpg")
     picture(folder / "2024" / "summer" / "b.jpg")
-    (folder / "heic").mkdir()
-    (folder / "heic" / "IMG_1.HEIC").write_bytes(HEIC)
+    (folder / "jxl").mkdir()
+    (folder / "jxl" / "IMG_1.JXL").write_bytes(JXL)
     (folder / "empty").mkdir()
     picture(folder / ".thumbnails" / "a.jpg")
     picture(folder / "__MACOSX" / "._a.jpg")
     assert scanned(folder, caption="a dog").warnings == [
-        "3 subfolders with pictures are not read: 10_sks dog, 2024, heic; "
-        f"name each as a source, such as {folder / '10_sks dog'}"
+        "3 subfolders with pictures are not read: 10_sks dog, 2024, jxl; "
+        f"name each as a source, such as {folder / '10_sks dog'}, or set recursive: true, or layout: kohya"
     ]
 
 
@@ -95,12 +95,12 @@ def test_a_subfolder_that_the_metadata_names_is_read(folder: Path) -> None:
     assert scan.warnings == []
 
 
-@pytest.mark.parametrize("kind", ["heic", "link", "subfolder", "empty"])
+@pytest.mark.parametrize("kind", ["jxl", "link", "subfolder", "empty"])
 def test_where_nothing_else_is_left_it_is_an_error(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
-    if kind == "heic":
-        (folder / "IMG_1.HEIC").write_bytes(HEIC)
+    if kind == "jxl":
+        (folder / "IMG_1.JXL").write_bytes(JXL)
     if kind == "link":
         os.symlink("/nowhere/x.jpg", folder / "a.jpg")
     if kind == "subfolder":
@@ -108,7 +108,7 @@ def test_where_nothing_else_is_left_it_is_an_error(tmp_path: Path, kind: str) ->
     (problem,) = scanned(folder, caption="c").problems
     assert problem.startswith(f"{folder}: holds no images (JPEG, PNG, ")
     assert {
-        "heic": "; 1 picture is passed over: IMG_1.HEIC; convert to JPEG or PNG",
+        "jxl": "; 1 picture is passed over: IMG_1.JXL; convert to JPEG or PNG",
         "link": "; 1 link leads nowhere: a.jpg; link or copy again",
         "subfolder": f"; 1 subfolder with pictures is not read: more; name each as a source, such as {folder}/more",
         "empty": "; put pictures into it, or name another folder",
@@ -176,7 +176,8 @@ def test_several_lines_are_one_caption_and_that_is_said(folder: Path) -> None:
     (folder / "1.caption").write_bytes(b"one\r\n\r\ntwo")
     assert captions(folder) == {"0.jpg": "sks dog on grass\nsks dog asleep", "1.jpg": "one\n\ntwo"}
     assert scanned(folder).warnings == [
-        "2 caption files have several lines, which are joined with spaces into one caption: 0.txt, 1.caption"
+        "2 caption files have several lines, which are joined with spaces into one caption: 0.txt, 1.caption; "
+        "captions: lines reads each line as a caption"
     ]
     (folder / "0.txt").write_text("one line\n\n")
     (folder / "1.caption").unlink()
@@ -214,7 +215,7 @@ def test_metadata_in_utf_16_with_its_mark_is_read(folder: Path) -> None:
 
 
 def test_a_folder_that_is_two_sources_is_warned_of_once(folder: Path) -> None:
-    (folder / "IMG_1.HEIC").write_bytes(HEIC)
+    (folder / "IMG_1.JXL").write_bytes(JXL)
     source = {"kind": "folder", "path": str(folder), "caption": "c"}
     assert len(scan_records(DataConfig(sources=[source, source], resolution=64)).warnings) == 1
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5EncoderModel
 
-from sd3tune.adapter.file import attach, read_adapter, write_adapter
+from sd3tune.adapter.attach import attach
+from sd3tune.adapter.file import read_adapter, write_adapter
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_text_encoder, load_transformer
 from sd3tune.model.load.quantized import FORMS, Form, Int8Linear, load_transformer_in, missing_library, quantize

@@ -37,10 +37,15 @@ LOOKING = ("validation={holdout: 2, every: 2}", "data.caption_dropout=0.3", "dat
 IMAGES = "data.sources.0.prior={kind: images, prompt: a photo, images: 2, steps: 2}"
 PREDICTION = "data.sources.0.prior={kind: prediction, prompt: a photo}"
 
+TEXT = "method.text_encoders={clip_l: {}, clip_g: {targets: attention+mlp}}"
+WORDS = "method={kind: textual_inversion, token: robot, vectors: 2, init: photo}"
+
 TRAININGS: dict[str, tuple[str, ...]] = {
     "lora": (*LOOKING, IMAGES, "train.gradient_accumulation=2"),
     "selective": ("train.gradient_checkpointing=selective", PREDICTION, "flow.noise_offset=0.1"),
     "block": ("train.gradient_checkpointing=block", "flow.loss={kind: huber}", "flow.weighting={kind: min_snr}"),
+    "text": (TEXT, *LOOKING, PREDICTION, "optimizer={kind: adamw8bit}"),
+    "words": (WORDS, *LOOKING, PREDICTION),
     "fp16": ("model.dtype=fp16", "ema=null", "method.init=orthogonal"),
     "plain": ("model.dtype=fp32", "train.fast_path=false", "train.hoist=false", "method.dropout=0.1"),
     "nf4": ("model.quantize=nf4", "optimizer={kind: adamw8bit}", "train.gradient_checkpointing=selective"),
@@ -54,6 +59,9 @@ TRAININGS: dict[str, tuple[str, ...]] = {
     "swap": ("train.swap_blocks=3", IMAGES, *LOOKING, "train.gradient_checkpointing=block"),
     "scratch": ("method={kind: full}", "model.init=random", "ema=null"),
     "auto": ("train.memory=auto", "model.t5_device=cpu"),
+    "dora": ("method={kind: dora, rank: auto, budget_mb: 0.1, loraplus_lr_ratio: 16}", "model.quantize=int8"),
+    "loha": ("method={kind: loha}", "train.gradient_checkpointing=selective"),
+    "lokr": ("method={kind: lokr, export_dtype: bf16}", "train.swap_blocks=3"),
     "sd3": ("model.base=tiny-sd3", "method.init=eva", "method.targets=attention+mlp"),
     "large": ("model.base=tiny-sd35-large", "method.targets=re:.*norm1\\.linear"),
 }

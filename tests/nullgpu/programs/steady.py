@@ -13,7 +13,7 @@ from sd3tune.commands import train as command
 from sd3tune.config import load_config
 from sd3tune.training.loop import View
 from tests.nullgpu.counts import Seen, counting, fact
-from tests.nullgpu.programs.matrix import ROOT, with_results
+from tests.nullgpu.programs.matrix import ROOT, TEXT, with_results
 
 COMMON = ("train.log_every=1", "train.steps=8", "preview.prompts=[]", "checkpoint.every=100")
 FIRST, LAST = 3, 6
@@ -25,6 +25,7 @@ TRAININGS: dict[str, tuple[str, ...]] = {
     "block": ("train.gradient_checkpointing=block", "data.sources.0.prior={kind: prediction, prompt: a photo}"),
     "plain": ("train.fast_path=false", "train.hoist=false"),
     "fp16": ("model.dtype=fp16",),
+    "text": (TEXT, "train.batch_size=3", "data.caption_dropout=0.3", "data.encoder_dropout=0.3"),
     "nf4": ("model.quantize=nf4",),
     "int8": ("model.quantize=int8",),
     "full": ("method={kind: full}",),

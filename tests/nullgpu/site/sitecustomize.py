@@ -1,11 +1,14 @@
 """Imported by every Python process on the null GPU: does without cuDNN, which the stand-in lacks.
 
+Garbage is collected less often: while the libraries are imported there is none.
+
 Attention is the same without it. torch's own convolution would copy each patch of an image, 9 times an image's memory;
 the one here returns a result, as cuDNN does.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.abc
 import importlib.machinery
 import sys
@@ -46,4 +49,5 @@ def _convolve(images: Any, weight: Any, kernel_size: Any, bias: Any, stride: Any
     return images.new_empty(len(images), len(weight), *((n + 2 * pad - k) // step + 1 for n, k, step, pad in sides))
 
 
+gc.set_threshold(50_000)
 sys.meta_path.insert(0, _WithoutCudnn())

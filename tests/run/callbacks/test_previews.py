@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,12 @@ from safetensors.torch import load_file
 from sd3tune.adapter.file import read_adapter
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
-from sd3tune.errors import RunError
+from sd3tune.config import load_config
+from sd3tune.errors import ConfigError, RunError, UserError
 from sd3tune.inference.job import InferenceJob
+from sd3tune.model.base.resolve import resolve_base
+from sd3tune.publish.previews import preview_recipe
+from sd3tune.run.verify_preview import compare_with_preview
 from sd3tune.training.loop import View
 
 PROMPTS = ["a photo of sks dog", "a cat on a boat"]
@@ -169,3 +174,83 @@ def test_pictures_of_other_prompts_or_settings_are_not_taken_for_these(stopped: 
 def blank(sheet: Image.Image, column: int, row: int) -> bool:
     left, top = 8 + column * 264, 28 + row * 292 + 28
     return sheet.crop((left, top, left + 256, top + 256)).getcolors() == [(256 * 256, (255, 255, 255))]
+
+
+GUIDED = (
+    "preview={every: 2, steps: 4, guidance: 4.0, seed: 11, prompts: [{prompt: a red circle, negative: a cross, "
+    "size: 96x64, slg: 2.8, slg_layers: [1, 2], slg_stop: 0.6}, a cat on a boat]}"
+)
+
+
+@pytest.fixture(scope="module")
+def guided(quick_config, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "guided"
+    run_training(quick_config(run, "train.steps=2", GUIDED))
+    return run
+
+
+def test_a_prompt_with_settings_of_its_own_is_what_infer_draws_with_them(guided: Path, tmp_path: Path) -> None:
+    common = {"loras": [str(guided)], "prompt": "a red circle", "out": tmp_path, "seed": 11, "before": False}
+    own = {"negative": "a cross", "size": "96x64", "slg": 2.8, "slg_layers": "1,2", "slg_stop": 0.6}
+    (path,) = run_infer(InferenceJob.from_fields(**common, **own))
+    drawn = preview(guided, 2, 0)
+    assert drawn.size == (96, 64)
+    assert same(drawn, Image.open(path))
+    assert preview(guided, 2, 1).size == (64, 64)
+    for left_out in ("negative", "slg"):
+        rest = {name: value for name, value in own.items() if not name.startswith(left_out)}
+        (path,) = run_infer(InferenceJob.from_fields(**common, **rest))
+        assert not same(drawn, Image.open(path))
+
+
+def test_its_settings_are_kept_in_recipe_configuration_card_and_command(guided: Path) -> None:
+    recipe = preview_recipe(guided / "samples" / "step-000002-0.png")
+    assert recipe is not None
+    slg = {"scale": 2.8, "layers": [1, 2], "start": 0.01, "stop": 0.6}
+    assert (recipe["negative"], recipe["size"], recipe["slg"]) == ("a cross", [96, 64], slg)
+    plain = preview_recipe(guided / "samples" / "step-000002-1.png")
+    assert plain is not None
+    assert not {"negative", "size", "slg"} & plain.keys()
+    assert load_config(guided / "config.yaml").config.preview.pictures[0].sides == (96, 64)
+    card = (guided / "README.md").read_text()
+    options = "--negative 'a cross' --size 96x64 --slg 2.8 --slg-layers 1,2 --slg-start 0.01 --slg-stop 0.6"
+    assert options in card
+    for line in ("width=96,", "height=64,", 'negative_prompt="a cross",', "skip_guidance_layers=[1, 2],"):
+        assert line in card
+
+
+def test_lora_verify_draws_it_again_with_diffusers(guided: Path) -> None:
+    adapter = read_adapter(guided)
+    line = compare_with_preview(adapter, resolve_base("tiny"), "auto", torch.device("cpu"))
+    assert line.endswith("drawn again by diffusers: equal to the pixel")
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ("{prompt: a, size: 100}", "preview.prompts.0.size: 100 is no side such as 1024, or WIDTHxHEIGHT"),
+        ("{prompt: a, size: 64 x 64}", "preview.prompts.0.size: '64 x 64' is no side such as 1024"),
+        ("{size: 64}", "preview.prompts.0.prompt: missing"),
+        ("{prompt: a, sizes: 64}", "preview.prompts.0.sizes: unknown key; did you mean 'size'?"),
+        ("{prompt: a, slg: 1.0, slg_start: 0.5}", "slg_start 0.5 must be below slg_stop 0.2"),
+        ("5", "preview.prompts.0: 5 is neither text nor a section of keys"),
+    ],
+)
+def test_a_wrong_entry_is_one_line(quick_config, tmp_path: Path, entry: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        quick_config(tmp_path, f"preview.prompts=[{entry}]")
+    (line,) = caught.value.problems
+    assert problem in line
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ("{prompt: a, size: 4096}", "preview.prompts.0.size: 4096 is too large for this base; at most"),
+        ("{prompt: a, slg: 2.8}", "preview.prompts.0.slg_layers: 7, 8, 9: this base has the blocks 0 to 3"),
+    ],
+)
+def test_what_this_base_cannot_draw_is_refused_first(quick_config, tmp_path: Path, entry: str, problem: str) -> None:
+    with pytest.raises(UserError, match=re.escape(problem)):
+        run_training(quick_config(tmp_path / "run", f"preview.prompts=[{entry}]"))
+    assert not (tmp_path / "run" / "samples").exists()

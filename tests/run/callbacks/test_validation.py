@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sd3tune.adapter.file import attach, read_adapter
+from sd3tune.adapter.attach import attach
+from sd3tune.adapter.file import read_adapter
 from sd3tune.commands.train import run_training
 from sd3tune.data.sampler import generator
 from sd3tune.errors import UserError

@@ -1,0 +1,113 @@
+"""The file of learned tokens: `clip_l` [n, 768] and `clip_g` [n, 1280], which ComfyUI reads as `embedding:name`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd3tune.adapter.file import contract_metadata, save_tensors
+from sd3tune.adapter.metadata import CONTRACT_KEY, read_contract, read_tensors
+from sd3tune.errors import AdapterError
+from sd3tune.model.base.contract import WAY_OUT
+from sd3tune.model.load.learned_tokens import add_tokens, learn, names_of, written_out
+from sd3tune.model.load.text import TextEncoder
+
+EMBEDDING_FILE = "learned_embeds.safetensors"
+NAMES = ("clip_l", "clip_g")
+__all__ = [
+    "EMBEDDING_FILE",
+    "NAMES",
+    "Embedding",
+    "as_read",
+    "attach_embeddings",
+    "find_embedding",
+    "names_of",
+    "read_embedding",
+    "write_embedding",
+]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A learned token: its vectors for each CLIP encoder, fp32, and how to use them."""
+
+    path: Path
+    rows: Mapping[str, Tensor]
+    """`clip_l` and `clip_g` -> [n, width]."""
+    token: str
+    """The word of prompts that it stands for: the contract's, or the file's name."""
+    t5_caption: str
+    """The words that T5 reads in place of the token."""
+    contract: Mapping[str, Any]
+    """The conditioning contract; empty if another tool wrote the file."""
+
+    @property
+    def vectors(self) -> int:
+        return len(self.rows["clip_l"])
+
+
+def write_embedding(folder: Path, rows: Mapping[str, Tensor], contract: Mapping[str, Any]) -> Path:
+    """Write the file into `folder`, fp32. Raises AdapterError, before anything is written, for values not finite."""
+    tensors = {name: rows[name].detach().float().cpu().contiguous() for name in NAMES}
+    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if bad:
+        raise AdapterError(f"{folder}: not written: {bad[0]} is NaN or infinite")
+    save_tensors(folder / EMBEDDING_FILE, tensors, {CONTRACT_KEY: contract_metadata(contract)})
+    return folder / EMBEDDING_FILE
+
+
+def find_embedding(location: Path) -> Path:
+    """Return the file at a file, a folder, a checkpoint or a run. Raises AdapterError."""
+    path = location.expanduser()
+    for candidate in (path, path / EMBEDDING_FILE, path / "embedding" / EMBEDDING_FILE):
+        if candidate.is_file():
+            return candidate
+    raise AdapterError(f"{location}: no such file, and no {EMBEDDING_FILE} in it or in its embedding/ folder")
+
+
+def read_embedding(location: Path) -> Embedding:
+    """Return the learned token of a file. Raises AdapterError for any other file."""
+    path = find_embedding(location)
+    rows, metadata = read_tensors(path, "embeddings")
+    if set(rows) != set(NAMES):
+        raise AdapterError(f"{path}: no embedding for SD3: its tensors must be clip_l and clip_g, and they are "
+                           f"{', '.join(sorted(rows)[:4]) or 'none'}")  # fmt: skip
+    if (
+        any(value.ndim != 2 or not value.is_floating_point() for value in rows.values())
+        or len({len(value) for value in rows.values()}) != 1
+        or not len(rows["clip_l"])
+    ):
+        raise AdapterError(f"{path}: clip_l and clip_g must be as many vectors each, [n, width]")
+    rows = {name: value.float() for name, value in rows.items()}
+    if not all(value.isfinite().all() for value in rows.values()):
+        raise AdapterError(f"{path}: holds values that are NaN or infinite")
+    contract = read_contract(path, metadata)
+    token, words = contract.get("token", path.stem), contract.get("t5_caption", path.stem)
+    if not (isinstance(token, str) and token.strip() and isinstance(words, str)):
+        raise AdapterError(f"{path}: its metadata states no token, or no words for T5{WAY_OUT}")
+    return Embedding(path, rows, token, words, contract)
+
+
+def as_read(encoder: str, text: str, embeddings: Sequence[Embedding]) -> str:
+    """Return the text that an encoder reads: the token's vectors written out for CLIP, other words for T5."""
+    for one in sorted(embeddings, key=lambda one: -len(one.token)):  # a token may begin with another
+        text = text.replace(one.token, one.t5_caption) if encoder == "t5" else written_out(text, one.token, one.vectors)
+    return text
+
+
+def attach_embeddings(encoder: TextEncoder, embeddings: Sequence[Embedding]) -> None:
+    """Let a CLIP encoder and its tokenizer know the tokens. Raises AdapterError for a word that CLIP knows already."""
+    for one in embeddings:
+        try:
+            add_tokens(encoder.tokenizer, names_of(one.token, one.vectors))
+        except ValueError:
+            raise AdapterError(
+                f"{one.path}: {one.token!r} is a word that {encoder.name} knows; rename the file, which names the token"
+            ) from None
+    rows = torch.cat([one.rows[encoder.name] for one in embeddings])
+    encoder.learned = learn(encoder.model, rows.to(next(encoder.model.parameters()).device))
