@@ -27,7 +27,8 @@ from sd3tune.files.atomic import new_file
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.resolve import local_base
 from sd3tune.reporting import result, say
-from sd3tune.run.buckets import buckets_of, describe_buckets
+from sd3tune.run.buckets import Tables, bucket_tables, buckets_in, describe_buckets
+from sd3tune.run.sizes import in_all_sizes
 from sd3tune.sampling.contact_sheet import contact_sheet
 
 _SHOWN = 10
@@ -78,25 +79,34 @@ def run_data_check(config: Config, sheet: Path) -> None:
     _check_sheet(sheet)
     scan = scan_records(config.data, config.seed, progress=True, look=_inspect)
     problems = scan.problems
-    buckets = _buckets(config)
+    tables = _tables(config)
     checked: list[_CheckedImage] = []
     for record, found in zip(scan.records, scan.looked, strict=True):
         if isinstance(found, DataError):
             problems += found.problems
         else:
             checked.append(_CheckedImage(record, found))
-    for line in _report(config, buckets, checked):
+    cuts, left_out = list[_Cut](), list[str]()
+    try:
+        cuts = _cuts(config, tables, checked, left_out.append)
+    except ConfigError as error:
+        problems += error.problems
+    for line in _report(config, cuts, checked):
         say(line)
-    for warning in [*scan.warnings, *reading_warnings([(one.record.image, one.properties.reading) for one in checked])]:
+    for warning in [
+        *scan.warnings,
+        *left_out,
+        *reading_warnings([(one.record.image, one.properties.reading) for one in checked]),
+    ]:
         say(f"warning: {warning}")
     if checked:
-        _write_sheet(sheet, checked, buckets)
+        _write_sheet(sheet, cuts or [_Cut(one, nearest_bucket(one.size, tables[config.data.side])) for one in checked])
         say(f"sheet     {sheet}")
     if problems:
         result(f"not trainable: {len(problems)} problem{'s' * (len(problems) != 1)}")
         raise DataError(*problems)
-    samples = sum(one.record.repeats for one in checked)
-    result(f"trainable: {len(checked)} image{'s' * (len(checked) != 1)}, {samples} per epoch")
+    samples, images = sum(cut.repeats for cut in cuts), len({id(cut.one) for cut in cuts})
+    result(f"trainable: {images} image{'s' * (images != 1)}, {samples} per epoch")
 
 
 def _inspect(image: ImageRef) -> _ImageProperties | DataError:
@@ -110,16 +120,35 @@ def _inspect(image: ImageRef) -> _ImageProperties | DataError:
     return _ImageProperties(picture.digest, picture.size, thumbnail(picture.image), picture.reading)
 
 
-def _buckets(config: Config) -> list[Size]:
+@dataclass(frozen=True)
+class _Cut:
+    """A checked image and the bucket that it is cropped to, in one of the run's sizes."""
+
+    one: _CheckedImage
+    bucket: Size
+    repeats: int = 1
+
+
+def _cuts(config: Config, tables: Tables, checked: Sequence[_CheckedImage], warn: Callable[[str], None]) -> list[_Cut]:
+    """Return the crops of the images in all sizes, as training makes them. Raises ConfigError as `in_all_sizes`."""
+    by_image = {id(one.record.image): one for one in checked}
+    records = [one.record for one in checked]
+    sized = in_all_sizes(config.data, records, tables, warn, lambda record: by_image[id(record.image)].size)
+    found = [(record, by_image[id(record.image)]) for record in sized]
+    buckets = buckets_in(tables)
+    return [_Cut(one, nearest_bucket(one.size, record.sizes or buckets), record.repeats) for record, one in found]
+
+
+def _tables(config: Config) -> Tables:
     """Return the training buckets. If the base is missing or invalid, its size limit is unknown and not applied."""
     try:
         base = local_base(config.model)
-        return buckets_of(config, None if base is None else base.config("transformer"))
+        return bucket_tables(config, None if base is None else base.config("transformer"))
     except ModelError:
-        return buckets_of(config, None)
+        return bucket_tables(config, None)
 
 
-def _report(config: Config, buckets: Sequence[Size], checked: Sequence[_CheckedImage]) -> Iterator[str]:
+def _report(config: Config, cuts: Sequence[_Cut], checked: Sequence[_CheckedImage]) -> Iterator[str]:
     for number, source in enumerate(config.data.sources):
         count = sum(one.record.source == number for one in checked)
         extras = [
@@ -134,7 +163,7 @@ def _report(config: Config, buckets: Sequence[Size], checked: Sequence[_CheckedI
     captions = list(dict.fromkeys(caption for one in checked for caption in one.record.drawn if any(caption.texts)))
     if captions:
         yield from _captions(config, captions, len(checked))
-    yield from _sizes(buckets, checked)
+    yield from _sizes(cuts) if cuts else ()
     yield from _duplicates(checked)
 
 
@@ -178,14 +207,12 @@ def _counter(base: Base, part: str) -> Callable[[str], int]:
     return functools.partial(count_tokens, load_tokenizer(base, part))
 
 
-def _sizes(buckets: Sequence[Size], checked: Sequence[_CheckedImage]) -> Iterator[str]:
+def _sizes(cuts: Sequence[_Cut]) -> Iterator[str]:
     """Yield a table of image sizes, with the training size, scale factor and cropped share of each."""
-    cut = {size: nearest_bucket(size, buckets) for size in {one.size for one in checked}}
-    yield from describe_buckets(cut[one.size] for one in checked)
+    yield from describe_buckets(cut.bucket for cut in cuts)
     yield f"sizes     {'width x height':<16}{'images':>7}   {'trained at':<13}{'scaled':>7}{'cut away':>10}"
-    counts = Counter(one.size for one in checked).most_common()
-    for (high, wide), count in counts[:_SHOWN]:
-        to_high, to_wide = cut[high, wide]
+    counts = Counter((cut.one.size, cut.bucket) for cut in cuts).most_common()
+    for ((high, wide), (to_high, to_wide)), count in counts[:_SHOWN]:
         scale = max(to_high / high, to_wide / wide)
         lost = 1 - to_high * to_wide / (high * scale * wide * scale)
         size, trained = f"{wide} x {high}", f"{to_wide} x {to_high}"
@@ -193,9 +220,9 @@ def _sizes(buckets: Sequence[Size], checked: Sequence[_CheckedImage]) -> Iterato
     if len(counts) > _SHOWN:
         more, rest = len(counts) - _SHOWN, sum(count for _, count in counts[_SHOWN:])
         yield f"          and {more} more size{'s' * (more != 1)}, {rest} image{'s' * (rest != 1)}"
-    small = [one.record.image for one in checked if is_smaller(one.size, cut[one.size])]
+    small = [cut.one.record.image for cut in cuts if is_smaller(cut.one.size, cut.bucket)]
     if small:
-        yield f"warning: {len(small)} of {len(checked)} are enlarged, which blurs the result: {_named(small)}"
+        yield f"warning: {len(small)} of {len(cuts)} are enlarged, which blurs the result: {_named(small)}"
 
 
 def _duplicates(checked: Sequence[_CheckedImage]) -> Iterator[str]:
@@ -235,9 +262,11 @@ def _check_sheet(path: Path) -> None:
         raise RunError(f"--sheet {path}: exists and is not a contact sheet; name another file")
 
 
-def _write_sheet(path: Path, checked: Sequence[_CheckedImage], buckets: Sequence[Size]) -> None:
-    shown = checked[:: math.ceil(len(checked) / _SHEET_IMAGES)]
-    tiles = [(_tile(one, buckets), f"{one.record.image.name}  {one.record.caption}") for one in shown]
+def _write_sheet(path: Path, cuts: Sequence[_Cut]) -> None:
+    """Write the contact sheet, with each image in the last of its sizes."""
+    last = list({id(cut.one): cut for cut in cuts}.values())
+    shown = last[:: math.ceil(len(last) / _SHEET_IMAGES)]
+    tiles = [(_tile(cut), f"{cut.one.record.image.name}  {cut.one.record.caption}") for cut in shown]
     rows = [tiles[start : start + _SHEET_COLUMNS] for start in range(0, len(tiles), _SHEET_COLUMNS)]
     picture = contact_sheet(
         [[tile for tile, _ in row] for row in rows],
@@ -250,12 +279,12 @@ def _write_sheet(path: Path, checked: Sequence[_CheckedImage], buckets: Sequence
         picture.save(temporary, format="PNG", pnginfo=info)
 
 
-def _tile(one: _CheckedImage, buckets: Sequence[Size]) -> Image.Image | None:
+def _tile(cut: _Cut) -> Image.Image | None:
     """Return the tile of an image, cropped as for training; None if the image has become unreadable since."""
-    high, wide = nearest_bucket(one.size, buckets)
+    high, wide = cut.bucket
     scale = _SHEET_SIDE / max(high, wide)
     try:
-        image = read_picture(one.record.image).image
+        image = read_picture(cut.one.record.image).image
     except DataError:
         return None
     return ImageOps.fit(image, (round(wide * scale), round(high * scale)), Image.Resampling.LANCZOS)

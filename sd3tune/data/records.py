@@ -50,6 +50,8 @@ class Record:
     """Factor on this image's loss."""
     own: Caption | None = None
     """The first caption, if single encoders read texts of their own."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """The buckets that its image is cropped to the nearest of, (height, width); empty for all of the run."""
     choices: tuple[Caption, ...] = ()
     """The captions to train on, of which each step draws one; empty if there is only the first."""
 

@@ -71,7 +71,8 @@ def encode_images(
 ) -> tuple[list[EncodedImage], EncodeReport]:
     """Encode the images that the store lacks; return all in the records' order, and the report.
 
-    Each image is cropped to the nearest shape of `buckets`, (height, width) in pixels. Entries are {"mean", "std"},
+    Each image is cropped to the nearest shape of its record's `sizes`, else of `buckets`, (height, width) in pixels; an
+    image may have several records. Entries are {"mean", "std"},
     fp32 [16, height/8, width/8]. The VAE is loaded only if entries are missing, and then freed. It encodes one image at
     a time in `dtype`, or in fp32 for fp16, where it would overflow. With `world` > 1 each rank encodes its share: wait
     for all ranks after this call, then call `store.refresh()`. `say` receives the size of the entries to write, where
@@ -81,9 +82,13 @@ def encode_images(
     dtype = vae_dtype(dtype)
     manifest = Manifest.load(store.root)
     refs = [record.image for record in records]
-    facts = inspect(refs, manifest, progress)
+    distinct = {id(ref): ref for ref in refs}  # an image has a record for each of its sizes
+    inspected = dict(zip(distinct, inspect(list(distinct.values()), manifest, progress), strict=True))
+    facts = [inspected[id(ref)] for ref in refs]
     vae = base.fingerprint("vae")
-    targets = [nearest_bucket(image.size, buckets) for image in facts]
+    targets = [
+        nearest_bucket(image.size, record.sizes or buckets) for image, record in zip(facts, records, strict=True)
+    ]
     cuts = [
         [(_key(vae, dtype, image.digest, image.mark, cut), cut) for cut in variants_of_image]
         for image, variants_of_image in zip(facts, _crops(facts, targets, crop_variants, flip), strict=True)
@@ -104,8 +109,10 @@ def encode_images(
     if rank == 0:
         Manifest.add(store.root, images={str(ref): image for ref, image in zip(refs, facts, strict=True)})
     variants = crop_variants * (1 + flip)
-    extent = f"{len(records)} x {variants} variants" if variants > 1 else f"{len(records)}"
-    warnings = [*damage_warnings(damaged), *warnings_about(refs, facts), *_enlarged(refs, facts, targets)]
+    sizes = f" ({len(distinct)} pictures in several sizes)" if len(distinct) < len(refs) else ""
+    extent = f"{len(records)}{sizes}" + (f" x {variants} variants" if variants > 1 else "")
+    read = warnings_about(list(distinct.values()), list(inspected.values()))
+    warnings = [*damage_warnings(damaged), *read, *_enlarged(refs, facts, targets)]
     report = EncodeReport(label, extent, len(records), reasons, nbytes, warnings)
     return [_encoded(vae, dtype, *one) for one in zip(facts, targets, cuts, strict=True)], report
 
@@ -119,12 +126,12 @@ def _missing(
     store: Store,
 ) -> tuple[list[_Job], Counter[str]]:
     """Return the jobs for the variants that the store lacks, and the number of images by reason."""
-    jobs: dict[str, _Job] = {}  # by digest: copies of a file are encoded once
+    jobs: dict[tuple[str, Size], _Job] = {}  # by digest and bucket: copies of a file are encoded once
     reasons: Counter[str] = Counter()
     for ref, image, target, variants in zip(refs, facts, targets, cuts, strict=True):
         lacking = {key: cut for key, cut in variants if key not in store}
         if lacking:
-            jobs[image.digest] = _Job(ref, image.digest, target, lacking)
+            jobs[image.digest, target] = _Job(ref, image.digest, target, lacking)
             reasons[_reason(ref, image, manifest, store)] += 1
     return list(jobs.values()), reasons
 

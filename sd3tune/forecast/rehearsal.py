@@ -272,7 +272,7 @@ def _rehearse_preview(
 
     left_out = thin.omitted_contribution(exported_bytes)
     rows = 2 if config.preview.guidance > 1 else 1
-    side = config.data.resolution
+    side = config.data.side
     sides = [(side, side), *(picture.sides[::-1] for picture in config.preview.pictures if picture.sides)]
     size = max(sides, key=math.prod)
 

@@ -46,6 +46,7 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         **_encoder_files(plan),
         **_tags(plan),
         **_own_texts(plan),
+        **_resolutions(config),
         **config.model.fewer_bits,
         "instance_prompt": captions[0] if len(captions) == 1 else None,
         "shift": plan.shift,
@@ -55,7 +56,7 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "dtype": dtype_name(plan.dtype),
         "weights": "raw" if config.ema is None else "ema",
     }
-    return {**plan.method.contract(), **contract_of(config), **declared(of_the_run)}
+    return {**plan.method.contract(), **contract_of(config), "resolution": config.data.side, **declared(of_the_run)}
 
 
 def _t5_lengths(model: ModelConfig) -> dict[str, Any]:
@@ -85,6 +86,12 @@ def _own_texts(plan: Plan) -> dict[str, Any]:
     """Return the encoders that read texts of their own in training; empty if all read the same captions."""
     readers = own_readers(plan.records)
     return {"own_texts": readers} if readers else {}
+
+
+def _resolutions(config: Config) -> dict[str, Any]:
+    """Return the sides of all sizes of the training; empty for a single size."""
+    sides = config.data.sides
+    return {"resolutions": sides} if len(sides) > 1 else {}
 
 
 def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, Any]:
@@ -240,7 +247,7 @@ def start_facts(plan: Plan, world: int) -> dict[str, Any]:
         "images_per_epoch": plan.images_per_epoch,
         "captions": len({caption for record in plan.records for caption in record.drawn}),
         "held_out_images": len(plan.holdout),
-        "class_images": sum(len(prior.records) for prior in plan.priors),
+        "class_images": sum(prior.count for prior in plan.priors),
         "modules": len(plan.modules),
         "optimizer": {
             "asked": fallback.asked if fallback else used,

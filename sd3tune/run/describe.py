@@ -21,13 +21,14 @@ from sd3tune.run.evaluated import describe_evaluation
 from sd3tune.run.preflight import Plan
 from sd3tune.run.priors import describe_prompts
 from sd3tune.run.sigmas import describe_sigmas
+from sd3tune.run.sizes import describe_sizes
 from sd3tune.runtime.device import dtype_name
 
 
 def describe(plan: Plan, world: int) -> list[str]:
     """Return the lines that describe the plan. `world` is the number of processes."""
     config, method = plan.config, plan.method
-    cut = [bucket_of(record, plan.buckets) for record in plan.records]
+    cut = [bucket_of(record, plan.buckets) for record in plan.sized]
     parameters, modules = sum(row.parameters for row in plan.coverage), len(plan.modules)
     variant = f" ({plan.base.variant})" if plan.base.variant else ""
     every, compiled = config.validation.every, config.train.compile != "none"
@@ -35,7 +36,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         f"base      {plan.base.name}{variant}, {describe_precision(plan.config, plan.dtype)} on {plan.device.type}"
         + (f", {world} processes" if world > 1 else ""),
         *_describe_base(plan),
-        f"data      {_images(len(plan.records))}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
+        f"data      {_images(len(plan.records))}, {describe_sizes(config.data)}, {plan.images_per_epoch} per epoch",
         *(f"warning: {warning}" for warning in plan.warnings),
         *describe_buckets(cut),
         *describe_captions(config, plan.records, plan.base, method.cached_encoders, plan.dtype),
@@ -44,7 +45,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         *([f"held out  {_images(len(plan.holdout))}, measured every {every} steps"] if plan.holdout else []),
         *describe_evaluation(config, plan.evaluated),
         *_describe_length(plan, cut, world),
-        f"sigma     {describe_sigmas(config.flow, plan.shift)}",
+        *_describe_sigmas(plan),
         f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"
         + f", noise offset {config.flow.noise_offset:g}" * (config.flow.noise_offset > 0),
         *_describe_objective(plan),
@@ -60,21 +61,23 @@ def describe(plan: Plan, world: int) -> list[str]:
 def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:
     """Return lines such as `steps     9 x 4 images, 3 epochs: each image is seen 2 to 4 times`.
 
-    `cut` has each record's bucket, in the order of the records.
+    `cut` has each record's bucket, in the order of `plan.sized`.
     """
     train = plan.config.train
     together = train.batch_size * world
     batch = train.gradient_accumulation * together
     epochs = round(train.total_steps * batch / plan.images_per_epoch, 2)
     counts: Counter[Size] = Counter()
-    for record, size in zip(plan.records, cut, strict=True):
+    for record, size in zip(plan.sized, cut, strict=True):
         counts[size] += record.repeats
     buckets = [(size_name(size), counts[size]) for size in sorted(counts)]  # in the order of `Batches`
     batches = train.total_steps * train.gradient_accumulation
     of_samples = map(iter, times_seen(plan.config.seed, batches, buckets, together))
     times = dict(zip(sorted(counts), of_samples, strict=True))
-    of_images = [sum(islice(times[size], record.repeats)) for record, size in zip(plan.records, cut, strict=True)]
-    fewest, most = min(of_images), max(of_images)
+    of_images: Counter[int] = Counter()  # of an image in all its sizes
+    for record, size in zip(plan.sized, cut, strict=True):
+        of_images[id(record.image)] += sum(islice(times[size], record.repeats))
+    fewest, most = min(of_images.values()), max(of_images.values())
     seen = ("once" if most == 1 else f"{most} times") if fewest == most else f"{fewest} to {most} times"
     lines = [
         f"steps     {train.total_steps} x {batch} image{'s' * (batch > 1)}, {epochs:.10g} epoch{'s' * (epochs != 1)}: "
@@ -86,6 +89,15 @@ def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:
             "train longer, lower train.batch_size or set data.buckets=false"
         )
     return lines
+
+
+def _describe_sigmas(plan: Plan) -> list[str]:
+    """Return a line about the sigmas, or one for each size with a shift of its own."""
+    flow, shifts = plan.config.flow, list(dict.fromkeys(plan.shifts.values()))
+    if len(shifts) == 1:
+        return [f"sigma     {describe_sigmas(flow, plan.shift)}"]
+    sides = zip(plan.config.data.sides, shifts, strict=True)
+    return [f"sigma     {side} px: {describe_sigmas(flow, shift)}" for side, shift in sides]
 
 
 def _describe_tags(plan: Plan) -> list[str]:
@@ -142,7 +154,7 @@ def _describe_base(plan: Plan) -> list[str]:
 
 def _describe_objective(plan: Plan) -> list[str]:
     """Return notes and warnings about objective settings with surprising effects."""
-    flow, side, base = plan.config.flow, plan.config.data.resolution, plan.base
+    flow, side, base = plan.config.flow, plan.config.data.side, plan.base
     lines = []
     if flow.noise_offset:
         share = 100 * spread_without_offset(flow.noise_offset, side)

@@ -35,7 +35,7 @@ class Encoded:
 
     store: Store
     examples: list[Example]
-    """One per record, times its repeats in an epoch."""
+    """One per record of `Plan.sized`, times its repeats in an epoch."""
     captions: Mapping[str, Mapping[str, str]]
     """Encoder -> text -> key, including the prompts of previews and `eval`, and the negative prompt."""
     holdout: list[Example]
@@ -70,7 +70,7 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
             _example(record, image, captions, trained=varied) for record, image in zip(records, images, strict=True)
         ]
 
-    once = examples_of("images", plan.records, plan.buckets, varied=True)
+    once = examples_of("images", plan.sized, plan.buckets, varied=True)
     pictures = [examples_of("class images", prior.records, prior.sizes) for prior in plan.priors]
     holdout = examples_of("held-out images", plan.holdout, plan.buckets) if plan.holdout else []
     processes.wait()
@@ -82,9 +82,9 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
     priors = _priors(plan, pictures, captions)
     once = [
         replace(example, weight=record.weight, prior=priors.get(record.source))
-        for record, example in zip(plan.records, once, strict=True)
+        for record, example in zip(plan.sized, once, strict=True)
     ]
-    examples = [once[index] for index in sample_indices(plan.records)]
+    examples = [once[index] for index in sample_indices(plan.sized)]
     known = _holdout_overlap(holdout, examples)
     for warning in known:
         say(f"warning: {warning}")

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sd3tune.data.buckets import size_name
+from sd3tune.data.buckets import Size, size_name
 from sd3tune.data.sampler import batch_samples, generator, index_at, step_slots, uniform
 from sd3tune.data.seeds import derive
 from sd3tune.data.store import Store
@@ -36,6 +36,9 @@ class Dropout:
     """True if dropout also applies to samples that keep the base's prediction. Only runs that an earlier version began
     do so, as the same input then has two targets."""
 
+
+_PIXELS = 8
+"""Pixels of an image per element of its latents, along a side."""
 
 T5Lengths = Sequence[Mapping[str, str]]
 """One mapping per trained T5 length: store key in an example -> store key of the same caption at that length."""
@@ -76,6 +79,12 @@ class Batch:
     """The noise of the input, in the shape of `latents`, if it is perturbed; `noise` is that of the target."""
     modulation: Modulation | None = None
     """The adaLN modulations for `sigma` and the pooled text; None if the transformer computes them."""
+
+    @property
+    def size(self) -> Size:
+        """(height, width) of the images in pixels."""
+        height, width = self.latents.shape[-2:]
+        return height * _PIXELS, width * _PIXELS
 
     def rows(self, rows: slice) -> Batch:
         """Return a batch of some of the samples, all counted as instances."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from sd3tune.config.sections.flow import (
     WeightingSection,
 )
 from sd3tune.config.variants import LOSS, TIMESTEPS, WEIGHTING, Registry
+from sd3tune.data.buckets import Size
 from sd3tune.flow import objective, timesteps, weighting
 
 OfSigma = Callable[[Any, Tensor], Tensor]
@@ -102,16 +103,19 @@ class Objective:
 
     loss: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """(predicted velocity, target, both [B, C, H, W], sigma [B], share of the steps done) -> [B] fp32."""
-    weight: Callable[[Tensor], Tensor]
-    """sigma [B] -> [B]."""
+    weight: Callable[[Tensor, Size], Tensor]
+    """(sigma [B], (height, width) of the images in pixels) -> [B]."""
 
 
-def make_objective(flow: FlowConfig, shift: float) -> Objective:
-    """Return the configured loss and weight under the given shift (see `shift_at`)."""
-    settings = flow.loss
+def make_objective(flow: FlowConfig, shift: float, shifts: Mapping[Size, float] = {}) -> Objective:
+    """Return the configured loss and weight under the shift of the images' size (see `shift_at`).
+
+    `shifts` maps a bucket to its shift; others have `shift`.
+    """
+    settings, weights = flow.loss, {of: make_weight(flow, of) for of in {shift, *shifts.values()}}
     return Objective(
         loss=functools.partial(LOSSES[settings.kind], settings),
-        weight=make_weight(flow, shift),
+        weight=lambda sigma, size: weights[shifts.get(size, shift)](sigma),
     )
 
 

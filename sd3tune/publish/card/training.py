@@ -58,7 +58,8 @@ def _data(trained: Trained) -> Iterator[Row]:
         if facts["class_images"]:
             yield "class images", str(facts["class_images"])
     yield from _priors(trained)
-    yield "resolution", f"{contract['resolution']} px" + (", aspect buckets" if contract["buckets"] else ", squares")
+    sides = ", ".join(map(str, contract.get("resolutions", [contract["resolution"]])))
+    yield "resolution", f"{sides} px" + (", aspect buckets" if contract["buckets"] else ", squares")
     world = facts.get("world_size", 1)
     processes = f" x {world} processes" if world > 1 else ""
     early = f" of {train.total_steps}, stopped early" if facts.get("stopped_early") else ""
