@@ -200,7 +200,7 @@ class DataConfig(Section):
         description="Side of the square training crop in pixels, a multiple of 16. In a list of sizes, each image is "
         "used once per epoch in each size, or as often as the size's `share`; previews have the largest size.",
     )
-    enlarge: Annotated[bool | None, ENCODED] = Field(
+    enlarge: Annotated[bool | None, Key(Identity.ENCODED, added=True)] = Field(
         None,
         description="Enlarge images that are smaller than their crop, with a warning. false leaves them out of that "
         "size; a warning counts them. null enlarges in a run with a single size and leaves out in others.",
