@@ -171,7 +171,7 @@ def _examined(
         broken = (unclosed(text) for caption in captions for text in caption.texts) if source.wildcards else ()
         if part := next(filter(None, broken), None):
             raise DataError(f"{image}: its caption has a wildcard without one of its braces: {part[:60]!r}; close it")
-        finish = functools.partial(_finished, image, source.template, data.trigger)
+        finish = functools.partial(_finished, image, source.template, data.trigger_of(number))
         first = as_first(captions[0], source).map(finish)
         choices = variants_of(captions, source, seed) or tuple(captions)
         choices = tuple(caption.map(finish) for caption in choices)

@@ -111,6 +111,9 @@ class MetaBatches:
     def names(self, step: int) -> Sequence[str]:
         return ()
 
+    def concepts(self, step: int) -> Sequence[str]:
+        return ()
+
     def conditions(self, step: int, micro: int) -> tuple[Tensor, Mapping[str, Mapping[str, Tensor]]]:
         batch = self.fetch(step, micro)
         return batch.sigma, batch.embeddings

@@ -11,6 +11,7 @@ import torch
 from sd3tune.adapter.modelspec import describe_tags, tag_frequency
 from sd3tune.config import Config
 from sd3tune.data.buckets import Size, size_name
+from sd3tune.data.concepts import are_told_apart, balanced, concept_numbers, concepts_of, shares_of_concepts
 from sd3tune.data.sampler import times_seen
 from sd3tune.model.base.contract import spread_without_offset
 from sd3tune.model.lora.targets import CoverageRow
@@ -39,6 +40,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         f"data      {_images(len(plan.records))}, {describe_sizes(config.data)}, {plan.images_per_epoch} per epoch",
         *(f"warning: {warning}" for warning in plan.warnings),
         *describe_buckets(cut),
+        *_describe_concepts(plan),
         *describe_captions(config, plan.records, plan.base, method.cached_encoders, plan.dtype),
         *_describe_tags(plan),
         *_describe_priors(plan),
@@ -67,16 +69,8 @@ def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:
     together = train.batch_size * world
     batch = train.gradient_accumulation * together
     epochs = round(train.total_steps * batch / plan.images_per_epoch, 2)
-    counts: Counter[Size] = Counter()
-    for record, size in zip(plan.sized, cut, strict=True):
-        counts[size] += record.repeats
-    buckets = [(size_name(size), counts[size]) for size in sorted(counts)]  # in the order of `Batches`
     batches = train.total_steps * train.gradient_accumulation
-    of_samples = map(iter, times_seen(plan.config.seed, batches, buckets, together))
-    times = dict(zip(sorted(counts), of_samples, strict=True))
-    of_images: Counter[int] = Counter()  # of an image in all its sizes
-    for record, size in zip(plan.sized, cut, strict=True):
-        of_images[id(record.image)] += sum(islice(times[size], record.repeats))
+    of_images = _times_of_images(plan, cut, batches, together)
     fewest, most = min(of_images.values()), max(of_images.values())
     seen = ("once" if most == 1 else f"{most} times") if fewest == most else f"{fewest} to {most} times"
     lines = [
@@ -89,6 +83,38 @@ def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:
             "train longer, lower train.batch_size or set data.buckets=false"
         )
     return lines
+
+
+def _times_of_images(plan: Plan, cut: Sequence[Size], batches: int, together: int) -> Counter[int]:
+    """Return how often each image is seen, in all its sizes, by the `id` of its reference."""
+    numbers, shares = concept_numbers(plan.config.data), shares_of_concepts(plan.config.data)
+    order = list(zip(plan.sized, cut, strict=True))
+    if shares is not None:
+        order.sort(key=lambda one: numbers[one[0].source])  # as in `Batches`, and so are the buckets
+    concepts: dict[Size, list[int]] = {size: [] for size in sorted(set(cut))}
+    for record, size in order:
+        concepts[size] += [numbers[record.source]] * record.repeats
+    parts = {size: len(of) for size, of in concepts.items()} if shares is None else balanced(concepts, shares)
+    buckets = [(size_name(size), parts[size]) for size in concepts]
+    times = dict(zip(concepts, map(iter, times_seen(plan.config.seed, batches, buckets, together)), strict=True))
+    seen: Counter[int] = Counter()
+    for record, size in order:
+        seen[id(record.image)] += sum(islice(times[size], record.repeats))
+    return seen
+
+
+def _describe_concepts(plan: Plan) -> list[str]:
+    """Return a line such as `concepts  dog: 5 images, sks; toy: 20 images, zwx; drawn equally often`."""
+    data = plan.config.data
+    if not are_told_apart(data) and data.balance is None:
+        return []
+    described = []
+    for concept in concepts_of(data):
+        images = _images(sum(record.source in concept.sources for record in plan.records))
+        described.append(f"{concept.name}: {', '.join([images, *concept.triggers])}")
+    shares = shares_of_concepts(data) or []
+    drawn = "drawn equally often" if len(set(shares)) == 1 else f"drawn {' : '.join(map(str, shares))}"
+    return [f"concepts  {'; '.join([*described, drawn] if shares else described)}"]
 
 
 def _describe_sigmas(plan: Plan) -> list[str]:

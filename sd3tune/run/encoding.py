@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sd3tune.config import Config
 from sd3tune.data.buckets import Size
+from sd3tune.data.concepts import concept_numbers
 from sd3tune.data.records import Record, sample_indices
 from sd3tune.data.store import Store, key
 from sd3tune.data.written import Caption
@@ -79,9 +80,9 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
         for line in report.lines():
             say(line)
 
-    priors = _priors(plan, pictures, captions)
+    priors, concepts = _priors(plan, pictures, captions), concept_numbers(plan.config.data)
     once = [
-        replace(example, weight=record.weight, prior=priors.get(record.source))
+        replace(example, weight=record.weight, prior=priors.get(record.source), concept=concepts[record.source])
         for record, example in zip(plan.sized, once, strict=True)
     ]
     examples = [once[index] for index in sample_indices(plan.sized)]

@@ -223,6 +223,7 @@ def split_records(
         folder = FolderSource(
             path=holdout,
             caption=first.caption,
+            trigger=first.trigger,
             captions=first.captions,
             wildcards=first.wildcards,
             template=first.template,

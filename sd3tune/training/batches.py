@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from itertools import chain
+from operator import attrgetter
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sd3tune.data.buckets import Size, size_name
-from sd3tune.data.sampler import batch_samples, generator, index_at, step_slots, uniform
+from sd3tune.data.concepts import balanced
+from sd3tune.data.sampler import Buckets, batch_samples, generator, index_at, step_slots, uniform
 from sd3tune.data.seeds import derive
 from sd3tune.data.store import Store
 from sd3tune.flow.objective import offset_noise, perturbed_noise
@@ -120,6 +123,9 @@ class BatchSource(Protocol):
     def names(self, step: int) -> Sequence[str]:
         """Return the images of a step on all ranks, in the order of the metrics."""
 
+    def concepts(self, step: int) -> Sequence[str]:
+        """Return the concepts of the instances among `names`; empty unless there are several."""
+
 
 @dataclass(frozen=True)
 class _Loaded:
@@ -136,8 +142,9 @@ class Batches:
     """The batches of a rank, read from the store by a thread, one ahead: the `BatchSource` of a run.
 
     They hold no state that a resume would need. `sigma_of(u, pixels)` maps float64 uniforms to sigma for images of that
-    size; `examples` lists each image as often as an epoch sees it. A batch, of all ranks together, holds images of one
-    size.
+    size; `examples` lists each image as often as an epoch sees it. With `shares`, an epoch draws as many samples, but
+    each concept in its share (see `data.concepts.balanced`). A batch, of all ranks together, holds images of one size.
+    `concepts` are the concepts' names, if there are several.
     """
 
     def __init__(
@@ -157,11 +164,16 @@ class Batches:
         input_perturbation: float = 0.0,
         dropout: Dropout = Dropout(),
         t5_lengths: T5Lengths = (),
+        shares: Sequence[Fraction] | None = None,
+        concepts: Sequence[str] = (),
     ) -> None:
         self.store, self.seed, self.dropout, self.t5_lengths = store, seed, dropout, t5_lengths
         self.buckets: dict[str, list[Example]] = {}
-        for example in sorted(examples, key=lambda example: example.size):
+        order = attrgetter("size") if shares is None else attrgetter("size", "concept")
+        for example in sorted(examples, key=order):
             self.buckets.setdefault(size_name(example.size), []).append(example)
+        self._counts = _counts(self.buckets, shares)
+        self._concepts = concepts
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
         self.device, self.scaling, self.sigma_of, self.noise_offset = device, scaling, sigma_of, noise_offset
         self.input_perturbation = input_perturbation
@@ -206,6 +218,14 @@ class Batches:
         instances = chain(*(names[: self.batch_size] for names in batches))
         return [*instances, *chain(*(names[self.batch_size :] for names in batches))]
 
+    def concepts(self, step: int) -> list[str]:
+        """Return the concept of each instance of a step on all ranks, in the order of `names`; empty for one."""
+        if not self._concepts:
+            return []
+        places = [(rank, micro) for rank in range(self.world) for micro in range(self.accumulation)]
+        every = chain(*(self._samples(step, micro, rank)[: self.batch_size] for rank, micro in places))
+        return [self._concepts[sample.example.concept] for sample in every]
+
     def _load(self, step: int, micro: int) -> _Loaded:
         samples = self._samples(step, micro, self.rank)
         moments = [
@@ -229,9 +249,8 @@ class Batches:
 
     def _samples(self, step: int, micro: int, rank: int) -> list[Sample]:
         """Return the samples of a rank: its part of the run's micro-batch, then their prior samples."""
-        counts = [(name, len(examples)) for name, examples in self.buckets.items()]
         batch = self.world * self.batch_size
-        bucket, piece, indices = batch_samples(self.seed, step * self.accumulation + micro, counts, batch)
+        bucket, piece, indices = batch_samples(self.seed, step * self.accumulation + micro, self._counts, batch)
         places = range(rank * self.batch_size, (rank + 1) * self.batch_size)
         slots = step_slots(micro, rank, self.world, self.batch_size)
         instances = [
@@ -301,6 +320,13 @@ class Batches:
     def _draw_perturbation(self, step: int, slot: int | str, shape: torch.Size) -> Tensor:
         source = generator(self.seed, step, slot, "input_perturbation", device=self.device)
         return torch.randn(shape, generator=source, device=self.device)
+
+
+def _counts(buckets: Mapping[str, Sequence[Example]], shares: Sequence[Fraction] | None) -> Buckets:
+    if shares is None:
+        return [(name, len(examples)) for name, examples in buckets.items()]
+    concepts = {name: [example.concept for example in examples] for name, examples in buckets.items()}
+    return list(balanced(concepts, shares).items())
 
 
 def _stack(entries: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -25,6 +25,8 @@ class Example:
     weight: float = 1.0
     """Factor on its loss."""
     prior: Prior | None = None
+    concept: int = 0
+    """Index of its concept; see `data.concepts`."""
     choices: tuple[Mapping[str, str], ...] = ()
     """`captions` of each caption, of which each step draws one; empty if there is only one."""
 

@@ -33,6 +33,12 @@ def _is_dataset_path(text: str, folder: Path) -> bool:
 _FOLDER, _DATASET = Key(Identity.CONTENT, path=is_any_path), Key(Identity.CONTENT, path=_is_dataset_path)
 
 
+def _one_line(text: str | None) -> str | None:
+    if text is not None and (text != text.strip() or not text.isprintable()):
+        raise ValueError("has spaces around it or line breaks in it; remove them")
+    return text
+
+
 class TagsConfig(Section):
     """Captions are tags, which variants shuffle and drop."""
 
@@ -51,6 +57,15 @@ class Source(Section):
 
     kind: str
     path: Annotated[str, _FOLDER] = Field(min_length=1, examples=["./photos"], description="Location of the images.")
+    name: Annotated[str | None, AfterValidator(_one_line), CONTENT] = Field(
+        None,
+        min_length=1,
+        description="Name of the concept, such as a subject, for `data.balance`, metrics and the card. Sources with "
+        "the same name are one concept; a source without a name is one by itself.",
+    )
+    trigger: Annotated[str | None, AfterValidator(_one_line), CONTENT] = Field(
+        None, min_length=1, description="Trigger word or words of this source; null uses `data.trigger`."
+    )
     caption: Annotated[str | None, CONTENT] = Field(None, description="Caption for images without their own.")
     captions: Annotated[Literal["one", "lines"], CONTENT] = Field(
         "one",
@@ -178,12 +193,20 @@ class DataConfig(Section):
         examples=["[{path: ./photos, caption: a photo of sks dog}]"],
         description="One or more image folders or datasets.",
     )
-    trigger: Annotated[str | None, Key(Identity.ENCODED, contract=True)] = Field(
+    trigger: Annotated[str | None, AfterValidator(_one_line), Key(Identity.ENCODED, contract=True)] = Field(
         None,
         min_length=1,
         examples=["sks"],
         description="Trigger word or words, put in front of captions that lack it, as in `sks, a dog on a beach`; case "
         "is ignored. Stored with the result.",
+    )
+    balance: Annotated[
+        Literal["equal"] | dict[str, Annotated[float, Field(gt=0)]] | None, Key(Identity.WRITTEN, added=True)
+    ] = Field(
+        None,
+        examples=["equal"],
+        description="equal draws each concept equally often, whatever its number of images. Or shares by name, such as "
+        "`{dog: 2, toy: 1}`; a concept that is not listed has share 1. null draws each image equally often.",
     )
     export_tags: Annotated[bool, FREE] = Field(
         False,
@@ -237,6 +260,10 @@ class DataConfig(Section):
         "`.cache/sd3tune` next to the run folder's parent.",
     )
 
+    def trigger_of(self, source: int) -> str | None:
+        """Return the trigger of a source."""
+        return self.sources[source].trigger or self.trigger
+
     def sizes_of(self, source: int) -> list[tuple[int, int]]:
         """Return (side of the square in pixels, share) of each size of a source."""
         return shares_of(self.sources[source].resolution or self.resolution)
@@ -263,16 +290,18 @@ class DataConfig(Section):
             n: own for n, source in enumerate(self.sources) if source.prior and (own := source.prior.own_prediction)
         }
 
-    @field_validator("trigger")
-    @classmethod
-    def _one_line(cls, trigger: str | None) -> str | None:
-        if trigger is not None and (trigger != trigger.strip() or not trigger.isprintable()):
-            raise ValueError("has spaces around it or line breaks in it; remove them")
-        return trigger
-
     @model_validator(mode="after")
     def _template_trigger_is_set(self) -> DataConfig:
         for number, source in enumerate(self.sources):
-            if self.trigger is None and "trigger" in _placeholders(source.template):
+            if self.trigger_of(number) is None and "trigger" in _placeholders(source.template):
                 raise ValueError(f"sources.{number}.template has {{trigger}}, but data.trigger is not set")
+        return self
+
+    @model_validator(mode="after")
+    def _balanced_concepts_exist(self) -> DataConfig:
+        names = {source.name for source in self.sources if source.name is not None}
+        for name in self.balance if isinstance(self.balance, dict) else ():
+            if name not in names:
+                known = f"the names are {', '.join(sorted(names))}" if names else "no source has a name"
+                raise ValueError(f"balance: {name!r} is not the name of a source; {known}")
         return self

@@ -43,6 +43,11 @@ class _EncoderFile(Part):
     fingerprint: str
 
 
+class _Concept(Part):
+    name: str
+    trigger: str | None = None
+
+
 @dataclass(frozen=True)
 class ContractKey:
     """The meaning of a contract's key, beside its type."""
@@ -105,6 +110,7 @@ class Contract(Part):
     rank: Annotated[int | None, FACT] = Field(None, ge=1)
     alpha: Annotated[float | None, FACT] = Field(None, allow_inf_nan=False)
     tag_frequency: Annotated[dict[str, int] | None, FACT] = None
+    concepts: Annotated[list[_Concept], FACT] = Field(default=[])
     own_texts: Annotated[list[Literal["clip", "t5"]], FACT] = Field(default=[])
 
 

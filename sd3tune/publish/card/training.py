@@ -57,6 +57,7 @@ def _data(trained: Trained) -> Iterator[Row]:
             yield "held out", f"{_count(facts['held_out_images'], 'image')}, not trained on"
         if facts["class_images"]:
             yield "class images", str(facts["class_images"])
+    yield from _concepts(trained)
     yield from _priors(trained)
     sides = ", ".join(map(str, contract.get("resolutions", [contract["resolution"]])))
     yield "resolution", f"{sides} px" + (", aspect buckets" if contract["buckets"] else ", squares")
@@ -76,6 +77,14 @@ def _repeated(trained: Trained) -> str:
 
 def _epochs(count: float) -> str:
     return f"{count:.3g} epoch{'s' * (count != 1)}"
+
+
+def _concepts(trained: Trained) -> Iterator[Row]:
+    data, concepts = trained.config.data, trained.contract.get("concepts", [])
+    if concepts:
+        drawn = {None: "each image equally often", "equal": "each concept equally often"}
+        described = drawn.get(data.balance) if not isinstance(data.balance, dict) else "in shares"
+        yield "concepts", f"{', '.join(code(one['name']) for one in concepts)}; drawn {described}"
 
 
 def _priors(trained: Trained) -> Iterator[Row]:
