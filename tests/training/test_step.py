@@ -113,7 +113,7 @@ def test_four_micro_steps_equal_one_batch_of_four(start) -> None:
 
 def test_the_weight_scales_each_samples_loss(start) -> None:
     training = start("train.batch_size=3")
-    training.objective = replace(training.objective, weight=lambda sigma: 2 * sigma)
+    training.objective = replace(training.objective, weight=lambda sigma, size: 2 * sigma)
     result = training.step()
     torch.testing.assert_close(result.weighted, 2 * result.sigmas * result.losses)
 
