@@ -98,7 +98,7 @@ def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch
     for folder in ("configs", "sd3tune"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    for photos in ("photos/rex", "rex", "train/10_sks dog", "train/2_dog"):
+    for photos in ("photos/rex", "photos/dog", "photos/toy", "rex", "train/10_sks dog", "train/2_dog"):
         (tmp_path / photos).mkdir(parents=True)
         for picture in sorted(tiny_images.glob("*.png")):
             shutil.copy(picture, tmp_path / photos)
