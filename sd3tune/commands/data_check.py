@@ -157,7 +157,8 @@ def _report(config: Config, cuts: Sequence[_Cut], checked: Sequence[_CheckedImag
             *([f"weight {source.weight:g}"] if source.weight != 1 else []),
             *([f"at most {source.max_samples}"] if source.max_samples else []),
         ]
-        yield f"source {number}  {source.path}: {', '.join(extras)}"
+        named = f" ({source.name})" if source.name else ""
+        yield f"source {number}  {source.path}{named}: {', '.join(extras)}"
     if not checked:
         return
     captions = list(dict.fromkeys(caption for one in checked for caption in one.record.drawn if any(caption.texts)))

@@ -83,12 +83,12 @@ def encode_images(
     manifest = Manifest.load(store.root)
     refs = [record.image for record in records]
     distinct = {id(ref): ref for ref in refs}  # an image has a record for each of its sizes
-    inspected = dict(zip(distinct, inspect(list(distinct.values()), manifest, progress), strict=True))
-    facts = [inspected[id(ref)] for ref in refs]
+    found = inspect(list(distinct.values()), manifest, progress)
+    of_image = dict(zip(distinct, found, strict=True))
+    facts = [of_image[id(ref)] for ref in refs]
     vae = base.fingerprint("vae")
-    targets = [
-        nearest_bucket(image.size, record.sizes or buckets) for image, record in zip(facts, records, strict=True)
-    ]
+    tables = [record.sizes or buckets for record in records]
+    targets = [nearest_bucket(image.size, table) for image, table in zip(facts, tables, strict=True)]
     cuts = [
         [(_key(vae, dtype, image.digest, image.mark, cut), cut) for cut in variants_of_image]
         for image, variants_of_image in zip(facts, _crops(facts, targets, crop_variants, flip), strict=True)
@@ -111,7 +111,7 @@ def encode_images(
     variants = crop_variants * (1 + flip)
     sizes = f" ({len(distinct)} pictures in several sizes)" if len(distinct) < len(refs) else ""
     extent = f"{len(records)}{sizes}" + (f" x {variants} variants" if variants > 1 else "")
-    read = warnings_about(list(distinct.values()), list(inspected.values()))
+    read = warnings_about(list(distinct.values()), found)
     warnings = [*damage_warnings(damaged), *read, *_enlarged(refs, facts, targets)]
     report = EncodeReport(label, extent, len(records), reasons, nbytes, warnings)
     return [_encoded(vae, dtype, *one) for one in zip(facts, targets, cuts, strict=True)], report

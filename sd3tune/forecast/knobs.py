@@ -45,7 +45,7 @@ def knobs(inputs: ForecastInputs) -> list[Knob]:
         found.append((typed, _changed("train", batch_size=1, gradient_accumulation=more)))
     lower = lower_resolution(config)
     if lower is not None:
-        found.append((f"data.resolution={lower}", _changed("data", resolution=lower)))
+        found.append((f"data.resolution={lower}".replace(" ", ""), _changed("data", resolution=lower)))
     if config.model.t5:
         if config.model.t5_device == "auto":
             found.append(("model.t5_device=cpu", _changed("model", t5_device="cpu")))

@@ -81,7 +81,8 @@ def training_knob(config: Config, method: Method, blocks: int) -> str:
     lower = lower_resolution(config)
     if lower is not None:
         share = (lower if isinstance(lower, int) else max(lower)) / side
-        return f"set data.resolution={lower}: {share**2:.0%} of the activations"
+        written = str(lower).replace(" ", "")
+        return f"set data.resolution={written}: {share**2:.0%} of the activations"
     advised = next((saving for saving in method.savings(config) if saving.words), None)
     if advised is not None:
         return f"set {advised.typed}: {advised.words}"

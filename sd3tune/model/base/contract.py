@@ -76,7 +76,7 @@ class Contract(Part):
     base_revision: Annotated[str | None, SETTING] = None
     base_fingerprint: Annotated[str | None, ContractKey(merged=True, difference="another base")] = None
     resolution: Annotated[int, SETTING] = Field(1024, ge=16, le=4096, multiple_of=16)
-    resolutions: Annotated[Any, FACT] = None
+    resolutions: Annotated[list[int], FACT] = Field(default=[])
     max_sequence_length: Annotated[int, ContractKey(merged=True, difference="another T5 length")] = Field(
         256, ge=1, le=512
     )

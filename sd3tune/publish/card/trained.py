@@ -136,7 +136,9 @@ class Trained:
         """Settings of an example: the first sample's, or defaults for the single caption, the trigger or `a photo`."""
         if self.samples:
             return self.samples[0].drawing
-        return self.default_drawing(self.contract["instance_prompt"] or self.contract["trigger"] or "a photo")
+        of_concepts = (concept["trigger"] for concept in self.contract.get("concepts", []) if concept["trigger"])
+        trigger = next(of_concepts, self.contract["trigger"])
+        return self.default_drawing(self.contract["instance_prompt"] or trigger or "a photo")
 
     def default_drawing(self, prompt: str) -> Drawing:
         """Return the settings of `sd3tune infer` for a prompt without other options."""
