@@ -285,12 +285,15 @@ def test_class_images_are_drawn_and_read_in_each_size(config, quick_config, phot
     for side in (70, 100):
         Image.new("RGB", (side, side), "teal").save(own / f"{side}.png")
     prior = f", prior: {{prompt: a toy, images: 6, steps: 1, path: {own}}}"
-    (planned,) = plan_of(config(tmp_path, TWO, source=prior)).priors
+    plan = plan_of(config(tmp_path, TWO, source=prior))
+    (planned,) = plan.priors
     assert [(record.image.name, record.sizes) for record in planned.own] == [
         ("100.png", ((64, 64), (48, 80))), ("100.png", ((96, 96), (80, 112))), ("70.png", ((64, 64), (48, 80))),
     ]  # fmt: skip
     assert {drawn.size for drawn in planned.drawn} == {(48, 80), (80, 112), (96, 96)}
     assert planned.count == 2 + len(planned.drawn)
+    for example in encoded(plan).examples:
+        assert {of.size for of in example.prior.pools[example.size]} == {example.size}
 
 
 def test_the_check_shows_every_size(config, tmp_path: Path, capsys) -> None:
