@@ -71,13 +71,13 @@ def encode_images(
 ) -> tuple[list[EncodedImage], EncodeReport]:
     """Encode the images that the store lacks; return all in the records' order, and the report.
 
-    Each image is cropped to the nearest shape of its record's `sizes`, else of `buckets`, (height, width) in pixels; an
-    image may have several records. Entries are {"mean", "std"},
-    fp32 [16, height/8, width/8]. The VAE is loaded only if entries are missing, and then freed. It encodes one image at
-    a time in `dtype`, or in fp32 for fp16, where it would overflow. With `world` > 1 each rank encodes its share: wait
-    for all ranks after this call, then call `store.refresh()`. `say` receives the size of the entries to write, where
-    `label` names the records. Raises DataError for all unreadable images at once, before the VAE is loaded. Raises
-    ModelError, and RunError if the disk lacks space.
+    An image has a record for each of its sizes. It is cropped to the nearest shape of the record's `sizes`, else of
+    `buckets`, (height, width) in pixels. Entries are {"mean", "std"}, fp32 [16, height/8, width/8]. The VAE is loaded
+    only if entries are missing, and then freed. It encodes one image at a time in `dtype`, or in fp32 for fp16, where
+    it would overflow. With `world` > 1 each rank encodes its share: wait for all ranks after this call, then call
+    `store.refresh()`. `say` receives the size of the entries to write, where `label` names the records. Raises
+    DataError for all unreadable images at once, before the VAE is loaded. Raises ModelError, and RunError if the disk
+    lacks space.
     """
     dtype = vae_dtype(dtype)
     manifest = Manifest.load(store.root)
