@@ -40,9 +40,6 @@ class Dropout:
     do so, as the same input then has two targets."""
 
 
-_PIXELS = 8
-"""Pixels of an image per element of its latents, along a side."""
-
 T5Lengths = Sequence[Mapping[str, str]]
 """One mapping per trained T5 length: store key in an example -> store key of the same caption at that length."""
 
@@ -87,7 +84,7 @@ class Batch:
     def size(self) -> Size:
         """(height, width) of the images in pixels."""
         height, width = self.latents.shape[-2:]
-        return height * _PIXELS, width * _PIXELS
+        return 8 * height, 8 * width
 
     def rows(self, rows: slice) -> Batch:
         """Return a batch of some of the samples, all counted as instances."""
@@ -213,18 +210,20 @@ class Batches:
 
     def names(self, step: int) -> list[str]:
         """Return the images of a step on all ranks, rank by rank in batch order; the prior samples come last."""
-        places = [(rank, micro) for rank in range(self.world) for micro in range(self.accumulation)]
-        batches = [[sample.example.name for sample in self._samples(step, micro, rank)] for rank, micro in places]
+        batches = [[sample.example.name for sample in samples] for samples in self._on_all_ranks(step)]
         instances = chain(*(names[: self.batch_size] for names in batches))
         return [*instances, *chain(*(names[self.batch_size :] for names in batches))]
 
     def concepts(self, step: int) -> list[str]:
         """Return the concept of each instance of a step on all ranks, in the order of `names`; empty for one."""
-        if not self._concepts:
-            return []
+        every = self._on_all_ranks(step) if self._concepts else []
+        instances = chain(*(samples[: self.batch_size] for samples in every))
+        return [self._concepts[sample.example.concept] for sample in instances]
+
+    def _on_all_ranks(self, step: int) -> list[list[Sample]]:
+        """Return the samples of each batch of a step, rank by rank."""
         places = [(rank, micro) for rank in range(self.world) for micro in range(self.accumulation)]
-        every = chain(*(self._samples(step, micro, rank)[: self.batch_size] for rank, micro in places))
-        return [self._concepts[sample.example.concept] for sample in every]
+        return [self._samples(step, micro, rank) for rank, micro in places]
 
     def _load(self, step: int, micro: int) -> _Loaded:
         samples = self._samples(step, micro, self.rank)
