@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -103,8 +103,14 @@ class Objective:
 
     loss: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """(predicted velocity, target, both [B, C, H, W], sigma [B], share of the steps done) -> [B] fp32."""
-    weight: Callable[[Tensor, Size], Tensor]
-    """(sigma [B], (height, width) of the images in pixels) -> [B]."""
+    weight: Callable[[Tensor], Tensor]
+    """sigma [B] -> [B]."""
+    weights: Mapping[Size, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """(height, width) in pixels -> the weight for images of that size, where it is not `weight`."""
+
+    def weight_at(self, size: Size) -> Callable[[Tensor], Tensor]:
+        """Return the weight for images of `size`, (height, width) in pixels."""
+        return self.weights.get(size, self.weight)
 
 
 def make_objective(flow: FlowConfig, shift: float, shifts: Mapping[Size, float] = {}) -> Objective:
@@ -115,7 +121,8 @@ def make_objective(flow: FlowConfig, shift: float, shifts: Mapping[Size, float] 
     settings, weights = flow.loss, {of: make_weight(flow, of) for of in {shift, *shifts.values()}}
     return Objective(
         loss=functools.partial(LOSSES[settings.kind], settings),
-        weight=lambda sigma, size: weights[shifts.get(size, shift)](sigma),
+        weight=weights[shift],
+        weights={size: weights[of] for size, of in shifts.items() if of != shift},
     )
 
 

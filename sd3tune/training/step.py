@@ -123,7 +123,7 @@ def train_step(
         with method.regularised(transformer, batches.seed_for("dropout", state.step, micro)):
             targets = velocity_targets(transformer, method, batch)
             losses = objective.loss(predict_velocity(transformer, method, batch), targets, batch.sigma, done)
-            weighted = objective.weight(batch.sigma, batch.size) * batch.weights * losses
+            weighted = objective.weight_at(batch.size)(batch.sigma) * batch.weights * losses
             loss = weighted.sum() / batch.instances
             extra = method.extra_loss(transformer, batch)
             if extra is not None:

@@ -152,7 +152,7 @@ def test_each_size_has_images_shift_weights_and_positions_of_a_run_of_its_own(co
         if ours.size == (side, side):
             assert torch.equal(ours.sigma, theirs.sigma)
             assert torch.equal(ours.noise, theirs.noise)
-            weights = [objective.weight(ours.sigma, ours.size) for objective in objectives]
+            weights = [objective.weight_at(ours.size)(ours.sigma) for objective in objectives]
             assert torch.equal(*weights)
             assert torch.equal(models[0].pos_embed(ours.latents), models[1].pos_embed(ours.latents))
             compared += 1

@@ -113,7 +113,7 @@ def test_four_micro_steps_equal_one_batch_of_four(start) -> None:
 
 def test_the_weight_scales_each_samples_loss(start) -> None:
     training = start("train.batch_size=3")
-    training.objective = replace(training.objective, weight=lambda sigma, size: 2 * sigma)
+    training.objective = replace(training.objective, weight=lambda sigma: 2 * sigma)
     result = training.step()
     torch.testing.assert_close(result.weighted, 2 * result.sigmas * result.losses)
 
@@ -210,7 +210,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(start) -> N
     state, objective = training.state, training.objective
     before = state.master.master.detach().clone()
     moments = {key: value.clone() for key, value in state.optimizer.state[state.master.master].items()}
-    training.objective = replace(objective, weight=lambda sigma, size: objective.weight(sigma, size) * float("inf"))
+    training.objective = replace(objective, weight=lambda sigma: objective.weight(sigma) * float("inf"))
     result = training.step()
     assert not result.grad_norm.isfinite()
     assert state.step == 2
@@ -231,7 +231,7 @@ def test_fp16_trains_and_halves_its_scale_on_overflow(start) -> None:
     scale = state.loss_scale.scale.item()
     assert scale > 1
     # Beyond fp16's 65504 on the way back.
-    training.objective = replace(objective, weight=lambda sigma, size: objective.weight(sigma, size) * 1e6)
+    training.objective = replace(objective, weight=lambda sigma: objective.weight(sigma) * 1e6)
     assert not training.step().grad_norm.isfinite()
     assert state.loss_scale.scale.item() == scale / 2
     assert torch.equal(state.master.master, before)
