@@ -93,11 +93,8 @@ def run_data_check(config: Config, sheet: Path) -> None:
         problems += error.problems
     for line in _report(config, cuts, checked):
         say(line)
-    for warning in [
-        *scan.warnings,
-        *left_out,
-        *reading_warnings([(one.record.image, one.properties.reading) for one in checked]),
-    ]:
+    readings = [(one.record.image, one.properties.reading) for one in checked]
+    for warning in [*scan.warnings, *left_out, *reading_warnings(readings)]:
         say(f"warning: {warning}")
     if checked:
         _write_sheet(sheet, cuts or [_Cut(one, nearest_bucket(one.size, tables[config.data.side])) for one in checked])
