@@ -90,12 +90,13 @@ def plan_priors(
     planned, problems = [], list[str]()
     for number, source in enumerate(config.data.sources):
         settings = source.prior.class_images if source.prior else None
-        if settings is not None:
-            cut = [(record.sizes, bucket_of(record, buckets)) for record in records if record.source == number]
-            try:
-                planned.append(_plan(config, number, settings, cut, base, warn))
-            except DataError as error:
-                problems += error.problems
+        cut = [(one.sizes, bucket_of(one, buckets)) for one in records if settings and one.source == number]
+        if settings is None or not cut:
+            continue
+        try:
+            planned.append(_plan(config, number, settings, cut, base, warn))
+        except DataError as error:
+            problems += error.problems
     if problems:
         raise DataError(*problems)
     return planned

@@ -303,3 +303,14 @@ def test_the_check_shows_every_size(config, tmp_path: Path, capsys) -> None:
     assert "warning: 1 image (small.png) is too small for 96 px" in shown
     assert "128 x 128             1   64 x 64" in shown
     assert "128 x 128             1   96 x 96" in shown
+
+
+def test_a_source_whose_images_are_all_too_small_needs_no_class_images(quick_config, photos: Path, tmp_path) -> None:
+    for name, side in (("tiny", 32), ("own", 100)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (side, side), "teal").save(tmp_path / name / "one.png")
+    prior = f"prior: {{prompt: a toy, images: 0, path: {tmp_path}/own}}"
+    sources = f"data.sources=[{{path: {photos}}}, {{path: {tmp_path}/tiny, caption: a toy, {prior}}}]"
+    plan = plan_of(quick_config(tmp_path / "run", sources, TWO))
+    assert not plan.priors
+    assert any("one.png) is too small for every size and not used at all" in line for line in plan.warnings)
