@@ -113,7 +113,8 @@ def _describe_concepts(plan: Plan) -> list[str]:
         images = _images(sum(record.source in concept.sources for record in plan.records))
         described.append(f"{concept.name}: {', '.join([images, *concept.triggers])}")
     shares = shares_of_concepts(data) or []
-    drawn = "drawn equally often" if len(set(shares)) == 1 else f"drawn {' : '.join(f'{float(share):g}' for share in shares)}"
+    in_shares = " : ".join(f"{float(share):g}" for share in shares)
+    drawn = "drawn equally often" if len(set(shares)) == 1 else f"drawn {in_shares}"
     return [f"concepts  {'; '.join([*described, drawn] if shares else described)}"]
 
 

@@ -228,7 +228,7 @@ def in_parts(buckets, shares):
     return list(balanced(concepts, [Fraction(share) for share in shares]).items())
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(seeds, concept_counts, st.tuples(st.integers(1, 3), st.integers(1, 3)), st.integers(1, 4))
 def test_concepts_have_their_shares_whatever_their_numbers_of_samples(seed, buckets, shares, epochs):
     """In single batches, after whole epochs, within a sample per bucket; and each sample of a concept as often."""
@@ -248,7 +248,7 @@ def test_concepts_have_their_shares_whatever_their_numbers_of_samples(seed, buck
             assert not times or max(times) - min(times) <= 1
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(seeds, concept_counts, st.integers(1, 4), st.integers(0, 60))
 def test_parts_are_seen_as_often_as_is_foretold(seed, buckets, batch, batches):
     parts = in_parts(buckets, (1, 2))
