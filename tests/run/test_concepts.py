@@ -170,7 +170,7 @@ def test_the_result_lists_the_concepts_and_their_triggers(finished: Path) -> Non
     assert adapter.contract["trigger"] == "sks, zwx"
     assert adapter.metadata["trained_words"] == adapter.metadata["modelspec.trigger_phrase"] == "sks, zwx"
     card = (finished / "README.md").read_text()
-    assert "- dog: include `sks` in the prompt\n- toy: include `zwx` in the prompt" in card
+    assert "- `dog`: include `sks` in the prompt\n- `toy`: include `zwx` in the prompt" in card
     assert "| concepts | `dog`, `toy`; drawn each concept equally often |" in card
 
 

@@ -85,7 +85,7 @@ def _gallery(trained: Trained) -> Iterator[str]:
 
 def _of_concept(concept: Mapping[str, Any]) -> str:
     trigger = concept["trigger"]
-    return f"- {concept['name']}: " + (f"include {code(trigger)} in the prompt" if trigger else "no trigger word")
+    return f"- {code(concept['name'])}: " + (f"include {code(trigger)} in the prompt" if trigger else "no trigger word")
 
 
 def _trigger(trained: Trained) -> str:
