@@ -12,7 +12,8 @@ from sd3tune.data.images import read_picture
 from sd3tune.errors import DataError, ModelError
 from sd3tune.files.atomic import remove_stale, write_text
 from sd3tune.invocation import command_line
-from sd3tune.labels.captioner import CAPTIONER, LONGEST_SIDE, Captioner, loaded_captioner
+from sd3tune.labels.captioner import CAPTIONER, LONGEST_SIDE, Captioner, load_captioner
+from sd3tune.labels.loading import loaded
 from sd3tune.labels.photos import Photo, photos_in
 from sd3tune.labels.wording import caption_of, instruction
 from sd3tune.model.base.pretrained import folder_of, model_source
@@ -84,9 +85,10 @@ def run_data_caption(request: CaptionRequest, dry_run: bool = False) -> None:
     if missing:
         folder = folder_of(source, "name a local folder: --model FOLDER")
         device = make_accelerator().device
+        dtype = choose_dtype("auto", gpu_of(device))
         with (
             explain_oom("captioning", lambda: "close other programs, or name a smaller model with --model"),
-            loaded_captioner(source, folder, device, choose_dtype("auto", gpu_of(device))) as captioner,
+            loaded(source, device, lambda: load_captioner(source, folder, device, dtype)) as captioner,
         ):
             _write(request, captioner, missing, written)
     _report(request, written, len(photos) - len(missing))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +10,8 @@ import torch
 from PIL import Image
 
 from sd3tune.errors import ModelError
+from sd3tune.labels.loading import ONLY_HERE, checked
 from sd3tune.model.base.pretrained import ModelSource, quiet_transformers
-from sd3tune.reporting import loading
-from sd3tune.runtime.out_of_memory import is_out_of_memory
 
 CAPTIONER = ModelSource("Qwen/Qwen3-VL-2B-Instruct", "89644892e4d85e24eaac8bacfd4f463576704203")
 """2.1 billion parameters, Apache-2.0; 4.3 GB. Decision 40 has the reasons."""
@@ -69,46 +65,17 @@ class Captioner:
         return Answer(text, complete=bool(tokens) and tokens[-1] in self._ends)
 
 
-@contextmanager
-def loaded_captioner(
-    source: ModelSource, folder: Path, device: torch.device, dtype: torch.dtype
-) -> Iterator[Captioner]:
-    """Load the model in `folder`, and free it at the end. Raises ModelError, in one line with the way out."""
-    try:
-        with loading(f"loading {source.label}"):
-            captioner = _load(source, folder, device, dtype)
-    except ModelError:
-        raise
-    except Exception as error:  # the tokenizers library raises plain Exception
-        if is_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"{source.label}: cannot be loaded: {type(error).__name__}: {reason}; name another model with --model"
-        ) from error
-    try:
-        yield captioner
-    finally:
-        captioner.model = None
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _load(source: ModelSource, folder: Path, device: torch.device, dtype: torch.dtype) -> Captioner:
+def load_captioner(source: ModelSource, folder: Path, device: torch.device, dtype: torch.dtype) -> Captioner:
+    """Load the model in `folder`; call it in `loading.loaded`. Raises ModelError for a model without instructions."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with quiet_transformers():
-        processor = AutoProcessor.from_pretrained(folder, **local)
-        if not getattr(processor, "chat_template", None):
-            raise ModelError(
-                f"{source.label}: has no chat template, so it follows no instructions; name an instruction-tuned "
-                "vision-language model with --model"
-            )
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **local
+    processor = AutoProcessor.from_pretrained(folder, **ONLY_HERE)
+    if not getattr(processor, "chat_template", None):
+        raise ModelError(
+            f"{source.label}: has no chat template, so it follows no instructions; name an instruction-tuned "
+            "vision-language model with --model"
         )
-    if info["missing_keys"]:
-        raise ModelError(f"{source.label}: tensor {min(info['missing_keys'])} is missing in its weights")
-    return Captioner(model.to(device).eval().requires_grad_(False), processor)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, **ONLY_HERE
+    )
+    return Captioner(checked(source, model, info, device), processor)

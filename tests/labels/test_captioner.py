@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 from sd3tune.errors import ModelError
-from sd3tune.labels.captioner import Captioner, loaded_captioner
+from sd3tune.labels.captioner import Captioner, load_captioner
+from sd3tune.labels.loading import loaded
 from sd3tune.model.base.pretrained import ModelSource
 from tests.labels.small_models import END, save_captioner
 from tests.measures.small_models import save_clip
@@ -33,6 +35,11 @@ def pictures() -> list[Image.Image]:
     return [*plain, Image.radial_gradient("L").convert("RGB")]
 
 
+def opened(folder: Path) -> AbstractContextManager[Captioner]:
+    source = ModelSource(str(folder))
+    return loaded(source, CPU, lambda: load_captioner(source, folder, CPU, torch.float32))
+
+
 def expected(folder: Path, picture: Image.Image, asked: str, most: int) -> tuple[str, bool]:
     """Return the greedy answer, token by token, each by a pass over all of the text without a cache."""
     model, processor = Qwen3VLForConditionalGeneration.from_pretrained(folder), Qwen3VLProcessor.from_pretrained(folder)
@@ -49,7 +56,7 @@ def expected(folder: Path, picture: Image.Image, asked: str, most: int) -> tuple
 
 
 def test_answers_are_greedy_whatever_the_model_states(folder: Path, pictures: list[Image.Image]) -> None:
-    with loaded_captioner(ModelSource(str(folder)), folder, CPU, torch.float32) as captioner:
+    with opened(folder) as captioner:
         found = [captioner.describe(picture, "Describe it.") for picture in pictures]
         short = Captioner(captioner.model, captioner._processor, most_tokens=2)
         cut = [short.describe(picture, "Describe it.") for picture in pictures]
@@ -64,7 +71,7 @@ def test_answers_are_greedy_whatever_the_model_states(folder: Path, pictures: li
 
 def test_a_large_picture_is_scaled_down_and_stays_as_it_is(folder: Path) -> None:
     large = Image.radial_gradient("L").convert("RGB").resize((3000, 1500))
-    with loaded_captioner(ModelSource(str(folder)), folder, CPU, torch.float32) as captioner:
+    with opened(folder) as captioner:
         seen: list[tuple[int, int]] = []
         template = captioner._processor.apply_chat_template
 
@@ -123,7 +130,7 @@ def test_a_fault_of_the_model_is_one_line(
     damage(there)
     with (
         pytest.raises(ModelError) as caught,
-        loaded_captioner(ModelSource(str(there)), there, CPU, torch.float32),
+        opened(there),
     ):
         pass
     (line,) = caught.value.problems
