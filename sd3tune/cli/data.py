@@ -1,4 +1,4 @@
-"""`sd3tune data check`, `data convert` and `data caption`."""
+"""`sd3tune data check`, `data convert`, `data caption` and `data mask`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from sd3tune.cli.arguments import Overrides, print_notes
 from sd3tune.reporting import result
 
-data_app = typer.Typer(help="Check, convert and caption training data.", no_args_is_help=True)
+data_app = typer.Typer(help="Check, convert, caption and mask training data.", no_args_is_help=True)
 
 ImageColumn = Annotated[str, typer.Option(metavar="NAME", help="Image column of a dataset.")]
 CaptionColumn = Annotated[str, typer.Option(metavar="NAME", help="Caption column of a dataset.")]
@@ -96,3 +96,26 @@ def caption(
     own = {} if base is None else {"base": base}
     request = CaptionRequest(folder, model, trigger, subject, prompt, recursive, out, **own)
     run_data_caption(request, dry_run)
+
+
+@data_app.command()
+def mask(
+    folder: Photos,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The subject in words, such as dog.")],
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="HUB_ID|FOLDER", help="A CLIPSeg model."),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(metavar="P", help="Probability from which on a place belongs to the subject.")
+    ] = 0.4,
+    recursive: Recursive = False,
+    sheet: Annotated[Path, typer.Option(metavar="FILE", help="Path of the contact sheet.")] = Path(
+        "runs/data-mask.png"
+    ),
+    dry_run: DryRun = False,
+) -> None:
+    """Write missing masks (white: the subject) with a segmentation model; existing masks are never overwritten."""
+    from sd3tune.commands.data_mask import MaskRequest, run_data_mask
+
+    run_data_mask(MaskRequest(folder, prompt, model, threshold, recursive, sheet), dry_run)

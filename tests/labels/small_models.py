@@ -1,4 +1,4 @@
-"""A small Qwen3-VL with random weights, in a folder as transformers saves it."""
+"""A small Qwen3-VL and a small CLIPSeg with random weights, in folders as transformers saves them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    CLIPSegProcessor,
     GenerationConfig,
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
@@ -14,7 +17,10 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    ViTImageProcessor,
 )
+
+from tests.measures.small_models import clip_tokenizer
 
 END = "<|im_end|>"
 ANSWERS = [f"\u0120{word}" for word in ("sitting", "running", "on", "in", "grass", "snow", "beach", "garden", "light")]
@@ -69,4 +75,31 @@ def save_captioner(folder: Path) -> Path:
     sizes = {"patch_size": 8, "merge_size": 2, "size": {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}}
     images, videos = Qwen2VLImageProcessor(**sizes), Qwen3VLVideoProcessor(**sizes)
     Qwen3VLProcessor(images, tokenizer, videos, chat_template=TEMPLATE).save_pretrained(folder)
+    return folder
+
+
+def save_segmenter(folder: Path) -> Path:
+    """Write a CLIPSeg model with the decoder of the refined ones."""
+    torch.manual_seed(2)
+    tokenizer = clip_tokenizer(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = CLIPSegForImageSegmentation(
+        CLIPSegConfig(
+            text_config={
+                **sizes, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 16,
+                "pad_token_id": tokenizer.pad_token_id,
+            },
+            vision_config={**sizes, "image_size": 32, "patch_size": 16},
+            projection_dim=24, reduce_dim=16, extract_layers=[0, 1], decoder_num_attention_heads=2,
+            decoder_intermediate_size=32, use_complex_transposed_convolution=True,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    images = ViTImageProcessor(size={"height": 64, "width": 64})  # as the published ones, larger than the CLIP's own
+    CLIPSegProcessor(images, tokenizer).save_pretrained(folder)
     return folder
