@@ -9,8 +9,9 @@ from pathlib import Path
 from sd3tune.config.sections.model import ModelConfig
 from sd3tune.data.captions import read_sidecar, some
 from sd3tune.data.images import read_picture
-from sd3tune.errors import DataError, ModelError
+from sd3tune.errors import DataError, ModelError, RunError
 from sd3tune.files.atomic import remove_stale, write_text
+from sd3tune.files.text import flaw
 from sd3tune.invocation import command_line
 from sd3tune.labels.captioner import CAPTIONER, LONGEST_SIDE, Captioner, load_captioner
 from sd3tune.labels.loading import loaded
@@ -47,6 +48,12 @@ class CaptionRequest:
     base: str = ModelConfig().base
     """The base whose CLIP counts the tokens of the captions."""
 
+    def check(self) -> None:
+        """Raise RunError for a text that no tokenizer reads."""
+        for option in ("trigger", "subject", "prompt"):
+            if wrong := flaw(getattr(self, option) or ""):
+                raise RunError(f"--{option}: {wrong}")
+
     def target(self, photo: Photo) -> Path:
         """Return the caption file to write for a photo."""
         beside = photo.new_caption_file
@@ -73,6 +80,7 @@ def run_data_caption(request: CaptionRequest, dry_run: bool = False) -> None:
     Each file appears complete or not at all, so the same call continues an interrupted one. Raises DataError, after the
     other photos, for photos that cannot be read, and ModelError for a model that cannot be had.
     """
+    request.check()
     photos, warnings = photos_in(request.folder, request.recursive)
     missing = [photo for photo in photos if request.lacks_caption(photo)]
     source = model_source(request.model) if request.model else CAPTIONER

@@ -14,6 +14,7 @@ from sd3tune.data.captions import some
 from sd3tune.data.images import read_picture
 from sd3tune.errors import DataError, RunError
 from sd3tune.files.atomic import new_file, remove_stale
+from sd3tune.files.text import flaw
 from sd3tune.invocation import command_line
 from sd3tune.labels.loading import loaded
 from sd3tune.labels.photos import Photo, photos_in
@@ -50,6 +51,8 @@ class MaskRequest:
         """Raise RunError for a value that cannot be used."""
         if not self.prompt.strip():
             raise RunError("--prompt: is empty; name the subject, such as dog")
+        if wrong := flaw(self.prompt):
+            raise RunError(f"--prompt: {wrong}")
         if not 0 < self.threshold < 1:
             raise RunError(f"--threshold {self.threshold:g}: is a probability; give one between 0 and 1, such as 0.4")
         check_sheet(self.sheet, _COMMAND)

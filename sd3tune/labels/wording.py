@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 MOST_WORDS = 40
-"""Words that the model is asked for at most: about 55 of the 77 tokens that CLIP reads."""
+"""Words that the model is asked for at most, so that most captions fit into the 77 tokens that CLIP reads."""
 
 _PICTURE = r"(?:image|picture|photo|photograph|scene)"
 _SHOWS = (
@@ -54,7 +54,7 @@ def caption_of(answer: str, complete: bool, trigger: str | None, subject: str | 
     description = _description(answer, complete, subject)
     if not description:
         return None
-    name = " ".join(part for part in (trigger, subject) if part)
+    name = " ".join(f"{trigger or ''} {subject or ''}".split())
     return f"{name}, {description}" if name else description
 
 

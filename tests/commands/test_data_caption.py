@@ -16,7 +16,7 @@ from sd3tune.cli.main import app
 from sd3tune.commands.data_caption import CaptionRequest, run_data_caption
 from sd3tune.commands.data_check import load_data
 from sd3tune.data.records import load_records
-from sd3tune.errors import DataError, ModelError, UserError
+from sd3tune.errors import DataError, ModelError, RunError, UserError
 from sd3tune.files import atomic
 from sd3tune.labels.captioner import Answer, Captioner
 from tests.forks import FORKS
@@ -248,6 +248,12 @@ def test_a_model_of_the_hub_is_downloaded_once(
         (photos / name).unlink()
     caption(photos)
     assert texts(photos) == downloaded
+
+
+def test_a_text_that_no_tokenizer_reads_is_named(photos: Path, caption: Caption) -> None:
+    with pytest.raises(RunError, match=r"^--trigger: holds half a character"):
+        caption(photos, trigger="sks\udce9")
+    assert texts(photos) == {}
 
 
 def test_the_command_line(photos: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,6 +164,7 @@ def test_an_interrupted_command_goes_on(photos: Path, mask: Mask, monkeypatch: p
 def test_what_is_wrong_is_one_line(photos: Path, mask: Mask, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for wrong, says in (
         ({"prompt": " "}, "--prompt: is empty; name the subject, such as dog"),
+        ({"prompt": "a\0"}, "--prompt: holds NUL characters"),
         ({"threshold": 1.0}, "--threshold 1: is a probability; give one between 0 and 1, such as 0.4"),
     ):
         with pytest.raises(RunError) as caught:

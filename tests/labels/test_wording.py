@@ -33,7 +33,7 @@ def test_what_is_no_description_is_left_out(answer: str) -> None:
 
 @pytest.mark.parametrize(
     ("trigger", "subject", "start"),
-    [("sks", None, "sks, "), (None, "dog", "dog, "), (None, None, ""), ("a b", "c", "a b c, ")],
+    [("sks", None, "sks, "), (None, "dog", "dog, "), (None, None, ""), ("a b", "c\n", "a b c, ")],
 )
 def test_the_name_of_the_subject_comes_first(trigger: str | None, subject: str | None, start: str) -> None:
     assert caption_of(DESCRIPTION, True, trigger, subject) == start + DESCRIPTION
