@@ -69,7 +69,12 @@ def save_captioner(folder: Path) -> Path:
         scale = torch.full((len(ids), 1), 0.1).index_fill_(0, spoken, 1.0)
         model.get_input_embeddings().weight.mul_(scale)
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=0.7, top_k=20, top_p=0.8, eos_token_id=ids[END], pad_token_id=ids["<|endoftext|>"]
+        do_sample=True,
+        temperature=0.7,
+        top_k=20,
+        top_p=0.8,
+        eos_token_id=[ids[END], ids["<|endoftext|>"]],
+        pad_token_id=ids["<|endoftext|>"],
     )
     model.save_pretrained(folder)
     sizes = {"patch_size": 8, "merge_size": 2, "size": {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}}

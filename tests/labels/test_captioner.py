@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -67,6 +68,34 @@ def test_answers_are_greedy_whatever_the_model_states(folder: Path, pictures: li
     assert [(one.text, one.complete) for one in cut] == [expected(folder, one, "Describe it.", 2) for one in pictures]
     assert not all(one.complete for one in cut)
     assert len({one.text for one in found} | {other.text}) == 4  # pictures and instructions are read
+
+
+def test_a_folder_in_the_form_of_the_published_one_is_the_same(
+    folder: Path, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    """Qwen/Qwen3-VL-2B-Instruct has its template in JSON, and a file for each preprocessor."""
+    there = tmp_path / "published"
+    shutil.copytree(folder, there)
+    stated = json.loads((there / "processor_config.json").read_text())
+    template = (there / "chat_template.jinja").read_text()
+    for name in ("processor_config.json", "chat_template.jinja"):
+        (there / name).unlink()
+    images = {**stated["image_processor"], "image_processor_type": "Qwen2VLImageProcessorFast"}
+    for name, values in (
+        ("preprocessor_config.json", images),
+        ("video_preprocessor_config.json", stated["video_processor"]),
+        ("chat_template.json", {"chat_template": template}),
+    ):
+        (there / name).write_text(json.dumps(values))
+    with opened(folder) as captioner, opened(there) as same:
+        assert same.describe(pictures[0], "Describe it.") == captioner.describe(pictures[0], "Describe it.")
+
+
+def test_half_precision_is_computed_in(folder: Path, pictures: list[Image.Image]) -> None:
+    source = ModelSource(str(folder))
+    with loaded(source, CPU, lambda: load_captioner(source, folder, CPU, torch.bfloat16)) as captioner:
+        assert {parameter.dtype for parameter in captioner.model.parameters()} == {torch.bfloat16}
+        assert captioner.describe(pictures[0], "Describe it.").text.strip()
 
 
 def test_a_large_picture_is_scaled_down_and_stays_as_it_is(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,10 +61,16 @@ def test_a_mask_is_the_map_with_a_ramp_at_the_threshold(
     assert found.coverage == pytest.approx(expected.mean() / 255, abs=1e-3)
 
 
-def test_weights_in_pytorchs_format_are_read(folder: Path, segmenter: Segmenter, tmp_path: Path) -> None:
-    """As the default model has them."""
+def test_a_folder_in_the_form_of_the_published_one_is_the_same(
+    folder: Path, segmenter: Segmenter, tmp_path: Path
+) -> None:
+    """CIDAS/clipseg-rd64-refined has weights in PyTorch's format, a tokenizer in two files, and one preprocessor."""
     there = tmp_path / "model"
     shutil.copytree(folder, there)
+    stated = json.loads((there / "processor_config.json").read_text())["image_processor"]
+    (there / "preprocessor_config.json").write_text(json.dumps({**stated, "processor_class": "CLIPSegProcessor"}))
+    for name in ("processor_config.json", "tokenizer.json"):
+        (there / name).unlink()
     torch.save(load_file(there / "model.safetensors"), there / "pytorch_model.bin")
     (there / "model.safetensors").unlink()
     picture, source = Image.radial_gradient("L").convert("RGB"), ModelSource(str(there))
