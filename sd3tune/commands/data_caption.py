@@ -12,8 +12,8 @@ from sd3tune.data.images import read_picture
 from sd3tune.errors import DataError, ModelError, RunError
 from sd3tune.files.atomic import remove_stale, write_text
 from sd3tune.files.text import flaw
-from sd3tune.invocation import command_line
 from sd3tune.labels.captioner import CAPTIONER, LONGEST_SIDE, Captioner, load_captioner
+from sd3tune.labels.lines import count, next_commands
 from sd3tune.labels.loading import loaded
 from sd3tune.labels.photos import Photo, photos_in
 from sd3tune.labels.wording import caption_of, instruction
@@ -113,9 +113,9 @@ def _plan(
         yield from (f"warning: {line}" for line in _unreadable(photos))
     kept = [photo.image.name for photo in photos if not request.lacks_caption(photo)]
     if kept:
-        yield f"kept      {_count(len(kept), 'photo')} with a caption: {some(kept)}"
+        yield f"kept      {count(len(kept), 'photo')} with a caption: {some(kept)}"
     named = some(str(request.target(photo)) for photo in missing)
-    yield f"to write  {_count(len(missing), 'caption file')}{f': {named}' if missing else ''}"
+    yield f"to write  {count(len(missing), 'caption file')}{f': {named}' if missing else ''}"
 
 
 def _unreadable(photos: Sequence[Photo]) -> Iterator[str]:
@@ -155,21 +155,21 @@ def _report(request: CaptionRequest, written: _Written, kept: int) -> None:
         say(line)
     if written.undescribed:
         say(
-            f"warning: no description of {_count(len(written.undescribed), 'photo')}: {some(written.undescribed)}; "
+            f"warning: no description of {count(len(written.undescribed), 'photo')}: {some(written.undescribed)}; "
             "write the captions yourself, or ask in other words with --prompt"
         )
     if written.captions:
         say(f"first     {written.captions[0]}")
     place = request.out or request.folder
     result(
-        f"wrote {_count(len(written.captions), 'caption')} in {place}, kept {kept}",
+        f"wrote {count(len(written.captions), 'caption')} in {place}, kept {kept}",
         written=len(written.captions),
         kept=kept,
         undescribed=len(written.undescribed),
         folder=place,
     )
     if request.out is None:
-        say("", "read and correct them; then:", f"  {command_line('sd3tune', 'data', 'check', str(request.folder))}")
+        say("", "read and correct them; then:", *next_commands(request.folder, request.recursive))
     else:
         say("", f"read and correct them; training reads them beside the photos, in {request.folder}")
 
@@ -192,10 +192,6 @@ def _tokens(request: CaptionRequest, captions: Sequence[str]) -> Iterator[str]:
     beyond = sum(count > _CLIP_TOKENS for count in counts)
     if beyond:
         yield (
-            f"warning: {_count(beyond, 'caption')} beyond {_CLIP_TOKENS} CLIP tokens: CLIP does not read the rest, "
+            f"warning: {count(beyond, 'caption')} beyond {_CLIP_TOKENS} CLIP tokens: CLIP does not read the rest, "
             "and T5 does; shorten them, or leave them"
         )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"

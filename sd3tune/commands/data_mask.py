@@ -15,7 +15,7 @@ from sd3tune.data.images import read_picture
 from sd3tune.errors import DataError, RunError
 from sd3tune.files.atomic import new_file, remove_stale
 from sd3tune.files.text import flaw
-from sd3tune.invocation import command_line
+from sd3tune.labels.lines import count, next_commands
 from sd3tune.labels.loading import loaded
 from sd3tune.labels.photos import Photo, photos_in
 from sd3tune.labels.segmenter import LEAST_SIDE, SEGMENTER, Segmenter, load_segmenter
@@ -113,9 +113,9 @@ def _plan(photos: Sequence[Photo], missing: Sequence[Photo], warnings: Sequence[
     yield from (f"warning: {line}" for line in warnings)
     kept = [photo.image.name for photo in photos if photo.mask is not None]
     if kept:
-        yield f"kept      {_count(len(kept), 'photo')} with a mask: {some(kept)}"
+        yield f"kept      {count(len(kept), 'photo')} with a mask: {some(kept)}"
     named = some(str(photo.new_mask) for photo in missing)
-    yield f"to write  {_count(len(missing), 'mask')}{f': {named}' if missing else ''}"
+    yield f"to write  {count(len(missing), 'mask')}{f': {named}' if missing else ''}"
 
 
 def _write(request: MaskRequest, segmenter: Segmenter, missing: Sequence[Photo], written: _Written) -> None:
@@ -148,7 +148,7 @@ def _report(request: MaskRequest, photos: Sequence[Photo], written: _Written) ->
         )
     if written.empty:
         say(
-            f"warning: {request.prompt!r} is not in {_count(len(written.empty), 'photo')}: {some(written.empty)}; "
+            f"warning: {request.prompt!r} is not in {count(len(written.empty), 'photo')}: {some(written.empty)}; "
             "brackets hold the highest probability; use other words or a lower --threshold, or paint the mask"
         )
     masked = [photo for photo in photos if photo.mask is not None or photo in coverage]
@@ -157,7 +157,7 @@ def _report(request: MaskRequest, photos: Sequence[Photo], written: _Written) ->
         say(f"sheet     {request.sheet}")
     kept = sum(photo.mask is not None for photo in photos)
     result(
-        f"wrote {_count(len(coverage), 'mask')} in {request.folder}, kept {kept}",
+        f"wrote {count(len(coverage), 'mask')} in {request.folder}, kept {kept}",
         written=len(coverage),
         kept=kept,
         not_found=len(written.empty),
@@ -165,7 +165,7 @@ def _report(request: MaskRequest, photos: Sequence[Photo], written: _Written) ->
         sheet=request.sheet,
     )
     say("", "look at the sheet, and correct or delete bad masks; then:")
-    say(f"  {command_line('sd3tune', 'data', 'check', str(request.folder))}")
+    say(*next_commands(request.folder, request.recursive))
 
 
 def _write_sheet(path: Path, masked: Sequence[Photo], coverage: dict[Photo, float]) -> None:
@@ -193,7 +193,3 @@ def _tile(photo: Photo) -> Image.Image | None:
     picture.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
     outside = ImageEnhance.Brightness(picture).enhance(_DIMMED)
     return Image.composite(picture, outside, mask.convert("L").resize(picture.size))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"

@@ -70,7 +70,8 @@ def test_the_missing_captions_are_written_and_training_reads_them(photos: Path, 
     assert any(line.startswith("to write  2 caption files: ") for line in lines)
     assert any(line.startswith("tokens    CLIP: at most ") and line.endswith(" of 77") for line in lines)
     assert f"wrote 2 captions in {photos}, kept 1" in lines
-    assert lines[-1].endswith(f"data check {photos}")
+    assert lines[-2].endswith(f" data check {photos}")
+    assert lines[-1].endswith(f" config new mine --data {photos}")
     records = load_records(load_data(str(photos), ["data.trigger=sks"]).config.data)
     assert [record.caption for record in records] == [written["0.txt"][:-1], "sks, mine", written["2.txt"][:-1]]
 
@@ -112,6 +113,8 @@ def test_subfolders_and_another_folder_for_the_files(photos: Path, caption: Capt
     inside.mkdir()
     (photos / "2.png").rename(inside / "2.png")
     (photos / "0.txt").write_text("mine")
+    assert any("data.sources.0.recursive=true" in line for line in caption(inside, recursive=True))
+    (inside / "2.txt").unlink()
     assert any("1 subfolder with pictures is not read" in line for line in caption(photos, dry_run=True))
     caption(photos, recursive=True, out=out)
     first = texts(out)

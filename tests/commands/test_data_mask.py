@@ -59,7 +59,7 @@ def test_each_photo_gets_a_mask_of_its_size_and_a_second_call_nothing(photos: Pa
     assert [Image.open(photos / name).size for name in masks(photos)] == [(200, 90), (48, 80), (96, 64)]
     assert any(line.startswith("coverage  ") and line.count("%") == 3 for line in lines)
     assert f"wrote 3 masks in {photos}, kept 0" in lines
-    assert lines[-1].endswith(f"data check {photos}")
+    assert lines[-2].endswith(f" data check {photos}")
     before = masks(photos)
     lines = mask(photos, prompt="cat")
     assert "kept      3 photos with a mask: 0.png, 1.jpg, 2.png" in lines
