@@ -26,7 +26,6 @@ from sd3tune.runtime.device import choose_dtype, gpu_of, make_accelerator
 from sd3tune.runtime.out_of_memory import explain_oom
 
 _CLIP_TOKENS = 77
-_SHOWN = 5
 
 
 @dataclass(frozen=True)

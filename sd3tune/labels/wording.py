@@ -74,7 +74,8 @@ def _description(answer: str, complete: bool, subject: str | None) -> str:
     if not complete:
         end = max(text.rfind(mark) for mark in ",.;")
         text = text[:end] if end > 0 else text.rpartition(" ")[0]
-    return text.strip(" ,;:-.")
+    # A model that overflows in half precision says nothing but exclamation marks.
+    return text.strip(" ,;:-.") if any(letter.isalpha() for letter in text) else ""
 
 
 def _unquoted(text: str) -> str:

@@ -61,7 +61,7 @@ def test_an_answer_that_was_cut_ends_with_a_whole_phrase(answer: str, kept: str 
 
 
 @pytest.mark.parametrize(
-    "answer", ["", " \n", "...", "I'm sorry, but I can't help with that.", "I cannot see a picture"]
+    "answer", ["", " \n", "...", "!!!!!!!!", "I'm sorry, but I can't help with that.", "I cannot see a picture"]
 )
 def test_no_caption_is_made_of_a_refusal(answer: str) -> None:
     assert caption_of(answer, True, "sks", "dog") is None
