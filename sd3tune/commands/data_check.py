@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 
 from sd3tune.config import Config, load_config, parse_config
 from sd3tune.config.loader import LoadedConfig
@@ -22,19 +21,18 @@ from sd3tune.data.images import ImageRef, check_header, check_shape, is_smaller,
 from sd3tune.data.records import Record, scan_records
 from sd3tune.data.sources.from_path import source_of
 from sd3tune.data.written import Caption
-from sd3tune.errors import ConfigError, DataError, ModelError, RunError
-from sd3tune.files.atomic import new_file
+from sd3tune.errors import ConfigError, DataError, ModelError
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.resolve import local_base
 from sd3tune.reporting import result, say
 from sd3tune.run.buckets import buckets_of, describe_buckets
 from sd3tune.sampling.contact_sheet import contact_sheet
+from sd3tune.sampling.sheet_file import check_sheet, write_sheet
 
 _SHOWN = 10
 """Maximum number of lines in a list."""
 _SHEET_IMAGES, _SHEET_COLUMNS, _SHEET_SIDE = 48, 6, 176
-_MARK = ("sd3tune", "data check")
-"""PNG text that marks a contact sheet, which a later one may overwrite."""
+_COMMAND = "data check"
 _CLIP_TOKENS = 77
 
 
@@ -75,7 +73,7 @@ def load_data(what: str, overrides: Sequence[str] = (), caption: str | None = No
 
 def run_data_check(config: Config, sheet: Path) -> None:
     """Print the report and write the contact sheet. Raises DataError with every problem that prevents training."""
-    _check_sheet(sheet)
+    check_sheet(sheet, _COMMAND)
     scan = scan_records(config.data, config.seed, progress=True, look=_inspect)
     problems = scan.problems
     buckets = _buckets(config)
@@ -222,19 +220,6 @@ def _named(images: Sequence[ImageRef]) -> str:
     return ", ".join(image.name for image in images[:5]) + (", ..." if len(images) > 5 else "")
 
 
-def _check_sheet(path: Path) -> None:
-    """Raise RunError if the contact sheet would overwrite any other file."""
-    if not path.exists():
-        return
-    try:
-        with Image.open(path) as image:
-            ours = image.info.get(_MARK[0]) == _MARK[1]
-    except Exception:  # any unreadable file is not ours
-        ours = False
-    if not ours:
-        raise RunError(f"--sheet {path}: exists and is not a contact sheet; name another file")
-
-
 def _write_sheet(path: Path, checked: Sequence[_CheckedImage], buckets: Sequence[Size]) -> None:
     shown = checked[:: math.ceil(len(checked) / _SHEET_IMAGES)]
     tiles = [(_tile(one, buckets), f"{one.record.image.name}  {one.record.caption}") for one in shown]
@@ -244,10 +229,7 @@ def _write_sheet(path: Path, checked: Sequence[_CheckedImage], buckets: Sequence
         side=_SHEET_SIDE,
         cells=[[label for _, label in row] for row in rows],
     )
-    info = PngInfo()
-    info.add_text(*_MARK)
-    with new_file(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=info)
+    write_sheet(path, _COMMAND, picture)
 
 
 def _tile(one: _CheckedImage, buckets: Sequence[Size]) -> Image.Image | None:

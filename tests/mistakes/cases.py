@@ -444,6 +444,12 @@ CASES = [
     ),
     Case("data", "a folder that is not there", TRAIN, "no such folder", source("{path: fotos, caption: a}")),
     Case("data", "a file for a folder", TRAIN, "is a file", source("{path: photos/0.png, caption: a}")),
+    Case("data", "a folder to caption that is not there", ("data", "caption", "fotos"), "name the folder"),
+    Case("data", "a captioning model that is not there", ("data", "caption", "photos", "--model", "./gone"), "./gone"),
+    Case("data", "a mask of nothing", ("data", "mask", "photos", "--prompt", " "), "--prompt"),
+    Case(
+        "data", "a threshold of 2", ("data", "mask", "photos", "--prompt", "dog", "--threshold", "2"), "--threshold 2"
+    ),
     Case("data", "an empty folder", TRAIN, "no images", no_photos),
     Case(
         "data",
