@@ -41,11 +41,13 @@ NEEDS_HOURS = {"configs/nano_base.yaml", "configs/nano_long.yaml", "examples/fas
 TAKES_MINUTES = {"demo", "eval"}
 """Tested with fewer steps and pictures in tests/commands/test_demo.py and tests/evaluation."""
 
+NEEDS_A_MODEL = {"caption", "mask"}
+"""Tested with small models in tests/commands/test_data_caption.py and test_data_mask.py."""
+LEFT_OUT = NEEDS_THE_HUB | NEEDS_HOURS | TAKES_MINUTES | NEEDS_A_MODEL
+
 
 def story(page: Path) -> list[list[str]]:
-    return [
-        words for _, words in commands_to_type(page) if not {*words} & (NEEDS_THE_HUB | NEEDS_HOURS | TAKES_MINUTES)
-    ]
+    return [words for _, words in commands_to_type(page) if not {*words} & LEFT_OUT]
 
 
 def as_typed(words: list[str]) -> list[str]:
