@@ -104,6 +104,7 @@ def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch
         (tmp_path / photos).mkdir(parents=True)
         for picture in sorted(tiny_images.glob("*.png")):
             shutil.copy(picture, tmp_path / photos)
+    shutil.copytree(tiny_images, "dog")  # with captions
     for photo in ("rex.jpg", "yard.jpg"):
         shutil.copy(next(tiny_images.glob("*.png")), photo)
     with Image.open("yard.jpg") as yard:
