@@ -69,30 +69,34 @@ SINGLE_VAE: Table = [
     (r"mid\.block_1", "middle.0"), (r"mid\.attn_1", "middle.1"), (r"mid\.block_2", "middle.2"), (r"proj_out", "out"),
     (r"(middle\.1)\.q\.", r"\1.qkv.0."), (r"(middle\.1)\.k\.", r"\1.qkv.1."), (r"(middle\.1)\.v\.", r"\1.qkv.2."),
 ]  # fmt: skip
-SCALE_FIRST = re.compile(r"^norm_out\.linear|norm1_context\.linear")
-"""Where diffusers has scale before shift: the last modulation of either stream, which is the one without gates."""
+SCALE_FIRST = re.compile(r"^norm_out\.linear|norm1_context\.linear")  # in diffusers, where there are no gates
+
+
+def ours(name: str, table: Table) -> tuple[str, int]:
+    """Return our name of an array, and which part of it this is."""
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    part = re.search(r"qkv\.([012])", name)
+    return (name.replace(part[0], "qkv"), int(part[1])) if part else (name, 0)
 
 
 def renamed(tensors: Mapping[str, Tensor], table: Table, width: int = 0) -> dict[str, Tensor]:
     """Return our names and arrays. `width`: the model's, to tell the modulations without gates from others."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
         if SCALE_FIRST.search(name) and len(tensor) == 2 * width:
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        for pattern, replacement in table:
-            name = re.sub(pattern, replacement, name)
-        whole = re.sub(r"qkv\.[012]\.", "qkv.", name)
-        parts.setdefault(whole, {})[name] = tensor
+        whole, part = ours(name, table)
+        found.setdefault(whole, {})[part] = tensor
     return {
-        whole: torch.cat([of[name] for name in sorted(of)]) if len(of) > 1 else of.popitem()[1]
-        for whole, of in parts.items()
+        whole: torch.cat([of[part] for part in sorted(of)]) if len(of) > 1 else of[0] for whole, of in found.items()
     }
 
 
-def _filled(model: Callable[[], nn.Module], tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
+def _filled(build: Callable, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
     """Return a model with these weights; it is made without memory first. Fails for a missing or unknown name."""
     with torch.device("meta"):
-        made = model()
+        made = build(config)
     for name, own in made.state_dict().items():
         if name in tensors and tensors[name].numel() == own.numel():
             tensors[name] = tensors[name].to(dtype).reshape(own.shape)  # a convolution of one pixel is a matrix
@@ -105,9 +109,8 @@ def read(files: list[Path], prefix: str = "") -> dict[str, Tensor]:
     found = {}
     for file in files:
         with safe_open(file, "pt") as opened:
-            found |= {
-                name[len(prefix) :]: opened.get_tensor(name) for name in set(opened.keys()) if name.startswith(prefix)
-            }
+            names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
+            found |= {name[len(prefix) :]: opened.get_tensor(name) for name in names}
     return found
 
 
@@ -121,13 +124,12 @@ def load(folder: Path, part: str, dtype: torch.dtype = torch.float32) -> Any:
     """Load a part of a diffusers folder, such as "vae"."""
     build, table = PARTS[part]
     config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-    lists = list((folder / part).glob("*.safetensors.index.json"))  # the list of a model in several files
-    names = set(json.loads(lists[0].read_text(encoding="utf-8"))["weight_map"].values()) if lists else ()
-    name = "model.safetensors" if part.startswith("text") else "diffusion_pytorch_model.safetensors"
-    tensors = read([folder / part / one for one in names or [name]])
+    whole = folder / part / ("model" if part.startswith("text") else "diffusion_pytorch_model")
+    parts = sorted(whole.parent.glob(f"{whole.name}-*-of-*.safetensors"))  # of a model in several files
+    tensors = read(parts or [whole.with_suffix(".safetensors")])
     tensors.pop("encoder.embed_tokens.weight", None)  # T5's embedding once more
     width = config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0)
-    return _filled(lambda: build(config), renamed(tensors, table, width), dtype)
+    return _filled(build, config, renamed(tensors, table, width), dtype)
 
 
 def load_single_file(file: Path, dtype: torch.dtype = torch.float32) -> tuple[MMDiT, Vae]:
@@ -150,7 +152,5 @@ def load_single_file(file: Path, dtype: torch.dtype = torch.float32) -> tuple[MM
         "layers_per_block": 1 + max(int(name.split(".")[4]) for name in vae if name.startswith("encoder.down.0.block")),
         "norm_num_groups": 32, "latent_channels": channels, "shift_factor": 0.0609, "scaling_factor": 1.5305,
     }  # fmt: skip
-    return (
-        _filled(lambda: MMDiT(config), renamed(tensors, SINGLE_MMDIT), dtype),
-        _filled(lambda: Vae(vae_config), renamed(vae, SINGLE_VAE), dtype),
-    )
+    transformer = _filled(MMDiT, config, renamed(tensors, SINGLE_MMDIT), dtype)
+    return transformer, _filled(Vae, vae_config, renamed(vae, SINGLE_VAE), dtype)

@@ -14,17 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from examples.sd3_from_scratch.checkpoint import MMDIT
+from examples.sd3_from_scratch.checkpoint import MMDIT, ours
 from examples.sd3_from_scratch.mmdit import MMDiT, Projections
 
 NAMES = {
-    "image.attention.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
-    "image.attention.out": ["attn.to_out.0"],
+    "image.attention.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"], "image.attention.out": ["attn.to_out.0"],
     "text.attention.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
     "text.attention.out": ["attn.to_add_out"],
-    "image.second.qkv": ["attn2.to_q", "attn2.to_k", "attn2.to_v"],
-    "image.second.out": ["attn2.to_out.0"],
-}
+    "image.second.qkv": ["attn2.to_q", "attn2.to_k", "attn2.to_v"], "image.second.out": ["attn2.to_out.0"],
+}  # fmt: skip
 """Our matrix -> the matrices of diffusers that it consists of."""
 
 
@@ -58,13 +56,10 @@ def save_lora(model: MMDiT, file: Path) -> None:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, Lora):
-            block, ours = re.fullmatch(r"blocks\.(\d+)\.(.*)", name).groups()
-            for theirs, a, b in zip(NAMES[ours], module.a, module.b, strict=True):
+            block, matrix = re.fullmatch(r"blocks\.(\d+)\.(.*)", name).groups()
+            for theirs, a, b in zip(NAMES[matrix], module.a, module.b, strict=True):
                 at = f"transformer.transformer_blocks.{block}.{theirs}"
-                found |= {
-                    f"{at}.lora_A.weight": a.detach().contiguous(),
-                    f"{at}.lora_B.weight": b.detach().contiguous(),
-                }
+                found |= {f"{at}.lora_A.weight": a.detach(), f"{at}.lora_B.weight": b.detach()}
     save_file(found, file)
 
 
@@ -72,15 +67,12 @@ def save_lora(model: MMDiT, file: Path) -> None:
 def merge_lora(model: MMDiT, file: Path) -> None:
     """Add the corrections of a file in diffusers' names to a model's matrices. Fails for a matrix that is not there."""
     with safe_open(file, "pt") as opened:
-        found = {name: opened.get_tensor(name) for name in set(opened.keys())}
+        found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         settings = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
     scale = settings.get("transformer.lora_alpha", 1) / settings.get("transformer.r", 1)
     matrices = dict(model.named_parameters())
     for name in [one for one in found if one.endswith("lora_A.weight")]:
         correction = scale * found[name.replace("lora_A", "lora_B")] @ found[name]
-        ours = name.removeprefix("transformer.").removesuffix("lora_A.weight") + "weight"
-        for pattern, replacement in MMDIT:
-            ours = re.sub(pattern, replacement, ours)
-        part = re.search(r"qkv\.([012])", ours)
-        matrix = matrices[re.sub(r"qkv\.[012]", "qkv", ours)]
-        (matrix.chunk(3)[int(part[1])] if part else matrix).add_(correction.to(matrix))
+        whole, part = ours(name.removeprefix("transformer.").replace("lora_A.", ""), MMDIT)
+        matrix = matrices[whole]
+        matrix[part * len(correction) :][: len(correction)] += correction.to(matrix)

@@ -26,10 +26,8 @@ def root(matrix: Tensor) -> Tensor:
 
 
 def frechet(first: Tensor, second: Tensor) -> float:
-    """Return the Fréchet distance of two sets of features, [n, d] and [m, d], in float64.
-
-    (C D)^(1/2) is not symmetric, but has the trace of (C^(1/2) D C^(1/2))^(1/2), which is.
-    """
+    """Return the Fréchet distance of two sets of features, [n, d] and [m, d], in float64."""
+    # (C D)^(1/2) is not symmetric, but has the trace of (C^(1/2) D C^(1/2))^(1/2), which is.
     (m, c), (n, d) = ((one.mean(0), torch.cov(one.T)) for one in (first.double(), second.double()))
     half = root(c)
     return ((m - n).square().sum() + c.trace() + d.trace() - 2 * root(half @ d @ half).trace()).item()

@@ -1,5 +1,4 @@
-"""4. The diffusion transformer, MMDiT (Esser et al. 2024): it looks at a noisy latent and a prompt, and says which way
-the noise lies.
+"""4. The diffusion transformer, MMDiT (Esser et al. 2024): from a noisy latent and a prompt, which way the noise lies.
 
 Picture and text are two streams of tokens with weights of their own, which attend to each other in every block. The
 noise level and the prompt's one vector set the scale and shift of every layer (adaptive layer norm, "adaLN").
@@ -51,10 +50,8 @@ class Stream(nn.Module):
 
     def after_attention(self, x: Tensor, read: Tensor, m: tuple[Tensor, ...]) -> Tensor:
         """Add what the attention read, then the output of a small network. Gates let a block begin as the identity."""
-        own = attention(self.second(modulated(x, m[6], m[7]))) if self.second else None
-        x = x + m[2][:, None] * self.attention.out(read)
-        if own is not None:
-            x = x + m[8][:, None] * self.second.out(own)
+        own = m[8][:, None] * self.second.out(attention(self.second(modulated(x, m[6], m[7])))) if self.second else 0
+        x = x + m[2][:, None] * self.attention.out(read) + own
         h = modulated(x, m[3], m[4])
         return x + m[5][:, None] * self.down(F.gelu(self.up(h), approximate="tanh"))
 
@@ -70,9 +67,8 @@ class Block(nn.Module):
             stream.modulation(condition).chunk(stream.modulation.out_features // condition.shape[-1], dim=-1)
             for stream in (self.image, self.text)
         )
-        read = attention(
-            self.image.attention(modulated(image, *of_image[:2])), self.text.attention(modulated(text, *of_text[:2]))
-        )
+        asked = self.image.attention(modulated(image, *of_image[:2]))
+        read = attention(asked, self.text.attention(modulated(text, *of_text[:2])))
         image_read, text_read = read.split([image.shape[1], text.shape[1]], dim=1)
         image = self.image.after_attention(image, image_read, of_image)
         if self.text.attention.out is not None:

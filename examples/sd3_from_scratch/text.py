@@ -111,10 +111,8 @@ class T5Text(nn.Module):
 
 
 def join(clip_l: tuple[Tensor, Tensor], clip_g: tuple[Tensor, Tensor], t5: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the prompt's tokens [B, 77 + n, w] and its one vector [B, p], from the three encoders' outputs.
-
-    CLIP's tokens lie beside each other, filled up with zeros to T5's width w; T5's tokens come after them.
-    """
+    """Return the prompt's tokens [B, 77 + n, w] and its one vector [B, p]. CLIP's tokens lie beside each other, filled
+    up with zeros to T5's width w; T5's tokens come after them."""
     clip = torch.cat([clip_l[0], clip_g[0]], dim=-1)
     clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
     return torch.cat([clip, t5], dim=1), torch.cat([clip_l[1], clip_g[1]], dim=-1)

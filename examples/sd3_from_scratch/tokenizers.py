@@ -1,8 +1,7 @@
 """1. Text becomes numbers: CLIP's byte-pair encoding and T5's unigram model.
 
-A tokenizer knows a fixed list of pieces of text, its vocabulary. It cuts a prompt into such pieces and returns their
-numbers. CLIP builds a word's pieces bottom-up, by merging neighbours in a learned order. T5 gives each piece a score
-and picks the cut with the highest sum.
+A tokenizer cuts a prompt into pieces of a fixed list, its vocabulary, and returns their numbers. CLIP builds a word's
+pieces bottom-up, merging neighbours in a learned order. T5 scores pieces, and picks the cut with the highest sum.
 """
 
 import base64
@@ -15,18 +14,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+# White space as Unicode defines it; `str.isspace` accepts four more characters.
 SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
-"""White space as Unicode defines it; `str.isspace` accepts four more characters."""
 
 
 class Tokenizer:
     """What both kinds share: cutting to a length, padding, and `special` tokens such as `<|endoftext|>`, which are
     recognised as they are written. `ordinary(text)` yields the numbers of the text between them."""
-
-    special: dict[str, int]
-    begin: list[int]
-    end: list[int]
-    pad: int
 
     def __call__(self, text: str, length: int) -> list[int]:
         """Return exactly `length` token numbers: begin, the text, end, padding. A long text loses its end."""
@@ -91,8 +85,8 @@ def _words(text: str) -> list[str]:
     kinds = re.sub("[^LN ]", "*", kinds)  # L is a letter, N a digit
     words, at = list[str](), 0
     while at < len(text):
-        found = _AT_ONCE.match(text, at) or _RUN.match(kinds, at)
-        word, at = text[at : found.end()], found.end()
+        end = (_AT_ONCE.match(text, at) or _RUN.match(kinds, at)).end()
+        word, at = text[at:end], end
         if word.startswith("<|") and word.endswith(
             "text|>"
         ):  # quirk: in capitals, a special token is no more than this
@@ -152,8 +146,7 @@ class Normaliser:
 
     def _replaced(self, cluster: str) -> str:
         # Quirk: the first match counts, and stands for all of a short cluster, even if it is only its beginning.
-        whole = self._find(cluster) if len(cluster.encode()) < 6 else None
-        if whole is not None:
+        if len(cluster.encode()) < 6 and (whole := self._find(cluster)) is not None:
             return whole
         return "".join(one if (found := self._find(one)) is None else found for one in cluster)
 
@@ -173,7 +166,7 @@ class Normaliser:
 
 
 _LETTER_LIKE = re.compile(
-    "[\u102b\u102c\u1038\u1062-\u1064\u1067-\u106d\u1083\u1087-\u108c\u108f\u109a-\u109c\u1a61-\u1a64\uaa7b\uaa7d]"
+    "[\u102b\u102c\u1038\u1062-\u106d\u1083\u1087-\u108c\u108f\u109a-\u109c\u1a61\u1a63\u1a64\uaa7b\uaa7d]"
 )
 """Vowel signs of Burmese and its neighbours that stand for themselves (Unicode Annex 29)."""
 

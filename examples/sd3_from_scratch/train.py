@@ -3,8 +3,6 @@
 python -m examples.sd3_from_scratch.train FASHION --out fashion                     # from nothing, 28 x 28 gray pixels
 python -m examples.sd3_from_scratch.train PICTURES --base NANO --out mine           # from nothing, in NANO's latents
 python -m examples.sd3_from_scratch.train PICTURES --base NANO --lora 16 --out rex  # a LoRA on NANO itself
-
-Each step takes pictures and captions, mixes noise into the latents, and improves the prediction of the direction.
 """
 
 import argparse
@@ -114,8 +112,7 @@ def train(model: MMDiT, parameters: list[nn.Parameter], data: Data, steps: int, 
         for average, parameter in zip(averages, parameters, strict=True):
             average.lerp_(parameter.detach(), 1 - min(0.998, step / (10 + step)))
         if time.monotonic() - told > 1 or step == steps:
-            told = time.monotonic()
-            left = (told - began) / step * (steps - step)
+            left = ((told := time.monotonic()) - began) / step * (steps - step)
             print(f"\rstep {step} of {steps}, loss {loss.item():.3f}, {left:.0f} s left ", end="", flush=True)
     for average, parameter in zip(averages, parameters, strict=True):
         parameter.data.copy_(average)
@@ -125,9 +122,8 @@ def train(model: MMDiT, parameters: list[nn.Parameter], data: Data, steps: int, 
 @torch.no_grad()
 def drawn(model: MMDiT, data: Data, caption: Tensor, steps: int = 25, guidance: float = 3.0) -> Tensor:
     """Return a picture for each number of a caption, [n, 3, h, w]."""
-    positive, negative = (
-        (data.tokens[which], data.pooled[which]) for which in (caption, torch.full_like(caption, len(data.tokens) - 1))
-    )
+    none = torch.full_like(caption, len(data.tokens) - 1)
+    positive, negative = ((data.tokens[which], data.pooled[which]) for which in (caption, none))
     noise = torch.randn(len(caption), *data.latents.shape[1:])
     predict = flow.guided(model, positive, negative, guidance)
     return data.decode(flow.draw(predict, noise, flow.drawing_sigmas(steps, data.shift))).expand(-1, 3, -1, -1)
@@ -157,8 +153,8 @@ def main() -> None:
     else:
         save_file(model.state_dict(), asked.out / "transformer.safetensors")
     captions = torch.arange(min(10, len(data.tokens) - 1)).repeat_interleave(10)
-    rows = [torch.cat(list(row), dim=2) for row in drawn(model, data, captions).split(10)]
-    picture(torch.cat(rows, dim=1)).save(asked.out / "grid.png")
+    rows = drawn(model, data, captions).split(10)
+    picture(torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)).save(asked.out / "grid.png")
     print(asked.out / "grid.png")
 
 
