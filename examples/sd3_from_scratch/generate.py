@@ -1,4 +1,4 @@
-"""9. From a prompt to a picture.
+"""8. From a prompt to a picture.
 
 python -m examples.sd3_from_scratch.generate FOLDER "a red circle on a blue background" --out circle.png
 """

@@ -1,4 +1,4 @@
-"""8. LoRA: a small correction of a large matrix (Hu et al. 2021).
+"""7. LoRA: a small correction of a large matrix (Hu et al. 2021).
 
 Fine-tuning changes a matrix W only a little, and mostly in few directions. So W stays as it is, and W + B A is used
 instead, with a low A [r, in] and a narrow B [out, r]: 1 % of the numbers to train, and a file of a few megabytes.

@@ -1,4 +1,4 @@
-"""11. How far are drawn pictures from real ones? The Fréchet distance of their features.
+"""10. How far are drawn pictures from real ones? The Fréchet distance of their features.
 
     python -m examples.sd3_from_scratch.metrics REAL DRAWN
 

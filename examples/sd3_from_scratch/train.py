@@ -1,4 +1,4 @@
-"""10. Learn to draw.
+"""9. Learn to draw.
 
 python -m examples.sd3_from_scratch.train FASHION --out fashion                     # from nothing, 28 x 28 gray pixels
 python -m examples.sd3_from_scratch.train PICTURES --base NANO --out mine           # from nothing, in NANO's latents
