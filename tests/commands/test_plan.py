@@ -230,7 +230,8 @@ def test_the_store_is_as_large_as_predicted(quick_config, tiny_images: Path, tmp
         with Image.open(photos / f"{name}.png") as image:
             Image.new("L", image.size, 255).save(photos / f"{name}_mask.png")
     config = quick_config(
-        tmp_path / "run", f"data.sources=[{{path: {photos}}}]", f"data.cache_dir={tmp_path / 'store'}", "data.resolution=128", "data.crop_variants=2",
+        tmp_path / "run", f"data.sources=[{{path: {photos}}}]",
+        f"data.cache_dir={tmp_path / 'store'}", "data.resolution=128", "data.crop_variants=2",
         "data.flip=true", "preview.prompts=[a, b]", "validation.holdout=1", "model.extra_t5_lengths=[300, 77]",
     )  # fmt: skip
     plan = forecast(forecast_inputs(config, torch.float32))

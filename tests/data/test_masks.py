@@ -66,8 +66,8 @@ def test_a_mask_without_an_inside_is_refused(tmp_path: Path, value: int) -> None
     with pytest.raises(DataError) as caught:
         read_mask(Mask(tmp_path / "dog_mask.png"))
     assert list(caught.value.problems) == [
-        f"{tmp_path / 'dog_mask.png'}: the mask has no inside, its brightest value is {value} of 255; paint the subject "
-        "white, or delete the mask"
+        f"{tmp_path / 'dog_mask.png'}: the mask has no inside, its brightest value is {value} of 255; paint the "
+        "subject white, or delete the mask"
     ]
     Image.new("RGBA", (8, 8), (255, 255, 255, value)).save(tmp_path / "dog.png")
     with pytest.raises(DataError, match=r"dog.png: its alpha channel: the mask has no inside, .* make some of the"):

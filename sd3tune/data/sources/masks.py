@@ -49,7 +49,7 @@ def find_masks(
     """
     found, folder = FoundMasks(), mask_folder(source)
     found.files |= {*named.values()} - {*in_metadata}
-    if folder is not None:
+    if folder is not None and folder != Path(source.path) and folder.is_relative_to(source.path):
         found.files |= {path for path in images if path.is_relative_to(folder)} - {*in_metadata}
     neighbours = _neighbours({*images, *elsewhere} - found.files, in_metadata)
     found.files.update(*neighbours.values())
@@ -94,6 +94,8 @@ def _take_from(folder: Path, root: Path, photos: Iterable[Path], found: FoundMas
     """Find the mask of each photo in the folder of masks, under the photo's path in the source."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of masks; check masks in data.sources")
+    if folder == root:
+        raise DataError(f"{folder}: is the folder of the photos; leave masks out, as masks next to photos are found")
     names = Names()
     for photo in photos:
         relative = PurePosixPath(photo.relative_to(root).as_posix())

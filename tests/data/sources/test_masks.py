@@ -94,6 +94,7 @@ def test_a_folder_of_masks_of_kohya_folders(tmp_path: Path) -> None:
     ("masks", "says"),
     [
         ("nowhere", "nowhere: no such folder of masks; check masks in data.sources"),
+        ("photos", "photos: is the folder of the photos; leave masks out, as masks next to photos are found"),
         ("others", "others: has no mask for any photo in {photos}; name them like the photos, such as dog.png"),
     ],
 )
