@@ -91,8 +91,8 @@ def test_masks_are_counted_named_and_shown(tmp_path: Path, check) -> None:
         mask.save(photos / f"{number}_mask.png")
     lines, problems = check(configured(photos))
     assert problems == [
-        f"{photos / '3_mask.png'}: the mask has no inside, its brightest value is 0 of 255; paint the subject white, or "
-        "delete the mask"
+        f"{photos / '3_mask.png'}: the mask has no inside, its brightest value is 0 of 255; paint the "
+        "subject white, or delete the mask"
     ]
     assert lines[0] == f"source 0  {photos}: 4 images"
     place = lines.index("masks     2 of 4 images, 38% of the area on average")
