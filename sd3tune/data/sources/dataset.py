@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.config.sections.data import DatasetSource
+from sd3tune.data.images import ImageRef
 from sd3tune.data.sources.metadata import MASK_COLUMN, cells_of, clean
 from sd3tune.data.sources.row import Row
 from sd3tune.data.written import READERS, Listed, Written, column_of
@@ -32,7 +33,7 @@ def list_rows(source: DatasetSource) -> list[tuple[Row, Listed]]:
     return list_with_masks(source)[0]
 
 
-def list_with_masks(source: DatasetSource) -> tuple[list[tuple[Row, Listed]], dict[Row, Row]]:
+def list_with_masks(source: DatasetSource) -> tuple[list[tuple[Row, Listed]], dict[ImageRef, ImageRef]]:
     """Return all rows of the dataset with their captions, None for a row without one, and row -> its mask.
 
     Raises DataError.
@@ -46,11 +47,9 @@ def list_with_masks(source: DatasetSource) -> tuple[list[tuple[Row, Listed]], di
     folders, loaded = _folders(source), not (source.path.endswith(".parquet") or is_dataset(Path(source.path)))
     rows = [Row(images, source.image_column, place, index, folders, loaded) for index in range(len(captions))]
     masks = _masks(dataset, source, place)
-    of_rows = (
-        {}
-        if masks is None
-        else {rows[index]: Row(masks, masks.column_names[0], place, index, folders, loaded) for index in _filled(masks)}
-    )
+    of_rows: dict[ImageRef, ImageRef] = {
+        rows[index]: Row(masks, masks.column_names[0], place, index, folders, loaded) for index in _filled(masks)
+    }
     return list(zip(rows, (written.plain for written in captions), strict=True)), of_rows
 
 
@@ -201,9 +200,11 @@ def _masks(dataset: Any, source: DatasetSource, place: str) -> Any:
 
 
 def _filled(column: Any) -> Iterator[int]:
-    """Yield the rows whose cell is not empty, without reading the images."""
+    """Yield the rows whose cell is not empty, without reading the images; none if there is no column."""
     import pyarrow.compute as arrow
 
+    if column is None:
+        return
     name, first = column.column_names[0], 0
     for table in column.with_format("arrow").iter(batch_size=_BATCH_ROWS):
         stored, path = (arrow.struct_field(table[name], field) for field in ("bytes", "path"))

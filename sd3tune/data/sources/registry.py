@@ -13,7 +13,7 @@ from sd3tune.data.sources.folder import Listing, list_folder
 
 def _list_dataset(source: DatasetSource) -> Listing:
     rows, masks = list_with_masks(source)
-    return Listing(rows, masks={**masks})
+    return Listing(rows, masks=masks)
 
 
 SOURCES: Registry[Callable[[Any], Listing]] = Registry(
