@@ -48,7 +48,9 @@ def list_with_masks(source: DatasetSource) -> tuple[list[tuple[Row, Listed]], di
     rows = [Row(images, source.image_column, place, index, folders, loaded) for index in range(len(captions))]
     masks = _masks(dataset, source, place)
     of_rows: dict[ImageRef, ImageRef] = {
-        rows[index]: Row(masks, masks.column_names[0], place, index, folders, loaded) for index in _filled(masks)
+        rows[index]: Row(masks, column, f"{place}:{column}", index, folders, loaded)
+        for index in _filled(masks)
+        for column in masks.column_names
     }
     return list(zip(rows, (written.plain for written in captions), strict=True)), of_rows
 

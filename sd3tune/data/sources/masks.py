@@ -57,7 +57,7 @@ def find_masks(
     if folder is not None:
         _take_from(folder, Path(source.path), photos, found)
     elif source.masks is None:
-        found.of = {photo: masks[0] for photo, masks in neighbours.items() if photo in images} | {**named}
+        found.of = {photo: neighbours[photo][0] for photo in photos if photo in neighbours} | {**named}
         second = dict.fromkeys(path for masks in neighbours.values() for path in masks if path not in found.of.values())
         if second:
             are = counted([*second], "second mask is", "second masks are")
@@ -119,7 +119,7 @@ def _names_in_folder(photo: PurePosixPath) -> Iterator[str]:
     yield photo.name
     for ending in ("", *_ENDINGS):
         for name in (photo.stem, photo.name):
-            yield from (f"{name}{ending}{extension}" for extension in EXTENSIONS)
+            yield from (f"{name}{ending}{extension}" for extension in (".png", *EXTENSIONS))
 
 
 def _images_below(folder: Path) -> list[Path]:

@@ -61,6 +61,12 @@ def test_without_its_photo_a_file_is_a_photo_and_is_named(folder: Path) -> None:
     ]
 
 
+def test_the_mask_of_a_mask_is_no_photo(folder: Path) -> None:
+    picture(folder / "dog_mask_mask.png")
+    scan = scanned(folder)
+    assert masks(scan) == {"cat.webp": "Cat-maskLabel.PNG", "dog.jpg": "dog_mask.png", "plain.png": None}
+
+
 def test_of_two_masks_one_is_named(folder: Path) -> None:
     picture(folder / "dog-masklabel.png")
     scan = scanned(folder)
@@ -158,6 +164,7 @@ def test_columns_of_a_dataset(folder: Path, tmp_path: Path) -> None:
     write_parquet(file, rows, masks={"b.jpg": lambda: mask})
     scan = scanned(file, kind="dataset")
     assert [record.mask and image_bytes(record.mask.image) for record in scan.records] == [None, mask, None]
+    assert [str(record.mask) for record in scan.records if record.mask] == [f"{file}:mask[1]"]
     assert [record.mask for record in scanned(file, kind="dataset", masks="off").records] == [None] * 3
     assert all(record.mask and record.mask.is_alpha for record in scanned(file, kind="dataset", masks="alpha").records)
 
