@@ -55,6 +55,7 @@ class Record:
     choices: tuple[Caption, ...] = ()
     """The captions to train on, of which each step draws one; empty if there is only the first."""
     mask: Mask | None = None
+    """The mask that weighs its loss; None if all of it counts alike."""
 
     @property
     def first(self) -> Caption:

@@ -132,8 +132,9 @@ def train_step(
         batch = batches.fetch(state.step, micro)
         with method.regularised(transformer, batches.seed_for("dropout", state.step, micro)):
             targets = velocity_targets(transformer, method, batch)
-            velocity = predict_velocity(transformer, method, batch)
-            losses = objective.losses(velocity, targets, batch.sigma, done, batch.position_weights)
+            losses = objective.losses(
+                predict_velocity(transformer, method, batch), targets, batch.sigma, done, batch.position_weights
+            )
             weighted = objective.weight(batch.sigma) * batch.weights * losses
             loss = weighted.sum() / batch.instances
             extra = method.extra_loss(transformer, batch)

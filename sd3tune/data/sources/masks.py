@@ -14,7 +14,7 @@ from sd3tune.data.names import Names, folded
 from sd3tune.errors import DataError
 
 _ENDINGS = ("_mask", "-masklabel")
-"""Ends of a mask's name, without its extension: sd-scripts' tools and OneTrainer. The first one applies."""
+"""Ends of a mask's name, without its extension; the second is OneTrainer's. The first one applies."""
 
 
 @dataclass
