@@ -100,11 +100,16 @@ def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch
     for folder in ("configs", "sd3tune"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    for photos in ("photos/rex", "rex", "train/10_sks dog", "train/2_dog"):
+    for photos in ("photos/rex", "rex", "train/10_sks dog", "train/2_dog", "masked"):
         (tmp_path / photos).mkdir(parents=True)
         for picture in sorted(tiny_images.glob("*.png")):
             shutil.copy(picture, tmp_path / photos)
     shutil.copytree(tiny_images, "dog")  # with captions
+    for picture, ending in zip(sorted(Path("masked").glob("*.png"))[1:], ("_mask", "-masklabel"), strict=False):
+        with Image.open(picture) as image:
+            mask = Image.new("L", image.size, 0)
+            mask.paste(255, (8, 8, 40, 72))
+            mask.save(picture.with_stem(picture.stem + ending))
     for photo in ("rex.jpg", "yard.jpg"):
         shutil.copy(next(tiny_images.glob("*.png")), photo)
     with Image.open("yard.jpg") as yard:

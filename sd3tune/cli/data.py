@@ -51,7 +51,7 @@ def convert(
     image_column: ImageColumn = "image",
     caption_column: CaptionColumn = "text",
 ) -> None:
-    """Copy images and captions into another dataset format; image bytes do not change."""
+    """Copy images, captions and masks into another dataset format; image bytes do not change."""
     from sd3tune.commands.data_convert import run_data_convert
 
     columns = {"split": split, "image_column": image_column, "caption_column": caption_column}

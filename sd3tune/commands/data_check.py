@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 from sd3tune.config import Config, load_config, parse_config
 from sd3tune.config.loader import LoadedConfig
+from sd3tune.data.ahead import ahead
 from sd3tune.data.buckets import Size, nearest_bucket
 from sd3tune.data.colour import Reading
 from sd3tune.data.duplicates import LEAST_SIDE, near_duplicates, thumbnail
 from sd3tune.data.images import ImageRef, check_header, check_shape, is_smaller, read_picture, reading_warnings
+from sd3tune.data.masks import check_mask_size, read_mask
 from sd3tune.data.records import Record, scan_records
 from sd3tune.data.sources.from_path import source_of
 from sd3tune.data.written import Caption
@@ -34,6 +36,8 @@ _SHOWN = 10
 _SHEET_IMAGES, _SHEET_COLUMNS, _SHEET_SIDE = 48, 6, 176
 _COMMAND = "data check"
 _CLIP_TOKENS = 77
+_DIMMED = 0.25
+"""Brightness outside masks, in the contact sheet."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,14 @@ def run_data_check(config: Config, sheet: Path) -> None:
             problems += found.problems
         else:
             checked.append(_CheckedImage(record, found))
+    areas, of_masks = _check_masks(checked)
+    problems += of_masks
     for line in _report(config, buckets, checked):
         say(line)
-    for warning in [*scan.warnings, *reading_warnings([(one.record.image, one.properties.reading) for one in checked])]:
+    for line in _masks(checked, areas):
+        say(line)
+    readings = [(one.record.image, one.record.unexpected(one.properties.reading)) for one in checked]
+    for warning in [*scan.warnings, *reading_warnings(readings)]:
         say(f"warning: {warning}")
     if checked:
         _write_sheet(sheet, checked, buckets)
@@ -176,6 +185,40 @@ def _counter(base: Base, part: str) -> Callable[[str], int]:
     return functools.partial(count_tokens, load_tokenizer(base, part))
 
 
+def _check_masks(checked: Sequence[_CheckedImage]) -> tuple[dict[int, float], list[str]]:
+    """Return the number of each image with a mask -> its share inside, and a line for each mask that cannot be used."""
+
+    def look(number: int) -> float | DataError | None:
+        record, properties = checked[number].record, checked[number].properties
+        if record.mask is None or (record.mask.is_alpha and not properties.reading.transparent):
+            return None
+        try:
+            grey, _ = read_mask(record.mask)
+            check_mask_size(record.mask, (grey.height, grey.width), record.image, properties.size)
+        except DataError as error:
+            return error
+        return float(np.asarray(grey).mean()) / 255
+
+    areas, problems = dict[int, float](), list[str]()
+    for number, found in enumerate(ahead(look, range(len(checked)))):
+        if isinstance(found, DataError):
+            problems += found.problems
+        elif found is not None:
+            areas[number] = found
+    return areas, problems
+
+
+def _masks(checked: Sequence[_CheckedImage], areas: Mapping[int, float]) -> Iterator[str]:
+    """Yield the lines on the images with masks and their mean area, and on those without; none without masks."""
+    if not areas:
+        return
+    mean = sum(areas.values()) / len(areas)
+    yield f"masks     {len(areas)} of {len(checked)} images, {mean:.0%} of the area on average"
+    without = [one.record.image for number, one in enumerate(checked) if number not in areas]
+    if without:
+        yield f"          without a mask: {_named(without)}"
+
+
 def _sizes(buckets: Sequence[Size], checked: Sequence[_CheckedImage]) -> Iterator[str]:
     """Yield a table of image sizes, with the training size, scale factor and cropped share of each."""
     cut = {size: nearest_bucket(size, buckets) for size in {one.size for one in checked}}
@@ -233,11 +276,18 @@ def _write_sheet(path: Path, checked: Sequence[_CheckedImage], buckets: Sequence
 
 
 def _tile(one: _CheckedImage, buckets: Sequence[Size]) -> Image.Image | None:
-    """Return the tile of an image, cropped as for training; None if the image has become unreadable since."""
+    """Return the tile of an image, cropped as for training and dark outside its mask.
+
+    None if the image or its mask has become unreadable since.
+    """
     high, wide = nearest_bucket(one.size, buckets)
     scale = _SHEET_SIDE / max(high, wide)
+    fit = functools.partial(ImageOps.fit, size=(round(wide * scale), round(high * scale)))
     try:
-        image = read_picture(one.record.image).image
+        tile = fit(read_picture(one.record.image).image, method=Image.Resampling.LANCZOS)
+        if one.record.mask is not None:
+            grey = fit(read_mask(one.record.mask)[0], method=Image.Resampling.BILINEAR)
+            tile = Image.composite(tile, ImageEnhance.Brightness(tile).enhance(_DIMMED), grey)
     except DataError:
         return None
-    return ImageOps.fit(image, (round(wide * scale), round(high * scale)), Image.Resampling.LANCZOS)
+    return tile

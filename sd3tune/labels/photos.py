@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sd3tune.config.sections.data import FolderSource
-from sd3tune.data.formats import EXTENSIONS
 from sd3tune.data.images import ImageRef, file_of
-from sd3tune.data.names import Names
 from sd3tune.data.sources.folder import Listing, list_folder
 from sd3tune.data.written import READERS, Listed, as_written
 from sd3tune.errors import DataError
-
-MASK_ENDINGS = ("_mask", "-masklabel")
-"""Ends of a mask's name, before its extension. The first one that is there applies; the last one is written."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +23,8 @@ class Photo:
     has_caption: bool
     """True with a caption file or a text in metadata, or if every text encoder has a text of its own."""
     caption_file: Path | None
-    mask: Path | None
-    """The mask beside it."""
+    mask: ImageRef | None
+    """Its mask, beside it or named by metadata."""
     shares_stem: bool
     """True if the name of another photo in its folder differs in the extension only: `dog.jpg` and `dog.png`."""
 
@@ -41,7 +36,7 @@ class Photo:
     @property
     def new_mask(self) -> Path:
         """The mask to write: `dog-masklabel.png`."""
-        return self.path.with_name(f"{self.path.stem}{MASK_ENDINGS[-1]}.png")
+        return self.path.with_name(f"{self.path.stem}-masklabel.png")
 
 
 def photos_in(folder: Path, recursive: bool) -> tuple[list[Photo], Sequence[str]]:
@@ -51,30 +46,21 @@ def photos_in(folder: Path, recursive: bool) -> tuple[list[Photo], Sequence[str]
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name the folder of the photos")
-    listing, names = list_folder(FolderSource(path=str(folder), recursive=recursive)), Names()
+    listing = list_folder(FolderSource(path=str(folder), recursive=recursive))
     found = [(image, path, listed) for image, listed in listing.images if (path := file_of(image)) is not None]
-    masks = {path: _masks(path, names) for _, path, _ in found}
-    are_masks = {mask for of in masks.values() for mask in of}
-    stems = Counter(_stem(path) for path in masks.keys() - are_masks)
+    stems = Counter(_stem(path) for _, path, _ in found)
     photos = [
         Photo(
             image,
             path,
             _has_caption(listing, image, listed),
             listing.sidecars.get(image),
-            next(iter(masks[path]), None),
+            listing.masks.get(image),
             stems[_stem(path)] > 1,
         )
         for image, path, listed in found
-        if path not in are_masks
     ]
     return photos, listing.warnings
-
-
-def _masks(photo: Path, names: Names) -> list[Path]:
-    """Return the masks beside a photo, in any format and case."""
-    wanted = (f"{photo.stem}{ending}{extension}" for ending in MASK_ENDINGS for extension in EXTENSIONS)
-    return [mask for name in wanted for mask in names.in_folder(photo.parent, name)]
 
 
 def _has_caption(listing: Listing, image: ImageRef, listed: Listed) -> bool:

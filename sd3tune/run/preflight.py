@@ -208,6 +208,7 @@ def split_records(
             caption=first.caption,
             captions=first.captions,
             wildcards=first.wildcards,
+            masks=first.masks if first.masks in ("alpha", "off") else None,
             template=first.template,
         )
         try:

@@ -20,6 +20,7 @@ from sd3tune.model.compute.hoist import Modulation
 from sd3tune.model.load.latents import sample_latents
 from sd3tune.model.load.text import on_device
 from sd3tune.training.examples import Example, Sample
+from sd3tune.training.masked import read_positions
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,10 @@ class Batch:
     """Samples whose target is the base's prediction: the last ones, if any."""
     input_noise: Tensor | None = None
     """The noise of the input, in the shape of `latents`, if it is perturbed; `noise` is that of the target."""
+    position_weights: Tensor | None = None
+    """[B, H/8, W/8]: weights of the loss at latent positions, mean 1 for each sample; None without masks."""
+    from_base: Tensor | None = None
+    """[B, H/8, W/8] in [0, 1]: the share of the base's prediction in the target; None if it is 0 everywhere."""
     modulation: Modulation | None = None
     """The adaLN modulations for `sigma` and the pooled text; None if the transformer computes them."""
 
@@ -91,6 +96,8 @@ class Batch:
             instances=len(self.names[rows]),
             kept=slice(0, 0),
             input_noise=None if self.input_noise is None else self.input_noise[rows],
+            position_weights=None if self.position_weights is None else self.position_weights[rows],
+            from_base=None if self.from_base is None else self.from_base[rows],
             modulation=self.modulation and [tensor[rows] for tensor in self.modulation],
         )
 
@@ -119,6 +126,8 @@ class _Loaded:
     sigma: Tensor
     embeddings: dict[str, dict[str, Tensor]]
     weights: Tensor
+    positions: Mapping[str, Tensor]
+    """See `read_positions`."""
     samples: list[Sample]
     instances: int
 
@@ -199,11 +208,8 @@ class Batches:
 
     def _load(self, step: int, micro: int) -> _Loaded:
         samples = self._samples(step, micro, self.rank)
-        moments = [
-            self.store.get(images[derive(self.seed, step, sample.slot, "variant") % len(images)])
-            for sample in samples
-            for images in [sample.example.images]
-        ]
+        chosen = [(sample.example, sample.variant(self.seed, step)) for sample in samples]
+        moments = [self.store.get(example.images[variant]) for example, variant in chosen]
         loaded = _Loaded(
             mean=torch.stack([entry["mean"] for entry in moments]),
             std=torch.stack([entry["std"] for entry in moments]),
@@ -213,6 +219,7 @@ class Batches:
                 for encoder in samples[0].example.captions
             },
             weights=torch.tensor([sample.example.weight for sample in samples], dtype=torch.float32),
+            positions=read_positions(self.store, chosen, moments[0]["mean"].shape[1:]),
             samples=samples,
             instances=self.batch_size,
         )
@@ -258,6 +265,7 @@ class Batches:
 
     def _to_device(self, step: int, loaded: _Loaded) -> Batch:
         mean, std, sigma = (t.to(self.device, non_blocking=True) for t in (loaded.mean, loaded.std, loaded.sigma))
+        positions = {name: t.to(self.device, non_blocking=True) for name, t in loaded.positions.items()}
         slots = [sample.slot for sample in loaded.samples]
         draws = torch.stack([self._draw(step, slot, mean.shape[1:]) for slot in slots])
         eps, noise = draws[:, 0], draws[:, 1]
@@ -278,6 +286,8 @@ class Batches:
             names=[sample.example.name for sample in loaded.samples],
             instances=loaded.instances,
             kept=slice(sum(not sample.is_kept for sample in loaded.samples), len(loaded.samples)),
+            position_weights=positions.get("position_weights"),
+            from_base=positions.get("from_base"),
         )
 
     def _draw(self, step: int, slot: int | str, shape: torch.Size) -> Tensor:
@@ -306,4 +316,5 @@ def _pinned(loaded: _Loaded) -> _Loaded:
         sigma=loaded.sigma.pin_memory(),
         embeddings={e: {k: v.pin_memory() for k, v in entry.items()} for e, entry in loaded.embeddings.items()},
         weights=loaded.weights.pin_memory(),
+        positions={name: tensor.pin_memory() for name, tensor in loaded.positions.items()},
     )

@@ -105,6 +105,12 @@ class Objective:
     weight: Callable[[Tensor], Tensor]
     """sigma [B] -> [B]."""
 
+    def losses(self, prediction: Tensor, target: Tensor, sigma: Tensor, done: float, weights: Tensor | None) -> Tensor:
+        """Return the loss of each sample, [B] fp32, with the `weights` of latent positions [B, H, W], if any."""
+        return objective.masked_loss(
+            lambda one, other, sigma: self.loss(one, other, sigma, done), prediction, target, sigma, weights
+        )
+
 
 def make_objective(flow: FlowConfig, shift: float) -> Objective:
     """Return the configured loss and weight under the given shift (see `shift_at`)."""

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sd3tune.config import Config, dump_config, load_config, parse_config
+from sd3tune.config.sections.data import DatasetSource
 from sd3tune.config.sections.method import LoraConfig, TextualInversionConfig
 from sd3tune.config.sections.model import ModelConfig, TextEncodersConfig
 from sd3tune.config.sections.section import Section
@@ -72,7 +73,7 @@ def _consistent(values: dict[str, Any]) -> dict[str, Any]:
     model, sources = values["model"], values["data"]["sources"]
     if model["init"] == "random":
         values["method"] = {"kind": "full", "export_dtype": "bf16"}
-        values["data"]["sources"] = [{**source, "prior": None} for source in sources]
+        values["data"]["sources"] = [{**source, "prior": None, "outside_target": "image"} for source in sources]
     else:
         model["transformer"] = None
     if values["method"]["kind"] == "full":
@@ -142,7 +143,10 @@ def section(kind: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
         "memory": st.one_of(st.sampled_from([None, "auto"]), st.floats(0.01, 1000)),
         "base": st.sampled_from(["tiny", "owner/name", "/abs: folder"]),
         "tokenizers": st.sampled_from([None, "owner/name", "/abs: folder"]),
+        "masks": st.sampled_from([None, "alpha", "off", "/masks: a"]),
     }
+    if kind is DatasetSource:
+        special["masks"] = st.sampled_from([None, "alpha", "off"])
     if kind is ModelConfig:
         special["init"] = st.sampled_from(["pretrained", "random"])
     if issubclass(kind, LoraConfig):
