@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import re
 import struct
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import from_scratch
 from examples.sd3_from_scratch import train
 from examples.sd3_from_scratch.metrics import frechet, trained_features
 from sd3tune.model.base.resolve import resolve_base
@@ -60,6 +62,14 @@ def test_a_lora_is_trained_and_drawn_with(monkeypatch: pytest.MonkeyPatch, tmp_p
     picture = tmp_path / "picture.png"
     run(monkeypatch, "generate", base, "a heart", "--lora", lora, "--steps", 2, "--out", picture)
     assert Image.open(picture).size == (64, 64)
+
+
+def test_speeds_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(from_scratch, "SHAPES", {"a small one": (1, 2, 8, 8)})
+    from_scratch.main(["--rounds", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(re.search(r": \d+\.\d{3} \(\d+\.\d{3} to \d+\.\d{3}\) of ", line) for line in lines)
 
 
 def write_idx(folder: Path, pixels: np.ndarray, labels: list[int]) -> None:
