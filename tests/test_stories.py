@@ -41,11 +41,13 @@ NEEDS_HOURS = {"configs/nano_base.yaml", "configs/nano_long.yaml", "examples/fas
 TAKES_MINUTES = {"demo", "eval"}
 """Tested with fewer steps and pictures in tests/commands/test_demo.py and tests/evaluation."""
 
+NEEDS_A_MODEL = {"caption", "mask"}
+"""Tested with small models in tests/commands/test_data_caption.py and test_data_mask.py."""
+LEFT_OUT = NEEDS_THE_HUB | NEEDS_HOURS | TAKES_MINUTES | NEEDS_A_MODEL
+
 
 def story(page: Path) -> list[list[str]]:
-    return [
-        words for _, words in commands_to_type(page) if not {*words} & (NEEDS_THE_HUB | NEEDS_HOURS | TAKES_MINUTES)
-    ]
+    return [words for _, words in commands_to_type(page) if not {*words} & LEFT_OUT]
 
 
 def as_typed(words: list[str]) -> list[str]:
@@ -98,10 +100,16 @@ def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch
     for folder in ("configs", "sd3tune"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    for photos in ("photos/rex", "photos/dog", "photos/toy", "rex", "train/10_sks dog", "train/2_dog"):
+    for photos in ("photos/rex", "photos/dog", "photos/toy", "rex", "train/10_sks dog", "train/2_dog", "masked"):
         (tmp_path / photos).mkdir(parents=True)
         for picture in sorted(tiny_images.glob("*.png")):
             shutil.copy(picture, tmp_path / photos)
+    shutil.copytree(tiny_images, "dog")  # with captions
+    for picture, ending in zip(sorted(Path("masked").glob("*.png"))[1:], ("_mask", "-masklabel"), strict=False):
+        with Image.open(picture) as image:
+            mask = Image.new("L", image.size, 0)
+            mask.paste(255, (8, 8, 40, 72))
+            mask.save(picture.with_stem(picture.stem + ending))
     for photo in ("rex.jpg", "yard.jpg"):
         shutil.copy(next(tiny_images.glob("*.png")), photo)
     with Image.open("yard.jpg") as yard:

@@ -5,38 +5,40 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageEnhance, ImageOps
 
 from sd3tune.config import Config, load_config, parse_config
 from sd3tune.config.loader import LoadedConfig
+from sd3tune.data.ahead import ahead
 from sd3tune.data.buckets import Size, nearest_bucket
 from sd3tune.data.colour import Reading
 from sd3tune.data.duplicates import LEAST_SIDE, near_duplicates, thumbnail
 from sd3tune.data.images import ImageRef, check_header, check_shape, is_smaller, read_picture, reading_warnings
+from sd3tune.data.masks import check_mask_size, read_mask
 from sd3tune.data.records import Record, scan_records
 from sd3tune.data.sources.from_path import source_of
 from sd3tune.data.written import Caption
-from sd3tune.errors import ConfigError, DataError, ModelError, RunError
-from sd3tune.files.atomic import new_file
+from sd3tune.errors import ConfigError, DataError, ModelError
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.resolve import local_base
 from sd3tune.reporting import result, say
 from sd3tune.run.buckets import Tables, bucket_tables, buckets_in, describe_buckets
 from sd3tune.run.sizes import in_all_sizes
 from sd3tune.sampling.contact_sheet import contact_sheet
+from sd3tune.sampling.sheet_file import check_sheet, write_sheet
 
 _SHOWN = 10
 """Maximum number of lines in a list."""
 _SHEET_IMAGES, _SHEET_COLUMNS, _SHEET_SIDE = 48, 6, 176
-_MARK = ("sd3tune", "data check")
-"""PNG text that marks a contact sheet, which a later one may overwrite."""
+_COMMAND = "data check"
 _CLIP_TOKENS = 77
+_DIMMED = 0.25
+"""Brightness outside masks, in the contact sheet."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def load_data(what: str, overrides: Sequence[str] = (), caption: str | None = No
 
 def run_data_check(config: Config, sheet: Path) -> None:
     """Print the report and write the contact sheet. Raises DataError with every problem that prevents training."""
-    _check_sheet(sheet)
+    check_sheet(sheet, _COMMAND)
     scan = scan_records(config.data, config.seed, progress=True, look=_inspect)
     problems = scan.problems
     tables = _tables(config)
@@ -86,6 +88,8 @@ def run_data_check(config: Config, sheet: Path) -> None:
             problems += found.problems
         else:
             checked.append(_CheckedImage(record, found))
+    areas, of_masks = _check_masks(checked)
+    problems += of_masks
     cuts, left_out = list[_Cut](), list[str]()
     try:
         cuts = _cuts(config, tables, checked, left_out.append)
@@ -93,7 +97,9 @@ def run_data_check(config: Config, sheet: Path) -> None:
         problems += error.problems
     for line in _report(config, cuts, checked):
         say(line)
-    readings = [(one.record.image, one.properties.reading) for one in checked]
+    for line in _masks(checked, areas):
+        say(line)
+    readings = [(one.record.image, one.record.unexpected(one.properties.reading)) for one in checked]
     for warning in [*scan.warnings, *left_out, *reading_warnings(readings)]:
         say(f"warning: {warning}")
     if checked:
@@ -205,6 +211,40 @@ def _counter(base: Base, part: str) -> Callable[[str], int]:
     return functools.partial(count_tokens, load_tokenizer(base, part))
 
 
+def _check_masks(checked: Sequence[_CheckedImage]) -> tuple[dict[int, float], list[str]]:
+    """Return the number of each image with a mask -> its share inside, and a line for each mask that cannot be used."""
+
+    def look(number: int) -> float | DataError | None:
+        record, properties = checked[number].record, checked[number].properties
+        if record.mask is None or (record.mask.is_alpha and not properties.reading.transparent):
+            return None
+        try:
+            grey, _ = read_mask(record.mask)
+            check_mask_size(record.mask, (grey.height, grey.width), record.image, properties.size)
+        except DataError as error:
+            return error
+        return float(np.asarray(grey).mean()) / 255
+
+    areas, problems = dict[int, float](), list[str]()
+    for number, found in enumerate(ahead(look, range(len(checked)))):
+        if isinstance(found, DataError):
+            problems += found.problems
+        elif found is not None:
+            areas[number] = found
+    return areas, problems
+
+
+def _masks(checked: Sequence[_CheckedImage], areas: Mapping[int, float]) -> Iterator[str]:
+    """Yield the lines on the images with masks and their mean area, and on those without; none without masks."""
+    if not areas:
+        return
+    mean = sum(areas.values()) / len(areas)
+    yield f"masks     {len(areas)} of {len(checked)} images, {mean:.0%} of the area on average"
+    without = [one.record.image for number, one in enumerate(checked) if number not in areas]
+    if without:
+        yield f"          without a mask: {_named(without)}"
+
+
 def _sizes(cuts: Sequence[_Cut]) -> Iterator[str]:
     """Yield a table of image sizes, with the training size, scale factor and cropped share of each."""
     yield from describe_buckets(cut.bucket for cut in cuts)
@@ -247,19 +287,6 @@ def _named(images: Sequence[ImageRef]) -> str:
     return ", ".join(image.name for image in images[:5]) + (", ..." if len(images) > 5 else "")
 
 
-def _check_sheet(path: Path) -> None:
-    """Raise RunError if the contact sheet would overwrite any other file."""
-    if not path.exists():
-        return
-    try:
-        with Image.open(path) as image:
-            ours = image.info.get(_MARK[0]) == _MARK[1]
-    except Exception:  # any unreadable file is not ours
-        ours = False
-    if not ours:
-        raise RunError(f"--sheet {path}: exists and is not a contact sheet; name another file")
-
-
 def _write_sheet(path: Path, cuts: Sequence[_Cut]) -> None:
     """Write the contact sheet, with each image in the last of its sizes."""
     last = list({id(cut.one): cut for cut in cuts}.values())
@@ -271,18 +298,22 @@ def _write_sheet(path: Path, cuts: Sequence[_Cut]) -> None:
         side=_SHEET_SIDE,
         cells=[[label for _, label in row] for row in rows],
     )
-    info = PngInfo()
-    info.add_text(*_MARK)
-    with new_file(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=info)
+    write_sheet(path, _COMMAND, picture)
 
 
 def _tile(cut: _Cut) -> Image.Image | None:
-    """Return the tile of an image, cropped as for training; None if the image has become unreadable since."""
+    """Return the tile of an image, cropped as for training and dark outside its mask.
+
+    None if the image or its mask has become unreadable since.
+    """
     high, wide = cut.bucket
     scale = _SHEET_SIDE / max(high, wide)
+    fit = functools.partial(ImageOps.fit, size=(round(wide * scale), round(high * scale)))
     try:
-        image = read_picture(cut.one.record.image).image
+        tile = fit(read_picture(cut.one.record.image).image, method=Image.Resampling.LANCZOS)
+        if cut.one.record.mask is not None:
+            grey = fit(read_mask(cut.one.record.mask)[0], method=Image.Resampling.BILINEAR)
+            tile = Image.composite(tile, ImageEnhance.Brightness(tile).enhance(_DIMMED), grey)
     except DataError:
         return None
-    return ImageOps.fit(image, (round(wide * scale), round(high * scale)), Image.Resampling.LANCZOS)
+    return tile

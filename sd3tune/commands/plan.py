@@ -232,7 +232,9 @@ def _length_lines(plan: Forecast, card: GpuSpec | None, utilisation: float) -> l
     lines = []
     if store is not None:
         lines.append(
-            f"store     {gigabytes(store.nbytes)}: {store.texts} texts and {store.images} images, encoded once"
+            f"store     {gigabytes(store.nbytes)}: {store.texts} texts and {store.images} images"
+            + f" with {store.masks} masks" * (store.masks > 0)
+            + ", encoded once"
         )
         inputs = plan.inputs
         encoders = METHODS[inputs.config.method.kind](inputs.config, inputs.base).cached_encoders

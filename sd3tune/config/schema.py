@@ -157,6 +157,11 @@ class Config(Section, metaclass=ConfigType):
                     f"data.sources.{number}.prior preserves the base's knowledge, but with model.init=random it "
                     "has none; remove the prior"
                 )
+            if source.outside_target == "base":
+                raise ValueError(
+                    f"data.sources.{number}.outside_target is base, but with model.init=random the base predicts "
+                    "nothing yet; leave outside_target out"
+                )
         return self
 
     @model_validator(mode="after")

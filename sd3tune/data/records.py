@@ -14,7 +14,9 @@ import regex
 from sd3tune.config.sections.data import DataConfig, SourceConfig
 from sd3tune.data.ahead import in_pieces
 from sd3tune.data.captions import counted, read_sidecar, some
+from sd3tune.data.colour import Reading
 from sd3tune.data.images import ImageRef, check_header, file_of
+from sd3tune.data.masks import Mask
 from sd3tune.data.seeds import derive
 from sd3tune.data.sources.folder import Listing
 from sd3tune.data.sources.registry import SOURCES
@@ -54,6 +56,8 @@ class Record:
     """The buckets that its image is cropped to the nearest of, (height, width); empty for all of the run."""
     choices: tuple[Caption, ...] = ()
     """The captions to train on, of which each step draws one; empty if there is only the first."""
+    mask: Mask | None = None
+    """The mask that weighs its loss; None if all of it counts alike."""
 
     @property
     def first(self) -> Caption:
@@ -64,6 +68,10 @@ class Record:
     def drawn(self) -> tuple[Caption, ...]:
         """The captions to train on, at least one."""
         return self.choices or (self.first,)
+
+    def unexpected(self, reading: Reading) -> Reading:
+        """Return the reading of the image without transparency if that was asked for as its mask."""
+        return replace(reading, transparent=False) if self.mask and self.mask.is_alpha else reading
 
     @property
     def written(self) -> Listed:
@@ -164,7 +172,8 @@ def _examined(
         looked = look(image)
     except DataError as error:
         return _Examined(None, problems=error.problems)
-    record = Record(image, "", source.repeats * listing.repeats.get(image, 1), number, source.weight)
+    repeats = source.repeats * listing.repeats.get(image, 1)
+    record = Record(image, "", repeats, number, source.weight, mask=_mask(source, listing, image))
     try:
         sidecar = None if as_written(listed).text else listing.sidecars.get(image)
         captions = _captions(image, listed, sidecar, listing, source)
@@ -186,6 +195,12 @@ def _examined(
     weights = (weighted_words(text) for caption in captions for text in caption.texts)
     joined = sidecar if "\n" in captions[0].text else None
     return _Examined(record, looked, (), joined, next(filter(None, weights), None))
+
+
+def _mask(source: SourceConfig, listing: Listing, image: ImageRef) -> Mask | None:
+    if source.masks == "alpha":
+        return Mask(image, is_alpha=True)
+    return Mask(listing.masks[image]) if image in listing.masks and source.masks != "off" else None
 
 
 def sample_indices(records: Sequence[Record]) -> list[int]:

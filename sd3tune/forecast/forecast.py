@@ -13,7 +13,7 @@ from sd3tune.config import Config
 from sd3tune.config.meaning import settings_of
 from sd3tune.config.sections.key import Phase
 from sd3tune.data.buckets import Size
-from sd3tune.data.crops import Crop, crops
+from sd3tune.data.crops import Crop, crops, mask_bytes
 from sd3tune.data.images import file_digest, upright_size
 from sd3tune.data.records import Record, load_records
 from sd3tune.encode.captions import text_bytes, texts_read_by
@@ -90,6 +90,7 @@ class Store:
     texts: int
     images: int
     """Entries: each variant of an image counts."""
+    masks: int
     nbytes: int
 
 
@@ -239,11 +240,13 @@ def _store(inputs: ForecastInputs, records: Sequence[Record], encoders: Sequence
         text_bytes(inputs.base, encoder, inputs.dtype, config.model.t5_lengths) * len(texts)
         for encoder, texts in read.items()
     )
-    sizes = [cut.size for record in inputs.sized for cut in _cuts(inputs, record)]
-    sizes += [bucket_of(record, inputs.buckets) for record in inputs.holdout] + [inputs.largest] * len(of_class)
+    cuts_of = [(record, [cut.size for cut in _cuts(inputs, record)]) for record in inputs.sized]
+    cuts_of += [(record, [bucket_of(record, inputs.buckets)]) for record in inputs.holdout]
+    sizes = [size for _, cuts in cuts_of for size in cuts] + [inputs.largest] * len(of_class)
+    masked = [size for record, cuts in cuts_of if record.mask for size in cuts]
     pixels = sum(height * width for height, width in sizes)
-    nbytes = of_texts + round(pixels * bytes_per_pixel(inputs.base))
-    return Store(len({text for texts in read.values() for text in texts}), len(sizes), nbytes)
+    nbytes = of_texts + round(pixels * bytes_per_pixel(inputs.base)) + sum(map(mask_bytes, masked))
+    return Store(len({text for texts in read.values() for text in texts}), len(sizes), len(masked), nbytes)
 
 
 def _cuts(inputs: ForecastInputs, record: Record) -> set[Crop]:

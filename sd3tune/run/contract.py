@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -159,12 +160,14 @@ def _quantized(plan: Plan) -> dict[str, str]:
 def _content(encoded: Encoded, balanced: bool) -> dict[str, str]:
     captions = [content_of(example) for example in encoded.examples]
     priors = [example.prior.facts() for example in encoded.examples if example.prior]
+    masks = [example.mask and asdict(example.mask) for example in encoded.examples]
     return {
         "images": _digest_of_images(encoded, {}),
         "captions": key("captions", captions=captions)[:16],
         "weights": key("weights", weights=[example.weight for example in encoded.examples])[:16],
         **({"prior": key("prior", priors=priors)[:16]} if priors else {}),
         **({"concepts": key("concepts", concepts=[of.concept for of in encoded.examples])[:16]} if balanced else {}),
+        **({"masks": key("masks", masks=masks)[:16]} if any(masks) else {}),
     }
 
 
@@ -192,6 +195,7 @@ _DIGESTS = {
     "data.captions": "captions",
     "data.weights": "weights of the sources",
     "data.concepts": "concepts of the images",
+    "data.masks": "masks, or loss outside them,",
 }
 """Descriptions of the identity keys whose values are digests."""
 
@@ -264,6 +268,7 @@ def start_facts(plan: Plan, world: int) -> dict[str, Any]:
         "images": len(plan.records),
         "images_per_epoch": plan.images_per_epoch,
         "captions": len({caption for record in plan.records for caption in record.drawn}),
+        **({"masks": masks} if (masks := sum(record.mask is not None for record in plan.records)) else {}),
         "held_out_images": len(plan.holdout),
         "class_images": sum(prior.count for prior in plan.priors),
         "modules": len(plan.modules),

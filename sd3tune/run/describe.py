@@ -19,6 +19,7 @@ from sd3tune.run.buckets import bucket_of, describe_buckets
 from sd3tune.run.captions import describe_captions
 from sd3tune.run.earlier import began_in_llm_int8, drops_kept_captions
 from sd3tune.run.evaluated import describe_evaluation
+from sd3tune.run.masks import describe_masks
 from sd3tune.run.preflight import Plan
 from sd3tune.run.priors import describe_prompts
 from sd3tune.run.sigmas import describe_sigmas
@@ -41,6 +42,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         *(f"warning: {warning}" for warning in plan.warnings),
         *describe_buckets(cut),
         *_describe_concepts(plan),
+        *describe_masks(config, plan.records),
         *describe_captions(config, plan.records, plan.base, method.cached_encoders, plan.dtype),
         *_describe_tags(plan),
         *_describe_priors(plan),

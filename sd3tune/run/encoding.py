@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sd3tune.config import Config
+from sd3tune.config.sections.data import SourceConfig
 from sd3tune.data.buckets import Size
 from sd3tune.data.concepts import concept_numbers
 from sd3tune.data.records import Record, sample_indices
@@ -17,6 +18,7 @@ from sd3tune.encode.captions import LLM_INT8, caption_keys, encode_captions, tex
 from sd3tune.encode.images import EncodedImage, encode_images
 from sd3tune.encode.inspect import inspect, warnings_about
 from sd3tune.encode.manifest import Manifest
+from sd3tune.encode.masks import masks_of
 from sd3tune.encode.report import EncodeReport
 from sd3tune.measures.prompts import Prompts
 from sd3tune.model.load.components import load_tokenizer
@@ -27,7 +29,7 @@ from sd3tune.run.places import store_folder
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes
 from sd3tune.training.batches import T5Lengths
-from sd3tune.training.examples import ClassImages, Example, OwnPrediction, Prior
+from sd3tune.training.examples import ClassImages, Example, MaskedVariants, OwnPrediction, Prior
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,10 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
         reports.append(report)
         for image in images:
             earlier.update((now, then) for now, then in zip(image.keys, image.earlier_keys, strict=True) if now != then)
+        sources = plan.config.data.sources
         return [
-            _example(record, image, captions, trained=varied) for record, image in zip(records, images, strict=True)
+            _example(record, image, captions, sources[record.source], trained=varied)
+            for record, image in zip(records, images, strict=True)
         ]
 
     once = examples_of("images", plan.sized, plan.buckets, varied=True)
@@ -96,9 +100,12 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
 def check_pictures(plan: Plan, progress: bool) -> list[str]:
     """Decode every image of the run, and return warnings about them. Raises DataError."""
     priors = [record for prior in plan.priors for record in prior.records]
-    refs = [record.image for record in [*plan.records, *plan.holdout, *priors]]
-    there = [ref for ref in refs if not isinstance(ref, Path) or ref.exists()]  # missing class images are drawn later
-    return warnings_about(there, inspect(there, Manifest.load(store_folder(plan.config)), progress))
+    every = [*plan.records, *plan.holdout, *priors]  # missing class images are drawn later
+    there = [record for record in every if not isinstance(record.image, Path) or record.image.exists()]
+    manifest = Manifest.load(store_folder(plan.config))
+    facts = inspect([record.image for record in there], manifest, progress)
+    masks_of(there, facts, manifest, progress)
+    return warnings_about(there, facts)
 
 
 def captions_to_encode(records: Iterable[Record], others: Iterable[Record]) -> list[Caption]:
@@ -214,7 +221,13 @@ def _encode_images(
     )
 
 
-def _example(record: Record, image: EncodedImage, captions: Mapping[str, Mapping[str, str]], trained: bool) -> Example:
+def _example(
+    record: Record,
+    image: EncodedImage,
+    captions: Mapping[str, Mapping[str, str]],
+    source: SourceConfig,
+    trained: bool,
+) -> Example:
     """Return a record's example. `trained` ones draw from all captions, others have the first one."""
 
     def keys_of(caption: Caption) -> dict[str, str]:
@@ -222,7 +235,8 @@ def _example(record: Record, image: EncodedImage, captions: Mapping[str, Mapping
 
     drawn = [keys_of(caption) for caption in (record.drawn if trained else [record.first])]
     choices = tuple(drawn) if len(drawn) > 1 else ()
-    return Example(record.image.name, image.keys, drawn[0], image.size, choices=choices)
+    mask = MaskedVariants(image.masks, source.outside_weight, source.outside_target == "base") if image.masks else None
+    return Example(record.image.name, image.keys, drawn[0], image.size, choices=choices, mask=mask)
 
 
 def _keys_of(text: str, captions: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -226,6 +226,7 @@ def split_records(
             trigger=first.trigger,
             captions=first.captions,
             wildcards=first.wildcards,
+            masks=first.masks if first.masks in ("alpha", "off") else None,
             template=first.template,
         )
         try:

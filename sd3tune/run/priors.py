@@ -158,7 +158,7 @@ def _images_not_drawn(folder: Path, prompt: str, number: int, warn: Callable[[st
         raise DataError(f"data.sources.{number}.prior.path: {folder} is a file; name a folder")
     if not folder.is_dir() or not any(images_in(folder)):
         return []
-    records = load_records(DataConfig(sources=[FolderSource(path=str(folder), caption=prompt)]), warn=warn)
+    records = load_records(DataConfig(sources=[FolderSource(path=str(folder), caption=prompt, masks="off")]), warn=warn)
     return [record for record in records if not _DRAWN.fullmatch(record.image.name)]
 
 

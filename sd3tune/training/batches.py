@@ -23,6 +23,7 @@ from sd3tune.model.compute.hoist import Modulation
 from sd3tune.model.load.latents import sample_latents
 from sd3tune.model.load.text import on_device
 from sd3tune.training.examples import Example, Sample
+from sd3tune.training.masked import read_positions
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,10 @@ class Batch:
     """Samples whose target is the base's prediction: the last ones, if any."""
     input_noise: Tensor | None = None
     """The noise of the input, in the shape of `latents`, if it is perturbed; `noise` is that of the target."""
+    position_weights: Tensor | None = None
+    """[B, H/8, W/8]: weights of the loss at latent positions, mean 1 for each sample; None without masks."""
+    from_base: Tensor | None = None
+    """[B, H/8, W/8] in [0, 1]: the share of the base's prediction in the target; None if it is 0 everywhere."""
     modulation: Modulation | None = None
     """The adaLN modulations for `sigma` and the pooled text; None if the transformer computes them."""
 
@@ -100,6 +105,8 @@ class Batch:
             instances=len(self.names[rows]),
             kept=slice(0, 0),
             input_noise=None if self.input_noise is None else self.input_noise[rows],
+            position_weights=None if self.position_weights is None else self.position_weights[rows],
+            from_base=None if self.from_base is None else self.from_base[rows],
             modulation=self.modulation and [tensor[rows] for tensor in self.modulation],
         )
 
@@ -131,6 +138,8 @@ class _Loaded:
     sigma: Tensor
     embeddings: dict[str, dict[str, Tensor]]
     weights: Tensor
+    positions: Mapping[str, Tensor]
+    """See `read_positions`."""
     samples: list[Sample]
     instances: int
 
@@ -227,11 +236,8 @@ class Batches:
 
     def _load(self, step: int, micro: int) -> _Loaded:
         samples = self._samples(step, micro, self.rank)
-        moments = [
-            self.store.get(images[derive(self.seed, step, sample.slot, "variant") % len(images)])
-            for sample in samples
-            for images in [sample.example.images]
-        ]
+        chosen = [(sample.example, sample.variant(self.seed, step)) for sample in samples]
+        moments = [self.store.get(example.images[variant]) for example, variant in chosen]
         loaded = _Loaded(
             mean=torch.stack([entry["mean"] for entry in moments]),
             std=torch.stack([entry["std"] for entry in moments]),
@@ -241,6 +247,7 @@ class Batches:
                 for encoder in samples[0].example.captions
             },
             weights=torch.tensor([sample.example.weight for sample in samples], dtype=torch.float32),
+            positions=read_positions(self.store, chosen, moments[0]["mean"].shape[1:]),
             samples=samples,
             instances=self.batch_size,
         )
@@ -285,15 +292,16 @@ class Batches:
 
     def _to_device(self, step: int, loaded: _Loaded) -> Batch:
         mean, std, sigma = (t.to(self.device, non_blocking=True) for t in (loaded.mean, loaded.std, loaded.sigma))
+        positions = {name: t.to(self.device, non_blocking=True) for name, t in loaded.positions.items()}
         slots = [sample.slot for sample in loaded.samples]
-        draws = torch.stack([self._draw(step, slot, mean.shape[1:]) for slot in slots])
+        draws = torch.stack([self._draw(step, slot, "noise", (2, *mean.shape[1:])) for slot in slots])
         eps, noise = draws[:, 0], draws[:, 1]
         if self.noise_offset:
-            offsets = torch.stack([self._draw_offset(step, slot, mean.shape[1]) for slot in slots])
+            offsets = torch.stack([self._draw(step, slot, "noise_offset", mean.shape[1:2]) for slot in slots])
             noise = offset_noise(noise, offsets, self.noise_offset)
         input_noise = None
         if self.input_perturbation:
-            more = torch.stack([self._draw_perturbation(step, slot, mean.shape[1:]) for slot in slots])
+            more = torch.stack([self._draw(step, slot, "input_perturbation", mean.shape[1:]) for slot in slots])
             input_noise = perturbed_noise(noise, more, self.input_perturbation)
         return Batch(
             latents=sample_latents(mean, std, eps, self.scaling.scaling_factor, self.scaling.shift_factor),
@@ -305,20 +313,15 @@ class Batches:
             names=[sample.example.name for sample in loaded.samples],
             instances=loaded.instances,
             kept=slice(sum(not sample.is_kept for sample in loaded.samples), len(loaded.samples)),
+            position_weights=positions.get("position_weights"),
+            from_base=positions.get("from_base"),
         )
 
-    def _draw(self, step: int, slot: int | str, shape: torch.Size) -> Tensor:
-        """Return [2, *shape] standard normals from the sample's own generator: for the posterior and for the flow."""
-        source = generator(self.seed, step, slot, "noise", device=self.device)
-        return torch.randn((2, *shape), generator=source, device=self.device)
-
-    def _draw_offset(self, step: int, slot: int | str, channels: int) -> Tensor:
-        source = generator(self.seed, step, slot, "noise_offset", device=self.device)
-        return torch.randn(channels, generator=source, device=self.device)
-
-    def _draw_perturbation(self, step: int, slot: int | str, shape: torch.Size) -> Tensor:
-        source = generator(self.seed, step, slot, "input_perturbation", device=self.device)
-        return torch.randn(shape, generator=source, device=self.device)
+    def _draw(self, step: int, slot: int | str, name: str, shape: Sequence[int]) -> Tensor:
+        """Return standard normals from the sample's own generator of that name."""
+        return torch.randn(
+            shape, generator=generator(self.seed, step, slot, name, device=self.device), device=self.device
+        )
 
 
 def _counts(buckets: Mapping[str, Sequence[Example]], shares: Sequence[Fraction] | None) -> Buckets:
@@ -340,4 +343,5 @@ def _pinned(loaded: _Loaded) -> _Loaded:
         sigma=loaded.sigma.pin_memory(),
         embeddings={e: {k: v.pin_memory() for k, v in entry.items()} for e, entry in loaded.embeddings.items()},
         weights=loaded.weights.pin_memory(),
+        positions={name: tensor.pin_memory() for name, tensor in loaded.positions.items()},
     )

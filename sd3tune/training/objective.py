@@ -112,6 +112,12 @@ class Objective:
         """Return the weight for images of `size`, (height, width) in pixels."""
         return self.weights.get(size, self.weight)
 
+    def losses(self, prediction: Tensor, target: Tensor, sigma: Tensor, done: float, weights: Tensor | None) -> Tensor:
+        """Return the loss of each sample, [B] fp32, with the `weights` of latent positions [B, H, W], if any."""
+        return objective.masked_loss(
+            lambda one, other, sigma: self.loss(one, other, sigma, done), prediction, target, sigma, weights
+        )
+
 
 def make_objective(flow: FlowConfig, shift: float, shifts: Mapping[Size, float] = {}) -> Objective:
     """Return the configured loss and weight under the shift of the images' size (see `shift_at`).

@@ -6,7 +6,6 @@ The short form trains each kind once, with all options at once. `make check-long
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,6 @@ from sd3tune.errors import RunError, UserError
 from sd3tune.inference.job import InferenceJob
 from sd3tune.training.loop import View
 
-long = pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="takes a minute; part of `make check-long`")
 PROMPT = "a photo of sks dog"
 KINDS = {
     "lora": ("method={kind: lora, rank: 2, alpha: 3.0, loraplus_lr_ratio: 4, export_dtype: fp16}",),
@@ -122,7 +120,7 @@ def test_dora_and_swapped_blocks_are_refused_together(quick_config, tmp_path: Pa
         quick_config(tmp_path, *KINDS["dora"], "train.swap_blocks=3")
 
 
-@long
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_a_quantised_base_is_drawn_on_as_it_was_trained_on(
     configured, tmp_path: Path, kind: str, form: str, assert_equal_runs
@@ -137,14 +135,14 @@ def test_a_quantised_base_is_drawn_on_as_it_was_trained_on(
     assert_equal_runs(tmp_path / "straight", tmp_path / "run")
 
 
-@long
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_it_trains_in_half_precision(configured, tmp_path: Path, dtype: str) -> None:
     run_training(configured(tmp_path / "run", f"model.dtype={dtype}"))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["report"]["changes_output"]
 
 
-@long
+@pytest.mark.long
 def test_two_processes_train_what_one_trains(configured, tmp_path: Path, kind: str, start_cli, adapter_of) -> None:
     plain = (
         ("optimizer={kind: adamw, lr: 0.001}", "method.dropout=0") if kind == "dora" else ("optimizer={kind: adamw}",)

@@ -148,7 +148,9 @@ LONG = {"lion", "adafactor", "paged_adamw8bit"}
 """Optimizers that only `make check-long` resumes in whole runs; tests/training/test_checkpoint.py has all of them."""
 
 
-@pytest.mark.parametrize("kind", [kind for kind in OPTIMIZER_STATE if kind not in LONG or "SD3TUNE_LONG" in os.environ])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind in LONG)) for kind in OPTIMIZER_STATE]
+)
 def test_every_optimizer_resumes_exactly_also_around_skipped_steps(
     quick_config, tmp_path: Path, assert_equal_runs, lines_of, monkeypatch, kind: str
 ) -> None:

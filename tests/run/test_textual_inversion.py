@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -28,7 +27,6 @@ from sd3tune.model.load.components import load_text_encoder
 from sd3tune.publish.files import files_of_product
 from sd3tune.training.loop import View
 
-LONG = pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="a part of `make check-long`")
 METHOD = "method={kind: textual_inversion, token: <rex>, vectors: 3, init: a dog, t5_caption: dog}"
 PROMPT = "a photo of <rex>"
 OPTIONS = (METHOD, "train.steps=3", "optimizer.lr=0.05", "checkpoint={every: 1, keep: 9}", "ema={decay: 0.5}",
@@ -149,7 +147,7 @@ def test_several_embeddings_are_used_at_once_and_one_of_another_tool_by_its_name
     assert drawn(tmp_path / "same", run, other).tobytes() == preview_of(run)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw8bit", pytest.param("adamw", marks=LONG)])
+@pytest.mark.parametrize("optimizer", ["adamw8bit", pytest.param("adamw", marks=pytest.mark.long)])
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(make, tmp_path: Path, optimizer: str) -> None:
     more = (f"optimizer={{kind: {optimizer}, lr: 0.05}}", "model.quantize=nf4", "preview={prompts: []}")
     configs = [make(tmp_path / name, *more) for name in ("straight", "killed")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -312,7 +311,7 @@ def test_the_plan_counts_encoders_activations_and_parameters(start, dtype: torch
         assert found.working == pytest.approx(peak_of(training.step).peak, rel=0.05)
 
 
-@pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="a part of `make check-long`")
+@pytest.mark.long
 def test_the_page_says_what_a_full_size_base_takes() -> None:
     page = (ROOT / "docs" / "text-encoders.md").read_text()
     rows = dict(re.findall(r"^\| ([^|]+) \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE))

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from sd3tune.config.sections.key import CONTENT, ENCODED, FREE, Identity, Key, Knob, is_any_path, looks_like_a_path
+from sd3tune.config.sections.masks import MaskColumn, Masks, MasksOfDataset, OutsideTarget, OutsideWeight
 from sd3tune.config.sections.priors import OwnPredictionConfig, PriorConfig
 from sd3tune.config.sections.section import Section
 from sd3tune.config.sections.sizes import Sizes, each_once, shares_of
@@ -99,6 +100,9 @@ class Source(Section):
     weight: Annotated[float, CONTENT] = Field(
         1.0, gt=0, description="Loss weight of this source's images; it does not change how often they are used."
     )
+    masks: Masks = None
+    outside_weight: OutsideWeight = 0.1
+    outside_target: OutsideTarget = "image"
     max_samples: Annotated[int | None, CONTENT] = Field(
         None, ge=1, description="Maximum number of the source's images, always the same ones; null uses all."
     )
@@ -173,6 +177,8 @@ class DatasetSource(Source):
     t5_column: Annotated[str | None, CONTENT] = Field(
         None, min_length=1, description="Column with texts that only T5 reads; null: `text_t5`, if there is one."
     )
+    masks: MasksOfDataset = None
+    mask_column: MaskColumn = None
     class_names: Annotated[list[str] | None, CONTENT] = Field(
         None,
         min_length=1,
