@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from sd3tune.adapter.embedding import EMBEDDING_FILE
 from sd3tune.adapter.file import ADAPTER_FILE, Adapter, read_adapter
 from sd3tune.adapter.metadata import is_safetensors
 from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE
@@ -17,7 +18,7 @@ from sd3tune.model.base.hub import download, files_in_root
 CARD = "README.md"
 _ON_THE_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w./-]+))?", re.ASCII)
 _WEIGHTS = (ADAPTER_FILE, f"adapter/{ADAPTER_FILE}", WEIGHTS_FILE)
-_WANTED = [*_WEIGHTS, CONFIG_FILE, CARD]
+_WANTED = [*_WEIGHTS, EMBEDDING_FILE, f"adapter/{EMBEDDING_FILE}", CONFIG_FILE, CARD]
 _OTHERWISE = "give --lora a folder"
 _MOST_OF_CARD = 2**20
 """Number of bytes read from a card, whose YAML header comes first."""

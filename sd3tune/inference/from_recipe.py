@@ -47,9 +47,13 @@ class _Lora(Part):
     weight: float
     tensors_sha256: str | None = None
     """Digest of the tensors alone, equal when only the file's header changes; None in earlier pictures."""
+    embedding: str | None = None
+    """Digest of the file with its learned token, which lies beside it; None without one."""
 
     def is_in(self, path: Path) -> bool:
-        """Return True if the file holds this adapter."""
+        """Return True if the file holds this adapter, and its learned token lies beside it."""
+        if self.embedding is not None and not _has_content(path.with_name(EMBEDDING_FILE), self.embedding):
+            return False
         if self.tensors_sha256 is None:
             return _has_content(path, self.sha256)
         try:

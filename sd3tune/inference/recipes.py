@@ -115,13 +115,15 @@ class Recipes:
 
     @cached_property
     def _named(self) -> list[dict[str, str]]:
+        own = self.session.own
         return [
             {
                 "name": adapter.origin or _name_of(adapter.path),
                 "sha256": sha256_of(adapter.path),
                 "tensors_sha256": tensors_sha256(adapter.path),
+                **({"embedding": sha256_of(own[number].path)} if number in own else {}),
             }
-            for adapter in self.session.adapters
+            for number, adapter in enumerate(self.session.adapters)
         ]
 
 

@@ -13,6 +13,7 @@ from sd3tune.methods.full import FullMethod
 from sd3tune.methods.loha import LohaMethod
 from sd3tune.methods.lokr import LokrMethod
 from sd3tune.methods.lora import LoraMethod
+from sd3tune.methods.pivotal import PivotalMethod
 from sd3tune.methods.textual_inversion import TextualInversionMethod
 from sd3tune.model.base.base import Base
 
@@ -34,6 +35,7 @@ METHODS: Registry[MethodClass] = Registry(
         "lokr": LokrMethod,
         "full": FullMethod,
         "textual_inversion": TextualInversionMethod,
+        "pivotal": PivotalMethod,
     },
 )
 

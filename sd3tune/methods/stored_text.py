@@ -65,6 +65,9 @@ class StoredText:
     def rates(self, names: Iterable[str]) -> dict[str, float]:
         return {}
 
+    def frozen(self, done: float) -> Sequence[str]:
+        return ()
+
     @abstractmethod
     def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:
         """See `methods.base.Method`."""
