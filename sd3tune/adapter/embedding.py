@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,10 +145,11 @@ def as_read(encoder: str, text: str, embeddings: Sequence[Embedding], others: Se
 
     CLIP, too, reads other words for the tokens of `others`, which are not in use.
     """
-    for one in sorted([*embeddings, *others], key=lambda one: -len(one.token)):  # a token may begin with another
-        in_words = encoder == "t5" or one in others
-        text = text.replace(one.token, one.t5_caption if in_words else " ".join(one.names))
-    return text
+    words = {one.token: one.t5_caption for one in (*others, *embeddings)}
+    if encoder != "t5":
+        words |= {one.token: " ".join(one.names) for one in embeddings}
+    tokens = sorted(words, key=len, reverse=True)  # a token may begin with another
+    return re.sub("|".join(map(re.escape, tokens)), lambda found: words[found[0]], text) if tokens else text
 
 
 def attach_embeddings(encoder: TextEncoder, embeddings: Sequence[Embedding]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from sd3tune.config.schema import Config
-from sd3tune.config.sections.method import MethodSection
+from sd3tune.config.sections.method_section import MethodSection
 from sd3tune.config.variants import METHOD, Registry
 from sd3tune.methods.base import Method, Product
 from sd3tune.methods.dora import DoraMethod
