@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd3tune.adapter.file import Adapter, contract_metadata, save_tensors
-from sd3tune.adapter.metadata import CONTRACT_KEY, read_contract, read_tensors
+from sd3tune.adapter.file import ADAPTER_FILE, Adapter, contract_metadata, save_tensors
+from sd3tune.adapter.metadata import CONTRACT_KEY, is_safetensors, read_contract, read_tensors
 from sd3tune.errors import AdapterError
+from sd3tune.files.tensor_header import BadHeader, read_header
 from sd3tune.model.base.contract import WAY_OUT
 from sd3tune.model.load.learned_tokens import add_tokens, learn, names_of
 from sd3tune.model.load.text import TextEncoder
@@ -28,6 +29,7 @@ __all__ = [
     "attach_embeddings",
     "embedding_beside",
     "find_embedding",
+    "is_embedding",
     "left_behind",
     "names_of",
     "read_embedding",
@@ -49,6 +51,8 @@ class Embedding:
     """The words that T5 reads in place of the token."""
     contract: Mapping[str, Any]
     """The conditioning contract; empty if another tool wrote the file."""
+    origin: str | None = None
+    """Repository and commit of an embedding from the Hub, as `user/name:commit`."""
     alias: str = ""
     """Name in the tokenizers, if another embedding in use has the same token."""
 
@@ -83,6 +87,19 @@ def find_embedding(location: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise AdapterError(f"{location}: no such file, and no {EMBEDDING_FILE} in it or in its embedding/ folder")
+
+
+def is_embedding(location: Path) -> bool:
+    """Return whether a location holds the embedding of a token, and no adapter."""
+    path = location.expanduser()
+    if path.is_dir():
+        return not any((path / folder / ADAPTER_FILE).is_file() for folder in ("", "adapter")) and any(
+            (path / folder / EMBEDDING_FILE).is_file() for folder in ("", "embedding")
+        )
+    try:
+        return is_safetensors(path.name) and set(read_header(path).tensors) == set(NAMES)
+    except (BadHeader, OSError):
+        return False
 
 
 def embedding_beside(adapter: Adapter) -> Embedding | None:

@@ -49,12 +49,16 @@ def check_embeddings(embeddings: Sequence[Embedding], base: Base) -> None:
 
 
 def check_tokens(requests: Sequence[ImageRequest], session: InferenceSession) -> None:
-    """Warn of a learned token in no prompt. Raises AdapterError if a picture uses two files for one token."""
+    """Raise AdapterError if a picture uses two files for one token."""
     for request in requests:
         own = [session.own[number] for number, _ in request.loras if number in session.own]
         for token, count in Counter(one.token for one in (*session.embeddings, *own)).items():
             if count > 1:
                 raise AdapterError(f"--embedding, --lora: {count} files are for the token {token}; give one of them")
+
+
+def note_unused_tokens(requests: Sequence[ImageRequest], session: InferenceSession) -> None:
+    """Warn of a learned token that is in no prompt."""
     texts = [
         getattr(request, name) or "" for request in requests for name in ("prompt", "negative", *PROMPT_OF.values())
     ]

@@ -10,9 +10,9 @@ from typing import Any
 
 from sd3tune.adapter.attach import match
 from sd3tune.adapter.derived import notes_of
-from sd3tune.adapter.embedding import Embedding, read_embedding
+from sd3tune.adapter.embedding import Embedding
 from sd3tune.adapter.file import Adapter
-from sd3tune.adapter.hub import load_adapter
+from sd3tune.adapter.hub import load_adapter, load_embedding
 from sd3tune.adapter.text_encoders import match_text
 from sd3tune.data.images import check_header, read_picture, reading_warnings
 from sd3tune.errors import ConfigError
@@ -74,10 +74,12 @@ def prepare(asked: InferenceJob) -> PreparedJob:
     adapters = [load_adapter(path, transformer_only=job.transformer_only) for path, _ in weighted]
     for line in (line for adapter in adapters for line in notes_of(adapter)):
         say(line)
-    session = _open_session(job, adapters, [read_embedding(Path(path)) for path in job.embeddings])
+    session = _open_session(job, adapters, [load_embedding(Path(path)) for path in job.embeddings])
     if source is not None:
         if not asked.loras:
             source.check_adapters(adapters[: len(job.loras)])
+        if not asked.embeddings:
+            source.check_embeddings(session.embeddings)
         source.check_base(session.conditions.base, chosen=asked.base is not None or asked.config is not None)
 
     fixed = tuple((number, weight) for number, (_, weight) in enumerate(weighted[: len(job.loras)]))

@@ -45,7 +45,7 @@ class Recipes:
         }
         if self.session.embeddings:
             model["embeddings"] = [
-                {"name": one.path.name, "sha256": sha256_of(one.path)} for one in self.session.embeddings
+                {"name": one.origin or one.path.name, "sha256": sha256_of(one.path)} for one in self.session.embeddings
             ]
         if encoders := self._adapted_encoders(request):
             model["lora_encoders"] = encoders

@@ -144,6 +144,9 @@ class Method(Protocol):
     def stored_text(self, text: str) -> str:
         """Return the text that the store encodes, and that the untrained base reads, for a caption or prompt."""
 
+    def written(self, text: str) -> str:
+        """Return the text that a trained encoder reads for a caption or prompt."""
+
     def tokens(self, tokenizer: Any, text: str) -> Tensor:
         """Return the tokens of a text for a trained encoder, [77] int64, given its own tokenizer."""
 

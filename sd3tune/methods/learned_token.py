@@ -32,7 +32,7 @@ from sd3tune.model.load.learned_tokens import (
     usual_norm,
     written_out,
 )
-from sd3tune.model.load.text import TextEncoder, tokenize
+from sd3tune.model.load.text import TextEncoder
 from sd3tune.model.lora.targets import CoverageRow
 
 
@@ -124,18 +124,21 @@ class LearnedToken(TrainedText):
         """Return the text with the class words in place of the token."""
         return text.replace(self.settings.token, self.settings.class_words)
 
-    def tokens(self, tokenizer: Any, text: str) -> Tensor:
-        """Return the tokens of a text [77], int64. Raises ConfigError if the token is a word of the vocabulary."""
+    def written(self, text: str) -> str:
+        """Return the text with all vectors of the token in its place."""
+        return written_out(text, self.settings.token, self.settings.vectors)
+
+    def add_to(self, tokenizer: Any) -> None:
+        """Add the token to a tokenizer, once. Raises ConfigError if it is a word of the vocabulary."""
         names = names_of(self.settings.token, self.settings.vectors)
-        if names[-1] not in tokenizer.get_added_vocab():
-            try:
-                add_tokens(tokenizer, names)
-            except ValueError:
-                raise ConfigError(
-                    f"{self.section}.token: {names[0]} is a word that CLIP knows; take a new one, such as <{names[0]}>"
-                ) from None
-        text = written_out(text, self.settings.token, self.settings.vectors)
-        return tokenize(tokenizer, text, tokenizer.model_max_length)
+        if names[-1] in tokenizer.get_added_vocab():
+            return
+        try:
+            add_tokens(tokenizer, names)
+        except ValueError:
+            raise ConfigError(
+                f"{self.section}.token: {names[0]} is a word that CLIP knows; take a new one, such as <{names[0]}>"
+            ) from None
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
         return {key: self._scaled(key, weights[key]) for key in map(_parameter, NAMES)}

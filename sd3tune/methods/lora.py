@@ -132,8 +132,11 @@ class LoraMethod(StoredText):
         kind, rank = self.settings.kind, self.settings.rank
         if self.is_automatic:
             low, high = min(self._ranks.values()), max(self._ranks.values())
-            ranks = f"ranks {low} to {high}" if self._has_chosen else "ranks by gradients"
-            return f"{kind}, {ranks} within {self.settings.budget_mb:g} MB"
+            some = f"rank {low} everywhere" if low == high else f"ranks {low} to {high}"
+            ranks = some if self._has_chosen else "ranks by gradients"
+            text = self.text.title()
+            counted = ", without the text encoders" * bool(text)
+            return f"{kind}, {ranks} for at most {self.settings.budget_mb:g} MB{counted}{text}"
         others = sorted(set(self.settings.rank_pattern.values()) - {rank})
         some = f" (some {', '.join(map(str, others))})" if others else ""
         ratio = getattr(self.settings, "loraplus_lr_ratio", 1)

@@ -46,8 +46,12 @@ class PivotalMethod(LoraMethod):
     def stored_text(self, text: str) -> str:
         return self.token.stored(text)
 
+    def written(self, text: str) -> str:
+        return self.token.written(text)
+
     def tokens(self, tokenizer: Any, text: str) -> Tensor:
-        return self.token.tokens(tokenizer, text)
+        self.token.add_to(tokenizer)
+        return super().tokens(tokenizer, text)
 
     def exported(self, weights: Weights) -> dict[str, Tensor]:
         return {**super().exported(weights), **self.token.exported(weights)}  # the vectors are fp32 in any file

@@ -45,8 +45,11 @@ class StoredText:
     def stored_text(self, text: str) -> str:
         return text
 
+    def written(self, text: str) -> str:
+        return text
+
     def tokens(self, tokenizer: Any, text: str) -> Tensor:
-        return tokenize(tokenizer, text, tokenizer.model_max_length)
+        return tokenize(tokenizer, self.written(text), tokenizer.model_max_length)
 
     def companions(self) -> Sequence[nn.Module]:
         return ()

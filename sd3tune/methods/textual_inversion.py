@@ -67,8 +67,12 @@ class TextualInversionMethod(StoredText):
     def stored_text(self, text: str) -> str:
         return self.text.stored(text)
 
+    def written(self, text: str) -> str:
+        return self.text.written(text)
+
     def tokens(self, tokenizer: Any, text: str) -> Tensor:
-        return self.text.tokens(tokenizer, text)
+        self.text.add_to(tokenizer)
+        return super().tokens(tokenizer, text)
 
     def conditioning(self, embeddings: Embeddings, transformer: SD3Transformer2DModel) -> tuple[Tensor, Tensor]:
         return super().conditioning(self.text.encoded(embeddings), transformer)

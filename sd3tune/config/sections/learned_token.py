@@ -34,6 +34,10 @@ class LearnedTokenKeys(Section):
         """The words that T5 and the untrained base read in place of the token."""
         return self.init if self.t5_caption is None else self.t5_caption
 
+    def as_long(self, encoder: str, text: str) -> str:
+        """Return a text with as many tokens as the encoder reads for this one."""
+        return text.replace(self.token, self.class_words if encoder == "t5" else " ".join("a" * self.vectors))
+
 
 class PivotConfig(LearnedTokenKeys):
     """The token of pivotal tuning: trained first, then frozen."""

@@ -283,10 +283,15 @@ class TextualInversionConfig(LearnedTokenKeys, MethodSection):
     """New words for CLIP-L and CLIP-G: a few embedding vectors; transformer and encoders stay as they are."""
 
     makes_adapter: ClassVar[bool] = False
+    usual_lr: ClassVar[float | None] = 5e-3
 
     kind: Annotated[Literal["textual_inversion"], WRITTEN] = Field(
         "textual_inversion", description="Learn the embedding of a token."
     )
+
+    @property
+    def learned_token(self) -> LearnedTokenKeys:
+        return self
 
     @property
     def trains_text(self) -> bool:
@@ -304,6 +309,10 @@ class PivotalConfig(LowRankSection):
     embedding: Annotated[PivotConfig, WRITTEN] = Field(
         default=PivotConfig(), description="The token and its vectors, in a file of its own beside the adapter."
     )
+
+    @property
+    def learned_token(self) -> LearnedTokenKeys:
+        return self.embedding
 
     @property
     def has_rates(self) -> bool:

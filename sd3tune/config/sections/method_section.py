@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from sd3tune.config.sections.learned_token import LearnedTokenKeys
 from sd3tune.config.sections.section import Section
 
 
@@ -23,6 +24,9 @@ class MethodSection(Section):
     gives_rates: ClassVar[str] = "method.text_encoders or method.loraplus_lr_ratio give parameters"
     """The keys of `has_rates`, for messages, with their verb."""
 
+    usual_lr: ClassVar[float | None] = None
+    """A learning rate that suits AdamW better than its default; None if the default suits."""
+
     @property
     def draws_in_blocks(self) -> bool:
         """True if training draws random numbers inside the transformer's blocks."""
@@ -37,6 +41,11 @@ class MethodSection(Section):
     def trains_text(self) -> bool:
         """True if text encoders are trained, so that the text of a later step is not known ahead."""
         return False
+
+    @property
+    def learned_token(self) -> LearnedTokenKeys | None:
+        """The keys of the token that is trained; None without one."""
+        return None
 
     @property
     def depends_on_length(self) -> bool:
