@@ -18,6 +18,7 @@ from sd3tune.adapter.embedding import EMBEDDING_FILE, read_embedding
 from sd3tune.adapter.file import ADAPTER_FILE, read_adapter
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.lora_convert import convert_lora
+from sd3tune.commands.lora_inspect import inspect_lora
 from sd3tune.commands.lora_verify import verify_lora
 from sd3tune.commands.train import run_training
 from sd3tune.config import Config
@@ -168,6 +169,9 @@ def test_other_commands_name_both_files(run: Path, tmp_path: Path) -> None:
     assert is_product_name(Path("adapter") / EMBEDDING_FILE)
     lines = convert_lora(run, "kohya", tmp_path / "kohya.safetensors")
     assert any(EMBEDDING_FILE in line and "embedding:NAME" in line for line in lines)
+    inspected = inspect_lora(run)
+    assert "token     <rex>, for which T5 reads dog" in inspected
+    assert any(line.startswith("CLIP-G    3 vectors of 32 numbers, norms ") for line in inspected)
     assert read_adapter(tmp_path / "kohya.safetensors").factors.keys() == read_adapter(run).factors.keys()
     assert any("drawn again by diffusers: equal to the pixel" in line for line in verify_lora(run, None, "auto"))
 
