@@ -29,6 +29,7 @@ __all__ = [
     "attach_embeddings",
     "embedding_beside",
     "find_embedding",
+    "in_other_words",
     "is_embedding",
     "left_behind",
     "names_of",
@@ -157,14 +158,19 @@ def with_aliases(embeddings: Mapping[int, Embedding]) -> dict[int, Embedding]:
     return found
 
 
-def as_read(encoder: str, text: str, embeddings: Sequence[Embedding], others: Sequence[Embedding] = ()) -> str:
-    """Return the text that an encoder reads: the token's vectors written out for CLIP, other words for T5.
+def as_read(encoder: str, text: str, embeddings: Sequence[Embedding]) -> str:
+    """Return the text that an encoder reads: the token's vectors written out for CLIP, other words for T5."""
+    if encoder == "t5":
+        return in_other_words(text, embeddings)
+    return _replaced(text, {one.token: " ".join(one.names) for one in embeddings})
 
-    CLIP, too, reads other words for the tokens of `others`, which are not in use.
-    """
-    words = {one.token: one.t5_caption for one in (*others, *embeddings)}
-    if encoder != "t5":
-        words |= {one.token: " ".join(one.names) for one in embeddings}
+
+def in_other_words(text: str, embeddings: Sequence[Embedding]) -> str:
+    """Return the text with T5's words in place of the tokens."""
+    return _replaced(text, {one.token: one.t5_caption for one in embeddings})
+
+
+def _replaced(text: str, words: Mapping[str, str]) -> str:
     tokens = sorted(words, key=len, reverse=True)  # a token may begin with another
     return re.sub("|".join(map(re.escape, tokens)), lambda found: words[found[0]], text) if tokens else text
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from sd3tune.adapter.embedding import EMBEDDING_FILE, Embedding, embedding_beside, with_aliases
+from sd3tune.adapter.embedding import EMBEDDING_FILE, Embedding, embedding_beside, in_other_words, with_aliases
 from sd3tune.adapter.file import Adapter
 from sd3tune.errors import AdapterError
 from sd3tune.inference.image_request import PROMPT_OF, ImageRequest
@@ -13,6 +15,8 @@ from sd3tune.inference.session import InferenceSession
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.parts import ENCODER_PARTS
 from sd3tune.reporting import say
+
+_TEXTS = ("prompt", "negative", *PROMPT_OF.values())
 
 
 def own_embeddings(adapters: Sequence[Adapter], given: Sequence[Embedding]) -> dict[int, Embedding]:
@@ -48,20 +52,29 @@ def check_embeddings(embeddings: Sequence[Embedding], base: Base) -> None:
         raise AdapterError(*problems)
 
 
+def without_unused_tokens(
+    request: ImageRequest, session: InferenceSession, others: Sequence[Embedding] = ()
+) -> ImageRequest:
+    """Return the request with T5's words in place of the tokens of `others`, and of adapters that it does not use."""
+    used = {number for number, _ in request.loras}
+    known = {one.token for one in (*session.embeddings, *(session.own[number] for number in used & session.own.keys()))}
+    unused = [*others, *(one for number, one in session.own.items() if number not in used and one.token not in known)]
+    if not unused:
+        return request
+    changed: dict[str, Any] = {
+        name: in_other_words(text, unused) for name in _TEXTS if (text := getattr(request, name))
+    }
+    return replace(request, **changed)
+
+
 def check_tokens(requests: Sequence[ImageRequest], session: InferenceSession) -> None:
-    """Raise AdapterError if a picture uses two files for one token."""
+    """Warn of a learned token in no prompt. Raises AdapterError if a picture uses two files for one token."""
     for request in requests:
         own = [session.own[number] for number, _ in request.loras if number in session.own]
         for token, count in Counter(one.token for one in (*session.embeddings, *own)).items():
             if count > 1:
                 raise AdapterError(f"--embedding, --lora: {count} files are for the token {token}; give one of them")
-
-
-def note_unused_tokens(requests: Sequence[ImageRequest], session: InferenceSession) -> None:
-    """Warn of a learned token that is in no prompt."""
-    texts = [
-        getattr(request, name) or "" for request in requests for name in ("prompt", "negative", *PROMPT_OF.values())
-    ]
+    texts = [getattr(request, name) or "" for request in requests for name in _TEXTS]
     for one in (*session.embeddings, *session.own.values()):
         if not any(one.token in text for text in texts):
             say(f"warning: {one.path}: no prompt has its token, {one.token}, so its vectors change nothing")

@@ -23,7 +23,7 @@ from sd3tune.inference.from_recipe import fill_from_recipe, read_source
 from sd3tune.inference.grid import Grid, read_grid
 from sd3tune.inference.image_request import PROMPT_OF, ImageRequest, seeded
 from sd3tune.inference.job import InferenceJob
-from sd3tune.inference.learned import check_embeddings, check_tokens, own_embeddings
+from sd3tune.inference.learned import check_embeddings, own_embeddings, without_unused_tokens
 from sd3tune.inference.lora_argument import parse_lora
 from sd3tune.inference.prompts_file import PromptLine, read_prompts
 from sd3tune.inference.session import InferenceSession
@@ -88,10 +88,9 @@ def prepare(asked: InferenceJob) -> PreparedJob:
     named = _named_requests(lines, common, job.num)
     rows = [[request for request, _ in named]]
     if grid is not None:
-        rows = grid.requests(named[0][0])
+        rows = [[without_unused_tokens(one, session) for one in row] for row in grid.requests(named[0][0])]
         named = [(request, flag_of) for row in rows for request in row]
     _check_against_base(named, session.conditions, adapters)
-    check_tokens([request for request, _ in named], session)
     return PreparedJob(job, session, rows, grid)
 
 

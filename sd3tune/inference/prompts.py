@@ -49,7 +49,7 @@ def encode_prompts(
 
     Encoders named in `eight_bit` are loaded in 8 bits. Warns of texts that are cut off. `adapters` are indexed by
     `Prompt.loras`; each encoder uses its own part of them. For the tokens of `embeddings`, T5 reads other words. `own`
-    are the embeddings of adapters, by index: a prompt without the adapter has other words in their place.
+    are the embeddings of adapters, by index, for prompts that use the adapter.
     """
     entries: dict[str, dict[tuple[str, Loras], dict[str, torch.Tensor]]] = {}
     for name in progress_bar(encoders, desc="encoding prompts", unit="encoder", leave=False, delay=2):
@@ -64,7 +64,7 @@ def encode_prompts(
         for loras in dict.fromkeys(prompt.loras for prompt in prompts):
             use_adapters(encoder.model, {str(number): weight for number, weight in loras})
             used = [*embeddings, *(own[number] for number, _ in loras if number in own)]
-            read = partial(as_read, name, embeddings=used, others=[one for one in known if one not in used])
+            read = partial(as_read, name, embeddings=used)
             texts = list(dict.fromkeys(prompt.texts.read_by(name) for prompt in prompts if prompt.loras == loras))
             encoded = encoder.encode([read(text) for text in texts])
             entries[name] |= {(text, loras): entry for text, entry in zip(texts, encoded, strict=True)}

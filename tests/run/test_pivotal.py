@@ -23,9 +23,14 @@ from sd3tune.commands.lora_verify import verify_lora
 from sd3tune.commands.train import run_training
 from sd3tune.config import Config
 from sd3tune.errors import AdapterError, ConfigError, RunError, UserError
+from sd3tune.evaluation.pictures import plan_drawings
+from sd3tune.evaluation.request import EvalRequest
+from sd3tune.evaluation.target import find_target
 from sd3tune.inference.image_request import Texts
 from sd3tune.inference.job import InferenceJob
 from sd3tune.inference.prompts import Prompt, encode_prompts
+from sd3tune.measures import prompts as measured
+from sd3tune.measures.prompts import Prompts
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.publish.files import files_of_product, is_product_name
 from sd3tune.training.loop import View
@@ -133,12 +138,11 @@ def test_each_checkpoint_uses_its_own_vectors_and_the_base_reads_the_class_word(
     assert together[1].tobytes() == preview_of(run)
     with pytest.raises(AdapterError, match="2 files are for the token <rex>"):
         drawn(tmp_path / "both", *steps)
-    asked = [Prompt(Texts(PROMPT)), Prompt(Texts("a photo of dog")), Prompt(Texts(PROMPT), ((0, 1.0),))]
-    names, own = ("clip_l", "clip_g", "t5"), {0: read_embedding(run)}
-    base, words, learned = encode_prompts(resolve_base("tiny"), names, asked, 16, torch.float32, CPU, own=own)
-    assert torch.equal(base.prompt_embeds, words.prompt_embeds)
-    assert torch.equal(base.pooled_prompt_embeds, words.pooled_prompt_embeds)
-    assert not torch.equal(learned.prompt_embeds, words.prompt_embeds)
+    request, target = EvalRequest(str(run), checkpoints="all", seeds=1), find_target(str(run), "all")
+    prompts = Prompts([measured.Prompt("<rex> on a beach", "dog on a beach")], [], [])
+    (drawing,) = plan_drawings(request, target, prompts, tmp_path / "eval")
+    asked = {one.picture.row: one.request.prompt for one in drawing.wanted}
+    assert asked == {"base": "dog on a beach", **{f"step {step}": "<rex> on a beach" for step in (1, 2, 3, 4)}}
 
 
 def test_the_cards_code_has_the_embeddings_of_infer(run: Path, tmp_path: Path, monkeypatch) -> None:
