@@ -19,6 +19,7 @@ from sd3tune.adapter.file import Adapter
 from sd3tune.config.sections.learned_token import LearnedTokenKeys
 from sd3tune.errors import AdapterError, ConfigError, ModelError
 from sd3tune.methods.base import Weights
+from sd3tune.methods.start_from import transformer_alone
 from sd3tune.methods.trained_text import TrainedText, part_of
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.parts import LABELS
@@ -61,6 +62,11 @@ class LearnedToken(TrainedText):
         return {} if self.lr is None else {name: self.lr / peak for name in names if name.startswith(self.prefixes)}
 
     def select(self, start: Adapter | None) -> list[str]:
+        if start is not None and start.text_parts:
+            raise AdapterError(
+                f"method.start_from: {start.path} also adapts text encoders, which this run does not train; "
+                f"{transformer_alone(start)}"
+            )
         begun = None if start is None else embedding_beside(start)
         if begun is not None and (begun.token, begun.vectors) != (self.settings.token, self.settings.vectors):
             raise AdapterError(

@@ -82,6 +82,13 @@ def _check_kind(adapter: Adapter, dora: bool) -> None:
         )
 
 
+def transformer_alone(adapter: Adapter) -> str:
+    """Return the way out of leaving the text encoders of a file out."""
+    path = shlex.quote(str(adapter.path))
+    command = f"sd3tune lora convert {path} --transformer-only --to diffusers --out NEW.safetensors"
+    return f"`{command}` writes a file without text encoders"
+
+
 def _merging(adapter: Adapter) -> str:
     """Return the way out of merging, which leaves text encoders out."""
     leaving = " --transformer-only" if adapter.text_factors else ""

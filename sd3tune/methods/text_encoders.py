@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +15,7 @@ from sd3tune.adapter.file import Adapter, fold_scale
 from sd3tune.config.sections.text_encoders import EncoderLoraConfig, TrainedEncodersConfig
 from sd3tune.errors import AdapterError
 from sd3tune.methods.base import Weights
-from sd3tune.methods.start_from import check_start, starting_factors
+from sd3tune.methods.start_from import check_start, starting_factors, transformer_alone
 from sd3tune.methods.trained_text import TrainedText, part_of
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.parts import ENCODER_OF, LABELS
@@ -131,10 +130,7 @@ def _seeded(generator: Callable[[str], torch.Generator], part: str) -> Callable[
 
 def _not_trained(start: Adapter, name: str) -> str:
     also = f"method.start_from: {start.path} also adapts {LABELS[name]}, which "
-    without = (
-        f"`sd3tune lora convert {shlex.quote(str(start.path))} --transformer-only --to diffusers --out "
-        "NEW.safetensors` writes a file without text encoders"
-    )
+    without = transformer_alone(start)
     if name not in TrainedEncodersConfig.model_fields:
         return f"{also}sd3tune does not train; {without}"
     return f"{also}this run does not train; set method.text_encoders.{name}, or leave it out: {without}"
