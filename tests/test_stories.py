@@ -34,6 +34,8 @@ SHORTER = {
     "infer": ["--steps", "2", "--size", "64"],
     "plan": ["model.base=tiny", "data.resolution=64"],
 }  # fmt: skip
+ON_NANO = {"style", "textual_inversion", "pivotal"}
+"""Folders of examples whose commands run on nano, whose weights are trained, instead of tiny."""
 NEEDS_THE_HUB = {"user/rex", "zalando-datasets/fashion_mnist"}
 """Tested against a Hub on this machine, in tests/run/test_upload.py and tests/data."""
 NEEDS_HOURS = {"configs/nano_base.yaml", "configs/nano_long.yaml", "examples/fashion_mnist/fashion_mnist.yaml"}
@@ -88,6 +90,8 @@ def other_methods(quick_config, tmp_path_factory: pytest.TempPathFactory) -> Cal
         if page.name == "textual-inversion.md":
             learned = train("textual_inversion", "method.token=<rex>", "data.trigger=<rex>")
             shutil.copytree(learned, folder / "runs" / "rex")
+            both = train("pivotal", "method.embedding.token=<rex>", "data.trigger=<rex>")
+            shutil.copytree(both, folder / "runs" / "pivotal-rex")
 
     return add
 
@@ -104,7 +108,8 @@ def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch
         (tmp_path / photos).mkdir(parents=True)
         for picture in sorted(tiny_images.glob("*.png")):
             shutil.copy(picture, tmp_path / photos)
-    shutil.copytree(tiny_images, "dog")  # with captions
+    for captioned in ("dog", "style"):
+        shutil.copytree(tiny_images, captioned)
     for picture, ending in zip(sorted(Path("masked").glob("*.png"))[1:], ("_mask", "-masklabel"), strict=False):
         with Image.open(picture) as image:
             mask = Image.new("L", image.size, 0)
@@ -131,7 +136,11 @@ def test_the_commands_of_a_page_work_one_after_the_other(
         shutil.copytree(trained, readers_folder / "runs" / "rex")
     typed = set[frozenset[str]]()
     for words in words_of:
-        whole = [*words, *SHORTER.get(words[0], []), *as_typed(words)]
+        shorter = SHORTER.get(words[0], [])
+        if page.parent.name in ON_NANO:
+            shorter = [word.replace("base=tiny", "base=nano") for word in shorter]
+            shorter += ["schedule.warmup_steps=0"] * (words[0] == "train")
+        whole = [*words, *shorter, *as_typed(words)]
         if frozenset(whole) in typed:  # in a test, what stands for another base is the same one
             continue
         typed.add(frozenset(whole))
@@ -147,5 +156,6 @@ def test_the_commands_of_a_page_work_one_after_the_other(
 def test_the_main_pages_are_among_them() -> None:
     assert {name_of(page) for page in STORIES} >= {
         "README.md", "docs/config.md", "docs/formats.md", "docs/inference.md", "examples/dreambooth/README.md",
+        *(f"examples/{name}/README.md" for name in ON_NANO),
     }  # fmt: skip
     assert sum(len(story(page)) for page in STORIES) >= 30

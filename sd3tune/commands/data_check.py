@@ -192,7 +192,9 @@ def _captions(config: Config, captions: Sequence[Caption], images: int) -> Itera
         yield f"tokens    not counted: the tokenizers of {config.model.base} are not on this machine yet"
     for name, count_tokens in counters.items():
         limit = limits[name][1]
-        counts = {text: count_tokens(text) for text in (caption.read_by(limits[name][0]) for caption in captions)}
+        encoder, learned = limits[name][0], config.method.learned_token
+        texts = dict.fromkeys(caption.read_by(encoder) for caption in captions)
+        counts = {text: count_tokens(learned.as_long(encoder, text) if learned else text) for text in texts}
         longest = max(counts, key=lambda caption: counts[caption])
         yield f"tokens    {name}: at most {counts[longest]} of {limit}"
         beyond = sum(count > limit for count in counts.values())

@@ -222,8 +222,8 @@ class Config(Section, metaclass=ConfigType):
             )
         if self.train.fused_backward and self.method.has_rates:
             raise ValueError(
-                "train.fused_backward is true, and method.text_encoders or method.loraplus_lr_ratio give parameters "
-                "learning rates of their own, which scale whole updates; leave one of them out"
+                f"train.fused_backward is true, and {self.method.gives_rates} learning rates of their own, which "
+                "scale whole updates; leave one of them out"
             )
         if self.train.fused_backward and self.method.trains_text:
             raise ValueError(
@@ -237,8 +237,7 @@ class Config(Section, metaclass=ConfigType):
         if self.optimizer.replaces_schedule and self.method.has_rates:
             raise ValueError(
                 f"optimizer.kind is {self.optimizer.kind}, whose averages follow one learning rate, and "
-                "method.text_encoders or method.loraplus_lr_ratio give parameters rates of their own; take another "
-                "optimizer, or leave these keys out"
+                f"{self.method.gives_rates} rates of their own; take another optimizer, or leave these keys out"
             )
         return self
 

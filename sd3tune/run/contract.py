@@ -133,7 +133,8 @@ def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, A
 def _resolved(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return, by config key, the identity's entries that replace the configured value."""
     config = plan.config
-    extendable = not (config.schedule.depends_on_length or config.flow.loss.depends_on_length)
+    parts = (config.method, config.schedule, config.flow.loss)
+    extendable = not any(part.depends_on_length for part in parts)
     return {
         "method": {},  # see `Method.identity`
         "model.base": {"base": plan.base.fingerprint("transformer")},

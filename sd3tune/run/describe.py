@@ -10,6 +10,7 @@ import torch
 
 from sd3tune.adapter.modelspec import describe_tags, tag_frequency
 from sd3tune.config import Config
+from sd3tune.config.sections.optimizer import OptimizerSection
 from sd3tune.data.buckets import Size, size_name
 from sd3tune.data.concepts import are_told_apart, balanced, concept_numbers, concepts_of, shares_of_concepts
 from sd3tune.data.sampler import times_seen
@@ -182,9 +183,9 @@ def _describe_base(plan: Plan) -> list[str]:
 
 
 def _describe_objective(plan: Plan) -> list[str]:
-    """Return notes and warnings about objective settings with surprising effects."""
+    """Return notes and warnings about settings of objective and optimizer with surprising effects."""
     flow, side, base = plan.config.flow, plan.config.data.side, plan.base
-    lines = []
+    lines = describe_lr(plan.config)
     if flow.noise_offset:
         share = 100 * spread_without_offset(flow.noise_offset, side)
         lines.append(
@@ -213,6 +214,17 @@ def _describe_objective(plan: Plan) -> list[str]:
             "drawn less often than they occur; flow.loss.kind=mse draws each as often"
         )
     return lines
+
+
+def describe_lr(config: Config) -> list[str]:
+    """Return a warning if the learning rate is a default that does not suit the method."""
+    usual, default = config.method.usual_lr, OptimizerSection.model_fields["lr"].default
+    if usual is None or config.optimizer.lr != default:
+        return []
+    return [
+        f"warning: optimizer.lr is {default:g}, its default, at which method.kind {config.method.kind} learns next to "
+        f"nothing; set it, such as optimizer.lr={usual:g}"
+    ]
 
 
 def describe_hoist(config: Config) -> list[str]:

@@ -14,7 +14,7 @@ from sd3tune.data.concepts import concept_numbers
 from sd3tune.data.records import Record, sample_indices
 from sd3tune.data.store import Store, key
 from sd3tune.data.written import Caption
-from sd3tune.encode.captions import LLM_INT8, caption_keys, encode_captions, texts_read_by
+from sd3tune.encode.captions import LLM_INT8, caption_keys, cut_off, encode_captions, texts_read_by
 from sd3tune.encode.images import EncodedImage, encode_images
 from sd3tune.encode.inspect import inspect, warnings_about
 from sd3tune.encode.manifest import Manifest
@@ -22,7 +22,7 @@ from sd3tune.encode.masks import masks_of
 from sd3tune.encode.report import EncodeReport
 from sd3tune.measures.prompts import Prompts
 from sd3tune.model.load.components import load_tokenizer
-from sd3tune.model.load.text import TOKENS
+from sd3tune.model.load.text import TOKENS, count_tokens
 from sd3tune.run.drawing import NEGATIVE_PROMPT, draw_class_images
 from sd3tune.run.earlier import began_in_llm_int8
 from sd3tune.run.places import store_folder
@@ -158,22 +158,29 @@ def _encode_captions(
     )
     processes.wait()
     store.refresh()
-    captions = {
+    captions: dict[str, Mapping[str, str]] = {
         encoder: {text: of[stored(text)] for text in texts_read_by(encoder, prompts, written)}
         for encoder, of in keys.items()
     }
-    captions |= {encoder: _noted(plan, store, encoder, captions[encoder]) for encoder in plan.method.trained_encoders}
+    for encoder in plan.method.trained_encoders:
+        captions[encoder], warnings = _noted(plan, store, encoder, captions[encoder])
+        for warning in warnings:
+            say(f"warning: {warning}")
     return captions, _t5_lengths(plan, keys), report
 
 
-def _noted(plan: Plan, store: Store, encoder: str, keys: Mapping[str, str]) -> dict[str, str]:
-    """Add the tokens of every text to its entry of a trained encoder. Return text -> key."""
-    tokenizer = load_tokenizer(plan.base, encoder)
-    found = {}
+def _noted(plan: Plan, store: Store, encoder: str, keys: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Add the tokens of every text to its entry of a trained encoder. Return text -> key, and warnings."""
+    tokenizer, method = load_tokenizer(plan.base, encoder), plan.method
+    most = tokenizer.model_max_length
+    found, lost = {}, dict[str, int]()
     for text, of in keys.items():
-        found[text] = of if plan.method.stored_text(text) == text else key("learned", text=text, of=of)
-        store.note(found[text], of, {TOKENS: plan.method.tokens(tokenizer, text)})
-    return found
+        found[text] = of if method.stored_text(text) == text else key("learned", text=text, of=of)
+        store.note(found[text], of, {TOKENS: method.tokens(tokenizer, text)})
+        beyond = count_tokens(tokenizer, method.written(text)) - most if method.written(text) != text else 0
+        if beyond > 0:  # the length of all other texts is known from their encoding
+            lost[text] = beyond
+    return found, cut_off({f"{encoder} reads {most} tokens": lost})
 
 
 def _t5_form_name(plan: Plan) -> str | None:

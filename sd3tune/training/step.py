@@ -124,6 +124,7 @@ def train_step(
     accumulation = config.train.gradient_accumulation
     lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.total_steps)
     done = state.step / config.train.total_steps
+    state.master.freeze(method.frozen(done))
     if state.fused is not None:
         state.updating = True
         state.fused.begin(lr, reduce_mean)

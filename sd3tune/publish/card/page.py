@@ -67,7 +67,8 @@ def _product(trained: Trained) -> str:
     if contract["base_kind"] == "hub":
         base = f"[{contract['base']}](https://huggingface.co/{contract['base']})"
     if trained.is_adapter:
-        return f"A {trained.kind_of_adapter} adapter for {base}"
+        token = f", with the embedding of the token {code(trained.learned['token'])}" if trained.learned else ""
+        return f"A {trained.kind_of_adapter} adapter for {base}{token}"
     if trained.is_embedding:
         return f"The embedding of the token {code(contract['token'])} for {base}"
     if trained.from_scratch:
