@@ -15,7 +15,6 @@ from pydantic.fields import FieldInfo
 
 from sd3tune.config import Config, dump_config, load_config, parse_config
 from sd3tune.config.sections.data import DatasetSource
-from sd3tune.config.sections.method import LoraConfig, TextualInversionConfig
 from sd3tune.config.sections.model import ModelConfig, TextEncodersConfig
 from sd3tune.config.sections.section import Section
 from sd3tune.config.sections.text_encoders import EncoderLoraConfig
@@ -102,7 +101,7 @@ def _consistent(values: dict[str, Any]) -> dict[str, Any]:
         values["checkpoint"]["best"] = "loss"
     if (values["train"]["steps"] is None) == (values["train"]["epochs"] is None):
         values["train"] |= {"steps": 1000, "epochs": None}
-    values["schedule"]["warmup_steps"] = min(values["schedule"]["warmup_steps"], values["train"]["steps"] or 0)
+    values["schedule"]["warmup_steps"] = min(values["schedule"]["warmup_steps"], (values["train"]["steps"] or 1) - 1)
     if values["preview"]["guidance"] <= 1:
         values["preview"]["guidance"] = 2.5
     return values
@@ -143,15 +142,16 @@ def section(kind: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
         "memory": st.one_of(st.sampled_from([None, "auto"]), st.floats(0.01, 1000)),
         "base": st.sampled_from(["tiny", "owner/name", "/abs: folder"]),
         "tokenizers": st.sampled_from([None, "owner/name", "/abs: folder"]),
+        "balance": st.sampled_from([None, "equal"]),
         "masks": st.sampled_from([None, "alpha", "off", "/masks: a"]),
     }
     if kind is DatasetSource:
         special["masks"] = st.sampled_from([None, "alpha", "off"])
     if kind is ModelConfig:
         special["init"] = st.sampled_from(["pretrained", "random"])
-    if issubclass(kind, LoraConfig):
+    if "budget_mb" in kind.model_fields:
         special["rank"] = st.one_of(st.just("auto"), st.integers(1, 1024))
-    if kind is TextualInversionConfig:
+    if "t5_caption" in kind.model_fields:
         special |= {"token": st.sampled_from(["<thing>", "no", "#1"]), "init": TEXT.filter(str.strip)}
     if kind is EncoderLoraConfig:
         special["targets"] = st.sampled_from(["attention", "attention+mlp"])
