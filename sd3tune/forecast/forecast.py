@@ -36,7 +36,7 @@ from sd3tune.run.buckets import bucket_of, bucket_tables, buckets_in, largest_bu
 from sd3tune.run.encoding import captions_to_encode, prompts_to_encode
 from sd3tune.run.evaluated import evaluated_prompts
 from sd3tune.run.preflight import check_installed, check_precision, check_size, resolve_epochs, split_records
-from sd3tune.run.priors import PlannedPrior, plan_priors
+from sd3tune.run.priors import PlannedPrior, plan_priors, with_captions
 from sd3tune.run.sizes import held_out_size, in_all_sizes, used_images
 
 CONTEXT = 600_000_000
@@ -166,6 +166,7 @@ def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
     used = buckets
     try:
         records, holdout = split_records(config, load_records(config.data, config.seed))
+        config = with_captions(config, records)
         sized, holdout = in_all_sizes(config.data, records, tables), held_out_size(config.data, holdout, tables)
         records = used_images(records, sized)
         config = resolve_epochs(config, sum(record.repeats for record in sized), 1)

@@ -32,7 +32,7 @@ from sd3tune.publish.repository import repository_of
 from sd3tune.run.buckets import Tables, bucket_of, bucket_tables, buckets_in, largest_bucket, largest_side
 from sd3tune.run.evaluated import evaluated_prompts
 from sd3tune.run.folder import check_disk_space, starting_checkpoint
-from sd3tune.run.priors import PlannedPrior, plan_priors
+from sd3tune.run.priors import PlannedPrior, plan_priors, with_captions
 from sd3tune.run.sizes import held_out_size, in_all_sizes, samples_of, used_images
 from sd3tune.runtime.device import choose_dtype, gpu_of
 from sd3tune.tracking.trackers import missing_packages
@@ -115,6 +115,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         records, holdout = split_records(
             config, load_records(config.data, config.seed, warn=warnings.append), warnings.append
         )
+        config = with_captions(config, records)
         if config.data.enlarges:  # else images may be too small for a size
             config = resolve_epochs(config, samples_of(config.data, records), world)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Prior preservation with class images: the images found per source, and the missing ones to draw."""
+"""Prior preservation: its prompts, and for class images those found per source and the missing ones to draw."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sd3tune.data.records import Record, load_records
 from sd3tune.data.seeds import derive
 from sd3tune.data.sources.folder import images_in
 from sd3tune.data.store import key
-from sd3tune.errors import DataError
+from sd3tune.errors import ConfigError, DataError
 from sd3tune.model.base.base import Base
 from sd3tune.run.buckets import bucket_of
 from sd3tune.run.places import class_image_folder
@@ -74,6 +74,33 @@ def describe_prompts(prompts: Sequence[str]) -> str:
     shown = ", ".join(repr(prompt) for prompt in prompts[:3])
     more = len(prompts) - 3
     return shown if more < 1 else f"{shown} and {more} more prompt{'s' * (more > 1)}"
+
+
+def with_captions(config: Config, records: Sequence[Record]) -> Config:
+    """Return the configuration with the captions that `prior.captions_without` asks for among the prior's prompts.
+
+    Captions without the name are left out, as they are trained on. Raises ConfigError if no caption has it.
+    """
+    sources = list(config.data.sources)
+    for number, prior in config.data.own_predictions.items():
+        if prior.captions_without is None:
+            continue
+        texts = (caption.text for one in records if one.source == number for caption in one.drawn)
+        found = [rest for text in texts if (rest := _without(text, prior.captions_without))]
+        if not found:
+            raise ConfigError(
+                f"data.sources.{number}.prior.captions_without: no caption of the source has "
+                f"{prior.captions_without!r}; write the subject's name as the captions do, or remove the key"
+            )
+        prompts = list(dict.fromkeys([*prior.prompts, *found]))
+        sources[number] = sources[number].model_copy(update={"prior": prior.model_copy(update={"prompt": prompts})})
+    return config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
+
+
+def _without(caption: str, name: str) -> str | None:
+    """Return the caption without a name, such as `a dog at sea` for `sks, a dog at sea`; None if it lacks the name."""
+    rest, count = re.subn(rf"(?<!\w){re.escape(name)}(?!\w)", "", caption, flags=re.IGNORECASE)
+    return re.sub(r"\s+", " ", re.sub(r"\s*,(\s*,)*", ",", rest)).strip(" ,") if count else None
 
 
 def plan_priors(

@@ -92,6 +92,12 @@ class OwnPredictionConfig(Prior):
     kind: Annotated[Literal["prediction"], CONTENT] = Field(
         "prediction", description="Preserve the base's prediction for the class."
     )
+    captions_without: Annotated[Prompt | None, CONTENT] = Field(
+        None,
+        examples=["sks"],
+        description="The subject's name in the captions. The source's own captions without it are preserved, too, each "
+        "as often as `prompt`: without `sks`, `a photo of sks dog on a beach` is `a photo of dog on a beach`.",
+    )
 
     @property
     def own_prediction(self) -> OwnPredictionConfig | None:
