@@ -58,7 +58,10 @@ def main() -> None:
     if wrong:
         parser.error(f"there is no chapter {wrong[0]}; choose from 1 to {len(CHAPTERS)}")
     folder = asked.out.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}; choose another folder")
     os.chdir(folder)
     for number in asked.chapters or range(1, len(CHAPTERS) + 1):
         chapter = CHAPTERS[number - 1]

@@ -82,6 +82,16 @@ def test_another_chapter_is_refused(number: str, tmp_path: Path, monkeypatch, ca
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    monkeypatch.setattr(sys, "argv", ["course", "1", "--out", "taken"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert re.search(r"--out: .*taken.*; choose another folder$", capsys.readouterr().err.strip())
+
+
 def test_a_chapter_that_needs_another_says_so(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
