@@ -49,7 +49,11 @@ CASES = {
     ),
     "the whole of SD3.5 medium": (SD35_MEDIUM, torch.float32, {"method": {"kind": "full"}} | PREVIEW),
 }
-LONG = ["SD3.5 medium in fp16, half of it checkpointed, with high ranks and dropout", "the whole of SD3.5 medium"]
+LONG = [
+    "SD3.5 large, checkpointed and in 4 bits",
+    "SD3.5 medium in fp16, half of it checkpointed, with high ranks and dropout",
+    "the whole of SD3.5 medium",
+]
 """Left to `make check-long`."""
 
 

@@ -218,6 +218,7 @@ def test_a_run_may_be_stopped_more_than_once(quick_config, tmp_path: Path, strai
     assert json.loads((tmp_path / "run.json").read_text())["resumes"] == [{"from_step": 3}, {"from_step": 6}]
 
 
+@pytest.mark.long
 def test_a_killed_process_is_resumed(
     quick_config, tmp_path: Path, straight: Path, assert_equal_runs, start_cli
 ) -> None:

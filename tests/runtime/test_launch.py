@@ -85,6 +85,7 @@ def test_processes_that_accelerate_would_let_train_alone_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_two_processes_equal_one_with_twice_the_batch(
     quick_config, write_config, tmp_path: Path, lines_of, adapter_of, start_cli
 ) -> None:

@@ -75,6 +75,7 @@ def test_a_whole_model_is_compiled_too() -> None:
     assert total_error(found_gradients, gradients) < 1e-11
 
 
+@pytest.mark.long
 def test_blocks_of_a_kind_and_steps_of_a_size_share_a_graph() -> None:
     """Also with modulations computed ahead, which are other tensors in each step."""
     transformer = alike("tiny-sd35-large", torch.float32)
@@ -90,9 +91,9 @@ def test_blocks_of_a_kind_and_steps_of_a_size_share_a_graph() -> None:
     assert counters["stats"]["unique_graphs"] == 2 * kinds
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("backend", "checkpointing"),
-    [("eager", "none"), *(pytest.param("aot_eager", kind, marks=pytest.mark.long) for kind in ("none", "block"))],
+    ("backend", "checkpointing"), [("eager", "none"), ("aot_eager", "none"), ("aot_eager", "block")]
 )
 def test_swapped_blocks_give_the_same_in_no_more_graphs(
     quick_config, tmp_path: Path, backend: str, checkpointing: str
