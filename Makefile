@@ -63,8 +63,8 @@ check: $(STAMP) ## Lint, formatting, types and layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check-long: $(STAMP) ## Run the slow tests that `make test` leaves out (half an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+check-long: $(STAMP) ## Run the slow tests that `make test` leaves out (ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist worksteal
 
 build: $(STAMP) ## Write the wheel and the source archive to dist/, and run the demo from the wheel alone
 	rm -rf dist
