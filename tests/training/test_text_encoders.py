@@ -281,7 +281,8 @@ def test_two_processes_have_the_gradient_of_one(start) -> None:
         gradients.append(gradient_of(batches.fetch(0, 0)))
         batches.close()
     whole = gradient_of(training.batches.fetch(0, 0))
-    torch.testing.assert_close((gradients[0] + gradients[1]) / 2, whole, rtol=0, atol=1e-6 * whole.abs().max().item())
+    # Sums in another order differ by some 1e-6 of the largest value in fp32, how much depends on the machine.
+    torch.testing.assert_close((gradients[0] + gradients[1]) / 2, whole, rtol=0, atol=5e-6 * whole.abs().max().item())
 
 
 def test_adaln_is_not_computed_ahead_and_the_run_says_so(start, quick_config, tmp_path) -> None:
