@@ -19,7 +19,7 @@ SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B
 
 
 class Tokenizer:
-    """What both kinds share: cutting to a length, padding, and `special` tokens such as `<|endoftext|>`, which are
+    """The common part of both: cutting to a length, padding, and `special` tokens such as `<|endoftext|>`, which are
     recognised as they are written. `ordinary(text)` yields the numbers of the text between them."""
 
     def __call__(self, text: str, length: int) -> list[int]:

@@ -58,7 +58,7 @@ def _square(image: Image.Image, side: int) -> Tensor:
 
 @dataclass
 class Data:
-    """What is trained on, encoded once. Conditions of the empty caption come last: they replace one in ten."""
+    """The encoded training data. Conditions of the empty caption come last: they replace one in ten."""
 
     latents: Tensor  # [n, c, h, w]
     caption: Tensor  # [n], the number of each picture's caption
