@@ -63,11 +63,8 @@ check: $(STAMP) ## Lint, formatting, types and layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check-long: $(STAMP) ## Run the slow tests that `make test` skips (twenty minutes)
-	SD3TUNE_LONG=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
-		tests/forecast/test_thinning.py tests/methods/test_matrix.py tests/model/compute/test_compiled.py tests/nullgpu \
-		tests/run/test_resume.py tests/run/test_text_encoders.py tests/run/test_textual_inversion.py \
-		tests/runtime/test_launch.py tests/training/test_optimizers_learn.py tests/training/test_text_encoders.py
+check-long: $(STAMP) ## Run the slow tests that `make test` leaves out (ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist worksteal
 
 build: $(STAMP) ## Write the wheel and the source archive to dist/, and run the demo from the wheel alone
 	rm -rf dist

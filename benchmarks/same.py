@@ -25,12 +25,13 @@ from safetensors import safe_open
 
 TINY = "configs/tiny_smoke.yaml"
 SMALL = ["train.steps=4", "checkpoint.every=2", "preview.every=2", "preview.steps=2", "preview.prompts=[a red cup]"]
+HELD_OUT = ["validation.every=2", "validation.holdout=2"]
 NANO = ["model.base=nano", "model.max_sequence_length=16", "data.resolution=64", "optimizer.lr=1e-3", "flow.shift=3.0"]
 
 STORIES: dict[str, list[list[str]]] = {
     "lora": [
-        ["train", TINY, *SMALL, "output_dir=run", "validation.every=2", "data.validation_split=0.2"],
-        ["train", TINY, "train.steps=6", "output_dir=run", "--resume", *SMALL[1:]],
+        ["train", TINY, *SMALL, *HELD_OUT, "output_dir=run"],
+        ["train", TINY, *SMALL, *HELD_OUT, "train.steps=6", "output_dir=run", "--resume"],
         ["infer", "--lora", "run", "--prompt", "a blue cup", "--seed", "3", "--steps", "3", "--out", "drawn"],
         ["infer", "--from", "drawn", "--out", "again"],
         ["lora", "inspect", "run"],

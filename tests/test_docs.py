@@ -209,11 +209,3 @@ def test_make_has_the_targets_that_are_written_about() -> None:
     mentioned = {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)`", page.read_text(encoding="utf-8"))}
     assert {"demo", "test", "check"} <= typed | mentioned
     assert typed | mentioned <= targets
-
-
-def test_every_test_that_is_skipped_for_its_length_is_in_check_long() -> None:
-    recipe = (ROOT / "Makefile").read_text().partition("\ncheck-long:")[2].partition("\n\n")[0]
-    long = [path for path in (ROOT / "tests").rglob("test_*.py") if "SD3TUNE_LONG" in path.read_text()]
-    assert len(long) > 5
-    left_out = [name for path in long if (name := path.relative_to(ROOT).as_posix()) not in recipe]
-    assert [name for name in left_out if not name.startswith("tests/nullgpu/")] == ["tests/test_docs.py"]

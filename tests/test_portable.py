@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import sd3tune
 from sd3tune.config import dump_config
 from sd3tune.files import atomic
@@ -36,6 +38,7 @@ print("exclusive:", "fcntl" in sys.modules and sys.modules["fcntl"] is None)
 """
 
 
+@pytest.mark.long
 def test_every_module_is_imported_and_a_run_is_trained_without_fcntl(quick_config, tmp_path: Path, monkeypatch) -> None:
     """In a fresh interpreter; the tiny base is built there, and store and run folder are locked."""
     monkeypatch.setenv("SD3TUNE_CACHE", str(tmp_path / "cache"))

@@ -34,6 +34,8 @@ SHORTER = {
     "infer": ["--steps", "2", "--size", "64"],
     "plan": ["model.base=tiny", "data.resolution=64"],
 }  # fmt: skip
+ON_NANO = {"style", "textual_inversion", "pivotal"}
+"""Folders of examples whose commands run on nano, whose weights are trained, instead of tiny."""
 NEEDS_THE_HUB = {"user/rex", "zalando-datasets/fashion_mnist"}
 """Tested against a Hub on this machine, in tests/run/test_upload.py and tests/data."""
 NEEDS_HOURS = {"configs/nano_base.yaml", "configs/nano_long.yaml", "examples/fashion_mnist/fashion_mnist.yaml"}
@@ -41,11 +43,13 @@ NEEDS_HOURS = {"configs/nano_base.yaml", "configs/nano_long.yaml", "examples/fas
 TAKES_MINUTES = {"demo", "eval"}
 """Tested with fewer steps and pictures in tests/commands/test_demo.py and tests/evaluation."""
 
+NEEDS_A_MODEL = {"caption", "mask"}
+"""Tested with small models in tests/commands/test_data_caption.py and test_data_mask.py."""
+LEFT_OUT = NEEDS_THE_HUB | NEEDS_HOURS | TAKES_MINUTES | NEEDS_A_MODEL
+
 
 def story(page: Path) -> list[list[str]]:
-    return [
-        words for _, words in commands_to_type(page) if not {*words} & (NEEDS_THE_HUB | NEEDS_HOURS | TAKES_MINUTES)
-    ]
+    return [words for _, words in commands_to_type(page) if not {*words} & LEFT_OUT]
 
 
 def as_typed(words: list[str]) -> list[str]:
@@ -86,6 +90,8 @@ def other_methods(quick_config, tmp_path_factory: pytest.TempPathFactory) -> Cal
         if page.name == "textual-inversion.md":
             learned = train("textual_inversion", "method.token=<rex>", "data.trigger=<rex>")
             shutil.copytree(learned, folder / "runs" / "rex")
+            both = train("pivotal", "method.embedding.token=<rex>", "data.trigger=<rex>")
+            shutil.copytree(both, folder / "runs" / "pivotal-rex")
 
     return add
 
@@ -98,10 +104,17 @@ def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch
     for folder in ("configs", "sd3tune"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    for photos in ("photos/rex", "rex", "train/10_sks dog", "train/2_dog"):
+    for photos in ("photos/rex", "photos/dog", "photos/toy", "rex", "train/10_sks dog", "train/2_dog", "masked"):
         (tmp_path / photos).mkdir(parents=True)
         for picture in sorted(tiny_images.glob("*.png")):
             shutil.copy(picture, tmp_path / photos)
+    for captioned in ("dog", "style"):
+        shutil.copytree(tiny_images, captioned)
+    for picture, ending in zip(sorted(Path("masked").glob("*.png"))[1:], ("_mask", "-masklabel"), strict=False):
+        with Image.open(picture) as image:
+            mask = Image.new("L", image.size, 0)
+            mask.paste(255, (8, 8, 40, 72))
+            mask.save(picture.with_stem(picture.stem + ending))
     for photo in ("rex.jpg", "yard.jpg"):
         shutil.copy(next(tiny_images.glob("*.png")), photo)
     with Image.open("yard.jpg") as yard:
@@ -123,7 +136,11 @@ def test_the_commands_of_a_page_work_one_after_the_other(
         shutil.copytree(trained, readers_folder / "runs" / "rex")
     typed = set[frozenset[str]]()
     for words in words_of:
-        whole = [*words, *SHORTER.get(words[0], []), *as_typed(words)]
+        shorter = SHORTER.get(words[0], [])
+        if page.parent.name in ON_NANO:
+            shorter = [word.replace("base=tiny", "base=nano") for word in shorter]
+            shorter += ["schedule.warmup_steps=0"] * (words[0] == "train")
+        whole = [*words, *shorter, *as_typed(words)]
         if frozenset(whole) in typed:  # in a test, what stands for another base is the same one
             continue
         typed.add(frozenset(whole))
@@ -139,5 +156,6 @@ def test_the_commands_of_a_page_work_one_after_the_other(
 def test_the_main_pages_are_among_them() -> None:
     assert {name_of(page) for page in STORIES} >= {
         "README.md", "docs/config.md", "docs/formats.md", "docs/inference.md", "examples/dreambooth/README.md",
+        *(f"examples/{name}/README.md" for name in ON_NANO),
     }  # fmt: skip
     assert sum(len(story(page)) for page in STORIES) >= 30

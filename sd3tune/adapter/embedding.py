@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sd3tune.adapter.file import contract_metadata, save_tensors
-from sd3tune.adapter.metadata import CONTRACT_KEY, read_contract, read_tensors
+from sd3tune.adapter.file import ADAPTER_FILE, Adapter, contract_metadata, save_tensors
+from sd3tune.adapter.metadata import CONTRACT_KEY, is_safetensors, read_contract, read_tensors
 from sd3tune.errors import AdapterError
+from sd3tune.files.tensor_header import BadHeader, read_header
 from sd3tune.model.base.contract import WAY_OUT
-from sd3tune.model.load.learned_tokens import add_tokens, learn, names_of, written_out
+from sd3tune.model.load.learned_tokens import add_tokens, learn, names_of
 from sd3tune.model.load.text import TextEncoder
 
 EMBEDDING_FILE = "learned_embeds.safetensors"
@@ -25,14 +27,19 @@ __all__ = [
     "Embedding",
     "as_read",
     "attach_embeddings",
+    "embedding_beside",
     "find_embedding",
+    "in_other_words",
+    "is_embedding",
+    "left_behind",
     "names_of",
     "read_embedding",
+    "with_aliases",
     "write_embedding",
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Embedding:
     """A learned token: its vectors for each CLIP encoder, fp32, and how to use them."""
 
@@ -45,10 +52,23 @@ class Embedding:
     """The words that T5 reads in place of the token."""
     contract: Mapping[str, Any]
     """The conditioning contract; empty if another tool wrote the file."""
+    origin: str | None = None
+    """Repository and commit of an embedding from the Hub, as `user/name:commit`."""
+    alias: str = ""
+    """Name in the tokenizers, if another embedding in use has the same token."""
 
     @property
     def vectors(self) -> int:
         return len(self.rows["clip_l"])
+
+    def in_words(self) -> str:
+        """Return `4 vectors for <rex>`."""
+        return f"{self.vectors} vector{'s' * (self.vectors != 1)} for {self.token}"
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the vectors in the tokenizers."""
+        return names_of(self.alias or self.token, self.vectors)
 
 
 def write_embedding(folder: Path, rows: Mapping[str, Tensor], contract: Mapping[str, Any]) -> Path:
@@ -64,10 +84,43 @@ def write_embedding(folder: Path, rows: Mapping[str, Tensor], contract: Mapping[
 def find_embedding(location: Path) -> Path:
     """Return the file at a file, a folder, a checkpoint or a run. Raises AdapterError."""
     path = location.expanduser()
-    for candidate in (path, path / EMBEDDING_FILE, path / "embedding" / EMBEDDING_FILE):
+    for candidate in (path, *(path / folder / EMBEDDING_FILE for folder in ("", "embedding", "adapter"))):
         if candidate.is_file():
             return candidate
     raise AdapterError(f"{location}: no such file, and no {EMBEDDING_FILE} in it or in its embedding/ folder")
+
+
+def is_embedding(location: Path) -> bool:
+    """Return whether a location holds the embedding of a token, and no adapter."""
+    path = location.expanduser()
+    if path.is_dir():
+        return not any((path / folder / ADAPTER_FILE).is_file() for folder in ("", "adapter")) and any(
+            (path / folder / EMBEDDING_FILE).is_file() for folder in ("", "embedding")
+        )
+    try:
+        return is_safetensors(path.name) and set(read_header(path).tensors) == set(NAMES)
+    except (BadHeader, OSError):
+        return False
+
+
+def embedding_beside(adapter: Adapter) -> Embedding | None:
+    """Return the learned token of pivotal tuning, whose file lies beside the adapter's; None without one.
+
+    Raises AdapterError for a file that cannot be used.
+    """
+    file = adapter.path.with_name(EMBEDDING_FILE)
+    return read_embedding(file) if "embedding" in adapter.contract and file.is_file() else None
+
+
+def left_behind(adapters: Sequence[Adapter]) -> list[str]:
+    """Return a note for each adapter whose learned token a derived file does not have."""
+    found = {adapter.path: embedding_beside(adapter) for adapter in adapters}
+    return [
+        f"note: {one.path} holds the vectors for {one.token} and stays a file of its own: `infer --embedding` and "
+        "ComfyUI (models/embeddings/NAME.safetensors, embedding:NAME in the prompt) read it as it is"
+        for one in found.values()
+        if one is not None
+    ]
 
 
 def read_embedding(location: Path) -> Embedding:
@@ -87,24 +140,46 @@ def read_embedding(location: Path) -> Embedding:
     if not all(value.isfinite().all() for value in rows.values()):
         raise AdapterError(f"{path}: holds values that are NaN or infinite")
     contract = read_contract(path, metadata)
-    token, words = contract.get("token", path.stem), contract.get("t5_caption", path.stem)
+    stated = contract.get("embedding", contract)
+    stated = stated if isinstance(stated, Mapping) else {"token": None}
+    token, words = stated.get("token", path.stem), stated.get("t5_caption", path.stem)
     if not (isinstance(token, str) and token.strip() and isinstance(words, str)):
         raise AdapterError(f"{path}: its metadata states no token, or no words for T5{WAY_OUT}")
     return Embedding(path, rows, token, words, contract)
 
 
+def with_aliases(embeddings: Mapping[int, Embedding]) -> dict[int, Embedding]:
+    """Return the embeddings, with an alias for each whose token an earlier one has."""
+    seen: set[str] = set()
+    found = {}
+    for number, one in embeddings.items():
+        found[number] = replace(one, alias=f"{one.token}~{number}") if one.token in seen else one
+        seen.add(one.token)
+    return found
+
+
 def as_read(encoder: str, text: str, embeddings: Sequence[Embedding]) -> str:
     """Return the text that an encoder reads: the token's vectors written out for CLIP, other words for T5."""
-    for one in sorted(embeddings, key=lambda one: -len(one.token)):  # a token may begin with another
-        text = text.replace(one.token, one.t5_caption) if encoder == "t5" else written_out(text, one.token, one.vectors)
-    return text
+    if encoder == "t5":
+        return in_other_words(text, embeddings)
+    return _replaced(text, {one.token: " ".join(one.names) for one in embeddings})
+
+
+def in_other_words(text: str, embeddings: Sequence[Embedding]) -> str:
+    """Return the text with T5's words in place of the tokens."""
+    return _replaced(text, {one.token: one.t5_caption for one in embeddings})
+
+
+def _replaced(text: str, words: Mapping[str, str]) -> str:
+    tokens = sorted(words, key=len, reverse=True)  # a token may begin with another
+    return re.sub("|".join(map(re.escape, tokens)), lambda found: words[found[0]], text) if tokens else text
 
 
 def attach_embeddings(encoder: TextEncoder, embeddings: Sequence[Embedding]) -> None:
     """Let a CLIP encoder and its tokenizer know the tokens. Raises AdapterError for a word that CLIP knows already."""
     for one in embeddings:
         try:
-            add_tokens(encoder.tokenizer, names_of(one.token, one.vectors))
+            add_tokens(encoder.tokenizer, one.names)
         except ValueError:
             raise AdapterError(
                 f"{one.path}: {one.token!r} is a word that {encoder.name} knows; rename the file, which names the token"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
+from sd3tune.adapter.embedding import Embedding
 from sd3tune.adapter.file import Adapter
 from sd3tune.adapter.rearrange import arrange, arrange_lycoris
 from sd3tune.errors import AdapterError
@@ -49,6 +50,17 @@ def text_pipeline(
     return StableDiffusion3Pipeline(
         transformer=empty_transformer(base), scheduler=load_scheduler(base), vae=None, **parts
     )
+
+
+def add_tokens(pipeline: StableDiffusion3Pipeline, embedding: Embedding) -> None:
+    """Add a learned token to the pipeline's CLIP encoders, as the card's code does."""
+    for name, rows in embedding.rows.items():
+        tokenizer, encoder = (getattr(pipeline, part) for part in ENCODER_PARTS[name])
+        tokenizer.add_tokens(embedding.names)
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        table = encoder.get_input_embeddings().weight.data
+        table[-len(rows) :] = rows.to(table)
+        encoder.text_model.eos_token_id = tokenizer.eos_token_id
 
 
 def load_into(pipeline: StableDiffusion3Pipeline, adapter: Adapter) -> None:

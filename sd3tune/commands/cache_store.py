@@ -17,6 +17,7 @@ from sd3tune.run.places import store_folder
 
 _KINDS: dict[Names, str] = {
     ("mean", "std"): "images",
+    ("mask",): "masks",
     ("hidden", "pooled"): "captions, CLIP",
     ("hidden",): "captions, T5",
 }

@@ -5,37 +5,40 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageEnhance, ImageOps
 
 from sd3tune.config import Config, load_config, parse_config
 from sd3tune.config.loader import LoadedConfig
+from sd3tune.data.ahead import ahead
 from sd3tune.data.buckets import Size, nearest_bucket
 from sd3tune.data.colour import Reading
 from sd3tune.data.duplicates import LEAST_SIDE, near_duplicates, thumbnail
 from sd3tune.data.images import ImageRef, check_header, check_shape, is_smaller, read_picture, reading_warnings
+from sd3tune.data.masks import check_mask_size, read_mask
 from sd3tune.data.records import Record, scan_records
 from sd3tune.data.sources.from_path import source_of
 from sd3tune.data.written import Caption
-from sd3tune.errors import ConfigError, DataError, ModelError, RunError
-from sd3tune.files.atomic import new_file
+from sd3tune.errors import ConfigError, DataError, ModelError
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.resolve import local_base
 from sd3tune.reporting import result, say
-from sd3tune.run.buckets import buckets_of, describe_buckets
+from sd3tune.run.buckets import Tables, bucket_tables, buckets_in, describe_buckets
+from sd3tune.run.sizes import in_all_sizes
 from sd3tune.sampling.contact_sheet import contact_sheet
+from sd3tune.sampling.sheet_file import check_sheet, write_sheet
 
 _SHOWN = 10
 """Maximum number of lines in a list."""
 _SHEET_IMAGES, _SHEET_COLUMNS, _SHEET_SIDE = 48, 6, 176
-_MARK = ("sd3tune", "data check")
-"""PNG text that marks a contact sheet, which a later one may overwrite."""
+_COMMAND = "data check"
 _CLIP_TOKENS = 77
+_DIMMED = 0.25
+"""Brightness outside masks, in the contact sheet."""
 
 
 @dataclass(frozen=True)
@@ -75,28 +78,38 @@ def load_data(what: str, overrides: Sequence[str] = (), caption: str | None = No
 
 def run_data_check(config: Config, sheet: Path) -> None:
     """Print the report and write the contact sheet. Raises DataError with every problem that prevents training."""
-    _check_sheet(sheet)
+    check_sheet(sheet, _COMMAND)
     scan = scan_records(config.data, config.seed, progress=True, look=_inspect)
     problems = scan.problems
-    buckets = _buckets(config)
+    tables = _tables(config)
     checked: list[_CheckedImage] = []
     for record, found in zip(scan.records, scan.looked, strict=True):
         if isinstance(found, DataError):
             problems += found.problems
         else:
             checked.append(_CheckedImage(record, found))
-    for line in _report(config, buckets, checked):
+    areas, of_masks = _check_masks(checked)
+    problems += of_masks
+    cuts, left_out = list[_Cut](), list[str]()
+    try:
+        cuts = _cuts(config, tables, checked, left_out.append)
+    except ConfigError as error:
+        problems += error.problems
+    for line in _report(config, cuts, checked):
         say(line)
-    for warning in [*scan.warnings, *reading_warnings([(one.record.image, one.properties.reading) for one in checked])]:
+    for line in _masks(checked, areas):
+        say(line)
+    readings = [(one.record.image, one.record.unexpected(one.properties.reading)) for one in checked]
+    for warning in [*scan.warnings, *left_out, *reading_warnings(readings)]:
         say(f"warning: {warning}")
     if checked:
-        _write_sheet(sheet, checked, buckets)
+        _write_sheet(sheet, cuts or [_Cut(one, nearest_bucket(one.size, tables[config.data.side])) for one in checked])
         say(f"sheet     {sheet}")
     if problems:
         result(f"not trainable: {len(problems)} problem{'s' * (len(problems) != 1)}")
         raise DataError(*problems)
-    samples = sum(one.record.repeats for one in checked)
-    result(f"trainable: {len(checked)} image{'s' * (len(checked) != 1)}, {samples} per epoch")
+    samples, images = sum(cut.repeats for cut in cuts), len({id(cut.one) for cut in cuts})
+    result(f"trainable: {images} image{'s' * (images != 1)}, {samples} per epoch")
 
 
 def _inspect(image: ImageRef) -> _ImageProperties | DataError:
@@ -110,16 +123,35 @@ def _inspect(image: ImageRef) -> _ImageProperties | DataError:
     return _ImageProperties(picture.digest, picture.size, thumbnail(picture.image), picture.reading)
 
 
-def _buckets(config: Config) -> list[Size]:
+@dataclass(frozen=True)
+class _Cut:
+    """A checked image and the bucket that it is cropped to, in one of the run's sizes."""
+
+    one: _CheckedImage
+    bucket: Size
+    repeats: int = 1
+
+
+def _cuts(config: Config, tables: Tables, checked: Sequence[_CheckedImage], warn: Callable[[str], None]) -> list[_Cut]:
+    """Return the crops of the images in all sizes, as training makes them. Raises ConfigError as `in_all_sizes`."""
+    by_image = {id(one.record.image): one for one in checked}
+    records = [one.record for one in checked]
+    sized = in_all_sizes(config.data, records, tables, warn, lambda record: by_image[id(record.image)].size)
+    found = [(record, by_image[id(record.image)]) for record in sized]
+    buckets = buckets_in(tables)
+    return [_Cut(one, nearest_bucket(one.size, record.sizes or buckets), record.repeats) for record, one in found]
+
+
+def _tables(config: Config) -> Tables:
     """Return the training buckets. If the base is missing or invalid, its size limit is unknown and not applied."""
     try:
         base = local_base(config.model)
-        return buckets_of(config, None if base is None else base.config("transformer"))
+        return bucket_tables(config, None if base is None else base.config("transformer"))
     except ModelError:
-        return buckets_of(config, None)
+        return bucket_tables(config, None)
 
 
-def _report(config: Config, buckets: Sequence[Size], checked: Sequence[_CheckedImage]) -> Iterator[str]:
+def _report(config: Config, cuts: Sequence[_Cut], checked: Sequence[_CheckedImage]) -> Iterator[str]:
     for number, source in enumerate(config.data.sources):
         count = sum(one.record.source == number for one in checked)
         extras = [
@@ -128,13 +160,14 @@ def _report(config: Config, buckets: Sequence[Size], checked: Sequence[_CheckedI
             *([f"weight {source.weight:g}"] if source.weight != 1 else []),
             *([f"at most {source.max_samples}"] if source.max_samples else []),
         ]
-        yield f"source {number}  {source.path}: {', '.join(extras)}"
+        named = f" ({source.name})" if source.name else ""
+        yield f"source {number}  {source.path}{named}: {', '.join(extras)}"
     if not checked:
         return
     captions = list(dict.fromkeys(caption for one in checked for caption in one.record.drawn if any(caption.texts)))
     if captions:
         yield from _captions(config, captions, len(checked))
-    yield from _sizes(buckets, checked)
+    yield from _sizes(cuts) if cuts else ()
     yield from _duplicates(checked)
 
 
@@ -159,7 +192,9 @@ def _captions(config: Config, captions: Sequence[Caption], images: int) -> Itera
         yield f"tokens    not counted: the tokenizers of {config.model.base} are not on this machine yet"
     for name, count_tokens in counters.items():
         limit = limits[name][1]
-        counts = {text: count_tokens(text) for text in (caption.read_by(limits[name][0]) for caption in captions)}
+        encoder, learned = limits[name][0], config.method.learned_token
+        texts = dict.fromkeys(caption.read_by(encoder) for caption in captions)
+        counts = {text: count_tokens(learned.as_long(encoder, text) if learned else text) for text in texts}
         longest = max(counts, key=lambda caption: counts[caption])
         yield f"tokens    {name}: at most {counts[longest]} of {limit}"
         beyond = sum(count > limit for count in counts.values())
@@ -178,14 +213,46 @@ def _counter(base: Base, part: str) -> Callable[[str], int]:
     return functools.partial(count_tokens, load_tokenizer(base, part))
 
 
-def _sizes(buckets: Sequence[Size], checked: Sequence[_CheckedImage]) -> Iterator[str]:
+def _check_masks(checked: Sequence[_CheckedImage]) -> tuple[dict[int, float], list[str]]:
+    """Return the number of each image with a mask -> its share inside, and a line for each mask that cannot be used."""
+
+    def look(number: int) -> float | DataError | None:
+        record, properties = checked[number].record, checked[number].properties
+        if record.mask is None or (record.mask.is_alpha and not properties.reading.transparent):
+            return None
+        try:
+            grey, _ = read_mask(record.mask)
+            check_mask_size(record.mask, (grey.height, grey.width), record.image, properties.size)
+        except DataError as error:
+            return error
+        return float(np.asarray(grey).mean()) / 255
+
+    areas, problems = dict[int, float](), list[str]()
+    for number, found in enumerate(ahead(look, range(len(checked)))):
+        if isinstance(found, DataError):
+            problems += found.problems
+        elif found is not None:
+            areas[number] = found
+    return areas, problems
+
+
+def _masks(checked: Sequence[_CheckedImage], areas: Mapping[int, float]) -> Iterator[str]:
+    """Yield the lines on the images with masks and their mean area, and on those without; none without masks."""
+    if not areas:
+        return
+    mean = sum(areas.values()) / len(areas)
+    yield f"masks     {len(areas)} of {len(checked)} images, {mean:.0%} of the area on average"
+    without = [one.record.image for number, one in enumerate(checked) if number not in areas]
+    if without:
+        yield f"          without a mask: {_named(without)}"
+
+
+def _sizes(cuts: Sequence[_Cut]) -> Iterator[str]:
     """Yield a table of image sizes, with the training size, scale factor and cropped share of each."""
-    cut = {size: nearest_bucket(size, buckets) for size in {one.size for one in checked}}
-    yield from describe_buckets(cut[one.size] for one in checked)
+    yield from describe_buckets(cut.bucket for cut in cuts)
     yield f"sizes     {'width x height':<16}{'images':>7}   {'trained at':<13}{'scaled':>7}{'cut away':>10}"
-    counts = Counter(one.size for one in checked).most_common()
-    for (high, wide), count in counts[:_SHOWN]:
-        to_high, to_wide = cut[high, wide]
+    counts = Counter((cut.one.size, cut.bucket) for cut in cuts).most_common()
+    for ((high, wide), (to_high, to_wide)), count in counts[:_SHOWN]:
         scale = max(to_high / high, to_wide / wide)
         lost = 1 - to_high * to_wide / (high * scale * wide * scale)
         size, trained = f"{wide} x {high}", f"{to_wide} x {to_high}"
@@ -193,9 +260,9 @@ def _sizes(buckets: Sequence[Size], checked: Sequence[_CheckedImage]) -> Iterato
     if len(counts) > _SHOWN:
         more, rest = len(counts) - _SHOWN, sum(count for _, count in counts[_SHOWN:])
         yield f"          and {more} more size{'s' * (more != 1)}, {rest} image{'s' * (rest != 1)}"
-    small = [one.record.image for one in checked if is_smaller(one.size, cut[one.size])]
+    small = [cut.one.record.image for cut in cuts if is_smaller(cut.one.size, cut.bucket)]
     if small:
-        yield f"warning: {len(small)} of {len(checked)} are enlarged, which blurs the result: {_named(small)}"
+        yield f"warning: {len(small)} of {len(cuts)} are enlarged, which blurs the result: {_named(small)}"
 
 
 def _duplicates(checked: Sequence[_CheckedImage]) -> Iterator[str]:
@@ -222,40 +289,33 @@ def _named(images: Sequence[ImageRef]) -> str:
     return ", ".join(image.name for image in images[:5]) + (", ..." if len(images) > 5 else "")
 
 
-def _check_sheet(path: Path) -> None:
-    """Raise RunError if the contact sheet would overwrite any other file."""
-    if not path.exists():
-        return
-    try:
-        with Image.open(path) as image:
-            ours = image.info.get(_MARK[0]) == _MARK[1]
-    except Exception:  # any unreadable file is not ours
-        ours = False
-    if not ours:
-        raise RunError(f"--sheet {path}: exists and is not a contact sheet; name another file")
-
-
-def _write_sheet(path: Path, checked: Sequence[_CheckedImage], buckets: Sequence[Size]) -> None:
-    shown = checked[:: math.ceil(len(checked) / _SHEET_IMAGES)]
-    tiles = [(_tile(one, buckets), f"{one.record.image.name}  {one.record.caption}") for one in shown]
+def _write_sheet(path: Path, cuts: Sequence[_Cut]) -> None:
+    """Write the contact sheet, with each image in the last of its sizes."""
+    last = list({id(cut.one): cut for cut in cuts}.values())
+    shown = last[:: math.ceil(len(last) / _SHEET_IMAGES)]
+    tiles = [(_tile(cut), f"{cut.one.record.image.name}  {cut.one.record.caption}") for cut in shown]
     rows = [tiles[start : start + _SHEET_COLUMNS] for start in range(0, len(tiles), _SHEET_COLUMNS)]
     picture = contact_sheet(
         [[tile for tile, _ in row] for row in rows],
         side=_SHEET_SIDE,
         cells=[[label for _, label in row] for row in rows],
     )
-    info = PngInfo()
-    info.add_text(*_MARK)
-    with new_file(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=info)
+    write_sheet(path, _COMMAND, picture)
 
 
-def _tile(one: _CheckedImage, buckets: Sequence[Size]) -> Image.Image | None:
-    """Return the tile of an image, cropped as for training; None if the image has become unreadable since."""
-    high, wide = nearest_bucket(one.size, buckets)
+def _tile(cut: _Cut) -> Image.Image | None:
+    """Return the tile of an image, cropped as for training and dark outside its mask.
+
+    None if the image or its mask has become unreadable since.
+    """
+    high, wide = cut.bucket
     scale = _SHEET_SIDE / max(high, wide)
+    fit = functools.partial(ImageOps.fit, size=(round(wide * scale), round(high * scale)))
     try:
-        image = read_picture(one.record.image).image
+        tile = fit(read_picture(cut.one.record.image).image, method=Image.Resampling.LANCZOS)
+        if cut.one.record.mask is not None:
+            grey = fit(read_mask(cut.one.record.mask)[0], method=Image.Resampling.BILINEAR)
+            tile = Image.composite(tile, ImageEnhance.Brightness(tile).enhance(_DIMMED), grey)
     except DataError:
         return None
-    return ImageOps.fit(image, (round(wide * scale), round(high * scale)), Image.Resampling.LANCZOS)
+    return tile

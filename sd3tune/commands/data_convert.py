@@ -1,10 +1,11 @@
-"""`sd3tune data convert`: copy images and captions into another dataset format; image bytes do not change."""
+"""`sd3tune data convert`: copy images, captions and masks into another dataset format; image bytes do not change."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -14,9 +15,10 @@ from sd3tune.config.sections.data import DataConfig
 from sd3tune.data.formats import EXTENSIONS
 from sd3tune.data.images import ImageRef, file_of, image_bytes
 from sd3tune.data.records import Record, load_records
-from sd3tune.data.sources.dataset import Row, write_parquet
+from sd3tune.data.sources.dataset import write_parquet
 from sd3tune.data.sources.from_path import source_of
 from sd3tune.data.sources.metadata import CSV, JSONL, as_lines, cells_of, write_csv, write_jsonl
+from sd3tune.data.sources.row import Row
 from sd3tune.errors import DataError, RunError
 from sd3tune.files.atomic import new_file, new_folder
 
@@ -70,28 +72,39 @@ def _sidecars(folder: Path, named: _Named) -> None:
 
 def _jsonl(folder: Path, named: _Named) -> None:
     _copy(folder, named)
-    write_jsonl(folder / JSONL, ((name, record.written) for name, record in named))
+    write_jsonl(folder / JSONL, ((name, record.written) for name, record in named), _masks(named))
 
 
 def _csv(folder: Path, named: _Named) -> None:
     _copy(folder, named)
-    write_csv(folder / CSV, ((name, record.written) for name, record in named))
+    write_csv(folder / CSV, ((name, record.written) for name, record in named), _masks(named))
 
 
 def _parquet(file: Path, named: _Named) -> None:
     cells = [cells_of(record.written) for _, record in named]
     used = dict.fromkeys(column for of in cells for column in of)
     columns = {column: any(len(of.get(column, ())) > 1 for of in cells) for column in used}
-    write_parquet(file, ((name, image_bytes(record.image), record.written) for name, record in named), columns)
+    rows = ((name, image_bytes(record.image), record.written) for name, record in named)
+    masks = {name: partial(image_bytes, record.mask.image) for name, record in named if record.mask}
+    write_parquet(file, rows, columns, masks)
 
 
 _FORMS: dict[str, _Write] = {"sidecar": _sidecars, "jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
 
 
 def _copy(folder: Path, named: _Named) -> None:
+    masks = _masks(named)
     for name, record in named:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(image_bytes(record.image))
+        if record.mask:
+            (folder / masks[name]).write_bytes(image_bytes(record.mask.image))
+
+
+def _masks(named: _Named) -> dict[str, str]:
+    """Return file name -> name of its mask, next to it."""
+    masks = ((PurePosixPath(name), record.mask) for name, record in named)
+    return {str(name): str(name.with_name(f"{name.stem}_mask{_suffix(mask.image)}")) for name, mask in masks if mask}
 
 
 def _names(records: Iterable[Record], root: Path, flat: bool) -> Iterator[str]:

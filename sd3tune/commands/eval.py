@@ -218,7 +218,7 @@ def _next(target: Target, evaluation: Evaluation) -> str:
 
 
 def _arguments(weights: Weights) -> list[str]:
-    return ["--lora" if weights.is_adapter else "--base", str(weights.path)]
+    return [weights.option, str(weights.path)]
 
 
 def _make_folder(out: Path) -> None:

@@ -12,6 +12,7 @@ from sd3tune.inference.grid import Grid
 from sd3tune.inference.image_folder import ImageFolder, before_and_after, draw_missing
 from sd3tune.inference.image_request import ImageRequest
 from sd3tune.inference.job import InferenceJob
+from sd3tune.inference.learned import check_tokens, without_unused_tokens
 from sd3tune.inference.prepare import PreparedJob, download_policy, prepare
 from sd3tune.inference.recipes import Recipes
 from sd3tune.inference.session import draw
@@ -24,6 +25,7 @@ def run_infer(job: InferenceJob) -> list[Path]:
     """
     with download_policy(job):
         prepared = prepare(job)
+        check_tokens(prepared.requests, prepared.session)
         out = prepared.job.out
         _make_folder(out)
         folder = ImageFolder(out, Recipes(prepared.session))
@@ -49,6 +51,7 @@ def _draw_before_and_after(prepared: PreparedJob, folder: ImageFolder) -> list[P
     if prepared.job.before and session.adapters:
         offset = session.conditions.base_noise_offset
         bare = [replace(request, loras=(), noise_offset=offset) for request in requests]
+        bare = [without_unused_tokens(request, session) for request in bare]
     images: dict[ImageRequest, Image.Image] = {}
     written = []
     for request, image in draw(session, [*requests, *bare], one_by_one=False):

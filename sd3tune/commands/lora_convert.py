@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sd3tune.adapter.contents import Pair
 from sd3tune.adapter.derived import by_block, check_out, contract_of_ranks, losses, notes_of, write_form
+from sd3tune.adapter.embedding import left_behind
 from sd3tune.adapter.file import read_adapter
 from sd3tune.adapter.layouts import forms
 from sd3tune.adapter.modelspec import THUMBNAIL_KEY
@@ -69,6 +70,7 @@ def convert_lora(
         *fusing,
         *lines,
         *notes_of(adapter),
+        *left_behind([adapter]),
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.adapter.contents import Contents
+from sd3tune.adapter.embedding import Embedding, embedding_beside, is_embedding, read_embedding
 from sd3tune.adapter.file import Adapter, AdapterFile, as_adapter, read_file, too_large
 from sd3tune.adapter.lycoris import product, rank_of
 from sd3tune.adapter.modelspec import THUMBNAIL_KEY
@@ -16,6 +17,7 @@ from sd3tune.adapter.rearrange import first_of, interpret, shown, text_part
 from sd3tune.adapter.released import fitting_variants
 from sd3tune.adapter.text_layouts import by_encoder
 from sd3tune.errors import AdapterError
+from sd3tune.model.base.parts import LABELS
 from sd3tune.model.lora.layers import block_norms, norms_by_block
 
 _PRINTED_ELSEWHERE = ("contract_version", "base", "base_kind", "base_revision", "base_fingerprint", "trigger", "name")
@@ -24,7 +26,12 @@ _SHOWN = {"modelspec.title": "title", "modelspec.architecture": "arch", "modelsp
 
 
 def inspect_lora(location: Path) -> list[str]:
-    """Return lines that describe a valid or invalid file. Raises AdapterError if it is not a LoRA for SD3 at all."""
+    """Return lines that describe a valid or invalid file, or the embedding of a token.
+
+    Raises AdapterError if it is neither an adapter for SD3 nor an embedding.
+    """
+    if is_embedding(location):
+        return _embedding_alone(read_embedding(location))
     file = read_file(location)
     contents = interpret(file.tensors)
     if not contents.sizes:
@@ -36,6 +43,7 @@ def inspect_lora(location: Path) -> list[str]:
         *_sizes(adapter, contents),
         *_modules(adapter),
         *_text(adapter),
+        *(_embedding(one) if (one := embedding_beside(adapter)) is not None else ()),
         *_contract(adapter),
         *_norms(adapter),
         *(f"warning: {line}" for line in _warnings(file, contents, adapter)),
@@ -101,6 +109,21 @@ def _text(adapter: Adapter) -> Iterator[str]:
     if adapter.text_factors:
         ranks = _counted(len(down) for down, _ in adapter.text_factors.values())
         yield f"text      {by_encoder(adapter.text_factors)} modules, rank {ranks}"
+
+
+def _embedding_alone(embedding: Embedding) -> list[str]:
+    described = Adapter(embedding.path, {}, {}, dict(embedding.contract))
+    base = _base(described) if embedding.contract else ["base      not stated: another tool wrote it"]
+    return [f"{embedding.path}: the embedding of a token", *base, *_embedding(embedding), *_contract(described)]
+
+
+def _embedding(embedding: Embedding) -> Iterator[str]:
+    """Yield lines with the token, its vectors for each encoder with their norms, and T5's words."""
+    yield f"token     {shown(embedding.token)}, for which T5 reads {shown(embedding.t5_caption)}"
+    for name, rows in embedding.rows.items():
+        norms = ", ".join(f"{norm:.4g}" for norm in rows.norm(dim=1).tolist())
+        count = f"{len(rows)} vector{'s' * (len(rows) != 1)} of {rows.shape[1]} numbers"
+        yield f"{LABELS[name]:<10}{count}, norm{'s' * (len(rows) != 1)} {norms}"
 
 
 def _contract(adapter: Adapter) -> Iterator[str]:

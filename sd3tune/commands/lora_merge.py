@@ -12,6 +12,7 @@ from torch import Tensor
 from sd3tune import __version__
 from sd3tune.adapter.attach import match
 from sd3tune.adapter.derived import check_out, losses, notes_of, write_form
+from sd3tune.adapter.embedding import left_behind
 from sd3tune.adapter.file import Adapter, read_adapter
 from sd3tune.adapter.kinds import change_of, require_lora
 from sd3tune.adapter.layouts import forms
@@ -124,7 +125,8 @@ def _read(wanted: Sequence[str], transformer_only: bool) -> Weighted:
 
 
 def _all_notes(adapters: Weighted) -> list[str]:
-    return [line for adapter, _ in adapters for line in notes_of(adapter)]
+    every = [adapter for adapter, _ in adapters]
+    return [*(line for adapter in every for line in notes_of(adapter)), *left_behind(every)]
 
 
 def _disagreements(adapters: Weighted) -> list[str]:

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from sd3tune.adapter.derived import check_out, contract_of_ranks, form_of, losses, notes_of, write_form
+from sd3tune.adapter.embedding import left_behind
 from sd3tune.adapter.file import read_adapter
 from sd3tune.adapter.kinds import require_lora
 from sd3tune.adapter.low_rank import truncate
@@ -38,6 +39,7 @@ def resize_lora(
         f"{out}: {len(found)} modules, rank {_ranks(before)} -> {_ranks(after)}",
         *losses(found),
         *notes_of(adapter),
+        *left_behind([adapter]),
     ]
 
 

@@ -232,7 +232,9 @@ def _length_lines(plan: Forecast, card: GpuSpec | None, utilisation: float) -> l
     lines = []
     if store is not None:
         lines.append(
-            f"store     {gigabytes(store.nbytes)}: {store.texts} texts and {store.images} images, encoded once"
+            f"store     {gigabytes(store.nbytes)}: {store.texts} texts and {store.images} images"
+            + f" with {store.masks} masks" * (store.masks > 0)
+            + ", encoded once"
         )
         inputs = plan.inputs
         encoders = METHODS[inputs.config.method.kind](inputs.config, inputs.base).cached_encoders
@@ -242,7 +244,8 @@ def _length_lines(plan: Forecast, card: GpuSpec | None, utilisation: float) -> l
     else:
         lines.append(f"steps     {train.steps} x {batch} image{'s' * (batch > 1)}, {train.steps * batch} images seen")
     lines += _evaluation_lines(plan)
-    lines.append(f"compute   {plan.training.flops / 1e12:.3g} TFLOP a step")
+    on_average = f", on average over {len(plan.inputs.mix)} sizes" if len(plan.inputs.mix) > 1 else ""
+    lines.append(f"compute   {plan.flops / 1e12:.3g} TFLOP a step{on_average}")
     seconds = step_seconds(plan, card, utilisation)
     if seconds is not None and card is not None:
         whole = (
@@ -272,7 +275,7 @@ def step_seconds(plan: Forecast, card: GpuSpec | None, utilisation: float) -> fl
     """Return seconds per step at a share of the GPU's peak; None without a GPU and in fp32, whose peak is unknown."""
     if card is None or plan.inputs.dtype is torch.float32:
         return None
-    return plan.training.flops / (card.tflops * 1e12 * utilisation / 100)
+    return plan.flops / (card.tflops * 1e12 * utilisation / 100)
 
 
 def duration(seconds: float) -> str:
@@ -285,11 +288,11 @@ def duration(seconds: float) -> str:
 def _knob_lines(plan: Forecast, card: GpuSpec | None, room: float | None) -> Iterator[str]:
     """Yield one line per change: peak memory of the run and of training, and TFLOP per step with its change in %."""
     yield f"{'after one change':<50}{'peak':>10}{'training':>12}{'TFLOP':>9}{'change':>8}"
-    today = plan.training.flops
+    today = plan.flops
     for typed, changed in [("as it is", None), *knobs(plan.inputs)]:
         other = plan if changed is None else forecast(after(plan.inputs, changed), plan)
         fits = "" if room is None else ("  fits" if other.needed <= room * 1e9 else "  too much")
         yield (
             f"{typed:<50}{gigabytes(other.peak):>10}{gigabytes(other.training.peak):>12}"
-            f"{other.training.flops / 1e12:>9.3g}{f'{other.training.flops / today - 1:+.0%}':>8}{fits}"
+            f"{other.flops / 1e12:>9.3g}{f'{other.flops / today - 1:+.0%}':>8}{fits}"
         )

@@ -183,7 +183,7 @@ def _train(
                 transformer=transformer,
                 method=plan.method,
                 batches=with_modulations(attempt.batches, transformer, plan.method),
-                objective=make_objective(config.flow, plan.shift),
+                objective=make_objective(config.flow, plan.shift, plan.shifts),
                 processes=processes,
                 identity=attempt.identity,
                 contract=attempt.contract,

@@ -157,6 +157,11 @@ class Config(Section, metaclass=ConfigType):
                     f"data.sources.{number}.prior preserves the base's knowledge, but with model.init=random it "
                     "has none; remove the prior"
                 )
+            if source.outside_target == "base":
+                raise ValueError(
+                    f"data.sources.{number}.outside_target is base, but with model.init=random the base predicts "
+                    "nothing yet; leave outside_target out"
+                )
         return self
 
     @model_validator(mode="after")
@@ -217,8 +222,8 @@ class Config(Section, metaclass=ConfigType):
             )
         if self.train.fused_backward and self.method.has_rates:
             raise ValueError(
-                "train.fused_backward is true, and method.text_encoders or method.loraplus_lr_ratio give parameters "
-                "learning rates of their own, which scale whole updates; leave one of them out"
+                f"train.fused_backward is true, and {self.method.gives_rates} learning rates of their own, which "
+                "scale whole updates; leave one of them out"
             )
         if self.train.fused_backward and self.method.trains_text:
             raise ValueError(
@@ -232,8 +237,7 @@ class Config(Section, metaclass=ConfigType):
         if self.optimizer.replaces_schedule and self.method.has_rates:
             raise ValueError(
                 f"optimizer.kind is {self.optimizer.kind}, whose averages follow one learning rate, and "
-                "method.text_encoders or method.loraplus_lr_ratio give parameters rates of their own; take another "
-                "optimizer, or leave these keys out"
+                f"{self.method.gives_rates} rates of their own; take another optimizer, or leave these keys out"
             )
         return self
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from sd3tune.config.schema import Config
 from sd3tune.config.sections.data import DataConfig, Source
 from sd3tune.config.sections.flow import FlowConfig, LossSection, TimestepsSection, WeightingSection
-from sd3tune.config.sections.method import MethodSection
+from sd3tune.config.sections.method_section import MethodSection
 from sd3tune.config.sections.optimizer import OptimizerSection
 from sd3tune.config.sections.schedule import ScheduleSection
 from sd3tune.config.sections.section import Section

@@ -58,6 +58,14 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, Reading]:
     return rgb, Reading("+".join(marks), transparent, trouble)
 
 
+def alpha_of(image: Image.Image) -> Image.Image:
+    """Return the alpha channel as greys of 8 bits: white where nothing is transparent, as `to_rgb` reads the image."""
+    deep = image.mode == "F" or image.mode.startswith("I")  # `to_rgb` ignores their transparent value
+    if deep or not image.has_transparency_data:
+        return Image.new("L", image.size, 255)
+    return image.convert("RGBA").getchannel("A")
+
+
 class _ProfileTrouble(Exception):
     """A colour profile that cannot be applied."""
 

@@ -12,6 +12,9 @@ from torchvision.transforms.v2 import functional as transforms
 
 from sd3tune.data.seeds import derive
 
+LATENT_SIDE = 8
+"""Side of a latent position in pixels."""
+
 
 @dataclass(frozen=True)
 class Crop:
@@ -30,7 +33,7 @@ def crops(image_size: tuple[int, int], target: tuple[int, int], variants: int, f
     with the shorter one, so raising `variants` encodes only the new crops.
     """
     height, width = target
-    spare_y, spare_x = (a - b for a, b in zip(_cover_size(image_size, target), target, strict=True))
+    spare_y, spare_x = (a - b for a, b in zip(cover_size(image_size, target), target, strict=True))
     found = []
     for variant in range(variants):
         if variant == 0:
@@ -43,7 +46,8 @@ def crops(image_size: tuple[int, int], target: tuple[int, int], variants: int, f
     return found
 
 
-def _cover_size(image_size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+def cover_size(image_size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """Return the size of an image that is scaled to just cover `target`."""
     (height, width), scale = image_size, max(target[0] / image_size[0], target[1] / image_size[1])
     return max(target[0], round(height * scale)), max(target[1], round(width * scale))
 
@@ -52,7 +56,7 @@ def cover(
     image: Image.Image, target: tuple[int, int], interpolation: InterpolationMode = InterpolationMode.LANCZOS
 ) -> Image.Image:
     """Return the image scaled to just cover `target`, with its aspect ratio kept."""
-    height, width = _cover_size((image.height, image.width), target)
+    height, width = cover_size((image.height, image.width), target)
     scaled: Image.Image = transforms.resize(image, [height, width], interpolation)
     return scaled
 
@@ -72,3 +76,20 @@ def pixels(image: Image.Image, crop: Crop) -> torch.Tensor:
     """
     scaled = np.array(cut(image, crop))[None].astype(np.float32) / 255.0
     return 2.0 * torch.from_numpy(scaled.transpose(0, 3, 1, 2)) - 1.0
+
+
+def latent_mask(mask: Image.Image, scaled: tuple[int, int], crop: Crop) -> torch.Tensor:
+    """Return the share of each latent position of a crop that is inside the mask: fp32 [h / 8, w / 8] in [0, 1].
+
+    `mask` is grey, white inside. `scaled` is the size of the image that just covers the crop; the mask is scaled to it.
+    """
+    whole = transforms.resize(mask, list(scaled), InterpolationMode.BILINEAR)
+    part = np.array(cut(whole, crop, InterpolationMode.BILINEAR), dtype=np.int64)
+    height, width = (side // LATENT_SIDE for side in crop.size)
+    sums = torch.from_numpy(part).reshape(height, LATENT_SIDE, width, LATENT_SIDE).sum((1, 3))
+    return (sums.double() / (255 * LATENT_SIDE**2)).float()
+
+
+def mask_bytes(size: tuple[int, int]) -> int:
+    """Return the bytes of the latent mask of a crop."""
+    return 4 * (size[0] // LATENT_SIDE) * (size[1] // LATENT_SIDE)

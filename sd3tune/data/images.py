@@ -12,7 +12,7 @@ from typing import Protocol
 
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from sd3tune.data.colour import Reading, to_rgb
+from sd3tune.data.colour import Reading, alpha_of, to_rgb
 from sd3tune.data.formats import FORMATS, HEAD_BYTES, describe
 from sd3tune.errors import DataError
 from sd3tune.files.regular import complaint, open_regular, read_regular
@@ -76,20 +76,43 @@ def read_picture(image: ImageRef, at_least: int | None = None) -> Picture:
     are decoded nevertheless. Raises DataError, naming the image, if it cannot be decoded completely.
     """
     data = image_bytes(image)
+    with _explained(image, data), Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        width, height = opened.size
+        reduced = at_least is not None and opened.draft(None, (at_least, at_least)) is not None
+        orientation = _turn_upright(opened)
+        rgb, reading = to_rgb(opened)
+        if not reduced:
+            width, height = rgb.size
+        elif orientation >= 5:
+            width, height = height, width
+        return Picture(rgb, hashlib.sha256(data).hexdigest(), reading, (height, width))
+
+
+def read_alpha(image: ImageRef) -> tuple[Image.Image, str]:
+    """Return the alpha channel of the upright image as greys, white without one, and the SHA-256 of the image's bytes.
+
+    Raises DataError as `read_picture` does.
+    """
+    data = image_bytes(image)
+    with _explained(image, data), Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        _turn_upright(opened)
+        return alpha_of(opened), hashlib.sha256(data).hexdigest()
+
+
+def _turn_upright(opened: Image.Image) -> int:
+    """Decode an image and apply the EXIF rotation, in place. Return the orientation that it had."""
+    opened.load()
+    orientation = _orientation(opened)
+    if orientation != 1:
+        ImageOps.exif_transpose(opened, in_place=True)
+    return orientation
+
+
+@contextmanager
+def _explained(image: ImageRef, data: bytes) -> Iterator[None]:
+    """Raise DataError, naming the image, for any error of a decoder."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            width, height = opened.size
-            reduced = at_least is not None and opened.draft(None, (at_least, at_least)) is not None
-            opened.load()
-            orientation = _orientation(opened)
-            if orientation != 1:
-                ImageOps.exif_transpose(opened, in_place=True)
-            rgb, reading = to_rgb(opened)
-            if not reduced:
-                width, height = rgb.size
-            elif orientation >= 5:
-                width, height = height, width
-            return Picture(rgb, hashlib.sha256(data).hexdigest(), reading, (height, width))
+        yield
     except Exception as error:  # decoders may raise anything for arbitrary bytes
         raise DataError(f"{image}: {_complaint(error, data)}") from None
 
@@ -108,7 +131,8 @@ def reading_warnings(read: Iterable[tuple[ImageRef, Reading]]) -> list[str]:
     if clear:
         have = "1 image has" if len(clear) == 1 else f"{len(clear)} images have"
         lines.append(
-            f"{have} transparent parts, which are laid on white: {', '.join(clear[:3])}{', ...' * (len(clear) > 3)}"
+            f"{have} transparent parts, which are laid on white: {', '.join(clear[:3])}{', ...' * (len(clear) > 3)}; "
+            "masks: alpha uses them as masks"
         )
     troubled = dict.fromkeys(
         f"{image}: its colour profile {reading.trouble}; its colours are taken as sRGB"

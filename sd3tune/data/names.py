@@ -27,8 +27,8 @@ class Names:
             listed = self._listed[folder] = {}
             with contextlib.suppress(OSError, ValueError):
                 for entry in sorted(os.listdir(folder)):
-                    listed.setdefault(_folded(entry), []).append(entry)
-        found = self._listed[folder].get(_folded(name), [])
+                    listed.setdefault(folded(entry), []).append(entry)
+        found = self._listed[folder].get(folded(name), [])
         return [folder / entry for entry in sorted(found, key=lambda entry: entry != name)]
 
     def find(self, folder: Path, relative: PurePosixPath) -> Path | None:
@@ -42,7 +42,8 @@ class Names:
         return path
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """Return the form of a name in which case and Unicode normalisation make no difference."""
     if name.isascii():
         return name.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -14,7 +14,9 @@ import regex
 from sd3tune.config.sections.data import DataConfig, SourceConfig
 from sd3tune.data.ahead import in_pieces
 from sd3tune.data.captions import counted, read_sidecar, some
+from sd3tune.data.colour import Reading
 from sd3tune.data.images import ImageRef, check_header, file_of
+from sd3tune.data.masks import Mask
 from sd3tune.data.seeds import derive
 from sd3tune.data.sources.folder import Listing
 from sd3tune.data.sources.registry import SOURCES
@@ -50,8 +52,12 @@ class Record:
     """Factor on this image's loss."""
     own: Caption | None = None
     """The first caption, if single encoders read texts of their own."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """The buckets that its image is cropped to the nearest of, (height, width); empty for all of the run."""
     choices: tuple[Caption, ...] = ()
     """The captions to train on, of which each step draws one; empty if there is only the first."""
+    mask: Mask | None = None
+    """The mask that weighs its loss; None if all of it counts alike."""
 
     @property
     def first(self) -> Caption:
@@ -62,6 +68,10 @@ class Record:
     def drawn(self) -> tuple[Caption, ...]:
         """The captions to train on, at least one."""
         return self.choices or (self.first,)
+
+    def unexpected(self, reading: Reading) -> Reading:
+        """Return the reading of the image without transparency if that was asked for as its mask."""
+        return replace(reading, transparent=False) if self.mask and self.mask.is_alpha else reading
 
     @property
     def written(self) -> Listed:
@@ -162,14 +172,15 @@ def _examined(
         looked = look(image)
     except DataError as error:
         return _Examined(None, problems=error.problems)
-    record = Record(image, "", source.repeats * listing.repeats.get(image, 1), number, source.weight)
+    repeats = source.repeats * listing.repeats.get(image, 1)
+    record = Record(image, "", repeats, number, source.weight, mask=_mask(source, listing, image))
     try:
         sidecar = None if as_written(listed).text else listing.sidecars.get(image)
         captions = _captions(image, listed, sidecar, listing, source)
         broken = (unclosed(text) for caption in captions for text in caption.texts) if source.wildcards else ()
         if part := next(filter(None, broken), None):
             raise DataError(f"{image}: its caption has a wildcard without one of its braces: {part[:60]!r}; close it")
-        finish = functools.partial(_finished, image, source.template, data.trigger)
+        finish = functools.partial(_finished, image, source.template, data.trigger_of(number))
         first = as_first(captions[0], source).map(finish)
         choices = variants_of(captions, source, seed) or tuple(captions)
         choices = tuple(caption.map(finish) for caption in choices)
@@ -184,6 +195,12 @@ def _examined(
     weights = (weighted_words(text) for caption in captions for text in caption.texts)
     joined = sidecar if "\n" in captions[0].text else None
     return _Examined(record, looked, (), joined, next(filter(None, weights), None))
+
+
+def _mask(source: SourceConfig, listing: Listing, image: ImageRef) -> Mask | None:
+    if source.masks == "alpha":
+        return Mask(image, is_alpha=True)
+    return Mask(listing.masks[image]) if image in listing.masks and source.masks != "off" else None
 
 
 def sample_indices(records: Sequence[Record]) -> list[int]:

@@ -7,6 +7,10 @@ A global micro-batch is one forward pass of all ranks: `world * batch_size` samp
 endless stream of its samples, reshuffled every epoch; batch j of a bucket is the stream's j-th piece. Epoch e has
 the batches floor(e n / batch) to floor((e + 1) n / batch) of a bucket with n samples, shuffled with the other buckets'.
 Nothing is padded, and samples that do not fill a batch come first in the next epoch.
+
+A bucket may have parts, one for each concept, of which an epoch draws given numbers instead of all samples once. Each
+part has an endless stream of its own; epoch e of the bucket has the samples floor(e r) to floor((e + 1) r) of a part
+with rate r, shuffled with the other parts'.
 """
 
 from __future__ import annotations
@@ -14,10 +18,18 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 
 from sd3tune.data.seeds import derive
+
+Rate = int | Fraction
+"""Number of samples that an epoch draws."""
+Parts = tuple[tuple[int, Rate], ...]
+"""(number of samples, rate) of each part of a bucket."""
+Buckets = Sequence[tuple[str, int | Parts]]
+"""Name of each bucket, and its number of samples, which an epoch draws once each, or its parts."""
 
 
 def generator(seed: int, *counters: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -44,35 +56,54 @@ def index_at(seed: int, position: int, n: int) -> int:
     return epoch_order(seed, epoch, n)[offset]
 
 
-def batch_samples(seed: int, number: int, buckets: Sequence[tuple[str, int]], batch: int) -> tuple[str, int, list[int]]:
+def batch_samples(seed: int, number: int, buckets: Buckets, batch: int) -> tuple[str, int, list[int]]:
     """Return the bucket of the run's micro-batch `number`, its number in the bucket, and the indices of its samples.
 
-    `buckets` lists names and numbers of samples per epoch. With a single bucket, the batches are consecutive pieces of
-    `index_at(seed, ...)`.
+    Indices count through the parts of a bucket. With a single bucket without parts, the batches are consecutive pieces
+    of `index_at(seed, ...)`.
     """
-    if not buckets or min(n for _, n in buckets) < 1:
+    every = tuple(_parts(samples) for _, samples in buckets)
+    if not every or min(n for parts in every for n, _ in parts) < 1:
         raise ValueError(f"a bucket needs at least one sample: {list(buckets)}")
-    counts = tuple(n for _, n in buckets)
-    epoch = _epoch_of(number, counts, batch)
-    bucket, piece = _epoch_batches(seed, epoch, counts, batch)[number - _batches_before(epoch, counts, batch)]
-    name, n = buckets[bucket]
+    epoch = _epoch_of(number, every, batch)
+    bucket, piece = _epoch_batches(seed, epoch, every, batch)[number - _batches_before(epoch, every, batch)]
+    name = buckets[bucket][0]
     stream = _stream(seed, name, len(buckets))
-    return name, piece, [index_at(stream, position, n) for position in range(piece * batch, (piece + 1) * batch)]
+    positions = range(piece * batch, (piece + 1) * batch)
+    return name, piece, [_sample_at(stream, position, every[bucket]) for position in positions]
 
 
-def times_seen(seed: int, batches: int, buckets: Sequence[tuple[str, int]], batch: int) -> list[list[int]]:
+def times_seen(seed: int, batches: int, buckets: Buckets, batch: int) -> list[list[int]]:
     """Return how often each sample of each bucket occurs in the run's first `batches` batches; see `batch_samples`."""
-    counts = tuple(n for _, n in buckets)
-    epoch = _epoch_of(batches, counts, batch)
-    drawn = [epoch * n // batch for n in counts]
-    for bucket, _ in _epoch_batches(seed, epoch, counts, batch)[: batches - _batches_before(epoch, counts, batch)]:
+    every = tuple(_parts(samples) for _, samples in buckets)
+    epoch = _epoch_of(batches, every, batch)
+    drawn = [_positions_before(epoch, parts) // batch for parts in every]
+    for bucket, _ in _epoch_batches(seed, epoch, every, batch)[: batches - _batches_before(epoch, every, batch)]:
         drawn[bucket] += 1
+    return [
+        _times_in(_stream(seed, name, len(buckets)), pieces * batch, parts)
+        for (name, _), pieces, parts in zip(buckets, drawn, every, strict=True)
+    ]
+
+
+def _times_in(stream: int, positions: int, parts: Parts) -> list[int]:
+    """Return how often each sample of a bucket occurs in the first `positions` of its stream."""
+    counts = [positions]
+    if len(parts) > 1:
+        epoch = _epoch_at(positions, parts)
+        counts = [epoch * rate // 1 for _, rate in parts]
+        for part, _ in _epoch_parts(stream, epoch, parts)[: positions - _positions_before(epoch, parts)]:
+            counts[part] += 1
     seen = []
-    for (name, n), pieces in zip(buckets, drawn, strict=True):
-        passes, rest = divmod(pieces * batch, n)
-        begun = set(epoch_order(_stream(seed, name, len(buckets)), passes, n)[:rest])
-        seen.append([passes + (index in begun) for index in range(n)])
+    for part, ((n, _), count) in enumerate(zip(parts, counts, strict=True)):
+        passes, rest = divmod(count, n)
+        begun = set(epoch_order(_stream_of_part(stream, part, len(parts)), passes, n)[:rest])
+        seen += [passes + (index in begun) for index in range(n)]
     return seen
+
+
+def _parts(samples: int | Parts) -> Parts:
+    return ((samples, samples),) if isinstance(samples, int) else samples
 
 
 def _stream(seed: int, name: str, buckets: int) -> int:
@@ -80,29 +111,67 @@ def _stream(seed: int, name: str, buckets: int) -> int:
     return seed if buckets == 1 else derive(seed, "bucket", name)
 
 
-def _epoch_of(number: int, counts: tuple[int, ...], batch: int) -> int:
+def _stream_of_part(stream: int, part: int, parts: int) -> int:
+    """Return the seed of a part's stream; a single part uses its bucket's."""
+    return stream if parts == 1 else derive(stream, "part", part)
+
+
+def _sample_at(stream: int, position: int, parts: Parts) -> int:
+    """Return the sample at `position` of a bucket's endless stream."""
+    if len(parts) == 1:
+        return index_at(stream, position, parts[0][0])
+    epoch = _epoch_at(position, parts)
+    part, number = _epoch_parts(stream, epoch, parts)[position - _positions_before(epoch, parts)]
+    before = sum(n for n, _ in parts[:part])
+    return before + index_at(_stream_of_part(stream, part, len(parts)), number, parts[part][0])
+
+
+def _epoch_at(position: int, parts: Parts) -> int:
+    """Return the epoch of a position of a bucket's stream."""
+    upper = (position + len(parts)) // sum(rate for _, rate in parts) + 1
+    return bisect.bisect_right(range(upper), position, key=lambda e: _positions_before(e, parts)) - 1
+
+
+def _positions_before(epoch: int, parts: Parts) -> int:
+    return sum(epoch * rate // 1 for _, rate in parts)
+
+
+def _epoch_of(number: int, every: tuple[Parts, ...], batch: int) -> int:
     """Return the epoch of batch `number` of the run."""
-    # e epochs have at most e * sum(counts) / batch batches, and fewer by less than one per bucket.
-    upper = (number + len(counts)) * batch // sum(counts) + 1
-    return bisect.bisect_right(range(upper), number, key=lambda e: _batches_before(e, counts, batch)) - 1
+    # Without rounding, e epochs have e * sum(rates) / batch batches; they lose less than a sample per part, and less
+    # than a batch per bucket.
+    lost = len(every) * batch + sum(map(len, every))
+    upper = (number * batch + lost) // sum(rate for parts in every for _, rate in parts) + 1
+    return bisect.bisect_right(range(upper), number, key=lambda e: _batches_before(e, every, batch)) - 1
 
 
-def _batches_before(epoch: int, counts: tuple[int, ...], batch: int) -> int:
-    return sum(epoch * n // batch for n in counts)
+def _batches_before(epoch: int, every: tuple[Parts, ...], batch: int) -> int:
+    return sum(_positions_before(epoch, parts) // batch for parts in every)
 
 
 @functools.lru_cache(maxsize=4)
-def _epoch_batches(seed: int, epoch: int, counts: tuple[int, ...], batch: int) -> list[tuple[int, int]]:
+def _epoch_batches(seed: int, epoch: int, every: tuple[Parts, ...], batch: int) -> list[tuple[int, int]]:
     """Return (bucket, number in its stream) of every batch of an epoch: buckets shuffled, each in stream order."""
-    following = [epoch * n // batch for n in counts]
-    ends = [(epoch + 1) * n // batch for n in counts]
-    labels = [bucket for bucket, end in enumerate(ends) for _ in range(end - following[bucket])]
-    batches = []
-    for place in torch.randperm(len(labels), generator=generator(seed, "buckets", epoch)).tolist():
-        bucket = labels[place]
-        batches.append((bucket, following[bucket]))
-        following[bucket] += 1
-    return batches
+    first, last = ([_positions_before(e, parts) // batch for parts in every] for e in (epoch, epoch + 1))
+    return _shuffled(first, last, generator(seed, "buckets", epoch))
+
+
+@functools.lru_cache(maxsize=64)
+def _epoch_parts(stream: int, epoch: int, parts: Parts) -> list[tuple[int, int]]:
+    """Return (part, number in its stream) of every sample of a bucket's epoch: parts shuffled, each in stream order."""
+    first, last = ([e * rate // 1 for _, rate in parts] for e in (epoch, epoch + 1))
+    return _shuffled(first, last, generator(stream, "parts", epoch))
+
+
+def _shuffled(first: Sequence[int], last: Sequence[int], random: torch.Generator) -> list[tuple[int, int]]:
+    """Return (label, number) for the numbers from `first` up to `last` of each label, labels shuffled."""
+    labels = [label for label, end in enumerate(last) for _ in range(end - first[label])]
+    following, turns = list(first), []
+    for place in torch.randperm(len(labels), generator=random).tolist():
+        label = labels[place]
+        turns.append((label, following[label]))
+        following[label] += 1
+    return turns
 
 
 def step_slots(micro: int, rank: int, world: int, batch_size: int) -> range:

@@ -102,7 +102,7 @@ def encode_captions(
     if rank == 0:
         Manifest.add(store.root, captions={str(record.image): record.caption for record in records}, texts=unique)
     keys = {encoder: next(iter(by_length.values())) for encoder, by_length in keys_of.items()}
-    warnings = [*damage_warnings(damaged), *_warnings(cut)]
+    warnings = [*damage_warnings(damaged), *cut_off(cut)]
     return keys, EncodeReport("captions", _extent(read, lengths), len(unique), reasons, nbytes, warnings)
 
 
@@ -227,7 +227,8 @@ def _reasons(missing: Iterable[str], records: Sequence[Record], store: Store) ->
     return dict(Counter(map(reason, missing)))
 
 
-def _warnings(cut: dict[str, dict[str, int]]) -> list[str]:
+def cut_off(cut: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Return warnings from limit in words -> text -> number of tokens beyond it, at least 1."""
     return [
         f"{len(lost)} caption{'s' * (len(lost) != 1)} too long: {limit}, so the last {max(lost.values())} of "
         f"{max(lost, key=lambda text: lost[text])[:60]!r} are cut off"

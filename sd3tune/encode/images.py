@@ -18,6 +18,7 @@ from sd3tune.data.records import Record
 from sd3tune.data.store import Store, key
 from sd3tune.encode.inspect import inspect, warnings_about
 from sd3tune.encode.manifest import ImageFacts, Manifest
+from sd3tune.encode.masks import encode_masks
 from sd3tune.encode.report import IMAGE_CHANGED, IMAGE_SETTING_CHANGED, LOST, NEW, EncodeReport, damage_warnings
 from sd3tune.encode.resources import check_room, is_mine, release
 from sd3tune.errors import DataError, ModelError
@@ -41,6 +42,8 @@ class EncodedImage:
     keys: tuple[str, ...]
     earlier_keys: tuple[str, ...]
     """The keys of versions that read every image alike; they differ from `keys` if the colour profile now matters."""
+    masks: tuple[str, ...] = ()
+    """The key of each variant's mask; empty without a mask."""
 
 
 @dataclass(frozen=True)
@@ -69,27 +72,34 @@ def encode_images(
     world: int = 1,
     say: Callable[[str], None] = logger.info,
 ) -> tuple[list[EncodedImage], EncodeReport]:
-    """Encode the images that the store lacks; return all in the records' order, and the report.
+    """Encode the images and masks that the store lacks; return all in the records' order, and the report.
 
-    Each image is cropped to the nearest shape of `buckets`, (height, width) in pixels. Entries are {"mean", "std"},
-    fp32 [16, height/8, width/8]. The VAE is loaded only if entries are missing, and then freed. It encodes one image at
-    a time in `dtype`, or in fp32 for fp16, where it would overflow. With `world` > 1 each rank encodes its share: wait
-    for all ranks after this call, then call `store.refresh()`. `say` receives the size of the entries to write, where
-    `label` names the records. Raises DataError for all unreadable images at once, before the VAE is loaded. Raises
-    ModelError, and RunError if the disk lacks space.
+    An image has a record for each of its sizes. It is cropped to the nearest shape of the record's `sizes`, else of
+    `buckets`, (height, width) in pixels. Entries are {"mean", "std"}, fp32 [16, height/8, width/8], and `encode_masks`'
+    own. The VAE is loaded only if entries are missing, and then freed. It encodes one image at a time in `dtype`, or in
+    fp32 for fp16, where it would overflow. With `world` > 1 each rank encodes its share: wait for all ranks after this
+    call, then call `store.refresh()`. `say` receives the size of the entries to write, where `label` names the records.
+    Raises DataError for all unreadable images at once, then for all masks, before the VAE is loaded. Raises ModelError,
+    and RunError if the disk lacks space.
     """
     dtype = vae_dtype(dtype)
     manifest = Manifest.load(store.root)
     refs = [record.image for record in records]
-    facts = inspect(refs, manifest, progress)
+    distinct = {id(record.image): record for record in records}  # an image has a record for each of its sizes
+    found = inspect([record.image for record in distinct.values()], manifest, progress)
+    of_image = dict(zip(distinct, found, strict=True))
+    facts = [of_image[id(ref)] for ref in refs]
     vae = base.fingerprint("vae")
-    targets = [nearest_bucket(image.size, buckets) for image in facts]
+    tables = [record.sizes or buckets for record in records]
+    targets = [nearest_bucket(image.size, table) for image, table in zip(facts, tables, strict=True)]
+    crops = list(_crops(facts, targets, crop_variants, flip))
     cuts = [
         [(_key(vae, dtype, image.digest, image.mark, cut), cut) for cut in variants_of_image]
-        for image, variants_of_image in zip(facts, _crops(facts, targets, crop_variants, flip), strict=True)
+        for image, variants_of_image in zip(facts, crops, strict=True)
     ]
 
     damaged = _damaged(refs, cuts, store)
+    masks = encode_masks(records, facts, crops, store, manifest, progress=progress, rank=rank, world=world, say=say)
     jobs, reasons = _missing(refs, facts, targets, cuts, manifest, store)
     entries = sum(len(job.cuts) for job in jobs)
     pixels_missing = sum(len(job.cuts) * job.target[0] * job.target[1] for job in jobs)
@@ -104,10 +114,12 @@ def encode_images(
     if rank == 0:
         Manifest.add(store.root, images={str(ref): image for ref, image in zip(refs, facts, strict=True)})
     variants = crop_variants * (1 + flip)
-    extent = f"{len(records)} x {variants} variants" if variants > 1 else f"{len(records)}"
-    warnings = [*damage_warnings(damaged), *warnings_about(refs, facts), *_enlarged(refs, facts, targets)]
+    sizes = f" ({len(distinct)} pictures in several sizes)" if len(distinct) < len(refs) else ""
+    extent = f"{len(records)}{sizes}" + (f" x {variants} variants" if variants > 1 else "")
+    read = warnings_about(list(distinct.values()), found)
+    warnings = [*damage_warnings(damaged), *read, *_enlarged(refs, facts, targets)]
     report = EncodeReport(label, extent, len(records), reasons, nbytes, warnings)
-    return [_encoded(vae, dtype, *one) for one in zip(facts, targets, cuts, strict=True)], report
+    return [_encoded(vae, dtype, *one) for one in zip(facts, targets, cuts, masks, strict=True)], report
 
 
 def _missing(
@@ -119,12 +131,12 @@ def _missing(
     store: Store,
 ) -> tuple[list[_Job], Counter[str]]:
     """Return the jobs for the variants that the store lacks, and the number of images by reason."""
-    jobs: dict[str, _Job] = {}  # by digest: copies of a file are encoded once
+    jobs: dict[tuple[str, Size], _Job] = {}  # by digest and bucket: copies of a file are encoded once
     reasons: Counter[str] = Counter()
     for ref, image, target, variants in zip(refs, facts, targets, cuts, strict=True):
         lacking = {key: cut for key, cut in variants if key not in store}
         if lacking:
-            jobs[image.digest] = _Job(ref, image.digest, target, lacking)
+            jobs[image.digest, target] = _Job(ref, image.digest, target, lacking)
             reasons[_reason(ref, image, manifest, store)] += 1
     return list(jobs.values()), reasons
 
@@ -142,10 +154,15 @@ def _crops(facts: Sequence[ImageFacts], targets: Sequence[Size], variants: int, 
 
 
 def _encoded(
-    vae: str, dtype: torch.dtype, facts: ImageFacts, target: Size, cuts: Sequence[tuple[str, Crop]]
+    vae: str,
+    dtype: torch.dtype,
+    facts: ImageFacts,
+    target: Size,
+    cuts: Sequence[tuple[str, Crop]],
+    masks: tuple[str, ...],
 ) -> EncodedImage:
     earlier = (_key(vae, dtype, facts.digest, "", cut) for _, cut in cuts)
-    return EncodedImage(target, tuple(key for key, _ in cuts), tuple(earlier))
+    return EncodedImage(target, tuple(key for key, _ in cuts), tuple(earlier), masks)
 
 
 def _key(vae: str, dtype: torch.dtype, digest: str, mark: str, cut: Crop) -> str:

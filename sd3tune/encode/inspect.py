@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sd3tune.data.ahead import ahead
 from sd3tune.data.images import ImageRef, file_digest, read_picture, reading_warnings
+from sd3tune.data.records import Record
 from sd3tune.encode.manifest import ImageFacts, Manifest
 from sd3tune.errors import DataError
 from sd3tune.reporting import progress_bar
@@ -40,6 +41,7 @@ def inspect(refs: Sequence[ImageRef], manifest: Manifest, progress: bool) -> lis
     return [result for result in results if isinstance(result, ImageFacts)]
 
 
-def warnings_about(refs: Sequence[ImageRef], facts: Sequence[ImageFacts]) -> list[str]:
+def warnings_about(records: Sequence[Record], facts: Sequence[ImageFacts]) -> list[str]:
     """Return a warning for each unusual way in which images were read."""
-    return reading_warnings([(ref, image.reading) for ref, image in zip(refs, facts, strict=True) if image.reading])
+    read = [(record, image.reading) for record, image in zip(records, facts, strict=True) if image.reading]
+    return reading_warnings([(record.image, record.unexpected(reading)) for record, reading in read])

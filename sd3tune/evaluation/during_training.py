@@ -178,7 +178,7 @@ class Evaluations(RunCallback):
             "steps": sampler.steps,
             "guidance": sampler.guidance,
             "seed": picture.seed,
-            "size": self.plan.config.data.resolution,
+            "size": self.plan.config.data.side,
             "weights": self.contract["weights"],
             **({"noise_offset": offset} if offset else {}),
         }
@@ -191,7 +191,7 @@ class Evaluations(RunCallback):
             prompts=[prompt.text for prompt in self.prompts.scored],
             of_class=[prompt.text for prompt in self.prompts.of_class],
             seeds=self.settings.seeds,
-            sampler=[sampler.steps, sampler.guidance, self.plan.config.data.resolution],
+            sampler=[sampler.steps, sampler.guidance, self.plan.config.data.side],
             encoders=[spec.label for spec in self._specs()],
         )[:16]
 

@@ -68,11 +68,13 @@ def images_of(folder: Path, flag: str) -> Sequence[ImageRef]:
 
 
 def find_subject(request: EvalRequest, target: Target, photos: Photos) -> Subject:
-    """Return the subject as the run's captions and priors name it, else as an adapter's contract does."""
+    """Return the subject as the run's configuration and captions name it, else as an adapter's contract does."""
     if target.config is None:
         single = target.contract.get("instance_prompt")
         return read_subject([single] if single else [], (), target.contract.get("trigger"), request.class_word)
-    return subject_of(target.config.data, photos.captions, request.class_word)
+    learned = target.config.method.learned_token
+    of_token = None if learned is None else learned.class_words
+    return subject_of(target.config.data, photos.captions, request.class_word or of_token)
 
 
 def _at_most(photos: Sequence[ImageRef]) -> Sequence[ImageRef]:

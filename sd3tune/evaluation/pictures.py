@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sd3tune.adapter.embedding import Embedding
 from sd3tune.config.run_folder import CONFIG_FILE, read_run_file
 from sd3tune.data.sources.folder import images_in
 from sd3tune.errors import RunError
@@ -16,6 +17,7 @@ from sd3tune.evaluation.target import Target
 from sd3tune.inference.image_folder import ImageFolder, draw_missing
 from sd3tune.inference.image_request import ImageRequest
 from sd3tune.inference.job import InferenceJob
+from sd3tune.inference.learned import without_unused_tokens
 from sd3tune.inference.prepare import PreparedJob, prepare
 from sd3tune.inference.recipes import Recipes, read_recipe
 from sd3tune.measures.prompts import Prompts
@@ -82,8 +84,10 @@ def plan_drawings(request: EvalRequest, target: Target, prompts: Prompts, out: P
 
     Raises UserError.
     """
-    adapters = [weights for weights in target.weights if weights.is_adapter]
-    models = [weights for weights in target.weights if not weights.is_adapter]
+    adapters, embeddings, models = (
+        [weights for weights in target.weights if weights.option == option]
+        for option in ("--lora", "--embedding", "--base")
+    )
     drawings = []
     if adapters:
         prepared = prepare(_job(request, loras=[str(weights.path) for weights in adapters]))
@@ -92,6 +96,11 @@ def plan_drawings(request: EvalRequest, target: Target, prompts: Prompts, out: P
         rows += [(one.name, replace(bare, loras=((number, 1.0),), noise_offset=prepared.requests[0].noise_offset))
                  for number, one in enumerate(adapters)]  # fmt: skip
         drawings.append(_drawing(request, prepared, rows, prompts, out))
+    prepared_embeddings = [(weights, prepare(_job(request, embeddings=[str(weights.path)]))) for weights in embeddings]
+    if prepared_embeddings:
+        drawings.append(_base_of_embedding(request, prepared_embeddings[0][1], prompts, out))
+    for weights, prepared in prepared_embeddings:
+        drawings.append(_drawing(request, prepared, [(weights.name, prepared.requests[0])], prompts, out))
     prepared_models = [(weights, prepare(_job(request, base=str(weights.path)))) for weights in models]
     if prepared_models:
         drawings += _base_of_model(request, target, prepared_models[0][1], prompts, out)
@@ -133,6 +142,14 @@ def _job(request: EvalRequest, **model: Any) -> InferenceJob:
     return InferenceJob.from_fields(**{**given, "prompt": "a photo", **model})
 
 
+def _base_of_embedding(request: EvalRequest, first: PreparedJob, prompts: Prompts, out: Path) -> Drawing:
+    """Return the drawing of the base, which reads the class words in place of the token."""
+    session = replace(first.session, embeddings=())
+    bare = replace(first.requests[0], noise_offset=session.conditions.base_noise_offset)
+    prepared = replace(first, session=session)
+    return _drawing(request, prepared, [(BASE_ROW, bare)], prompts, out, unused=first.session.embeddings)
+
+
 def _base_of_model(
     request: EvalRequest, target: Target, first: PreparedJob, prompts: Prompts, out: Path
 ) -> list[Drawing]:
@@ -149,13 +166,19 @@ def _base_of_model(
 
 
 def _drawing(
-    request: EvalRequest, prepared: PreparedJob, rows: Sequence[tuple[str, ImageRequest]], prompts: Prompts, out: Path
+    request: EvalRequest,
+    prepared: PreparedJob,
+    rows: Sequence[tuple[str, ImageRequest]],
+    prompts: Prompts,
+    out: Path,
+    unused: Sequence[Embedding] = (),
 ) -> Drawing:
     wanted = []
     for row, common in rows:
         for kind, several in ((SCORED, prompts.scored), (OF_CLASS, prompts.of_class)):
             for number, prompt in enumerate(several):
                 filled = replace(common, **prompt.values, prompt=prompt.text)
+                filled = without_unused_tokens(filled, prepared.session, unused)
                 for seed in range(filled.seed, filled.seed + request.seeds):
                     name = f"{re.sub(r'[^a-z0-9]+', '-', row.lower())}-{kind}{number:02d}-seed{seed}"
                     picture = Picture(row, kind, number, seed, out, prompt.text, prompt.scored_as)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sd3tune.adapter.embedding import find_embedding, is_embedding, read_embedding
 from sd3tune.adapter.file import find_adapter
 from sd3tune.adapter.hub import load_adapter
 from sd3tune.adapter.metadata import is_safetensors
@@ -20,7 +21,7 @@ from sd3tune.methods import products
 from sd3tune.methods.base import Product
 from sd3tune.model.base.parts import INDEX_FILE
 from sd3tune.publish.card.evaluated import EVAL_FOLDER
-from sd3tune.publish.files import EMBEDDINGS
+from sd3tune.publish.files import ADAPTERS, EMBEDDINGS
 from sd3tune.run.folder import BEST, MEASURED
 from sd3tune.run.previews import run_of, step_of
 from sd3tune.training.checkpoint import list_checkpoints, read_state
@@ -33,8 +34,9 @@ class Weights:
     name: str
     step: int | None
     path: Path
-    """Location of the adapter, as for `infer --lora`, or the folder of the model."""
-    is_adapter: bool = True
+    """Location of the adapter or embedding, as for `infer`, or the folder of the model."""
+    option: str = "--lora"
+    """The option of `infer` that takes it: `--lora`, `--embedding` or `--base`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Target:
     config: Config | None = None
     """The configuration of the run, or of the run that the adapter belongs to."""
     contract: Mapping[str, Any] = field(default_factory=dict)
-    """The contract of an adapter outside a run."""
+    """The contract of an adapter or embedding outside a run."""
 
     @property
     def default_out(self) -> Path:
@@ -68,6 +70,8 @@ def find_target(location: str, checkpoints: str) -> Target:
         raise RunError(f"--checkpoints {checkpoints}: {location} is no run folder, so it has no checkpoints")
     if (path / INDEX_FILE).is_file():
         return _model(path)
+    if is_embedding(path):
+        return _embedding(find_embedding(path))
     if path.is_file() or _holds_adapter(path):
         return _adapter(find_adapter(path))
     if not path.exists():
@@ -103,8 +107,6 @@ def _run(run: Path, checkpoints: str) -> Target:
     found: dict[int | None, Weights] = {}
     for folder in _folders(run) if checkpoints == "all" else [run]:
         product = next((product for product in products() if product.is_in(folder)), None)
-        if product is not None and product.name == EMBEDDINGS[0]:
-            raise RunError(f"{run}: trained an embedding, and eval measures adapters and models only; draw with infer")
         if product is not None:
             weights = _weights(run, folder, product)
             found[weights.step] = weights
@@ -120,11 +122,11 @@ def _folders(run: Path) -> list[Path]:
 
 
 def _weights(run: Path, folder: Path, product: Product) -> Weights:
-    is_adapter = product.name == "adapter"
-    path = folder if is_adapter else folder / product.name
+    option = {ADAPTERS[0]: "--lora", EMBEDDINGS[0]: "--embedding"}.get(product.name, "--base")
+    path = folder / product.name if option == "--base" else folder
     step = _step(run, folder)
     name = (folder.name if folder != run else product.name) if step is None else f"step {step}"
-    return Weights(name, step, path, is_adapter)
+    return Weights(name, step, path, option)
 
 
 def _step(run: Path, folder: Path) -> int | None:
@@ -151,22 +153,29 @@ def _no_weights(run: Path) -> str:
 
 
 def _adapter(file: Path) -> Target:
+    return _of_file(file, load_adapter(file).contract, "adapter", "--lora")
+
+
+def _embedding(file: Path) -> Target:
+    return _of_file(file, read_embedding(file).contract, "embedding", "--embedding")
+
+
+def _of_file(file: Path, contract: Mapping[str, Any], kind: str, option: str) -> Target:
     run = run_of(file)
-    contract = load_adapter(file).contract
     if run is None or not (run / CONFIG_FILE).is_file():
-        name = file.stem if file.parent.name in ("adapter", "") else file.parent.name
-        return Target(contract.get("name") or name, [Weights("adapter", None, file)], contract=contract)
+        name = file.stem if file.parent.name in (kind, "") else file.parent.name
+        return Target(contract.get("name") or name, [Weights(kind, None, file, option)], contract=contract)
     config = load_config(run / CONFIG_FILE).config
     step = _or_none(lambda: step_of(file, run))
-    name = "adapter" if step is None else f"step {step}"
-    return Target(f"{config.name}-{name}", [Weights(name, step, file)], config=config, contract=contract)
+    name = kind if step is None else f"step {step}"
+    return Target(f"{config.name}-{name}", [Weights(name, step, file, option)], config=config, contract=contract)
 
 
 def _model(folder: Path) -> Target:
     run = run_of(folder / INDEX_FILE)
     config = load_config(run / CONFIG_FILE).config if run and (run / CONFIG_FILE).is_file() else None
     name = folder.resolve().name
-    return Target(config.name if config else name, [Weights(name, None, folder, is_adapter=False)], config=config)
+    return Target(config.name if config else name, [Weights(name, None, folder, "--base")], config=config)
 
 
 def _or_none(step: Callable[[], int | None]) -> int | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,9 +28,42 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
     return noise - latents
 
 
-def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error per sample: [B, C, H, W] -> [B] fp32 (float64 for float64 inputs)."""
-    return (prediction.to(target.dtype) - target).square().flatten(1).mean(1)
+def velocity_loss(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the mean squared error per sample: [B, C, H, W] -> [B] fp32 (float64 for float64 inputs).
+
+    With `weights` [B, H, W] it is weighted at latent positions.
+    """
+    square = (prediction.to(target.dtype) - target).square()
+    return (square if weights is None else weights[:, None] * square).flatten(1).mean(1)
+
+
+def position_weights(mask: Tensor, outside: float) -> Tensor:
+    """Return the weights of latent positions, with mean 1 over the last two dimensions: [..., H, W] fp32.
+
+    They are proportional to 1 inside the mask, where it is 1, and to `outside` where it is 0. All are 0 if their mean
+    is.
+    """
+    weights = outside + (1 - outside) * mask
+    return weights / weights.mean((-2, -1), keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def masked_loss(
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    prediction: Tensor,
+    target: Tensor,
+    sigma: Tensor,
+    weights: Tensor | None,
+) -> Tensor:
+    """Return the loss of each sample, [B]; with `weights` [B, H, W], the mean of weight * loss over latent positions.
+
+    `loss` maps predictions and targets [B, C, H, W] and `sigma` [B] to [B]. With weights it gets each position as a
+    sample of its own, [B * H * W, C, 1, 1], so any mean over values can be weighted.
+    """
+    if weights is None:
+        return loss(prediction, target, sigma)
+    one, other = (values.movedim(1, -1).reshape(-1, values.shape[1], 1, 1) for values in (prediction, target))
+    losses = loss(one, other, sigma.repeat_interleave(weights[0].numel()))
+    return (weights * losses.reshape(weights.shape)).flatten(1).mean(1)
 
 
 def huber_loss(prediction: Tensor, target: Tensor, delta: float) -> Tensor:

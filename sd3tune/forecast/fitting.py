@@ -22,7 +22,6 @@ from sd3tune.forecast.forecast import CONTEXT, MARGIN, Forecast, ForecastInputs,
 from sd3tune.forecast.system import machine_memory
 from sd3tune.model.compute.swap import BUFFERS
 from sd3tune.reporting import progress_bar
-from sd3tune.run.buckets import bucket_of
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes
 
@@ -51,13 +50,13 @@ def fitted_plan(plan: Plan, processes: Processes) -> tuple[Plan, list[str]]:
     memory = plan.config.train.memory
     if memory is None:
         return plan, []
-    largest = max((bucket_of(record, plan.buckets) for record in plan.records), key=lambda size: size[0] * size[1])
     inputs = ForecastInputs(
         config=plan.config,
         base=plan.base,
         dtype=plan.dtype,
         buckets=plan.buckets,
-        largest=largest,
+        sized=plan.sized,
+        largest=plan.largest,
         records=plan.records,
         holdout=plan.holdout,
         priors=plan.priors,

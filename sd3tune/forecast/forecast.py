@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from sd3tune.config import Config
 from sd3tune.config.meaning import settings_of
 from sd3tune.config.sections.key import Phase
 from sd3tune.data.buckets import Size
-from sd3tune.data.crops import Crop, crops
+from sd3tune.data.crops import Crop, crops, mask_bytes
 from sd3tune.data.images import file_digest, upright_size
 from sd3tune.data.records import Record, load_records
 from sd3tune.encode.captions import text_bytes, texts_read_by
@@ -31,11 +32,12 @@ from sd3tune.methods import METHODS, Method
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.resolve import shape_of_base
 from sd3tune.model.load.components import empty_transformer
-from sd3tune.run.buckets import bucket_of, buckets_of
+from sd3tune.run.buckets import bucket_of, bucket_tables, buckets_in, largest_bucket
 from sd3tune.run.encoding import captions_to_encode, prompts_to_encode
 from sd3tune.run.evaluated import evaluated_prompts
 from sd3tune.run.preflight import check_installed, check_precision, check_size, resolve_epochs, split_records
-from sd3tune.run.priors import PlannedPrior, plan_priors
+from sd3tune.run.priors import PlannedPrior, plan_priors, with_captions
+from sd3tune.run.sizes import held_out_size, in_all_sizes, used_images
 
 CONTEXT = 600_000_000
 """Bytes of GPU memory that CUDA and its libraries take by themselves: an allowance, not a measurement."""
@@ -54,6 +56,8 @@ class ForecastInputs:
     base: Base
     dtype: torch.dtype
     buckets: Sequence[Size]
+    sized: Sequence[Record]
+    """A record for each image and size; empty if the images are missing."""
     largest: Size
     """The bucket with the most pixels, (height, width): of the buckets in use or, without images, of all."""
     records: Sequence[Record] | None
@@ -65,6 +69,19 @@ class ForecastInputs:
     missing: Sequence[str]
     """The problems found if the images are missing."""
 
+    @property
+    def mix(self) -> dict[Size, int]:
+        """The largest bucket of each size of the run -> samples per epoch of that size."""
+        tables: dict[tuple[Size, ...], list[Record]] = {}
+        for record in self.sized:
+            tables.setdefault(record.sizes, []).append(record)
+        if len(tables) <= 1:
+            return {self.largest: 1}
+        return {
+            largest_bucket(bucket_of(one, self.buckets) for one in records): sum(one.repeats for one in records)
+            for records in tables.values()
+        }
+
 
 @dataclass(frozen=True)
 class Store:
@@ -73,6 +90,7 @@ class Store:
     texts: int
     images: int
     """Entries: each variant of an image counts."""
+    masks: int
     nbytes: int
 
 
@@ -103,6 +121,19 @@ class Forecast:
             found["evaluate"] = MemoryUse(training.resident, ENCODER)
         return found
 
+    @functools.cached_property
+    def flops(self) -> float:
+        """Operations of an optimizer step: the mean over the sizes of the run, by their samples."""
+        inputs, mix = self.inputs, self.inputs.mix
+        method = METHODS[inputs.config.method.kind](inputs.config, inputs.base)
+
+        def of_size(size: Size) -> int:
+            if size == inputs.largest:
+                return self.training.flops
+            return rehearse_training(inputs.config, inputs.base, method, size, inputs.dtype, self.training).flops
+
+        return sum(of_size(size) * samples for size, samples in mix.items()) / sum(mix.values())
+
     @property
     def peak(self) -> int:
         return max(use.peak for use in self.phases.values())
@@ -124,23 +155,39 @@ def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
     check_size(config, transformer.config)
     check_precision(config, dtype)
     METHODS[config.method.kind](config, base).select(transformer)
-    buckets = buckets_of(config, transformer.config)
+    tables = bucket_tables(config, transformer.config)
+    buckets = buckets_in(tables)
     records: list[Record] | None = None
     holdout: list[Record] = []
+    sized: list[Record] = []
     priors: list[PlannedPrior] = []
     evaluated: Prompts | None = None
     missing: Sequence[str] = ()
     used = buckets
     try:
         records, holdout = split_records(config, load_records(config.data, config.seed))
-        config = resolve_epochs(config, sum(record.repeats for record in records), 1)
-        priors = plan_priors(config, records, buckets, base)
+        config = with_captions(config, records)
+        sized, holdout = in_all_sizes(config.data, records, tables), held_out_size(config.data, holdout, tables)
+        records = used_images(records, sized)
+        config = resolve_epochs(config, sum(record.repeats for record in sized), 1)
+        priors = plan_priors(config, sized, buckets, base)
         evaluated = evaluated_prompts(config, records)
-        used = [bucket_of(record, buckets) for record in records]
+        used = [bucket_of(record, buckets) for record in sized]
     except DataError as error:
-        records, missing = None, error.problems
-    largest = max(used, key=lambda size: size[0] * size[1])
-    return ForecastInputs(config, base, dtype, buckets, largest, records, holdout, priors, evaluated, missing)
+        records, sized, missing = None, [], error.problems
+    return ForecastInputs(
+        config=config,
+        base=base,
+        dtype=dtype,
+        buckets=buckets,
+        sized=sized,
+        largest=largest_bucket(used),
+        records=records,
+        holdout=holdout,
+        priors=priors,
+        evaluated=evaluated,
+        missing=missing,
+    )
 
 
 def forecast(inputs: ForecastInputs, like: Forecast | None = None) -> Forecast:
@@ -194,11 +241,13 @@ def _store(inputs: ForecastInputs, records: Sequence[Record], encoders: Sequence
         text_bytes(inputs.base, encoder, inputs.dtype, config.model.t5_lengths) * len(texts)
         for encoder, texts in read.items()
     )
-    sizes = [cut.size for record in records for cut in _cuts(inputs, record)]
-    sizes += [bucket_of(record, inputs.buckets) for record in inputs.holdout] + [inputs.largest] * len(of_class)
+    cuts_of = [(record, [cut.size for cut in _cuts(inputs, record)]) for record in inputs.sized]
+    cuts_of += [(record, [bucket_of(record, inputs.buckets)]) for record in inputs.holdout]
+    sizes = [size for _, cuts in cuts_of for size in cuts] + [inputs.largest] * len(of_class)
+    masked = [size for record, cuts in cuts_of if record.mask for size in cuts]
     pixels = sum(height * width for height, width in sizes)
-    nbytes = of_texts + round(pixels * bytes_per_pixel(inputs.base))
-    return Store(len({text for texts in read.values() for text in texts}), len(sizes), nbytes)
+    nbytes = of_texts + round(pixels * bytes_per_pixel(inputs.base)) + sum(map(mask_bytes, masked))
+    return Store(len({text for texts in read.values() for text in texts}), len(sizes), len(masked), nbytes)
 
 
 def _cuts(inputs: ForecastInputs, record: Record) -> set[Crop]:

@@ -14,7 +14,7 @@ from sd3tune.config.shape import section_at
 from sd3tune.forecast.forecast import ForecastInputs, forecast_inputs
 from sd3tune.methods import METHODS
 from sd3tune.model.load.quantized import missing_library
-from sd3tune.run.knobs import more_swapped
+from sd3tune.run.knobs import lower_resolution, more_swapped
 from sd3tune.runtime.device import DTYPES
 
 Knob = tuple[str, Callable[[Config], Config]]
@@ -27,7 +27,7 @@ def _changed(section: str, **values: object) -> Callable[[Config], Config]:
 def knobs(inputs: ForecastInputs) -> list[Knob]:
     """Return possible configuration changes, cheapest first: each as typed, and as a function that applies it."""
     config, dtype, blocks = inputs.config, inputs.dtype, inputs.base.config("transformer")["num_layers"]
-    train, side = config.train, config.data.resolution
+    train = config.train
     eight_bit = importlib.util.find_spec("bitsandbytes") is not None
     found: list[Knob] = []
     partly = train.checkpointed_blocks is not None
@@ -43,9 +43,9 @@ def knobs(inputs: ForecastInputs) -> list[Knob]:
         more = train.gradient_accumulation * train.batch_size
         typed = f"train.batch_size=1 train.gradient_accumulation={more}"
         found.append((typed, _changed("train", batch_size=1, gradient_accumulation=more)))
-    lower = next((value for value in leaner_values(config, "data.resolution") if value < side), None)
+    lower = lower_resolution(config)
     if lower is not None:
-        found.append((f"data.resolution={lower}", _changed("data", resolution=lower)))
+        found.append((f"data.resolution={lower}".replace(" ", ""), _changed("data", resolution=lower)))
     if config.model.t5:
         if config.model.t5_device == "auto":
             found.append(("model.t5_device=cpu", _changed("model", t5_device="cpu")))
@@ -81,8 +81,7 @@ def _with_optimizer(kind: str) -> Callable[[Config], Config]:
 def after(inputs: ForecastInputs, changed: Callable[[Config], Config]) -> ForecastInputs:
     """Return the inputs of the changed configuration; the data is read again only if the resolution changes."""
     config = changed(inputs.config)
-    scale = config.data.resolution / inputs.config.data.resolution
     dtype = DTYPES.get(config.model.dtype, inputs.dtype) if config.model != inputs.config.model else inputs.dtype
-    if scale == 1:
+    if config.data.resolution == inputs.config.data.resolution:
         return replace(inputs, config=config, dtype=dtype)
     return forecast_inputs(config, dtype)

@@ -14,6 +14,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from sd3tune.config import Config
+from sd3tune.config.sections.masks import any_keeps_base
 from sd3tune.data.buckets import Size
 from sd3tune.encode.captions import CLIP_LENGTH
 from sd3tune.forecast.footprint import Footprint, SavedTensors, bytes_of, peak_of, tensors_of
@@ -86,8 +87,8 @@ class Training:
 class MetaBatches:
     """A source of batches on the meta device, with images of a single size.
 
-    Captions have the longest trained T5 length. If a source has a prior, every instance has a prior sample: the worst
-    case.
+    Captions have the longest trained T5 length. If a source has a prior, every instance has a prior sample, and if the
+    base's prediction is a target outside masks, every instance has a mask: the worst case.
     """
 
     def __init__(self, config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> None:
@@ -96,6 +97,7 @@ class MetaBatches:
         self.with_prior, self.instances = bool(priors), config.train.batch_size
         self.rows = self.instances * (2 if priors else 1)
         self.kept = slice(self.instances if kept else self.rows, self.rows)
+        self.keeps_base = any_keeps_base(config.data.sources)
         self.size, self.dtype, self.channels = size, dtype, base.config("vae")["latent_channels"]
         self.batch_size, self.accumulation = config.train.batch_size, config.train.gradient_accumulation
         self.modulation: Modulation | None = None
@@ -109,6 +111,9 @@ class MetaBatches:
         return 0
 
     def names(self, step: int) -> Sequence[str]:
+        return ()
+
+    def concepts(self, step: int) -> Sequence[str]:
         return ()
 
     def conditions(self, step: int, micro: int) -> tuple[Tensor, Mapping[str, Mapping[str, Tensor]]]:
@@ -127,6 +132,7 @@ class MetaBatches:
             names=[""] * rows,
             instances=self.instances,
             kept=self.kept,
+            from_base=torch.empty(rows, *shape[2:], device=META) if self.keeps_base else None,
         )
 
     def _entries(self, encoder: str, rows: int) -> dict[str, Tensor]:
@@ -272,7 +278,7 @@ def _rehearse_preview(
 
     left_out = thin.omitted_contribution(exported_bytes)
     rows = 2 if config.preview.guidance > 1 else 1
-    side = config.data.resolution
+    side = config.data.side
     sides = [(side, side), *(picture.sides[::-1] for picture in config.preview.pictures if picture.sides)]
     size = max(sides, key=math.prod)
 

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, create_model
 from safetensors import SafetensorError
 
 from sd3tune import __version__
-from sd3tune.adapter.embedding import EMBEDDING_FILE
+from sd3tune.adapter.embedding import EMBEDDING_FILE, Embedding
 from sd3tune.adapter.file import ADAPTER_FILE, Adapter, find_adapter
 from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.errors import AdapterError, ConfigError, ModelError
@@ -29,6 +29,7 @@ from sd3tune.model.base.offline import name_of_version, offline_kind
 from sd3tune.reporting import say
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_PRODUCTS = ("embedding", "embedding_raw", "adapter", "adapter_raw")
 _HUB_COMMIT = re.compile(_HUB_ID.pattern + r":[\w.-]+", re.ASCII)
 
 
@@ -47,9 +48,13 @@ class _Lora(Part):
     weight: float
     tensors_sha256: str | None = None
     """Digest of the tensors alone, equal when only the file's header changes; None in earlier pictures."""
+    embedding: str | None = None
+    """Digest of the file with its learned token, which lies beside it; None without one."""
 
     def is_in(self, path: Path) -> bool:
-        """Return True if the file holds this adapter."""
+        """Return True if the file holds this adapter, and its learned token lies beside it."""
+        if self.embedding is not None and not _has_content(path.with_name(EMBEDDING_FILE), self.embedding):
+            return False
         if self.tensors_sha256 is None:
             return _has_content(path, self.sha256)
         try:
@@ -144,6 +149,15 @@ class SourcePicture:
                 raise AdapterError(
                     f"--from {self.picture}: the adapter {lora.name} is another file than the picture was drawn with "
                     f"(sha256 {lora.sha256[:12]}...); to draw with it nevertheless, give it with --lora"
+                )
+
+    def check_embeddings(self, embeddings: Sequence[Embedding]) -> None:
+        """Do as `check_adapters` for an embedding on the Hub."""
+        for known, embedding in zip(self.recipe.embeddings, embeddings, strict=True):
+            if not _has_content(embedding.path, known.sha256):
+                raise AdapterError(
+                    f"--from {self.picture}: the embedding {known.name} is another file than the picture was drawn "
+                    f"with (sha256 {known.sha256[:12]}...); to draw with it nevertheless, give it with --embedding"
                 )
 
 
@@ -267,11 +281,15 @@ def _found_adapters(job: InferenceJob, source: SourcePicture) -> list[str]:
 
 
 def _found_embedding(job: InferenceJob, source: SourcePicture, embedding: _File) -> Path:
-    """Find a file of learned tokens by content: near the picture, in the working directory, `--look-in` or `runs/`."""
+    """Find a file of learned tokens: on the Hub by name and commit, else by content near the picture, in the working
+    directory, `--look-in` or `runs/`.
+    """
+    if _HUB_COMMIT.fullmatch(embedding.name):
+        return Path(embedding.name)
     names = [EMBEDDING_FILE, *([embedding.name] if _is_plain(embedding.name) else [])]
     for root in (*_near(source.picture), Path.cwd(), *job.look_in, *sorted(Path("runs").glob("*"))):
         checkpoints = sorted((root / "checkpoints").glob("*/embedding"))
-        for folder in (root, root / "embedding", root / "embedding_raw", *checkpoints):
+        for folder in (root, *(root / name for name in _PRODUCTS), *checkpoints):
             for path in (folder / name for name in names):
                 if _has_content(path, embedding.sha256):
                     return path

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sd3tune.files.png_recipe import RECIPE_KEY
 from sd3tune.inference.job import InferenceJob
+from sd3tune.inference.learned import check_tokens
 from sd3tune.inference.prepare import download_policy, prepare
 from sd3tune.inference.recipes import Recipes
 from sd3tune.inference.session import draw
@@ -52,6 +53,7 @@ def generate(
     job = InferenceJob.from_fields(loras=_as_texts(lora), base=None if base is None else _base(base), **given)
     with download_policy(job):
         prepared = prepare(job)
+        check_tokens(prepared.requests, prepared.session)
         recipes = Recipes(prepared.session)
         images: dict[Any, Image.Image] = {}
         for request, image in draw(prepared.session, list(dict.fromkeys(prepared.requests)), one_by_one=False):

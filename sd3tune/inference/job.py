@@ -125,9 +125,10 @@ class InferenceJob:
     )
     embeddings: Sequence[str] = parameter(
         (),
-        "Learned tokens: a file with clip_l and clip_g, its folder, a checkpoint or a run. Repeatable.",
+        "Learned tokens: a file with clip_l and clip_g, its folder, a checkpoint, a run, or a repository on the Hub. "
+        "Repeatable.",
         flags="--embedding",
-        metavar="PATH",
+        metavar="PATH|USER/NAME[:REVISION]",
         panel=MODEL,
         recipe="embeddings",
     )

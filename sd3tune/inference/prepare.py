@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from typing import Any
 
 from sd3tune.adapter.attach import match
 from sd3tune.adapter.derived import notes_of
-from sd3tune.adapter.embedding import Embedding, read_embedding
+from sd3tune.adapter.embedding import Embedding
 from sd3tune.adapter.file import Adapter
-from sd3tune.adapter.hub import load_adapter
+from sd3tune.adapter.hub import load_adapter, load_embedding
 from sd3tune.adapter.text_encoders import match_text
 from sd3tune.data.images import check_header, read_picture, reading_warnings
-from sd3tune.errors import AdapterError, ConfigError
+from sd3tune.errors import ConfigError
 from sd3tune.files.text import weighted_words
 from sd3tune.inference.checks import Named, check_job, conflicts_of, flag_of, problems_of, unsupported_by_base
 from sd3tune.inference.conditions import Conditions, settle_conditions, settle_memory
@@ -24,11 +23,12 @@ from sd3tune.inference.from_recipe import fill_from_recipe, read_source
 from sd3tune.inference.grid import Grid, read_grid
 from sd3tune.inference.image_request import PROMPT_OF, ImageRequest, seeded
 from sd3tune.inference.job import InferenceJob
+from sd3tune.inference.learned import check_embeddings, own_embeddings, without_unused_tokens
 from sd3tune.inference.lora_argument import parse_lora
 from sd3tune.inference.prompts_file import PromptLine, read_prompts
 from sd3tune.inference.session import InferenceSession
 from sd3tune.model.base.hub import no_downloads
-from sd3tune.model.base.parts import ENCODER_OF, ENCODER_PARTS, LABELS
+from sd3tune.model.base.parts import ENCODER_OF, LABELS
 from sd3tune.model.load.components import empty_transformer, load_scheduler
 from sd3tune.reporting import say
 from sd3tune.runtime.device import choose_dtype, gpu_of, make_accelerator
@@ -74,11 +74,12 @@ def prepare(asked: InferenceJob) -> PreparedJob:
     adapters = [load_adapter(path, transformer_only=job.transformer_only) for path, _ in weighted]
     for line in (line for adapter in adapters for line in notes_of(adapter)):
         say(line)
-    embeddings = [read_embedding(Path(path)) for path in job.embeddings]
-    session = _open_session(job, adapters, embeddings)
+    session = _open_session(job, adapters, [load_embedding(Path(path)) for path in job.embeddings])
     if source is not None:
         if not asked.loras:
             source.check_adapters(adapters[: len(job.loras)])
+        if not asked.embeddings:
+            source.check_embeddings(session.embeddings)
         source.check_base(session.conditions.base, chosen=asked.base is not None or asked.config is not None)
 
     fixed = tuple((number, weight) for number, (_, weight) in enumerate(weighted[: len(job.loras)]))
@@ -87,7 +88,7 @@ def prepare(asked: InferenceJob) -> PreparedJob:
     named = _named_requests(lines, common, job.num)
     rows = [[request for request, _ in named]]
     if grid is not None:
-        rows = grid.requests(named[0][0])
+        rows = [[without_unused_tokens(one, session) for one in row] for row in grid.requests(named[0][0])]
         named = [(request, flag_of) for row in rows for request in row]
     _check_against_base(named, session.conditions, adapters)
     return PreparedJob(job, session, rows, grid)
@@ -100,24 +101,9 @@ def _open_session(job: InferenceJob, adapters: Sequence[Adapter], embeddings: Se
     memory = settle_memory(job.memory, stating)
     _check_form(adapters, memory.quantize)
     conditions = settle_conditions(job, stating)
-    _check_embeddings(embeddings, conditions)
-    return InferenceSession(conditions, adapters, dtype, device, job.batch, memory, embeddings)
-
-
-def _check_embeddings(embeddings: Sequence[Embedding], conditions: Conditions) -> None:
-    """Raise AdapterError for vectors of other widths than the base's, and for two files with one token."""
-    problems = [
-        f"{one.path}: made for another base: {name} has vectors of {rows.shape[1]} numbers, and in "
-        f"{conditions.base.name} they have {width}"
-        for one in embeddings
-        for name, rows in one.rows.items()
-        if rows.shape[1] != (width := conditions.base.config(ENCODER_PARTS[name][1])["hidden_size"])
-    ]
-    for token, count in Counter(one.token for one in embeddings).items():
-        if count > 1:
-            problems.append(f"--embedding: {count} files are for the token {token}; give one of them")
-    if problems:
-        raise AdapterError(*problems)
+    own = own_embeddings(adapters, embeddings)
+    check_embeddings([*embeddings, *own.values()], conditions.base)
+    return InferenceSession(conditions, adapters, dtype, device, job.batch, memory, embeddings, own)
 
 
 def _named_requests(lines: Sequence[PromptLine], common: Mapping[str, Any], num: int) -> list[NamedRequest]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -43,11 +43,13 @@ def encode_prompts(
     eight_bit: Collection[str] = (),
     adapters: Sequence[Adapter] = (),
     embeddings: Sequence[Embedding] = (),
+    own: Mapping[int, Embedding] = {},
 ) -> list[Conditioning]:
     """Return the conditioning of each prompt, as in `StableDiffusion3Pipeline`. Each text is encoded once, by itself.
 
     Encoders named in `eight_bit` are loaded in 8 bits. Warns of texts that are cut off. `adapters` are indexed by
-    `Prompt.loras`; each encoder uses its own part of them. For the tokens of `embeddings`, T5 reads other words.
+    `Prompt.loras`; each encoder uses its own part of them. For the tokens of `embeddings`, T5 reads other words. `own`
+    are the embeddings of adapters, by index, for prompts that use the adapter.
     """
     entries: dict[str, dict[tuple[str, Loras], dict[str, torch.Tensor]]] = {}
     for name in progress_bar(encoders, desc="encoding prompts", unit="encoder", leave=False, delay=2):
@@ -56,20 +58,20 @@ def encode_prompts(
         for number, adapter in enumerate(adapters):
             if tensors := attach_text(name, encoder.model, adapter, str(number)):
                 say(f"{adapter.label}: {tensors} tensors loaded into {LABELS[name]}")
-        if embeddings and name != "t5":
-            attach_embeddings(encoder, embeddings)
-        read = partial(as_read, name, embeddings=embeddings)
-        entries[name] = {}
+        if (known := [*embeddings, *own.values()]) and name != "t5":
+            attach_embeddings(encoder, known)
+        entries[name], cut = {}, dict[str, int]()
         for loras in dict.fromkeys(prompt.loras for prompt in prompts):
             use_adapters(encoder.model, {str(number): weight for number, weight in loras})
+            used = [*embeddings, *(own[number] for number, _ in loras if number in own)]
+            read = partial(as_read, name, embeddings=used)
             texts = list(dict.fromkeys(prompt.texts.read_by(name) for prompt in prompts if prompt.loras == loras))
             encoded = encoder.encode([read(text) for text in texts])
             entries[name] |= {(text, loras): entry for text, entry in zip(texts, encoded, strict=True)}
-        for text in dict.fromkeys(prompt.texts.read_by(name) for prompt in prompts):
-            lost = encoder.truncated(read(text))
-            if lost:
-                shown = textwrap.shorten(text, 60, placeholder=" ...")
-                say(f"warning: {name} reads {encoder.max_length} tokens; the last {lost} of {shown!r} are cut off")
+            cut |= {text: lost for text in texts if (lost := encoder.truncated(read(text)))}
+        for text, lost in cut.items():
+            shown = textwrap.shorten(text, 60, placeholder=" ...")
+            say(f"warning: {name} reads {encoder.max_length} tokens; the last {lost} of {shown!r} are cut off")
         del encoder
         release(device)
     width = empty_transformer(base).config.joint_attention_dim

@@ -45,7 +45,7 @@ class Recipes:
         }
         if self.session.embeddings:
             model["embeddings"] = [
-                {"name": one.path.name, "sha256": sha256_of(one.path)} for one in self.session.embeddings
+                {"name": one.origin or one.path.name, "sha256": sha256_of(one.path)} for one in self.session.embeddings
             ]
         if encoders := self._adapted_encoders(request):
             model["lora_encoders"] = encoders
@@ -115,13 +115,15 @@ class Recipes:
 
     @cached_property
     def _named(self) -> list[dict[str, str]]:
+        own = self.session.own
         return [
             {
                 "name": adapter.origin or _name_of(adapter.path),
                 "sha256": sha256_of(adapter.path),
                 "tensors_sha256": tensors_sha256(adapter.path),
+                **({"embedding": sha256_of(own[number].path)} if number in own else {}),
             }
-            for adapter in self.session.adapters
+            for number, adapter in enumerate(self.session.adapters)
         ]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,7 +59,9 @@ class InferenceSession:
     """Images that are denoised at once. The batch size changes the last bits of an image."""
     memory: Memory = IN_FULL
     embeddings: Sequence[Embedding] = ()
-    """Learned tokens of the prompts."""
+    """Learned tokens of all prompts."""
+    own: Mapping[int, Embedding] = field(default_factory=dict)
+    """Learned tokens of pivotal tuning, by the index of their adapter; a request without it does not use them."""
 
     @property
     def idle_device(self) -> torch.device:
@@ -152,7 +154,7 @@ def prompts_of(session: InferenceSession, requests: Sequence[ImageRequest]) -> l
 
 
 def _prompt(session: InferenceSession, request: ImageRequest, texts: Texts) -> Prompt:
-    of_text = (lora for lora in request.loras if session.adapters[lora[0]].text_parts)
+    of_text = (lora for lora in request.loras if session.adapters[lora[0]].text_parts or lora[0] in session.own)
     return Prompt(texts, tuple(of_text))
 
 
@@ -215,6 +217,7 @@ def _encode_texts(session: InferenceSession, requests: Sequence[ImageRequest]) -
             eight_bit,
             session.adapters,
             session.embeddings,
+            session.own,
         )
     return dict(zip(prompts, encoded, strict=True))
 

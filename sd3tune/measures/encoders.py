@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from torch import Tensor
 import sd3tune
 from sd3tune.errors import MeasureUnavailable, UserError
 from sd3tune.model.base.offline import NANO
+from sd3tune.model.base.pretrained import model_source
 
 Measure = Literal["subject", "prompt"]
 DREAMBOOTH = "dreambooth"
@@ -24,7 +24,6 @@ WITHOUT = "none"
 """The override that leaves an encoder out."""
 NANO_CLIP = Path(sd3tune.__file__).parent / "assets" / "nano_clip"
 """Folder of nano's encoder, in transformers' CLIP format."""
-_ON_THE_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 
 
 class ImageEncoder(Protocol):
@@ -150,7 +149,5 @@ def _known() -> dict[str, EncoderSpec]:
 
 def _from(source: str, spec: EncoderSpec) -> EncoderSpec:
     """Return the encoder with another source; an existing folder is preferred to a Hub id of the same spelling."""
-    named = None if Path(source).expanduser().exists() else _ON_THE_HUB.fullmatch(source)
-    if named is None:
-        return replace(spec, source=source, revision=None)
-    return replace(spec, source=named[1], revision=named[2])
+    named = model_source(source)
+    return replace(spec, source=named.name, revision=named.revision)

@@ -14,13 +14,8 @@ from torch import Tensor, nn
 
 from sd3tune.errors import MeasureUnavailable, ModelError
 from sd3tune.measures.encoders import NANO_CLIP, EncoderSpec, ImageEncoder
-from sd3tune.model.base.hub import download
+from sd3tune.model.base import pretrained as models
 from sd3tune.model.base.offline import NANO
-from sd3tune.model.base.progress_bars import no_progress_bars
-
-_SMALL_FILES = ["*.json", "*.txt", "*.model"]
-_WEIGHTS = (["model*.safetensors"], ["pytorch_model*.bin"])
-"""The preferred format first. transformers reads a .bin file with `weights_only=True`, which runs no code."""
 
 
 class Pretrained:
@@ -117,24 +112,19 @@ def folder_of(spec: EncoderSpec) -> Path:
 
 
 def _folder(spec: EncoderSpec) -> Path:
-    local = NANO_CLIP if spec.source == NANO else Path(spec.source).expanduser()
-    if spec.revision is None and local.exists():
-        return local
+    if spec.source == NANO and spec.revision is None and NANO_CLIP.exists():
+        return NANO_CLIP
     if spec.source == NANO:
         raise ModelError("not in this installation of sd3tune; install it again, or choose another encoder")
-    otherwise = f"name a local folder: --encoder {spec.name}=FOLDER"
-    for weights in _WEIGHTS:
-        folder = download(spec.source, spec.revision, [*_SMALL_FILES, *weights], progress=True, otherwise=otherwise)
-        if any(folder.glob(weights[0])):
-            return folder
-    raise ModelError(f"{spec.label}: no weights in safetensors or PyTorch's format there; {otherwise}")
+    source = models.ModelSource(spec.source, spec.revision)
+    return models.folder_of(source, f"name a local folder: --encoder {spec.name}=FOLDER")
 
 
 def _load(spec: EncoderSpec, folder: Path, device: torch.device) -> Pretrained:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with _quiet(), no_progress_bars():
+    with models.quiet_transformers():
         config = AutoConfig.from_pretrained(folder, **local)
         # Checkpoints of DINO lack this layer, which would get random weights.
         options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
@@ -155,19 +145,6 @@ def _with_pillow() -> dict[str, Any]:
     import transformers
 
     return {"use_fast": False} if transformers.__version__.startswith("4.") else {"backend": "pil"}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' reports on loading, such as on tensors that are left out."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _projected(output: Any) -> Tensor:

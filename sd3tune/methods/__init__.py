@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from sd3tune.config.schema import Config
-from sd3tune.config.sections.method import MethodSection
+from sd3tune.config.sections.method_section import MethodSection
 from sd3tune.config.variants import METHOD, Registry
 from sd3tune.methods.base import Method, Product
 from sd3tune.methods.dora import DoraMethod
@@ -13,6 +13,7 @@ from sd3tune.methods.full import FullMethod
 from sd3tune.methods.loha import LohaMethod
 from sd3tune.methods.lokr import LokrMethod
 from sd3tune.methods.lora import LoraMethod
+from sd3tune.methods.pivotal import PivotalMethod
 from sd3tune.methods.textual_inversion import TextualInversionMethod
 from sd3tune.model.base.base import Base
 
@@ -34,6 +35,7 @@ METHODS: Registry[MethodClass] = Registry(
         "lokr": LokrMethod,
         "full": FullMethod,
         "textual_inversion": TextualInversionMethod,
+        "pivotal": PivotalMethod,
     },
 )
 

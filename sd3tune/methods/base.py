@@ -118,6 +118,9 @@ class Method(Protocol):
     def rates(self, names: Iterable[str]) -> dict[str, float]:
         """Return the learning rates of trained parameters as multiples of `optimizer.lr`; those at 1 may be missing."""
 
+    def frozen(self, done: float) -> Sequence[str]:
+        """Return the prefixes of names whose parameters are trained no more, once a share `done` of the steps is."""
+
     def companions(self) -> Sequence[nn.Module]:
         """Return the other models that `inject` loads; they stay in memory while training."""
 
@@ -140,6 +143,9 @@ class Method(Protocol):
 
     def stored_text(self, text: str) -> str:
         """Return the text that the store encodes, and that the untrained base reads, for a caption or prompt."""
+
+    def written(self, text: str) -> str:
+        """Return the text that a trained encoder reads for a caption or prompt."""
 
     def tokens(self, tokenizer: Any, text: str) -> Tensor:
         """Return the tokens of a text for a trained encoder, [77] int64, given its own tokenizer."""

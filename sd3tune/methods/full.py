@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sd3tune.config.meaning import contract_of, identity_of
 from sd3tune.config.schema import Config
+from sd3tune.config.sections.masks import any_keeps_base
 from sd3tune.config.sections.method import FullConfig
 from sd3tune.methods.base import Product, Saving, Weights
 from sd3tune.methods.stored_text import StoredText
@@ -43,7 +44,7 @@ class FullMethod(StoredText):
         self.base, self.flow_shift = base, config.flow.shift
         self.export_dtype = DTYPES[self.settings.export_dtype]
         self.exported_bytes = self.export_dtype.itemsize
-        self._caches_base = bool(config.data.own_predictions)
+        self._caches_base = bool(config.data.own_predictions) or any_keeps_base(config.data.sources)
         self._cached_base: dict[str, Tensor] | None = None
         self._buffers: dict[str, Tensor] = {}
 

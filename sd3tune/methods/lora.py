@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from sd3tune.adapter import file as adapter_io
 from sd3tune.config.meaning import contract_of, identity_of
 from sd3tune.config.schema import Config
-from sd3tune.config.sections.method import LoraConfig
+from sd3tune.config.sections.method import LowRankSection
 from sd3tune.errors import AdapterError
 from sd3tune.files.regular import sha256_of
 from sd3tune.methods.base import Embeddings, Product, Saving, Weights
 from sd3tune.methods.start_from import check_start, starting_factors
 from sd3tune.methods.stored_text import StoredText
 from sd3tune.methods.text_encoders import TrainedEncoders
+from sd3tune.methods.trained_text import TrainedText
 from sd3tune.model.base.base import Base
 from sd3tune.model.compute.fast import plain_path
 from sd3tune.model.lora.dropout import SeededDropout
@@ -52,16 +53,20 @@ class LoraMethod(StoredText):
 
     def __init__(self, config: Config, base: Base | None = None) -> None:
         super().__init__(config.model)
-        self.settings = cast(LoraConfig, config.method)
+        self.settings = cast(LowRankSection, config.method)
         self.export_dtype = DTYPES[self.settings.export_dtype]
         self.exported_bytes = self.export_dtype.itemsize
-        self.text = TrainedEncoders(self.settings.trained_encoders, base)
+        self.text = self.trained_text(base)
         self.trained_encoders, self.segments = self.text.names, self.text.prefixes
         self.peak = config.optimizer.lr
         self.resident = ("transformer", *self.trained_encoders)
         self._ranks: dict[str, int] = {}
         """The ranks of `rank: auto`: equal ones until they are chosen."""
         self._has_chosen = False
+
+    def trained_text(self, base: Base | None) -> TrainedText:
+        """Return the trained part of the text encoders."""
+        return TrainedEncoders(self.settings.trained_encoders, base)
 
     def select(self, transformer: nn.Module) -> list[str]:
         return [*self._select(transformer), *self.text.select(self._start)]
@@ -127,8 +132,11 @@ class LoraMethod(StoredText):
         kind, rank = self.settings.kind, self.settings.rank
         if self.is_automatic:
             low, high = min(self._ranks.values()), max(self._ranks.values())
-            ranks = f"ranks {low} to {high}" if self._has_chosen else "ranks by gradients"
-            return f"{kind}, {ranks} within {self.settings.budget_mb:g} MB"
+            some = f"rank {low} everywhere" if low == high else f"ranks {low} to {high}"
+            ranks = some if self._has_chosen else "ranks by gradients"
+            text = self.text.title()
+            counted = ", without the text encoders" * bool(text)
+            return f"{kind}, {ranks} for at most {self.settings.budget_mb:g} MB{counted}{text}"
         others = sorted(set(self.settings.rank_pattern.values()) - {rank})
         some = f" (some {', '.join(map(str, others))})" if others else ""
         ratio = getattr(self.settings, "loraplus_lr_ratio", 1)
@@ -150,7 +158,7 @@ class LoraMethod(StoredText):
         return {**parameters, **self.text.inject(generator, self._start, dtype, device)}
 
     def companions(self) -> Sequence[nn.Module]:
-        return [encoder.model for encoder in self.text.live.values()]
+        return self.text.companions()
 
     def rates(self, names: Iterable[str]) -> dict[str, float]:
         ratio = self.settings.loraplus_lr_ratio
@@ -212,9 +220,15 @@ class LoraMethod(StoredText):
 
     @contextmanager
     def disabled(self, transformer: SD3Transformer2DModel) -> Iterator[None]:
+        with self.without_adapter(transformer), self.text.disabled():
+            yield
+
+    @contextmanager
+    def without_adapter(self, transformer: SD3Transformer2DModel) -> Iterator[None]:
+        """Run the transformer without its adapter, and the text encoders as they are, inside the context."""
         transformer.disable_adapters()
         try:
-            with plain_path(transformer), self.text.disabled():
+            with plain_path(transformer):
                 yield
         finally:
             transformer.enable_adapters()
@@ -224,7 +238,11 @@ class LoraMethod(StoredText):
         return {**block_norms(self.text.of_transformer(tensors)), **self.text.changes(tensors)}
 
     def export(self, folder: Path, weights: Weights, contract: Mapping[str, Any]) -> Path:
-        return adapter_io.write_adapter(folder, self.exported(weights), contract, self.export_dtype)
+        return self.write(folder, self.exported(weights), contract)
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor], contract: Mapping[str, Any]) -> Path:
+        """Write the adapter's `exported` tensors into `folder`, and return the file. Raises AdapterError."""
+        return adapter_io.write_adapter(folder, tensors, contract, self.export_dtype)
 
     def sampling_shift(self) -> float | None:
         return None  # an adapter does not change the scheduler
@@ -249,7 +267,7 @@ class LoraMethod(StoredText):
         image = Saving("method", "targets", "attention-image")
         modules = {"attention+mlp": (fewer, image), "attention": (image,)}.get(str(self.settings.targets), ())
         frozen = Saving("method", "text_encoders", None, "the text encoders leave the device")
-        return (*modules, *[frozen] * bool(self.trained_encoders))
+        return (*modules, *[frozen] * bool(self.settings.trained_encoders))
 
     def _layers(self, modules: Sequence[str]) -> dict[str, Layer]:
         """Return rank and alpha of each module. Raises AdapterError for a pattern that matches no module."""

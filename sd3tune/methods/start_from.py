@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ def check_start(
     _check_kind(adapter, dora)
     if PATCH_EMBEDDER in adapter.factors:
         raise AdapterError(
-            f"method.start_from: {adapter.path} also adapts {PATCH_EMBEDDER}, which sd3tune does not train; merge "
-            f"it into its base (`sd3tune lora merge {adapter.path} --into-base --out FOLDER`) and train on the result"
+            f"method.start_from: {adapter.path} also adapts {PATCH_EMBEDDER}, which sd3tune does not train; "
+            f"{_merging(adapter)}"
         )
     linear = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     foreign = [name for name in adapter.factors if name not in linear]
@@ -76,11 +77,24 @@ def _check_kind(adapter: Adapter, dora: bool) -> None:
     trainable = dora and not adapter.of_base and all(per_output(one) for one in adapter.magnitudes.values())
     if adapter.kind != "LoRA" and not (adapter.kind == "DoRA" and trainable):
         raise AdapterError(
-            f"method.start_from: {adapter.path} is a {adapter.kind}, which this run cannot continue; merge it into its "
-            f"base (`sd3tune lora merge {adapter.path} --into-base --out FOLDER`) and train on the result"
-            + "; or set method.kind=dora"
-            * (adapter.kind == "DoRA" and not dora)
+            f"method.start_from: {adapter.path} is a {adapter.kind}, which this run cannot continue; "
+            f"{_merging(adapter)}" + "; or set method.kind=dora" * (adapter.kind == "DoRA" and not dora)
         )
+
+
+def transformer_alone(adapter: Adapter) -> str:
+    """Return the way out of leaving the text encoders of a file out."""
+    path = shlex.quote(str(adapter.path))
+    command = f"sd3tune lora convert {path} --transformer-only --to diffusers --out NEW.safetensors"
+    return f"`{command}` writes a file without text encoders"
+
+
+def _merging(adapter: Adapter) -> str:
+    """Return the way out of merging, which leaves text encoders out."""
+    leaving = " --transformer-only" if adapter.text_factors else ""
+    without = ", without its text encoders," if adapter.text_factors else ""
+    command = f"sd3tune lora merge {shlex.quote(str(adapter.path))} --into-base{leaving} --out FOLDER"
+    return f"merge it{without} into its base (`{command}`) and train on the result"
 
 
 def starting_factors(adapter: Adapter, layers: Mapping[str, Layer]) -> dict[str, Tensor]:

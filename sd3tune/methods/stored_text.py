@@ -45,8 +45,11 @@ class StoredText:
     def stored_text(self, text: str) -> str:
         return text
 
+    def written(self, text: str) -> str:
+        return text
+
     def tokens(self, tokenizer: Any, text: str) -> Tensor:
-        return tokenize(tokenizer, text, tokenizer.model_max_length)
+        return tokenize(tokenizer, self.written(text), tokenizer.model_max_length)
 
     def companions(self) -> Sequence[nn.Module]:
         return ()
@@ -64,6 +67,9 @@ class StoredText:
 
     def rates(self, names: Iterable[str]) -> dict[str, float]:
         return {}
+
+    def frozen(self, done: float) -> Sequence[str]:
+        return ()
 
     @abstractmethod
     def disabled(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[None]:

@@ -22,6 +22,8 @@ CARD, CONFIG = "README.md", "config.yaml"
 ADAPTERS = ("adapter", "adapter_raw")
 MODELS = ("model", "model_raw")
 EMBEDDINGS = ("embedding", "embedding_raw")
+_SINGLE = {**dict.fromkeys(ADAPTERS, (ADAPTER_FILE, EMBEDDING_FILE)), **dict.fromkeys(EMBEDDINGS, (EMBEDDING_FILE,))}
+"""Folder of trained weights -> the files that it may hold."""
 _MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 _PUBLIC_FACTS = (
     MARKER, "versions", "seed", "world_size", "device", "gpu", "dtype", "threads", "base", "images", "images_per_epoch",
@@ -69,8 +71,9 @@ def files_of_product(folder: Path) -> Mapping[str, Path]:
 def is_product_name(path: PurePath) -> bool:
     """Return whether a path, relative to a run folder or checkpoint, is a name that runs give to trained weights."""
     folder, inside = path.parts[0], path.parts[1:]
-    single = {**dict.fromkeys(ADAPTERS, ADAPTER_FILE), **dict.fromkeys(EMBEDDINGS, EMBEDDING_FILE)}
-    return inside == (single[folder],) if folder in single else folder in MODELS and path.suffix in _MODEL_SUFFIXES
+    if folder in _SINGLE:
+        return inside in [(file,) for file in _SINGLE[folder]]
+    return folder in MODELS and path.suffix in _MODEL_SUFFIXES
 
 
 def public_facts(run_facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,12 +83,8 @@ def public_facts(run_facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _product(folder: Path) -> Iterator[Path]:
-    for name in ADAPTERS:
-        if _is_plain_file(folder / name / ADAPTER_FILE):
-            yield folder / name / ADAPTER_FILE
-    for name in EMBEDDINGS:
-        if _is_plain_file(folder / name / EMBEDDING_FILE):
-            yield folder / name / EMBEDDING_FILE
+    for name, files in _SINGLE.items():
+        yield from (path for file in files if _is_plain_file(path := folder / name / file))
     for name in MODELS:
         for path in sorted((folder / name).rglob("*")):
             if path.suffix in _MODEL_SUFFIXES and _is_plain_file(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sd3tune.data.concepts import are_told_apart, concepts_of, shares_of_concepts
 from sd3tune.model.load.components import vae_config
 from sd3tune.run.drawing import NEGATIVE_PROMPT
 from sd3tune.run.earlier import drops_kept_captions
@@ -14,7 +15,7 @@ from sd3tune.training.objective import sigma_map
 
 def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
     """Return the batches of a run for this process, from its encoded images and captions."""
-    vae, flow = vae_config(plan.base), plan.config.flow
+    vae, flow, data = vae_config(plan.base), plan.config.flow, plan.config.data
     return Batches(
         encoded.store,
         encoded.examples,
@@ -29,10 +30,12 @@ def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
         noise_offset=flow.noise_offset,
         input_perturbation=flow.input_perturbation,
         dropout=Dropout(
-            plan.config.data.caption_dropout,
-            plan.config.data.encoder_dropout,
+            data.caption_dropout,
+            data.encoder_dropout,
             {encoder: keys[NEGATIVE_PROMPT] for encoder, keys in encoded.captions.items() if NEGATIVE_PROMPT in keys},
             kept=drops_kept_captions(plan),
         ),
         t5_lengths=encoded.t5_lengths,
+        shares=shares_of_concepts(data),
+        concepts=[concept.name for concept in concepts_of(data)] if are_told_apart(data) else (),
     )

@@ -11,17 +11,36 @@ from sd3tune.data.buckets import Size, bucket_table, nearest_bucket, size_name
 from sd3tune.data.images import upright_size
 from sd3tune.data.records import Record
 
+Tables = Mapping[int, Sequence[Size]]
+"""Side of the square -> the buckets of that size, the square first. No bucket belongs to two sizes."""
 
-def buckets_of(config: Config, transformer: Mapping[str, Any] | None) -> list[Size]:
-    """Return the bucket sizes of a run; `transformer` is its configuration, or None to ignore its size limit."""
-    side = config.data.resolution
+
+def bucket_tables(config: Config, transformer: Mapping[str, Any] | None) -> Tables:
+    """Return the buckets of each size of a run, smallest size first.
+
+    `transformer` is the transformer's configuration, or None to ignore its size limit.
+    """
     largest = None if transformer is None else largest_side(transformer)
-    return bucket_table(side, largest) if config.data.buckets else [(side, side)]
+    return {side: bucket_table(side, largest) if config.data.buckets else [(side, side)] for side in config.data.sides}
+
+
+def buckets_in(tables: Tables) -> list[Size]:
+    """Return the buckets of all sizes."""
+    return [size for table in tables.values() for size in table]
 
 
 def bucket_of(record: Record, buckets: Sequence[Size]) -> Size:
-    """Return the bucket of a record's image. The file is not opened if there is only one bucket."""
-    return nearest_bucket(upright_size(record.image), buckets) if len(buckets) > 1 else buckets[0]
+    """Return the bucket of a record's image. The file is not opened if there is only one bucket.
+
+    `buckets` are those of the run, for a record without buckets of its own.
+    """
+    candidates = record.sizes or buckets
+    return nearest_bucket(upright_size(record.image), candidates) if len(candidates) > 1 else candidates[0]
+
+
+def largest_bucket(sizes: Iterable[Size]) -> Size:
+    """Return the bucket with the most pixels."""
+    return max(sizes, key=lambda size: size[0] * size[1])
 
 
 def largest_side(transformer: Mapping[str, Any]) -> int:

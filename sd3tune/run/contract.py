@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from sd3tune.adapter.modelspec import tag_frequency
 from sd3tune.config import Config, load_config
 from sd3tune.config.meaning import compared_when_finished, contract_of, identity_of
 from sd3tune.config.sections.model import ModelConfig
+from sd3tune.data.concepts import are_told_apart, concepts_of
 from sd3tune.data.store import key
 from sd3tune.errors import ConfigError, RunError
 from sd3tune.model.base.contract import declared
@@ -47,6 +49,8 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         **_encoder_files(plan),
         **_tags(plan),
         **_own_texts(plan),
+        **_resolutions(config),
+        **_concepts(config),
         **config.model.fewer_bits,
         "instance_prompt": captions[0] if len(captions) == 1 else None,
         "shift": plan.shift,
@@ -56,7 +60,7 @@ def make_contract(plan: Plan) -> dict[str, Any]:
         "dtype": dtype_name(plan.dtype),
         "weights": "raw" if config.ema is None else "ema",
     }
-    return {**plan.method.contract(), **contract_of(config), **declared(of_the_run)}
+    return {**plan.method.contract(), **contract_of(config), **_overriding(config), **declared(of_the_run)}
 
 
 def _t5_lengths(model: ModelConfig) -> dict[str, Any]:
@@ -88,6 +92,26 @@ def _own_texts(plan: Plan) -> dict[str, Any]:
     return {"own_texts": readers} if readers else {}
 
 
+def _overriding(config: Config) -> dict[str, Any]:
+    """Return the contract's entries that replace the written value, which may differ between sources."""
+    triggers = dict.fromkeys(trigger for concept in concepts_of(config.data) for trigger in concept.triggers)
+    return {"trigger": ", ".join(triggers) or None, "resolution": config.data.side}
+
+
+def _concepts(config: Config) -> dict[str, Any]:
+    """Return name and triggers of each concept; empty unless several are told apart."""
+    if not are_told_apart(config.data):
+        return {}
+    concepts = concepts_of(config.data)
+    return {"concepts": [{"name": of.name, "trigger": ", ".join(of.triggers) or None} for of in concepts]}
+
+
+def _resolutions(config: Config) -> dict[str, Any]:
+    """Return the sides of all sizes of the training; empty for a single size."""
+    sides = config.data.sides
+    return {"resolutions": sides} if len(sides) > 1 else {}
+
+
 def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, Any]:
     """Return the facts that a resumed run must share with its checkpoint; without `encoded`, no digests of the data."""
     config = plan.config
@@ -99,7 +123,7 @@ def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, A
         "model": {**model, **({"clip_l_pooled": "unprojected"} if plan.base.ignores_projection else {})},
         "data": {
             "resolution": data["resolution"],
-            **(_content(encoded) if encoded else {}),
+            **(_content(encoded, config.data.balance is not None) if encoded else {}),
             **data,
             **({"kept_captions": "whole"} if may_drop_kept(config) and not drops_kept_captions(plan) else {}),
         },
@@ -110,7 +134,8 @@ def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, A
 def _resolved(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return, by config key, the identity's entries that replace the configured value."""
     config = plan.config
-    extendable = not (config.schedule.depends_on_length or config.flow.loss.depends_on_length)
+    parts = (config.method, config.schedule, config.flow.loss)
+    extendable = not any(part.depends_on_length for part in parts)
     return {
         "method": {},  # see `Method.identity`
         "model.base": {"base": plan.base.fingerprint("transformer")},
@@ -134,14 +159,17 @@ def _quantized(plan: Plan) -> dict[str, str]:
     return {**forms, **({"int8": "weights"} if in_int8 else {})}
 
 
-def _content(encoded: Encoded) -> dict[str, str]:
+def _content(encoded: Encoded, balanced: bool) -> dict[str, str]:
     captions = [content_of(example) for example in encoded.examples]
     priors = [example.prior.facts() for example in encoded.examples if example.prior]
+    masks = [example.mask and asdict(example.mask) for example in encoded.examples]
     return {
         "images": _digest_of_images(encoded, {}),
         "captions": key("captions", captions=captions)[:16],
         "weights": key("weights", weights=[example.weight for example in encoded.examples])[:16],
         **({"prior": key("prior", priors=priors)[:16]} if priors else {}),
+        **({"concepts": key("concepts", concepts=[of.concept for of in encoded.examples])[:16]} if balanced else {}),
+        **({"masks": key("masks", masks=masks)[:16]} if any(masks) else {}),
     }
 
 
@@ -168,6 +196,8 @@ _DIGESTS = {
     "data.images": "images, sizes, crops, flips and repeats",
     "data.captions": "captions",
     "data.weights": "weights of the sources",
+    "data.concepts": "concepts of the images",
+    "data.masks": "masks, or loss outside them,",
 }
 """Descriptions of the identity keys whose values are digests."""
 
@@ -240,8 +270,9 @@ def start_facts(plan: Plan, world: int) -> dict[str, Any]:
         "images": len(plan.records),
         "images_per_epoch": plan.images_per_epoch,
         "captions": len({caption for record in plan.records for caption in record.drawn}),
+        **({"masks": masks} if (masks := sum(record.mask is not None for record in plan.records)) else {}),
         "held_out_images": len(plan.holdout),
-        "class_images": sum(len(prior.records) for prior in plan.priors),
+        "class_images": sum(prior.count for prior in plan.priors),
         "modules": len(plan.modules),
         "optimizer": {
             "asked": fallback.asked if fallback else used,

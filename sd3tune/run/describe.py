@@ -10,7 +10,9 @@ import torch
 
 from sd3tune.adapter.modelspec import describe_tags, tag_frequency
 from sd3tune.config import Config
+from sd3tune.config.sections.optimizer import OptimizerSection
 from sd3tune.data.buckets import Size, size_name
+from sd3tune.data.concepts import are_told_apart, balanced, concept_numbers, concepts_of, shares_of_concepts
 from sd3tune.data.sampler import times_seen
 from sd3tune.model.base.contract import spread_without_offset
 from sd3tune.model.lora.targets import CoverageRow
@@ -18,16 +20,18 @@ from sd3tune.run.buckets import bucket_of, describe_buckets
 from sd3tune.run.captions import describe_captions
 from sd3tune.run.earlier import began_in_llm_int8, drops_kept_captions
 from sd3tune.run.evaluated import describe_evaluation
+from sd3tune.run.masks import describe_masks
 from sd3tune.run.preflight import Plan
 from sd3tune.run.priors import describe_prompts
 from sd3tune.run.sigmas import describe_sigmas
+from sd3tune.run.sizes import describe_sizes
 from sd3tune.runtime.device import dtype_name
 
 
 def describe(plan: Plan, world: int) -> list[str]:
     """Return the lines that describe the plan. `world` is the number of processes."""
     config, method = plan.config, plan.method
-    cut = [bucket_of(record, plan.buckets) for record in plan.records]
+    cut = [bucket_of(record, plan.buckets) for record in plan.sized]
     parameters, modules = sum(row.parameters for row in plan.coverage), len(plan.modules)
     variant = f" ({plan.base.variant})" if plan.base.variant else ""
     every, compiled = config.validation.every, config.train.compile != "none"
@@ -35,16 +39,18 @@ def describe(plan: Plan, world: int) -> list[str]:
         f"base      {plan.base.name}{variant}, {describe_precision(plan.config, plan.dtype)} on {plan.device.type}"
         + (f", {world} processes" if world > 1 else ""),
         *_describe_base(plan),
-        f"data      {_images(len(plan.records))}, {config.data.resolution} px, {plan.images_per_epoch} per epoch",
+        f"data      {_images(len(plan.records))}, {describe_sizes(config.data)}, {plan.images_per_epoch} per epoch",
         *(f"warning: {warning}" for warning in plan.warnings),
         *describe_buckets(cut),
+        *_describe_concepts(plan),
+        *describe_masks(config, plan.records),
         *describe_captions(config, plan.records, plan.base, method.cached_encoders, plan.dtype),
         *_describe_tags(plan),
         *_describe_priors(plan),
         *([f"held out  {_images(len(plan.holdout))}, measured every {every} steps"] if plan.holdout else []),
         *describe_evaluation(config, plan.evaluated),
         *_describe_length(plan, cut, world),
-        f"sigma     {describe_sigmas(config.flow, plan.shift)}",
+        *_describe_sigmas(plan),
         f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"
         + f", noise offset {config.flow.noise_offset:g}" * (config.flow.noise_offset > 0),
         *_describe_objective(plan),
@@ -60,21 +66,15 @@ def describe(plan: Plan, world: int) -> list[str]:
 def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:
     """Return lines such as `steps     9 x 4 images, 3 epochs: each image is seen 2 to 4 times`.
 
-    `cut` has each record's bucket, in the order of the records.
+    `cut` has each record's bucket, in the order of `plan.sized`.
     """
     train = plan.config.train
     together = train.batch_size * world
     batch = train.gradient_accumulation * together
     epochs = round(train.total_steps * batch / plan.images_per_epoch, 2)
-    counts: Counter[Size] = Counter()
-    for record, size in zip(plan.records, cut, strict=True):
-        counts[size] += record.repeats
-    buckets = [(size_name(size), counts[size]) for size in sorted(counts)]  # in the order of `Batches`
     batches = train.total_steps * train.gradient_accumulation
-    of_samples = map(iter, times_seen(plan.config.seed, batches, buckets, together))
-    times = dict(zip(sorted(counts), of_samples, strict=True))
-    of_images = [sum(islice(times[size], record.repeats)) for record, size in zip(plan.records, cut, strict=True)]
-    fewest, most = min(of_images), max(of_images)
+    of_images = _times_of_images(plan, cut, batches, together)
+    fewest, most = min(of_images.values()), max(of_images.values())
     seen = ("once" if most == 1 else f"{most} times") if fewest == most else f"{fewest} to {most} times"
     lines = [
         f"steps     {train.total_steps} x {batch} image{'s' * (batch > 1)}, {epochs:.10g} epoch{'s' * (epochs != 1)}: "
@@ -86,6 +86,48 @@ def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:
             "train longer, lower train.batch_size or set data.buckets=false"
         )
     return lines
+
+
+def _times_of_images(plan: Plan, cut: Sequence[Size], batches: int, together: int) -> Counter[int]:
+    """Return how often each image is seen, in all its sizes, by the `id` of its reference."""
+    numbers, shares = concept_numbers(plan.config.data), shares_of_concepts(plan.config.data)
+    order = list(zip(plan.sized, cut, strict=True))
+    if shares is not None:
+        order.sort(key=lambda one: numbers[one[0].source])  # as in `Batches`, and so are the buckets
+    concepts: dict[Size, list[int]] = {size: [] for size in sorted(set(cut))}
+    for record, size in order:
+        concepts[size] += [numbers[record.source]] * record.repeats
+    parts = {size: len(of) for size, of in concepts.items()} if shares is None else balanced(concepts, shares)
+    buckets = [(size_name(size), parts[size]) for size in concepts]
+    times = dict(zip(concepts, map(iter, times_seen(plan.config.seed, batches, buckets, together)), strict=True))
+    seen: Counter[int] = Counter()
+    for record, size in order:
+        seen[id(record.image)] += sum(islice(times[size], record.repeats))
+    return seen
+
+
+def _describe_concepts(plan: Plan) -> list[str]:
+    """Return a line such as `concepts  dog: 5 images, sks; toy: 20 images, zwx; drawn equally often`."""
+    data = plan.config.data
+    if not are_told_apart(data) and data.balance is None:
+        return []
+    described = []
+    for concept in concepts_of(data):
+        images = _images(sum(record.source in concept.sources for record in plan.records))
+        described.append(f"{concept.name}: {', '.join([images, *concept.triggers])}")
+    shares = shares_of_concepts(data) or []
+    in_shares = " : ".join(f"{float(share):g}" for share in shares)
+    drawn = "drawn equally often" if len(set(shares)) == 1 else f"drawn {in_shares}"
+    return [f"concepts  {'; '.join([*described, drawn] if shares else described)}"]
+
+
+def _describe_sigmas(plan: Plan) -> list[str]:
+    """Return a line about the sigmas, or one for each size with a shift of its own."""
+    flow, shifts = plan.config.flow, list(dict.fromkeys(plan.shifts.values()))
+    if len(shifts) == 1:
+        return [f"sigma     {describe_sigmas(flow, plan.shift)}"]
+    sides = zip(plan.config.data.sides, shifts, strict=True)
+    return [f"sigma     {side} px: {describe_sigmas(flow, shift)}" for side, shift in sides]
 
 
 def _describe_tags(plan: Plan) -> list[str]:
@@ -141,9 +183,9 @@ def _describe_base(plan: Plan) -> list[str]:
 
 
 def _describe_objective(plan: Plan) -> list[str]:
-    """Return notes and warnings about objective settings with surprising effects."""
-    flow, side, base = plan.config.flow, plan.config.data.resolution, plan.base
-    lines = []
+    """Return notes and warnings about settings of objective and optimizer with surprising effects."""
+    flow, side, base = plan.config.flow, plan.config.data.side, plan.base
+    lines = describe_lr(plan.config)
     if flow.noise_offset:
         share = 100 * spread_without_offset(flow.noise_offset, side)
         lines.append(
@@ -172,6 +214,17 @@ def _describe_objective(plan: Plan) -> list[str]:
             "drawn less often than they occur; flow.loss.kind=mse draws each as often"
         )
     return lines
+
+
+def describe_lr(config: Config) -> list[str]:
+    """Return a warning if the learning rate is a default that does not suit the method."""
+    usual, default = config.method.usual_lr, OptimizerSection.model_fields["lr"].default
+    if usual is None or config.optimizer.lr != default:
+        return []
+    return [
+        f"warning: optimizer.lr is {default:g}, its default, at which method.kind {config.method.kind} learns next to "
+        f"nothing; set it, such as optimizer.lr={usual:g}"
+    ]
 
 
 def describe_hoist(config: Config) -> list[str]:

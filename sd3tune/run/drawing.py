@@ -79,7 +79,7 @@ def draw_prompts(
     Denoises all of them with the transformer's present weights, then loads the VAE, decodes, and frees it. `base` is
     True for the base's weights, whose shift and noise offset may differ. `label` names the progress bar.
     """
-    side, settings = plan.config.data.resolution, plan.config.preview
+    side, settings = plan.config.data.side, plan.config.preview
     offset = plan.base.noise_offset if base else plan.config.flow.noise_offset
     scheduler = load_scheduler(plan.base, None if base else plan.method.sampling_shift())
     with progress_bar(total=settings.steps * len(wanted), desc=label, unit="step", leave=False, delay=2) as bar:

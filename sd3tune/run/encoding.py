@@ -8,25 +8,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sd3tune.config import Config
+from sd3tune.config.sections.data import SourceConfig
 from sd3tune.data.buckets import Size
+from sd3tune.data.concepts import concept_numbers
 from sd3tune.data.records import Record, sample_indices
 from sd3tune.data.store import Store, key
 from sd3tune.data.written import Caption
-from sd3tune.encode.captions import LLM_INT8, caption_keys, encode_captions, texts_read_by
+from sd3tune.encode.captions import LLM_INT8, caption_keys, cut_off, encode_captions, texts_read_by
 from sd3tune.encode.images import EncodedImage, encode_images
 from sd3tune.encode.inspect import inspect, warnings_about
 from sd3tune.encode.manifest import Manifest
+from sd3tune.encode.masks import masks_of
 from sd3tune.encode.report import EncodeReport
 from sd3tune.measures.prompts import Prompts
 from sd3tune.model.load.components import load_tokenizer
-from sd3tune.model.load.text import TOKENS
+from sd3tune.model.load.text import TOKENS, count_tokens
 from sd3tune.run.drawing import NEGATIVE_PROMPT, draw_class_images
 from sd3tune.run.earlier import began_in_llm_int8
 from sd3tune.run.places import store_folder
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes
 from sd3tune.training.batches import T5Lengths
-from sd3tune.training.examples import ClassImages, Example, OwnPrediction, Prior
+from sd3tune.training.examples import ClassImages, Example, MaskedVariants, OwnPrediction, Prior
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Encoded:
 
     store: Store
     examples: list[Example]
-    """One per record, times its repeats in an epoch."""
+    """One per record of `Plan.sized`, times its repeats in an epoch."""
     captions: Mapping[str, Mapping[str, str]]
     """Encoder -> text -> key, including the prompts of previews and `eval`, and the negative prompt."""
     holdout: list[Example]
@@ -66,11 +69,13 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
         reports.append(report)
         for image in images:
             earlier.update((now, then) for now, then in zip(image.keys, image.earlier_keys, strict=True) if now != then)
+        sources = plan.config.data.sources
         return [
-            _example(record, image, captions, trained=varied) for record, image in zip(records, images, strict=True)
+            _example(record, image, captions, sources[record.source], trained=varied)
+            for record, image in zip(records, images, strict=True)
         ]
 
-    once = examples_of("images", plan.records, plan.buckets, varied=True)
+    once = examples_of("images", plan.sized, plan.buckets, varied=True)
     pictures = [examples_of("class images", prior.records, prior.sizes) for prior in plan.priors]
     holdout = examples_of("held-out images", plan.holdout, plan.buckets) if plan.holdout else []
     processes.wait()
@@ -79,12 +84,12 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
         for line in report.lines():
             say(line)
 
-    priors = _priors(plan, pictures, captions)
+    priors, concepts = _priors(plan, pictures, captions), concept_numbers(plan.config.data)
     once = [
-        replace(example, weight=record.weight, prior=priors.get(record.source))
-        for record, example in zip(plan.records, once, strict=True)
+        replace(example, weight=record.weight, prior=priors.get(record.source), concept=concepts[record.source])
+        for record, example in zip(plan.sized, once, strict=True)
     ]
-    examples = [once[index] for index in sample_indices(plan.records)]
+    examples = [once[index] for index in sample_indices(plan.sized)]
     known = _holdout_overlap(holdout, examples)
     for warning in known:
         say(f"warning: {warning}")
@@ -95,9 +100,12 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
 def check_pictures(plan: Plan, progress: bool) -> list[str]:
     """Decode every image of the run, and return warnings about them. Raises DataError."""
     priors = [record for prior in plan.priors for record in prior.records]
-    refs = [record.image for record in [*plan.records, *plan.holdout, *priors]]
-    there = [ref for ref in refs if not isinstance(ref, Path) or ref.exists()]  # missing class images are drawn later
-    return warnings_about(there, inspect(there, Manifest.load(store_folder(plan.config)), progress))
+    every = [*plan.records, *plan.holdout, *priors]  # missing class images are drawn later
+    there = [record for record in every if not isinstance(record.image, Path) or record.image.exists()]
+    manifest = Manifest.load(store_folder(plan.config))
+    facts = inspect([record.image for record in there], manifest, progress)
+    masks_of(there, facts, manifest, progress)
+    return warnings_about(there, facts)
 
 
 def captions_to_encode(records: Iterable[Record], others: Iterable[Record]) -> list[Caption]:
@@ -150,22 +158,29 @@ def _encode_captions(
     )
     processes.wait()
     store.refresh()
-    captions = {
+    captions: dict[str, Mapping[str, str]] = {
         encoder: {text: of[stored(text)] for text in texts_read_by(encoder, prompts, written)}
         for encoder, of in keys.items()
     }
-    captions |= {encoder: _noted(plan, store, encoder, captions[encoder]) for encoder in plan.method.trained_encoders}
+    for encoder in plan.method.trained_encoders:
+        captions[encoder], warnings = _noted(plan, store, encoder, captions[encoder])
+        for warning in warnings:
+            say(f"warning: {warning}")
     return captions, _t5_lengths(plan, keys), report
 
 
-def _noted(plan: Plan, store: Store, encoder: str, keys: Mapping[str, str]) -> dict[str, str]:
-    """Add the tokens of every text to its entry of a trained encoder. Return text -> key."""
-    tokenizer = load_tokenizer(plan.base, encoder)
-    found = {}
+def _noted(plan: Plan, store: Store, encoder: str, keys: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Add the tokens of every text to its entry of a trained encoder. Return text -> key, and warnings."""
+    tokenizer, method = load_tokenizer(plan.base, encoder), plan.method
+    most = tokenizer.model_max_length
+    found, lost = {}, dict[str, int]()
     for text, of in keys.items():
-        found[text] = of if plan.method.stored_text(text) == text else key("learned", text=text, of=of)
-        store.note(found[text], of, {TOKENS: plan.method.tokens(tokenizer, text)})
-    return found
+        found[text] = of if method.stored_text(text) == text else key("learned", text=text, of=of)
+        store.note(found[text], of, {TOKENS: method.tokens(tokenizer, text)})
+        beyond = count_tokens(tokenizer, method.written(text)) - most if method.written(text) != text else 0
+        if beyond > 0:  # the length of all other texts is known from their encoding
+            lost[text] = beyond
+    return found, cut_off({f"{encoder} reads {most} tokens": lost})
 
 
 def _t5_form_name(plan: Plan) -> str | None:
@@ -213,7 +228,13 @@ def _encode_images(
     )
 
 
-def _example(record: Record, image: EncodedImage, captions: Mapping[str, Mapping[str, str]], trained: bool) -> Example:
+def _example(
+    record: Record,
+    image: EncodedImage,
+    captions: Mapping[str, Mapping[str, str]],
+    source: SourceConfig,
+    trained: bool,
+) -> Example:
     """Return a record's example. `trained` ones draw from all captions, others have the first one."""
 
     def keys_of(caption: Caption) -> dict[str, str]:
@@ -221,7 +242,8 @@ def _example(record: Record, image: EncodedImage, captions: Mapping[str, Mapping
 
     drawn = [keys_of(caption) for caption in (record.drawn if trained else [record.first])]
     choices = tuple(drawn) if len(drawn) > 1 else ()
-    return Example(record.image.name, image.keys, drawn[0], image.size, choices=choices)
+    mask = MaskedVariants(image.masks, source.outside_weight, source.outside_target == "base") if image.masks else None
+    return Example(record.image.name, image.keys, drawn[0], image.size, choices=choices, mask=mask)
 
 
 def _keys_of(text: str, captions: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -21,7 +21,9 @@ def subject_of(data: DataConfig, captions: Sequence[str], class_word: str | None
     """Return the subject of a training: `captions` are those of its photos, and `class_word` overrides the prior's."""
     priors = [prompt for source in data.sources if source.prior for prompt in source.prior.prompts]
     named = captions or [source.caption for source in data.sources if source.caption]
-    return read_subject(named, priors, data.trigger, class_word)
+    triggers = {data.trigger_of(number) for number in range(len(data.sources))}
+    trigger = triggers.pop() if len(triggers) == 1 else data.trigger
+    return read_subject(named, priors, trigger, class_word)
 
 
 def evaluated_prompts(config: Config, records: Sequence[Record]) -> Prompts | None:

@@ -41,7 +41,8 @@ def gradient_norms(
         for step in range(STEPS):
             batch = batches.fetch(step, 0).rows(slice(1))
             velocity = predict_velocity(transformer, plan.method, batch).float()
-            loss = velocity_loss(velocity, velocity_target(batch.latents, batch.noise)).mean()
+            target = velocity_target(batch.latents, batch.noise)
+            loss = velocity_loss(velocity, target, batch.position_weights).mean()
             (loss * (_FP16_SCALE if plan.dtype is torch.float16 else 1.0)).backward()
     found = processes.reduce_mean(norms)  # the mean gives all ranks bit-identical values
     return dict(zip(modules, found.tolist(), strict=True))

@@ -31,6 +31,19 @@ def more_swapped(config: Config, blocks: int) -> int | None:
     return next(higher, None) if config.method.freezes_base else None
 
 
+def lower_resolution(config: Config) -> int | list[int] | None:
+    """Return a lower `data.resolution`: the next released one, or several sizes without the largest.
+
+    None if there is none, or if a source has sizes of its own.
+    """
+    data = config.data
+    if any(source.resolution is not None for source in data.sources):
+        return None
+    if len(data.sides) > 1:
+        return data.sides[:-1]
+    return next((side for side in leaner_values(config, "data.resolution") if side < data.side), None)
+
+
 def loading_knob(config: Config, blocks: int) -> str:
     """Return the advice for loading the base, which has `blocks`."""
     if config.model.dtype == "fp32":
@@ -47,7 +60,7 @@ def training_knob(config: Config, method: Method, blocks: int) -> str:
 
     The order is: micro-batch size, recomputation, swapped blocks, precision, resolution, capacity.
     """
-    train, side = config.train, config.data.resolution
+    train, side = config.train, config.data.side
     if train.batch_size > 1 and not train.fused_backward:
         factor = next(n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0)
         smaller, more = train.batch_size // factor, train.gradient_accumulation * factor
@@ -65,9 +78,11 @@ def training_knob(config: Config, method: Method, blocks: int) -> str:
         return f"set train.swap_blocks={swapped}: {_SWAPPED}"
     if _can_be_quantised(config):
         return "set model.quantize=nf4: a third of the base's memory, for a little exactness"
-    lower = next((of for of in leaner_values(config, "data.resolution") if of < side), None)
+    lower = lower_resolution(config)
     if lower is not None:
-        return f"set data.resolution={lower}: {(lower / side) ** 2:.0%} of the activations"
+        share = (lower if isinstance(lower, int) else max(lower)) / side
+        written = str(lower).replace(" ", "")
+        return f"set data.resolution={written}: {share**2:.0%} of the activations"
     advised = next((saving for saving in method.savings(config) if saving.words), None)
     if advised is not None:
         return f"set {advised.typed}: {advised.words}"

@@ -29,11 +29,12 @@ from sd3tune.model.load.quantized import missing_library
 from sd3tune.model.lora.targets import CoverageRow
 from sd3tune.publish.files import ADAPTERS
 from sd3tune.publish.repository import repository_of
-from sd3tune.run.buckets import buckets_of, largest_side
+from sd3tune.run.buckets import Tables, bucket_of, bucket_tables, buckets_in, largest_bucket, largest_side
 from sd3tune.run.evaluated import evaluated_prompts
 from sd3tune.run.folder import check_disk_space, starting_checkpoint
-from sd3tune.run.priors import PlannedPrior, plan_priors
+from sd3tune.run.priors import PlannedPrior, plan_priors, with_captions
 from sd3tune.run.saved import with_saved_base
+from sd3tune.run.sizes import held_out_size, in_all_sizes, samples_of, used_images
 from sd3tune.runtime.device import choose_dtype, gpu_of
 from sd3tune.tracking.trackers import missing_packages
 from sd3tune.training.objective import share_inside, shift_at
@@ -60,6 +61,9 @@ class Plan:
     run: Path
     base: Base
     records: Sequence[Record]
+    """The training images."""
+    sized: Sequence[Record]
+    """A record for each training image and size; equal to `records` in a run with a single size."""
     holdout: Sequence[Record]
     """Records for the held-out loss; none is trained on."""
     method: Method
@@ -70,7 +74,9 @@ class Plan:
     model_shift: float
     """The base scheduler's own sigma shift."""
     shift: float
-    """The effective shift at `data.resolution`: the configured number, or derived from the base's own."""
+    """The effective shift at the largest size: the configured number, or derived from the base's own."""
+    shifts: Mapping[Size, float]
+    """Bucket -> the effective shift of its size."""
     start: Path | None
     """The checkpoint to resume from."""
     buckets: Sequence[Size]
@@ -86,7 +92,12 @@ class Plan:
 
     @property
     def images_per_epoch(self) -> int:
-        return sum(record.repeats for record in self.records)
+        return sum(record.repeats for record in self.sized)
+
+    @property
+    def largest(self) -> Size:
+        """The bucket in use with the most pixels, (height, width)."""
+        return largest_bucket(bucket_of(record, self.buckets) for record in self.sized)
 
 
 def make_plan(config: Config, device: torch.device, resume: bool | None, world: int = 1) -> Plan:
@@ -105,7 +116,9 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         records, holdout = split_records(
             config, load_records(config.data, config.seed, warn=warnings.append), warnings.append
         )
-        config = resolve_epochs(config, sum(record.repeats for record in records), world)
+        config = with_captions(config, records)
+        if config.data.enlarges:  # else images may be too small for a size
+            config = resolve_epochs(config, samples_of(config.data, records), world)
     except UserError as error:
         problems += error.problems
     try:
@@ -129,8 +142,12 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         check_size(config, transformer.config)
         dtype = choose_dtype(config.model.dtype, gpu_of(device))
         check_precision(config, dtype)
-        buckets = buckets_of(config, transformer.config)
-        priors = plan_priors(config, records, buckets, base, warnings.append)
+        tables = bucket_tables(config, transformer.config)
+        sized = in_all_sizes(config.data, records, tables, warnings.append)
+        holdout = held_out_size(config.data, holdout, tables)
+        if records and not config.data.enlarges:
+            config = resolve_epochs(config, sum(record.repeats for record in sized), world)
+        priors = plan_priors(config, sized, buckets_in(tables), base, warnings.append)
     except UserError as error:
         raise UserError(*problems, *error.problems) from error
     if problems:
@@ -139,13 +156,13 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     if resume is not None:
         check_disk_space(run, _bytes_to_save(config, method, sum(row.parameters for row in coverage), start))
     scheduler_shift = float(load_scheduler(base).config.shift)
-    shift = shift_at(config.flow, scheduler_shift, config.data.resolution**2)
-    _check_sigmas(config.flow, shift)
+    shifts = shifts_of(config.flow, scheduler_shift, tables)
     return Plan(
         config=config,
         run=run,
         base=base,
-        records=records,
+        records=used_images(records, sized),
+        sized=sized,
         holdout=holdout,
         method=method,
         modules=modules,
@@ -153,9 +170,10 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         device=device,
         dtype=dtype,
         model_shift=scheduler_shift,
-        shift=shift,
+        shift=shifts[tables[config.data.side][0]],
+        shifts=shifts,
         start=start,
-        buckets=buckets,
+        buckets=buckets_in(tables),
         priors=priors,
         evaluated=evaluated,
         warnings=list(dict.fromkeys(warnings)),
@@ -208,8 +226,10 @@ def split_records(
         folder = FolderSource(
             path=holdout,
             caption=first.caption,
+            trigger=first.trigger,
             captions=first.captions,
             wildcards=first.wildcards,
+            masks=first.masks if first.masks in ("alpha", "off") else None,
             template=first.template,
         )
         try:
@@ -269,8 +289,11 @@ def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
         if blocks is not None and blocks > there:
             raise ConfigError(f"train.{name}: {blocks} of {there} blocks; at most {there}, or {otherwise}")
     largest = largest_side(transformer)
-    if config.data.resolution > largest:
-        raise ConfigError(f"data.resolution: {config.data.resolution} is too large for this base; at most {largest}")
+    for number, source in enumerate(config.data.sources):
+        key = "data.resolution" if source.resolution is None else f"data.sources.{number}.resolution"
+        for side, _ in config.data.sizes_of(number):
+            if side > largest:
+                raise ConfigError(f"{key}: {side} is too large for this base; at most {largest}")
     for number, picture in enumerate(config.preview.pictures):
         where = f"preview.prompts.{number}"
         if picture.sides and max(picture.sides) > largest:
@@ -287,6 +310,16 @@ def check_precision(config: Config, dtype: torch.dtype) -> None:
             "train.fused_backward: fp16 overflows in some steps, which must be skipped; set model.dtype to bf16 or "
             "fp32, or leave train.fused_backward out"
         )
+
+
+def shifts_of(flow: FlowConfig, model_shift: float, tables: Tables) -> dict[Size, float]:
+    """Return bucket -> effective shift of its size. Raises ConfigError for bounds without sigmas between them."""
+    shifts = dict[Size, float]()
+    for side, buckets in tables.items():
+        shift = shift_at(flow, model_shift, side**2)
+        _check_sigmas(flow, shift)
+        shifts |= dict.fromkeys(buckets, shift)
+    return shifts
 
 
 def _check_sigmas(flow: FlowConfig, shift: float) -> None:

@@ -1,4 +1,4 @@
-"""Prior preservation with class images: the images found per source, and the missing ones to draw."""
+"""Prior preservation: its prompts, and for class images those found per source and the missing ones to draw."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 from sd3tune.config import Config
-from sd3tune.config.sections.data import ClassImagesConfig, DataConfig, FolderSource
-from sd3tune.data.buckets import Size, nearest_bucket, size_name
-from sd3tune.data.images import upright_size
+from sd3tune.config.sections.data import DataConfig, FolderSource
+from sd3tune.config.sections.priors import ClassImagesConfig
+from sd3tune.data.buckets import Size, size_name
+from sd3tune.data.images import is_smaller, upright_size
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.seeds import derive
 from sd3tune.data.sources.folder import images_in
 from sd3tune.data.store import key
-from sd3tune.errors import DataError
+from sd3tune.errors import ConfigError, DataError
 from sd3tune.model.base.base import Base
+from sd3tune.run.buckets import bucket_of
 from sd3tune.run.places import class_image_folder
 
 _DRAWN = re.compile(r"class-[0-9a-f]{8}-\d+x\d+-\d{4,}\.png")
@@ -44,21 +46,27 @@ class PlannedPrior:
     sizes: Sequence[Size]
     """The buckets of the source's images."""
     own: Sequence[Record]
-    """The user's own class images, found in the folder."""
+    """The user's own class images, found in the folder, in each of the source's sizes."""
     drawn: Sequence[Drawn]
 
     @property
     def records(self) -> list[Record]:
-        return [*self.own, *(Record(drawn.path, drawn.prompt, 1, self.source) for drawn in self.drawn)]
+        drawn = (Record(of.path, of.prompt, 1, self.source, sizes=(of.size,)) for of in self.drawn)
+        return [*self.own, *drawn]
+
+    @property
+    def count(self) -> int:
+        """Number of class images."""
+        return len({id(record.image) for record in self.own}) + len(self.drawn)
 
     @property
     def missing(self) -> list[Drawn]:
         return [drawn for drawn in self.drawn if not drawn.path.exists()]
 
     def describe(self) -> str:
-        found, missing = len(self.own) + len(self.drawn) - len(self.missing), len(self.missing)
+        missing = len(self.missing)
         to_draw = f", {missing} of them to be drawn first" if missing else ""
-        return f"prior     {found + missing} class images, {describe_prompts(self.settings.prompts)}{to_draw}"
+        return f"prior     {self.count} class images, {describe_prompts(self.settings.prompts)}{to_draw}"
 
 
 def describe_prompts(prompts: Sequence[str]) -> str:
@@ -68,6 +76,33 @@ def describe_prompts(prompts: Sequence[str]) -> str:
     return shown if more < 1 else f"{shown} and {more} more prompt{'s' * (more > 1)}"
 
 
+def with_captions(config: Config, records: Sequence[Record]) -> Config:
+    """Return the configuration with the captions that `prior.captions_without` asks for among the prior's prompts.
+
+    Captions without the name are left out, as they are trained on. Raises ConfigError if no caption has it.
+    """
+    sources = list(config.data.sources)
+    for number, prior in config.data.own_predictions.items():
+        if prior.captions_without is None:
+            continue
+        texts = (caption.text for one in records if one.source == number for caption in one.drawn)
+        found = [rest for text in texts if (rest := _without(text, prior.captions_without))]
+        if not found:
+            raise ConfigError(
+                f"data.sources.{number}.prior.captions_without: no caption of the source has "
+                f"{prior.captions_without!r}; write the subject's name as the captions do, or remove the key"
+            )
+        prompts = list(dict.fromkeys([*prior.prompts, *found]))
+        sources[number] = sources[number].model_copy(update={"prior": prior.model_copy(update={"prompt": prompts})})
+    return config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
+
+
+def _without(caption: str, name: str) -> str | None:
+    """Return the caption without a name, such as `a dog at sea` for `sks, a dog at sea`; None if it lacks the name."""
+    rest, count = re.subn(rf"(?<!\w){re.escape(name)}(?!\w)", "", caption, flags=re.IGNORECASE)
+    return re.sub(r"\s+", " ", re.sub(r"\s*,(\s*,)*", ",", rest)).strip(" ,") if count else None
+
+
 def plan_priors(
     config: Config,
     records: Sequence[Record],
@@ -75,18 +110,20 @@ def plan_priors(
     base: Base,
     warn: Callable[[str], None] = lambda line: None,
 ) -> list[PlannedPrior]:
-    """Return the class images of every source that uses them. Raises DataError with every problem."""
+    """Return the class images of every source that uses them. Raises DataError with every problem.
+
+    `records` has a record for each image and size.
+    """
     planned, problems = [], list[str]()
     for number, source in enumerate(config.data.sources):
         settings = source.prior.class_images if source.prior else None
-        if settings is not None:
-            shapes = Counter(
-                nearest_bucket(upright_size(record.image), buckets) for record in records if record.source == number
-            )
-            try:
-                planned.append(_plan(config, number, settings, shapes, base, warn))
-            except DataError as error:
-                problems += error.problems
+        cut = [(one.sizes, bucket_of(one, buckets)) for one in records if settings and one.source == number]
+        if settings is None or not cut:
+            continue
+        try:
+            planned.append(_plan(config, number, settings, cut, base, warn))
+        except DataError as error:
+            problems += error.problems
     if problems:
         raise DataError(*problems)
     return planned
@@ -96,13 +133,16 @@ def _plan(
     config: Config,
     number: int,
     settings: ClassImagesConfig,
-    shapes: Mapping[Size, int],
+    cut: Sequence[tuple[tuple[Size, ...], Size]],
     base: Base,
     warn: Callable[[str], None],
 ) -> PlannedPrior:
+    """Plan the class images of source `number`; `cut` has `Record.sizes` and the bucket of each of its images."""
+    shapes = Counter(size for _, size in cut)
     folder = Path(settings.path) if settings.path else class_image_folder(config)
     own = _images_not_drawn(folder, settings.prompts[0], number, warn) if settings.path else []
-    found = Counter(nearest_bucket(upright_size(record.image), list(shapes)) for record in own)
+    own = _in_sizes_of(cut, own, config.data.enlarges)
+    found = Counter(bucket_of(record, list(shapes)) for record in own)
     wanted = {size: wanted - found[size] for size, wanted in shares(shapes, settings.images).items()}
     drawn = _images_to_draw(config, settings, base, folder, wanted)
     lacking = [size for size in shapes if not found[size] and not any(of.size == size for of in drawn)]
@@ -112,6 +152,20 @@ def _plan(
             "the source has images; add one, or set prior.images so that the base draws some"
         )
     return PlannedPrior(number, settings, list(shapes), own, drawn)
+
+
+def _in_sizes_of(cut: Sequence[tuple[tuple[Size, ...], Size]], own: Sequence[Record], enlarges: bool) -> list[Record]:
+    """Return a record for each of the user's class images and each of the source's sizes that it is large enough for.
+
+    With a single size, return them as they are.
+    """
+    in_use: dict[tuple[Size, ...], dict[Size, None]] = {}
+    for table, size in cut:
+        in_use.setdefault(table, {})[size] = None
+    if len(in_use) <= 1:
+        return list(own)
+    records = [replace(record, sizes=tuple(sizes)) for record in own for sizes in in_use.values()]
+    return [of for of in records if enlarges or not is_smaller(upright_size(of.image), bucket_of(of, of.sizes))]
 
 
 def shares(shapes: Mapping[Size, int], total: int) -> dict[Size, int]:
@@ -131,7 +185,7 @@ def _images_not_drawn(folder: Path, prompt: str, number: int, warn: Callable[[st
         raise DataError(f"data.sources.{number}.prior.path: {folder} is a file; name a folder")
     if not folder.is_dir() or not any(images_in(folder)):
         return []
-    records = load_records(DataConfig(sources=[FolderSource(path=str(folder), caption=prompt)]), warn=warn)
+    records = load_records(DataConfig(sources=[FolderSource(path=str(folder), caption=prompt, masks="off")]), warn=warn)
     return [record for record in records if not _DRAWN.fullmatch(record.image.name)]
 
 

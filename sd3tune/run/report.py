@@ -84,9 +84,9 @@ def _total_norm(velocities: Sequence[Tensor]) -> float:
 
 
 def _losses(velocities: Sequence[Tensor], probes: Sequence[Batch]) -> list[float]:
-    """Return the mean squared error of each probe; not the minimised loss, so that runs are comparable."""
+    """Return the mean squared error of each probe, masked; not the minimised loss, so that runs are comparable."""
     return [
-        velocity_loss(velocity, velocity_target(probe.latents, probe.noise)).mean().item()
+        velocity_loss(velocity, velocity_target(probe.latents, probe.noise), probe.position_weights).mean().item()
         for velocity, probe in zip(velocities, probes, strict=True)
     ]
 

@@ -13,8 +13,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from sd3tune.adapter.embedding import as_read, embedding_beside
 from sd3tune.adapter.file import Adapter
-from sd3tune.adapter.reference_pipeline import drawing_pipeline, load_into, text_pipeline
+from sd3tune.adapter.reference_pipeline import add_tokens, drawing_pipeline, load_into, text_pipeline
 from sd3tune.config.run_folder import read_run_file
 from sd3tune.encode.resources import release
 from sd3tune.errors import AdapterError, RunError
@@ -109,8 +110,15 @@ def _draw(adapter: Adapter, base: Base, preview: Preview, dtype: torch.dtype, de
     texts = text_pipeline(base, contract["encoders"], dtype, device)
     if adapter.text_parts:
         load_into(texts, adapter)
+    learned = [one] if (one := embedding_beside(adapter)) is not None else []
+    for one in learned:
+        add_tokens(texts, one)
+    prompt, negative = recipe["prompt"], recipe.get("negative", "")
+    clip, clip_negative, t5, t5_negative = (
+        as_read(name, text, learned) for name in ("clip_l", "t5") for text in (prompt, negative)
+    )
     embeds = texts.encode_prompt(
-        recipe["prompt"], None, None, device=device, negative_prompt=recipe.get("negative", ""),
+        clip, None, t5, device=device, negative_prompt=clip_negative, negative_prompt_3=t5_negative,
         do_classifier_free_guidance=recipe["guidance"] > 1, max_sequence_length=contract["max_sequence_length"],
     )  # fmt: skip
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

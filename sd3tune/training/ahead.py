@@ -49,6 +49,7 @@ class AheadBatches:
         rows = batches.batch_size * (2 if batches.with_prior else 1)
         self.length = _length(transformer, rows)
         self.with_prior, self.seed_for, self.names = batches.with_prior, batches.seed_for, batches.names
+        self.concepts = batches.concepts
         self._window: tuple[int, Sequence[Modulation]] | None = None
 
     def fetch(self, step: int, micro: int) -> Batch:

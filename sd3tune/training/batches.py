@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from itertools import chain
+from operator import attrgetter
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sd3tune.data.buckets import size_name
-from sd3tune.data.sampler import batch_samples, generator, index_at, step_slots, uniform
+from sd3tune.data.buckets import Size, size_name
+from sd3tune.data.concepts import balanced
+from sd3tune.data.sampler import Buckets, batch_samples, generator, index_at, step_slots, uniform
 from sd3tune.data.seeds import derive
 from sd3tune.data.store import Store
 from sd3tune.flow.objective import offset_noise, perturbed_noise
@@ -20,6 +23,7 @@ from sd3tune.model.compute.hoist import Modulation
 from sd3tune.model.load.latents import sample_latents
 from sd3tune.model.load.text import on_device
 from sd3tune.training.examples import Example, Sample
+from sd3tune.training.masked import read_positions
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,18 @@ class Batch:
     """Samples whose target is the base's prediction: the last ones, if any."""
     input_noise: Tensor | None = None
     """The noise of the input, in the shape of `latents`, if it is perturbed; `noise` is that of the target."""
+    position_weights: Tensor | None = None
+    """[B, H/8, W/8]: weights of the loss at latent positions, mean 1 for each sample; None without masks."""
+    from_base: Tensor | None = None
+    """[B, H/8, W/8] in [0, 1]: the share of the base's prediction in the target; None if it is 0 everywhere."""
     modulation: Modulation | None = None
     """The adaLN modulations for `sigma` and the pooled text; None if the transformer computes them."""
+
+    @property
+    def size(self) -> Size:
+        """(height, width) of the images in pixels."""
+        height, width = self.latents.shape[-2:]
+        return 8 * height, 8 * width
 
     def rows(self, rows: slice) -> Batch:
         """Return a batch of some of the samples, all counted as instances."""
@@ -91,6 +105,8 @@ class Batch:
             instances=len(self.names[rows]),
             kept=slice(0, 0),
             input_noise=None if self.input_noise is None else self.input_noise[rows],
+            position_weights=None if self.position_weights is None else self.position_weights[rows],
+            from_base=None if self.from_base is None else self.from_base[rows],
             modulation=self.modulation and [tensor[rows] for tensor in self.modulation],
         )
 
@@ -111,6 +127,9 @@ class BatchSource(Protocol):
     def names(self, step: int) -> Sequence[str]:
         """Return the images of a step on all ranks, in the order of the metrics."""
 
+    def concepts(self, step: int) -> Sequence[str]:
+        """Return the concepts of the instances among `names`; empty unless there are several."""
+
 
 @dataclass(frozen=True)
 class _Loaded:
@@ -119,6 +138,8 @@ class _Loaded:
     sigma: Tensor
     embeddings: dict[str, dict[str, Tensor]]
     weights: Tensor
+    positions: Mapping[str, Tensor]
+    """See `read_positions`."""
     samples: list[Sample]
     instances: int
 
@@ -127,8 +148,9 @@ class Batches:
     """The batches of a rank, read from the store by a thread, one ahead: the `BatchSource` of a run.
 
     They hold no state that a resume would need. `sigma_of(u, pixels)` maps float64 uniforms to sigma for images of that
-    size; `examples` lists each image as often as an epoch sees it. A batch, of all ranks together, holds images of one
-    size.
+    size; `examples` lists each image as often as an epoch sees it. With `shares`, an epoch draws as many samples, but
+    each concept in its share (see `data.concepts.balanced`). A batch, of all ranks together, holds images of one size.
+    `concepts` are the concepts' names, if there are several.
     """
 
     def __init__(
@@ -148,11 +170,16 @@ class Batches:
         input_perturbation: float = 0.0,
         dropout: Dropout = Dropout(),
         t5_lengths: T5Lengths = (),
+        shares: Sequence[Fraction] | None = None,
+        concepts: Sequence[str] = (),
     ) -> None:
         self.store, self.seed, self.dropout, self.t5_lengths = store, seed, dropout, t5_lengths
         self.buckets: dict[str, list[Example]] = {}
-        for example in sorted(examples, key=lambda example: example.size):
+        order = attrgetter("size") if shares is None else attrgetter("size", "concept")
+        for example in sorted(examples, key=order):
             self.buckets.setdefault(size_name(example.size), []).append(example)
+        self._counts = _counts(self.buckets, shares)
+        self._concepts = concepts
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
         self.device, self.scaling, self.sigma_of, self.noise_offset = device, scaling, sigma_of, noise_offset
         self.input_perturbation = input_perturbation
@@ -192,18 +219,25 @@ class Batches:
 
     def names(self, step: int) -> list[str]:
         """Return the images of a step on all ranks, rank by rank in batch order; the prior samples come last."""
-        places = [(rank, micro) for rank in range(self.world) for micro in range(self.accumulation)]
-        batches = [[sample.example.name for sample in self._samples(step, micro, rank)] for rank, micro in places]
+        batches = [[sample.example.name for sample in samples] for samples in self._on_all_ranks(step)]
         instances = chain(*(names[: self.batch_size] for names in batches))
         return [*instances, *chain(*(names[self.batch_size :] for names in batches))]
 
+    def concepts(self, step: int) -> list[str]:
+        """Return the concept of each instance of a step on all ranks, in the order of `names`; empty for one."""
+        every = self._on_all_ranks(step) if self._concepts else []
+        instances = chain(*(samples[: self.batch_size] for samples in every))
+        return [self._concepts[sample.example.concept] for sample in instances]
+
+    def _on_all_ranks(self, step: int) -> list[list[Sample]]:
+        """Return the samples of each batch of a step, rank by rank."""
+        places = [(rank, micro) for rank in range(self.world) for micro in range(self.accumulation)]
+        return [self._samples(step, micro, rank) for rank, micro in places]
+
     def _load(self, step: int, micro: int) -> _Loaded:
         samples = self._samples(step, micro, self.rank)
-        moments = [
-            self.store.get(images[derive(self.seed, step, sample.slot, "variant") % len(images)])
-            for sample in samples
-            for images in [sample.example.images]
-        ]
+        chosen = [(sample.example, sample.variant(self.seed, step)) for sample in samples]
+        moments = [self.store.get(example.images[variant]) for example, variant in chosen]
         loaded = _Loaded(
             mean=torch.stack([entry["mean"] for entry in moments]),
             std=torch.stack([entry["std"] for entry in moments]),
@@ -213,6 +247,7 @@ class Batches:
                 for encoder in samples[0].example.captions
             },
             weights=torch.tensor([sample.example.weight for sample in samples], dtype=torch.float32),
+            positions=read_positions(self.store, chosen, moments[0]["mean"].shape[1:]),
             samples=samples,
             instances=self.batch_size,
         )
@@ -220,9 +255,8 @@ class Batches:
 
     def _samples(self, step: int, micro: int, rank: int) -> list[Sample]:
         """Return the samples of a rank: its part of the run's micro-batch, then their prior samples."""
-        counts = [(name, len(examples)) for name, examples in self.buckets.items()]
         batch = self.world * self.batch_size
-        bucket, piece, indices = batch_samples(self.seed, step * self.accumulation + micro, counts, batch)
+        bucket, piece, indices = batch_samples(self.seed, step * self.accumulation + micro, self._counts, batch)
         places = range(rank * self.batch_size, (rank + 1) * self.batch_size)
         slots = step_slots(micro, rank, self.world, self.batch_size)
         instances = [
@@ -258,15 +292,16 @@ class Batches:
 
     def _to_device(self, step: int, loaded: _Loaded) -> Batch:
         mean, std, sigma = (t.to(self.device, non_blocking=True) for t in (loaded.mean, loaded.std, loaded.sigma))
+        positions = {name: t.to(self.device, non_blocking=True) for name, t in loaded.positions.items()}
         slots = [sample.slot for sample in loaded.samples]
-        draws = torch.stack([self._draw(step, slot, mean.shape[1:]) for slot in slots])
+        draws = torch.stack([self._draw(step, slot, "noise", (2, *mean.shape[1:])) for slot in slots])
         eps, noise = draws[:, 0], draws[:, 1]
         if self.noise_offset:
-            offsets = torch.stack([self._draw_offset(step, slot, mean.shape[1]) for slot in slots])
+            offsets = torch.stack([self._draw(step, slot, "noise_offset", mean.shape[1:2]) for slot in slots])
             noise = offset_noise(noise, offsets, self.noise_offset)
         input_noise = None
         if self.input_perturbation:
-            more = torch.stack([self._draw_perturbation(step, slot, mean.shape[1:]) for slot in slots])
+            more = torch.stack([self._draw(step, slot, "input_perturbation", mean.shape[1:]) for slot in slots])
             input_noise = perturbed_noise(noise, more, self.input_perturbation)
         return Batch(
             latents=sample_latents(mean, std, eps, self.scaling.scaling_factor, self.scaling.shift_factor),
@@ -278,20 +313,22 @@ class Batches:
             names=[sample.example.name for sample in loaded.samples],
             instances=loaded.instances,
             kept=slice(sum(not sample.is_kept for sample in loaded.samples), len(loaded.samples)),
+            position_weights=positions.get("position_weights"),
+            from_base=positions.get("from_base"),
         )
 
-    def _draw(self, step: int, slot: int | str, shape: torch.Size) -> Tensor:
-        """Return [2, *shape] standard normals from the sample's own generator: for the posterior and for the flow."""
-        source = generator(self.seed, step, slot, "noise", device=self.device)
-        return torch.randn((2, *shape), generator=source, device=self.device)
+    def _draw(self, step: int, slot: int | str, name: str, shape: Sequence[int]) -> Tensor:
+        """Return standard normals from the sample's own generator of that name."""
+        return torch.randn(
+            shape, generator=generator(self.seed, step, slot, name, device=self.device), device=self.device
+        )
 
-    def _draw_offset(self, step: int, slot: int | str, channels: int) -> Tensor:
-        source = generator(self.seed, step, slot, "noise_offset", device=self.device)
-        return torch.randn(channels, generator=source, device=self.device)
 
-    def _draw_perturbation(self, step: int, slot: int | str, shape: torch.Size) -> Tensor:
-        source = generator(self.seed, step, slot, "input_perturbation", device=self.device)
-        return torch.randn(shape, generator=source, device=self.device)
+def _counts(buckets: Mapping[str, Sequence[Example]], shares: Sequence[Fraction] | None) -> Buckets:
+    if shares is None:
+        return [(name, len(examples)) for name, examples in buckets.items()]
+    concepts = {name: [example.concept for example in examples] for name, examples in buckets.items()}
+    return list(balanced(concepts, shares).items())
 
 
 def _stack(entries: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -306,4 +343,5 @@ def _pinned(loaded: _Loaded) -> _Loaded:
         sigma=loaded.sigma.pin_memory(),
         embeddings={e: {k: v.pin_memory() for k, v in entry.items()} for e, entry in loaded.embeddings.items()},
         weights=loaded.weights.pin_memory(),
+        positions={name: tensor.pin_memory() for name, tensor in loaded.positions.items()},
     )

@@ -12,6 +12,18 @@ from sd3tune.data.seeds import derive
 
 
 @dataclass(frozen=True)
+class MaskedVariants:
+    """The mask of a training image, for each of its crop variants, and the loss outside it."""
+
+    keys: tuple[str, ...]
+    """Store key of each crop variant's mask."""
+    outside_weight: float
+    """Weight of the loss outside the mask, relative to inside."""
+    keeps_base: bool = False
+    """True if the base's own prediction is the target outside the mask."""
+
+
+@dataclass(frozen=True)
 class Example:
     """A training image in the store."""
 
@@ -25,8 +37,11 @@ class Example:
     weight: float = 1.0
     """Factor on its loss."""
     prior: Prior | None = None
+    concept: int = 0
+    """Index of its concept; see `data.concepts`."""
     choices: tuple[Mapping[str, str], ...] = ()
     """`captions` of each caption, of which each step draws one; empty if there is only one."""
+    mask: MaskedVariants | None = None
 
 
 def content_of(example: Example) -> dict[str, str] | list[dict[str, str]]:
@@ -42,6 +57,10 @@ class Sample:
     slot: int | str
     is_kept: bool = False
     """True if the target is the base model's prediction instead of the true velocity."""
+
+    def variant(self, seed: int, step: int) -> int:
+        """Return the number of the step's crop variant: each of the example's is equally likely."""
+        return derive(seed, step, self.slot, "variant") % len(self.example.images)
 
     def captions(self, seed: int, step: int) -> Mapping[str, str]:
         """Return encoder -> store key of the step's caption: each of the example's is equally likely."""
@@ -92,7 +111,7 @@ class OwnPrediction:
     def companion_sample(self, instance: Sample, seed: int, position: int) -> Sample:
         stream = derive(seed, "class captions", size_name(instance.example.size))
         captions = self.captions[index_at(stream, position, len(self.captions))]
-        kept = replace(instance.example, captions=captions, choices=(), weight=self.weight, prior=None)
+        kept = replace(instance.example, captions=captions, choices=(), weight=self.weight, prior=None, mask=None)
         return Sample(kept, instance.slot, is_kept=True)
 
     def facts(self) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class FlatMaster:
         self.rates = torch.ones_like(self.master.detach()) if rates else None
         for name, view in (self.named(self.rates) if self.rates is not None else {}).items():
             view.fill_(rates.get(name, 1.0))
+        self._frozen: tuple[str, ...] = ()
         self.clipped_parts = self._parts(segments)
         """The parts of the master whose gradients are clipped by themselves."""
 
@@ -87,6 +88,21 @@ class FlatMaster:
         yield
         with torch.no_grad():
             self.master.copy_(torch.addcmul(before, self.rates, self.master - before))
+
+    def freeze(self, prefixes: Sequence[str]) -> None:
+        """Stop training the parameters whose names begin with one of the prefixes; their values stay as they are.
+
+        The forward pass then computes no gradients for them.
+        """
+        if tuple(prefixes) == self._frozen:
+            return
+        self._frozen = tuple(prefixes)
+        if self.rates is None:
+            self.rates = torch.ones_like(self.master.detach())
+        for parameter, (name, rate) in zip(self.parameters, self.named(self.rates).items(), strict=True):
+            if name.startswith(self._frozen):
+                parameter.requires_grad_(False)
+                rate.zero_()
 
     def publish(self, part: slice = slice(None)) -> None:
         """Copy a part of the master to the model's parameters.

@@ -78,7 +78,9 @@ def train(
     With `save_when_interrupted` and a single process, a KeyboardInterrupt from outside also saves a checkpoint of the
     last complete step, then propagates.
     """
-    metrics = Metrics(run / METRICS_FILE, state.step, processes.gather, processes.is_main, batches.names, sink)
+    metrics = Metrics(
+        run / METRICS_FILE, state.step, processes.gather, processes.is_main, batches.names, sink, batches.concepts
+    )
     known_skips = len(metrics.skipped)
     saver = _Saver(run, state, method, metrics, processes, identity, contract)
 

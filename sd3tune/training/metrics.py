@@ -39,8 +39,9 @@ class Metrics:
     """The metrics of a run. Steps are collected as device tensors; a flush starts their copy, the next one reads it.
 
     `gather` stacks a tensor of every rank along a new first dimension. Only ranks with `writes` touch the file. `names`
-    returns the images of a skipped step. Training resumes from `last_step`: later lines of an earlier attempt are
-    dropped. On the ranks that write, `sink` receives each line once: existing lines at once, new lines when written.
+    returns the images of a skipped step, and `concepts` the concepts of any step's instances. Training resumes from
+    `last_step`: later lines of an earlier attempt are dropped. On the ranks that write, `sink` receives each line once:
+    existing lines at once, new lines when written.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class Metrics:
         writes: bool,
         names: Names = lambda step: [],
         sink: Callable[[Line], object] = lambda line: None,
+        concepts: Names = lambda step: [],
     ) -> None:
         self.path, self.gather, self.writes, self.names, self.sink = path, gather, writes, names, sink
+        self.concepts = concepts
         self.skipped: dict[int, list[str]] = {}
         """Skipped steps, whose gradient was not finite -> the suspect samples. Includes earlier attempts."""
         self.skipped_in_a_row = 0
@@ -113,7 +116,7 @@ class Metrics:
         self._copying = None
         if event is not None:
             event.synchronize()
-        lines = [_line(row, host[:, index], self.names) for index, row in enumerate(rows)]
+        lines = [_line(row, host[:, index], self.names, self.concepts) for index, row in enumerate(rows)]
         for line in lines:
             self._note(line)
         self.stop_requested |= bool(host[..., -1].any())
@@ -183,7 +186,7 @@ def by_sigma(sigmas: Sequence[float], losses: Sequence[float]) -> dict[str, floa
     return {name: _finite(sum(in_bin) / len(in_bin)) for name, in_bin in bins.items()}
 
 
-def _line(row: _Row, values: Tensor, names: Names) -> Line:
+def _line(row: _Row, values: Tensor, names: Names, concepts: Names) -> Line:
     """Return the line of a step from its `values` [ranks, ...]."""
     instances, prior = _samples(values[:, : 3 * row.instances]), _samples(values[:, 3 * row.instances : -2])
     prior = prior[:, ~prior[2].isnan()]  # without the padding
@@ -195,11 +198,21 @@ def _line(row: _Row, values: Tensor, names: Names) -> Line:
         "grad_norm": _finite(values[0, -2].item()),
         "loss_by_sigma": by_sigma(sigmas, losses),
     }
+    if of_concepts := concepts(row.step - 1):
+        line["loss_by_concept"] = _means(of_concepts, losses)
     if prior_losses:
         line["prior_loss"] = _finite(sum(prior_losses) / len(prior_losses))
     if line["grad_norm"] is None:
         line["suspects"] = _suspects(names(row.step - 1), [*losses, *prior_losses], [*sigmas, *prior_sigmas])
     return line
+
+
+def _means(labels: Sequence[str], losses: Sequence[float]) -> dict[str, float | None]:
+    """Return the mean loss of each label, in alphabetical order."""
+    found: dict[str, list[float]] = {}
+    for label, loss in sorted(zip(labels, losses, strict=True)):
+        found.setdefault(label, []).append(loss)
+    return {label: _finite(sum(of) / len(of)) for label, of in found.items()}
 
 
 def _samples(values: Tensor) -> Tensor:

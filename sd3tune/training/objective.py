@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from sd3tune.config.sections.flow import (
     WeightingSection,
 )
 from sd3tune.config.variants import LOSS, TIMESTEPS, WEIGHTING, Registry
+from sd3tune.data.buckets import Size
 from sd3tune.flow import objective, timesteps, weighting
 
 OfSigma = Callable[[Any, Tensor], Tensor]
@@ -104,14 +105,30 @@ class Objective:
     """(predicted velocity, target, both [B, C, H, W], sigma [B], share of the steps done) -> [B] fp32."""
     weight: Callable[[Tensor], Tensor]
     """sigma [B] -> [B]."""
+    weights: Mapping[Size, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """(height, width) in pixels -> the weight for images of that size, where it is not `weight`."""
+
+    def weight_at(self, size: Size) -> Callable[[Tensor], Tensor]:
+        """Return the weight for images of `size`, (height, width) in pixels."""
+        return self.weights.get(size, self.weight)
+
+    def losses(self, prediction: Tensor, target: Tensor, sigma: Tensor, done: float, weights: Tensor | None) -> Tensor:
+        """Return the loss of each sample, [B] fp32, with the `weights` of latent positions [B, H, W], if any."""
+        return objective.masked_loss(
+            lambda one, other, sigma: self.loss(one, other, sigma, done), prediction, target, sigma, weights
+        )
 
 
-def make_objective(flow: FlowConfig, shift: float) -> Objective:
-    """Return the configured loss and weight under the given shift (see `shift_at`)."""
-    settings = flow.loss
+def make_objective(flow: FlowConfig, shift: float, shifts: Mapping[Size, float] = {}) -> Objective:
+    """Return the configured loss and weight under the shift of the images' size (see `shift_at`).
+
+    `shifts` maps a bucket to its shift; others have `shift`.
+    """
+    settings, weights = flow.loss, {of: make_weight(flow, of) for of in {shift, *shifts.values()}}
     return Objective(
         loss=functools.partial(LOSSES[settings.kind], settings),
-        weight=make_weight(flow, shift),
+        weight=weights[shift],
+        weights={size: weights[of] for size, of in shifts.items() if of != shift},
     )
 
 

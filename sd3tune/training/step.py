@@ -6,6 +6,8 @@ The formulas are from Esser et al. 2024, "Scaling Rectified Flow Transformers fo
     v   = transformer(z_t, 1000 sigma, caption)    predicted velocity
     L   = w(sigma) |v - (noise - z_0)|^2           loss of one sample, in fp32 (or another distance)
 
+With a mask, the loss of a sample is the weighted mean over its latent positions.
+
 The minimised loss is mean(L of the instances), plus weight * mean(L of the prior samples) if there are any.
 """
 
@@ -90,11 +92,19 @@ def predict_velocity(transformer: SD3Transformer2DModel, method: Method, batch: 
 
 
 def velocity_targets(transformer: SD3Transformer2DModel, method: Method, batch: Batch) -> Tensor:
-    """Return the targets, [B, C, H, W] fp32: the true velocity or, for `batch.kept`, the base model's prediction."""
+    """Return the targets, [B, C, H, W] fp32: the true velocity or, for `batch.kept`, the base model's prediction.
+
+    `batch.from_base` mixes the two at each latent position.
+    """
     targets = velocity_target(batch.latents, batch.noise)
     if batch.kept.start < batch.kept.stop:
         with torch.no_grad(), method.disabled(transformer):
             targets[batch.kept] = predict_velocity(transformer, method, batch.rows(batch.kept)).float()
+    if batch.from_base is not None:
+        rows = slice(batch.instances)
+        with torch.no_grad(), method.disabled(transformer):
+            base = predict_velocity(transformer, method, batch.rows(rows)).float()
+        targets[rows] = targets[rows].lerp(base, batch.from_base[rows, None])
     return targets
 
 
@@ -114,6 +124,7 @@ def train_step(
     accumulation = config.train.gradient_accumulation
     lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.total_steps)
     done = state.step / config.train.total_steps
+    state.master.freeze(method.frozen(done))
     if state.fused is not None:
         state.updating = True
         state.fused.begin(lr, reduce_mean)
@@ -122,8 +133,10 @@ def train_step(
         batch = batches.fetch(state.step, micro)
         with method.regularised(transformer, batches.seed_for("dropout", state.step, micro)):
             targets = velocity_targets(transformer, method, batch)
-            losses = objective.loss(predict_velocity(transformer, method, batch), targets, batch.sigma, done)
-            weighted = objective.weight(batch.sigma) * batch.weights * losses
+            losses = objective.losses(
+                predict_velocity(transformer, method, batch), targets, batch.sigma, done, batch.position_weights
+            )
+            weighted = objective.weight_at(batch.size)(batch.sigma) * batch.weights * losses
             loss = weighted.sum() / batch.instances
             extra = method.extra_loss(transformer, batch)
             if extra is not None:

@@ -18,6 +18,7 @@ def run(out: Path, *names: str, patch: pytest.MonkeyPatch) -> tuple[int, list[di
     return code, json.loads((out / "check.json").read_text())["findings"]
 
 
+@pytest.mark.long
 def test_on_the_cpu_all_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, found = run(tmp_path, *checks.CHECKS, patch=monkeypatch)
     assert code == 0

@@ -166,6 +166,7 @@ def test_a_cell_that_is_measured_anew_takes_its_rows_place_and_the_others_keep_t
     assert alone == [("small-fp32-one first_step", 5, None)]
 
 
+@pytest.mark.long
 def test_steps_of_any_optimizer_are_stamped(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(STAND_IN)
@@ -176,6 +177,7 @@ def test_steps_of_any_optimizer_are_stamped(tmp_path: Path) -> None:
     assert found.cpu > found.steps[2][0][1] > 0
 
 
+@pytest.mark.long
 def test_a_run_that_fails_or_makes_other_steps_is_refused(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(STAND_IN)
@@ -185,6 +187,7 @@ def test_a_run_that_fails_or_makes_other_steps_is_refused(tmp_path: Path) -> Non
         run_alone("peer", [str(script), "a", str(tmp_path / "log"), "2"], tmp_path, steps=3)
 
 
+@pytest.mark.long
 def test_processes_step_in_turns(tmp_path: Path) -> None:
     script, log = tmp_path / "script.py", tmp_path / "log"
     script.write_text(STAND_IN)

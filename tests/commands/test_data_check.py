@@ -80,6 +80,28 @@ def test_a_sound_folder_is_told_in_full(photos: Path, check, tmp_path: Path) -> 
     assert Image.open(tmp_path / "sheet.png").format == "PNG"
 
 
+def test_masks_are_counted_named_and_shown(tmp_path: Path, check) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(4):
+        Image.new("RGB", (64, 64), "white").save(photos / f"{number}.png")
+    for number, side in ((0, 32), (1, 16), (3, 0)):
+        mask = Image.new("L", (64, 64) if number < 3 else (64, 32))
+        mask.paste(255, (0, 0, side, 64))
+        mask.save(photos / f"{number}_mask.png")
+    lines, problems = check(configured(photos))
+    assert problems == [
+        f"{photos / '3_mask.png'}: the mask has no inside, its brightest value is 0 of 255; paint the "
+        "subject white, or delete the mask"
+    ]
+    assert lines[0] == f"source 0  {photos}: 4 images"
+    place = lines.index("masks     2 of 4 images, 38% of the area on average")
+    assert lines[place + 1] == "          without a mask: 2.png, 3.png"
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        inside, outside, unmasked = (sheet.getpixel(at) for at in ((30, 90), (150, 90), (8 + 2 * 184 + 150, 90)))
+    assert (inside, outside, unmasked) == ((255,) * 3, (63,) * 3, (255,) * 3)
+
+
 def test_the_buckets_are_those_of_a_run(photos: Path, check, tmp_path: Path) -> None:
     config = configured(photos)
     lines, _ = check(config)
@@ -192,7 +214,7 @@ def test_what_is_passed_over_or_read_in_a_way_that_may_surprise_is_named(photos:
         "metadata.jsonl",
         ": 1 caption file has several lines, which are joined with spaces into one caption: 0.txt; "
         "captions: lines reads each line as a caption",
-        "warning: 1 image has transparent parts, which are laid on white: clear.png",
+        "warning: 1 image has transparent parts, which are laid on white: clear.png; masks: alpha uses them as masks",
         "/profile.png: its colour profile is damaged; its colours are taken as sRGB",
     ]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from PIL import Image
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -17,6 +19,7 @@ from sd3tune.commands.cache import run_cache
 from sd3tune.commands.plan import components, gigabytes, plan_lines, planned_dtype
 from sd3tune.config import Config, load_config, parse_config
 from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig
+from sd3tune.data.store import Store
 from sd3tune.errors import ConfigError
 from sd3tune.forecast.forecast import forecast, forecast_inputs
 from sd3tune.forecast.gpus import GPUS
@@ -221,9 +224,14 @@ def test_t5_takes_less_in_8_bits_and_nothing_on_the_cpu(quick_config, tmp_path: 
     assert "encode T5" not in plan.phases
 
 
-def test_the_store_is_as_large_as_predicted(quick_config, tmp_path: Path) -> None:
+def test_the_store_is_as_large_as_predicted(quick_config, tiny_images: Path, tmp_path: Path) -> None:
+    photos = shutil.copytree(tiny_images, tmp_path / "photos")
+    for name in ("1", "2"):
+        with Image.open(photos / f"{name}.png") as image:
+            Image.new("L", image.size, 255).save(photos / f"{name}_mask.png")
     config = quick_config(
-        tmp_path / "run", f"data.cache_dir={tmp_path / 'store'}", "data.resolution=128", "data.crop_variants=2",
+        tmp_path / "run", f"data.sources=[{{path: {photos}}}]",
+        f"data.cache_dir={tmp_path / 'store'}", "data.resolution=128", "data.crop_variants=2",
         "data.flip=true", "preview.prompts=[a, b]", "validation.holdout=1", "model.extra_t5_lengths=[300, 77]",
     )  # fmt: skip
     plan = forecast(forecast_inputs(config, torch.float32))
@@ -235,6 +243,10 @@ def test_the_store_is_as_large_as_predicted(quick_config, tmp_path: Path) -> Non
         12 + 1,
     )  # images of the bucket's shape have one crop and its mirror image
     assert plan.store.nbytes == pytest.approx(real, rel=0.05)
+    store = Store(store_folder(config))
+    masks = [entry["mask"] for key in store._index if "mask" in (entry := store.get(key))]
+    assert plan.store.masks == len(masks) > 2
+    assert plan.store.nbytes == store.nbytes(store._index)
 
 
 def test_the_longest_t5_length_is_planned_for(quick_config, tmp_path: Path) -> None:

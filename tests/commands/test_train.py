@@ -278,7 +278,7 @@ def test_what_is_passed_over_is_said_at_the_start_and_in_the_run(
     config = quick_config(tmp_path / "run", f"data.sources=[{{path: {pictures}}}]")
     run_training(config, dry_run=True)
     passed_over = f"{pictures}: 1 picture is passed over: IMG_1.JXL; convert to JPEG or PNG"
-    clear = "1 image has transparent parts, which are laid on white: 2.png"
+    clear = "1 image has transparent parts, which are laid on white: 2.png; masks: alpha uses them as masks"
     printed = capsys.readouterr().out.splitlines()
     assert {f"warning: {passed_over}", f"warning: {clear}"} <= set(printed)
     run_training(config)

@@ -14,8 +14,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sd3tune.config import Config, dump_config, load_config, parse_config
+from sd3tune.config.sections.data import DatasetSource
 from sd3tune.config.sections.model import ModelConfig, TextEncodersConfig
 from sd3tune.config.sections.section import Section
+from sd3tune.config.sections.text_encoders import EncoderLoraConfig
 from sd3tune.config.shape import alternatives, item_of, sections_of
 from sd3tune.config.yaml12 import parse
 
@@ -70,12 +72,23 @@ def _consistent(values: dict[str, Any]) -> dict[str, Any]:
     model, sources = values["model"], values["data"]["sources"]
     if model["init"] == "random":
         values["method"] = {"kind": "full", "export_dtype": "bf16"}
-        values["data"]["sources"] = [{**source, "prior": None} for source in sources]
+        values["data"]["sources"] = [{**source, "prior": None, "outside_target": "image"} for source in sources]
     else:
         model["transformer"] = None
     if values["method"]["kind"] == "full":
         model["quantize"], values["data"]["export_tags"] = "none", False
         values["train"]["swap_blocks"] = None
+    method, timesteps = values["method"], values["flow"]["timesteps"]
+    if method.get("rank") == "auto":
+        method |= {"budget_mb": 1.5, "rank_pattern": {}, "start_from": None}
+    elif "budget_mb" in method:
+        method["budget_mb"] = None
+    if method.get("text_encoders") and not any(method["text_encoders"].values()):
+        method["text_encoders"] = None
+    if timesteps.get("shares"):
+        timesteps["shares"] = [1.5] * len(timesteps["parts"])
+    if values["train"]["gradient_checkpointing"] == "selective":
+        values["train"]["compile"] = "none"
     if values["train"]["gradient_checkpointing"] == "none":
         values["train"]["checkpointed_blocks"] = None
     if values["train"]["max_grad_norm"] is not None or values["train"]["gradient_accumulation"] > 1:
@@ -86,8 +99,11 @@ def _consistent(values: dict[str, Any]) -> dict[str, Any]:
         values["flow"]["weighting"] = {"kind": "none"}
     if values["eval"] is None:
         values["checkpoint"]["best"] = "loss"
-    if values["train"]["steps"] is values["train"]["epochs"] is None:
-        values["train"]["steps"] = 1000
+    if (values["train"]["steps"] is None) == (values["train"]["epochs"] is None):
+        values["train"] |= {"steps": 1000, "epochs": None}
+    values["schedule"]["warmup_steps"] = min(values["schedule"]["warmup_steps"], (values["train"]["steps"] or 1) - 1)
+    if values["preview"]["guidance"] <= 1:
+        values["preview"]["guidance"] = 2.5
     return values
 
 
@@ -107,7 +123,12 @@ def section(kind: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
         "output_dir": st.sampled_from(["/out", "/#1"]),
         # As written, and such that the rules between keys hold.
         "targets": st.sampled_from(["attention", "attention+mlp", "re:.*to_q", ["attn.to_q", "re:x"]]),
-        "blocks": st.sampled_from([None, [0], ["0-11", 3], ["7"]]),
+        "blocks": st.sampled_from([None, [0], ["0-11", 3], ["7-7"]]),
+        "factor": st.sampled_from([-1, 2, 8]),
+        "encoders": st.sampled_from([{}, {"dinov2": "/dino #1", "clip": "owner/name"}]),
+        "size": st.sampled_from([None, 1024, "1152x896"]),
+        "slg_start": st.floats(0, 0.4),
+        "slg_stop": st.floats(0.5, 1),
         "rank_pattern": st.dictionaries(TEXT.filter(lambda text: not text.startswith("re:")), st.integers(1, 1024)),
         "alpha_pattern": st.dictionaries(st.sampled_from(["attn.to_q", "re:.*\\.0\\..*"]), st.floats(0.5, 100)),
         "init": st.sampled_from([True, "gaussian", "eva"]),
@@ -121,9 +142,19 @@ def section(kind: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
         "memory": st.one_of(st.sampled_from([None, "auto"]), st.floats(0.01, 1000)),
         "base": st.sampled_from(["tiny", "owner/name", "/abs: folder"]),
         "tokenizers": st.sampled_from([None, "owner/name", "/abs: folder"]),
+        "balance": st.sampled_from([None, "equal"]),
+        "masks": st.sampled_from([None, "alpha", "off", "/masks: a"]),
     }
+    if kind is DatasetSource:
+        special["masks"] = st.sampled_from([None, "alpha", "off"])
     if kind is ModelConfig:
         special["init"] = st.sampled_from(["pretrained", "random"])
+    if "budget_mb" in kind.model_fields:
+        special["rank"] = st.one_of(st.just("auto"), st.integers(1, 1024))
+    if "t5_caption" in kind.model_fields:
+        special |= {"token": st.sampled_from(["<thing>", "no", "#1"]), "init": TEXT.filter(str.strip)}
+    if kind is EncoderLoraConfig:
+        special["targets"] = st.sampled_from(["attention", "attention+mlp"])
     if kind is TextEncodersConfig:
         special = dict.fromkeys(kind.model_fields, st.sampled_from([None, "/clip #1.safetensors"]))
     return st.fixed_dictionaries(
@@ -145,8 +176,11 @@ def values(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
         elif get_origin(kind) is list:
             inner = get_args(item)[1:] if get_origin(item) is not None else ()
             limits = [limit for info in inner if isinstance(info, FieldInfo) for limit in info.metadata]
+            least = max((m.min_length for m in metadata if hasattr(m, "min_length")), default=1)
             length = (
-                {"min_size": 2, "max_size": 2} if any(hasattr(m, "max_length") for m in metadata) else {"min_size": 1}
+                {"min_size": 2, "max_size": 2}
+                if any(hasattr(m, "max_length") for m in metadata)
+                else {"min_size": least}
             )
             strategies.append(st.lists(values(item, limits), **{"max_size": 3, **length}))
         elif not (isinstance(kind, type) and issubclass(kind, Section)):

@@ -208,10 +208,11 @@ def test_transparent_pictures_are_counted() -> None:
     solid = read_picture(Bytes(Image.new("RGB", (8, 8)), "solid.png"))
     one, several = [(Named("a.png"), clear.reading)], [(Named(f"{n}.png"), clear.reading) for n in range(5)]
     assert reading_warnings([*one, (Named("b.png"), solid.reading)]) == [
-        "1 image has transparent parts, which are laid on white: a.png"
+        "1 image has transparent parts, which are laid on white: a.png; masks: alpha uses them as masks"
     ]
     assert reading_warnings(several) == [
-        "5 images have transparent parts, which are laid on white: 0.png, 1.png, 2.png, ..."
+        "5 images have transparent parts, which are laid on white: 0.png, 1.png, 2.png, ...; "
+        "masks: alpha uses them as masks"
     ]
 
 

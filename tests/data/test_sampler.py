@@ -2,12 +2,14 @@ import hashlib
 import subprocess
 import sys
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sd3tune.data.concepts import balanced
 from sd3tune.data.sampler import (
     batch_samples,
     epoch_order,
@@ -213,3 +215,61 @@ def test_uniform_numbers_fill_the_unit_interval_evenly():
     assert drawn.max() < 1
     counts = torch.histc(drawn, 10, 0, 1)
     assert ((counts - 2000) ** 2 / 2000).sum() < 27.9  # chi squared, 9 degrees of freedom, one in a thousand
+
+
+concept_counts = st.lists(st.lists(st.integers(0, 6), min_size=2, max_size=2), min_size=1, max_size=3).filter(
+    lambda buckets: all(map(sum, buckets)) and all(map(sum, zip(*buckets, strict=True)))
+)
+"""Samples of two concepts in each bucket."""
+
+
+def in_parts(buckets, shares):
+    concepts = {str(name): [0] * first + [1] * second for name, (first, second) in enumerate(buckets)}
+    return list(balanced(concepts, [Fraction(share) for share in shares]).items())
+
+
+@settings(deadline=None, max_examples=40)
+@given(seeds, concept_counts, st.tuples(st.integers(1, 3), st.integers(1, 3)), st.integers(1, 4))
+def test_concepts_have_their_shares_whatever_their_numbers_of_samples(seed, buckets, shares, epochs):
+    """In single batches, after whole epochs, within a sample per bucket; and each sample of a concept as often."""
+    parts, total = in_parts(buckets, shares), sum(map(sum, buckets))
+    batches = sum(epochs * rate // 1 for _, of in parts for _, rate in of)
+    drawn, samples = Counter(), Counter()
+    for number in range(batches):
+        name, _, (index,) = batch_samples(seed, number, parts, 1)
+        first = buckets[int(name)][0]
+        drawn[int(index >= first)] += 1
+        samples[name, index] += 1
+    for concept, share in enumerate(shares):
+        assert 0 <= Fraction(epochs * total * share, sum(shares)) - drawn[concept] < len(buckets)
+    for name, (first, second) in enumerate(buckets):
+        for indices in (range(first), range(first, first + second)):
+            times = [samples[str(name), index] for index in indices]
+            assert not times or max(times) - min(times) <= 1
+
+
+@settings(deadline=None, max_examples=40)
+@given(seeds, concept_counts, st.integers(1, 4), st.integers(0, 60))
+def test_parts_are_seen_as_often_as_is_foretold(seed, buckets, batch, batches):
+    parts = in_parts(buckets, (1, 2))
+    seen = Counter(
+        (name, i) for k in range(batches) for name, _, found in [batch_samples(seed, k, parts, batch)] for i in found
+    )
+    foretold = times_seen(seed, batches, parts, batch)
+    assert foretold == [[seen[name, i] for i in range(sum(n for n, _ in of))] for name, of in parts]
+
+
+def test_balanced_concepts_alternate_and_a_single_one_changes_nothing():
+    two = in_parts([[2, 10]], (1, 1))
+    drawn = [index < 2 for k in range(48) for index in batch_samples(1, k, two, 1)[2]]
+    assert [sum(drawn[start : start + 12]) for start in range(0, 48, 12)] == [6, 6, 6, 6]
+    assert drawn != sorted(drawn)
+    alone = list(balanced({"a": [0] * 5, "b": [0] * 3}, [Fraction(1)]).items())
+    plain = [("a", 5), ("b", 3)]
+    assert [batch_samples(4, k, alone, 2) for k in range(30)] == [batch_samples(4, k, plain, 2) for k in range(30)]
+
+
+def test_balanced_batches_far_into_a_run_are_found_at_once():
+    name, _, indices = batch_samples(3, 10**9, in_parts([[7, 100], [31, 1]], (1, 3)), 8)
+    assert name in "01"
+    assert len(indices) == 8

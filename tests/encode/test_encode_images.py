@@ -348,7 +348,8 @@ def test_transparency_and_broken_profiles_are_reported_every_time(base, records,
     for _ in range(2):
         _, report = encode(base, records, Store(tmp_path / "s"), resolution=64)
         assert report.warnings == [
-            f"1 image has transparent parts, which are laid on white: {records[0].image.name}",
+            f"1 image has transparent parts, which are laid on white: {records[0].image.name}; "
+            "masks: alpha uses them as masks",
             f"{records[2].image}: its colour profile is damaged; its colours are taken as sRGB",
         ]
 

@@ -20,6 +20,7 @@ from sd3tune.evaluation.prompts import choose_prompts
 from sd3tune.evaluation.request import EvalRequest
 from sd3tune.evaluation.target import Target, find_target
 from sd3tune.inference import image_folder
+from sd3tune.inference.recipes import read_recipe
 from sd3tune.measures.subject import read_subject
 from sd3tune.publish.card import is_unchanged
 from sd3tune.run.card import card_to_upload, refresh_card
@@ -233,6 +234,33 @@ def test_a_folder_of_pictures_is_measured_as_it_is(tmp_path: Path, noise_picture
     assert values["rows"][1]["figures"]["pixels"]["nearest"]["mean"] == 0
     assert [one["figures"]["small"]["nearest_photo"] for one in values["pictures"]] == ["0.png", "1.png", "2.png"]
     assert "no verdict: a folder of pictures has no base to compare with" in finished.out
+
+
+@pytest.mark.usefixtures("small_encoder")
+def test_an_embedding_is_compared_with_the_class_word_of_the_base(
+    quick_config, write_images, tmp_path: Path, command: Command
+) -> None:
+    folder, run = write_images(tmp_path / "photos", 2), tmp_path / "rex"
+    for file in folder.glob("*.txt"):
+        file.write_text("a photo of <rex>")
+    method = "method={kind: textual_inversion, token: <rex>, vectors: 1, init: dog}"
+    run_training(quick_config(run, method, f"data.sources=[{{path: {folder}}}]", "train.steps=1", "preview.steps=1"))
+    (tmp_path / "prompts.txt").write_text("<rex> on a beach")
+    options = ("--prompts", tmp_path / "prompts.txt", "--seeds", "1", *WITHOUT_OTHERS)
+    assert command("eval", run, *options).code == 0
+    found = {one["row"]: run / "eval" / "pictures" / one["file"] for one in read(run / "eval")["pictures"]
+             if one["prompt"] == "<rex> on a beach"}  # fmt: skip
+    assert sorted(found) == ["base", "step 1"]
+    assert read_recipe(found["base"])["prompt"] == "dog on a beach"
+    for row, arguments in {"base": ("--from", found["base"]),
+                           "step 1": ("--embedding", run, "--prompt", "<rex> on a beach")}.items():  # fmt: skip
+        out = tmp_path / row
+        assert command("infer", *arguments, "--out", out).code == 0
+        (drawn,) = out.glob("*.png")
+        assert distance(found[row], drawn) == 0
+    file = run / "embedding" / "learned_embeds.safetensors"
+    (weights,) = find_target(str(file), "last").weights
+    assert (weights.name, weights.option, weights.path) == ("step 1", "--embedding", file)
 
 
 @pytest.mark.usefixtures("small_encoder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -50,7 +49,11 @@ CASES = {
     ),
     "the whole of SD3.5 medium": (SD35_MEDIUM, torch.float32, {"method": {"kind": "full"}} | PREVIEW),
 }
-LONG = ["SD3.5 medium in fp16, half of it checkpointed, with high ranks and dropout", "the whole of SD3.5 medium"]
+LONG = [
+    "SD3.5 large, checkpointed and in 4 bits",
+    "SD3.5 medium in fp16, half of it checkpointed, with high ranks and dropout",
+    "the whole of SD3.5 medium",
+]
 """Left to `make check-long`."""
 
 
@@ -66,10 +69,8 @@ def rehearsed(base: str, dtype: torch.dtype, sections: dict) -> Training:
     return rehearse_training(config, shape, METHODS[config.method.kind](config, shape), (512, 512), dtype)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.long] * (case in LONG)) for case in CASES])
 def test_few_blocks_take_what_all_of_them_take(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if case in LONG and not os.environ.get("SD3TUNE_LONG"):
-        pytest.skip("make check-long runs it")
     if "4 bits" in case:
         pytest.importorskip("bitsandbytes")
     base, dtype, sections = CASES[case]

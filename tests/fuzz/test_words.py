@@ -38,6 +38,8 @@ VERBS = (
     ["data", "check", "FILE", "--sheet", "sheet.png", "--caption", "TEXT"],
     ["data", "check", "run.yaml", "OVERRIDE", "--sheet", "sheet.png"],
     ["data", "convert", "FILE", "--to", "FORM", "--out", "out"],
+    ["data", "caption", "FILE", "--trigger", "TEXT", "--subject", "TEXT", "--model", "FILE", "--dry-run"],
+    ["data", "mask", "FILE", "--prompt", "TEXT", "--threshold", "NUMBER", "--sheet", "FILE", "--dry-run"],
     ["lora", "inspect", "FILE"],
     ["lora", "verify", "FILE"],
     ["lora", "convert", "FILE", "--to", "FORM", "--out", "out"],

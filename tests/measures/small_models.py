@@ -45,7 +45,7 @@ def save_dino(folder: Path) -> Path:
 
 def save_clip(folder: Path) -> Path:
     torch.manual_seed(3)
-    tokenizer = _tokenizer(folder)
+    tokenizer = clip_tokenizer(folder)
     ends: dict[str, Any] = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = CLIPConfig(
         text_config={
@@ -66,7 +66,7 @@ def save_clip(folder: Path) -> Path:
 
 def save_siglip(folder: Path) -> Path:
     torch.manual_seed(4)
-    tokenizer = _tokenizer(folder)
+    tokenizer = clip_tokenizer(folder)
     config = SiglipConfig(
         text_config={**_SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
         vision_config={**_SIZES, "image_size": 32, "patch_size": 16},
@@ -86,7 +86,8 @@ def _spread(model: Any) -> Any:
     return model
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def clip_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Return a tokenizer of letters, whose files are in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = sorted({letter for word in _WORDS for letter in word})
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]

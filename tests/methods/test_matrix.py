@@ -6,7 +6,6 @@ The short form trains each kind once, with all options at once. `make check-long
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +22,19 @@ from sd3tune.errors import RunError, UserError
 from sd3tune.inference.job import InferenceJob
 from sd3tune.training.loop import View
 
-long = pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="takes a minute; part of `make check-long`")
 PROMPT = "a photo of sks dog"
 KINDS = {
     "lora": ("method={kind: lora, rank: 2, alpha: 3.0, loraplus_lr_ratio: 4, export_dtype: fp16}",),
     "dora": ("method={kind: dora, rank: 2, alpha: 3.0, dropout: 0.1}",),
     "loha": ("method={kind: loha, rank: 2, alpha: 3.0, rank_pattern: {attn.to_k: 3}}",),
     "lokr": ("method={kind: lokr, rank: 2, alpha: 3.0, factor: 4, export_dtype: fp16}",),
+    "pivotal": (
+        "method={kind: pivotal, rank: 2, alpha: 3.0, export_dtype: fp16}",
+        "method.embedding={token: sks, vectors: 2, init: a dog, t5_caption: dog, lr: 0.05}",
+    ),
 }
+ON_PACKED = ("lora", "dora", "pivotal")
+NAMES = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "pivotal": "LoRA"}
 OPTIONS = (
     "train.steps=3", "checkpoint={every: 1, keep: 9}", "ema={decay: 0.5}", "optimizer={kind: adamw8bit, lr: 0.01}",
     "data.sources.0.caption=a photo of sks dog",
@@ -84,8 +88,9 @@ def test_infer_draws_its_preview(run: Path, tmp_path: Path) -> None:
 
 def test_the_snippet_of_its_card_draws_its_preview(run: Path, kind: str, monkeypatch) -> None:
     card = (run / "README.md").read_text()
-    name = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}[kind]
-    assert f"A {name} adapter for `tiny`, trained with sd3tune." in card
+    name = NAMES[kind]
+    token = ", with the embedding of the token `sks`" * (kind == "pivotal")
+    assert f"A {name} adapter for `tiny`{token}, trained with sd3tune." in card
     assert ("sd3tune lora convert adapter/" in card) == (kind == "dora")
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(run)
@@ -96,9 +101,9 @@ def test_the_snippet_of_its_card_draws_its_preview(run: Path, kind: str, monkeyp
 def test_it_learned_and_states_what_it_is(run: Path, kind: str) -> None:
     adapter, report = read_adapter(run), json.loads((run / "run.json").read_text())["report"]
     assert (adapter.contract["method"], adapter.contract["rank"], adapter.contract["alpha"]) == (kind, 2, 3.0)
-    assert (adapter.contract["weights"], adapter.kind.lower()) == ("ema", kind)
+    assert (adapter.contract["weights"], adapter.kind) == ("ema", NAMES[kind])
     assert report["changes_output"]
-    assert ("rounding_error" in report) == (kind in ("lora", "lokr"))
+    assert ("rounding_error" in report) == (kind in ("lora", "lokr", "pivotal"))
     last = read_adapter(run / "checkpoints" / "step-000001")
     assert adapter.sizes == last.sizes
 
@@ -110,7 +115,7 @@ def test_a_changed_method_does_not_resume(run: Path, configured, change: str) ->
 
 
 def test_nf4_is_refused_where_layers_need_rows(quick_config, tmp_path: Path, kind: str) -> None:
-    if kind in ("lora", "dora"):
+    if kind in ON_PACKED:
         quick_config(tmp_path, *KINDS[kind], "model.quantize=nf4")
         return
     with pytest.raises(UserError, match=f"model.quantize is nf4 and method.kind is {kind}: .* set model.quantize=int8"):
@@ -122,12 +127,12 @@ def test_dora_and_swapped_blocks_are_refused_together(quick_config, tmp_path: Pa
         quick_config(tmp_path, *KINDS["dora"], "train.swap_blocks=3")
 
 
-@long
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_a_quantised_base_is_drawn_on_as_it_was_trained_on(
     configured, tmp_path: Path, kind: str, form: str, assert_equal_runs
 ) -> None:
-    if form == "nf4" and kind not in ("lora", "dora"):
+    if form == "nf4" and kind not in ON_PACKED:
         pytest.skip("refused")
     run_training(configured(tmp_path / "straight", f"model.quantize={form}"))
     assert draws_its_preview(tmp_path / "straight", tmp_path / "drawn")
@@ -137,14 +142,14 @@ def test_a_quantised_base_is_drawn_on_as_it_was_trained_on(
     assert_equal_runs(tmp_path / "straight", tmp_path / "run")
 
 
-@long
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_it_trains_in_half_precision(configured, tmp_path: Path, dtype: str) -> None:
     run_training(configured(tmp_path / "run", f"model.dtype={dtype}"))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["report"]["changes_output"]
 
 
-@long
+@pytest.mark.long
 def test_two_processes_train_what_one_trains(configured, tmp_path: Path, kind: str, start_cli, adapter_of) -> None:
     plain = (
         ("optimizer={kind: adamw, lr: 0.001}", "method.dropout=0") if kind == "dora" else ("optimizer={kind: adamw}",)

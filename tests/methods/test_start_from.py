@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sd3tune.adapter.attach import attach
-from sd3tune.adapter.file import read_adapter, write_adapter
+from sd3tune.adapter.file import Adapter, read_adapter, write_adapter
 from sd3tune.data.sampler import generator
 from sd3tune.errors import AdapterError
 from sd3tune.methods import LoraMethod
+from sd3tune.methods.pivotal import PivotalMethod
+from sd3tune.methods.start_from import check_start
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import empty_transformer, load_transformer
 from sd3tune.model.lora.targets import select_modules
@@ -138,3 +140,22 @@ def test_what_does_not_fit_is_named_before_anything_is_loaded(make, tmp_path: Pa
 def test_a_missing_file_is_named(make, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"method\.start_from: .*nothing: no such file or folder"):
         make(f"method.start_from={tmp_path / 'nothing'}").select(empty_transformer(resolve_base("tiny")))
+
+
+def test_a_dora_with_text_encoders_is_merged_without_them(make, tmp_path: Path) -> None:
+    """`lora merge --into-base` refuses text encoders, so the way out leaves them out."""
+    made = {name.removesuffix(".lora_A"): (value, factors()[f"{name.removesuffix('A')}B"])
+            for name, value in factors().items() if name.endswith(".lora_A")}  # fmt: skip
+    magnitudes = {name: torch.ones(len(up)) for name, (_, up) in made.items()}
+    text = {"text_encoder.text_model.layer": next(iter(made.values()))}
+    adapter = Adapter(tmp_path / "a b.safetensors", made, {}, {}, magnitudes=magnitudes, text_factors=text)
+    with pytest.raises(AdapterError, match=r"sd3tune lora merge '.*a b.safetensors' --into-base --transformer-only"):
+        check_start(adapter, empty_transformer(resolve_base("tiny")), {})
+
+
+def test_pivotal_tuning_goes_on_from_no_text_encoders(quick_config, tmp_path: Path) -> None:
+    method = PivotalMethod(quick_config(tmp_path / "run", "method={kind: pivotal}"), resolve_base("tiny"))
+    pair = torch.ones(2, 16), torch.ones(16, 2)
+    adapter = Adapter(tmp_path / "a.safetensors", {}, {}, {}, text_factors={"text_encoder.text_model.layer": pair})
+    with pytest.raises(AdapterError, match=r"also adapts text encoders, .* --transformer-only --to diffusers"):
+        method.token.select(adapter)

@@ -81,6 +81,10 @@ def no_photos() -> None:
         path.unlink()
 
 
+def mask_next_to_photo(size: tuple[int, int], value: int) -> Callable[[], object]:
+    return lambda: Image.new("L", size, value).save("photos/0_mask.png")
+
+
 def truncated_photo() -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("photos/cut.jpg")
@@ -195,6 +199,7 @@ def clip_in_a_file() -> None:
 
 JXL = b"\xff\x0a" + bytes(40)
 NO_CAPTION = source("{path: photos}")
+NO_MASKS = steps(written("", "empty/notes.txt"), source("{path: photos, masks: empty}"))
 LORA = ("--lora", "lora.safetensors", "--base", "tiny", "--size", "64")
 
 CASES = [
@@ -206,6 +211,8 @@ CASES = [
     Case("config", "a number in quotes", CHECK, "train.steps", edited("steps: 2", 'steps: "10"')),
     Case("config", "a negative number of steps", CHECK, "-5", edited("steps: 2", "steps: -5")),
     Case("config", "a resolution off the grid", CHECK, "multiple of 16", edited("resolution: 64", "resolution: 100")),
+    Case("config", "a size twice", CHECK, "more than once", edited("resolution: 64", "resolution: [64, 64]")),
+    Case("config", "a share for no concept", CHECK, "'cat'", edited("resolution: 64", "balance: {cat: 2}")),
     Case("config", "a learning rate of zero", CHECK, "optimizer.lr", written(YAML + "optimizer: {lr: 0}\n")),
     Case("config", "an invalid learning rate", CHECK, "optimizer.lr", written(YAML + "optimizer: {lr: fast}\n")),
     Case("config", "not a number", CHECK, "optimizer.lr", written(YAML + "optimizer: {lr: .nan}\n")),
@@ -442,8 +449,15 @@ CASES = [
         "class/dog.png",
         steps(edited("a photo}", OWN_CLASS), written("a dog", "class/dog.png")),
     ),
+    Case("data", "a size for no photo", TRAIN, "too small", edited("resolution: 64", "resolution: [64, 512]")),
     Case("data", "a folder that is not there", TRAIN, "no such folder", source("{path: fotos, caption: a}")),
     Case("data", "a file for a folder", TRAIN, "is a file", source("{path: photos/0.png, caption: a}")),
+    Case("data", "a folder to caption that is not there", ("data", "caption", "fotos"), "name the folder"),
+    Case("data", "a captioning model that is not there", ("data", "caption", "photos", "--model", "./gone"), "./gone"),
+    Case("data", "a mask of nothing", ("data", "mask", "photos", "--prompt", " "), "--prompt"),
+    Case(
+        "data", "a threshold of 2", ("data", "mask", "photos", "--prompt", "dog", "--threshold", "2"), "--threshold 2"
+    ),
     Case("data", "an empty folder", TRAIN, "no images", no_photos),
     Case(
         "data",
@@ -469,6 +483,12 @@ CASES = [
     Case("data", "a photo that breaks off", TRAIN, "cut.jpg", truncated_photo),
     Case("data", "no caption", TRAIN, "0.png: has no caption", NO_CAPTION),
     Case("data", "an empty caption", TRAIN, "is empty", steps(NO_CAPTION, written("", "photos/0.txt"))),
+    Case(
+        "data", "a mask of another shape", TRAIN, "0_mask.png: the mask is 64 x 64", mask_next_to_photo((64, 64), 255)
+    ),
+    Case("data", "a black mask", TRAIN, "0_mask.png: the mask has no inside", mask_next_to_photo((80, 64), 0)),
+    Case("data", "a folder without masks", TRAIN, "has no mask for any", NO_MASKS),
+    Case("data", "a folder of masks that is not there", TRAIN, "of masks", source("{path: photos, masks: m}")),
     Case("data", "kohya's layout without its folders", TRAIN, "10_sks dog", source("{path: photos, layout: kohya}")),
     Case(
         "data",

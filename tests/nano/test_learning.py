@@ -118,7 +118,9 @@ def test_a_mistake_in_the_mathematics_would_show(mistake: Mistake, base_loss, mo
     assert base_loss() > 1.2 * SMALL_LOSS
 
 
-@pytest.mark.parametrize("length", [{}, {"max_sequence_length": T5_LENGTH}], ids=["256", "16"])
+@pytest.mark.parametrize(
+    "length", [pytest.param({}, marks=pytest.mark.long), {"max_sequence_length": T5_LENGTH}], ids=["256", "16"]
+)
 def test_the_plain_pipeline_draws_what_it_is_told(length: dict[str, int]) -> None:
     """Nothing of ours between the folder and the pictures; the T5 tokens are the pipeline's default, or as trained."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(NANO_FOLDER)

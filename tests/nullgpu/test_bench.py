@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.gpu.cells import SIDES
 
 PROGRAM = Path(__file__).with_name("programs") / "bench.py"
 
 
+@pytest.mark.long
 def test_the_first_cells_are_measured_to_the_last_line(null_gpu, tmp_path: Path) -> None:
     arguments = ("--shapes", "tiny", "--cells", "2", "--minutes", "5", "--out", tmp_path)
     ran = null_gpu(PROGRAM, *arguments).succeeded()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+import pytest
 
 from tests.nullgpu.programs.capability import RUNS
 
 PROGRAM = Path(__file__).with_name("programs") / "capability.py"
 
 
-NAMES = tuple(RUNS) if os.environ.get("SD3TUNE_LONG") else ("preset",)
-
-
+@pytest.mark.long
 def test_a_t4_trains_in_fp16_with_a_loss_scale_on_the_device(null_gpu, tmp_path: Path) -> None:
-    ran = null_gpu(PROGRAM, tmp_path, *NAMES, gb=15.8, capability=75, PYTORCH_NO_CUDA_MEMORY_CACHING="1").succeeded()
-    assert ran.facts.keys() == set(NAMES)
+    ran = null_gpu(PROGRAM, tmp_path, *RUNS, gb=15.8, capability=75, PYTORCH_NO_CUDA_MEMORY_CACHING="1").succeeded()
+    assert ran.facts.keys() == set(RUNS)
     for found in ran.facts.values():
         assert (found["dtype"], found["scales on"]) == ("torch.float16", "cuda")
         assert (found["waits"], found["pageable"]) == ({}, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,8 @@ from benchmarks.gpu.checks import CHECKS
 PROGRAM = Path(__file__).with_name("programs") / "check.py"
 
 
-long = pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="takes two minutes; part of `make check-long`")
-
-
-@pytest.mark.parametrize("compiled", [["uncompiled"], pytest.param([], marks=long)])
+@pytest.mark.long
+@pytest.mark.parametrize("compiled", [["uncompiled"], []])
 def test_every_check_comes_to_its_end_and_a_step_that_waits_is_found(
     null_gpu, tmp_path: Path, compiled: list[str]
 ) -> None:

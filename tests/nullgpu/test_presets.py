@@ -5,7 +5,6 @@ The base has its full size and no weights. torch's allocator is the real one, wi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from tests.nullgpu.run import Ran
 from tests.nullgpu.sparse_base import write_sparse_base
 
 PROGRAM = Path(__file__).with_name("programs") / "preset.py"
-FIRST = ("sd35_medium_24gb", "train.batch_size=2", "model.t5=false")
-"""Without T5, training is the largest phase. It dies here if segments do not grow."""
-OTHERS = [
+PRESETS = [
+    # Without T5, training is the largest phase. It dies here if segments do not grow.
+    ("sd35_medium_24gb", "train.batch_size=2", "model.t5=false"),
     ("sd35_medium_6gb", "model.t5=false"),  # it has T5 on the CPU, which would compute
     ("sd35_medium_12gb",),
     ("sd35_medium_16gb", "model.t5=false"),  # with T5, the limit would not be training's
@@ -47,17 +46,13 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return base
 
 
-def test_training_fits_where_the_plan_says_so(null_gpu, base_of, tmp_path: Path) -> None:
-    completes_at_its_limit(null_gpu, base_of(FIRST[0]), tmp_path, *FIRST)
-
-
-@pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="slow; make check-long runs it")
-@pytest.mark.parametrize("preset", OTHERS, ids=" ".join)
-def test_so_does_every_preset(null_gpu, base_of, tmp_path: Path, preset: tuple[str, ...]) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("preset", PRESETS, ids=" ".join)
+def test_every_preset_trains_where_the_plan_says_so(null_gpu, base_of, tmp_path: Path, preset: tuple[str, ...]) -> None:
     completes_at_its_limit(null_gpu, base_of(preset[0]), tmp_path, *preset)
 
 
-@pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="slow; make check-long runs it")
+@pytest.mark.long
 def test_so_does_a_whole_model_with_previews_validation_and_checkpoints(null_gpu, tmp_path: Path) -> None:
     """Six blocks, updated in the backward pass: as on 24 GB with all 24, which would write 22 GB of checkpoints."""
     base = write_sparse_base(tmp_path / "base", "sd35-medium", torch.bfloat16, blocks=6)

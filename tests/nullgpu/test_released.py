@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ def medium(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.skipif(not os.environ.get("SD3TUNE_LONG"), reason="20 s of CPU and 4 GB of memory for each")
+@pytest.mark.long  # 20 s of CPU and 4 GB of memory for each
 @pytest.mark.parametrize(
     ("preset", "capability", "dtype", "more"),
     [

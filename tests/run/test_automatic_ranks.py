@@ -122,3 +122,12 @@ def test_a_budget_below_rank_1_is_refused_before_anything_is_loaded(quick_config
     config = quick_config(tmp_path, "method={rank: auto, budget_mb: 0.001}")
     with pytest.raises(UserError, match=r"method\.budget_mb: 0\.001 is too small: rank 1 in 38 modules takes 0\.02 MB"):
         make_plan(config, torch.device("cpu"), resume=None)
+
+
+def test_the_line_of_a_budget_reads_as_one_would_say_it(quick_config, tmp_path: Path) -> None:
+    method = "method={kind: lora, rank: auto, budget_mb: 1000, text_encoders: {clip_l: {}}}"
+    plan = make_plan(quick_config(tmp_path / "run", method), torch.device("cpu"), resume=None)
+    limit = "for at most 1000 MB, without the text encoders; CLIP-L, rank 16"
+    assert plan.method.title() == f"lora, ranks by gradients {limit}"
+    plan.method.prepare(load_transformer(plan.base, torch.float32), {}, lambda names: dict.fromkeys(names, 1.0))
+    assert plan.method.title() == f"lora, rank 64 everywhere {limit}"

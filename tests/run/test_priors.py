@@ -12,13 +12,15 @@ from PIL import Image
 
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
+from sd3tune.config import load_config
 from sd3tune.errors import UserError
+from sd3tune.forecast.forecast import forecast_inputs
 from sd3tune.inference.job import InferenceJob
 from sd3tune.run import drawing
 from sd3tune.run.describe import describe
 from sd3tune.run.encoding import encode
 from sd3tune.run.preflight import make_plan
-from sd3tune.run.priors import shares
+from sd3tune.run.priors import _without, shares
 from sd3tune.runtime.processes import ALONE, Processes
 
 PRIOR = "{{prompt: a toy, images: {images}, steps: 2, guidance: 3, weight: {weight}, path: {path}}}"
@@ -206,6 +208,47 @@ def test_a_run_with_a_prior_resumes_exactly(config, tmp_path: Path, assert_equal
         run_training(config(*settings), callbacks=[stop])
     run_training(config(*settings), resume=True)
     assert_equal_runs(tmp_path / "straight", tmp_path / "run")
+
+
+WITHOUT = "data.sources.0.prior={kind: prediction, prompt: a toy, captions_without: sks}"
+
+
+def test_captions_without_the_name_are_preserved_too(config, photos: Path, tmp_path: Path) -> None:
+    (photos / "0.txt").write_text("SKS, a toy on a table")
+    (photos / "1.txt").write_text("a toy without its name")
+    planned = plan_of(config(WITHOUT))
+    wanted = ["a toy", "a toy on a table", "a toy"]
+    assert planned.config.data.own_predictions[0].prompts == wanted[:2]
+    run_training(config(WITHOUT, "train.steps=1"))
+    kept = load_config(tmp_path / "run" / "config.yaml").config
+    assert kept.data.own_predictions[0].prompts == wanted[:2]
+    assert plan_of(kept).config == kept  # so a resumed run has the same prompts
+    prior = encoded(config(WITHOUT)).examples[0].prior
+    listed = encoded(config("data.sources.0.prior={kind: prediction, prompt: [a toy, a toy on a table]}"))
+    assert prior.facts() == listed.examples[0].prior.facts()
+    assert forecast_inputs(config(WITHOUT), torch.float32).config == planned.config
+
+
+@pytest.mark.parametrize(
+    ("caption", "rest"),
+    [
+        ("a photo of sks dog", "a photo of dog"),
+        ("sks", ""),
+        ("Sks, a dog", "a dog"),
+        ("a dog, sks, on a beach", "a dog, on a beach"),
+        ("a dog on a beach, sks", "a dog on a beach"),
+        ("a sksy dog", None),
+    ],
+)
+def test_only_the_name_as_a_word_is_left_out(caption: str, rest: str | None) -> None:
+    assert _without(caption, "sks") == rest
+
+
+def test_a_name_that_is_in_no_caption_is_one_line(config) -> None:
+    with pytest.raises(
+        UserError, match=r"data\.sources\.0\.prior\.captions_without: no caption of the source has 'rex'"
+    ):
+        plan_of(config(WITHOUT.replace("sks", "rex")))
 
 
 def test_resuming_with_another_prior_is_refused(config, tmp_path: Path) -> None:

@@ -148,7 +148,9 @@ LONG = {"lion", "adafactor", "paged_adamw8bit"}
 """Optimizers that only `make check-long` resumes in whole runs; tests/training/test_checkpoint.py has all of them."""
 
 
-@pytest.mark.parametrize("kind", [kind for kind in OPTIMIZER_STATE if kind not in LONG or "SD3TUNE_LONG" in os.environ])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind in LONG)) for kind in OPTIMIZER_STATE]
+)
 def test_every_optimizer_resumes_exactly_also_around_skipped_steps(
     quick_config, tmp_path: Path, assert_equal_runs, lines_of, monkeypatch, kind: str
 ) -> None:
@@ -216,6 +218,7 @@ def test_a_run_may_be_stopped_more_than_once(quick_config, tmp_path: Path, strai
     assert json.loads((tmp_path / "run.json").read_text())["resumes"] == [{"from_step": 3}, {"from_step": 6}]
 
 
+@pytest.mark.long
 def test_a_killed_process_is_resumed(
     quick_config, tmp_path: Path, straight: Path, assert_equal_runs, start_cli
 ) -> None:

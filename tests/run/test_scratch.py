@@ -208,7 +208,7 @@ def test_without_an_average_there_is_one_model(scratch_config, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("exported", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("computed", ["bf16", "fp16"])
+@pytest.mark.parametrize("computed", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
 def test_low_precision_runs_show_what_is_exported(scratch_config, tmp_path, exported: str, computed: str) -> None:
     dtypes: set[torch.dtype] = set()
     settings = (f"model.dtype={computed}", f"method.export_dtype={exported}", "train.steps=2", "ema={decay: 0.5}")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def convert(what: Path, form: str, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def twelve(tmp_path_factory) -> Path:
-    """Twelve captioned photos of several formats and sizes, one of them turned by EXIF."""
+    """Twelve captioned photos of several formats and sizes with masks, one of them turned by EXIF."""
     folder = tmp_path_factory.mktemp("forms") / "photos"
     folder.mkdir()
     for number in range(12):
@@ -48,6 +49,10 @@ def twelve(tmp_path_factory) -> Path:
         name = f"{number:02}{('.png', '.jpg', '.webp')[number % 3]}"
         image.save(folder / name, **({"exif": exif} if number == 4 else {}))
         (folder / name).with_suffix(".txt").write_text(f'picture {number}, "small"\nof sks dog')
+        mask = Image.new("L", image.size, 8 * number)
+        ImageDraw.Draw(mask).ellipse((number, 4, 40 + number, 60), fill=255 - number)
+        mask = mask.transpose(Image.Transpose.ROTATE_270) if number == 4 else mask
+        mask.save(folder / f"{number:02}_mask{('.png', '.webp')[number % 2]}", lossless=True)
     return folder
 
 
@@ -61,11 +66,16 @@ def forms(twelve: Path, tmp_path_factory) -> dict[str, dict[str, Any]]:
     saved = datasets.load_dataset("parquet", data_files=str(places["parquet"]), split="train")
     saved.save_to_disk(str(root / "saved"))
     shutil.copytree(places["jsonl"], root / "imagefolder")
+    shutil.copytree(twelve, root / "apart")
+    (root / "masks").mkdir()
+    for mask in (root / "apart").glob("*_mask.*"):
+        mask.rename(root / "masks" / mask.name.replace("_mask", ""))
     return {
         "folder": {"path": str(twelve)},
         **{form: source_of(str(place)) for form, place in places.items()},
         "saved": source_of(str(root / "saved")),
         "imagefolder": {"kind": "dataset", "path": str(root / "imagefolder")},
+        "apart": {"path": str(root / "apart"), "masks": str(root / "masks")},
     }
 
 
@@ -80,7 +90,9 @@ def train(source: dict[str, Any], root: Path, quick_config) -> tuple[Path, dict[
 def test_every_form_gives_the_same_store_and_the_same_adapter(forms, quick_config, tmp_path, assert_equal_runs) -> None:
     expected_run, expected = train(forms["folder"], tmp_path / "folder", quick_config)
     assert len(expected) > 12 * 3 + 12 * 3  # some of the cuts coincide
-    for name in ("sidecar", "jsonl", "csv", "parquet", "saved", "imagefolder"):
+    kinds = Counter(tuple(entry) for entry in expected.values())
+    assert kinds[("mask",)] == kinds["mean", "std"]
+    for name in ("sidecar", "jsonl", "csv", "parquet", "saved", "imagefolder", "apart"):
         run, store = train(forms[name], tmp_path / name, quick_config)
         assert store.keys() == expected.keys(), name
         for key, entry in expected.items():
@@ -103,9 +115,10 @@ def test_the_size_is_announced_before_it_is_written(forms, quick_config, tmp_pat
     lines = capsys.readouterr().out.splitlines()
     announced = [line for line in lines if "to encode" in line]
     assert announced[0].startswith("captions: 36 entries to encode, ")
-    assert re.match(rf"images: \d+ entries to encode, 0\.4 MB in {tmp_path / 'store'} \(\d", announced[1])
+    assert re.match(rf"masks: \d+ entries to encode, 0\.0 MB in {tmp_path / 'store'} \(\d", announced[1])
+    assert re.match(rf"images: \d+ entries to encode, 0\.4 MB in {tmp_path / 'store'} \(\d", announced[2])
     (done,) = (line for line in lines if line.startswith("images: 12 x"))
-    assert lines.index(announced[1]) < lines.index(done)
+    assert lines.index(announced[2]) < lines.index(done)
 
 
 def test_several_sources_are_one_run_with_trigger_templates_and_weights(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -42,7 +41,6 @@ ENCODERS = (
 PROMPT = "a photo of sks dog"
 PREVIEW = f"preview={{every: 2, prompts: [{PROMPT}], steps: 2, guidance: 4.0, seed: 11}}"
 OPTIONS = (ENCODERS, PREVIEW, "train.steps=3", "checkpoint={every: 1, keep: 9}", "ema={decay: 0.5}")
-LONG = pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="a part of `make check-long`")
 FILE = "adapter/pytorch_lora_weights.safetensors"
 
 
@@ -143,7 +141,8 @@ def test_the_contract_states_the_encoders_and_the_cards_code_draws_the_preview(
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adamw8bit", pytest.param("adamw", marks=LONG), pytest.param("prodigy", marks=LONG)]
+    "optimizer",
+    ["adamw8bit", pytest.param("adamw", marks=pytest.mark.long), pytest.param("prodigy", marks=pytest.mark.long)],
 )
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(
     quick_config, tmp_path: Path, assert_equal_runs, optimizer: str

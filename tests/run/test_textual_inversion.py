@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -15,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from sd3tune.adapter.embedding import read_embedding
 from sd3tune.adapter.file import read_adapter
+from sd3tune.commands.data_check import run_data_check
 from sd3tune.commands.infer import run_infer
+from sd3tune.commands.lora_inspect import inspect_lora
 from sd3tune.commands.train import run_training
-from sd3tune.errors import AdapterError, ConfigError, RunError, UserError
-from sd3tune.evaluation.target import find_target
+from sd3tune.errors import AdapterError, ConfigError, UserError
 from sd3tune.files.png_recipe import RECIPE_KEY
 from sd3tune.inference.image_request import Texts
 from sd3tune.inference.job import InferenceJob
@@ -26,9 +26,12 @@ from sd3tune.inference.prompts import Prompt, encode_prompts
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.model.load.components import load_text_encoder
 from sd3tune.publish.files import files_of_product
+from sd3tune.run.describe import describe_lr
+from sd3tune.run.encoding import encode
+from sd3tune.run.preflight import make_plan
+from sd3tune.runtime.processes import ALONE
 from sd3tune.training.loop import View
 
-LONG = pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="a part of `make check-long`")
 METHOD = "method={kind: textual_inversion, token: <rex>, vectors: 3, init: a dog, t5_caption: dog}"
 PROMPT = "a photo of <rex>"
 OPTIONS = (METHOD, "train.steps=3", "optimizer.lr=0.05", "checkpoint={every: 1, keep: 9}", "ema={decay: 0.5}",
@@ -149,7 +152,7 @@ def test_several_embeddings_are_used_at_once_and_one_of_another_tool_by_its_name
     assert drawn(tmp_path / "same", run, other).tobytes() == preview_of(run)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw8bit", pytest.param("adamw", marks=LONG)])
+@pytest.mark.parametrize("optimizer", ["adamw8bit", pytest.param("adamw", marks=pytest.mark.long)])
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(make, tmp_path: Path, optimizer: str) -> None:
     more = (f"optimizer={{kind: {optimizer}, lr: 0.05}}", "model.quantize=nf4", "preview={prompts: []}")
     configs = [make(tmp_path / name, *more) for name in ("straight", "killed")]
@@ -183,8 +186,6 @@ def test_mistakes_are_one_line(run: Path, make, tmp_path: Path) -> None:
             drawn(tmp_path / "out", *files, base="tiny")
         assert any(says in problem for problem in caught.value.problems)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(RunError, match="trained an embedding, and eval measures adapters and models only"):
-        find_target(str(run), "last")
     with pytest.raises(UserError, match=r"method\.token: <max> is in no caption"):
         run_training(make(tmp_path / "x", METHOD.replace("<rex>", "<max>")))
     with pytest.raises(ConfigError, match=r"method\.token: a is a word that CLIP knows; take a new one, such as <a>"):
@@ -205,3 +206,46 @@ def test_the_report_compares_with_the_first_vectors(make, tmp_path: Path) -> Non
 def test_a_lora_command_names_the_option_for_a_learned_word(run: Path) -> None:
     with pytest.raises(AdapterError, match=r"holds the embedding of a token and no adapter; draw with --embedding"):
         read_adapter(run)
+
+
+def test_what_would_learn_little_is_said_before_training(make, tmp_path: Path, capsys, pictures: Path) -> None:
+    """CLIP reads 77 tokens, and the default learning rate is LoRA's."""
+    long = METHOD.replace("vectors: 3", "vectors: 64")
+    config = make(tmp_path / "run", long, "preview={prompts: [<rex> and <rex>]}", "optimizer={lr: 1.0e-4}")
+    encode(make_plan(config, CPU, resume=None), ALONE, print)
+    said = capsys.readouterr().out
+    for name in ("clip_l", "clip_g"):  # 2 x 64 vectors, `and`, begin and end
+        assert f"1 caption too long: {name} reads 77 tokens, so the last 54 of '<rex> and <rex>' are cut off" in said
+    assert any(line.endswith("set it, such as optimizer.lr=0.005") for line in describe_lr(config))
+    assert describe_lr(make(tmp_path / "run")) == []
+    (pictures / "long.txt").write_text("<rex> and <rex>")
+    try:
+        only = min(pictures.glob("*.png"))
+        shutil.copy(only, pictures / "long.png")
+        run_data_check(config, tmp_path / "sheet.png")
+    finally:
+        for name in ("long.txt", "long.png"):
+            (pictures / name).unlink()
+    said = capsys.readouterr().out
+    assert "tokens    CLIP: at most 131 of 77" in said
+    assert "warning: 1 caption beyond 77 CLIP tokens: of '<rex> and <rex>' the last 54 are cut off" in said
+
+
+def test_a_word_that_no_prompt_has_is_said(run: Path, tmp_path: Path, capsys) -> None:
+    drawn(tmp_path, run, prompt="a photo of a dog")
+    assert (
+        "learned_embeds.safetensors: no prompt has its token, <rex>, so its vectors change" in capsys.readouterr().out
+    )
+
+
+def test_an_embedding_is_inspected(run: Path, tmp_path: Path) -> None:
+    save_file({"clip_l": torch.ones(1, 16), "clip_g": torch.ones(1, 32)}, tmp_path / "toto.safetensors")
+    lines = inspect_lora(run)
+    assert lines[0] == f"{run / FILE}: the embedding of a token"
+    assert "token     <rex>, for which T5 reads dog" in lines
+    norms = read_embedding(run).rows["clip_l"].norm(dim=1).tolist()
+    assert f"CLIP-L    3 vectors of 16 numbers, norms {', '.join(f'{norm:.4g}' for norm in norms)}" in lines
+    assert any("method: textual_inversion" in line for line in lines)
+    foreign = inspect_lora(tmp_path / "toto.safetensors")
+    assert "base      not stated: another tool wrote it" in foreign
+    assert "CLIP-G    1 vector of 32 numbers, norm 5.657" in foreign

@@ -16,18 +16,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image, ImageChops
 from safetensors.torch import load, load_file, save, save_file
 
-from sd3tune.adapter.hub import load_adapter
+from sd3tune.adapter.derived import write_form
+from sd3tune.adapter.embedding import EMBEDDING_FILE, embedding_beside, write_embedding
+from sd3tune.adapter.file import ADAPTER_FILE, read_adapter
+from sd3tune.adapter.hub import load_adapter, load_embedding
 from sd3tune.cli.main import app
 from sd3tune.commands.hub_push import run_push
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
 from sd3tune.config.sections.outputs import HubConfig
-from sd3tune.errors import UserError
+from sd3tune.errors import AdapterError, UserError
 from sd3tune.inference.job import InferenceJob
 from sd3tune.model.base.resolve import resolve_base
 from sd3tune.publish import repository
@@ -416,6 +420,35 @@ def test_the_base_of_an_adapter_without_a_contract_comes_from_its_card(
     hub.add("user/cardless", {"dog.safetensors": plain.read_bytes()})
     with pytest.raises(UserError, match=r"user/cardless:\w{40}: names no base model; give one with --base"):
         drawn("user/cardless", tmp_path)
+
+
+def test_learned_tokens_come_from_the_hub(hub: UploadHub, finished: Path, tmp_path: Path, monkeypatch) -> None:
+    rows = {"clip_l": torch.ones(2, 16), "clip_g": torch.ones(2, 32)}
+    word = {"token": "<rex>", "t5_caption": "dog"}
+    embedding = write_embedding(tmp_path / "alone", rows, word).read_bytes()
+    contract = {**read_adapter(finished).contract, "embedding": {**word, "vectors": 2}}
+    write_form(tmp_path / "lora.safetensors", "diffusers", read_adapter(finished).whole(), contract, {})
+    hub.add("user/word", {f"embedding/{EMBEDDING_FILE}": embedding})
+    hub.add("user/toto", {"toto.safetensors": save(rows)})
+    hub.add("user/pivot", {f"adapter/{EMBEDDING_FILE}": embedding,
+                           f"adapter/{ADAPTER_FILE}": (tmp_path / "lora.safetensors").read_bytes()})  # fmt: skip
+    for offline in (False, True):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        found = [load_embedding(Path(f"user/{name}")) for name in ("word", "pivot", "toto")]
+        assert [one.token for one in found] == ["<rex>", "<rex>", "toto"]
+        assert re.fullmatch(r"user/word:\w{40}", str(found[0].origin))
+        beside = embedding_beside(load_adapter(Path("user/pivot")))
+        assert beside is not None
+        assert torch.equal(beside.rows["clip_l"], rows["clip_l"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    image = drawn(str(finished), tmp_path / "out", embeddings=["user/word"])
+    (used,) = json.loads(image.info["sd3tune"])["embeddings"]
+    assert used["name"] == found[0].origin
+    (picture,) = (tmp_path / "out").glob("*.png")
+    again = run_infer(InferenceJob.from_fields(from_picture=picture, look_in=[finished], out=tmp_path / "again"))
+    assert same(Image.open(again[0]), image)
+    with pytest.raises(AdapterError, match="--embedding user/none: no such model on the Hub, and no such folder here"):
+        load_embedding(Path("user/none"))
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "dog.SAFETENSORS"])

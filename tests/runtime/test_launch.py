@@ -85,6 +85,7 @@ def test_processes_that_accelerate_would_let_train_alone_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_two_processes_equal_one_with_twice_the_batch(
     quick_config, write_config, tmp_path: Path, lines_of, adapter_of, start_cli
 ) -> None:
@@ -116,7 +117,11 @@ def test_two_processes_equal_one_with_twice_the_batch(
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "libraries", [OPTIMIZERS_OF_LIBRARIES[:2], pytest.param(OPTIMIZERS_OF_LIBRARIES, marks=pytest.mark.long)]
+)
 def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
+    libraries: tuple[str, ...],
     quick_config,
     scratch_config,
     write_config,
@@ -140,7 +145,7 @@ def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
     )
     write_config("prodigy", *prodigy)
     (tmp_path / "scratch.yaml").write_text(dump_config(scratch_config(tmp_path / "scratch", *LOOKING)))
-    for kind in OPTIMIZERS_OF_LIBRARIES:
+    for kind in libraries:
         write_config(kind, f"optimizer={{kind: {kind}}}", "train.steps=3", "ema={decay: 0.8}")
     write_config("broken", "optimizer={kind: adamw8bit, lr: 0.01}", "train.steps=2")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -158,7 +163,7 @@ def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
     with pytest.raises(RunError, match="--resume: processes: 2 in the run, 1 now"):
         run_training(quick_config(tmp_path / "stopped", *settings, "train.steps=8"), resume=True)
 
-    for name in ("prodigy", *OPTIMIZERS_OF_LIBRARIES, "scratch", "broken"):
+    for name in ("prodigy", *libraries, "scratch", "broken"):
         one, other = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1))
         assert all(torch.equal(one[key], tensor) for key, tensor in other.items())
 
@@ -169,7 +174,7 @@ def test_two_processes_resume_as_if_never_stopped_and_agree_on_the_optimizer(
         new, two = (lines_of(tmp_path / run, name) for run in ("new", "scratch"))
         assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in new], rel=1e-4)
     alone, both = load_file(tmp_path / "alone" / last), load_file(tmp_path / "prodigy" / last)
-    for kind in OPTIMIZERS_OF_LIBRARIES:
+    for kind in libraries:
         settings = (f"optimizer={{kind: {kind}}}", "train.steps=3", "ema={decay: 0.8}", "train.batch_size=2")
         run_training(quick_config(tmp_path / f"{kind}-alone", *settings))
         one, two = adapter_of(tmp_path / f"{kind}-alone"), adapter_of(tmp_path / kind)

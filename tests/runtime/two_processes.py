@@ -23,9 +23,8 @@ from sd3tune.errors import RunError
 from sd3tune.methods import LoraMethod
 from sd3tune.training.loop import View
 
-OPTIMIZERS_OF_LIBRARIES = ("muon", "schedulefree")
-if os.environ.get("SD3TUNE_LONG"):
-    OPTIMIZERS_OF_LIBRARIES += ("lion", "adafactor", "paged_adamw8bit")
+OPTIMIZERS_OF_LIBRARIES = ("muon", "schedulefree", "lion", "adafactor", "paged_adamw8bit")
+"""Those that have a file, KIND.yaml, are trained."""
 
 
 def stop(view: View) -> None:
@@ -63,7 +62,8 @@ def main(folder: Path) -> None:
     with contextlib.suppress(RunError):
         train.run_training(config("stopped"), resume=True, callbacks=[terminate_the_second])
     train.run_training(config("stopped"), resume=True)
-    for name in ("prodigy", *OPTIMIZERS_OF_LIBRARIES, "scratch", "broken"):
+    given = [kind for kind in OPTIMIZERS_OF_LIBRARIES if (folder / f"{kind}.yaml").is_file()]
+    for name in ("prodigy", *given, "scratch", "broken"):
         if name == "broken" and os.environ["RANK"] == "1":
             import bitsandbytes.functional
 

@@ -66,7 +66,7 @@ def assembled() -> Iterator[Callable[[Config], Training]]:
             state = make_state(config, master, plan.dtype)
             batches = make_batches(plan, encoded, ALONE)
             stack.callback(batches.close)
-            objective = make_objective(config.flow, plan.shift)
+            objective = make_objective(config.flow, plan.shift, plan.shifts)
             return Training(config, plan, encoded, transformer, plan.method, parameters, state, batches, objective)
 
         yield assemble

@@ -310,7 +310,8 @@ def test_the_posterior_is_drawn_anew_each_time_and_normalised(tmp_path: Path) ->
 
 def test_what_went_wrong_while_reading_ahead_is_raised(store) -> None:
     batches = make_batches(store)
-    batches.buckets = {"16x16": [Example("gone.png", ("no such key",), {}, (16, 16))]}
+    gone = Example("gone.png", ("no such key",), {}, (16, 16))
+    batches.buckets = {name: [gone] * len(examples) for name, examples in batches.buckets.items()}
     with pytest.raises(KeyError):
         batches.fetch(0, 0)
     batches.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ def test_every_optimizer_has_a_floor() -> None:
     assert LEARNS.keys() == OPTIMIZERS.keys()
 
 
-@pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="20 s of CPU for each; part of `make check-long`")
+@pytest.mark.long  # 20 s of CPU for each
 @pytest.mark.parametrize("kind", LEARNS)
 def test_it_teaches_a_shape_that_the_base_does_not_know(kind: str, tmp_path: Path) -> None:
     settings, floor = LEARNS[kind]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -282,7 +281,8 @@ def test_two_processes_have_the_gradient_of_one(start) -> None:
         gradients.append(gradient_of(batches.fetch(0, 0)))
         batches.close()
     whole = gradient_of(training.batches.fetch(0, 0))
-    torch.testing.assert_close((gradients[0] + gradients[1]) / 2, whole, rtol=0, atol=1e-6 * whole.abs().max().item())
+    # Sums in another order differ by some 1e-6 of the largest value in fp32, how much depends on the machine.
+    torch.testing.assert_close((gradients[0] + gradients[1]) / 2, whole, rtol=0, atol=5e-6 * whole.abs().max().item())
 
 
 def test_adaln_is_not_computed_ahead_and_the_run_says_so(start, quick_config, tmp_path) -> None:
@@ -312,7 +312,7 @@ def test_the_plan_counts_encoders_activations_and_parameters(start, dtype: torch
         assert found.working == pytest.approx(peak_of(training.step).peak, rel=0.05)
 
 
-@pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="a part of `make check-long`")
+@pytest.mark.long
 def test_the_page_says_what_a_full_size_base_takes() -> None:
     page = (ROOT / "docs" / "text-encoders.md").read_text()
     rows = dict(re.findall(r"^\| ([^|]+) \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE))

@@ -7,10 +7,13 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from sd3tune.config.sections.key import CONTENT, ENCODED, FREE, Identity, Key, Knob, is_any_path, looks_like_a_path
+from sd3tune.config.sections.masks import MaskColumn, Masks, MasksOfDataset, OutsideTarget, OutsideWeight
+from sd3tune.config.sections.priors import OwnPredictionConfig, PriorConfig
 from sd3tune.config.sections.section import Section
+from sd3tune.config.sections.sizes import Sizes, each_once, shares_of
 
 
 def _placeholders(template: str | None) -> set[str]:
@@ -30,96 +33,11 @@ def _is_dataset_path(text: str, folder: Path) -> bool:
 
 _FOLDER, _DATASET = Key(Identity.CONTENT, path=is_any_path), Key(Identity.CONTENT, path=_is_dataset_path)
 
-Prompt = Annotated[str, Field(min_length=1)]
 
-
-class Prior(Section):
-    """Fields shared by all priors."""
-
-    kind: str
-    prompt: Annotated[Prompt | Annotated[list[Prompt], Field(min_length=1)], CONTENT] = Field(
-        examples=["a photo of a dog", "[a photo of a dog, a puppy on a beach]"],
-        description="Caption of the class: the source's caption without its special words. Or a list of captions, each "
-        "used equally often; the classes that they name are preserved best.",
-    )
-    weight: Annotated[float, CONTENT] = Field(
-        1.0, ge=0, description="Weight of the prior's loss; 0 turns the prior off."
-    )
-
-    @field_validator("prompt")
-    @classmethod
-    def _unique_prompts(cls, prompt: str | list[str]) -> str | list[str]:
-        if isinstance(prompt, list) and (twice := next((one for one in prompt if prompt.count(one) > 1), None)):
-            raise ValueError(f"has {twice!r} more than once; each prompt is used equally often, so list it once")
-        return prompt
-
-    @property
-    def prompts(self) -> list[str]:
-        """The prompts as a list, at least one."""
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
-
-    @property
-    def class_images(self) -> ClassImagesConfig | None:
-        """The prior itself if it uses class images and its weight is above 0, else None."""
-        return None
-
-    @property
-    def own_prediction(self) -> OwnPredictionConfig | None:
-        """The prior itself if it uses the base's own prediction and its weight is above 0, else None."""
-        return None
-
-
-class ClassImagesConfig(Prior):
-    """Train on class images together with the source's images, each with its caption (DreamBooth, Ruiz et al. 2022).
-    The loss is (sum of instances + weight * sum of class images) / number of instances.
-    """
-
-    kind: Annotated[Literal["images"], CONTENT] = Field("images", description="Preserve the class with class images.")
-    images: Annotated[int, CONTENT] = Field(
-        100,
-        ge=0,
-        description="Number of class images. The base draws missing ones before training, in the source's bucket "
-        "shapes, cycling through the prompts.",
-    )
-    path: Annotated[str | None, _FOLDER] = Field(
-        None,
-        min_length=1,
-        description="Folder of class images, both your own and drawn ones. The caption of an image is its `.txt` file, "
-        "else the first prompt. null keeps drawn images next to the store, shared by runs.",
-    )
-    steps: Annotated[int, CONTENT] = Field(28, ge=1, le=1000, description="Denoising steps per drawn class image.")
-    guidance: Annotated[float, CONTENT] = Field(
-        7.0, ge=0, description="Classifier-free guidance scale of drawn class images; 1 or less turns it off."
-    )
-
-    @property
-    def class_images(self) -> ClassImagesConfig | None:
-        return self if self.weight > 0 else None
-
-    @model_validator(mode="after")
-    def _enough_images_for_all_prompts(self) -> ClassImagesConfig:
-        if self.weight > 0 and 0 < self.images < len(self.prompts):
-            raise ValueError(
-                f"images is {self.images} but there are {len(self.prompts)} prompts; use at least one image per prompt"
-            )
-        return self
-
-
-class OwnPredictionConfig(Prior):
-    """Preserve the base's prediction without class images: it is the target for the same noisy latents with the class
-    caption. A step computes two more batches instead of one.
-    """
-
-    kind: Annotated[Literal["prediction"], CONTENT] = Field(
-        "prediction", description="Preserve the base's prediction for the class."
-    )
-
-    @property
-    def own_prediction(self) -> OwnPredictionConfig | None:
-        return self if self.weight > 0 else None
-
-
-PriorConfig: TypeAlias = Annotated[ClassImagesConfig | OwnPredictionConfig, Field(discriminator="kind")]
+def _one_line(text: str | None) -> str | None:
+    if text is not None and (text != text.strip() or not text.isprintable()):
+        raise ValueError("has spaces around it or line breaks in it; remove them")
+    return text
 
 
 class TagsConfig(Section):
@@ -140,6 +58,15 @@ class Source(Section):
 
     kind: str
     path: Annotated[str, _FOLDER] = Field(min_length=1, examples=["./photos"], description="Location of the images.")
+    name: Annotated[str | None, AfterValidator(_one_line), CONTENT] = Field(
+        None,
+        min_length=1,
+        description="Name of the concept, such as a subject, for `data.balance`, metrics and the card. Sources with "
+        "the same name are one concept; a source without a name is one by itself.",
+    )
+    trigger: Annotated[str | None, AfterValidator(_one_line), CONTENT] = Field(
+        None, min_length=1, description="Trigger word or words of this source; null uses `data.trigger`."
+    )
     caption: Annotated[str | None, CONTENT] = Field(None, description="Caption for images without their own.")
     captions: Annotated[Literal["one", "lines"], CONTENT] = Field(
         "one",
@@ -173,8 +100,14 @@ class Source(Section):
     weight: Annotated[float, CONTENT] = Field(
         1.0, gt=0, description="Loss weight of this source's images; it does not change how often they are used."
     )
+    masks: Masks = None
+    outside_weight: OutsideWeight = 0.1
+    outside_target: OutsideTarget = "image"
     max_samples: Annotated[int | None, CONTENT] = Field(
         None, ge=1, description="Maximum number of the source's images, always the same ones; null uses all."
+    )
+    resolution: Annotated[Sizes | None, AfterValidator(each_once), CONTENT] = Field(
+        None, description="Sizes of this source's images, written like `data.resolution`; null uses that."
     )
     prior: Annotated[PriorConfig | None, CONTENT] = Field(
         None,
@@ -244,6 +177,8 @@ class DatasetSource(Source):
     t5_column: Annotated[str | None, CONTENT] = Field(
         None, min_length=1, description="Column with texts that only T5 reads; null: `text_t5`, if there is one."
     )
+    masks: MasksOfDataset = None
+    mask_column: MaskColumn = None
     class_names: Annotated[list[str] | None, CONTENT] = Field(
         None,
         min_length=1,
@@ -264,23 +199,40 @@ class DataConfig(Section):
         examples=["[{path: ./photos, caption: a photo of sks dog}]"],
         description="One or more image folders or datasets.",
     )
-    trigger: Annotated[str | None, Key(Identity.ENCODED, contract=True)] = Field(
+    trigger: Annotated[str | None, AfterValidator(_one_line), Key(Identity.ENCODED, contract=True)] = Field(
         None,
         min_length=1,
         examples=["sks"],
         description="Trigger word or words, put in front of captions that lack it, as in `sks, a dog on a beach`; case "
         "is ignored. Stored with the result.",
     )
+    balance: Annotated[
+        Literal["equal"] | dict[str, Annotated[float, Field(gt=0)]] | None, Key(Identity.WRITTEN, added=True)
+    ] = Field(
+        None,
+        examples=["equal"],
+        description="equal draws each concept equally often, whatever its number of images. Or shares by name, such as "
+        "`{dog: 2, toy: 1}`; a concept that is not listed has share 1. null draws each image equally often.",
+    )
     export_tags: Annotated[bool, FREE] = Field(
         False,
         description="Store the number of captions per comma-separated tag in the adapter, as `ss_tag_frequency`, from "
         "which A1111 and Forge suggest prompts. Anyone with the file can read the tags.",
     )
-    resolution: Annotated[int, Key(Identity.WRITTEN, contract=True, knob=Knob(("train",), (1024, 768, 512)))] = Field(
+    resolution: Annotated[
+        Sizes,
+        AfterValidator(each_once),
+        Key(Identity.WRITTEN, contract=True, knob=Knob(("train",), (1024, 768, 512))),
+    ] = Field(
         1024,
-        ge=16,
-        le=4096,
-        description="Side of the square training crop in pixels, a multiple of 16; previews have the same size.",
+        examples=["[512, 768, 1024]"],
+        description="Side of the square training crop in pixels, a multiple of 16. In a list of sizes, each image is "
+        "used once per epoch in each size, or as often as the size's `share`; previews have the largest size.",
+    )
+    enlarge: Annotated[bool | None, Key(Identity.ENCODED, added=True)] = Field(
+        None,
+        description="Enlarge images that are smaller than their crop, with a warning. false leaves them out of that "
+        "size; a warning counts them. null enlarges in a run with a single size and leaves out in others.",
     )
     buckets: Annotated[bool, Key(Identity.ENCODED, contract=True)] = Field(
         True,
@@ -314,6 +266,29 @@ class DataConfig(Section):
         "`.cache/sd3tune` next to the run folder's parent.",
     )
 
+    def trigger_of(self, source: int) -> str | None:
+        """Return the trigger of a source."""
+        return self.sources[source].trigger or self.trigger
+
+    def sizes_of(self, source: int) -> list[tuple[int, int]]:
+        """Return (side of the square in pixels, share) of each size of a source."""
+        return shares_of(self.sources[source].resolution or self.resolution)
+
+    @property
+    def sides(self) -> list[int]:
+        """Sides of the squares of all sizes of the run, in pixels, ascending."""
+        return sorted({side for number in range(len(self.sources)) for side, _ in self.sizes_of(number)})
+
+    @property
+    def side(self) -> int:
+        """Side of the largest size, in pixels: the size of previews."""
+        return self.sides[-1]
+
+    @property
+    def enlarges(self) -> bool:
+        """True if images that are smaller than their crop are enlarged."""
+        return len(self.sides) == 1 if self.enlarge is None else self.enlarge
+
     @property
     def own_predictions(self) -> dict[int, OwnPredictionConfig]:
         """Source number -> prior, for priors with weight above 0 that preserve the base's own prediction."""
@@ -321,24 +296,18 @@ class DataConfig(Section):
             n: own for n, source in enumerate(self.sources) if source.prior and (own := source.prior.own_prediction)
         }
 
-    @field_validator("trigger")
-    @classmethod
-    def _one_line(cls, trigger: str | None) -> str | None:
-        if trigger is not None and (trigger != trigger.strip() or not trigger.isprintable()):
-            raise ValueError("has spaces around it or line breaks in it; remove them")
-        return trigger
-
     @model_validator(mode="after")
     def _template_trigger_is_set(self) -> DataConfig:
         for number, source in enumerate(self.sources):
-            if self.trigger is None and "trigger" in _placeholders(source.template):
+            if self.trigger_of(number) is None and "trigger" in _placeholders(source.template):
                 raise ValueError(f"sources.{number}.template has {{trigger}}, but data.trigger is not set")
         return self
 
-    @field_validator("resolution")
-    @classmethod
-    def _multiple_of_16(cls, resolution: int) -> int:
-        if resolution % 16:
-            low = resolution // 16 * 16
-            raise ValueError(f"must be a multiple of 16 (8x VAE, 2x2 patches); {low} or {low + 16} would do")
-        return resolution
+    @model_validator(mode="after")
+    def _balanced_concepts_exist(self) -> DataConfig:
+        names = {source.name for source in self.sources if source.name is not None}
+        for name in self.balance if isinstance(self.balance, dict) else ():
+            if name not in names:
+                known = f"the names are {', '.join(sorted(names))}" if names else "no source has a name"
+                raise ValueError(f"balance: {name!r} is not the name of a source; {known}")
+        return self

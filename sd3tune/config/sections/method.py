@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from sd3tune.config.sections.key import TRAINING, WRITTEN, Identity, Key, is_any_path
-from sd3tune.config.sections.section import Section
+from sd3tune.config.sections.learned_token import LearnedTokenKeys, PivotConfig
+from sd3tune.config.sections.method_section import MethodSection
 from sd3tune.config.sections.text_encoders import Alpha, EncoderLoraConfig, Rank, TrainedEncodersConfig
 
 
@@ -39,35 +40,6 @@ Pattern = Annotated[str, Field(pattern="^re:."), AfterValidator(_valid_pattern)]
 BlockRange = Annotated[str, AfterValidator(_valid_range)]
 Blocks = list[Annotated[int, Field(ge=0)] | BlockRange]
 ExportDtype = Literal["fp32", "bf16", "fp16"]
-
-
-class MethodSection(Section):
-    """Fields shared by all methods, and the properties of a method that other sections need."""
-
-    kind: str
-    freezes_base: ClassVar[bool] = True
-    """True if the base's weights never change, so that they can be quantised."""
-    makes_adapter: ClassVar[bool] = True
-    """True if the result is an adapter, False if it is a whole model."""
-    fits_packed_base: ClassVar[bool] = True
-    """True if it can be trained on weights in 4 bits, which are stored without their rows."""
-    reads_base: ClassVar[bool] = False
-    """True if it needs the base's weights outside of a forward pass."""
-
-    @property
-    def draws_in_blocks(self) -> bool:
-        """True if training draws random numbers inside the transformer's blocks."""
-        return False
-
-    @property
-    def has_rates(self) -> bool:
-        """True if parameters differ in their learning rates."""
-        return False
-
-    @property
-    def trains_text(self) -> bool:
-        """True if text encoders are trained, so that the text of a later step is not known ahead."""
-        return False
 
 
 class AdapterSection(MethodSection):
@@ -132,10 +104,9 @@ class AdapterSection(MethodSection):
         return targets
 
 
-class LoraConfig(AdapterSection):
-    """Low-rank adapters on the transformer's linear layers (LoRA, Hu et al. 2021)."""
+class LowRankSection(AdapterSection):
+    """Keys of the methods whose adapter is LoRA's."""
 
-    kind: Annotated[Literal["lora"], WRITTEN] = Field("lora", description="Train a LoRA adapter.")
     rank: Annotated[Rank | Literal["auto"], _OF_RANKS] = Field(  # type: ignore[assignment]
         16,
         description="Rank of each adapter pair; file size is proportional to it. `auto` gives each module its own, by "
@@ -174,13 +145,6 @@ class LoraConfig(AdapterSection):
         description="Adapter to continue from: a file, an adapter folder or a run folder. Its ranks must match this "
         "run; alpha may differ, as the training starts from the file's output.",
     )
-    text_encoders: Annotated[
-        TrainedEncodersConfig | None, Key(Identity.WRITTEN, contract=True, of_ranks=True, added=True, phases=TRAINING)
-    ] = Field(
-        None,
-        description="CLIP encoders to train with adapters of their own, in the same file; null trains none. Their "
-        "captions are encoded in every step, and `train.hoist` has no effect.",
-    )
 
     @property
     def rank_stabilised(self) -> bool:
@@ -188,19 +152,11 @@ class LoraConfig(AdapterSection):
 
     @property
     def has_rates(self) -> bool:
-        return self.loraplus_lr_ratio != 1 or self.text_encoders is not None
+        return self.loraplus_lr_ratio != 1
 
     @property
     def draws_in_blocks(self) -> bool:
         return self.dropout > 0
-
-    @property
-    def trained_encoders(self) -> dict[str, EncoderLoraConfig]:
-        return {} if self.text_encoders is None else self.text_encoders.trained
-
-    @property
-    def trains_text(self) -> bool:
-        return self.text_encoders is not None
 
     @field_validator("init", mode="before")
     @classmethod
@@ -216,14 +172,14 @@ class LoraConfig(AdapterSection):
         return init
 
     @model_validator(mode="after")
-    def _orthogonal_has_even_ranks(self) -> LoraConfig:
+    def _orthogonal_has_even_ranks(self) -> LowRankSection:
         odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank == "auto" or rank % 2]
         if self.init == "orthogonal" and odd:
             raise ValueError(f"init: orthogonal gives half the rank to A and half to B; rank {odd[0]} is not even")
         return self
 
     @model_validator(mode="after")
-    def _budget_is_for_automatic_ranks(self) -> LoraConfig:
+    def _budget_is_for_automatic_ranks(self) -> LowRankSection:
         if (self.rank == "auto") != (self.budget_mb is not None):
             missing = "budget_mb is not set" if self.rank == "auto" else f"rank is {self.rank}"
             raise ValueError(f"rank: auto and budget_mb go together, and {missing}; set both, or a number as rank")
@@ -233,6 +189,31 @@ class LoraConfig(AdapterSection):
                 f"rank: auto chooses all ranks, so it does not go with {given[0]}; leave one of the two out"
             )
         return self
+
+
+class LoraConfig(LowRankSection):
+    """Low-rank adapters on the transformer's linear layers (LoRA, Hu et al. 2021)."""
+
+    kind: Annotated[Literal["lora"], WRITTEN] = Field("lora", description="Train a LoRA adapter.")
+    text_encoders: Annotated[
+        TrainedEncodersConfig | None, Key(Identity.WRITTEN, contract=True, of_ranks=True, added=True, phases=TRAINING)
+    ] = Field(
+        None,
+        description="CLIP encoders to train with adapters of their own, in the same file; null trains none. Their "
+        "captions are encoded in every step, and `train.hoist` has no effect.",
+    )
+
+    @property
+    def has_rates(self) -> bool:
+        return super().has_rates or self.text_encoders is not None
+
+    @property
+    def trained_encoders(self) -> dict[str, EncoderLoraConfig]:
+        return {} if self.text_encoders is None else self.text_encoders.trained
+
+    @property
+    def trains_text(self) -> bool:
+        return self.text_encoders is not None
 
 
 class DoraConfig(LoraConfig):
@@ -298,39 +279,56 @@ class FullConfig(MethodSection):
     )
 
 
-class TextualInversionConfig(MethodSection):
+class TextualInversionConfig(LearnedTokenKeys, MethodSection):
     """New words for CLIP-L and CLIP-G: a few embedding vectors; transformer and encoders stay as they are."""
 
     makes_adapter: ClassVar[bool] = False
+    usual_lr: ClassVar[float | None] = 5e-3
 
     kind: Annotated[Literal["textual_inversion"], WRITTEN] = Field(
         "textual_inversion", description="Learn the embedding of a token."
     )
-    token: Annotated[str, Field(pattern=r"^\S+$"), _STATED] = Field(
-        "<thing>", description="The new token; write it in captions and prompts. It must not be a word that CLIP knows."
+
+    @property
+    def learned_token(self) -> LearnedTokenKeys:
+        return self
+
+    @property
+    def trains_text(self) -> bool:
+        return True
+
+
+class PivotalConfig(LowRankSection):
+    """A new word for CLIP-L and CLIP-G, and LoRA on the transformer; the word is frozen before the end."""
+
+    gives_rates: ClassVar[str] = "method.kind pivotal gives parameters"
+
+    kind: Annotated[Literal["pivotal"], WRITTEN] = Field(
+        "pivotal", description="Learn the embedding of a token, and a LoRA adapter with it."
     )
-    vectors: Annotated[int, _STATED] = Field(
-        4, ge=1, le=64, description="Number of vectors; each takes one of CLIP's 75 places for words."
+    embedding: Annotated[PivotConfig, WRITTEN] = Field(
+        default=PivotConfig(), description="The token and its vectors, in a file of its own beside the adapter."
     )
-    init: Annotated[str, Field(pattern=r"\S"), _STATED] = Field(
-        "thing", description="Words whose embeddings the vectors start from, in turn."
-    )
-    t5_caption: Annotated[str | None, _STATED] = Field(
-        None, description="Words that T5 reads in place of the token, such as its class; null takes `init`."
-    )
+
+    @property
+    def learned_token(self) -> LearnedTokenKeys:
+        return self.embedding
+
+    @property
+    def has_rates(self) -> bool:
+        return True
 
     @property
     def trains_text(self) -> bool:
         return True
 
     @property
-    def class_words(self) -> str:
-        """The words that T5 and the untrained base read in place of the token."""
-        return self.init if self.t5_caption is None else self.t5_caption
+    def depends_on_length(self) -> bool:
+        return self.embedding.until < 1
 
 
-METHOD_SECTIONS = (LoraConfig, DoraConfig, LohaConfig, LokrConfig, FullConfig, TextualInversionConfig)
+METHOD_SECTIONS = (LoraConfig, DoraConfig, LohaConfig, LokrConfig, FullConfig, TextualInversionConfig, PivotalConfig)
 MethodConfig = Annotated[
-    LoraConfig | DoraConfig | LohaConfig | LokrConfig | FullConfig | TextualInversionConfig,
+    LoraConfig | DoraConfig | LohaConfig | LokrConfig | FullConfig | TextualInversionConfig | PivotalConfig,
     Field(discriminator="kind"),
 ]

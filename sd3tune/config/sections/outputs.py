@@ -40,7 +40,9 @@ class PreviewPrompt(Section):
     prompt: Annotated[str, FREE] = Field(min_length=1, description="What to draw.", examples=["a photo of sks dog"])
     negative: Annotated[str, FREE] = Field("", description="What to steer away from.")
     size: Annotated[int | str | None, FREE] = Field(
-        None, description="Side in pixels, or WIDTHxHEIGHT such as `1152x896`; null is `data.resolution`."
+        None,
+        description="Side in pixels, or WIDTHxHEIGHT such as `1152x896`; null is `data.resolution`, or the largest of "
+        "several.",
     )
     slg: Annotated[float | None, FREE] = Field(
         None, description="Scale of skip-layer guidance; for SD3.5 medium, use 2.8. null turns it off."

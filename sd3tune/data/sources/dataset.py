@@ -6,103 +6,38 @@ a dataset.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import glob
 import itertools
 import logging
 import os
 import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sd3tune.config.sections.data import DatasetSource
-from sd3tune.data.sources.metadata import cells_of, clean
+from sd3tune.data.images import ImageRef
+from sd3tune.data.sources.metadata import MASK_COLUMN, cells_of, clean
+from sd3tune.data.sources.row import Row
 from sd3tune.data.written import READERS, Listed, Written, column_of
 from sd3tune.errors import DataError
-from sd3tune.files.regular import LARGEST, Refused, open_regular, read_regular
 
 _BATCH_BYTES, _BATCH_ROWS = 64 * 2**20, 1000
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # written by `save_to_disk`
-_ARCHIVED = re.compile(r"zip://(?P<member>.+)::(?:file://)?(?P<archive>/[^:]+)")  # `zip://a.png::/home/me/photos.zip`
 _WAYS = "a dataset is a .parquet file, a folder, or a Hub id"
 
 
-@dataclass(frozen=True)
-class Row:
-    """The image of one row. The dataset is memory-mapped, and the row is read on demand."""
-
-    dataset: Any = field(repr=False, compare=False)
-    """The dataset, reduced to its image column."""
-    column: str
-    place: str
-    """The dataset's name in messages."""
-    index: int
-    folders: tuple[Path, ...] = field(default=(), repr=False, compare=False)
-    """Folders that may contain images stored outside the dataset."""
-    loaded: bool = field(default=False, repr=False, compare=False)
-    """True if `datasets` itself listed the files, so that paths are absolute; else a path is data of the dataset."""
-
-    @property
-    def name(self) -> str:
-        return f"{os.path.basename(self.place)}[{self.index}]"
-
-    def __str__(self) -> str:
-        return f"{self.place}[{self.index}]"
-
-    @property
-    def file_name(self) -> str | None:
-        """The image's original file name, if the dataset has it."""
-        cell = self.dataset[self.index][self.column]
-        path: str | None = None if cell is None else cell["path"]
-        archived = _ARCHIVED.fullmatch(path or "")
-        return archived["member"] if archived else path
-
-    def read_bytes(self) -> bytes:
-        """Return the stored bytes, or the bytes of a file in the dataset's own folder, following links.
-
-        Raises DataError if there are none or the file lies elsewhere, and OSError if it cannot be read.
-        """
-        cell = self.dataset[self.index][self.column] or {}
-        if cell.get("bytes") is not None:
-            return bytes(cell["bytes"])
-        if cell.get("path") is None:
-            raise DataError(f"{self}: column {self.column!r} is empty; remove the row")
-        archived = _ARCHIVED.fullmatch(cell["path"])
-        file = self._inside(archived["archive"] if archived else cell["path"])
-        return _member(file, archived["member"]) if archived else read_regular(file)
-
-    def _inside(self, path: str) -> Path:
-        """Return the file at a dataset's path. Raises DataError unless it lies in one of `folders`."""
-        for folder in self.folders if self.loaded or not os.path.isabs(path) else ():
-            with contextlib.suppress(OSError, ValueError, RuntimeError):  # a NUL, or a loop of links
-                file = (folder / path).resolve()
-                if file.is_relative_to(folder.resolve()):
-                    return file
-        raise DataError(
-            f"{self}: column {self.column!r} names the file {path}, which is no path below the dataset's folder; "
-            "put the picture itself into the dataset, or its file into that folder"
-        )
-
-
-def _member(archive: Path, name: str) -> bytes:
-    """Return the bytes of a file in a ZIP archive. Raises OSError."""
-    with open_regular(archive, largest=None) as file:
-        try:
-            with zipfile.ZipFile(file) as opened:
-                if opened.getinfo(name).file_size > LARGEST:
-                    raise Refused(f"has {opened.getinfo(name).file_size:,} bytes, and at most {LARGEST:,} are read")
-                return opened.read(name)
-        except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, zlib.error) as error:
-            raise OSError(None, f"{archive.name}: {error}") from None
-
-
 def list_rows(source: DatasetSource) -> list[tuple[Row, Listed]]:
-    """Return all rows of the dataset with their captions, None for a row without one. Raises DataError."""
+    """Return the rows of `list_with_masks`."""
+    return list_with_masks(source)[0]
+
+
+def list_with_masks(source: DatasetSource) -> tuple[list[tuple[Row, Listed]], dict[ImageRef, ImageRef]]:
+    """Return all rows of the dataset with their captions, None for a row without one, and row -> its mask.
+
+    Raises DataError.
+    """
     place = source.path if source.path.endswith(".parquet") else f"{source.path}:{source.split}"
     dataset = _load(source).with_format(None)
     images = _image_column(dataset, source.image_column, place)
@@ -110,10 +45,14 @@ def list_rows(source: DatasetSource) -> list[tuple[Row, Listed]]:
     if not len(dataset):
         raise DataError(f"{place}: has no rows")
     folders, loaded = _folders(source), not (source.path.endswith(".parquet") or is_dataset(Path(source.path)))
-    return [
-        (Row(images, source.image_column, place, index, folders, loaded), written.plain)
-        for index, written in enumerate(captions)
-    ]
+    rows = [Row(images, source.image_column, place, index, folders, loaded) for index in range(len(captions))]
+    masks = _masks(dataset, source, place)
+    of_rows: dict[ImageRef, ImageRef] = {
+        rows[index]: Row(masks, column, f"{place}:{column}", index, folders, loaded)
+        for index in _filled(masks)
+        for column in masks.column_names
+    }
+    return list(zip(rows, (written.plain for written in captions), strict=True)), of_rows
 
 
 def _folders(source: DatasetSource) -> tuple[Path, ...]:
@@ -133,11 +72,14 @@ def _folders(source: DatasetSource) -> tuple[Path, ...]:
 
 
 def write_parquet(
-    path: Path, rows: Iterable[tuple[str, bytes, Listed]], columns: Mapping[str, bool] = {"text": False}
+    path: Path,
+    rows: Iterable[tuple[str, bytes, Listed]],
+    columns: Mapping[str, bool] = {"text": False},
+    masks: Mapping[str, Callable[[], bytes]] = {},
 ) -> None:
     """Write (file name, image bytes, captions) rows, in parts, to a file that `datasets` reads as images.
 
-    `columns` are the columns of texts, each with True if it holds lists.
+    `columns` are the columns of texts, each with True if it holds lists. `masks` maps file names to the bytes of masks.
     """
     import pyarrow
     import pyarrow.parquet
@@ -145,7 +87,8 @@ def write_parquet(
     datasets = _library()
     text = datasets.Value("string")
     features = {name: datasets.List(text) if has_lists else text for name, has_lists in columns.items()}
-    schema = datasets.Features({"image": datasets.Image(), **features}).arrow_schema
+    of_masks = {MASK_COLUMN: datasets.Image()} if masks else {}
+    schema = datasets.Features({"image": datasets.Image(), **features, **of_masks}).arrow_schema
     batch: list[dict[str, Any]] = []
     nbytes = 0
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
@@ -157,8 +100,9 @@ def write_parquet(
         for name, data, listed in rows:
             cells = cells_of(listed)
             texts = {column: cells.get(column, ()) for column in columns}
+            mask = {MASK_COLUMN: {"bytes": masks[name](), "path": None}} if name in masks else {}
             batch.append(
-                {"image": {"bytes": data, "path": name}}
+                {"image": {"bytes": data, "path": name}, **mask}
                 | {column: list(of) if columns[column] else of[0] if of else None for column, of in texts.items()}
             )
             nbytes += len(data)
@@ -230,15 +174,45 @@ def _nothing_here(path: str) -> str:
     return "no such folder here" + (f" (did you mean {parent / near[0]}?)" if near else "")
 
 
-def _image_column(dataset: Any, column: str, place: str) -> Any:
-    """Return the dataset reduced to this column, as stored bytes."""
+def _image_column(dataset: Any, column: str, place: str, key: str = "image_column") -> Any:
+    """Return the dataset reduced to this column, as stored bytes. `key` is the configuration's, for messages."""
     datasets = _library()
-    feature = _feature(dataset, column, place, "image_column")
+    feature = _feature(dataset, column, place, key)
     stored = isinstance(feature, dict) and "bytes" in feature
     binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
     if not (stored or binary or isinstance(feature, datasets.Image)):
         raise DataError(f"{place}: column {column!r} holds {_kind(feature)}, not images; {_columns(dataset)}")
     return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+
+def _masks(dataset: Any, source: DatasetSource, place: str) -> Any:
+    """Return the dataset reduced to its column of masks, as stored bytes; None without one, or if it is not used."""
+    datasets = _library()
+    if source.masks is not None:
+        return None
+    column = source.mask_column
+    if column is None:
+        images = isinstance(dataset.features.get(MASK_COLUMN), datasets.Image)
+        column = MASK_COLUMN if images or _is_text(dataset.features.get(MASK_COLUMN)) else None
+    if column is None:
+        return None
+    if _is_text(_feature(dataset, column, place, "mask_column")):
+        return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return _image_column(dataset, column, place, "mask_column")
+
+
+def _filled(column: Any) -> Iterator[int]:
+    """Yield the rows whose cell is not empty, without reading the images; none if there is no column."""
+    import pyarrow.compute as arrow
+
+    if column is None:
+        return
+    name, first = column.column_names[0], 0
+    for table in column.with_format("arrow").iter(batch_size=_BATCH_ROWS):
+        stored, path = (arrow.struct_field(table[name], field) for field in ("bytes", "path"))
+        filled = arrow.or_(stored.is_valid(), arrow.not_equal(arrow.fill_null(path, ""), ""))
+        yield from (first + place for place, is_filled in enumerate(filled.to_pylist()) if is_filled)
+        first += len(filled)
 
 
 def _captions(dataset: Any, source: DatasetSource, place: str) -> list[Written]:

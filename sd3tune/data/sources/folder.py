@@ -12,6 +12,7 @@ from sd3tune.data.captions import counted, own_sidecars, sidecars, some, unread
 from sd3tune.data.formats import EXTENSIONS, HEIC, HEIC_EXTRA, PILLOWS_FORMATS, is_picture
 from sd3tune.data.images import FileBelow, ImageRef
 from sd3tune.data.names import Names
+from sd3tune.data.sources.masks import find_masks
 from sd3tune.data.sources.metadata import metadata_files, read_metadata
 from sd3tune.data.sources.subfolders import Part, Parts, holds_pictures, is_kohya, parts_of
 from sd3tune.data.written import Listed, Reader, as_written
@@ -32,6 +33,8 @@ class Listing:
     """Image -> reader -> the file with the text that replaces the caption for it."""
     repeats: Mapping[ImageRef, int] = field(default_factory=dict)
     """Image -> factor on the source's repeats, if it is not 1."""
+    masks: Mapping[ImageRef, ImageRef] = field(default_factory=dict)
+    """Image -> the picture of its mask."""
 
 
 @dataclass
@@ -89,14 +92,17 @@ def list_folder(source: FolderSource) -> Listing:
 def _list_parts(source: FolderSource, found: Parts) -> Listing:
     folder, folders, names = Path(source.path), {part.folder for part in found.parts}, Names()
     part_of: dict[Path, Part] = {}
-    listed = _Metadata()
+    listed = _Metadata(with_masks=source.masks is None)
     for part in found.parts:
         in_metadata = listed.add(part.folder, names)
         part_of |= dict.fromkeys([*in_metadata, *images_in(part.folder)], part)
-    images = sorted(part_of, key=lambda path: path.parts)
+    elsewhere = (path for other in {file.parent for file in listed.captions} - folders for path in images_in(other))
+    masks = find_masks(source, part_of, elsewhere, listed.captions, listed.masks)
+    images = sorted(part_of.keys() - masks.files, key=lambda path: path.parts)
     reasons = [f"{folder}: {note}" for note in found.passed_over]
+    read_elsewhere = {*listed.captions, *masks.of.values()}
     for path in sorted(folders):
-        passed_over = _passed_over(path, folders.union(found.links), set(listed.captions))
+        passed_over = _passed_over(path, folders.union(found.links), read_elsewhere)
         reasons += [f"{path}: {reason}" for reason in passed_over.reasons()]
     if not images:
         why = "; ".join(reason.removeprefix(f"{folder}: ") for reason in reasons)
@@ -119,8 +125,9 @@ def _list_parts(source: FolderSource, found: Parts) -> Listing:
         ],
         sidecars={ref_of[path]: file for path, file in chosen.items()},
         own_sidecars={ref_of[path]: files for path, files in own.items() if files},
-        warnings=warnings,
-        repeats={ref_of[path]: part.repeats for path, part in part_of.items() if part.repeats > 1},
+        warnings=[*warnings, *masks.notes],
+        repeats={ref_of[path]: part_of[path].repeats for path in images if part_of[path].repeats > 1},
+        masks={ref_of[path]: mask for path, mask in masks.of.items()},
     )
 
 
@@ -128,11 +135,15 @@ def _list_parts(source: FolderSource, found: Parts) -> Listing:
 class _Metadata:
     """The metadata of the source's folders."""
 
+    with_masks: bool
+    """True if rows may name masks."""
     captions: dict[Path, Listed] = field(default_factory=dict)
     """File -> captions; None for a row without one."""
     files: list[Path] = field(default_factory=list)
     file_of: dict[Path, Path] = field(default_factory=dict)
     """Image -> the metadata that names it."""
+    masks: dict[Path, Path] = field(default_factory=dict)
+    """Image -> the mask that its row names."""
 
     def with_caption(self, image: Path, caption: str | None) -> Listed:
         """Return the captions of an image, with `caption` if it has no text for all encoders."""
@@ -141,15 +152,16 @@ class _Metadata:
 
     def add(self, folder: Path, names: Names) -> Collection[Path]:
         """Read a folder's metadata, and return its files. Raises DataError for a file in two folders' metadata."""
-        rows = read_metadata(folder, names)
+        rows = read_metadata(folder, names, self.with_masks)
         files = metadata_files(folder, names)
-        twice = [path for path in rows if path in self.captions]
+        twice = [path for path in rows.captions if path in self.captions]
         if twice:
             raise DataError(f"{files[0]}: names {twice[0]}, as {self.file_of[twice[0]]} does; keep one of the two rows")
-        self.captions |= rows
+        self.captions |= rows.captions
+        self.masks |= rows.masks
         self.files += files
-        self.file_of |= dict.fromkeys(rows, files[0]) if rows else {}
-        return rows
+        self.file_of |= dict.fromkeys(rows.captions, files[0]) if rows.captions else {}
+        return rows.captions
 
 
 def images_in(folder: Path) -> Iterator[Path]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,10 +21,23 @@ from sd3tune.files.text import NotText, decode
 
 JSONL, CSV = "metadata.jsonl", "metadata.csv"
 FILE_COLUMN, TEXT_COLUMN = "file_name", "text"
+MASK_COLUMN = "mask"
+_MASK_COLUMNS = (MASK_COLUMN, "mask_file_name")
+"""The second one is `datasets`' name, for a column that its image folders read as images."""
 _TEXT_COLUMNS = {name: column_of(name) for name in (TEXT_COLUMN, *READERS)}
 
 _Row = tuple[int, dict[str, Any]]
 """(line number where the row begins, row)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a folder's metadata."""
+
+    captions: dict[Path, Listed] = field(default_factory=dict)
+    """File -> captions; None for a row without one."""
+    masks: dict[Path, Path] = field(default_factory=dict)
+    """File -> its mask, if the row names one."""
 
 
 def metadata_files(folder: Path, names: Names) -> list[Path]:
@@ -31,15 +46,15 @@ def metadata_files(folder: Path, names: Names) -> list[Path]:
     return [path for of in found for path in of]
 
 
-def read_metadata(folder: Path, names: Names) -> dict[Path, Listed]:
-    """Return file -> captions (None for a row without one) from the folder's metadata; empty without metadata.
+def read_metadata(folder: Path, names: Names, with_masks: bool = True) -> Rows:
+    """Return the rows of the folder's metadata; none without metadata.
 
-    A text may be a list of them. Columns besides `text`, `text_clip` and `text_t5` are ignored. Raises DataError, with
-    a line of the metadata for each problem.
+    A text may be a list of them. Columns besides `text`, `text_clip`, `text_t5` and `mask` are ignored. Raises
+    DataError, with a line of the metadata for each problem; for masks only `with_masks`.
     """
     present = metadata_files(folder, names)
     if not present:
-        return {}
+        return Rows()
     if len(present) > 1:
         raise DataError(f"{folder}: holds both {JSONL} and {CSV}; keep the one that is meant")
     (path,) = present
@@ -51,25 +66,28 @@ def read_metadata(folder: Path, names: Names) -> dict[Path, Listed]:
         raise DataError(f"{path}: {complaint(error)}") from None
     rows = list(_csv_rows(path, lines) if path.suffix.lower() == ".csv" else _jsonl_rows(path, lines))
     _check_columns(path, rows)
-    return _captions(path, rows, names)
+    return _read_rows(path, rows, names, with_masks)
 
 
-def write_jsonl(path: Path, captions: Iterable[tuple[str, Listed]]) -> None:
-    """Write (file name, captions) pairs; several captions become a list."""
+def write_jsonl(path: Path, captions: Iterable[tuple[str, Listed]], masks: Mapping[str, str] = {}) -> None:
+    """Write (file name, captions) pairs; several captions become a list. `masks` maps files to their masks."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for name, listed in captions:
             cells = {column: texts[0] if len(texts) == 1 else texts for column, texts in cells_of(listed).items()}
-            file.write(json.dumps({FILE_COLUMN: name, **cells}, ensure_ascii=False) + "\n")
+            mask = {MASK_COLUMN: masks[name]} if name in masks else {}
+            file.write(json.dumps({FILE_COLUMN: name, **cells, **mask}, ensure_ascii=False) + "\n")
 
 
-def write_csv(path: Path, captions: Iterable[tuple[str, Listed]]) -> None:
-    """Write (file name, captions) pairs; several captions become lines of a cell."""
+def write_csv(path: Path, captions: Iterable[tuple[str, Listed]], masks: Mapping[str, str] = {}) -> None:
+    """Write (file name, captions) pairs; several captions become lines of a cell. `masks` maps files to their masks."""
     rows = [(name, cells_of(listed)) for name, listed in captions]
     columns = [column for column in _TEXT_COLUMNS.values() if any(column in cells for _, cells in rows)]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([FILE_COLUMN, *(columns or [TEXT_COLUMN])])
-        writer.writerows([name, *(as_lines(cells.get(column, ())) for column in columns)] for name, cells in rows)
+        writer.writerow([FILE_COLUMN, *(columns or [TEXT_COLUMN]), *([MASK_COLUMN] if masks else [])])
+        for name, cells in rows:
+            texts = [as_lines(cells.get(column, ())) for column in columns or [TEXT_COLUMN]]
+            writer.writerow([name, *texts, *([masks.get(name, "")] if masks else [])])
 
 
 def cells_of(listed: Listed) -> dict[str, tuple[str, ...]]:
@@ -125,34 +143,41 @@ def _check_columns(path: Path, rows: list[_Row]) -> None:
     if not rows:
         raise DataError(f"{path}: has no rows; fill it or delete it")
     columns = dict.fromkeys(column for _, row in rows for column in row)
-    texts = TEXT_COLUMN if columns.keys().isdisjoint(_TEXT_COLUMNS.values()) else None
+    texts = TEXT_COLUMN if columns.keys().isdisjoint([*_TEXT_COLUMNS.values(), *_MASK_COLUMNS]) else None
     for wanted in (FILE_COLUMN, texts):
         if wanted is not None and wanted not in columns:
             raise DataError(f"{path}: has no column {wanted!r}; its columns are {', '.join(columns)}")
 
 
-def _captions(path: Path, rows: list[_Row], names: Names) -> dict[Path, Listed]:
-    captions: dict[Path, Listed] = {}
+def _read_rows(path: Path, rows: list[_Row], names: Names, with_masks: bool) -> Rows:
+    read = Rows()
     line_of: dict[Path, int] = {}
     problems = []
     for number, row in rows:
         try:
-            file = _file(path.parent, row.get(FILE_COLUMN), names)
+            file = _file(path.parent, FILE_COLUMN, row.get(FILE_COLUMN), names)
             if file in line_of:
                 raise DataError(f"{row[FILE_COLUMN]} was named on line {line_of[file]} already; keep one of them")
             line_of[file] = number
-            captions[file] = Written(**{name: _texts(row, column) for name, column in _TEXT_COLUMNS.items()}).plain
+            texts = {name: _texts(row, column) for name, column in _TEXT_COLUMNS.items()}
+            read.captions[file] = Written(**texts).plain
+            mask = next((cell for column in _MASK_COLUMNS if (cell := row.get(column))), None)
+            if mask is not None:
+                with contextlib.nullcontext() if with_masks else contextlib.suppress(DataError):
+                    read.masks[file] = _file(path.parent, MASK_COLUMN, mask, names)
         except DataError as error:
             problems += [f"{path}:{number}: {problem}" for problem in error.problems]
     if problems:
         raise DataError(*problems)
-    return captions
+    return read
 
 
-def _file(folder: Path, name: Any, names: Names) -> Path:
-    """Return the file that a row names. Raises DataError for a file that is missing or outside the folder."""
+def _file(folder: Path, column: str, name: Any, names: Names) -> Path:
+    """Return the file that a cell names. Raises DataError for a file that is missing or outside the folder."""
+    if column == MASK_COLUMN and not isinstance(name, str):
+        raise DataError(f"{column} is {json.dumps(name)[:60]}, not a file's name; or set masks: off")
     if not isinstance(name, str) or not name.strip():
-        raise DataError(f"has no {FILE_COLUMN}")
+        raise DataError(f"has no {column}")
     relative = PurePosixPath(name)
     if relative.is_absolute() or re.match(r"[A-Za-z]:[\\/]", name):
         raise DataError(f"{name} is an absolute path; name files relative to the folder of the metadata")

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sd3tune.config.sections.data import Source
+from sd3tune.config.sections.data import DatasetSource, Source
 from sd3tune.config.variants import SOURCE, Registry
-from sd3tune.data.sources.dataset import list_rows
+from sd3tune.data.sources.dataset import list_with_masks
 from sd3tune.data.sources.folder import Listing, list_folder
+
+
+def _list_dataset(source: DatasetSource) -> Listing:
+    rows, masks = list_with_masks(source)
+    return Listing(rows, masks=masks)
+
 
 SOURCES: Registry[Callable[[Any], Listing]] = Registry(
     SOURCE,
     {
         "folder": list_folder,
-        "dataset": lambda source: Listing(list_rows(source)),
+        "dataset": _list_dataset,
     },
 )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from sd3tune.config.sections.data import FolderSource
 from sd3tune.data.captions import counted, some
 from sd3tune.data.formats import is_picture
+from sd3tune.data.sources.masks import mask_folder
 from sd3tune.errors import DataError
 
 _KOHYA = re.compile(r"0*(?P<repeats>[1-9]\d{0,5})_(?P<caption>.*)", re.ASCII | re.DOTALL)
@@ -41,7 +42,7 @@ def parts_of(source: FolderSource) -> Parts:
     """Return the folders to read. Raises OSError, and DataError if no subfolder has kohya's layout."""
     folder = Path(source.path)
     if source.layout == "kohya":
-        return _kohya_parts(folder, source.recursive)
+        return _kohya_parts(folder, source.recursive, mask_folder(source))
     parts, links = _with_subfolders(Part(folder), source.recursive)
     return Parts(parts, links, _links(links))
 
@@ -60,7 +61,7 @@ def holds_pictures(folder: Path) -> bool:
     return False
 
 
-def _kohya_parts(folder: Path, recursive: bool) -> Parts:
+def _kohya_parts(folder: Path, recursive: bool, masks: Path | None) -> Parts:
     parts, others, loose, links = list[Part](), list[Path](), list[Path](), list[Path]()
     for path in sorted(folder.iterdir()):
         named = _KOHYA.fullmatch(path.name)
@@ -69,7 +70,7 @@ def _kohya_parts(folder: Path, recursive: bool) -> Parts:
         if not path.is_dir():
             loose += [path] if is_picture(path.name) else []
         elif named is None:
-            others += [path] if holds_pictures(path) else []
+            others += [path] if path != masks and holds_pictures(path) else []
         else:
             one = Part(path, int(named["repeats"]), named["caption"].strip() or None)
             found, dangling = _with_subfolders(one, recursive)

@@ -43,6 +43,11 @@ class _EncoderFile(Part):
     fingerprint: str
 
 
+class _Concept(Part):
+    name: str
+    trigger: str | None = None
+
+
 @dataclass(frozen=True)
 class ContractKey:
     """The meaning of a contract's key, beside its type."""
@@ -71,6 +76,7 @@ class Contract(Part):
     base_revision: Annotated[str | None, SETTING] = None
     base_fingerprint: Annotated[str | None, ContractKey(merged=True, difference="another base")] = None
     resolution: Annotated[int, SETTING] = Field(1024, ge=16, le=4096, multiple_of=16)
+    resolutions: Annotated[list[int], FACT] = Field(default=[])
     max_sequence_length: Annotated[int, ContractKey(merged=True, difference="another T5 length")] = Field(
         256, ge=1, le=512
     )
@@ -104,6 +110,7 @@ class Contract(Part):
     rank: Annotated[int | None, FACT] = Field(None, ge=1)
     alpha: Annotated[float | None, FACT] = Field(None, allow_inf_nan=False)
     tag_frequency: Annotated[dict[str, int] | None, FACT] = None
+    concepts: Annotated[list[_Concept], FACT] = Field(default=[])
     own_texts: Annotated[list[Literal["clip", "t5"]], FACT] = Field(default=[])
 
 

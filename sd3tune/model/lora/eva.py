@@ -68,6 +68,6 @@ class _Inputs:
         if min(rows.shape) < self.ranks[name] or (known is not None and len(rows) < known.n_components):
             raise AdapterError(
                 f"method.init: eva needs at least as many vectors and features as the rank, {self.ranks[name]}, and "
-                f"{name} sees {rows.shape[0]} vectors of {rows.shape[1]} in a batch; lower its rank or raise "
-                "train.batch_size"
+                f"{name} sees {rows.shape[0]} vectors of {rows.shape[1]} in a batch; lower method.rank "
+                "(with rank: auto, method.budget_mb), or raise train.batch_size"
             )

@@ -35,8 +35,10 @@ def _noise(trained: Trained) -> Iterator[str]:
 
 def _data(trained: Trained) -> str:
     images, side = trained.run_facts.get("images"), trained.contract["resolution"]
+    smallest = min(trained.contract.get("resolutions", [side]))
+    sides = f"{side} px" if smallest == side else f"{smallest} to {side} px"
     learned = "what it was trained on" if images is None else f"{images} image{'s' * (images != 1)}"
-    return f"It was trained on {learned} at {side} px, and works best for similar pictures of about that size."
+    return f"It was trained on {learned} at {sides}, and works best for similar pictures of about that size."
 
 
 def _text_length(trained: Trained) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from sd3tune.publish.card.evaluated import evaluated_section
 from sd3tune.publish.card.header import header
@@ -66,7 +67,8 @@ def _product(trained: Trained) -> str:
     if contract["base_kind"] == "hub":
         base = f"[{contract['base']}](https://huggingface.co/{contract['base']})"
     if trained.is_adapter:
-        return f"A {trained.kind_of_adapter} adapter for {base}"
+        token = f", with the embedding of the token {code(trained.learned['token'])}" if trained.learned else ""
+        return f"A {trained.kind_of_adapter} adapter for {base}{token}"
     if trained.is_embedding:
         return f"The embedding of the token {code(contract['token'])} for {base}"
     if trained.from_scratch:
@@ -82,10 +84,17 @@ def _gallery(trained: Trained) -> Iterator[str]:
         yield f"{link} shows samples of these prompts during training, next to the base's."
 
 
+def _of_concept(concept: Mapping[str, Any]) -> str:
+    trigger = concept["trigger"]
+    return f"- {code(concept['name'])}: " + (f"include {code(trigger)} in the prompt" if trigger else "no trigger word")
+
+
 def _trigger(trained: Trained) -> str:
     trigger, prompt = trained.contract["trigger"], trained.contract["instance_prompt"]
     lines = ["## Trigger word", ""]
-    if trigger:
+    if concepts := trained.contract.get("concepts"):
+        lines = ["## Trigger words", "", *map(_of_concept, concepts)]
+    elif trigger:
         lines.append(f"{code(trigger)}: it is in every caption, so include it in the prompt.")
     elif not prompt:
         like = "as for the pictures above" if trained.samples else "as they were written"

@@ -91,7 +91,7 @@ def _imports(
 
 def _more(trained: Trained) -> list[str]:
     """Return the imports that loading an embedding needs."""
-    if not trained.is_embedding:
+    if trained.learned is None:
         return []
     hub = ["from huggingface_hub import hf_hub_download"] if trained.repo_id else []
     return [*hub, "from safetensors.torch import load_file"]
@@ -104,15 +104,14 @@ def _pipe(base: str, trained: Trained, more: Sequence[str] = ()) -> str:
 
 
 def _loading_adapter(trained: Trained) -> list[str]:
-    if trained.is_embedding:
-        return _loading_embedding(trained)
+    embedding = _loading_embedding(trained) if trained.learned is not None else []
     if not trained.is_adapter:
-        return []
+        return embedding
     if trained.kind_of_adapter == "LoHa":
         return _loading_loha(trained)
     where = f'{_python(trained.repo_id)}, subfolder="adapter"' if trained.repo_id else '"adapter"'
     loads = "transformer.load_lora_adapter" if trained.kind_of_adapter == "LoKr" else "load_lora_weights"
-    return [f'pipe.{loads}({where}, weight_name="{ADAPTER_FILE}")']
+    return [f'pipe.{loads}({where}, weight_name="{ADAPTER_FILE}")', *embedding]
 
 
 def _loading_loha(trained: Trained) -> list[str]:
@@ -156,9 +155,9 @@ def _loading_embedding(trained: Trained) -> list[str]:
 def _prompt(trained: Trained) -> list[str]:
     """Return the prompt's arguments. A learned token is written out for CLIP, and T5 reads other words."""
     prompt = trained.drawing.prompt
-    if not trained.is_embedding:
+    if trained.learned is None:
         return [f"    {_python(prompt)},"]
-    token, words = trained.contract["token"], trained.contract["t5_caption"]
+    token, words = trained.learned["token"], trained.learned["t5_caption"]
     for_t5 = [f"    prompt_3={_python(prompt.replace(token, words))},"] if trained.uses_t5 else []
     return [f"    {_python(prompt.replace(token, ' '.join(trained.token_names)))},", *for_t5]
 

@@ -69,8 +69,14 @@ class Trained:
 
     @property
     def is_embedding(self) -> bool:
-        """True for the embedding of a learned token."""
+        """True for the embedding of a learned token, without an adapter."""
         return "token" in self.contract
+
+    @property
+    def learned(self) -> Mapping[str, Any] | None:
+        """The settings of a learned token, with an adapter or without; None without one."""
+        found: Mapping[str, Any] | None = self.contract if self.is_embedding else self.contract.get("embedding")
+        return found
 
     @property
     def is_for_a_base(self) -> bool:
@@ -84,8 +90,8 @@ class Trained:
 
     @property
     def token_names(self) -> list[str]:
-        """The names of a learned token's vectors."""
-        return names_of(self.contract["token"], self.contract["vectors"])
+        """The names of a learned token's vectors; empty without one."""
+        return names_of(self.learned["token"], self.learned["vectors"]) if self.learned else []
 
     @property
     def from_scratch(self) -> bool:
@@ -136,7 +142,9 @@ class Trained:
         """Settings of an example: the first sample's, or defaults for the single caption, the trigger or `a photo`."""
         if self.samples:
             return self.samples[0].drawing
-        return self.default_drawing(self.contract["instance_prompt"] or self.contract["trigger"] or "a photo")
+        of_concepts = (concept["trigger"] for concept in self.contract.get("concepts", []) if concept["trigger"])
+        trigger = next(of_concepts, self.contract["trigger"])
+        return self.default_drawing(self.contract["instance_prompt"] or trigger or "a photo")
 
     def default_drawing(self, prompt: str) -> Drawing:
         """Return the settings of `sd3tune infer` for a prompt without other options."""

@@ -28,14 +28,21 @@ def _what(trained: Trained) -> Iterator[Row]:
             yield "file", f"{contract['export_dtype']}{_rounding(trained)}"
         if trained.trained_encoders:
             yield "trained text encoders", "; ".join(map(_encoder, trained.trained_encoders.items()))
-    elif trained.is_embedding:
-        vectors = f"{_count(contract['vectors'], 'vector')} for {code(contract['token'])} in CLIP-L and CLIP-G"
-        yield "trained", f"{vectors}, from the words {code(contract['init'])}"
-        yield "T5 reads", f"{code(contract['t5_caption'])} in its place"
-    else:
+    elif not trained.is_embedding:
         yield "trained", f"the whole transformer, in the file as {contract['export_dtype']}"
+    if trained.learned is not None:
+        yield from _token(trained.learned)
     raw = "" if trained.step else f"; as trained in `{trained.folder}_raw`"
     yield "weights", "as trained" if ema is None else f"exponential moving average, decay {ema.decay:g}{raw}"
+
+
+def _token(learned: Mapping[str, Any]) -> Iterator[Row]:
+    vectors = f"{_count(learned['vectors'], 'vector')} for {code(learned['token'])} in CLIP-L and CLIP-G"
+    yield "trained", f"{vectors}, from the words {code(learned['init'])}"
+    if "until" in learned:
+        frozen = f", and frozen after {learned['until']:.0%} of the steps" if learned["until"] < 1 else ""
+        yield "vectors", f"trained at learning rate {learned['lr']:g}{frozen}"
+    yield "T5 reads", f"{code(learned['t5_caption'])} in its place"
 
 
 def _rounding(trained: Trained) -> str:
@@ -57,8 +64,10 @@ def _data(trained: Trained) -> Iterator[Row]:
             yield "held out", f"{_count(facts['held_out_images'], 'image')}, not trained on"
         if facts["class_images"]:
             yield "class images", str(facts["class_images"])
+    yield from _concepts(trained)
     yield from _priors(trained)
-    yield "resolution", f"{contract['resolution']} px" + (", aspect buckets" if contract["buckets"] else ", squares")
+    sides = ", ".join(map(str, contract.get("resolutions", [contract["resolution"]])))
+    yield "resolution", f"{sides} px" + (", aspect buckets" if contract["buckets"] else ", squares")
     world = facts.get("world_size", 1)
     processes = f" x {world} processes" if world > 1 else ""
     early = f" of {train.total_steps}, stopped early" if facts.get("stopped_early") else ""
@@ -75,6 +84,14 @@ def _repeated(trained: Trained) -> str:
 
 def _epochs(count: float) -> str:
     return f"{count:.3g} epoch{'s' * (count != 1)}"
+
+
+def _concepts(trained: Trained) -> Iterator[Row]:
+    data, concepts = trained.config.data, trained.contract.get("concepts", [])
+    if concepts:
+        drawn = {None: "each image equally often", "equal": "each concept equally often"}
+        described = drawn.get(data.balance) if not isinstance(data.balance, dict) else "in shares"
+        yield "concepts", f"{', '.join(code(one['name']) for one in concepts)}; drawn {described}"
 
 
 def _priors(trained: Trained) -> Iterator[Row]:

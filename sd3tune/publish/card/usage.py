@@ -31,15 +31,14 @@ def _gate(trained: Trained) -> list[str]:
 
 
 def _other_tools(trained: Trained) -> list[str]:
-    if trained.is_embedding:
-        where = f"`{trained.folder}/{EMBEDDING_FILE}`, copied to `models/embeddings/NAME.safetensors`"
-        return [f"ComfyUI reads {where}, as `embedding:NAME` in the prompt."]
+    where = f"`{trained.folder}/{EMBEDDING_FILE}`, copied to `models/embeddings/NAME.safetensors`"
+    token = [f"ComfyUI reads {where}, as `embedding:NAME` in the prompt."] if trained.learned is not None else []
     if not trained.is_adapter:
-        return []
+        return token
     file = f"{ADAPTERS[0]}/{ADAPTER_FILE}"
     both = " It adapts text encoders, too: connect CLIP to `Load LoRA`." if trained.trained_encoders else ""
     if trained.kind_of_adapter != "DoRA":
-        return [f"ComfyUI reads `{file}` as it is.{both}"]
+        return [f"ComfyUI reads `{file}` as it is.{both}", *token]
     command = f"sd3tune lora convert {file} --to comfyui --out for_comfyui.safetensors"
     return [f"ComfyUI would ignore the magnitudes in this file; {code(command)} writes one for it.{both}"]
 

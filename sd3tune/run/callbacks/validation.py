@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from sd3tune.training.ahead import modulated
 from sd3tune.training.batches import Batch
 from sd3tune.training.examples import Example
 from sd3tune.training.loop import View
+from sd3tune.training.masked import read_positions
 from sd3tune.training.metrics import SIGMA_BINS, by_sigma, relative_change
 from sd3tune.training.step import predict_velocity
 
@@ -41,10 +43,10 @@ class Validation(RunCallback):
     """A training callback that measures the held-out loss.
 
     It runs before the first step, every `validation.every` steps and after the last. The loss is the squared error of
-    the velocity, even if another loss is minimised, so that runs are comparable. It is measured for every held-out
-    image at each of `SIGMAS`; the noise depends only on the image's number. The processes divide the images. Each
-    measurement is a line of `validation.jsonl`. The weights with the lowest mean loss are saved in `best/`, unless
-    `checkpoint.best` is `eval`; they do not always draw best.
+    the velocity, even if another loss is minimised, so that runs are comparable; an image's mask weighs it as in
+    training. It is measured for every held-out image at each of `SIGMAS`; the noise depends only on the image's number.
+    The processes divide the images. Each measurement is a line of `validation.jsonl`. The weights with the lowest mean
+    loss are saved in `best/`, unless `checkpoint.best` is `eval`; they do not always draw best.
     """
 
     timing = "validation_s"
@@ -150,7 +152,8 @@ class Validation(RunCallback):
             every = itertools.chain.from_iterable(itertools.starmap(self._batches, self.mine))
             for place, batch in enumerate(modulated(every, view.transformer, view.method)):
                 velocity = predict_velocity(view.transformer, view.method, batch)
-                loss = velocity_loss(velocity, velocity_target(batch.latents, batch.noise))[0]
+                target = velocity_target(batch.latents, batch.noise)
+                loss = velocity_loss(velocity, target, batch.position_weights)[0]
                 losses[divmod(place, len(SIGMAS))] = loss
                 bar.update()
         gathered = self.processes.gather(losses).transpose(0, 1).flatten(0, 1)  # row r of rank k is image r * world + k
@@ -170,10 +173,10 @@ class Validation(RunCallback):
             for encoder, key in example.captions.items()
         }
         one = torch.ones(1, device=device)
-        return [
-            Batch(latents, noise, sigma * one, embeddings, one, [example.name], instances=1, kept=slice(0, 0))
-            for sigma in SIGMAS
-        ]
+        weights = read_positions(self.store, [(example, 0)], latents.shape[2:]).get("position_weights")
+        measured = Batch(latents, noise, one, embeddings, one, [example.name], instances=1, kept=slice(0, 0))
+        measured = replace(measured, position_weights=None if weights is None else weights.to(device))
+        return [replace(measured, sigma=sigma * one) for sigma in SIGMAS]
 
     def _keep(self, view: View, line: Mapping[str, Any]) -> None:
         with new_folder(self.plan.run / BEST) as folder:

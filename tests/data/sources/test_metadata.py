@@ -51,7 +51,7 @@ def test_what_is_written_is_read(folder, name, write):
 )
 def test_marks_blank_lines_and_further_columns_do_no_harm(folder, name, content):
     (folder / name).write_text(content, encoding="utf-8", newline="")
-    assert read_metadata(folder, Names()) == {folder / "a.png": "a dog\nhere"}
+    assert read_metadata(folder, Names()).captions == {folder / "a.png": "a dog\nhere"}
 
 
 def test_the_metadata_wins_over_a_sidecar_and_a_sidecar_over_the_sources_caption(folder):

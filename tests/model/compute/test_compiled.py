@@ -7,7 +7,6 @@ The graphs are computed by torch's own operations here; the code that Inductor w
 from __future__ import annotations
 
 import copy
-import os
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +26,6 @@ from sd3tune.run import state
 from sd3tune.run.preflight import make_plan
 from sd3tune.run.setup import load_base, make_trainable
 from tests.model.compute.test_fast import BASES, adapted_model, error, exact, inputs, run, total_error, whole_model
-
-long = pytest.mark.skipif("SD3TUNE_LONG" not in os.environ, reason="takes a minute; part of `make check-long`")
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +47,7 @@ def alike(base: str, dtype: torch.dtype) -> SD3Transformer2DModel:
     [
         ("tiny-sd35-medium", "none"),
         *(
-            pytest.param(base, kind, marks=long)
+            pytest.param(base, kind, marks=pytest.mark.long)
             for base in BASES
             for kind in ("none", "block")
             if (base, kind) != ("tiny-sd35-medium", "none")
@@ -68,7 +65,7 @@ def test_outputs_and_gradients_are_the_plain_paths(base: str, checkpointing: str
     assert not counters["graph_break"]
 
 
-@long
+@pytest.mark.long
 def test_a_whole_model_is_compiled_too() -> None:
     transformer = exact(whole_model("tiny", torch.float64))
     velocity, gradients = run(copy.deepcopy(transformer))
@@ -78,6 +75,7 @@ def test_a_whole_model_is_compiled_too() -> None:
     assert total_error(found_gradients, gradients) < 1e-11
 
 
+@pytest.mark.long
 def test_blocks_of_a_kind_and_steps_of_a_size_share_a_graph() -> None:
     """Also with modulations computed ahead, which are other tensors in each step."""
     transformer = alike("tiny-sd35-large", torch.float32)
@@ -93,9 +91,9 @@ def test_blocks_of_a_kind_and_steps_of_a_size_share_a_graph() -> None:
     assert counters["stats"]["unique_graphs"] == 2 * kinds
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("backend", "checkpointing"),
-    [("eager", "none"), *(pytest.param("aot_eager", kind, marks=long) for kind in ("none", "block"))],
+    ("backend", "checkpointing"), [("eager", "none"), ("aot_eager", "none"), ("aot_eager", "block")]
 )
 def test_swapped_blocks_give_the_same_in_no_more_graphs(
     quick_config, tmp_path: Path, backend: str, checkpointing: str
@@ -125,7 +123,7 @@ def test_swapped_blocks_give_the_same_in_no_more_graphs(
     assert counters["stats"]["unique_graphs"] == 4  # of four blocks, no two are of a kind here
 
 
-@long
+@pytest.mark.long
 def test_a_run_trains_as_an_uncompiled_one_and_draws_the_same_way(
     quick_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter_of, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,7 +167,7 @@ def test_what_cannot_be_compiled_is_refused(quick_config, tmp_path: Path, other:
         quick_config(tmp_path, "train.compile=blocks", other)
 
 
-@long
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inductors_code_is_as_precise_as_the_plain_path(dtype: torch.dtype) -> None:
     transformer = alike("tiny", torch.float32)

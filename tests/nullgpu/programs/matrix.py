@@ -74,7 +74,7 @@ DRAWINGS: dict[str, dict[str, object]] = {
 
 
 def with_results() -> None:
-    def loss_of_one(velocity: Tensor, target: Tensor) -> Tensor:
+    def loss_of_one(velocity: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
         return torch.ones(len(velocity)).to((velocity - target).device)
 
     def report_of_a_change(*arguments: Any) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def test_killed_at_twenty_moments_it_ends_as_one_never_stopped(
     assert_equal_workspaces(straight, folder)
 
 
+@pytest.mark.long
 def test_one_of_two_processes_is_killed(quick_config, tmp_path: Path, start_cli, assert_equal_runs) -> None:
     def start(name: str, *more: str):
         config = quick_config(tmp_path / name, "train.steps=8", "checkpoint.every=2", "ema={decay: 0.8}")

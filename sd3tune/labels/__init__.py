@@ -1,0 +1,1 @@
+"""Captions and masks of photos, made with pretrained models."""
