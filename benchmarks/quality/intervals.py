@@ -17,10 +17,10 @@ def half_width(values: Sequence[float]) -> float:
     return T_95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
 
 
-def mean_and_half_width(values: Sequence[float], signed: bool = False) -> str:
+def mean_and_half_width(values: Sequence[float], signed: bool = False, digits: int = 1) -> str:
     """Return `51.2 +- 6.3`, or `+51.2 +- 6.3` if `signed`; the mean alone where the interval is unknown."""
-    mean, half = f"{statistics.mean(values):{'+' if signed else ''}.1f}", half_width(values)
-    return mean if math.isnan(half) else f"{mean} +- {half:.1f}"
+    mean, half = f"{statistics.mean(values):{'+' if signed else ''}.{digits}f}", half_width(values)
+    return mean if math.isnan(half) else f"{mean} +- {half:.{digits}f}"
 
 
 def differs(values: Sequence[float], others: Sequence[float]) -> bool:

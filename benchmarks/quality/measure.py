@@ -7,16 +7,20 @@ import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.quality.drawing import Draw, drawn_by
 from benchmarks.quality.variants import OTHER_SHAPES, PRIOR_SHAPES, Variant
 from sd3tune.commands.train import run_training
 from sd3tune.inference.pipeline import ImagePipeline
+from sd3tune.methods import products
 from sd3tune.nano.oracle import read
-from sd3tune.nano.tasks import Task, class_tasks, plain_tasks, rich_tasks, share_right, subject_tasks
+from sd3tune.nano.tasks import NAME, Task, class_tasks, plain_tasks, rich_tasks, share_right, subject_tasks
 from sd3tune.nano.world import SUBJECT
+from sd3tune.training.loop import Callback
 
 Shares = dict[str, float]
 
@@ -46,9 +50,12 @@ class Panel:
         return [*self.subject, *self.named, *self.others, *self.of_class]
 
 
-def measure_panel(pipeline: ImagePipeline, panel: Panel, adapter: Path | None) -> Shares:
-    """Return shares: `subject`, `named` and `others` drawn right; `class_lost`, subjects drawn for the class."""
-    images = iter(pipeline.draw([(task.prompt, task.seed) for task in panel.tasks], adapter))
+def measure_panel(draw: Draw, panel: Panel, name: str = NAME) -> Shares:
+    """Return shares: `subject`, `named` and `others` drawn right; `class_lost`, subjects drawn for the class.
+
+    `name` stands for the subject in the prompts.
+    """
+    images = iter(draw([(task.prompt.replace(NAME, name), task.seed) for task in panel.tasks]))
     subject, named, others, of_class = (
         [next(images) for _ in of] for of in (panel.subject, panel.named, panel.others, panel.of_class)
     )
@@ -80,15 +87,30 @@ def measure_base(pipeline: ImagePipeline, count: int, seed: int) -> Shares:
 def measure_lora(pipeline: ImagePipeline, panel: Panel, variant: Variant, run: Path, store: Path, seed: int) -> Shares:
     """Train and measure. `train_s` is the duration of the whole command, with cached encodings, in seconds."""
     seconds = train_quietly(variant, run, store, seed)
-    return measure_panel(pipeline, panel, run) | {"train_s": seconds}
+    return measure_panel(partial(pipeline.draw, adapter=run), panel) | {"train_s": seconds}
 
 
-def train_quietly(variant: Variant, run: Path, store: Path, seed: int) -> float:
+def measure_method(panel: Panel, variant: Variant, run: Path, store: Path, seed: int) -> Shares:
+    """Train by any method and measure it.
+
+    Also returns `size_kb`, of its weights in fp32 or as the method writes them, and `cpu_s`, the CPU seconds of 100
+    steps, which hardly depend on the machine's other load.
+    """
+    seconds: list[float] = []
+    train_quietly(variant, run, store, seed, [lambda view: seconds.append(time.process_time())])
+    product = next(product for product in products() if product.is_in(run))
+    size = sum(file.stat().st_size for file in (run / product.name).rglob("*.safetensors"))
+    steps = len(seconds) - 1
+    costs = {"size_kb": size / 1000, "cpu_s": 100 * (seconds[-1] - seconds[0]) / steps}
+    return measure_panel(drawn_by(run), panel, variant.word) | costs
+
+
+def train_quietly(variant: Variant, run: Path, store: Path, seed: int, callbacks: Sequence[Callback] = ()) -> float:
     """Train into `run` without output. Return the seconds of the whole command."""
     config = variant.config(str(run), str(store), seed)
     started = time.monotonic()
-    with _quietly():
-        run_training(config, callbacks=variant.callbacks)
+    with quietly():
+        run_training(config, callbacks=[*variant.callbacks, *callbacks])
     return time.monotonic() - started
 
 
@@ -108,6 +130,7 @@ def _shows_subject(image: Image.Image) -> bool:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
+    """Discard the output of the body."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,15 @@ class SideBySide:
         if PRIOR_KEY in recipe.changes:
             self._draw_class_images(seed, recipe)
         run, ours = self._train_ours(seed, recipe)
-        shares = _behind("ours", measure_panel(pipeline, panel, run), ours)
+        shares = _behind("ours", measure_panel(partial(pipeline.draw, adapter=run), panel), ours)
         peer = self._train_peer(steps, seed, recipe)
-        shares |= _behind("peer", measure_panel(pipeline, panel, self._peer_adapter), peer)
+        shares |= _behind("peer", self._measured(pipeline, panel), peer)
         fitting = (ours.cpu - peer.cpu + _stepping_seconds(peer)) / _stepping_seconds(peer)
         longer = self._train_peer(max(1, round(steps * fitting)), seed, recipe)
-        return shares | _behind("peer, as long", measure_panel(pipeline, panel, self._peer_adapter), longer)
+        return shares | _behind("peer, as long", self._measured(pipeline, panel), longer)
+
+    def _measured(self, pipeline: ImagePipeline, panel: Panel) -> Shares:
+        return measure_panel(partial(pipeline.draw, adapter=self._peer_adapter), panel)
 
     @property
     def _peer_adapter(self) -> Path:

@@ -7,12 +7,14 @@ import fcntl
 import json
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.intervals import differs, mean_and_half_width
-from benchmarks.quality.variants import BESIDE_THE_SCRIPT, RECIPE, VARIANTS
+from benchmarks.quality.methods import DATA, METHODS, SUBJECTS
+from benchmarks.quality.protocol import KINDS, PROTOCOL
+from benchmarks.quality.variants import BESIDE_THE_SCRIPT, RECIPE, VARIANTS, Variant
 from benchmarks.report import environment, provenance, replace_between
 from sd3tune.files.atomic import write_json
 
@@ -47,12 +49,9 @@ def tables(results: dict[str, Any]) -> str:
     """Return the base, and the LoRAs, as Markdown."""
     figures = results["figures"]
     parts = [[*provenance(results["environment"]), _asked(results["settings"])]]
-    if any(name.startswith("base/") for name in figures):
-        parts.append(_base_table(figures))
-    if any(name.startswith("lora/") for name in figures):
-        parts.append(_lora_table(figures))
-    if any(name.startswith("peer/") for name in figures):
-        parts.append(_peer_table(figures))
+    for kind, table in _TABLES.items():
+        if any(name.startswith(f"{kind}/") for name in figures):
+            parts.append(table(figures))
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
@@ -107,6 +106,89 @@ def _peer_table(figures: Figures) -> list[str]:
             found = _outcomes(figures, f"peer/{kind}", f"{side}: ")
             rows.append([kind, title, steps, seconds, *_compared(found, reference if side != "ours" else {})])
     return _markdown(["", "", "steps", "CPU s", *_SHARES], rows)
+
+
+def _method_table(figures: Figures) -> list[str]:
+    reference = _outcomes(figures, f"method/{METHODS[0].group}/{METHODS[0].name}")
+    rows = []
+    for variant in METHODS:
+        runs = _seeds_of(figures, f"method/{variant.group}/{variant.name}")
+        found = _outcomes(figures, f"method/{variant.group}/{variant.name}")
+        if found:
+            size, seconds = (statistics.median(run[key] for run in runs.values()) for key in ("size_kb", "cpu_s"))
+            compared = _compared(found, reference if variant is not METHODS[0] else {})
+            rows.append([variant.name, f"{size:.0f}", f"{seconds:.0f}", *compared])
+    return _markdown(["method, learning rate", "KB", "CPU s of 100 steps", *_SHARES], rows)
+
+
+def _data_table(figures: Figures) -> list[str]:
+    rows = []
+    for variant in DATA:
+        name = f"data/{variant.group}/{variant.name}"
+        found = _outcomes(figures, name)
+        if found:
+            reference = _outcomes(figures, f"data/{REFERENCE}") if name != f"data/{REFERENCE}" else {}
+            second = [100 * run["second"] for run in _seeds_of(figures, name).values()]
+            rows.append([variant.group, variant.name, *_compared(found, reference), mean_and_half_width(second)])
+    return _markdown(["", "", *_SHARES, "a second thing beside the subject, %"], rows)
+
+
+def _plain_table(kind: str, variants: Sequence[Variant], columns: Mapping[str, str], factor: float) -> TableOf:
+    """Return a function that makes the table of a kind: a row for each variant, marked against the first one."""
+
+    def table(figures: Figures) -> list[str]:
+        rows = []
+        first = _seeds_of(figures, f"{kind}/{variants[0].group}/{variants[0].name}")
+        for variant in variants:
+            runs = _seeds_of(figures, f"{kind}/{variant.group}/{variant.name}")
+            cells = []
+            for key in columns if runs else ():
+                values = [factor * run[key] for run in runs.values()]
+                both = [seed for seed in runs if seed in first and variant is not variants[0]]
+                pairs = [[of[seed][key] for seed in both] for of in (runs, first)]
+                mark = " *" if both and differs(*pairs) else ""
+                cells.append(mean_and_half_width(values, digits=1 if factor == 100 else 2) + mark)
+            if runs:
+                rows.append([variant.group, variant.name, *cells, *_verdicts(list(runs.values()))])
+        verdicts = ["verdicts"] if kind == "protocol" else []
+        return _markdown(["", "", *columns.values(), *verdicts], rows)
+
+    return table
+
+
+def _verdicts(runs: Sequence[Mapping[str, float]]) -> list[str]:
+    """Return how often each verdict was given, as one cell; none for runs without verdicts."""
+    if not all(kind in run for run in runs for kind in KINDS):
+        return []
+    counts = {kind: sum(run[kind] == 1 for run in runs) for kind in KINDS}
+    return [", ".join(f"{kind} {count}" for kind, count in counts.items() if count)]
+
+
+TableOf = Callable[[Figures], list[str]]
+_TABLES: Mapping[str, TableOf] = {
+    "base": _base_table,
+    "lora": _lora_table,
+    "method": _method_table,
+    "data": _data_table,
+    "subjects": _plain_table(
+        "subjects",
+        SUBJECTS,
+        {
+            "first": "the heart right, %",
+            "second": "the moon right, %",
+            "both": "both in one picture right, %",
+            "bled": "pictures of one that show the other, %",
+        },
+        100,
+    ),
+    "protocol": _plain_table(
+        "protocol",
+        PROTOCOL,
+        {"likeness": "likeness", "drift": "drift", "prompts": "prompts, over the base", "diversity": "diversity"},
+        1,
+    ),
+    "peer": _peer_table,
+}
 
 
 Outcomes = Mapping[str, Sequence[float]]

@@ -13,7 +13,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.quality.measure import Panel, Shares
+    from benchmarks.quality.variants import Variant
+    from sd3tune.inference.pipeline import ImagePipeline
 
 Measure = Callable[[], dict[str, float]]
 
@@ -73,10 +78,10 @@ def _settings(prompts: int) -> dict[str, Any]:
 
 
 def _measurements(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Measure]]:
-    """Yield (name, measurement) for the base, each LoRA and the peer. Names are paths: kind/name/seed."""
-    from benchmarks.quality.measure import Panel, measure_base, measure_lora, measure_panel
+    """Yield (name, measurement) for the base, each training and the peer. Names are paths: kind/name/seed."""
+    from benchmarks.quality.measure import Panel, measure_base, measure_panel
     from benchmarks.quality.peer import SideBySide
-    from benchmarks.quality.variants import BESIDE_THE_SCRIPT, VARIANTS
+    from benchmarks.quality.variants import BESIDE_THE_SCRIPT
     from sd3tune.commands.demo import SAMPLER, T5_LENGTH
     from sd3tune.inference.pipeline import ImagePipeline
 
@@ -84,15 +89,32 @@ def _measurements(options: argparse.Namespace, folder: Path) -> Iterator[tuple[s
     for seed in options.seeds:
         panel = Panel.of(options.prompts, seed)
         yield f"base/all/{seed}", functools.partial(measure_base, pipeline, options.prompts, seed)
-        yield f"lora/none/the base/{seed}", functools.partial(measure_panel, pipeline, panel, None)
-        for variant in VARIANTS:
-            name = f"lora/{variant.group}/{variant.name}/{seed}"
-            run = folder / name.replace("/", "-").replace(" ", "-")
-            yield name, functools.partial(measure_lora, pipeline, panel, variant, run, folder / "store", seed)
+        yield f"lora/none/the base/{seed}", functools.partial(measure_panel, pipeline.draw, panel)
+        for kind, variants, measure in _trainings(pipeline, panel):
+            for variant in variants:
+                name = f"{kind}/{variant.group}/{variant.name}/{seed}"
+                run = folder / name.replace("/", "-").replace(" ", "-")
+                yield name, functools.partial(measure, variant, run, folder / "store", seed)
         if options.peer is not None:
             both = SideBySide(options.peer, pipeline.base.path, folder)
             for kind, recipe in BESIDE_THE_SCRIPT.items():
                 yield f"peer/{kind}/{seed}", functools.partial(both.compare, pipeline, panel, seed, recipe)
+
+
+def _trainings(
+    pipeline: ImagePipeline, panel: Panel
+) -> Iterator[tuple[str, Sequence[Variant], Callable[[Variant, Path, Path, int], Shares]]]:
+    """Yield the kinds of trainings, each with its variants and the function that trains and measures one."""
+    from benchmarks.quality.measure import measure_lora, measure_method
+    from benchmarks.quality.methods import DATA, METHODS, SUBJECTS, measure_data, measure_subjects
+    from benchmarks.quality.protocol import PROTOCOL, measure_protocol
+    from benchmarks.quality.variants import VARIANTS
+
+    yield "lora", VARIANTS, functools.partial(measure_lora, pipeline, panel)
+    yield "method", METHODS, functools.partial(measure_method, panel)
+    yield "data", DATA, functools.partial(measure_data, pipeline, panel)
+    yield "subjects", SUBJECTS, functools.partial(measure_subjects, pipeline, len(panel.subject))
+    yield "protocol", PROTOCOL, measure_protocol
 
 
 def _parser() -> argparse.ArgumentParser:

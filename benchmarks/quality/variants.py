@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sd3tune.commands.demo import CONFIG, PRIOR
 from sd3tune.config import Config, parse_config
-from sd3tune.nano.tasks import CLASS_PROMPTS
+from sd3tune.nano.tasks import CLASS_PROMPTS, NAME
 from sd3tune.nano.world import SHAPES, Thing
 from sd3tune.training.loop import Callback, View
 
@@ -32,11 +33,17 @@ class Variant:
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Dotted key -> value; the key of a section replaces the whole section."""
     callbacks: tuple[Callback, ...] = ()
+    sources: Callable[[Path], list[dict[str, Any]]] | None = None
+    """Draws other pictures than the demo's into a folder, and returns `data.sources`."""
+    word: str = NAME
+    """The subject's name in captions and prompts."""
 
     def config(self, run: str, store: str, seed: int) -> Config:
-        """Return the configuration of one run."""
+        """Return the configuration of one run. Pictures that are not the demo's are drawn beside the store."""
         values = {**CONFIG, "name": "quality", "output_dir": run, "seed": seed}
         values["data"] = {**CONFIG["data"], "cache_dir": store}
+        if self.sources is not None:
+            values["data"]["sources"] = self.sources(Path(store).parent)
         for key, value in self.changes.items():
             values = _with(values, key.split("."), value)
         return parse_config(values).config
@@ -61,8 +68,12 @@ def masters_in_bf16(view: View) -> None:
         tensor.copy_(tensor.to(torch.bfloat16))
 
 
-def _own_prediction(*prompts: str) -> dict[str, Any]:
-    return {"kind": "prediction", "prompt": list(prompts)}
+def own_prediction(*prompts: str, **others: Any) -> dict[str, Any]:
+    return {"kind": "prediction", "prompt": list(prompts), **others}
+
+
+def _density(**timesteps: Any) -> dict[str, Any]:
+    return {"flow.timesteps": timesteps}
 
 
 def _learning_rates() -> list[Variant]:
@@ -87,19 +98,35 @@ VARIANTS = (
     RECIPE,
     Variant("prior preservation", "class images", {PRIOR_KEY: {**PRIOR, "prompt": CLASS_PROMPTS[0], "images": 48}}),
     WITH_CLASS_IMAGES,
-    Variant("prior preservation", "own prediction", {PRIOR_KEY: _own_prediction(CLASS_PROMPTS[0])}),
-    Variant("prior preservation", f"own prediction, {PROMPTS}", {PRIOR_KEY: _own_prediction(*PRIOR_PROMPTS)}),
+    Variant("prior preservation", "own prediction", {PRIOR_KEY: own_prediction(CLASS_PROMPTS[0])}),
+    Variant("prior preservation", f"own prediction, {PROMPTS}", {PRIOR_KEY: own_prediction(*PRIOR_PROMPTS)}),
     Variant(
         "prior preservation",
         "own prediction, the class and the captions without the name",
-        {PRIOR_KEY: _own_prediction(CLASS_PROMPTS[0], *CLASS_PROMPTS[1 + len(SHAPES) :])},
+        {PRIOR_KEY: own_prediction(CLASS_PROMPTS[0], *CLASS_PROMPTS[1 + len(SHAPES) :])},
+    ),
+    Variant(
+        "prior preservation",
+        "own prediction, captions_without",
+        {PRIOR_KEY: own_prediction(CLASS_PROMPTS[0], captions_without=NAME)},
     ),
     Variant("shift", "1", {"flow.shift": 1.0}),
     Variant("shift", "3", {"flow.shift": 3.0}),
-    Variant("timesteps", "uniform", {"flow.timesteps": {"kind": "uniform"}}),
-    Variant("timesteps", "logit-normal, mean 0.5", {"flow.timesteps": {"kind": "logit_normal", "mean": 0.5}}),
+    Variant("timesteps", "uniform", _density(kind="uniform")),
+    *(
+        Variant("timesteps", f"logit-normal, mean {mean}", _density(kind="logit_normal", mean=mean))
+        for mean in (-0.5, 0.5)
+    ),
+    Variant("timesteps", "beta, 2 and 1", _density(kind="beta", alpha=2.0, beta=1.0)),
+    Variant(
+        "timesteps",
+        "half logit-normal, half uniform",
+        _density(kind="mixture"),
+    ),
     Variant("weighting", "min-SNR", {"flow.weighting": {"kind": "min_snr"}}),
-    Variant("EMA", "0.99", {"ema": {"decay": 0.99}}),
+    *(Variant("EMA", f"{decay}", {"ema": {"decay": decay}}) for decay in (0.9, 0.97, 0.99)),
+    *(Variant("dropout", f"of the adapter, {share}", {"method.dropout": share}) for share in (0.1, 0.3)),
+    *(Variant("dropout", f"of captions, {share}", {"data.caption_dropout": share}) for share in (0.1, 0.3)),
     *(Variant("rank", f"{rank}", {"method.rank": rank, "method.alpha": float(rank)}) for rank in (4, 64)),
     Variant("rank", "64, alpha 16", {"method.rank": 64}),
     Variant("targets", "without attn2", {"method.targets": r"re:transformer_blocks\.\d+\.attn\..*"}),
