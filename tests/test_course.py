@@ -33,6 +33,7 @@ def test_the_code_of_a_chapter_makes_its_picture(chapter: Path, tmp_path: Path, 
         assert max(ImageStat.Stat(ImageChops.difference(made, shown)).rms) < 10, "the page shows another picture"
 
 
+@pytest.mark.long
 def test_the_code_of_the_chapters_that_train_runs_in_order(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(course, "parts", lambda page: [re.sub(r"\bsteps=1\d+", "steps=2", one) for one in parts(page)])

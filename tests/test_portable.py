@@ -39,6 +39,7 @@ print("exclusive:", "fcntl" in sys.modules and sys.modules["fcntl"] is None)
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_every_module_is_imported_and_a_run_is_trained_without_fcntl(quick_config, tmp_path: Path, monkeypatch) -> None:
     """In a fresh interpreter; the tiny base is built there, and store and run folder are locked."""
     monkeypatch.setenv("SD3TUNE_CACHE", str(tmp_path / "cache"))

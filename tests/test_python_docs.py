@@ -53,6 +53,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, readers_folder: 
         assert ("result", f"{run}: already finished; nothing to do") in names["log"].messages  # type: ignore[attr-defined]
 
 
+@pytest.mark.long
 def test_a_notebook_shows_the_bars_and_the_run(readers_folder: Path) -> None:
     cells = [block for block in blocks(PAGE) if "load_config(" in block or "callbacks=" in block][:2]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(shorter(cell)) for cell in cells])

@@ -65,6 +65,11 @@ TEXT_ENCODER = {
 }
 """What a downloaded file may hold besides."""
 STORIES = [page for page in PAGES if story(page)]
+IN_CHECK_LONG = {
+    "docs/config.md", "docs/inference.md", "docs/memory.md", "docs/textual-inversion.md", "examples/kohya/README.md",
+    "examples/masks/README.md", "examples/style/README.md", "examples/textual_inversion/README.md",
+}  # fmt: skip
+"""Pages that take seconds and whose commands are tested elsewhere, too."""
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +131,11 @@ def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch
     return tmp_path
 
 
-@pytest.mark.parametrize("page", STORIES, ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.long] * (name_of(page) in IN_CHECK_LONG)) for page in STORIES],
+    ids=[name_of(page) for page in STORIES],
+)
 def test_the_commands_of_a_page_work_one_after_the_other(
     page: Path, readers_folder: Path, trained: Path, other_methods: Callable[[Path, Path], object]
 ) -> None:

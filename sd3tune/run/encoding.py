@@ -264,7 +264,7 @@ def _priors(
 ) -> dict[int, Prior]:
     """Return source number -> prior. `pictures` has the class images of each of the plan's priors."""
     priors: dict[int, Prior] = {
-        number: OwnPrediction([_keys_of(prompt, captions) for prompt in own.prompts], own.weight)
+        number: OwnPrediction([_keys_of(prompt, captions) for prompt in own.prompts], own.weight, own.drift_limit)
         for number, own in plan.config.data.own_predictions.items()
     }
     for prior, examples in zip(plan.priors, pictures, strict=True):

@@ -16,6 +16,7 @@ from sd3tune.run.preflight import Plan
 from sd3tune.run.setup import make_trainable
 from sd3tune.runtime.processes import ALONE, Processes
 from sd3tune.training.checkpoint import read_state, restore
+from sd3tune.training.drift import DriftLimit
 from sd3tune.training.flat_master import FlatMaster, LossScale
 from sd3tune.training.fused_backward import FusedBackward
 from sd3tune.training.optimizers import make_optimizer
@@ -56,6 +57,7 @@ def starting_state(
 def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainState:
     """Return the training state before the first step."""
     optimizer = make_optimizer(config.optimizer, master.master, master.named(master.master))
+    limit = config.data.drift_limit
     return TrainState(
         step=0,
         master=master,
@@ -63,6 +65,7 @@ def make_state(config: Config, master: FlatMaster, dtype: torch.dtype) -> TrainS
         ema=master.master.detach().clone() if config.ema is not None else None,
         loss_scale=LossScale(master.master.device, enabled=dtype is torch.float16),
         fused=FusedBackward(master, optimizer) if config.train.fused_backward else None,
+        drift=None if limit is None else DriftLimit(limit, master.master.device),
     )
 
 

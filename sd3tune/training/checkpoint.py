@@ -162,5 +162,7 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
         tensors["ema"] = state.ema
     if state.loss_scale.enabled:
         tensors |= {"loss_scale": state.loss_scale.scale, "good_steps": state.loss_scale.good_steps}
+    if state.drift is not None:
+        tensors["prior_weight"] = state.drift.factor
     remembered = state_tensors(state.optimizer, state.master.master)
     return tensors | {f"{_OPTIMIZER}{name}": tensor for name, tensor in remembered.items()}

@@ -107,6 +107,8 @@ class OwnPrediction:
     captions: Sequence[Mapping[str, str]]
     """Encoder -> store key, for each class caption. At least one; each is used equally often."""
     weight: float
+    drift_limit: float | None = None
+    """Limit that steers the weight; see `training.drift`."""
 
     def companion_sample(self, instance: Sample, seed: int, position: int) -> Sample:
         stream = derive(seed, "class captions", size_name(instance.example.size))
@@ -116,4 +118,5 @@ class OwnPrediction:
 
     def facts(self) -> dict[str, Any]:
         captions = [dict(keys) for keys in self.captions]
-        return {"kind": "prediction", "captions": captions, "weight": self.weight}
+        limit = {} if self.drift_limit is None else {"drift_limit": self.drift_limit}
+        return {"kind": "prediction", "captions": captions, "weight": self.weight, **limit}

@@ -32,7 +32,9 @@ class _Row:
     instances: int
     values: Tensor
     """A flat device tensor of this rank: losses, weighted losses and sigmas of the instances, the same of the prior
-    samples, the norm of the gradient, and 1 if this rank was asked to stop (else 0)."""
+    samples, the drift and the factor of the prior if there is a limit, the norm of the gradient, and 1 if this rank was
+    asked to stop (else 0)."""
+    with_drift: bool = False
 
 
 class Metrics:
@@ -77,8 +79,17 @@ class Metrics:
     def add(self, step: int, result: StepResult, stop: bool = False) -> None:
         """Add the result of optimizer step `step` (1-based). `stop` is True if this rank was asked to stop."""
         norm = result.grad_norm.reshape(1)
-        parts = [result.losses, result.weighted, result.sigmas, *result.prior, norm, torch.full_like(norm, stop)]
-        self._rows.append(_Row(step, result.learning_rate, len(result.losses), torch.cat(parts)))
+        drift = [] if result.drift is None else [result.drift]
+        parts = [
+            result.losses,
+            result.weighted,
+            result.sigmas,
+            *result.prior,
+            *drift,
+            norm,
+            torch.full_like(norm, stop),
+        ]
+        self._rows.append(_Row(step, result.learning_rate, len(result.losses), torch.cat(parts), bool(drift)))
 
     def flush(self, wait: bool = False) -> None:
         """Start copying the new steps to the host, and write the previous copy.
@@ -188,7 +199,8 @@ def by_sigma(sigmas: Sequence[float], losses: Sequence[float]) -> dict[str, floa
 
 def _line(row: _Row, values: Tensor, names: Names, concepts: Names) -> Line:
     """Return the line of a step from its `values` [ranks, ...]."""
-    instances, prior = _samples(values[:, : 3 * row.instances]), _samples(values[:, 3 * row.instances : -2])
+    end = -4 if row.with_drift else -2
+    instances, prior = _samples(values[:, : 3 * row.instances]), _samples(values[:, 3 * row.instances : end])
     prior = prior[:, ~prior[2].isnan()]  # without the padding
     (losses, weighted, sigmas), (prior_losses, prior_weighted, prior_sigmas) = instances.tolist(), prior.tolist()
     line: Line = {
@@ -202,6 +214,8 @@ def _line(row: _Row, values: Tensor, names: Names, concepts: Names) -> Line:
         line["loss_by_concept"] = _means(of_concepts, losses)
     if prior_losses:
         line["prior_loss"] = _finite(sum(prior_losses) / len(prior_losses))
+    if row.with_drift:
+        line["drift"], line["prior_weight"] = map(_finite, values[0, -4:-2].tolist())
     if line["grad_norm"] is None:
         line["suspects"] = _suspects(names(row.step - 1), [*losses, *prior_losses], [*sigmas, *prior_sigmas])
     return line

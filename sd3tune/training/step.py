@@ -26,6 +26,7 @@ from sd3tune.flow.objective import interpolate, model_timestep, velocity_target
 from sd3tune.methods import Method
 from sd3tune.model.compute.hoist import modulate
 from sd3tune.training.batches import Batch, BatchSource
+from sd3tune.training.drift import DriftLimit
 from sd3tune.training.flat_master import FlatMaster, LossScale, clip_, ema_decay
 from sd3tune.training.fused_backward import FusedBackward
 from sd3tune.training.objective import Objective
@@ -47,6 +48,8 @@ class TrainState:
     loss_scale: LossScale
     fused: FusedBackward | None = None
     """With `train.fused_backward`: applies the gradients inside the backward pass."""
+    drift: DriftLimit | None = None
+    """With a prior's `drift_limit`: steers the weight of the preserved predictions."""
     updating: bool = False
     """True while an update runs: the tensors then belong to two steps, and must not be saved."""
 
@@ -73,6 +76,8 @@ class StepResult:
     grad_norm: Tensor
     """Norm of the whole gradient before clipping, a scalar; not finite if the update was skipped."""
     learning_rate: float
+    drift: Tensor | None = None
+    """With a limit on drift: the drift, and the factor on the prior's weight in this step, [2]."""
 
 
 def predict_velocity(transformer: SD3Transformer2DModel, method: Method, batch: Batch) -> Tensor:
@@ -133,10 +138,12 @@ def train_step(
         batch = batches.fetch(state.step, micro)
         with method.regularised(transformer, batches.seed_for("dropout", state.step, micro)):
             targets = velocity_targets(transformer, method, batch)
-            losses = objective.losses(
-                predict_velocity(transformer, method, batch), targets, batch.sigma, done, batch.position_weights
-            )
+            prediction = predict_velocity(transformer, method, batch)
+            losses = objective.losses(prediction, targets, batch.sigma, done, batch.position_weights)
             weighted = objective.weight_at(batch.size)(batch.sigma) * batch.weights * losses
+            if state.drift is not None:
+                state.drift.measure(prediction, targets, batch.kept)
+                weighted = state.drift.weighted(weighted, batch.kept)
             loss = weighted.sum() / batch.instances
             extra = method.extra_loss(transformer, batch)
             if extra is not None:
@@ -146,10 +153,11 @@ def train_step(
             state.master.collect_gradients()
         measured.append((torch.stack([losses.detach(), weighted.detach(), batch.sigma]), batch.instances))
 
+    drift = None if state.drift is None else state.drift.update(reduce_mean)
     grad_norm = update(state, config, lr, reduce_mean)
     losses, weighted, sigmas = torch.cat([columns[:, :count] for columns, count in measured], dim=1)
     prior = [_padded(columns[:, count:], count if batches.with_prior else 0) for columns, count in measured]
-    return StepResult(losses, weighted, sigmas, torch.cat(prior, dim=1), grad_norm, lr)
+    return StepResult(losses, weighted, sigmas, torch.cat(prior, dim=1), grad_norm, lr, drift)
 
 
 def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ def test_every_kind_has_the_same_gradients() -> None:
     assert all(all(map(torch.equal, of, found[0])) for of in found)
 
 
+@pytest.mark.long
 def test_the_table_has_a_row_for_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--rounds", "1"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]

@@ -19,6 +19,7 @@ def run(out: Path, *names: str, patch: pytest.MonkeyPatch) -> tuple[int, list[di
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_on_the_cpu_all_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, found = run(tmp_path, *checks.CHECKS, patch=monkeypatch)
     assert code == 0

@@ -331,6 +331,7 @@ def test_the_plan_says_whether_it_fits_and_what_changes_buy(quick_config, tmp_pa
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
+@pytest.mark.long
 def test_what_does_not_fit_ends_with_the_settings_that_do(quick_config, tmp_path: Path) -> None:
     config = quick_config(tmp_path, "model.t5=false", "model.max_sequence_length=512")
     peak = forecast(forecast_inputs(config, torch.bfloat16)).needed / 1e9

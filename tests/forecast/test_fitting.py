@@ -45,6 +45,7 @@ def test_first_time_is_given_and_then_precision(inputs) -> None:
         assert tried[8:] == [("nf4", *rest) for _, *rest in tried[:8]]
 
 
+@pytest.mark.long
 def test_blocks_are_swapped_before_the_base_is_quantised(quick_config, tmp_path: Path) -> None:
     """And fewer of them if that is enough."""
     inputs = forecast_inputs(quick_config(tmp_path, "model.t5=false", "train.gradient_checkpointing=block"), FP32)

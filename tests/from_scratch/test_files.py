@@ -64,6 +64,7 @@ def test_a_lora_is_trained_and_drawn_with(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert Image.open(picture).size == (64, 64)
 
 
+@pytest.mark.long
 def test_speeds_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(from_scratch, "SHAPES", {"a small one": (1, 2, 8, 8)})
     from_scratch.main(["--rounds", "4"])

@@ -2,7 +2,7 @@
 
 The lines are collected in docs/messages.md, to be read as a user would. After a change of wording:
 
-    SD3TUNE_WRITE_MESSAGES=1 .venv/bin/python -m pytest -n 0 tests/mistakes
+    SD3TUNE_WRITE_MESSAGES=1 .venv/bin/python -m pytest -n 0 -m "long or not long" tests/mistakes
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from tests.mistakes.environment import ENVIRONMENT, ProcessCase
 from tests.mistakes.process import ROOT, Finished, Unable, forked, fresh, small_files
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "messages.md"
+FRESH = "no network"
+"""The one case in a new interpreter in `make test`; they take three seconds each, so the others are long."""
 HEADER = """\
 # Messages about mistakes
 
@@ -30,6 +32,10 @@ HEADER = """\
 
 Each line as printed after `error:`, with `...` for the folder it was printed in. The exit code is 2.
 """
+
+
+def is_long(case: ProcessCase) -> bool:
+    return case.new_interpreter and case.name != FRESH
 
 
 @pytest.fixture
@@ -63,7 +69,11 @@ def test_a_mistake_is_one_line_that_names_it(
         note(case, readable(line, workspace))
 
 
-@pytest.mark.parametrize("case", ENVIRONMENT, ids=lambda case: case.name.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.long] * is_long(case)) for case in ENVIRONMENT],
+    ids=lambda case: case.name.replace(" ", "-"),
+)
 def test_what_a_machine_lacks_is_one_line_of_a_real_process_too(
     case: ProcessCase, workspace: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -232,6 +232,7 @@ def test_the_summary_says_how_to_see_them_and_their_time_is_apart(quick_config, 
     assert timings["tracking_s"] > 0
 
 
+@pytest.mark.long
 def test_a_killed_and_resumed_run_has_each_step_once_under_the_same_id(
     quick_config, tmp_path: Path, tracked: Path, assert_equal_runs
 ) -> None:

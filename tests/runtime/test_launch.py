@@ -72,6 +72,7 @@ def test_accelerate_launches_the_module_and_the_folder(
         assert_equal_runs(tmp_path / "here", tmp_path / name)
 
 
+@pytest.mark.long
 def test_processes_that_accelerate_would_let_train_alone_are_refused(
     write_config, tmp_path: Path, start_cli, monkeypatch
 ) -> None:
@@ -117,6 +118,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "libraries", [OPTIMIZERS_OF_LIBRARIES[:2], pytest.param(OPTIMIZERS_OF_LIBRARIES, marks=pytest.mark.long)]
 )
@@ -198,6 +200,7 @@ def test_the_console_script_exits_with_2_and_one_line(write_config, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_one_ranks_problem_is_told_once_and_without_a_traceback(
     write_config, tmp_path: Path, hostile_folder: Path, start_cli, monkeypatch
 ) -> None:

@@ -303,6 +303,24 @@ class DataConfig(Section):
                 raise ValueError(f"sources.{number}.template has {{trigger}}, but data.trigger is not set")
         return self
 
+    @property
+    def drift_limit(self) -> float | None:
+        """The limit on the change of the preserved predictions; None without one."""
+        limits = {prior.drift_limit for prior in self.own_predictions.values()}
+        return next(iter(limits), None)
+
+    @model_validator(mode="after")
+    def _one_drift_limit(self) -> DataConfig:
+        limits = {number: prior.drift_limit for number, prior in self.own_predictions.items()}
+        first = next(iter(limits), 0)
+        for number, limit in limits.items():
+            if limit != limits[first]:
+                raise ValueError(
+                    f"sources.{number}.prior.drift_limit and sources.{first}.prior.drift_limit differ; one limit holds "
+                    "for the whole run, so give both the same"
+                )
+        return self
+
     @model_validator(mode="after")
     def _balanced_concepts_exist(self) -> DataConfig:
         names = {source.name for source in self.sources if source.name is not None}

@@ -98,6 +98,15 @@ class OwnPredictionConfig(Prior):
         description="The subject's name in the captions. The source's own captions without it are preserved, too, each "
         "as often as `prompt`: without `sks`, `a photo of sks dog on a beach` is `a photo of dog on a beach`.",
     )
+    drift_limit: Annotated[float | None, CONTENT] = Field(
+        None,
+        gt=0,
+        le=1,
+        examples=[0.05],
+        description="Most that the preserved predictions may change on average, as a share of their size, such as "
+        "0.05. The weight is then steered between 1/64 and 64 times `weight`: it falls while they change less, and "
+        "rises while they change more. null keeps it constant. `metrics.jsonl` has `drift` and `prior_weight`.",
+    )
 
     @property
     def own_prediction(self) -> OwnPredictionConfig | None:

@@ -203,6 +203,7 @@ def test_two_that_build_at_once_build_it_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_building_and_loading_print_nothing(tmp_path: Path) -> None:
     script = (
         "import torch; from sd3tune.model.base.resolve import resolve_base; base = resolve_base('tiny');"
