@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from sd3tune.reporting import escaped
 
 LONGEST = 2000
@@ -62,3 +65,20 @@ class ProcessError(RunError):
     """Another process of the same command failed, and has printed the reason."""
 
     exit_code = 1
+
+
+class Problems(list[str]):
+    """The lines of several checks, so that a user sees all of them at once."""
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Add the lines of a UserError that ends the body."""
+        try:
+            yield
+        except UserError as error:
+            self += error.problems
+
+    def raise_if_any(self) -> None:
+        """Raise UserError with all lines, if there are any."""
+        if self:
+            raise UserError(*self)

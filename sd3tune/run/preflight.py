@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SD3Transformer2DModel
 
 from sd3tune.config import Config
 from sd3tune.config.sections.data import DataConfig, FolderSource
@@ -19,7 +20,7 @@ from sd3tune.config.sections.flow import FlowConfig
 from sd3tune.data.buckets import Size
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.seeds import derive
-from sd3tune.errors import ConfigError, DataError, RunError, UserError
+from sd3tune.errors import ConfigError, DataError, Problems, RunError
 from sd3tune.measures.prompts import Prompts
 from sd3tune.methods import METHODS, Method
 from sd3tune.model.base.base import Base
@@ -105,79 +106,86 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
 
     `world` is the number of processes that will train. Raises UserError with every problem found.
     """
-    problems, warnings = missing_packages(config.tracking), list[str]()
+    problems, warnings = Problems(missing_packages(config.tracking)), list[str]()
     if resume is not None:
         problems += _upload_problems(config)
     records, holdout = list[Record](), list[Record]()
     start: Path | None = None
     evaluated: Prompts | None = None
     run = Path(str(config.output_dir))
-    try:
-        records, holdout = split_records(
-            config, load_records(config.data, config.seed, warn=warnings.append), warnings.append
-        )
+    with problems.collected():
+        loaded = load_records(config.data, config.seed, warn=warnings.append)
+        records, holdout = split_records(config, loaded, warnings.append)
         config = with_captions(config, records)
         if config.data.enlarges:  # else images may be too small for a size
             config = resolve_epochs(config, samples_of(config.data, records), world)
-    except UserError as error:
-        problems += error.problems
-    try:
+    with problems.collected():
         evaluated = evaluated_prompts(config, records) if records else None
-    except UserError as error:
-        problems += error.problems
-    try:
+    with problems.collected():
         check_installed(config)
         start = None if resume is None else starting_checkpoint(run, resume)
         config = with_saved_base(config, start) if start else config
-    except UserError as error:
-        problems += error.problems
-    try:
-        base = configured_base(config.model, config.seed)
-        transformer = empty_transformer(base)
-        method = METHODS[config.method.kind](config, base)
-        base.check_encoders(method.cached_encoders)
-        modules = method.select(transformer)
-        texts = {text for record in records for caption in record.drawn for text in caption.texts}
-        problems += method.problems_of(texts) if records else ()
-        check_size(config, transformer.config)
-        dtype = choose_dtype(config.model.dtype, gpu_of(device))
-        check_precision(config, dtype)
-        tables = bucket_tables(config, transformer.config)
-        sized = in_all_sizes(config.data, records, tables, warnings.append)
-        holdout = held_out_size(config.data, holdout, tables)
+    with problems.collected():
+        model = _check_model(config, device, records, problems)
+        sized = in_all_sizes(config.data, records, model.tables, warnings.append)
+        holdout = held_out_size(config.data, holdout, model.tables)
         if records and not config.data.enlarges:
             config = resolve_epochs(config, sum(record.repeats for record in sized), world)
-        priors = plan_priors(config, sized, buckets_in(tables), base, warnings.append)
-    except UserError as error:
-        raise UserError(*problems, *error.problems) from error
-    if problems:
-        raise UserError(*problems)
-    coverage = method.coverage(transformer)
+        priors = plan_priors(config, sized, buckets_in(model.tables), model.base, warnings.append)
+    problems.raise_if_any()
+    coverage = model.method.coverage(model.transformer)
     if resume is not None:
-        check_disk_space(run, _bytes_to_save(config, method, sum(row.parameters for row in coverage), start))
-    scheduler_shift = float(load_scheduler(base).config.shift)
-    shifts = shifts_of(config.flow, scheduler_shift, tables)
+        check_disk_space(run, _bytes_to_save(config, model.method, sum(row.parameters for row in coverage), start))
+    scheduler_shift = float(load_scheduler(model.base).config.shift)
+    shifts = shifts_of(config.flow, scheduler_shift, model.tables)
     return Plan(
         config=config,
         run=run,
-        base=base,
+        base=model.base,
         records=used_images(records, sized),
         sized=sized,
         holdout=holdout,
-        method=method,
-        modules=modules,
+        method=model.method,
+        modules=model.modules,
         coverage=coverage,
         device=device,
-        dtype=dtype,
+        dtype=model.dtype,
         model_shift=scheduler_shift,
-        shift=shifts[tables[config.data.side][0]],
+        shift=shifts[model.tables[config.data.side][0]],
         shifts=shifts,
         start=start,
-        buckets=buckets_in(tables),
+        buckets=buckets_in(model.tables),
         priors=priors,
         evaluated=evaluated,
         warnings=list(dict.fromkeys(warnings)),
     )
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The base, its transformer on the meta device, and what will be trained on it."""
+
+    base: Base
+    transformer: SD3Transformer2DModel
+    method: Method
+    modules: Sequence[str]
+    dtype: torch.dtype
+    tables: Tables
+
+
+def _check_model(config: Config, device: torch.device, records: Sequence[Record], problems: Problems) -> _Model:
+    """Find the base, and check targets, captions, sizes and precision. Adds `problems`, and raises UserError."""
+    base = configured_base(config.model, config.seed)
+    transformer = empty_transformer(base)
+    method = METHODS[config.method.kind](config, base)
+    base.check_encoders(method.cached_encoders)
+    modules = method.select(transformer)
+    texts = {text for record in records for caption in record.drawn for text in caption.texts}
+    problems += method.problems_of(texts) if records else ()
+    check_size(config, transformer.config)
+    dtype = choose_dtype(config.model.dtype, gpu_of(device))
+    check_precision(config, dtype)
+    return _Model(base, transformer, method, modules, dtype, bucket_tables(config, transformer.config))
 
 
 def _upload_problems(config: Config) -> Sequence[str]:
