@@ -1,7 +1,7 @@
 """3. Pictures become small: the autoencoder. A latent has an eighth of the picture's height and width, and 16 channels.
 
-Trained to give back the picture that went in, it keeps what the eye sees and drops the rest. Diffusion in this small
-space costs a fiftieth of diffusion on pixels.
+Trained to give back the picture that went in, it keeps what the eye sees and drops the rest. This small space has a
+twelfth of the numbers, and a 64th of the places.
 """
 
 from collections.abc import Sequence
