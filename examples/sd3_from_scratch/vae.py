@@ -29,7 +29,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every place looks at every other: at the lowest resolution only, as the cost grows with their product."""
+    """Every place looks at every other: at the lowest resolution only, as the cost grows with their number squared."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
