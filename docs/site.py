@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the site has the README, the examples and the linked source files, too, and references from the code.
+"""Hooks of mkdocs: the site has the README, the examples and linked source files, too, and references from the code.
 
 On GitHub, a page links to whatever is in the repository: a folder, a source file, the README. Here each page keeps its
 path in the repository, so such a link holds. A link to a folder leads to its README, one to a source file to a page
