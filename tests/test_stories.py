@@ -30,7 +30,8 @@ MODELS = {
 """What a reader has and a test has not -> what stands for it."""
 SHORTER = {
     "train": ["model.base=tiny", "data.resolution=64", "train.steps=2", "train.batch_size=1",
-              "train.gradient_accumulation=1", "preview.every=1", "preview.steps=1", "model.max_sequence_length=16"],
+              "train.gradient_accumulation=1", "preview.every=1", "preview.steps=1", "model.max_sequence_length=16",
+              "schedule.warmup_steps=0"],
     "infer": ["--steps", "2", "--size", "64"],
     "plan": ["model.base=tiny", "data.resolution=64"],
 }  # fmt: skip
@@ -46,6 +47,8 @@ TAKES_MINUTES = {"demo", "eval"}
 NEEDS_A_MODEL = {"caption", "mask"}
 """Tested with small models in tests/commands/test_data_caption.py and test_data_mask.py."""
 LEFT_OUT = NEEDS_THE_HUB | NEEDS_HOURS | TAKES_MINUTES | NEEDS_A_MODEL
+MANY_FORECASTS = {"docs/guides/cards.md"}
+"""Pages that plan run after run; their figures are tested in tests/test_guides.py."""
 
 
 def story(page: Path) -> list[list[str]]:
@@ -126,7 +129,11 @@ def readers_folder(trained: Path, tiny_images: Path, tmp_path: Path, monkeypatch
     return tmp_path
 
 
-@pytest.mark.parametrize("page", STORIES, ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.long] * (name_of(page) in MANY_FORECASTS)) for page in STORIES],
+    ids=name_of,
+)
 def test_the_commands_of_a_page_work_one_after_the_other(
     page: Path, readers_folder: Path, trained: Path, other_methods: Callable[[Path, Path], object]
 ) -> None:
@@ -139,7 +146,6 @@ def test_the_commands_of_a_page_work_one_after_the_other(
         shorter = SHORTER.get(words[0], [])
         if page.parent.name in ON_NANO:
             shorter = [word.replace("base=tiny", "base=nano") for word in shorter]
-            shorter += ["schedule.warmup_steps=0"] * (words[0] == "train")
         whole = [*words, *shorter, *as_typed(words)]
         if frozenset(whole) in typed:  # in a test, what stands for another base is the same one
             continue
