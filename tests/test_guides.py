@@ -75,6 +75,32 @@ def test_the_yaml_of_a_guide_is_accepted(block: str, tmp_path: Path) -> None:
     assert set(yaml.safe_load(block)) - {"extends"} <= {*SECTIONS, "name"}
 
 
+def test_the_figures_of_the_comparison_are_those_of_the_benchmarks() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    table = text.split("<!-- peer -->")[1].split("<!-- end of peer -->")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    header, measured = cells[0], [row for row in cells[2:] if row]
+    real = [row for row in measured if row[0].startswith("real-encoders")]
+    small = [row for row in measured if row not in real]
+
+    def ends(rows: list[list[str]], column: str) -> tuple[str, str]:
+        found = sorted((row[header.index(column)] for row in rows), key=float)
+        return found[0], found[-1]
+
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+ \| [\d.]+) \|$", page, flags=re.MULTILINE))
+    assert {what: tuple(figures.split(" | ")) for what, figures in told.items()} == {
+        "images per second, small models": ends(small, "images/s"),
+        "images per second, text encoders and VAE of real size": ends(real, "images/s"),
+        "peak memory": ends(measured, "peak memory"),
+        "time of a whole run": ends(measured, "wall time"),
+        "time to the first step, nothing encoded": ends(measured, "first step"),
+    }
+    step = r"\| sd35-medium \| 1024 \| none \| (\w+) \|(?:[^|]+\|){4} ([\d.]+) \|"
+    counted = dict(re.findall(step, text))
+    assert f"{counted['sd3tune']} GB, and the example's {counted['example']} GB" in " ".join(page.split())
+
+
 def rows() -> list[list[str]]:
     """Card, configuration, and the two figures in GB of the table in cards.md."""
     text = (GUIDES / "cards.md").read_text(encoding="utf-8")
