@@ -22,6 +22,7 @@ from sd3tune.cli.imports import quick_imports, spin_briefly
 from sd3tune.cli.infer import infer
 from sd3tune.cli.lora import lora_app
 from sd3tune.cli.outcome import EXIT_CODES, run_app
+from sd3tune.cli.runs import report, runs
 from sd3tune.config import dump_config, json_schema, load_config
 from sd3tune.errors import ConfigError
 from sd3tune.reporting import result, using
@@ -37,6 +38,8 @@ app = typer.Typer(
 config_app = typer.Typer(help="Create, show and check configurations.", no_args_is_help=True)
 base_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.command()(infer)
+app.command()(runs)
+app.command()(report)
 app.command("eval")(evaluate)
 app.add_typer(cache_app, name="cache")
 app.add_typer(data_app, name="data")
