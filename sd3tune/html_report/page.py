@@ -49,7 +49,7 @@ def report_page(run: RunFiles, photos: bool = True) -> str:
             "headline": headline(run),
             "figures": key_figures(run),
             "notes": run.notes,
-            "warnings": run.facts.get("warnings") or [],
+            "warnings": (run.facts.get("warnings") or []) if photos else [],  # they quote captions
             "asked": list(asked(run.config)) if run.config else [],
             "yaml": config and dump_values(config),
             "changed_yaml": changed and dump_values(changed),

@@ -30,21 +30,21 @@ def headline(run: RunFiles) -> str:
     return f"This run {_STATES[found.state]}, at {of}{reason}. Last change: {when}."
 
 
-def key_figures(run: RunFiles) -> list[Row]:
-    """Return the figures that a reader looks for first."""
-    found, rows = run.summary, list[Row]()
-    rows.append(("steps", f"{found.step}" if found.steps is None else f"{found.step} of {found.steps}"))
+def key_figures(run: RunFiles) -> list[tuple[str, Row]]:
+    """Return (title, (figure, detail)) of the figures that a reader looks for first; a detail may be empty."""
+    found, rows = run.summary, list[tuple[str, Row]]()
+    rows.append(("steps", (f"{found.step}", "" if found.steps is None else f"of {found.steps}")))
     if run.validation and found.best_loss is not None:
         base = next(line["base_loss"] for line in run.validation if line["loss"] == found.best_loss)
         change = relative_change(found.best_loss, base)
-        rows.append(("lowest held-out loss", f"{found.best_loss:.4f} at step {found.best_step}, {change}"))
+        rows.append(("lowest held-out loss", (f"{found.best_loss:.4f}", f"at step {found.best_step}, {change}")))
     if (likeness := _last(run.evaluations, "likeness")) is not None:
-        rows.append(("likeness", f"{likeness:.3f}"))
+        rows.append(("likeness", (f"{likeness:.3f}", "to the photos")))
     if (images := run.facts.get("images")) is not None:
-        rows.append(("photos", f"{images}"))
+        rows.append(("photos", (f"{images}", "")))
     seconds = _times(run).get("train_s")
     if seconds:
-        rows.append(("training time", duration(seconds)))
+        rows.append(("training time", (duration(seconds), "")))
     return rows
 
 
@@ -90,9 +90,11 @@ def environment(run: RunFiles) -> Iterator[Row]:
     if resumes := facts.get("resumes"):
         steps = [str(one.get("from_step")) for one in resumes if isinstance(one, Mapping)]
         yield "resumed from", f"step {', '.join(steps)}"
-    for name, seconds in _times(run).items():
-        if seconds >= 1:
-            yield f"time, {name.removesuffix('_s').replace('_', ' ')}", duration(seconds)
+    times = [
+        f"{name.removesuffix('_s').replace('_', ' ')} {duration(of)}" for name, of in _times(run).items() if of >= 1
+    ]
+    if times:
+        yield "time", ", ".join(times)
     if skipped := facts.get("skipped_steps"):
         yield "skipped steps", ", ".join(map(str, skipped[:20])) + ", ..." * (len(skipped) > 20)
 
