@@ -34,8 +34,5 @@ def _paths(incomplete: str, endings: tuple[str, ...]) -> list[str]:
     except OSError:
         return []
     found = [path for path in entries if path.name.startswith(name) and (name or not path.name.startswith("."))]
-    return [
-        f"{shown}{path.name}" + "/" * path.is_dir()
-        for path in found
-        if path.is_dir() or path.name.endswith(endings or ("\0",))
-    ]
+    kept = [path for path in found if path.is_dir() or path.suffix in endings]
+    return [f"{shown}{path.name}" + "/" * path.is_dir() for path in kept]

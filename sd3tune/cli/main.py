@@ -14,6 +14,7 @@ import typer
 from sd3tune import __version__
 from sd3tune.cli.arguments import ConfigArgument, Json, Overrides, Quiet, print_notes, take_reporter
 from sd3tune.cli.cache import cache_app
+from sd3tune.cli.completion import complete_preset
 from sd3tune.cli.data import data_app
 from sd3tune.cli.eval import evaluate
 from sd3tune.cli.fast_exit import exit_fast
@@ -32,7 +33,6 @@ app = typer.Typer(
     help="Fine-tune Stable Diffusion 3 and 3.5 with LoRA.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 config_app = typer.Typer(help="Create, show and check configurations.", no_args_is_help=True)
@@ -156,7 +156,10 @@ def list_presets() -> None:
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the run and of its folder.")],
     preset: Annotated[
-        str, typer.Option("--from", metavar="PRESET", help="The shipped configuration to start from.")
+        str,
+        typer.Option(
+            "--from", metavar="PRESET", help="The shipped configuration to start from.", autocompletion=complete_preset
+        ),
     ] = "dreambooth_sd35_medium",
     data: Annotated[
         Optional[str],  # noqa: UP045

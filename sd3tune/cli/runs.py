@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from sd3tune.cli.completion import complete_run
 from sd3tune.cli.imports import quick_imports
 
 
@@ -24,7 +25,12 @@ def runs(
 
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="The folder of a run, finished or not; several are compared.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="The folder of a run, finished or not; several are compared.",
+            autocompletion=complete_run,
+        ),
     ],
     out: Annotated[
         Optional[Path],  # noqa: UP045

@@ -62,7 +62,7 @@ def asked(config: Config) -> Iterator[Row]:
     yield "optimizer", f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.schedule.kind}"
     yield "noise", f"{config.flow.timesteps.kind}, shift {config.flow.shift}, weighting {config.flow.weighting.kind}"
     priors = [source.prior for source in data.sources if source.prior]
-    yield "class preserved", ", ".join(prompt for prior in priors for prompt in prior.prompts) or "no"
+    yield "prior", ", ".join(prompt for prior in priors for prompt in prior.prompts) or "none"
     held_out = config.validation.holdout
     yield "held out", "nothing" if held_out == 0 else f"{held_out}, measured every {config.validation.every} steps"
     count = len(config.preview.texts)

@@ -34,7 +34,7 @@
   const draw = (chart, place) => {
     place.replaceChildren();
     const tables = chart.series.map((one) => [one.x, one.y]);
-    return new uPlot(
+    const plot = new uPlot(
       {
         width: place.clientWidth,
         height: 240,
@@ -50,6 +50,8 @@
       uPlot.join(tables),
       place,
     );
+    plot.setLegend({ idx: plot.data[0].length - 1 }); // the last values, until the pointer is over a curve
+    return plot;
   };
 
   const places = [...document.querySelectorAll("[data-chart] .plot")];
