@@ -68,7 +68,8 @@ TEXT_ENCODER = {
 STORIES = [page for page in PAGES if story(page)]
 IN_CHECK_LONG = {
     "docs/config.md", "docs/guides/cards.md", "docs/inference.md", "docs/memory.md", "docs/textual-inversion.md",
-    "examples/kohya/README.md", "examples/masks/README.md", "examples/style/README.md", "examples/textual_inversion/README.md",
+    "examples/kohya/README.md", "examples/masks/README.md", "examples/style/README.md",
+    "examples/textual_inversion/README.md",
 }  # fmt: skip
 """Pages that take seconds and whose commands are tested elsewhere, too."""
 
