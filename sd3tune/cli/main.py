@@ -22,6 +22,7 @@ from sd3tune.cli.imports import quick_imports, spin_briefly
 from sd3tune.cli.infer import infer
 from sd3tune.cli.lora import lora_app
 from sd3tune.cli.outcome import EXIT_CODES, run_app
+from sd3tune.cli.ui import ui
 from sd3tune.config import dump_config, json_schema, load_config
 from sd3tune.errors import ConfigError
 from sd3tune.reporting import result, using
@@ -38,6 +39,7 @@ config_app = typer.Typer(help="Create, show and check configurations.", no_args_
 base_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.command()(infer)
 app.command("eval")(evaluate)
+app.command()(ui)
 app.add_typer(cache_app, name="cache")
 app.add_typer(data_app, name="data")
 app.add_typer(lora_app, name="lora")
