@@ -64,7 +64,7 @@ def again(request: Request, chosen: Chosen) -> dict[str, Any]:
     """Put the command of a job into the queue once more; a training goes on from its last checkpoint."""
     job = found(request, chosen.id)
     words = [*job.words, *(["--resume"] if job.words[0] == "train" and "--resume" not in job.words else [])]
-    added = jobs(request).add(words, job.title, job.run and Path(job.run), in_queue=job.in_queue)
+    added = jobs(request).add(words, job.title, Path(job.run) if job.run else None, in_queue=job.in_queue)
     return added.as_json()
 
 
