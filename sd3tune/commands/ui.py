@@ -38,6 +38,7 @@ def run_ui(
     hosts = () if is_loopback(host) else (host, socket.gethostname())
     access = Access(read_key(workspace.jobs), password, hosts, str(workspace.root))
     listening = _listen(host, port)
+    os.chdir(workspace.root)  # where commands run, and what relative paths in configurations mean
     app = make_app(workspace, access)
     address = f"http://{_in_link(host)}:{listening.getsockname()[1]}/"
     link = address if password is not None else f"{address}?token={access.token}"

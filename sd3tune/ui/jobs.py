@@ -178,11 +178,10 @@ class Jobs:
     def _start(self, job: Job) -> None:
         with (job.folder / _CLAIM).open("x"):  # never twice, also if this server dies here
             say(f"$ {job.command}")
-        environment = {name: value for name, value in os.environ.items() if name != PASSWORD}
         subprocess.Popen(
-            ["sh", "-c", _SHELL, "sh", str(job.folder), *_program(), *job.words],
+            ["sh", "-c", _SHELL, "sh", str(job.folder), *program(), *job.words],
             cwd=self.where,
-            env=environment,
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -203,7 +202,12 @@ def stop(job: Job) -> bool:
     return True
 
 
-def _program() -> list[str]:
+def program() -> list[str]:
     """Return the words that start sd3tune; never through the working directory, which Python would import from."""
     script = Path(sys.executable).with_name("sd3tune")
     return [str(script)] if script.is_file() else [sys.executable, str(Path(sd3tune.__file__).with_name("__main__.py"))]
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of commands: this process's, without the password."""
+    return {name: value for name, value in os.environ.items() if name != PASSWORD}

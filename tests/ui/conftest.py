@@ -17,11 +17,12 @@ OpenPage = Callable[..., TestClient]
 
 
 @pytest.fixture
-def open_page() -> OpenPage:
+def open_page(monkeypatch: pytest.MonkeyPatch) -> OpenPage:
     """`open_page(folder, ...)`: a logged-in browser of the page on these folders; its queue does not run."""
 
     def opened(*folders: Path) -> TestClient:
         workspace = Workspace.opened_on(folders)
+        monkeypatch.chdir(workspace.root)
         access = Access(read_key(workspace.jobs), folder=str(workspace.root))
         client = TestClient(make_app(workspace, access), base_url="http://127.0.0.1:7860", headers=SAME_SITE)
         client.cookies.set(access.cookie, access.token)

@@ -18,7 +18,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from sd3tune.ui.pages import jobs
+from sd3tune.ui.pages import jobs, new
 
-NAVIGATION: tuple[tuple[str, str, APIRouter], ...] = (("/jobs", "Queue", jobs.router),)
+NAVIGATION: tuple[tuple[str, str, APIRouter], ...] = (
+    ("/new", "New run", new.router),
+    ("/jobs", "Queue", jobs.router),
+)
 """Address, name and router of each page, in the order of the menu."""
