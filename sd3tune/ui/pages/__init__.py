@@ -18,10 +18,12 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from sd3tune.ui.pages import jobs, new
+from sd3tune.ui.pages import jobs, new, share, try_page
 
 NAVIGATION: tuple[tuple[str, str, APIRouter], ...] = (
     ("/new", "New run", new.router),
+    ("/try", "Try", try_page.router),
+    ("/share", "Share", share.router),
     ("/jobs", "Queue", jobs.router),
 )
 """Address, name and router of each page, in the order of the menu."""
