@@ -110,7 +110,7 @@ def _adapter(workspace: Workspace, text: str, flag: str = "--lora ") -> str:
     except UserError as error:
         raise ConfigError(*error.problems) from None
     place = _location(workspace, str(path), flag.strip())
-    return place if weight == 1 else f"{place}@{weight:g}"
+    return place if weight == 1 else f"{place}@{text.rpartition('@')[2]}"
 
 
 def _location(workspace: Workspace, text: str, flag: str) -> str:
