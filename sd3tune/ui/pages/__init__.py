@@ -18,10 +18,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from sd3tune.ui.pages import jobs, new
+from sd3tune.ui.pages import jobs, new, watch
 
 NAVIGATION: tuple[tuple[str, str, APIRouter], ...] = (
     ("/new", "New run", new.router),
+    ("/watch", "Watch", watch.router),
     ("/jobs", "Queue", jobs.router),
 )
 """Address, name and router of each page, in the order of the menu."""
