@@ -16,6 +16,8 @@ from sd3tune.files.regular import complaint, open_regular
 
 SIDES = (96, 192, 384, 768)
 """The sides that there are, in pixels."""
+FOR_LONG = {"cache-control": "private, max-age=31536000, immutable"}
+"""For addresses of pictures that name the time of the file's last change."""
 _KEPT = 1024
 """Small pictures in memory, some kilobytes each."""
 _DECODING = threading.Semaphore(2)

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from sd3tune.ui.pages import jobs, new, share, try_page
+from sd3tune.ui.pages import jobs, new, share, try_page, watch
 
 NAVIGATION: tuple[tuple[str, str, APIRouter], ...] = (
     ("/new", "New run", new.router),
+    ("/watch", "Watch", watch.router),
     ("/try", "Try", try_page.router),
     ("/share", "Share", share.router),
     ("/jobs", "Queue", jobs.router),

@@ -12,13 +12,11 @@ from starlette.responses import FileResponse, Response
 from sd3tune.data.formats import EXTENSIONS
 from sd3tune.errors import ConfigError
 from sd3tune.ui.photos import describe_photos, folders_of_photos, receive_photo, write_caption
-from sd3tune.ui.pictures import picture_type, small_picture
+from sd3tune.ui.pictures import FOR_LONG, picture_type, small_picture
 from sd3tune.ui.rendering import workspace
 from sd3tune.ui.workspace import plain_name
 
 router = APIRouter()
-_FOR_LONG = {"cache-control": "private, max-age=31536000, immutable"}
-"""For addresses that name the time of the file's last change."""
 
 
 class Caption(BaseModel):
@@ -81,11 +79,11 @@ def caption(request: Request, new: Caption) -> dict[str, str]:
 async def small(request: Request, path: str, side: int = 192) -> Response:
     """Return a picture scaled down; the address also names its time, so browsers may keep it."""
     data = await run_in_threadpool(small_picture, workspace(request).path(path), side)
-    return Response(data, media_type="image/webp", headers=_FOR_LONG)
+    return Response(data, media_type="image/webp", headers=FOR_LONG)
 
 
 @router.get("/api/picture")
 def picture(request: Request, path: str) -> Response:
     """Return a picture as it is."""
     file = workspace(request).path(path)
-    return FileResponse(file, media_type=picture_type(file), headers=_FOR_LONG)
+    return FileResponse(file, media_type=picture_type(file), headers=FOR_LONG)
