@@ -36,7 +36,7 @@ _FIRST = ("from_picture", "loras", "embeddings", "base")
 AXES = ("weight", "lora", *(name for name, one in image_request.PARAMETERS.items() if one.axis))
 _CHECKED_LATER = ("sampler",)
 """Their check imports PyTorch; the page offers the valid values only."""
-_ON_THE_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*(?::[\w./-]+)?", re.ASCII)
+ON_THE_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*(?::[\w./-]+)?", re.ASCII)
 _MOST = 200
 """Values of one list."""
 
@@ -68,8 +68,10 @@ def _option(workspace: Workspace, parameter: Parameter, value: Any, former: Any)
         is_cleared = value == "" and parameter.type is str and former not in (None, "")
         return [parameter.flag, ""] if is_cleared else []
     if isinstance(value, list):
-        if len(value) > _MOST:
-            raise ConfigError(f"{parameter.flag}: at most {_MOST}")
+        if len(value) > _MOST or "" in value:
+            raise ConfigError(
+                f"{parameter.flag}: write a path or a name" if "" in value else f"{parameter.flag}: at most {_MOST}"
+            )
         return [word for one in value for word in (parameter.flag, _checked(workspace, parameter, one))]
     text = _checked(workspace, parameter, value)
     known = parameter.default if parameter.name in JOB_PARAMETERS else None
@@ -120,7 +122,7 @@ def _location(workspace: Workspace, text: str, flag: str) -> str:
     """
     if offline_kind(text) is not None and flag == "--base":
         return text
-    if _ON_THE_HUB.fullmatch(text) and not (workspace.root / Path(text).parts[0]).exists():
+    if ON_THE_HUB.fullmatch(text) and not (workspace.root / Path(text).parts[0]).exists():
         return text
     path = workspace.path(text)
     if not path.exists():

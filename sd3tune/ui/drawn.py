@@ -13,8 +13,9 @@ from sd3tune.files.png_recipe import read_recipe
 from sd3tune.files.regular import sha256_of
 from sd3tune.inference import image_request
 from sd3tune.inference.job import ALL_PARAMETERS
+from sd3tune.model.base.offline import offline_kind
 from sd3tune.publish.previews import PREVIEW_NAME, SAMPLES, preview_recipe
-from sd3tune.ui.drawing import SAMPLERS
+from sd3tune.ui.drawing import ON_THE_HUB, SAMPLERS
 from sd3tune.ui.products import Source, Weights, run_source, sources
 from sd3tune.ui.workspace import Workspace
 
@@ -23,6 +24,8 @@ _RECIPE_KEYS = {"base", "dtype"}
 _SHEETS = {"grid": "a grid", "before-after": "before and after"}
 _LONGEST = 4000
 """Characters of a value that are shown."""
+_MOST_BYTES = 4 * 2**30
+"""Of adapters that are read to find those of a recipe."""
 
 
 def pictures(folder: Path) -> list[tuple[Path, int]]:
@@ -48,7 +51,7 @@ def described(workspace: Workspace, picture: Path) -> dict[str, Any]:
     """Return what a picture's recipe says: `says`, pairs of words, and `values`, the form that draws it again.
 
     `values` is None for a sheet and for a picture without recipe; `note` then says why. `repeats` is set for a picture
-    that `infer --from` takes.
+    that `infer --from` takes, with `--base` if `base` is set.
     """
     recipe = read_recipe(picture)
     if preview_recipe(picture) is not None and isinstance(recipe, dict):
@@ -60,9 +63,11 @@ def described(workspace: Workspace, picture: Path) -> dict[str, Any]:
     if "sheet" in recipe:
         kind = _SHEETS.get(str(recipe["sheet"]), "several pictures")
         return {"says": says, "values": None, "note": f"A sheet: {kind}. Its pictures can be drawn again."}
-    loras, lost = _adapters(workspace, recipe)
-    note = f"Not found here: {', '.join(lost)}. `infer` looks near the picture and in runs/." if lost else ""
-    return {"says": says, "values": _values(recipe), "loras": loras, "note": note, "repeats": True}
+    loras = _adapters(workspace, recipe)
+    lost = ", ".join(one["name"] for one in loras if one["place"] is None)
+    note = f"Not found here: {lost}. The command looks near the picture and in runs/." if lost else ""
+    base = _local_base(workspace, recipe) if not loras else None
+    return {"says": says, "values": _values(recipe), "loras": loras, "base": base, "note": note, "repeats": True}
 
 
 def _preview(workspace: Workspace, picture: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,26 +129,39 @@ _BY_CONTENT = ("loras", "embeddings", "base", "image", "mask")
 """Parts that `infer --from` finds by their content or name."""
 
 
-def _adapters(workspace: Workspace, recipe: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the recipe's adapters with their places here, and the names of those that are not here."""
+def _adapters(workspace: Workspace, recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the recipe's adapters: name, weight, and place, which is None for one that is not found here."""
     used = [one for one in recipe.get("loras") or [] if isinstance(one, dict)]
-    if not used:
-        return [], []
-    known = dict(_by_content(workspace))
-    loras = [
-        {"name": str(one.get("name")), "weight": one.get("weight"), "place": known.get(str(one.get("sha256")))}
-        for one in used
-    ]
-    return loras, [str(one["name"]) for one in loras if one["place"] is None]
+    found = _by_content(workspace, {str(one.get("sha256")): str(one.get("name")) for one in used})
+    loras = []
+    for one in used:
+        name = str(one.get("name"))
+        place = name if ON_THE_HUB.fullmatch(name) else found.get(str(one.get("sha256")))
+        loras.append({"name": name, "weight": one.get("weight"), "place": place})
+    return loras
 
 
-def _by_content(workspace: Workspace) -> Iterator[tuple[str, str]]:
-    """Yield digest and place of each adapter here; the final weights of a run come last, so that they win."""
-    for source in reversed(sources(workspace)):
-        for weights in reversed(source.weights):
-            if weights.kind == "adapter":
-                found = weights.file.stat()
-                yield _sha256(weights.file, found.st_mtime_ns, found.st_size), workspace.shown(weights.path)
+def _by_content(workspace: Workspace, wanted: Mapping[str, str]) -> dict[str, str]:
+    """Return the places of adapters by digest; `wanted` maps digests to names, and files of such a name come first."""
+    here = [one for source in sources(workspace) for one in source.weights if one.kind == "adapter"] if wanted else []
+    names, found, read = {*wanted.values()}, dict[str, str](), 0
+    for weights in sorted(here, key=lambda one: not names & {*one.file.parts, one.file.stem}):
+        if read > _MOST_BYTES or found.keys() >= wanted.keys():
+            break
+        about = weights.file.stat()
+        read += about.st_size
+        found.setdefault(_sha256(weights.file, about.st_mtime_ns, about.st_size), workspace.shown(weights.path))
+    return found
+
+
+def _local_base(workspace: Workspace, recipe: Mapping[str, Any]) -> str | None:
+    """Return the only whole model here with the name of the recipe's base, which `--from` does not look for."""
+    name = str(recipe.get("base"))
+    if offline_kind(name) is not None or ON_THE_HUB.fullmatch(name):
+        return None
+    here = [one for source in sources(workspace) for one in source.weights if one.kind == "model"]
+    named = [workspace.shown(one.path) for one in here if one.path.name == name]
+    return named[0] if len(named) == 1 else None
 
 
 @functools.lru_cache(1024)

@@ -43,6 +43,7 @@ function values() {
 }
 
 let asked = 0;
+let touched = false; // until then, what is missing is a hint and no fault
 let waiting;
 function changed() {
   describe();
@@ -56,7 +57,7 @@ async function check() {
     const { command, problems } = await post("/api/try/command", { values: values() });
     if (mine !== asked) return;
     put(byId("command"), command ? commandLine(command) : null);
-    put(byId("problems"), problems.map((line) => el("li", { class: "problem" }, line)));
+    put(byId("problems"), problems.map((line) => el("li", { class: touched ? "problem" : "soft" }, line)));
     byId("draw").disabled = !command;
   } catch (error) {
     if (error.status) put(byId("problems"), el("li", { class: "problem" }, error.message));
@@ -67,9 +68,9 @@ async function check() {
 function describe() {
   const of = adapters.settings();
   const hint = (name, value, otherwise) => (byId(`f-${name}`).placeholder = value ? String(value) : otherwise);
-  hint("size", of.resolution, "as in training");
-  hint("steps", of.sampling_steps, "as in training");
-  hint("guidance", of.guidance, "as in training");
+  hint("size", of.resolution, "auto");
+  hint("steps", of.sampling_steps, "auto");
+  hint("guidance", of.guidance, "auto");
   hint("prompt", of.instance_prompt, "a photo of sks dog on a beach");
   hint("base", of.base, "the one that the adapter names");
   const one = adapters.values();
@@ -100,7 +101,7 @@ function again(recipe) {
     axis.value = "";
     axis.dispatchEvent(new Event("change"));
   }
-  byId("f-base").value = "";
+  byId("f-base").value = recipe.base ?? "";
   const models = recipe.values.base ? [{ place: recipe.values.base }] : [];
   const learned = (recipe.values.embeddings ?? []).map((place) => ({ place }));
   adapters.show([...(recipe.loras ?? []), ...learned, ...models]);
@@ -156,8 +157,12 @@ const look = repeatedly(async () => {
   await showPictures();
 }, 2);
 
-form.addEventListener("input", changed);
-form.addEventListener("change", changed);
+for (const kind of ["input", "change"]) {
+  form.addEventListener(kind, () => {
+    touched = true;
+    changed();
+  });
+}
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   acting(byId("draw"), async () => {

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from sd3tune.errors import UserError
-from sd3tune.inference.parameters import MEMORY, MODEL, PANELS, Parameter
+from sd3tune.inference.parameters import PANELS, Parameter
 from sd3tune.invocation import command_line
 from sd3tune.model.base.offline import NANO, TINY_SHAPES
 from sd3tune.ui.drawing import OFFERED, SAMPLERS, examples, words_of
@@ -45,14 +45,16 @@ class Asked(BaseModel):
 
 @router.get("/try")
 def show(request: Request) -> Response:
-    panels = [(title or "Other", [one for one in _further() if one.panel == title]) for title in PANELS]
+    panels = [
+        (title or "Batches and missing files", [one for one in _further() if one.panel == title])
+        for title in (*PANELS[1:], PANELS[0])
+    ]
     return page(
         request,
         "try.html",
         title="Try",
         fields=OFFERED,
         panels=[(title, fields) for title, fields in panels if fields],
-        folded=(MODEL, MEMORY),
         samplers=SAMPLERS,
         bases=_BASES,
         axes=examples(),
@@ -99,8 +101,8 @@ async def recipe(request: Request, path: str) -> dict[str, Any]:
     picture = opened.path(path)
     found = await run_in_threadpool(described, opened, picture)
     shown = opened.shown(picture)
-    command = command_line("sd3tune", "infer", "--from", shown) if found.get("repeats") else None
-    return {**found, "path": shown, "command": command}
+    words = ["infer", "--from", shown, *(["--base", found["base"]] if found.get("base") else [])]
+    return {**found, "path": shown, "command": command_line("sd3tune", *words) if found.get("repeats") else None}
 
 
 @router.post("/api/try/command")
