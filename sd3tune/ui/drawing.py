@@ -68,15 +68,22 @@ def _option(workspace: Workspace, parameter: Parameter, value: Any, former: Any)
         is_cleared = value == "" and parameter.type is str and former not in (None, "")
         return [parameter.flag, ""] if is_cleared else []
     if isinstance(value, list):
-        if len(value) > _MOST or "" in value:
-            raise ConfigError(
-                f"{parameter.flag}: write a path or a name" if "" in value else f"{parameter.flag}: at most {_MOST}"
-            )
+        if "" in value or len(value) > _MOST:
+            raise ConfigError(f"{parameter.flag}: one to {_MOST} paths or names, none of them empty")
         return [word for one in value for word in (parameter.flag, _checked(workspace, parameter, one))]
     text = _checked(workspace, parameter, value)
-    known = parameter.default if parameter.name in JOB_PARAMETERS else None
-    known = parameter.read(former) if former is not None else known
+    known = _read(parameter, former)
+    if former is None and parameter.name in JOB_PARAMETERS:  # an image's other defaults depend on the adapter
+        known = parameter.default
     return [] if known is not None and parameter.read(text) == known else [parameter.flag, text]
+
+
+def _read(parameter: Parameter, former: Any) -> Any:
+    """Return the value of a recipe's text; None if it has none, or one that a stranger made up."""
+    try:
+        return None if former is None else parameter.read(former)
+    except ConfigError:
+        return None
 
 
 def _switch(parameter: Parameter, value: bool, is_override: bool) -> list[str]:

@@ -118,6 +118,8 @@ def test_a_text_of_the_recipe_can_be_cleared(tmp_path: Path) -> None:
     assert words == ["infer", "--from", "x.png", "--negative", ""]
     switched = drawing.words_of(workspace, {"from_picture": "x.png", "t5": False}, {"t5": True})
     assert switched == ["infer", "--from", "x.png", "--no-t5"]
+    mended = drawing.words_of(workspace, {"from_picture": "x.png", "steps": "4"}, {"steps": "many"})
+    assert mended == ["infer", "--from", "x.png", "--steps", "4"]
 
 
 def test_a_preview_is_drawn_with_the_checkpoint_of_its_step(folder: Path, open_page: OpenPage) -> None:

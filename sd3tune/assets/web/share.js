@@ -49,14 +49,16 @@ function showPush() {
   byId("repo").required = !about.repo_id;
   byId("privacy").textContent = about.private ? "A new repository is private; hub.private: false makes it public." : "A new repository is public, as the configuration says.";
   const total = uploads.reduce((sum, one) => sum + one.size, 0);
-  byId("up-sum").textContent = about.fault ?? `${uploads.length} files, ${bytes(total)}`;
+  byId("up-sum").textContent = `${uploads.length} files, ${bytes(total)}`;
+  byId("fault").textContent = about.fault ?? "";
+  byId("fault").hidden = !about.fault;
   put(byId("uploads"), uploads.map((one) => fileRow(one)));
   byId("left-out").textContent = about.left_out.length ? `Not drawn by this run, so not uploaded: ${about.left_out.join(", ")}` : "";
   const pictures = uploads.filter((one) => one.name.endsWith(".png") && !one.name.endsWith("over_time.png"));
   const options = pictures.reverse().map((one) => el("option", { value: `${about.run}/${one.name}` }, one.name.split("/").at(-1)));
   byId("thumbnail").replaceChildren(el("option", { value: "" }, "none"), ...options);
   byId("thumbnail").closest(".field").hidden = about.weights[0]?.kind !== "adapter" || !pictures.length;
-  byId("push").disabled = !token.ready || !about.finished;
+  byId("push").disabled = !token.ready || !about.finished || Boolean(about.fault);
   named();
 }
 
@@ -119,7 +121,7 @@ async function begin() {
   byId("runs").replaceChildren(...runs.map((one) => el("option", { value: one.place, selected: one.place === run }, one.name)));
   await show();
   look = repeatedly(async () => {
-    const mine = (job) => / (hub push|lora convert) /.test(job.command) && job.title.split(" ")[1] === about.name;
+    const mine = (job) => / (hub push|lora convert) /.test(job.command) && job.command.includes(about.run);
     const jobs = await followed(mine);
     put(byId("work"), jobs.map((job) => jobLine(job, look)));
     const now = jobs.filter((job) => job.state === "done").map((job) => job.id).join();

@@ -127,7 +127,7 @@ function startFrom(path) {
 
 function tile({ path, changed: time }) {
   const wide = /-(grid|before-after)(-\d+)?\.png$/.test(path);
-  return el("li", { class: wide ? "wide" : "" },
+  return el("li", { class: wide ? "sheet" : "" },
     el("button", { type: "button", class: "tile", "data-path": path, title: viewer.nameOf(path), onclick: () => viewer.open(path, pictures) },
       el("img", { src: address("/api/small", { path, side: wide ? 768 : 384, t: time }), alt: viewer.nameOf(path), loading: "lazy", decoding: "async" })));
 }
