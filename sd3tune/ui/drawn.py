@@ -22,6 +22,8 @@ from sd3tune.ui.workspace import Workspace
 _RECIPE_KEYS = {"base", "dtype"}
 """Keys of the recipes that `infer` writes, and previews lack."""
 _SHEETS = {"grid": "a grid", "before-after": "before and after"}
+_BY_CONTENT = ("loras", "embeddings", "base", "image", "mask")
+"""Parts that `infer --from` finds by their content or name."""
 _LONGEST = 4000
 """Characters of a value that are shown."""
 _MOST_BYTES = 4 * 2**30
@@ -81,7 +83,6 @@ def _preview(workspace: Workspace, picture: Path, recipe: Mapping[str, Any]) -> 
     found = PREVIEW_NAME.fullmatch(picture.name)
     step = int(found[1]) if found else None
     weights, note = _weights_at(source, step)
-    slg = recipe.get("slg")
     values: dict[str, Any] = {
         name: _text(value, name) for name, value in recipe.items() if name in image_request.PARAMETERS and name != "slg"
     }
@@ -125,13 +126,9 @@ def _values(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-_BY_CONTENT = ("loras", "embeddings", "base", "image", "mask")
-"""Parts that `infer --from` finds by their content or name."""
-
-
 def _adapters(workspace: Workspace, recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the recipe's adapters: name, weight, and place, which is None for one that is not found here."""
-    used = [one for one in recipe.get("loras") or [] if isinstance(one, dict)]
+    used = _objects(recipe, "loras")
     found = _by_content(workspace, {str(one.get("sha256")): str(one.get("name")) for one in used})
     loras = []
     for one in used:
@@ -176,18 +173,22 @@ def _in_words(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield parameter.name.replace("_", " "), recipe[str(parameter.recipe)]
     if isinstance(recipe.get("slg"), dict):
         yield "skip-layer guidance", recipe["slg"].get("scale")
-    for lora in recipe.get("loras") or []:
-        if isinstance(lora, dict):
-            yield "adapter", f"{lora.get('name')} at {_text(lora.get('weight'))}"
-    for one in recipe.get("embeddings") or []:
-        if isinstance(one, dict):
-            yield "embedding", one.get("name")
+    for lora in _objects(recipe, "loras"):
+        yield "adapter", f"{lora.get('name')} at {_text(lora.get('weight'))}"
+    for one in _objects(recipe, "embeddings"):
+        yield "embedding", one.get("name")
     yield "base", recipe.get("base")
     if isinstance(recipe.get("encoders"), list):
         yield "text encoders", ", ".join(map(str, recipe["encoders"]))
     for name in ("dtype", "quantize", "sd3tune"):
         if recipe.get(name) is not None:
             yield name, recipe[name]
+
+
+def _objects(recipe: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """Return a list of objects in a recipe, which may come from a stranger."""
+    value = recipe.get(key)
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _text(value: Any, name: str = "") -> str:

@@ -229,8 +229,15 @@ def test_a_strangers_texts_are_escaped(folder: Path, open_page: OpenPage) -> Non
     save_png(
         Image.new("RGB", (8, 8)), evil / "x.png", '{"base": "<script>", "dtype": "fp32", "prompt": "<img onerror>"}'
     )
+    odd = (
+        '{"base": [], "dtype": {}, "loras": 5, "embeddings": "x", "slg": 1, "size": "x", "steps": [[]], "encoders": 1}'
+    )
+    save_png(Image.new("RGB", (8, 8)), evil / "odd.png", odd)
     page = open_page(folder)
-    assert page.get("/api/try/recipe", params={"path": "images/x.png"}).headers["content-type"] == "application/json"
+    answer = page.get("/api/try/recipe", params={"path": "images/x.png"})
+    assert answer.headers["content-type"] == "application/json"
+    assert ["prompt", "<img onerror>"] in answer.json()["says"]
+    assert page.get("/api/try/recipe", params={"path": "images/odd.png"}).json()["loras"] == []
     shown = page.get("/try").text
     assert "<script>" not in shown.replace('<script type="module"', "")
 
