@@ -12,10 +12,14 @@ from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 from markdown_it.utils import EnvType, OptionsDict
 
+from sd3tune.config import yaml12
+
 _SCHEMES = ("http", "https", "mailto")
 _LONGEST = 2**20
 """Bytes of a card that are shown."""
 _FENCE = "---\n"
+_GALLERY = "<p>&lt;Gallery /&gt;</p>"
+"""How the Hub's own element is rendered here."""
 
 
 class _Renderer(RendererHTML):
@@ -23,29 +27,48 @@ class _Renderer(RendererHTML):
 
     def image(self, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
         token = tokens[index]
-        inside = _inside(str(token.attrs.get("src", "")))
         text = self.renderInlineAsText(token.children, options, env) if token.children else ""
-        if inside is None or not env["place"]:
-            return f"<em>{_escaped(text or 'a picture on another site')}</em>"
-        path = quote(f"{env['place']}/{inside}", safe="")
-        return f'<img src="/api/picture?path={path}" alt="{_escaped(text)}" loading="lazy">'
+        return _image(str(token.attrs.get("src", "")), text, env["place"])
 
     def link_open(self, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
         token = tokens[index]
-        if urlsplit(str(token.attrs.get("href", ""))).scheme not in _SCHEMES:
-            token.attrs.pop("href", None)
-        else:
-            token.attrs.update(target="_blank", rel="noopener noreferrer")
+        href = str(token.attrs.pop("href", ""))
+        shown = href if urlsplit(href).scheme in _SCHEMES else _address(href, env["place"])
+        if shown is not None:
+            token.attrs.update(href=shown, target="_blank", rel="noopener noreferrer")
         return self.renderToken(tokens, index, options, env)
 
 
-def _inside(source: str) -> str | None:
-    """Return the path of a picture below the card's folder; None for one elsewhere."""
-    split = urlsplit(source)
-    path = PurePosixPath(unquote(split.path))
-    if split.scheme or split.netloc or path.is_absolute() or ".." in path.parts or not path.parts:
+def _image(source: str, text: str, place: str) -> str:
+    address = _address(source, place)
+    if address is None:
+        return f"<em>{_escaped(text or 'a picture elsewhere')}</em>"
+    return f'<img src="{_escaped(address)}" alt="{_escaped(text)}" loading="lazy">'
+
+
+def _address(source: str, place: str) -> str | None:
+    """Return the page's address of a PNG below the card's folder; None for anything else."""
+    try:
+        split = urlsplit(source)
+    except ValueError:
         return None
-    return str(path)
+    path = PurePosixPath(unquote(split.path))
+    if split.scheme or split.netloc or path.is_absolute() or ".." in path.parts or path.suffix != ".png" or not place:
+        return None
+    return f"/api/picture?path={quote(f'{place}/{path}', safe='')}"
+
+
+def _gallery(header: str, place: str) -> str:
+    """Return the pictures that the Hub shows in place of `<Gallery />`: those of the header's `widget`."""
+    try:
+        widget = yaml12.parse(header).value["widget"]
+        shown = [(str(one["output"]["url"]), str(one["text"])) for one in widget]
+    except (yaml12.YamlError, LookupError, TypeError):
+        return ""
+    figures = (
+        f"<figure>{_image(url, text, place)}<figcaption>{_escaped(text)}</figcaption></figure>" for url, text in shown
+    )
+    return f'<div class="gallery">{"".join(figures)}</div>'
 
 
 def _escaped(text: str) -> str:
@@ -66,7 +89,7 @@ def read_card(file: Path) -> tuple[str, str]:
     return (header, rest) if fence and text.startswith(_FENCE) else ("", text)
 
 
-def as_html(markdown: str, place: str) -> str:
-    """Return the Markdown as HTML that holds no script, form or raw HTML; `place` is the folder of its pictures."""
+def as_html(header: str, markdown: str, place: str) -> str:
+    """Return a card as HTML that holds no script, form or raw HTML; `place` is the folder of its pictures."""
     environment: dict[str, Any] = {"place": place}
-    return str(_MARKDOWN.render(markdown, environment))
+    return str(_MARKDOWN.render(markdown, environment)).replace(_GALLERY, _gallery(header, place))

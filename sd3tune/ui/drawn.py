@@ -61,7 +61,7 @@ def described(workspace: Workspace, picture: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict) or not recipe.keys() >= _RECIPE_KEYS:
         note = "It holds no recipe of sd3tune: it was drawn elsewhere, or changed since."
         return {"says": [], "values": None, "note": note}
-    says = [[name, _text(value, name)[:_LONGEST]] for name, value in _in_words(recipe)]
+    says = [[name, _text(value, name)[:_LONGEST]] for name, value in _in_words(recipe) if value != ""]
     if "sheet" in recipe:
         kind = _SHEETS.get(str(recipe["sheet"]), "several pictures")
         return {"says": says, "values": None, "note": f"A sheet: {kind}. Its pictures can be drawn again."}

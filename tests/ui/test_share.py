@@ -20,14 +20,22 @@ OpenPage = Callable[..., TestClient]
 WRITTEN = Path(__file__).parents[1] / "compat" / "written" / "lora"
 CARD = """---
 license: other
+widget:
+  - text: a "sks" <b>dog</b>
+    output: {url: samples/step-000003-0.png}
+  - text: stolen
+    output: {url: "https://evil.example/y.png"}
 ---
 # rex
+
+<Gallery />
 
 ![first](samples/step-000003-0.png) ![away](https://evil.example/x.png) ![up](../../secret.png)
 
 <script>alert(1)</script> <img src=x onerror=alert(1)>
 
-[good](https://huggingface.co) [bad](javascript:alert(1)) [data](data:text/html,x)
+[good](https://huggingface.co) [bad](javascript:alert(1)) [data](data:text/html,x) [sheet](samples/over_time.png)
+[up](../x.png) [file](run.json) [host](//evil.example/x.png)
 
 | a | b |
 | --- | --- |
@@ -64,17 +72,20 @@ def share(page: TestClient, run: str = "runs/rex") -> dict[str, Any]:
 def test_the_card_is_rendered_without_anything_that_runs(folder: Path, open_page: OpenPage) -> None:
     shown = share(open_page(folder))
     card = shown["card"]
-    assert shown["header"] == "license: other"
+    assert shown["header"].startswith("license: other\n")
     assert "<h1>rex</h1>" in card
     assert "<td>2</td>" in card
     assert 'src="/api/picture?path=runs%2Frex%2Fsamples%2Fstep-000003-0.png"' in card
-    assert card.count("<img") == 1
+    assert card.count("<img") == 2
+    assert "<figcaption>a &quot;sks&quot; &lt;b&gt;dog&lt;/b&gt;</figcaption>" in card
+    assert "<em>stolen</em>" in card
+    assert 'href="/api/picture?path=runs%2Frex%2Fsamples%2Fover_time.png"' in card
     assert "&lt;script&gt;" in card
     assert "<script" not in card
     assert "javascript:" not in card.replace("[bad](javascript:alert(1))", "")
     assert "evil.example" not in card
     assert 'href="https://huggingface.co" target="_blank" rel="noopener noreferrer"' in card
-    assert card.count("href=") == 1
+    assert card.count("href=") == 2
 
 
 @pytest.mark.parametrize("text", ["", "no header\n", "---\nopen\n", "---\na: 1\n---\nrest\n"])
@@ -83,7 +94,7 @@ def test_a_card_keeps_all_of_its_text(text: str, tmp_path: Path) -> None:
     header, markdown = read_card(tmp_path / "README.md")
     assert (header, markdown) == (("a: 1", "rest\n") if "rest" in text else ("", text))
     assert read_card(tmp_path / "missing") == ("", "")
-    assert as_html("![x](a.png)", "") == "<p><em>x</em></p>\n"
+    assert as_html("", "![x](a.png)", "") == "<p><em>x</em></p>\n"
 
 
 def test_what_goes_up_is_what_a_push_sends(folder: Path, open_page: OpenPage) -> None:
@@ -135,6 +146,9 @@ def test_push_names_repository_and_thumbnail(
     asked = {"run": "runs/rex", "repo_id": "user/rex", "thumbnail": preview}
     command = page.post("/api/share/push", json=asked).json()["command"]
     assert command.endswith(f"hub push runs/rex --repo-id user/rex --thumbnail {preview}")
+    assert page.post("/api/share/command", json=asked).json()["command"] == command
+    missing = page.post("/api/share/command", json={"run": "runs/rex"}).json()
+    assert missing == {"command": None, "problems": ["Write the repository, such as user/name."]}
     assert page.post("/api/share/push", json={**asked, "repo_id": "--private"}).status_code == 422
     assert page.post("/api/share/push", json={**asked, "thumbnail": "runs/rex/run.json"}).status_code == 422
     assert page.post("/api/share/push", json={**asked, "thumbnail": "/etc/passwd"}).status_code == 403
@@ -143,8 +157,8 @@ def test_push_names_repository_and_thumbnail(
 def test_a_run_named_like_an_option_is_none(folder: Path, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sd3tune.ui.jobs.Jobs._start", lambda self, job: None)
     shutil.copytree(WRITTEN, folder / "--repo-id=evil")
-    job = open_page(folder).post("/api/share/push", json={"run": "--repo-id=evil"}).json()
-    assert job["command"].endswith("hub push ./--repo-id=evil")
+    job = open_page(folder).post("/api/share/push", json={"run": "--repo-id=evil", "repo_id": "user/rex"}).json()
+    assert job["command"].endswith("hub push ./--repo-id=evil --repo-id user/rex")
 
 
 def test_only_results_can_be_downloaded(folder: Path, open_page: OpenPage) -> None:

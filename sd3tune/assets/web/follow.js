@@ -1,5 +1,5 @@
 // The jobs that a page has started: their state, progress, faults and results, each with a way to stop it.
-import { acting, badge, el, get, post } from "./page.js";
+import { acting, badge, commandLine, el, get, post } from "./page.js";
 
 const LIVING = ["queued", "running"];
 const RECENT = 3;
@@ -17,8 +17,8 @@ export async function followed(isMine) {
   }));
 }
 
-/** A line about a job: what it does now, its results, or why it failed. */
-export function jobLine(job, look) {
+/** A line about a job: what it does now, its results, or why it failed; `withCommand` prints its command, too. */
+export function jobLine(job, look, withCommand = false) {
   const stop = el("button", { type: "button", class: "quiet", onclick: () => acting(stop, end) }, "Stop");
   async function end() {
     await post("/api/jobs/stop", { id: job.id });
@@ -31,6 +31,7 @@ export function jobLine(job, look) {
       el("span", { class: "job-title" }, job.title),
       LIVING.includes(job.state) ? stop : null,
       el("a", { class: "small", href: `/jobs?open=${encodeURIComponent(job.id)}` }, "Log")),
+    withCommand ? commandLine(job.command) : null,
     said(job, lines));
 }
 

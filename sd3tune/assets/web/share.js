@@ -1,6 +1,6 @@
 // Share: a run's card, its push to the Hub, other tools' formats, and downloads.
 import { followed, jobLine } from "./follow.js";
-import { acting, address, byId, el, get, notice, post, put, repeatedly } from "./page.js";
+import { acting, address, byId, commandLine, el, get, notice, post, put, repeatedly } from "./page.js";
 
 const MANY = 8;
 let run = new URLSearchParams(location.search).get("run") ?? "";
@@ -30,7 +30,7 @@ async function show() {
   byId("header-row").hidden = !about.header;
   byId("no-card").hidden = about.card !== "";
   showCard(about.card);
-  showPush();
+  await showPush();
   showForms();
   showResults();
 }
@@ -41,7 +41,7 @@ function showCard(html) {
   byId("card").replaceChildren(...parsed.body.childNodes);
 }
 
-function showPush() {
+async function showPush() {
   const { token, uploads } = about;
   put(byId("token"), words(token.text), token.link ? el("a", { href: token.link, target: "_blank", rel: "noopener noreferrer" }, " Make a token") : null);
   byId("token").className = token.ready ? "small soft" : "small warning";
@@ -58,14 +58,20 @@ function showPush() {
   const options = pictures.reverse().map((one) => el("option", { value: `${about.run}/${one.name}` }, one.name.split("/").at(-1)));
   byId("thumbnail").replaceChildren(el("option", { value: "" }, "none"), ...options);
   byId("thumbnail").closest(".field").hidden = about.weights[0]?.kind !== "adapter" || !pictures.length;
-  byId("push").disabled = !token.ready || !about.finished || Boolean(about.fault);
-  named();
+  return named();
 }
 
-/** The button says where the files go. */
-function named() {
-  const target = byId("repo").value.trim() || about.repo_id;
+const asked = () => ({ run, repo_id: byId("repo").value.trim(), thumbnail: byId("thumbnail").value });
+
+/** The button says where the files go, and the command does the same. */
+async function named() {
+  const sent = asked();
+  const target = sent.repo_id || about.repo_id;
   byId("push").textContent = target ? `Push to ${target}` : "Push";
+  const { command, problems } = await post("/api/share/command", sent);
+  if (JSON.stringify(sent) !== JSON.stringify(asked())) return;
+  put(byId("push-command"), command ? commandLine(command) : problems.map((line) => el("p", { class: sent.repo_id ? "problem small" : "soft small" }, line)));
+  byId("push").disabled = !command || !about.token.ready || !about.finished || Boolean(about.fault);
 }
 
 function showForms() {
@@ -92,11 +98,11 @@ function showResults() {
 byId("push-form").addEventListener("submit", (event) => {
   event.preventDefault();
   acting(byId("push"), async () => {
-    await post("/api/share/push", { run, repo_id: byId("repo").value.trim(), thumbnail: byId("thumbnail").value });
+    await post("/api/share/push", asked());
     await look();
   });
 });
-byId("repo").addEventListener("input", named);
+for (const id of ["repo", "thumbnail"]) byId(id).addEventListener("input", () => named().catch((error) => notice(error.message, true)));
 for (const button of document.querySelectorAll("[data-form]")) {
   button.addEventListener("click", () => acting(button, async () => {
     await post("/api/share/convert", { run, weights: byId("which").value, form: button.dataset.form });
@@ -123,7 +129,7 @@ async function begin() {
   look = repeatedly(async () => {
     const mine = (job) => / (hub push|lora convert) /.test(job.command) && job.command.includes(about.run);
     const jobs = await followed(mine);
-    put(byId("work"), jobs.map((job) => jobLine(job, look)));
+    put(byId("work"), jobs.map((job) => jobLine(job, look, true)));
     const now = jobs.filter((job) => job.state === "done").map((job) => job.id).join();
     if (now !== ended) await show();
     ended = now;

@@ -10,6 +10,7 @@ from starlette.responses import FileResponse, Response
 
 from sd3tune.config.sections.outputs import REPO_ID, REPO_ID_IN_WORDS
 from sd3tune.errors import ConfigError, UserError
+from sd3tune.invocation import command_line
 from sd3tune.publish.files import CARD
 from sd3tune.ui.card import as_html, read_card
 from sd3tune.ui.pictures import picture_type
@@ -55,7 +56,7 @@ def described(request: Request, run: str) -> dict[str, Any]:
         "name": shared.run.name,
         "finished": shared.is_finished,
         "header": header,
-        "card": as_html(markdown, opened.shown(shared.run)),
+        "card": as_html(header, markdown, opened.shown(shared.run)),
         "uploads": uploads,
         "fault": fault,
         "left_out": shared.left_out(),
@@ -80,19 +81,21 @@ def download(request: Request, run: str, name: str) -> Response:
     return FileResponse(file, media_type="application/octet-stream", filename=saved)
 
 
+@router.post("/api/share/command")
+def command(request: Request, asked: Push) -> dict[str, Any]:
+    """Return the command that pushes, or why there is none."""
+    try:
+        words = _push_words(Shared.of(workspace(request), asked.run), asked)
+    except UserError as error:
+        return {"command": None, "problems": error.problems}
+    return {"command": command_line("sd3tune", *words), "problems": []}
+
+
 @router.post("/api/share/push")
 def push(request: Request, asked: Push) -> dict[str, Any]:
     """Start the upload at once; it needs no GPU."""
     shared = Shared.of(workspace(request), asked.run)
-    if asked.repo_id and not REPO_ID.fullmatch(asked.repo_id):
-        raise ConfigError(f"{asked.repo_id}: cannot name a repository; {REPO_ID_IN_WORDS}")
-    words = ["hub", "push", shared.word(shared.run)]
-    words += ["--repo-id", asked.repo_id] if asked.repo_id else []
-    if asked.thumbnail:
-        picture = shared.workspace.path(asked.thumbnail)
-        picture_type(picture)
-        words += ["--thumbnail", shared.workspace.shown(picture)]
-    return jobs(request).add(words, f"Push {shared.run.name}", in_queue=False).as_json()
+    return jobs(request).add(_push_words(shared, asked), f"Push {shared.run.name}", in_queue=False).as_json()
 
 
 @router.post("/api/share/convert")
@@ -102,3 +105,19 @@ def convert(request: Request, asked: Convert) -> dict[str, Any]:
     source, out = shared.new_file(asked.weights, asked.form)
     words = ["lora", "convert", shared.word(source), "--to", asked.form, "--out", shared.word(out)]
     return jobs(request).add(words, f"Convert {shared.run.name} for {asked.form}", in_queue=False).as_json()
+
+
+def _push_words(shared: Shared, asked: Push) -> list[str]:
+    """Return the words behind `sd3tune`. Raises ConfigError for the name of no repository, NoPicture and Outside."""
+    words = ["hub", "push", shared.word(shared.run)]
+    if asked.repo_id:
+        if not REPO_ID.fullmatch(asked.repo_id):
+            raise ConfigError(f"{asked.repo_id}: cannot name a repository; {REPO_ID_IN_WORDS}")
+        words += ["--repo-id", asked.repo_id]
+    elif shared.hub().repo_id is None:
+        raise ConfigError("Write the repository, such as user/name.")
+    if asked.thumbnail:
+        picture = shared.workspace.path(asked.thumbnail)
+        picture_type(picture)
+        words += ["--thumbnail", shared.workspace.shown(picture)]
+    return words
