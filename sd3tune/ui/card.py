@@ -68,7 +68,7 @@ def _gallery(header: str, place: str) -> str:
     figures = (
         f"<figure>{_image(url, text, place)}<figcaption>{_escaped(text)}</figcaption></figure>" for url, text in shown
     )
-    return f'<div class="gallery">{"".join(figures)}</div>'
+    return f'<div class="widget">{"".join(figures)}</div>'
 
 
 def _escaped(text: str) -> str:
