@@ -21,9 +21,7 @@ export async function showPhotos(folder, resolution, caption) {
 
 function item(photo, caption) {
   return el("li", { class: "photo" },
-    el("div", { class: "frame" },
-      el("img", { src: thumbnail(photo.path, photo.changed), alt: photo.name, loading: "lazy", decoding: "async" }),
-      photo.crop ? cropBox(photo) : null,
+    el("div", { class: "frame" }, fitted(photo),
       photo.mask ? el("img", { class: "mask", src: thumbnail(photo.mask, photo.changed), alt: `Mask of ${photo.name}`,
         loading: "lazy" }) : null),
     el("div", { class: "about" },
@@ -33,14 +31,16 @@ function item(photo, caption) {
       photo.faults.map((fault) => el("p", { class: "warning small" }, fault))));
 }
 
-function cropBox(photo) {
-  const [wide, high] = photo.crop;
+/** The photo in a box of its shape, with the crop that training sees. */
+function fitted(photo) {
+  if (!photo.crop) return null;
   const [width, height] = photo.size.split("x").map(Number);
-  const box = el("span", { class: "crop", title: `Trained at ${photo.bucket}` });
-  const across = width >= height ? 1 : width / height; // share of the square frame that the photo covers
-  const down = width >= height ? height / width : 1;
-  box.style.width = `${100 * wide * across}%`;
-  box.style.height = `${100 * high * down}%`;
+  const [wide, high] = photo.crop;
+  const crop = wide * high < 0.999 ? el("span", { class: "crop", title: `Trained at ${photo.bucket}` }) : null;
+  if (crop) Object.assign(crop.style, { width: `${100 * wide}%`, height: `${100 * high}%` });
+  const box = el("div", { class: "fit" },
+    el("img", { src: thumbnail(photo.path, photo.changed), alt: photo.name, loading: "lazy", decoding: "async" }), crop);
+  Object.assign(box.style, { width: `${100 * Math.min(1, width / height)}%`, height: `${100 * Math.min(1, height / width)}%` });
   return box;
 }
 

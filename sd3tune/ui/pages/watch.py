@@ -52,6 +52,9 @@ def one(request: Request, run: str) -> dict[str, Any]:
     summary = runs.summary_json(opened, summarize_run(folder))
     if not facts:  # it waits, or encodes: the folder is written to when training begins
         summary |= {"state": job.state if job else "stopped"}
+    elif job and job.state == "failed" and summary["state"] != "running" and job.ended >= summary["active"] - 1:
+        reason = summary["reason"] or f"the command ended with exit code {job.code}; its log says why"
+        summary |= {"state": "failed", "reason": reason}
     active = summary["state"] == "running"
     return {
         **summary,
