@@ -10,11 +10,12 @@ import psutil
 from playwright.sync_api import Page, expect
 
 import sd3tune
-from tests.ui.chromium import PHONE, chromium, needs_chromium, opened, picture, served
+from tests.ui.chromium import PHONE, chromium, needs_chromium, opened, picture
+from tests.ui.process import served
 
 HEARTS = sorted((Path(sd3tune.__file__).parent / "assets" / "heart").iterdir())
-SETTINGS = {"train.steps": "200", "train.batch_size": "1", "checkpoint.every": "20", "preview.every": "50"}
-PATIENCE = 90_000
+SETTINGS = {"train.steps": "60", "train.batch_size": "1", "checkpoint.every": "10", "preview.every": "20"}
+PATIENCE = 300_000
 """Milliseconds to wait for a training on a busy machine."""
 
 pytestmark = needs_chromium
@@ -23,7 +24,7 @@ pytestmark = needs_chromium
 def test_photos_become_a_picture_although_the_trainer_is_killed(tmp_path: Path) -> None:
     folder = tmp_path / "work"
     folder.mkdir()
-    with served(folder) as (_, link), chromium() as browser:
+    with served(str(folder)) as link, chromium() as browser:
         _, page, errors = opened(browser, link)
         send_photos(page)
         assert (folder / "photos/heart/red-on-white.txt").read_text() == "a red sks shape, on <b>white</b>\n"
@@ -31,7 +32,7 @@ def test_photos_become_a_picture_although_the_trainer_is_killed(tmp_path: Path) 
         configure(page)
         written = (folder / "heart.yaml").read_text()
         assert "base: nano" in written
-        assert "steps: 200" in written
+        assert "steps: 60" in written
         picture(page, "settings", tmp_path)
         page.get_by_role("button", name="Start training").click()
         page.locator("#state").get_by_role("link", name="Watch").click()
@@ -39,9 +40,9 @@ def test_photos_become_a_picture_although_the_trainer_is_killed(tmp_path: Path) 
         expect(page.locator("#run-state")).to_have_text("failed", timeout=PATIENCE)
         page.get_by_role("button", name="Resume").click()
         expect(page.locator("#run-state")).to_have_text("done", timeout=PATIENCE)
-        expect(page.locator("#at-step")).to_have_text("step 200", timeout=PATIENCE)
+        expect(page.locator("#at-step")).to_have_text("step 60", timeout=PATIENCE)
         expect(page.locator("#log")).to_contain_text("resuming from step-")
-        for side in ("by the base", "at step 200"):
+        for side in ("by the base", "at step 60"):
             expect(page.locator(f".pair img[alt$='{side}']")).to_have_js_property("naturalWidth", 64)
         look_around(page, tmp_path)
         assert errors == []

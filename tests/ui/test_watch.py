@@ -22,6 +22,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "opened" / "runs" / "rex"
     shutil.copytree(WRITTEN, folder)
     (folder / "samples").mkdir(exist_ok=True)
+    prompts = "[a <b>ball</b>, {prompt: a cube, size: 64}]"
+    (folder / "config.yaml").write_text(f"preview: {{prompts: {prompts}}}\nmethod: {{rank: 4}}\n")
     for name in ("base-0", "step-000003-0", "step-000006-0"):
         Image.new("RGB", (64, 64), "teal").save(folder / "samples" / f"{name}.png")
     return folder
@@ -47,7 +49,7 @@ def test_a_finished_run_is_shown(page: TestClient, run: Path) -> None:
     assert [(one["step"], one["name"]) for one in previews["pictures"]] == [
         (None, "base-0.png"), (3, "step-000003-0.png"), (6, "step-000006-0.png"),
     ]  # fmt: skip
-    assert previews["prompts"] == []
+    assert previews["prompts"] == ["a <b>ball</b>", "a cube"]
     assert page.get("/api/run/small", params={**named, "name": "samples/base-0.png"}).status_code == 200
     assert page.get("/api/run/picture", params={**named, "name": "samples/base-0.png"}).status_code == 200
     assert "rank:" in page.get("/api/run/config", params=named).json()["text"]
