@@ -19,8 +19,18 @@ export async function showPhotos(folder, resolution, caption) {
   return found.photos.length;
 }
 
+/** Show what a command says about single photos below each that it names. */
+export function showFaults(lines) {
+  for (const old of document.querySelectorAll(".photo .said")) old.remove();
+  const faults = lines.filter((line) => /^(warning|error): /.test(line));
+  for (const place of byId("photos").children) {
+    const named = faults.filter((line) => line.split(/[ ,:()]+/).some((word) => word.split("/").pop() === place.dataset.name));
+    place.lastChild.append(...named.map((line) => el("p", { class: "said warning small" }, line.replace(/^\w+: /, ""))));
+  }
+}
+
 function item(photo, caption) {
-  return el("li", { class: "photo" },
+  return el("li", { class: "photo", "data-name": photo.name },
     el("div", { class: "frame" }, fitted(photo),
       photo.mask ? el("img", { class: "mask", src: thumbnail(photo.mask, photo.changed), alt: `Mask of ${photo.name}`,
         loading: "lazy" }) : null),
