@@ -79,6 +79,14 @@ class Job:
             return None
 
     @property
+    def ended(self) -> float:
+        """When the command ended, in seconds since 1970; 0 if it did not."""
+        try:
+            return (self.folder / _CODE).stat().st_mtime
+        except OSError:
+            return 0.0
+
+    @property
     def pid(self) -> int | None:
         """The process id of the living shell; None if it has ended."""
         try:

@@ -1,19 +1,22 @@
-"""Debian's Chromium, driven by Playwright, and the page as users start it: a process of its own."""
+"""Debian's Chromium, driven by Playwright, and pages for it."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import subprocess
-import sys
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import uvicorn
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+
+from sd3tune.ui.app import make_app
+from sd3tune.ui.security import Access, read_key
+from sd3tune.ui.workspace import Workspace
 
 PROGRAM = "/usr/bin/chromium"
 REQUIRED = os.environ.get("SD3TUNE_CHROMIUM") == "require"
@@ -31,25 +34,30 @@ _LARGEST = 150_000
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
+def chromium(*more: str) -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=PROGRAM, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=PROGRAM, args=[*ARGUMENTS, *more])
         yield browser
         browser.close()
 
 
 @contextmanager
-def served(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`sd3tune ui FOLDER` as a process, and the link that it prints; it is stopped as Ctrl-C does."""
-    program = [shutil.which("sd3tune") or sys.executable, *([] if shutil.which("sd3tune") else ["-m", "sd3tune"])]
-    command = [*program, "ui", str(folder), "--no-browser", "--json", *(words or ("--port", "0"))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+def served_here(folder: Path, port: int = 0) -> Iterator[str]:
+    """The page in a thread of this process; its link. Its queue runs, too."""
+    workspace = Workspace.opened_on([folder])
+    access = Access(read_key(workspace.jobs), folder=str(workspace.root))
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind(("127.0.0.1", port))
+    settings = uvicorn.Config(make_app(workspace, access), log_level="warning", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(settings)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
     try:
-        yield process, next(value["url"] for line in process.stdout if "url" in (value := json.loads(line)))
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/?token={access.token}"
     finally:
-        process.terminate()
-        process.communicate(timeout=30)
+        server.should_exit = True
+        thread.join(20)
 
 
 def opened(browser: Browser, link: str, **options: object) -> tuple[BrowserContext, Page, list[str]]:

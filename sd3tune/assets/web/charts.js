@@ -4,7 +4,8 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
 const drawn = new Map();
 
 /** Draw curves into an element, or update them: `x` values, and for each name an array of as many values. */
-export function chart(place, x, curves, { xLabel = "step", height = 240, points = false } = {}) {
+export function chart(place, x, curves, options = {}) {
+  const { xLabel = "step", height = 240, points = false } = options;
   const names = Object.keys(curves);
   const data = [x, ...Object.values(curves)];
   const known = drawn.get(place);
@@ -26,7 +27,7 @@ export function chart(place, x, curves, { xLabel = "step", height = 240, points 
     width: place.clientWidth || 400, height, scales: { x: { time: false } }, cursor: { y: false },
     axes: [{ ...axis }, { ...axis, size: 58 }], series: [{ label: xLabel }, ...series], legend: { live: true },
   }, data, place);
-  drawn.set(place, { plot, names });
+  drawn.set(place, { plot, names, options });
   resized.observe(place);
 }
 
@@ -37,7 +38,13 @@ const resized = new ResizeObserver((entries) => {
   }
 });
 
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => location.reload()); // a canvas keeps its colours
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { // a canvas keeps its colours
+  for (const [place, { plot, names, options }] of [...drawn]) {
+    drawn.delete(place);
+    plot.destroy();
+    chart(place, plot.data[0], Object.fromEntries(names.map((name, number) => [name, plot.data[number + 1]])), options);
+  }
+});
 
 /** Exponentially smoothed values, without a bias towards the first ones. */
 export function smoothed(values, keep) {

@@ -34,7 +34,7 @@ const title = (key) => String(key).replaceAll("_", " ");
 /** Return the form. `change(path, {value} or {raw})` is called for each change. */
 export function makeForm(schema, values, change) {
   definitions = schema.$defs;
-  const form = { values, change, controls: new Map() };
+  const form = { values, change, controls: new Map(), paths: new Map(), shapes: [], update: (now) => update(form, now) };
   const essentials = FIRST.map((path) => [path, nodeAt(schema, values, path)]).filter(([, node]) => node);
   const top = el("div", { class: "fields essentials" }, essentials.map(([path, node]) => field(form, path, node, path.join("."))));
   const skipped = new Set(["extends", "config_version"]);
@@ -43,7 +43,24 @@ export function makeForm(schema, values, change) {
   const plain = el("div", { class: "fields" }, keys.filter((key) => !isSection(key))
     .map((key) => field(form, [key], resolved(schema.properties[key]))));
   const rest = keys.filter(isSection).map((key) => section(form, [key], resolved(schema.properties[key])));
-  return { element: el("div", {}, top, general(plain), rest), controls: form.controls };
+  return Object.assign(form, { element: el("div", {}, top, general(plain), rest) });
+}
+
+/** Show other values in the same controls, except in the one that is being typed in. False if the sections differ. */
+function update(form, values) {
+  const shape = (of) => JSON.stringify(form.shapes.map((path) => {
+    const value = at(of, path);
+    return Array.isArray(value) ? value.length : value && (value.kind ?? true);
+  }));
+  if (shape(values) !== shape(form.values)) return false;
+  form.values = values;
+  for (const [control, path] of form.paths) {
+    const value = at(values, path);
+    if (control === document.activeElement) continue;
+    if (control.type === "checkbox") control.checked = Boolean(value);
+    else control.value = control.tagName === "SELECT" ? String(value) : shown(value);
+  }
+  return true;
 }
 
 const general = (plain) => el("details", { class: "section", "data-key": "general" }, el("summary", {}, "general"), plain);
@@ -62,6 +79,7 @@ function nodeAt(schema, values, path) {
 }
 
 function section(form, path, node) {
+  form.shapes.push(path);
   const { found, nullable } = sections(node);
   const value = at(form.values, path);
   const chosen = found.find((one) => kindOf(one) !== undefined && kindOf(one) === value?.kind) ?? found[0];
@@ -72,7 +90,7 @@ function section(form, path, node) {
   const fill = () => {
     if (filled || !details.open) return;
     filled = true;
-    details.append(inside(form, path, found, nullable, value, chosen));
+    details.append(inside(form, path, found, nullable, at(form.values, path), chosen));
   };
   details.addEventListener("toggle", fill);
   details.fillNow = () => { details.open = true; fill(); };
@@ -108,11 +126,13 @@ function shared(value, kind, found) {
 }
 
 function entries(form, path, node) {
+  form.shapes.push(path);
   return el("div", {}, (at(form.values, path) ?? []).map((_, number) => section(form, [...path, number], resolved(node.items))));
 }
 
 function labelled(form, path, name, help, control) {
   form.controls.set(path.join("."), control);
+  form.paths.set(control, path);
   const id = `f-${path.join("-")}-${form.controls.size}`;
   control.id = id;
   const text = el("span", { class: "help", id: `${id}-help` }, plainText(help));

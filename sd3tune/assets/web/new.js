@@ -1,7 +1,7 @@
 // New run: the steps from photos to a started training. The address holds the folder and the file; nothing else is kept.
 import { acting, badge, byId, commandLine, el, get, notice, post, put, repeatedly } from "./page.js";
 import { findSettings, makeForm } from "./form.js";
-import { sendPhotos, showPhotos } from "./photos.js";
+import { sendPhotos, showFaults, showPhotos } from "./photos.js";
 
 const query = new URLSearchParams(location.search);
 const draft = { file: query.get("file") ?? "", text: "", digest: "", checked: { problems: [], values: null } };
@@ -16,13 +16,18 @@ function keepAddress() {
 
 // Photos
 
-async function showFolder() {
+let showing = "";
+
+async function showFolder({ unlessShown = false } = {}) {
   const folder = byId("folder").value.trim();
   if (!folder) return;
   const values = draft.checked.values;
   const source = values?.data.sources[0];
   const resolution = values ? [values.data.resolution].flat()[0] : 1024;
-  await showPhotos(folder, resolution?.side ?? resolution, source?.caption ?? byId("caption").value);
+  const asked = [folder, resolution?.side ?? resolution, source?.caption ?? byId("caption").value];
+  if (unlessShown && JSON.stringify(asked) === showing) return;
+  await showPhotos(...asked);
+  showing = JSON.stringify(asked);
   keepAddress();
 }
 
@@ -46,7 +51,7 @@ function listenForPhotos() {
   const pick = byId("pick");
   pick.addEventListener("change", () => acting(pick, async () => { await take(pick.files); pick.value = ""; }));
   const show = byId("show-photos");
-  show.addEventListener("click", () => acting(show, showFolder));
+  show.addEventListener("click", () => acting(show, () => showFolder()));
   byId("folder").addEventListener("keydown", (event) => event.key === "Enter" && show.click());
 }
 
@@ -113,7 +118,10 @@ function showChecked(checked) {
       `${one.line ? `line ${one.line}: ` : ""}${one.key ? `${one.key}: ` : ""}${one.text}`))),
     ...(checked.notes ?? []).map((line) => el("li", { class: "soft small" }, line)));
   for (const control of document.querySelectorAll("#form [aria-invalid]")) control.removeAttribute("aria-invalid");
-  for (const one of checked.problems) draft.controls?.get(one.key)?.setAttribute("aria-invalid", "true");
+  const wrongKeys = new Set(checked.problems.map((one) => one.key));
+  for (const [control, path] of draft.form?.paths ?? []) {
+    if (wrongKeys.has(path.join("."))) control.setAttribute("aria-invalid", "true");
+  }
   const ready = checked.problems.length === 0;
   for (const id of ["plan", "examine"]) byId(id).disabled = !ready;
   byId("saved").textContent = ready ? "" : "not saved: see the problems below the YAML";
@@ -127,11 +135,11 @@ function goTo(line) {
 }
 
 function showForm(values) {
+  if (draft.form?.update(values)) return;
   const opened = [...document.querySelectorAll("#form details[open]")].map((one) => one.dataset.key);
-  const focused = document.activeElement?.closest("#form") ? [...(draft.controls ?? [])]
-    .find(([, control]) => control === document.activeElement)?.[0] : null;
+  const focused = [...(draft.form?.controls ?? [])].find(([, control]) => control === document.activeElement)?.[0];
   const made = makeForm(schema, values, change);
-  draft.controls = made.controls;
+  draft.form = made;
   byId("form").replaceChildren(made.element);
   for (let more = true; more;) {
     const closed = [...made.element.querySelectorAll("details:not([open])")].filter((one) => opened.includes(one.dataset.key));
@@ -142,8 +150,16 @@ function showForm(values) {
   if (focused) made.controls.get(focused)?.focus();
 }
 
-async function change(path, written) {
-  await acting(byId("yaml"), async () => {
+let working = Promise.resolve();
+
+/** Changes are made one after the other, each on the text that the one before has left. */
+function inTurn(action) {
+  working = working.then(action).catch((error) => notice(error.message, true));
+  return working;
+}
+
+function change(path, written) {
+  return inTurn(async () => {
     const edited = await post("/api/new/edit", { file: draft.file, text: draft.text, path, ...written });
     draft.text = byId("yaml").value = edited.text;
     showChecked(edited);
@@ -155,7 +171,7 @@ async function save() {
   if (draft.checked.problems.length) return;
   draft.digest = (await post("/api/new/save", { file: draft.file, text: draft.text, former: draft.digest })).digest;
   byId("saved").textContent = "saved";
-  if (byId("photos").children.length) await showFolder();
+  await showFolder({ unlessShown: true });
 }
 
 function listenForSettings() {
@@ -163,15 +179,11 @@ function listenForSettings() {
   let timer;
   box.addEventListener("input", () => {
     clearTimeout(timer);
-    timer = setTimeout(async () => {
-      try {
-        draft.text = box.value;
-        showChecked(await post("/api/new/check", { file: draft.file, text: draft.text }));
-        await save();
-      } catch (error) {
-        notice(error.message, true);
-      }
-    }, 400);
+    timer = setTimeout(() => inTurn(async () => {
+      draft.text = box.value;
+      showChecked(await post("/api/new/check", { file: draft.file, text: draft.text }));
+      await save();
+    }), 400);
   });
   box.addEventListener("scroll", () => (byId("lines").scrollTop = box.scrollTop));
   byId("find").addEventListener("input", () => findSettings(byId("form"), byId("find").value));
@@ -189,6 +201,7 @@ function ask(id, path, title) {
     place.removeAttribute("aria-busy");
     place.replaceChildren(el("h3", {}, title), commandLine(found.command), el("pre", { class: "log", tabindex: "0" },
       found.lines.map((line) => el("span", { class: kind(line) }, `${line}\n`))));
+    showFaults(found.lines);
   }));
 }
 

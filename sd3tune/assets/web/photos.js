@@ -19,11 +19,19 @@ export async function showPhotos(folder, resolution, caption) {
   return found.photos.length;
 }
 
+/** Show what a command says about single photos below each that it names. */
+export function showFaults(lines) {
+  for (const old of document.querySelectorAll(".photo .said")) old.remove();
+  const faults = lines.filter((line) => /^(warning|error): /.test(line));
+  for (const place of byId("photos").children) {
+    const named = faults.filter((line) => line.split(/[ ,:()]+/).some((word) => word.split("/").pop() === place.dataset.name));
+    place.lastChild.append(...named.map((line) => el("p", { class: "said warning small" }, line.replace(/^\w+: /, ""))));
+  }
+}
+
 function item(photo, caption) {
-  return el("li", { class: "photo" },
-    el("div", { class: "frame" },
-      el("img", { src: thumbnail(photo.path, photo.changed), alt: photo.name, loading: "lazy", decoding: "async" }),
-      photo.crop ? cropBox(photo) : null,
+  return el("li", { class: "photo", "data-name": photo.name },
+    el("div", { class: "frame" }, fitted(photo),
       photo.mask ? el("img", { class: "mask", src: thumbnail(photo.mask, photo.changed), alt: `Mask of ${photo.name}`,
         loading: "lazy" }) : null),
     el("div", { class: "about" },
@@ -33,14 +41,16 @@ function item(photo, caption) {
       photo.faults.map((fault) => el("p", { class: "warning small" }, fault))));
 }
 
-function cropBox(photo) {
-  const [wide, high] = photo.crop;
+/** The photo in a box of its shape, with the crop that training sees. */
+function fitted(photo) {
+  if (!photo.crop) return null;
   const [width, height] = photo.size.split("x").map(Number);
-  const box = el("span", { class: "crop", title: `Trained at ${photo.bucket}` });
-  const across = width >= height ? 1 : width / height; // share of the square frame that the photo covers
-  const down = width >= height ? height / width : 1;
-  box.style.width = `${100 * wide * across}%`;
-  box.style.height = `${100 * high * down}%`;
+  const [wide, high] = photo.crop;
+  const crop = wide * high < 0.999 ? el("span", { class: "crop", title: `Trained at ${photo.bucket}` }) : null;
+  if (crop) Object.assign(crop.style, { width: `${100 * wide}%`, height: `${100 * high}%` });
+  const box = el("div", { class: "fit" },
+    el("img", { src: thumbnail(photo.path, photo.changed), alt: photo.name, loading: "lazy", decoding: "async" }), crop);
+  Object.assign(box.style, { width: `${100 * Math.min(1, width / height)}%`, height: `${100 * Math.min(1, height / width)}%` });
   return box;
 }
 

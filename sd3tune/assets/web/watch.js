@@ -116,11 +116,12 @@ async function showCurves() {
   const pick = (values) => kept.map((number) => values[number]);
   const smooth = smoothed(curves.loss, Math.exp(-1 / Math.max(2, curves.loss.length / 40)));
   chart(byId("loss"), pick(curves.step), { smoothed: pick(smooth), "each step": pick(curves.loss) });
-  byId("loss-now").textContent = `rate ${(curves.lr.at(-1) ?? 0).toExponential(1)}`;
+  byId("loss-now").textContent = `learning rate ${(curves.lr.at(-1) ?? 0).toExponential(1)}`;
 }
 
 async function showHeldOut() {
   const lines = await get("/api/run/held-out", { run });
+  byId("by-sigma").hidden = !lines.length;
   byId("held-now").textContent = lines.length ? `${lines.at(-1).images} held-out images` : "";
   if (!lines.length) {
     put(byId("held"), el("p", { class: "soft small" }, "Nothing is held out. validation.holdout: 3 measures photos that are not trained on."));

@@ -39,7 +39,9 @@ def show(request: Request) -> Response:
 def listed(request: Request) -> list[dict[str, Any]]:
     """Return the runs in the opened folders, and all that this user began in a terminal; last active first."""
     opened = workspace(request)
-    return [runs.summary_json(opened, one) for one in list_runs(runs.places_of_runs(opened))]
+    started = {job.run: job for job in jobs(request).all() if job.words[:1] == ("train",)}  # the newest of each run
+    found = list_runs(runs.places_of_runs(opened))
+    return [with_job(runs.summary_json(opened, one), started.get(str(one.folder))) for one in found]
 
 
 @router.get("/api/run")
@@ -49,14 +51,12 @@ def one(request: Request, run: str) -> dict[str, Any]:
     folder = runs.known_run(opened, run)
     job = newest_job(request, folder)
     facts = read_run_file(folder)
-    summary = runs.summary_json(opened, summarize_run(folder))
-    if not facts:  # it waits, or encodes: the folder is written to when training begins
-        summary |= {"state": job.state if job else "stopped"}
+    summary = with_job(runs.summary_json(opened, summarize_run(folder)), job)
     active = summary["state"] == "running"
     return {
         **summary,
         "begun": bool(facts),
-        "base": (facts.get("base") or {}).get("name"),
+        "base": base.get("name") if isinstance(base := facts.get("base"), dict) else None,
         "facts": {name: facts[name] for name in _FACTS if name in facts},
         "report": runs.plain(facts.get("report")),
         "job": job.as_json() if job else None,
@@ -132,6 +132,23 @@ def resume_words(request: Request, folder: Path, job: Job | None) -> list[str]:
     if job is not None:
         return [*job.words, *([] if "--resume" in job.words else ["--resume"])]
     return ["train", workspace(request).shown(folder / CONFIG_FILE), "--resume"]
+
+
+def with_job(summary: dict[str, Any], job: Job | None) -> dict[str, Any]:
+    """Return a run's summary with what only its job knows.
+
+    A job waits, loads and encodes before the run folder shows it, and its exit code tells a killed run from a stopped
+    one.
+    """
+    if job is None or summary["state"] == "running":
+        return summary
+    state = job.state
+    if state in ("queued", "running"):
+        return {**summary, "state": state}
+    if state == "failed" and job.ended >= summary["active"] - 1:
+        reason = summary["reason"] or f"the command ended with exit code {job.code}; its log says why"
+        return {**summary, "state": state, "reason": reason}
+    return summary
 
 
 def newest_job(request: Request, folder: Path) -> Job | None:
