@@ -19,6 +19,7 @@ from sd3tune.cli.main import app
 from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
 from tests.test_docs import PAGES, ROOT, commands_to_type, name_of
+from tests.ui.process import served, text_of
 
 MODELS = {
     "stabilityai/stable-diffusion-3.5-medium": "tiny",
@@ -156,6 +157,10 @@ def test_the_commands_of_a_page_work_one_after_the_other(
         typed.add(frozenset(whole))
         if page.name == "config.md":  # a list, not a story
             shutil.rmtree(readers_folder / "runs", ignore_errors=True)
+        if words[0] == "ui":  # serves until it is ended
+            with served(*words[1:]) as link:
+                assert "New run" in text_of(link)
+            continue
         app(whole, standalone_mode=False)
         if "--out" in words:
             assert Path(words[words.index("--out") + 1]).exists(), words
