@@ -23,6 +23,8 @@ from sd3tune.cli.main import app
 from tests.test_docs import PAGES, ROOT, name_of, options_of
 
 CHROMIUM = shutil.which("chromium")
+PATIENCE = 120_000
+"""Milliseconds that the browser may take for anything, on a busy machine."""
 TARGETS = re.compile(r'<(?:a|img|link|script)\b[^>]*?\b(?:href|src)="([^"]*)"')
 COUNTED = ("li", "table", "tr", "pre", "h1", "h2", "h3", "h4", "br", "img", "details")
 
@@ -176,9 +178,11 @@ def address(site: Path) -> Iterator[str]:
 def test_a_reader_searches_and_turns_on_the_lights_without_a_request_to_another_host(address: str) -> None:
     from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
         page = browser.new_page(color_scheme="dark")
+        page.set_default_timeout(PATIENCE)
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         page.goto(f"{address}/")
