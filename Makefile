@@ -20,7 +20,7 @@ pip = $(BIN)/python -m pip install --disable-pip-version-check $(1) >> $(LOG) 2>
 	tail -n 15 $(LOG) >&2; echo "make: pip failed; its full output is in $(LOG)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-install crash fuzz check check-long build lock audit licences format bench check-gpu bench-gpu bench-quality nano docs clean
+.PHONY: help setup demo test test-install crash fuzz check check-long build lock audit licences format bench check-gpu bench-gpu bench-quality nano docs docs-site clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -108,6 +108,10 @@ nano: $(STAMP) ## Train the base nano from scratch into data/nano/nano (hours; c
 docs: $(STAMP) ## Regenerate docs/config.md and configs/schema.json from the schema
 	$(BIN)/python -m sd3tune.config.reference > docs/config.md
 	$(BIN)/python -m sd3tune config schema > configs/schema.json
+
+docs-site: $(STAMP) ## Write the site of the documentation to build/site; a dead link or anchor fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "to read it: $(BIN)/python -m http.server --directory build/site, then http://localhost:8000"
 
 clean: ## Remove .venv, caches and build outputs, but not runs/ and .cache/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

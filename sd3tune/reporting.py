@@ -13,9 +13,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar, overload
+
+from sd3tune import terminal
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -73,12 +75,16 @@ class Reporter:
     def message(self, kind: Kind, text: str, values: dict[str, Any], aside: bool) -> None:
         """Print one escaped line; `values` are its numbers and paths; `aside` lines go to standard error."""
         if aside or kind == "error":
-            _write(f"{text}\n", sys.stderr)
-        elif "tqdm" in sys.modules:
-            sys.modules["tqdm"].tqdm.write(text)  # above the bars
-            sys.stdout.flush()
+            _write(f"{terminal.coloured(text, kind, sys.stderr)}\n", sys.stderr)
         else:
-            _write(f"{text}\n", sys.stdout)
+            _write_above_bars(terminal.coloured(text, kind, sys.stdout))
+
+    def picture(self, text: str, png: Callable[[], bytes]) -> None:
+        """Show a picture on a terminal that can; on another one, the line `text`; elsewhere, nothing."""
+        if self.quiet or not sys.stdout.isatty():
+            return
+        protocol = terminal.picture_protocol(os.environ)
+        _write_above_bars(terminal.picture(png(), protocol) if protocol else text)
 
     def bar_of(self, bar: type[Bar]) -> type[Bar]:
         """Return the progress bar class to use instead of `bar`: a subclass, or a class with the same interface."""
@@ -108,6 +114,9 @@ class JsonReporter(Reporter):
     def object(self, kind: str, text: str, values: dict[str, Any]) -> None:
         """Print one object in a single write, so that it does not mix with output of other processes."""
         _write(json.dumps({"kind": kind, "text": text, **values}, default=str) + "\n", sys.stdout)
+
+    def picture(self, text: str, png: Callable[[], bytes]) -> None:
+        pass
 
     def bar_of(self, bar: type[Bar]) -> type[Bar]:
         return _silent(bar) if self.quiet else _as_json(bar, self)
@@ -170,6 +179,11 @@ def result(*lines: object, **values: Any) -> None:
         _report("result", line, values, aside=False)
 
 
+def show_picture(text: str, png: Callable[[], bytes]) -> None:
+    """Show a new picture in a terminal: the PNG that `png` makes, where it can be drawn, else the line `text`."""
+    current().picture(escaped(text), png)
+
+
 def _report(kind: Kind, line: object, values: dict[str, Any], aside: bool) -> None:
     text, reporter = escaped(str(line)), current()
     if isinstance(line, str):  # not for paths, which may begin with a prefix
@@ -216,6 +230,15 @@ def _counting_seconds(text: str) -> Iterator[None]:
         done.set()
         clock.join()
         _write("\n", sys.stderr)
+
+
+def _write_above_bars(text: str) -> None:
+    """Print a line to standard output, above the progress bars if there are any."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text)
+        sys.stdout.flush()
+    else:
+        _write(f"{text}\n", sys.stdout)
 
 
 def _write(text: str, to: TextIO) -> None:

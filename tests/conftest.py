@@ -26,7 +26,13 @@ from sd3tune.data.sampler import generator
 from sd3tune.model.base.parts import ENCODER_PARTS
 from sd3tune.model.base.resolve import resolve_base
 
-pytest_plugins = ("tests.run_files", "tests.released_files", "tests.nullgpu.fixture")
+pytest_plugins = (
+    "tests.run_files",
+    "tests.drawn_runs",
+    "tests.chromium",
+    "tests.released_files",
+    "tests.nullgpu.fixture",
+)
 
 WriteImages = Callable[[Path, int], Path]
 MakeConfig = Callable[..., Config]

@@ -22,7 +22,7 @@ PAGES = sorted(
      *(ROOT / "benchmarks").rglob("*.md")]
 )  # fmt: skip
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-PLACEHOLDERS = {"CONFIG", "C", "my.yaml", "rex.yaml"}
+PLACEHOLDERS = {"CONFIG", "C", "my.yaml", "rex.yaml", "face.yaml", "product.yaml"}
 """Names that stand for the reader's own file."""
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's, which some typer versions bring along
 

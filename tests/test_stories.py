@@ -19,6 +19,7 @@ from sd3tune.cli.main import app
 from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
 from tests.test_docs import PAGES, ROOT, commands_to_type, name_of
+from tests.ui.process import served, text_of
 
 MODELS = {
     "stabilityai/stable-diffusion-3.5-medium": "tiny",
@@ -30,7 +31,8 @@ MODELS = {
 """What a reader has and a test has not -> what stands for it."""
 SHORTER = {
     "train": ["model.base=tiny", "data.resolution=64", "train.steps=2", "train.batch_size=1",
-              "train.gradient_accumulation=1", "preview.every=1", "preview.steps=1", "model.max_sequence_length=16"],
+              "train.gradient_accumulation=1", "preview.every=1", "preview.steps=1", "model.max_sequence_length=16",
+              "schedule.warmup_steps=0"],
     "infer": ["--steps", "2", "--size", "64"],
     "plan": ["model.base=tiny", "data.resolution=64"],
 }  # fmt: skip
@@ -66,8 +68,9 @@ TEXT_ENCODER = {
 """What a downloaded file may hold besides."""
 STORIES = [page for page in PAGES if story(page)]
 IN_CHECK_LONG = {
-    "docs/config.md", "docs/inference.md", "docs/memory.md", "docs/textual-inversion.md", "examples/kohya/README.md",
-    "examples/masks/README.md", "examples/style/README.md", "examples/textual_inversion/README.md",
+    "docs/config.md", "docs/guides/cards.md", "docs/inference.md", "docs/memory.md", "docs/textual-inversion.md",
+    "examples/kohya/README.md", "examples/masks/README.md", "examples/style/README.md",
+    "examples/textual_inversion/README.md",
 }  # fmt: skip
 """Pages that take seconds and whose commands are tested elsewhere, too."""
 
@@ -148,13 +151,16 @@ def test_the_commands_of_a_page_work_one_after_the_other(
         shorter = SHORTER.get(words[0], [])
         if page.parent.name in ON_NANO:
             shorter = [word.replace("base=tiny", "base=nano") for word in shorter]
-            shorter += ["schedule.warmup_steps=0"] * (words[0] == "train")
         whole = [*words, *shorter, *as_typed(words)]
         if frozenset(whole) in typed:  # in a test, what stands for another base is the same one
             continue
         typed.add(frozenset(whole))
         if page.name == "config.md":  # a list, not a story
             shutil.rmtree(readers_folder / "runs", ignore_errors=True)
+        if words[0] == "ui":  # serves until it is ended
+            with served(*words[1:]) as link:
+                assert "New run" in text_of(link)
+            continue
         app(whole, standalone_mode=False)
         if "--out" in words:
             assert Path(words[words.index("--out") + 1]).exists(), words

@@ -22,6 +22,7 @@ def training_sigmas(count: int, shift: float) -> Tensor:
 
 
 def line(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Return the mixtures of latents and noise, [B, c, h, w], at noise levels `sigma` [B]."""
     sigma = sigma[:, None, None, None]
     return (1 - sigma) * latents + sigma * noise
 

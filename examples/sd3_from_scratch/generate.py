@@ -26,7 +26,7 @@ def use_accelerator() -> None:
 
 @torch.no_grad()
 def conditions(folder: Path, prompts: list[str], t5_length: int = 256) -> tuple[Tensor, Tensor]:
-    """Return the prompts' tokens and vectors. One encoder is in memory at a time: T5 has 4.7 billion parameters."""
+    """Return the prompts' tokens [B, 77 + t5_length, w] and vectors [B, p]. One encoder is in memory at a time."""
 
     def run(part: str, tokenizer: ClipTokenizer | T5Tokenizer, length: int):
         return load(folder, part)(torch.tensor([tokenizer(text, length) for text in prompts]))

@@ -1,7 +1,7 @@
 """7. LoRA: a small correction of a large matrix (Hu et al. 2021).
 
 Fine-tuning changes a matrix W only a little, and mostly in few directions. So W stays as it is, and W + B A is used
-instead, with a low A [r, in] and a narrow B [out, r]: 1 % of the numbers to train, and a file of a few megabytes.
+instead, with a low A [r, in] and a narrow B [out, r]. At rank 16 these are 2 % of a matrix of SD3.5 medium.
 """
 
 import json

@@ -6,7 +6,7 @@ A small network turns a picture into a few numbers, its features. For two sets o
 their features as those of two normal distributions; their distance is |m - n|^2 + tr(C + D - 2 (C D)^(1/2)).
 
 Why it needs many images: a covariance of d features has d (d + 1) / 2 numbers. With few pictures its small eigenvalues
-come out too small, so two sets of the same pictures seem apart. Compare only sets of equal size.
+come out too small, so two sets of the same kind seem apart. Compare only sets of equal size.
 """
 
 import argparse

@@ -34,7 +34,7 @@ def attention(*streams: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalise every token, then scale and shift it as the noise level asks."""
+    """Normalise every token, then scale and shift it; noise level and prompt decide how."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 

@@ -84,10 +84,8 @@ class T5Text(nn.Module):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         heads, eps = config["num_heads"], config["layer_norm_epsilon"]
-        self.buckets, self.farthest = (
-            config["relative_attention_num_buckets"],
-            config["relative_attention_max_distance"],
-        )
+        self.buckets = config["relative_attention_num_buckets"]
+        self.farthest = config["relative_attention_max_distance"]
         self.tokens = nn.Embedding(config["vocab_size"], config["d_model"])
         self.distances = nn.Embedding(self.buckets, heads)
         shape = (config["d_model"], config["d_kv"], heads, config["d_ff"], eps)

@@ -1,7 +1,7 @@
 """3. Pictures become small: the autoencoder. A latent has an eighth of the picture's height and width, and 16 channels.
 
-Trained to give back the picture that went in, it keeps what the eye sees and drops the rest. Diffusion in this small
-space costs a fiftieth of diffusion on pixels.
+Trained to give back the picture that went in, it keeps what the eye sees and drops the rest. This small space has a
+twelfth of the numbers, and a 64th of the places.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every place looks at every other: at the lowest resolution only, as the cost grows with their product."""
+    """Every place looks at every other: at the lowest resolution only, as the cost grows with their number squared."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()

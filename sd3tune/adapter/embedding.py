@@ -13,13 +13,13 @@ from torch import Tensor
 
 from sd3tune.adapter.file import ADAPTER_FILE, Adapter, contract_metadata, save_tensors
 from sd3tune.adapter.metadata import CONTRACT_KEY, is_safetensors, read_contract, read_tensors
+from sd3tune.adapter.names import EMBEDDING_FILE
 from sd3tune.errors import AdapterError
 from sd3tune.files.tensor_header import BadHeader, read_header
 from sd3tune.model.base.contract import WAY_OUT
 from sd3tune.model.load.learned_tokens import add_tokens, learn, names_of
 from sd3tune.model.load.text import TextEncoder
 
-EMBEDDING_FILE = "learned_embeds.safetensors"
 NAMES = ("clip_l", "clip_g")
 __all__ = [
     "EMBEDDING_FILE",

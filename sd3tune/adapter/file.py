@@ -25,6 +25,7 @@ from sd3tune.adapter.layouts import DORA_SCALE, MAGNITUDE
 from sd3tune.adapter.lycoris import Parts, kind_of, rank_of, scaled, size_of
 from sd3tune.adapter.metadata import CONTRACT_KEY, PEFT_KEY, PREFIX, is_safetensors, read_contract, read_tensors
 from sd3tune.adapter.modelspec import shown_metadata
+from sd3tune.adapter.names import ADAPTER_FILE as ADAPTER_FILE
 from sd3tune.adapter.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig, peft_metadata, read_peft
 from sd3tune.adapter.rearrange import READABLE, first_of, interpret, text_part
 from sd3tune.adapter.text_layouts import is_text, of_part, text_parts
@@ -32,8 +33,6 @@ from sd3tune.errors import AdapterError
 from sd3tune.files.atomic import new_file
 from sd3tune.files.tensors import save_sorted
 from sd3tune.model.base.contract import CONTRACT_VERSION, WAY_OUT
-
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)

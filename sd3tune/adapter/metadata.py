@@ -10,12 +10,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sd3tune.adapter.names import CONTRACT_KEY as CONTRACT_KEY
 from sd3tune.errors import AdapterError
 from sd3tune.files import json as json_files
 from sd3tune.files.tensor_header import MOST_BYTES, BadHeader, read_header
 from sd3tune.model.base.contract import WAY_OUT, check_contract
 
-CONTRACT_KEY, PEFT_KEY = "sd3tune", "lora_adapter_metadata"
+PEFT_KEY = "lora_adapter_metadata"
 PREFIX = "transformer."
 
 

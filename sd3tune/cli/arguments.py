@@ -8,9 +8,12 @@ from typing import Annotated, Optional
 
 import typer
 
+from sd3tune.cli.completion import complete_config
 from sd3tune.reporting import JsonReporter, Reporter, say
 
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")]
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.", autocompletion=complete_config)
+]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=50 or model.base=tiny."),

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from sd3tune.cli.completion import complete_run
 from sd3tune.cli.imports import quick_imports
 from sd3tune.errors import ConfigError
 from sd3tune.evaluation.request import CHECKPOINTS, KINDS, PROTOCOLS, EvalRequest, read_encoders
@@ -21,6 +22,7 @@ def evaluate(
         typer.Argument(
             metavar="RUN|ADAPTER|FOLDER",
             help="A run; an adapter, as for infer --lora; a model; or a folder of pictures.",
+            autocompletion=complete_run,
         ),
     ] = None,
     checkpoints: Annotated[

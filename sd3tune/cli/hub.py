@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from sd3tune.cli.completion import complete_run
 from sd3tune.cli.imports import quick_imports
 
 hub_app = typer.Typer(help="Share runs on the Hugging Face Hub.", no_args_is_help=True)
@@ -19,7 +20,9 @@ def hub() -> None:
 
 @hub_app.command()
 def push(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", autocompletion=complete_run)
+    ],
     repo_id: Annotated[
         Optional[str],  # noqa: UP045  typer reads the annotation at run time
         typer.Option(metavar="USER/NAME", help="The repository; by default the configuration's hub.repo_id."),

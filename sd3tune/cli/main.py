@@ -14,6 +14,7 @@ import typer
 from sd3tune import __version__
 from sd3tune.cli.arguments import ConfigArgument, Json, Overrides, Quiet, print_notes, take_reporter
 from sd3tune.cli.cache import cache_app
+from sd3tune.cli.completion import complete_preset
 from sd3tune.cli.data import data_app
 from sd3tune.cli.eval import evaluate
 from sd3tune.cli.fast_exit import exit_fast
@@ -22,6 +23,8 @@ from sd3tune.cli.imports import quick_imports, spin_briefly
 from sd3tune.cli.infer import infer
 from sd3tune.cli.lora import lora_app
 from sd3tune.cli.outcome import EXIT_CODES, run_app
+from sd3tune.cli.runs import report, runs
+from sd3tune.cli.ui import ui
 from sd3tune.config import dump_config, json_schema, load_config
 from sd3tune.errors import ConfigError
 from sd3tune.reporting import result, using
@@ -31,13 +34,15 @@ app = typer.Typer(
     help="Fine-tune Stable Diffusion 3 and 3.5 with LoRA.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 config_app = typer.Typer(help="Create, show and check configurations.", no_args_is_help=True)
 base_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.command()(infer)
+app.command()(runs)
+app.command()(report)
 app.command("eval")(evaluate)
+app.command()(ui)
 app.add_typer(cache_app, name="cache")
 app.add_typer(data_app, name="data")
 app.add_typer(lora_app, name="lora")
@@ -153,7 +158,10 @@ def list_presets() -> None:
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the run and of its folder.")],
     preset: Annotated[
-        str, typer.Option("--from", metavar="PRESET", help="The shipped configuration to start from.")
+        str,
+        typer.Option(
+            "--from", metavar="PRESET", help="The shipped configuration to start from.", autocompletion=complete_preset
+        ),
     ] = "dreambooth_sd35_medium",
     data: Annotated[
         Optional[str],  # noqa: UP045

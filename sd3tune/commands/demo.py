@@ -13,12 +13,13 @@ from PIL import Image
 import sd3tune
 from sd3tune.commands.train import run_training
 from sd3tune.config import Config, load_config, parse_config
+from sd3tune.config.run_folder import LOCK_FILE
 from sd3tune.errors import RunError, UserError
 from sd3tune.inference.pipeline import ImagePipeline
 from sd3tune.invocation import command_line
 from sd3tune.nano.tasks import CLASS_PROMPTS, Task, class_tasks, plain_tasks, share_right, subject_tasks
 from sd3tune.reporting import result, say
-from sd3tune.run.folder import LOCK_FILE, locked
+from sd3tune.run.folder import locked
 from sd3tune.sampling.contact_sheet import contact_sheet
 from sd3tune.sampling.sampler import SamplerSettings
 

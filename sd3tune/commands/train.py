@@ -42,8 +42,10 @@ from sd3tune.run.folder import (
     explain_write_errors,
     is_finished,
     locked,
+    recording_end,
 )
 from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
+from sd3tune.run.listing import remember_run
 from sd3tune.run.optimizer_fallback import with_working_optimizer
 from sd3tune.run.preflight import Plan, make_plan
 from sd3tune.run.report import closing_report, describe_learning, describe_next, describe_product, describe_speed
@@ -232,6 +234,8 @@ def _begin(
         stack.enter_context(explain_write_errors(plan.run))
         stack.enter_context(kept_in_place(plan.run))
         described = describe_run(plan.run, start_facts(plan, processes.world), state.step)
+        stack.enter_context(recording_end(plan.run))
+        remember_run(plan.run)
         write_text(plan.run / "config.yaml", dump_config(plan.config))
     contract = make_contract(plan)
     batches = make_batches(plan, encoded, processes)

@@ -54,3 +54,9 @@ def dump_text(text: str) -> str:
     """Return a text as a one-line YAML value, quoted if YAML 1.1 or 1.2 would read another type."""
     dumped = yaml.dump(text, Dumper=_Dumper, allow_unicode=True, width=2**20)
     return dumped.removesuffix("...\n").rstrip("\n")
+
+
+def dump_flow(value: Any) -> str:
+    """Return any plain value on one line, collections in brackets and braces."""
+    dumped = yaml.dump(value, Dumper=_Dumper, allow_unicode=True, width=2**20, default_flow_style=True, sort_keys=False)
+    return dumped.removesuffix("...\n").rstrip("\n")

@@ -1,4 +1,4 @@
-"""The run folder: of a configuration file inside one, and of a rehearsal."""
+"""The run folder: names of its files, the one around a configuration file, and the one of a rehearsal."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from sd3tune.files.own_json import read_object
 
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
+METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+LOCK_FILE = ".lock"
+"""Locked by the process that trains in the folder."""
 MARKER = "sd3tune_run"
 """Key that marks a `run.json` as written by a run; its value is the version of the folder's layout."""
 LAYOUT_VERSION = 1

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from sd3tune.adapter.embedding import EMBEDDING_FILE
-from sd3tune.adapter.file import ADAPTER_FILE
+from sd3tune.adapter.names import ADAPTER_FILE, EMBEDDING_FILE
 from sd3tune.config import load_config
 from sd3tune.config.dump import dump_values
 from sd3tune.config.public import public_config, without_paths

@@ -44,7 +44,7 @@ def write_card(run: Path, config: Config, contract: Mapping[str, Any], run_facts
 
 def refresh_card(run: Path) -> str | None:
     """Write the card of a finished run again, after an evaluation; see `write_card`. Raises UserError and OSError."""
-    return write_card(run, load_config(run / "config.yaml").config, _contract_of(run), read_run_file(run))
+    return write_card(run, load_config(run / "config.yaml").config, written_contract(run), read_run_file(run))
 
 
 def _is_unchanged_card(path: Path) -> bool:
@@ -65,7 +65,7 @@ def card_of(
     """Return the card for `repo_id`, or for the run folder if None. `step` marks a checkpoint of an unfinished run."""
     samples = last_previews(run, config.preview.texts)
     sheet = f"{SAMPLES}/{SHEET}" if samples and (run / SAMPLES / SHEET).is_file() else None
-    evaluation = _evaluation_of(run) if step is None else None
+    evaluation = evaluation_of(run) if step is None else None
     return card(Trained(config, contract, run_facts, samples, sheet, repo_id, step, evaluation))
 
 
@@ -77,7 +77,7 @@ def card_to_upload(run: Path, repo_id: str) -> bytes:
     written = (run / CARD).read_bytes()
     try:
         config = load_config(run / "config.yaml").config
-        parts = (run, config, _contract_of(run), read_run_file(run))
+        parts = (run, config, written_contract(run), read_run_file(run))
         ours = card_of(*parts, config.hub.repo_id).encode()
     except Exception:  # written by another version, or a source file was edited
         return written
@@ -100,7 +100,8 @@ def _sample(preview: Preview) -> Sample:
     return Sample(f"{SAMPLES}/{preview.path.name}", preview.step, drawing)
 
 
-def _contract_of(run: Path) -> dict[str, Any]:
+def written_contract(run: Path) -> dict[str, Any]:
+    """Return the contract of the weights in a run folder or a checkpoint. Raises UserError, OSError and NotJson."""
     if (run / ADAPTERS[0] / ADAPTER_FILE).is_file():
         return read_adapter(run).contract
     if (run / EMBEDDINGS[0] / EMBEDDING_FILE).is_file():
@@ -108,7 +109,8 @@ def _contract_of(run: Path) -> dict[str, Any]:
     return read_object(run / MODELS[0] / CONTRACT_FILE)
 
 
-def _evaluation_of(run: Path) -> dict[str, Any] | None:
+def evaluation_of(run: Path) -> dict[str, Any] | None:
+    """Return the content of a run's `eval.json`; None without a readable one."""
     try:
         return read_object(run / EVAL_FOLDER / EVAL_FILE)
     except (OSError, NotJson):

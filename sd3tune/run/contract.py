@@ -258,6 +258,7 @@ def start_facts(plan: Plan, world: int) -> dict[str, Any]:
         "versions": versions(),
         "seed": plan.config.seed,
         "world_size": world,
+        "steps": plan.config.train.total_steps,
         "device": plan.device.type,
         "gpu": gpu.name if gpu else None,
         "dtype": dtype_name(plan.dtype),

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3tune.config.run_folder import read_run_file
+from sd3tune.config.run_folder import METRICS_FILE, read_run_file
 from sd3tune.errors import RunError
 from sd3tune.methods import products
-from sd3tune.training.loop import METRICS_FILE
 from sd3tune.training.metrics import read_metrics
 
 

@@ -14,9 +14,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sd3tune.config.run_folder import LAYOUT_VERSION, MARKER, RUN_FILE, is_run_folder, read_run_file
+from sd3tune.config.run_folder import (
+    LAYOUT_VERSION,
+    LOCK_FILE,
+    MARKER,
+    METRICS_FILE,
+    RUN_FILE,
+    VALIDATION_FILE,
+    is_run_folder,
+    read_run_file,
+)
 from sd3tune.encode.report import megabytes
-from sd3tune.errors import RunError
+from sd3tune.errors import RunError, UserError
 from sd3tune.files.atomic import FULL, WriteError, is_temporary, remove_files, remove_unfinished, write_json
 from sd3tune.files.own_json import is_whole_number, read_lines
 from sd3tune.methods import products
@@ -26,12 +35,9 @@ from sd3tune.publish.files import is_product_name
 from sd3tune.publish.previews import SAMPLES, is_preview_name
 from sd3tune.tracking.trackers import is_log
 from sd3tune.training.checkpoint import list_checkpoints, read_state
-from sd3tune.training.loop import METRICS_FILE
 from sd3tune.training.metrics import Line, problem_of_measurement, read_metrics
 
-LOCK_FILE = ".lock"
 LOGS = "logs"
-VALIDATION_FILE = "validation.jsonl"
 BEST = "best"
 BEST_FILE, BEST_EVALUATED = "validation.json", "evaluation.json"
 """The measurement of the weights in `BEST`, by held-out loss or by `eval`."""
@@ -44,6 +50,10 @@ _PICTURE = re.compile(r"(base|step-\d+)-(prompt|class)\d+-seed\d+\.png")
 
 _OUTPUTS = (LOGS, SAMPLES, BEST, VALIDATION_FILE, EVALUATIONS_FILE, f"{EVAL_FOLDER}/{MEASURED}")
 """What an attempt measures and draws."""
+_LONGEST_REASON = 500
+"""Characters of an error that `run.json` keeps."""
+_PROBED = 0.2
+"""Seconds to wait for the lock: `listing.is_running` holds it for less than a millisecond."""
 
 
 def starting_checkpoint(run: Path, resume: bool) -> Path | None:
@@ -211,7 +221,7 @@ def holds_report(run: Path) -> bool:
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Lock the run folder, created if missing. Raises RunError if another process holds the lock."""
-    lock = FileLock(run / LOCK_FILE, blocking=False)
+    lock = FileLock(run / LOCK_FILE, timeout=_PROBED)
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -246,6 +256,31 @@ def explain_write_errors(run: Path) -> Iterator[None]:
         raise RunError(
             f"{error.refusal}; {way_out}, and run the same command with --resume to continue from {saved[-1].name}"
         ) from error
+
+
+@contextlib.contextmanager
+def recording_end(run: Path) -> Iterator[None]:
+    """Add `ended` to the `run.json` of an attempt that is stopped or fails: the `state`, and the `reason` in a line.
+
+    A killed process leaves none, and the next attempt removes it. Nothing is written if it cannot be.
+    """
+    try:
+        yield
+    except BaseException as error:
+        described = read_run_file(run)
+        if described and "report" not in described:
+            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            with contextlib.suppress(OSError, RunError):
+                write_json(run / RUN_FILE, {**described, "ended": {"state": state, "reason": _reason(error)}})
+        raise
+
+
+def _reason(error: BaseException) -> str | None:
+    """Return an error in one line; None for one that says nothing."""
+    if isinstance(error, UserError):
+        return error.problems[0]
+    text = " ".join(str(error).split())[:_LONGEST_REASON]
+    return f"{type(error).__name__}: {text}" if text else None
 
 
 def describe_stopped(run: Path) -> str:

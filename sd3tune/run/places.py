@@ -1,4 +1,4 @@
-"""Folders that runs share: the store and the drawn class images."""
+"""Places that runs share: the store, the drawn class images, and the list of this machine's runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from sd3tune.config import Config
+from sd3tune.model.base.offline import bases_dir
 
 
 def store_folder(config: Config) -> Path:
@@ -20,3 +21,8 @@ def store_folder(config: Config) -> Path:
 def class_image_folder(config: Config) -> Path:
     """Return the default folder for drawn class images, for sources that name none."""
     return store_folder(config) / "class-images"
+
+
+def list_of_runs() -> Path:
+    """Return the file that lists this user's runs: `$SD3TUNE_CACHE/runs.txt`, else `~/.cache/sd3tune/runs.txt`."""
+    return bases_dir().parent / "runs.txt"

@@ -102,11 +102,16 @@ def next_command(plan: Plan) -> str:
 
 def infer_command(method: Method, run: Path, prompt: str, seed: int = 0, options: Sequence[str] = ()) -> str:
     """Return the `infer` command for a run; steps, guidance, size and T5 length come from its contract."""
-    relative = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    relative = _from_here(run)
     what = method.infer_arguments(relative)
     seeded = ["--seed", str(seed)] if seed else []
     words = [*what, "--prompt", prompt, *seeded, *options, "--out", str(relative / "images")]
     return command_line("sd3tune", "infer", *words)
+
+
+def _from_here(run: Path) -> Path:
+    """Return the folder as a user would type it."""
+    return run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
 
 
 def describe_speed(skipped: Collection[int], steps: int, seconds: float) -> list[str]:
@@ -147,7 +152,7 @@ def describe_product(plan: Plan, report: Mapping[str, Any]) -> str:
 
 
 def describe_next(plan: Plan) -> list[str]:
-    """Return the lines with contact sheet, card and next command."""
+    """Return the lines with contact sheet, card and next commands."""
     sheet, card = plan.run / SAMPLES / SHEET, plan.run / CARD
     return [
         *([f"pictures  {sheet}"] if sheet.is_file() else []),
@@ -155,6 +160,7 @@ def describe_next(plan: Plan) -> list[str]:
         "",
         "next:",
         f"  {next_command(plan)}",
+        f"  {command_line('sd3tune', 'report', str(_from_here(plan.run)))}",
     ]
 
 

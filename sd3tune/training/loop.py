@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
+from sd3tune.config.run_folder import METRICS_FILE
 from sd3tune.config.schema import Config
 from sd3tune.errors import RunError
 from sd3tune.methods import Method
@@ -24,8 +25,6 @@ from sd3tune.training.step import TrainState, train_step
 
 if TYPE_CHECKING:
     from sd3tune.reporting import Bar
-
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from sd3tune.cli.main import app
 from sd3tune.commands import demo
 from sd3tune.commands.demo import OUTPUTS, run_demo
 from sd3tune.config import dump_config, load_config
+from sd3tune.config.run_folder import LOCK_FILE
 from sd3tune.errors import RunError
 from sd3tune.nano.oracle import read
 from sd3tune.nano.world import SUBJECT
-from sd3tune.run.folder import LOCK_FILE, locked
+from sd3tune.run.folder import locked
 
 
 @pytest.fixture

@@ -202,6 +202,7 @@ NO_CAPTION = source("{path: photos}")
 NO_MASKS = steps(written("", "empty/notes.txt"), source("{path: photos, masks: empty}"))
 LORA = ("--lora", "lora.safetensors", "--base", "tiny", "--size", "64")
 
+begun_run = written('{"sd3tune_run": 1}', "run/run.json")
 CASES = [
     Case("config", "a key that does not exist", CHECK, "did you mean 'rank'", edited("rank: 2,", "rnk: 2,")),
     Case("config", "a section that does not exist", CHECK, "did you mean 'model'", edited("model:", "modle:")),
@@ -874,6 +875,10 @@ CASES = [
     ),
     Case("hub", "a push to nowhere", ("hub", "push", "done"), "--repo-id", finished_run),
     Case("hub", "a push to an invalid repository", ("hub", "push", "done", "--repo-id", "dog"), "'dog'", finished_run),
+    Case("runs", "a report on another folder", ("report", "photos"), "not a run folder"),
+    Case("runs", "a report written to a folder", ("report", "run", "--out", "photos"), "is a folder", begun_run),
+    Case("runs", "a comparison of a run with itself", ("report", "run", "run/"), "named twice", begun_run),
+    Case("runs", "a list of a folder that is not there", ("runs", "missing"), "no such folder"),
     Case("flags", "a run folder that is a file", (*TRAIN, "output_dir=photos/0.png"), "is a file"),
     Case("flags", "a run folder full of other things", (*TRAIN, "output_dir=photos"), "not empty"),
     Case(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ from PIL import Image
 from sd3tune.encode.resources import release
 from sd3tune.files.png_recipe import RECIPE_KEY, save_png
 from sd3tune.publish.previews import SAMPLES, SHEET
-from sd3tune.reporting import say
+from sd3tune.reporting import say, show_picture
 from sd3tune.run.callbacks.base import RunCallback, Setup
 from sd3tune.run.drawing import draw_prompts, wanted_preview
 from sd3tune.run.encoding import Encoded
@@ -25,6 +26,8 @@ from sd3tune.tracking.trackers import Trackers
 from sd3tune.training.loop import View
 
 BASE = "base"
+_SHOWN = 6
+"""Pictures of a step that a terminal shows."""
 
 
 class Previews(RunCallback):
@@ -62,6 +65,7 @@ class Previews(RunCallback):
             self._draw_missing(BASE, view, view.method.disabled(view.transformer))
             self._draw_missing(name, view, view.method.as_exported(view.transformer, view.weights))
             self._write_sheet()
+            self._show(name)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -91,6 +95,18 @@ class Previews(RunCallback):
             save_png(image, path, self._recipe(number))
             if fault := fault_of(image):
                 say(f"warning: {path}: {fault}")
+
+    def _show(self, name: str) -> None:
+        """Show a step's new pictures in the terminal."""
+        paths = [self._path(name, number) for number in range(len(self.pictures))]
+
+        def strip() -> bytes:
+            file = io.BytesIO()
+            contact_sheet([[Image.open(path) for path in paths[:_SHOWN]]]).save(file, format="PNG")
+            return file.getvalue()
+
+        more = len(paths) - 1
+        show_picture(f"preview   {paths[0]}" + f" and {more} more" * (more > 0), strip)
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / f"{name}-{number}.png"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sd3tune.config.run_folder import VALIDATION_FILE
 from sd3tune.data.sampler import generator
 from sd3tune.files.atomic import new_folder, write_json, write_text
 from sd3tune.flow.objective import offset_noise, velocity_loss, velocity_target
@@ -22,7 +23,7 @@ from sd3tune.model.load.text import on_device
 from sd3tune.reporting import progress_bar, say
 from sd3tune.run.callbacks.base import RunCallback, Setup
 from sd3tune.run.encoding import Encoded
-from sd3tune.run.folder import BEST, BEST_FILE, VALIDATION_FILE, read_validation
+from sd3tune.run.folder import BEST, BEST_FILE, read_validation
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes
 from sd3tune.tracking.trackers import Trackers
