@@ -23,7 +23,7 @@ NANO: Literal["nano"] = "nano"
 NANO_FOLDER = Path(sd3tune.__file__).parent / "assets" / NANO
 EARLIER_NANOS = {"nano-1": "e2de2265af9dcc50d9f82f5d77ae7576ad44c9ff54f4a9e6fc488e41df889997"}
 """Name of an earlier version of nano -> the fingerprint of its transformer. Their files still name it `nano`."""
-_NANO_FOLDERS = {NANO: NANO_FOLDER, "nano-1": NANO_FOLDER}  # nano-1 is today's nano until that is trained anew
+_NANO_FOLDERS = {NANO: NANO_FOLDER, "nano-1": NANO_FOLDER.with_name("nano-1")}
 OFFLINE = (*TINY_SHAPES, *_NANO_FOLDERS)
 
 
