@@ -45,7 +45,9 @@ def test_a_picture_is_drawn_and_drawn_again_from_its_recipe(tmp_path: Path) -> N
         repeat(page)
         assert is_equal(folder / f"{DRAWN}.png", folder / f"{DRAWN}-2.png")
         compare_checkpoints(page)
-        assert not is_equal(folder / f"{DRAWN}-lora-step-000030.png", folder / f"{DRAWN}-lora-step-000060.png")
+        assert not is_equal(
+            folder / f"{DRAWN}-lora-step-000030-weight-1.png", folder / f"{DRAWN}-lora-step-000060-weight-1.png"
+        )
         look_around(page, tmp_path)
         share(page, tmp_path)
         assert errors == []
