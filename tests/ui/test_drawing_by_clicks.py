@@ -13,7 +13,8 @@ from playwright.sync_api import Page, expect
 import sd3tune
 from sd3tune.files.tensor_header import read_header
 from tests.run_files import CONSOLE_SCRIPT
-from tests.ui.chromium import PHONE, chromium, needs_chromium, opened, picture, served
+from tests.ui.chromium import PHONE, chromium, needs_chromium, opened, picture
+from tests.ui.process import served
 
 HEARTS = Path(sd3tune.__file__).parent / "assets" / "heart"
 TRAINING = """\
@@ -38,7 +39,7 @@ def test_a_picture_is_drawn_and_drawn_again_from_its_recipe(tmp_path: Path) -> N
     shutil.copytree(HEARTS, folder / "photos")
     (folder / "heart.yaml").write_text(TRAINING)
     subprocess.run([CONSOLE_SCRIPT, "train", "heart.yaml"], cwd=folder, check=True)
-    with served(folder) as (_, link), chromium() as browser:
+    with served(str(folder)) as link, chromium() as browser:
         _, page, errors = opened(browser, link)
         page.get_by_role("link", name="Try").click()
         draw(page)
