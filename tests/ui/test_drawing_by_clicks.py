@@ -23,9 +23,9 @@ model: {base: nano, max_sequence_length: 16}
 method: {kind: lora, rank: 8, alpha: 8}
 data: {sources: [{path: photos}], resolution: 64}
 optimizer: {lr: 2.0e-3}
-train: {steps: 60, batch_size: 4}
-checkpoint: {every: 30}
-preview: {every: 60, steps: 8, prompts: ["an orange sks on black", "a blue sks on green"]}
+train: {steps: 40, batch_size: 4}
+checkpoint: {every: 20}
+preview: {every: 40, steps: 8, prompts: ["an orange sks on black", "a blue sks on green"]}
 """
 PROMPT, DRAWN = "an orange sks on black", "images/an-orange-sks-on-black-seed3"
 PATIENCE = 300_000
@@ -47,7 +47,7 @@ def test_a_picture_is_drawn_and_drawn_again_from_its_recipe(tmp_path: Path) -> N
         assert is_equal(folder / f"{DRAWN}.png", folder / f"{DRAWN}-2.png")
         compare_checkpoints(page)
         assert not is_equal(
-            folder / f"{DRAWN}-lora-step-000030-weight-1.png", folder / f"{DRAWN}-lora-step-000060-weight-1.png"
+            folder / f"{DRAWN}-lora-step-000020-weight-1.png", folder / f"{DRAWN}-lora-step-000040-weight-1.png"
         )
         look_around(page, tmp_path)
         share(page, tmp_path)
