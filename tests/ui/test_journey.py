@@ -10,17 +10,16 @@ import psutil
 from playwright.sync_api import Page, expect
 
 import sd3tune
-from tests.ui.chromium import PHONE, chromium, needs_chromium, opened, picture
+from tests.ui.chromium import PHONE, WRITES_PICTURES, chromium, needs_chromium, opened, picture
 from tests.ui.process import served
 
 HEARTS = sorted((Path(sd3tune.__file__).parent / "assets" / "heart").iterdir())
+STEPS = "250" if WRITES_PICTURES else "40"
 SETTINGS = {
-    "train.steps": "60",
-    "train.batch_size": "1",
-    "validation.holdout": "1",
-    "checkpoint.every": "10",
-    "preview.every": "20",
-}
+    "train.steps": STEPS, "train.batch_size": "4" if WRITES_PICTURES else "1", "validation.holdout": "1",
+    "checkpoint.every": "10", "preview.every": "25" if WRITES_PICTURES else "20",
+    "preview.prompts": '["a red sks shape on a white background"]',
+}  # fmt: skip
 PATIENCE = 300_000
 """Milliseconds to wait for a training on a busy machine."""
 
@@ -38,7 +37,9 @@ def test_photos_become_a_picture_although_the_trainer_is_killed(tmp_path: Path) 
         configure(page)
         written = (folder / "heart.yaml").read_text()
         assert "base: nano" in written
-        assert "steps: 60" in written
+        assert f"steps: {STEPS}" in written
+        page.evaluate("document.getElementById('settings').scrollIntoView()")
+        page.evaluate("document.getElementById('yaml').scrollTop = 330")  # below the header
         picture(page, "settings", tmp_path)
         page.get_by_role("button", name="Start training").click()
         page.locator("#state").get_by_role("link", name="Watch").click()
@@ -46,9 +47,9 @@ def test_photos_become_a_picture_although_the_trainer_is_killed(tmp_path: Path) 
         expect(page.locator("#run-state")).to_have_text("failed", timeout=PATIENCE)
         page.get_by_role("button", name="Resume").click()
         expect(page.locator("#run-state")).to_have_text("done", timeout=PATIENCE)
-        expect(page.locator("#at-step")).to_have_text("step 60", timeout=PATIENCE)
+        expect(page.locator("#at-step")).to_have_text(f"step {STEPS}", timeout=PATIENCE)
         expect(page.locator("#log")).to_contain_text("resuming from step-")
-        for side in ("by the base", "at step 60"):
+        for side in ("by the base", f"at step {STEPS}"):
             expect(page.locator(f".pair img[alt$='{side}']")).to_have_js_property("naturalWidth", 64)
         look_around(page, tmp_path)
         assert errors == []
