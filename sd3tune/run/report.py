@@ -159,8 +159,8 @@ def describe_next(plan: Plan) -> list[str]:
         *([f"card      {card}"] if card.is_file() else []),
         "",
         "next:",
-        f"  {next_command(plan)}",
         f"  {command_line('sd3tune', 'report', str(_from_here(plan.run)))}",
+        f"  {next_command(plan)}",
     ]
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.config.edit import Raw, with_value
+from sd3tune.config.extends import KEY, PRESET
 from sd3tune.config.files import read_text
 from sd3tune.config.from_preset import UserValues, text_from_preset
 from sd3tune.config.loader import load_text
 from sd3tune.config.presets import Preset, find_preset
 from sd3tune.config.schema import Config
 from sd3tune.config.shape import paths_in, value_at
-from sd3tune.config.yaml12 import KeyPath
+from sd3tune.config.yaml12 import KeyPath, YamlError, parse
 from sd3tune.errors import ConfigError, UserError
 from sd3tune.files.atomic import write_text
 from sd3tune.invocation import command_line
@@ -72,7 +73,12 @@ class Draft:
         return read_text(str(self.file))
 
     def save(self, text: str, former: str) -> str:
-        """Write the text, and return its digest. Raises ConfigError if the file is no longer the one of `former`."""
+        """Write the text, and return its digest.
+
+        Raises ConfigError for a text with problems, and if the file is no longer the one of `former`.
+        """
+        if problems := self.check(text)["problems"]:
+            raise ConfigError(*(one["text"] for one in problems))
         if digest(self.text()) != former:
             raise ConfigError(f"{self.file.name}: was changed meanwhile, by another page or program; reload the page")
         write_text(self.file, text)
@@ -82,6 +88,7 @@ class Draft:
         """Return the problems with their lines, the values and the notes."""
         name = self.workspace.shown(self.file)
         try:
+            _check_extended(self.workspace, text)
             loaded = load_text(text, str(self.file))
         except UserError as error:
             return {"problems": [_placed(line, self.file) for line in error.problems], "notes": [], "values": None}
@@ -90,6 +97,7 @@ class Draft:
             "problems": problems,
             "notes": loaded.notes,
             "values": loaded.config.model_dump(mode="json"),
+            "photos": self.workspace.shown(Path(loaded.config.data.sources[0].path)),
             "run": loaded.config.output_dir,
             "command": command_line("sd3tune", "train", name),
         }
@@ -126,6 +134,18 @@ def outside(workspace: Workspace, config: Config) -> list[str]:
         if is_path(text, workspace.root) and not workspace.holds(Path(text)):
             found.append(f"{key}: {text}: outside the opened folders; open them, too: sd3tune ui . FOLDER")
     return found
+
+
+def _check_extended(workspace: Workspace, text: str) -> None:
+    """Raise Outside if a text extends a file outside the opened folders, before that file is read."""
+    try:
+        values = parse(text).value
+    except YamlError:
+        return  # which the loader explains
+    names = values.get(KEY) if isinstance(values, dict) else None
+    for name in names if isinstance(names, list) else [names]:
+        if isinstance(name, str) and not name.startswith(PRESET):
+            workspace.path(os.path.expanduser(name))
 
 
 def edited(text: str, path: Sequence[str | int], value: Any, raw: str | None) -> str:

@@ -65,8 +65,13 @@ class Source:
 def sources(workspace: Workspace) -> list[Source]:
     """Return what can be drawn with: runs, the last active first, then files."""
     runs = [run_source(run.folder) for run in list_runs(workspace.folders, everywhere=False)]
-    files = [source for folder in workspace.folders for source in _files_below(folder)]
-    return [source for source in runs if source.weights] + list({one.place: one for one in files}.values())
+    files = {one.place: one for folder in workspace.folders for one in _files_below(folder)}
+    return [source for source in (*runs, *files.values()) if source.weights and _is_inside(workspace, source)]
+
+
+def _is_inside(workspace: Workspace, source: Source) -> bool:
+    """Return whether no link leads out of the opened folders."""
+    return all(workspace.holds(one.file) for one in source.weights)
 
 
 def run_source(run: Path) -> Source:

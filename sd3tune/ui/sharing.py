@@ -73,10 +73,12 @@ class Shared:
         return pictures_left_out(self.run)
 
     def results(self) -> dict[str, Path]:
-        """Return name -> file of what can be downloaded: weights, converted files, card, configuration and pictures."""
+        """Return name -> file of what can be downloaded: weights, converted files, card and pictures.
+
+        The configuration is left out, as it holds paths of this machine; the uploaded one does not.
+        """
         converted = {path.name: path for path in sorted(self.run.glob(f"*{SUFFIX}")) if not path.name.startswith(".")}
-        texts = {name: self.run / name for name in (CARD, CONFIG)}
-        found = {**files_of_product(self.run), **converted, **texts, **pictures_of_run(self.run)}
+        found = {**files_of_product(self.run), **converted, CARD: self.run / CARD, **pictures_of_run(self.run)}
         return {name: path for name, path in found.items() if path.is_file() and not path.is_symlink()}
 
     def new_file(self, weights: str, form: str) -> tuple[Path, Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sd3tune.commands.train import run_training
-from sd3tune.html_report.page import comparison_page, report_page
+from sd3tune.html_report.page import WEB, comparison_page, report_page
 from sd3tune.html_report.read import read_run
 from sd3tune.run.folder import locked
 from tests.drawn_runs import EVIL, Page
@@ -161,3 +161,10 @@ def test_runs_are_compared(drawn_run: Path, of_earlier_version: Path) -> None:
     assert "train.steps 2 6" in page.text
     assert sum(tag == "img" for tag, _ in page.elements) == 4  # two prompts, before and after
     assert "output_dir" not in page.text
+
+
+def test_the_vendored_files_are_those_whose_origin_is_noted() -> None:
+    noted = re.findall(r"^([0-9a-f]{64})  (\S+)$", (WEB / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert {name for _, name in noted} == {path.name for path in WEB.glob("uPlot*") if path.suffix != ".LICENSE"}
+    for digest, name in noted:
+        assert hashlib.sha256((WEB / name).read_bytes()).hexdigest() == digest, name

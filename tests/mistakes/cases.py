@@ -894,4 +894,6 @@ CASES = [
     Case("flags", "a card without memory", (*PLAN, "--memory", "0"), "--memory 0"),
     Case("flags", "more than a card can do", (*PLAN, "--utilisation", "140"), "--utilisation 140"),
     Case("flags", "a precision that a card lacks", (*PLAN, "--card", "t4", "model.dtype=bf16"), "has no bf16"),
+    Case("flags", "a page on a missing folder", ("ui", "missing"), "missing: no such folder"),
+    Case("flags", "a page for the network without a password", ("ui", "--host", "0.0.0.0"), "needs a password"),
 ]

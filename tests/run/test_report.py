@@ -181,6 +181,7 @@ def test_the_summary_names_changes_losses_and_the_next_command(plan: Plan) -> No
     assert lines[2] == f"adapter   {plan.run / 'adapter'} (the average, EMA; as trained: adapter_raw)"
     assert summary(plan, {**report, "weights": "raw"})[2] == f"adapter   {plan.run / 'adapter'}"
     assert lines[-1].strip() == infer_command(plan.method, plan.run, plan.records[0].caption)
+    assert lines[-2].strip() == f"sd3tune report {plan.run}"
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from sd3tune.ui.jobs import Jobs
+from sd3tune.ui.workspace import JOBS
 
 
 @contextmanager
@@ -22,6 +28,13 @@ def served(*words: str) -> Iterator[str]:
         process.terminate()
         process.communicate(timeout=30)
     assert process.returncode == 0
+
+
+def kill_jobs(folder: Path) -> None:
+    """Kill the commands that a page on this folder has started, which would outlive a test that failed."""
+    for job in Jobs(folder / JOBS, folder).all():
+        if (pid := job.pid) is not None:
+            os.killpg(pid, signal.SIGKILL)
 
 
 def text_of(link: str) -> str:

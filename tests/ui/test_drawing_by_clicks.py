@@ -13,7 +13,8 @@ from playwright.sync_api import Page, expect
 import sd3tune
 from sd3tune.files.tensor_header import read_header
 from tests.run_files import CONSOLE_SCRIPT
-from tests.ui.chromium import PHONE, chromium, needs_chromium, opened, picture, served
+from tests.ui.chromium import DESKTOP, PHONE, chromium, needs_chromium, opened, picture
+from tests.ui.process import served
 
 HEARTS = Path(sd3tune.__file__).parent / "assets" / "heart"
 TRAINING = """\
@@ -22,9 +23,9 @@ model: {base: nano, max_sequence_length: 16}
 method: {kind: lora, rank: 8, alpha: 8}
 data: {sources: [{path: photos}], resolution: 64}
 optimizer: {lr: 2.0e-3}
-train: {steps: 60, batch_size: 4}
-checkpoint: {every: 30}
-preview: {every: 60, steps: 8, prompts: ["an orange sks on black", "a blue sks on green"]}
+train: {steps: 80, batch_size: 4}
+checkpoint: {every: 40}
+preview: {every: 80, steps: 8, prompts: ["an orange sks on black", "a blue sks on green"]}
 """
 PROMPT, DRAWN = "an orange sks on black", "images/an-orange-sks-on-black-seed3"
 PATIENCE = 300_000
@@ -38,14 +39,16 @@ def test_a_picture_is_drawn_and_drawn_again_from_its_recipe(tmp_path: Path) -> N
     shutil.copytree(HEARTS, folder / "photos")
     (folder / "heart.yaml").write_text(TRAINING)
     subprocess.run([CONSOLE_SCRIPT, "train", "heart.yaml"], cwd=folder, check=True)
-    with served(folder) as (_, link), chromium() as browser:
+    with served(str(folder)) as link, chromium() as browser:
         _, page, errors = opened(browser, link)
         page.get_by_role("link", name="Try").click()
         draw(page)
         repeat(page)
         assert is_equal(folder / f"{DRAWN}.png", folder / f"{DRAWN}-2.png")
         compare_checkpoints(page)
-        assert not is_equal(folder / f"{DRAWN}-lora-step-000030.png", folder / f"{DRAWN}-lora-step-000060.png")
+        assert not is_equal(
+            folder / f"{DRAWN}-lora-step-000040-weight-1.png", folder / f"{DRAWN}-lora-step-000080-weight-1.png"
+        )
         look_around(page, tmp_path)
         share(page, tmp_path)
         assert errors == []
@@ -106,6 +109,7 @@ def look_around(page: Page, tmp_path: Path) -> None:
     page.locator(f"[data-path='{DRAWN}.png']").click()
     expect(page.locator("#viewer-recipe")).to_contain_text("heart at 0.9")
     page.emulate_media(color_scheme="dark")
+    page.evaluate("scrollTo(0, 0)")
     picture(page, "recipe-dark", tmp_path)
     page.set_viewport_size(PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
@@ -122,7 +126,8 @@ def share(page: Page, tmp_path: Path) -> None:
     expect(page.locator(".widget img").first).to_have_js_property("naturalWidth", 64)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     picture(page, "share-phone", tmp_path)
-    page.set_viewport_size({"width": 1280, "height": 860})
+    page.set_viewport_size(DESKTOP)
+    page.evaluate("scrollTo(0, 0)")
     picture(page, "share", tmp_path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -13,6 +13,8 @@ import pytest
 
 from sd3tune.errors import RunError
 from sd3tune.ui.jobs import LOG, PASSWORD, Job, Jobs, stop
+from sd3tune.ui.workspace import JOBS
+from tests.ui.process import kill_jobs
 
 SLEEP = """\
 import os, signal, sys, time
@@ -26,12 +28,13 @@ except KeyboardInterrupt:
 
 
 @pytest.fixture
-def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
     """Jobs of a program that sleeps, in the place of sd3tune, which takes seconds to start."""
     program = tmp_path / "program.py"
     program.write_text(SLEEP)
     monkeypatch.setattr("sd3tune.ui.jobs.program", lambda: [shutil.which("python3") or "python3", str(program)])
-    return Jobs(tmp_path / "jobs", tmp_path)
+    yield Jobs(tmp_path / JOBS, tmp_path)
+    kill_jobs(tmp_path)
 
 
 def wait(for_it: Callable[[], object], seconds: float = 60) -> None:

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pytest
 from playwright.sync_api import Page, expect
 
 import sd3tune
-from tests.ui.chromium import PHONE, chromium, needs_chromium, opened, picture
-from tests.ui.process import served
+from tests.ui.chromium import PHONE, WRITES_PICTURES, chromium, needs_chromium, opened, picture
+from tests.ui.process import kill_jobs, served
 
 HEARTS = sorted((Path(sd3tune.__file__).parent / "assets" / "heart").iterdir())
+STEPS = "250" if WRITES_PICTURES else "40"
 SETTINGS = {
-    "train.steps": "60",
-    "train.batch_size": "1",
-    "validation.holdout": "1",
-    "checkpoint.every": "10",
-    "preview.every": "20",
-}
-PATIENCE = 300_000
+    "train.steps": STEPS, "train.batch_size": "4" if WRITES_PICTURES else "1", "validation.holdout": "1",
+    "checkpoint.every": "10", "preview.every": "25" if WRITES_PICTURES else "20",
+    "preview.prompts": '["a red sks shape on a white background"]',
+}  # fmt: skip
+PATIENCE = 600_000
 """Milliseconds to wait for a training on a busy machine."""
 
 pytestmark = needs_chromium
 
 
-def test_photos_become_a_picture_although_the_trainer_is_killed(tmp_path: Path) -> None:
-    folder = tmp_path / "work"
-    folder.mkdir()
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder to open, whose trainings end with the test."""
+    opened_on = tmp_path / "work"
+    opened_on.mkdir()
+    yield opened_on
+    kill_jobs(opened_on)
+
+
+def test_photos_become_a_picture_although_the_trainer_is_killed(folder: Path, tmp_path: Path) -> None:
     with served(str(folder)) as link, chromium() as browser:
         _, page, errors = opened(browser, link)
         send_photos(page)
@@ -38,7 +46,9 @@ def test_photos_become_a_picture_although_the_trainer_is_killed(tmp_path: Path) 
         configure(page)
         written = (folder / "heart.yaml").read_text()
         assert "base: nano" in written
-        assert "steps: 60" in written
+        assert f"steps: {STEPS}" in written
+        page.evaluate("document.getElementById('settings').scrollIntoView()")
+        page.evaluate("document.getElementById('yaml').scrollTop = 330")  # below the header
         picture(page, "settings", tmp_path)
         page.get_by_role("button", name="Start training").click()
         page.locator("#state").get_by_role("link", name="Watch").click()
@@ -46,9 +56,9 @@ def test_photos_become_a_picture_although_the_trainer_is_killed(tmp_path: Path) 
         expect(page.locator("#run-state")).to_have_text("failed", timeout=PATIENCE)
         page.get_by_role("button", name="Resume").click()
         expect(page.locator("#run-state")).to_have_text("done", timeout=PATIENCE)
-        expect(page.locator("#at-step")).to_have_text("step 60", timeout=PATIENCE)
+        expect(page.locator("#at-step")).to_have_text(f"step {STEPS}", timeout=PATIENCE)
         expect(page.locator("#log")).to_contain_text("resuming from step-")
-        for side in ("by the base", "at step 60"):
+        for side in ("by the base", f"at step {STEPS}"):
             expect(page.locator(f".pair img[alt$='{side}']")).to_have_js_property("naturalWidth", 64)
         look_around(page, tmp_path)
         assert errors == []
@@ -86,6 +96,7 @@ def configure(page: Page) -> None:
 def kill_when_saved(page: Page, folder: Path) -> None:
     """Kill the trainer, as the system does when memory runs out, once it has saved a checkpoint."""
     expect(page.locator("#figures")).to_contain_text("Saved at", timeout=PATIENCE)
+    expect(page.locator("#figures")).to_contain_text("GB")
     shell = int(next((folder / "runs/.ui").glob("*/pid")).read_text())
     trainer = next(one for one in psutil.Process(shell).children() if "train" in one.cmdline())
     os.kill(trainer.pid, signal.SIGKILL)

@@ -91,6 +91,10 @@ def test_nothing_outside_the_opened_folder_is_read_or_written(open_page: OpenPag
     problems = page.get("/api/new/file", params={"file": "x.yaml"}).json()["problems"]
     assert "outside the opened folders" in problems[0]["text"]
     assert page.post("/api/new/start", json={"file": "x.yaml"}).status_code == 422
+    (tmp_path / "secret/base.yaml").write_text(SECRET)
+    answer = page.post("/api/new/check", json={"file": "x.yaml", "text": "extends: ../secret/base.yaml"})
+    assert "outside" in answer.text
+    assert SECRET not in answer.text
 
 
 def test_an_upload_is_a_whole_picture_or_nothing(open_page: OpenPage, tmp_path: Path, monkeypatch) -> None:
@@ -153,8 +157,12 @@ def test_two_pages_do_not_overwrite_each_others_configuration(open_page: OpenPag
     former = page.get("/api/new/file", params={"file": "rex.yaml"}).json()["digest"]
     text = file.read_text().replace("name: a", "name: b")
     assert page.post("/api/new/save", json={"file": "rex.yaml", "text": text, "former": former}).status_code == 200
-    answer = page.post("/api/new/save", json={"file": "rex.yaml", "text": "name: c", "former": former})
+    answer = page.post(
+        "/api/new/save", json={"file": "rex.yaml", "text": text.replace("name: b", "name: c"), "former": former}
+    )
     assert "changed meanwhile" in answer.text
+    wrong = {"file": "rex.yaml", "text": "name: [", "former": former}
+    assert page.post("/api/new/save", json=wrong).status_code == 422
     assert file.read_text() == text
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,10 @@ def test_paths_stay_in_the_opened_folders(tmp_path: Path) -> None:
             plain_name(name)
     with pytest.raises(ConfigError, match="no such folder"):
         Workspace.opened_on([tmp_path / "missing"])
+
+
+def test_the_page_loads_no_torch() -> None:
+    """It starts at once, and holds no memory of a GPU that training needs."""
+    heavy = "import sys, sd3tune.ui.app; sys.exit(', '.join({'torch', 'diffusers', 'transformers'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,18 @@ def test_resuming_queues_the_runs_own_command_once(page: TestClient, run: Path) 
     assert job["command"].endswith("sd3tune train runs/rex/config.yaml --resume")
     assert page.get("/api/run", params={"run": str(run)}).json()["job"]["state"] == "queued"
     assert page.post("/api/run/resume", json={"run": str(run)}).status_code == 422
+
+
+def test_a_run_in_a_terminal_is_seen_with_its_memory(page: TestClient, run: Path) -> None:
+    hold = "import sys, time, filelock as f; lock = f.FileLock(sys.argv[2]); lock.acquire(); print('held', flush=True)"
+    hold = f"{hold}; time.sleep(60)"
+    command = [sys.executable, "-c", hold, "sd3tune", str(run / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "held\n"
+        found = page.get("/api/run", params={"run": str(run)}).json()
+        assert (found["state"], found["job"]) == ("running", None)
+        assert found["memory"]["system"] > 10**6
+        assert page.post("/api/run/resume", json={"run": str(run)}).status_code == 422
+        trainer.kill()
+    assert page.get("/api/run", params={"run": str(run)}).json()["state"] == "finished"

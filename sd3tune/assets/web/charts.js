@@ -20,7 +20,7 @@ export function chart(place, x, curves, options = {}) {
   const axis = { stroke: colour("soft"), grid: { stroke: colour("line"), width: 1 }, ticks: { stroke: colour("line") } };
   const series = names.map((name, number) => ({
     label: name, stroke: name === "each step" ? `${colours[1]}66` : colours[number % colours.length], spanGaps: true,
-    width: name === "each step" ? 1 : 2, points: { show: points }, value: (_, value) => (value ?? NaN).toPrecision(4),
+    width: name === "each step" ? 1 : 2, points: { show: points }, value: (_, value) => (value === null || value === undefined ? "" : value.toPrecision(4)),
     dash: name === "base" ? [6, 4] : undefined,
   }));
   const plot = new window.uPlot({

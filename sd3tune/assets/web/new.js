@@ -99,8 +99,9 @@ async function open() {
   for (const id of ["settings", "launch"]) byId(id).hidden = false;
   byId("create").hidden = true;
   showChecked(read);
-  const source = read.values?.data.sources[0];
-  if (source && !byId("folder").value) byId("folder").value = source.path;
+  if (read.photos && !byId("folder").value) byId("folder").value = read.photos;
+  if (![...byId("files").options].some((one) => one.value === draft.file)) byId("files").append(el("option", { value: draft.file }, draft.file));
+  byId("files").value = draft.file;
   keepAddress();
   await showFolder();
   look();

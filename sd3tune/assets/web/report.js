@@ -34,7 +34,8 @@
   const draw = (chart, place) => {
     place.replaceChildren();
     const tables = chart.series.map((one) => [one.x, one.y]);
-    const plot = new uPlot(
+    const lastValues = (plot) => plot.setLegend({ idx: plot.data[0].length - 1 }); // until the pointer is over a curve
+    return new uPlot(
       {
         width: place.clientWidth,
         height: 240,
@@ -45,13 +46,12 @@
           axis({ values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? tick.toLocaleString("en") : "")) }),
           axis({ size: 64, values: (_, ticks) => ticks.map(shown) }),
         ],
+        hooks: { ready: [lastValues] },
         series: [{ label: "step" }, ...chart.series.map(series)],
       },
       uPlot.join(tables),
       place,
     );
-    plot.setLegend({ idx: plot.data[0].length - 1 }); // the last values, until the pointer is over a curve
-    return plot;
   };
 
   const places = [...document.querySelectorAll("[data-chart] .plot")];

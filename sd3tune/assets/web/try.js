@@ -46,6 +46,7 @@ let asked = 0;
 let touched = false; // until then, what is missing is a hint and no fault
 let waiting;
 function changed() {
+  followCheckpoints();
   describe();
   clearTimeout(waiting);
   waiting = setTimeout(check, 150);
@@ -76,6 +77,17 @@ function describe() {
   const one = adapters.values();
   byId("before-row").hidden = axes().length > 0 || Boolean(repeated) || !(one.loras.length || one.embeddings.length);
   byId("where").textContent = `in ${folder()}`;
+}
+
+/** An axis of checkpoints that the page has filled in follows the first adapter, until it is edited. */
+let filled = "";
+function followCheckpoints() {
+  const now = adapters.checkpoints();
+  for (const row of form.querySelectorAll(".axis")) {
+    const list = row.querySelector("[data-axis-values]");
+    if (row.querySelector("[data-axis-name]").value === "lora" && list.value === filled) list.value = now;
+  }
+  filled = now;
 }
 
 const folder = () => byId("f-out").value.trim() || "images";
@@ -186,7 +198,8 @@ async function begin() {
   const run = query.get("run");
   const first = sources.find((one) => one.place === run) ?? sources.find((one) => one.weights[0].label !== "file");
   adapters.show(query.has("lora") ? query.getAll("lora").map((place) => ({ place })) : first ? [{ place: first.weights[0].path }] : []);
+  form.hidden = false;
   changed();
   if (query.has("picture")) again(await get("/api/try/recipe", { path: query.get("picture") }));
 }
-begin().catch((error) => notice(error.message, true));
+begin().catch((error) => notice(error.message, true)).finally(() => (form.hidden = false));

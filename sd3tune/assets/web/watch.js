@@ -122,7 +122,7 @@ async function showCurves() {
 async function showHeldOut() {
   const lines = await get("/api/run/held-out", { run });
   byId("by-sigma").hidden = !lines.length;
-  byId("held-now").textContent = lines.length ? `${lines.at(-1).images} held-out images` : "";
+  byId("held-now").textContent = lines.length ? `on ${lines.at(-1).images} held-out image${lines.at(-1).images === 1 ? "" : "s"}` : "";
   if (!lines.length) {
     put(byId("held"), el("p", { class: "soft small" }, "Nothing is held out. validation.holdout: 3 measures photos that are not trained on."));
     return;
