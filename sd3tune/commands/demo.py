@@ -26,7 +26,7 @@ from sd3tune.sampling.sampler import SamplerSettings
 PICTURES = Path(sd3tune.__file__).parent / "assets" / "heart"
 SIDE, SHOWN_SIDE = 64, 128
 T5_LENGTH = 16
-SAMPLER = SamplerSettings(steps=10, guidance=4.0, height=SIDE, width=SIDE)
+SAMPLER = SamplerSettings(steps=10, guidance=2.0, height=SIDE, width=SIDE)
 
 CONFIG: dict[str, Any] = {
     "name": "demo",
@@ -38,7 +38,7 @@ CONFIG: dict[str, Any] = {
     "checkpoint": {"every": 125},
     "preview": {"steps": SAMPLER.steps, "guidance": SAMPLER.guidance},  # no previews; `infer` uses these
 }
-PRIOR = {"prompt": list(CLASS_PROMPTS), "images": 52, "steps": 10, "guidance": 4.0}
+PRIOR = {"prompt": list(CLASS_PROMPTS), "images": 52, "steps": 10, "guidance": SAMPLER.guidance}
 OUTPUTS = ("alone", "with_prior", "demo.png")
 """Outputs in the demo's folder: two runs and a picture."""
 COUNT = 16
