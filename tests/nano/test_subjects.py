@@ -20,7 +20,6 @@ from sd3tune.nano.tasks import (
     CLASS_PROMPTS,
     INSTANCES,
     Task,
-    class_tasks,
     composition_tasks,
     instances,
     plain_tasks,
