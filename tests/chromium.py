@@ -16,9 +16,12 @@ _ARGUMENTS = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """The browser. Without one, the tests are skipped, or fail with SD3TUNE_CHROMIUM=require."""
+    """The browser. Without one, the tests are skipped, or fail with SD3TUNE_CHROMIUM=require.
+
+    A process may have one Playwright at a time, and other modules start it with options of their own.
+    """
     if not CHROMIUM.is_file():
         if os.environ.get("SD3TUNE_CHROMIUM") == "require":
             pytest.fail(f"{CHROMIUM} is missing: apt-get install chromium")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from html import unescape
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -23,7 +23,6 @@ import sd3tune
 from sd3tune.cli.main import app
 from tests.test_docs import PAGES, ROOT, name_of, options_of
 
-CHROMIUM = shutil.which("chromium")
 PATIENCE = 120_000
 """Milliseconds that the browser may take for anything, on a busy machine."""
 TARGETS = re.compile(r'<(?:a|img|link|script)\b[^>]*?\b(?:href|src)="([^"]*)"')
@@ -175,14 +174,13 @@ def address(site: Path) -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")
-def test_a_reader_searches_and_turns_on_the_lights_without_a_request_to_another_host(address: str) -> None:
-    from playwright.sync_api import expect, sync_playwright
+def test_a_reader_searches_and_turns_on_the_lights_without_a_request_to_another_host(
+    address: str, chromium: Any
+) -> None:
+    from playwright.sync_api import expect
 
     expect.set_options(timeout=PATIENCE)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
-        page = browser.new_page(color_scheme="dark")
+    with chromium.new_page(color_scheme="dark") as page:
         page.set_default_timeout(PATIENCE)
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
@@ -201,6 +199,5 @@ def test_a_reader_searches_and_turns_on_the_lights_without_a_request_to_another_
         expect(found).to_be_visible()
         found.click()
         expect(page.locator("article")).to_contain_text("checkpointing")
-        browser.close()
-    assert page.url != f"{address}/"
+        assert page.url != f"{address}/"
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []

@@ -267,10 +267,10 @@ def recording_end(run: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        described = read_run_file(run)
-        if described and "report" not in described:
-            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            with contextlib.suppress(OSError, RunError):
+        with contextlib.suppress(Exception):  # MemoryError as well: nothing may hide the error itself
+            described = read_run_file(run)
+            if described and "report" not in described:
+                state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
                 write_json(run / RUN_FILE, {**described, "ended": {"state": state, "reason": _reason(error)}})
         raise
 
