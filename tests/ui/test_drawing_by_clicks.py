@@ -20,14 +20,19 @@ HEARTS = Path(sd3tune.__file__).parent / "assets" / "heart"
 TRAINING = """\
 name: heart
 model: {base: nano, max_sequence_length: 16}
-method: {kind: lora, rank: 8, alpha: 8}
+method: {kind: lora, rank: 16, alpha: 16}
 data: {sources: [{path: photos}], resolution: 64}
-optimizer: {lr: 2.0e-3}
-train: {steps: 80, batch_size: 4}
+optimizer: {lr: 3.0e-3}
+train: {steps: 80, batch_size: 6}
 checkpoint: {every: 40}
-preview: {every: 80, steps: 8, prompts: ["an orange sks on black", "a blue sks on green"]}
+preview:
+  every: 80
+  steps: 8
+  guidance: 2.0
+  prompts: ["an orange sks shape on a black background", "a blue sks shape on a green background"]
 """
-PROMPT, DRAWN = "an orange sks on black", "images/an-orange-sks-on-black-seed3"
+PROMPT = "an orange sks shape on a black background"
+DRAWN = "images/an-orange-sks-shape-on-a-black-background-seed3"
 PATIENCE = 300_000
 """Milliseconds to wait for a drawing on a busy machine."""
 
