@@ -74,6 +74,7 @@ def test_the_demo_learns_and_shows_it(tmp_path: Path, capsys, monkeypatch) -> No
     assert load_config(train[2]).config.data.sources[0].path == str(tmp_path / "dog")
 
 
+@pytest.mark.long
 def test_a_second_demo_replaces_the_first(tmp_path: Path, quick: None) -> None:
     out = tmp_path / "demo"
     run_demo(out)

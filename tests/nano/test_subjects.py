@@ -125,7 +125,9 @@ def scenes_of(name: str, count: int) -> list[Scene]:
     return [complete(draw(chance), chance) for _ in range(count)]
 
 
-@pytest.mark.parametrize("kind", ["subject", "styled", "textured", "plain"])
+@pytest.mark.parametrize(
+    "kind", ["subject", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("styled", "textured", "plain"))]
+)
 def test_everything_is_read_as_drawn(kind: str) -> None:
     scenes = scenes_of(kind, 40)
     right = [as_drawn(scene, render(scene, seed)) for seed, scene in enumerate(scenes)]

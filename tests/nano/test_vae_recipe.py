@@ -70,6 +70,7 @@ def test_a_stopped_training_continues_to_the_same_weights(
         assert torch.equal(tensor, whole.state_dict()[name]), name
 
 
+@pytest.mark.long
 def test_it_is_written_as_a_vae_of_the_shape_of_sd3s(written: Path) -> None:
     vae = AutoencoderKL.from_pretrained(written)
     assert vae.quant_conv is None
