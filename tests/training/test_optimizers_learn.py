@@ -16,7 +16,7 @@ from sd3tune.training.optimizers import OPTIMIZERS
 LEARNS = {
     "adamw": ({"lr": 3e-3}, 0.5),
     "adamw8bit": ({"lr": 3e-3}, 0.5),
-    "prodigy": ({"d0": 1e-4}, 0.25),
+    "prodigy": ({"d0": 3e-4}, 0.25),
     "lion": ({"lr": 1e-3}, 0.4),
     "muon": ({"lr": 1e-2}, 0.4),
     "adafactor": ({"lr": 3e-2, "smallest_scale": 0.1}, 0.5),
