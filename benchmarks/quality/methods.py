@@ -57,7 +57,7 @@ _TOKEN_KEYS: Mapping[str, Any] = {"token": TOKEN, "init": CLASS}
 METHODS = (
     _method("lora, 0.001"),
     _method("lora+, ratio 4", loraplus_lr_ratio=4.0),
-    _method("lora, ranks by gradient", rank="auto", budget_mb=0.35),
+    _method("lora, ranks by gradient", rank="auto", budget_mb=1.35),
     *(_method(f"dora, {lr:g}", lr, kind="dora") for lr in (1e-3, 3e-3)),
     *(_method(f"loha, {lr:g}", lr, kind="loha") for lr in (1e-3, 3e-3)),
     *(_method(f"lokr, {lr:g}", lr, kind="lokr") for lr in (1e-3, 3e-3)),

@@ -34,7 +34,7 @@ from sd3tune.invocation import command_line
 from sd3tune.measures.encoders import EncoderSpec, encoders_for
 from sd3tune.measures.prompts import Prompts
 from sd3tune.measures.subject import Subject
-from sd3tune.model.base.offline import NANO
+from sd3tune.model.base.offline import NANO, offline_kind
 from sd3tune.publish.card.evaluated import EVAL_FOLDER
 from sd3tune.reporting import Reporter, result, say, using
 from sd3tune.run.card import refresh_card
@@ -106,7 +106,7 @@ def _prepare(request: EvalRequest) -> _Prepared:
     if not target.weights:
         return _Prepared(target, photos, subject, specs, out, None, [])
     previews = target.config.preview.texts if target.config else []
-    prompts = choose_prompts(request, subject, previews, base == NANO)
+    prompts = choose_prompts(request, subject, previews, offline_kind(base) == NANO)
     return _Prepared(target, photos, subject, specs, out, prompts, plan_drawings(request, target, prompts, out))
 
 

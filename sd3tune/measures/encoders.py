@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sd3tune
 from sd3tune.errors import MeasureUnavailable, UserError
-from sd3tune.model.base.offline import NANO
+from sd3tune.model.base.offline import NANO, offline_kind
 from sd3tune.model.base.pretrained import model_source
 
 Measure = Literal["subject", "prompt"]
@@ -103,7 +103,7 @@ def encoders_for(protocol: str, base: str, overrides: Mapping[str, str]) -> list
     `overrides` maps the name of an encoder to a local folder, to a Hub id with or without `@revision`, or to "none". An
     encoder that is named there and not chosen is added. Raises UserError for an unknown name.
     """
-    if base == NANO and NANO_CLIP.is_dir():
+    if offline_kind(base) == NANO and NANO_CLIP.is_dir():
         chosen = NANO_ENCODERS
     else:
         chosen = PROTOCOL_ENCODERS if protocol == DREAMBOOTH else DEFAULT_ENCODERS

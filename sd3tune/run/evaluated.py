@@ -11,7 +11,7 @@ from sd3tune.errors import ConfigError, UserError
 from sd3tune.measures.encoders import encoders_for
 from sd3tune.measures.prompts import Prompts, default_prompts, evenly, sort_prompts
 from sd3tune.measures.subject import Subject, read_subject
-from sd3tune.model.base.offline import NANO
+from sd3tune.model.base.offline import NANO, offline_kind
 
 MOST_PROMPTS = 8
 """Prompts of a measurement if none are given: few, as training waits for them."""
@@ -41,7 +41,9 @@ def evaluated_prompts(config: Config, records: Sequence[Record]) -> Prompts | No
     subject = subject_of(config.data, [record.caption for record in records], settings.class_word)
     asked: Sequence[str] = settings.prompts
     if not asked:
-        asked = evenly(default_prompts(subject, config.preview.texts, config.model.base == NANO), MOST_PROMPTS)
+        asked = evenly(
+            default_prompts(subject, config.preview.texts, offline_kind(config.model.base) == NANO), MOST_PROMPTS
+        )
     if not asked:
         raise ConfigError("eval.prompts: the captions share no words, so no prompts can be made; list some")
     prompts = sort_prompts([(text, {}) for text in asked], subject)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
 from benchmarks.quality.intervals import differs, half_width, mean_and_half_width
 from benchmarks.quality.measure import Panel
+from benchmarks.quality.methods import DATA, METHODS, SUBJECTS
+from benchmarks.quality.protocol import PROTOCOL
 from benchmarks.quality.report import tables
 from benchmarks.quality.variants import OTHER_SHAPES, PRIOR_KEY, PRIOR_SHAPES, VARIANTS
 from benchmarks.report import environment
@@ -34,6 +37,14 @@ def test_no_prompt_is_both_preserved_and_scored(seed: int) -> None:
 
 def test_a_row_changes_the_learning_rate_or_the_prior() -> None:
     assert not [variant for variant in VARIANTS if {PRIOR_KEY, "optimizer.lr"} <= variant.changes.keys()]
+
+
+@pytest.mark.parametrize("variants", [VARIANTS, METHODS, DATA, SUBJECTS, PROTOCOL])
+def test_every_training_is_a_valid_configuration_with_a_name_of_its_own(variants, tmp_path: Path) -> None:
+    for variant in variants:
+        config = variant.config(str(tmp_path / "run"), str(tmp_path / "store"), seed=0)
+        assert all(Path(source.path).is_dir() for source in config.data.sources), variant.name
+    assert len({(variant.group, variant.name) for variant in variants}) == len(variants)
 
 
 def test_intervals_are_students() -> None:

@@ -77,6 +77,7 @@ def test_the_protocol_has_the_papers_encoders_and_others_have_dinov2() -> None:
     assert [one.name for one in encoders_for(DREAMBOOTH, "stabilityai/x", {})] == ["dino", "clip"]
     assert encoders_for(DREAMBOOTH, "x", {}) == list(PROTOCOL_ENCODERS)
     assert encoders_for("own", "x", {}) == list(DEFAULT_ENCODERS)
+    assert encoders_for("own", "nano-1", {}) == encoders_for("own", "nano", {}) != list(DEFAULT_ENCODERS)
     assert [one.source for one in PROTOCOL_ENCODERS] == ["facebook/dino-vits16", "openai/clip-vit-base-patch32"]
 
 
