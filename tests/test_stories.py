@@ -68,11 +68,11 @@ TEXT_ENCODER = {
 """What a downloaded file may hold besides."""
 STORIES = [page for page in PAGES if story(page)]
 IN_CHECK_LONG = {
-    "docs/config.md", "docs/guides/cards.md", "docs/guides/face.md", "docs/guides/products.md",
-    "docs/guides/quick-start.md", "docs/guides/style.md", "docs/guides/subject.md", "docs/guides/two-subjects.md",
-    "docs/inference.md", "docs/memory.md", "docs/textual-inversion.md", "examples/kohya/README.md",
-    "examples/masks/README.md", "examples/pivotal/README.md", "examples/style/README.md",
-    "examples/textual_inversion/README.md",
+    "docs/config.md", "docs/guides/cards.md", "docs/guides/face.md", "docs/guides/other-trainers.md",
+    "docs/guides/products.md", "docs/guides/quick-start.md", "docs/guides/style.md", "docs/guides/subject.md",
+    "docs/guides/two-subjects.md", "docs/inference.md", "docs/memory.md", "docs/textual-inversion.md",
+    "examples/dreambooth/README.md", "examples/kohya/README.md", "examples/masks/README.md",
+    "examples/pivotal/README.md", "examples/style/README.md", "examples/textual_inversion/README.md",
 }  # fmt: skip
 """Pages that take seconds and whose commands are tested elsewhere, too."""
 

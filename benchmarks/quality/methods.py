@@ -14,11 +14,11 @@ from benchmarks.quality.drawing import Draw
 from benchmarks.quality.measure import Panel, Shares, measure_panel, train_quietly
 from benchmarks.quality.pictures import (
     SECOND_SUBJECT,
-    beside_others,
     named,
     per_encoder,
     two_subjects,
     with_captions,
+    with_stickers,
 )  # fmt: skip
 from benchmarks.quality.variants import RECIPE, Variant, own_prediction
 from sd3tune.commands.demo import CONFIG
@@ -85,7 +85,7 @@ def _of_name(scene: Scene) -> str:
 
 _CAPTIONS = "captions"
 _THREE = (subject_caption, _of_colour, _of_name)
-_MASKS = "pictures with another thing"
+_MASKS = "pictures with a sticker"
 DATA = (
     RECIPE,
     Variant(_CAPTIONS, "the name alone", sources=with_captions("captions-1", [_of_name])),
@@ -95,10 +95,10 @@ DATA = (
         sources=with_captions("captions-3", _THREE),
     ),
     Variant(_CAPTIONS, "the name for CLIP, whole for T5", sources=per_encoder),
-    Variant(_MASKS, "masks: off", sources=beside_others(masks="off")),
-    Variant(_MASKS, "outside_weight 0.1", sources=beside_others()),
-    Variant(_MASKS, "outside_weight 0", sources=beside_others(outside_weight=0.0)),
-    Variant(_MASKS, "outside_target: base", sources=beside_others(outside_target="base", outside_weight=1.0)),
+    Variant(_MASKS, "masks: off", sources=with_stickers(masks="off")),
+    Variant(_MASKS, "outside_weight 0.1", sources=with_stickers()),
+    Variant(_MASKS, "outside_weight 0", sources=with_stickers(outside_weight=0.0)),
+    Variant(_MASKS, "outside_target: base", sources=with_stickers(outside_target="base", outside_weight=1.0)),
 )
 
 

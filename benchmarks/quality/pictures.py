@@ -1,20 +1,19 @@
-"""Pictures to train on, of several kinds: under another name, beside other things with masks, of two subjects."""
+"""Pictures to train on, of several kinds: under another name, with stickers and masks, of two subjects."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
 from sd3tune.nano.tasks import INSTANCES, NAME, OTHER_NAME, instances, subject_caption
-from sd3tune.nano.world import CLASS, RELATIONS, SHAPES, SUBJECT, Scene, Thing, render
+from sd3tune.nano.world import CLASS, COLOURS, SUBJECT, Scene, render
 
 SECOND_SUBJECT = "moon"
-_DISTRACTORS = ("orange", "black", "white", "red", "blue", "yellow")
-"""Colours of the things beside the subject, for each of its pictures: in none the subject's or the background's."""
+_STICKERS = ("orange", "white", "red", "black", "orange", "yellow")
+"""Colour of the sticker on each picture: neither the subject's nor the background's."""
 
 
 def named(word: str) -> Callable[[Path], list[dict[str, Any]]]:
@@ -45,24 +44,29 @@ def per_encoder(folder: Path) -> list[dict[str, Any]]:
     return [{"path": path}]
 
 
-def beside_others(**keys: Any) -> Callable[[Path], list[dict[str, Any]]]:
-    """Return a source of pictures in which another thing stands beside the subject; captions do not mention it.
+def with_stickers(**keys: Any) -> Callable[[Path], list[dict[str, Any]]]:
+    """Return a source of the demo's pictures with a sticker in a corner, which captions do not mention.
 
-    Each has a mask, the half with the subject, which `keys` of the source can switch off or weigh.
+    Each has a mask, all but the corner, which `keys` of the source can switch off or weigh.
     """
 
     def draw(folder: Path) -> list[dict[str, Any]]:
-        scenes = [
-            replace(scene, relation=RELATIONS[number % len(RELATIONS)], other=Thing(colour, SHAPES[number]))
-            for number, (scene, colour) in enumerate(zip(INSTANCES, _DISTRACTORS, strict=True))
-        ]
-        captions = [[subject_caption(scene)] for scene in INSTANCES]
-        path = _written(folder / "beside-others", scenes, captions)
-        for number, scene in enumerate(scenes):
-            _rectangle(scene.relation).save(Path(path) / f"{number}_mask.png")
-        return [{"path": path, **keys}]
+        path = Path(_written(folder / "stickers", INSTANCES, [[subject_caption(scene)] for scene in INSTANCES]))
+        for number, colour in enumerate(_STICKERS):
+            picture = Image.open(path / f"{number}.png").convert("RGB")
+            ImageDraw.Draw(picture).ellipse(_box(picture.width, 2), fill=COLOURS[colour])
+            picture.save(path / f"{number}.png")
+            mask = Image.new("L", picture.size, 255)
+            ImageDraw.Draw(mask).rectangle(_box(picture.width, 0), fill=0)
+            mask.save(path / f"{number}_mask.png")
+        return [{"path": str(path), **keys}]
 
     return draw
+
+
+def _box(side: int, margin: int) -> tuple[int, int, int, int]:
+    """Return the right lower corner of a picture, a quarter of its side."""
+    return side * 3 // 4 + margin, side * 3 // 4 + margin, side - 1 - margin, side - 1 - margin
 
 
 def two_subjects(prior: Callable[[str], dict[str, Any]] | None = None) -> Callable[[Path], list[dict[str, Any]]]:
@@ -87,16 +91,3 @@ def _written(folder: Path, scenes: Sequence[Scene], captions: Sequence[Sequence[
         render(scene, number).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(folder)
-
-
-def _rectangle(relation: str, side: int = 64) -> Image.Image:
-    """Return a mask of the half of the picture that holds the first of two things."""
-    half, mask = side // 2, Image.new("L", (side, side), 0)
-    box = {
-        "left of": (0, 0, half - 1, side - 1),
-        "right of": (half, 0, side - 1, side - 1),
-        "above": (0, 0, side - 1, half - 1),
-        "below": (0, half, side - 1, side - 1),
-    }[relation]
-    ImageDraw.Draw(mask).rectangle(box, fill=255)
-    return mask

@@ -13,7 +13,7 @@ from sd3tune.nano.tasks import CLASS_PROMPTS, NAME
 from sd3tune.nano.world import CLASS
 
 KINDS = ("good", "overfitted", "underfitted", "undecided")
-SEEDS = 4
+SEEDS = 2
 """Pictures of each prompt."""
 _CAPTIONS_WITHOUT = own_prediction(CLASS_PROMPTS[0], captions_without=NAME)
 _OF_VARIANTS = ("prior preservation", "rank", "learning rate")

@@ -49,7 +49,7 @@ class Measured:
     nearest_photo: dict[tuple[int, str], int] = field(default_factory=dict)
     """(index of a picture, encoder) -> index of its nearest training photo."""
     copies: dict[tuple[int, str], bool] = field(default_factory=dict)
-    """(index of a picture, encoder) -> True if it is nearer to a photo than any two photos are."""
+    """(index of a picture, encoder) -> True if it copies a training photo."""
     by_prompt: dict[tuple[str, Key], list[float]] = field(default_factory=dict)
     """(row, key) -> a figure for each prompt, for measures of several pictures."""
     unavailable: dict[str, str] = field(default_factory=dict)
@@ -108,7 +108,7 @@ def _by_encoder(measured: Measured, photos: Photos, spec: EncoderSpec, encoder: 
     held_out = encoded(encoder, photos.held_out, f"measuring held-out photos with {name}")
     closest, which = nearest(features, training)
     several = len(training) > 1
-    copies = copied(closest, training).tolist() if several else [False] * len(pictures)
+    copies = copied(features, training).tolist() if several else [False] * len(pictures)
     likeness = fidelity(features, training).tolist()
     to_held_out = fidelity(features, held_out).tolist() if len(held_out) else []
     for index, picture in enumerate(pictures):

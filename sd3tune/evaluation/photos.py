@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sd3tune.config import Config
 from sd3tune.config.sections.data import FolderSource
 from sd3tune.data.images import ImageRef, open_image
 from sd3tune.data.records import load_records
@@ -46,7 +47,7 @@ def find_photos(request: EvalRequest, target: Target) -> Photos:
                 hint = "the run's photos are read again to compare with; give them with --photos DIR"
                 raise DataError(*(f"{problem}; {hint}" for problem in error.problems)) from None
             records, holdout = [], []
-        captions = [record.caption for record in records]
+        captions = [record.caption for record in records] or _captions_beside(request.photos, target.config)
         training, held_out = [record.image for record in records], [record.image for record in holdout]
     if request.photos is not None:
         training, held_out = images_of(request.photos, "--photos"), ()
@@ -56,6 +57,18 @@ def find_photos(request: EvalRequest, target: Target) -> Photos:
     for photo in progress_bar([*photos.training, *photos.held_out], desc="checking photos", unit="image", delay=2):
         open_image(photo)  # they are measured last, which is too late for a damaged one
     return photos
+
+
+def _captions_beside(photos: Path | None, config: Config) -> Sequence[str]:
+    """Return the captions of the given photos, read as the run's one folder says; empty without captions there."""
+    if photos is None or len(config.data.sources) != 1 or not isinstance(config.data.sources[0], FolderSource):
+        return ()
+    source = config.data.sources[0].model_copy(update={"path": str(photos)})
+    try:
+        records = load_records(config.data.model_copy(update={"sources": [source]}), config.seed)
+    except DataError:
+        return ()
+    return [record.caption for record in records]
 
 
 def images_of(folder: Path, flag: str) -> Sequence[ImageRef]:

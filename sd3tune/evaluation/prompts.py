@@ -10,7 +10,7 @@ from sd3tune.errors import ConfigError
 from sd3tune.evaluation.request import EvalRequest
 from sd3tune.inference.prompts_file import read_prompts
 from sd3tune.measures.dreambooth import dreambooth
-from sd3tune.measures.prompts import Prompts, default_prompts, sort_prompts
+from sd3tune.measures.prompts import MOST_CLASS_PROMPTS, MOST_NANO_PROMPTS, Prompts, default_prompts, sort_prompts
 from sd3tune.measures.subject import Subject
 
 
@@ -27,7 +27,7 @@ def choose_prompts(request: EvalRequest, subject: Subject, previews: Sequence[st
         asked = [(text, {}) for text in default_prompts(subject, previews, nano)]
     if not asked:
         raise ConfigError("the captions share no words, so no prompts can be made; give --prompts FILE")
-    prompts = sort_prompts(asked, subject)
+    prompts = sort_prompts(asked, subject, MOST_NANO_PROMPTS if nano else MOST_CLASS_PROMPTS)
     if not prompts.scored:
         where = f"--prompts {request.prompts}: " if request.prompts else ""
         raise ConfigError(

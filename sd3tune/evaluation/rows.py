@@ -45,7 +45,7 @@ class Row:
     step: int | None
     figures: Mapping[Key, Figure]
     copies: int | None = None
-    """Pictures that are nearer to a photo than any two photos are, by the first encoder; None if not measured."""
+    """Number of pictures that copy a training photo, by the first encoder; None if not measured."""
     pictures: int = 0
 
 

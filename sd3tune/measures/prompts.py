@@ -23,8 +23,10 @@ SCENES = (
 )
 """Default prompts, besides those of the run's previews; `{}` is the subject. Intervals need at least ten prompts."""
 MOST_CLASS_PROMPTS = 10
-_NANO_SCENES = ((3, 8), (5, 4))
-"""Prompts in nano's world: steps from the colour of a thing to that of its background, and how many have it."""
+MOST_NANO_PROMPTS = 32
+"""Most prompts of each kind in nano's world, whose figures vary with the prompt and whose pictures take 0.3 seconds."""
+_NANO_GROUNDS = (3, 5, 2, 6)
+"""Prompts in nano's world: steps from the colour of a thing to that of its background."""
 _OWN_TEXTS = ("prompt_clip_l", "prompt_clip_g", "prompt_t5")
 
 One = TypeVar("One")
@@ -52,7 +54,9 @@ class Prompts:
     """Prompts that the training used, which are not scored."""
 
 
-def sort_prompts(asked: Sequence[tuple[str, Mapping[str, Any]]], subject: Subject) -> Prompts:
+def sort_prompts(
+    asked: Sequence[tuple[str, Mapping[str, Any]]], subject: Subject, most_of_class: int = MOST_CLASS_PROMPTS
+) -> Prompts:
     """Return the prompts, each a text with its fields, once each; `scored` is empty if the training used them all."""
     once = [one for number, one in enumerate(asked) if one not in asked[:number]]
     scored = [
@@ -60,7 +64,7 @@ def sort_prompts(asked: Sequence[tuple[str, Mapping[str, Any]]], subject: Subjec
         for text, values in once
         if not subject.was_trained(text)
     ]
-    of_class, trained = _class_prompts(subject, scored)
+    of_class, trained = _class_prompts(subject, scored, most_of_class)
     return Prompts(scored, of_class, [*(text for text, _ in once if subject.was_trained(text)), *trained])
 
 
@@ -79,13 +83,13 @@ def _nano_scenes(phrase: str) -> list[str]:
     colours = list(COLOURS)
     pairs = [
         (colour, colours[(number + step) % len(colours)])
-        for step, count in _NANO_SCENES
-        for number, colour in enumerate(colours[:count])
+        for step in _NANO_GROUNDS
+        for number, colour in enumerate(colours)
     ]
     return [f"{with_article(colour)} {phrase} on {with_article(ground)} background" for colour, ground in pairs]
 
 
-def _class_prompts(subject: Subject, scored: Sequence[Prompt]) -> tuple[list[Prompt], list[str]]:
+def _class_prompts(subject: Subject, scored: Sequence[Prompt], most: int) -> tuple[list[Prompt], list[str]]:
     """Return prompts for the class, evenly chosen from the scored ones, and those that the training used."""
     found: dict[str, Prompt] = {}
     trained = list[str]()
@@ -97,7 +101,7 @@ def _class_prompts(subject: Subject, scored: Sequence[Prompt]) -> tuple[list[Pro
             trained.append(text)
         else:
             found.setdefault(plain(text), Prompt(text, text, prompt.values))
-    return evenly(list(found.values()), MOST_CLASS_PROMPTS), list(dict.fromkeys(trained))
+    return evenly(list(found.values()), most), list(dict.fromkeys(trained))
 
 
 def evenly(every: Sequence[One], most: int) -> list[One]:

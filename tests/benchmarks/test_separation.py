@@ -90,4 +90,6 @@ def test_photos_and_classes_are_measured_and_printed(
     printed = capsys.readouterr().out
     assert "| 12 photos of 3 subjects | |" in printed
     assert "| nearer to its own subject than to another one | 1.000 |" in printed
+    assert "| left out, as it is | " in printed
+    assert "| mirrored | 12 of 12 |" in printed
     assert "\n| 4 | " in printed

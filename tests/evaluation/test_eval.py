@@ -405,3 +405,5 @@ def test_photos_that_were_moved_are_named_and_can_be_given(
     given = command("eval", run, "--photos", folder, "--dry-run", *few(prompts_file))
     assert given.code == 0, given.err
     assert given.out.startswith("photos    5 photos\n")
+    named_by_captions = command("eval", run, "--photos", folder, "--dry-run")
+    assert "10 prompts and 10 class prompts" in named_by_captions.out, named_by_captions.err

@@ -163,7 +163,7 @@ def test_an_encoder_that_cannot_be_loaded_is_named_and_the_rest_is_measured(
 
 @pytest.mark.usefixtures("small_encoder")
 def test_a_copy_counts_unless_the_base_draws_it_too(pictures: list[Picture], photos: Photos) -> None:
-    """Two photos are almost equal, so that only a copy is nearer to one of them."""
+    """Two of the photos are almost equal, and copies of them are found all the same."""
     with Image.open(photos.training[0]) as photo:  # type: ignore[arg-type]
         twin = photo.copy()
         twin.paste("black", (0, 0, 2, 2))

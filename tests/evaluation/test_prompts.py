@@ -9,7 +9,7 @@ import pytest
 from sd3tune.errors import ConfigError
 from sd3tune.evaluation.prompts import choose_prompts
 from sd3tune.evaluation.request import EvalRequest
-from sd3tune.measures.prompts import MOST_CLASS_PROMPTS, SCENES
+from sd3tune.measures.prompts import MOST_CLASS_PROMPTS, MOST_NANO_PROMPTS, SCENES
 from sd3tune.measures.subject import read_subject
 from sd3tune.nano.world import parse
 
@@ -31,8 +31,8 @@ def test_prompts_are_made_for_the_subject_after_the_previews_that_show_it() -> N
 def test_nano_gets_prompts_of_its_own_world() -> None:
     heart = read_subject(["a red sks shape on a white background"], ["a shape"])
     prompts = choose_prompts(EvalRequest("run"), heart, [], nano=True)
-    assert (len(prompts.scored), len(prompts.of_class)) == (12, MOST_CLASS_PROMPTS)
-    assert len({prompt.text for prompt in prompts.scored}) == 12
+    assert (len(prompts.scored), len(prompts.of_class)) == (MOST_NANO_PROMPTS, MOST_NANO_PROMPTS)
+    assert len({prompt.text for prompt in prompts.scored}) == MOST_NANO_PROMPTS
     for prompt in prompts.scored:
         assert "sks" in prompt.text
         assert parse(prompt.scored_as).thing.shape == "shape"

@@ -65,10 +65,24 @@ def test_nearest_gives_the_photo_and_its_cosine() -> None:
     np.testing.assert_array_equal(index, table.argmax(axis=1))
 
 
-def test_only_pictures_nearer_to_a_photo_than_photos_to_each_other_are_copies() -> None:
-    closest = max(cosine(PHOTOS[i], PHOTOS[j]) for i in range(4) for j in range(i))
-    similarity = torch.tensor([closest - 1e-3, closest + 1e-3, 1.0])
-    assert copied(similarity, PHOTOS).tolist() == [False, True, True]
+def test_a_copy_is_less_than_half_as_far_from_one_photo_as_from_the_others() -> None:
+    """Pictures on the way from one photo to another one, also where a third photo is almost equal to the first."""
+    way = torch.linspace(0, 0.5, 21, dtype=torch.float64)[:, None]
+    pictures = torch.nn.functional.normalize((1 - way) * PHOTOS[0].double() + way * PHOTOS[1].double(), dim=1)
+    for photos in (PHOTOS, torch.cat([PHOTOS, torch.nn.functional.normalize(PHOTOS[:1] + 1e-3, dim=1)])):
+        distances = [
+            sorted(np.linalg.norm(np.asarray(one) - np.asarray(photos, np.float64), axis=1)) for one in pictures
+        ]
+        expected = [nearest < 0.5 * np.median(others) for nearest, *others in distances]
+        assert copied(pictures, photos).tolist() == expected
+        assert expected[0]
+        assert not expected[-1]
+
+
+def test_photos_far_apart_make_no_copies_of_pictures_between_them() -> None:
+    photos = torch.eye(4)
+    between = torch.nn.functional.normalize(photos[:1] + photos[1:], dim=1)
+    assert not copied(between, photos).any()
 
 
 def test_the_order_of_pictures_and_photos_changes_nothing() -> None:

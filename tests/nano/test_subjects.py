@@ -148,7 +148,7 @@ def test_a_silhouette_that_is_found_a_little_beside_is_no_outline(caption: str, 
     assert as_drawn(scene, render(scene, seed))
 
 
-@pytest.mark.parametrize("kind", ["subject", "textured"])
+@pytest.mark.parametrize("kind", ["subject", pytest.param("textured", marks=pytest.mark.long)])
 def test_blur_is_no_outline(kind: str) -> None:
     scenes = scenes_of(kind, 15)
     blurred = [render(scene, seed).filter(ImageFilter.GaussianBlur(0.7)) for seed, scene in enumerate(scenes)]

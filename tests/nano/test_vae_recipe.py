@@ -38,6 +38,7 @@ def test_pictures_are_a_function_of_the_seed(pictures: Tensor) -> None:
     assert not torch.equal(train_vae.stack(training_pictures(8, seed=1)), pictures[:8])
 
 
+@pytest.mark.long
 def test_a_few_steps_lower_the_loss(pictures: Tensor) -> None:
     losses = train_vae.train(train_vae.build_vae(0), pictures, steps=16, batch_size=8, seed=0, bf16=False)
     assert losses[-4:].mean() < 0.85 * losses[:4].mean()

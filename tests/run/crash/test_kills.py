@@ -57,7 +57,9 @@ KILLS = [
     Kill(SAVING, installed=True),
     *(Kill(PICTURE) for _ in range(2)),
 ]
-"""The moments of 20, over encoding, class images, training, checkpoints and previews."""
+"""Twenty moments, over encoding, class images, training, checkpoints and previews."""
+FEW = [Kill(SAVED), Kill(SHARDS, 3, lost="store"), Kill("lines", 5), Kill("lines", 12, installed=True), Kill(SAVING),
+       Kill(PICTURE)]  # fmt: skip
 
 
 def newest(run: Path) -> int:
@@ -70,16 +72,17 @@ def wait_for(come: Callable[[], bool], alive: Callable[[], bool]) -> None:
         time.sleep(0.0005)
 
 
-def test_killed_at_twenty_moments_it_ends_as_one_never_stopped(
-    prepare, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, start_cli, assert_equal_workspaces
-) -> None:
-    assert len(KILLS) == 20
+@pytest.mark.parametrize("kills", [FEW, pytest.param(KILLS, marks=pytest.mark.long)], ids=["six", "twenty"])
+def test_killed_at_many_moments_it_ends_as_one_never_stopped(
+    kills: list[Kill], prepare, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, start_cli,
+    assert_equal_workspaces,
+) -> None:  # fmt: skip
     straight = prepare(tmp_path_factory.mktemp("straight"), **SIZE)
     uninterrupted = Attempt(straight)
     folder = prepare(tmp_path / "killed", **SIZE)
     run = folder / "work" / "run"
     begun = []
-    for kill in [*BEFORE_A_CHECKPOINT, *KILLS]:
+    for kill in [*BEFORE_A_CHECKPOINT, *kills]:
         saved = newest(run)
         if kill.lost:
             shutil.rmtree(folder / "work" / kill.lost)
