@@ -90,11 +90,9 @@ def transformer_alone(adapter: Adapter) -> str:
 
 
 def _merging(adapter: Adapter) -> str:
-    """Return the way out of merging, which leaves text encoders out."""
-    leaving = " --transformer-only" if adapter.text_factors else ""
-    without = ", without its text encoders," if adapter.text_factors else ""
-    command = f"sd3tune lora merge {shlex.quote(str(adapter.path))} --into-base{leaving} --out FOLDER"
-    return f"merge it{without} into its base (`{command}`) and train on the result"
+    """Return the way out of merging."""
+    command = f"sd3tune lora merge {shlex.quote(str(adapter.path))} --into-base --out FOLDER"
+    return f"merge it into its base (`{command}`) and train on the result"
 
 
 def starting_factors(adapter: Adapter, layers: Mapping[str, Layer]) -> dict[str, Tensor]:

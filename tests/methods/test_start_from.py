@@ -142,14 +142,15 @@ def test_a_missing_file_is_named(make, tmp_path: Path) -> None:
         make(f"method.start_from={tmp_path / 'nothing'}").select(empty_transformer(resolve_base("tiny")))
 
 
-def test_a_dora_with_text_encoders_is_merged_without_them(make, tmp_path: Path) -> None:
-    """`lora merge --into-base` refuses text encoders, so the way out leaves them out."""
+def test_a_dora_with_text_encoders_is_merged_with_them(make, tmp_path: Path) -> None:
     made = {name.removesuffix(".lora_A"): (value, factors()[f"{name.removesuffix('A')}B"])
             for name, value in factors().items() if name.endswith(".lora_A")}  # fmt: skip
     magnitudes = {name: torch.ones(len(up)) for name, (_, up) in made.items()}
     text = {"text_encoder.text_model.layer": next(iter(made.values()))}
     adapter = Adapter(tmp_path / "a b.safetensors", made, {}, {}, magnitudes=magnitudes, text_factors=text)
-    with pytest.raises(AdapterError, match=r"sd3tune lora merge '.*a b.safetensors' --into-base --transformer-only"):
+    with pytest.raises(
+        AdapterError, match=r"merge it into its base \(`sd3tune lora merge '.*a b.safetensors' --into-base --o"
+    ):
         check_start(adapter, empty_transformer(resolve_base("tiny")), {})
 
 
