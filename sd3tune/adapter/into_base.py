@@ -61,7 +61,7 @@ def merged_text(base: Base, adapters: Weighted) -> dict[str, dict[str, Tensor]]:
 
 def _stored(folder: Path, names: Sequence[str]) -> Mapping[str, Tensor]:
     """Return weights of a part from its files, in their order in `names`. Raises ModelError for a missing one."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as opened:
             found |= {name: opened.get_tensor(name) for name in opened.keys() if name in names}  # noqa: SIM118

@@ -81,6 +81,21 @@ STEPS = [("none", 64), ("none", 160), ("block", 64), ("block", 160), ("selective
 QUANTISED = [("nf4", "none", 160), ("nf4", "block", 64), ("int8", "selective", 160)]
 
 
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])
+def test_every_change_that_is_listed_is_accepted(quick_config, tmp_path: Path, kind: str) -> None:
+    """Not nf4 for LoHa and LoKr, whose layers need rows, nor swapped blocks for DoRA."""
+    pytest.importorskip("bitsandbytes")
+    method = f"method={{kind: {kind}}}"
+    config = quick_config(tmp_path, method)
+    inputs = forecast_inputs(config, torch.float32)
+    listed = [typed for typed, _ in knobs(inputs)]
+    assert "model.quantize=int8" in listed
+    for typed in listed:
+        quick_config(tmp_path, method, *typed.split())
+    if kind == "loha":
+        assert any(line.startswith("model.quantize=int8") for line in plan_lines(config))
+
+
 @pytest.mark.parametrize(
     ("method", "checkpointing", "side"),
     [(method, *step) for method in (FULL, "method.rank=4") for step in STEPS]

@@ -27,6 +27,15 @@ class MethodSection(Section):
     usual_lr: ClassVar[float | None] = None
     """A learning rate that suits AdamW better than its default; None if the default suits."""
 
+    def fits_base(self, form: str) -> bool:
+        """Return True if it can be trained on a base whose blocks are quantised to `form`."""
+        return form == "none" or (self.freezes_base and (self.fits_packed_base or form != "nf4"))
+
+    @property
+    def fits_swapped_blocks(self) -> bool:
+        """True if it can be trained with blocks whose weights wait in system memory."""
+        return self.freezes_base and not self.reads_base
+
     @property
     def draws_in_blocks(self) -> bool:
         """True if training draws random numbers inside the transformer's blocks."""
