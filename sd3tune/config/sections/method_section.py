@@ -25,7 +25,7 @@ class MethodSection(Section):
     """The keys of `has_rates`, for messages, with their verb."""
 
     usual_lr: ClassVar[float | None] = None
-    """A learning rate that suits AdamW better than its default; None if the default suits."""
+    """The default of `optimizer.lr` for optimizers whose own is AdamW's; None takes theirs."""
 
     def fits_base(self, form: str) -> bool:
         """Return True if it can be trained on a base whose blocks are quantised to `form`."""
