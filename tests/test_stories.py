@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sd3tune.adapter.file import ADAPTER_FILE
 from sd3tune.cli.main import app
+from sd3tune.commands.lora_convert import convert_lora
 from sd3tune.commands.train import run_training
 from sd3tune.config import load_config
 from tests.test_docs import PAGES, ROOT, commands_to_type, name_of
@@ -36,7 +37,7 @@ SHORTER = {
     "infer": ["--steps", "2", "--size", "64"],
     "plan": ["model.base=tiny", "data.resolution=64"],
 }  # fmt: skip
-ON_NANO = {"style", "textual_inversion", "pivotal"}
+ON_NANO = {"style", "textual_inversion", "pivotal", "kohya"}
 """Folders of examples whose commands run on nano, whose weights are trained, instead of tiny."""
 NEEDS_THE_HUB = {"user/rex", "zalando-datasets/fashion_mnist"}
 """Tested against a Hub on this machine, in tests/run/test_upload.py and tests/data."""
@@ -97,6 +98,11 @@ def other_methods(quick_config, tmp_path_factory: pytest.TempPathFactory) -> Cal
     def add(page: Path, folder: Path) -> None:
         if page.name == "adapters.md":
             shutil.copy(train("dora") / "adapter" / ADAPTER_FILE, folder / "dog_dora.safetensors")
+        if name_of(page) == "examples/kohya/README.md":
+            mlp = "{targets: attention+mlp}"
+            encoders = f"method.text_encoders={{clip_l: {mlp}, clip_g: {mlp}}}"
+            theirs = train("lora", "model.base=nano", r"method.targets=re:transformer_blocks\..*", encoders)
+            convert_lora(theirs, "kohya", folder / "kohya_dog.safetensors", with_picture=False)
         if page.name == "textual-inversion.md":
             learned = train("textual_inversion", "method.token=<rex>", "data.trigger=<rex>")
             shutil.copytree(learned, folder / "runs" / "rex")
@@ -168,6 +174,11 @@ def test_the_commands_of_a_page_work_one_after_the_other(
             assert Path(words[words.index("--out") + 1]).exists(), words
         elif words[0] == "infer":
             assert any(Path("images").glob("*.png")), words
+    if Path("kohya_on.safetensors").exists():  # given back: the same layers, of which text encoders', changed
+        given, back = (load_file(f"{name}.safetensors") for name in ("kohya_dog", "kohya_on"))
+        assert given.keys() == back.keys()
+        for prefix in ("lora_unet_", "lora_te1_", "lora_te2_"):
+            assert any(not torch.equal(given[key], back[key]) for key in given if key.startswith(prefix))
 
 
 def test_the_main_pages_are_among_them() -> None:

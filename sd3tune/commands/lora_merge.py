@@ -13,25 +13,23 @@ from sd3tune import __version__
 from sd3tune.adapter.attach import match
 from sd3tune.adapter.derived import check_out, losses, notes_of, write_form
 from sd3tune.adapter.embedding import left_behind
-from sd3tune.adapter.file import Adapter, read_adapter
-from sd3tune.adapter.kinds import change_of, require_lora
+from sd3tune.adapter.file import read_adapter
+from sd3tune.adapter.into_base import Weighted, added, check_text, merged_text
+from sd3tune.adapter.kinds import require_lora
 from sd3tune.adapter.layouts import forms
 from sd3tune.adapter.low_rank import truncate, weighted_sum
 from sd3tune.adapter.rearrange import first_of
-from sd3tune.adapter.text_layouts import by_encoder
 from sd3tune.errors import AdapterError, ConfigError, RunError
 from sd3tune.files.regular import sha256_of
 from sd3tune.inference.conditions import find_base
 from sd3tune.inference.lora_argument import parse_lora
 from sd3tune.model.base.contract import CONTRACT_KEYS, declared, sampling_of
 from sd3tune.model.base.folder import check_parts, write_model
-from sd3tune.model.base.parts import ENCODERS
+from sd3tune.model.base.parts import ENCODER_OF, ENCODERS, LABELS
 from sd3tune.model.load.components import empty_transformer, load_transformer, stored_dtype
 from sd3tune.runtime.device import dtype_name
 
 METHODS = ("concat", "svd")
-
-Weighted = Sequence[tuple[Adapter, float]]
 
 
 def merge_loras(
@@ -66,10 +64,11 @@ def merge_loras(
 
 
 def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, transformer_only: bool = False) -> list[str]:
-    """Write the base with the adapters added to its weights, in its stored dtype, to the folder `out`.
+    """Write the base with the adapters added to its weights, in their stored dtype, to the folder `out`.
 
-    Returns summary lines. Raises AdapterError for adapters of another base, ModelError for a base that is neither a
-    folder nor a Hub id, and RunError when `out` exists.
+    Text encoders that they adapt are written beside the transformer. Returns summary lines. Raises AdapterError for
+    adapters of another base, ModelError for a base that is neither a folder nor a Hub id, and RunError when `out`
+    exists.
     """
     if out.exists():
         raise RunError(f"--out {out}: exists already, and nothing is overwritten; name another folder")
@@ -78,45 +77,36 @@ def merge_into_base(wanted: Sequence[str], out: Path, base: str | None, *, trans
     check_parts(found, "--into-base")
     skeleton = empty_transformer(found)
     for adapter, _ in adapters:
-        if adapter.text_factors:
-            raise AdapterError(
-                f"{adapter.path}: also adapts text encoders ({by_encoder(adapter.text_factors)}), which are not "
-                "merged into a base; leave them out: --transformer-only"
-            )
         unmatched = match(skeleton, adapter).unmatched
         if unmatched:
             raise AdapterError(f"{adapter.path}: {found.name} has no {first_of(unmatched)}, so it cannot be merged")
-    dtype = stored_dtype(found)
-    tensors = load_transformer(found, torch.float32).state_dict()
-    modules = {module for adapter, _ in adapters for module in adapter.sizes}
-    for module in modules:
-        tensors[f"{module}.weight"] = _added(tensors[f"{module}.weight"], module, adapters)
     usual = {"encoders": list(ENCODERS), **found.contract}
     origin = {"base": found.label, "base_kind": found.kind, "base_revision": found.revision}
     contract = {**usual, **_contract(adapters, {}), **origin}
+    check_text(found, adapters, contract["encoders"])
+    dtype, text = stored_dtype(found), merged_text(found, adapters)
+    tensors = load_transformer(found, torch.float32).state_dict()
+    modules = {module for adapter, _ in adapters for module in adapter.sizes}
+    for module in modules:
+        tensors[f"{module}.weight"] = added(tensors[f"{module}.weight"], module, adapters)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    bad = [name for name in modules if not tensors[f"{name}.weight"].isfinite().all()]
-    if bad:
-        raise AdapterError(f"{out}: not written: with the adapters {first_of(bad)} exceeds the range of "
-                           f"{dtype_name(dtype)}; give them smaller weights")  # fmt: skip
-    write_model(out, found, tensors, contract, None)
+    merged = {f"{part}.{name}": tensor for part, of in text.items() for name, tensor in of.items()}
+    _check_range(out, {**{f"{module}.weight": tensors[f"{module}.weight"] for module in modules}, **merged})
+    write_model(out, found, tensors, contract, None, text)
+    of_text = [f"{len(of)} in {LABELS[ENCODER_OF[part]]}" for part, of in text.items()]
     return [
-        f"{out}: {found.name} with {len(adapters)} adapters in {len(modules)} of its weights",
+        f"{out}: {found.name} with {len(adapters)} adapters in {len(modules)} of its weights"
+        + f", and {', '.join(of_text)}" * bool(of_text),
         *_all_notes(adapters),
     ]
 
 
-def _added(weight: Tensor, module: str, adapters: Weighted) -> Tensor:
-    """Return the merged weight in fp32; the sum is in float64, so that it is rounded once."""
-    total = base = weight.double()
-    for adapter, share in adapters:
-        if adapter.kind != "LoRA" and module in adapter.sizes:
-            total = total + share * change_of(adapter, module, base)
-        elif module in adapter.factors:
-            down, up = (factor.double() for factor in adapter.factors[module])
-            change = share * adapter.alphas[module] / len(down) * up @ down
-            total = total + change.reshape(total.shape)
-    return total.float()
+def _check_range(out: Path, merged: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError for a merged weight that is infinite in its dtype."""
+    bad = [name.removesuffix(".weight") for name, tensor in merged.items() if not tensor.float().isfinite().all()]
+    if bad:
+        raise AdapterError(f"{out}: not written: with the adapters {first_of(bad)} exceeds the range of "
+                           f"{dtype_name(merged[f'{bad[0]}.weight'].dtype)}; give them smaller weights")  # fmt: skip
 
 
 def _read(wanted: Sequence[str], transformer_only: bool) -> Weighted:

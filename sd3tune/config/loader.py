@@ -19,8 +19,9 @@ from sd3tune.config.overrides import apply_overrides
 from sd3tune.config.problems import dotted, explain
 from sd3tune.config.run_folder import use_own_folder, use_rehearsal_folder
 from sd3tune.config.schema import Config, ConfigType
+from sd3tune.config.sections.optimizer import OptimizerSection
 from sd3tune.config.sections.section import Section
-from sd3tune.config.shape import fill_kinds, paths_in, value_at
+from sd3tune.config.shape import fill_kinds, paths_in, section_at, value_at
 from sd3tune.config.tree import Origin, Tree
 from sd3tune.config.yaml12 import KeyPath
 from sd3tune.errors import ConfigError
@@ -101,6 +102,7 @@ def _plain(value: Any) -> Any:
 
 def _checked(tree: Tree) -> LoadedConfig:
     refuse_newer_version(tree)
+    _use_usual_rate(tree.values)
     fill_kinds(Config, tree.values)
     flawed = dict(_flawed_texts(tree.values))
     for path in _resolve_paths(tree.values, lambda path: tree.origin(path).folder):
@@ -162,6 +164,18 @@ def _resolve_paths(values: dict[str, Any], folder_of: Callable[[KeyPath], Path])
         name = values.get("name", Config.model_fields["name"].default)
         values["output_dir"] = _absolute(os.path.join("runs", str(name)), Path.cwd())
     return resolved
+
+
+def _use_usual_rate(values: dict[str, Any]) -> None:
+    """Write the method's usual learning rate, in place, if none is written and the optimizer has no usual one."""
+    sections = {name: section_at(values, (name,)) for name in ("method", "optimizer")}
+    usual = getattr(sections["method"], "usual_lr", None)
+    default = getattr(sections["optimizer"], "model_fields", {}).get("lr")
+    if usual is None or default is None or default.default != OptimizerSection.model_fields["lr"].default:
+        return
+    written = values.setdefault("optimizer", {})
+    if isinstance(written, dict):
+        written.setdefault("lr", usual)
 
 
 def _absolute(path: str, folder: Path) -> str:

@@ -150,12 +150,14 @@ def leaner_configurations(inputs: ForecastInputs) -> Iterator[ForecastInputs]:
         yield _changed(inputs, "train", gradient_checkpointing=kind, checkpointed_blocks=count)
     if not inputs.config.method.freezes_base:
         return
-    if inputs.config.train.swap_blocks is None and blocks > BUFFERS:
+    method = inputs.config.method
+    if method.fits_swapped_blocks and inputs.config.train.swap_blocks is None and blocks > BUFFERS:
         for count in dict.fromkeys(max(BUFFERS + 1, -(-blocks * quarters // 4)) for quarters in (1, 2, 3, 4)):
             yield _changed(inputs, "train", gradient_checkpointing="block", checkpointed_blocks=None, swap_blocks=count)
     eight_bit = importlib.util.find_spec("bitsandbytes") is not None
     if inputs.config.model.quantize == "none" and eight_bit:
-        yield from leaner_configurations(_changed(inputs, "model", quantize="nf4"))
+        form = "nf4" if method.fits_base("nf4") else "int8"
+        yield from leaner_configurations(_changed(inputs, "model", quantize=form))
 
 
 def _batch_splits(inputs: ForecastInputs) -> Iterator[ForecastInputs]:

@@ -32,6 +32,7 @@ from sd3tune.methods import METHODS, Method
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.resolve import shape_of_base
 from sd3tune.model.load.components import empty_transformer
+from sd3tune.run.base_sampling import with_base_sampling
 from sd3tune.run.buckets import bucket_of, bucket_tables, buckets_in, largest_bucket
 from sd3tune.run.encoding import captions_to_encode, prompts_to_encode
 from sd3tune.run.evaluated import evaluated_prompts
@@ -151,6 +152,7 @@ def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
     """Return the inputs of a forecast. Raises UserError as preflight does, but not for missing images."""
     check_installed(config)
     base = shape_of_base(config.model, config.seed)
+    config = with_base_sampling(config, base)
     transformer = empty_transformer(base)
     check_size(config, transformer.config)
     check_precision(config, dtype)

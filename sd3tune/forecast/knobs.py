@@ -52,10 +52,9 @@ def knobs(inputs: ForecastInputs) -> list[Knob]:
         if config.model.t5_quantize == "none":
             found.append(("model.t5_quantize=int8", _changed("model", t5_quantize="int8")))
         found.append(("model.t5=false", _changed("model", t5=False)))
-    if config.method.freezes_base:
-        for form in leaner_values(config, "model.quantize"):
-            if form != config.model.quantize and not missing_library("model.quantize", form):
-                found.append((f"model.quantize={form}", _changed("model", quantize=form)))
+    for form in filter(config.method.fits_base, leaner_values(config, "model.quantize")):
+        if form != config.model.quantize and not missing_library("model.quantize", form):
+            found.append((f"model.quantize={form}", _changed("model", quantize=form)))
     if dtype is torch.float32:
         found.append(("model.dtype=bf16", _changed("model", dtype="bf16")))
     for kind in leaner_values(config, "optimizer.kind") if eight_bit else ():

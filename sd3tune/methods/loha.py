@@ -17,5 +17,6 @@ class LohaMethod(LycorisMethod):
     def peft_config(self, layers: Mapping[str, Layer]) -> LycorisConfig:
         return loha(layers)
 
-    def parameters_of_layer(self, rank: int, inputs: int, outputs: int) -> int:
-        return 2 * rank * (inputs + outputs)
+    def shapes(self, rank: int, inputs: int, outputs: int) -> dict[str, tuple[int, int]]:
+        left, right = (outputs, rank), (rank, inputs)
+        return {"hada_w1_a": left, "hada_w1_b": right, "hada_w2_a": left, "hada_w2_b": right}

@@ -26,8 +26,13 @@ class LokrMethod(LycorisMethod):
     def peft_config(self, layers: Mapping[str, Layer]) -> LycorisConfig:
         return lokr(layers, self.products.factor, self.products.decompose_both)
 
-    def parameters_of_layer(self, rank: int, inputs: int, outputs: int) -> int:
+    def shapes(self, rank: int, inputs: int, outputs: int) -> dict[str, tuple[int, int]]:
         rows, columns = (factorization(size, self.products.factor) for size in (outputs, inputs))
-        small, large = ((rows[place], columns[place]) for place in (0, 1))
-        of_small = rank * sum(small) if self.products.decompose_both and rank < max(small) / 2 else small[0] * small[1]
-        return of_small + (rank * sum(large) if rank < max(large) / 2 else large[0] * large[1])
+        found: dict[str, tuple[int, int]] = {}
+        for name, height, width, may_be_low in (
+            ("lokr_w1", rows[0], columns[0], self.products.decompose_both),
+            ("lokr_w2", rows[1], columns[1], True),
+        ):
+            is_low = may_be_low and rank < max(height, width) / 2
+            found |= {f"{name}_a": (height, rank), f"{name}_b": (rank, width)} if is_low else {name: (height, width)}
+        return found

@@ -78,8 +78,12 @@ class LoraMethod(StoredText):
             self._ranks = equal_ranks(*self._within_budget(transformer, modules))
         layers = self._layers(modules)
         if self._start:
-            check_start(self._start, transformer, layers, dora=self.dora)
+            self._check_start(self._start, transformer, layers)
         return modules
+
+    def _check_start(self, start: adapter_io.Adapter, transformer: nn.Module, layers: Mapping[str, Layer]) -> None:
+        """Raise AdapterError if the training cannot go on from `start`."""
+        check_start(start, transformer, layers, kind="dora" if self.dora else "lora")
 
     @property
     def is_automatic(self) -> bool:

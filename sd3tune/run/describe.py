@@ -10,12 +10,12 @@ import torch
 
 from sd3tune.adapter.modelspec import describe_tags, tag_frequency
 from sd3tune.config import Config
-from sd3tune.config.sections.optimizer import OptimizerSection
 from sd3tune.data.buckets import Size, size_name
 from sd3tune.data.concepts import are_told_apart, balanced, concept_numbers, concepts_of, shares_of_concepts
 from sd3tune.data.sampler import times_seen
 from sd3tune.model.base.contract import spread_without_offset
 from sd3tune.model.lora.targets import CoverageRow
+from sd3tune.run.base_sampling import describe_base_sampling
 from sd3tune.run.buckets import bucket_of, describe_buckets
 from sd3tune.run.captions import describe_captions
 from sd3tune.run.earlier import began_in_llm_int8, drops_kept_captions
@@ -39,6 +39,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         f"base      {plan.base.name}{variant}, {describe_precision(plan.config, plan.dtype)} on {plan.device.type}"
         + (f", {world} processes" if world > 1 else ""),
         *_describe_base(plan),
+        *describe_base_sampling(config, plan.base),
         f"data      {_images(len(plan.records))}, {describe_sizes(config.data)}, {plan.images_per_epoch} per epoch",
         *(f"warning: {warning}" for warning in plan.warnings),
         *describe_buckets(cut),
@@ -217,14 +218,9 @@ def _describe_objective(plan: Plan) -> list[str]:
 
 
 def describe_lr(config: Config) -> list[str]:
-    """Return a warning if the learning rate is a default that does not suit the method."""
-    usual, default = config.method.usual_lr, OptimizerSection.model_fields["lr"].default
-    if usual is None or config.optimizer.lr != default:
-        return []
-    return [
-        f"warning: optimizer.lr is {default:g}, its default, at which method.kind {config.method.kind} learns next to "
-        f"nothing; set it, such as optimizer.lr={usual:g}"
-    ]
+    """Return a note if the learning rate is the method's default instead of the optimizer's."""
+    method, lr = config.method, config.optimizer.lr
+    return [f"note: optimizer.lr is {lr:g}, the default of method.kind {method.kind}"] if lr == method.usual_lr else []
 
 
 def describe_hoist(config: Config) -> list[str]:

@@ -7,6 +7,8 @@ from sd3tune.config.meaning import leaner_values
 from sd3tune.methods import Method
 from sd3tune.model.compute.swap import BUFFERS
 
+_SHARES = {"nf4": "a third", "int8": "half"}
+"""Form -> its share of the base's memory in 16 bits, the smallest first."""
 _SWAPPED = "so many blocks' weights stay in system memory until they are used"
 
 
@@ -28,7 +30,7 @@ def more_swapped(config: Config, blocks: int) -> int | None:
     """Return a higher number of swapped blocks for a base with `blocks`: half of them, then all; None if none helps."""
     swapped = config.train.swap_blocks or BUFFERS
     higher = (count for count in (max(blocks // 2, BUFFERS + 1), blocks) if swapped < count <= blocks)
-    return next(higher, None) if config.method.freezes_base else None
+    return next(higher, None) if config.method.fits_swapped_blocks else None
 
 
 def lower_resolution(config: Config) -> int | list[int] | None:
@@ -50,8 +52,8 @@ def loading_knob(config: Config, blocks: int) -> str:
         return "set model.dtype=auto, which takes half the memory on a GPU"
     if (swapped := more_swapped(config, blocks)) is not None:
         return f"set train.swap_blocks={swapped}: {_SWAPPED}"
-    if _can_be_quantised(config):
-        return "set model.quantize=nf4, which holds the base in a third of its memory"
+    if form := _quantised(config):
+        return f"set model.quantize={form}, which holds the base in {_SHARES[form]} of its memory"
     return f"{config.model.base} does not fit; take a smaller base, such as stabilityai/stable-diffusion-3.5-medium"
 
 
@@ -76,8 +78,8 @@ def training_knob(config: Config, method: Method, blocks: int) -> str:
         return "set train.gradient_checkpointing=block: half of those activations, for a tenth more time"
     if (swapped := more_swapped(config, blocks)) is not None:
         return f"set train.swap_blocks={swapped}: {_SWAPPED}"
-    if _can_be_quantised(config):
-        return "set model.quantize=nf4: a third of the base's memory, for a little exactness"
+    if form := _quantised(config):
+        return f"set model.quantize={form}: {_SHARES[form]} of the base's memory, for a little exactness"
     lower = lower_resolution(config)
     if lower is not None:
         share = (lower if isinstance(lower, int) else max(lower)) / side
@@ -89,5 +91,7 @@ def training_knob(config: Config, method: Method, blocks: int) -> str:
     return "take a smaller base, or a device with more memory"
 
 
-def _can_be_quantised(config: Config) -> bool:
-    return config.model.quantize == "none" and config.method.freezes_base
+def _quantised(config: Config) -> str | None:
+    """Return the smallest form that the base can be quantised to; None if there is none, or if it is quantised."""
+    forms = _SHARES if config.model.quantize == "none" else {}
+    return next((form for form in forms if config.method.fits_base(form)), None)

@@ -30,6 +30,7 @@ from sd3tune.model.load.quantized import missing_library
 from sd3tune.model.lora.targets import CoverageRow
 from sd3tune.publish.files import ADAPTERS
 from sd3tune.publish.repository import repository_of
+from sd3tune.run.base_sampling import with_base_sampling
 from sd3tune.run.buckets import Tables, bucket_of, bucket_tables, buckets_in, largest_bucket, largest_side
 from sd3tune.run.evaluated import evaluated_prompts
 from sd3tune.run.folder import check_disk_space, starting_checkpoint
@@ -58,7 +59,7 @@ class Plan:
     """A run that passed all checks that need no weights."""
 
     config: Config
-    """The configuration, with `train.epochs` resolved into `train.steps`."""
+    """The configuration, with `train.epochs` resolved into `train.steps`, and the base's sampling in `preview`."""
     run: Path
     base: Base
     records: Sequence[Record]
@@ -127,6 +128,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         config = with_saved_base(config, start) if start else config
     with problems.collected():
         model = _check_model(config, device, records, problems)
+        config = with_base_sampling(config, model.base)
         sized = in_all_sizes(config.data, records, model.tables, warnings.append)
         holdout = held_out_size(config.data, holdout, model.tables)
         if records and not config.data.enlarges:

@@ -17,10 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from sd3tune.commands.cache import run_cache
 from sd3tune.commands.plan import components, gigabytes, plan_lines, planned_dtype
-from sd3tune.config import Config, load_config, parse_config
+from sd3tune.config import Config, dump_config, load_config, parse_config
+from sd3tune.config.loader import load_text
 from sd3tune.config.sections.optimizer import AdamW8bitConfig, AdamWConfig
 from sd3tune.data.store import Store
 from sd3tune.errors import ConfigError
+from sd3tune.forecast.fitting import leaner_configurations
 from sd3tune.forecast.forecast import forecast, forecast_inputs
 from sd3tune.forecast.gpus import GPUS
 from sd3tune.forecast.knobs import after, knobs
@@ -79,6 +81,27 @@ def predicted(config: Config, dtype: torch.dtype = torch.float32) -> Training:
 
 STEPS = [("none", 64), ("none", 160), ("block", 64), ("block", 160), ("selective", 160)]
 QUANTISED = [("nf4", "none", 160), ("nf4", "block", 64), ("int8", "selective", 160)]
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])
+def test_every_change_that_is_listed_advised_or_tried_is_accepted(quick_config, tmp_path: Path, kind: str) -> None:
+    """Not nf4 for LoHa and LoKr, whose layers need rows, nor swapped blocks for DoRA."""
+    pytest.importorskip("bitsandbytes")
+    method = f"method={{kind: {kind}}}"
+    inputs = forecast_inputs(quick_config(tmp_path, method), torch.float32)
+    listed = [typed for typed, _ in knobs(inputs)]
+    assert "model.quantize=int8" in listed
+    for typed in listed:
+        quick_config(tmp_path, method, *typed.split())
+    tried = [one.config for one in leaner_configurations(inputs)]
+    assert "none" not in {tried[-1].model.quantize, tried[-1].train.gradient_checkpointing}
+    for config in tried:
+        assert load_text(dump_config(config), "tried.yaml").config == config
+    swapped = ["train.swap_blocks=4"] * (kind != "dora")
+    config = quick_config(tmp_path, method, BLOCK, *swapped)
+    form, share = ("nf4", "a third") if kind == "dora" else ("int8", "half")
+    advised = training_knob(config, METHODS[kind](config, resolve_base("tiny")), blocks=4)
+    assert advised == f"set model.quantize={form}: {share} of the base's memory, for a little exactness"
 
 
 @pytest.mark.parametrize(

@@ -236,15 +236,28 @@ def test_a_folder_of_pictures_is_measured_as_it_is(tmp_path: Path, noise_picture
     assert "no verdict: a folder of pictures has no base to compare with" in finished.out
 
 
+TOKEN = "token: <rex>, vectors: 1, init: dog"
+
+
 @pytest.mark.usefixtures("small_encoder")
-def test_an_embedding_is_compared_with_the_class_word_of_the_base(
-    quick_config, write_images, tmp_path: Path, command: Command
+@pytest.mark.parametrize(
+    ("method", "option", "product"),
+    [
+        (f"{{kind: textual_inversion, {TOKEN}}}", "--embedding", "embedding/learned_embeds.safetensors"),
+        pytest.param(f"{{kind: pivotal, rank: 2, embedding: {{{TOKEN}}}}}", "--lora",
+                     "adapter/pytorch_lora_weights.safetensors", marks=pytest.mark.long),
+    ],
+    ids=["embedding", "pivotal"],
+)  # fmt: skip
+def test_a_learned_token_is_compared_with_the_class_word_of_the_base(
+    quick_config, write_images, tmp_path: Path, command: Command, method: str, option: str, product: str
 ) -> None:
     folder, run = write_images(tmp_path / "photos", 2), tmp_path / "rex"
     for file in folder.glob("*.txt"):
         file.write_text("a photo of <rex>")
-    method = "method={kind: textual_inversion, token: <rex>, vectors: 1, init: dog}"
-    run_training(quick_config(run, method, f"data.sources=[{{path: {folder}}}]", "train.steps=1", "preview.steps=1"))
+    run_training(
+        quick_config(run, f"method={method}", f"data.sources=[{{path: {folder}}}]", "train.steps=1", "preview.steps=1")
+    )
     (tmp_path / "prompts.txt").write_text("<rex> on a beach")
     options = ("--prompts", tmp_path / "prompts.txt", "--seeds", "1", *WITHOUT_OTHERS)
     assert command("eval", run, *options).code == 0
@@ -253,14 +266,13 @@ def test_an_embedding_is_compared_with_the_class_word_of_the_base(
     assert sorted(found) == ["base", "step 1"]
     assert read_recipe(found["base"])["prompt"] == "dog on a beach"
     for row, arguments in {"base": ("--from", found["base"]),
-                           "step 1": ("--embedding", run, "--prompt", "<rex> on a beach")}.items():  # fmt: skip
+                           "step 1": (option, run, "--prompt", "<rex> on a beach", "--no-before")}.items():  # fmt: skip
         out = tmp_path / row
         assert command("infer", *arguments, "--out", out).code == 0
         (drawn,) = out.glob("*.png")
         assert distance(found[row], drawn) == 0
-    file = run / "embedding" / "learned_embeds.safetensors"
-    (weights,) = find_target(str(file), "last").weights
-    assert (weights.name, weights.option, weights.path) == ("step 1", "--embedding", file)
+    (weights,) = find_target(str(run / product), "last").weights
+    assert (weights.name, weights.option, weights.path) == ("step 1", option, run / product)
 
 
 @pytest.mark.usefixtures("small_encoder")

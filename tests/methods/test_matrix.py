@@ -26,7 +26,7 @@ PROMPT = "a photo of sks dog"
 KINDS = {
     "lora": ("method={kind: lora, rank: 2, alpha: 3.0, loraplus_lr_ratio: 4, export_dtype: fp16}",),
     "dora": ("method={kind: dora, rank: 2, alpha: 3.0, dropout: 0.1}",),
-    "loha": ("method={kind: loha, rank: 2, alpha: 3.0, rank_pattern: {attn.to_k: 3}}",),
+    "loha": ("method={kind: loha, rank: 2, alpha: 3.0, rank_pattern: {attn.to_k: 3}, dropout: 0.1, init: lycoris}",),
     "lokr": ("method={kind: lokr, rank: 2, alpha: 3.0, factor: 4, export_dtype: fp16}",),
     "pivotal": (
         "method={kind: pivotal, rank: 2, alpha: 3.0, export_dtype: fp16}",
@@ -151,9 +151,10 @@ def test_it_trains_in_half_precision(configured, tmp_path: Path, dtype: str) -> 
 
 @pytest.mark.long
 def test_two_processes_train_what_one_trains(configured, tmp_path: Path, kind: str, start_cli, adapter_of) -> None:
-    plain = (
-        ("optimizer={kind: adamw, lr: 0.001}", "method.dropout=0") if kind == "dora" else ("optimizer={kind: adamw}",)
-    )
+    plain = {
+        "dora": ("optimizer={kind: adamw, lr: 0.001}", "method.dropout=0"),
+        "loha": ("optimizer={kind: adamw}", "method.dropout=0"),
+    }.get(kind, ("optimizer={kind: adamw}",))
     run_training(configured(tmp_path / "one", *plain, "train.batch_size=2"))
     (tmp_path / "two.yaml").write_text(dump_config(configured(tmp_path / "two", *plain)))
     process = start_cli("train", tmp_path / "two.yaml", "--num-processes", "2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from sd3tune.adapter.attach import attach
 from sd3tune.adapter.file import Adapter, read_adapter, write_adapter
+from sd3tune.commands.lora_convert import convert_lora
 from sd3tune.data.sampler import generator
-from sd3tune.errors import AdapterError
-from sd3tune.methods import LoraMethod
+from sd3tune.errors import AdapterError, UserError
+from sd3tune.methods import METHODS, LoraMethod
 from sd3tune.methods.pivotal import PivotalMethod
 from sd3tune.methods.start_from import check_start
 from sd3tune.model.base.resolve import resolve_base
@@ -137,19 +139,91 @@ def test_what_does_not_fit_is_named_before_anything_is_loaded(make, tmp_path: Pa
     assert line.startswith(f"method.start_from: {file} {said}")
 
 
+LYCORIS = {"loha": {"kind": "loha", "rank": 2}, "lokr": {"kind": "lokr", "rank": 2, "factor": 4}}
+
+
+def asked(kind: str, **more: object) -> str:
+    return f"method={json.dumps({**LYCORIS.get(kind, {'kind': kind}), **more})}"
+
+
+def lycoris_file(quick_config, folder: Path, kind: str) -> Path:
+    method = METHODS[kind](quick_config(folder, asked(kind, alpha=3.0)), resolve_base("tiny"))
+    _, parameters = started(method)
+    weights = {name: torch.randn(one.shape, generator=generator(3, name)) / 4 for name, one in parameters.items()}
+    return method.export(folder / "file", weights, {})
+
+
+@pytest.mark.parametrize("kind", LYCORIS)
+def test_loha_and_lokr_go_on_from_their_files(velocity, quick_config, tmp_path: Path, kind: str) -> None:
+    """At another alpha, also from LyCORIS' own names; exporting at once gives the same change."""
+    file = lycoris_file(quick_config, tmp_path, kind)
+    convert_lora(file, "lycoris", tmp_path / "theirs.safetensors", with_picture=False)
+    theirs = with_file(file)
+    expected = velocity(theirs)
+    theirs.disable_adapters()
+    assert not torch.allclose(velocity(theirs), expected, atol=1e-3)
+    for start in (file, tmp_path / "theirs.safetensors"):
+        config = quick_config(tmp_path / "on", asked(kind, alpha=8.0, start_from=str(start)))
+        method = METHODS[kind](config, resolve_base("tiny"))
+        transformer, parameters = started(method)
+        torch.testing.assert_close(velocity(transformer), expected, rtol=0, atol=1e-5)
+        assert len(method.contract()["start_from"]) == len(method.identity()["start_from"]) == 64
+    again = with_file(method.export(tmp_path / "again", parameters, {}))
+    torch.testing.assert_close(velocity(again), expected, rtol=0, atol=1e-5)
+
+
+def test_a_lycoris_file_that_does_not_fit_is_named(make, quick_config, tmp_path: Path) -> None:
+    loha, lokr = (lycoris_file(quick_config, tmp_path / kind, kind) for kind in LYCORIS)
+    lora = write_adapter(tmp_path / "lora", factors(), {})
+    other = {"rank": 4}
+    for kind, start, more, says in (
+        ("loha", lora, {}, "is a LoRA, which this run cannot continue; merge it into its base (`sd3tune lora merge"),
+        ("loha", lora, {}, "or set method.kind=lora"),
+        ("lora", loha, {}, "or set method.kind=loha"),
+        ("lokr", loha, {}, "or set method.kind=loha"),
+        (
+            "loha",
+            loha,
+            other,
+            "hada_w2_a 64x2, hada_w2_b 2x64 there and hada_w1_a 64x4, hada_w1_b 4x64",
+        ),
+        ("loha", loha, other, "in this one; set method.rank as the file's training did"),
+        ("lokr", lokr, {"factor": 8}, "set method.rank, method.factor and method.decompose_both as the file's"),
+        ("loha", loha, {"targets": "attention-image"}, "which method.targets and method.blocks leave out"),
+    ):
+        config = quick_config(tmp_path / "run", asked(kind, **{**more, "start_from": str(start)}))
+        with pytest.raises(AdapterError) as caught:
+            METHODS[kind](config, resolve_base("tiny")).select(empty_transformer(resolve_base("tiny")))
+        (line,) = caught.value.problems
+        assert line.startswith("method.start_from: ")
+        assert says in line
+
+
+def test_keys_of_lora_alone_are_refused_by_name(quick_config, tmp_path: Path) -> None:
+    for key, says in (
+        ("init: eva", "method.init: 'eva' is not one of: true, lycoris; LoRA's others are for its factors A and B"),
+        ("rslora: true", "method.rslora: unknown key"),
+        ("loraplus_lr_ratio: 4", "method.loraplus_lr_ratio: unknown key"),
+    ):
+        with pytest.raises(UserError) as caught:
+            quick_config(tmp_path, f"method={{kind: loha, {key}}}")
+        assert says in str(caught.value)
+
+
 def test_a_missing_file_is_named(make, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"method\.start_from: .*nothing: no such file or folder"):
         make(f"method.start_from={tmp_path / 'nothing'}").select(empty_transformer(resolve_base("tiny")))
 
 
-def test_a_dora_with_text_encoders_is_merged_without_them(make, tmp_path: Path) -> None:
-    """`lora merge --into-base` refuses text encoders, so the way out leaves them out."""
+def test_a_dora_with_text_encoders_is_merged_with_them(make, tmp_path: Path) -> None:
     made = {name.removesuffix(".lora_A"): (value, factors()[f"{name.removesuffix('A')}B"])
             for name, value in factors().items() if name.endswith(".lora_A")}  # fmt: skip
     magnitudes = {name: torch.ones(len(up)) for name, (_, up) in made.items()}
     text = {"text_encoder.text_model.layer": next(iter(made.values()))}
     adapter = Adapter(tmp_path / "a b.safetensors", made, {}, {}, magnitudes=magnitudes, text_factors=text)
-    with pytest.raises(AdapterError, match=r"sd3tune lora merge '.*a b.safetensors' --into-base --transformer-only"):
+    with pytest.raises(
+        AdapterError, match=r"merge it into its base \(`sd3tune lora merge '.*a b.safetensors' --into-base --o"
+    ):
         check_start(adapter, empty_transformer(resolve_base("tiny")), {})
 
 

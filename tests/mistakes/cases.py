@@ -702,9 +702,9 @@ CASES = [
     ),
     Case(
         "adapters",
-        "text encoders for a base",
+        "another base's text encoders to be merged",
         ("lora", "merge", "lora.safetensors", "--into-base", "--base", "tiny", "--out", "new"),
-        "are not merged into a base",
+        "made for another base: text_model.encoder.layers.0.mlp.fc1 is",
         adapter({**pair("transformer_blocks.0.attn.to_q"), **text_pair("text_encoder.text_model.encoder.layers.0")}),
     ),
     Case(

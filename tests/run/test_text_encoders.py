@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
 from sd3tune.adapter.file import read_adapter
 from sd3tune.adapter.metadata import PEFT_KEY
@@ -51,7 +52,7 @@ def run(quick_config, tmp_path_factory) -> Path:
     return run
 
 
-def drawn(lora: Path, out: Path, **more: object) -> Image.Image:
+def drawn(lora: Path | str, out: Path, **more: object) -> Image.Image:
     asked = {"seed": 11, "steps": 2, "guidance": 4.0, "before": False, **more}
     return Image.open(run_infer(InferenceJob.from_fields(loras=[str(lora)], prompt=PROMPT, out=out, **asked))[0])
 
@@ -201,9 +202,62 @@ def test_inspect_merge_and_resize_handle_the_encoders(run: Path, tmp_path: Path)
     assert len(load_file(tmp_path / "two.safetensors")[key]) == 8
     for one, other in zip(_encoded(tmp_path / "two.safetensors"), _encoded(run), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-    with pytest.raises(AdapterError, match=r"also adapts text encoders \(CLIP-L 12, CLIP-G 18\), which are not merged"):
-        merge_into_base([str(run)], tmp_path / "base", None)
-    merge_into_base([str(run)], tmp_path / "base", None, transformer_only=True)
+
+
+def test_a_merged_base_draws_in_diffusers_what_infer_draws(run: Path, tmp_path: Path) -> None:
+    """In fp32, within one of 255 levels: the sums are rounded once, and `infer` adds two products instead."""
+    out, base = tmp_path / "base", resolve_base("tiny")
+    assert merge_into_base([f"{run}@0.5"], out, None)[0].endswith("38 of its weights, and 12 in CLIP-L, 18 in CLIP-G")
+    for part in ("text_encoder", "text_encoder_2"):
+        before, after = (load_file(folder / part / "model.safetensors") for folder in (base.path, out))
+        of_part = read_adapter(run).of_part(part)
+        assert before.keys() == after.keys()
+        for name, weight in before.items():
+            if name.removesuffix(".weight") in of_part.factors:
+                down, up = of_part.factors[name.removesuffix(".weight")]
+                expected = weight.double() + 0.5 * up.double() @ down.double()  # alpha is the rank
+                torch.testing.assert_close(after[name].double(), expected, rtol=1e-7, atol=1e-8)
+            else:
+                assert torch.equal(after[name], weight)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(out)
+    with torch.no_grad():
+        embeds, _, pooled, _ = pipeline.encode_prompt(PROMPT, None, None, max_sequence_length=16)
+    for found, expected in zip((embeds, pooled), _encoded(run, 0.5), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    picture = pipeline(
+        PROMPT, height=64, width=64, num_inference_steps=2, guidance_scale=4.0, max_sequence_length=16,
+        generator=torch.Generator().manual_seed(11),
+    ).images[0]  # fmt: skip
+    drawn_with = drawn(f"{run}@0.5", tmp_path / "drawn")
+    assert max(high for _, high in ImageChops.difference(picture, drawn_with).getextrema()) <= 1
+    assert drawn_with.tobytes() != drawn(f"{run}@0.5", tmp_path / "part", transformer_only=True).tobytes()
+
+
+def test_t5_in_shards_is_merged_in_its_dtype(run: Path, tmp_path: Path) -> None:
+    """Only the shard that changes is written anew; variants, which would be the former weights, are left out."""
+    base = shutil.copytree(resolve_base("tiny").path, tmp_path / "base")
+    folder, module = base / "text_encoder_3", "encoder.block.1.layer.1.DenseReluDense.wi_0"
+    T5EncoderModel.from_pretrained(folder).half().save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors").replace(folder / "model.fp16.safetensors")
+    pair = torch.randn(2, 64, generator=generator(1)), torch.randn(128, 2, generator=generator(2))
+    file, out = tmp_path / "t5.safetensors", tmp_path / "out"
+    tensors = {**read_adapter(run, transformer_only=True).whole(), f"text_encoder_3.{module}": pair}
+    save_file(arrange(tensors, "kohya"), file)
+    assert merge_into_base([str(file)], out, str(base))[0].endswith("38 of its weights, and 1 in T5")
+    shards = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(shards.values())) > 1
+    assert not (out / folder.name / "model.fp16.safetensors").exists()
+    before, after = (T5EncoderModel.from_pretrained(of / folder.name).state_dict() for of in (base, out))
+    name = f"{module}.weight"
+    assert torch.equal(after[name], (before[name].double() + pair[1].double() @ pair[0].double()).float().half())
+    assert all(torch.equal(after[key], before[key]) for key in before if key != name)
+    for shard in set(shards.values()):
+        kept = (out / folder.name / shard).read_bytes() == (folder / shard).read_bytes()
+        assert kept == (shard != shards[name])
+    (base / "sd3tune.json").write_text(json.dumps({"encoders": ["clip_l", "clip_g"]}))
+    with pytest.raises(AdapterError, match=r"also adapts T5, which the model is written without; leave the text enc"):
+        merge_into_base([str(file)], tmp_path / "none", str(base))
+    assert not (tmp_path / "none").exists()
 
 
 def test_t5_of_a_kohya_file_is_read_and_applied_with_its_weight(run: Path, tmp_path: Path) -> None:

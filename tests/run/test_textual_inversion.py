@@ -18,6 +18,7 @@ from sd3tune.commands.data_check import run_data_check
 from sd3tune.commands.infer import run_infer
 from sd3tune.commands.lora_inspect import inspect_lora
 from sd3tune.commands.train import run_training
+from sd3tune.config import parse_config
 from sd3tune.errors import AdapterError, ConfigError, UserError
 from sd3tune.files.png_recipe import RECIPE_KEY
 from sd3tune.inference.image_request import Texts
@@ -208,16 +209,32 @@ def test_a_lora_command_names_the_option_for_a_learned_word(run: Path) -> None:
         read_adapter(run)
 
 
+def test_the_default_learning_rate_is_its_own(tiny_images: Path, tmp_path: Path) -> None:
+    """A written one counts, and so does the default of an optimizer whose rates are not AdamW's."""
+    for method, optimizer, lr in (
+        ({"kind": "textual_inversion"}, None, 5e-3),
+        ({"kind": "textual_inversion"}, {"kind": "adamw8bit"}, 5e-3),
+        ({"kind": "textual_inversion"}, {"lr": 1e-4}, 1e-4),
+        ({"kind": "textual_inversion"}, {"kind": "prodigy"}, 1.0),
+        ({"kind": "pivotal"}, {}, 1e-4),
+        ({}, None, 1e-4),
+    ):
+        values = {"method": method, "data": {"sources": [{"path": str(tiny_images)}]}}
+        config = parse_config(values if optimizer is None else {**values, "optimizer": optimizer}).config
+        assert config.optimizer.lr == lr
+        said = describe_lr(config)
+        assert said == ["note: optimizer.lr is 0.005, the default of method.kind textual_inversion"] * (lr == 5e-3)
+    assert parse_config(values, ["method.kind=textual_inversion"]).config.optimizer.lr == 5e-3
+
+
 def test_what_would_learn_little_is_said_before_training(make, tmp_path: Path, capsys, pictures: Path) -> None:
-    """CLIP reads 77 tokens, and the default learning rate is LoRA's."""
+    """CLIP reads 77 tokens."""
     long = METHOD.replace("vectors: 3", "vectors: 64")
-    config = make(tmp_path / "run", long, "preview={prompts: [<rex> and <rex>]}", "optimizer={lr: 1.0e-4}")
+    config = make(tmp_path / "run", long, "preview={prompts: [<rex> and <rex>]}")
     encode(make_plan(config, CPU, resume=None), ALONE, print)
     said = capsys.readouterr().out
     for name in ("clip_l", "clip_g"):  # 2 x 64 vectors, `and`, begin and end
         assert f"1 caption too long: {name} reads 77 tokens, so the last 54 of '<rex> and <rex>' are cut off" in said
-    assert any(line.endswith("set it, such as optimizer.lr=0.005") for line in describe_lr(config))
-    assert describe_lr(make(tmp_path / "run")) == []
     (pictures / "long.txt").write_text("<rex> and <rex>")
     try:
         only = min(pictures.glob("*.png"))

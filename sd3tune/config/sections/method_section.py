@@ -25,7 +25,16 @@ class MethodSection(Section):
     """The keys of `has_rates`, for messages, with their verb."""
 
     usual_lr: ClassVar[float | None] = None
-    """A learning rate that suits AdamW better than its default; None if the default suits."""
+    """The default of `optimizer.lr` for optimizers whose own is AdamW's; None takes theirs."""
+
+    def fits_base(self, form: str) -> bool:
+        """Return True if it can be trained on a base whose blocks are quantised to `form`."""
+        return form == "none" or (self.freezes_base and (self.fits_packed_base or form != "nf4"))
+
+    @property
+    def fits_swapped_blocks(self) -> bool:
+        """True if it can be trained with blocks whose weights wait in system memory."""
+        return self.freezes_base and not self.reads_base
 
     @property
     def draws_in_blocks(self) -> bool:

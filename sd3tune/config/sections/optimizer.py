@@ -22,7 +22,9 @@ class OptimizerSection(Section):
     replaces_schedule: ClassVar[bool] = False
     """True if it averages weights instead of lowering the learning rate, which must then be constant."""
     kind: str
-    lr: Annotated[float, _TRAINING] = Field(1e-4, gt=0, description="Peak learning rate.")
+    lr: Annotated[float, _TRAINING] = Field(
+        1e-4, gt=0, description="Peak learning rate. With `method.kind: textual_inversion` the default is 5e-3."
+    )
 
 
 class _Adam(OptimizerSection):

@@ -108,13 +108,17 @@ class PreviewConfig(Section):
         "`{prompt: a dog, negative: blurry, size: 768x1024, slg: 2.8}`.",
     )
     steps: Annotated[int, Key(Identity.FREE, contract="sampling_steps")] = Field(
-        28, ge=1, le=1000, description="Denoising steps per image; stored with the result as the default of `infer`."
+        28,
+        ge=1,
+        le=1000,
+        description="Denoising steps per image; stored with the result as the default of `infer`. A base that states "
+        "its own, such as `nano`, sets the default.",
     )
     guidance: Annotated[float, Key(Identity.FREE, contract=True)] = Field(
         4.5,
         ge=0,
         description="Classifier-free guidance scale; 1 or less turns it off. Stored with the result as the default of "
-        "`infer`.",
+        "`infer`. A base that states its own, such as `nano` (2), sets the default.",
     )
     seed: Annotated[int, FREE] = Field(
         0, ge=0, lt=2**63, description="Noise seed of the first prompt; the next prompt uses seed + 1."

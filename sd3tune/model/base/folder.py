@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import __version__ as diffusers_version
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sd3tune.errors import ModelError, RunError
@@ -18,7 +18,7 @@ from sd3tune.files.atomic import new_folder
 from sd3tune.model.base.base import Base
 from sd3tune.model.base.contract import CONTRACT_FILE, CONTRACT_VERSION
 from sd3tune.model.base.parts import INDEX_FILE, MODEL_INDEX
-from sd3tune.model.base.weights import read_json
+from sd3tune.model.base.weights import read_json, tensor_headers, weight_files
 
 _T5 = ("text_encoder_3", "tokenizer_3")
 
@@ -36,14 +36,20 @@ def check_parts(base: Base, asked_by: str = "method.kind=full") -> None:
 
 
 def write_model(
-    folder: Path, base: Base, tensors: Mapping[str, Tensor], contract: Mapping[str, Any], shift: float | None
+    folder: Path,
+    base: Base,
+    tensors: Mapping[str, Tensor],
+    contract: Mapping[str, Any],
+    shift: float | None,
+    text: Mapping[str, Mapping[str, Tensor]] = {},
 ) -> Path:
     """Write a model folder: a transformer of these `tensors`, the base's other parts, and the contract.
 
-    The other parts are hard links to the base's files if the file system supports them, otherwise copies. If the
-    contract has no T5, it is left out, and must also be left out in loading (`text_encoder_3=None, tokenizer_3=None`).
-    `shift` is the scheduler's, None for the base's own. Returns `model_index.json`. Raises RunError, before anything is
-    written, if a tensor is not finite.
+    The other parts are hard links to the base's files if the file system supports them, otherwise copies; `text` is
+    folder of a text encoder -> key in its files -> another weight, of the same shape and dtype. If the contract has no
+    T5, it is left out, and must also be left out in loading (`text_encoder_3=None, tokenizer_3=None`). `shift` is the
+    scheduler's, None for the base's own. Returns `model_index.json`. Raises RunError, before anything is written, if a
+    tensor is not finite.
     """
     bad = [name for name, value in tensors.items() if (~value.isfinite()).any()]
     if bad:
@@ -56,12 +62,30 @@ def write_model(
     with new_folder(folder) as temporary:
         for part in MODEL_INDEX:
             if part not in ("_class_name", "transformer", "scheduler", *left_out):
-                _link_files(base.folder(part), temporary / part)
+                _write_part(base.folder(part), temporary / part, text.get(part, {}))
         _write_scheduler(base.folder("scheduler"), temporary / "scheduler", shift)
         _write_transformer(temporary / "transformer", base.config("transformer"), tensors)
         _write_json(temporary / CONTRACT_FILE, dict(sorted({"contract_version": CONTRACT_VERSION, **contract}.items())))
         _write_json(temporary / INDEX_FILE, {**MODEL_INDEX, **{part: [None, None] for part in left_out}})
     return folder / INDEX_FILE
+
+
+def _write_part(source: Path, target: Path, changed: Mapping[str, Tensor]) -> None:
+    """Write a part with these weights changed; without any, its files. Variants would have the former weights."""
+    if not changed:
+        _link_files(source, target)
+        return
+    target.mkdir()
+    for file in sorted(source.glob("*.json")):
+        if ".index." not in file.name or file.name.endswith(".safetensors.index.json"):
+            _link(file.resolve(), target / file.name)
+    for file in weight_files(source):
+        if changed.keys() & tensor_headers(file).keys():
+            tensors = load_file(file)
+            tensors |= {name: tensor.contiguous() for name, tensor in changed.items() if name in tensors}
+            save_file(tensors, target / file.name, metadata={"format": "pt"})
+        else:
+            _link(file.resolve(), target / file.name)
 
 
 def _link_files(source: Path, target: Path) -> None:

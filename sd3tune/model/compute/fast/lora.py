@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.loha import LoHaLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sd3tune.model.compute.fast import lycoris
 from sd3tune.model.load.quantized import dtype_of, is_quantized, weights_of
 from sd3tune.model.lora.dropout import SeededDropout
 
@@ -30,11 +33,12 @@ class Adapted(NamedTuple):
 def fused_linears(layers: Sequence[nn.Module], inputs: Tensor) -> tuple[Tensor, ...]:
     """Return the output [..., out] of each layer for the same `inputs` [..., in], equal to calling them up to rounding.
 
-    The fast path covers frozen linear layers, quantised or not, with one plain LoRA each; other layers are called.
+    The fast path covers frozen linear layers, quantised or not, with one plain LoRA or LoHa each; other layers are
+    called, LoKr by `lycoris.called`.
     """
     known = [adapted(layer) for layer in layers]
     if any(of is None for of in known):
-        return tuple(layer(inputs) for layer in layers)
+        return tuple(lycoris.called(layer, _only_adapter(layer), inputs) for layer in layers)
     factors = [tensor for of in known if of for tensor in (of.down, of.up)]
     return _LoraLinears.apply(inputs, [of.base for of in known if of], [of.scale for of in known if of], *factors)
 
@@ -44,20 +48,36 @@ def linear(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def adapted(layer: nn.Module) -> Adapted | None:
-    """Return the layer's tensors if it is a frozen linear layer with one active, plain LoRA, else None."""
-    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+    """Return the layer's tensors if it is a frozen linear layer with one active, plain LoRA or LoHa, else None."""
+    name = _only_adapter(layer)
+    if name is None:
         return None
-    name, base = layer.active_adapters[0], layer.base_layer
+    of: Any = layer
+    pair = _factors(of, name) if isinstance(layer, LoraLayer) else None
+    if isinstance(layer, LoHaLayer):
+        pair = lycoris.low_rank_of(layer, name)
+    if pair is None or not pair[0].dtype == pair[1].dtype == dtype_of(of.base_layer):
+        return None
+    return Adapted(of.base_layer, *pair, of.scaling[name])
+
+
+def _only_adapter(layer: nn.Module) -> str | None:
+    """Return the name of the one active adapter of a frozen linear layer, else None."""
+    if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters or layer.merged:
+        return None
+    base, names = layer.base_layer, layer.active_adapters
+    if len(names) != 1 or not (type(base) is nn.Linear or is_quantized(base)) or base.weight.requires_grad:
+        return None
+    return str(names[0])
+
+
+def _factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor] | None:
+    """Return A and B of a plain LoRA without dropout, else None."""
     if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias.get(name):
         return None
-    if not (type(base) is nn.Linear or is_quantized(base)):
+    if not _is_off(layer.lora_dropout[name]):
         return None
-    if base.weight.requires_grad or not _is_off(layer.lora_dropout[name]):
-        return None
-    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-    if not down.dtype == up.dtype == dtype_of(base):
-        return None
-    return Adapted(base, down, up, layer.scaling[name])
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
 
 
 def _is_off(dropout: nn.Module) -> bool:
