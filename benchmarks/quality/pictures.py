@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from sd3tune.nano.tasks import INSTANCES, NAME, OTHER_NAME, instances, subject_caption
 from sd3tune.nano.world import CLASS, COLOURS, SUBJECT, Scene, render
 
-SECOND_SUBJECT = "moon"
+SECOND_SUBJECT = "crown"
 _STICKERS = ("orange", "white", "red", "black", "orange", "yellow")
 """Colour of the sticker on each picture: neither the subject's nor the background's."""
 
@@ -70,7 +70,7 @@ def _box(side: int, margin: int) -> tuple[int, int, int, int]:
 
 
 def two_subjects(prior: Callable[[str], dict[str, Any]] | None = None) -> Callable[[Path], list[dict[str, Any]]]:
-    """Return two sources, of the heart as `sks shape` and of the moon as `zwx shape`; `prior` is given the name."""
+    """Return two sources, of the heart as `sks shape` and of the crown as `zwx shape`; `prior` is given the name."""
 
     def draw(folder: Path) -> list[dict[str, Any]]:
         sources = []
