@@ -175,7 +175,7 @@ _TABLES: Mapping[str, TableOf] = {
         SUBJECTS,
         {
             "first": "the heart right, %",
-            "second": "the moon right, %",
+            "second": "the crown right, %",
             "both": "both in one picture right, %",
             "bled": "pictures of one that show the other, %",
         },
