@@ -24,6 +24,7 @@ from sd3tune.cli.infer import infer
 from sd3tune.cli.lora import lora_app
 from sd3tune.cli.outcome import EXIT_CODES, run_app
 from sd3tune.cli.runs import report, runs
+from sd3tune.cli.sweep import sweep
 from sd3tune.cli.ui import ui
 from sd3tune.config import dump_config, json_schema, load_config
 from sd3tune.errors import ConfigError
@@ -42,6 +43,7 @@ app.command()(infer)
 app.command()(runs)
 app.command()(report)
 app.command("eval")(evaluate)
+app.command()(sweep)
 app.command()(ui)
 app.add_typer(cache_app, name="cache")
 app.add_typer(data_app, name="data")

@@ -57,7 +57,7 @@ from sd3tune.runtime.environment import sharding_ignored
 from sd3tune.runtime.launch import report_errors_to_launcher
 from sd3tune.runtime.out_of_memory import explain_oom
 from sd3tune.runtime.processes import Processes, closing_process_group, explain_timeout, processes_of
-from sd3tune.runtime.signals import StopSignals
+from sd3tune.runtime.signals import StopSignals, stop_with_parent
 from sd3tune.training.ahead import with_modulations
 from sd3tune.training.batches import Batches
 from sd3tune.training.checkpoint import read_state
@@ -81,6 +81,7 @@ def run_training(
     """
     explained = explain_timeout(config.train.process_timeout)
     with closing_process_group(), report_errors_to_launcher(), explained, StopSignals() as signals:
+        stop_with_parent()
         carry_out_run(config, notes, resume=resume, dry_run=dry_run, callbacks=callbacks, signals=signals)
 
 
