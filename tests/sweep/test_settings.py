@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from sd3tune.errors import ConfigError
-from sd3tune.sweep.settings import read_sweep
+from sd3tune.sweep.settings import Sweep, read_sweep
 from sd3tune.sweep.space import override
 from sd3tune.sweep.trials import drawn_ahead
 
@@ -25,6 +26,14 @@ trials: 6
 def written(folder: Path, text: str) -> Path:
     (folder / "sweep.yaml").write_text(text)
     return folder / "sweep.yaml"
+
+
+def test_the_example_of_the_page_is_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sweep.md").read_text("utf-8")
+    settings = read_sweep(written(tmp_path, page.partition("```yaml\n")[2].partition("```")[0])).settings
+    assert settings.count == 12
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert listed == list(Sweep.model_fields)
 
 
 def test_a_grid_is_every_combination_in_order(tmp_path: Path) -> None:
@@ -69,7 +78,7 @@ def test_values_reach_the_training_as_they_are_written(tmp_path: Path, value: st
             "low: 0",
             "3: axes.optimizer.lr.log: needs a low above 0, and no step; set log: false, or change",
         ),
-        ("log: true", "lgo: true", "3: axes.optimizer.lr.lgo: unknown key; did you mean 'log'?"),
+        ("log: true", "logg: true", "3: axes.optimizer.lr.logg: unknown key; did you mean 'log'?"),
         ("[4, 16]", "[4, 4]", "4: axes.method.rank: lists a value twice; remove one of them"),
         ("[4, 16]", "[]", "4: axes.method.rank: is an empty list; give at least one value"),
         ("[4, 16]", "4", "4: axes.method.rank: is neither a list of values nor a range such as {low: 1e-5,"),
