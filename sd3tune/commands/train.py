@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
@@ -37,6 +38,7 @@ from sd3tune.run.encoding import Encoded, check_pictures, encode
 from sd3tune.run.folder import (
     check_still_newest,
     clear,
+    continues_launch,
     describe_run,
     describe_stopped,
     explain_write_errors,
@@ -108,6 +110,7 @@ def carry_out_run(
 
     for note in (*notes, *sharding_ignored(os.environ)):
         say(f"note: {note}")
+    resume = resume or continues_launch(Path(config.output_dir or ""))
     with accelerator.main_process_first():  # it may build a tiny base, and transformers writes only on rank 0
         plan = make_plan(config, accelerator.device, resume, processes.world)
     plan, chosen = fitted_plan(plan, processes)

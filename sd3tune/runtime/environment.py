@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
 import re
 import sys
@@ -42,6 +44,25 @@ def launch_problems(environment: Mapping[str, str]) -> list[str]:
         for name, rank in ranks.items()
         if rank >= world
     ]
+
+
+_RESTARTS, _MOST_RESTARTS = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
+
+
+def restarts(environment: Mapping[str, str]) -> int:
+    """Return how often torch's launcher has started the processes again."""
+    count = environment.get(_RESTARTS, "")
+    return int(count) if count.isdecimal() else 0
+
+
+def elastic_launch(environment: Mapping[str, str]) -> str | None:
+    """Return a name of the launch that its restarted processes share; None if the launcher restarts none."""
+    if environment.get(_MOST_RESTARTS, "0") == "0":
+        return None
+    name = environment.get("TORCHELASTIC_RUN_ID", "none")
+    if name == "none":  # torchrun's default, which all launches have
+        name = f"{platform.node()} {os.getppid()}"
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 _SHARDING = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
