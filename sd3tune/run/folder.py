@@ -33,7 +33,7 @@ from sd3tune.methods.base import Product
 from sd3tune.publish.card.evaluated import EVAL_FOLDER
 from sd3tune.publish.files import is_product_name
 from sd3tune.publish.previews import SAMPLES, is_preview_name
-from sd3tune.runtime.environment import elastic_launch, restarts
+from sd3tune.runtime.environment import continues, launch_names
 from sd3tune.tracking.trackers import is_log
 from sd3tune.training.checkpoint import list_checkpoints, read_state
 from sd3tune.training.metrics import Line, problem_of_measurement, read_metrics
@@ -72,8 +72,7 @@ def starting_checkpoint(run: Path, resume: bool) -> Path | None:
 
 def continues_launch(run: Path) -> bool:
     """Return whether a launcher has restarted this process to continue the run that it began in the folder."""
-    launch = elastic_launch(os.environ)
-    return launch is not None and restarts(os.environ) > 0 and read_run_file(run).get(_LAUNCH) == launch
+    return continues(read_run_file(run).get(_LAUNCH), os.environ)
 
 
 def _start_in(run: Path, resume: bool) -> Path | None:
@@ -306,8 +305,8 @@ def describe_run(run: Path, start: Mapping[str, Any], from_step: int) -> dict[st
     The list of resumes is kept from earlier attempts.
     """
     resumes = [*_resumes(run), {"from_step": from_step}] if from_step else []
-    launch = elastic_launch(os.environ)
-    marked = {MARKER: LAYOUT_VERSION, **start, **({} if launch is None else {_LAUNCH: launch})}
+    launch = launch_names(os.environ)
+    marked = {MARKER: LAYOUT_VERSION, **start, **({_LAUNCH: launch} if launch else {})}
     described = {**marked, "argv": sys.argv, "git_commit": _git_commit(), "resumes": resumes, "timings": {}}
     write_json(run / RUN_FILE, described)
     return described

@@ -10,7 +10,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ import torch
 from sd3tune.reporting import say
 
 _KEY = "sd3tune/arrived/{}"
-_ANSWER = timedelta(seconds=10)
-"""Time that the store has to answer; it is gone if its host is."""
+_ANSWER = 10.0
+"""Seconds that the store has to answer."""
 _WARNED_AT = 0.8
 """The share of the timeout after which the missing ranks are named, as NCCL ends a process without an exception."""
 
@@ -38,16 +37,25 @@ def arrive() -> None:
 
 
 def missing_ranks() -> list[int]:
-    """Return the ranks that have begun fewer operations than this process; empty if that cannot be known."""
-    found = []
-    with contextlib.suppress(RuntimeError):  # DistStoreError among them: no answer
-        store = _store()
-        store.set_timeout(_ANSWER)
-        for rank in range(torch.distributed.get_world_size()):
-            key = _KEY.format(rank)
-            if (int(store.get(key)) if store.check([key]) else 0) < _Own.begun:
-                found.append(rank)
-    return found
+    """Return the ranks that have begun fewer operations than this process; empty if that cannot be known.
+
+    It is rank 0 if the store does not answer, as only its process can have stopped without ending this one.
+    """
+    begun = dict[int, int]()
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError, ValueError):
+            store = _store()
+            for rank in range(torch.distributed.get_world_size()):
+                key = _KEY.format(rank)
+                begun[rank] = int(store.get(key)) if store.check([key]) else 0
+
+    asking = threading.Thread(target=ask, daemon=True)  # the store's client may wait forever
+    asking.start()
+    asking.join(_ANSWER)
+    if len(begun) < torch.distributed.get_world_size():
+        return [0] if torch.distributed.get_rank() > 0 else []
+    return [rank for rank, count in begun.items() if count < _Own.begun]
 
 
 @contextlib.contextmanager

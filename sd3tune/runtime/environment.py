@@ -55,14 +55,32 @@ def restarts(environment: Mapping[str, str]) -> int:
     return int(count) if count.isdecimal() else 0
 
 
-def elastic_launch(environment: Mapping[str, str]) -> str | None:
-    """Return a name of the launch that its restarted processes share; None if the launcher restarts none."""
+def launch_names(environment: Mapping[str, str]) -> list[str]:
+    """Return names of the launch that restarted processes share: of its agent here and, if it has one, of its job.
+
+    Empty if the launcher restarts no processes.
+    """
     if environment.get(_MOST_RESTARTS, "0") == "0":
-        return None
-    name = environment.get("TORCHELASTIC_RUN_ID", "none")
-    if name == "none":  # torchrun's default, which all launches have
-        name = f"{platform.node()} {os.getppid()}"
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
+        return []
+    job = environment.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's default, which all launches have
+    names = [f"{platform.node()} {os.getppid()}", *([job] if job != "none" else [])]
+    return [hashlib.sha256(name.encode()).hexdigest()[:16] for name in names]
+
+
+def continues(recorded: object, environment: Mapping[str, str]) -> bool:
+    """Return whether a run that recorded `launch_names` was begun by this launch, which has restarted its processes.
+
+    An agent starts its processes only once, unless it restarts them; the count may differ between machines. A job's
+    name may be used again, so it counts in a restarted process only.
+    """
+    names = launch_names(environment)
+    known = names if restarts(environment) > 0 else names[:1]
+    return isinstance(recorded, list) and any(name in recorded for name in known)
+
+
+def keeps_dead_addresses(environment: Mapping[str, str]) -> bool:
+    """Return whether the launcher's store, in which processes find each other, outlives them."""
+    return restarts(environment) > 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 _SHARDING = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}

@@ -14,7 +14,7 @@ import pytest
 from sd3tune.config import dump_config
 from sd3tune.config.run_folder import RUN_FILE
 from sd3tune.run.folder import continues_launch, describe_run
-from sd3tune.runtime.environment import elastic_launch
+from sd3tune.runtime.environment import continues, launch_names
 from sd3tune.runtime.launch import without_option
 
 ELASTIC = {"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_RUN_ID": "job-1"}
@@ -25,22 +25,22 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def test_a_restarted_process_continues_what_its_own_launch_began(tmp_path: Path, monkeypatch) -> None:
     for name, value in ELASTIC.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    describe_run(tmp_path, {}, 0)
     assert not continues_launch(tmp_path)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert continues_launch(tmp_path)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-2")
-    assert not continues_launch(tmp_path), "a run of another launch is not continued without --resume"
+    describe_run(tmp_path, {}, 0)
+    assert continues_launch(tmp_path), "the same agent, which may not have counted the restart"
+    (agent, job), again = launch_names(ELASTIC), {**ELASTIC, "TORCHELASTIC_RESTART_COUNT": "1"}
+    assert continues(["another agent", job], again)
+    assert not continues(["another agent", job], ELASTIC), "the name of an earlier job"
+    assert not continues(["another agent", "another job"], again)
+    assert not continues(None, again)
+    assert agent != job
 
 
-def test_a_launch_without_restarts_is_not_recorded(tmp_path: Path, monkeypatch) -> None:
-    assert elastic_launch({}) is None
-    assert elastic_launch({**ELASTIC, "TORCHELASTIC_MAX_RESTARTS": "0"}) is None
+def test_a_launch_without_restarts_is_not_recorded(tmp_path: Path) -> None:
+    assert launch_names({}) == launch_names({**ELASTIC, "TORCHELASTIC_MAX_RESTARTS": "0"}) == []
+    assert len(launch_names({**ELASTIC, "TORCHELASTIC_RUN_ID": "none"})) == 1
     describe_run(tmp_path, {}, 0)
     assert "launch" not in json.loads((tmp_path / RUN_FILE).read_text())
-    unnamed = {**ELASTIC, "TORCHELASTIC_RUN_ID": "none"}
-    assert elastic_launch(unnamed) == elastic_launch(unnamed) != elastic_launch(ELASTIC)
 
 
 def test_restarts_need_several_processes(command, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def after_a_checkpoint(run: Path) -> None:
 def test_a_killed_rank_and_a_stopped_one_cost_only_the_steps_since_the_last_checkpoint(
     quick_config, tmp_path: Path, start_cli, assert_equal_runs, monkeypatch
 ) -> None:
-    """Rank 1 is killed in a launch by --restarts; rank 0, which keeps the checkpoints, is stopped in one by torchrun."""
+    """Rank 1 is killed, in a launch by --restarts; rank 0, which writes, is stopped, in one by torchrun."""
     files = {}
     for name in ("straight", "killed", "stopped"):
         files[name] = tmp_path / f"{name}.yaml"
