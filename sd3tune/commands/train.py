@@ -38,7 +38,6 @@ from sd3tune.run.encoding import Encoded, check_pictures, encode
 from sd3tune.run.folder import (
     check_still_newest,
     clear,
-    continues_launch,
     describe_run,
     describe_stopped,
     explain_write_errors,
@@ -48,6 +47,7 @@ from sd3tune.run.folder import (
 )
 from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 from sd3tune.run.listing import remember_run
+from sd3tune.run.machines import check_same_data, check_same_start, resume_everywhere
 from sd3tune.run.optimizer_fallback import with_working_optimizer
 from sd3tune.run.preflight import Plan, make_plan
 from sd3tune.run.report import closing_report, describe_learning, describe_next, describe_product, describe_speed
@@ -110,9 +110,11 @@ def carry_out_run(
 
     for note in (*notes, *sharding_ignored(os.environ)):
         say(f"note: {note}")
-    resume = resume or continues_launch(Path(config.output_dir or ""))
+    if not dry_run:
+        resume = resume_everywhere(Path(str(config.output_dir)), resume, processes, accelerator.device)
     with accelerator.main_process_first():  # it may build a tiny base, and transformers writes only on rank 0
         plan = make_plan(config, accelerator.device, resume, processes.world)
+    check_same_start(plan.start, processes, accelerator.device)
     plan, chosen = fitted_plan(plan, processes)
     if resume and plan.start is None:
         say(f"nothing to resume in {plan.run}: starting afresh")
@@ -223,6 +225,7 @@ def _begin(
         stack.enter_context(locked(plan.run))
         check_still_newest(plan.run, plan.start)
     identity = run_identity(plan, encoded, processes.world)
+    check_same_data(identity, processes, plan.device)
     if plan.start is not None:
         check_identity(plan, identity, encoded)
         say(f"resuming from {plan.start.name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -67,6 +67,14 @@ def _reduce_mean(tensor: Tensor) -> Tensor:
     arrive()
     torch.distributed.all_reduce(tensor)
     return tensor.div_(torch.distributed.get_world_size())
+
+
+def from_main(value: Any, device: torch.device) -> Any:
+    """Return rank 0's `value`, a plain one, on every rank; that of other ranks is ignored."""
+    arrive()
+    sent = [value]
+    torch.distributed.broadcast_object_list(sent, src=0, device=device)
+    return sent[0]
 
 
 @contextlib.contextmanager
