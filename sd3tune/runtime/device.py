@@ -23,6 +23,7 @@ from sd3tune.runtime.environment import (
     no_gpu,
     restarts,
     sharding_problems,
+    uses_cpu,
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,7 +78,7 @@ def _join_again(timeout_minutes: float | None) -> None:
         )
     store, rank, world = next(rendezvous("env://"))
     torch.distributed.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
+        "nccl" if torch.cuda.is_available() and not uses_cpu(os.environ) else "gloo",
         store=PrefixStore(f"attempt-{restarts(os.environ)}", store),
         rank=rank,
         world_size=world,

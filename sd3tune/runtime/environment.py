@@ -137,10 +137,15 @@ def gpu_asked_for(environment: Mapping[str, str]) -> str | None:
     device = environment.get("ACCELERATE_TORCH_DEVICE", "")
     if device.startswith("cuda"):
         return f"ACCELERATE_TORCH_DEVICE={device}"
-    if _is_true(environment.get("ACCELERATE_USE_CPU", "")):
+    if uses_cpu(environment):
         return None
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     return f"CUDA_VISIBLE_DEVICES={visible}" if re.match(r"\d|GPU-|MIG-", visible) else None
+
+
+def uses_cpu(environment: Mapping[str, str]) -> bool:
+    """Return whether accelerate is told to use the CPU, also where there is a GPU."""
+    return _is_true(environment.get("ACCELERATE_USE_CPU", ""))
 
 
 def no_gpu(asked: str) -> str:

@@ -55,6 +55,11 @@ class Worker:
         if self._attempt is not None:
             self._attempt.stop()
 
+    def release(self) -> None:
+        """Let others take up the trial."""
+        if self.claim is not None:
+            self.claim.lock.release()
+
     @property
     def has_stopped(self) -> bool:
         return self._attempt is None or self._attempt.code is not None
@@ -135,6 +140,8 @@ def carry_out(trials: Trials, config: Path, run_name: str, stop_requested: Calla
                 time.sleep(_POLL)
     finally:
         _stop(workers)
+        for worker in workers:
+            worker.release()
 
 
 def _claim(trials: Trials, free: Sequence[Worker]) -> None:

@@ -69,6 +69,17 @@ def test_a_failed_trial_is_named_and_passed_over_up_to_a_limit(write_sweep, quic
     )
 
 
+def test_a_figure_of_eval_is_compared_within_the_drift_limit(write_sweep, quick_training, tmp_path: Path) -> None:
+    axes = {"optimizer.lr": [1e-4, 1e-3, 1e-2]}
+    run_sweep(write_sweep("eval", "eval={}", axes=axes, objective="likeness"))
+    found = results(tmp_path / "eval")
+    assert found["direction"] == "maximize"
+    assert found["best"] == "trial-0001"
+    assert [trial["value"] for trial in found["trials"]] == [0.8, 0.9, None]
+    assert found["trials"][2]["state"] == "pruned"
+    assert found["trials"][2]["reason"] == "all weights drift beyond eval.drift_limit"
+
+
 def test_bad_trials_are_stopped_early(write_sweep, quick_training, tmp_path: Path) -> None:
     axes = {"optimizer.lr": [1e-3, 2e-3, 1e-4, 3e-3], "seed": [10]}
     run_sweep(write_sweep("pruned", axes=axes, pruning={"after_trials": 2}))
