@@ -13,6 +13,7 @@ QUICK_TRAINING = '''\
 """Stands for `sd3tune train`: its loss is a formula of the overrides, and pictures drift above a rate of 0.005. Each
 start adds a line to OUTPUT_DIR.starts."""
 import json, math, pathlib, signal, sys, time
+from sd3tune.runtime.signals import stop_with_parent
 
 values = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
 run, lr = pathlib.Path(values["output_dir"]), float(values["optimizer.lr"])
@@ -22,6 +23,7 @@ if lr > 0.5:
     print("error: optimizer.lr: far too large", flush=True)
     sys.exit(2)
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+stop_with_parent()
 run.mkdir(exist_ok=True)
 loss, lines = (math.log10(lr) + 3) ** 2 + 1 / int(values.get("method.rank", 1)), []
 for step in range(1, 5):
@@ -43,6 +45,7 @@ def quick_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file.write_text(QUICK_TRAINING)
     monkeypatch.setattr("sd3tune.sweep.attempt.program", lambda: [sys.executable, str(file)])
     monkeypatch.setattr("sd3tune.sweep.workers._POLL", 0.02)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     return file
 
 

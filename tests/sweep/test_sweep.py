@@ -185,6 +185,27 @@ def test_the_plan_lists_the_trials_and_the_cost_of_one(write_sweep, tmp_path: Pa
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_killed_sweep_ends_its_trials_and_continues_to_the_table_of_one_never_killed(
+    write_sweep, quick_training, tmp_path: Path
+) -> None:
+    axes = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "method.rank": [1, 2], "seed": [20]}
+    settings = {"axes": axes, "sampler": "random", "trials": 5, "workers": 2}
+    run_sweep(write_sweep("straight", **settings))
+    file, folder = write_sweep("killed", **settings), tmp_path / "killed"
+    sweep = FORKS.Process(target=_quickly, args=(file, False, str(quick_training)))
+    sweep.start()
+    until((folder / "trial-0002.starts").exists)
+    sweep.kill()
+    sweep.join()
+    begun = [row.number for row in Trials(read_sweep(file), {}).rows() if row.state == "running"]
+    assert begun
+    run_sweep(file)
+    assert (folder / "sweep.json").read_text() == (tmp_path / "straight" / "sweep.json").read_text()
+    for number in range(5):  # one that was killed before it began, or at its end, is started once
+        assert starts(folder / f"trial-{number:04d}") in ((1, 2) if number in begun else (1,))
+
+
+@pytest.mark.long
 def test_the_trainings_of_a_killed_sweep_save_and_end_and_it_continues_them(write_sweep, tmp_path, start_cli) -> None:
     """Three real trainings, two at once. Only the sweep's own process is killed."""
     axes, folder = {"optimizer.lr": [1e-3, 1e-2, 3e-2]}, tmp_path / "sweep"
