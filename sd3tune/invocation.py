@@ -1,4 +1,4 @@
-"""Printable commands that work unchanged in the user's shell."""
+"""Commands of this installation: printable ones, and the words that start one."""
 
 from __future__ import annotations
 
@@ -35,3 +35,9 @@ def _shortest(file: Path, path: str, folder: Path) -> str:
     if shutil.which(file.name, path=path) == str(file):
         return file.name
     return shlex.quote(str(file.relative_to(folder) if file.is_relative_to(folder) else file))
+
+
+def program() -> list[str]:
+    """Return the words that start sd3tune; never through the working directory, which Python would import from."""
+    script = Path(sys.executable).with_name("sd3tune")
+    return [str(script)] if script.is_file() else [sys.executable, str(Path(__file__).with_name("__main__.py"))]

@@ -24,6 +24,7 @@ from sd3tune.cli.infer import infer
 from sd3tune.cli.lora import lora_app
 from sd3tune.cli.outcome import EXIT_CODES, run_app
 from sd3tune.cli.runs import report, runs
+from sd3tune.cli.sweep import sweep
 from sd3tune.cli.ui import ui
 from sd3tune.config import dump_config, json_schema, load_config
 from sd3tune.errors import ConfigError
@@ -42,6 +43,7 @@ app.command()(infer)
 app.command()(runs)
 app.command()(report)
 app.command("eval")(evaluate)
+app.command()(sweep)
 app.command()(ui)
 app.add_typer(cache_app, name="cache")
 app.add_typer(data_app, name="data")
@@ -67,18 +69,23 @@ def train(
     config: ConfigArgument,
     overrides: Overrides = None,
     num_processes: Annotated[int, typer.Option(min=1, help="Processes to train with, one per GPU.")] = 1,
+    restarts: Annotated[
+        int, typer.Option(min=0, metavar="N", help="How often to continue after a process died; with --num-processes.")
+    ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, if any.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan, without training.")
     ] = False,
 ) -> None:
     """Train a run."""
+    if restarts and num_processes == 1:
+        raise ConfigError(f"--restarts {restarts}: only for several processes; give --num-processes, too")
     loaded = load_config(config, overrides or ())
     grow_segments(os.environ)  # before torch is imported, and for the processes that are launched
     if num_processes > 1:
         from sd3tune.runtime.launch import relaunch
 
-        relaunch(num_processes, sys.argv[1:])
+        relaunch(num_processes, sys.argv[1:], restarts)
     with quick_imports(f"train {config}"):
         from sd3tune.commands.train import run_training
 

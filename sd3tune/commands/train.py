@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
@@ -46,6 +47,7 @@ from sd3tune.run.folder import (
 )
 from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 from sd3tune.run.listing import remember_run
+from sd3tune.run.machines import check_same_data, check_same_start, resume_everywhere
 from sd3tune.run.optimizer_fallback import with_working_optimizer
 from sd3tune.run.preflight import Plan, make_plan
 from sd3tune.run.report import closing_report, describe_learning, describe_next, describe_product, describe_speed
@@ -57,7 +59,7 @@ from sd3tune.runtime.environment import sharding_ignored
 from sd3tune.runtime.launch import report_errors_to_launcher
 from sd3tune.runtime.out_of_memory import explain_oom
 from sd3tune.runtime.processes import Processes, closing_process_group, explain_timeout, processes_of
-from sd3tune.runtime.signals import StopSignals
+from sd3tune.runtime.signals import StopSignals, stop_with_parent
 from sd3tune.training.ahead import with_modulations
 from sd3tune.training.batches import Batches
 from sd3tune.training.checkpoint import read_state
@@ -81,6 +83,7 @@ def run_training(
     """
     explained = explain_timeout(config.train.process_timeout)
     with closing_process_group(), report_errors_to_launcher(), explained, StopSignals() as signals:
+        stop_with_parent()
         carry_out_run(config, notes, resume=resume, dry_run=dry_run, callbacks=callbacks, signals=signals)
 
 
@@ -107,8 +110,11 @@ def carry_out_run(
 
     for note in (*notes, *sharding_ignored(os.environ)):
         say(f"note: {note}")
+    if not dry_run:
+        resume = resume_everywhere(Path(str(config.output_dir)), resume, processes, accelerator.device)
     with accelerator.main_process_first():  # it may build a tiny base, and transformers writes only on rank 0
         plan = make_plan(config, accelerator.device, resume, processes.world)
+    check_same_start(plan.start, processes, accelerator.device)
     plan, chosen = fitted_plan(plan, processes)
     if resume and plan.start is None:
         say(f"nothing to resume in {plan.run}: starting afresh")
@@ -219,6 +225,7 @@ def _begin(
         stack.enter_context(locked(plan.run))
         check_still_newest(plan.run, plan.start)
     identity = run_identity(plan, encoded, processes.world)
+    check_same_data(identity, processes, plan.device)
     if plan.start is not None:
         check_identity(plan, identity, encoded)
         say(f"resuming from {plan.start.name}")

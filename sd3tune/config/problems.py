@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from sd3tune.config.schema import Config
+from sd3tune.config.sections.section import Section
 from sd3tune.config.shape import all_fields, child, field_at, kind_of, section_at, sections_of
 from sd3tune.config.yaml12 import KeyPath
 
@@ -46,8 +48,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def explain(errors: list[ErrorDetails], tree: Any) -> Iterator[tuple[KeyPath, str]]:
-    """Yield one (key path, message) per problem; all alternatives of a union give one message."""
+def explain(errors: list[ErrorDetails], tree: Any, root: type[Section] = Config) -> Iterator[tuple[KeyPath, str]]:
+    """Yield one (key path, message) per problem in values of `root`; all alternatives of a union give one message."""
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for error in errors:
         by_path.setdefault(_key_path(error, tree), []).append(error)
@@ -55,7 +57,7 @@ def explain(errors: list[ErrorDetails], tree: Any) -> Iterator[tuple[KeyPath, st
     for path, found in by_path.items():
         if path in around and all(_is_mismatch(error) for error in found):
             continue  # another alternative of the same union got further
-        yield path, _message(path, found, tree)
+        yield path, _message(path, found, tree, root)
 
 
 def _key_path(error: ErrorDetails, tree: Any) -> KeyPath:
@@ -83,12 +85,12 @@ def _is_mismatch(error: ErrorDetails) -> bool:
     return error["type"] == "literal_error" or error["type"] in _NOUNS or error["type"] in _SECTION_TYPES
 
 
-def _message(path: KeyPath, errors: list[ErrorDetails], tree: Any) -> str:
+def _message(path: KeyPath, errors: list[ErrorDetails], tree: Any, root: type[Section]) -> str:
     closest = [error for error in errors if not _is_mismatch(error)]
     if len(errors) > 1 and not closest:
         nouns = " nor ".join(_noun(error) for error in errors)
         return f"{shown(errors[0]['input'])} is neither {nouns}"
-    return _single(path, (closest or errors)[0], tree)
+    return _single(path, (closest or errors)[0], tree, root)
 
 
 def _noun(error: ErrorDetails) -> str:
@@ -97,21 +99,21 @@ def _noun(error: ErrorDetails) -> str:
     return _NOUNS.get(error["type"], "a section of keys")
 
 
-def _single(path: KeyPath, error: ErrorDetails, tree: Any) -> str:
+def _single(path: KeyPath, error: ErrorDetails, tree: Any, root: type[Section]) -> str:
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        return _unknown_key(path, tree)
+        return _unknown_key(path, tree, root)
     if kind == "missing":
-        return f"missing{_example(path, tree)}"
+        return f"missing{_example(path, tree, root)}"
     if kind in _NOUNS:
         return f"{shown(given)} is not {_NOUNS[kind]}{_remedy(kind, given)}"
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
         return f"{shown(given)} {words} {_plain(context[name])}"
     if kind in _SECTION_TYPES and given is None:
-        return f"is empty; leave it out or give it keys: {_keys(path, tree)}"
+        return f"is empty; leave it out or give it keys: {_keys(path, tree, root)}"
     if kind in _SECTION_TYPES:
-        return f"{shown(given)} is not a section; its keys are {_keys(path, tree)}"
+        return f"{shown(given)} is not a section; its keys are {_keys(path, tree, root)}"
     if kind == "literal_error":
         return f"{shown(given)} is not one of: {context['expected'].replace(chr(39), '').replace(' or ', ', ')}"
     if kind == "union_tag_invalid":
@@ -120,9 +122,9 @@ def _single(path: KeyPath, error: ErrorDetails, tree: Any) -> str:
         bound, words = ("min_length", "at least") if kind == "too_short" else ("max_length", "at most")
         count = context["actual_length"]
         entries = "1 entry" if count == 1 else f"{count} entries"
-        return f"{shown(given)} has {entries}; {words} {context[bound]}{_example(path, tree)}"
+        return f"{shown(given)} has {entries}; {words} {context[bound]}{_example(path, tree, root)}"
     if kind == "string_too_short":
-        return f"is empty{_example(path, tree)}"
+        return f"is empty{_example(path, tree, root)}"
     if kind == "string_unicode":  # of pydantic, for text with a bound; such names come from folders alone
         return f"{shown(given)} is not UTF-8; rename the folder"
     if kind == "finite_number":
@@ -149,25 +151,25 @@ def _remedy(kind: str, given: Any) -> str:
     return ""
 
 
-def _example(path: KeyPath, tree: Any) -> str:
-    field = field_at(tree, path)
+def _example(path: KeyPath, tree: Any, root: type[Section]) -> str:
+    field = field_at(tree, path, root)
     if field is None or not field.examples:
         return ""
     return f"; for example `{path[-1]}: {field.examples[0]}`"
 
 
-def _keys(path: KeyPath, tree: Any) -> str:
-    section = section_at(tree, path)
+def _keys(path: KeyPath, tree: Any, root: type[Section]) -> str:
+    section = section_at(tree, path, root)
     return ", ".join(section.model_fields) if section is not None else "unknown"
 
 
-def _unknown_key(path: KeyPath, tree: Any) -> str:
+def _unknown_key(path: KeyPath, tree: Any, root: type[Section]) -> str:
     """Return `unknown key`, with the most likely intended key."""
-    key, section = str(path[-1]), section_at(tree, path[:-1])
+    key, section = str(path[-1]), section_at(tree, path[:-1], root)
     siblings = list(section.model_fields) if section is not None else []
-    if len(path) == 1 and difflib.get_close_matches(key, ["extends"], cutoff=0.8):
+    if root is Config and len(path) == 1 and difflib.get_close_matches(key, ["extends"], cutoff=0.8):
         return "unknown key; did you mean 'extends'?"
-    parent = field_at(tree, path[:-1])
+    parent = field_at(tree, path[:-1], root)
     for other in sections_of(parent.annotation) if parent is not None else []:
         if key in other.model_fields:
             ours = "this kind" if section is None else f"kind {kind_of(section)}"
@@ -175,7 +177,7 @@ def _unknown_key(path: KeyPath, tree: Any) -> str:
     near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
     if near:
         return f"unknown key; did you mean {near[0]!r}?"
-    elsewhere = [name for name, _ in all_fields() if name.rpartition(".")[2] == key]
+    elsewhere = [name for name, _ in all_fields(root) if name.rpartition(".")[2] == key]
     if elsewhere:
         return f"unknown key; did you mean {min(elsewhere, key=lambda name: name.count('.'))!r}?"
     return f"unknown key; the keys here are {', '.join(siblings)}"

@@ -68,9 +68,9 @@ def variant(field: FieldInfo, value: Any) -> type[Section] | None:
     return default_section(field)
 
 
-def field_at(tree: Any, path: KeyPath) -> FieldInfo | None:
-    """Return the schema's field at a key path, in the variants that `tree` selects; None if there is no such key."""
-    field = FieldInfo(annotation=Config)
+def field_at(tree: Any, path: KeyPath, root: type[Section] = Config) -> FieldInfo | None:
+    """Return the field of `root` at a key path, in the variants that `tree` selects; None if there is no such key."""
+    field = FieldInfo(annotation=root)
     value = tree
     for step in path:
         if isinstance(step, int):
@@ -88,9 +88,9 @@ def field_at(tree: Any, path: KeyPath) -> FieldInfo | None:
     return field
 
 
-def section_at(tree: Any, path: KeyPath) -> type[Section] | None:
+def section_at(tree: Any, path: KeyPath, root: type[Section] = Config) -> type[Section] | None:
     """Return the section at a key path that `tree` selects; None for a plain value or no such key."""
-    field = field_at(tree, path)
+    field = field_at(tree, path, root)
     return None if field is None else variant(field, value_at(tree, path))
 
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-from markdown_it import MarkdownIt
-from markupsafe import Markup
-
-import sd3tune
 from sd3tune.config.dump import dump_values
 from sd3tune.config.public import public_config, without_paths
 from sd3tune.html_report.charts import charts_of, compared_charts
 from sd3tune.html_report.data_sheet import data_sheet
 from sd3tune.html_report.differences import differing_keys
+from sd3tune.html_report.frame import rendered
 from sd3tune.html_report.over_time import prompts_of, steps_of
 from sd3tune.html_report.pictures import PICTURE_BYTES, Album
-from sd3tune.html_report.privacy import without_secrets
 from sd3tune.html_report.read import RunFiles
 from sd3tune.html_report.words import asked, environment, headline, key_figures
 from sd3tune.publish.card import Trained
@@ -29,11 +21,6 @@ from sd3tune.publish.card.measured import measured_section
 from sd3tune.publish.card.usage import usage_section
 from sd3tune.training.metrics import relative_change
 
-WEB = Path(sd3tune.__file__).parent / "assets" / "web"
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-_STYLES = ("uPlot.min.css", "theme.css", "report.css")
-_SCRIPTS = ("uPlot.iife.min.js", "report.js")
-
 
 def report_page(run: RunFiles, photos: bool = True) -> str:
     """Return the page of one run. Without `photos`, it shows none of the training photos and captions."""
@@ -41,7 +28,7 @@ def report_page(run: RunFiles, photos: bool = True) -> str:
     prompts = prompts_of(run, album)
     config = None if run.config is None else public_config(run.config)
     changed = None if run.config is None else without_paths(run.config.model_dump(mode="json", exclude_defaults=True))
-    return _rendered(
+    return rendered(
         "report.html.jinja",
         {
             "title": run.name,
@@ -71,7 +58,7 @@ def comparison_page(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
     pictures = [prompts_of(run, album, only_last=True) for run, album in zip(runs, albums, strict=True)]
     texts = dict.fromkeys((prompt.text, prompt.settings) for prompts in pictures for prompt in prompts)
     found = [{(prompt.text, prompt.settings): prompt for prompt in prompts} for prompts in pictures]
-    return _rendered(
+    return rendered(
         "comparison.html.jinja",
         {
             "title": " and ".join(names) if len(names) < 4 else f"{len(names)} runs",
@@ -85,38 +72,6 @@ def comparison_page(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
             "rows": [(key, [of.get(key) for of in found]) for key in texts],
             "left_out": [sentence for album in albums if (sentence := album.sentence())],
         },
-    )
-
-
-def _rendered(template: str, texts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
-    """Fill a template. Secrets are taken out of `texts`, and of the names and captions beside `pictures`."""
-    environment = Environment(loader=FileSystemLoader(WEB), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"clean": without_secrets, "markdown": _html}
-    scripts = [_asset(name) for name in _SCRIPTS]
-    hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
-    return environment.get_template(template).render(
-        **without_secrets(dict(texts)),
-        **pictures,
-        policy=f"{_POLICY}; script-src {hashes}",
-        styles=[_asset(name) for name in _STYLES],
-        scripts=scripts,
-        version=sd3tune.__version__,
-    )
-
-
-def _asset(name: str) -> Markup:
-    return Markup((WEB / name).read_text("utf-8"))
-
-
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _html(markdown: str) -> Markup:
-    """Return the HTML of Markdown that may quote anything: raw HTML is escaped, and pictures are not loaded."""
-    parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
-    return Markup(
-        parser.render(markdown).replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
     )
 
 

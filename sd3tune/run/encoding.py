@@ -25,6 +25,7 @@ from sd3tune.model.load.components import load_tokenizer
 from sd3tune.model.load.text import TOKENS, count_tokens
 from sd3tune.run.drawing import NEGATIVE_PROMPT, draw_class_images
 from sd3tune.run.earlier import began_in_llm_int8
+from sd3tune.run.machines import those_who_share
 from sd3tune.run.places import store_folder
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes
@@ -53,9 +54,12 @@ class Encoded:
 def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Encoded:
     """Encode the missing captions, draw missing class images, then encode the missing images.
 
-    The processes divide the work, and each has one component in memory at a time.
+    The processes divide the work, and each has one component in memory at a time. Machines without a shared store
+    encode everything for themselves.
     """
     store = Store(store_folder(plan.config))
+    drawn = {image.path.parent for prior in plan.priors for image in prior.drawn}
+    processes = those_who_share([store.root, *sorted(drawn)], processes, plan.device)
     captions, t5_lengths, report = _encode_captions(plan, store, processes, say)
     reports = [report]
     earlier: dict[str, str] = {}

@@ -33,6 +33,7 @@ from sd3tune.methods.base import Product
 from sd3tune.publish.card.evaluated import EVAL_FOLDER
 from sd3tune.publish.files import is_product_name
 from sd3tune.publish.previews import SAMPLES, is_preview_name
+from sd3tune.runtime.environment import continues, launch_names
 from sd3tune.tracking.trackers import is_log
 from sd3tune.training.checkpoint import list_checkpoints, read_state
 from sd3tune.training.metrics import Line, problem_of_measurement, read_metrics
@@ -46,6 +47,8 @@ MEASURED = "measured"
 """The folder, in a run's `EVAL_FOLDER`, of weights that were measured during training."""
 MEASURED_PICTURES = "pictures"
 """The folder, in `MEASURED`, of the pictures that were measured."""
+_LAUNCH = "launch"
+"""Key in `run.json`: the launch that began the attempt, if its launcher restarts processes."""
 _PICTURE = re.compile(r"(base|step-\d+)-(prompt|class)\d+-seed\d+\.png")
 
 _OUTPUTS = (LOGS, SAMPLES, BEST, VALIDATION_FILE, EVALUATIONS_FILE, f"{EVAL_FOLDER}/{MEASURED}")
@@ -65,6 +68,11 @@ def starting_checkpoint(run: Path, resume: bool) -> Path | None:
         return _start_in(run, resume)
     except OSError as error:
         raise RunError(f"output_dir: {run} cannot be read: {error.strerror}; choose another output_dir") from None
+
+
+def continues_launch(run: Path) -> bool:
+    """Return whether a launcher has restarted this process to continue the run that it began in the folder."""
+    return continues(read_run_file(run).get(_LAUNCH), os.environ)
 
 
 def _start_in(run: Path, resume: bool) -> Path | None:
@@ -297,7 +305,8 @@ def describe_run(run: Path, start: Mapping[str, Any], from_step: int) -> dict[st
     The list of resumes is kept from earlier attempts.
     """
     resumes = [*_resumes(run), {"from_step": from_step}] if from_step else []
-    marked = {MARKER: LAYOUT_VERSION, **start}
+    launch = launch_names(os.environ)
+    marked = {MARKER: LAYOUT_VERSION, **start, **({_LAUNCH: launch} if launch else {})}
     described = {**marked, "argv": sys.argv, "git_commit": _git_commit(), "resumes": resumes, "timings": {}}
     write_json(run / RUN_FILE, described)
     return described

@@ -11,10 +11,20 @@ from importlib import metadata
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from sd3tune import __version__
 from sd3tune.errors import RunError
-from sd3tune.runtime.environment import gpu_asked_for, launch_problems, no_gpu, sharding_problems
+from sd3tune.runtime.environment import (
+    gpu_asked_for,
+    keeps_dead_addresses,
+    launch_problems,
+    no_gpu,
+    restarts,
+    sharding_problems,
+    uses_cpu,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
@@ -33,6 +43,8 @@ def make_accelerator(accumulation: int = 1, timeout_minutes: float | None = None
         problems.append(no_gpu(asked))
     if problems:
         raise RunError(*problems)
+    if keeps_dead_addresses(os.environ):
+        _join_again(timeout_minutes)
     limits = [] if timeout_minutes is None else [InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))]
     try:
         accelerator = Accelerator(
@@ -51,6 +63,27 @@ def make_accelerator(accumulation: int = 1, timeout_minutes: float | None = None
             "on the CPU start them with --num-processes"
         )
     return accelerator
+
+
+def _join_again(timeout_minutes: float | None) -> None:
+    """Join the process group of a restarted launch, with keys of its own in the launcher's store.
+
+    torch's launcher keeps one store for all attempts, and its processes would connect to those of the attempt before.
+    On several machines the number of the attempt is not the same everywhere. Raises RunError there.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise RunError(
+            "torchrun: it restarts processes, and keeps the addresses of those that died; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it on every machine"
+        )
+    store, rank, world = next(rendezvous("env://"))
+    torch.distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() and not uses_cpu(os.environ) else "gloo",
+        store=PrefixStore(f"attempt-{restarts(os.environ)}", store),
+        rank=rank,
+        world_size=world,
+        timeout=None if timeout_minutes is None else timedelta(minutes=timeout_minutes),
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
 import re
 import sys
@@ -42,6 +44,43 @@ def launch_problems(environment: Mapping[str, str]) -> list[str]:
         for name, rank in ranks.items()
         if rank >= world
     ]
+
+
+_RESTARTS, _MOST_RESTARTS = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
+
+
+def restarts(environment: Mapping[str, str]) -> int:
+    """Return how often torch's launcher has started the processes again."""
+    count = environment.get(_RESTARTS, "")
+    return int(count) if count.isdecimal() else 0
+
+
+def launch_names(environment: Mapping[str, str]) -> list[str]:
+    """Return names of the launch that restarted processes share: of its agent here and, if it has one, of its job.
+
+    Empty if the launcher restarts no processes.
+    """
+    if environment.get(_MOST_RESTARTS, "0") == "0":
+        return []
+    job = environment.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's default, which all launches have
+    names = [f"{platform.node()} {os.getppid()}", *([job] if job != "none" else [])]
+    return [hashlib.sha256(name.encode()).hexdigest()[:16] for name in names]
+
+
+def continues(recorded: object, environment: Mapping[str, str]) -> bool:
+    """Return whether a run that recorded `launch_names` was begun by this launch, which has restarted its processes.
+
+    An agent starts its processes only once, unless it restarts them; the count may differ between machines. A job's
+    name may be used again, so it counts in a restarted process only.
+    """
+    names = launch_names(environment)
+    known = names if restarts(environment) > 0 else names[:1]
+    return isinstance(recorded, list) and any(name in recorded for name in known)
+
+
+def keeps_dead_addresses(environment: Mapping[str, str]) -> bool:
+    """Return whether the launcher's store, in which processes find each other, outlives them."""
+    return restarts(environment) > 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 _SHARDING = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
@@ -98,10 +137,15 @@ def gpu_asked_for(environment: Mapping[str, str]) -> str | None:
     device = environment.get("ACCELERATE_TORCH_DEVICE", "")
     if device.startswith("cuda"):
         return f"ACCELERATE_TORCH_DEVICE={device}"
-    if _is_true(environment.get("ACCELERATE_USE_CPU", "")):
+    if uses_cpu(environment):
         return None
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     return f"CUDA_VISIBLE_DEVICES={visible}" if re.match(r"\d|GPU-|MIG-", visible) else None
+
+
+def uses_cpu(environment: Mapping[str, str]) -> bool:
+    """Return whether accelerate is told to use the CPU, also where there is a GPU."""
+    return _is_true(environment.get("ACCELERATE_USE_CPU", ""))
 
 
 def no_gpu(asked: str) -> str:

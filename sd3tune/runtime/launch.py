@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 
 from sd3tune.errors import Interrupted, ProcessError, RunError, UserError
-from sd3tune.runtime.environment import gpu_asked_for, launch_problems, no_gpu, sharding_problems
+from sd3tune.runtime.environment import gpu_asked_for, launch_problems, no_gpu, restarts, sharding_problems
 
 ERRORS = "SD3TUNE_ERRORS"
 """Folder for the problems of all processes of a command; the launching process prints each once, at the end."""
@@ -34,8 +34,10 @@ main()
 """
 
 
-def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
+def relaunch(count: int, arguments: Sequence[str], most_restarts: int = 0) -> NoReturn:
     """Run `sd3tune ARGUMENTS` in `count` processes, and exit when all have ended.
+
+    If one dies, all start again, up to `most_restarts` times; a training then continues from its last checkpoint.
 
     GPUs use accelerate's launcher, the CPU torch's: accelerate always starts a single process there. No process
     imports from the working directory. Raises RunError if there are too few GPUs, and UserError with the processes'
@@ -53,12 +55,14 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
         raise RunError(*problems)
     if 0 < gpus < count:
         raise RunError(f"--num-processes {count}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
-    command = [str(_PROGRAM), *without_option(arguments)]
+    command = [str(_PROGRAM), *without_option(without_option(arguments), "--restarts")]
     os.environ["PYTHONSAFEPATH"] = "1"  # also for child processes, from Python 3.11 on
     with tempfile.TemporaryDirectory(prefix="sd3tune-") as folder:
         os.environ[ERRORS] = folder
-        code = _on_gpus(count, command) if gpus else _on_the_cpu(count, command)
-        left = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).iterdir())]
+        code = (_on_gpus if gpus else _on_the_cpu)(count, command, most_restarts)
+        files = sorted(Path(folder).iterdir())
+        last = files[-1].name.partition("-")[0] if files and code else ""  # a restart may have mended the others
+        left = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.name.startswith(f"{last}-")]
     if left:
         interrupted = all(error["exit_code"] == Interrupted.exit_code for error in left)
         lines = dict.fromkeys(line for error in left for line in error["problems"])
@@ -80,38 +84,40 @@ def report_errors_to_launcher() -> Iterator[None]:
     if folder is None:
         yield
         return
+    times = restarts(os.environ)
     try:
         yield
     except UserError as error:
         left = json.dumps({"exit_code": error.exit_code, "problems": error.problems})
-        Path(folder, f"{os.environ['RANK']}.json").write_text(left, encoding="utf-8")
+        Path(folder, f"{times:04d}-{os.environ['RANK']}.json").write_text(left, encoding="utf-8")
         raise SystemExit(error.exit_code) from None
     except RuntimeError:
         # If a process ends, the next collective operation of the others fails: only the first problem counts.
-        if any(Path(folder).iterdir()):
+        if any(Path(folder).glob(f"{times:04d}-*")):
             raise SystemExit(2) from None
         raise
 
 
-def without_option(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments without `--num-processes N` or `--num-processes=N`."""
+def without_option(arguments: Sequence[str], option: str = "--num-processes") -> list[str]:
+    """Return the arguments without `OPTION N` or `OPTION=N`."""
     kept, skip = [], False
     for argument in arguments:
         if skip:
             skip = False
-        elif argument == "--num-processes":
+        elif argument == option:
             skip = True
-        elif not argument.startswith("--num-processes="):
+        elif not argument.startswith(f"{option}="):
             kept.append(argument)
     return kept
 
 
-def _on_gpus(count: int, command: Sequence[str]) -> int:
+def _on_gpus(count: int, command: Sequence[str], restarts: int = 0) -> int:
     launcher = [sys.executable, "-c", _ACCELERATE, "--multi_gpu", "--num_processes", str(count)]
+    launcher += ["--max_restarts", str(restarts)]
     return subprocess.run([*launcher, *command], check=False).returncode
 
 
-def _on_the_cpu(count: int, command: Sequence[str]) -> int:
+def _on_the_cpu(count: int, command: Sequence[str], restarts: int) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -120,7 +126,9 @@ def _on_the_cpu(count: int, command: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     logging.disable(logging.ERROR)  # it would log a long report on the end of the processes
     try:
-        run.run(run.parse_args(["--standalone", "--nproc_per_node", str(count), *command]))
+        run.run(
+            run.parse_args(["--standalone", "--nproc_per_node", str(count), "--max_restarts", str(restarts), *command])
+        )
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     except SignalException as error:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from sd3tune.errors import RunError
+from sd3tune.runtime.arrivals import arrive, missing_ranks, naming_missing_ranks
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,34 @@ def processes_of(accelerator: Accelerator) -> Processes:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         reduce_mean=_reduce_mean,
-        gather=lambda tensor: accelerator.gather(tensor[None]),
-        wait=accelerator.wait_for_everyone,
+        gather=_counted(lambda tensor: accelerator.gather(tensor[None])),
+        wait=_counted(accelerator.wait_for_everyone),
     )
+
+
+def _counted(operation: Callable[P, T]) -> Callable[P, T]:
+    """Return an operation that tells the other processes when this one begins it."""
+
+    def counted(*arguments: P.args, **options: P.kwargs) -> T:
+        arrive()
+        return operation(*arguments, **options)
+
+    return counted
 
 
 def _reduce_mean(tensor: Tensor) -> Tensor:
     """Without the copy that accelerate makes: for a whole model that is a second gradient."""
+    arrive()
     torch.distributed.all_reduce(tensor)
     return tensor.div_(torch.distributed.get_world_size())
+
+
+def from_main(value: Any, device: torch.device) -> Any:
+    """Return rank 0's `value`, a plain one, on every rank; that of other ranks is ignored."""
+    arrive()
+    sent = [value]
+    torch.distributed.broadcast_object_list(sent, src=0, device=device)
+    return sent[0]
 
 
 @contextlib.contextmanager
@@ -68,17 +92,20 @@ def closing_process_group() -> Iterator[None]:
 def explain_timeout(minutes: float) -> Iterator[None]:
     """Raise RunError in place of torch's error where a process has waited for the others for `minutes`.
 
-    NCCL has no such error: its watchdog ends the process, and prints the collective operation.
+    It names the processes that did not arrive. NCCL has no such error: its watchdog ends the process, and prints the
+    collective operation. Before that, a warning names them.
     """
     try:
-        yield
+        with naming_missing_ranks(minutes):
+            yield
     except RuntimeError as error:
         if "Timed out waiting" not in str(error) or not torch.distributed.is_initialized():
             raise
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        others = ", ".join(str(other) for other in range(world) if other != rank) if world <= 8 else "the others"
+        others = missing_ranks() or [other for other in range(world) if other != rank]
+        named = ", ".join(map(str, others)) if len(others) <= 8 else f"{len(others)} others"
         raise RunError(
-            f"process {rank} of {world} waited for {others} longer than train.process_timeout ({minutes:g} minutes): "
+            f"process {rank} of {world} waited for {named} longer than train.process_timeout ({minutes:g} minutes): "
             "if a process was still saving, drawing or uploading, raise it; if one hangs, see its output; the same "
             "command with --resume continues from the last checkpoint"
         ) from None

@@ -1,14 +1,31 @@
-"""Ctrl-C and SIGTERM: training finishes and saves the current step; other work stops at once."""
+"""Ctrl-C, SIGTERM and the end of the parent: training saves the current step; other work stops at once."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
 from sd3tune.reporting import say
+
+STOP_WITH_PARENT = "SD3TUNE_STOP_WITH_PARENT"
+"""Environment variable of a command whose standard input is a pipe of its parent, which ends when the parent dies."""
+
+
+def stop_with_parent() -> None:
+    """If the environment asks for it, stop this process as Ctrl-C would once its standard input ends."""
+    if os.environ.pop(STOP_WITH_PARENT, None):
+        threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
+
+
+def _stop_at_end_of_input() -> None:
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 class StopSignals:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sd3tune.invocation import command_line
+from sd3tune.invocation import command_line, program
 from sd3tune.reporting import say
-from sd3tune.ui.jobs import environment, program
+from sd3tune.ui.jobs import environment
 
 _SECONDS = 600
 _ONE = threading.Lock()

@@ -12,7 +12,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +21,10 @@ from typing import Any, Literal
 import psutil
 from filelock import FileLock, Timeout
 
-import sd3tune
 from sd3tune.errors import RunError
 from sd3tune.files.atomic import new_folder, remove_folder, write_text
 from sd3tune.files.own_json import read_object
-from sd3tune.invocation import command_line
+from sd3tune.invocation import command_line, program
 from sd3tune.reporting import say
 
 State = Literal["queued", "running", "done", "stopped", "failed"]
@@ -208,12 +206,6 @@ def stop(job: Job) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def program() -> list[str]:
-    """Return the words that start sd3tune; never through the working directory, which Python would import from."""
-    script = Path(sys.executable).with_name("sd3tune")
-    return [str(script)] if script.is_file() else [sys.executable, str(Path(sd3tune.__file__).with_name("__main__.py"))]
 
 
 def environment() -> dict[str, str]:

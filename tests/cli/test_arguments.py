@@ -78,7 +78,7 @@ def test_the_processes_of_a_command_get_the_option(
     order: str, command: Command, config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[str] = []
-    monkeypatch.setattr(launch, "_on_the_cpu", lambda count, arguments: started.extend(arguments) or 0)
+    monkeypatch.setattr(launch, "_on_the_cpu", lambda count, arguments, restarts: started.extend(arguments) or 0)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     command(*order.format(file=config_file).split(), "--num-processes", 2)
     assert started[1:] == order.format(file=config_file).split()

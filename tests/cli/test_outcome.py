@@ -125,7 +125,7 @@ def test_a_signal_is_130_and_one_line(
 def test_what_processes_leave_to_the_one_that_launched_them_keeps_its_code(
     left: list[UserError], code: int, command: Command, config_file: Path, monkeypatch
 ) -> None:
-    def end(count: int, arguments: object) -> int:
+    def end(count: int, arguments: object, restarts: int) -> int:
         for rank, error in enumerate(left):
             monkeypatch.setenv("RANK", str(rank))
             with pytest.raises(SystemExit) as ended, launch.report_errors_to_launcher():
@@ -144,7 +144,7 @@ def test_what_processes_leave_to_the_one_that_launched_them_keeps_its_code(
 def test_a_process_that_left_no_word_is_told_by_its_exit_code(
     returned: int, code: int, command: Command, config_file: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(launch, "_on_the_cpu", lambda count, arguments: returned)
+    monkeypatch.setattr(launch, "_on_the_cpu", lambda count, arguments, restarts: returned)
     finished = command("train", config_file, "--num-processes", 2)
     assert finished.code == code
     assert len(finished.err.splitlines()) == 1

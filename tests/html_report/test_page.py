@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from sd3tune.commands.train import run_training
-from sd3tune.html_report.page import WEB, comparison_page, report_page
+from sd3tune.html_report.frame import WEB
+from sd3tune.html_report.page import comparison_page, report_page
 from sd3tune.html_report.read import read_run
 from sd3tune.run.folder import locked
 from tests.drawn_runs import EVIL, Page

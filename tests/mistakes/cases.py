@@ -36,6 +36,7 @@ OWN_CLASS = "a photo, prior: {prompt: a thing, images: 0, path: class}}"
 TRAIN = ("train", "run.yaml")
 CHECK = ("config", "check", "run.yaml")
 PLAN = ("plan", "run.yaml")
+SWEEP = ("sweep", "sweep.yaml")
 INFER = ("infer", "--prompt", "a photo", "--steps", "1", "--no-before")
 
 
@@ -64,6 +65,10 @@ def edited(old: str, new: str) -> Callable[[], object]:
 def written(content: str | bytes, name: str = "run.yaml") -> Callable[[], object]:
     data = content.encode() if isinstance(content, str) else content
     return lambda: (Path(name).parent.mkdir(parents=True, exist_ok=True), Path(name).write_bytes(data))
+
+
+def sweep(axes: str) -> Callable[[], object]:
+    return written(f"config: run.yaml\n{axes}\n", "sweep.yaml")
 
 
 def steps(*all_of_them: Callable[[], object]) -> Callable[[], object]:
@@ -434,6 +439,9 @@ CASES = [
     Case("config", "an override of a wrong type", (*CHECK, "train.steps=abc"), "train.steps=abc"),
     Case("config", "an override that does not parse", (*CHECK, "data={"), "data={"),
     Case("config", "a NUL for the model card", CHECK, "NUL", edited("train:", 'hub: {description: "a\\0"}\ntrain:')),
+    Case("config", "an axis that is no key", SWEEP, "did you mean 'lr'", sweep("axes: {optimizer.rl: [1.0e-4]}")),
+    Case("config", "an endless grid", SWEEP, "a grid needs a step", sweep("axes: {optimizer.lr: {low: 0, high: 1}}")),
+    Case("config", "a sweep of what is not measured", SWEEP, "validation.holdout", sweep("axes: {method.rank: [2]}")),
     Case("data", "all photos held out", TRAIN, "none to train on", written(YAML + "validation: {holdout: 99}\n")),
     Case(
         "data",

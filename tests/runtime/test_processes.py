@@ -1,4 +1,4 @@
-"""Two processes of a training, forked: how they average, and how long they wait for each other."""
+"""Processes of a training, forked: how they average, and how long they wait for each other."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from sd3tune.errors import RunError
+from sd3tune.runtime import arrivals
 from sd3tune.runtime.device import make_accelerator
 from sd3tune.runtime.processes import explain_timeout, processes_of
 from tests.forks import FORKS
 
-TIMEOUT_MINUTES = 0.02
+TIMEOUT_MINUTES, WORLD = 0.05, 3
 
 
 def rank(number: int, port: int, answers: Connection) -> None:
     os.environ |= {
-        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true",
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(WORLD), "ACCELERATE_USE_CPU": "true",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     accelerator = make_accelerator(timeout_minutes=TIMEOUT_MINUTES)
@@ -30,14 +31,15 @@ def rank(number: int, port: int, answers: Connection) -> None:
     averaged = processes.reduce_mean(values)
     answers.send((torch.equal(averaged, expected), averaged.data_ptr() == values.data_ptr()))
     if number == 0:
-        answers.poll(60)  # late, until the other has given up
+        answers.poll(60)  # late, until the others have given up
         return
-    started = time.monotonic()
+    started, warnings = time.monotonic(), list[str]()
+    arrivals.say = warnings.append
     try:
         with explain_timeout(TIMEOUT_MINUTES):
             processes.wait()
     except RunError as error:
-        answers.send((time.monotonic() - started, error.problems))
+        answers.send((time.monotonic() - started, error.problems, warnings))
 
 
 @pytest.fixture
@@ -45,8 +47,8 @@ def ranks():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pipes = [FORKS.Pipe() for _ in range(2)]
-    started = [FORKS.Process(target=rank, args=(number, port, pipes[number][1])) for number in range(2)]
+    pipes = [FORKS.Pipe() for _ in range(WORLD)]
+    started = [FORKS.Process(target=rank, args=(number, port, pipes[number][1])) for number in range(WORLD)]
     for process in started:
         process.start()
     yield [ours for ours, _ in pipes]
@@ -59,10 +61,13 @@ def test_processes_average_in_place_and_give_up_after_the_timeout(ranks: list[Co
     for one in ranks:
         assert one.poll(60)
         assert one.recv() == (True, True)
-    assert ranks[1].poll(60), "it waits for as long as torch does by default"
-    seconds, (problem,) = ranks[1].recv()
-    assert seconds >= 60 * TIMEOUT_MINUTES - 0.1
-    assert problem.startswith("process 1 of 2 waited for 0 longer than train.process_timeout (0.02 minutes): ")
+    for number in (1, 2):
+        assert ranks[number].poll(60), "it waits for as long as torch does by default"
+        seconds, (problem,), warnings = ranks[number].recv()
+        assert seconds >= 60 * TIMEOUT_MINUTES - 0.1
+        late = f"process {number} of 3 waited for 0 longer than train.process_timeout (0.05 minutes): "
+        assert problem.startswith(late)
+        assert [line.partition(" did not")[0] for line in warnings] == ["warning: process 0"][: number == 1]
 
 
 def test_other_errors_are_not_taken_for_a_timeout() -> None:

@@ -75,6 +75,7 @@ def _write(shape: Shape, folder: Path) -> None:
         _draw(model, f"{shape}/{part}")
         if part == "vae":
             _calibrate_vae(model)
+        model.should_save_on_this_rank = lambda is_main_process: True  # type: ignore[assignment]  # on every machine
         with no_progress_bars():
             model.save_pretrained(folder / part, safe_serialization=True)  # type: ignore[operator]
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
