@@ -268,7 +268,7 @@ def _rehearse_preview(
     `row_bytes` is the size of a row of adaLN modulations of the whole model.
     """
     transformer = thin.transformer
-    weights = state.master.named(state.master.master)
+    weights = state.master.views(state.master.master)
     weights.pop(_OMITTED, None)
 
     def exported_bytes(lacking: str) -> int:

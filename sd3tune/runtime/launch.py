@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 
 from sd3tune.errors import Interrupted, ProcessError, RunError, UserError
-from sd3tune.runtime.environment import gpu_asked_for, launch_problems, no_gpu, sharding_problems
+from sd3tune.runtime.environment import gpu_asked_for, launch_problems, no_gpu
 
 ERRORS = "SD3TUNE_ERRORS"
 """Folder for the problems of all processes of a command; the launching process prints each once, at the end."""
@@ -44,7 +44,7 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
     world = os.environ.get("WORLD_SIZE", "")
     if world.isdecimal() and int(world) > 1:
         raise RunError("--num-processes: this process was started by a launcher already; set the number there instead")
-    problems = launch_problems(os.environ) + sharding_problems(os.environ)
+    problems = launch_problems(os.environ)  # the processes know `train.sharding`, and check the rest
     gpus = torch.cuda.device_count()
     asked = gpu_asked_for(os.environ)
     if asked and not gpus:

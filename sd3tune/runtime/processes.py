@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,10 @@ class Processes:
     gather: Callable[[Tensor], Tensor]
     """Tensor [...] of each rank -> [world, ...] on every rank."""
     wait: Callable[[], None]
+    exchange: Callable[[Any], list[Any]] = lambda value: [value]
+    """A small value of each rank, such as a text or a number -> the values of all, on every rank."""
+    lockstep: bool = False
+    """True if every rank must take part in each forward pass, as the model is divided among them."""
 
     @property
     def is_main(self) -> bool:
@@ -34,8 +39,8 @@ ALONE = Processes(0, 1, lambda tensor: tensor, lambda tensor: tensor[None], lamb
 """A single process: `reduce_mean` changes nothing, and `gather` adds a dimension of 1."""
 
 
-def processes_of(accelerator: Accelerator) -> Processes:
-    """Return the collective operations of an accelerator's processes."""
+def processes_of(accelerator: Accelerator, lockstep: bool = False) -> Processes:
+    """Return the collective operations of an accelerator's processes; `lockstep` is true if they divide the model."""
     if accelerator.num_processes == 1:
         return ALONE
     return Processes(
@@ -44,7 +49,15 @@ def processes_of(accelerator: Accelerator) -> Processes:
         reduce_mean=_reduce_mean,
         gather=lambda tensor: accelerator.gather(tensor[None]),
         wait=accelerator.wait_for_everyone,
+        exchange=_exchange,
+        lockstep=lockstep,
     )
+
+
+def _exchange(value: Any) -> list[Any]:
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _reduce_mean(tensor: Tensor) -> Tensor:

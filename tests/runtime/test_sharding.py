@@ -1,0 +1,129 @@
+"""Runs whose processes divide the model, against one process with the same images at a time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open
+
+from sd3tune.commands.train import run_training
+from sd3tune.config import dump_config
+from sd3tune.errors import RunError
+from tests.runtime.sharded_processes import first_gradient
+
+DRIVER = Path(__file__).with_name("sharded_processes.py")
+FSDP = "train.sharding=fsdp"
+LOOKING = (
+    "validation={holdout: 3, every: 4}", "preview={prompts: [a dog], every: 4, steps: 2}",
+    "train.gradient_checkpointing=block",
+)  # fmt: skip
+LORA = ("train.steps=4", "optimizer.lr=1e-3", *LOOKING)
+WHOLE = (
+    "train.steps=4", "method={kind: full, export_dtype: fp32}", "optimizer.lr=1e-4", "ema={decay: 0.8}",
+    "checkpoint={every: 2, keep: 3}",
+)  # fmt: skip
+LAST = Path("checkpoints", "step-000004")
+
+
+@pytest.fixture
+def launch(tmp_path: Path, start_cli, monkeypatch) -> Callable[..., str]:
+    """`launch(2, "run", "other:3")`: trains these configurations of the folder (see `sharded_processes`)."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def start(processes: int, *runs: str) -> str:
+        prefix = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+        process = start_cli(DRIVER, tmp_path, *runs, prefix=prefix)
+        printed, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+        return printed
+
+    return start
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Callable[..., Path]:
+    """`alone(make_config, "name", ...)`: the run folder of one process, with its first gradient beside it."""
+
+    def train(make, name: str, *overrides: str) -> Path:
+        with first_gradient(tmp_path / f"{name}-gradient.safetensors"):
+            run_training(make(tmp_path / name, *overrides))
+        return tmp_path / name
+
+    return train
+
+
+def write(make, run: Path, *overrides: str) -> None:
+    run.with_suffix(".yaml").write_text(dump_config(make(run, FSDP, *overrides)))
+
+
+def products_of(run: Path) -> dict[str, torch.Tensor]:
+    (file,) = [*run.glob("adapter/*.safetensors"), *run.glob("model/transformer/*.safetensors")]
+    return load_file(file)
+
+
+def shards_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a distributed checkpoint, put together by their offsets."""
+    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for file in sorted(checkpoint.glob("shard-*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            places = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
+            for name in places:
+                first = (*places[name]["saved_offsets"], 0)[0]
+                parts.setdefault(name, []).append((first, opened.get_tensor(name)))
+    return {
+        name: torch.cat([of for _, of in sorted(found, key=lambda part: part[0])]) if found[0][1].ndim else found[0][1]
+        for name, found in parts.items()
+    }
+
+
+def assert_close_runs(sharded: Path, single: Path, lines_of) -> None:
+    """The first step's gradients to 1e-6, losses to 1e-5, and the product to 1e-4."""
+    gradients = [load_file(run.with_name(f"{run.name}-gradient.safetensors")) for run in (sharded, single)]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, tensor in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], tensor, rtol=0, atol=1e-6)
+    for name in ("metrics.jsonl", *["validation.jsonl"] * (sharded / "validation.jsonl").is_file()):
+        for two, one in zip(lines_of(sharded, name), lines_of(single, name), strict=True):
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    two, one = products_of(sharded), products_of(single)
+    assert two.keys() == one.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4)
+
+
+def test_two_processes_that_divide_the_model_train_as_one(
+    quick_config, tmp_path: Path, launch, alone, lines_of
+) -> None:
+    """A LoRA on a divided base, and a whole model that is killed and resumed, also by one process."""
+    write(quick_config, tmp_path / "lora", *LORA)
+    write(quick_config, tmp_path / "whole", *WHOLE)
+    write(quick_config, tmp_path / "killed", *WHOLE)
+    launch(2, "lora", "whole", "killed:3")
+
+    assert_close_runs(tmp_path / "lora", alone(quick_config, "one-lora", *LORA, "train.batch_size=2"), lines_of)
+    for picture in ("base-0.png", "step-000004-0.png"):
+        assert (tmp_path / "lora" / "samples" / picture).is_file()
+
+    one = alone(quick_config, "one-whole", *WHOLE, "train.batch_size=2")
+    assert_close_runs(tmp_path / "whole", one, lines_of)
+    straight, killed = (shards_of(tmp_path / name / LAST) for name in ("whole", "killed"))
+    assert straight.keys() == killed.keys()
+    assert all(torch.equal(killed[name], tensor) for name, tensor in straight.items())
+    assert all(torch.equal(products_of(tmp_path / "killed")[n], t) for n, t in products_of(tmp_path / "whole").items())
+    held = [json.loads((tmp_path / f"whole-{rank}.json").read_text()) for rank in (0, 1)]
+    trained = sum(t.nbytes for name, t in straight.items() if name.startswith("master."))
+    assert sum(sum(of.values()) for of in held) == trained
+    assert max(sum(of.values()) for of in held) <= 0.51 * trained
+
+    longer = ("train.steps=6", "train.batch_size=2", *WHOLE[1:])
+    with pytest.raises(RunError, match="processes: 2 in the run, 1 now; with train"):
+        run_training(quick_config(tmp_path / "killed", FSDP, *longer, "train.batch_size=1"), resume=True)
+    run_training(quick_config(tmp_path / "killed", FSDP, *longer), resume=True)
+    run_training(quick_config(one, *longer), resume=True)
+    for name, tensor in products_of(one).items():
+        torch.testing.assert_close(products_of(tmp_path / "killed")[name], tensor, rtol=0, atol=1e-4)
