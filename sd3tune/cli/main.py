@@ -102,6 +102,7 @@ def plan(
     utilisation: Annotated[
         float, typer.Option(metavar="PERCENT", help="Assumed share of the GPU's peak throughput.")
     ] = 40,
+    num_processes: Annotated[int, typer.Option(min=1, help="Processes to train with, one per GPU.")] = 1,
 ) -> None:
     """Forecast memory, disk space and time, and what each change would save; needs no weights."""
     if memory is not None and not 0 < memory < math.inf:
@@ -113,7 +114,7 @@ def plan(
     with quick_imports(f"plan {config}"):
         from sd3tune.commands.plan import plan_lines
 
-    for line in plan_lines(loaded.config, card, memory, utilisation):
+    for line in plan_lines(loaded.config, card, memory, utilisation, num_processes):
         result(line)
 
 

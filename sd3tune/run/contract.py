@@ -212,11 +212,17 @@ def _as_divided_now(plan: Plan, saved: dict[str, Any], now: Mapping[str, Any]) -
 
     Only a run with `train.sharding` may change this number: processes times batch size stays.
     """
-    at_a_time = [of["processes"] * of["train"]["batch_size"] for of in (saved, now)]
-    if plan.config.train.sharding == "none" or at_a_time[0] != at_a_time[1]:
+    if plan.config.train.sharding == "none" or _images_at_a_time(saved) != _images_at_a_time(now):
         return saved
     train = {**saved["train"], "batch_size": now["train"]["batch_size"]}
     return {**saved, "processes": now["processes"], "train": train}
+
+
+def _images_at_a_time(identity: Mapping[str, Any]) -> int | None:
+    """Return the images in one forward pass of all processes; None for an identity that was edited."""
+    train, processes = identity.get("train"), identity.get("processes")
+    batch = train.get("batch_size") if isinstance(train, Mapping) else None
+    return processes * batch if isinstance(processes, int) and isinstance(batch, int) else None
 
 
 def check_identity(plan: Plan, identity: Mapping[str, Any], encoded: Encoded) -> None:
