@@ -2,7 +2,7 @@
 
 `sharded_processes.py FOLDER NAME[:STOP] ...`: trains FOLDER/NAME.yaml for each name. With a number of steps as STOP,
 the run is stopped after that step, and resumed; with `STOP` `resume`, it is only resumed. The gradient of a run's first
-step goes into FOLDER/NAME-gradient.safetensors, and the bytes of rank R's part into FOLDER/NAME-RANK.json.
+step goes into FOLDER/NAME-gradient.safetensors.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sd3tune.commands import train
 from sd3tune.config import load_config
@@ -50,14 +51,30 @@ def first_gradient(file: Path) -> Iterator[None]:
             kind.averaged = method  # type: ignore[method-assign]
 
 
-def count(file: Path, view: View) -> None:
-    """Write the bytes of the model's parameters that this process holds, by block, and outside of the blocks."""
-    held: dict[str, int] = {}
-    for name, parameter in view.transformer.named_parameters():
-        part = name.split(".")[1] if name.startswith("transformer_blocks.") else "outside"
-        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        held[part] = held.get(part, 0) + own.nbytes
-    file.write_text(json.dumps(held))
+class Counter:
+    """A callback that counts the bytes of the model which this process holds: FOLDER/NAME-RANK.json.
+
+    `frozen` and `trained` are bytes between passes; `gathered` is the most that blocks hold beyond that in a pass.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.gathered = file, 0
+
+    def __call__(self, view: View) -> None:
+        if self.gathered == 0:
+            for block in view.transformer.transformer_blocks:
+                block.attn.register_forward_pre_hook(lambda *_: self._count_gathered(view))
+        if view.last:
+            held = {"frozen": 0, "trained": 0}
+            for tensor in (*view.transformer.parameters(), *view.transformer.buffers()):
+                own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                held["trained" if tensor.requires_grad else "frozen"] += own.nbytes
+            self.file.write_text(json.dumps({**held, "gathered": self.gathered}))
+
+    def _count_gathered(self, view: View) -> None:
+        blocks = [of for of in view.transformer.transformer_blocks.parameters() if not isinstance(of, DTensor)]
+        adapters = [of for name, of in view.transformer.named_parameters() if "lora" in name]
+        self.gathered = max(self.gathered, sum(of.nbytes for of in blocks) - sum(of.nbytes for of in adapters))
 
 
 def main(folder: Path, runs: list[str]) -> None:
@@ -70,15 +87,12 @@ def main(folder: Path, runs: list[str]) -> None:
             if stop.isdecimal() and view.step == int(stop):
                 raise InterruptedError
 
-        def counted(view: View, name: str = name) -> None:
-            if view.last:
-                count(folder / f"{name}-{os.environ['RANK']}.json", view)
-
+        counter = Counter(folder / f"{name}-{os.environ['RANK']}.json")
         with first_gradient(folder / f"{name}-gradient.safetensors"):
             with contextlib.suppress(InterruptedError):
-                train.run_training(config, resume=stop == "resume", callbacks=[stopped, counted])
+                train.run_training(config, resume=stop == "resume", callbacks=[stopped, counter])
             if stop.isdecimal():
-                train.run_training(config, resume=True, callbacks=[counted])
+                train.run_training(config, resume=True, callbacks=[Counter(counter.file)])
     torch.distributed.destroy_process_group()
 
 

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, safe_open
 
 from sd3tune.commands.train import run_training
-from sd3tune.config import dump_config
+from sd3tune.config import Config, dump_config
 from sd3tune.errors import RunError
+from sd3tune.forecast.forecast import forecast, forecast_inputs
+from sd3tune.forecast.sharding import GATHERED
 from tests.runtime.sharded_processes import first_gradient
 
 DRIVER = Path(__file__).with_name("sharded_processes.py")
@@ -96,6 +98,21 @@ def assert_close_runs(sharded: Path, single: Path, lines_of) -> None:
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4)
 
 
+def assert_as_planned(run: Path, config: Config) -> None:
+    """Compare the account of two processes' memory with the bytes that they counted and wrote."""
+    planned = forecast(forecast_inputs(config, torch.float32, 2)).training
+    held = [json.loads(run.with_name(f"{run.name}-{rank}.json").read_text()) for rank in (0, 1)]
+    trained = planned.master if config.method.freezes_base else planned.compute
+    assert max(of["frozen"] for of in held) == planned.frozen
+    assert max(of["trained"] for of in held) == trained
+    assert {GATHERED * of["gathered"] for of in held} == {planned.gathered}
+    for file in (run / LAST).glob("shard-*.safetensors"):
+        tensors = load_file(file)
+        for kind, nbytes in (("master.", planned.master), ("ema.", planned.average), ("optimizer.", planned.optimizer)):
+            own = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith(kind) and tensor.ndim)
+            assert 0.9 * nbytes < own <= nbytes
+
+
 def test_two_processes_that_divide_the_model_train_as_one(
     quick_config, tmp_path: Path, launch, alone, lines_of
 ) -> None:
@@ -115,10 +132,8 @@ def test_two_processes_that_divide_the_model_train_as_one(
     assert straight.keys() == killed.keys()
     assert all(torch.equal(killed[name], tensor) for name, tensor in straight.items())
     assert all(torch.equal(products_of(tmp_path / "killed")[n], t) for n, t in products_of(tmp_path / "whole").items())
-    held = [json.loads((tmp_path / f"whole-{rank}.json").read_text()) for rank in (0, 1)]
-    trained = sum(t.nbytes for name, t in straight.items() if name.startswith("master."))
-    assert sum(sum(of.values()) for of in held) == trained
-    assert max(sum(of.values()) for of in held) <= 0.51 * trained
+    assert_as_planned(tmp_path / "lora", quick_config(tmp_path / "lora", FSDP, *LORA))
+    assert_as_planned(tmp_path / "whole", quick_config(tmp_path / "whole", FSDP, *WHOLE))
 
     longer = ("train.steps=6", "train.batch_size=2", *WHOLE[1:])
     with pytest.raises(RunError, match="processes: 2 in the run, 1 now; with train"):
