@@ -57,6 +57,11 @@ def is_divided(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a divided parameter as a whole, which takes all processes; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def overwrite_rows(parameter: Tensor, value: Tensor) -> Callable[[], object]:
     """Write this process's rows of a whole `value` into a divided parameter. Return the function that restores it.
 
