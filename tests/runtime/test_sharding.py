@@ -190,7 +190,6 @@ RELATIVES = {
     "dora": ("method={kind: dora, rank: 2}",),
     "loha": ("method={kind: loha, rank: 2}",),
     "lokr": ("method={kind: lokr, rank: 2}",),
-    "eva": ("method={kind: lora, rank: 2, init: eva}",),
     "text": ("method={kind: lora, rank: 2, text_encoders: {clip_l: {}}}",),
     "muon": ("optimizer={kind: muon}", "train.gradient_accumulation=2"),
     "prior": ("data.sources=[{path: PICTURES}, {path: PICTURES, prior: {kind: prediction, prompt: a dog}}]",),
@@ -212,9 +211,14 @@ def test_other_methods_train_on_a_divided_base(
     }
     for name, settings in runs.items():
         write(quick_config, tmp_path / name, *settings)
+    eva = (*common, "method={kind: lora, rank: 2, init: eva}")  # begins from a process's own batches
+    write(quick_config, tmp_path / "eva", *eva)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    launch(2, *runs)
+    launch(2, *runs, "eva")
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    write(quick_config, tmp_path / "eva-whole", *eva, "train.sharding=none")
+    launch(2, "eva-whole")
+    assert_close_runs(tmp_path / "eva", tmp_path / "eva-whole", lines_of)
     for name, settings in runs.items():
         assert_close_runs(
             tmp_path / name, alone(quick_config, f"one-{name}", *settings, "train.batch_size=2"), lines_of
@@ -239,3 +243,31 @@ def test_a_damaged_or_missing_shard_is_named(quick_config, tmp_path: Path, launc
         run_training(longer, resume=True)
     file.write_bytes(whole)
     run_training(longer, resume=True)
+
+
+@pytest.mark.long
+def test_accelerate_s_own_configuration_works_or_is_answered_with_the_line_to_change(
+    quick_config, tmp_path: Path, start_cli, monkeypatch
+) -> None:
+    """As a user types it, with `fsdp` in the default configuration of accelerate."""
+    write(quick_config, tmp_path / "run", "train.steps=1")
+    defaults = tmp_path / "hf" / "accelerate" / "default_config.yaml"
+    defaults.parent.mkdir(parents=True)
+    defaults.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_machines: 1\nnum_processes: 2\n"
+        "fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}\n"
+    )
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    prefix = (str(Path(sys.executable).with_name("accelerate")), "launch")
+    program = ("-m", "sd3tune", "train", tmp_path / "run.yaml")
+    process = start_cli(*program, "train.sharding=none", prefix=prefix)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    change = f"set train.sharding=fsdp, or write distributed_type: MULTI_GPU in {defaults}"
+    assert f"error: ACCELERATE_USE_FSDP=true: train.sharding is none; {change}" in errors
+    assert not (tmp_path / "run").exists()
+    process = start_cli(*program, prefix=prefix)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
