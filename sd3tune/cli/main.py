@@ -78,7 +78,7 @@ def train(
     if num_processes > 1:
         from sd3tune.runtime.launch import relaunch
 
-        relaunch(num_processes, sys.argv[1:])
+        relaunch(num_processes, sys.argv[1:], loaded.config.train.sharding)
     with quick_imports(f"train {config}"):
         from sd3tune.commands.train import run_training
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 
 from sd3tune.errors import Interrupted, ProcessError, RunError, UserError
-from sd3tune.runtime.environment import gpu_asked_for, launch_problems, no_gpu
+from sd3tune.runtime.environment import gpu_asked_for, launch_problems, no_gpu, sharding_problems
 
 ERRORS = "SD3TUNE_ERRORS"
 """Folder for the problems of all processes of a command; the launching process prints each once, at the end."""
@@ -34,8 +34,8 @@ main()
 """
 
 
-def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
-    """Run `sd3tune ARGUMENTS` in `count` processes, and exit when all have ended.
+def relaunch(count: int, arguments: Sequence[str], sharding: str = "none") -> NoReturn:
+    """Run `sd3tune ARGUMENTS` in `count` processes, and exit when all have ended. `sharding` is `train.sharding`.
 
     GPUs use accelerate's launcher, the CPU torch's: accelerate always starts a single process there. No process
     imports from the working directory. Raises RunError if there are too few GPUs, and UserError with the processes'
@@ -44,7 +44,7 @@ def relaunch(count: int, arguments: Sequence[str]) -> NoReturn:
     world = os.environ.get("WORLD_SIZE", "")
     if world.isdecimal() and int(world) > 1:
         raise RunError("--num-processes: this process was started by a launcher already; set the number there instead")
-    problems = launch_problems(os.environ)  # the processes know `train.sharding`, and check the rest
+    problems = launch_problems(os.environ) + sharding_problems(os.environ, sharding)
     gpus = torch.cuda.device_count()
     asked = gpu_asked_for(os.environ)
     if asked and not gpus:
