@@ -20,7 +20,7 @@ pip = $(BIN)/python -m pip install --disable-pip-version-check $(1) >> $(LOG) 2>
 	tail -n 15 $(LOG) >&2; echo "make: pip failed; its full output is in $(LOG)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-install crash fuzz check check-long build lock audit licences format bench check-gpu bench-gpu bench-quality nano docs docs-site clean
+.PHONY: help setup demo test test-install crash fuzz check check-long scale build lock audit licences format bench check-gpu bench-gpu bench-quality nano docs docs-site clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,12 @@ check: $(STAMP) ## Lint, formatting, types and layers
 
 check-long: $(STAMP) ## Run the slow tests that `make test` leaves out (ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist worksteal
+
+scale: $(STAMP) ## Check runs that divide a model, in 2 and 4 processes, against one process (five minutes)
+	@mkdir -p build
+	@printf '%-20s%12s%12s%12s\n' 'largest error of' gradient loss weights > build/scale.txt
+	SD3TUNE_SCALE_TABLE=build/scale.txt OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "long or not long" tests/runtime/test_sharding.py; \
+		code=$$?; cat build/scale.txt; exit $$code
 
 build: $(STAMP) ## Write the wheel and the source archive to dist/, and run the demo from the wheel alone
 	rm -rf dist

@@ -124,7 +124,7 @@ def our_step(base_folder: Path, seen: Seen) -> tuple[float, dict[str, Tensor]]:
     objective = make_objective(config.flow, float(load_scheduler(base).config.shift))
     result = train_step(state, transformer, method, batches, objective, config, ALONE.reduce_mean)
     moment = state.optimizer.state[state.master.master]["exp_avg"]  # after one step (1 - beta1) times the gradient
-    gradients = state.master.named(moment / (1 - state.optimizer.param_groups[0]["betas"][0]))
+    gradients = state.master.views(moment / (1 - state.optimizer.param_groups[0]["betas"][0]))
     return result.weighted.mean().item(), gradients
 
 

@@ -85,7 +85,7 @@ def train(
     if num_processes > 1:
         from sd3tune.runtime.launch import relaunch
 
-        relaunch(num_processes, sys.argv[1:], restarts)
+        relaunch(num_processes, sys.argv[1:], loaded.config.train.sharding, restarts)
     with quick_imports(f"train {config}"):
         from sd3tune.commands.train import run_training
 
@@ -109,6 +109,7 @@ def plan(
     utilisation: Annotated[
         float, typer.Option(metavar="PERCENT", help="Assumed share of the GPU's peak throughput.")
     ] = 40,
+    num_processes: Annotated[int, typer.Option(min=1, help="Processes to train with, one per GPU.")] = 1,
 ) -> None:
     """Forecast memory, disk space and time, and what each change would save; needs no weights."""
     if memory is not None and not 0 < memory < math.inf:
@@ -120,7 +121,7 @@ def plan(
     with quick_imports(f"plan {config}"):
         from sd3tune.commands.plan import plan_lines
 
-    for line in plan_lines(loaded.config, card, memory, utilisation):
+    for line in plan_lines(loaded.config, card, memory, utilisation, num_processes):
         result(line)
 
 

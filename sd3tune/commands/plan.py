@@ -80,7 +80,11 @@ class RunPlan:
 
 
 def make_run_plan(
-    config: Config, card: str | None = None, memory: float | None = None, utilisation: float = UTILISATION
+    config: Config,
+    card: str | None = None,
+    memory: float | None = None,
+    utilisation: float = UTILISATION,
+    processes: int = 1,
 ) -> RunPlan:
     """Return the figures and the text of the plan; arguments are those of `plan_lines`. Raises UserError."""
     if memory is not None and not 0 < memory < math.inf:
@@ -88,7 +92,7 @@ def make_run_plan(
     if not 0 < utilisation <= 100:
         raise ConfigError(f"utilisation={utilisation:g}: give a percentage of the card's peak, above 0, at most 100")
     lines: list[str] = []
-    remaining = plan_lines(config, card, memory, utilisation)
+    remaining = plan_lines(config, card, memory, utilisation, processes)
     while True:
         try:
             lines.append(next(remaining))
@@ -99,15 +103,20 @@ def make_run_plan(
 
 
 def plan_lines(
-    config: Config, card: str | None = None, memory: float | None = None, utilisation: float = UTILISATION
+    config: Config,
+    card: str | None = None,
+    memory: float | None = None,
+    utilisation: float = UTILISATION,
+    processes: int = 1,
 ) -> Generator[str, None, tuple[Forecast, GpuSpec | None, float | None, SystemMemory]]:
     """Yield the lines of the plan; return the forecast, the GPU, the memory to fit into, and the system memory.
 
     `memory`, given and returned, is in GB (10^9 bytes); `utilisation` is in per cent of the GPU's peak throughput.
+    With several `processes`, memory and time are those of each.
     Raises UserError.
     """
     found = None if card is None else find_gpu(card)
-    inputs = forecast_inputs(config, planned_dtype(config, found, memory))
+    inputs = forecast_inputs(config, planned_dtype(config, found, memory), processes)
     for_this_machine = found is None and memory is None
     if for_this_machine and not torch.cuda.is_available():
         precision = dtype_name(inputs.dtype)
@@ -115,6 +124,8 @@ def plan_lines(
     yield from (
         f"note: no images yet ({problem}): the plan assumes the largest bucket" for problem in inputs.missing[:1]
     )
+    if config.train.sharding != "none" and processes == 1:
+        yield "note: train.sharding has no effect with one process; to plan for several: --num-processes N"
     room = memory if memory is not None or found is None else found.memory
     wanted = config.train.memory
     if wanted is None:
@@ -135,7 +146,7 @@ def plan_lines(
     yield from _length_lines(plan, found, utilisation)
     yield ""
     yield from _knob_lines(plan, found, room)
-    if room is not None and plan.needed > room * 1e9 and wanted is None:
+    if room is not None and plan.needed > room * 1e9 and wanted is None and config.train.sharding == "none":
         yield ""
         yield _what_fits(plan, room)
     return plan, found, room, system
@@ -166,7 +177,15 @@ def _base_lines(inputs: ForecastInputs) -> list[str]:
         f"base      {inputs.base.name}, {describe_precision(inputs.config, inputs.dtype)}",
         f"largest   {width}x{height} px, {batch}, gradient checkpointing {checkpointing}",
         *describe_hoist(inputs.config),
+        *_process_lines(inputs),
     ]
+
+
+def _process_lines(inputs: ForecastInputs) -> list[str]:
+    if inputs.world == 1:
+        return []
+    divides = "; they divide the transformer's blocks" if inputs.config.train.sharding != "none" else ""
+    return [f"processes {inputs.world}{divides}; memory and time are those of each"]
 
 
 def gigabytes(nbytes: float) -> str:
@@ -204,6 +223,7 @@ def components(training: Training) -> list[tuple[str, int]]:
         ("the optimizer's state", training.optimizer),
         ("their average (EMA)", training.average),
         ("adaLN modulations, computed ahead", training.ahead),
+        ("a gathered block, and the buffer of the next", training.gathered),
         ("activations saved for the backward pass", min(training.saved, training.working)),
         ("everything else at the peak", max(0, training.working - training.saved)),
     ]
@@ -228,7 +248,7 @@ def _what_fits(plan: Forecast, room: float) -> str:
 
 def _length_lines(plan: Forecast, card: GpuSpec | None, utilisation: float) -> list[str]:
     train, store = plan.inputs.config.train, plan.store
-    batch = train.batch_size * train.gradient_accumulation
+    batch = train.batch_size * train.gradient_accumulation * plan.inputs.world
     lines = []
     if store is not None:
         lines.append(

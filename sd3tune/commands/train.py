@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import SD3Transformer2DModel
 
 from sd3tune import reporting
@@ -63,7 +64,7 @@ from sd3tune.runtime.signals import StopSignals, stop_with_parent
 from sd3tune.training.ahead import with_modulations
 from sd3tune.training.batches import Batches
 from sd3tune.training.checkpoint import read_state
-from sd3tune.training.loop import Callback, exported_weights, train
+from sd3tune.training.loop import Callback, export_weights, exported_weights, train
 from sd3tune.training.metrics import Metrics
 from sd3tune.training.objective import make_objective
 from sd3tune.training.step import TrainState
@@ -100,15 +101,15 @@ def carry_out_run(
 
     Without `signals`, a KeyboardInterrupt saves the last whole step. Raises UserError.
     """
-    processes = processes_of(
-        accelerator := make_accelerator(config.train.gradient_accumulation, config.train.process_timeout)
-    )
+    sharding = config.train.sharding
+    accelerator = make_accelerator(config.train.gradient_accumulation, config.train.process_timeout, sharding)
+    processes = processes_of(accelerator, lockstep=sharding != "none")
 
     def say(line: str) -> None:
         if processes.is_main:
             reporting.say(line)
 
-    for note in (*notes, *sharding_ignored(os.environ)):
+    for note in (*notes, *sharding_ignored(os.environ, sharding, processes.world)):
         say(f"note: {note}")
     if not dry_run:
         resume = resume_everywhere(Path(str(config.output_dir)), resume, processes, accelerator.device)
@@ -176,7 +177,8 @@ def _train(
         encoded = encode(plan, processes, say)
     clock.append(time.monotonic())
     with explain_oom("loading the transformer", lambda: loading_knob(config, blocks)):
-        transformer = load_base(plan)  # before the run folder changes, as loading fails on a damaged file
+        # before the run folder changes, as loading fails on a damaged file; it is divided on its way to the device
+        transformer = load_base(plan, torch.device("cpu") if processes.lockstep else None)
     with ExitStack() as stack:
         attempt = _begin(plan, processes, encoded, transformer, say, stack)
         clock.append(time.monotonic())
@@ -203,7 +205,7 @@ def _train(
             )
         clock.append(time.monotonic())
         encode_s, load_s, train_s = (end - start for start, end in itertools.pairwise(clock))
-        if processes.is_main:
+        if processes.is_main or processes.lockstep:
             watched = attempt.watching.seconds
             train_s -= sum(watched.values()) - watched_before
             _finish(attempt, metrics, {"encode_s": encode_s, "load_s": load_s, "train_s": train_s, **watched}, say)
@@ -273,12 +275,18 @@ def _measuring(plan: Plan) -> Sequence[type[RunCallback]]:
 
 
 def _finish(attempt: _Attempt, metrics: Metrics, seconds: Mapping[str, float], say: Callable[[str], None]) -> None:
-    """Write the result and the card, then `run.json`, whose report marks the run as finished; print a summary."""
-    plan, state, watching = attempt.plan, attempt.state, attempt.watching
-    _export(plan, state, attempt.contract)
+    """Write the result and the card, then `run.json`, whose report marks the run as finished; print a summary.
+
+    Other processes than the main one only take part in what needs all.
+    """
+    plan, state, watching, processes = attempt.plan, attempt.state, attempt.watching, attempt.processes
+    _export(plan, state, attempt.contract, processes)
     weights = exported_weights(state)
     attempt.batches.use_one_length()
-    report = closing_report(plan, attempt.transformer, weights, attempt.batches) | watching.report()
+    measured = closing_report(plan, attempt.transformer, weights, attempt.batches, processes)
+    if not processes.is_main:
+        return
+    report = measured | watching.report()
     described = {
         **attempt.described,
         "timings": {name: round(value, 3) for name, value in seconds.items()},
@@ -306,10 +314,10 @@ def result_values(plan: Plan, step: int) -> dict[str, Any]:
     return {"product": product, "run": plan.run, "steps": step}
 
 
-def _export(plan: Plan, state: TrainState, contract: Mapping[str, Any]) -> None:
+def _export(plan: Plan, state: TrainState, contract: Mapping[str, Any], processes: Processes) -> None:
     """Export the trained weights; with an EMA, export the average, and the raw weights separately."""
     product = plan.method.product
-    plan.method.export(plan.run / product.name, exported_weights(state), contract)
+    export_weights(plan.method, plan.run / product.name, exported_weights(state), contract, processes)
     if state.ema is not None:
         raw = state.master.named(state.result())
-        plan.method.export(plan.run / product.raw, raw, {**contract, "weights": "raw"})
+        export_weights(plan.method, plan.run / product.raw, raw, {**contract, "weights": "raw"}, processes)

@@ -31,6 +31,7 @@ from sd3tune.config.sections.outputs import (
 from sd3tune.config.sections.schedule import ConstantConfig, ScheduleConfig
 from sd3tune.config.sections.section import Section
 from sd3tune.config.sections.train import EmaConfig, TrainConfig
+from sd3tune.config.sharding import sharding_problem
 
 CONFIG_VERSION = 1
 
@@ -211,6 +212,13 @@ class Config(Section, metaclass=ConfigType):
                 "weights' norms, and swapped ones wait in system memory; leave train.swap_blocks out, or set "
                 "method.kind=lora"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rest_fits_sharding(self) -> Config:
+        problem = sharding_problem(self)
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

@@ -22,11 +22,13 @@ from sd3tune.errors import DataError
 from sd3tune.forecast.optimizer_memory import MemoryUse
 from sd3tune.forecast.rehearsal import (
     Training,
+    loaded_shape,
     rehearse_drawing,
     rehearse_text_encoder,
     rehearse_training,
     rehearse_vae,
 )
+from sd3tune.forecast.sharding import divided
 from sd3tune.measures.prompts import Prompts
 from sd3tune.methods import METHODS, Method
 from sd3tune.model.base.base import Base
@@ -69,6 +71,8 @@ class ForecastInputs:
     """The prompts of `eval`; None if it is off, or if the images are missing."""
     missing: Sequence[str]
     """The problems found if the images are missing."""
+    world: int = 1
+    """Number of processes that train together."""
 
     @property
     def mix(self) -> dict[Size, int]:
@@ -148,7 +152,7 @@ class Forecast:
 LABELS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5", "vae": "images"}
 
 
-def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
+def forecast_inputs(config: Config, dtype: torch.dtype, world: int = 1) -> ForecastInputs:
     """Return the inputs of a forecast. Raises UserError as preflight does, but not for missing images."""
     check_installed(config)
     base = shape_of_base(config.model, config.seed)
@@ -171,7 +175,7 @@ def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
         config = with_captions(config, records)
         sized, holdout = in_all_sizes(config.data, records, tables), held_out_size(config.data, holdout, tables)
         records = used_images(records, sized)
-        config = resolve_epochs(config, sum(record.repeats for record in sized), 1)
+        config = resolve_epochs(config, sum(record.repeats for record in sized), world)
         priors = plan_priors(config, sized, buckets, base)
         evaluated = evaluated_prompts(config, records)
         used = [bucket_of(record, buckets) for record in sized]
@@ -189,6 +193,7 @@ def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
         priors=priors,
         evaluated=evaluated,
         missing=missing,
+        world=world,
     )
 
 
@@ -205,7 +210,7 @@ def forecast(inputs: ForecastInputs, like: Forecast | None = None) -> Forecast:
     training = trained.training if trained else None
     if training is None:
         previewed = drawn.training if drawn else None
-        training = rehearse_training(config, base, method, largest, dtype, previewed)
+        training = _on_each_process(inputs, rehearse_training(config, base, method, largest, dtype, previewed))
     return Forecast(
         inputs=inputs,
         encoding=encoded.encoding if encoded else _encoding(inputs, method),
@@ -213,6 +218,22 @@ def forecast(inputs: ForecastInputs, like: Forecast | None = None) -> Forecast:
         training=training,
         store=None if inputs.records is None else _store(inputs, inputs.records, method.cached_encoders),
     )
+
+
+def _on_each_process(inputs: ForecastInputs, training: Training) -> Training:
+    """Return the memory of the process with the most, if they divide the model."""
+    config, base = inputs.config, inputs.base
+    if config.train.sharding == "none" or inputs.world == 1:
+        return training
+    method = METHODS[config.method.kind](config, base)
+    transformer = loaded_shape(config, base, method, inputs.dtype, empty_transformer(base))
+    modules = () if config.method.freezes_base else method.select(transformer)
+    trained = [
+        f"{module}.{name}"
+        for module in modules
+        for name, _ in transformer.get_submodule(module).named_parameters(recurse=False)
+    ]
+    return divided(training, transformer, trained, inputs.world)
 
 
 def _settings(inputs: ForecastInputs, phase: Phase) -> tuple[dict[str, Any], torch.dtype, Size]:

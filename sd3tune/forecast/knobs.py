@@ -11,6 +11,7 @@ import torch
 from sd3tune.config import Config
 from sd3tune.config.meaning import leaner_values
 from sd3tune.config.shape import section_at
+from sd3tune.config.sharding import sharding_problem
 from sd3tune.forecast.forecast import ForecastInputs, forecast_inputs
 from sd3tune.methods import METHODS
 from sd3tune.model.load.quantized import missing_library
@@ -61,7 +62,7 @@ def knobs(inputs: ForecastInputs) -> list[Knob]:
         found.append((f"optimizer.kind={kind}", _with_optimizer(kind)))
     own = METHODS[config.method.kind](config, inputs.base).savings(config)
     found += [(one.typed, _changed(one.section, **one.values)) for one in own if one.planned]
-    return found
+    return [(typed, changed) for typed, changed in found if sharding_problem(changed(config)) is None]
 
 
 def _with_optimizer(kind: str) -> Callable[[Config], Config]:
@@ -83,4 +84,4 @@ def after(inputs: ForecastInputs, changed: Callable[[Config], Config]) -> Foreca
     dtype = DTYPES.get(config.model.dtype, inputs.dtype) if config.model != inputs.config.model else inputs.dtype
     if config.data.resolution == inputs.config.data.resolution:
         return replace(inputs, config=config, dtype=dtype)
-    return forecast_inputs(config, dtype)
+    return forecast_inputs(config, dtype, inputs.world)

@@ -73,10 +73,12 @@ class Training:
     """Operations of an optimizer step: all forward and backward passes."""
     preview: int | None
     """Memory of drawing a preview or a picture of `eval`, on top of `resident`; None without either."""
+    gathered: int = 0
+    """Blocks that are gathered from the processes that divide them."""
 
     @property
     def resident(self) -> int:
-        models = self.frozen + self.encoders
+        models = self.frozen + self.encoders + self.gathered
         return models + self.compute + self.master + self.gradient + self.optimizer + self.average + self.ahead
 
     @property
@@ -167,7 +169,7 @@ def rehearse_training(
     """
     whole = empty_transformer(base)
     parameters = sum(parameter.numel() for parameter in whole.parameters())
-    transformer = _load(config, base, method, dtype, whole)
+    transformer = loaded_shape(config, base, method, dtype, whole)
     empty = MetaBatches(config, base, method, size, dtype)
     batches = with_modulations(empty, transformer, method)
     with Footprint() as window:  # measured apart from the step, as it covers several steps
@@ -223,9 +225,10 @@ def rehearse_training(
     )
 
 
-def _load(
+def loaded_shape(
     config: Config, base: Base, method: Method, dtype: torch.dtype, whole: SD3Transformer2DModel
 ) -> SD3Transformer2DModel:
+    """Return the transformer as a run loads it, on the meta device; `whole` is one that was not changed."""
     prepare = hoist if hoists(config, method.select(whole)) else None
     return load_transformer_in(config.model.quantize, base, dtype, META, prepare)
 
@@ -268,7 +271,7 @@ def _rehearse_preview(
     `row_bytes` is the size of a row of adaLN modulations of the whole model.
     """
     transformer = thin.transformer
-    weights = state.master.named(state.master.master)
+    weights = state.master.views(state.master.master)
     weights.pop(_OMITTED, None)
 
     def exported_bytes(lacking: str) -> int:
@@ -318,7 +321,7 @@ def rehearse_vae(base: Base, size: Size, dtype: torch.dtype) -> MemoryUse:
 
 def rehearse_drawing(config: Config, base: Base, method: Method, size: Size, dtype: torch.dtype) -> MemoryUse:
     """Rehearse drawing a class image with guidance. Transformer and VAE are in memory together."""
-    transformer = _load(config, base, method, dtype, empty_transformer(base))
+    transformer = loaded_shape(config, base, method, dtype, empty_transformer(base))
     vae = load_vae(base, vae_dtype(dtype), META)
     batch = MetaBatches(config, base, method, size, dtype).batch_of(2, size)
     resident = bytes_of([*tensors_of(transformer), *statistics(transformer), *tensors_of(vae)])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sd3tune.adapter.dora import decomposed
 from sd3tune.methods.base import Weights
 from sd3tune.methods.lora import LoraMethod
+from sd3tune.model.compute.sharding import gathered
 from sd3tune.model.load.quantized import dtype_of, weights_of
 from sd3tune.model.lora.layers import ADAPTER_NAME, MAGNITUDE, lora_layers, norms_by_block
 
@@ -59,6 +60,6 @@ class DoraMethod(LoraMethod):
 
     def _changes(self, transformer: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
         for name, layer in lora_layers(transformer).items():
-            weight = weights_of(layer.base_layer, torch.float32).cpu()
+            weight = gathered(weights_of(layer.base_layer, torch.float32)).cpu()
             down, up, magnitude = (tensors[f"{name}.{part}"].float().cpu() for part in ("lora_A", "lora_B", MAGNITUDE))
             yield name, decomposed(weight, up @ down, magnitude) - weight

@@ -22,6 +22,7 @@ from sd3tune.model.base.base import Base
 from sd3tune.model.base.folder import check_parts, write_model
 from sd3tune.model.base.parts import INDEX_FILE
 from sd3tune.model.compute.fast import plain_path
+from sd3tune.model.compute.sharding import is_divided, overwrite_rows
 from sd3tune.model.load.components import load_scheduler, load_transformer
 from sd3tune.model.lora.targets import ELSEWHERE, CoverageRow, block_of, inside_blocks
 from sd3tune.runtime.device import DTYPES
@@ -187,16 +188,23 @@ def _other_weights(
     """Compute with other parameters and buffers while the context lasts; None keeps the live value.
 
     `in_place` overwrites live values of a GPU in 16 bits, which then wait in system memory, so that the GPU does not
-    hold both. Others are never written to: in fp32 they may be the master itself.
+    hold both. Others are never written to: in fp32 they may be the master itself. Of a divided parameter, whose values
+    are a copy, this process's rows are overwritten.
     """
     with ExitStack() as stack:
         for name, tensor in chain(transformer.named_parameters(), transformer.named_buffers()):
             value = values(name)
             if value is not None:
-                replace = _overwrite if in_place and _can_overwrite(tensor) else _repoint
-                stack.callback(replace(tensor, value))
+                stack.callback(_replacement(tensor, in_place)(tensor, value))
         with plain_path(transformer):
             yield
+
+
+def _replacement(tensor: Tensor, in_place: bool) -> Callable[[Tensor, Tensor], Callable[[], object]]:
+    """Return the function that replaces a tensor's values, and returns the one that restores them."""
+    if is_divided(tensor):
+        return overwrite_rows
+    return _overwrite if in_place and _can_overwrite(tensor) else _repoint
 
 
 def _can_overwrite(tensor: Tensor) -> bool:

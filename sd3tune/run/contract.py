@@ -207,10 +207,28 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [line for line in differences(saved, now) if not line.startswith("model.int8:")]
 
 
+def _as_divided_now(plan: Plan, saved: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the saved identity, with the present number of processes if they see the same images at a time.
+
+    Only a run with `train.sharding` may change this number: processes times batch size stays.
+    """
+    if plan.config.train.sharding == "none" or _images_at_a_time(saved) != _images_at_a_time(now):
+        return saved
+    train = {**saved["train"], "batch_size": now["train"]["batch_size"]}
+    return {**saved, "processes": now["processes"], "train": train}
+
+
+def _images_at_a_time(identity: Mapping[str, Any]) -> int | None:
+    """Return the images in one forward pass of all processes; None for an identity that was edited."""
+    train, processes = identity.get("train"), identity.get("processes")
+    batch = train.get("batch_size") if isinstance(train, Mapping) else None
+    return processes * batch if isinstance(processes, int) and isinstance(batch, int) else None
+
+
 def check_identity(plan: Plan, identity: Mapping[str, Any], encoded: Encoded) -> None:
     """Raise RunError if `identity` differs from the checkpoint's, with a line per difference."""
     assert plan.start is not None
-    saved = saved_identity(plan.start)
+    saved = _as_divided_now(plan, saved_identity(plan.start), identity)
     lines = [_in_words(line) for line in _differences(saved, identity)]
     earlier = encoded.earlier_keys
     if earlier and saved["data"].get("images") == _digest_of_images(encoded, earlier):
@@ -229,6 +247,7 @@ def check_finished(plan: Plan, world: int) -> None:
     now = run_identity(plan, None, world)
     saved = saved_identity(plan.start)
     saved = {**saved, "data": {name: value for name, value in saved["data"].items() if name in now["data"]}}
+    saved = _as_divided_now(plan, saved, now)
     lines = _differences(saved, now)
     with contextlib.suppress(ConfigError):  # the run folder's configuration was removed
         before = load_config(plan.run / "config.yaml").config
@@ -248,6 +267,8 @@ def _in_words(line: str) -> str:
     key = line.partition(":")[0]
     if key in _EXPLAINED:
         return f"{key}: {_EXPLAINED[key]}"
+    if key == "processes":
+        line += "; with train.sharding it may change, if train.batch_size changes so that their product stays"
     return f"{key}: not the same {_DIGESTS[key]} as in the run" if key in _DIGESTS else line
 
 

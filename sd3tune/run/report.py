@@ -19,6 +19,7 @@ from sd3tune.publish.card import DIVERGED, has_diverged
 from sd3tune.publish.files import CARD
 from sd3tune.publish.previews import SAMPLES, SHEET, guiding_options
 from sd3tune.run.preflight import Plan
+from sd3tune.runtime.processes import ALONE, Processes
 from sd3tune.training.ahead import modulated
 from sd3tune.training.batches import Batch, Batches
 from sd3tune.training.metrics import relative_change
@@ -32,12 +33,16 @@ NO_CHANGE = 1e-7
 
 
 @torch.no_grad()
-def closing_report(plan: Plan, transformer: Any, weights: Mapping[str, Tensor], batches: Batches) -> dict[str, Any]:
+def closing_report(
+    plan: Plan, transformer: Any, weights: Mapping[str, Tensor], batches: Batches, processes: Processes = ALONE
+) -> dict[str, Any]:
     """Measure the change of each block and of one denoising step, and the loss of base and result at fixed noise.
 
     If `method.export_dtype` rounds an adapter's weights, also measure the error of one denoising step.
     """
     probes = _probes(batches)
+    if processes.lockstep:  # each process has images of its own
+        probes = probes[: min(processes.exchange(len(probes)))]
     with plan.method.as_exported(transformer, weights):
         trained = _velocities(plan, transformer, probes)
     rounding = _rounding_error(plan, transformer, weights, probes, trained)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
@@ -19,12 +20,15 @@ from sd3tune.model.load.quantized import load_transformer_in
 from sd3tune.run.preflight import Plan
 
 
-def load_base(plan: Plan) -> SD3Transformer2DModel:
-    """Load the frozen transformer onto its device, quantized and with swapped blocks if configured."""
+def load_base(plan: Plan, device: torch.device | None = None) -> SD3Transformer2DModel:
+    """Load the frozen transformer onto its device, quantized and with swapped blocks if configured.
+
+    `device` is another one, for a model without swapped blocks.
+    """
     prepare = hoist if hoists(plan.config, plan.modules) else None
     form, count = plan.config.model.quantize, plan.config.train.swap_blocks
     if count is None:
-        return load_transformer_in(form, plan.base, plan.dtype, plan.device, prepare)
+        return load_transformer_in(form, plan.base, plan.dtype, device or plan.device, prepare)
     swap = BlockSwap(plan.base.config("transformer")["num_layers"], count, plan.device)
     transformer = load_transformer_in(form, plan.base, plan.dtype, plan.device, prepare, swap.store)
     swap.install(transformer)

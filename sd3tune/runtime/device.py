@@ -17,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from sd3tune import __version__
 from sd3tune.errors import RunError
 from sd3tune.runtime.environment import (
+    drop_sharding,
     gpu_asked_for,
     keeps_dead_addresses,
     launch_problems,
@@ -30,19 +31,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
 
-def make_accelerator(accumulation: int = 1, timeout_minutes: float | None = None) -> Accelerator:
+def make_accelerator(
+    accumulation: int = 1, timeout_minutes: float | None = None, sharding: str = "none"
+) -> Accelerator:
     """Set up device and process group. Accelerate's own settings of precision and accumulation are overridden.
 
     A process that waits longer than `timeout_minutes` for the others ends with an error; by default as torch sets it,
-    10 minutes with NCCL.
+    10 minutes with NCCL. `sharding` is `train.sharding`.
     Raises RunError if the environment asks for a missing GPU or a split model, or describes an incomplete launch.
     """
-    problems = launch_problems(os.environ) + sharding_problems(os.environ)
+    problems = launch_problems(os.environ) + sharding_problems(os.environ, sharding)
     asked = gpu_asked_for(os.environ)
     if asked and not torch.cuda.is_available():
         problems.append(no_gpu(asked))
     if problems:
         raise RunError(*problems)
+    drop_sharding(os.environ)
     if keeps_dead_addresses(os.environ):
         _join_again(timeout_minutes)
     limits = [] if timeout_minutes is None else [InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))]

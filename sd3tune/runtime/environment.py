@@ -85,21 +85,55 @@ def keeps_dead_addresses(environment: Mapping[str, str]) -> bool:
 
 _SHARDING = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
 """Sharding methods by accelerate's name, in ACCELERATE_USE_... and as `distributed_type`."""
+_FSDP = "ACCELERATE_USE_FSDP"
 
 
-def sharding_problems(environment: Mapping[str, str]) -> list[str]:
-    """Return a problem for each variable that asks to shard the model over devices, which is not supported."""
-    names = [f"ACCELERATE_USE_{way}" for way in (*_SHARDING, "PARALLELISM_CONFIG")]
-    return [
-        f"{name}={environment[name]}: sd3tune does not split a model over devices; unset it, or take it out of the "
-        "configuration of accelerate that sets it, and use --num-processes for several GPUs"
-        for name in names
-        if _is_true(environment.get(name, ""))
-    ]
+def sharding_problems(environment: Mapping[str, str], sharding: str = "none") -> list[str]:
+    """Return a problem for each variable that asks for another sharding than `train.sharding`.
+
+    `accelerate launch` sets them, from its options or its configuration.
+    """
+    problems = []
+    for name in (f"ACCELERATE_USE_{way}" for way in (*_SHARDING, "PARALLELISM_CONFIG")):
+        if not _is_true(environment.get(name, "")) or (name == _FSDP and sharding == "fsdp"):
+            continue
+        why = "train.sharding is none" if name == _FSDP else "sd3tune divides a model only by train.sharding: fsdp"
+        or_and = "or" if name == _FSDP else "and"
+        ours = "" if sharding == "fsdp" else f"set train.sharding=fsdp, {or_and} "
+        problems.append(f"{name}={environment[name]}: {why}; {ours}{_change_of(environment)}")
+    return problems
 
 
-def sharding_ignored(environment: Mapping[str, str]) -> list[str]:
-    """Return a note if accelerate's default configuration asks for sharding; only `accelerate launch` reads it."""
+def _change_of(environment: Mapping[str, str]) -> str:
+    """Return the change that makes accelerate's launcher ask for no sharding."""
+    file, _ = _default_configuration(environment)
+    if file is not None:
+        return f"write distributed_type: MULTI_GPU in {file}"
+    return "unset it, or write distributed_type: MULTI_GPU in the configuration of accelerate that sets it"
+
+
+def drop_sharding(environment: MutableMapping[str, str]) -> None:
+    """Remove accelerate's request for FSDP: `train.sharding` says the same, and accelerate wraps no model here."""
+    environment.pop(_FSDP, None)
+
+
+def sharding_ignored(environment: Mapping[str, str], sharding: str = "none", world: int = 2) -> list[str]:
+    """Return a note if a request for sharding has no effect: of accelerate's configuration, or of `train.sharding`.
+
+    Only `accelerate launch` reads accelerate's default configuration.
+    """
+    if sharding != "none":
+        alone = f"train.sharding: {sharding} has no effect with one process; start several with --num-processes"
+        return [alone] if world == 1 else []
+    file, way = _default_configuration(environment)
+    if way is None:
+        return []
+    asks = f"{file} asks for {_SHARDING[way]}; only `accelerate launch` reads it, and sd3tune trains without"
+    return [f"{asks}: set train.sharding=fsdp to divide the model"]
+
+
+def _default_configuration(environment: Mapping[str, str]) -> tuple[Path | None, str | None]:
+    """Return accelerate's default configuration that asks for sharding, and the method; None for both if none does."""
     cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(environment.get("HF_HOME") or f"{cache}/huggingface").expanduser() / "accelerate"
     for file in (folder / "default_config.yaml", folder / "default_config.json"):
@@ -109,8 +143,8 @@ def sharding_ignored(environment: Mapping[str, str]) -> list[str]:
             continue
         way = str(values.get("distributed_type") if isinstance(values, dict) else None).upper()
         if way in _SHARDING:
-            return [f"{file} asks for {_SHARDING[way]}; only `accelerate launch` reads it, and sd3tune trains without"]
-    return []
+            return file, way
+    return None, None
 
 
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")

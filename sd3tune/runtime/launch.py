@@ -34,8 +34,8 @@ main()
 """
 
 
-def relaunch(count: int, arguments: Sequence[str], most_restarts: int = 0) -> NoReturn:
-    """Run `sd3tune ARGUMENTS` in `count` processes, and exit when all have ended.
+def relaunch(count: int, arguments: Sequence[str], sharding: str = "none", most_restarts: int = 0) -> NoReturn:
+    """Run `sd3tune ARGUMENTS` in `count` processes, and exit when all have ended. `sharding` is `train.sharding`.
 
     If one dies, all start again, up to `most_restarts` times; a training then continues from its last checkpoint.
 
@@ -46,7 +46,7 @@ def relaunch(count: int, arguments: Sequence[str], most_restarts: int = 0) -> No
     world = os.environ.get("WORLD_SIZE", "")
     if world.isdecimal() and int(world) > 1:
         raise RunError("--num-processes: this process was started by a launcher already; set the number there instead")
-    problems = launch_problems(os.environ) + sharding_problems(os.environ)
+    problems = launch_problems(os.environ) + sharding_problems(os.environ, sharding)
     gpus = torch.cuda.device_count()
     asked = gpu_asked_for(os.environ)
     if asked and not gpus:

@@ -29,6 +29,10 @@ class Processes:
     gather: Callable[[Tensor], Tensor]
     """Tensor [...] of each rank -> [world, ...] on every rank."""
     wait: Callable[[], None]
+    exchange: Callable[[Any], list[Any]] = lambda value: [value]
+    """A small value of each rank, such as a text or a number -> the values of all, on every rank."""
+    lockstep: bool = False
+    """True if every rank must take part in each forward pass, as the model is divided among them."""
 
     @property
     def is_main(self) -> bool:
@@ -39,8 +43,8 @@ ALONE = Processes(0, 1, lambda tensor: tensor, lambda tensor: tensor[None], lamb
 """A single process: `reduce_mean` changes nothing, and `gather` adds a dimension of 1."""
 
 
-def processes_of(accelerator: Accelerator) -> Processes:
-    """Return the collective operations of an accelerator's processes."""
+def processes_of(accelerator: Accelerator, lockstep: bool = False) -> Processes:
+    """Return the collective operations of an accelerator's processes; `lockstep` is true if they divide the model."""
     if accelerator.num_processes == 1:
         return ALONE
     return Processes(
@@ -49,6 +53,8 @@ def processes_of(accelerator: Accelerator) -> Processes:
         reduce_mean=_reduce_mean,
         gather=_counted(lambda tensor: accelerator.gather(tensor[None])),
         wait=_counted(accelerator.wait_for_everyone),
+        exchange=_counted(_exchange),
+        lockstep=lockstep,
     )
 
 
@@ -60,6 +66,12 @@ def _counted(operation: Callable[P, T]) -> Callable[P, T]:
         return operation(*arguments, **options)
 
     return counted
+
+
+def _exchange(value: Any) -> list[Any]:
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _reduce_mean(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ from sd3tune.errors import RunError
 from sd3tune.files.atomic import new_folder, remove_folder, write_json
 from sd3tune.files.json import NotJson, read_object
 from sd3tune.files.tensors import digest, save_sorted
+from sd3tune.runtime.processes import Processes
 from sd3tune.training.host_stepped import HostStepped
 from sd3tune.training.optimizers import state_tensors
+from sd3tune.training.sharded_checkpoint import DamagedShards, read_shards, write_shards
 from sd3tune.training.step import TrainState
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
+_FILES = "files"
+"""Key of the JSON file, of a sharded checkpoint only: file -> SHA-256."""
 _OPTIMIZER = "optimizer."
 _MOST_BYTES = 64 * 2**20
 """Size limit of the JSON file, which names every trained tensor several times."""
@@ -39,13 +44,37 @@ def save_checkpoint(
         tensors = _tensors(state)
         save_sorted(temporary / _TENSORS, tensors)
         digests = {name: digest(tensor) for name, tensor in tensors.items()}
-        described = {"step": state.step, "identity": identity, "layout": _layout(state), "digests": digests}
+        described = {**_described(state, identity), "digests": digests}
         if isinstance(state.optimizer, HostStepped):
             described["optimizer"] = state.optimizer.numbers()
         write_json(temporary / _STATE, described)
         export(temporary)
     prune(run, keep)
     return folder
+
+
+def save_sharded_checkpoint(
+    run: Path,
+    state: TrainState,
+    identity: Mapping[str, Any],
+    keep: int | None,
+    export: Callable[[Path], object],
+    processes: Processes,
+) -> None:
+    """Do as `save_checkpoint`, on every process; each writes its rows of the tensors, into a folder that all see."""
+    with new_folder(checkpoint_at(run, state.step)) if processes.is_main else nullcontext() as made:
+        temporary = Path(processes.exchange(str(made))[0])
+        written = processes.exchange(write_shards(temporary, state.master, _tensors(state)))
+        if processes.is_main:
+            files = {name: digest for of_rank in written for name, digest in of_rank.items()}
+            write_json(temporary / _STATE, {**_described(state, identity), _FILES: files})
+        export(temporary)
+    if processes.is_main:
+        prune(run, keep)
+
+
+def _described(state: TrainState, identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {"step": state.step, "identity": identity, "layout": _layout(state)}
 
 
 def checkpoint_at(run: Path, step: int) -> Path:
@@ -89,6 +118,11 @@ def restore(checkpoint: Path, state: TrainState) -> None:
     saved = read_state(checkpoint)
     if saved["layout"] != _layout(state):
         raise RunError(f"{checkpoint}: holds other trained tensors than this configuration makes")
+    if _FILES in saved:
+        _restore_shards(checkpoint, state, saved[_FILES])
+        state.step = saved["step"]
+        state.master.publish()
+        return
     try:
         tensors = load_file(checkpoint / _TENSORS, device="cpu")
     except (OSError, SafetensorError) as error:
@@ -98,14 +132,17 @@ def restore(checkpoint: Path, state: TrainState) -> None:
         expected = {name: tensor for name, tensor in expected.items() if not name.startswith(_OPTIMIZER)}
         expected |= {name: tensor for name, tensor in tensors.items() if name.startswith(_OPTIMIZER)}
         _check_numbers(checkpoint, saved.get("optimizer"), optimizer, tensors)
+    whole = torch.Size([sum(shape.numel() for shape in state.master.whole_shapes.values())])
     for name in sorted({*expected, *tensors}):
         stored, live = tensors.get(name), expected.get(name)
         if stored is None or live is None:
             raise _damaged(checkpoint, f"{name}: {'missing' if stored is None else 'not a tensor of this run'}")
-        if (stored.shape, stored.dtype) != (live.shape, live.dtype):
-            raise _damaged(checkpoint, f"{name}: {_form(stored)}, not {_form(live)}")
         if saved["digests"].get(name, "") not in ("", digest(stored)):
             raise _damaged(checkpoint, f"{name}: not the bytes that were written")
+        if state.master.is_sharded and stored.shape == whole:
+            stored = tensors[name] = state.master.own_part(stored)
+        if (stored.shape, stored.dtype) != (live.shape, live.dtype):
+            raise _damaged(checkpoint, f"{name}: {_form(stored)}, not {_form(live)}")
         if not stored.isfinite().all():
             raise _damaged(checkpoint, f"{name}: holds values that are not finite")
     with torch.no_grad():
@@ -118,6 +155,20 @@ def restore(checkpoint: Path, state: TrainState) -> None:
         optimizer.remember(optimizer_tensors, saved["optimizer"])
     state.step = saved["step"]
     state.master.publish()
+
+
+def _restore_shards(checkpoint: Path, state: TrainState, digests: Any) -> None:
+    """Load the tensors of `save_sharded_checkpoint` into a state, whether it is divided or not."""
+    if not isinstance(digests, dict) or isinstance(state.optimizer, HostStepped):
+        raise _damaged(checkpoint, f"{_STATE}: {_FILES} is not what this configuration writes")
+    tensors = _tensors(state)
+    try:
+        read_shards(checkpoint, state.master, tensors, digests)
+    except DamagedShards as error:
+        raise _damaged(checkpoint, str(error)) from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise _damaged(checkpoint, f"{name}: holds values that are not finite")
 
 
 def _check_numbers(checkpoint: Path, numbers: Any, optimizer: HostStepped, tensors: Mapping[str, Tensor]) -> None:
@@ -140,7 +191,7 @@ def _form(tensor: Tensor) -> str:
 
 
 def _layout(state: TrainState) -> dict[str, list[int]]:
-    return {name: list(shape) for name, shape in state.master.shapes.items()}
+    return {name: list(shape) for name, shape in state.master.whole_shapes.items()}
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -6,7 +6,7 @@ small matrices nor, as in PEFT, the activations to fp32. Updates go to the fp32 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,6 +31,9 @@ class FlatMaster:
     prefixes of names (see `Method.segments`).
     """
 
+    is_sharded = False
+    """True if this process has only a part of each parameter."""
+
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
@@ -46,14 +49,19 @@ class FlatMaster:
             parameter.data = parameter.data.new_empty(0)
         self.compute = self.master.detach().to(dtype)
         self.gradient = torch.zeros_like(self.master) if accumulates else self.master.new_empty(0)
-        for parameter, view in zip(self.parameters, self.named(self.compute).values(), strict=True):
+        for parameter, view in zip(self.parameters, self.views(self.compute).values(), strict=True):
             parameter.data = view
         self.rates = torch.ones_like(self.master.detach()) if rates else None
-        for name, view in (self.named(self.rates) if self.rates is not None else {}).items():
+        for name, view in (self.views(self.rates) if self.rates is not None else {}).items():
             view.fill_(rates.get(name, 1.0))
         self._frozen: tuple[str, ...] = ()
         self.clipped_parts = self._parts(segments)
         """The parts of the master whose gradients are clipped by themselves."""
+
+    @property
+    def whole_shapes(self) -> Mapping[str, torch.Size]:
+        """Shape of each parameter, in the master's order."""
+        return self.shapes
 
     @property
     def sizes(self) -> list[int]:
@@ -74,6 +82,14 @@ class FlatMaster:
         self.gradient += torch.cat([p.grad.reshape(-1) for p in self.parameters])  # type: ignore[union-attr]
         for parameter in self.parameters:
             parameter.grad = None
+
+    def averaged(self, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the gradient sum, averaged over the processes, in place; see `train_step` for `reduce_mean`."""
+        return reduce_mean(self.gradient)
+
+    def norm(self, gradient: Tensor) -> Tensor:
+        """Return the norm of a part of the averaged gradient."""
+        return norm_of(gradient)
 
     @contextmanager
     def at_own_rates(self) -> Iterator[None]:
@@ -99,7 +115,7 @@ class FlatMaster:
         self._frozen = tuple(prefixes)
         if self.rates is None:
             self.rates = torch.ones_like(self.master.detach())
-        for parameter, (name, rate) in zip(self.parameters, self.named(self.rates).items(), strict=True):
+        for parameter, (name, rate) in zip(self.parameters, self.views(self.rates).items(), strict=True):
             if name.startswith(self._frozen):
                 parameter.requires_grad_(False)
                 rate.zero_()
@@ -114,10 +130,22 @@ class FlatMaster:
         if self.compute.data_ptr() != self.master.data_ptr():
             self.compute[part].copy_(self.master.detach()[part])
 
-    def named(self, flat: Tensor) -> dict[str, Tensor]:
+    def named(self, flat: Tensor) -> Mapping[str, Tensor]:
         """Return the named tensors of `flat`, which is laid out like the master; they are views of it."""
+        return self.views(flat)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return views of this process's values of each parameter in `flat`, which is laid out like the master."""
         views = flat.detach().split(self.sizes)
         return {name: view.view(shape) for view, (name, shape) in zip(views, self.shapes.items(), strict=True)}
+
+    def divided(self, flat: Tensor) -> Mapping[str, Tensor]:
+        """Return `views`, as torch's DTensors where the processes divide the parameters."""
+        return self.views(flat)
+
+    def own_part(self, flat: Tensor) -> Tensor:
+        """Return this process's part of a tensor that is laid out like an undivided master: all of it."""
+        return flat
 
 
 class LossScale:
@@ -141,15 +169,18 @@ class LossScale:
         self.good_steps.masked_fill_(grow, 0)
 
 
-def clip_(gradient: Tensor, max_norm: float | None) -> Tensor:
-    """Scale `gradient` in place to a norm of at most `max_norm`. Return the norm before, a device scalar."""
-    norm = _norm(gradient)
+def clip_(gradient: Tensor, max_norm: float | None, measure: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Scale `gradient` in place to a norm of at most `max_norm`. Return the norm before, a device scalar.
+
+    `measure` returns the norm, `norm_of` by default.
+    """
+    norm = (measure or norm_of)(gradient)
     if max_norm is not None:
         gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def _norm(gradient: Tensor) -> Tensor:
+def norm_of(gradient: Tensor) -> Tensor:
     """Return the norm in fp32. On a GPU one kernel sums it in parts anyway, and chunks would keep the host busy."""
     if gradient.is_cpu:
         return nn.utils.get_total_norm(gradient.split(NORM_CHUNK))

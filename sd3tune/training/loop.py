@@ -18,7 +18,7 @@ from sd3tune.methods import Method
 from sd3tune.reporting import progress_bar, say
 from sd3tune.runtime.processes import Processes
 from sd3tune.training.batches import BatchSource
-from sd3tune.training.checkpoint import list_checkpoints, prune, save_checkpoint
+from sd3tune.training.checkpoint import list_checkpoints, prune, save_checkpoint, save_sharded_checkpoint
 from sd3tune.training.metrics import Line, Metrics
 from sd3tune.training.objective import Objective
 from sd3tune.training.step import TrainState, train_step
@@ -38,7 +38,10 @@ class View:
     transformer: SD3Transformer2DModel
     method: Method
     weights: Mapping[str, Tensor]
-    """The weights that an export would write now, in fp32: the EMA if there is one, else the master."""
+    """The weights that an export would write now, in fp32: the EMA if there is one, else the master.
+
+    Where the processes divide the trained parameters, reading one gathers it: all must read the same, in one order.
+    """
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """The newest metrics line read from the device, possibly of an earlier step; empty at first."""
 
@@ -144,18 +147,17 @@ class _Saver:
     def save(self, keep: int | None) -> None:
         """Write a checkpoint of the current step, and remove all but the newest `keep`; None keeps all."""
         self.read_metrics(wait=True)
-        if self.processes.is_main:
-            save_checkpoint(
-                self.run,
-                self.state,
-                self.identity,
-                keep,
-                lambda folder: self.method.export(
-                    folder / self.method.product.name, exported_weights(self.state), self.contract
-                ),
-            )
+        what = (self.run, self.state, self.identity, keep, self._export)
+        if self.state.master.is_sharded:
+            save_sharded_checkpoint(*what, self.processes)
+        elif self.processes.is_main:
+            save_checkpoint(*what)
         self.saved = self.state.step
         self.processes.wait()
+
+    def _export(self, folder: Path) -> None:
+        product = folder / self.method.product.name
+        export_weights(self.method, product, exported_weights(self.state), self.contract, self.processes)
 
     def read_metrics(self, wait: bool) -> None:
         """Read the metrics of past steps. Raise RunError if the weights hold a gradient that was not finite."""
@@ -177,9 +179,20 @@ class _Saver:
             raise
 
 
-def exported_weights(state: TrainState) -> dict[str, Tensor]:
+def exported_weights(state: TrainState) -> Mapping[str, Tensor]:
     """Return the weights to export and preview: the EMA if there is one, else the optimizer's result."""
     return state.master.named(state.result() if state.ema is None else state.ema)
+
+
+def export_weights(
+    method: Method, folder: Path, weights: Mapping[str, Tensor], contract: Mapping[str, Any], processes: Processes
+) -> None:
+    """Write the product on the main process. Call it on all processes if they divide the trained parameters."""
+    if processes.is_main:
+        method.export(folder, weights, contract)
+        return
+    for _ in weights.values():  # takes part in gathering it
+        pass
 
 
 def _progress_bar(config: Config, step: int, processes: Processes) -> Bar:

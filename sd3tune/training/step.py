@@ -22,6 +22,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from sd3tune.config.schema import Config
+from sd3tune.config.sections.masks import any_keeps_base
 from sd3tune.flow.objective import interpolate, model_timestep, velocity_target
 from sd3tune.methods import Method
 from sd3tune.model.compute.hoist import modulate
@@ -80,6 +81,23 @@ class StepResult:
     """With a limit on drift: the drift, and the factor on the prior's weight in this step, [2]."""
 
 
+@dataclass(frozen=True)
+class BaseTargets:
+    """The passes of the untrained base that each micro-step makes, even if no row of this rank's batch needs them.
+
+    Every process takes part in each pass of a sharded model.
+    """
+
+    kept: bool = False
+    from_base: bool = False
+
+    @classmethod
+    def of(cls, config: Config) -> BaseTargets:
+        if config.train.sharding == "none":
+            return cls()
+        return cls(bool(config.data.own_predictions), any_keeps_base(config.data.sources))
+
+
 def predict_velocity(transformer: SD3Transformer2DModel, method: Method, batch: Batch) -> Tensor:
     """Return the predicted velocity of the batch's noisy latents, [B, C, H, W] in the transformer's dtype."""
     prompt_embeds, pooled_prompt_embeds = method.conditioning(batch.embeddings, transformer)
@@ -96,20 +114,29 @@ def predict_velocity(transformer: SD3Transformer2DModel, method: Method, batch: 
     return velocity
 
 
-def velocity_targets(transformer: SD3Transformer2DModel, method: Method, batch: Batch) -> Tensor:
+def velocity_targets(
+    transformer: SD3Transformer2DModel, method: Method, batch: Batch, always: BaseTargets = BaseTargets()
+) -> Tensor:
     """Return the targets, [B, C, H, W] fp32: the true velocity or, for `batch.kept`, the base model's prediction.
 
-    `batch.from_base` mixes the two at each latent position.
+    `batch.from_base` mixes the two at each latent position. The base also predicts what no row needs if `always` says
+    so.
     """
+
+    def base_velocity(rows: slice) -> Tensor:
+        with torch.no_grad(), method.disabled(transformer):
+            return predict_velocity(transformer, method, batch.rows(rows)).float()
+
     targets = velocity_target(batch.latents, batch.noise)
     if batch.kept.start < batch.kept.stop:
-        with torch.no_grad(), method.disabled(transformer):
-            targets[batch.kept] = predict_velocity(transformer, method, batch.rows(batch.kept)).float()
+        targets[batch.kept] = base_velocity(batch.kept)
+    elif always.kept:
+        base_velocity(slice(1))
+    rows = slice(batch.instances)
     if batch.from_base is not None:
-        rows = slice(batch.instances)
-        with torch.no_grad(), method.disabled(transformer):
-            base = predict_velocity(transformer, method, batch.rows(rows)).float()
-        targets[rows] = targets[rows].lerp(base, batch.from_base[rows, None])
+        targets[rows] = targets[rows].lerp(base_velocity(rows), batch.from_base[rows, None])
+    elif always.from_base:
+        base_velocity(slice(1))
     return targets
 
 
@@ -129,6 +156,7 @@ def train_step(
     accumulation = config.train.gradient_accumulation
     lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.total_steps)
     done = state.step / config.train.total_steps
+    base_targets = BaseTargets.of(config)
     state.master.freeze(method.frozen(done))
     if state.fused is not None:
         state.updating = True
@@ -137,7 +165,7 @@ def train_step(
     for micro in range(accumulation):
         batch = batches.fetch(state.step, micro)
         with method.regularised(transformer, batches.seed_for("dropout", state.step, micro)):
-            targets = velocity_targets(transformer, method, batch)
+            targets = velocity_targets(transformer, method, batch, base_targets)
             prediction = predict_velocity(transformer, method, batch)
             losses = objective.losses(prediction, targets, batch.sigma, done, batch.position_weights)
             weighted = objective.weight_at(batch.size)(batch.sigma) * batch.weights * losses
@@ -178,8 +206,8 @@ def update(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[
 
 def _apply_gradient(state: TrainState, config: Config, lr: float, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:
     master, optimizer = state.master, state.optimizer
-    gradient = reduce_mean(master.gradient).div_(state.loss_scale.scale)
-    norms = [clip_(gradient[part], config.train.max_grad_norm) for part in master.clipped_parts]
+    gradient = master.averaged(reduce_mean).div_(state.loss_scale.scale)
+    norms = [clip_(gradient[part], config.train.max_grad_norm, master.norm) for part in master.clipped_parts]
     grad_norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     overflow = ~grad_norm.isfinite()
 

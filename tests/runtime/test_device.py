@@ -11,6 +11,7 @@ import torch
 from sd3tune.errors import RunError
 from sd3tune.runtime.device import Gpu, choose_dtype, gpu_of
 from sd3tune.runtime.environment import (
+    drop_sharding,
     gpu_asked_for,
     grow_segments,
     launch_problems,
@@ -114,12 +115,36 @@ def test_a_gpu_is_asked_for_by_name_only(environment: dict[str, str], asks: bool
 
 
 @pytest.mark.parametrize("way", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
-def test_a_way_to_split_the_model_is_refused_by_its_variable(way: str) -> None:
-    name = f"ACCELERATE_USE_{way}"
+def test_a_way_to_split_the_model_is_refused_by_its_variable(way: str, tmp_path: Path) -> None:
+    name, home = f"ACCELERATE_USE_{way}", {"HF_HOME": str(tmp_path)}
     for value in ("true", "True", "1"):
-        (line,) = sharding_problems({name: value, "ACCELERATE_USE_CPU": "true"})
-        assert line.startswith(f"{name}={value}: sd3tune does not split a model over devices; unset it")
+        (line,) = sharding_problems({name: value, "ACCELERATE_USE_CPU": "true", **home})
+        assert line.startswith(f"{name}={value}: ")
+        assert "set train.sharding=fsdp, " in line
+        assert "write distributed_type: MULTI_GPU in the configuration of accelerate that sets it" in line
     assert sharding_problems({name: "false"}) == sharding_problems({name: ""}) == sharding_problems({}) == []
+
+
+def test_fsdp_of_accelerate_is_what_train_sharding_asks_for(tmp_path: Path) -> None:
+    environment = {"ACCELERATE_USE_FSDP": "true", "HF_HOME": str(tmp_path)}
+    assert sharding_problems(environment, "fsdp") == []
+    drop_sharding(environment)
+    assert environment == {"HF_HOME": str(tmp_path)}
+
+
+@pytest.mark.parametrize("way", ["DEEPSPEED", "MEGATRON_LM"])
+def test_the_line_to_change_in_accelerate_s_configuration_is_named(way: str, tmp_path: Path) -> None:
+    file = tmp_path / "accelerate" / "default_config.yaml"
+    file.parent.mkdir()
+    file.write_text(f"distributed_type: {way}\n")
+    (line,) = sharding_problems({f"ACCELERATE_USE_{way}": "true", "HF_HOME": str(tmp_path)}, "fsdp")
+    assert line.endswith(f"write distributed_type: MULTI_GPU in {file}")
+
+
+def test_sharding_with_one_process_is_noted() -> None:
+    (note,) = sharding_ignored({}, "fsdp", world=1)
+    assert note.startswith("train.sharding: fsdp has no effect with one process")
+    assert sharding_ignored({}, "fsdp", world=2) == []
 
 
 @pytest.mark.parametrize("way", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])

@@ -17,6 +17,8 @@ class OptimizerSection(Section):
 
     updates_in_slices: ClassVar[bool] = False
     """True if it updates each weight apart, so that a step can be taken slice by slice: see `optimizers.Sliced`."""
+    updates_in_shards: ClassVar[bool] = False
+    """True if each weight's update and state depend on that weight alone, so that processes can divide them."""
     moments: ClassVar[bool] = True
     """True if it keeps two fp32 values per weight or more, which `adamw8bit` would reduce to 2 bytes."""
     replaces_schedule: ClassVar[bool] = False
@@ -43,6 +45,7 @@ class AdamWConfig(_Adam):
     """AdamW (Loshchilov & Hutter 2019), fused."""
 
     updates_in_slices = True
+    updates_in_shards = True
     kind: Annotated[Literal["adamw"], Key(Identity.WRITTEN, phases=TRAINING, knob=Knob(("train",), ("adamw8bit",)))] = (
         Field("adamw", description="Fused AdamW on one flat fp32 master tensor.")
     )
@@ -85,6 +88,7 @@ class LionConfig(OptimizerSection):
     """Lion (Chen et al. 2023): the sign of a momentum, so that every weight moves by the learning rate."""
 
     updates_in_slices = True
+    updates_in_shards = True
     moments = False
     kind: Annotated[Literal["lion"], _TRAINING] = Field(
         "lion", description="Half of AdamW's state: 4 bytes per trained parameter."

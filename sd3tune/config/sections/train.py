@@ -60,6 +60,12 @@ class TrainConfig(Section):
         "base, and the split of a step's images into `batch_size` and `gradient_accumulation`. null changes no "
         "settings.",
     )
+    sharding: Annotated[Literal["none", "fsdp", "zero2", "zero3"], Key(Identity.FREE, phases=TRAINING)] = Field(
+        "none",
+        description="`fsdp` divides the transformer's blocks among the processes of a run (FSDP2), which gather one "
+        "block at a time. With `method.kind: full`, master, optimizer state and checkpoints are divided, too. `zero2` "
+        "and `zero3` need DeepSpeed, and are refused: `fsdp` divides as much. No effect with one process.",
+    )
     fast_path: Annotated[bool, FREE] = Field(
         True,
         description="Compute each transformer block with fewer passes over memory: faster, equal to diffusers and PEFT "

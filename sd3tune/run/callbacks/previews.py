@@ -34,6 +34,7 @@ class Previews(RunCallback):
     """A training callback that draws one image per prompt.
 
     It runs before the first step, every `preview.every` steps and after the last. The base's images are drawn once.
+    The main process draws; in lockstep all do, and it alone saves.
     """
 
     timing = "preview_s"
@@ -57,17 +58,19 @@ class Previews(RunCallback):
 
     def __call__(self, view: View) -> None:
         due = view.step % self.settings.every == 0 or view.last
-        if not due or not self.processes.is_main or view.step in self._drawn:
+        draws = self.processes.is_main or self.processes.lockstep
+        if not due or not draws or view.step in self._drawn:
             return
         self._drawn.add(view.step)
         started, name = time.monotonic(), f"step-{view.step:06d}"
         try:
             self._draw_missing(BASE, view, view.method.disabled(view.transformer))
             self._draw_missing(name, view, view.method.as_exported(view.transformer, view.weights))
-            self._write_sheet()
-            self._show(name)
+            if self.processes.is_main:
+                self._write_sheet()
+                self._show(name)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or self.processes.lockstep:
                 raise
             release(self.plan.device)
             warning = f"step {view.step}: no preview, out of memory"
@@ -79,7 +82,8 @@ class Previews(RunCallback):
     def _draw_missing(self, name: str, view: View, weights: AbstractContextManager[None]) -> None:
         """Draw and save one image per prompt, unless an earlier attempt did."""
         paths = [self._path(name, number) for number in range(len(self.pictures))]
-        if all(_has_recipe(path, self._recipe(number)) for number, path in enumerate(paths)):
+        drawn = all(_has_recipe(path, self._recipe(number)) for number, path in enumerate(paths))
+        if self.processes.exchange(drawn)[0] if self.processes.lockstep else drawn:
             return
         with weights:
             images = draw_prompts(
@@ -91,7 +95,7 @@ class Previews(RunCallback):
                 base=name == BASE,
                 label=f"preview, {name}",
             )
-        for number, (path, image) in enumerate(zip(paths, images, strict=True)):
+        for number, (path, image) in enumerate(zip(paths, images, strict=True)) if self.processes.is_main else ():
             save_png(image, path, self._recipe(number))
             if fault := fault_of(image):
                 say(f"warning: {path}: {fault}")

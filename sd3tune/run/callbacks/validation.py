@@ -30,7 +30,7 @@ from sd3tune.tracking.trackers import Trackers
 from sd3tune.training.ahead import modulated
 from sd3tune.training.batches import Batch
 from sd3tune.training.examples import Example
-from sd3tune.training.loop import View
+from sd3tune.training.loop import View, export_weights
 from sd3tune.training.masked import read_positions
 from sd3tune.training.metrics import SIGMA_BINS, by_sigma, relative_change
 from sd3tune.training.step import predict_velocity
@@ -64,8 +64,8 @@ class Validation(RunCallback):
         super().__init__()
         self.plan, self.store, self.processes, self.contract = plan, encoded.store, processes, contract
         self.trackers = trackers
-        self.mine = list(enumerate(encoded.holdout))[processes.rank :: processes.world]
         self.images = len(encoded.holdout)
+        self.mine = self._share(list(enumerate(encoded.holdout)))
         self.path = plan.run / VALIDATION_FILE
         self.lines = [line for line in read_validation(plan.run) if line["step"] <= from_step]
         measured = self.lines[0] if self.lines else {"noise_offset": plan.config.flow.noise_offset}
@@ -74,6 +74,13 @@ class Validation(RunCallback):
         self._base: Tensor | None = None
         for line in self.lines:
             self._track(line)
+
+    def _share(self, numbered: list[tuple[int, Example]]) -> list[tuple[int, Example]]:
+        """Return this process's images. In lockstep all have as many; results beyond the last image are not used."""
+        rank, world = self.processes.rank, self.processes.world
+        mine = numbered[rank::world]
+        lacking = -(-len(numbered) // world) - len(mine) if self.processes.lockstep else 0
+        return mine + numbered[:1] * lacking
 
     @classmethod
     def make(cls, setup: Setup) -> Validation | None:
@@ -113,9 +120,9 @@ class Validation(RunCallback):
         started = time.monotonic()
         line = self._measure(view)
         self.lines.append(line)
+        if self.best is line and self.keeps_best:
+            self._keep(view, line)
         if self.processes.is_main:
-            if self.best is line and self.keeps_best:
-                self._keep(view, line)
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
             say(describe(line) + ", the lowest so far" * (self.best is line and view.step > 0))
         self.seconds += time.monotonic() - started
@@ -180,8 +187,12 @@ class Validation(RunCallback):
         return [replace(measured, sigma=sigma * one) for sigma in SIGMAS]
 
     def _keep(self, view: View, line: Mapping[str, Any]) -> None:
+        product = view.method.product.name
+        if not self.processes.is_main:
+            export_weights(view.method, self.plan.run / BEST / product, view.weights, self.contract, self.processes)
+            return
         with new_folder(self.plan.run / BEST) as folder:
-            view.method.export(folder / view.method.product.name, view.weights, self.contract)
+            export_weights(view.method, folder / product, view.weights, self.contract, self.processes)
             write_json(folder / BEST_FILE, line)
 
 
