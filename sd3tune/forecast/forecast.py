@@ -14,7 +14,7 @@ from sd3tune.config.meaning import settings_of
 from sd3tune.config.sections.key import Phase
 from sd3tune.data.buckets import Size
 from sd3tune.data.crops import Crop, crops, mask_bytes
-from sd3tune.data.images import file_digest, upright_size
+from sd3tune.data.images import file_digest
 from sd3tune.data.records import Record, load_records
 from sd3tune.encode.captions import text_bytes, texts_read_by
 from sd3tune.encode.images import bytes_per_pixel
@@ -35,6 +35,7 @@ from sd3tune.model.load.components import empty_transformer
 from sd3tune.run.buckets import bucket_of, bucket_tables, buckets_in, largest_bucket
 from sd3tune.run.encoding import captions_to_encode, prompts_to_encode
 from sd3tune.run.evaluated import evaluated_prompts
+from sd3tune.run.places import store_folder
 from sd3tune.run.preflight import check_installed, check_precision, check_size, resolve_epochs, split_records
 from sd3tune.run.priors import PlannedPrior, plan_priors, with_captions
 from sd3tune.run.sizes import held_out_size, in_all_sizes, used_images
@@ -68,6 +69,8 @@ class ForecastInputs:
     """The prompts of `eval`; None if it is off, or if the images are missing."""
     missing: Sequence[str]
     """The problems found if the images are missing."""
+    loaded: Sequence[Record] | None = None
+    """The records of all images of the sources, for another forecast of the same data."""
 
     @property
     def mix(self) -> dict[Size, int]:
@@ -104,7 +107,6 @@ class Forecast:
     drawing: MemoryUse | None
     """Memory for drawing class images; None if none is missing."""
     training: Training
-    store: Store | None
 
     @property
     def phases(self) -> dict[str, MemoryUse]:
@@ -134,6 +136,13 @@ class Forecast:
 
         return sum(of_size(size) * samples for size, samples in mix.items()) / sum(mix.values())
 
+    @functools.cached_property
+    def store(self) -> Store | None:
+        """Size of the store; None if the images are missing."""
+        inputs = self.inputs
+        method = METHODS[inputs.config.method.kind](inputs.config, inputs.base)
+        return None if inputs.records is None else _store(inputs, inputs.records, method.cached_encoders)
+
     @property
     def peak(self) -> int:
         return max(use.peak for use in self.phases.values())
@@ -147,8 +156,11 @@ class Forecast:
 LABELS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5", "vae": "images"}
 
 
-def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
-    """Return the inputs of a forecast. Raises UserError as preflight does, but not for missing images."""
+def forecast_inputs(config: Config, dtype: torch.dtype, loaded: Sequence[Record] | None = None) -> ForecastInputs:
+    """Return the inputs of a forecast. Raises UserError as preflight does, but not for missing images.
+
+    `loaded` are the records of the sources, if they were read before.
+    """
     check_installed(config)
     base = shape_of_base(config.model, config.seed)
     transformer = empty_transformer(base)
@@ -165,7 +177,8 @@ def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
     missing: Sequence[str] = ()
     used = buckets
     try:
-        records, holdout = split_records(config, load_records(config.data, config.seed))
+        loaded = load_records(config.data, config.seed, store=store_folder(config)) if loaded is None else loaded
+        records, holdout = split_records(config, list(loaded))
         config = with_captions(config, records)
         sized, holdout = in_all_sizes(config.data, records, tables), held_out_size(config.data, holdout, tables)
         records = used_images(records, sized)
@@ -187,6 +200,7 @@ def forecast_inputs(config: Config, dtype: torch.dtype) -> ForecastInputs:
         priors=priors,
         evaluated=evaluated,
         missing=missing,
+        loaded=loaded,
     )
 
 
@@ -209,7 +223,6 @@ def forecast(inputs: ForecastInputs, like: Forecast | None = None) -> Forecast:
         encoding=encoded.encoding if encoded else _encoding(inputs, method),
         drawing=drawing,
         training=training,
-        store=None if inputs.records is None else _store(inputs, inputs.records, method.cached_encoders),
     )
 
 
@@ -254,4 +267,4 @@ def _cuts(inputs: ForecastInputs, record: Record) -> set[Crop]:
     """Return the distinct crops and flips of an image. If its shape is the bucket's, all random crops are equal."""
     data, target = inputs.config.data, bucket_of(record, inputs.buckets)
     digest = file_digest(record.image) if data.crop_variants > 1 else ""  # seeds the random crops
-    return set(crops(upright_size(record.image), target, data.crop_variants, data.flip, digest))
+    return set(crops(record.upright_size, target, data.crop_variants, data.flip, digest))

@@ -33,6 +33,7 @@ from sd3tune.publish.repository import repository_of
 from sd3tune.run.buckets import Tables, bucket_of, bucket_tables, buckets_in, largest_bucket, largest_side
 from sd3tune.run.evaluated import evaluated_prompts
 from sd3tune.run.folder import check_disk_space, starting_checkpoint
+from sd3tune.run.places import store_folder
 from sd3tune.run.priors import PlannedPrior, plan_priors, with_captions
 from sd3tune.run.saved import with_saved_base
 from sd3tune.run.sizes import held_out_size, in_all_sizes, samples_of, used_images
@@ -114,7 +115,7 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     evaluated: Prompts | None = None
     run = Path(str(config.output_dir))
     with problems.collected():
-        loaded = load_records(config.data, config.seed, warn=warnings.append)
+        loaded = load_records(config.data, config.seed, warn=warnings.append, store=store_folder(config))
         records, holdout = split_records(config, loaded, warnings.append)
         config = with_captions(config, records)
         if config.data.enlarges:  # else images may be too small for a size
