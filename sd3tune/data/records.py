@@ -216,6 +216,16 @@ def _examined(
     return _Examined(record, looked, (), joined, next(filter(None, weights), None))
 
 
+def read_record(
+    data: DataConfig, seed: int, number: int, image: ImageRef, listed: Listed, look: Callable[[ImageRef], _Item]
+) -> tuple[Record, _Item]:
+    """Return the record of a single image of source `number`, and the result of `look`. Raises DataError."""
+    found = _examined(data, seed, number, Listing([]), look, (image, listed))
+    if found.record is None or found.problems:
+        raise DataError(*found.problems)
+    return found.record, found.looked
+
+
 def _mask(source: SourceConfig, listing: Listing, image: ImageRef) -> Mask | None:
     if source.masks == "alpha":
         return Mask(image, is_alpha=True)

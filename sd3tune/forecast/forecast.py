@@ -15,7 +15,7 @@ from sd3tune.config.sections.key import Phase
 from sd3tune.data.buckets import Size
 from sd3tune.data.crops import Crop, crops, mask_bytes
 from sd3tune.data.images import file_digest
-from sd3tune.data.records import Record, load_records
+from sd3tune.data.records import Record
 from sd3tune.encode.captions import text_bytes, texts_read_by
 from sd3tune.encode.images import bytes_per_pixel
 from sd3tune.errors import DataError
@@ -35,8 +35,14 @@ from sd3tune.model.load.components import empty_transformer
 from sd3tune.run.buckets import bucket_of, bucket_tables, buckets_in, largest_bucket
 from sd3tune.run.encoding import captions_to_encode, prompts_to_encode
 from sd3tune.run.evaluated import evaluated_prompts
-from sd3tune.run.places import store_folder
-from sd3tune.run.preflight import check_installed, check_precision, check_size, resolve_epochs, split_records
+from sd3tune.run.preflight import (
+    check_installed,
+    check_precision,
+    check_size,
+    load_of,
+    resolve_epochs,
+    split_records,
+)
 from sd3tune.run.priors import PlannedPrior, plan_priors, with_captions
 from sd3tune.run.sizes import held_out_size, in_all_sizes, used_images
 
@@ -116,11 +122,16 @@ class Forecast:
         found = {f"encode {LABELS[name]}": use for name, use in self.encoding.items() if name not in on_the_cpu}
         if self.drawing is not None:
             found["draw class images"] = self.drawing
-        found["train"] = MemoryUse(training.resident, training.working)
+        resident, encoding = training.resident, 0
+        if self.inputs.config.data.streams:  # the encoders stay
+            live = [use for name, use in self.encoding.items() if name not in on_the_cpu]
+            resident += sum(use.resident for use in live)
+            encoding = max(use.working for use in live)
+        found["train"] = MemoryUse(resident, training.working + encoding)
         if training.preview is not None:
-            found["preview"] = MemoryUse(training.resident, training.preview)
+            found["preview"] = MemoryUse(resident, training.preview)
         if self.inputs.config.eval is not None:
-            found["evaluate"] = MemoryUse(training.resident, ENCODER)
+            found["evaluate"] = MemoryUse(resident, ENCODER)
         return found
 
     @functools.cached_property
@@ -138,10 +149,14 @@ class Forecast:
 
     @functools.cached_property
     def store(self) -> Store | None:
-        """Size of the store; None if the images are missing."""
+        """Size of the store; None if the images are missing, and for streams."""
         inputs = self.inputs
         method = METHODS[inputs.config.method.kind](inputs.config, inputs.base)
-        return None if inputs.records is None else _store(inputs, inputs.records, method.cached_encoders)
+        return (
+            None
+            if inputs.records is None or inputs.config.data.streams
+            else _store(inputs, inputs.records, method.cached_encoders)
+        )
 
     @property
     def peak(self) -> int:
@@ -177,7 +192,7 @@ def forecast_inputs(config: Config, dtype: torch.dtype, loaded: Sequence[Record]
     missing: Sequence[str] = ()
     used = buckets
     try:
-        loaded = load_records(config.data, config.seed, store=store_folder(config)) if loaded is None else loaded
+        loaded = load_of(config) if loaded is None else loaded
         records, holdout = split_records(config, list(loaded))
         config = with_captions(config, records)
         sized, holdout = in_all_sizes(config.data, records, tables), held_out_size(config.data, holdout, tables)
@@ -185,7 +200,7 @@ def forecast_inputs(config: Config, dtype: torch.dtype, loaded: Sequence[Record]
         config = resolve_epochs(config, sum(record.repeats for record in sized), 1)
         priors = plan_priors(config, sized, buckets, base)
         evaluated = evaluated_prompts(config, records)
-        used = [bucket_of(record, buckets) for record in sized]
+        used = [bucket_of(record, buckets) for record in sized] or buckets
     except DataError as error:
         records, sized, missing = None, [], error.problems
     return ForecastInputs(

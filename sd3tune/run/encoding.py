@@ -78,7 +78,7 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
             for record, image in zip(records, images, strict=True)
         ]
 
-    once = examples_of("images", plan.sized, plan.buckets, varied=True)
+    once = examples_of("images", plan.sized, plan.buckets, varied=True) if plan.sized else []
     pictures = [examples_of("class images", prior.records, prior.sizes) for prior in plan.priors]
     holdout = examples_of("held-out images", plan.holdout, plan.buckets) if plan.holdout else []
     processes.wait()
