@@ -59,6 +59,7 @@ def samples_of(file: BinaryIO, shard: str) -> tuple[list[tuple[str, Sample]], st
     found: dict[str, dict[str, Member]] = {}
     wrong = None
     try:
+        file.seek(0)
         with tarfile.open(fileobj=file, mode="r:") as opened:
             for entry in opened:
                 folder, base = posixpath.split(entry.name)
