@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from sd3tune.commands.cache import run_cache
 from sd3tune.commands.train import run_training
-from sd3tune.config import Config
-from sd3tune.errors import DataError, Interrupted, UserError
+from sd3tune.config import Config, dump_config
+from sd3tune.errors import ConfigError, DataError, Interrupted, UserError
+from sd3tune.forecast.forecast import forecast, forecast_inputs
 from sd3tune.run.batches import make_batches
 from sd3tune.run.encoding import encode
 from sd3tune.run.preflight import make_plan
@@ -100,3 +103,37 @@ def test_more_broken_samples_than_the_limit_end_the_run(streamed) -> None:
 def test_what_a_stream_cannot_do_is_refused(streamed, overrides, message) -> None:
     with pytest.raises(UserError, match=message):
         run_training(streamed("run", *overrides), dry_run=True)
+
+
+def test_the_plan_counts_the_encoders_that_stay(streamed) -> None:
+    config = streamed("run", "preview.prompts=[a dog]")
+    plan = forecast(forecast_inputs(config, torch.float32))
+    encoders = sum(plan.encoding[name].resident for name in ("clip_l", "clip_g", "t5", "vae"))
+    assert encoders > 1_000_000
+    assert plan.phases["train"].resident == plan.training.resident + encoders
+    assert plan.phases["train"].working > plan.training.working
+    assert plan.phases["preview"].resident == plan.training.resident + encoders
+    assert plan.store is None
+
+
+def test_a_stream_has_no_cache(streamed) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sources: a stream is encoded while training"):
+        run_cache(streamed("run"))
+
+
+@pytest.mark.long
+def test_two_processes_that_were_killed_resume_as_if_never_stopped(streamed, tmp_path, start_cli) -> None:
+    for name in ("whole", "parts"):
+        (tmp_path / f"{name}.yaml").write_text(dump_config(streamed(name, "train.steps=8", "checkpoint.every=1")))
+    command = ("--num-processes", "2")
+    whole = start_cli("train", tmp_path / "whole.yaml", *command)
+    assert whole.wait(timeout=300) == 0
+    parts = start_cli("train", tmp_path / "parts.yaml", *command)
+    while not (tmp_path / "parts" / "checkpoints" / "step-000003").exists():
+        assert parts.poll() is None
+        time.sleep(0.05)
+    parts.terminate()
+    parts.wait(timeout=300)
+    assert not (tmp_path / "parts" / ADAPTER).exists()
+    assert start_cli("train", tmp_path / "parts.yaml", *command, "--resume").wait(timeout=300) == 0
+    assert (tmp_path / "parts" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()

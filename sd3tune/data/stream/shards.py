@@ -134,8 +134,8 @@ def _download(url: str, file: BinaryIO) -> None:
                 while part := _read(url, remote):
                     file.write(part)
             return
-        except DataError:
-            if pause is None:
+        except DataError as error:
+            if pause is None or isinstance(error.__cause__, FileNotFoundError):
                 raise
             time.sleep(pause)
 
@@ -154,7 +154,7 @@ def _explained(url: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{url}: cannot be read ({reason}); check data.sources and the network") from None
+        raise DataError(f"{url}: cannot be read ({reason}); check data.sources and the network") from error
 
 
 def _fsspec(url: str) -> Any:

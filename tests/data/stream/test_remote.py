@@ -8,6 +8,7 @@ import importlib.util
 import threading
 from typing import ClassVar
 
+import fsspec
 import pytest
 
 from sd3tune.config.sections.data import DataConfig
@@ -52,6 +53,43 @@ def read_all(folder, **source) -> list[tuple[str, str, list[str]]]:
     reader = ShardReader(data, 0, shards, folder, pytest.fail)
     found = [one for number in range(len(shards)) for one in reader.read(number) if one]
     return [(one.digest, one.mark, [caption.text for caption in one.record.drawn]) for one in found]
+
+
+def test_a_file_system_of_fsspec_is_read_like_files_and_leaves_no_copy(tmp_path) -> None:
+    write_shards(tmp_path, 2, 3)
+    memory = fsspec.filesystem("memory")
+    for shard in sorted(tmp_path.glob("*.tar")):
+        memory.pipe(f"/bucket/{shard.name}", shard.read_bytes())
+    local = read_all(tmp_path / "copies", kind="webdataset", path=str(tmp_path))
+    for pattern in ("memory://bucket/*.tar", "memory://bucket/shard-{000..001}.tar"):
+        assert read_all(tmp_path / "copies", kind="webdataset", path=pattern) == local
+    assert len(local) == 6
+    assert list((tmp_path / "copies").iterdir()) == []
+
+
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("moto", "s3fs"))), reason="moto or s3fs is not installed")
+def test_shards_in_s3_are_read_like_files(tmp_path, monkeypatch) -> None:
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    write_shards(tmp_path, 2, 3)
+    running = ThreadedMotoServer("127.0.0.1", 0)
+    running.start()
+    host, port = running.get_host_and_port()
+    for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    try:
+        bucket = s3fs.S3FileSystem(skip_instance_cache=True)
+        bucket.mkdir("bucket")
+        for shard in tmp_path.glob("*.tar"):
+            bucket.put(str(shard), f"bucket/{shard.name}")
+        local = read_all(tmp_path, kind="webdataset", path=str(tmp_path))
+        assert read_all(tmp_path / "copies", kind="webdataset", path="s3://bucket/*.tar") == local
+        with pytest.raises(DataError, match=r"s3://bucket/none\.tar: cannot be read"):
+            read_all(tmp_path, kind="webdataset", path="s3://bucket/none.tar")
+    finally:
+        running.stop()
 
 
 needs_aiohttp = pytest.mark.skipif(importlib.util.find_spec("aiohttp") is None, reason="aiohttp is not installed")
