@@ -122,7 +122,7 @@ def test_a_stream_has_no_cache(streamed) -> None:
 
 
 @pytest.mark.long
-def test_two_processes_that_were_killed_resume_as_if_never_stopped(streamed, tmp_path, start_cli) -> None:
+def test_two_processes_resume_as_if_never_stopped(streamed, tmp_path, start_cli) -> None:
     for name in ("whole", "parts"):
         (tmp_path / f"{name}.yaml").write_text(dump_config(streamed(name, "train.steps=8", "checkpoint.every=1")))
     command = ("--num-processes", "2")
