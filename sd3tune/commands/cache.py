@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sd3tune import reporting
 from sd3tune.config import Config
+from sd3tune.errors import ConfigError
 from sd3tune.forecast.fitting import fitted_plan
 from sd3tune.run.encoding import encode
 from sd3tune.run.places import store_folder
@@ -27,6 +28,8 @@ def run_cache(config: Config, notes: Sequence[str] = ()) -> None:
 
         for note in notes:
             say(f"note: {note}")
+        if config.data.streams:
+            raise ConfigError("data.sources: a stream is encoded while training; `sd3tune train` needs no cache of it")
         with accelerator.main_process_first():
             plan = make_plan(config, accelerator.device, resume=None, world=processes.world)
         plan, chosen = fitted_plan(plan, processes)

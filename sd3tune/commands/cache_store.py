@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sd3tune.config import load_config
+from sd3tune.data.headers import Headers
 from sd3tune.data.store import is_store
 from sd3tune.data.survey import Names, StoreFile, remove, survey
 from sd3tune.encode.manifest import Manifest
@@ -67,6 +68,7 @@ def prune_store(
     files = remove(root, unwanted) if yes else [file for file in survey(root) if unwanted(file)]
     if yes and everything:
         Manifest.forget(root)
+        Headers.forget(root)
     lines = [f"store     {root}"]
     for kind in ("shard", "temporary", "unreadable"):
         found = [file for file in files if file.kind == kind]

@@ -17,6 +17,7 @@ from diffusers import SD3Transformer2DModel
 from sd3tune import reporting
 from sd3tune.config import Config, dump_config
 from sd3tune.config.run_folder import RUN_FILE
+from sd3tune.data.headers import Headers
 from sd3tune.errors import Interrupted, RunError
 from sd3tune.files.atomic import kept_in_place, write_json, write_text
 from sd3tune.forecast.fitting import fitted_plan
@@ -50,6 +51,7 @@ from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 from sd3tune.run.listing import remember_run
 from sd3tune.run.machines import check_same_data, check_same_start, resume_everywhere
 from sd3tune.run.optimizer_fallback import with_working_optimizer
+from sd3tune.run.places import store_folder
 from sd3tune.run.preflight import Plan, make_plan
 from sd3tune.run.report import closing_report, describe_learning, describe_next, describe_product, describe_speed
 from sd3tune.run.setup import load_base
@@ -137,7 +139,9 @@ def carry_out_run(
         for warning in check_pictures(plan, progress=processes.is_main):
             say(f"warning: {warning}")
         say(describe_memory(plan))
-        say("dry run: nothing was encoded, trained or written")
+        store = store_folder(config)
+        but = f", but the headers of images in {store}, for the next time" if Headers.are_in(store) else ""
+        say(f"dry run: nothing was encoded, trained or written{but}")
         return
     if processes.is_main:
         prepare_upload(plan)

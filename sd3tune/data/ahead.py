@@ -14,7 +14,8 @@ _THREADS = min(8, os.cpu_count() or 1)  # decoding and scaling release the inter
 
 
 def in_pieces(function: Callable[[_Item], _Result], items: Sequence[_Item], size: int) -> Iterator[_Result]:
-    """Yield results as `ahead` does, with `size` items per task, for work that costs less than the task itself."""
+    """Yield results as `ahead` does, with up to `size` items per task, for work that costs less than a task."""
+    size = max(1, min(size, len(items) // (4 * _THREADS)))  # few items are divided evenly over the threads
     pieces = (items[start : start + size] for start in range(0, len(items), size))
     for results in ahead(lambda piece: [function(item) for item in piece], pieces):
         yield from results

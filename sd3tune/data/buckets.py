@@ -5,6 +5,7 @@ Sizes are (height, width) in pixels; their names are `width x height`, the usual
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -34,6 +35,11 @@ def bucket_table(resolution: int, largest: int | None = None) -> list[Size]:
 
 def nearest_bucket(size: Size, table: Sequence[Size]) -> Size:
     """Return the bucket with the nearest aspect ratio on a logarithmic scale; the first of equally near ones."""
+    return _nearest(size, tuple(table))
+
+
+@functools.lru_cache(maxsize=4096)  # images of a large set have few sizes
+def _nearest(size: Size, table: tuple[Size, ...]) -> Size:
     return min(table, key=lambda bucket: abs(_log_aspect(bucket) - _log_aspect(size)))
 
 

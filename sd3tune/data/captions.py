@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import os
+from collections.abc import Collection, Iterable, Mapping, Set
 from pathlib import Path
 
-from sd3tune.data.names import Names
+from sd3tune.data.names import Names, folded, suffix_of
 from sd3tune.data.sources.metadata import clean
 from sd3tune.data.written import READERS, Reader
 from sd3tune.errors import DataError
@@ -23,7 +24,8 @@ def sidecars(image: Path, names: Names) -> list[Path]:
     For `dog.jpg` these are `dog.txt`, `dog.jpg.txt`, `dog.caption` and `dog.jpg.caption`, in any case.
     """
     folder, stems = image.parent, (image.stem, image.name)
-    return [found for ending in _ENDINGS for stem in stems for found in names.in_folder(folder, stem + ending)]
+    possible, listed = [stem + ending for ending in _ENDINGS for stem in stems], names.listed(folder)
+    return [found for name in possible if folded(name) in listed for found in names.in_folder(folder, name)]
 
 
 def own_sidecars(image: Path, names: Names, besides: Collection[Path]) -> dict[Reader, Path]:
@@ -31,7 +33,10 @@ def own_sidecars(image: Path, names: Names, besides: Collection[Path]) -> dict[R
 
     `besides` are the caption files of images, such as that of `dog.clip.jpg`.
     """
-    found = {reader: names.in_folder(image.parent, f"{image.stem}.{reader}.txt") for reader in READERS}
+    folder, stem = image.parent, image.stem
+    listed = names.listed(folder)
+    possible = {reader: name for reader in READERS if folded(name := f"{stem}.{reader}.txt") in listed}
+    found = {reader: names.in_folder(folder, name) for reader, name in possible.items()}
     return {reader: files[0] for reader, files in found.items() if files and files[0] not in besides}
 
 
@@ -48,15 +53,14 @@ def read_sidecar(sidecar: Path, image: Path) -> str:
     return text
 
 
-def unread(folder: Path, read: Iterable[Path], replaced_by: Mapping[Path, Path]) -> list[str]:
+def unread(folder: Path, read: Set[Path], replaced_by: Mapping[Path, Path]) -> list[str]:
     """Return a line about the files of a folder that look like captions but are not in `read`.
 
     `replaced_by` maps a caption file to the file that is used for its image instead.
     """
-    used = set(read)
     second, unknown = list[Path](), list[Path]()
-    looks_like_text = (path for path in folder.iterdir() if path.suffix.lower() in _OF_TEXTS and path not in used)
-    for path in sorted(looks_like_text):
+    like_text = (folder / name for name in os.listdir(folder) if suffix_of(name) in _OF_TEXTS)
+    for path in sorted(path for path in like_text if path not in read):
         if not path.name.startswith(".") and path.is_file():
             (second if path in replaced_by else unknown).append(path)
     lines = []

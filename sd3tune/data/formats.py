@@ -8,9 +8,10 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
-from pathlib import PurePath
 
 from PIL import Image
+
+from sd3tune.data.names import suffix_of
 
 # Pillow's warnings and logs do not name the file; relevant faults are reported here. It warns at 89 million pixels, a
 # large photograph, and refuses twice as many.
@@ -63,7 +64,7 @@ HEAD_BYTES = 512
 
 def is_picture(name: str) -> bool:
     """Return True if a file name is an image's, in a supported format or not."""
-    suffix = PurePath(name).suffix.lower()
+    suffix = suffix_of(name)
     return suffix in EXTENSIONS or suffix in _UNREAD
 
 

@@ -152,14 +152,15 @@ def file_digest(image: ImageRef) -> str:
     return hashlib.sha256(image_bytes(image)).hexdigest()
 
 
-def check_header(image: ImageRef) -> None:
-    """Raise DataError if the first bytes are not an image's, or if it is far too large or too narrow.
+def check_header(image: ImageRef) -> tuple[int, int]:
+    """Return `upright_size`. Raises DataError, also for an image that is far too large or too narrow.
 
     Only the first bytes of a file are read, so a truncated file passes.
     """
     with _opened(image) as opened:
-        width, height = opened.size
+        (width, height), upright = opened.size, _upright_size(opened)
     check_shape(image, (height, width))
+    return upright
 
 
 def check_shape(image: ImageRef, size: tuple[int, int]) -> None:
@@ -175,10 +176,14 @@ def upright_size(image: ImageRef) -> tuple[int, int]:
     A PNG with EXIF data after its pixels, which no common program writes, counts as upright. Raises DataError.
     """
     with _opened(image) as opened:
-        width, height = opened.size
-        # Pillow gives a TIFF's upright size already. It would decode a PNG to search for EXIF, so that is avoided.
-        readable = opened.format != "TIFF" and (opened.format != "PNG" or bool(_EXIF_IN_PNG & opened.info.keys()))
-        sideways = readable and _orientation(opened) >= 5
+        return _upright_size(opened)
+
+
+def _upright_size(opened: Image.Image) -> tuple[int, int]:
+    width, height = opened.size
+    # Pillow gives a TIFF's upright size already. It would decode a PNG to search for EXIF, so that is avoided.
+    readable = opened.format != "TIFF" and (opened.format != "PNG" or bool(_EXIF_IN_PNG & opened.info.keys()))
+    sideways = readable and _orientation(opened) >= 5
     return (width, height) if sideways else (height, width)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 
@@ -15,7 +16,7 @@ class Names:
     """
 
     def __init__(self) -> None:
-        self._listed: dict[Path, dict[str, list[str]]] = {}
+        self._listed: dict[Path, Mapping[str, Sequence[str]]] = {}
 
     def like(self, path: Path) -> list[Path]:
         """Return the folder entries that `path` may mean; see `in_folder`."""
@@ -23,13 +24,21 @@ class Names:
 
     def in_folder(self, folder: Path, name: str) -> list[Path]:
         """Return the entries of a folder that `name` may mean: the exact name first, then by name."""
+        found = self.listed(folder).get(folded(name))
+        if found is None:  # almost always
+            return []
+        return [folder / entry for entry in sorted(found, key=lambda entry: entry != name)]
+
+    def listed(self, folder: Path) -> Mapping[str, Sequence[str]]:
+        """Return the entries of a folder by their `folded` names."""
         if folder not in self._listed:
-            listed = self._listed[folder] = {}
+            listed: dict[str, tuple[str, ...]] = {}
             with contextlib.suppress(OSError, ValueError):
                 for entry in sorted(os.listdir(folder)):
-                    listed.setdefault(folded(entry), []).append(entry)
-        found = self._listed[folder].get(folded(name), [])
-        return [folder / entry for entry in sorted(found, key=lambda entry: entry != name)]
+                    name = entry if (name := folded(entry)) == entry else name  # most are, and then share memory
+                    listed[name] = (*listed.get(name, ()), entry)
+            self._listed[folder] = listed
+        return self._listed[folder]
 
     def find(self, folder: Path, relative: PurePosixPath) -> Path | None:
         """Return the entry below `folder` that a relative path means, or None."""
@@ -40,6 +49,12 @@ class Names:
                 return None
             path = found[0]
         return path
+
+
+def suffix_of(name: str) -> str:
+    """Return the extension of a file name as `PurePath.suffix` does, in lower case; it is several times faster."""
+    dot = name.rfind(".")
+    return name[dot:].lower() if 0 < dot < len(name) - 1 else ""
 
 
 def folded(name: str) -> str:

@@ -15,7 +15,8 @@ from sd3tune.config.sections.data import DataConfig, SourceConfig
 from sd3tune.data.ahead import in_pieces
 from sd3tune.data.captions import counted, read_sidecar, some
 from sd3tune.data.colour import Reading
-from sd3tune.data.images import ImageRef, check_header, file_of
+from sd3tune.data.headers import Headers
+from sd3tune.data.images import ImageRef, file_of, upright_size
 from sd3tune.data.masks import Mask
 from sd3tune.data.seeds import derive
 from sd3tune.data.sources.folder import Listing
@@ -39,7 +40,7 @@ from sd3tune.reporting import progress_bar
 _Item = TypeVar("_Item")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a set may have a million
 class Record:
     """One image with its caption; `source` is the index of its source in the configuration."""
 
@@ -58,6 +59,13 @@ class Record:
     """The captions to train on, of which each step draws one; empty if there is only the first."""
     mask: Mask | None = None
     """The mask that weighs its loss; None if all of it counts alike."""
+    size: tuple[int, int] | None = field(default=None, compare=False)
+    """(height, width) of the upright image by its header; None if the header was not read."""
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """(height, width) of the upright image. The file is opened only if its header was not read before."""
+        return self.size or upright_size(self.image)
 
     @property
     def first(self) -> Caption:
@@ -85,7 +93,7 @@ class Scan:
 
     records: list[Record] = field(default_factory=list)
     looked: list[Any] = field(default_factory=list)
-    """The result of `look` for each record's image."""
+    """The result of `look` for each record's image; empty without `look`."""
     problems: list[str] = field(default_factory=list)
     """A line per fault."""
     warnings: list[str] = field(default_factory=list)
@@ -93,14 +101,21 @@ class Scan:
 
 
 def load_records(
-    data: DataConfig, seed: int = 0, progress: bool = False, warn: Callable[[str], None] = lambda line: None
+    data: DataConfig,
+    seed: int = 0,
+    progress: bool = False,
+    warn: Callable[[str], None] = lambda line: None,
+    store: Path | None = None,
 ) -> list[Record]:
     """Return all images in the order of the sources; within a folder by name, within a dataset by row.
 
     `seed` is the run's, from which the variants of captions are drawn. `warn` receives a line for everything that is
-    skipped. Raises DataError with all problems (see `scan_records`).
+    skipped. With `store`, the folder of a store, headers of large sets are remembered there. Raises DataError with all
+    problems (see `scan_records`).
     """
-    scan = scan_records(data, seed, progress)
+    headers = Headers(store)
+    scan = scan_records(data, seed, progress, headers=headers)
+    headers.save()
     if scan.problems:
         raise DataError(*scan.problems)
     for line in scan.warnings:
@@ -109,15 +124,19 @@ def load_records(
 
 
 def scan_records(
-    data: DataConfig, seed: int = 0, progress: bool = False, look: Callable[[ImageRef], Any] = check_header
+    data: DataConfig,
+    seed: int = 0,
+    progress: bool = False,
+    look: Callable[[ImageRef], Any] | None = None,
+    headers: Headers | None = None,
 ) -> Scan:
     """Return the usable images, the problems, and warnings about skipped files.
 
     Problems are missing, empty or unreadable sources, files whose first bytes are not an image's, and images without a
-    caption, which remain in the records. `look` is called for each image on threads, a few at a time; an image for
-    which it raises DataError gets no record.
+    caption, which remain in the records. Headers are read on threads. With `look`, it is called for each image instead;
+    an image for which it raises DataError gets no record.
     """
-    scan = Scan()
+    scan, headers = Scan(), headers or Headers()
     for number, source in enumerate(data.sources):
         try:
             listing = SOURCES[source.kind](source)
@@ -126,7 +145,7 @@ def scan_records(
             continue
         scan.warnings += listing.warnings
         chosen, multiline, weighted = _chosen(listing.images, source.max_samples), list[Path](), list[str]()
-        examine = functools.partial(_examined, data, seed, number, listing, look)
+        examine = functools.partial(_examined, data, seed, number, listing, look or headers.size_of)
         bar = progress_bar(
             in_pieces(examine, chosen, _PIECE),
             desc=f"reading {source.path}",
@@ -138,8 +157,8 @@ def scan_records(
         for found in bar:
             scan.problems += found.problems
             if found.record is not None:
-                scan.records.append(found.record)
-                scan.looked.append(found.looked)
+                scan.records.append(found.record if look else replace(found.record, size=found.looked))
+                scan.looked += [found.looked] if look else []
             multiline += [found.joined] if found.joined else []
             weighted += [found.weight] if found.weight else []
         scan.warnings += [*_joined(source.path, multiline), *_weighted(source.path, weighted)]
@@ -195,6 +214,16 @@ def _examined(
     weights = (weighted_words(text) for caption in captions for text in caption.texts)
     joined = sidecar if "\n" in captions[0].text else None
     return _Examined(record, looked, (), joined, next(filter(None, weights), None))
+
+
+def read_record(
+    data: DataConfig, seed: int, number: int, image: ImageRef, listed: Listed, look: Callable[[ImageRef], _Item]
+) -> tuple[Record, _Item]:
+    """Return the record of a single image of source `number`, and the result of `look`. Raises DataError."""
+    found = _examined(data, seed, number, Listing([]), look, (image, listed))
+    if found.record is None or found.problems:
+        raise DataError(*found.problems)
+    return found.record, found.looked
 
 
 def _mask(source: SourceConfig, listing: Listing, image: ImageRef) -> Mask | None:

@@ -27,7 +27,7 @@ from sd3tune.model.load.components import load_vae, vae_dtype
 from sd3tune.model.load.latents import encode_moments
 from sd3tune.reporting import progress_bar
 
-_NOT_FINITE = (
+NOT_FINITE = (
     "the VAE turns it into NaN or infinity; try model.dtype=fp32, and if that does not help, get the base's VAE again"
 )
 
@@ -94,7 +94,7 @@ def encode_images(
     targets = [nearest_bucket(image.size, table) for image, table in zip(facts, tables, strict=True)]
     crops = list(_crops(facts, targets, crop_variants, flip))
     cuts = [
-        [(_key(vae, dtype, image.digest, image.mark, cut), cut) for cut in variants_of_image]
+        [(image_key(vae, dtype, image.digest, image.mark, cut), cut) for cut in variants_of_image]
         for image, variants_of_image in zip(facts, crops, strict=True)
     ]
 
@@ -161,11 +161,11 @@ def _encoded(
     cuts: Sequence[tuple[str, Crop]],
     masks: tuple[str, ...],
 ) -> EncodedImage:
-    earlier = (_key(vae, dtype, facts.digest, "", cut) for _, cut in cuts)
+    earlier = (image_key(vae, dtype, facts.digest, "", cut) for _, cut in cuts)
     return EncodedImage(target, tuple(key for key, _ in cuts), tuple(earlier), masks)
 
 
-def _key(vae: str, dtype: torch.dtype, digest: str, mark: str, cut: Crop) -> str:
+def image_key(vae: str, dtype: torch.dtype, digest: str, mark: str, cut: Crop) -> str:
     return key(
         "image",
         image=digest,
@@ -201,7 +201,7 @@ def _encode(
             for key, cut in job.cuts.items():
                 mean, std = encode_moments(vae, pixels(image, cut))
                 if not (mean.isfinite().all() and std.isfinite().all()):
-                    raise ModelError(f"{job.image}: {_NOT_FINITE}")
+                    raise ModelError(f"{job.image}: {NOT_FINITE}")
                 writer.put(key, {"mean": mean[0], "std": std[0]})
                 bar.update()
 

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from sd3tune.data.ahead import ahead
+from sd3tune.data.ahead import in_pieces
 from sd3tune.data.images import ImageRef, file_digest, read_picture, reading_warnings
 from sd3tune.data.records import Record
 from sd3tune.encode.manifest import ImageFacts, Manifest
 from sd3tune.errors import DataError
 from sd3tune.reporting import progress_bar
 
+_PIECE = 32
+"""Images per task of a thread."""
+
 
 def inspect(refs: Sequence[ImageRef], manifest: Manifest, progress: bool) -> list[ImageFacts]:
-    """Return the facts of every image. Images with facts in the manifest are not decoded again.
+    """Return the facts of every image. Raises DataError for all unreadable images at once."""
+    results = list(facts_of(refs, manifest, progress))
+    raise_if_unreadable(result for result in results if isinstance(result, DataError))
+    return [result for result in results if isinstance(result, ImageFacts)]
 
-    Raises DataError for all unreadable images at once.
-    """
+
+def raise_if_unreadable(errors: Iterable[DataError]) -> None:
+    """Raise a DataError with all of these problems, if there are any."""
+    problems = dict.fromkeys(line for error in errors for line in error.problems)
+    if problems:
+        raise DataError(*problems)
+
+
+def facts_of(refs: Sequence[ImageRef], manifest: Manifest, progress: bool) -> Iterator[ImageFacts | DataError]:
+    """Yield the facts of each image, or why it cannot be read. Images with facts in the manifest are not decoded."""
 
     def look(ref: ImageRef) -> ImageFacts | DataError:
         try:
@@ -30,15 +44,10 @@ def inspect(refs: Sequence[ImageRef], manifest: Manifest, progress: bool) -> lis
             return error
 
     bar = progress_bar(total=len(refs), desc="checking images", unit="image", delay=1, disable=not progress)
-    results = []
     with bar:
-        for result in ahead(look, refs):
-            results.append(result)
+        for result in in_pieces(look, refs, _PIECE):
+            yield result
             bar.update()
-    problems = dict.fromkeys(line for result in results if isinstance(result, DataError) for line in result.problems)
-    if problems:
-        raise DataError(*problems)
-    return [result for result in results if isinstance(result, ImageFacts)]
 
 
 def warnings_about(records: Sequence[Record], facts: Sequence[ImageFacts]) -> list[str]:

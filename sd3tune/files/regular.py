@@ -51,7 +51,9 @@ def open_regular(path: str | os.PathLike[str], largest: int | None = LARGEST) ->
 def read_regular(path: str | os.PathLike[str], largest: int = LARGEST) -> bytes:
     """Return the bytes of a file; see `open_regular`."""
     with open_regular(path, largest) as file:
-        return file.read(largest)
+        length = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        return file.read(min(length, largest))  # Python allocates as many bytes as it is asked for
 
 
 def sha256_of(path: Path) -> str:

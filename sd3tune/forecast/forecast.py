@@ -14,8 +14,8 @@ from sd3tune.config.meaning import settings_of
 from sd3tune.config.sections.key import Phase
 from sd3tune.data.buckets import Size
 from sd3tune.data.crops import Crop, crops, mask_bytes
-from sd3tune.data.images import file_digest, upright_size
-from sd3tune.data.records import Record, load_records
+from sd3tune.data.images import file_digest
+from sd3tune.data.records import Record
 from sd3tune.encode.captions import text_bytes, texts_read_by
 from sd3tune.encode.images import bytes_per_pixel
 from sd3tune.errors import DataError
@@ -38,7 +38,14 @@ from sd3tune.run.base_sampling import with_base_sampling
 from sd3tune.run.buckets import bucket_of, bucket_tables, buckets_in, largest_bucket
 from sd3tune.run.encoding import captions_to_encode, prompts_to_encode
 from sd3tune.run.evaluated import evaluated_prompts
-from sd3tune.run.preflight import check_installed, check_precision, check_size, resolve_epochs, split_records
+from sd3tune.run.preflight import (
+    check_installed,
+    check_precision,
+    check_size,
+    load_of,
+    resolve_epochs,
+    split_records,
+)
 from sd3tune.run.priors import PlannedPrior, plan_priors, with_captions
 from sd3tune.run.sizes import held_out_size, in_all_sizes, used_images
 
@@ -73,6 +80,8 @@ class ForecastInputs:
     """The problems found if the images are missing."""
     world: int = 1
     """Number of processes that train together."""
+    loaded: Sequence[Record] | None = None
+    """The records of all images of the sources, for another forecast of the same data."""
 
     @property
     def mix(self) -> dict[Size, int]:
@@ -109,7 +118,6 @@ class Forecast:
     drawing: MemoryUse | None
     """Memory for drawing class images; None if none is missing."""
     training: Training
-    store: Store | None
 
     @property
     def phases(self) -> dict[str, MemoryUse]:
@@ -119,11 +127,16 @@ class Forecast:
         found = {f"encode {LABELS[name]}": use for name, use in self.encoding.items() if name not in on_the_cpu}
         if self.drawing is not None:
             found["draw class images"] = self.drawing
-        found["train"] = MemoryUse(training.resident, training.working)
+        resident, encoding = training.resident, 0
+        if self.inputs.config.data.streams:  # the encoders stay
+            live = [use for name, use in self.encoding.items() if name not in on_the_cpu]
+            resident += sum(use.resident for use in live)
+            encoding = max(use.working for use in live)
+        found["train"] = MemoryUse(resident, training.working + encoding)
         if training.preview is not None:
-            found["preview"] = MemoryUse(training.resident, training.preview)
+            found["preview"] = MemoryUse(resident, training.preview)
         if self.inputs.config.eval is not None:
-            found["evaluate"] = MemoryUse(training.resident, ENCODER)
+            found["evaluate"] = MemoryUse(resident, ENCODER)
         return found
 
     @functools.cached_property
@@ -139,6 +152,17 @@ class Forecast:
 
         return sum(of_size(size) * samples for size, samples in mix.items()) / sum(mix.values())
 
+    @functools.cached_property
+    def store(self) -> Store | None:
+        """Size of the store; None if the images are missing, and for streams."""
+        inputs = self.inputs
+        method = METHODS[inputs.config.method.kind](inputs.config, inputs.base)
+        return (
+            None
+            if inputs.records is None or inputs.config.data.streams
+            else _store(inputs, inputs.records, method.cached_encoders)
+        )
+
     @property
     def peak(self) -> int:
         return max(use.peak for use in self.phases.values())
@@ -152,8 +176,13 @@ class Forecast:
 LABELS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5", "vae": "images"}
 
 
-def forecast_inputs(config: Config, dtype: torch.dtype, world: int = 1) -> ForecastInputs:
-    """Return the inputs of a forecast. Raises UserError as preflight does, but not for missing images."""
+def forecast_inputs(
+    config: Config, dtype: torch.dtype, world: int = 1, loaded: Sequence[Record] | None = None
+) -> ForecastInputs:
+    """Return the inputs of a forecast. Raises UserError as preflight does, but not for missing images.
+
+    `world` is the number of processes; `loaded` are the records of the sources, if they were read before.
+    """
     check_installed(config)
     base = shape_of_base(config.model, config.seed)
     config = with_base_sampling(config, base)
@@ -171,14 +200,15 @@ def forecast_inputs(config: Config, dtype: torch.dtype, world: int = 1) -> Forec
     missing: Sequence[str] = ()
     used = buckets
     try:
-        records, holdout = split_records(config, load_records(config.data, config.seed))
+        loaded = load_of(config) if loaded is None else loaded
+        records, holdout = split_records(config, list(loaded))
         config = with_captions(config, records)
         sized, holdout = in_all_sizes(config.data, records, tables), held_out_size(config.data, holdout, tables)
         records = used_images(records, sized)
         config = resolve_epochs(config, sum(record.repeats for record in sized), world)
         priors = plan_priors(config, sized, buckets, base)
         evaluated = evaluated_prompts(config, records)
-        used = [bucket_of(record, buckets) for record in sized]
+        used = [bucket_of(record, buckets) for record in sized] or buckets
     except DataError as error:
         records, sized, missing = None, [], error.problems
     return ForecastInputs(
@@ -194,6 +224,7 @@ def forecast_inputs(config: Config, dtype: torch.dtype, world: int = 1) -> Forec
         evaluated=evaluated,
         missing=missing,
         world=world,
+        loaded=loaded,
     )
 
 
@@ -216,7 +247,6 @@ def forecast(inputs: ForecastInputs, like: Forecast | None = None) -> Forecast:
         encoding=encoded.encoding if encoded else _encoding(inputs, method),
         drawing=drawing,
         training=training,
-        store=None if inputs.records is None else _store(inputs, inputs.records, method.cached_encoders),
     )
 
 
@@ -277,4 +307,4 @@ def _cuts(inputs: ForecastInputs, record: Record) -> set[Crop]:
     """Return the distinct crops and flips of an image. If its shape is the bucket's, all random crops are equal."""
     data, target = inputs.config.data, bucket_of(record, inputs.buckets)
     digest = file_digest(record.image) if data.crop_variants > 1 else ""  # seeds the random crops
-    return set(crops(upright_size(record.image), target, data.crop_variants, data.flip, digest))
+    return set(crops(record.upright_size, target, data.crop_variants, data.flip, digest))

@@ -84,4 +84,4 @@ def after(inputs: ForecastInputs, changed: Callable[[Config], Config]) -> Foreca
     dtype = DTYPES.get(config.model.dtype, inputs.dtype) if config.model != inputs.config.model else inputs.dtype
     if config.data.resolution == inputs.config.data.resolution:
         return replace(inputs, config=config, dtype=dtype)
-    return forecast_inputs(config, dtype, inputs.world)
+    return forecast_inputs(config, dtype, inputs.world, inputs.loaded)

@@ -27,7 +27,7 @@ _MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 _PUBLIC_FACTS = (
     MARKER, "versions", "seed", "world_size", "device", "gpu", "dtype", "threads", "base", "images", "images_per_epoch",
     "captions", "held_out_images", "class_images", "modules", "git_commit", "resumes", "steps", "timings",
-    "skipped_steps", "stopped_early", "report",
+    "shards", "skipped_steps", "stopped_early", "report",
 )  # fmt: skip
 
 

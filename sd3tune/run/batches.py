@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from sd3tune.data.concepts import are_told_apart, concepts_of, shares_of_concepts
 from sd3tune.model.load.components import vae_config
 from sd3tune.run.drawing import NEGATIVE_PROMPT
 from sd3tune.run.earlier import drops_kept_captions
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
+from sd3tune.run.streaming import stream_batches
 from sd3tune.runtime.processes import Processes
 from sd3tune.training.batches import Batches, Dropout, LatentScaling
 from sd3tune.training.objective import sigma_map
@@ -16,9 +19,12 @@ from sd3tune.training.objective import sigma_map
 def make_batches(plan: Plan, encoded: Encoded, processes: Processes) -> Batches:
     """Return the batches of a run for this process, from its encoded images and captions."""
     vae, flow, data = vae_config(plan.base), plan.config.flow, plan.config.data
-    return Batches(
-        encoded.store,
-        encoded.examples,
+    make = (
+        partial(stream_batches, plan, encoded.store, processes)
+        if plan.shards
+        else partial(Batches, encoded.store, encoded.examples)
+    )
+    return make(
         seed=plan.config.seed,
         batch_size=plan.config.train.batch_size,
         accumulation=plan.config.train.gradient_accumulation,

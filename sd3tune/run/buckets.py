@@ -8,7 +8,6 @@ from typing import Any
 
 from sd3tune.config import Config
 from sd3tune.data.buckets import Size, bucket_table, nearest_bucket, size_name
-from sd3tune.data.images import upright_size
 from sd3tune.data.records import Record
 
 Tables = Mapping[int, Sequence[Size]]
@@ -35,7 +34,7 @@ def bucket_of(record: Record, buckets: Sequence[Size]) -> Size:
     `buckets` are those of the run, for a record without buckets of its own.
     """
     candidates = record.sizes or buckets
-    return nearest_bucket(upright_size(record.image), candidates) if len(candidates) > 1 else candidates[0]
+    return nearest_bucket(record.upright_size, candidates) if len(candidates) > 1 else candidates[0]
 
 
 def largest_bucket(sizes: Iterable[Size]) -> Size:

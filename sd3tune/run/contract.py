@@ -25,6 +25,7 @@ from sd3tune.run.earlier import began_in_llm_int8, drops_kept_captions, may_drop
 from sd3tune.run.encoding import Encoded
 from sd3tune.run.preflight import Plan
 from sd3tune.run.saved import saved_identity
+from sd3tune.run.streaming import streamed_content
 from sd3tune.runtime.device import dtype_name, gpu_of, versions
 from sd3tune.training.checkpoint import differences
 from sd3tune.training.examples import content_of
@@ -123,7 +124,8 @@ def run_identity(plan: Plan, encoded: Encoded | None, world: int) -> dict[str, A
         "model": {**model, **({"clip_l_pooled": "unprojected"} if plan.base.ignores_projection else {})},
         "data": {
             "resolution": data["resolution"],
-            **(_content(encoded, config.data.balance is not None) if encoded else {}),
+            **(_content(encoded, config.data.balance is not None) if encoded and not plan.shards else {}),
+            **(streamed_content(plan) if encoded else {}),
             **data,
             **({"kept_captions": "whole"} if may_drop_kept(config) and not drops_kept_captions(plan) else {}),
         },
@@ -198,6 +200,7 @@ _DIGESTS = {
     "data.weights": "weights of the sources",
     "data.concepts": "concepts of the images",
     "data.masks": "masks, or loss outside them,",
+    "data.stream": "shards, or captions,",
 }
 """Descriptions of the identity keys whose values are digests."""
 
@@ -272,6 +275,16 @@ def _in_words(line: str) -> str:
     return f"{key}: not the same {_DIGESTS[key]} as in the run" if key in _DIGESTS else line
 
 
+def _counts(plan: Plan) -> dict[str, int]:
+    masks = sum(record.mask is not None for record in plan.records)
+    return {
+        "images": len(plan.records),
+        "images_per_epoch": plan.images_per_epoch,
+        "captions": len({caption for record in plan.records for caption in record.drawn}),
+        **({"masks": masks} if masks else {}),
+    }
+
+
 def start_facts(plan: Plan, world: int) -> dict[str, Any]:
     """Return the content of `run.json` at the start: versions, device, base, data counts and optimizer."""
     used, fallback, gpu = plan.config.optimizer.kind, plan.optimizer_fallback, gpu_of(plan.device)
@@ -289,10 +302,7 @@ def start_facts(plan: Plan, world: int) -> dict[str, Any]:
             "revision": plan.base.revision,
             "fingerprint": plan.base.fingerprint("transformer"),
         },
-        "images": len(plan.records),
-        "images_per_epoch": plan.images_per_epoch,
-        "captions": len({caption for record in plan.records for caption in record.drawn}),
-        **({"masks": masks} if (masks := sum(record.mask is not None for record in plan.records)) else {}),
+        **({"shards": len(plan.shards)} if plan.shards else _counts(plan)),
         "held_out_images": len(plan.holdout),
         "class_images": sum(prior.count for prior in plan.priors),
         "modules": len(plan.modules),

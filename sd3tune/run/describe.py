@@ -25,6 +25,7 @@ from sd3tune.run.preflight import Plan
 from sd3tune.run.priors import describe_prompts
 from sd3tune.run.sigmas import describe_sigmas
 from sd3tune.run.sizes import describe_sizes
+from sd3tune.run.stream_checks import describe_stream
 from sd3tune.runtime.device import dtype_name
 
 
@@ -40,7 +41,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         + (f", {world} processes" if world > 1 else ""),
         *_describe_base(plan),
         *describe_base_sampling(config, plan.base),
-        f"data      {_images(len(plan.records))}, {describe_sizes(config.data)}, {plan.images_per_epoch} per epoch",
+        *_describe_data(plan),
         *(f"warning: {warning}" for warning in plan.warnings),
         *describe_buckets(cut),
         *_describe_concepts(plan),
@@ -50,7 +51,7 @@ def describe(plan: Plan, world: int) -> list[str]:
         *_describe_priors(plan),
         *([f"held out  {_images(len(plan.holdout))}, measured every {every} steps"] if plan.holdout else []),
         *describe_evaluation(config, plan.evaluated),
-        *_describe_length(plan, cut, world),
+        *(_describe_length(plan, cut, world) if plan.sized else _describe_steps(plan, world)),
         *_describe_sigmas(plan),
         f"loss      {config.flow.loss.kind}, weighting {config.flow.weighting.kind}"
         + f", noise offset {config.flow.noise_offset:g}" * (config.flow.noise_offset > 0),
@@ -62,6 +63,18 @@ def describe(plan: Plan, world: int) -> list[str]:
         *(["compile   blocks: the first step of each image size takes a minute or more"] if compiled else []),
         f"run       {plan.run}",
     ]
+
+
+def _describe_data(plan: Plan) -> list[str]:
+    sizes = describe_sizes(plan.config.data)
+    if plan.shards:
+        return [f"data      {describe_stream(plan.config.data, len(plan.shards))}, {sizes}"]
+    return [f"data      {_images(len(plan.records))}, {sizes}, {plan.images_per_epoch} per epoch"]
+
+
+def _describe_steps(plan: Plan, world: int) -> list[str]:
+    train = plan.config.train
+    return [f"steps     {train.total_steps} x {train.gradient_accumulation * train.batch_size * world} images"]
 
 
 def _describe_length(plan: Plan, cut: Sequence[Size], world: int) -> list[str]:

@@ -10,16 +10,19 @@ from pathlib import Path
 from sd3tune.config import Config
 from sd3tune.config.sections.data import SourceConfig
 from sd3tune.data.buckets import Size
+from sd3tune.data.colour import Reading
 from sd3tune.data.concepts import concept_numbers
+from sd3tune.data.headers import Headers
 from sd3tune.data.records import Record, sample_indices
 from sd3tune.data.store import Store, key
 from sd3tune.data.written import Caption
 from sd3tune.encode.captions import LLM_INT8, caption_keys, cut_off, encode_captions, texts_read_by
 from sd3tune.encode.images import EncodedImage, encode_images
-from sd3tune.encode.inspect import inspect, warnings_about
-from sd3tune.encode.manifest import Manifest
+from sd3tune.encode.inspect import facts_of, raise_if_unreadable, warnings_about
+from sd3tune.encode.manifest import ImageFacts, Manifest
 from sd3tune.encode.masks import masks_of
 from sd3tune.encode.report import EncodeReport
+from sd3tune.errors import DataError
 from sd3tune.measures.prompts import Prompts
 from sd3tune.model.load.components import load_tokenizer
 from sd3tune.model.load.text import TOKENS, count_tokens
@@ -79,7 +82,7 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
             for record, image in zip(records, images, strict=True)
         ]
 
-    once = examples_of("images", plan.sized, plan.buckets, varied=True)
+    once = examples_of("images", plan.sized, plan.buckets, varied=True) if plan.sized else []
     pictures = [examples_of("class images", prior.records, prior.sizes) for prior in plan.priors]
     holdout = examples_of("held-out images", plan.holdout, plan.buckets) if plan.holdout else []
     processes.wait()
@@ -102,14 +105,32 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
 
 
 def check_pictures(plan: Plan, progress: bool) -> list[str]:
-    """Decode every image of the run, and return warnings about them. Raises DataError."""
+    """Decode the images of the run, and return warnings about them. Raises DataError.
+
+    Images without a mask are decoded once, while their files stay as they are.
+    """
     priors = [record for prior in plan.priors for record in prior.records]
     every = [*plan.records, *plan.holdout, *priors]  # missing class images are drawn later
     there = [record for record in every if not isinstance(record.image, Path) or record.image.exists()]
-    manifest = Manifest.load(store_folder(plan.config))
-    facts = inspect([record.image for record in there], manifest, progress)
-    masks_of(there, facts, manifest, progress)
-    return warnings_about(there, facts)
+    store = store_folder(plan.config)
+    manifest, headers = Manifest.load(store), Headers(store)
+    keys = [None if record.mask else headers.key_of(record.image) for record in there]
+    left = [number for number, of in enumerate(keys) if not headers.is_decoded(of)]
+    records, facts, errors = list[Record](), list[ImageFacts](), list[DataError]()
+    found = facts_of([there[number].image for number in left], manifest, progress)
+    for number, image in zip(left, found, strict=True):
+        record = there[number]
+        if isinstance(image, DataError):
+            errors.append(image)
+        elif record.mask is None and image.reading == Reading():
+            headers.add_decoded(keys[number])
+        else:
+            records.append(record)
+            facts.append(image)
+    headers.save()
+    raise_if_unreadable(errors)
+    masks_of(records, facts, manifest, progress)
+    return warnings_about(records, facts)
 
 
 def captions_to_encode(records: Iterable[Record], others: Iterable[Record]) -> list[Caption]:

@@ -20,6 +20,7 @@ from sd3tune.config.sections.flow import FlowConfig
 from sd3tune.data.buckets import Size
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.seeds import derive
+from sd3tune.data.stream.shards import Shard
 from sd3tune.errors import ConfigError, DataError, Problems, RunError
 from sd3tune.measures.prompts import Prompts
 from sd3tune.methods import METHODS, Method
@@ -34,9 +35,11 @@ from sd3tune.run.base_sampling import with_base_sampling
 from sd3tune.run.buckets import Tables, bucket_of, bucket_tables, buckets_in, largest_bucket, largest_side
 from sd3tune.run.evaluated import evaluated_prompts
 from sd3tune.run.folder import check_disk_space, starting_checkpoint
+from sd3tune.run.places import store_folder
 from sd3tune.run.priors import PlannedPrior, plan_priors, with_captions
 from sd3tune.run.saved import with_saved_base
 from sd3tune.run.sizes import held_out_size, in_all_sizes, samples_of, used_images
+from sd3tune.run.stream_checks import check_stream
 from sd3tune.runtime.device import choose_dtype, gpu_of
 from sd3tune.tracking.trackers import missing_packages
 from sd3tune.training.objective import share_inside, shift_at
@@ -87,6 +90,8 @@ class Plan:
     """Class images of each source that uses them."""
     evaluated: Prompts | None = None
     """The prompts of `eval`; None if it is off."""
+    shards: Sequence[Shard] = ()
+    """The shards of a run on streams, which has no `records`."""
     optimizer_fallback: OptimizerFallback | None = None
     """None if the configured optimizer is used."""
     warnings: Sequence[str] = ()
@@ -98,8 +103,8 @@ class Plan:
 
     @property
     def largest(self) -> Size:
-        """The bucket in use with the most pixels, (height, width)."""
-        return largest_bucket(bucket_of(record, self.buckets) for record in self.sized)
+        """The bucket in use with the most pixels, (height, width); of all buckets for a stream."""
+        return largest_bucket([bucket_of(record, self.buckets) for record in self.sized] or self.buckets)
 
 
 def make_plan(config: Config, device: torch.device, resume: bool | None, world: int = 1) -> Plan:
@@ -111,17 +116,19 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
     if resume is not None:
         problems += _upload_problems(config)
     records, holdout = list[Record](), list[Record]()
+    shards: Sequence[Shard] = ()
     start: Path | None = None
     evaluated: Prompts | None = None
     run = Path(str(config.output_dir))
     with problems.collected():
-        loaded = load_records(config.data, config.seed, warn=warnings.append)
+        loaded = load_of(config, warnings.append)
+        shards = check_stream(config, world) if config.data.streams else ()
         records, holdout = split_records(config, loaded, warnings.append)
         config = with_captions(config, records)
         if config.data.enlarges:  # else images may be too small for a size
             config = resolve_epochs(config, samples_of(config.data, records), world)
     with problems.collected():
-        evaluated = evaluated_prompts(config, records) if records else None
+        evaluated = evaluated_prompts(config, records) if records or shards else None
     with problems.collected():
         check_installed(config)
         start = None if resume is None else starting_checkpoint(run, resume)
@@ -158,9 +165,17 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         start=start,
         buckets=buckets_in(model.tables),
         priors=priors,
+        shards=shards,
         evaluated=evaluated,
         warnings=list(dict.fromkeys(warnings)),
     )
+
+
+def load_of(config: Config, warn: Callable[[str], None] = lambda line: None) -> list[Record]:
+    """Return the records of a run's sources, none for streams; see `load_records`."""
+    if config.data.streams:
+        return []
+    return load_records(config.data, config.seed, warn=warn, store=store_folder(config))
 
 
 @dataclass(frozen=True)
@@ -246,6 +261,8 @@ def split_records(
             return records, load_records(DataConfig(sources=[folder], trigger=config.data.trigger), warn=warn)
         except DataError as error:
             raise DataError(*(f"validation.holdout: {problem}" for problem in error.problems)) from None
+    if not holdout:
+        return records, []
     if holdout >= len(records):
         raise DataError(f"validation.holdout: {holdout} of {_images(len(records))} would leave none to train on")
     lots = sorted(range(len(records)), key=lambda index: derive(0, "holdout", index))

@@ -14,7 +14,7 @@ from sd3tune.config import Config
 from sd3tune.config.sections.data import DataConfig, FolderSource
 from sd3tune.config.sections.priors import ClassImagesConfig
 from sd3tune.data.buckets import Size, size_name
-from sd3tune.data.images import is_smaller, upright_size
+from sd3tune.data.images import is_smaller
 from sd3tune.data.records import Record, load_records
 from sd3tune.data.seeds import derive
 from sd3tune.data.sources.folder import images_in
@@ -165,7 +165,7 @@ def _in_sizes_of(cut: Sequence[tuple[tuple[Size, ...], Size]], own: Sequence[Rec
     if len(in_use) <= 1:
         return list(own)
     records = [replace(record, sizes=tuple(sizes)) for record in own for sizes in in_use.values()]
-    return [of for of in records if enlarges or not is_smaller(upright_size(of.image), bucket_of(of, of.sizes))]
+    return [of for of in records if enlarges or not is_smaller(of.upright_size, bucket_of(of, of.sizes))]
 
 
 def shares(shapes: Mapping[Size, int], total: int) -> dict[Size, int]:

@@ -102,7 +102,8 @@ def next_command(plan: Plan) -> str:
     if settings.prompts:
         first = settings.pictures[0].recipe
         return infer_command(plan.method, plan.run, first["prompt"], settings.seed, guiding_options(first))
-    return infer_command(plan.method, plan.run, plan.records[0].caption or "a photo")
+    caption = plan.records[0].caption if plan.records else ""
+    return infer_command(plan.method, plan.run, caption or "a photo")
 
 
 def infer_command(method: Method, run: Path, prompt: str, seed: int = 0, options: Sequence[str] = ()) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from sd3tune.config.sections.data import DataConfig
 from sd3tune.data.buckets import Size, nearest_bucket
-from sd3tune.data.images import is_smaller, upright_size
+from sd3tune.data.images import is_smaller
 from sd3tune.data.records import Record
 from sd3tune.errors import ConfigError
 from sd3tune.run.buckets import Tables
@@ -18,7 +18,7 @@ SizeOf = Callable[[Record], Size]
 
 
 def _upright(record: Record) -> Size:
-    return upright_size(record.image)
+    return record.upright_size
 
 
 def _ignored(line: str) -> None: ...
@@ -33,10 +33,11 @@ def in_all_sizes(
     leaves out images. Raises ConfigError for a size that would be without images.
     """
     found, too_small = list[Record](), dict[int, list[Record]]()
-    several = len(tables) > 1
+    several, enlarges = len(tables) > 1, data.enlarges
+    sizes = [data.sizes_of(number) for number in range(len(data.sources))]
     for record in records:
-        height_and_width = None if data.enlarges else size_of(record)
-        for side, share in data.sizes_of(record.source):
+        height_and_width = None if enlarges else size_of(record)
+        for side, share in sizes[record.source]:
             if height_and_width and is_smaller(height_and_width, nearest_bucket(height_and_width, tables[side])):
                 too_small.setdefault(side, []).append(record)
                 continue
@@ -50,7 +51,8 @@ def in_all_sizes(
 
 def samples_of(data: DataConfig, records: Sequence[Record]) -> int:
     """Return the number of samples per epoch if no image is left out of a size."""
-    return sum(record.repeats * share for record in records for _, share in data.sizes_of(record.source))
+    shares = [sum(share for _, share in data.sizes_of(number)) for number in range(len(data.sources))]
+    return sum(record.repeats * shares[record.source] for record in records)
 
 
 def used_images(records: Sequence[Record], sized: Sequence[Record]) -> list[Record]:
@@ -68,7 +70,7 @@ def held_out_size(data: DataConfig, records: Sequence[Record], tables: Tables) -
         return list(records)
     sized = []
     for record in records:
-        size = upright_size(record.image)
+        size = record.upright_size
         sides = sorted(side for side, _ in data.sizes_of(record.source))
         fitting = [side for side in sides if data.enlarges or not is_smaller(size, nearest_bucket(size, tables[side]))]
         sized.append(replace(record, sizes=tuple(tables[fitting[-1] if fitting else sides[0]])))

@@ -77,7 +77,7 @@ def test_a_dump_loads_again() -> None:
 @pytest.mark.parametrize(
     ("source", "line"),
     [
-        ("kind: zip, path: x", "data.sources.0.kind: 'zip' is not one of: folder, dataset"),
+        ("kind: zip, path: x", "data.sources.0.kind: 'zip' is not one of: folder, dataset, webdataset"),
         ("path: x, split: a", "data.sources.0.split: unknown key with kind folder; it belongs to kind dataset"),
         ("kind: dataset, path: x, image: a", "data.sources.0.image: unknown key; did you mean 'image_column'?"),
         ("kind: dataset", "data.sources.0.path: missing; for example `path: ./train.parquet`"),

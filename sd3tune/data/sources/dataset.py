@@ -71,6 +71,43 @@ def _folders(source: DatasetSource) -> tuple[Path, ...]:
     return Path(constants.HF_HUB_CACHE, repository), Path(config.EXTRACTED_DATASETS_PATH)
 
 
+def streamed(source: DatasetSource) -> Any:
+    """Return the dataset as `datasets` streams it, with images as stored bytes. Raises DataError."""
+    datasets, path = _library(), source.path
+    try:
+        if path.endswith(".parquet"):
+            dataset = datasets.load_dataset("parquet", data_files={"train": path}, split="train", streaming=True)
+        elif is_dataset(Path(path)):
+            raise DataError(f"{path}: is saved on this disk; leave streaming out")
+        else:
+            dataset = datasets.load_dataset(path, split=source.split, revision=source.revision, streaming=True)
+        if dataset.features is None:
+            dataset = dataset._resolve_features()
+    except DataError:
+        raise
+    except Exception as error:  # as in `_load`
+        raise DataError(f"{path}: {_complaint(error, source, datasets)}") from None
+    place = f"{path}:{source.split}"
+    _feature(dataset, source.image_column, place, "image_column")
+    _readers(dataset, source, place)
+    return dataset.cast_column(source.image_column, datasets.Image(decode=False))
+
+
+def stream_rows(dataset: Any, source: DatasetSource, shard: int) -> Iterator[tuple[bytes | None, dict[str, list[str]]]]:
+    """Yield the image of each row of a shard, None if it has none, and its texts by column. Raises DataError."""
+    place = f"{source.path}:{source.split}"
+    readers = _readers(dataset, source, place)
+    try:
+        for number, row in enumerate(dataset.shard(num_shards=dataset.num_shards, index=shard)):
+            cell = row[source.image_column] or {}
+            texts = {column_of(name): [*read(f"{place}[{number}]", row[of])] for name, (of, read) in readers.items()}
+            yield cell.get("bytes"), texts
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{place}: {_complaint(error, source, _library())}") from None
+
+
 def write_parquet(
     path: Path,
     rows: Iterable[tuple[str, bytes, Listed]],
@@ -217,6 +254,15 @@ def _filled(column: Any) -> Iterator[int]:
 
 def _captions(dataset: Any, source: DatasetSource, place: str) -> list[Written]:
     """Return the captions of each row. Raises DataError for a column that is missing, or holds something else."""
+    found = {
+        name: [read(f"{place}[{row}]", cell) for row, cell in enumerate(dataset.select_columns([column])[:][column])]
+        for name, (column, read) in _readers(dataset, source, place).items()
+    }
+    return [Written(**{name: cells[row] for name, cells in found.items()}) for row in range(len(dataset))]
+
+
+def _readers(dataset: Any, source: DatasetSource, place: str) -> dict[str, tuple[str, _Read]]:
+    """Return `Written`'s field -> its column and the function that reads the column. Raises as `_captions` does."""
     configured = {"text": source.caption_column, "clip": source.clip_column, "t5": source.t5_column}
     keys = {"text": "caption_column", "clip": "clip_column", "t5": "t5_column"}
     found = {}
@@ -231,10 +277,8 @@ def _captions(dataset: Any, source: DatasetSource, place: str) -> list[Written]:
                 raise DataError(
                     f"{place}: column {column!r} holds {_kind(feature)}, not text{hint}; {_columns(dataset)}"
                 )
-            found[name] = [
-                read(f"{place}[{row}]", cell) for row, cell in enumerate(dataset.select_columns([column])[:][column])
-            ]
-    return [Written(**{name: cells[row] for name, cells in found.items()}) for row in range(len(dataset))]
+            found[name] = column, read
+    return found
 
 
 _Read = Callable[[str, Any], tuple[str, ...]]

@@ -110,8 +110,8 @@ def _list_parts(source: FolderSource, found: Parts) -> Listing:
         raise DataError(f"{folder}: holds no images ({', '.join(PILLOWS_FORMATS)}); {why}")
     chosen, beside = _caption_files(images, listed, names)
     taken = set(chosen.values())
-    own = {path: own_sidecars(path, names, besides=taken) for path in images}
-    read = [*chosen.values(), *listed.files, *(file for files in own.values() for file in files.values())]
+    own = {path: files for path in images if (files := own_sidecars(path, names, besides=taken))}
+    read = {*chosen.values(), *listed.files, *(file for files in own.values() for file in files.values())}
     warnings = [*reasons, *(line for path in sorted({folder, *folders}) for line in unread(path, read, beside))]
     nested = source.recursive or source.layout == "kohya"
     ref_of: dict[Path, ImageRef] = {path: FileBelow(path, folder) if nested else path for path in images}
@@ -124,7 +124,7 @@ def _list_parts(source: FolderSource, found: Parts) -> Listing:
             for path in images
         ],
         sidecars={ref_of[path]: file for path, file in chosen.items()},
-        own_sidecars={ref_of[path]: files for path, files in own.items() if files},
+        own_sidecars={ref_of[path]: files for path, files in own.items()},
         warnings=[*warnings, *masks.notes],
         repeats={ref_of[path]: part_of[path].repeats for path in images if part_of[path].repeats > 1},
         masks={ref_of[path]: mask for path, mask in masks.of.items()},

@@ -53,7 +53,7 @@ def find_masks(
         found.files |= {path for path in images if path.is_relative_to(folder)} - {*in_metadata}
     neighbours = _neighbours({*images, *elsewhere} - found.files, in_metadata)
     found.files.update(*neighbours.values())
-    photos = sorted(path for path in images if path not in found.files)
+    photos = [path for path in images if path not in found.files]
     if folder is not None:
         _take_from(folder, Path(source.path), photos, found)
     elif source.masks is None:
@@ -62,7 +62,7 @@ def find_masks(
         if second:
             are = counted([*second], "second mask is", "second masks are")
             found.notes.append(f"{source.path}: {are} not read: {some(path.name for path in second)}")
-    alone = [path for path in photos if path not in in_metadata and _masked_stem(path) is not None]
+    alone = sorted(path for path in photos if path not in in_metadata and _masked_stem(path) is not None)
     if alone:
         are = "file is named like a mask, but its photo is not there; it is read as a photo"
         are_several = "files are named like masks, but their photos are not there; they are read as photos"
@@ -78,9 +78,15 @@ def _masked_stem(path: Path) -> str | None:
 
 def _neighbours(files: Iterable[Path], in_metadata: Collection[Path]) -> dict[Path, list[Path]]:
     """Return photo -> the masks next to it. `dog_mask.png` is one if there is an image `dog` of any format."""
+    stems = {path: folded(path.stem) for path in files}
+    like_masks = [path for path, stem in stems.items() if stem.endswith(_ENDINGS)]
+    if not like_masks:
+        return {}
+    concerned = {stem for path in like_masks for stem in (stems[path], _masked_stem(path))}
     by_stem: dict[tuple[Path, str], list[Path]] = {}
-    for path in sorted(files, key=lambda path: (not folded(path.stem).endswith(_ENDINGS[0]), path)):
-        by_stem.setdefault((path.parent, folded(path.stem)), []).append(path)
+    related = [path for path, stem in stems.items() if stem in concerned]
+    for path in sorted(related, key=lambda path: (not stems[path].endswith(_ENDINGS[0]), path.parts)):
+        by_stem.setdefault((path.parent, stems[path]), []).append(path)
     masks: dict[Path, list[Path]] = {}
     for of in by_stem.values():
         for path in of:

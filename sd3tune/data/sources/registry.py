@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sd3tune.config.sections.data import DatasetSource, Source
+from sd3tune.config.sections.data import DatasetSource, Source, WebDatasetSource
 from sd3tune.config.variants import SOURCE, Registry
 from sd3tune.data.sources.dataset import list_with_masks
 from sd3tune.data.sources.folder import Listing, list_folder
+from sd3tune.errors import DataError
 
 
 def _list_dataset(source: DatasetSource) -> Listing:
@@ -16,11 +17,16 @@ def _list_dataset(source: DatasetSource) -> Listing:
     return Listing(rows, masks=masks)
 
 
+def _refuse_shards(source: WebDatasetSource) -> Listing:
+    raise DataError(f"{source.path}: shards are read by `sd3tune train` only; unpack one to look at its images")
+
+
 SOURCES: Registry[Callable[[Any], Listing]] = Registry(
     SOURCE,
     {
         "folder": list_folder,
         "dataset": _list_dataset,
+        "webdataset": _refuse_shards,
     },
 )
 

@@ -64,6 +64,8 @@ def _data(trained: Trained) -> Iterator[Row]:
             yield "held out", f"{_count(facts['held_out_images'], 'image')}, not trained on"
         if facts["class_images"]:
             yield "class images", str(facts["class_images"])
+    if "shards" in facts:
+        yield "data", f"a stream of {_count(facts['shards'], 'shard')}"
     yield from _concepts(trained)
     yield from _priors(trained)
     sides = ", ".join(map(str, contract.get("resolutions", [contract["resolution"]])))
