@@ -49,7 +49,7 @@ from sd3tune.run.folder import (
 )
 from sd3tune.run.knobs import encoding_knob, loading_knob, training_knob
 from sd3tune.run.listing import remember_run
-from sd3tune.run.machines import check_same_data, check_same_start, resume_everywhere
+from sd3tune.run.machines import check_same_data, check_same_start, found_by_main, resume_everywhere
 from sd3tune.run.optimizer_fallback import with_working_optimizer
 from sd3tune.run.places import store_folder
 from sd3tune.run.preflight import Plan, make_plan
@@ -121,13 +121,14 @@ def carry_out_run(
     plan, chosen = fitted_plan(plan, processes)
     if resume and plan.start is None:
         say(f"nothing to resume in {plan.run}: starting afresh")
-    if plan.start is not None and is_finished(
-        plan.run, plan.method.product, plan.config.train.total_steps, plan.config.patience
+    length = plan.config.train.total_steps
+    if plan.start is not None and found_by_main(
+        is_finished(plan.run, plan.method.product, length, plan.config.patience), processes, plan.device
     ):
         check_finished(plan, processes.world)
         if processes.is_main:
             step = int(read_state(plan.start)["step"])
-            early = f", stopped early at step {step}" if step < plan.config.train.total_steps else ""
+            early = f", stopped early at step {step}" if step < length else ""
             reporting.result(f"{plan.run}: already finished{early}; nothing to do", **result_values(plan, step))
         if plan.config.hub.push != "never":
             say(f"to upload it: {push_command(plan.run)}")

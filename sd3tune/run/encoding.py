@@ -28,7 +28,7 @@ from sd3tune.model.load.components import load_tokenizer
 from sd3tune.model.load.text import TOKENS, count_tokens
 from sd3tune.run.drawing import NEGATIVE_PROMPT, draw_class_images
 from sd3tune.run.earlier import began_in_llm_int8
-from sd3tune.run.machines import those_who_share
+from sd3tune.run.machines import processes_sharing
 from sd3tune.run.places import store_folder
 from sd3tune.run.preflight import Plan
 from sd3tune.runtime.processes import Processes
@@ -62,7 +62,7 @@ def encode(plan: Plan, processes: Processes, say: Callable[[str], None]) -> Enco
     """
     store = Store(store_folder(plan.config))
     drawn = {image.path.parent for prior in plan.priors for image in prior.drawn}
-    processes = those_who_share([store.root, *sorted(drawn)], processes, plan.device)
+    processes = processes_sharing([store.root, *sorted(drawn)], processes, plan.device)
     captions, t5_lengths, report = _encode_captions(plan, store, processes, say)
     reports = [report]
     earlier: dict[str, str] = {}

@@ -32,7 +32,7 @@ def on_one_machine(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("LOCAL_WORLD_SIZE", "") == environment.get("WORLD_SIZE", "1")
 
 
-def sharing(folders: Iterable[Path], processes: Processes, device: torch.device) -> list[int]:
+def ranks_sharing(folders: Iterable[Path], processes: Processes, device: torch.device) -> list[int]:
     """Return the ranks, in order, that see the same `folders` as this process.
 
     Each leaves a file in them for the others, unless all are on one machine. Every process must call it. Raises
@@ -58,9 +58,9 @@ def sharing(folders: Iterable[Path], processes: Processes, device: torch.device)
     return sorted(seen)
 
 
-def those_who_share(folders: Iterable[Path], processes: Processes, device: torch.device) -> Processes:
+def processes_sharing(folders: Iterable[Path], processes: Processes, device: torch.device) -> Processes:
     """Return the processes with rank and number among those that see the same `folders`, to divide work on them."""
-    ranks = sharing(folders, processes, device)
+    ranks = ranks_sharing(folders, processes, device)
     return replace(processes, rank=ranks.index(processes.rank), world=len(ranks))
 
 
@@ -76,13 +76,13 @@ def resume_everywhere(run: Path, resume: bool, processes: Processes, device: tor
         return resume
     newest = from_main(list_checkpoints(run)[-1].name if processes.is_main and list_checkpoints(run) else None, device)
     if newest is not None:
-        _give(run, Path("checkpoints") / newest, processes, device)
+        _send_checkpoint(run, Path("checkpoints") / newest, processes, device)
     return resume
 
 
-def _give(run: Path, checkpoint: Path, processes: Processes, device: torch.device) -> None:
+def _send_checkpoint(run: Path, checkpoint: Path, processes: Processes, device: torch.device) -> None:
     """Write rank 0's checkpoint and measurements into the run folder of every machine that does not share it."""
-    ranks = sharing([run], processes, device)
+    ranks = ranks_sharing([run], processes, device)
     receives = 0 not in ranks and ranks[0] == processes.rank
     inside = sorted(path.relative_to(run) for path in (run / checkpoint).rglob("*") if path.is_file())
     names = from_main([*inside, *(Path(name) for name in _FILES if (run / name).is_file())], device)
@@ -97,6 +97,11 @@ def _give(run: Path, checkpoint: Path, processes: Processes, device: torch.devic
                 write_bytes(run / name, received[name])
         prune(run, keep=1)
     processes.wait()
+
+
+def found_by_main(found: bool, processes: Processes, device: torch.device) -> bool:
+    """Return what rank 0 found in the run folder, which others may not see."""
+    return found if processes.world == 1 else bool(from_main(found, device))
 
 
 def check_same_start(start: Path | None, processes: Processes, device: torch.device) -> None:

@@ -107,17 +107,21 @@ def explain_timeout(minutes: float) -> Iterator[None]:
     It names the processes that did not arrive. NCCL has no such error: its watchdog ends the process, and prints the
     collective operation. Before that, a warning names them.
     """
-    try:
-        with naming_missing_ranks(minutes):
+    with naming_missing_ranks(minutes):
+        try:
             yield
-    except RuntimeError as error:
-        if "Timed out waiting" not in str(error) or not torch.distributed.is_initialized():
-            raise
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        others = missing_ranks() or [other for other in range(world) if other != rank]
-        named = ", ".join(map(str, others)) if len(others) <= 8 else f"{len(others)} others"
-        raise RunError(
-            f"process {rank} of {world} waited for {named} longer than train.process_timeout ({minutes:g} minutes): "
-            "if a process was still saving, drawing or uploading, raise it; if one hangs, see its output; the same "
-            "command with --resume continues from the last checkpoint"
-        ) from None
+        except RuntimeError as error:
+            if "Timed out waiting" not in str(error) or not torch.distributed.is_initialized():
+                raise
+            raise RunError(_waited(minutes)) from None
+
+
+def _waited(minutes: float) -> str:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    others = missing_ranks() or [other for other in range(world) if other != rank]
+    named = ", ".join(map(str, others)) if len(others) <= 8 else f"{len(others)} others"
+    return (
+        f"process {rank} of {world} waited for {named} longer than train.process_timeout ({minutes:g} minutes): "
+        "if a process was still saving, drawing or uploading, raise it; if one hangs, see its output; the same "
+        "command with --resume continues from the last checkpoint"
+    )

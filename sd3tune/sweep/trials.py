@@ -10,7 +10,6 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
@@ -63,7 +62,6 @@ class Claim:
     trial: Trial
     overrides: tuple[str, ...]
     lock: FileLock
-    is_new: bool
 
     @property
     def number(self) -> int:
@@ -110,22 +108,32 @@ class Trials:
         return [self._row(trial) for trial in self._known()]
 
     def claim(self) -> Claim | None:
-        """Take up a trial that nobody works on, or begin the next one; None if there is none."""
+        """Take up a trial that nobody works on, or begin the next one; None if there is none.
+
+        Raises RunError if the next one's folder exists already, as of a sweep whose storage was removed.
+        """
         with FileLock(self.folder / _LOCKS / _CLAIM):
             known = self._known()
             for frozen in known:
                 if frozen.state is TrialState.RUNNING and self._is_of_this_place(frozen):
                     lock = self._lock_of(frozen.number)
                     if lock is not None:
-                        return self._claimed(Trial(self.study, frozen._trial_id), lock, is_new=False)
+                        return self._claimed(Trial(self.study, frozen._trial_id), lock)
             if len(known) >= self.count:
                 return None
+            next_folder = self.folder / trial_name(len(known))
+            if next_folder.exists():
+                raise RunError(
+                    f"{next_folder}: is there already, but the sweep's storage has no such trial; move it away, or "
+                    "choose another output_dir"
+                )
             trial = self.study.ask()
-            if trial.number >= self.count:  # another machine was faster
+            if trial.number >= self.count:
+                trial.set_user_attr(_REASON, "another machine had begun the last trial")
                 self.study.tell(trial, state=TrialState.FAIL)
                 return None
             lock = self._lock_of(trial.number)
-            return None if lock is None else self._claimed(trial, lock, is_new=True)
+            return None if lock is None else self._claimed(trial, lock)
 
     def busy_here(self) -> list[str]:
         """Return the names of the trials that processes of this place work on."""
@@ -216,11 +224,11 @@ class Trials:
             return None
         return lock
 
-    def _claimed(self, trial: Trial, lock: FileLock, is_new: bool) -> Claim:
+    def _claimed(self, trial: Trial, lock: FileLock) -> Claim:
         if self.place is not None:
             trial.set_user_attr(_OF_PLACE, self.place)
         drawn = {key: trial._suggest(key, distribution) for key, distribution in self._distributions.items()}
-        return Claim(trial, tuple(override(key, value) for key, value in drawn.items()), lock, is_new)
+        return Claim(trial, tuple(override(key, value) for key, value in drawn.items()), lock)
 
     def _row(self, trial: FrozenTrial) -> Row:
         state = _STATES.get(trial.state, "running")
@@ -245,10 +253,3 @@ def drawn_ahead(file: SweepFile, most: int) -> list[tuple[str, ...]]:
         found.append(tuple(override(key, trial.params[key]) for key in file.settings.axes))
         study.tell(trial, state=TrialState.FAIL)
     return found
-
-
-def check_folder_is_free(claim: Claim, run: Path) -> None:
-    """Raise RunError if a new trial's folder exists already, as of a sweep whose storage was removed."""
-    if claim.is_new and run.exists():
-        raise RunError(f"{run}: is there already, but the sweep's storage has no such trial; move it away, or choose "
-                       "another output_dir")  # fmt: skip

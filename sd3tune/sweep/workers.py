@@ -12,7 +12,7 @@ from sd3tune.invocation import command_line
 from sd3tune.reporting import progress_bar, say
 from sd3tune.sweep.attempt import Attempt, is_taken, measured_so_far, result_of
 from sd3tune.sweep.results import best_row, describe_row
-from sd3tune.sweep.trials import Claim, Row, Trials, check_folder_is_free
+from sd3tune.sweep.trials import Claim, Row, Trials
 
 _POLL = 0.3
 """Seconds between looks at the processes."""
@@ -35,9 +35,8 @@ class Worker:
             self._environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
 
     def begin(self, claim: Claim) -> None:
-        """Take a trial. Raises RunError if the folder of a new one is there already."""
+        """Take a trial."""
         self.claim, self._attempt, self._pruning = claim, None, False
-        check_folder_is_free(claim, self._run(claim))
 
     def look(self) -> None:
         """Start, watch or end the trial."""

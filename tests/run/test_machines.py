@@ -15,7 +15,7 @@ import torch
 from sd3tune.config import dump_config
 from sd3tune.data.store import Store
 from sd3tune.errors import UserError
-from sd3tune.run.machines import check_same_data, check_same_start, resume_everywhere, sharing, those_who_share
+from sd3tune.run.machines import check_same_data, check_same_start, processes_sharing, ranks_sharing, resume_everywhere
 from sd3tune.runtime.device import make_accelerator
 from sd3tune.runtime.processes import processes_of
 from sd3tune.training.checkpoint import list_checkpoints
@@ -47,8 +47,8 @@ def rank(number: int, port: int, root: Path, answers: Connection) -> None:
     processes = processes_of(make_accelerator())
     machine = root / ("first" if number < 2 else "second")
     run, identity = machine / "run", {"data": {"images": "a", "prior": number}}
-    answers.send(sharing([machine / "store"], processes, CPU))
-    divided = those_who_share([machine / "store", root / "all"], processes, CPU)
+    answers.send(ranks_sharing([machine / "store"], processes, CPU))
+    divided = processes_sharing([machine / "store", root / "all"], processes, CPU)
     answers.send((divided.rank, divided.world))
     answers.send(problem_of(check_same_data, identity, processes))
     answers.send(problem_of(check_same_data, {"data": {"images": str(number // 2)}}, processes))
@@ -138,6 +138,10 @@ def test_two_machines_without_a_shared_disk_train_and_resume_as_one(
     assert first[0] == 0, first[2]
     assert "resuming from step-000004" in first[1]
     assert [path.name for path in list_checkpoints(tmp_path / "second" / "run")] == ["step-000004"]
+
+    finished = launched("--resume", overrides=("train.steps=8",))
+    assert [code for code, _, _ in finished] == [0, 0]
+    assert "already finished" in finished[0][1]
 
     monkeypatch.setenv("SD3TUNE_CACHE", str(tmp_path / "cache"))
     for steps in ("4", "8"):
