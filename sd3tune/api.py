@@ -29,15 +29,23 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return loaded.config
 
 
-def plan(config: Config, *, card: str | None = None, memory: float | None = None, utilisation: float = 40) -> RunPlan:
+def plan(
+    config: Config,
+    *,
+    card: str | None = None,
+    memory: float | None = None,
+    utilisation: float = 40,
+    num_processes: int = 1,
+) -> RunPlan:
     """Forecast a run's memory, disk space and time, and the savings of each configuration change. Needs no weights.
 
     `card` is a GPU such as `"4090"`; `memory` replaces its memory, in GB (10^9 bytes); `utilisation` is the assumed
-    share of its peak throughput, in per cent. Raises UserError.
+    share of its peak throughput, in per cent. With several processes, memory and time are those of each. Raises
+    UserError.
     """
     from sd3tune.commands.plan import make_run_plan
 
-    return make_run_plan(config, card, memory, utilisation)
+    return make_run_plan(config, card, memory, utilisation, num_processes)
 
 
 def train(

@@ -23,7 +23,6 @@ from sd3tune.training.drift import DriftLimit
 from sd3tune.training.flat_master import FlatMaster, LossScale
 from sd3tune.training.fused_backward import FusedBackward
 from sd3tune.training.optimizers import make_optimizer
-from sd3tune.training.sharded_master import ShardedMaster
 from sd3tune.training.step import TrainState, predict_velocity
 
 _OBSERVED_STEPS = 8
@@ -76,6 +75,8 @@ def _divide(
         for model in plan.method.companions():
             model.to(plan.device)
         return None
+    from sd3tune.training.sharded_master import ShardedMaster  # its modules of torch take a second to import
+
     master = ShardedMaster(parameters, mesh, plan.device)
     for parameter in parameters.values():
         parameter.data = parameter.data.to(plan.dtype)

@@ -137,12 +137,14 @@ def restore(checkpoint: Path, state: TrainState) -> None:
         stored, live = tensors.get(name), expected.get(name)
         if stored is None or live is None:
             raise _damaged(checkpoint, f"{name}: {'missing' if stored is None else 'not a tensor of this run'}")
+        is_divided = state.master.is_sharded and live.shape == state.master.master.shape
+        shape = whole if is_divided else live.shape
+        if (stored.shape, stored.dtype) != (shape, live.dtype):
+            raise _damaged(checkpoint, f"{name}: {_form(stored.dtype, stored.shape)}, not {_form(live.dtype, shape)}")
         if saved["digests"].get(name, "") not in ("", digest(stored)):
             raise _damaged(checkpoint, f"{name}: not the bytes that were written")
-        if state.master.is_sharded and stored.shape == whole:
+        if is_divided:
             stored = tensors[name] = state.master.own_part(stored)
-        if (stored.shape, stored.dtype) != (live.shape, live.dtype):
-            raise _damaged(checkpoint, f"{name}: {_form(stored)}, not {_form(live)}")
         if not stored.isfinite().all():
             raise _damaged(checkpoint, f"{name}: holds values that are not finite")
     with torch.no_grad():
@@ -186,8 +188,8 @@ def _damaged(checkpoint: Path, reason: str) -> RunError:
     return RunError(f"{checkpoint}: damaged ({reason}); delete this folder to resume from the one before")
 
 
-def _form(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def _form(dtype: torch.dtype, shape: torch.Size) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 def _layout(state: TrainState) -> dict[str, list[int]]:

@@ -1,7 +1,7 @@
 """Checkpoints whose tensors several processes write and read together, with torch's distributed checkpoints.
 
 Each process writes one safetensors file with its rows of every tensor, and their places in the whole. Any number of
-processes can read them, as rows are cut anew. Nothing is pickled.
+processes can read them, as rows are cut anew. Nothing is pickled. torch's part is imported on use.
 """
 
 from __future__ import annotations
@@ -14,10 +14,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from sd3tune.files.regular import sha256_of
 from sd3tune.training.flat_master import FlatMaster
@@ -42,6 +38,9 @@ def by_parameter(master: FlatMaster, tensors: Mapping[str, Tensor]) -> dict[str,
 
 def write_shards(folder: Path, master: FlatMaster, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Write the tensors of all processes into a folder that all see. Return this process's files, with digests."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about arguments that it passes to itself
@@ -51,6 +50,10 @@ def write_shards(folder: Path, master: FlatMaster, tensors: Mapping[str, Tensor]
 
 def read_shards(folder: Path, master: FlatMaster, tensors: Mapping[str, Tensor], digests: Mapping[str, Any]) -> None:
     """Read the tensors in place, from files that any number of processes wrote. Raises DamagedShards."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     try:
         for file in _own(folder, sorted(digests)):
             if sha256_of(file) != digests[file.name]:

@@ -486,3 +486,14 @@ def test_the_update_in_the_backward_pass_is_listed_where_it_can_be_set(quick_con
     assert not listed(FULL, "optimizer={kind: prodigy}")
     config = quick_config(tmp_path, FULL, "optimizer.kind=adamw8bit", BLOCK, "data.resolution=512")
     assert both in training_knob(config, METHODS["full"](config, resolve_base("tiny")), blocks=4)
+
+
+def test_several_processes_divide_the_blocks_and_see_more_images(quick_config, tmp_path: Path) -> None:
+    config = quick_config(tmp_path, "train.sharding=fsdp")
+    one, four = (list(plan_lines(config, processes=processes)) for processes in (1, 4))
+    assert any("train.sharding has no effect with one process" in line for line in one)
+    assert "processes 4; they divide the transformer's blocks; memory and time are those of each" in four
+    assert any(line.startswith("steps     3 x 4 images, 12 images seen") for line in four)
+    assert any("a gathered block, and the buffer of the next" in line for line in four)
+    refused = ("train.swap_blocks", "model.quantize")  # knobs that `train.sharding` does not allow
+    assert not any(line.startswith(refused) for line in four)

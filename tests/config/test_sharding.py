@@ -25,7 +25,7 @@ FULL = "method={kind: full}"
         ((FULL, "optimizer={kind: muon}"), "optimizer.kind is muon"),
         ((FULL, "optimizer={kind: adamw8bit}"), "optimizer.kind is adamw8bit"),
         ((FULL, "optimizer={kind: prodigy}"), "optimizer.kind is prodigy"),
-        ((FULL, "data.sources.0.prior={kind: prediction}"), "data.sources have a prior"),
+        ((FULL, "data.sources.0.prior={kind: prediction, prompt: a dog}"), "data.sources have a prior"),
         ((FULL, "data.sources.0.outside_target=base"), "data.sources have outside_target"),
     ],
 )

@@ -94,6 +94,8 @@ def assert_close_runs(sharded: Path, single: Path, lines_of) -> None:
         for name in ("metrics.jsonl", *["validation.jsonl"] * (sharded / "validation.jsonl").is_file())
         for two, one in zip(lines_of(sharded, name), lines_of(single, name), strict=True)
     ]
+    for two, one in zip(lines_of(sharded), lines_of(single), strict=True):
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     product = largest_difference(products_of(sharded), products_of(single))
     note(sharded.name, gradient, max(losses), product)
     assert gradient <= 1e-6

@@ -1,4 +1,4 @@
-"""Transformer blocks that the processes of a run divide among themselves, with torch's FSDP2.
+"""Transformer blocks that the processes of a run divide among themselves, with torch's FSDP2, imported on use.
 
 Each process keeps its rows of every parameter of a block. The rows are gathered before the block computes, forward and
 backward, and freed after it. Gradients of trained rows are averaged over the processes in fp32, and stay divided.
@@ -7,17 +7,20 @@ backward, and freed after it. Gradients of trained rows are averaged over the pr
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def mesh_of(device: torch.device) -> DeviceMesh:
     """Return all processes of the run as a mesh of one dimension; they must have joined a process group."""
+    from torch.distributed.device_mesh import init_device_mesh
+
     return init_device_mesh(device.type, (torch.distributed.get_world_size(),))
 
 
@@ -37,6 +40,8 @@ def shard_blocks(
     they are few, and are used outside of the model's forward pass. The device never holds more than the result and one
     block. The order of the model's parameters, their names and global shapes stay.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     inside = {of for block in transformer.transformer_blocks for of in block.parameters()}
     outside = {of for of in transformer.parameters() if of not in inside and not of.requires_grad}
     ignored = {*whole, *outside}
@@ -53,13 +58,15 @@ def shard_blocks(
 
 
 def is_divided(tensor: Tensor) -> bool:
-    """Return True for a parameter whose rows the processes have divided."""
-    return isinstance(tensor, DTensor)
+    """Return True for a parameter whose rows the processes have divided: a DTensor."""
+    return hasattr(tensor, "device_mesh")
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """Return a divided parameter as a whole, which takes all processes; any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    divided: Any = tensor
+    whole: Tensor = divided.full_tensor() if is_divided(tensor) else tensor
+    return whole
 
 
 def overwrite_rows(parameter: Tensor, value: Tensor) -> Callable[[], object]:
@@ -67,9 +74,8 @@ def overwrite_rows(parameter: Tensor, value: Tensor) -> Callable[[], object]:
 
     The replaced rows wait in system memory.
     """
-    rows = parameter.detach()
-    assert isinstance(rows, DTensor)
-    own = rows.to_local()
+    divided: Any = parameter.detach()
+    own: Tensor = divided.to_local()
     live = own.to("cpu", copy=True)
-    own.copy_(value[rows_of(len(value), rows.device_mesh)])
+    own.copy_(value[rows_of(len(value), divided.device_mesh)])
     return lambda: own.copy_(live)
