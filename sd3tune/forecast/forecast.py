@@ -39,13 +39,12 @@ from sd3tune.run.preflight import (
     check_installed,
     check_precision,
     check_size,
-    load_of,
     resolve_epochs,
     split_records,
 )
 from sd3tune.run.priors import PlannedPrior, plan_priors, with_captions
 from sd3tune.run.sizes import held_out_size, in_all_sizes, used_images
-from sd3tune.run.stream_checks import check_stream
+from sd3tune.run.stream_checks import check_stream, load_of
 
 CONTEXT = 600_000_000
 """Bytes of GPU memory that CUDA and its libraries take by themselves: an allowance, not a measurement."""
