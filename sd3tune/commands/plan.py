@@ -201,7 +201,8 @@ def _memory_lines(plan: Forecast, system: SystemMemory) -> list[str]:
         sizes = (use.resident, use.working, use.peak, of_system)
         lines.append(f"{name:<20}" + "".join(f"{gigabytes(nbytes):>12}" for nbytes in sizes))
     lines += ["", "while training"]
-    lines += [f"  {name:<46}{gigabytes(nbytes):>12}" for name, nbytes in components(training) if nbytes]
+    live = ("text encoders and VAE, for the stream", phases["train"].peak - training.peak)
+    lines += [f"  {name:<46}{gigabytes(nbytes):>12}" for name, nbytes in [*components(training), live] if nbytes]
     return [
         *lines,
         "",

@@ -74,12 +74,13 @@ class Headers:
             self._new += 1
 
     def save(self) -> None:
-        """Write the file if there are many new entries. A failure is ignored: they are then read again."""
+        """Write the file if there are many new entries. A failure is ignored: they are then read again.
+
+        Of two processes that write at once, the later one wins.
+        """
         if self._path is None or self._new < _FEWEST:
             return
-        sizes, decoded = _read(self._path)  # with those of other processes
-        sizes.update(self._sizes)
-        decoded.update(self._decoded)
+        sizes, decoded = self._sizes, self._decoded
         for key in list(sizes)[:-_MOST]:
             del sizes[key]
         tensors: dict[str, np.ndarray] = {

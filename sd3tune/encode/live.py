@@ -55,16 +55,23 @@ class _Cut:
 class LiveStore(Store):
     """A store that encodes the images and captions which were announced to it. Thread-safe.
 
-    `most_bytes` is the size of the store up to which new entries are written. `vae` and `text` of the keys are those of
-    `base`, in `dtype`.
+    `most_bytes` is the size of the store up to which new entries are written, by `world` processes in equal parts. The
+    keys are those of `base` in `dtype`, with T5 at `t5_length` tokens.
     """
 
     def __init__(
-        self, store: Store, encoders: LiveEncoders, base: Base, dtype: torch.dtype, t5_length: int, most_bytes: int
+        self,
+        store: Store,
+        encoders: LiveEncoders,
+        base: Base,
+        dtype: torch.dtype,
+        t5_length: int,
+        most_bytes: int,
+        world: int = 1,
     ) -> None:
         super().__init__(store.root)
         self.encoders, self.base, self.dtype, self.t5_length = encoders, base, dtype, t5_length
-        self._left = most_bytes - sum(entry.nbytes for entry in self._index.values())
+        self._left = (most_bytes - sum(entry.nbytes for entry in self._index.values())) // world
         self._jobs: OrderedDict[str, _Cut | tuple[str, str]] = OrderedDict()
         self._texts: OrderedDict[str, Entry] = OrderedDict()
         self._text_bytes = 0
@@ -113,6 +120,8 @@ class LiveStore(Store):
                 job = self._jobs.get(key)
                 if isinstance(job, _Cut) and key not in self and key not in self._decoded:
                     self._decoded[key] = self._threads.submit(_decoded, job)
+            while len(self._decoded) > 8 * len(keys):  # those that were found in the store meanwhile
+                del self._decoded[next(iter(self._decoded))]
 
     @torch.no_grad()
     def get(self, key: str) -> dict[str, Tensor]:

@@ -42,12 +42,12 @@ from sd3tune.run.preflight import (
     check_installed,
     check_precision,
     check_size,
-    load_of,
     resolve_epochs,
     split_records,
 )
 from sd3tune.run.priors import PlannedPrior, plan_priors, with_captions
 from sd3tune.run.sizes import held_out_size, in_all_sizes, used_images
+from sd3tune.run.stream_checks import check_stream, load_of
 
 CONTEXT = 600_000_000
 """Bytes of GPU memory that CUDA and its libraries take by themselves: an allowance, not a measurement."""
@@ -157,11 +157,9 @@ class Forecast:
         """Size of the store; None if the images are missing, and for streams."""
         inputs = self.inputs
         method = METHODS[inputs.config.method.kind](inputs.config, inputs.base)
-        return (
-            None
-            if inputs.records is None or inputs.config.data.streams
-            else _store(inputs, inputs.records, method.cached_encoders)
-        )
+        if inputs.records is None or inputs.config.data.streams:
+            return None
+        return _store(inputs, inputs.records, method.cached_encoders)
 
     @property
     def peak(self) -> int:
@@ -201,6 +199,8 @@ def forecast_inputs(
     used = buckets
     try:
         loaded = load_of(config) if loaded is None else loaded
+        if config.data.streams:
+            check_stream(config, world=1)
         records, holdout = split_records(config, list(loaded))
         config = with_captions(config, records)
         sized, holdout = in_all_sizes(config.data, records, tables), held_out_size(config.data, holdout, tables)

@@ -77,12 +77,14 @@ def system_memory(plan: Forecast, on_the_cpu: bool) -> SystemMemory:
         found["draw class images"] = model
     if on_the_cpu:
         found |= {name: max(found.get(name, 0), use.peak) for name, use in plan.phases.items()}
-        found["train"] = max(model, training.peak + kept, training.resident + kept + exact)
+        found["train"] = max(found["train"] + kept, model, training.resident + kept + exact)
     else:
-        found["train"] = max(model + largest, exact, copied + kept)
+        t5 = loaded.get(f"encode {LABELS['t5']}", 0)
+        stays = t5 if plan.inputs.config.data.streams and plan.inputs.config.model.t5_device == "cpu" else 0
+        found["train"] = max(model + largest, exact, copied + kept) + stays
     if training.preview is not None:
         vae = loaded[f"encode {LABELS['vae']}"]
-        found["preview"] = kept + (training.resident + training.preview if on_the_cpu else max(vae, exact))
+        found["preview"] = kept + (plan.phases["preview"].peak if on_the_cpu else max(vae, exact))
     return SystemMemory(found)
 
 

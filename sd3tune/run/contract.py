@@ -200,7 +200,7 @@ _DIGESTS = {
     "data.weights": "weights of the sources",
     "data.concepts": "concepts of the images",
     "data.masks": "masks, or loss outside them,",
-    "data.stream": "shards, or captions,",
+    "data.shards": "shards, or settings of captions,",
 }
 """Descriptions of the identity keys whose values are digests."""
 

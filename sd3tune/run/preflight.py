@@ -35,11 +35,10 @@ from sd3tune.run.base_sampling import with_base_sampling
 from sd3tune.run.buckets import Tables, bucket_of, bucket_tables, buckets_in, largest_bucket, largest_side
 from sd3tune.run.evaluated import evaluated_prompts
 from sd3tune.run.folder import check_disk_space, starting_checkpoint
-from sd3tune.run.places import store_folder
 from sd3tune.run.priors import PlannedPrior, plan_priors, with_captions
 from sd3tune.run.saved import with_saved_base
 from sd3tune.run.sizes import held_out_size, in_all_sizes, samples_of, used_images
-from sd3tune.run.stream_checks import check_stream
+from sd3tune.run.stream_checks import check_stream, load_of
 from sd3tune.runtime.device import choose_dtype, gpu_of
 from sd3tune.tracking.trackers import missing_packages
 from sd3tune.training.objective import share_inside, shift_at
@@ -169,13 +168,6 @@ def make_plan(config: Config, device: torch.device, resume: bool | None, world: 
         evaluated=evaluated,
         warnings=list(dict.fromkeys(warnings)),
     )
-
-
-def load_of(config: Config, warn: Callable[[str], None] = lambda line: None) -> list[Record]:
-    """Return the records of a run's sources, none for streams; see `load_records`."""
-    if config.data.streams:
-        return []
-    return load_records(config.data, config.seed, warn=warn, store=store_folder(config))
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,23 @@
-"""Checks of a run on streams, before anything of them is read."""
+"""The images of a run before anything is encoded: records, or the checked shards of its streams."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sd3tune.config import Config
 from sd3tune.config.sections.data import DataConfig, StreamConfig
+from sd3tune.data.records import Record, load_records
 from sd3tune.data.stream.reader import shards_of
 from sd3tune.data.stream.shards import Shard
 from sd3tune.errors import ConfigError, DataError
+from sd3tune.run.places import store_folder
+
+
+def load_of(config: Config, warn: Callable[[str], None] = lambda line: None) -> list[Record]:
+    """Return the records of a run's sources, none for streams; see `load_records`."""
+    if config.data.streams:
+        return []
+    return load_records(config.data, config.seed, warn=warn, store=store_folder(config))
 
 
 def check_stream(config: Config, world: int) -> Sequence[Shard]:

@@ -1,4 +1,4 @@
-"""Runs on streams: their checks, their live encoders, and their batches."""
+"""The batches of a run on streams, and the encoders that it keeps in memory."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class StreamBatches(Batches):
         images = self.stream.batch(number)
         self._names[number] = [one.record.image.name for one in images]
         while len(self._names) > _NAMES:
-            del self._names[next(iter(self._names))]
+            self._names.pop(next(iter(self._names)), None)
         slots = step_slots(micro, self.rank, self.world, self.batch_size)
         return [Sample(self._example(one), slot) for one, slot in zip(images, slots, strict=True)]
 
@@ -111,7 +111,7 @@ def stream_batches(plan: Plan, store: Store, processes: Processes, **settings: A
         },
     )
     most = round(stream.store_gb * 1e9)
-    live = LiveStore(store, encoders, base, plan.dtype, length, most)
+    live = LiveStore(store, encoders, base, plan.dtype, length, most, processes.world)
     folder = store.root / "streams"
     reader = ShardReader(config.data, config.seed, plan.shards, folder, lambda line: say(f"warning: {line}"))
     batches: Stream[StreamedImage] = Stream(
@@ -145,7 +145,7 @@ def _identity(plan: Plan, processes: Processes) -> str:
     )[:16]
 
 
-def streamed_content(plan: Plan) -> dict[str, str]:
+def streamed_content(plan: Plan) -> dict[str, str | int]:
     """Return the part of a run's identity that describes its streams; empty for other runs."""
     if not plan.shards:
         return {}
@@ -153,4 +153,5 @@ def streamed_content(plan: Plan) -> dict[str, str]:
     of_sources = [source.model_dump(mode="json") for source in plan.config.data.sources]
     settings = [{name: source.get(name) for name in (*keys, "caption_field")} for source in of_sources]
     shards = [(shard.source, *shard.identity) for shard in plan.shards]
-    return {"stream": key("stream", shards=shards, settings=settings, trigger=plan.config.data.trigger)[:16]}
+    content = key("stream", shards=shards, settings=settings, trigger=plan.config.data.trigger)[:16]
+    return {"shards": content, "buffer": (plan.config.data.stream or StreamConfig()).buffer}

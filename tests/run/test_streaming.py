@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
@@ -14,11 +15,14 @@ from sd3tune.config import Config, dump_config
 from sd3tune.errors import ConfigError, DataError, Interrupted, UserError
 from sd3tune.forecast.forecast import forecast, forecast_inputs
 from sd3tune.run.batches import make_batches
-from sd3tune.run.encoding import encode
+from sd3tune.run.contract import _in_words, run_identity
+from sd3tune.run.encoding import Encoded, encode
 from sd3tune.run.preflight import make_plan
 from sd3tune.runtime.processes import ALONE
+from sd3tune.training.checkpoint import differences
 from tests.shards import write_shards
 
+NOTHING = Encoded(None, [], {}, [], [], {})  # type: ignore[arg-type]
 ADAPTER = "adapter/pytorch_lora_weights.safetensors"
 
 
@@ -49,6 +53,31 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(streamed, tmp_path, 
         run_training(streamed("parts", "train.steps=5"), callbacks=[stop])
     run_training(streamed("parts", "train.steps=5"), resume=True)
     assert (tmp_path / "parts" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.stream.buffer=1", r"data\.buffer: 2 in the run, 1 now"),
+        (
+            "data.sources.0.template='a {caption}'",
+            r"data\.shards: not the same shards, or settings of captions,",
+        ),
+    ],
+)
+def test_another_order_or_other_captions_are_not_resumed(streamed, override, message) -> None:
+    config = streamed("run", override)
+    plan = make_plan(config, torch.device("cpu"), None)
+    before = run_identity(make_plan(streamed("run"), torch.device("cpu"), None), NOTHING, 1)
+    lines = [_in_words(line) for line in differences(before, run_identity(plan, NOTHING, 1))]
+    assert len(lines) == 1
+    assert re.match(message, lines[0])
+
+
+def test_settings_that_change_nothing_may_change_on_resume(streamed) -> None:
+    more = streamed("run", "data.stream.store_gb=1", "data.stream.max_broken=3")
+    one, two = (run_identity(make_plan(of, torch.device("cpu"), None), NOTHING, 1) for of in (streamed("run"), more))
+    assert one == two
 
 
 def batches_of(config: Config):

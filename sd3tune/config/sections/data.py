@@ -109,7 +109,7 @@ class DataConfig(Section):
         "`.cache/sd3tune` next to the run folder's parent.",
     )
 
-    stream: Annotated[StreamConfig | None, Key(Identity.WRITTEN, added=True)] = Field(
+    stream: Annotated[StreamConfig | None, FREE] = Field(
         None,
         examples=["{buffer: 8}"],
         description="Settings of sources that are read while training: `kind: webdataset`, and datasets with "

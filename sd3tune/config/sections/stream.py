@@ -6,14 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sd3tune.config.sections.key import FREE, WRITTEN
+from sd3tune.config.sections.key import CONTENT, FREE
 from sd3tune.config.sections.section import Section
 
 
 class StreamConfig(Section):
     """How streams are shuffled, which faults they may have, and what is kept of them."""
 
-    buffer: Annotated[int, WRITTEN] = Field(
+    buffer: Annotated[int, CONTENT] = Field(
         4,
         ge=1,
         description="Number of shards whose samples are shuffled together. Their order is drawn from the seed, too. A "

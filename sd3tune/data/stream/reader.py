@@ -106,4 +106,4 @@ class ShardReader:
                     f"passed over: {first}"
                 )
         for line in new:
-            self.warn(f"passed over: {line}")
+            self.warn(f"passed over, {len(self._broken)} of at most {self.limit}: {line}")
