@@ -61,7 +61,7 @@ def find_photos(request: EvalRequest, target: Target) -> Photos:
 
 def _captions_beside(photos: Path | None, config: Config) -> Sequence[str]:
     """Return the captions of the given photos, read as the run's one folder says; empty without captions there."""
-    if photos is None or len(config.data.sources) != 1 or not isinstance(config.data.sources[0], FolderSource):
+    if photos is None or [source.kind for source in config.data.sources] != ["folder"]:
         return ()
     source = config.data.sources[0].model_copy(update={"path": str(photos)})
     try:
