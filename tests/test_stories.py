@@ -48,7 +48,11 @@ TAKES_MINUTES = {"demo", "eval"}
 
 NEEDS_A_MODEL = {"caption", "mask"}
 """Tested with small models in tests/commands/test_data_caption.py and test_data_mask.py."""
-LEFT_OUT = NEEDS_THE_HUB | NEEDS_HOURS | TAKES_MINUTES | NEEDS_A_MODEL
+NEEDS_SEVERAL_PROCESSES = {"--num-processes", "train.sharding=fsdp"}
+"""Tested in tests/runtime."""
+OWN_FILES = {"my.yaml", "my-sweep.yaml"}
+"""Files that a page shows or leaves to its reader; tested in tests/run/test_streaming.py and tests/sweep."""
+LEFT_OUT = NEEDS_SEVERAL_PROCESSES | OWN_FILES | NEEDS_THE_HUB | NEEDS_HOURS | TAKES_MINUTES | NEEDS_A_MODEL
 
 
 def story(page: Path) -> list[list[str]]:

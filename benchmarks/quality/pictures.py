@@ -70,7 +70,7 @@ def _box(side: int, margin: int) -> tuple[int, int, int, int]:
 
 
 def two_subjects(prior: Callable[[str], dict[str, Any]] | None = None) -> Callable[[Path], list[dict[str, Any]]]:
-    """Return two sources, of the heart as `sks shape` and of the crown as `zwx shape`; `prior` is given the name."""
+    """Return two sources, of the heart as `sks shape` and of the crown as `tok shape`; `prior` is given the name."""
 
     def draw(folder: Path) -> list[dict[str, Any]]:
         sources = []

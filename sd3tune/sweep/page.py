@@ -121,7 +121,7 @@ def _scale(low: float, high: float, log: bool = False) -> _Scale:
 
 
 def _scale_of(axis: list[Any] | Range) -> _Scale:
-    if isinstance(axis, Range) and axis.step is None:
+    if not isinstance(axis, list) and axis.step is None:
         return _scale(axis.low, axis.high, axis.log)
     listed = axis if isinstance(axis, list) else axis.values
     names = [json.dumps(value, ensure_ascii=False) for value in listed]

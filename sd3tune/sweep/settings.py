@@ -207,7 +207,7 @@ def _axis(axis: Any) -> Iterator[tuple[KeyPath, str]]:
 def _contradictions(settings: Sweep) -> Iterator[tuple[KeyPath, str]]:
     """Yield the problems of keys that do not fit each other."""
     for key, axis in settings.space.items():
-        if settings.sampler == "grid" and isinstance(axis, Range) and axis.step is None:
+        if settings.sampler == "grid" and not isinstance(axis, list) and axis.step is None:
             yield ("axes", key), "a grid needs a step, or a list of values; or set sampler: random"
             return
     if settings.sampler != "grid" and settings.trials is None:

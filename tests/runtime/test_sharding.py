@@ -134,25 +134,33 @@ def assert_as_planned(run: Path, config: Config) -> None:
 def test_two_processes_that_divide_the_model_train_as_one(
     quick_config, tmp_path: Path, launch, alone, lines_of
 ) -> None:
-    """A LoRA on a divided base, and a whole model that is killed and resumed, also by one process."""
+    """A LoRA on a divided base, and a whole model."""
     write(quick_config, tmp_path / "lora", *LORA)
     write(quick_config, tmp_path / "whole", *WHOLE)
-    write(quick_config, tmp_path / "killed", *WHOLE)
-    launch(2, "lora", "whole", "killed:3")
+    launch(2, "lora", "whole")
 
     assert_close_runs(tmp_path / "lora", alone(quick_config, "one-lora", *LORA, "train.batch_size=2"), lines_of)
     for picture in ("base-0.png", "step-000004-0.png"):
         assert (tmp_path / "lora" / "samples" / picture).is_file()
-
     one = alone(quick_config, "one-whole", *WHOLE, "train.batch_size=2")
     assert_close_runs(tmp_path / "whole", one, lines_of)
+    assert_as_planned(tmp_path / "lora", quick_config(tmp_path / "lora", FSDP, *LORA))
+    assert_as_planned(tmp_path / "whole", quick_config(tmp_path / "whole", FSDP, *WHOLE))
+
+
+@pytest.mark.long
+def test_a_divided_model_that_is_killed_is_resumed_also_by_one_process(
+    quick_config, tmp_path: Path, launch, alone
+) -> None:
+    write(quick_config, tmp_path / "whole", *WHOLE)
+    write(quick_config, tmp_path / "killed", *WHOLE)
+    launch(2, "whole", "killed:3")
     straight, killed = (shards_of(tmp_path / name / LAST) for name in ("whole", "killed"))
     assert straight.keys() == killed.keys()
     assert all(torch.equal(killed[name], tensor) for name, tensor in straight.items())
     assert all(torch.equal(products_of(tmp_path / "killed")[n], t) for n, t in products_of(tmp_path / "whole").items())
-    assert_as_planned(tmp_path / "lora", quick_config(tmp_path / "lora", FSDP, *LORA))
-    assert_as_planned(tmp_path / "whole", quick_config(tmp_path / "whole", FSDP, *WHOLE))
 
+    one = alone(quick_config, "one-whole", *WHOLE, "train.batch_size=2")
     longer = ("train.steps=6", "train.batch_size=2", *WHOLE[1:])
     with pytest.raises(RunError, match="processes: 2 in the run, 1 now; with train"):
         run_training(quick_config(tmp_path / "killed", FSDP, *longer, "train.batch_size=1"), resume=True)

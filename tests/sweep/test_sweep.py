@@ -105,6 +105,7 @@ def test_ctrl_c_leaves_a_sweep_that_continues(write_sweep, quick_training, tmp_p
     assert [trial["state"] for trial in results(tmp_path / "stopped")["trials"]] == ["complete", "complete"]
 
 
+@pytest.mark.long
 def test_processes_share_the_trials_of_one_storage(write_sweep, quick_training, tmp_path: Path, monkeypatch) -> None:
     """One joins from a folder of its own, as another machine, and one from the same folder; all kinds of trial end."""
     url = f"sqlite:///{tmp_path / 'shared.db'}"
