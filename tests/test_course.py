@@ -24,7 +24,11 @@ def run(chapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main()
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS[:7], ids=lambda chapter: chapter.stem)
+@pytest.mark.parametrize(
+    "chapter",
+    [*CHAPTERS[:6], pytest.param(CHAPTERS[6], marks=pytest.mark.long)],
+    ids=lambda chapter: chapter.stem,
+)
 def test_the_code_of_a_chapter_makes_its_picture(chapter: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     run(chapter, monkeypatch)

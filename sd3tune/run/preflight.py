@@ -229,10 +229,6 @@ def _bytes_to_save(config: Config, method: Method, parameters: int, start: Path 
     return parameters * (in_checkpoint * saved + method.exported_bytes * (1 + average + measured))
 
 
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count} images"
-
-
 def split_records(
     config: Config, records: list[Record], warn: Callable[[str], None] = lambda line: None
 ) -> tuple[list[Record], list[Record]]:
@@ -256,7 +252,7 @@ def split_records(
     if not holdout:
         return records, []
     if holdout >= len(records):
-        raise DataError(f"validation.holdout: {holdout} of {_images(len(records))} would leave none to train on")
+        raise DataError(f"validation.holdout: {holdout} of {len(records)} image{'s' * (len(records) != 1)} would leave none to train on")
     lots = sorted(range(len(records)), key=lambda index: derive(0, "holdout", index))
     held = set(lots[:holdout])
     return (

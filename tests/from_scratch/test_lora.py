@@ -73,6 +73,7 @@ def test_an_adapter_of_sd3tune_is_merged_with_its_scale(given, quick_config, tmp
     assert not torch.allclose(plain, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.long
 def test_sd3tunes_trainer_has_the_same_loss_for_a_hundred_steps(quick_config, assembled, tmp_path: Path) -> None:
     training = assembled(quick_config(tmp_path / "run", "train.steps=100", "method={rank: 4, alpha: 4.0}"))
     config, method = training.config, training.method

@@ -95,6 +95,7 @@ def test_a_run_says_what_an_offset_means_and_one_without_says_nothing(quick_conf
     assert "noise_offset" not in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_recipe_carries_the_offset_and_one_of_before_has_none(run: Path, tmp_path: Path, edit_json) -> None:
     (drawn,) = run_infer(InferenceJob.from_fields(loras=[str(run)], out=run / "images", before=False, **DRAWING))
     recipe = read_recipe(drawn)
@@ -114,6 +115,7 @@ def test_a_recipe_carries_the_offset_and_one_of_before_has_none(run: Path, tmp_p
         run_infer(again)
 
 
+@pytest.mark.long
 def test_an_adapter_of_before_is_drawn_as_then_and_says_how_it_would_be_right(
     run: Path, tmp_path: Path, capsys, edit_json
 ) -> None:
@@ -181,6 +183,7 @@ def test_held_out_loss_is_measured_on_offset_noise_and_goes_on_as_it_began(
     assert resumed[2]["base_loss"] == without[0]["base_loss"]
 
 
+@pytest.mark.long
 def test_class_images_start_as_the_base_was_trained(quick_config, tmp_path: Path, edit_json) -> None:
     """A base whose contract says so draws others, under other names; `infer` draws with it alone in the same way."""
     base = Path(shutil.copytree(resolve_base("tiny").path, tmp_path / "base"))

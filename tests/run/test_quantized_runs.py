@@ -122,6 +122,7 @@ def test_what_cannot_be_is_one_line(quick_config, tmp_path: Path, run: Path, for
         drawn(run, tmp_path / "missing")
 
 
+@pytest.mark.long
 def test_little_is_lost_on_a_base_that_knows_something(quick_config, tmp_path: Path) -> None:
     """nano in 4 bits, after five steps: the loss on its training images at fixed noise."""
     losses = {}

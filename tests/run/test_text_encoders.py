@@ -72,6 +72,7 @@ def test_infer_and_diffusers_draw_the_preview(run: Path, tmp_path: Path, capsys)
     assert checked[-1].endswith("drawn again by diffusers: equal to the pixel")
 
 
+@pytest.mark.long
 def test_a_picture_is_drawn_again_with_the_encoders_or_without_as_it_was(run: Path, tmp_path: Path) -> None:
     for name, only in (("whole", False), ("part", True)):
         before = drawn(run, tmp_path / name, transformer_only=only)
@@ -233,6 +234,7 @@ def test_a_merged_base_draws_in_diffusers_what_infer_draws(run: Path, tmp_path: 
     assert drawn_with.tobytes() != drawn(f"{run}@0.5", tmp_path / "part", transformer_only=True).tobytes()
 
 
+@pytest.mark.long
 def test_t5_in_shards_is_merged_in_its_dtype(run: Path, tmp_path: Path) -> None:
     """Only the shard that changes is written anew; variants, which would be the former weights, are left out."""
     base = shutil.copytree(resolve_base("tiny").path, tmp_path / "base")

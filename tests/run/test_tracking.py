@@ -259,6 +259,7 @@ def test_a_killed_and_resumed_run_has_each_step_once_under_the_same_id(
     assert WandbLog(run).run.run_id != WandbLog(tracked).run.run_id
 
 
+@pytest.mark.long
 def test_trackers_switched_on_while_resuming_hold_the_whole_run(quick_config, tmp_path: Path) -> None:
     def stop(view: View) -> None:
         if view.step == 3:
@@ -270,6 +271,7 @@ def test_trackers_switched_on_while_resuming_hold_the_whole_run(quick_config, tm
     assert_tells_the_whole_run(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_a_new_run_in_the_folder_of_one_that_saved_nothing_has_logs_of_its_own(quick_config, tmp_path: Path) -> None:
     def stop(view: View) -> None:
         raise InterruptedError

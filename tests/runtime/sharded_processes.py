@@ -1,6 +1,6 @@
-"""Started by torch.distributed.run: several sharded runs in one launch, as most of a launch goes into imports.
+"""A process of several sharded runs, one after the other.
 
-`sharded_processes.py FOLDER NAME[:STOP] ...`: trains FOLDER/NAME.yaml for each name. With a number of steps as STOP,
+`main(FOLDER, [NAME[:STOP], ...])` trains FOLDER/NAME.yaml for each name. With a number of steps as STOP,
 the run is stopped after that step, and resumed; with `STOP` `resume`, it is only resumed. The gradient of a run's first
 step goes into FOLDER/NAME-gradient.safetensors.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,5 +95,8 @@ def main(folder: Path, runs: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+def rank(number: int, environment: dict[str, str], folder: Path, runs: list[str]) -> None:
+    """Be process `number` of a launch with this environment."""
+    os.environ.update(environment | {"RANK": str(number), "LOCAL_RANK": str(number)})
+    os.chdir(folder)
+    main(folder, runs)

@@ -232,6 +232,7 @@ def test_the_program_imports_nothing_from_the_working_directory(hostile_folder: 
     assert not (hostile_folder / "imported").exists()
 
 
+@pytest.mark.long
 def test_neither_does_the_launcher_for_gpus(hostile_folder: Path, tmp_path: Path, monkeypatch, capfd) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # no accelerate configuration of this machine's user
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)

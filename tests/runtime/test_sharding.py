@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,9 +18,9 @@ from sd3tune.config import Config, dump_config
 from sd3tune.errors import RunError
 from sd3tune.forecast.forecast import forecast, forecast_inputs
 from sd3tune.forecast.sharding import GATHERED
-from tests.runtime.sharded_processes import first_gradient
+from tests.forks import FORKS
+from tests.runtime.sharded_processes import first_gradient, rank
 
-DRIVER = Path(__file__).with_name("sharded_processes.py")
 FSDP = "train.sharding=fsdp"
 LOOKING = (
     "validation={holdout: 3, every: 4}", "preview={prompts: [a dog], every: 4, steps: 2}",
@@ -35,16 +36,25 @@ LAST = Path("checkpoints", "step-000004")
 
 
 @pytest.fixture
-def launch(tmp_path: Path, start_cli, monkeypatch) -> Callable[..., str]:
+def launch(tmp_path: Path) -> Callable[..., None]:
     """`launch(2, "run", "other:3")`: trains these configurations of the folder (see `sharded_processes`)."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
-    def start(processes: int, *runs: str) -> str:
-        prefix = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
-        process = start_cli(DRIVER, tmp_path, *runs, prefix=prefix)
-        printed, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
-        return printed
+    def start(processes: int, *runs: str) -> None:
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            port = listening.getsockname()[1]
+        environment = dict(os.environ) | {
+            "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        started = [
+            FORKS.Process(target=rank, args=(number, environment, tmp_path, list(runs))) for number in range(processes)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(600)
+        assert [process.exitcode for process in started] == [0] * processes
 
     return start
 
