@@ -252,7 +252,8 @@ def split_records(
     if not holdout:
         return records, []
     if holdout >= len(records):
-        raise DataError(f"validation.holdout: {holdout} of {len(records)} image{'s' * (len(records) != 1)} would leave none to train on")
+        images = "1 image" if len(records) == 1 else f"{len(records)} images"
+        raise DataError(f"validation.holdout: {holdout} of {images} would leave none to train on")
     lots = sorted(range(len(records)), key=lambda index: derive(0, "holdout", index))
     held = set(lots[:holdout])
     return (
