@@ -76,6 +76,7 @@ IN_CHECK_LONG = {
     "docs/config.md", "docs/guides/cards.md", "docs/guides/face.md", "docs/guides/other-trainers.md",
     "docs/guides/products.md", "docs/guides/quick-start.md", "docs/guides/style.md", "docs/guides/subject.md",
     "docs/guides/two-subjects.md", "docs/inference.md", "docs/memory.md", "docs/textual-inversion.md",
+    "docs/guides/notebook.md", "docs/results.md", "examples/two_subjects/README.md",
     "examples/dreambooth/README.md", "examples/kohya/README.md", "examples/masks/README.md",
     "examples/pivotal/README.md", "examples/style/README.md", "examples/textual_inversion/README.md",
 }  # fmt: skip

@@ -46,6 +46,7 @@ UNUSED = {
 }
 
 
+@pytest.mark.long
 def test_the_first_import_collects_no_garbage_and_takes_only_what_every_run_needs() -> None:
     script = f"UNUSED = {UNUSED!r}\n{FIRST_IMPORT}"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

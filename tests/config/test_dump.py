@@ -217,6 +217,7 @@ def test_load_of_dump_is_the_same_configuration(tmp_path: Path, config: Config) 
 
 
 @pytest.mark.long
+@pytest.mark.long
 @settings(max_examples=300, deadline=None)
 @given(text=TEXT)
 def test_every_text_survives_in_yaml_1_1_and_1_2(text: str) -> None:

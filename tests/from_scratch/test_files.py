@@ -53,6 +53,7 @@ def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert f"python -m examples.sd3_from_scratch.{name}" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_lora_is_trained_and_drawn_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     base, out = resolve_base("nano").path, tmp_path / "rex"
     monkeypatch.setattr(train, "drawn", functools.partial(train.drawn, steps=1))

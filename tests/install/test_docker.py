@@ -60,6 +60,7 @@ def test_the_copied_files_exist_and_are_all_that_docker_sees() -> None:
     assert {line[1:] for line in lines if line.startswith("!")} == {*copied()}
 
 
+@pytest.mark.long
 def test_the_copied_files_are_enough_to_build_the_package(tmp_path: Path) -> None:
     image = tmp_path / "image"
     for source, target in copied().items():

@@ -72,6 +72,7 @@ def test_a_stopped_training_continues_to_the_same_weights(
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_it_is_written_as_a_vae_of_the_shape_of_sd3s(written: Path) -> None:
     vae = AutoencoderKL.from_pretrained(written)
     assert vae.quant_conv is None
@@ -83,6 +84,7 @@ def test_it_is_written_as_a_vae_of_the_shape_of_sd3s(written: Path) -> None:
         assert vae.decode(latents).sample.shape == (1, 3, 64, 64)
 
 
+@pytest.mark.long
 def test_scaled_latents_have_mean_0_and_standard_deviation_1(written: Path) -> None:
     vae = AutoencoderKL.from_pretrained(written)
     pixels = train_vae.as_pixels(train_vae.stack(training_pictures(64, seed=0)))

@@ -72,6 +72,7 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_strict_limit_keeps_more_and_a_stopped_run_resumes_to_the_same_bytes(
     quick_config, tiny_images: Path, tmp_path: Path
 ) -> None:

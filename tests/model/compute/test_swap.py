@@ -45,6 +45,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.long
 def test_whole_runs_are_equal_to_the_byte_and_resume_with_another_number(
     quick_config, tmp_path: Path, assert_equal_runs
 ) -> None:
