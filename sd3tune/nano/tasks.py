@@ -25,8 +25,8 @@ from sd3tune.nano.world import (
 NAME, OTHER_NAME = "sks", "tok"
 """Names of a subject or style, and of a second subject, in captions: words in no base training caption.
 
-A LoRA learns a name the sooner, the less the word disturbs what nano draws: of 16 prompts, a clean shape of the right
-colour on the right background comes from 16 with `tok`, 5 with `sks`, and 1 with `zwx`, which is hardly learned at all.
+Words disturb nano differently: of 16 prompts, it draws a clean shape of the right colour on the right background for 16
+with `tok`, 5 with `sks`, and 1 with `zwx`, under which a LoRA of the demo's recipe learned crowns for 4 of 24 prompts.
 """
 _INSTANCE_COLOURS = (
     ("red", "white"),
