@@ -22,7 +22,7 @@ from benchmarks.quality.pictures import (
 )  # fmt: skip
 from benchmarks.quality.variants import RECIPE, Variant, own_prediction
 from sd3tune.commands.demo import CONFIG
-from sd3tune.inference.pipeline import ImagePipeline
+from sd3tune.inference.pipeline import ImagePipeline, PromptAndSeed
 from sd3tune.nano.oracle import read
 from sd3tune.nano.tasks import (
     CLASS_PROMPTS,
@@ -105,10 +105,15 @@ DATA = (
 def measure_data(pipeline: ImagePipeline, panel: Panel, variant: Variant, run: Path, store: Path, seed: int) -> Shares:
     """Train and measure. Also returns `second`, the share of the subject's pictures with more than one thing."""
     train_quietly(variant, run, store, seed)
-    draw = partial(pipeline.draw, adapter=run)
-    pictures = draw([(task.prompt, task.seed) for task in panel.subject])
-    second = sum(read(picture).count > 1 for picture in pictures) / len(pictures)
-    return measure_panel(draw, panel) | {"second": second}
+    drawn: list[Image.Image] = []
+
+    def draw(asked: Sequence[PromptAndSeed]) -> list[Image.Image]:
+        drawn.extend(pipeline.draw(asked, adapter=run))
+        return drawn
+
+    shares = measure_panel(draw, panel)
+    second = sum(read(picture).count > 1 for picture in drawn[: len(panel.subject)]) / len(panel.subject)
+    return shares | {"second": second}
 
 
 _EQUAL = {"data.balance": "equal"}

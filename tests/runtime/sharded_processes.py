@@ -96,7 +96,8 @@ def main(folder: Path, runs: list[str]) -> None:
 
 
 def rank(number: int, environment: dict[str, str], folder: Path, runs: list[str]) -> None:
-    """Be process `number` of a launch with this environment."""
+    """Be process `number` of a launch with this environment alone, as the fork server's is that of its first use."""
+    os.environ.clear()
     os.environ.update(environment | {"RANK": str(number), "LOCAL_RANK": str(number)})
     os.chdir(folder)
     main(folder, runs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -76,8 +77,10 @@ def write(make, run: Path, *overrides: str) -> None:
 
 
 def products_of(run: Path) -> Tensors:
-    (file,) = [*run.glob("adapter/*.safetensors"), *run.glob("model/transformer/*.safetensors")]
-    return load_file(file)
+    places = ("adapter", "embedding", "pivotal", "model/transformer")
+    files = [file for place in places for file in run.glob(f"{place}/*.safetensors")]
+    assert files
+    return {f"{file.name}: {name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def shards_of(checkpoint: Path) -> Tensors:
@@ -206,6 +209,7 @@ def test_four_processes_train_as_one_and_go_on_from_any_number(
         assert change <= 1e-4
 
 
+TOKEN = "token: <rex>, vectors: 2, init: a dog, t5_caption: dog"
 RELATIVES = {
     "dora": ("method={kind: dora, rank: 2}",),
     "loha": ("method={kind: loha, rank: 2}",),
@@ -214,6 +218,11 @@ RELATIVES = {
     "muon": ("optimizer={kind: muon}", "train.gradient_accumulation=2"),
     "prior": ("data.sources=[{path: PICTURES}, {path: PICTURES, prior: {kind: prediction, prompt: a dog}}]",),
     "plain": ("train.fast_path=false", "train.hoist=false", "train.gradient_checkpointing=selective"),
+    "token": (f"method={{kind: textual_inversion, {TOKEN}}}", "data.sources=[{path: NAMED}]"),
+    "pivotal": (
+        f"method={{kind: pivotal, rank: 2, embedding: {{{TOKEN}, lr: 1e-3}}}}",
+        "data.sources=[{path: NAMED}]",
+    ),
     "blocks": ("method={kind: full, export_dtype: fp32, blocks: [0, 2]}", "optimizer={kind: lion, lr: 1e-4}"),
 }
 """Settings of short runs, each by name."""
@@ -221,12 +230,16 @@ RELATIVES = {
 
 @pytest.mark.long
 def test_other_methods_train_on_a_divided_base(
-    quick_config, tiny_images: Path, tmp_path: Path, launch, alone, lines_of, monkeypatch
+    quick_config, tiny_images: Path, write_images, tmp_path: Path, launch, alone, lines_of, monkeypatch
 ) -> None:
     """With accelerate's request for FSDP in the environment, as `accelerate launch` leaves it."""
     common = ("train.steps=3", "optimizer.lr=1e-3")
+    named = write_images(tmp_path / "named", 3)
+    for file in named.glob("*.txt"):
+        file.write_text("a photo of <rex> outside")
+    places = {"PICTURES": str(tiny_images), "NAMED": str(named)}
     runs = {
-        name: (*common, *(setting.replace("PICTURES", str(tiny_images)) for setting in settings))
+        name: (*common, *(re.sub("PICTURES|NAMED", lambda word: places[word[0]], setting) for setting in settings))
         for name, settings in RELATIVES.items()
     }
     for name, settings in runs.items():
