@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from sd3tune.files.png_recipe import save_png
 from sd3tune.publish.files import files_of_run
 from sd3tune.ui.card import as_html, read_card
+from tests.upload_hub import WRITER, upload_hub
 
 OpenPage = Callable[..., TestClient]
 WRITTEN = Path(__file__).parents[1] / "compat" / "written" / "lora"
@@ -152,6 +154,33 @@ def test_push_names_repository_and_thumbnail(
     assert page.post("/api/share/push", json={**asked, "repo_id": "--private"}).status_code == 422
     assert page.post("/api/share/push", json={**asked, "thumbnail": "runs/rex/run.json"}).status_code == 422
     assert page.post("/api/share/push", json={**asked, "thumbnail": "/etc/passwd"}).status_code == 403
+
+
+@pytest.mark.long
+def test_a_push_from_the_page_sends_what_the_page_showed(
+    folder: Path, open_page: OpenPage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real command, to a Hub on this machine; its log is the page's."""
+    with upload_hub() as server:
+        for name, value in {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITER}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        page = open_page(folder)
+        shown = share(page)
+        assert shown["token"]["ready"] is True
+        asked = {"run": "runs/rex", "repo_id": "user/rex", "thumbnail": "runs/rex/samples/step-000003-0.png"}
+        job = page.post("/api/share/push", json=asked).json()
+        until = time.monotonic() + 300
+        while job["state"] == "running" and time.monotonic() < until:
+            time.sleep(0.2)
+            job = page.get("/api/jobs/log", params={"id": job["id"]}).json()
+        log = job["log"]
+        assert job["state"] == "done", log
+        assert f"{server.url}/user/rex" in log
+        assert WRITER not in log
+        sent = server.repositories["user/rex"].files
+    assert server.repositories["user/rex"].private is True
+    assert {*sent} - {".gitattributes"} == {one["name"] for one in shown["uploads"]}
 
 
 def test_a_run_named_like_an_option_is_none(folder: Path, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch) -> None:
