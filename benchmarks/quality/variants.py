@@ -110,6 +110,14 @@ VARIANTS = (
         "own prediction, captions_without",
         {PRIOR_KEY: own_prediction(CLASS_PROMPTS[0], captions_without=NAME)},
     ),
+    *(
+        Variant(
+            "prior preservation",
+            f"own prediction, captions_without, drift_limit {limit}",
+            {PRIOR_KEY: own_prediction(CLASS_PROMPTS[0], captions_without=NAME, drift_limit=limit)},
+        )
+        for limit in (0.03, 0.1)
+    ),
     Variant("shift", "1", {"flow.shift": 1.0}),
     Variant("shift", "3", {"flow.shift": 3.0}),
     Variant("timesteps", "uniform", _density(kind="uniform")),

@@ -144,6 +144,8 @@ def _remedy(kind: str, given: Any) -> str:
         return "; put it in quotes"
     if kind == "string_type" and isinstance(given, dict):
         return "; if it is one text with a colon, put it in quotes"
+    if kind == "list_type" and isinstance(given, str | int | float):
+        return f"; write [{shown(given)}]"
     if kind in ("int_type", "float_type") and isinstance(given, str) and given.replace(".", "", 1).isdigit():
         return "; remove the quotes"
     if kind in ("int_type", "int_from_float") and isinstance(given, float) and given.is_integer():

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sd3tune.config.yaml12 import KeyPath, YamlError, parse
 from sd3tune.errors import ConfigError, UserError
 from sd3tune.files.atomic import write_text
 from sd3tune.invocation import command_line
+from sd3tune.ui.photos import describe_photos
 from sd3tune.ui.workspace import Workspace, plain_name
 
 _SMALL_BASE: dict[KeyPath, Any] = {
@@ -40,18 +41,34 @@ _SMALL_BASE: dict[KeyPath, Any] = {
     ("preview", "steps"): 10,
 }
 """What differs for the bases of a few megabytes, whose pictures have 64 pixels."""
-BASES: dict[str, tuple[str, dict[KeyPath, Any]]] = {
-    "": ("as in the preset", {}),
-    "nano": ("nano: small and real, draws shapes of 64 pixels; minutes on any computer", _SMALL_BASE),
-    "tiny": (
-        "tiny: random weights, only to see that everything works; seconds",
-        {**_SMALL_BASE, ("train", "steps"): 20},
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base that the page offers."""
+
+    name: str
+    about: str
+    values: dict[KeyPath, Any] = field(default_factory=dict)
+    """The keys to write with it."""
+
+    @property
+    def is_small(self) -> bool:
+        """True for a base that comes with sd3tune, and draws 64 pixels."""
+        return bool(self.values)
+
+
+_RELEASED = "Many gigabytes, downloaded at first use, after you have accepted its licence."
+BASES: dict[str, Base] = {
+    "": Base("as in the preset", "The released model that the preset names, downloaded at first use."),
+    "nano": Base("nano (try it: no download)", "Small and real: draws shapes of 64 pixels, in minutes.", _SMALL_BASE),
+    "tiny": Base(
+        "tiny (a test)", "Random weights, to see in seconds that all works.", {**_SMALL_BASE, ("train", "steps"): 20}
     ),
-    "stabilityai/stable-diffusion-3.5-medium": ("Stable Diffusion 3.5 medium", {}),
-    "stabilityai/stable-diffusion-3.5-large": ("Stable Diffusion 3.5 large", {}),
-    "stabilityai/stable-diffusion-3-medium-diffusers": ("Stable Diffusion 3 medium", {}),
+    "stabilityai/stable-diffusion-3.5-medium": Base("Stable Diffusion 3.5 medium", _RELEASED),
+    "stabilityai/stable-diffusion-3.5-large": Base("Stable Diffusion 3.5 large", _RELEASED),
+    "stabilityai/stable-diffusion-3-medium-diffusers": Base("Stable Diffusion 3 medium", _RELEASED),
 }
-"""Base -> how the page names it, and the keys to write with it."""
 _LINE = re.compile(r"(?P<file>.*?):(?P<line>\d+): (?:(?P<key>[a-z_0-9]+(?:\.[a-z_0-9]+)*): )?(?P<text>.*)", re.DOTALL)
 
 
@@ -106,23 +123,43 @@ class Draft:
 def create(workspace: Workspace, name: str, preset: str, base: str, photos: str, caption: str) -> Draft:
     """Write a new configuration from a preset, as `sd3tune config new` does, and return it. Raises ConfigError.
 
-    The working directory is the first opened folder.
+    Without a caption every photo needs its own, and previews draw the first of these. The working directory is the
+    first opened folder.
     """
     draft = Draft.of(workspace, f"{name}.yaml")
     if os.path.lexists(draft.file):
         raise ConfigError(f"{draft.file.name}: already exists; choose another name, or open it")
-    given = UserValues(name, Path(draft.file.name), workspace.shown(workspace.path(photos)), caption or None)
-    text = text_from_preset(Preset(find_preset(preset)), given)
     if base not in BASES:
         raise ConfigError(f"{base}: unknown base; choose one of the list, or write it in the YAML")
+    folder = workspace.path(photos)
+    shown = caption or own_caption(workspace, folder)
+    given = UserValues(name, Path(draft.file.name), workspace.shown(folder), caption or None)
+    text = text_from_preset(Preset(find_preset(preset)), given)
+    if not caption:
+        text = with_value(text, ("data", "sources", 0, "caption"), None)
+    if not caption or BASES[base].is_small:
+        text = with_value(text, ("preview", "prompts"), [shown])
     if base:
-        text = with_value(text, ("model", "base"), base)
-        for path, value in BASES[base][1].items():
+        for path, value in {("model", "base"): base, **BASES[base].values}.items():
             text = with_value(text, path, value)
     if problems := draft.check(text)["problems"]:
         raise ConfigError(*(one["text"] for one in problems))
     write_text(draft.file, text)
     return draft
+
+
+def own_caption(workspace: Workspace, folder: Path) -> str:
+    """Return the caption of a folder's first photo. Raises ConfigError if a photo has none, or there is no photo."""
+    found = describe_photos(workspace, folder, 1024)
+    if found["problems"]:
+        raise ConfigError(*found["problems"])
+    photos = found["photos"]
+    bare = sum(not photo["caption"] for photo in photos)
+    if bare:
+        of = "the photo has" if len(photos) == 1 else f"{bare} of {len(photos)} photos have"
+        raise ConfigError(f"{of} no caption; write one for all, such as: a photo of sks dog")
+    text: str = photos[0]["caption"]
+    return text
 
 
 def outside(workspace: Workspace, config: Config) -> list[str]:

@@ -53,6 +53,39 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
             yield from _below(Path(path), depth - 1)
 
 
+def folder_for_photos(workspace: Workspace, typed: str, name: str) -> Path:
+    """Return a folder that exists: the one that was typed, or `photos/TYPED`, or a new one `photos/NAME`.
+
+    Raises Outside.
+    """
+    if not typed:
+        folder = workspace.path(f"photos/{plain_name(name or 'my-photos')}")
+        numbered = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10_000))
+        folder = next(one for one in (folder, *numbered) if not _has_files(one))
+    elif "/" in typed or workspace.path(typed).is_dir():
+        folder = workspace.path(typed)
+        for part in folder.relative_to(next(one for one in workspace.folders if folder.is_relative_to(one))).parts:
+            plain_name(part)
+    else:
+        folder = workspace.path(f"photos/{plain_name(typed)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _has_files(folder: Path) -> bool:
+    return os.path.lexists(folder) and not (folder.is_dir() and not os.listdir(folder))
+
+
+def put_aside(workspace: Workspace, photo: Path) -> Path:
+    """Move a photo with its caption and mask files into a hidden folder beside it, and return that. Raises Outside."""
+    aside = workspace.path(str(photo.parent / ".removed"))
+    aside.mkdir(exist_ok=True)
+    masks = [photo.with_name(f"{photo.stem}{mark}.png") for mark in ("_mask", "-masklabel")]
+    for file in (*sidecars(photo, Names()), *(mask for mask in masks if mask.is_file()), photo):
+        file.rename(_free(aside / file.name))
+    return aside
+
+
 def describe_photos(
     workspace: Workspace, folder: Path, resolution: int, buckets: bool = True, caption: str | None = None
 ) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def problems(text: str, *overrides: str) -> tuple[str, ...]:
         ),
         ("flow: {min_sigma: 0.5, max_sigma: 0.5}", "flow: min_sigma 0.5 must be below max_sigma 0.5"),
         ("model: {extra_t5_lengths: [77, 513]}", "model.extra_t5_lengths.1: 513 is too large; at most 512"),
-        ("model: {extra_t5_lengths: 77}", "model.extra_t5_lengths: 77 is not a list"),
+        ("model: {extra_t5_lengths: 77}", "model.extra_t5_lengths: 77 is not a list; write [77]"),
         ("flow: {max_sigma: 1.5}", "flow.max_sigma: 1.5 is too large; at most 1"),
         ("flow: {loss: {kind: huber, delta: 0}}", "flow.loss.delta: 0 is too small; must be above 0"),
         ("flow: {loss: {kind: l1}}", "flow.loss.kind: 'l1' is not one of: mse, absolute, huber, pseudo_huber"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from sd3tune.ui.app import make_app
 from sd3tune.ui.security import Access, read_key
@@ -23,6 +23,7 @@ REQUIRED = os.environ.get("SD3TUNE_CHROMIUM") == "require"
 """Set where Chromium is installed for the tests, so that they fail, and are not skipped, without it."""
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync"]  # fmt: skip
+expect.set_options(timeout=60_000)  # milliseconds, for a busy machine
 needs_chromium = pytest.mark.skipif(not REQUIRED and not Path(PROGRAM).exists(), reason=f"{PROGRAM} is not installed")
 
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 360, "height": 740}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -153,3 +154,42 @@ def test_an_open_page_comes_back_after_a_restart(browser: Browser, folder: Path)
         expect(page.locator("#notices")).to_contain_text("is back", timeout=15_000)
         page.reload()
         expect(page.locator("#run-state")).to_have_text("done")
+
+
+def test_a_new_run_says_what_is_wrong_and_where_its_photos_are(browser: Browser, folder: Path) -> None:
+    for name in ("red", "blue"):
+        (folder / "sent").mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64), name).save(folder / "sent" / f"{name}.png")
+    with served_here(folder) as link:
+        _, page, errors = opened(browser, link)
+        where, shown = page.get_by_label("Folder"), page.locator(".photo")
+        where.fill("photos/new")
+        page.locator("#pick").set_input_files([str(folder / "sent" / "red.png")])
+        expect(shown).to_have_count(1)
+        page.get_by_label("Base model").select_option("nano")
+        expect(page.locator("#photos-summary")).to_have_text("1 photo, 1 to look at")  # small for others, not for nano
+        page.get_by_label("Caption for photos without their own").fill("a sks shape")
+        page.get_by_label("Name of the run").fill("dog")
+        page.get_by_role("button", name="Create the configuration").click()
+        start, form = page.get_by_role("button", name="Start training"), page.locator("#form")
+        expect(start).to_be_enabled()
+        form.get_by_label("train.steps").fill("-1")
+        form.get_by_label("train.steps").blur()
+        expect(start).to_be_disabled()
+        expect(page.locator("#state")).to_contain_text("Correct the settings first")
+        form.get_by_label("train.steps").fill("20")
+        form.get_by_label("train.steps").blur()
+        expect(start).to_be_enabled()
+        form.get_by_label("preview.prompts").fill("a red sks shape\na shape, blue")
+        form.get_by_label("preview.prompts").blur()
+        expect(page.locator("#yaml")).to_have_value(re.compile(r"prompts: \[a red sks shape, 'a shape, blue'\]"))
+        where.fill("")
+        page.locator("#pick").set_input_files([str(folder / "sent" / "blue.png")])
+        expect(where).to_have_value("photos/dog")
+        page.get_by_role("button", name="Train on photos/dog").click()
+        expect(page.locator("#use-photos")).to_be_empty()
+        assert "path: ./photos/dog" in (folder / "dog.yaml").read_text()
+        page.get_by_role("button", name="Remove blue.png").click()
+        expect(page.locator("#notices")).to_contain_text("blue.png is now in photos/dog/.removed")
+        expect(shown).to_have_count(0)
+        assert errors == []

@@ -20,7 +20,7 @@ STEPS = "250" if WRITES_PICTURES else "40"
 SETTINGS = {
     "train.steps": STEPS, "train.batch_size": "4" if WRITES_PICTURES else "1", "validation.holdout": "1",
     "checkpoint.every": "10", "preview.every": "25" if WRITES_PICTURES else "20",
-    "preview.prompts": '["an orange sks shape on a black background"]', "optimizer.lr": "0.002",
+    "preview.prompts": "an orange sks shape on a black background", "optimizer.lr": "0.002",
 }  # fmt: skip
 PATIENCE = 600_000
 """Milliseconds to wait for a training on a busy machine."""

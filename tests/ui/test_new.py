@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -148,6 +149,65 @@ def test_a_configuration_is_made_edited_and_checked(open_page: OpenPage, tmp_pat
     line = next(number for number, text in enumerate(wrong.split("\n"), 1) if "rnk" in text)
     assert (problem["line"], problem["key"]) == (line, "method.rnk")
     assert "did you mean 'rank'" in problem["text"]
+
+
+def test_photos_get_a_folder_that_exists_and_is_not_another_subjects(open_page: OpenPage, tmp_path: Path) -> None:
+    photo(tmp_path / "mine/1.png")
+    page = open_page(tmp_path)
+
+    def folder(**asked: str) -> str:
+        answer = page.post("/api/photos/folder", json=asked)
+        return str(answer.json()["folder"]) if answer.status_code == 200 else str(answer.status_code)
+
+    assert [folder(folder="mine"), folder(folder="photos/dog"), folder(folder="cat")] == [
+        "mine", "photos/dog", "photos/cat"
+    ]  # fmt: skip
+    assert folder() == folder() == "photos/my-photos"  # it is still empty
+    photo(tmp_path / "photos/my-photos/1.png")
+    assert [folder(), folder(name="dog"), folder(folder="photos/my-photos")] == [
+        "photos/my-photos-2", "photos/dog", "photos/my-photos"
+    ]  # fmt: skip
+    assert [folder(folder=name) for name in ("../up", "photos/.hidden", str(tmp_path.parent / "x"))] == ["403"] * 3
+
+
+def test_a_removed_photo_is_kept_aside_with_its_files(open_page: OpenPage, tmp_path: Path) -> None:
+    for _ in range(2):
+        photo(tmp_path / "rex/1.png")
+        photo(tmp_path / "rex/1_mask.png")
+        (tmp_path / "rex/1.txt").write_text("a dog")
+        photo(tmp_path / "rex/2.png")
+        answer = open_page(tmp_path).post("/api/photos/remove", json={"path": "rex/1.png"})
+        assert answer.json() == {"folder": "rex/.removed"}
+        assert sorted(path.name for path in (tmp_path / "rex").iterdir()) == [".removed", "2.png"]
+    found = open_page(tmp_path).get("/api/photos", params={"folder": "rex"}).json()
+    assert [one["name"] for one in found["photos"]] == ["2.png"]
+    assert len([*(tmp_path / "rex/.removed").iterdir()]) == 6
+    assert open_page(tmp_path).post("/api/photos/remove", json={"path": "rex/1.png"}).status_code == 422
+
+
+def test_without_a_caption_for_all_each_photo_needs_its_own(open_page: OpenPage, tmp_path: Path) -> None:
+    for number in (1, 2):
+        photo(tmp_path / f"rex/{number}.png", (64, 64))
+    (tmp_path / "rex/1.txt").write_text("a red sks shape")
+    page = open_page(tmp_path)
+    chosen = {"preset": "dreambooth_sd35_medium", "photos": "rex"}
+
+    def create(**asked: str) -> Any:
+        return page.post("/api/new/create", json={**chosen, **asked})
+
+    assert "1 of 2 photos have no caption; write one for all" in create(name="a").text
+    assert "no such folder" in create(name="a", photos="nowhere").text
+    assert not (tmp_path / "a.yaml").exists()
+    (tmp_path / "rex/2.txt").write_text("a blue sks shape")
+    expected = {
+        "own": ({}, None, ["a red sks shape"]),
+        "nano": ({"base": "nano", "caption": "a sks shape"}, "a sks shape", ["a sks shape"]),
+        "typed": ({"caption": "a photo of tok cat"}, "a photo of tok cat", ["a photo of tok cat on a beach"]),
+    }
+    for name, (asked, caption, prompts) in expected.items():
+        assert create(name=name, **asked).json() == {"file": f"{name}.yaml"}
+        values = page.get("/api/new/file", params={"file": f"{name}.yaml"}).json()["values"]
+        assert (values["data"]["sources"][0]["caption"], values["preview"]["prompts"]) == (caption, prompts)
 
 
 def test_two_pages_do_not_overwrite_each_others_configuration(open_page: OpenPage, tmp_path: Path) -> None:

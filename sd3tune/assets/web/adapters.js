@@ -4,6 +4,9 @@ import { byId, el } from "./page.js";
 const OTHER = "\0other";
 const FLAG = { adapter: "loras", embedding: "embeddings", model: "base" };
 
+/** The newest weights of a source: the final ones, else its last checkpoint. */
+export const newest = (source) => (source?.weights[0]?.step === null ? source.weights[0] : source?.weights.at(-1));
+
 let sources = [];
 let changed = () => {};
 const rows = [];
@@ -14,7 +17,7 @@ export function start(found, onchange) {
   changed = onchange;
   byId("nothing").hidden = sources.length > 0;
   byId("add").addEventListener("click", () => {
-    add(sources[0]?.weights[0].path ?? "");
+    add(newest(sources[0])?.path ?? "");
     changed();
   });
 }
@@ -115,7 +118,7 @@ function makeRow(path, weight, name) {
     };
   }
   slide.value = exact.value = String(weight);
-  choice.addEventListener("change", () => arrange(source()?.weights[0].path));
+  choice.addEventListener("change", () => arrange(newest(source())?.path));
   which.addEventListener("input", tell);
   slide.addEventListener("input", () => (exact.value = slide.value));
   exact.addEventListener("input", () => (slide.value = exact.value || "1"));

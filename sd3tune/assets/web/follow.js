@@ -20,6 +20,11 @@ export async function followed(isMine) {
 /** A line about a job: what it does now, its results, or why it failed; `withCommand` prints its command, too. */
 export function jobLine(job, look, withCommand = false) {
   const stop = el("button", { type: "button", class: "quiet", onclick: () => acting(stop, end) }, "Stop");
+  const dismiss = el("button", { type: "button", class: "quiet", onclick: () => acting(dismiss, remove) }, "Dismiss");
+  async function remove() {
+    await post("/api/jobs/remove", { id: job.id });
+    look();
+  }
   async function end() {
     await post("/api/jobs/stop", { id: job.id });
     look();
@@ -29,7 +34,7 @@ export function jobLine(job, look, withCommand = false) {
     el("div", { class: "row" },
       badge(job.state),
       el("span", { class: "job-title" }, job.title),
-      LIVING.includes(job.state) ? stop : null,
+      LIVING.includes(job.state) ? stop : job.state === "failed" ? dismiss : null,
       el("a", { class: "small", href: `/jobs?open=${encodeURIComponent(job.id)}` }, "Log")),
     withCommand ? commandLine(job.command) : null,
     said(job, lines));

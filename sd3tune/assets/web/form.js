@@ -27,8 +27,9 @@ const kindOf = (section) => section.properties.kind?.const ?? section.properties
   ?? section.properties.kind?.default;
 
 const at = (values, path) => path.reduce((value, step) => value?.[step], values);
-const shown = (value) => (value === null || value === undefined ? "" : typeof value === "object" ? JSON.stringify(value)
-  : String(value));
+const areTexts = (value) => Array.isArray(value) && value.every((one) => typeof one === "string" && isPlain(one.trim()));
+const shown = (value) => (value === null || value === undefined ? "" : areTexts(value) && value.length ? value.join("\n")
+  : typeof value === "object" ? JSON.stringify(value) : String(value));
 const title = (key) => String(key).replaceAll("_", " ");
 
 /** Return the form. `change(path, {value} or {raw})` is called for each change. */
@@ -170,14 +171,26 @@ function field(form, path, node, name = title(path.at(-1))) {
   }
   const isText = types.some((one) => one.type === "string") && !types.some((one) => ["array", "object"].includes(one.type));
   const isNumber = types.some((one) => ["integer", "number"].includes(one.type));
+  const isTexts = types.some((one) => one.type === "array" && (resolved(one.items ?? {}).anyOf ?? [resolved(one.items ?? {})])
+    .some((item) => resolved(item).type === "string"));
   const control = el(!isText && !isNumber ? "textarea" : "input", {
     autocomplete: "off", spellcheck: "false", placeholder: shown(node.default) || (nullable ? "null" : ""),
     inputmode: isNumber && !isText ? "decimal" : false, rows: !isText && !isNumber ? "2" : false,
-    onchange: () => form.change(path, written(control.value.trim(), isText && !isNumber, nullable)),
+    onchange: () => form.change(path, isTexts && isPlain(control.value.trim()) ? { value: linesOf(control.value, types) }
+      : written(control.value.trim(), isText && !isNumber, nullable)),
   });
   control.value = shown(value);
   return labelled(form, path, name, help, control);
 }
+
+/** A list of texts is written as one text a line; where a single text will do, one line is that text. */
+function linesOf(text, types) {
+  const lines = text.split("\n").map((line) => line.trim()).filter(Boolean);
+  return lines.length === 1 && types.some((one) => one.type === "string") ? lines[0] : lines;
+}
+
+/** Text that is no list, section or null of YAML. */
+const isPlain = (text) => text !== "" && text !== "null" && !"[{".includes(text[0]);
 
 /** A text is a value; numbers and lists are sent as they are typed, so that 1e-4 stays 1e-4. */
 function written(text, isText, nullable) {

@@ -18,26 +18,41 @@ function keepAddress() {
 
 let showing = "";
 
+/** The side of the pictures that the chosen base is trained on. */
+const sideOfBase = () => (choices.bases.find((one) => one.name === byId("base").value)?.small ? 64 : 1024);
+
 async function showFolder({ unlessShown = false } = {}) {
   const folder = byId("folder").value.trim();
-  if (!folder) return;
+  if (!folder) {
+    if (!unlessShown) notice("Name a folder with photos first, or drop photos below.", true);
+    return;
+  }
   const values = draft.checked.values;
   const source = values?.data.sources[0];
-  const resolution = values ? [values.data.resolution].flat()[0] : 1024;
+  const resolution = values ? [values.data.resolution].flat()[0] : sideOfBase();
   const asked = [folder, resolution?.side ?? resolution, source?.caption ?? byId("caption").value];
   if (unlessShown && JSON.stringify(asked) === showing) return;
-  await showPhotos(...asked);
+  await showPhotos(...asked, () => showFolder());
   showing = JSON.stringify(asked);
   keepAddress();
+  showUse();
 }
+
+/** A configuration that is open trains on its own folder: say so when the page shows another one. */
+function showUse() {
+  const used = draft.checked.photos;
+  const shown = byId("folder").value.trim();
+  const differs = used && shown && plain(shown) !== plain(used);
+  put(byId("use-photos"), differs ? [el("span", { class: "warning" }, `${draft.file} trains on the photos in ${used}. `),
+    el("button", { type: "button" }, `Train on ${shown}`)] : null);
+}
+
+const plain = (folder) => folder.replace(/^\.\//, "").replace(/\/+$/, "");
 
 async function take(files) {
   if (!files.length) return;
-  const typed = byId("folder").value.trim();
-  const name = byId("name").value.trim() || "my-photos";
-  const folder = typed || (await post("/api/photos/folder", { name })).folder;
-  if (typed && !typed.includes("/")) byId("folder").value = (await post("/api/photos/folder", { name: typed })).folder;
-  else byId("folder").value = folder;
+  const asked = { folder: byId("folder").value.trim(), name: byId("name").value.trim() };
+  byId("folder").value = (await post("/api/photos/folder", asked)).folder;
   await sendPhotos([...files], byId("folder").value, (text) => (byId("photos-summary").textContent = text));
   await showFolder();
 }
@@ -53,14 +68,22 @@ function listenForPhotos() {
   const show = byId("show-photos");
   show.addEventListener("click", () => acting(show, () => showFolder()));
   byId("folder").addEventListener("keydown", (event) => event.key === "Enter" && show.click());
+  byId("use-photos").addEventListener("click", (event) => event.target.closest("button") && acting(event.target, async () => {
+    const folder = plain(byId("folder").value.trim());
+    await change(["data", "sources", 0, "path"], { value: folder.startsWith("/") ? folder : `./${folder}` });
+    await showFolder();
+  }));
 }
 
 // Base and preset
 
+let choices = { bases: [], presets: [], files: [] };
+
 async function showChoices() {
-  const [choices, folders] = await Promise.all([get("/api/new/choices"), get("/api/photos/folders")]);
+  const [found, folders] = await Promise.all([get("/api/new/choices"), get("/api/photos/folders")]);
+  choices = found;
   byId("folders").replaceChildren(...folders.map((one) => el("option", { value: one.path }, `${one.count} pictures`)));
-  byId("base").replaceChildren(...choices.bases.map((one) => el("option", { value: one.name }, one.description)));
+  byId("base").replaceChildren(...choices.bases.map((one) => el("option", { value: one.name }, one.title)));
   byId("preset").replaceChildren(...choices.presets.map((one) => el("option", { value: one.name }, one.name)));
   byId("files").append(...choices.files.map((name) => el("option", { value: name }, name)));
   byId("files").value = draft.file;
@@ -68,8 +91,10 @@ async function showChoices() {
   const help = () => {
     const chosen = choices.presets.find((one) => one.name === byId("preset").value);
     byId("preset-help").textContent = chosen?.description ?? "";
+    byId("base-help").textContent = choices.bases.find((one) => one.name === byId("base").value)?.description ?? "";
   };
-  byId("preset").addEventListener("change", help);
+  for (const id of ["preset", "base"]) byId(id).addEventListener("change", help);
+  byId("base").addEventListener("change", () => showFolder({ unlessShown: true }).catch((error) => notice(error.message, true)));
   help();
   byId("files").addEventListener("change", () => (location.href = byId("files").value
     ? `/new?file=${encodeURIComponent(byId("files").value)}` : "/new"));
@@ -83,7 +108,7 @@ async function create(event) {
     if (!chosen.photos) throw new Error("Name the folder of the photos first, or drop some.");
     draft.file = (await post("/api/new/create", chosen)).file;
     await open();
-    byId("settings").scrollIntoView({ behavior: "smooth" });
+    byId("launch").scrollIntoView({ behavior: "smooth" });
   });
 }
 
@@ -126,6 +151,8 @@ function showChecked(checked) {
   const ready = checked.problems.length === 0;
   for (const id of ["plan", "examine"]) byId(id).disabled = !ready;
   byId("saved").textContent = ready ? "" : "not saved: see the problems below the YAML";
+  byId("ready").textContent = ready ? "The settings below can stay as they are." : "";
+  if (look) look();
 }
 
 function goTo(line) {
@@ -195,13 +222,16 @@ function listenForSettings() {
 function ask(id, path, title) {
   const button = byId(id);
   button.addEventListener("click", () => acting(button, async () => {
-    const place = el("div", { class: "answer", "aria-busy": "true" }, el("h3", {}, title),
+    const place = el("div", { class: "answer", id: `answer-${id}`, "aria-busy": "true" }, el("h3", {}, title),
       el("p", { class: "soft" }, "Loading PyTorch takes some seconds ..."));
-    byId("answers").replaceChildren(place);
+    byId(`answer-${id}`)?.remove();
+    byId("answers").append(place);
     const found = await post(path, { file: draft.file });
     place.removeAttribute("aria-busy");
     place.replaceChildren(el("h3", {}, title), commandLine(found.command), el("pre", { class: "log", tabindex: "0" },
       found.lines.map((line) => el("span", { class: kind(line) }, `${line}\n`))));
+    if (id === "examine") place.append(el("p", { class: "soft" }, found.lines.some(kind) ? "Each line is also below its photo."
+      : "All photos can be trained on."));
     showFaults(found.lines);
   }));
 }
@@ -210,16 +240,23 @@ const kind = (line) => (line.startsWith("error: ") || line.startsWith("not train
   : line.startsWith("warning: ") ? "warning" : "");
 
 async function showState() {
-  if (!draft.file || draft.checked.problems.length) return;
+  if (!draft.file) return;
   const now = await get("/api/new/state", { file: draft.file });
   const job = now.job;
   const active = job && ["queued", "running"].includes(job.state);
+  const wrong = draft.checked.problems.length > 0;
+  const start = button(now.begun ? "Resume" : "Start training", "primary", "/api/new/start", { file: draft.file, resume: now.begun });
+  start.disabled = wrong;
+  const link = (place, text) => el("a", { class: "button", href: `/${place}?run=${encodeURIComponent(now.run)}` }, text);
   put(byId("state"), commandLine(now.command),
-    el("div", { class: "row" }, job ? badge(job.state) : null,
+    el("div", { class: "row" }, job || now.finished ? badge(now.finished ? "done" : job.state) : null,
       active ? button(job.state === "queued" ? "Take out of the queue" : "Stop", "", "/api/jobs/stop", { id: job.id })
-        : button(now.begun ? "Resume" : "Start training", "primary", "/api/new/start", { file: draft.file, resume: now.begun }),
-      job || now.begun ? el("a", { class: "button", href: `/watch?run=${encodeURIComponent(now.run)}` }, "Watch") : null,
-      job ? el("a", { href: `/jobs?open=${job.id}` }, "Log") : null));
+        : now.finished ? null : start,
+      job || now.begun ? link("watch", "Watch") : null,
+      now.finished && !active ? [link("try", "Try it"), link("share", "Share it")] : null,
+      job ? el("a", { href: `/jobs?open=${job.id}` }, "Log") : null),
+    wrong && !active ? el("p", { class: "problem" }, "Correct the settings first: the problems are below the YAML.") : null,
+    now.finished && !active ? el("p", { class: "soft small" }, "All steps are done. More train.steps train on from here.") : null);
 }
 
 function button(text, kind, path, value) {
@@ -231,13 +268,14 @@ byId("state").addEventListener("click", (event) => {
   if (pressed) acting(pressed, async () => { await post(pressed.dataset.path, JSON.parse(pressed.dataset.value)); look(); });
 });
 
+let look;
 listenForPhotos();
 listenForSettings();
 ask("plan", "/api/new/plan", "Plan");
 ask("examine", "/api/new/examine", "Photos");
 byId("create-form").addEventListener("submit", create);
-const look = repeatedly(showState, 2);
+look = repeatedly(showState, 2);
 byId("folder").value = query.get("photos") ?? "";
 await showChoices();
 if (draft.file) open().catch((error) => notice(error.message, true));
-else showFolder().catch((error) => notice(error.message, true));
+else showFolder({ unlessShown: true }).catch((error) => notice(error.message, true));

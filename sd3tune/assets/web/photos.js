@@ -3,10 +3,10 @@ import { acting, address, byId, el, get, notice, post } from "./page.js";
 
 const thumbnail = (path, changed, side = 384) => address("/api/small", { path, side, v: changed });
 
-/** Show the photos of a folder. Returns their number. */
-export async function showPhotos(folder, resolution, caption) {
+/** Show the photos of a folder; `changed` is called when one was removed. Returns their number. */
+export async function showPhotos(folder, resolution, caption, changed) {
   const found = await get("/api/photos", { folder, resolution, caption });
-  byId("photos").replaceChildren(...found.photos.map((photo) => item(photo, caption)));
+  byId("photos").replaceChildren(...found.photos.map((photo) => item(photo, caption, changed)));
   const lines = [...found.problems.map((line) => ["problem", line]), ...found.warnings.map((line) => ["warning", line])];
   byId("photos-lines").replaceChildren(...lines.map(([kind, line]) => el("p", { class: `${kind} small` }, line)));
   const faulty = found.photos.filter((photo) => photo.faults.length).length;
@@ -29,16 +29,27 @@ export function showFaults(lines) {
   }
 }
 
-function item(photo, caption) {
+function item(photo, caption, changed) {
   return el("li", { class: "photo", "data-name": photo.name },
     el("div", { class: "frame" }, fitted(photo),
       photo.mask ? el("img", { class: "mask", src: thumbnail(photo.mask, photo.changed), alt: `Mask of ${photo.name}`,
         loading: "lazy" }) : null),
     el("div", { class: "about" },
       el("div", { class: "spread" }, el("strong", { class: "name", title: photo.name }, photo.name),
-        photo.size ? el("span", { class: "soft small" }, `${photo.size} → ${photo.bucket}`) : null),
+        photo.size ? el("span", { class: "soft small" }, `${photo.size} → ${photo.bucket}`) : null,
+        removeButton(photo, changed)),
       captionBox(photo, caption),
       photo.faults.map((fault) => el("p", { class: "warning small" }, fault))));
+}
+
+function removeButton(photo, changed) {
+  const button = el("button", { type: "button", class: "quiet", "aria-label": `Remove ${photo.name}`, title: "Remove from the folder" }, "×");
+  button.addEventListener("click", () => acting(button, async () => {
+    const { folder } = await post("/api/photos/remove", { path: photo.path });
+    notice(`${photo.name} is now in ${folder}`);
+    await changed();
+  }));
+  return button;
 }
 
 /** The photo in a box of its shape, with the crop that training sees. */
@@ -66,6 +77,7 @@ function captionBox(photo, caption) {
     former = box.value = saved.text;
     box.classList.add("saved");
     setTimeout(() => box.classList.remove("saved"), 1200);
+    notice(`The caption of ${photo.name} is saved.`);
   }));
   return box;
 }
@@ -73,14 +85,16 @@ function captionBox(photo, caption) {
 /** Copy dropped or chosen files into a folder, one after the other; returns how many arrived. */
 export async function sendPhotos(files, folder, progress) {
   let sent = 0;
+  const faults = new Set();
   for (const file of files) {
     progress(`Copying ${sent + 1} of ${files.length}: ${file.name}`);
     try {
       await post("/api/photos/upload", file, { folder, name: file.name });
       sent += 1;
     } catch (error) {
-      notice(error.message, true);
+      faults.add(error.message);
     }
   }
+  for (const fault of faults) notice(fault, true);
   return sent;
 }

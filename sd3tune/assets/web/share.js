@@ -92,6 +92,9 @@ function showResults() {
   const pictures = about.results.filter((one) => one.name.endsWith(".png"));
   const others = about.results.filter((one) => !one.name.endsWith(".png"));
   const few = pictures.length > MANY ? pictures.filter((one) => one.name.endsWith("over_time.png")) : pictures;
+  const [first] = others.filter((one) => one.name.endsWith(".safetensors"));
+  put(byId("result"), first ? el("a", { class: "button primary", download: "",
+    href: address("/api/share/download", { run, name: first.name }) }, `Download the ${about.weights[0]?.kind ?? "file"} (${bytes(first.size)})`) : null);
   put(byId("results"), [...others, ...few].map((one) => fileRow(one, link(one))));
 }
 

@@ -197,7 +197,7 @@ async function begin() {
   for (const field of fields()) if (query.has(field.dataset.field)) setValue(field, query.get(field.dataset.field));
   const run = query.get("run");
   const first = sources.find((one) => one.place === run) ?? sources.find((one) => one.weights[0].label !== "file");
-  adapters.show(query.has("lora") ? query.getAll("lora").map((place) => ({ place })) : first ? [{ place: first.weights[0].path }] : []);
+  adapters.show(query.has("lora") ? query.getAll("lora").map((place) => ({ place })) : first ? [{ place: adapters.newest(first).path }] : []);
   form.hidden = false;
   changed();
   if (query.has("picture")) again(await get("/api/try/recipe", { path: query.get("picture") }));

@@ -84,7 +84,8 @@ function actions(now) {
   const failed = now.reason && now.state === "failed" ? el("p", { class: "problem" }, now.reason) : null;
   if (ours) return [commandLine(now.job.command), el("div", { class: "row" }, button("Stop", "stop", "", now.job.id))];
   if (active) return el("p", { class: "soft" }, "It was started in a terminal: press Ctrl-C there to stop and save.");
-  if (now.state === "finished") return failed;
+  if (now.state === "finished") return [failed, el("div", { class: "row" }, ["try", "share"].map((place) =>
+    el("a", { class: "button", href: `/${place}?run=${encodeURIComponent(run)}` }, place === "try" ? "Try it" : "Share it")))];
   return [failed, commandLine(now.resume), el("div", { class: "row" }, button("Resume", "resume", "primary", ""))];
 }
 

@@ -13,6 +13,7 @@ from sd3tune.config import json_schema
 from sd3tune.config.presets import all_presets
 from sd3tune.errors import ConfigError
 from sd3tune.invocation import command_line
+from sd3tune.run.listing import summarize_run
 from sd3tune.ui import drafts
 from sd3tune.ui.asking import answer
 from sd3tune.ui.drafts import Draft
@@ -69,7 +70,10 @@ def choices(request: Request) -> dict[str, Any]:
     files = [path for path in workspace(request).root.glob("*.y*ml") if path.suffix in (".yaml", ".yml")]
     return {
         "presets": [{"name": one.name, "description": one.description} for one in all_presets()],
-        "bases": [{"name": name, "description": text} for name, (text, _) in drafts.BASES.items()],
+        "bases": [
+            {"name": name, "title": one.name, "description": one.about, "small": one.is_small}
+            for name, one in drafts.BASES.items()
+        ],
         "files": sorted(path.name for path in files if path.is_file() and not path.name.startswith(".")),
     }
 
@@ -138,18 +142,25 @@ def start(request: Request, given: Named) -> dict[str, Any]:
 
 @router.get("/api/new/state")
 def state(request: Request, file: str) -> dict[str, Any]:
-    """Return the newest job of a configuration's run, whether the run has begun, and the command that starts it."""
+    """Return the newest job of a configuration's run, how far the run is, and the command that starts it."""
     draft = Draft.of(workspace(request), file)
-    run = draft.check(draft.text()).get("run")
+    described = draft.check(draft.text())
+    run = described.get("run")
     newest = next((job for job in reversed(jobs(request).all()) if run is not None and job.run == run), None)
     begun = run is not None and any((Path(run) / "checkpoints").glob("step-*"))
     words = ["train", file, *(["--resume"] if begun else [])]
     return {
         "job": newest.as_json() if newest else None,
         "begun": begun,
+        "finished": run is not None and _has_all_steps(Path(run), described["values"]["train"]["steps"]),
         "run": run,
         "command": command_line("sd3tune", *words),
     }
+
+
+def _has_all_steps(run: Path, steps: int | None) -> bool:
+    found = summarize_run(run)
+    return found.state == "finished" and found.step >= (steps or 0)
 
 
 def active(request: Request, run: str) -> Job | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,10 +12,17 @@ from starlette.responses import FileResponse, Response
 
 from sd3tune.data.formats import EXTENSIONS
 from sd3tune.errors import ConfigError
-from sd3tune.ui.photos import describe_photos, folders_of_photos, receive_photo, write_caption
+from sd3tune.ui.photos import (
+    describe_photos,
+    folder_for_photos,
+    folders_of_photos,
+    put_aside,
+    receive_photo,
+    write_caption,
+)
 from sd3tune.ui.pictures import FOR_LONG, picture_type, small_picture
 from sd3tune.ui.rendering import workspace
-from sd3tune.ui.workspace import plain_name
+from sd3tune.ui.workspace import Workspace
 
 router = APIRouter()
 
@@ -28,9 +36,16 @@ class Caption(BaseModel):
 
 
 class NewFolder(BaseModel):
-    """A folder for photos that will be dropped."""
+    """A folder for photos that will be dropped: one that was typed, else a new one for a run's name."""
 
-    name: str
+    folder: str = ""
+    name: str = ""
+
+
+class Chosen(BaseModel):
+    """A photo."""
+
+    path: str
 
 
 @router.get("/api/photos/folders")
@@ -49,9 +64,8 @@ def photos(request: Request, folder: str, resolution: int = 1024, buckets: bool 
 
 @router.post("/api/photos/folder")
 def make_folder(request: Request, new: NewFolder) -> dict[str, str]:
-    """Make the folder `photos/NAME` if it is not there yet."""
-    folder = workspace(request).path(f"photos/{plain_name(new.name)}")
-    folder.mkdir(parents=True, exist_ok=True)
+    """Return the typed folder, which is made if it is not there yet, or a new folder `photos/NAME`."""
+    folder = folder_for_photos(workspace(request), new.folder, new.name)
     return {"folder": workspace(request).shown(folder)}
 
 
@@ -69,10 +83,21 @@ async def upload(request: Request, folder: str, name: str) -> dict[str, str]:
 @router.post("/api/photos/caption")
 def caption(request: Request, new: Caption) -> dict[str, str]:
     opened = workspace(request)
-    photo = opened.path(new.path)
+    return {"text": write_caption(opened, _photo_at(opened, new.path), new.text, new.former)}
+
+
+@router.post("/api/photos/remove")
+def remove(request: Request, chosen: Chosen) -> dict[str, str]:
+    """Move a photo, with its caption and mask files, into the hidden folder `.removed` beside it."""
+    opened = workspace(request)
+    return {"folder": opened.shown(put_aside(opened, _photo_at(opened, chosen.path)))}
+
+
+def _photo_at(opened: Workspace, path: str) -> Path:
+    photo = opened.path(path)
     if not photo.is_file() or not photo.name.lower().endswith(EXTENSIONS):
-        raise ConfigError(f"{new.path}: no such photo")
-    return {"text": write_caption(opened, photo, new.text, new.former)}
+        raise ConfigError(f"{path}: no such photo")
+    return photo
 
 
 @router.get("/api/small")

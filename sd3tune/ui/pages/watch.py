@@ -146,9 +146,14 @@ def with_job(summary: dict[str, Any], job: Job | None) -> dict[str, Any]:
     if state in ("queued", "running"):
         return {**summary, "state": state}
     if state == "failed" and job.ended >= summary["active"] - 1:
-        reason = summary["reason"] or f"the command ended with exit code {job.code}; its log says why"
-        return {**summary, "state": state, "reason": reason}
+        return {**summary, "state": state, "reason": summary["reason"] or _why_failed(job)}
     return summary
+
+
+def _why_failed(job: Job) -> str:
+    """Return the error that a job's log ends with."""
+    errors = [line.removeprefix("error: ") for line in tail(job).splitlines() if line.startswith("error: ")]
+    return errors[-1] if errors else f"the command ended with exit code {job.code}; its log says why"
 
 
 def newest_job(request: Request, folder: Path) -> Job | None:
