@@ -181,8 +181,8 @@ def _divergence(plan: Plan, report: Mapping[str, Any]) -> list[str]:
     if not has_diverged(report, from_scratch=plan.base.random is not None):
         return []
     return [
-        f"warning: one denoising step changes by more than {100 * DIVERGED:.0f} %: the training has probably diverged; "
-        "check the previews, and train again with a lower optimizer.lr"
+        f"warning: one denoising step changes by more than {100 * DIVERGED:.0f} %, and the loss on training images is "
+        "no lower than the base's: the training has diverged; train again with a lower optimizer.lr"
     ]
 
 

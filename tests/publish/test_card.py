@@ -352,12 +352,14 @@ def test_it_states_what_was_measured_and_what_was_not(trained: Trained) -> None:
         (1.0, "random", False),
     ],
 )
+@pytest.mark.parametrize("loss", [2.9, 3.1])
 def test_a_change_that_only_a_diverged_training_makes_is_warned_of(
-    trained: Trained, change: float, start: str | None, warned: bool
+    trained: Trained, change: float, start: str | None, warned: bool, loss: float
 ) -> None:
-    diverged = {**DESCRIBED, "report": {**DESCRIBED["report"], "velocity_change": change}}
+    losses = {"sigma": [0.2, 0.8], "base": [3.0, 3.0], "trained": [loss, 3.0]}
+    diverged = {**DESCRIBED, "report": {**DESCRIBED["report"], "velocity_change": change, "fixed_noise_loss": losses}}
     text = card(replace(about(trained, init=start), run_facts=diverged))
-    assert ("**Above 75 % a training has usually diverged: " in text) == warned
+    assert ("the training has diverged.**" in text) == (warned and loss > 3)
 
 
 def test_a_checkpoint_of_a_run_that_goes_on_claims_no_end(trained: Trained) -> None:

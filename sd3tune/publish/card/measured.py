@@ -9,15 +9,16 @@ from sd3tune.publish.card.markdown import table
 from sd3tune.publish.card.trained import Trained
 
 DIVERGED = 0.75
-"""Relative change of one denoising step above which a training has usually diverged; see docs/results.md."""
+"""Relative change of a denoising step above which a training that lowers no loss has diverged; see docs/results.md."""
 
 
 def has_diverged(report: Mapping[str, Any], from_scratch: bool) -> bool:
-    """Return whether a run's report shows a change too large for a successful training from a trained base.
+    """Return whether a trained base was changed much, and predicts the training images no better than before.
 
     From scratch every change is fine, as the untrained model predicts zeros.
     """
-    return not from_scratch and report["velocity_change"] > DIVERGED
+    loss = report["fixed_noise_loss"]
+    return not from_scratch and report["velocity_change"] > DIVERGED and sum(loss["trained"]) >= sum(loss["base"])
 
 
 def measured_section(trained: Trained) -> str:
@@ -91,7 +92,7 @@ def _changes(report: Mapping[str, Any], trained: Trained) -> str:
     """Return the measured change of one step and of each block."""
     step = f"One denoising step changes by {100 * report['velocity_change']:.3g} %."
     if has_diverged(report, trained.from_scratch):
-        step += f" **Above {100 * DIVERGED:.0f} % a training has usually diverged: look at its pictures first.**"
+        step += " **The loss on training images is no lower than the base's: the training has diverged.**"
     blocks = report.get("block_changes")
     if not blocks:
         return step
