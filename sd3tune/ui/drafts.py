@@ -139,6 +139,8 @@ def create(workspace: Workspace, name: str, preset: str, base: str, photos: str,
         text = with_value(text, ("data", "sources", 0, "caption"), None)
     if not caption or BASES[base].is_small:
         text = with_value(text, ("preview", "prompts"), [shown])
+    if BASES[base].is_small:
+        text = _without_preparations(text)
     if base:
         for path, value in {("model", "base"): base, **BASES[base].values}.items():
             text = with_value(text, path, value)
@@ -146,6 +148,13 @@ def create(workspace: Workspace, name: str, preset: str, base: str, photos: str,
         raise ConfigError(*(one["text"] for one in problems))
     write_text(draft.file, text)
     return draft
+
+
+def _without_preparations(text: str) -> str:
+    """Return a preset's text without the comments on top that are about a released model's licence, size and memory."""
+    comments, name, rest = text.partition("\nname:")
+    kept = comments[: comments.find("\n#\n")] if "\n#\n" in comments else comments
+    return f"{kept}\n{name}{rest}"
 
 
 def own_caption(workspace: Workspace, folder: Path) -> str:

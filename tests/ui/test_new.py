@@ -208,6 +208,7 @@ def test_without_a_caption_for_all_each_photo_needs_its_own(open_page: OpenPage,
         assert create(name=name, **asked).json() == {"file": f"{name}.yaml"}
         values = page.get("/api/new/file", params={"file": f"{name}.yaml"}).json()["values"]
         assert (values["data"]["sources"][0]["caption"], values["preview"]["prompts"]) == (caption, prompts)
+        assert ("licence" in (tmp_path / f"{name}.yaml").read_text()) == (name != "nano")
 
 
 def test_two_pages_do_not_overwrite_each_others_configuration(open_page: OpenPage, tmp_path: Path) -> None:
