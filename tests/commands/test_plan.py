@@ -488,6 +488,7 @@ def test_the_update_in_the_backward_pass_is_listed_where_it_can_be_set(quick_con
     assert both in training_knob(config, METHODS["full"](config, resolve_base("tiny")), blocks=4)
 
 
+@pytest.mark.long
 def test_several_processes_divide_the_blocks_and_see_more_images(quick_config, tmp_path: Path) -> None:
     config = quick_config(tmp_path, "train.sharding=fsdp")
     one, four = (list(plan_lines(config, processes=processes)) for processes in (1, 4))

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from sd3tune.config import Config, dump_config, load_config, parse_config
 from sd3tune.config.sections.data import DatasetSource
+from sd3tune.config.sections.method import LycorisSection
 from sd3tune.config.sections.model import ModelConfig, TextEncodersConfig
 from sd3tune.config.sections.section import Section
 from sd3tune.config.sections.text_encoders import EncoderLoraConfig
@@ -69,6 +70,7 @@ def configs() -> st.SearchStrategy[Config]:
 
 def _consistent(values: dict[str, Any]) -> dict[str, Any]:
     """Only new weights have a shape of their own; they are trained whole, and there is nothing that they knew."""
+    _of_one_way(values["data"])
     model, sources = values["model"], values["data"]["sources"]
     if model["init"] == "random":
         values["method"] = {"kind": "full", "export_dtype": "bf16"}
@@ -87,6 +89,10 @@ def _consistent(values: dict[str, Any]) -> dict[str, Any]:
         method["text_encoders"] = None
     if timesteps.get("shares"):
         timesteps["shares"] = [1.5] * len(timesteps["parts"])
+    if values["train"]["sharding"] == "fsdp":  # beside few others; see `sharding_problem`
+        values["eval"] = values["train"]["memory"] = values["train"]["swap_blocks"] = None
+        model["quantize"], values["train"]["compile"], values["train"]["fused_backward"] = "none", "none", False
+        values["optimizer"] = {"kind": "adamw"}
     if values["train"]["gradient_checkpointing"] == "selective":
         values["train"]["compile"] = "none"
     if values["train"]["gradient_checkpointing"] == "none":
@@ -105,6 +111,20 @@ def _consistent(values: dict[str, Any]) -> dict[str, Any]:
     if values["preview"]["guidance"] <= 1:
         values["preview"]["guidance"] = 2.5
     return values
+
+
+def _of_one_way(data: dict[str, Any]) -> None:
+    """All sources are streams, as the first one is, or none is."""
+    first = data["sources"][0]
+    if first["kind"] == "webdataset" or first.get("streaming"):
+        only = {"repeats": 1, "masks": None, "max_samples": None, "resolution": None, "prior": None}
+        alike = [one for one in data["sources"] if one["kind"] == first["kind"]]
+        data |= {"balance": None, "resolution": 512, "sources": [{**one, **only} for one in alike]}
+    else:
+        data |= {"stream": None, "sources": [one for one in data["sources"] if one["kind"] != "webdataset"]}
+    for source in data["sources"]:
+        if "streaming" in source:
+            source["streaming"] = bool(first.get("streaming"))
 
 
 def _valid(values: dict[str, Any]) -> Config | None:
@@ -143,12 +163,15 @@ def section(kind: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
         "base": st.sampled_from(["tiny", "owner/name", "/abs: folder"]),
         "tokenizers": st.sampled_from([None, "owner/name", "/abs: folder"]),
         "balance": st.sampled_from([None, "equal"]),
+        "sharding": st.sampled_from(["none", "fsdp"]),  # the others are only refused
         "masks": st.sampled_from([None, "alpha", "off", "/masks: a"]),
     }
     if kind is DatasetSource:
         special["masks"] = st.sampled_from([None, "alpha", "off"])
     if kind is ModelConfig:
         special["init"] = st.sampled_from(["pretrained", "random"])
+    if issubclass(kind, LycorisSection):
+        special["init"] = st.sampled_from([True, "lycoris"])
     if "budget_mb" in kind.model_fields:
         special["rank"] = st.one_of(st.just("auto"), st.integers(1, 1024))
     if "t5_caption" in kind.model_fields:

@@ -60,6 +60,7 @@ def test_order_changes_with_the_epoch_and_with_the_seed():
     assert epoch_order(0, 0, 20) != epoch_order(1, 0, 20)
 
 
+@pytest.mark.long
 def test_order_and_seeds_are_the_same_in_another_process():
     code = (
         "from sd3tune.data.sampler import *;"

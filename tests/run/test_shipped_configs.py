@@ -19,7 +19,11 @@ CONTRACTS = {
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.long] * (path.stem == "nano_base")) for path in CONFIGS],
+    ids=lambda path: path.stem,
+)
 def test_every_shipped_config_trains_on_tiny(path: Path, tiny_images: Path, tmp_path: Path) -> None:
     overrides = [
         "model.base=tiny",

@@ -496,6 +496,7 @@ def test_an_adapter_that_the_hub_has_not_is_one_line(lora: str, says: str, hub: 
     assert line.startswith(says)
 
 
+@pytest.mark.long
 def test_commands_push_and_find_with_the_environment_of_a_user(finished: Path, tmp_path: Path) -> None:
     """In processes of their own, in which only variables say where the Hub is."""
     with upload_hub() as server:

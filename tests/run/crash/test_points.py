@@ -2,7 +2,7 @@
 
 One run copies what a death at each point would leave, and every copy is put in the run's place and resumed, so that
 none has to die (test_kills.py kills real processes). The points are counted, not listed by hand; at some of them a
-write can also be torn. By default every kind of point, an operation on a sort of file, is tried once; `make crash`
+write can also be torn. Every kind of point, an operation on a sort of file, is tried once, some of them by `make check-long`; `make crash`
 tries all that leave something different on the disk.
 """
 
@@ -26,6 +26,8 @@ from tests.run.crash.points import Death, Point, copy, keeping, kept_in, listing
 ALL = bool(os.environ.get("SD3TUNE_EVERY_CRASH_POINT"))
 PARTS = {"lora": 8, "full": 8} if ALL else {"lora": 6, "full": 2}
 """Tests for each method, for processes of pytest to share."""
+SHORT = 8 if ALL else 4
+"""Parts that `make test` runs, of those that have every kind of point; `make check-long` runs the others."""
 
 Kind = tuple[str, str]
 
@@ -75,7 +77,14 @@ def chosen(method: str, points_of: Callable[[str], list[Point]]) -> list[Death]:
     return one_of_each_kind(points, known)
 
 
-@pytest.mark.parametrize(("method", "part"), [(method, part) for method in PARTS for part in range(PARTS[method])])
+@pytest.mark.parametrize(
+    ("method", "part"),
+    [
+        pytest.param(method, part, marks=[pytest.mark.long] * (part >= SHORT))
+        for method in PARTS
+        for part in range(PARTS[method])
+    ],
+)
 def test_a_run_that_dies_anywhere_ends_as_one_never_stopped(
     method: str, part: int, points_of, straight_run, prepare, tmp_path: Path, assert_equal_workspaces
 ) -> None:
