@@ -2,8 +2,8 @@
 
 One run copies what a death at each point would leave, and every copy is put in the run's place and resumed, so that
 none has to die (test_kills.py kills real processes). The points are counted, not listed by hand; at some of them a
-write can also be torn. Every kind of point, an operation on a sort of file, is tried once, some of them by `make check-long`; `make crash`
-tries all that leave something different on the disk.
+write can also be torn. Every kind of point, an operation on a sort of file, is tried once, some of them by
+`make check-long`; `make crash` tries all that leave something different on the disk.
 """
 
 from __future__ import annotations
