@@ -50,7 +50,7 @@ def tables(results: dict[str, Any]) -> str:
     figures = results["figures"]
     parts = [[*provenance(results["environment"]), _asked(results["settings"])]]
     for kind, table in _TABLES.items():
-        if any(name.startswith(f"{kind}/") for name in figures):
+        if any(name.startswith(f"{kind}/") and not name.startswith(f"lora/{BASE}/") for name in figures):
             parts.append(table(figures))
     return "\n\n".join("\n".join(lines) for lines in parts)
 
