@@ -64,6 +64,7 @@ def served_here(folder: Path, port: int = 0) -> Iterator[str]:
 def opened(browser: Browser, link: str, **options: object) -> tuple[BrowserContext, Page, list[str]]:
     """A window on the page, and the list of errors that its scripts report."""
     context = browser.new_context(**{"viewport": DESKTOP, **options})  # type: ignore[arg-type]
+    context.set_default_timeout(120_000)  # milliseconds, for a busy machine
     page, errors = context.new_page(), list[str]()
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
