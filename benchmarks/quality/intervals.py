@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """97.5 % quantile of Student's t by degrees of freedom."""
+FEWEST = 3
+"""Pairs from which a difference is called one: two equal differences, of shares of few pictures, would be certain."""
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -24,6 +26,8 @@ def mean_and_half_width(values: Sequence[float], signed: bool = False, digits: i
 
 
 def differs(values: Sequence[float], others: Sequence[float]) -> bool:
-    """Return True if the interval of the paired differences excludes 0; False where it is unknown."""
+    """Return True if the interval of the paired differences excludes 0; False for fewer than three pairs."""
+    if len(values) < FEWEST:
+        return False
     differences = [value - other for value, other in zip(values, others, strict=True)]
     return abs(statistics.mean(differences)) > half_width(differences)  # False for NaN

@@ -55,6 +55,8 @@ def test_intervals_are_students() -> None:
     assert differs([value + 1 for value in values], [1.0, 2.0, 3.0, 4.0, 5.5])
     assert not differs(values, [1.0, 3.0, 2.0, 5.0, 4.0])
     assert not differs([1.0], [2.0])
+    assert not differs([1.0, 2.0], [2.0, 3.0])
+    assert differs([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])
 
 
 def test_only_a_difference_beyond_its_interval_is_marked() -> None:
