@@ -11,11 +11,12 @@ from typing import Any
 from sd3tune.config.sections.data import FolderSource
 from sd3tune.data.ahead import ahead
 from sd3tune.data.buckets import Size, bucket_table, nearest_bucket, size_name
-from sd3tune.data.captions import read_sidecar, sidecars
+from sd3tune.data.captions import own_sidecars, read_sidecar, sidecars
 from sd3tune.data.formats import EXTENSIONS
 from sd3tune.data.images import ImageRef, check_header, file_of, is_smaller, upright_size
 from sd3tune.data.names import Names
 from sd3tune.data.sources.folder import Listing, images_in, list_folder
+from sd3tune.data.sources.masks import ENDINGS
 from sd3tune.data.written import as_written
 from sd3tune.errors import ConfigError, DataError
 from sd3tune.files.atomic import new_file, write_text
@@ -77,11 +78,18 @@ def _has_files(folder: Path) -> bool:
 
 
 def put_aside(workspace: Workspace, photo: Path) -> Path:
-    """Move a photo with its caption and mask files into a hidden folder beside it, and return that. Raises Outside."""
-    aside = workspace.path(str(photo.parent / ".removed"))
+    """Move a photo with its caption and mask files into a hidden folder beside it, and return that. Raises Outside.
+
+    Files that another photo of the same name uses, `1.txt` of `1.jpg` and `1.png`, stay with that one.
+    """
+    aside, names = workspace.path(str(photo.parent / ".removed")), Names()
     aside.mkdir(exist_ok=True)
-    masks = [photo.with_name(f"{photo.stem}{mark}.png") for mark in ("_mask", "-masklabel")]
-    for file in (*sidecars(photo, Names()), *(mask for mask in masks if mask.is_file()), photo):
+    images = [image for image in images_in(photo.parent) if image != photo]
+    masks = [image for image in images if image.stem in [photo.stem + ending for ending in ENDINGS]]
+    files = [*sidecars(photo, names), *own_sidecars(photo, names, ()).values(), *masks]
+    if any(image.stem == photo.stem for image in images):
+        files = [file for file in files if file.name.startswith(photo.name)]
+    for file in (*files, photo):
         file.rename(_free(aside / file.name))
     return aside
 

@@ -173,15 +173,20 @@ def test_photos_get_a_folder_that_exists_and_is_not_another_subjects(open_page: 
 def test_a_removed_photo_is_kept_aside_with_its_files(open_page: OpenPage, tmp_path: Path) -> None:
     for _ in range(2):
         photo(tmp_path / "rex/1.png")
-        photo(tmp_path / "rex/1_mask.png")
+        photo(tmp_path / "rex/1_mask.jpg")  # which would be read as a photo without the photo
         (tmp_path / "rex/1.txt").write_text("a dog")
+        (tmp_path / "rex/1.t5.txt").write_text("a dog in the snow")
         photo(tmp_path / "rex/2.png")
         answer = open_page(tmp_path).post("/api/photos/remove", json={"path": "rex/1.png"})
         assert answer.json() == {"folder": "rex/.removed"}
         assert sorted(path.name for path in (tmp_path / "rex").iterdir()) == [".removed", "2.png"]
     found = open_page(tmp_path).get("/api/photos", params={"folder": "rex"}).json()
     assert [one["name"] for one in found["photos"]] == ["2.png"]
-    assert len([*(tmp_path / "rex/.removed").iterdir()]) == 6
+    assert len([*(tmp_path / "rex/.removed").iterdir()]) == 8
+    photo(tmp_path / "rex/2.jpg")
+    (tmp_path / "rex/2.txt").write_text("two dogs")
+    open_page(tmp_path).post("/api/photos/remove", json={"path": "rex/2.jpg"})
+    assert sorted(path.name for path in (tmp_path / "rex").iterdir()) == [".removed", "2.png", "2.txt"]
     assert open_page(tmp_path).post("/api/photos/remove", json={"path": "rex/1.png"}).status_code == 422
 
 

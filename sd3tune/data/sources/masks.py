@@ -13,7 +13,7 @@ from sd3tune.data.formats import EXTENSIONS
 from sd3tune.data.names import Names, folded
 from sd3tune.errors import DataError
 
-_ENDINGS = ("_mask", "-masklabel")
+ENDINGS = ("_mask", "-masklabel")
 """Ends of a mask's name, without its extension; the second is OneTrainer's. The first one applies."""
 
 
@@ -73,19 +73,19 @@ def find_masks(
 def _masked_stem(path: Path) -> str | None:
     """Return the name without extension of the photo that a file may be the mask of, in its `folded` form."""
     stem = folded(path.stem)
-    return next((stem.removesuffix(ending) for ending in _ENDINGS if stem.endswith(ending)), None)
+    return next((stem.removesuffix(ending) for ending in ENDINGS if stem.endswith(ending)), None)
 
 
 def _neighbours(files: Iterable[Path], in_metadata: Collection[Path]) -> dict[Path, list[Path]]:
     """Return photo -> the masks next to it. `dog_mask.png` is one if there is an image `dog` of any format."""
     stems = {path: folded(path.stem) for path in files}
-    like_masks = [path for path, stem in stems.items() if stem.endswith(_ENDINGS)]
+    like_masks = [path for path, stem in stems.items() if stem.endswith(ENDINGS)]
     if not like_masks:
         return {}
     concerned = {stem for path in like_masks for stem in (stems[path], _masked_stem(path))}
     by_stem: dict[tuple[Path, str], list[Path]] = {}
     related = [path for path, stem in stems.items() if stem in concerned]
-    for path in sorted(related, key=lambda path: (not stems[path].endswith(_ENDINGS[0]), path.parts)):
+    for path in sorted(related, key=lambda path: (not stems[path].endswith(ENDINGS[0]), path.parts)):
         by_stem.setdefault((path.parent, stems[path]), []).append(path)
     masks: dict[Path, list[Path]] = {}
     for of in by_stem.values():
@@ -123,7 +123,7 @@ def _take_from(folder: Path, root: Path, photos: Iterable[Path], found: FoundMas
 def _names_in_folder(photo: PurePosixPath) -> Iterator[str]:
     """Yield the possible names of a photo's mask in a folder of masks; the first one that exists applies."""
     yield photo.name
-    for ending in ("", *_ENDINGS):
+    for ending in ("", *ENDINGS):
         for name in (photo.stem, photo.name):
             yield from (f"{name}{ending}{extension}" for extension in (".png", *EXTENSIONS))
 
